@@ -1,0 +1,57 @@
+"""What a user configures: TOML in, frozen sections out, and everything that can be said of them without a model."""
+
+from __future__ import annotations
+
+from nmoe.config.canonical import Difference, annotated, diff, dump, identity
+from nmoe.config.check import validate
+from nmoe.config.json_schema import schema
+from nmoe.config.layers import Loaded, load, load_valid
+from nmoe.config.sections import (
+    Config,
+    Data,
+    Group,
+    Log,
+    Mla,
+    Model,
+    Moe,
+    Optim,
+    Parallel,
+    Precision,
+    Run,
+    Schedule,
+    Shards,
+    Stdlib,
+    Train,
+    Validation,
+    Yarn,
+)
+
+__all__ = [
+    "Config",
+    "Data",
+    "Difference",
+    "Group",
+    "Loaded",
+    "Log",
+    "Mla",
+    "Model",
+    "Moe",
+    "Optim",
+    "Parallel",
+    "Precision",
+    "Run",
+    "Schedule",
+    "Shards",
+    "Stdlib",
+    "Train",
+    "Validation",
+    "Yarn",
+    "annotated",
+    "diff",
+    "dump",
+    "identity",
+    "load",
+    "load_valid",
+    "schema",
+    "validate",
+]

@@ -1,0 +1,57 @@
+"""The one way a config is written, what makes two runs the same run, and how two configs differ."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import tomli_w
+
+from nmoe.config.fields import flat, table
+from nmoe.config.sections import Config
+from nmoe.config.toml import dotted
+
+__all__ = ["Difference", "annotated", "diff", "dump", "identity"]
+
+
+@attrs.frozen(kw_only=True)
+class Difference:
+    """A key that two configs do not agree on; None where one has no such key."""
+
+    path: str
+    left: Any
+    right: Any
+
+
+def dump(config: Config) -> str:
+    """Canonical TOML: every key that has a value, in the order of the classes. Loading it gives `config` again."""
+    return tomli_w.dumps(table(config))
+
+
+def identity(config: Config) -> str:
+    """SHA-256, in hex, of the canonical TOML of what makes a run this run: two configs with the same one may resume
+    each other's runs."""
+    return hashlib.sha256(tomli_w.dumps(table(config, lambda key: key.identity)).encode()).hexdigest()
+
+
+def annotated(config: Config, sources: Mapping[str, str]) -> str:
+    """TOML of one line a value, as `train.steps = 10  # default`.
+
+    sources  what to say of each value, by dotted path
+    """
+    lines = [(dotted(path), tomli_w.dumps({"": value}).partition(" = ")[2]) for path, value in flat(table(config))]
+    texts = [(path, f"{path} = {value.strip()}") for path, value in lines]
+    width = max(len(text) for _, text in texts)
+    return "".join(f"{text:<{width}}  # {sources[path]}\n" for path, text in texts)
+
+
+def diff(left: Config, right: Config) -> tuple[Difference, ...]:
+    """The keys two configs do not agree on, in the order they are written."""
+    one, other = dict(flat(table(left))), dict(flat(table(right)))
+    return tuple(
+        Difference(path=dotted(path), left=one.get(path), right=other.get(path))
+        for path in dict.fromkeys((*one, *other))
+        if one.get(path) != other.get(path)
+    )

@@ -1,0 +1,126 @@
+"""What the numbers of a config have to fulfil, each alone and together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from nmoe.config.fields import Key, walk
+from nmoe.config.sections import Config, Model, Moe, Stdlib
+from nmoe.config.toml import dotted, shown
+
+__all__ = ["validate"]
+
+
+def validate(config: Config, world: int) -> tuple[str, ...]:
+    """Everything that is wrong with a config for `world` ranks, each `<path>: <what holds>, got <value>; <remedy>`."""
+    bounds = (
+        f"{dotted(path)}: {text}"
+        for path, key, value in walk(config)
+        if isinstance(value, int | float) and (text := _bounds(key, value))
+    )
+    return (
+        *bounds,
+        *_model(config.model),
+        *_moe(config.model.moe, world),
+        *_attention(config.model),
+        *_run(config, world),
+    )
+
+
+def _bounds(key: Key, value: float) -> str | None:
+    """What the value of one key breaks; a NaN breaks every bound."""
+    got = f"got {shown(value)}"
+    if key.low is not None and not value >= key.low:
+        return f"at least {key.low}, {got}; raise it"
+    if key.above is not None and not value > key.above:
+        return f"above {key.above}, {got}; raise it"
+    if key.high is not None and not value <= key.high:
+        return f"at most {key.high}, {got}; lower it"
+    return None
+
+
+def _divides(part: int, whole: int) -> bool:
+    """Whether `whole` is a multiple of `part`; a part below one has broken its own bound and is not told of again."""
+    return part < 1 or whole % part == 0
+
+
+def _model(c: Model) -> Iterator[str]:
+    if c.num_dense_layers >= c.num_layers:
+        yield (
+            f"model.num_dense_layers: below num_layers = {c.num_layers}, got {c.num_dense_layers}; "
+            "leave one layer at least for the mixture"
+        )
+
+
+def _moe(c: Moe, world: int) -> Iterator[str]:
+    size = c.num_experts // max(c.num_groups, 1)
+    if c.top_k > c.num_experts:
+        yield f"model.moe.top_k: at most num_experts = {c.num_experts}, got {c.top_k}; lower top_k"
+    if not _divides(c.num_groups, c.num_experts):
+        yield (
+            f"model.moe.num_groups: a divisor of num_experts = {c.num_experts}, got {c.num_groups}; "
+            "choose groups of the same size"
+        )
+    elif c.num_groups > 1 and size < 2:
+        yield (
+            f"model.moe.num_groups: groups of two experts at least, got {c.num_groups} for num_experts = "
+            f"{c.num_experts}; lower num_groups, the two best experts of a group rank it"
+        )
+    if c.top_k_groups > c.num_groups:
+        yield f"model.moe.top_k_groups: at most num_groups = {c.num_groups}, got {c.top_k_groups}; lower top_k_groups"
+    elif c.num_groups > 1 and c.top_k_groups * size < c.top_k <= c.num_experts:
+        yield (
+            f"model.moe.top_k: at most the {c.top_k_groups * size} experts in top_k_groups = {c.top_k_groups} groups, "
+            f"got {c.top_k}; lower top_k or raise top_k_groups"
+        )
+    if not _divides(world, c.num_experts):
+        yield (
+            f"model.moe.num_experts: a multiple of the {world} ranks, got {c.num_experts}; "
+            "choose parallel.ranks so that each holds the same number of experts"
+        )
+
+
+def _attention(c: Model) -> Iterator[str]:
+    rotated, yarn = c.attention.qk_rope_head_dim, c.attention.yarn
+    if rotated % 2:
+        yield (
+            f"model.attention.qk_rope_head_dim: an even number, got {rotated}; "
+            f"write {rotated + 1}, channels are rotated in pairs"
+        )
+    if yarn is None:
+        return
+    if yarn.original_positions * yarn.factor < c.max_positions:
+        yield (
+            f"model.attention.yarn.factor: original_positions * factor at least max_positions = {c.max_positions}, "
+            f"got {yarn.original_positions} * {shown(yarn.factor)}; raise factor or lower max_positions"
+        )
+    if yarn.beta_slow >= yarn.beta_fast:
+        yield (
+            f"model.attention.yarn.beta_slow: below beta_fast = {shown(yarn.beta_fast)}, got {shown(yarn.beta_slow)}; "
+            "lower beta_slow"
+        )
+
+
+def _run(config: Config, world: int) -> Iterator[str]:
+    c, train, source, name = config.model, config.train, config.data.source, config.run.name
+    if train.sequence_length > c.max_positions:
+        yield (
+            f"train.sequence_length: at most model.max_positions = {c.max_positions}, got {train.sequence_length}; "
+            "shorten the sequences or raise max_positions"
+        )
+    if not _divides(world * train.microbatch_size, train.batch_size):
+        yield (
+            f"train.batch_size: a multiple of ranks * microbatch_size = {world} * {train.microbatch_size}, "
+            f"got {train.batch_size}; change one of the three"
+        )
+    if isinstance(source, Stdlib) and source.tokenizer_size > c.vocab_size:
+        yield (
+            f"data.source.tokenizer_size: at most model.vocab_size = {c.vocab_size}, got {source.tokenizer_size}; "
+            "raise vocab_size or lower tokenizer_size"
+        )
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        yield (
+            "run.name: up to 128 letters, digits, '.', '_' and '-', the first a letter or digit, "
+            f"got {shown(name)}; rename it"
+        )

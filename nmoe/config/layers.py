@@ -1,0 +1,164 @@
+"""From files, environment and command line to one config, and where each of its values came from.
+
+Later layers win over earlier ones:
+
+    defaults of the classes  <  the file named by `extends`  <  the file  <  environment  <  command line
+
+`extends = "base.toml"` stands at the top of a file, relative to it, and goes one level deep. `NMOE_TRAIN__STEPS=10` in
+the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds. Their
+values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else is
+replaced. An environment variable without `__` after `NMOE_` is no part of the config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import attrs
+
+from nmoe.config.check import validate
+from nmoe.config.convert import structure
+from nmoe.config.fields import KeyPath, flat, table
+from nmoe.config.sections import Config
+from nmoe.config.toml import Document, dotted, literal, printable, read, shown
+from nmoe.errors import InputError
+
+__all__ = ["Loaded", "load", "load_valid"]
+
+DEFAULT = "default"
+PREFIX = "NMOE_"
+
+
+@attrs.frozen(kw_only=True)
+class Loaded:
+    """A config, and where each value its canonical TOML holds came from.
+
+    sources  "default", "configs/x.toml:12", "environment NMOE_TRAIN__STEPS" or "command line --train.steps=10", by
+             dotted path
+    """
+
+    config: Config
+    sources: Mapping[str, str]
+
+
+@attrs.frozen(kw_only=True)
+class Layer:
+    """Nested tables, and where the tables and values in them were written."""
+
+    tables: dict[str, Any]
+    where: dict[KeyPath, str]
+
+
+def load(path: Path, environ: Mapping[str, str], overrides: Sequence[str]) -> Loaded:
+    """The config of a file under its overrides: complete and of the right types, not yet checked by `validate`.
+
+    environ    variables, of which those of the form NMOE_A__B count
+    overrides  arguments of the form --a.b=value
+
+    Raises:  InputError with everything that is wrong, each with its place.
+    """
+    layer = Layer(tables={}, where={})
+    for over in (*_files(path), *_environment(environ), *_command_line(overrides)):
+        layer = Layer(tables=_merged(layer.tables, over.tables), where=layer.where | over.where)
+    config = structure(layer.tables, Config)
+    if isinstance(config, tuple):
+        raise InputError(
+            *(f"{_place(fault.path, layer.where)}: {dotted(fault.path)}: {fault.text}" for fault in config)
+        )
+    written = {key for key, _ in flat(layer.tables)}
+    sources = {dotted(key): _place(key, layer.where) if key in written else DEFAULT for key, _ in flat(table(config))}
+    return Loaded(config=config, sources=sources)
+
+
+def load_valid(path: Path, environ: Mapping[str, str], overrides: Sequence[str], world: int | None = None) -> Loaded:
+    """As `load`, and checked by `validate`.
+
+    world    ranks it has to fit; None: as many as the config is meant for
+
+    Raises:  InputError with everything that is wrong, each with its place.
+    """
+    loaded = load(path, environ, overrides)
+    problems: list[str] = []
+    for problem in validate(loaded.config, loaded.config.parallel.ranks if world is None else world):
+        source = loaded.sources.get(problem.partition(":")[0], DEFAULT)
+        problems.append(f"{path if source == DEFAULT else source}: {problem}")
+    if problems:
+        raise InputError(*problems)
+    return loaded
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(under)
+    for name, value in over.items():
+        below = under.get(name)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        result[name] = _merged(cast("dict[str, Any]", below), cast("dict[str, Any]", value)) if both else value
+    return result
+
+
+def _place(key: KeyPath, where: Mapping[KeyPath, str]) -> str:
+    """Where a key, or else the nearest table around it, was written."""
+    while key not in where:
+        key = key[:-1]
+    return where[key]
+
+
+def _files(path: Path) -> Iterator[Layer]:
+    """The base, if the file extends one, and the file."""
+    document = read(path)
+    extends = document.tables.pop("extends", None)
+    if extends is not None:
+        place = f"{path}:{document.lines[('extends',)]}"
+        if not isinstance(extends, str) or not extends.isprintable():
+            raise InputError(f"{place}: extends: the path of a TOML file, got {shown(extends)}; put it in quotes")
+        base = path.parent / extends
+        try:
+            below = read(base)
+        except InputError as error:
+            raise InputError(*(f"{place}: extends: {problem}" for problem in error.problems)) from error
+        if "extends" in below.tables:
+            raise InputError(
+                f"{base}:{below.lines[('extends',)]}: extends: one level, got a base that extends "
+                f"{shown(below.tables['extends'])} and is extended by {path}; write its keys out"
+            )
+        yield _layer_of(base, below)
+    yield _layer_of(path, document)
+
+
+def _layer_of(path: Path, document: Document) -> Layer:
+    name = printable(str(path))
+    return Layer(
+        tables=document.tables, where={(): name} | {key: f"{name}:{line}" for key, line in document.lines.items()}
+    )
+
+
+def _environment(environ: Mapping[str, str]) -> Iterator[Layer]:
+    """One layer a variable, by name."""
+    names = sorted(name for name in environ if name.startswith(PREFIX) and "__" in name.removeprefix(PREFIX))
+    if wrong := [name for name in names if name != name.upper()]:
+        raise InputError(*(f"environment {name}: upper case, got {name}; write {name.upper()}" for name in wrong))
+    for name in names:
+        key = tuple(name.removeprefix(PREFIX).lower().split("__"))
+        yield _override(key, environ[name], f"environment {name}")
+
+
+def _command_line(overrides: Sequence[str]) -> Iterator[Layer]:
+    """One layer an argument, in order."""
+    parsed = [(override, re.fullmatch(r"--([^=]+)=(.*)", override, re.DOTALL)) for override in overrides]
+    if wrong := [override for override, match in parsed if match is None]:
+        raise InputError(*(f"command line {each}: --section.key=value, got {each}; write it so" for each in wrong))
+    for override, match in parsed:
+        if match is not None:
+            yield _override(tuple(match[1].split(".")), match[2], f"command line {override}")
+
+
+def _override(key: KeyPath, text: str, where: str) -> Layer:
+    """A layer of one key."""
+    tables: dict[str, Any] = {key[-1]: literal(text)}
+    for name in reversed(key[:-1]):
+        tables = {name: tables}
+    place = printable(where)
+    return Layer(tables=tables, where={key: place} | {path: place for path, _ in flat(tables)})

@@ -1,0 +1,247 @@
+"""The sections of a config: frozen values, one class a TOML table, one line a key.
+
+A field's metadata holds what the reference page, the JSON Schema and the range checks say of it. A class with a `kind`
+is one way to fill its field: the table names it with the key `kind`, and a further way is one more class in the field's
+union. This file knows nothing of files, torch or the model's mathematics.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import attrs
+
+__all__ = [
+    "Config",
+    "Data",
+    "Group",
+    "Log",
+    "Mla",
+    "Model",
+    "Moe",
+    "Optim",
+    "Parallel",
+    "Precision",
+    "Run",
+    "Schedule",
+    "Shards",
+    "Stdlib",
+    "Train",
+    "Validation",
+    "Yarn",
+]
+
+
+def setting(
+    doc: str,
+    *,
+    default: Any = attrs.NOTHING,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    identity: bool = True,
+) -> Any:
+    """One key of a section.
+
+    doc       what the key means, one line
+    default   value when the key is absent; without one the key is required
+    unit      what the number counts
+    low, high inclusive bounds; above: exclusive lower bound
+    identity  whether a run with another value is another run (else it may change on resume)
+    """
+    about = {"doc": doc, "unit": unit, "low": low, "high": high, "above": above, "identity": identity}
+    return attrs.field(
+        default=default, metadata={key: value for key, value in about.items() if value not in (None, "")}
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Yarn:
+    """Position range extension (YaRN, arXiv:2309.00071) as DeepSeek-V2/V3 use it."""
+
+    factor: float = setting("extended range / original range", above=1)
+    original_positions: int = setting("position range of the model before extension", unit="positions", low=1)
+    beta_fast: float = setting("rotations above which a frequency is kept", default=32.0, above=0)
+    beta_slow: float = setting("rotations below which a frequency is interpolated", default=1.0, above=0)
+    mscale: float = setting("magnitude coefficient of the rotation table", default=1.0, above=0)
+    mscale_all_dim: float = setting("magnitude coefficient of the attention scale", default=1.0, above=0)
+
+
+@attrs.frozen(kw_only=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
+
+    kind: ClassVar[str] = "mla"
+
+    num_heads: int = setting("attention heads", low=1)
+    q_lora_rank: int | None = setting("low rank of the query; absent: a plain projection", default=None, low=1)
+    kv_lora_rank: int = setting("low rank of keys and values", low=1)
+    qk_nope_head_dim: int = setting("channels of a head's query and key without position", low=1)
+    qk_rope_head_dim: int = setting("channels of a head's query and key that are rotated; even", low=2)
+    v_head_dim: int = setting("channels of a head's value", low=1)
+    rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1)
+    yarn: Yarn | None = setting("position range extension; absent: none", default=None)
+
+
+@attrs.frozen(kw_only=True)
+class Moe:
+    """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437)."""
+
+    num_experts: int = setting("routed experts", low=2)
+    top_k: int = setting("routed experts a token", low=1)
+    num_shared_experts: int = setting("experts that see each token, as one wide MLP", default=0, low=0)
+    intermediate_size: int = setting("hidden width of one expert", low=1)
+    num_groups: int = setting("groups the experts fall into", default=1, low=1)
+    top_k_groups: int = setting("groups a token may choose from", default=1, low=1)
+    route_scale: float = setting("factor on the normalised routing weights", default=1.0, above=0)
+    bias_update_rate: float = setting("step of the router bias that evens out expert load", default=0.001, low=0)
+    sequence_balance: float = setting("weight of the sequence-wise auxiliary loss", default=0.0001, low=0)
+
+
+@attrs.frozen(kw_only=True)
+class Model:
+    """Shape of the network."""
+
+    vocab_size: int = setting("rows of the embedding; at least the tokenizer's", unit="tokens", low=2)
+    hidden_size: int = setting("width of the residual stream", low=1)
+    num_layers: int = setting("blocks, dense and mixture together", low=1)
+    num_dense_layers: int = setting("leading blocks with a dense MLP", default=1, low=0)
+    intermediate_size: int = setting("hidden width of a dense MLP", low=1)
+    max_positions: int = setting("longest sequence the rotation table serves", unit="positions", low=1)
+    norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, above=0)
+    embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, above=0)
+    logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, above=0)
+    attention: Mla = setting("attention of every block; `kind` chooses the table's keys")
+    moe: Moe = setting("mixture of every block after the dense ones")
+
+
+@attrs.frozen(kw_only=True)
+class Precision:
+    """Number formats."""
+
+    compute: Literal["fp32", "bf16"] = setting("format of weights and activations; bf16 keeps an exact fp32 master")
+    moments: Literal["fp32", "bf16"] = setting("format of the optimizer's moments", default="fp32")
+
+
+@attrs.frozen(kw_only=True)
+class Stdlib:
+    """Python's own standard library as a corpus, with a tokenizer trained on it."""
+
+    kind: ClassVar[str] = "stdlib"
+
+    tokenizer_size: int = setting(
+        "vocabulary of the tokenizer, end-of-text included", unit="tokens", default=4096, low=257
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Shards:
+    """A folder of prepared shards."""
+
+    kind: ClassVar[str] = "shards"
+
+    path: str = setting("folder that holds manifest.json")
+
+
+@attrs.frozen(kw_only=True)
+class Data:
+    """What is read."""
+
+    source: Stdlib | Shards = setting("where tokens come from; `kind` chooses the table's keys")
+
+
+@attrs.frozen(kw_only=True)
+class Group:
+    """AdamW for one group of parameters."""
+
+    lr: float = setting("peak learning rate", above=0)
+    beta1: float = setting("decay of the first moment", default=0.9, low=0, high=0.9999)
+    beta2: float = setting("decay of the second moment", default=0.95, low=0, high=0.999999)
+    eps: float = setting("added to the root of the second moment", default=1e-8, above=0)
+
+
+@attrs.frozen(kw_only=True)
+class Optim:
+    """Optimizer: one group a table, decay and clip for all."""
+
+    dense: Group = setting("embedding, attention, norms, dense and shared MLPs, head")
+    expert: Group = setting("routed experts")
+    router: Group = setting("router matrices")
+    weight_decay: float = setting("decoupled decay of the parameters that decay", default=0.1, low=0)
+    clip_norm: float = setting("largest global gradient norm", default=1.0, above=0)
+
+
+@attrs.frozen(kw_only=True)
+class Schedule:
+    """Learning rate over tokens: linear warm-up, constant, cosine decay, then the floor."""
+
+    warmup_tokens: int = setting("length of the linear warm-up", unit="tokens", default=0, low=0)
+    hold_tokens: int = setting("length at the peak", unit="tokens", low=0)
+    decay_tokens: int = setting("length of the cosine decay", unit="tokens", low=0)
+    floor: float = setting("last learning rate / peak", default=0.1, low=0, high=1)
+
+
+@attrs.frozen(kw_only=True)
+class Train:
+    """The step."""
+
+    steps: int = setting("optimizer steps", low=1, identity=False)
+    batch_size: int = setting("sequences a step, over all ranks", unit="sequences", low=1)
+    microbatch_size: int = setting("sequences a rank holds at once", unit="sequences", low=1, identity=False)
+    sequence_length: int = setting("tokens a sequence", unit="tokens", low=1)
+    loss_chunk: int = setting(
+        "tokens whose logits are held at once", unit="tokens", default=1024, low=1, identity=False
+    )
+    z_loss: float = setting("weight of the squared log-partition", default=0.0, low=0)
+    max_nonfinite_steps: int = setting("non-finite steps in a row that stop the run", default=3, low=1, identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Validation:
+    """Loss on held-out documents."""
+
+    every: int = setting("steps between validations; one more at the end", unit="steps", low=1, identity=False)
+    tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Parallel:
+    """How many processes, one a GPU."""
+
+    ranks: int = setting("processes this config is meant for", default=1, low=1, identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Log:
+    """What is printed and written, and when."""
+
+    every: int = setting("steps between logged steps", default=10, unit="steps", low=1, identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Run:
+    """One run: where it happens and where it is written."""
+
+    device: Literal["cpu", "cuda"] = setting("where it computes", identity=False)
+    seed: int = setting("seed of initial values and data order", default=0, low=0)
+    root: str = setting("folder of run folders", default="runs", identity=False)
+    name: str | None = setting(
+        "name of the run folder; absent: config name and start time", default=None, identity=False
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """A whole config."""
+
+    model: Model = setting("shape of the network")
+    precision: Precision = setting("number formats")
+    data: Data = setting("what is read")
+    optim: Optim = setting("optimizer")
+    schedule: Schedule = setting("learning rate over tokens")
+    train: Train = setting("the step")
+    validation: Validation = setting("loss on held-out documents")
+    run: Run = setting("where it happens")
+    parallel: Parallel = setting("how many processes", default=attrs.Factory(Parallel))
+    log: Log = setting("what is printed and written", default=attrs.Factory(Log))

@@ -1,0 +1,149 @@
+"""TOML text: reading a file, which line a key is on, single values, and how values are shown in messages."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import attrs
+import tomli
+import tomli_w
+
+from nmoe.config.fields import KeyPath, flat
+from nmoe.errors import InputError
+
+__all__ = ["Document", "closest", "dotted", "lines", "literal", "printable", "read", "shown"]
+
+LONGEST = 80
+"""Characters of a value that a message shows at most."""
+
+
+@attrs.frozen(kw_only=True)
+class Document:
+    """A TOML file: its tables, and the line of each key and table header."""
+
+    tables: dict[str, Any]
+    lines: dict[KeyPath, int]
+
+
+def closest(word: str, possibilities: Sequence[str]) -> str | None:
+    """The possibility a mistyped word probably means."""
+    return next(iter(difflib.get_close_matches(word, possibilities, n=1)), None)
+
+
+def printable(text: str) -> str:
+    """Text on one line: characters that are no print become their escapes."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: a TOML literal on one line, long ones cut, tables and arrays by name."""
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "an array"
+    if isinstance(value, int) and value.bit_length() > 4 * LONGEST:
+        return f"an integer of {value.bit_length()} bits"
+    text = printable(tomli_w.dumps({"value": value}).removeprefix("value = ").strip())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def dotted(path: KeyPath) -> str:
+    """A path as TOML writes it, names that are not bare keys in quotes."""
+    return ".".join(name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else shown(name) for name in path)
+
+
+def literal(text: str) -> Any:
+    """The value of a TOML literal; text that is none is a string, for the strict conversion to judge.
+
+    `text` has to be a value alone and in an array, so that neither a comment nor a second statement slips in.
+    """
+    try:
+        alone, listed = tomli.loads(f"value = {text}"), tomli.loads(f"value = [{text}]")
+    except (ValueError, RecursionError):
+        return text
+    return alone["value"] if listed == {"value": [alone["value"]]} and len(alone) == 1 else text
+
+
+def read(path: Path) -> Document:
+    """A TOML file.
+
+    Raises:  InputError when it is missing, unreadable, not UTF-8 or not TOML.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        near = closest(path.name, [other.name for other in path.parent.glob("*.toml")])
+        hint = f"did you mean {path.with_name(near)}?" if near else "check the path"
+        raise InputError(f"{path}: an existing file, got none; {hint}") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: a TOML file, got a directory; name a file in it") from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: a readable file, got {error.strerror}; check the path and its permissions"
+        ) from error
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}:{line}: text in UTF-8, got the byte 0x{content[error.start]:02x}; save the file as UTF-8"
+        ) from error
+    return Document(tables=_parse(text, path), lines=lines(text))
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        line = text.replace("\r\n", "\n").split("\n")[error.lineno - 1]
+        hint = "TOML uses true/false" if re.search(r"=\s*(True|False)\b", line) else f"mend column {error.colno}"
+        raise InputError(f"{path}:{error.lineno}: TOML, got {_lowered(error.msg)}; {hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: TOML that can be read, got {_lowered(str(error))}; shorten it") from error
+
+
+def _lowered(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def lines(text: str) -> dict[KeyPath, int]:
+    """The line each key and table of a TOML text is first named on, counted from 1.
+
+    A statement is as many lines as it takes for TOML to parse them alone. Text that is not TOML gives what was found
+    before the fault.
+    """
+    found: dict[KeyPath, int] = {}
+    header: KeyPath = ()
+    statement: list[str] = []
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        statement.append(line)
+        try:
+            parsed = tomli.loads("\n".join(statement))
+        except (ValueError, RecursionError):
+            continue
+        begin = number - len(statement) + 1
+        is_header = statement[0].lstrip().startswith("[")
+        statement = []
+        if is_header:
+            header = _header(parsed)
+        for path in (header,) if is_header else ((*header, *path) for path, _ in flat(parsed)):
+            for depth in range(1, len(path) + 1):
+                found.setdefault(path[:depth], begin)
+    return found
+
+
+def _header(parsed: dict[str, Any]) -> KeyPath:
+    """Path of the one table in the parsed text of `[a.b]` or `[[a.b]]`."""
+    path: KeyPath = ()
+    inner: Any = parsed
+    while inner:
+        if isinstance(inner, list):
+            inner = cast("list[Any]", inner)[0]
+        else:
+            name, inner = next(iter(cast("dict[str, Any]", inner).items()))
+            path = (*path, name)
+    return path

@@ -1,0 +1,170 @@
+"""`nmoe bench step`: how long an optimizer step takes, beside the same model in `transformers` if asked."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmoe.config import Config
+from nmoe.effects import hf, runtime
+from nmoe.effects.log import say
+from nmoe.effects.plan import quantity
+from nmoe.effects.run import arena_layouts, fresh
+from nmoe.effects.step import learning_rates, make_step
+from nmoe.errors import InputError
+from nmoe.pure.key import Key
+from nmoe.pure.model import Batch
+from nmoe.pure.plan import plan
+
+__all__ = ["step"]
+
+OTHERS = ("transformers",)
+WARMUP = 3
+"""Steps before the clock starts: kernels load, allocators fill."""
+
+
+@attrs.frozen(kw_only=True)
+class Timing:
+    """What was measured of one trainer."""
+
+    seconds: tuple[float, ...]  # of each step
+    loss: float  # of the first step, nats a target
+    memory_bytes: int  # most the GPU held; 0 on a CPU
+
+
+def step(config: Config, against: str | None, steps: int) -> int:
+    """Time `steps` optimizer steps of `config` on one batch of random tokens.
+
+    Data, log and validation are left out. With `against`, the same weights take the same steps there: its own
+    attention and experts, `torch.optim.AdamW`, the same clip.
+
+    against  "transformers" or None
+    returns  exit code 0
+    Raises:  InputError when the device or `transformers` is not there.
+    """
+    if steps < 1:
+        raise InputError(f"--steps: at least 1, got {steps}; 20 is a good start")
+    if against is not None and against not in OTHERS:
+        raise InputError(f"--against: one of {', '.join(OTHERS)}, got {against!r}; name one, or leave it out")
+    device = runtime.device(config.run.device)
+    rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=runtime.peak_flops(device))
+    network = None if against is None else their_network(config, rt)
+    batch = random_batch(config, device)
+    flops = plan(config, ranks=1, mfu=1.0, peak_flops=rt.peak_flops).flops.training()
+
+    ours = measure(our_step(config, rt, batch), steps, device)
+    say(line("nmoe", ours, batch, flops, rt.peak_flops))
+    if network is not None:
+        theirs = measure(their_step(config, network, batch), steps, device)
+        say(line("transformers", theirs, batch, flops, rt.peak_flops))
+        faster = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
+        say(f"{'ratio':<14} {faster:.2f}  (transformers' time / nmoe's)")
+    return 0
+
+
+def random_batch(config: Config, device: torch.device) -> Batch:
+    """One step's batch [M B T]."""
+    train = config.train
+    shape = (train.batch_size // train.microbatch_size, train.microbatch_size, train.sequence_length + 1)
+    generator = Key(config.run.seed).fold("bench").generator()
+    tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+    return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous())
+
+
+def measure(one: Callable[[], Tensor], steps: int, device: torch.device) -> Timing:
+    """Call `one` until warm, then time `steps` calls; the device is waited for at the end only."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    losses = [one() for _ in range(WARMUP)]
+    clock = runtime.Clock(device)
+    clock.mark("start")
+    for index in range(steps):
+        one()
+        clock.mark(str(index))
+    return Timing(
+        seconds=tuple(clock.split().values()),
+        loss=losses[0].item(),
+        memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+    )
+
+
+def line(name: str, timing: Timing, batch: Batch, flops: int, peak_flops: float) -> str:
+    """One trainer's figures; the median of the steps' times, and their range."""
+    seconds = statistics.median(timing.seconds)
+    low, high = min(timing.seconds), max(timing.seconds)
+    rate = batch.tokens.numel() / seconds
+    memory = f"  memory {quantity(timing.memory_bytes, 'B')}" if timing.memory_bytes else ""
+    return (
+        f"{name:<14} {1000 * seconds:.1f} ms a step ({1000 * low:.1f} to {1000 * high:.1f})"
+        f"  {quantity(rate)} tok/s  mfu {100 * rate * flops / peak_flops:.1f} %{memory}  first loss {timing.loss:.6f}"
+    )
+
+
+def our_step(config: Config, rt: runtime.Runtime, batch: Batch) -> Callable[[], Tensor]:
+    """A call takes one step and returns its loss."""
+    layouts = arena_layouts(config)
+    state, env = fresh(config, layouts, rt)
+    take = make_step(config, layouts, env, rt, mark=lambda name: None)
+
+    def one() -> Tensor:
+        nonlocal state
+        state, metrics = take(state, batch)
+        return metrics.loss
+
+    return one
+
+
+def their_network(config: Config, rt: runtime.Runtime) -> Any:
+    """`transformers`' model with the weights a run of `config` starts from, in the format of `precision.compute`."""
+    try:
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    except ImportError as error:
+        raise InputError(
+            f'--against: "transformers" needs the extra `hf`, got {error}; pip install "nmoe[hf]"'
+        ) from error
+    dtype = torch.float32 if config.precision.compute == "fp32" else torch.bfloat16
+    state, _ = fresh(config, arena_layouts(config), rt)
+    with rt.device:
+        network = DeepseekV3ForCausalLM(DeepseekV3Config(**hf.settings(config.model), use_cache=False))
+    network.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+    network.load_state_dict(hf.state_dict(state.params, state.router_bias, config.model), strict=True)
+    return network.train()
+
+
+def their_step(config: Config, network: Any, batch: Batch) -> Callable[[], Tensor]:
+    """A call takes one step and returns its loss.
+
+    Parameters and moments have the format of the parameters: in bf16 less is stored, and less is read, than by a
+    trainer that keeps an fp32 master. Decay is for everything, and the router bias does not move.
+    """
+    rates = learning_rates(config, 0)
+    group = config.optim.dense
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=rates["dense"],
+        betas=(group.beta1, group.beta2),
+        eps=group.eps,
+        weight_decay=config.optim.weight_decay,
+        fused=True,
+    )
+    num_targets = batch.targets.numel()
+
+    def one() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=batch.tokens.device)
+        for tokens, targets in zip(batch.tokens.unbind(0), batch.targets.unbind(0), strict=True):
+            logits = network(tokens).logits.flatten(0, 1).float()
+            loss = F.cross_entropy(logits, targets.flatten(), reduction="sum") / num_targets
+            loss.backward()
+            total = total + loss.detach()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        return total
+
+    return one

@@ -1,0 +1,93 @@
+"""The memory of a run: arenas, the parameters that look into them, and constant tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmoe.pure import tree
+from nmoe.pure.init import initial
+from nmoe.pure.key import Key
+from nmoe.pure.layout import ArenaLayout, Slot
+from nmoe.pure.optim import split
+from nmoe.pure.spec import Dims
+from nmoe.pure.tree import record
+
+__all__ = ["Arena", "allocate", "bind", "initialise_", "place"]
+
+
+@record
+class Arena:
+    """Flat storage of all parameters of one policy; every tensor has the layout's length."""
+
+    value: Tensor
+    gradient: Tensor
+    first: Tensor  # first moment
+    second: Tensor  # second moment
+    remainder: Tensor | tuple[()]  # i16, the low half of the fp32 master; () when `value` is fp32
+
+
+def allocate(layouts: tuple[ArenaLayout, ...], device: torch.device) -> tuple[Arena, ...]:
+    """Zeroed arenas, one a layout."""
+
+    def zeros(size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    return tuple(
+        Arena(
+            zeros(each.size, each.storage),
+            zeros(each.size, each.gradient),
+            zeros(each.size, each.moments),
+            zeros(each.size, each.moments),
+            zeros(each.size, torch.int16) if each.has_remainder() else (),
+        )
+        for each in layouts
+    )
+
+
+def view(flat: Tensor, slot: Slot) -> Tensor:
+    """The part of an arena that one parameter has."""
+    return flat[slot.offset : slot.offset + slot.size()].view(slot.shape)
+
+
+def bind(specs: Any, layouts: tuple[ArenaLayout, ...], arenas: tuple[Arena, ...]) -> Any:
+    """The parameter tree whose leaves are views of the arenas, gradients included.
+
+    Leaves are `nn.Parameter` because the compiler and CUDA graphs take only those to have a fixed address.
+    """
+    leaves: dict[str, nn.Parameter] = {}
+    for described, arena in zip(layouts, arenas, strict=True):
+        for slot in described.slots:
+            leaf = nn.Parameter(view(arena.value, slot))
+            if described.gradient is not described.storage:
+                leaf.grad_dtype = described.gradient  # pyright: ignore[reportAttributeAccessIssue]
+            leaf.grad = view(arena.gradient, slot)
+            leaves[slot.path] = leaf
+    return tree.map(lambda path, _: leaves[path], specs)
+
+
+@torch.no_grad()
+def initialise_(
+    arenas: tuple[Arena, ...], layouts: tuple[ArenaLayout, ...], key: Key, dims: Dims, *, rank: int, world: int
+) -> None:
+    """Draw the initial values, one parameter at a time.
+
+    rank, world  of the ranks the experts are shared out to
+    Writes:      values and remainders of `arenas`.
+    """
+    for described, arena in zip(layouts, arenas, strict=True):
+        for slot in described.slots:
+            value = initial(key, slot.path, slot.spec, dims, rank=rank, world=world, device=arena.value.device)
+            if isinstance(arena.remainder, Tensor):
+                rounded, remainder = split(value)
+                view(arena.value, slot).copy_(rounded)
+                view(arena.remainder, slot).copy_(remainder)
+            else:
+                view(arena.value, slot).copy_(value)
+
+
+def place(node: Any, device: torch.device) -> Any:
+    """A tree of tensors on the device."""
+    return tree.map(lambda path, leaf: leaf.to(device), node)

@@ -1,0 +1,97 @@
+"""The run folder: what is written while a run goes on, and the lines on the screen.
+
+`metrics.rank0.jsonl` and `events.jsonl` are append-only, one JSON object a line; numbers that are not finite are the
+strings "nan", "inf" and "-inf", because JSON has none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import attrs
+
+from nmoe.effects import files
+from nmoe.errors import InputError
+
+__all__ = ["Log", "create_folder", "now", "open_log", "say"]
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 to the millisecond. A label, never a measure of duration."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def say(text: str) -> None:
+    """One line, or several, for the person at the terminal."""
+    print(text, flush=True)
+
+
+def plain(value: Any) -> Any:
+    """`value` with every number that JSON cannot hold as a string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value
+
+
+@attrs.frozen(kw_only=True)
+class Log:
+    """Where a run writes what happens to it."""
+
+    folder: Path
+    attempt: int
+    metrics_file: TextIO
+    events_file: TextIO
+
+    def metrics(self, **fields: Any) -> None:
+        """Append one line of metrics. Writes: metrics.rank0.jsonl."""
+        self._append(self.metrics_file, {"attempt": self.attempt, "time": now(), **fields})
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Append one event. Writes: events.jsonl."""
+        self._append(self.events_file, {"time": now(), "event": name, "attempt": self.attempt, **fields})
+
+    def _append(self, file: TextIO, fields: Mapping[str, Any]) -> None:
+        file.write(json.dumps(plain(fields), allow_nan=False) + "\n")
+        file.flush()
+
+
+def create_folder(root: Path, name: str, contents: Mapping[str, str]) -> Path:
+    """A new run folder with these text files in it; whole or absent.
+
+    Raises:  InputError when the name is taken or the folder cannot be written.
+    """
+    folder = root / name
+    temporary = root / f".{name}.new"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            raise InputError(f"run.name: a run folder is new, got {folder}, which exists; choose another name")
+        temporary.mkdir(exist_ok=True)
+        for file, text in contents.items():
+            files.write_text(temporary / file, text)
+        temporary.rename(folder)
+    except OSError as error:
+        raise InputError(
+            f"run.root: run folders can be written, got {error.strerror} at {error.filename or root}; "
+            "choose another run.root or mend its permissions"
+        ) from error
+    return folder
+
+
+@contextmanager
+def open_log(folder: Path, attempt: int) -> Iterator[Log]:
+    """Open the append-only files of a run folder."""
+    with ExitStack() as scope:
+        metrics = scope.enter_context(open(folder / "metrics.rank0.jsonl", "a", encoding="utf-8"))
+        events = scope.enter_context(open(folder / "events.jsonl", "a", encoding="utf-8"))
+        yield Log(folder=folder, attempt=attempt, metrics_file=metrics, events_file=events)

@@ -1,0 +1,375 @@
+"""`nmoe run`: the composition root of training. Every effect is opened here, in one scope, and handed down."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmoe.config import Config, dump, identity
+from nmoe.config.sections import Stdlib
+from nmoe.effects import buffers, ops, provenance, runtime, weights
+from nmoe.effects.data import shards, stdlib
+from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.evaluate import Held, evaluate
+from nmoe.effects.generate import extend
+from nmoe.effects.loader import held_out, open_loader
+from nmoe.effects.log import Log, create_folder, open_log, say
+from nmoe.effects.plan import duration, quantity, render
+from nmoe.effects.step import Metrics, State, learning_rates, make_step
+from nmoe.errors import InputError
+from nmoe.pure import model, ngram
+from nmoe.pure.key import Key
+from nmoe.pure.layout import ArenaLayout, layout
+from nmoe.pure.model import Batch
+from nmoe.pure.ops import Env
+from nmoe.pure.plan import Plan, plan
+from nmoe.pure.route import health
+
+__all__ = ["EXIT_NONFINITE", "arena_layouts", "fresh", "main"]
+
+EXIT_NONFINITE = 5
+"""Exit code of a run that stopped after too many non-finite steps."""
+
+ASSUMED_MFU = 0.4
+"""What the estimate before the first step assumes."""
+
+YARDSTICK_TOKENS = 10_000_000
+"""Training tokens the unigram and bigram models count at most."""
+
+SAMPLE_PROMPT = "def "
+SAMPLE_TOKENS = 96
+
+
+@attrs.frozen(kw_only=True)
+class Corpus:
+    """What a run reads."""
+
+    identity: str  # hash of the manifest
+    tokenizer: tokenizers.Tokenizer
+    read: Callable[[int], Batch]
+    held: tuple[Batch, ...]
+    train: shards.Split
+    unigram: float  # nats a held-out token of a model that knows only frequencies
+    bigram: float  # the same knowing the previous token
+
+
+def open_corpus(config: Config, launch: runtime.Launch) -> Corpus:
+    """Prepare what the config names, if need be, and open it."""
+    source, train = config.data.source, config.train
+    folder = (
+        stdlib.prepare(launch.home, source.tokenizer_size, say) if isinstance(source, Stdlib) else Path(source.path)
+    )
+    train_split = shards.open_split(folder, "train", config.model.vocab_size)
+    held_split = shards.open_split(folder, "validation", config.model.vocab_size)
+    shape = {
+        "microbatch_size": train.microbatch_size,
+        "sequence_length": train.sequence_length,
+        "rank": launch.rank,
+        "world": launch.world,
+    }
+    held = held_out(held_split, num_tokens=config.validation.tokens, **shape)
+    seen = shards.read(train_split, 0, min(train_split.num_tokens, YARDSTICK_TOKENS))
+    num_held = sum(batch.targets.numel() for batch in held)
+    told = shards.read(held_split, 0, num_held + 1)
+    return Corpus(
+        identity=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
+        tokenizer=tokenizers.load(folder),
+        read=open_loader(train_split, batch_size=train.batch_size, key=Key(config.run.seed).fold("data"), **shape),
+        held=held,
+        train=train_split,
+        unigram=ngram.unigram_loss(seen, told, config.model.vocab_size),
+        bigram=ngram.bigram_loss(seen, told, config.model.vocab_size),
+    )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of the GPU, or resident in the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """Turns what steps tell into lines: on the screen and in metrics.rank0.jsonl."""
+
+    config: Config
+    rt: runtime.Runtime
+    log: Log
+    flops: int  # of training, a token
+    began: float  # monotonic seconds
+
+    def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
+        """Report the last step; times are means over the `steps` since the previous report.
+
+        returns  (non-finite steps in all, in a row)
+        """
+        train = self.config.train
+        tokens = train.batch_size * train.sequence_length
+        busy = sum(value for name, value in seconds.items() if name != "validation") / steps
+        rate = tokens / busy
+        mfu = rate * self.flops / (self.rt.world * self.rt.peak_flops)
+        rates = learning_rates(self.config, state.step - 1)
+        loss, norm = metrics.loss.item(), metrics.grad_norm.item()
+        shape = health(metrics.load.cpu())
+        held = memory_bytes(self.rt.device)
+        skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
+        elapsed = time.monotonic() - self.began
+        first = self.config.model.num_dense_layers
+        self.log.metrics(
+            step=state.step,
+            elapsed_s=elapsed,
+            tokens_global=state.step * tokens,
+            tokens_local=state.step * tokens // self.rt.world,
+            loss=loss,
+            auxiliary_loss=metrics.auxiliary_loss.item(),
+            **{f"lr/{group}": value for group, value in rates.items()},
+            grad_norm=norm,
+            update_norm=metrics.update_norm.item(),
+            nonfinite_steps=skipped,
+            tokens_per_s=rate,
+            mfu=mfu,
+            memory_bytes=held,
+            step_s=busy,
+            **{f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"},
+            experts={
+                "layer": list(range(first, self.config.model.num_layers)),
+                "max_over_mean": shape.max_over_mean.tolist(),
+                "cv": shape.cv.tolist(),
+                "dead": shape.dead.tolist(),
+                "entropy": metrics.entropy.tolist(),
+                "bias_min": state.router_bias.amin(-1).tolist(),
+                "bias_max": state.router_bias.amax(-1).tolist(),
+            },
+        )
+        eta = elapsed / state.step * (train.steps - state.step)
+        say(
+            f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
+            f"loss {loss:.4f}  gnorm {norm:.3f}  lr {rates['dense']:.1e}  {quantity(rate)} tok/s  mfu {100 * mfu:.1f} %  "
+            f"mem {quantity(held, 'B')}  bal {shape.max_over_mean.max().item():.2f}  dead {int(shape.dead.sum().item())}  "
+            f"eta {duration(eta)}"
+        )
+        return skipped, in_row
+
+    def validation(self, step: int, held: Held) -> None:
+        """Report a validation."""
+        numbers = {"validation/loss": held.loss, "validation/bits_per_byte": held.bits_per_byte}
+        self.log.metrics(step=step, elapsed_s=time.monotonic() - self.began, **numbers)
+        self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)
+        say(f"step {step}  validation loss {held.loss:.4f} nats  {held.bits_per_byte:.4f} bits/byte  {held.tokens} tokens")
+
+
+def train_until(
+    config: Config,
+    state: State,
+    step: Callable[[State, Batch], tuple[State, Metrics]],
+    read: Callable[[int], Batch],
+    validate: Callable[[State], Held],
+    report: Report,
+    clock: runtime.Clock,
+    stop: runtime.Stop,
+) -> tuple[State, bool]:
+    """Take steps until the last one, a signal, or too many non-finite steps.
+
+    returns  the state, and whether the steps were finite
+    """
+    train, device = config.train, report.rt.device
+    reported, skipped = state.step, 0
+    clock.mark("start")
+    while state.step < train.steps and stop.signal is None:
+        batch = buffers.place(read(state.cursor), device)
+        clock.mark("data")
+        state, metrics = step(state, batch)
+        last = state.step == train.steps or stop.signal is not None
+        if last or state.step == 1 or state.step % config.log.every == 0:
+            before = skipped
+            skipped, in_row = report.step(state, metrics, clock.split(), state.step - reported)
+            reported = state.step
+            if skipped > before:
+                report.log.event("nonfinite", step=state.step, new=skipped - before, in_row=in_row)
+            if in_row >= train.max_nonfinite_steps:
+                return state, False
+            clock.mark("log")
+        if not last and state.step % config.validation.every == 0:
+            report.validation(state.step, validate(state))
+            clock.mark("validation")
+    return state, True
+
+
+def fresh(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime) -> tuple[State, Env]:
+    """The state before the first step, and what the model needs besides it."""
+    c = config.model
+    arenas = buffers.allocate(layouts, rt.device)
+    dims = model.dims(c)
+    buffers.initialise_(arenas, layouts, Key(config.run.seed).fold("init"), dims, rank=rt.rank, world=rt.world)
+    state = State(
+        buffers.bind(model.specs(c), layouts, arenas),
+        arenas,
+        torch.zeros(c.num_layers - c.num_dense_layers, c.moe.num_experts, device=rt.device),
+        *(torch.zeros((), dtype=torch.int64, device=rt.device) for _ in range(3)),
+        0,
+        0,
+    )
+    rope = buffers.place(model.rope_table(c, config.train.sequence_length), rt.device)
+    return state, Env(ops.build(rt.device), rope)
+
+
+def arena_layouts(config: Config) -> tuple[ArenaLayout, ...]:
+    """Where the parameters of this config lie on one rank."""
+    return layout(
+        model.specs(config.model),
+        model.dims(config.model),
+        compute=config.precision.compute,
+        moments=config.precision.moments,
+        accumulate=config.train.batch_size > config.train.microbatch_size,
+    )
+
+
+def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:
+    """What is about to happen, before step 0."""
+    train_tokens = corpus.train.num_tokens
+    return "\n".join(
+        (
+            f"run            {folder}",
+            render(config, planned),
+            f"data           {quantity(train_tokens)} training tokens ({planned.tokens / train_tokens:.2f} passes)  "
+            f"tokenizer {corpus.tokenizer.name} {corpus.tokenizer.identity[:12]} ({corpus.tokenizer.size} ids)",
+            f"yardstick      unigram {corpus.unigram:.4f} nats  bigram {corpus.bigram:.4f} nats on the validation tokens",
+        )
+    )
+
+
+def main(config: Config, sources: Mapping[str, str], command: Sequence[str], label: str) -> int:
+    """Train `config`.
+
+    sources  where each value of the config came from
+    command  the argument vector, for the record
+    label    first part of the run folder's name when the config gives none
+    returns  exit code: 0 finished, 5 too many non-finite steps, 128 + signal when interrupted
+    """
+    launch = runtime.launch(os.environ)
+    if launch.world != 1 or config.parallel.ranks != 1:
+        raise InputError(
+            f"parallel.ranks: this version trains on one rank, got {max(launch.world, config.parallel.ranks)}; "
+            "add --parallel.ranks=1, and see `nmoe plan` for larger machines"
+        )
+    device = runtime.device(config.run.device)
+    corpus = open_corpus(config, launch)
+    rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=runtime.peak_flops(device))
+    planned = plan(config, ranks=1, mfu=ASSUMED_MFU, peak_flops=rt.peak_flops)
+    c = config.model
+    layouts = arena_layouts(config)
+    name = config.run.name or f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    contents = {
+        "config.toml": dump(config),
+        "sources.toml": "".join(f'"{path}" = {_quoted(source)}\n' for path, source in sources.items()),
+        "provenance.toml": provenance.describe(
+            device, command, config=identity(config), tokenizer=corpus.tokenizer.identity, data=corpus.identity
+        ),
+    }
+    folder = create_folder(Path(config.run.root), name, contents)
+    tokenizers.save(corpus.tokenizer, folder)
+    say(banner(config, planned, corpus, folder))
+
+    state, env = fresh(config, layouts, rt)
+    clock = runtime.Clock(device)
+    step = make_step(config, layouts, env, rt, mark=clock.mark)
+    byte_lengths = _byte_lengths(corpus.tokenizer, c.vocab_size).to(device)
+
+    def validate(state: State) -> Held:
+        return evaluate(
+            state.params, state.router_bias, env, c, corpus.held, byte_lengths, chunk=config.train.loss_chunk
+        )
+
+    began = time.monotonic()
+    with open_log(folder, attempt=1) as log, runtime.stop_on_signals() as stop:
+        log.event(
+            "start",
+            pid=os.getpid(),
+            steps=config.train.steps,
+            parameters=planned.parameters.total,
+            active_parameters=planned.parameters.active,
+            yardstick={"unigram": corpus.unigram, "bigram": corpus.bigram},
+        )
+        report = Report(config=config, rt=rt, log=log, flops=planned.flops.training(), began=began)
+        try:
+            state, finite = train_until(config, state, step, corpus.read, validate, report, clock, stop)
+            return _end(config, corpus, state, finite, validate(state) if finite else None, env, report, stop)
+        except BaseException as error:
+            log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
+            raise
+
+
+def _end(
+    config: Config,
+    corpus: Corpus,
+    state: State,
+    finite: bool,
+    held: Held | None,
+    env: Env,
+    report: Report,
+    stop: runtime.Stop,
+) -> int:
+    """Keep the weights, say how it went, and with which exit code."""
+    log = report.log
+    weights.save(log.folder, state.params, state.router_bias)
+    if held is None:
+        message = (
+            f"step {state.step}: loss and gradient norm are finite, got {config.train.max_nonfinite_steps} steps in a row "
+            "that were not; lower optim.*.lr or lengthen schedule.warmup_tokens, weights are those before them"
+        )
+        log.event("end", status="failed", step=state.step, exit_code=EXIT_NONFINITE, error=message)
+        print(f"nmoe: {message}", file=sys.stderr)
+        return EXIT_NONFINITE
+    report.validation(state.step, held)
+    say(
+        f"validation     {held.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram {corpus.bigram:.4f}; "
+        f"{held.bits_per_byte:.4f} bits/byte"
+    )
+    if stop.signal is None:
+        say(f"sample         {SAMPLE_PROMPT!r} continued:\n{sample(config, corpus, state, env)}")
+    status = "finished" if stop.signal is None else "interrupted"
+    why = {} if stop.signal is None else {"signal": stop.signal.name}
+    log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), loss=held.loss, **why)
+    say(f"{status:<14} {state.step} steps in {duration(time.monotonic() - report.began)}  {log.folder / weights.FILE}")
+    return stop.exit_code()
+
+
+def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:
+    """A short text by the trained model."""
+    encoding = tokenizers.encoding(corpus.tokenizer)
+    limit = config.train.sequence_length
+    tokens = extend(
+        state.params,
+        state.router_bias,
+        env,
+        attrs.evolve(config.model, max_positions=limit),
+        encoding.encode_ordinary(SAMPLE_PROMPT),
+        num_tokens=SAMPLE_TOKENS,
+        vocab_size=corpus.tokenizer.size,
+        temperature=0.7,
+        key=Key(config.run.seed).fold("sample", SAMPLE_PROMPT),
+    )
+    return encoding.decode(tokens)
+
+
+def _byte_lengths(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Tensor:
+    """Bytes of each id the model has; ids the tokenizer does not know never occur."""
+    known = tokenizers.byte_lengths(tokenizer)
+    return torch.from_numpy(np.pad(known, (0, vocab_size - len(known))).astype(np.int64))
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,203 @@
+"""One optimizer step: accumulate, clip, update, balance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from nmoe.config.sections import Config
+from nmoe.effects.runtime import Runtime
+from nmoe.pure import optim, route
+from nmoe.pure.layout import ArenaLayout
+from nmoe.pure.model import Batch, Model, block, objective
+from nmoe.pure.ops import Env
+from nmoe.pure.schedule import factor
+from nmoe.pure.tree import record
+
+__all__ = ["Metrics", "SpentStateError", "State", "donate", "learning_rates", "make_step"]
+
+CPU_CHUNK = 1 << 18
+"""Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""
+
+GPU_CHUNK = 1 << 27
+"""The same on a GPU, so that its temporaries stay below a few GB."""
+
+
+class SpentStateError(RuntimeError):
+    """A State was used after `step` consumed it."""
+
+
+@record
+class State:
+    """Everything a step reads and replaces."""
+
+    params: Model  # views of the arenas
+    arenas: tuple[Any, ...]
+    router_bias: Tensor  # [L E] f32, one row a mixture layer
+    updates: Tensor  # 0-d i64, optimizer updates made
+    skipped: Tensor  # 0-d i64, non-finite steps so far
+    skipped_in_row: Tensor  # 0-d i64, of these, the last ones in a row
+    cursor: int  # sequences read, all ranks
+    step: int  # steps taken, skipped ones included
+
+    def __getattr__(self, name: str) -> Any:
+        """Reached only for a field that `donate` took away."""
+        if name in DONATED:
+            raise SpentStateError(
+                f"State at step {self.step}: a donated state is spent, got a read of '{name}'; "
+                "use the State that step() returned"
+            )
+        raise AttributeError(name)
+
+
+DONATED = tuple(field.name for field in attrs.fields(State) if field.name != "step")
+"""Fields that `donate` takes away; `step` stays, for the message."""
+
+
+@record
+class Metrics:
+    """What a step tells; 0-d device tensors unless said otherwise, read at the log's cadence."""
+
+    loss: Tensor  # nats a target
+    auxiliary_loss: Tensor  # weighted sequence-wise balance loss
+    grad_norm: Tensor  # before the clip
+    update_norm: Tensor
+    load: Tensor  # [L E] i64, tokens each expert was chosen by
+    entropy: Tensor  # [L] f32, router entropy in nats
+    skipped: Tensor
+    skipped_in_row: Tensor
+
+
+def donate(state: State) -> State:
+    """The fields of `state` as a fresh record; `state` itself becomes unusable, as a donated JAX array does.
+
+    Writes:  every field of `state` but `step`.
+    """
+    kept = attrs.evolve(state)
+    for name in DONATED:
+        object.__delattr__(state, name)
+    return kept
+
+
+def learning_rates(config: Config, step: int) -> dict[str, float]:
+    """Learning rate of each optimizer group in the step after `step` steps."""
+    share = factor((step + 1) * config.train.batch_size * config.train.sequence_length, config.schedule)
+    return {group: share * getattr(config.optim, group).lr for group in ("dense", "expert", "router")}
+
+
+def make_step(
+    config: Config,
+    layouts: tuple[ArenaLayout, ...],
+    env: Env,
+    rt: Runtime,
+    *,
+    mark: Callable[[str], None],
+    run: Callable[..., tuple[Tensor, Any]] = block,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """`step(state, batch) -> (state, metrics)`. It consumes its state: the storages are reused.
+
+    A step whose loss or gradient norm is not finite changes no parameter, moment or bias, and is counted; after
+    `train.max_nonfinite_steps` of them in a row no step changes anything more, so that whoever reads the metrics late
+    finds the state as it was. Nothing in a step waits for the device.
+
+    mark     called with the name of each part when it ends
+    """
+    c, train, clip = config.model, config.train, config.optim.clip_norm
+
+    def accumulate_(state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Add the gradient of the mean loss over the global batch. Writes: gradients of the arenas."""
+        num_targets = (batch.targets >= 0).sum().clamp(min=1)
+        nll = torch.zeros((), device=rt.device)
+        auxiliary = torch.zeros((), device=rt.device)
+        load = torch.zeros(state.router_bias.shape, dtype=torch.int64, device=rt.device)
+        entropy = torch.zeros(state.router_bias.shape[0], device=rt.device)
+        count = batch.tokens.shape[0]
+        for tokens, targets in zip(batch.tokens.unbind(0), batch.targets.unbind(0), strict=True):
+            loss, part, report = objective(
+                state.params,
+                Batch(tokens, targets),
+                state.router_bias,
+                env,
+                c,
+                num_targets=num_targets,
+                num_sequences=train.batch_size,
+                chunk=train.loss_chunk,
+                z_loss=train.z_loss,
+                run=run,
+            )
+            loss.backward()
+            nll = nll + part
+            load = load + report.load
+            entropy = entropy + report.entropy / count
+            auxiliary = auxiliary + report.imbalance.detach().sum() * (c.moe.sequence_balance / train.batch_size)
+        return nll / num_targets, auxiliary, load, entropy
+
+    def update_(state: State, allowed: Tensor, shrink: Tensor, updates: Tensor) -> Tensor:
+        """AdamW on every arena, where allowed; the norm of the change. Writes: the arenas."""
+        rates = learning_rates(config, state.step)
+        changes: list[Tensor] = []
+        for described, arena in zip(layouts, state.arenas, strict=True):
+            group = getattr(config.optim, described.policy.group)
+            lr = torch.full((), rates[described.policy.group], dtype=torch.float64, device=rt.device)
+            size = CPU_CHUNK if rt.device.type == "cpu" else GPU_CHUNK
+            for begin in range(0, described.size, size):
+                part = slice(begin, begin + size)
+                rounded, first, second = arena.value[part], arena.first[part], arena.second[part]
+                remainder = arena.remainder[part] if described.has_remainder() else None
+                old = rounded if remainder is None else optim.join(rounded, remainder)
+                new, moments = env.ops.adamw(
+                    old,
+                    arena.gradient[part].to(old.dtype) * shrink,
+                    optim.Moments(first, second),
+                    updates=updates,
+                    lr=lr,
+                    beta1=group.beta1,
+                    beta2=group.beta2,
+                    eps=group.eps,
+                    decay=config.optim.weight_decay if described.policy.decay else 0.0,
+                )
+                new = torch.where(allowed, new, old)
+                changes.append((new - old).square().sum())
+                if remainder is None:
+                    rounded.copy_(new)
+                else:
+                    high, low = optim.split(new)
+                    rounded.copy_(high)
+                    remainder.copy_(low)
+                first.copy_(torch.where(allowed, moments.first, first))
+                second.copy_(torch.where(allowed, moments.second, second))
+            arena.gradient.zero_()
+        return torch.stack(changes).sum().sqrt()
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        state = donate(state)
+        loss, auxiliary, load, entropy = accumulate_(state, batch)
+        mark("forward_backward")
+        with torch.no_grad():
+            norm = optim.global_norm([arena.gradient for arena in state.arenas])
+            finite = torch.isfinite(loss) & torch.isfinite(norm)
+            allowed = finite & (state.skipped_in_row < train.max_nonfinite_steps)
+            updates = state.updates + allowed
+            change = update_(state, allowed, optim.clip_scale(norm, clip), updates.clamp(min=1))
+            bias = route.balance(state.router_bias, load, rate=c.moe.bias_update_rate)
+            bias = torch.where(allowed, bias, state.router_bias)
+            skipped = state.skipped + ~allowed
+            skipped_in_row = torch.where(allowed, 0, state.skipped_in_row + 1)
+        mark("optimizer")
+        after = State(
+            state.params,
+            state.arenas,
+            bias,
+            updates,
+            skipped,
+            skipped_in_row,
+            state.cursor + train.batch_size,
+            state.step + 1,
+        )
+        return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row)
+
+    return step

@@ -1,0 +1,26 @@
+"""Root-mean-square normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["rms_norm", "wide"]
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in at least fp32: the format of reductions, probabilities and rotations."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
+    """`x` scaled to a root mean square of one over its last axis, times `gain`.
+
+    x        [... D]
+    gain     [D]
+    returns  [... D] in the format of `x`; the mean is taken in fp32
+    Source:  Zhang & Sennrich (arXiv:1910.07467) eq. 4.
+    """
+    y = wide(x)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * gain).to(x.dtype)

@@ -1,0 +1,52 @@
+"""How kernels reach the mathematics: a record of functions, and the constant tables they read.
+
+`REFERENCE` is the plain implementation of each. The shell builds the record for a device; tests pass `REFERENCE` or a
+stub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from nmoe.pure import experts, loss, norm, optim
+from nmoe.pure.attention import mla
+from nmoe.pure.experts import Rows
+from nmoe.pure.rope import Rope
+from nmoe.pure.tree import record
+
+__all__ = ["REFERENCE", "Env", "Ops"]
+
+
+@record
+class Ops:
+    """One function a field; each has the signature of its reference."""
+
+    norm: Callable[..., Tensor]
+    attend_mla: Callable[..., Tensor]
+    dispatch: Callable[..., Rows]
+    experts: Callable[..., Tensor]
+    combine: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+    adamw: Callable[..., Any]
+
+
+REFERENCE = Ops(
+    norm.rms_norm,
+    mla.attend_mla,
+    experts.dispatch,
+    experts.experts,
+    experts.combine,
+    loss.linear_cross_entropy,
+    optim.adamw,
+)
+
+
+@record
+class Env:
+    """What the model needs besides parameters and tokens."""
+
+    ops: Ops
+    rope: Rope

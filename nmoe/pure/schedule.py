@@ -1,0 +1,25 @@
+"""Learning rate over tokens."""
+
+from __future__ import annotations
+
+import math
+
+from nmoe.config.sections import Schedule
+
+__all__ = ["factor"]
+
+
+def factor(tokens: int, c: Schedule) -> float:
+    """Share of the peak learning rate for the step that brings the run to `tokens` tokens.
+
+    Linear warm-up, constant, half a cosine down to the floor, then the floor (warm-up–sustain–decay,
+    MiniCPM, arXiv:2404.06395, section 4).
+    """
+    if tokens < c.warmup_tokens:
+        return tokens / c.warmup_tokens
+    into_decay = tokens - c.warmup_tokens - c.hold_tokens
+    if into_decay <= 0:
+        return 1.0
+    if into_decay >= c.decay_tokens:
+        return c.floor
+    return c.floor + (1 - c.floor) * 0.5 * (1 + math.cos(math.pi * into_decay / c.decay_tokens))

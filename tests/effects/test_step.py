@@ -1,0 +1,258 @@
+"""The step against torch's own optimizer, and what it promises of its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from tests.effects.tiny import tiny
+from torch import Tensor
+
+from nmoe.config.sections import Config
+from nmoe.effects import buffers, ops
+from nmoe.effects.run import arena_layouts, fresh
+from nmoe.effects.runtime import Runtime
+from nmoe.effects.step import SpentStateError, State, learning_rates, make_step
+from nmoe.pure import tree
+from nmoe.pure.model import Batch, objective
+from nmoe.pure.spec import POLICY
+
+RT = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
+
+
+def batches(config: Config, num: int, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    train = config.train
+    shape = (train.batch_size // train.microbatch_size, train.microbatch_size, train.sequence_length + 1)
+    drawn = [torch.randint(config.model.vocab_size, shape, generator=generator) for _ in range(num)]
+    return [Batch(each[..., :-1].contiguous(), each[..., 1:].contiguous()) for each in drawn]
+
+
+def start(config: Config, dtype: torch.dtype | None = None) -> tuple[State, Any]:
+    """A fresh state and its step; `dtype` puts everything into one format."""
+    layouts = arena_layouts(config)
+    if dtype is not None:
+        layouts = tuple(attrs.evolve(each, storage=dtype, gradient=dtype, moments=dtype) for each in layouts)
+    state, env = fresh(config, layouts, RT)
+    if dtype is not None:
+        state = attrs.evolve(state, router_bias=state.router_bias.to(dtype))
+    return state, make_step(config, layouts, env, RT, mark=lambda name: None)
+
+
+def snapshot(state: State) -> list[Tensor]:
+    return [leaf.detach().clone() for _, leaf in tree.leaves(state) if isinstance(leaf, Tensor)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("microbatch", [4, 2, 1])
+def test_steps_are_those_of_torch_adamw_with_clip(microbatch: int) -> None:
+    config = tiny(batch_size=4, microbatch_size=microbatch, clip_norm=0.5, steps=6)
+    state, step = start(config, torch.float64)
+    leaves = [leaf.detach().clone().requires_grad_() for _, leaf in tree.leaves(state.params)]
+    specs = [spec for _, spec in tree.leaves(_specs(config))]
+    names = iter(leaves)
+    theirs = tree.map(lambda path, _: next(names), state.params)
+    rates = learning_rates(config, 0)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [leaf],
+                "lr": rates[POLICY[spec.role].group],
+                "betas": (config.optim.dense.beta1, config.optim.dense.beta2),
+                "weight_decay": config.optim.weight_decay if POLICY[spec.role].decay else 0.0,
+            }
+            for leaf, spec in zip(leaves, specs, strict=True)
+        ]
+    )
+    env = fresh(config, arena_layouts(config), RT)[1]
+    for index, batch in enumerate(batches(config, 5)):
+        whole = Batch(batch.tokens.flatten(0, 1), batch.targets.flatten(0, 1))
+        loss, nll, _ = objective(
+            theirs,
+            whole,
+            state.router_bias,
+            env,
+            config.model,
+            num_targets=torch.tensor(whole.targets.numel()),
+            num_sequences=4,
+            chunk=64,
+        )
+        for group, spec in zip(optimizer.param_groups, specs, strict=True):
+            group["lr"] = learning_rates(config, index)[POLICY[spec.role].group]
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(leaves, 0.5)
+        before = [leaf.detach().clone() for leaf in leaves]
+        optimizer.step()
+        state, metrics = step(state, batch)
+        torch.testing.assert_close(metrics.loss, nll / whole.targets.numel(), rtol=1e-12, atol=0, check_dtype=False)
+        torch.testing.assert_close(metrics.grad_norm, norm, rtol=1e-10, atol=0)
+        moved = torch.cat([(new.detach() - old).flatten() for new, old in zip(leaves, before, strict=True)]).norm()
+        torch.testing.assert_close(metrics.update_norm, moved, rtol=1e-6, atol=0)
+    for (path, ours), leaf in zip(tree.leaves(state.params), leaves, strict=True):
+        assert (ours - leaf).abs().max() < 1e-8, path
+
+
+def _specs(config: Config) -> Any:
+    from nmoe.pure import model
+
+    return model.specs(config.model)
+
+
+def test_masked_targets_weigh_nothing_in_any_split() -> None:
+    config = tiny(batch_size=4, microbatch_size=1)
+    (batch,) = batches(config, 1)
+    targets = batch.targets.clone()
+    targets[0] = -1
+    targets[1, :, ::2] = -1
+    losses: list[Tensor] = []
+    for microbatch in (1, 2, 4):
+        c = tiny(batch_size=4, microbatch_size=microbatch)
+        state, step = start(c, torch.float64)
+        shape = (4 // microbatch, microbatch, -1)
+        _, metrics = step(state, Batch(batch.tokens.view(shape), targets.view(shape)))
+        losses.append(torch.stack([metrics.loss, metrics.grad_norm, metrics.update_norm]))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=0)
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-10, atol=0)
+
+
+def test_a_donated_state_is_spent() -> None:
+    config = tiny()
+    state, step = start(config)
+    after, _ = step(state, batches(config, 1)[0])
+    for name in ("params", "arenas", "router_bias", "cursor", "skipped"):
+        with pytest.raises(SpentStateError, match="step 0: a donated state is spent"):
+            getattr(state, name)
+    assert after.step == 1 and after.cursor == config.train.batch_size
+    with pytest.raises(SpentStateError):
+        step(state, batches(config, 1)[0])
+
+
+def test_storages_are_reused() -> None:
+    config = tiny(compute="bf16")
+    state, step = start(config)
+
+    def addresses(of: State) -> list[int]:
+        found = [leaf.data_ptr() for _, leaf in tree.leaves((of.params, of.arenas))]
+        return found + [leaf.grad.data_ptr() for _, leaf in tree.leaves(of.params)]
+
+    before = addresses(state)
+    for batch in batches(config, 3):
+        state, _ = step(state, batch)
+    assert addresses(state) == before
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_nonfinite_step_changes_nothing_and_is_counted(compute: str) -> None:
+    config = tiny(compute=compute, max_nonfinite_steps=2)
+    good = batches(config, 5)
+    state, step = start(config)
+    state, _ = step(state, good[0])
+    kept = snapshot(attrs.evolve(state, updates=state.updates.clone()))
+    state, metrics = poisoned(state, step, good[1])
+    assert not torch.isfinite(metrics.grad_norm)
+    assert (int(metrics.skipped), int(metrics.skipped_in_row)) == (1, 1)
+    assert same(kept[:-3], snapshot(state)[:-3]), "parameters, moments and bias stay"
+    assert int(state.updates) == 1
+    state, metrics = step(state, good[2])
+    assert (int(metrics.skipped), int(metrics.skipped_in_row)) == (1, 0)
+    assert int(state.updates) == 2 and not same(kept[:-3], snapshot(state)[:-3])
+
+
+def poisoned(state: State, step: Any, batch: Batch) -> tuple[State, Any]:
+    """A step whose gradient is not a number: one gradient element is, before the step adds to it."""
+    state.arenas[0].gradient[3] = float("nan")
+    return step(state, batch)
+
+
+def test_the_limit_of_nonfinite_steps_freezes_the_state() -> None:
+    config = tiny(max_nonfinite_steps=2)
+    good = batches(config, 4)
+    state, step = start(config)
+    state, _ = step(state, good[0])
+    kept = snapshot(state)
+    state, _ = poisoned(state, step, good[1])
+    state, _ = poisoned(state, step, good[2])
+    state, metrics = step(state, good[3])
+    assert int(metrics.skipped_in_row) == 3, "a finite step after the limit does not count as one"
+    assert same(kept[:-3], snapshot(state)[:-3])
+
+
+def test_bf16_keeps_an_exact_master() -> None:
+    """Updates far below half a bf16 step add up, because the low halves are kept."""
+    config = tiny(compute="bf16", lr=1e-5)
+    state, step = start(config)
+    wide, wide_step = start(tiny(compute="fp32", lr=1e-5))
+    rounded = [leaf.detach().clone() for _, leaf in tree.leaves(state.params)]
+    for batch in batches(config, 30):
+        state, _ = step(state, batch)
+        wide, _ = wide_step(wide, batch)
+    layouts = arena_layouts(config)
+    moved = 0
+    for described, arena in zip(layouts, state.arenas, strict=True):
+        if described.has_remainder():
+            from nmoe.pure.optim import join
+
+            master = join(arena.value, arena.remainder)
+            assert torch.equal(master.bfloat16(), arena.value) or (master - arena.value.float()).abs().max() > 0
+            moved += int((arena.remainder != 0).sum())
+    assert moved > 0
+    exact = dict(tree.leaves(wide.params))
+    changed = sum(
+        int((leaf != old).sum()) for (_, leaf), old in zip(tree.leaves(state.params), rounded, strict=True)
+    )
+    assert changed > 0, "some parameters crossed a bf16 step"
+    for path, leaf in tree.leaves(state.params):
+        assert torch.allclose(leaf.float(), exact[path], atol=2e-3, rtol=1e-2), path
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_the_same_steps_twice_are_bitwise_the_same(compute: str) -> None:
+    config = tiny(compute=compute, batch_size=4, microbatch_size=2)
+
+    def run() -> list[Tensor]:
+        state, step = start(config)
+        losses: list[Tensor] = []
+        for batch in batches(config, 5):
+            state, metrics = step(state, batch)
+            losses.append(metrics.loss)
+        return [*snapshot(state), *losses]
+
+    assert same(run(), run())
+
+
+def test_cpu_ops_are_the_reference() -> None:
+    """Experts on their own rows, and attention with padded values, against the plain implementations in fp64."""
+    config = tiny()
+    layouts = tuple(attrs.evolve(each, storage=torch.float64, gradient=torch.float64) for each in arena_layouts(config))
+    (batch,) = batches(config, 1)
+    whole = Batch(batch.tokens[0], batch.targets[0])
+    found: list[dict[str, Tensor]] = []
+    for which in (ops.build(torch.device("cpu")), ops.REFERENCE):
+        state, env = fresh(config, layouts, RT)
+        loss, _, _ = objective(
+            state.params,
+            whole,
+            state.router_bias.double(),
+            attrs.evolve(env, ops=which),
+            config.model,
+            num_targets=torch.tensor(whole.targets.numel()),
+            num_sequences=2,
+            chunk=64,
+        )
+        loss.backward()
+        found.append({"loss": loss.detach(), **{path: leaf.grad for path, leaf in tree.leaves(state.params)}})
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_place_keeps_the_structure() -> None:
+    config = tiny()
+    state, _ = start(config)
+    moved = buffers.place(state.arenas, torch.device("cpu"))
+    assert [path for path, _ in tree.leaves(moved)] == [path for path, _ in tree.leaves(state.arenas)]

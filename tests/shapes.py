@@ -1,0 +1,76 @@
+"""Tiny models for the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from nmoe.config import sections
+from nmoe.pure import model, tree
+from nmoe.pure.init import init
+from nmoe.pure.key import Key
+from nmoe.pure.ops import REFERENCE, Env
+from nmoe.pure.spec import Role
+
+
+def attention(**changes: Any) -> sections.Mla:
+    """Three heads, all sizes different."""
+    c = sections.Mla(num_heads=3, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+    return attrs.evolve(c, **changes)
+
+
+def mixture(**changes: Any) -> sections.Moe:
+    """Eight experts, three a token."""
+    c = sections.Moe(num_experts=8, top_k=3, num_shared_experts=1, intermediate_size=9, route_scale=2.5)
+    return attrs.evolve(c, **changes)
+
+
+def config(**changes: Any) -> sections.Model:
+    """One dense layer and two mixtures."""
+    c = sections.Model(
+        vocab_size=37,
+        hidden_size=16,
+        num_layers=3,
+        num_dense_layers=1,
+        intermediate_size=20,
+        max_positions=64,
+        attention=attention(),
+        moe=mixture(),
+    )
+    return attrs.evolve(c, **changes)
+
+
+def parameters(c: sections.Model, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> model.Model:
+    """Leaves that require gradients; gains are uneven, so that a forgotten or misplaced one shows."""
+    specs, dims = model.specs(c), model.dims(c)
+    values = init(Key(seed).fold("init"), specs, dims)
+
+    def leaf(path: str, value: Tensor, spec: Any) -> Tensor:
+        if spec.role is Role.GAIN:
+            noise = torch.randn(value.shape, generator=Key(seed).fold("gain", path).generator())
+            value = value + 0.3 * noise
+        return value.to(dtype).requires_grad_()
+
+    return tree.map(leaf, values, specs)
+
+
+def router_bias(c: sections.Model, *, seed: int = 0, scale: float = 0.2, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[L E], one row a mixture layer."""
+    shape = (c.num_layers - c.num_dense_layers, c.moe.num_experts)
+    return (scale * torch.randn(shape, generator=Key(seed).fold("bias").generator())).to(dtype)
+
+
+def batch(c: sections.Model, *, sequences: int = 2, positions: int = 11, seed: int = 0) -> model.Batch:
+    """Random tokens, each target the next token, the first two of each sequence not counted."""
+    tokens = torch.randint(c.vocab_size, (sequences, positions + 1), generator=Key(seed).fold("tokens").generator())
+    targets = tokens[:, 1:].clone()
+    targets[:, :2] = -1
+    return model.Batch(tokens[:, :-1], targets)
+
+
+def env(c: sections.Model) -> Env:
+    """Reference operations and the model's table."""
+    return Env(REFERENCE, model.rope_table(c, c.max_positions))

@@ -1,0 +1,203 @@
+"""The command line, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+
+from nmoe.config import dump, load, schema
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.toml"
+ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith("NMOE_")} | {
+    "PYTHONPATH": str(ROOT)
+}
+
+
+def nmoe(*arguments: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nmoe", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=ENVIRON | environ, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+    """Exit code 2, and for each pattern one line on stderr, in order; nothing else."""
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    told = done.stderr.splitlines()
+    assert len(told) == len(expected), done.stderr
+    for line, pattern in zip(told, expected, strict=True):
+        assert re.fullmatch(f"nmoe: {pattern}", line), line
+
+
+def with_line(text: str, old: str, new: str) -> str:
+    assert len(re.findall(old, text, re.MULTILINE)) == 1, old
+    return re.sub(old, new, text, flags=re.MULTILINE)
+
+
+BAD_CONFIGS = {
+    "unknown key": (
+        r"^\[train\]",
+        "[train]\nzebra = 1",
+        [r"x.toml:\d+: train.zebra: a known key, got \"zebra\"; known keys: .*"],
+    ),
+    "misspelt key": (
+        r"^sequence_length =",
+        "sequence_lenght =",
+        [
+            r"x.toml:\d+: train.sequence_length: a value, got nothing; add it .*",
+            r"x.toml:\d+: train.sequence_lenght: a known key, .*; did you mean train.sequence_length\?",
+        ],
+    ),
+    "wrong type": (
+        r"^sequence_length = .*",
+        'sequence_length = "256"',
+        [r"x.toml:\d+: train.sequence_length: an integer, .*"],
+    ),
+    "syntax": (r"^sequence_length = .*", "sequence_length 256", [r"x.toml:\d+: TOML, got .*; mend column \d+"]),
+    "impossible sizes": (
+        r"^top_k = .*",
+        "top_k = 1_000_000\nnum_groups = -1",
+        [
+            r"x.toml:\d+: model.moe.num_groups: at least 1, got -1; raise it",
+            r"x.toml:\d+: model.moe.top_k: at most num_experts = \d+, got 1000000; lower top_k",
+            r"x.toml: model.moe.top_k_groups: at most num_groups = -1, got 1; .*",
+        ],
+    ),
+    "unknown attention": (
+        r'^kind = "mla"',
+        'kind = "flash"',
+        [r'x.toml:\d+: model.attention.kind: one of "mla", got "flash"; .*'],
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configs(verb: str, name: str, tmp_path: Path) -> None:
+    old, new, expected = BAD_CONFIGS[name]
+    (tmp_path / "x.toml").write_text(with_line(QUICKSTART.read_text(), old, new))
+    refused(nmoe(verb, "x.toml", cwd=tmp_path), *expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.toml"]
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"# caf\xe9\n")
+    refused(nmoe("run", "absent.toml", cwd=tmp_path), "absent.toml: an existing file, got none; check the path")
+    refused(nmoe("run", ".", cwd=tmp_path), r"\.: a TOML file, got a directory; name a file in it")
+    refused(nmoe("run", "latin.toml", cwd=tmp_path), "latin.toml:1: text in UTF-8, got the byte 0xe9; .*")
+    refused(nmoe("run", "new\nline.toml", cwd=tmp_path), r"new\\nline.toml: an existing file, got none; .*")
+    assert [path.name for path in tmp_path.iterdir()] == ["latin.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "command line: a verb, one of run, .*, got nothing; see `nmoe --help`"),
+        (("rnu", "x.toml"), r"command line: a verb, one of run, .*, got rnu; did you mean nmoe run\?"),
+        (("config", "chekc"), r"config: a verb, one of show, check, .*, got chekc; did you mean nmoe config check\?"),
+        (("config",), "config: a verb, one of show, check, diff, schema, got nothing; see `nmoe config --help`"),
+        (("run",), "run: the following arguments are required: CONFIG; see `nmoe run --help`"),
+        (("run", QUICKSTART, "--train.steps", "10"), "--train.steps: .*; write --train.steps=10"),
+        (("run", "--train.steps", "10", QUICKSTART), "--train.steps: .*; write --train.steps=10"),
+        (("run", QUICKSTART, "--steps=10"), "run: .*--section.key=value, got --steps=10; see `nmoe run --help`"),
+        (("run", QUICKSTART, "extra"), "run: .*, got extra; see .*"),
+        (("plan", QUICKSTART, "--gpu", "2"), "plan: .*, got --gpu; see .*"),
+        (
+            ("plan", QUICKSTART, "--gpus", "two"),
+            "plan: argument --gpus: invalid int value: 'two'; see `nmoe plan --help`",
+        ),
+        (("plan", QUICKSTART, "--gpus", "0"), "--gpus: .*"),
+        (("doctor", "--train.steps=10"), "doctor: no overrides, got --train.steps=10; remove it"),
+        (("config", "diff", QUICKSTART), "config diff: the following arguments are required: B; see .*"),
+    ],
+    ids=lambda each: " ".join(map(str, each))[:40] if isinstance(each, tuple) else "",
+)
+def test_bad_arguments(arguments: tuple[str | Path, ...], expected: str) -> None:
+    done = nmoe(*arguments)
+    if arguments[-2:] == ("--gpu", "2"):
+        refused(done, expected, "plan: .*, got 2; see .*")
+    else:
+        refused(done, expected)
+
+
+def test_bad_environment() -> None:
+    done = nmoe("config", "check", QUICKSTART, NMOE_TRAIN__STEP="1", NMOE_HOME="/nowhere")
+    refused(done, r"environment NMOE_TRAIN__STEP: train.step: .*; did you mean train.steps\?")
+
+
+def test_config_verbs() -> None:
+    done = nmoe("config", "show", QUICKSTART, "--train.steps=7", NMOE_LOG__EVERY="3")
+    expected = load(QUICKSTART, {"NMOE_LOG__EVERY": "3"}, ("--train.steps=7",))
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", dump(expected.config))
+    done = nmoe("config", "show", QUICKSTART, "--sources", "--train.steps=7", NMOE_LOG__EVERY="3")
+    assert tomli.loads(done.stdout) == tomli.loads(dump(expected.config))
+    assert re.search(r"^train.steps = 7 +# command line --train.steps=7$", done.stdout, re.MULTILINE)
+    assert re.search(r"^log.every = 3 +# environment NMOE_LOG__EVERY$", done.stdout, re.MULTILINE)
+    done = nmoe("config", "check", QUICKSTART)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{QUICKSTART}: valid for 1 rank(s)")
+
+
+def test_config_diff() -> None:
+    same = nmoe("config", "diff", QUICKSTART, QUICKSTART)
+    assert (same.returncode, same.stdout) == (0, "")
+    other = nmoe("config", "diff", "configs/moonlet.toml", "configs/moonlight.toml", NMOE_MODEL__NUM_LAYERS="5")
+    assert other.returncode == 1
+    assert "model.num_layers: 12 -> 27" in other.stdout.splitlines()
+    kinds = nmoe("config", "diff", QUICKSTART, "configs/moonlight.toml")
+    assert 'data.source.kind: "stdlib" -> "shards"' in kinds.stdout.splitlines()
+    assert 'data.source.path: absent -> "data/pretrain"' in kinds.stdout.splitlines()
+
+
+def test_config_schema_is_the_committed_file() -> None:
+    assert nmoe("config", "schema").stdout == (ROOT / "configs" / "nmoe.schema.json").read_text()
+    assert "extends" in schema()["properties"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), ("config", "show", str(QUICKSTART)), ("runs", "list", "--root", ".")],
+    ids=str,
+)
+def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    program = f"import sys; from nmoe.cli import main; code = main({arguments!r}); print('torch' in sys.modules, code)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=ENVIRON, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "False 0", done
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "doctor", "config show", "runs export", "generate", "bench step"])
+def test_each_verb_has_help_with_an_example(verb: str) -> None:
+    done = nmoe(*verb.split(), "--help")
+    assert done.returncode == 0
+    assert f"example: nmoe {verb} " in done.stdout
+
+
+def test_interrupted_while_reading(tmp_path: Path) -> None:
+    fifo = tmp_path / "config.toml"
+    os.mkfifo(fifo)
+    command = [sys.executable, "-m", "nmoe", "config", "show", str(fifo)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRON) as process:
+        with open(fifo, "wb"):  # returns when the process has opened it, and waits for text
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("arguments", [("config", "schema"), ("--help",)], ids=str)
+def test_a_reader_that_has_gone_ends_it_quietly(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nmoe", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=ENVIRON, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -1,0 +1,614 @@
+"""Configs: what is read is exactly what was written, and everything wrong is said at once, at its place."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import attrs
+import pytest
+import tomli
+import tomli_w
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, schema, validate
+from nmoe.config.convert import structure
+from nmoe.config.sections import Mla, Yarn
+from nmoe.config.toml import lines, literal
+from nmoe.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
+NAMES = [path.stem for path in SHIPPED]
+Where = tuple[str, ...]
+
+
+def problems(path: Path, *overrides: str, environ: dict[str, str] | None = None, valid: bool = False) -> list[str]:
+    """What loading says is wrong; nothing when it succeeds."""
+    try:
+        (load_valid if valid else load)(path, environ or {}, overrides)
+    except InputError as error:
+        return list(error.problems)
+    return []
+
+
+def every(tables: dict[str, Any], path: Where = ()) -> Iterator[tuple[Where, Any]]:
+    """All keys of nested tables, tables included."""
+    for name, value in tables.items():
+        yield (*path, name), value
+        if isinstance(value, dict):
+            yield from every(value, (*path, name))
+
+
+def at(tables: dict[str, Any], path: Where) -> dict[str, Any]:
+    """The table that holds the last name of a path."""
+    for name in path[:-1]:
+        tables = tables[name]
+    return tables
+
+
+def written(folder: Path, tables: dict[str, Any]) -> Path:
+    """A file with these tables, and its base beside it if it extends one."""
+    if base := tables.get("extends"):
+        (folder / base).write_text((ROOT / "configs" / base).read_text())
+    path = folder / "mutated.toml"
+    path.write_text(tomli_w.dumps(tables))
+    return path
+
+
+def at_line(problem: str, path: Path) -> str:
+    """The line of `path` that a problem points to."""
+    match = re.match(rf"{re.escape(str(path))}:(\d+): ", problem)
+    assert match is not None, problem
+    return path.read_text().splitlines()[int(match[1]) - 1]
+
+
+def required(section: type, path: Where = ()) -> Iterator[Where]:
+    """Keys without a default, of every kind of table."""
+    hints = typing.get_type_hints(section)
+    for field in attrs.fields(section):
+        if field.default is attrs.NOTHING:
+            yield (*path, field.name)
+        for member in typing.get_args(hints[field.name]) or (hints[field.name],):
+            if attrs.has(member):
+                yield from required(member, (*path, field.name))
+
+
+# Every config that is shipped
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    assert problems(path, valid=True) == []
+    tables = tomli.loads(path.read_text())
+    assert [error.message for error in Draft202012Validator(schema()).iter_errors(tables)] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_every_mistyped_key_is_named(path: Path, tmp_path: Path) -> None:
+    tables = tomli.loads(path.read_text())
+    for where, _ in every(tables):
+        wrong = copy.deepcopy(tables)
+        table = at(wrong, where)
+        mistyped = f"{where[-1]}x"
+        table[mistyped] = table.pop(where[-1])
+        # without its kind a table cannot be read, and the file named by extends is of no consequence here
+        named = where if where[-1] == "kind" else (*where[:-1], mistyped)
+        found = problems(written(tmp_path, wrong))
+        told = [problem for problem in found if f": {'.'.join(named)}: " in problem]
+        assert len(told) == 1, (where, found)
+        if where[-1] not in ("kind", "extends"):
+            assert f"did you mean {'.'.join(where)}?" in told[0], told
+            assert mistyped in at_line(told[0], tmp_path / "mutated.toml")
+        assert not Draft202012Validator(schema()).is_valid(wrong), where
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+@pytest.mark.parametrize("wrong", [True, "text", 3, 2.5, [], {"inner": 1}], ids=repr)
+def test_every_value_of_a_wrong_type_is_named(path: Path, wrong: Any, tmp_path: Path) -> None:
+    tables = tomli.loads(path.read_text())
+    for where, right in every(tables):
+        fits = type(wrong) is type(right) or (type(wrong) is int and type(right) is float)
+        if fits and (not isinstance(right, str) or where[-1] in ("path", "extends")):
+            continue
+        mutated = copy.deepcopy(tables)
+        at(mutated, where)[where[-1]] = wrong
+        found = problems(written(tmp_path, mutated))
+        # a table in place of a table is told by its unknown key
+        named = (*where, "inner") if isinstance(right, dict) and isinstance(wrong, dict) else where
+        named = (*where, "kind") if named[-1] == "inner" and where[-1] in ("attention", "source") else named
+        told = [problem for problem in found if f": {'.'.join(named)}: " in problem]
+        if where != ("extends",):
+            assert len(told) == 1, (where, found)
+        if named == where and where != ("extends",):
+            assert where[-1] in at_line(told[0], tmp_path / "mutated.toml")
+        if not (type(wrong) is float and wrong.is_integer()):
+            assert not Draft202012Validator(schema()).is_valid(mutated), where
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_every_missing_key_is_named(path: Path, tmp_path: Path) -> None:
+    complete = tmp_path / "complete.toml"
+    complete.write_text(dump(load(path, {}, ()).config))
+    tables = tomli.loads(complete.read_text())
+    needed = {*required(Config), ("data", "source", "kind"), ("model", "attention", "kind")}
+    dropped = 0
+    for where, _ in every(tables):
+        mutated = copy.deepcopy(tables)
+        del at(mutated, where)[where[-1]]
+        found = problems(written(tmp_path, mutated))
+        if where in needed:
+            assert len(found) == 1 and f": {'.'.join(where)}: " in found[0], (where, found)
+            dropped += 1
+        else:
+            assert found == [], where
+        assert Draft202012Validator(schema()).is_valid(mutated) == (where not in needed), where
+    assert dropped > 30
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_bounds_are_checked_and_in_the_schema(path: Path, tmp_path: Path) -> None:
+    """One step out of the schema's bounds, validate refuses the value too, by name and line."""
+    complete = tmp_path / "complete.toml"
+    complete.write_text(dump(load(path, {}, ()).config))
+    tables = tomli.loads(complete.read_text())
+    definitions = schema()["$defs"]
+    of = {"model": "Model", "moe": "Moe", "attention": "Mla", "optim": "Optim", "dense": "Group", "expert": "Group"}
+    of |= {"router": "Group", "schedule": "Schedule", "train": "Train", "validation": "Validation"}
+    of |= {"parallel": "Parallel", "log": "Log", "run": "Run"}
+    tried = 0
+    for where, value in every(tables):
+        if isinstance(value, dict) or where[-2] not in of:
+            continue
+        about = definitions[of[where[-2]]]["properties"][where[-1]]
+        step = 1 if isinstance(value, int) else 1e-3
+        outside = [about["minimum"] - step] if "minimum" in about else []
+        outside += [about["maximum"] + step] if "maximum" in about else []
+        outside += [about["exclusiveMinimum"]] if "exclusiveMinimum" in about else []
+        for wrong in outside:
+            mutated = copy.deepcopy(tables)
+            at(mutated, where)[where[-1]] = type(value)(wrong)
+            told = [
+                text for text in problems(written(tmp_path, mutated), valid=True) if f": {'.'.join(where)}: " in text
+            ]
+            assert told, where
+            assert where[-1] in at_line(told[0], tmp_path / "mutated.toml")
+            assert not Draft202012Validator(schema()).is_valid(mutated), where
+            tried += 1
+    assert tried > 40
+
+
+def test_committed_schema_is_the_generated_one() -> None:
+    Draft202012Validator.check_schema(schema())
+    assert (ROOT / "configs" / "nmoe.schema.json").read_text() == json.dumps(schema(), indent=2) + "\n"
+
+
+def test_moonlight_is_moonlet_with_more_layers() -> None:
+    moonlet, moonlight = (load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("moonlet", "moonlight"))
+    assert [each.path for each in diff(moonlet, moonlight) if each.path.startswith("model")] == ["model.num_layers"]
+
+
+# Layers
+
+
+def test_each_layer_wins_over_those_before(tmp_path: Path) -> None:
+    """Five keys, each set by one more layer than the one before."""
+    base, file = tmp_path / "base.toml", tmp_path / "file.toml"
+    tables = tomli.loads((ROOT / "configs" / "quickstart.toml").read_text())
+    for section, name in (
+        ("train", "loss_chunk"),
+        ("train", "steps"),
+        ("train", "batch_size"),
+        ("validation", "every"),
+    ):
+        tables.setdefault(section, {})[name] = 11
+    base.write_text(tomli_w.dumps(tables))
+    file.write_text('extends = "base.toml"\n\n[train]\nsteps = 22\nbatch_size = 22\n[validation]\nevery = 22\n')
+    environ = {"NMOE_TRAIN__BATCH_SIZE": "33", "NMOE_VALIDATION__EVERY": "33", "NMOE_HOME": "/nowhere", "PATH": "x__y"}
+    loaded = load(file, environ, ("--validation.every=44",))
+    c, sources = loaded.config, loaded.sources
+    assert (c.train.max_nonfinite_steps, c.train.loss_chunk, c.train.steps) == (3, 11, 22)
+    assert (c.train.batch_size, c.validation.every) == (33, 44)
+    assert sources["train.max_nonfinite_steps"] == "default"
+    assert "loss_chunk = 11" in at_line(f"{sources['train.loss_chunk']}: ", base)
+    assert sources["train.steps"] == f"{file}:4"
+    assert sources["train.batch_size"] == "environment NMOE_TRAIN__BATCH_SIZE"
+    assert sources["validation.every"] == "command line --validation.every=44"
+    # untouched neighbours of what was merged
+    assert c.train.sequence_length == tables["train"]["sequence_length"]
+
+
+def test_sources_know_every_written_value(tmp_path: Path) -> None:
+    loaded = load(ROOT / "configs" / "moonlight.toml", {}, ("--run.name=here",))
+    text = annotated(loaded.config, loaded.sources)
+    again = tmp_path / "again.toml"
+    again.write_text(text)
+    assert load(again, {}, ()).config == loaded.config
+    assert len(text.splitlines()) == len(loaded.sources)
+    assert re.search(r'^run.name = "here" +# command line --run.name=here$', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1", 1),
+        ("1e-4", 1e-4),
+        ("true", True),
+        ('"a b"', "a b"),
+        ("[1, 2]", [1, 2]),
+        ('{kind = "mla"}', {"kind": "mla"}),
+        ("bare", "bare"),
+        ("True", "True"),
+        ("", ""),
+        ("1 # note", "1 # note"),
+        ("1,", "1,"),
+        ("1, 2", "1, 2"),
+        ("1\nother = 2", "1\nother = 2"),
+        ("1]\nother = [2", "1]\nother = [2"),
+        ("9" * 5000, "9" * 5000),
+        ("[" * 5000, "[" * 5000),
+    ],
+    ids=lambda each: repr(each)[:20],
+)
+def test_values_of_overrides(text: str, value: Any) -> None:
+    assert literal(text) == value and type(literal(text)) is type(value)
+
+
+def test_override_of_a_table_merges_and_of_a_kind_does_not_forget() -> None:
+    path = ROOT / "configs" / "quickstart.toml"
+    before = load(path, {}, ()).config
+    after = load(path, {}, ("--model.moe={top_k = 3, route_scale = 2}",)).config
+    assert after.model.moe == attrs.evolve(before.model.moe, top_k=3, route_scale=2.0)
+    (stale, missing) = sorted(problems(path, "--data.source.kind=shards"), key=lambda text: "got nothing" in text)
+    assert 'data.source.tokenizer_size: a known key of kind "shards", got "tokenizer_size"' in stale
+    assert ": data.source.path: a value, got nothing" in missing
+    assert 'one of "mla", got "kda"' in problems(path, "--model.attention.kind=kda")[0]
+
+
+def test_the_last_of_two_overrides_holds() -> None:
+    config = load(ROOT / "configs" / "quickstart.toml", {}, ("--train.steps=1", "--train.steps=2")).config
+    assert config.train.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "overrides", "expected"),
+    [
+        ({"NMOE_TRAIN__STEP": "3"}, (), r"environment NMOE_TRAIN__STEP: train.step: .*did you mean train.steps\?"),
+        ({"NMOE_TOP_K__X": "3"}, (), r"environment NMOE_TOP_K__X: top_k: .*did you mean model.moe.top_k\?"),
+        ({"NMOE_train__steps": "3"}, (), r"environment NMOE_train__steps: upper case, .*write NMOE_TRAIN__STEPS"),
+        ({"NMOE_TRAIN__": "3"}, (), r'environment NMOE_TRAIN__: train."": a known key, got ""; known keys: steps, .*'),
+        ({}, ("--train.steps=ten",), r'command line --train.steps=ten: train.steps: an integer, got "ten"; .*'),
+        ({}, ("--train.steps=1e3",), r"command line --train.steps=1e3: train.steps: .* got 1000.0; write 1_000"),
+        ({}, ("--train.steps=True",), r'.*: train.steps: an integer, got "True"; TOML uses true/false'),
+        ({}, ("--train.steps=1\n2",), r".*: train.steps: an integer, got .*"),
+        ({}, ("--model.top_k=3",), r".*: model.top_k: .*; did you mean model.moe.top_k\?"),
+        ({}, ("--train=3",), r"command line --train=3: train: a table, got 3; .*"),
+        ({}, ("--run.name=7",), r"command line --run.name=7: run.name: a string, got 7; put it in quotes"),
+        ({}, ("--run.root=\udcff",), r".*: run.root: a string of printable characters, got .*"),
+        ({}, ("--train.steps",), r"command line --train.steps: --section.key=value, got --train.steps; .*"),
+        ({}, ('--extends="a.toml"',), r"command line .*: extends: a known key, got .*"),
+        ({}, (f"--train.steps={2**63}",), r".*: train.steps: an integer of 64 bits, got 9223372036854775808; .*"),
+        ({}, ("--optim.dense.lr=1e999",), r".*: optim.dense.lr: a finite number, got inf; .*"),
+        ({}, ("--optim.dense.lr=nan",), r'.*: optim.dense.lr: a (finite )?number, got "?nan"?; .*'),
+        ({}, (f"--optim.dense.lr={10**400}",), r".*: optim.dense.lr: .* 64 bits .*, got an integer of 1329 bits; .*"),
+    ],
+    ids=lambda each: repr(each)[:40],
+)
+def test_wrong_overrides(environ: dict[str, str], overrides: tuple[str, ...], expected: str) -> None:
+    (problem,) = problems(ROOT / "configs" / "quickstart.toml", *overrides, environ=environ)
+    assert re.fullmatch(expected, problem), problem
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"[model]\nvocab_size = \n", r"x.toml:2: TOML, got invalid value; mend column \d+"),
+        (b"[model]\nx = True\n", r"x.toml:2: TOML, got invalid value; TOML uses true/false"),
+        (b"a = 1\na = 2", r"x.toml:2: TOML, got cannot overwrite a value; mend column \d+"),
+        (b"\n\n# caf\xe9\n", r"x.toml:3: text in UTF-8, got the byte 0xe9; save the file as UTF-8"),
+        (b"x = " + b"9" * 5000, r"x.toml: TOML that can be read, got .*; shorten it"),
+        (b"x = " + b"[" * 5000, r"x.toml: TOML that can be read, got .*; shorten it"),
+        (b"extends = 3", r"x.toml:1: extends: the path of a TOML file, got 3; put it in quotes"),
+        (b'extends = "a\\u0000b"', r"x.toml:1: extends: the path of a TOML file, got .*"),
+        (b'extends = "absent.toml"', r"x.toml:1: extends: absent.toml: an existing file, got none; .*"),
+        (b'\nextends = "x.toml"', r'x.toml:2: extends: one level, got a base that extends "x.toml" .*'),
+    ],
+    ids=lambda each: repr(each)[:30],
+)
+def test_files_that_cannot_be_read(
+    content: bytes, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.toml").write_bytes(content)
+    (problem,) = problems(Path("x.toml"))
+    assert re.fullmatch(expected, problem), problem
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.toml").touch()
+    (problem,) = problems(tmp_path / "quikstart.toml")
+    assert problem.endswith(f"an existing file, got none; did you mean {tmp_path / 'quickstart.toml'}?")
+    (problem,) = problems(tmp_path)
+    assert problem == f"{tmp_path}: a TOML file, got a directory; name a file in it"
+    (problem,) = problems(tmp_path / "quickstart.toml" / "x.toml")
+    assert "got Not a directory" in problem
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    """Faults of base, file and override, each at its own place."""
+    (tmp_path / "base.toml").write_text(
+        (ROOT / "configs" / "quickstart.toml").read_text().replace("top_k = 2", "top_k = '2'")
+    )
+    file = tmp_path / "file.toml"
+    file.write_text('extends = "base.toml"\n[model]\nhidden_size = 1.5\n[modle.x]\n')
+    found = problems(file, "--run.device=gpu")
+    places = {problem.split(": ")[1]: problem.split(": ")[0] for problem in found}
+    assert list(places) == ["model.hidden_size", "model.moe.top_k", "run.device", "modle"]
+    assert places["model.hidden_size"] == f"{file}:3"
+    assert "top_k" in at_line(f"{places['model.moe.top_k']}: ", tmp_path / "base.toml")
+    assert places["run.device"] == "command line --run.device=gpu"
+    assert places["modle"] == f"{file}:4"
+
+
+TRICKY = '''\
+# [commented.out]
+title = "x" # = 1
+list = [
+  1, # a = 2
+  "]",
+]
+[ "a b" . c ]
+"d.e".f = {g = 1, h = {i = 2}}
+text = """
+[not.a.table]
+key = 1
+"""
+literal = \'\'\'
+"""\'\'\'
+[[many]]
+last = 1
+'''
+
+
+@pytest.mark.parametrize("text", [TRICKY, TRICKY.replace("\n", "\r\n")], ids=["lf", "crlf"])
+def test_lines_of_keys(text: str) -> None:
+    where = lines(text)
+    assert {key: line for key, line in where.items() if len(key) > 1} == {
+        ("a b", "c"): 7,
+        ("a b", "c", "d.e"): 8,
+        ("a b", "c", "d.e", "f"): 8,
+        ("a b", "c", "d.e", "f", "g"): 8,
+        ("a b", "c", "d.e", "f", "h"): 8,
+        ("a b", "c", "d.e", "f", "h", "i"): 8,
+        ("a b", "c", "text"): 9,
+        ("a b", "c", "literal"): 13,
+        ("many", "last"): 16,
+    }
+    assert {key[0]: line for key, line in where.items() if len(key) == 1} == {
+        "title": 2,
+        "list": 3,
+        "a b": 7,
+        "many": 15,
+    }
+
+
+# A kind that does not exist yet
+
+
+@attrs.frozen(kw_only=True)
+class Window:
+    kind: ClassVar[str] = "window"
+    size: int
+    causal: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class Layer:
+    attention: Mla | Window
+    mode: Literal["a", "b"] = "a"
+
+
+def test_a_new_kind_is_one_more_class_in_the_union() -> None:
+    assert structure({"attention": {"kind": "window", "size": 3}}, Layer) == Layer(attention=Window(size=3))
+    faults = structure({"attention": {"kind": "windw", "size": 3}, "mode": 1}, Layer)
+    assert isinstance(faults, tuple)
+    assert [(".".join(fault.path), fault.text) for fault in faults] == [
+        ("attention.kind", 'one of "mla", "window", got "windw"; did you mean "window"?'),
+        ("mode", 'one of "a", "b", got 1; choose one of them'),
+    ]
+    faults = structure({"attention": {"kind": "window", "size": True, "causal": "False"}}, Layer)
+    assert isinstance(faults, tuple)
+    assert [fault.text for fault in faults] == [
+        "an integer, got true; write a whole number without quotes",
+        'true or false, got "False"; TOML uses true/false',
+    ]
+
+
+# Canonical text
+
+
+def anything(tp: Any) -> st.SearchStrategy[Any]:
+    """Any value of a key's type, in bounds or not."""
+    if typing.get_origin(tp) in (typing.Union, types.UnionType):
+        return st.one_of(*(anything(member) for member in typing.get_args(tp)))
+    if typing.get_origin(tp) is Literal:
+        return st.sampled_from(typing.get_args(tp))
+    if attrs.has(tp):
+        hints = typing.get_type_hints(tp)
+        return st.builds(tp, **{field.name: anything(hints[field.name]) for field in attrs.fields(tp)})
+    return {
+        int: st.integers(-(2**63), 2**63 - 1),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        str: st.text().filter(str.isprintable),
+        types.NoneType: st.none(),
+    }[tp]
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(config=anything(Config))
+def test_loading_what_was_dumped_gives_it_again(config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "dumped.toml"
+    file.write_text(dump(config), encoding="utf-8")
+    loaded = load(file, {}, ())
+    assert loaded.config == config
+    assert dump(loaded.config) == dump(config) and identity(loaded.config) == identity(config)
+    for path, source in loaded.sources.items():
+        name, _, line = source.rpartition(":")
+        assert name == str(file), (path, source)
+        assert file.read_text(encoding="utf-8").split("\n")[int(line) - 1].startswith(f"{path.rpartition('.')[2]} = ")
+
+
+FREE_ON_RESUME = {
+    "train.steps",
+    "train.microbatch_size",
+    "train.loss_chunk",
+    "train.max_nonfinite_steps",
+    "validation.every",
+    "validation.tokens",
+    "run.device",
+    "run.root",
+    "run.name",
+    "parallel.ranks",
+    "log.every",
+}
+
+
+def test_identity_is_of_what_must_not_change() -> None:
+    path = ROOT / "configs" / "quickstart.toml"
+    name = "--run.name=first"
+    before = load(path, {}, (name,))
+    for key, source in before.sources.items():
+        value = {"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"}.get(
+            key.split(".")[-1], "77"
+        )
+        if not key.endswith(".kind"):
+            after = load(path, {}, (name, f"--{key}={value}")).config
+            assert after != before.config, (key, source)
+            assert (identity(after) == identity(before.config)) == (key in FREE_ON_RESUME), key
+    with_yarn = load(path, {}, (name, "--model.attention.yarn={factor = 2, original_positions = 128}")).config
+    assert identity(with_yarn) != identity(before.config)
+
+
+def test_diff_names_what_differs() -> None:
+    left = load(ROOT / "configs" / "quickstart.toml", {}, ()).config
+    right = attrs.evolve(
+        left, run=attrs.evolve(left.run, name="x"), log=attrs.evolve(left.log, every=left.log.every + 1)
+    )
+    assert [(each.path, each.left, each.right) for each in diff(left, right)] == [
+        ("log.every", left.log.every, left.log.every + 1),
+        ("run.name", None, "x"),
+    ] or [each.path for each in diff(left, right)] == ["run.name", "log.every"]
+    assert diff(left, left) == ()
+
+
+# Rules
+
+
+RULES = [
+    ("model.attention.qk_rope_head_dim=15", 1, "model.attention.qk_rope_head_dim: an even number, got 15; write 16, "),
+    ("model.moe.top_k=17", 1, "model.moe.top_k: at most num_experts = 16, got 17; "),
+    ("model.moe.num_groups=3", 1, "model.moe.num_groups: a divisor of num_experts = 16, got 3; "),
+    ("model.moe.num_groups=16", 1, "model.moe.num_groups: groups of two experts at least, got 16 "),
+    ("model.moe.top_k_groups=2", 1, "model.moe.top_k_groups: at most num_groups = 1, got 2; "),
+    (
+        "model.moe={num_groups = 8, top_k = 3}",
+        1,
+        "model.moe.top_k: at most the 2 experts in top_k_groups = 1 groups, got 3; ",
+    ),
+    ("model.num_dense_layers=4", 1, "model.num_dense_layers: below num_layers = 4, got 4; "),
+    ("model.max_positions=255", 1, "train.sequence_length: at most model.max_positions = 255, got 256; "),
+    (
+        "model.attention.yarn={factor = 1.5, original_positions = 128}",
+        1,
+        "model.attention.yarn.factor: original_positions * factor at least max_positions = 256, got 128 * 1.5; ",
+    ),
+    (
+        "model.attention.yarn={factor = 2, original_positions = 128, beta_slow = 32}",
+        1,
+        "model.attention.yarn.beta_slow: below beta_fast = 32.0, got 32.0; ",
+    ),
+    ("train.batch_size=24", 1, "train.batch_size: a multiple of ranks * microbatch_size = 1 * 16, got 24; "),
+    (
+        "train={batch_size = 36, microbatch_size = 12}",
+        2,
+        "train.batch_size: a multiple of ranks * microbatch_size = 2 * 12, ",
+    ),
+    ("train={batch_size = 3, microbatch_size = 1}", 3, "model.moe.num_experts: a multiple of the 3 ranks, got 16; "),
+    ("data.source.tokenizer_size=4097", 1, "data.source.tokenizer_size: at most model.vocab_size = 4096, got 4097; "),
+    ("run.name=.hidden", 1, "run.name: "),
+    ("run.name=a/b", 1, "run.name: "),
+    ("run.name=", 1, "run.name: "),
+    (f"run.name={'a' * 129}", 1, "run.name: "),
+]
+
+
+@pytest.mark.parametrize(("override", "world", "expected"), RULES, ids=[rule[0][:60] for rule in RULES])
+def test_rules(override: str, world: int, expected: str) -> None:
+    (problem,) = validate(rules_config(override), world)
+    assert problem.startswith(expected), problem
+
+
+def rules_config(*overrides: str) -> Config:
+    """The quickstart with the sizes the rules are written for."""
+    sizes = ("--model={vocab_size = 4096, num_layers = 4, max_positions = 256, moe = {num_experts = 16, top_k = 2}}",)
+    sizes += ("--train={batch_size = 16, microbatch_size = 16, sequence_length = 256}",)
+    sizes += ("--data.source.tokenizer_size=4096",)
+    return load(ROOT / "configs" / "quickstart.toml", {}, (*sizes, *(f"--{each}" for each in overrides))).config
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.moe={num_groups = 8, top_k_groups = 1, top_k = 2}",
+        "model.attention.yarn={factor = 2, original_positions = 128}",
+        "run.name=9.A_b-c",
+        f"run.name={'a' * 128}",
+        "data.source.tokenizer_size=4096",
+        "model.num_dense_layers=3",
+    ],
+)
+def test_what_just_fulfils_the_rules(override: str) -> None:
+    assert validate(rules_config(override), 1) == ()
+
+
+def test_zeros_break_their_bounds_only() -> None:
+    found = validate(rules_config("train.microbatch_size=0", "model.moe.num_groups=0", "parallel.ranks=0"), 0)
+    assert {problem.split(":")[0] for problem in found} == {
+        "train.microbatch_size",
+        "model.moe.num_groups",
+        "model.moe.top_k_groups",
+        "parallel.ranks",
+    }
+
+
+def test_a_nan_breaks_bounds() -> None:
+    config = rules_config()
+    yarn = Yarn(factor=math.nan, original_positions=256)
+    attention = attrs.evolve(config.model.attention, yarn=yarn)
+    found = validate(attrs.evolve(config, model=attrs.evolve(config.model, attention=attention)), 1)
+    assert "model.attention.yarn.factor: above 1, got nan; raise it" in found
+
+
+def test_problems_of_rules_have_places() -> None:
+    path = ROOT / "configs" / "quickstart.toml"
+    (top_k, ranks) = problems(path, "--model.moe.top_k=99", "--parallel.ranks=0", valid=True)[::-1]
+    assert top_k.startswith("command line --model.moe.top_k=99: model.moe.top_k: at most num_experts")
+    assert ranks.startswith("command line --parallel.ranks=0: parallel.ranks: at least 1, got 0")
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(path))}:\d+: model.moe.num_experts: a multiple of the 5 ranks"
+    ):
+        load_valid(path, {}, (), world=5)

@@ -168,11 +168,11 @@ def test_config_schema_is_the_committed_file() -> None:
     ids=str,
 )
 def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    program = f"import sys; from nmoe.cli import main; code = main({arguments!r}); print('torch' in sys.modules, code)"
+    program = f"import sys; from nmoe.cli import main; main({arguments!r}); print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=ENVIRON, check=False
     )
-    assert done.stdout.splitlines()[-1] == "False 0", done
+    assert done.stdout.splitlines()[-1] == "False", done
 
 
 @pytest.mark.parametrize("verb", ["run", "plan", "doctor", "config show", "runs export", "generate", "bench step"])
@@ -186,18 +186,24 @@ def test_interrupted_while_reading(tmp_path: Path) -> None:
     fifo = tmp_path / "config.toml"
     os.mkfifo(fifo)
     command = [sys.executable, "-m", "nmoe", "config", "show", str(fifo)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRON) as process:
+
+    def heed_signals() -> None:  # which whoever started the tests may have told its children to ignore
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=ENVIRON, preexec_fn=heed_signals) as process:
         with open(fifo, "wb"):  # returns when the process has opened it, and waits for text
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"")
 
 
-@pytest.mark.parametrize("arguments", [("config", "schema"), ("--help",)], ids=str)
-def test_a_reader_that_has_gone_ends_it_quietly(arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_reader_that_has_gone_ends_it_quietly(unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "nmoe", *arguments]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=ENVIRON, check=False)
+    command = [sys.executable, "-m", "nmoe", "config", "show", str(QUICKSTART)]
+    environ = ENVIRON | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environ, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import re
 import types
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,186 +15,13 @@ import tomli
 import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
 
-from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, schema, validate
+from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
 from nmoe.config.convert import structure
 from nmoe.config.sections import Mla, Yarn
 from nmoe.config.toml import lines, literal
 from nmoe.errors import InputError
-
-ROOT = Path(__file__).parent.parent
-SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
-NAMES = [path.stem for path in SHIPPED]
-Where = tuple[str, ...]
-
-
-def problems(path: Path, *overrides: str, environ: dict[str, str] | None = None, valid: bool = False) -> list[str]:
-    """What loading says is wrong; nothing when it succeeds."""
-    try:
-        (load_valid if valid else load)(path, environ or {}, overrides)
-    except InputError as error:
-        return list(error.problems)
-    return []
-
-
-def every(tables: dict[str, Any], path: Where = ()) -> Iterator[tuple[Where, Any]]:
-    """All keys of nested tables, tables included."""
-    for name, value in tables.items():
-        yield (*path, name), value
-        if isinstance(value, dict):
-            yield from every(value, (*path, name))
-
-
-def at(tables: dict[str, Any], path: Where) -> dict[str, Any]:
-    """The table that holds the last name of a path."""
-    for name in path[:-1]:
-        tables = tables[name]
-    return tables
-
-
-def written(folder: Path, tables: dict[str, Any]) -> Path:
-    """A file with these tables, and its base beside it if it extends one."""
-    if base := tables.get("extends"):
-        (folder / base).write_text((ROOT / "configs" / base).read_text())
-    path = folder / "mutated.toml"
-    path.write_text(tomli_w.dumps(tables))
-    return path
-
-
-def at_line(problem: str, path: Path) -> str:
-    """The line of `path` that a problem points to."""
-    match = re.match(rf"{re.escape(str(path))}:(\d+): ", problem)
-    assert match is not None, problem
-    return path.read_text().splitlines()[int(match[1]) - 1]
-
-
-def required(section: type, path: Where = ()) -> Iterator[Where]:
-    """Keys without a default, of every kind of table."""
-    hints = typing.get_type_hints(section)
-    for field in attrs.fields(section):
-        if field.default is attrs.NOTHING:
-            yield (*path, field.name)
-        for member in typing.get_args(hints[field.name]) or (hints[field.name],):
-            if attrs.has(member):
-                yield from required(member, (*path, field.name))
-
-
-# Every config that is shipped
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
-def test_shipped_configs_are_valid(path: Path) -> None:
-    assert problems(path, valid=True) == []
-    tables = tomli.loads(path.read_text())
-    assert [error.message for error in Draft202012Validator(schema()).iter_errors(tables)] == []
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
-def test_every_mistyped_key_is_named(path: Path, tmp_path: Path) -> None:
-    tables = tomli.loads(path.read_text())
-    for where, _ in every(tables):
-        wrong = copy.deepcopy(tables)
-        table = at(wrong, where)
-        mistyped = f"{where[-1]}x"
-        table[mistyped] = table.pop(where[-1])
-        # without its kind a table cannot be read, and the file named by extends is of no consequence here
-        named = where if where[-1] == "kind" else (*where[:-1], mistyped)
-        found = problems(written(tmp_path, wrong))
-        told = [problem for problem in found if f": {'.'.join(named)}: " in problem]
-        assert len(told) == 1, (where, found)
-        if where[-1] not in ("kind", "extends"):
-            assert f"did you mean {'.'.join(where)}?" in told[0], told
-            assert mistyped in at_line(told[0], tmp_path / "mutated.toml")
-        assert not Draft202012Validator(schema()).is_valid(wrong), where
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
-@pytest.mark.parametrize("wrong", [True, "text", 3, 2.5, [], {"inner": 1}], ids=repr)
-def test_every_value_of_a_wrong_type_is_named(path: Path, wrong: Any, tmp_path: Path) -> None:
-    tables = tomli.loads(path.read_text())
-    for where, right in every(tables):
-        fits = type(wrong) is type(right) or (type(wrong) is int and type(right) is float)
-        if fits and (not isinstance(right, str) or where[-1] in ("path", "extends")):
-            continue
-        mutated = copy.deepcopy(tables)
-        at(mutated, where)[where[-1]] = wrong
-        found = problems(written(tmp_path, mutated))
-        # a table in place of a table is told by its unknown key
-        named = (*where, "inner") if isinstance(right, dict) and isinstance(wrong, dict) else where
-        named = (*where, "kind") if named[-1] == "inner" and where[-1] in ("attention", "source") else named
-        told = [problem for problem in found if f": {'.'.join(named)}: " in problem]
-        if where != ("extends",):
-            assert len(told) == 1, (where, found)
-        if named == where and where != ("extends",):
-            assert where[-1] in at_line(told[0], tmp_path / "mutated.toml")
-        if not (type(wrong) is float and wrong.is_integer()):
-            assert not Draft202012Validator(schema()).is_valid(mutated), where
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
-def test_every_missing_key_is_named(path: Path, tmp_path: Path) -> None:
-    complete = tmp_path / "complete.toml"
-    complete.write_text(dump(load(path, {}, ()).config))
-    tables = tomli.loads(complete.read_text())
-    needed = {*required(Config), ("data", "source", "kind"), ("model", "attention", "kind")}
-    dropped = 0
-    for where, _ in every(tables):
-        mutated = copy.deepcopy(tables)
-        del at(mutated, where)[where[-1]]
-        found = problems(written(tmp_path, mutated))
-        if where in needed:
-            assert len(found) == 1 and f": {'.'.join(where)}: " in found[0], (where, found)
-            dropped += 1
-        else:
-            assert found == [], where
-        assert Draft202012Validator(schema()).is_valid(mutated) == (where not in needed), where
-    assert dropped > 30
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
-def test_bounds_are_checked_and_in_the_schema(path: Path, tmp_path: Path) -> None:
-    """One step out of the schema's bounds, validate refuses the value too, by name and line."""
-    complete = tmp_path / "complete.toml"
-    complete.write_text(dump(load(path, {}, ()).config))
-    tables = tomli.loads(complete.read_text())
-    definitions = schema()["$defs"]
-    of = {"model": "Model", "moe": "Moe", "attention": "Mla", "optim": "Optim", "dense": "Group", "expert": "Group"}
-    of |= {"router": "Group", "schedule": "Schedule", "train": "Train", "validation": "Validation"}
-    of |= {"parallel": "Parallel", "log": "Log", "run": "Run"}
-    tried = 0
-    for where, value in every(tables):
-        if isinstance(value, dict) or where[-2] not in of:
-            continue
-        about = definitions[of[where[-2]]]["properties"][where[-1]]
-        step = 1 if isinstance(value, int) else 1e-3
-        outside = [about["minimum"] - step] if "minimum" in about else []
-        outside += [about["maximum"] + step] if "maximum" in about else []
-        outside += [about["exclusiveMinimum"]] if "exclusiveMinimum" in about else []
-        for wrong in outside:
-            mutated = copy.deepcopy(tables)
-            at(mutated, where)[where[-1]] = type(value)(wrong)
-            told = [
-                text for text in problems(written(tmp_path, mutated), valid=True) if f": {'.'.join(where)}: " in text
-            ]
-            assert told, where
-            assert where[-1] in at_line(told[0], tmp_path / "mutated.toml")
-            assert not Draft202012Validator(schema()).is_valid(mutated), where
-            tried += 1
-    assert tried > 40
-
-
-def test_committed_schema_is_the_generated_one() -> None:
-    Draft202012Validator.check_schema(schema())
-    assert (ROOT / "configs" / "nmoe.schema.json").read_text() == json.dumps(schema(), indent=2) + "\n"
-
-
-def test_moonlight_is_moonlet_with_more_layers() -> None:
-    moonlet, moonlight = (load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("moonlet", "moonlight"))
-    assert [each.path for each in diff(moonlet, moonlight) if each.path.startswith("model")] == ["model.num_layers"]
-
-
-# Layers
+from tests.configs import ROOT, at_line, problems
 
 
 def test_each_layer_wins_over_those_before(tmp_path: Path) -> None:
@@ -298,7 +122,7 @@ def test_the_last_of_two_overrides_holds() -> None:
         ({}, ('--extends="a.toml"',), r"command line .*: extends: a known key, got .*"),
         ({}, (f"--train.steps={2**63}",), r".*: train.steps: an integer of 64 bits, got 9223372036854775808; .*"),
         ({}, ("--optim.dense.lr=1e999",), r".*: optim.dense.lr: a finite number, got inf; .*"),
-        ({}, ("--optim.dense.lr=nan",), r'.*: optim.dense.lr: a (finite )?number, got "?nan"?; .*'),
+        ({}, ("--optim.dense.lr=nan",), r".*: optim.dense.lr: a finite number, got nan; .*"),
         ({}, (f"--optim.dense.lr={10**400}",), r".*: optim.dense.lr: .* 64 bits .*, got an integer of 1329 bits; .*"),
     ],
     ids=lambda each: repr(each)[:40],
@@ -306,9 +130,6 @@ def test_the_last_of_two_overrides_holds() -> None:
 def test_wrong_overrides(environ: dict[str, str], overrides: tuple[str, ...], expected: str) -> None:
     (problem,) = problems(ROOT / "configs" / "quickstart.toml", *overrides, environ=environ)
     assert re.fullmatch(expected, problem), problem
-
-
-# Files
 
 
 @pytest.mark.parametrize(
@@ -404,9 +225,6 @@ def test_lines_of_keys(text: str) -> None:
     }
 
 
-# A kind that does not exist yet
-
-
 @attrs.frozen(kw_only=True)
 class Window:
     kind: ClassVar[str] = "window"
@@ -434,9 +252,6 @@ def test_a_new_kind_is_one_more_class_in_the_union() -> None:
         "an integer, got true; write a whole number without quotes",
         'true or false, got "False"; TOML uses true/false',
     ]
-
-
-# Canonical text
 
 
 def anything(tp: Any) -> st.SearchStrategy[Any]:
@@ -511,11 +326,8 @@ def test_diff_names_what_differs() -> None:
     assert [(each.path, each.left, each.right) for each in diff(left, right)] == [
         ("log.every", left.log.every, left.log.every + 1),
         ("run.name", None, "x"),
-    ] or [each.path for each in diff(left, right)] == ["run.name", "log.every"]
+    ]
     assert diff(left, left) == ()
-
-
-# Rules
 
 
 RULES = [

@@ -48,7 +48,7 @@ def annotated(config: Config, sources: Mapping[str, str]) -> str:
 
 
 def diff(left: Config, right: Config) -> tuple[Difference, ...]:
-    """The keys two configs do not agree on, in the order they are written."""
+    """The keys two configs do not agree on, in the order they are written; those only `right` has come last."""
     one, other = dict(flat(table(left))), dict(flat(table(right)))
     return tuple(
         Difference(path=dotted(path), left=one.get(path), right=other.get(path))

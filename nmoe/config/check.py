@@ -69,7 +69,7 @@ def _moe(c: Moe, world: int) -> Iterator[str]:
         )
     if c.top_k_groups > c.num_groups:
         yield f"model.moe.top_k_groups: at most num_groups = {c.num_groups}, got {c.top_k_groups}; lower top_k_groups"
-    elif c.num_groups > 1 and c.top_k_groups * size < c.top_k <= c.num_experts:
+    elif c.num_groups > 1 and size > 1 and c.top_k_groups * size < c.top_k <= c.num_experts:
         yield (
             f"model.moe.top_k: at most the {c.top_k_groups * size} experts in top_k_groups = {c.top_k_groups} groups, "
             f"got {c.top_k}; lower top_k or raise top_k_groups"

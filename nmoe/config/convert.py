@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -173,13 +172,11 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
     of_kind = "" if kind(section) is None else f' of kind "{kind(section)}"'
     here = [key.name for key in keys(section)]
     everywhere = [each for each in _paths(root) if each != (*path, name)]
-    elsewhere = {dotted(each): each for each in everywhere}
-    same = [text for text, each in elsewhere.items() if each[-1] == name]
-    close = difflib.get_close_matches(dotted((*path, name)), elsewhere, n=1)
+    elsewhere = closest(name, [each[-1] for each in everywhere])
     if near := closest(name, here):
         hint = f"did you mean {dotted((*path, near))}?"
-    elif same or close:
-        hint = f"did you mean {(same or close)[0]}?"
+    elif elsewhere:
+        hint = f"did you mean {dotted(next(each for each in everywhere if each[-1] == elsewhere))}?"
     else:
         hint = f"known keys: {', '.join((*(['kind'] if of_kind else []), *here))}"
     return f"a known key{of_kind}, got {shown(name)}; {hint}"

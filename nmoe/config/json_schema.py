@@ -7,6 +7,7 @@ another may leave any key to it.
 from __future__ import annotations
 
 import typing
+from types import MappingProxyType
 from typing import Any, Literal
 
 from nmoe.config.fields import Key, is_table, keys, kind, kinds, members
@@ -15,18 +16,18 @@ from nmoe.config.sections import Config
 __all__ = ["schema"]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-EXTENDS = {"type": "string", "description": "file this one is laid over, relative to it; one level only"}
-PRIMITIVES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+PRIMITIVES = MappingProxyType({bool: "boolean", int: "integer", float: "number", str: "string"})
 
 
 def schema() -> dict[str, Any]:
     """JSON Schema, draft 2020-12, of a config file."""
     root = _section(Config)
+    extends = {"type": "string", "description": "file this one is laid over, relative to it; one level only"}
     return {
         "$schema": DIALECT,
         "title": "nmoe config",
         **root,
-        "properties": {"extends": EXTENDS, **root["properties"]},
+        "properties": {"extends": extends, **root["properties"]},
         "if": {"required": ["extends"]},
         "else": _needed(Config),
         "$defs": {section.__name__: _section(section) for section in _sections(Config) if section is not Config},

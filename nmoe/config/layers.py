@@ -100,8 +100,11 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _place(key: KeyPath, where: Mapping[KeyPath, str]) -> str:
-    """Where a key, or else the nearest table around it, was written."""
+    """Where a key was written, or else the first in it, or else the nearest table around it."""
     while key not in where:
+        inner = next((place for each, place in where.items() if each[: len(key)] == key), None)
+        if inner is not None:
+            return inner
         key = key[:-1]
     return where[key]
 

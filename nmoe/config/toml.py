@@ -59,13 +59,13 @@ def dotted(path: KeyPath) -> str:
 def literal(text: str) -> Any:
     """The value of a TOML literal; text that is none is a string, for the strict conversion to judge.
 
-    `text` has to be a value alone and in an array, so that neither a comment nor a second statement slips in.
+    What is followed by a comment or a second statement is none: it does not parse within brackets.
     """
     try:
-        alone, listed = tomli.loads(f"value = {text}"), tomli.loads(f"value = [{text}]")
+        tomli.loads(f"value = [{text}]")
+        return tomli.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         return text
-    return alone["value"] if listed == {"value": [alone["value"]]} and len(alone) == 1 else text
 
 
 def read(path: Path) -> Document:
@@ -76,8 +76,8 @@ def read(path: Path) -> Document:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        near = closest(path.name, [other.name for other in path.parent.glob("*.toml")])
-        hint = f"did you mean {path.with_name(near)}?" if near else "check the path"
+        near = closest(path.stem, [other.stem for other in path.parent.glob("*.toml")])
+        hint = f"did you mean {path.with_name(f'{near}.toml')}?" if near else "check the path"
         raise InputError(f"{path}: an existing file, got none; {hint}") from error
     except IsADirectoryError as error:
         raise InputError(f"{path}: a TOML file, got a directory; name a file in it") from error

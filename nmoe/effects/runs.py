@@ -359,10 +359,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> s
     )
 
 
-def _experts(line: Line) -> dict[str, Sequence[Any]]:
+def _experts(line: Line) -> dict[str, list[Any]]:
     """The health of each mixture: quantity -> one value a layer, `layer` first."""
-    experts = line.fields["experts"]
-    layers = experts.get("layer") if isinstance(experts, dict) else None
+    experts: Any = line.fields["experts"]
+    layers: Any = experts.get("layer") if isinstance(experts, dict) else None
     if (
         not isinstance(layers, list)
         or not all(isinstance(layer, int) for layer in layers)
@@ -371,7 +371,7 @@ def _experts(line: Line) -> dict[str, Sequence[Any]]:
         raise InputError(
             f"{line.where}: experts holds `layer` and lists as long, got {experts!r}; mend or delete the line"
         )
-    return {"layer": layers} | experts
+    return {"layer": layers, **experts}
 
 
 def _last(lines: Sequence[Line], key: str, value: str | None = None) -> Line | None:

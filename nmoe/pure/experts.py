@@ -80,4 +80,4 @@ def combine(y: Tensor, rows: Rows, routing: Routing) -> Tensor:
     returns  [N D]   in the format of `y`
     """
     chosen = torch.empty_like(y).index_copy(0, rows.slot, y).unflatten(0, routing.weight.shape)
-    return torch.einsum("nkd,nk->nd", wide(chosen), routing.weight).to(y.dtype)
+    return (wide(chosen) * routing.weight[..., None]).sum(-2).to(y.dtype)

@@ -39,9 +39,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             nll = nll - torch.where(counted, picked, 0).sum()
             total = total + torch.where(counted, z_loss * partition.square() - picked, 0).sum()
             if wants_x or wants_head:
-                # exp(log p + log pull) is p times the pull in one pass; an ignored target has pull 0
                 pull = torch.where(counted, 1 + 2 * z_loss * partition, 0)
-                gradient = (log_share + pull.log()[:, None]).exp()
+                gradient = log_share.exp() * pull[:, None]
                 gradient = gradient.scatter_add(-1, index, -counted[:, None].to(gradient.dtype)).to(x.dtype)
                 x_gradients.append(gradient @ head.T * logit_scale)
                 if wants_head:

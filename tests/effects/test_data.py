@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import numpy as np
@@ -49,8 +51,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty.py").write_text("")
     (root / "latin.py").write_bytes("# -*- coding: latin-1 -*-\nname = 'caf\u00e9'\n".encode("latin-1"))
     (root / "literal.py").write_text("stop = '<|endoftext|>'\n")
-    for index in range(40):
-        (root / f"twin{index}.py").write_text("twins = 'the same text in many files'\n")
+    for index in range(100):
+        (root / f"twin{index}.py").write_text(f"number = {index % 25}  # in four files\n")
     return root
 
 
@@ -83,13 +85,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_merges_are_learnt_in_order_of_frequency() -> None:
     """`once` stands once: its pairs teach nothing."""
-    text = "zx\n" * 5 + "zxa\n" * 3 + "\u00e9\n" * 2 + "once\n"
+    text = "zx\n" * 5 + "zxa\n" * 3 + "\u00e9\n" * 9 + "once\n"
     learnt = tokenizer.train([text], 260, quiet)
     assert [learnt.ranks[token] for token in (b"\0", b"a", b"\xff")] == [0, ord("a"), 255]
     merges = {token: rank for token, rank in learnt.ranks.items() if rank >= 256}
-    assert merges == {b"zx": 256, b"zxa": 257, "\u00e9".encode(): 258}
+    assert merges == {"\u00e9".encode(): 256, b"zx": 257, b"zxa": 258}
     assert (learnt.end_of_text, learnt.size) == (259, 260)
-    assert tokenizer.byte_lengths(learnt)[-5:].tolist() == [1, 2, 3, 2, 0]
+    assert tokenizer.byte_lengths(learnt)[-5:].tolist() == [1, 2, 2, 3, 0]
     with pytest.raises(InputError, match="tokenizer_size: at most 260 tokens .*, got 261; "):
         tokenizer.train([text], 261, quiet)
     with pytest.raises(InputError, match="tokenizer_size: at least 257 .*, got 256; "):
@@ -257,7 +259,7 @@ def id_too_high(folder: Path) -> None:
 SHARD = "train/shard-00000.npy"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda f: os.truncate(f / SHARD, 1000), rf"{SHARD}: \d+ bytes, got 1000; restore"),
-    "longer": (lambda f: (f / SHARD).open("ab").write(b"12"), rf"{SHARD}: (\d+) bytes, got (?!\1)\d+; restore"),
+    "longer": (lambda f: os.truncate(f / SHARD, 10**6), rf"{SHARD}: (\d+) bytes, got (?!\1)\d+; restore"),
     "bit": (patched(SHARD, 200), rf"{SHARD}: content with sha256 (\w{{64}}), got (?!\1)\w{{64}}; restore"),
     "last bit": (patched(SHARD, -1), f"{SHARD}: content with sha256"),
     "header": (patched(SHARD, 20), f"{SHARD}: header"),
@@ -383,16 +385,21 @@ from pathlib import Path
 from nmoe.effects.data import stdlib
 stdlib.PROGRESS_EVERY_S = 0.0
 def say(line):
-    if "--kill" in sys.argv and line.startswith("train: 200 of"):
-        os.kill(os.getpid(), 9)
+    print(line, flush=True)
+    if line.startswith("train: 200 of"):
+        if "--kill" in sys.argv:
+            os.kill(os.getpid(), 9)
+        if "--pause" in sys.argv:
+            input()
 print(stdlib.prepare_folder(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), say))
 """
 
 
 def build(library: Path, cache: Path, *options: str) -> subprocess.Popen[str]:
-    """Another process that prepares the folder; with --kill it dies in the middle of writing."""
+    """Another process that prepares the folder; in the middle of writing it dies or waits for a line, if told to."""
     return subprocess.Popen(
         [sys.executable, "-c", BUILD, str(library), str(cache), str(SIZE), *options],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -413,8 +420,14 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(library: Path, pr
 
 
 def test_processes_at_the_same_time_end_with_one_whole_folder(library: Path, prepared: Path, tmp_path: Path) -> None:
-    builds = [build(library, tmp_path) for _ in range(3)]
-    assert {process.communicate()[0].strip() for process in builds} == {str(tmp_path / prepared.name)}
+    first = build(library, tmp_path, "--pause")
+    assert first.stdout is not None
+    assert any(line.startswith("train: 200 of") for line in first.stdout)
+    second = build(library, tmp_path)
+    assert second.stdout is not None
+    assert next(second.stdout) == f"{tmp_path}: another process prepares data; waiting for it\n"
+    assert first.communicate("go on\n")[0].splitlines()[-1] == str(tmp_path / prepared.name)
+    assert second.communicate()[0].splitlines() == [str(tmp_path / prepared.name)]
     assert digests(tmp_path / prepared.name) == digests(prepared)
     assert sorted(os.listdir(tmp_path)) == [".lock", prepared.name]
 
@@ -460,14 +473,25 @@ def test_too_little_text_and_a_cache_that_can_not_be_made_are_named(library: Pat
         stdlib.prepare_folder(library, tmp_path / "file", SIZE, quiet)
 
 
-def test_progress_ends_with_all_files(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stdlib, "PROGRESS_EVERY_S", 0.0)
+def test_progress_tells_files_size_time_and_what_is_left(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by one second whenever it is looked at, once a file: a line for every other file."""
+    monkeypatch.setattr(stdlib, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     lines: list[str] = []
-    stdlib.prepare_folder(library, tmp_path, SIZE, lines.append)
-    for what in ("tokenizer", "train", "validation", "test"):
+    folder = stdlib.prepare_folder(library, tmp_path, SIZE, lines.append)
+    sizes = [len(text.encode()) for text in documents(folder, "train")]
+    total = sum(sizes)
+    for what in ("tokenizer", "train"):
         told = [line for line in lines if line.startswith(f"{what}: ") and " files, " in line]
-        total = len(told)
-        assert told[-1].startswith(f"{what}: {total} of {total} files, ") and told[-1].endswith(" about 0 s left")
+        assert len(told) == len(sizes) // 2
+        for index, line in enumerate(told):
+            num = 2 * index + 2
+            done = sum(sizes[:num])
+            assert line == (
+                f"{what}: {num} of {len(sizes)} files, {done / 1e6:.1f} of {total / 1e6:.1f} MB, {num} s, "
+                f"about {num * (total - done) / done:.0f} s left"
+            )
 
 
 def test_the_standard_library_of_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

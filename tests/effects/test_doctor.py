@@ -59,9 +59,9 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
     ("change", "what", "level", "told"),
     [
         ({"python": "3.10.13"}, "python", "FAIL", "3.10.13, older than 3.11"),
-        ({"packages": GOOD.packages | {"torch": "2.9.1"}}, "torch", "FAIL", "torch>=2.11"),
-        ({"packages": GOOD.packages | {"torch": "10.0"}}, "torch", "ok", "10.0"),
-        ({"packages": GOOD.packages | {"triton": "3.5.1"}}, "triton", "FAIL", "older than 3.6"),
+        ({"packages": {**GOOD.packages, "torch": "2.9.1"}}, "torch", "FAIL", "torch>=2.11"),
+        ({"packages": {**GOOD.packages, "torch": "10.0"}}, "torch", "ok", "10.0"),
+        ({"packages": {**GOOD.packages, "triton": "3.5.1"}}, "triton", "FAIL", "older than 3.6"),
         ({"packages": without("torch")}, "torch", "FAIL", "pip install torch"),
         ({"packages": without("triton")}, "triton", "FAIL", "absent"),
         ({"packages": without("triton"), "system": "Darwin"}, "triton", "ok", "not needed on Darwin"),
@@ -155,7 +155,7 @@ def test_an_import_that_breaks_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def doctor_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`nmoe doctor` in a folder."""
     command = [sys.executable, "-m", "nmoe", "doctor", *arguments]
-    environ = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environ = os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
 
 
@@ -166,14 +166,14 @@ def test_this_machine(tmp_path: Path) -> None:
     shards = 'kind = "shards"\npath = "data/here"'
     (configs / "good.toml").write_text(quickstart)
     (configs / "shards.toml").write_text(quickstart.replace('kind = "stdlib"\ntokenizer_size = 4096', shards))
+    (tmp_path / "data" / "here").mkdir(parents=True)
     done = doctor_in(tmp_path, "--json")
     lines = {line["what"]: line for line in json.loads(done.stdout)}
     assert (done.returncode, done.stderr) == (0, "")
     assert lines["python"]["value"] == sys.version.split()[0]
     assert lines["configs/good.toml"]["level"] == "ok"
     assert "no manifest.json in data/here" in lines["configs/shards.toml"]["value"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["configs"]
-    (tmp_path / "data" / "here").mkdir(parents=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["configs", "data"]
     (tmp_path / "data" / "here" / "manifest.json").write_text("{}")
     (configs / "bad.toml").write_text(quickstart.replace("num_layers", "num_layer"))
     done = doctor_in(tmp_path)

@@ -59,6 +59,20 @@ def test_gradients_by_finite_differences() -> None:
     )
 
 
+def test_z_loss_pulls_up_a_small_partition() -> None:
+    """Where the log-partition is below -1 / (2 z), the gradient of the probabilities changes sign."""
+    x, head, target = problem()
+    x, head = (x.detach() - 3).requires_grad_(), (head.detach().abs() + 1).requires_grad_()
+    gradients, rights = (
+        torch.autograd.grad(total, (x, head))
+        for total in (
+            linear_cross_entropy(x, head, target, chunk=7, z_loss=0.5)[0],
+            plain(x, head, target, 1.0, 0.5)[0],
+        )
+    )
+    torch.testing.assert_close(gradients, rights, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_only_the_gradient_that_is_wanted(frozen: int) -> None:
     x, head, target = problem()

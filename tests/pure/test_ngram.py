@@ -54,7 +54,9 @@ def test_a_chain_that_only_counts_is_predicted_by_the_bigram_alone() -> None:
     vocab_size = 50_000
     chain = np.tile(np.arange(vocab_size, dtype="<u2"), 3)
     assert ngram.unigram_loss(chain, chain, vocab_size) == pytest.approx(math.log(vocab_size))
-    assert ngram.bigram_loss(chain, chain, vocab_size) < 0.2
+    thrice, twice = (3 + 0.5 / vocab_size) / 3.5, (2 + 0.5 / vocab_size) / 2.5
+    expected = -(149_997 * math.log(thrice) + 2 * math.log(twice)) / 149_999
+    assert ngram.bigram_loss(chain, chain, vocab_size) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

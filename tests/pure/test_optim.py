@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nmoe.pure import tree
-from nmoe.pure.optim import Moments, adamw, clip_scale, join, split
+from nmoe.pure.optim import Moments, adamw, clip_scale, global_norm, join, split
 
 
 def adam_run(dtype: torch.dtype, gradients: list[Tensor], start: Tensor, *, by_torch: bool) -> Tensor:
@@ -28,7 +28,7 @@ def adam_run(dtype: torch.dtype, gradients: list[Tensor], start: Tensor, *, by_t
     value = start.to(dtype)
     moments = Moments(torch.zeros_like(value), torch.zeros_like(value))
     for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
-        updates, lr = torch.tensor(step), torch.tensor(rate, dtype=dtype)
+        updates, lr = torch.tensor(step), torch.tensor(rate, dtype=torch.float64)
         value, moments = adamw(
             value, gradient.to(dtype), moments, updates=updates, lr=lr, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1
         )
@@ -63,7 +63,12 @@ def test_moments_are_read_in_the_format_of_the_parameter() -> None:
     value, gradient = torch.randn(2, 64, generator=generator)
     stored = Moments(*(torch.rand(2, 64, generator=generator).bfloat16()))
     widened = Moments(stored.first.float(), stored.second.float())
-    arguments: dict[str, Any] = {"updates": torch.tensor(9), "lr": torch.tensor(0.01), "eps": 1e-8, "decay": 0.1}
+    arguments: dict[str, Any] = {
+        "updates": torch.tensor(9),
+        "lr": torch.tensor(0.01, dtype=torch.float64),
+        "eps": 1e-8,
+        "decay": 0.1,
+    }
     results = [adamw(value, gradient, moments, beta1=0.9, beta2=0.95, **arguments) for moments in (stored, widened)]
     for ours, right in zip(*(tree.leaves(result) for result in results), strict=True):
         assert ours[1].dtype == torch.float32
@@ -82,6 +87,19 @@ def test_clip_is_torchs(size: float) -> None:
     assert (scale < 1) == (norm > 1)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert torch.equal(gradient * scale, parameter.grad)  # pyright: ignore[reportArgumentType]
+
+
+def test_global_norm_is_torchs() -> None:
+    generator = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 5), (3,), (2, 2, 2))]
+    assert global_norm(gradients).item() == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-14)
+
+
+def test_global_norm_of_bf16_is_not_rounded_to_bf16() -> None:
+    """The norm is 221.7; bf16 has 222 there."""
+    norm = global_norm([torch.ones(3 * 2**14, dtype=torch.bfloat16), torch.ones(1)])
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx((3 * 2**14 + 1) ** 0.5, rel=1e-6)
 
 
 HIGH = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -12,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from nmoe.config import sections
+from nmoe.config import load_valid, sections
 from nmoe.pure import model, tree
 from nmoe.pure.attention.mla import mla
 from nmoe.pure.experts import dispatch
@@ -54,7 +55,7 @@ def calls() -> dict[str, Call]:
         ),
         "adamw": (
             (normal(7), normal(7, seed=1), moments),
-            {"updates": torch.tensor(3), "lr": torch.tensor(0.1), **rates},
+            {"updates": torch.tensor(3), "lr": torch.tensor(0.1, dtype=torch.float64), **rates},
         ),
     }
 
@@ -138,46 +139,22 @@ def test_blocks_compile_once_a_kind_and_agree_with_eager(latent: int | None) -> 
         assert counter.frame_count == 2
 
 
-# 671 billion parameters, YaRN and all
-DEEPSEEK_V3 = sections.Model(
-    vocab_size=129280,
-    hidden_size=7168,
-    num_layers=61,
-    num_dense_layers=3,
-    intermediate_size=18432,
-    max_positions=163840,
-    attention=sections.Mla(
-        num_heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        yarn=sections.Yarn(factor=40.0, original_positions=4096),
-    ),
-    moe=sections.Moe(
-        num_experts=256,
-        top_k=8,
-        num_shared_experts=1,
-        intermediate_size=2048,
-        num_groups=8,
-        top_k_groups=4,
-        route_scale=2.5,
-    ),
-)
+PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
 
-def test_deepseek_v3_traces_without_memory() -> None:
-    c = DEEPSEEK_V3
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_shipped_models_trace_without_memory(path: Path) -> None:
+    """Forward and backward of one short sequence at full size."""
+    c = load_valid(path, {}, ()).config.model
     dims = model.dims(c)
     p = tree.map(lambda path, spec: torch.empty(spec.shape(dims), device="meta").requires_grad_(), model.specs(c))
-    assert sum(leaf.numel() for _, leaf in tree.leaves(p)) == 671_026_404_352
     tokens = torch.empty(1, 32, dtype=torch.long, device="meta")
     half = torch.empty(32, c.attention.qk_rope_head_dim // 2, device="meta")
+    mixtures = c.num_layers - c.num_dense_layers
     loss, nll, report = model.objective(
         p,
         Batch(tokens, tokens),
-        torch.empty(58, 256, device="meta"),
+        torch.empty(mixtures, c.moe.num_experts, device="meta"),
         Env(REFERENCE, Rope(half, half)),
         c,
         num_targets=torch.empty((), device="meta"),
@@ -186,5 +163,12 @@ def test_deepseek_v3_traces_without_memory() -> None:
     )
     loss.backward()
     assert loss.shape == nll.shape == ()
-    assert report.load.shape == (58, 256)
+    assert report.load.shape == (mixtures, c.moe.num_experts)
     assert all(leaf.grad is not None for _, leaf in tree.leaves(p))
+
+
+def test_deepseek_v3_has_as_many_parameters_as_deepseek_v3() -> None:
+    """As published, with its vocabulary: 671,026,419,200 less the 58 x 256 router biases, which are state here."""
+    c = attrs.evolve(load_valid(PRESETS[0].with_name("dsv3.toml"), {}, ()).config.model, vocab_size=129280)
+    sizes = (spec.size(model.dims(c)) for _, spec in tree.leaves(model.specs(c)))
+    assert sum(sizes) == 671_026_419_200 - 58 * 256

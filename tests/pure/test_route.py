@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nmoe.pure.route import balance, entropy, first, load, route, scores, sequence_imbalance
+from nmoe.pure.route import balance, entropy, first, health, load, route, scores, sequence_imbalance
 
 
 def uniform(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -149,6 +149,14 @@ def test_balance_of_loads_beyond_fp32_integers() -> None:
     rows = torch.full((4,), 2**25)
     rows[2] += 2**5
     assert balance(torch.zeros(4), rows, rate=1.0).sign().tolist() == [1.0, 1.0, -1.0, 1.0]
+
+
+def test_health() -> None:
+    """One row a layer: the worst expert over the mean, deviation over the mean, experts nobody chose."""
+    seen = health(torch.tensor([[2, 2, 2, 2], [0, 8, 0, 0], [0, 1, 4, 3]]))
+    assert seen.max_over_mean.tolist() == [1.0, 4.0, 2.0]
+    assert seen.cv.tolist() == pytest.approx([0.0, math.sqrt(3), math.sqrt(2.5) / 2])
+    assert seen.dead.tolist() == [0, 3, 1]
 
 
 def imbalance_by_loop(score: list[list[float]], top_k: int) -> float:

@@ -29,9 +29,9 @@ __all__ = ["prepare", "prepare_folder", "split_of"]
 FORMAT = 1
 # Part of what a split is: another salt is another split.
 SPLIT_SALT = b"nmoe stdlib split"
-SPLIT_PERCENT = {"train": 96, "validation": 2, "test": 2}
+SPLIT_PERCENT = (("train", 96), ("validation", 2), ("test", 2))
 # Tests, other people's packages, and what differs between two builds of the same Python.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED_FOLDERS = ("test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__")
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 PROGRESS_EVERY_S = 2.0
 
@@ -85,7 +85,7 @@ def split_of(digest: bytes) -> str:
     Equal files share a digest and so a split: no held-out text was trained on under another name.
     """
     draw = int.from_bytes(hashlib.sha256(SPLIT_SALT + digest).digest(), "big") % 100
-    for split, percent in SPLIT_PERCENT.items():
+    for split, percent in SPLIT_PERCENT:
         if draw < percent:
             return split
         draw -= percent
@@ -164,7 +164,7 @@ def _build(sources: Sequence[_Source], folder: Path, tokenizer_size: int, say: C
     began = time.monotonic()
     for dead in folder.parent.glob(".*.building"):
         shutil.rmtree(dead)
-    parts = {split: [s for s in sources if split_of(s.digest) == split] for split in SPLIT_PERCENT}
+    parts = {split: [s for s in sources if split_of(s.digest) == split] for split, _ in SPLIT_PERCENT}
     if empty := [split for split, part in parts.items() if not part]:
         raise InputError(
             f"{folder.parent}: a file for each split, got none of {len(sources)} for {', '.join(empty)}; "

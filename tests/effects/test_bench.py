@@ -1,0 +1,110 @@
+"""`nmoe bench step`: both sides train the same model, and what is asked wrongly is refused before anything starts."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import attrs
+import pytest
+import torch
+
+from nmoe.config import Config
+from nmoe.effects import bench
+from nmoe.effects.runtime import Runtime
+from nmoe.errors import InputError
+from tests.effects.tiny import tiny
+
+RT = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1e9)
+
+
+def losses(config: Config, steps: int) -> tuple[list[float], list[float]]:
+    """Ours and theirs, step by step."""
+    batch = bench.random_batch(config, RT.device)
+    ours = bench.our_step(config, RT, batch)
+    theirs = bench.their_step(config, bench.their_network(config, RT), batch)
+    return [ours().item() for _ in range(steps)], [theirs().item() for _ in range(steps)]
+
+
+def comparable(compute: str) -> Config:
+    """Two microbatches; nothing but the balance of experts differs."""
+    config = tiny(batch_size=4, microbatch_size=2, compute=compute)
+    moe = attrs.evolve(config.model.moe, bias_update_rate=0.0, sequence_balance=0.0)
+    group = config.optim.dense
+    return attrs.evolve(
+        config,
+        model=attrs.evolve(config.model, moe=moe),
+        optim=attrs.evolve(config.optim, expert=group, router=group, weight_decay=0.0),
+        schedule=attrs.evolve(config.schedule, warmup_tokens=0, hold_tokens=10**6),
+    )
+
+
+def test_both_sides_take_the_same_steps() -> None:
+    ours, theirs = losses(comparable("fp32"), 4)
+    assert ours[-1] < ours[0] - 0.01
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_both_sides_start_from_the_same_loss_in_bf16() -> None:
+    """Within the rounding of bf16."""
+    ours, theirs = losses(comparable("bf16"), 1)
+    assert ours == pytest.approx(theirs, rel=2.0**-8)
+
+
+def test_measuring_counts_only_warm_steps_and_keeps_the_first_loss() -> None:
+    calls = 0
+
+    def one() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.tensor(10.0 - calls)
+
+    timing = bench.measure(one, 4, RT.device)
+    assert calls == bench.WARMUP + 4
+    assert timing.loss == 9.0
+    assert len(timing.seconds) == 4
+    assert all(seconds >= 0 for seconds in timing.seconds)
+
+
+def test_what_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """32 tokens a step; the time of the others over ours."""
+    timings = iter(
+        bench.Timing(seconds=seconds, loss=4.5, memory_bytes=memory)
+        for seconds, memory in (((0.2, 0.1, 0.9), 0), ((0.3, 0.3, 0.2), 5 * 10**9))
+    )
+    monkeypatch.setattr(bench, "measure", lambda *_: next(timings))
+    assert bench.step(tiny(), "transformers", 3) == 0
+    nmoe, transformers, ratio = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"nmoe +200\.0 ms a step \(100\.0 to 900\.0\)  160 tok/s  mfu [\d.]+ %  first loss 4\.500000", nmoe
+    )
+    assert re.fullmatch(
+        r"transformers +300\.0 ms a step \(200\.0 to 300\.0\)  107 tok/s  mfu [\d.]+ %  memory 5 GB  first loss 4\.5.*",
+        transformers,
+    )
+    assert re.match(r"ratio +1\.50  ", ratio)
+
+
+def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.step(tiny(), None, 1) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["nmoe"]
+
+
+@pytest.mark.parametrize(
+    ("against", "steps", "message"),
+    [
+        (None, 0, "--steps: at least 1, got 0; "),
+        ("nanochat", 3, "--against: one of transformers, got 'nanochat'; "),
+    ],
+)
+def test_refusals(against: str | None, steps: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        bench.step(tiny(), against, steps)
+    assert capsys.readouterr().out == ""
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r'^--against: "transformers" needs the extra `hf`, got .*; pip install'):
+        bench.step(tiny(), "transformers", 3)
+    assert capsys.readouterr().out == ""

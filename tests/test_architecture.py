@@ -1,0 +1,465 @@
+"""Who may import whom, and what nmoe never does. Each rule reads a source text and says what breaks it, line by line.
+
+A rule is trusted because it bites: `BAD` holds a text for each clause of each rule.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "schedule")
+"""Modules of pure that may import the section classes of a config."""
+
+COMPOSES = ("bench", "evaluate", "generate", "plan", "run")
+"""Modules of effects that bring others together: one a verb."""
+
+SHARED = ("files", "ops", "runtime")
+"""Modules of effects that every other one may import."""
+
+NEVER_IN_PURE = (
+    *("nmoe.effects", "nmoe.cli", "triton", "torch.distributed", "os", "sys", "time", "logging", "threading"),
+    *("pathlib", "io"),
+)
+
+Rule = Callable[[str, str], list[str]]
+
+
+def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of everything imported, anywhere in the text."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def within(name: str, *packages: str) -> bool:
+    """Whether a dotted name is one of `packages` or lies in one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def may_import(module: str, name: str) -> bool:
+    """The table: whether `module` of nmoe may import `name`."""
+    own, other = part(module), part(name)
+    if module == "nmoe.pure.tree":
+        return not within(name, "nmoe", *NEVER_IN_PURE)
+    if within(module, "nmoe.pure"):
+        if within(name, "nmoe.config.sections"):
+            return own in DESCRIBES_A_MODEL
+        return name != "nmoe" and not within(name, "nmoe.config", *NEVER_IN_PURE)
+    if within(module, "nmoe.config"):
+        return name != "nmoe" and not within(name, "torch", "nmoe.pure", "nmoe.effects", "nmoe.cli")
+    if within(module, "nmoe.effects.kernels"):
+        return within(name, "__future__", "torch", "triton", "nmoe.pure")
+    if within(module, "nmoe.effects") and within(name, "nmoe.effects"):
+        return own in COMPOSES or other in SHARED or (own, other) in (("data", "data"), ("ops", "kernels"))
+    return module == "nmoe.__main__" or not within(name, "nmoe.cli")
+
+
+def part(name: str) -> str:
+    """The module of pure, config or effects that a dotted name lies in."""
+    return (name.split(".") + ["", ""])[2]
+
+
+def imports_only_what_it_may(source: str, module: str) -> list[str]:
+    """Who may import whom."""
+    return [f"{line}: imports {name}" for line, name in imports(source, module) if not may_import(module, name)]
+
+
+def asserts_nothing(source: str, module: str) -> list[str]:
+    """`python -O` removes asserts, so conditions raise."""
+    return [f"{node.lineno}: assert" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+
+
+def swallows_nothing(source: str, module: str) -> list[str]:
+    """An exception is caught by name and dealt with; who catches all raises again."""
+    problems = [
+        f"{line}: contextlib.suppress" for line, name in imports(source, module) if name == "contextlib.suppress"
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "contextlib.suppress":
+            problems.append(f"{node.lineno}: contextlib.suppress")
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        caught = set(names(node.type)) if node.type else set()
+        if node.type is None:
+            problems.append(f"{node.lineno}: bare except")
+        elif caught & {"Exception", "BaseException"} and not any(isinstance(x, ast.Raise) for x in ast.walk(node)):
+            problems.append(f"{node.lineno}: catches everything and does not raise")
+        if all(isinstance(x, ast.Pass) or is_constant(x) for x in node.body):
+            problems.append(f"{node.lineno}: handler that does nothing")
+    return problems
+
+
+def names(node: ast.AST) -> list[str]:
+    """The last part of each name in an expression."""
+    found = [x.id for x in ast.walk(node) if isinstance(x, ast.Name)]
+    return found + [x.attr for x in ast.walk(node) if isinstance(x, ast.Attribute)]
+
+
+def is_constant(node: ast.stmt) -> bool:
+    """`...` or a string alone on its line."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def computes_only(source: str, module: str) -> list[str]:
+    """Pure waits for no device, prints nothing, opens nothing, writes into nothing."""
+    problems: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            problems.append(f"{node.lineno}: {type(node).__name__.lower()}")
+        elif isinstance(node, ast.Attribute):
+            if node.attr in ("item", "tolist", "cpu", "cuda"):
+                problems.append(f"{node.lineno}: .{node.attr}")
+            if ast.unparse(node) in ("torch.compile", "os.environ"):
+                problems.append(f"{node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.Name) and node.id in ("print", "open"):
+            problems.append(f"{node.lineno}: {node.id}")
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            if name.endswith("_") and not name.endswith("__"):
+                problems.append(f"{node.lineno}: {name}() writes into its argument")
+    return problems + [f"{line}: {name}" for line, name in imports(source, module) if name == "torch.compile"]
+
+
+def shares_no_mutable_state(source: str, module: str) -> list[str]:
+    """What a module binds is constant, and no cache grows without bound."""
+    containers = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+    builders = ("list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque")
+    problems: list[str] = []
+    for node in outside_functions(ast.parse(source)):
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) else None
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if value is None or "__all__" in (getattr(target, "id", None) for target in targets):
+            continue
+        for part in value.elts if isinstance(value, ast.Tuple) else [value]:
+            built = isinstance(part, ast.Call) and ast.unparse(part.func).rpartition(".")[2] in builders
+            if isinstance(part, containers) or built:
+                problems.append(f"{node.lineno}: a mutable {ast.unparse(part)[:40]}")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "functools.cache":
+            problems.append(f"{node.lineno}: functools.cache")
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "lru_cache":
+            sizes = node.args + [keyword.value for keyword in node.keywords if keyword.arg == "maxsize"]
+            if any(isinstance(size, ast.Constant) and size.value is None for size in sizes[:1]):
+                problems.append(f"{node.lineno}: lru_cache without bound")
+    return problems + [f"{line}: {name}" for line, name in imports(source, module) if name == "functools.cache"]
+
+
+def outside_functions(node: ast.AST) -> Iterator[ast.stmt | ast.NamedExpr]:
+    """Statements that run at import and bind names of the module."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.stmt | ast.NamedExpr):
+            yield child
+        yield from outside_functions(child)
+
+
+def is_documented(source: str, module: str) -> list[str]:
+    """Each public module, function and class says what it is; an empty file has nothing to say."""
+    tree = ast.parse(source)
+    definitions = [x for x in tree.body if isinstance(x, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    silent = [x for x in definitions if not x.name.startswith("_") and not ast.get_docstring(x)]
+    problems = [f"{x.lineno}: {x.name} without a docstring" for x in silent]
+    return problems if ast.get_docstring(tree) or not tree.body else ["1: module without a docstring", *problems]
+
+
+def is_read_in_one_sitting(source: str, module: str) -> list[str]:
+    """No file is longer than 500 lines."""
+    length = len(source.splitlines())
+    return [f"{length}: lines"] if length > 500 else []
+
+
+RULES: tuple[tuple[Rule, str], ...] = (
+    (imports_only_what_it_may, "nmoe"),
+    (asserts_nothing, "nmoe"),
+    (swallows_nothing, "nmoe"),
+    (computes_only, "nmoe.pure"),
+    (shares_no_mutable_state, "nmoe"),
+    (is_documented, "nmoe.pure"),
+    (is_read_in_one_sitting, "nmoe"),
+)
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Every module of a package of this repository, by dotted name."""
+    found: dict[str, Path] = {}
+    for path in sorted((REPOSITORY / "nmoe").rglob("*.py")):
+        name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+        if within(name, package):
+            found[name] = path
+    return found
+
+
+@pytest.mark.parametrize(("rule", "package"), RULES, ids=[rule.__name__ for rule, _ in RULES])
+def test_rule_holds(rule: Rule, package: str) -> None:
+    texts = {name: path.read_text(encoding="utf-8") for name, path in modules(package).items()}
+    assert texts
+    problems = [f"{name}:{problem}" for name, text in texts.items() for problem in rule(text, name)]
+    assert problems == [], "\n".join(problems)
+
+
+BAD: tuple[tuple[Rule, str, str], ...] = (
+    *(
+        (imports_only_what_it_may, module, text)
+        for module, text in (
+            ("nmoe.pure.tree", "from nmoe.pure import spec"),
+            ("nmoe.pure.tree", "from .spec import Role"),
+            ("nmoe.pure.norm", "import nmoe"),
+            ("nmoe.pure.norm", "from nmoe.config.sections import Model"),
+            ("nmoe.pure.model", "from nmoe.config import load"),
+            ("nmoe.pure.model", "from nmoe.config import *"),
+            ("nmoe.pure.model", "from nmoe import config"),
+            ("nmoe.pure", "from nmoe.config.sections import Model"),
+            ("nmoe.pure.model", "def f():\n    from nmoe.effects import run"),
+            ("nmoe.pure.model", "import nmoe.effects.run as r"),
+            ("nmoe.pure.attention.mla", "from ...effects import ops"),
+            ("nmoe.pure.norm", "import triton.language as tl"),
+            ("nmoe.pure.norm", "import torch.distributed as dist"),
+            ("nmoe.pure.norm", "from torch import distributed"),
+            *(("nmoe.pure.norm", f"import {name}") for name in ("os", "sys", "time", "logging", "threading", "io")),
+            ("nmoe.pure.norm", "from pathlib import Path"),
+            ("nmoe.pure.norm", "from os.path import join"),
+            ("nmoe.config.toml", "import torch"),
+            ("nmoe.config.toml", "from torch import nn"),
+            ("nmoe.config.toml", "from nmoe.pure.spec import Role"),
+            ("nmoe.config", "from nmoe.effects import files"),
+            ("nmoe.effects.kernels.norm", "import os"),
+            ("nmoe.effects.kernels.norm", "from nmoe.effects import runtime"),
+            ("nmoe.effects.kernels.norm", "from nmoe.effects.kernels import swiglu"),
+            ("nmoe.effects.kernels.norm", "import tritonbench"),
+            ("nmoe.effects.loader", "from nmoe.effects import log"),
+            ("nmoe.effects.loader", "from nmoe.effects.log import say"),
+            ("nmoe.effects.loader", "from nmoe.effects.data import shards"),
+            ("nmoe.effects.data.shards", "from nmoe.effects import loader"),
+            ("nmoe.effects.data.shards", "from ..run import main"),
+            ("nmoe.effects.step", "from nmoe.effects.kernels import norm"),
+            ("nmoe.effects.step", "import nmoe.effects"),
+            ("nmoe.effects.run", "from nmoe.cli import main"),
+        )
+    ),
+    (asserts_nothing, "nmoe.x", "def f(x):\n    assert x"),
+    *(
+        (swallows_nothing, "nmoe.x", text)
+        for text in (
+            "try:\n    f()\nexcept:\n    raise",
+            "try:\n    f()\nexcept Exception:\n    x = 1",
+            "try:\n    f()\nexcept (ValueError, BaseException) as error:\n    log(error)",
+            "try:\n    f()\nexcept builtins.Exception:\n    x = 1",
+            "try:\n    f()\nexcept ValueError:\n    pass",
+            "try:\n    f()\nexcept ValueError:\n    ...",
+            "try:\n    f()\nexcept* ValueError:\n    'never mind'",
+            "from contextlib import suppress",
+            "import contextlib\nwith contextlib.suppress(ValueError):\n    f()",
+        )
+    ),
+    *(
+        (computes_only, "nmoe.pure.x", text)
+        for text in (
+            *("x.item()", "x.sum().tolist()", "x.cpu()", "x.cuda()", "print(x)", "open('x')", "get = x.item"),
+            *("torch.compile(f)", "@torch.compile\ndef f(x): ...", "from torch import compile", "os.environ['A']"),
+            *("x.add_(1)", "relu_(x)", "torch.nn.init.zeros_(x)", "x.t().copy_(y)"),
+            "x = 1\ndef f():\n    global x\n    x = 2",
+            "def f():\n    x = 1\n    def g():\n        nonlocal x\n        x = 2",
+        )
+    ),
+    *(
+        (shares_no_mutable_state, "nmoe.x", text)
+        for text in (
+            *("A = []", "A: dict[str, int] = {}", "A = {1}", "A = [x for x in y]", "A = {x: x for x in y}"),
+            *("A = {x for x in y}", "A = dict(a=1)", "A = collections.defaultdict(int)", "A = (1, [])", "f(A := [])"),
+            *("if x:\n    A = []", "try:\n    A = list()\nfinally:\n    f()", "A = B = set()"),
+            *("@functools.cache\ndef f(): ...", "from functools import cache"),
+            *("@lru_cache(maxsize=None)\ndef f(): ...", "@functools.lru_cache(None)\ndef f(): ..."),
+        )
+    ),
+    *(
+        (is_documented, "nmoe.pure.x", text)
+        for text in (
+            "x = 1",
+            '"""Doc."""\ndef f(): ...',
+            '"""Doc."""\nclass C:\n    x: int',
+        )
+    ),
+    (is_read_in_one_sitting, "nmoe.x", "x = 1\n" * 501),
+)
+
+
+@pytest.mark.parametrize(("rule", "module", "text"), BAD)
+def test_rule_bites(rule: Rule, module: str, text: str) -> None:
+    assert rule(text, module)
+
+
+GOOD: tuple[tuple[Rule, str, str], ...] = (
+    *(
+        (imports_only_what_it_may, module, text)
+        for module, text in (
+            ("nmoe.pure.tree", "import attrs, torch"),
+            ("nmoe.pure.model", "from nmoe.config import sections"),
+            ("nmoe.pure.attention.mla", "from nmoe.config.sections import Mla"),
+            ("nmoe.pure.norm", "import torch.nn.functional as F\nimport osmium"),
+            ("nmoe.pure.attention.mla", "from ..norm import wide"),
+            ("nmoe.config.toml", "from nmoe.errors import InputError\nimport torchless"),
+            ("nmoe.effects.kernels.norm", "import triton.language as tl\nfrom nmoe.pure.norm import rms_norm"),
+            ("nmoe.effects.ops", "from nmoe.effects.kernels import norm"),
+            ("nmoe.effects.loader", "from nmoe.effects import files\nfrom nmoe.effects.runtime import Runtime"),
+            ("nmoe.effects.data.shards", "from nmoe.effects.data import records\nfrom . import tokenizer"),
+            ("nmoe.effects.run", "from nmoe.effects.loader import open_loader\nfrom nmoe.effects.data import shards"),
+            ("nmoe.cli", "from nmoe.effects import run"),
+        )
+    ),
+    (
+        swallows_nothing,
+        "nmoe.x",
+        "try:\n    f()\nexcept BaseException as e:\n    log(e)\n    raise\nexcept OSError:\n    return_(1)",
+    ),
+    (
+        computes_only,
+        "nmoe.pure.x",
+        "class C:\n    def __init__(self):\n        super().__init__()\nreopen(x)\nx.items()",
+    ),
+    (
+        shares_no_mutable_state,
+        "nmoe.x",
+        "__all__ = ['A']\nA = MappingProxyType({})\nB = (1, 2)\nclass C:\n    x = []\n"
+        "C = frozenset({1})\n@lru_cache(8)\ndef f():\n    x = []",
+    ),
+    (is_documented, "nmoe.pure.x", '"""Doc."""\ndef _f(): ...\nclass _C:\n    def f(self): ...'),
+    (is_documented, "nmoe.pure", ""),
+    (is_read_in_one_sitting, "nmoe.x", "x = 1\n" * 500),
+)
+
+
+@pytest.mark.parametrize(("rule", "module", "text"), GOOD)
+def test_rule_lets_the_rest_be(rule: Rule, module: str, text: str) -> None:
+    assert rule(text, module) == []
+
+
+IMPORT_WATCHED = """
+import ast, contextlib, importlib, io, logging, os, random, signal, sys, threading, warnings
+from pathlib import Path
+
+root, package = Path(sys.argv[1]), sys.argv[2]
+sys.path.insert(0, str(root))
+names = []
+for path in sorted((root / package).rglob("*.py")):
+    parts = path.relative_to(root).with_suffix("").parts
+    if parts[-1] == "__main__":
+        continue
+    names.append(".".join(parts).removesuffix(".__init__"))
+    for node in ast.parse(path.read_text()).body:  # what others do when they are imported is not ours to answer for
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
+            of = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            if not any(name.split(".")[0] in (package, "__future__") for name in of):
+                exec(ast.unparse(node))
+import numpy, torch
+
+FORBIDDEN = ("os.", "shutil.", "socket.", "subprocess.", "tempfile.", "urllib.", "_thread.start", "pty.", "fcntl.")
+HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
+seen, watching = [], False
+
+def watch(event, arguments):
+    if not watching:
+        return
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes or (event.startswith(FORBIDDEN) and event not in HARMLESS):
+        seen.append(f"{event} {arguments[:2]}")
+
+def state():
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    return {
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "import path": sys.path[:],
+        "signal handlers": [signal.getsignal(number) for number in signal.valid_signals()],
+        "threads": threading.active_count(),
+        "warning filters": warnings.filters[:],
+        "loggers": [(x.name, x.level, list(x.handlers)) for x in loggers if x.handlers or x.level],
+        "random state": random.getstate(),
+        "random state of numpy": str(numpy.random.get_state()),
+        "random state of torch": torch.get_rng_state().tolist(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "gradient mode": torch.is_grad_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "threads of torch": torch.get_num_threads(),
+    }
+
+sys.addaudithook(watch)
+for name in names:
+    seen, before, out = [], state(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        watching = True
+        importlib.import_module(name)
+        watching = False
+    after = state()
+    seen += [f"changed {key}" for key in before if before[key] != after[key]]
+    seen += [f"printed {line}" for line in out.getvalue().splitlines()]
+    print(*(f"{name}: {effect}\\n" for effect in seen), sep="", end="")
+"""
+
+
+def effects_at_import(root: Path, package: str) -> list[str]:
+    """What importing each module of a package does to the process and the machine."""
+    command = [sys.executable, "-B", "-c", IMPORT_WATCHED, str(root), package]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_importing_does_nothing() -> None:
+    assert effects_at_import(REPOSITORY, "nmoe") == []
+
+
+def test_an_effect_at_import_is_seen(tmp_path: Path) -> None:
+    effects = (
+        ("open('x', 'w').close()", "open ('x', 'w')"),
+        ("import os\nos.makedirs('y')", "os.mkdir"),
+        ("import os\nos.environ['A'] = 'b'", "changed environment"),
+        ("import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()", "changed threads"),
+        ("import socket\nsocket.socket().close()", "socket.__new__"),
+        ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
+        ("import logging\nlogging.basicConfig()", "changed loggers"),
+        ("import logging\nlogging.getLogger('a').addHandler(logging.NullHandler())", "changed loggers"),
+        ("import torch\ntorch.set_default_dtype(torch.float64)", "changed default dtype"),
+        ("import torch\ntorch.manual_seed(1)", "changed random state of torch"),
+        ("import numpy as np\nnp.random.seed(1)", "changed random state of numpy"),
+        ("import signal\nsignal.signal(signal.SIGUSR1, signal.SIG_IGN)", "changed signal handlers"),
+        ("print('hello')", "printed hello"),
+    )
+    (tmp_path / "sample").mkdir()
+    for index, (text, _) in enumerate(effects):
+        (tmp_path / "sample" / f"m{index:02d}.py").write_text(text)
+    (tmp_path / "sample" / "harmless.py").write_text("x = open(__file__).read()")
+    seen = effects_at_import(tmp_path, "sample")
+    for index, (_, told) in enumerate(effects):
+        assert any(line.startswith(f"sample.m{index:02d}: {told}") for line in seen), told
+    assert not any("harmless" in line for line in seen)
+
+
+def imports_torch(module: str) -> bool:
+    """Whether importing a module brings torch along."""
+    command = [sys.executable, "-c", f"import sys, {module}; print('torch' in sys.modules)"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("module", ["nmoe", "nmoe.cli", "nmoe.config", "nmoe.effects.runs", "nmoe.effects.doctor"])
+def test_starts_without_torch(module: str) -> None:
+    assert not imports_torch(module)
+
+
+def test_torch_is_seen_where_it_is_imported() -> None:
+    assert imports_torch("nmoe.pure.norm")

@@ -1,0 +1,197 @@
+"""Every config that is shipped, and every way to get one of its keys wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import tomli
+import tomli_w
+from jsonschema import Draft202012Validator
+
+from nmoe.config import Config, diff, dump, load, schema
+from tests.configs import ROOT, at_line, problems
+
+SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
+NAMES = [path.stem for path in SHIPPED]
+Where = tuple[str, ...]
+
+
+def every(tables: dict[str, Any], path: Where = ()) -> Iterator[tuple[Where, Any]]:
+    """All keys of nested tables, tables included."""
+    for name, value in tables.items():
+        yield (*path, name), value
+        if isinstance(value, dict):
+            yield from every(value, (*path, name))
+
+
+def at(tables: dict[str, Any], path: Where) -> dict[str, Any]:
+    """The table that holds the last name of a path."""
+    for name in path[:-1]:
+        tables = tables[name]
+    return tables
+
+
+def written(folder: Path, tables: dict[str, Any]) -> Path:
+    """A file with these tables, and its base beside it if it extends one."""
+    if isinstance(base := tables.get("extends"), str):
+        (folder / base).write_text((ROOT / "configs" / base).read_text())
+    path = folder / "mutated.toml"
+    path.write_text(tomli_w.dumps(tables))
+    return path
+
+
+def complete(path: Path) -> dict[str, Any]:
+    """The tables of a config with every key it can have a value for."""
+    return tomli.loads(dump(load(path, {}, ()).config))
+
+
+def in_groups(tables: dict[str, Any]) -> list[list[Where]]:
+    """All keys, those of one group so that each can be wrong without hiding another: values, kinds, tables by depth."""
+    groups: dict[Any, list[Where]] = {}
+    for where, value in every(tables):
+        if where != ("extends",):
+            group = len(where) if isinstance(value, dict) else where[-1] == "kind"
+            groups.setdefault(("table" if isinstance(value, dict) else "value", group), []).append(where)
+    return list(groups.values())
+
+
+def described(root: dict[str, Any], section: dict[str, Any], tables: dict[str, Any], path: Where = ()) -> Any:
+    """What a schema says of each value in nested tables."""
+    for name, value in tables.items():
+        about = section["properties"][name]
+        if isinstance(value, dict):
+            inner = [root["$defs"][each["$ref"].rpartition("/")[2]] for each in about.get("anyOf", [about])]
+            (one,) = [each for each in inner if value.keys() <= each["properties"].keys()]
+            yield from described(root, one, value, (*path, name))
+        else:
+            yield (*path, name), about
+
+
+def required(section: type, path: Where = ()) -> Iterator[Where]:
+    """Keys without a default, of every kind of table."""
+    hints = typing.get_type_hints(section)
+    for field in attrs.fields(section):
+        if field.default is attrs.NOTHING:
+            yield (*path, field.name)
+        for member in typing.get_args(hints[field.name]) or (hints[field.name],):
+            if attrs.has(member):
+                yield from required(member, (*path, field.name))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    assert problems(path, valid=True) == []
+    tables = tomli.loads(path.read_text())
+    assert [error.message for error in Draft202012Validator(schema()).iter_errors(tables)] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_every_mistyped_key_is_named(path: Path, tmp_path: Path) -> None:
+    tables = tomli.loads(path.read_text())
+    for mistyped in in_groups(tables):
+        if mistyped[0][-1] == "kind":  # mistyped, it is missing
+            continue
+        wrong = copy.deepcopy(tables)
+        for where in mistyped:
+            table = at(wrong, where)
+            table[f"{where[-1]}x"] = table.pop(where[-1])
+        found = problems(written(tmp_path, wrong))
+        for where in mistyped:
+            (told,) = [problem for problem in found if f": {'.'.join(where)}x: " in problem]
+            assert told.endswith(f"; did you mean {'.'.join(where)}?"), told
+            assert f"{where[-1]}x" in at_line(told, tmp_path / "mutated.toml")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+@pytest.mark.parametrize("wrong", [True, "text", 3, 2.5, [], {"inner": 1}], ids=repr)
+def test_every_value_of_a_wrong_type_is_named(path: Path, wrong: Any, tmp_path: Path) -> None:
+    tables = tomli.loads(path.read_text())
+
+    def fits(where: Where) -> bool:
+        right = at(tables, where)[where[-1]]
+        if isinstance(right, str):
+            return isinstance(wrong, str) and where[-1] == "path"
+        return type(wrong) is type(right) or (type(wrong) is int and type(right) is float)
+
+    for group in in_groups(tables):
+        places = [where for where in group if not fits(where)]
+        mutated = copy.deepcopy(tables)
+        for where in places:
+            at(mutated, where)[where[-1]] = wrong
+        found = problems(written(tmp_path, mutated))
+        for where in places:
+            (told,) = [problem for problem in found if f": {'.'.join(where)}: " in problem]
+            assert where[-1] in at_line(told, tmp_path / "mutated.toml")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_every_missing_key_is_named(path: Path, tmp_path: Path) -> None:
+    tables = complete(path)
+    needed = {*required(Config), ("data", "source", "kind"), ("model", "attention", "kind")}
+    for places in in_groups(tables):
+        mutated = copy.deepcopy(tables)
+        for where in places:
+            del at(mutated, where)[where[-1]]
+        found = problems(written(tmp_path, mutated))
+        named = [problem.split(": ")[1] for problem in found]
+        assert sorted(named) == sorted(".".join(where) for where in places if where in needed), found
+    assert len(needed & {where for where, _ in every(tables)}) > 40
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_the_schema_refuses_what_loading_refuses(path: Path) -> None:
+    """Each key mistyped, of another type, and left out: by itself, for editors mark each."""
+    schema_of = Draft202012Validator(schema())
+    tables = complete(path)
+    needed = {*required(Config), ("data", "source", "kind"), ("model", "attention", "kind")}
+    for where, right in every(tables):
+        wrongs: list[Any] = [True, [], {"inner": 1}, 2.5, "text"]
+        for wrong in [each for each in wrongs if type(each) is not type(right) or isinstance(right, dict)]:
+            mutated = copy.deepcopy(tables)
+            at(mutated, where)[where[-1]] = wrong
+            assert not schema_of.is_valid(mutated), (where, wrong)
+        left_out, mistyped = copy.deepcopy(tables), copy.deepcopy(tables)
+        del at(left_out, where)[where[-1]]
+        assert schema_of.is_valid(left_out) == (where not in needed), where
+        at(mistyped, where)[f"{where[-1]}x"] = right
+        assert not schema_of.is_valid(mistyped), where
+        # what a file that extends another leaves out may stand in the other
+        assert schema_of.is_valid({"extends": "other.toml", **left_out}), where
+        assert not schema_of.is_valid({"extends": "other.toml", **mistyped}), where
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+@pytest.mark.parametrize(("bound", "beyond"), [("minimum", -1), ("exclusiveMinimum", 0), ("maximum", 1)])
+def test_bounds_are_checked_and_in_the_schema(path: Path, bound: str, beyond: int, tmp_path: Path) -> None:
+    """Out of the schema's bounds, validate refuses the values too, all at once, each by name and line."""
+    tables = complete(path)
+    tried: list[Where] = []
+    for where, about in list(described(schema(), schema(), tables)):
+        if bound in about:
+            table = at(tables, where)
+            table[where[-1]] = type(table[where[-1]])(about[bound] + beyond)
+            tried.append(where)
+    assert tried
+    found = problems(written(tmp_path, tables), valid=True)
+    for where in tried:
+        told = [text for text in found if f": {'.'.join(where)}: " in text]
+        assert told and where[-1] in at_line(told[0], tmp_path / "mutated.toml"), where
+    marked = {tuple(error.absolute_path) for error in Draft202012Validator(schema()).iter_errors(tables)}
+    assert marked == {where[:2] if where[0] == "data" else where for where in tried}  # of a union, the whole table
+
+
+def test_committed_schema_is_the_generated_one() -> None:
+    Draft202012Validator.check_schema(schema())
+    assert (ROOT / "configs" / "nmoe.schema.json").read_text() == json.dumps(schema(), indent=2) + "\n"
+
+
+def test_moonlight_is_moonlet_with_more_layers() -> None:
+    moonlet, moonlight = (load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("moonlet", "moonlight"))
+    assert [each.path for each in diff(moonlet, moonlight) if each.path.startswith("model")] == ["model.num_layers"]

@@ -22,9 +22,15 @@ ENVIRON = {name: value for name, value in os.environ.items() if not name.startsw
 
 
 def nmoe(*arguments: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "nmoe", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=ENVIRON | environ, stdin=subprocess.DEVNULL, check=False
+        [sys.executable, "-m", "nmoe", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=ENVIRON | environ,
+        stdin=subprocess.DEVNULL,
+        timeout=60,  # a verb that goes on where it should refuse
+        check=False,
     )
 
 
@@ -106,10 +112,10 @@ def test_bad_files(tmp_path: Path) -> None:
         (("config", "chekc"), r"config: a verb, one of show, check, .*, got chekc; did you mean nmoe config check\?"),
         (("config",), "config: a verb, one of show, check, diff, schema, got nothing; see `nmoe config --help`"),
         (("run",), "run: the following arguments are required: CONFIG; see `nmoe run --help`"),
-        (("run", QUICKSTART, "--train.steps", "10"), "--train.steps: .*; write --train.steps=10"),
-        (("run", "--train.steps", "10", QUICKSTART), "--train.steps: .*; write --train.steps=10"),
-        (("run", QUICKSTART, "--steps=10"), "run: .*--section.key=value, got --steps=10; see `nmoe run --help`"),
-        (("run", QUICKSTART, "extra"), "run: .*, got extra; see .*"),
+        (("plan", QUICKSTART, "--train.steps", "10"), "--train.steps: .*; write --train.steps=10"),
+        (("plan", "--train.steps", "10", QUICKSTART), "--train.steps: .*; write --train.steps=10"),
+        (("plan", QUICKSTART, "--steps=10"), "plan: .*--section.key=value, got --steps=10; see `nmoe plan --help`"),
+        (("plan", QUICKSTART, "extra"), "plan: .*, got extra; see .*"),
         (("plan", QUICKSTART, "--gpu", "2"), "plan: .*, got --gpu; see .*"),
         (
             ("plan", QUICKSTART, "--gpus", "two"),

@@ -27,7 +27,14 @@ class Held:
 
 @torch.no_grad()
 def evaluate(
-    p: Model, router_bias: Tensor, env: Env, c: ModelConfig, batches: Sequence[Batch], byte_lengths: Tensor, *, chunk: int
+    p: Model,
+    router_bias: Tensor,
+    env: Env,
+    c: ModelConfig,
+    batches: Sequence[Batch],
+    byte_lengths: Tensor,
+    *,
+    chunk: int,
 ) -> Held:
     """Mean next-token loss over `batches`.
 

@@ -18,7 +18,11 @@ def quantity(number: float, unit: str = "") -> str:
     """A number with three digits and a decimal prefix, as in `6.93 B`."""
     for limit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
-            return f"{number / limit:.3g} {prefix}{unit}" if number / limit < 999.5 else f"{number / limit:.0f} {prefix}{unit}"
+            return (
+                f"{number / limit:.3g} {prefix}{unit}"
+                if number / limit < 999.5
+                else f"{number / limit:.0f} {prefix}{unit}"
+            )
     return f"{number:.3g} {unit}".rstrip()
 
 
@@ -39,20 +43,37 @@ def render(config: Config, planned: Plan) -> str:
     parts = "  ".join(f"{name} {100 * value / forward:.1f} %" for name, value in attrs.asdict(flops).items() if value)
     kinds = "  ".join(f"{name} {quantity(value, 'B')}" for name, value in attrs.asdict(memory).items() if value)
     lines = (
-        ("model", f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} mixture)  hidden {c.hidden_size}  "
-         f"{c.attention.num_heads} heads  {c.moe.num_experts} experts, top {c.moe.top_k}, {c.moe.num_shared_experts} shared"),
-        ("parameters", f"{quantity(planned.parameters.total)} total  {quantity(planned.parameters.active)} active a token  "
-         f"{quantity(planned.parameters.routed)} routed  {quantity(planned.parameters.embedding)} embedding"),
-        ("FLOPs a token", f"{quantity(flops.training(), 'FLOP')} training  {quantity(forward, 'FLOP')} forward (causal)  "
-         f"{quantity(planned.flops_executed.training(), 'FLOP')} training with the whole attention square"),
+        (
+            "model",
+            f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} mixture)  hidden {c.hidden_size}  "
+            f"{c.attention.num_heads} heads  {c.moe.num_experts} experts, top {c.moe.top_k}, "
+            f"{c.moe.num_shared_experts} shared",
+        ),
+        (
+            "parameters",
+            f"{quantity(planned.parameters.total)} total  {quantity(planned.parameters.active)} active a token  "
+            f"{quantity(planned.parameters.routed)} routed  {quantity(planned.parameters.embedding)} embedding",
+        ),
+        (
+            "FLOPs a token",
+            f"{quantity(flops.training(), 'FLOP')} training  {quantity(forward, 'FLOP')} forward (causal)  "
+            f"{quantity(planned.flops_executed.training(), 'FLOP')} training with the whole attention square",
+        ),
         ("", parts),
-        ("ranks", f"{planned.ranks}  experts over {planned.expert_ranks}  {planned.microbatches} microbatches of "
-         f"{train.microbatch_size} x {train.sequence_length} a rank"),
+        (
+            "ranks",
+            f"{planned.ranks}  experts over {planned.expert_ranks}  {planned.microbatches} microbatches of "
+            f"{train.microbatch_size} x {train.sequence_length} a rank",
+        ),
         ("memory a rank", f"{quantity(memory.total(), 'B')}  (activations are an estimate)"),
         ("", kinds),
         ("tokens", f"{quantity(planned.tokens)}  {train.steps} steps of {quantity(planned.tokens_per_step)}"),
-        ("time", f"{duration(planned.seconds())} at {100 * planned.mfu:.0f} % of {quantity(planned.peak_flops, 'FLOP/s')} a rank: "
-         f"{quantity(planned.tokens_per_second())} tokens/s, {quantity(planned.flop_total, 'FLOP')} in all"),
+        (
+            "time",
+            f"{duration(planned.seconds())} at {100 * planned.mfu:.0f} % of "
+            f"{quantity(planned.peak_flops, 'FLOP/s')} a rank: "
+            f"{quantity(planned.tokens_per_second())} tokens/s, {quantity(planned.flop_total, 'FLOP')} in all",
+        ),
     )
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
 

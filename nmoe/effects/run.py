@@ -156,9 +156,9 @@ class Report:
         eta = elapsed / state.step * (train.steps - state.step)
         say(
             f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
-            f"loss {loss:.4f}  gnorm {norm:.3f}  lr {rates['dense']:.1e}  {quantity(rate)} tok/s  mfu {100 * mfu:.1f} %  "
-            f"mem {quantity(held, 'B')}  bal {shape.max_over_mean.max().item():.2f}  dead {int(shape.dead.sum().item())}  "
-            f"eta {duration(eta)}"
+            f"loss {loss:.4f}  gnorm {norm:.3f}  lr {rates['dense']:.1e}  {quantity(rate)} tok/s  "
+            f"mfu {100 * mfu:.1f} %  mem {quantity(held, 'B')}  bal {shape.max_over_mean.max().item():.2f}  "
+            f"dead {int(shape.dead.sum().item())}  eta {duration(eta)}"
         )
         return skipped, in_row
 
@@ -167,7 +167,10 @@ class Report:
         numbers = {"validation/loss": held.loss, "validation/bits_per_byte": held.bits_per_byte}
         self.log.metrics(step=step, elapsed_s=time.monotonic() - self.began, **numbers)
         self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)
-        say(f"step {step}  validation loss {held.loss:.4f} nats  {held.bits_per_byte:.4f} bits/byte  {held.tokens} tokens")
+        say(
+            f"step {step}  validation loss {held.loss:.4f} nats  {held.bits_per_byte:.4f} bits/byte  "
+            f"{held.tokens} tokens"
+        )
 
 
 def train_until(
@@ -217,7 +220,9 @@ def fresh(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime)
         buffers.bind(model.specs(c), layouts, arenas),
         arenas,
         torch.zeros(c.num_layers - c.num_dense_layers, c.moe.num_experts, device=rt.device),
-        *(torch.zeros((), dtype=torch.int64, device=rt.device) for _ in range(3)),
+        torch.zeros((), dtype=torch.int64, device=rt.device),
+        torch.zeros((), dtype=torch.int64, device=rt.device),
+        torch.zeros((), dtype=torch.int64, device=rt.device),
         0,
         0,
     )
@@ -245,7 +250,8 @@ def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:
             render(config, planned),
             f"data           {quantity(train_tokens)} training tokens ({planned.tokens / train_tokens:.2f} passes)  "
             f"tokenizer {corpus.tokenizer.name} {corpus.tokenizer.identity[:12]} ({corpus.tokenizer.size} ids)",
-            f"yardstick      unigram {corpus.unigram:.4f} nats  bigram {corpus.bigram:.4f} nats on the validation tokens",
+            f"yardstick      unigram {corpus.unigram:.4f} nats  bigram {corpus.bigram:.4f} nats on the validation "
+            "tokens",
         )
     )
 
@@ -305,7 +311,8 @@ def main(config: Config, sources: Mapping[str, str], command: Sequence[str], lab
         report = Report(config=config, rt=rt, log=log, flops=planned.flops.training(), began=began)
         try:
             state, finite = train_until(config, state, step, corpus.read, validate, report, clock, stop)
-            return _end(config, corpus, state, finite, validate(state) if finite else None, env, report, stop)
+            held = validate(state) if finite and stop.signal is None else None
+            return _end(config, corpus, state, finite, held, env, report, stop)
         except BaseException as error:
             log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
             raise
@@ -324,24 +331,24 @@ def _end(
     """Keep the weights, say how it went, and with which exit code."""
     log = report.log
     weights.save(log.folder, state.params, state.router_bias)
-    if held is None:
+    if not finite:
         message = (
-            f"step {state.step}: loss and gradient norm are finite, got {config.train.max_nonfinite_steps} steps in a row "
-            "that were not; lower optim.*.lr or lengthen schedule.warmup_tokens, weights are those before them"
+            f"step {state.step}: loss and gradient norm are finite, got {config.train.max_nonfinite_steps} steps in a "
+            "row that were not; lower optim.*.lr or lengthen schedule.warmup_tokens, weights are those before them"
         )
         log.event("end", status="failed", step=state.step, exit_code=EXIT_NONFINITE, error=message)
         print(f"nmoe: {message}", file=sys.stderr)
         return EXIT_NONFINITE
-    report.validation(state.step, held)
-    say(
-        f"validation     {held.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram {corpus.bigram:.4f}; "
-        f"{held.bits_per_byte:.4f} bits/byte"
-    )
-    if stop.signal is None:
+    if held is not None:
+        report.validation(state.step, held)
+        say(
+            f"validation     {held.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram {corpus.bigram:.4f}; "
+            f"{held.bits_per_byte:.4f} bits/byte"
+        )
         say(f"sample         {SAMPLE_PROMPT!r} continued:\n{sample(config, corpus, state, env)}")
     status = "finished" if stop.signal is None else "interrupted"
     why = {} if stop.signal is None else {"signal": stop.signal.name}
-    log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), loss=held.loss, **why)
+    log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), **why)
     say(f"{status:<14} {state.step} steps in {duration(time.monotonic() - report.began)}  {log.folder / weights.FILE}")
     return stop.exit_code()
 

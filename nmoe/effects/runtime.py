@@ -59,13 +59,15 @@ def device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError('run.device: "cuda" needs a GPU that torch can use, got none; write device = "cpu" or mend the driver')
+        raise InputError(
+            'run.device: "cuda" needs a GPU that torch can use, got none; write device = "cpu" or mend the driver'
+        )
     capability = torch.cuda.get_device_capability(0)
     if capability not in SUPPORTED_GPUS:
         known = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED_GPUS)
         raise InputError(
             f"run.device: the GPU has a supported compute capability ({known}), got {capability[0]}.{capability[1]} "
-            f"({torch.cuda.get_device_name(0)}); use one of those or device = \"cpu\""
+            f'({torch.cuda.get_device_name(0)}); use one of those or device = "cpu"'
         )
     return torch.device("cuda", 0)
 

@@ -44,7 +44,9 @@ def load(folder: Path, specs: Any, dims: Dims) -> tuple[Any, Tensor]:
         with safe_open(path, framework="pt") as file:
             found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise InputError(f"{path}: weights are a whole safetensors file, got {error}; restore or train again") from error
+        raise InputError(
+            f"{path}: weights are a whole safetensors file, got {error}; restore or train again"
+        ) from error
     wanted = {name: spec.shape(dims) for name, spec in tree.leaves(specs)}
     problems = [f"{path}: holds '{name}', got nothing by that name" for name in wanted if name not in found]
     problems += [

@@ -51,7 +51,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x_gradient, head_gradient = ctx.saved_tensors
         pull = outputs[0]
         wants_x, wants_head = ctx.needs_input_grad[:2]

@@ -51,9 +51,7 @@ def adamw(
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of all gradients together, accumulated in at least fp32 whatever their format."""
-    norms = [
-        torch.linalg.vector_norm(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in gradients
-    ]
+    norms = [torch.linalg.vector_norm(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

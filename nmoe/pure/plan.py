@@ -61,7 +61,9 @@ class Plan:
         return self.tokens / self.tokens_per_second()
 
 
-def activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, sequence_length: int, element: int, square: bool) -> int:
+def activation_bytes(
+    c: sections.Model, dims: Dims, *, tokens: int, sequence_length: int, element: int, square: bool
+) -> int:
     """What autograd keeps for the backward pass of one microbatch.
 
     Counted op by op along `model.block`: inputs of every product and norm, both halves of every gate, rows of the
@@ -138,7 +140,9 @@ def plan(config: Config, *, ranks: int, mfu: float, peak_flops: float = PEAK_FLO
         square=config.run.device == "cpu",
     )
     # fp32 logits, their exponentials and gradient, and the gradient in the compute format
-    logits = min(train.loss_chunk, tokens) * c.vocab_size * (3 * 4 + element) + c.vocab_size * c.hidden_size * (4 + element)
+    logits = min(train.loss_chunk, tokens) * c.vocab_size * (3 * 4 + element) + c.vocab_size * c.hidden_size * (
+        4 + element
+    )
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True)
     total = train.steps * train.batch_size * train.sequence_length
     return Plan(

@@ -8,7 +8,18 @@ from torch import Tensor
 from nmoe.pure.norm import wide
 from nmoe.pure.tree import record
 
-__all__ = ["Health", "Routing", "balance", "entropy", "first", "health", "load", "route", "scores", "sequence_imbalance"]
+__all__ = [
+    "Health",
+    "Routing",
+    "balance",
+    "entropy",
+    "first",
+    "health",
+    "load",
+    "route",
+    "scores",
+    "sequence_imbalance",
+]
 
 
 @record

@@ -16,6 +16,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from nmoe.pure.tree import param
+
 __all__ = ["POLICY", "Dims", "Init", "Policy", "Role", "Spec", "blueprint", "param"]
 
 Dims = Mapping[str, int]
@@ -99,11 +101,6 @@ class Spec:
         return math.prod(self.shape(dims))
 
 
-def param(axes: str, role: Role, init: Init) -> Any:
-    """A record field that holds a parameter, as in `up: Tensor = param("E D 2 F", Role.EXPERT, normal("D"))`."""
-    return attrs.field(metadata={"spec": Spec(tuple(axes.split()), role, init)})
-
-
 def blueprint(cls: type[T], **kids: Any) -> T:
     """A record of `cls` whose leaves are Specs.
 
@@ -114,8 +111,9 @@ def blueprint(cls: type[T], **kids: Any) -> T:
     for field in attrs.fields(cls):  # pyright: ignore[reportArgumentType]
         if field.name in kids:
             values.append(kids[field.name])
-        elif "spec" in field.metadata:
-            values.append(field.metadata["spec"])
+        elif "param" in field.metadata:
+            axes, role, init = field.metadata["param"]
+            values.append(Spec(tuple(axes.split()), role, init))
         else:
             raise ValueError(
                 f"blueprint({cls.__name__}): every field is a parameter or given, got no value for '{field.name}'; "

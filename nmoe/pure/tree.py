@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, TypeVar, dataclass_transform
 
 import attrs
 import torch.utils._pytree as pytree  # pyright: ignore[reportMissingTypeStubs]
 
-__all__ = ["children", "leaves", "map", "record"]
+__all__ = ["children", "leaves", "map", "param", "record"]
 
 C = TypeVar("C", bound=type)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(attrs.field,))
+def param(axes: str, role: Enum, init: Callable[..., Any]) -> Any:
+    """A record field that holds a parameter, as in `up: Tensor = param("E D 2 F", Role.EXPERT, normal("D"))`.
+
+    What the words mean is `spec`'s business; it stands here because type checkers want a record's fields beside it.
+    """
+    return attrs.field(metadata={"param": (axes, role, init)})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(attrs.field, param))
 def record(cls: C) -> C:
     """A value of the computation: immutable, compared by identity, a pytree, and buildable inside `torch.compile`.
 
@@ -21,8 +30,8 @@ def record(cls: C) -> C:
     """
     frozen: Any = attrs.frozen(init=False, eq=False)(cls)
     names = [field.name for field in attrs.fields(frozen)]
-    # The constructor attrs writes binds `object.__setattr__.__get__`, which dynamo refuses to trace; this one it traces.
-    # It may name nothing but builtins: dynamo looks up no global of generated code.
+    # The constructor attrs writes binds `object.__setattr__.__get__`, which dynamo refuses to trace; this one it
+    # traces. It may name nothing but builtins: dynamo looks up no global of generated code.
     body = "".join(f"\n    object.__setattr__(self, {name!r}, {name})" for name in names) or "\n    pass"
     scope: dict[str, Any] = {}
     exec(f"def __init__(self, {', '.join(names)}):{body}", scope)
@@ -32,7 +41,7 @@ def record(cls: C) -> C:
     def flatten(node: Any) -> tuple[list[Any], None]:
         return [getattr(node, name) for name in names], None
 
-    def flatten_with_keys(node: Any) -> tuple[list[tuple[pytree.GetAttrKey, Any]], None]:
+    def flatten_with_keys(node: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], None]:
         return [(pytree.GetAttrKey(name), getattr(node, name)) for name in names], None
 
     def unflatten(kids: Any, _: None) -> Any:

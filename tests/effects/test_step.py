@@ -7,7 +7,6 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from tests.effects.tiny import tiny
 from torch import Tensor
 
 from nmoe.config.sections import Config
@@ -18,6 +17,7 @@ from nmoe.effects.step import SpentStateError, State, learning_rates, make_step
 from nmoe.pure import tree
 from nmoe.pure.model import Batch, objective
 from nmoe.pure.spec import POLICY
+from tests.effects.tiny import tiny
 
 RT = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
 
@@ -203,9 +203,7 @@ def test_bf16_keeps_an_exact_master() -> None:
             moved += int((arena.remainder != 0).sum())
     assert moved > 0
     exact = dict(tree.leaves(wide.params))
-    changed = sum(
-        int((leaf != old).sum()) for (_, leaf), old in zip(tree.leaves(state.params), rounded, strict=True)
-    )
+    changed = sum(int((leaf != old).sum()) for (_, leaf), old in zip(tree.leaves(state.params), rounded, strict=True))
     assert changed > 0, "some parameters crossed a bf16 step"
     for path, leaf in tree.leaves(state.params):
         assert torch.allclose(leaf.float(), exact[path], atol=2e-3, rtol=1e-2), path

@@ -43,9 +43,7 @@ def tiny(
         ),
         precision=s.Precision(compute=compute),
         data=s.Data(source=source or s.Stdlib()),
-        optim=s.Optim(
-            dense=s.Group(lr=lr), expert=s.Group(lr=2 * lr), router=s.Group(lr=lr / 2), clip_norm=clip_norm
-        ),
+        optim=s.Optim(dense=s.Group(lr=lr), expert=s.Group(lr=2 * lr), router=s.Group(lr=lr / 2), clip_norm=clip_norm),
         schedule=s.Schedule(warmup_tokens=2 * tokens, hold_tokens=4 * tokens, decay_tokens=4 * tokens),
         train=s.Train(
             steps=steps,

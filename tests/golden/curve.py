@@ -1,7 +1,7 @@
-"""Twenty steps of a small model on fixed data, as exact numbers: `python -m tests.golden.curve > tests/golden/curve.json`.
+"""Twenty steps of a small model on fixed data, as exact numbers.
 
-Run in a process of its own with the environment of `tests/golden/test_curve.py`, which keeps the CPU's libraries to code
-that is the same on every x86-64 machine.
+`tests/golden/test_curve.py` runs this in a process of its own, with an environment that keeps the CPU's libraries to code
+which is the same on every x86-64 machine, and says how to write `curve.json` anew.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def curve(compute: str) -> dict[str, object]:
     norms: list[str] = []
     for _ in range(STEPS):
         state, metrics = step(state, read(state.cursor))
-        losses.append(metrics.loss.item().hex())
-        norms.append(metrics.grad_norm.item().hex())
+        losses.append(float(metrics.loss).hex())
+        norms.append(float(metrics.grad_norm).hex())
     return {"initial": initial, "loss": losses, "grad_norm": norms, "final": digest()}
 
 

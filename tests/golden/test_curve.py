@@ -1,7 +1,7 @@
 """A refactor reproduces the golden loss curve bitwise.
 
 A change of arithmetic is a commit of its own that says why and writes the curve anew:
-`MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 python -m tests.golden.curve > tests/golden/curve.json`
+`python -m tests.golden.test_curve > tests/golden/curve.json`
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-PORTABLE = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+PORTABLE = {
+    "MKL_CBWR": "COMPATIBLE",
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def curve() -> dict[str, Any]:
@@ -40,3 +45,7 @@ def test_curve_is_the_golden_one() -> None:
         assert found[compute]["final"] == golden[compute]["final"]
         losses = [float.fromhex(each) for each in golden[compute]["loss"]]
         assert losses[-1] < 0.8 * losses[0], "the golden run learns"
+
+
+if __name__ == "__main__":
+    print(json.dumps(curve(), indent=1))

@@ -38,14 +38,14 @@ bench: .venv/.dev
 # Each stamp is newer than what it was made from; `rm -r .venv` starts anew.
 .venv/.run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: python3 is 3.11 or newer, got %d.%d; set PYTHON=..." % sys.version_info[:2])'
-	echo "setting up .venv to run: $(TORCH) and what training needs, about a minute and 1.5 GB"
+	echo "setting up .venv to run: $(TORCH) and what training needs, about two minutes and 1.9 GB"
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --editable '.[data]'
 	touch $@
 	echo "set up in $$SECONDS s"
 
 .venv/.dev: .venv/.run
-	@echo "setting up .venv to develop: transformers, pytest, ruff, pyright, about half a minute"
+	@echo "setting up .venv to develop: transformers, pytest, ruff, pyright, about a minute"
 	$(INSTALL) --editable '.[data,hf,dev]'
 	touch $@
 	echo "set up in $$SECONDS s"

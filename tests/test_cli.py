@@ -135,6 +135,14 @@ def test_bad_arguments(arguments: tuple[str | Path, ...], expected: str) -> None
         refused(done, expected)
 
 
+def test_a_plan_for_more_gpus_is_checked_for_them() -> None:
+    refused(
+        nmoe("plan", "configs/dsv3.toml", "--gpus", "3"),
+        r"configs/dsv3.toml:\d+: model.moe.num_experts: a multiple of the 3 ranks, got 256; .*",
+        r"configs/dsv3.toml:\d+: train.batch_size: a multiple of ranks \* microbatch_size = 3 \* 1, got 256; .*",
+    )
+
+
 def test_bad_environment() -> None:
     done = nmoe("config", "check", QUICKSTART, NMOE_TRAIN__STEP="1", NMOE_HOME="/nowhere")
     refused(done, r"environment NMOE_TRAIN__STEP: train.step: .*; did you mean train.steps\?")

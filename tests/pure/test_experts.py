@@ -106,6 +106,13 @@ def test_combine_adds_in_fp32() -> None:
     assert total.item() == 260.0
 
 
+def test_combine_weighs_in_fp32() -> None:
+    """1 + 2**-9 is 1 in bf16: the difference would be nothing."""
+    routing = Routing(torch.tensor([[0, 1]]), torch.tensor([[1 + 2.0**-9, 1.0]]))
+    rows = dispatch(torch.zeros(1, 1), routing, num_experts=2)
+    assert combine(torch.tensor([[128.0], [-128.0]], dtype=torch.bfloat16), rows, routing).item() == 0.25
+
+
 def test_mlp_and_its_activation() -> None:
     x = torch.tensor([[1.0, -2.0], [3.0, 5.0]], dtype=torch.float64)  # gates, then values
     expected = [1 / (1 + math.exp(-1)) * 3, -2 / (1 + math.exp(2)) * 5]

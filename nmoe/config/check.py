@@ -24,8 +24,17 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
         *_model(config.model),
         *_moe(config.model.moe, world),
         *_attention(config.model),
+        *_precision(config),
         *_run(config, world),
     )
+
+
+def _precision(config: Config) -> Iterator[str]:
+    if config.precision.compute == "fp32" and config.precision.moments == "bf16":
+        yield (
+            'precision.moments: "fp32" when precision.compute is "fp32", got "bf16"; write moments = "fp32" or '
+            'compute = "bf16"'
+        )
 
 
 def _bounds(key: Key, value: float) -> str | None:

@@ -121,7 +121,7 @@ class Precision:
     """Number formats."""
 
     compute: Literal["fp32", "bf16"] = setting("format of weights and activations; bf16 keeps an exact fp32 master")
-    moments: Literal["fp32", "bf16"] = setting("format of the optimizer's moments", default="fp32")
+    moments: Literal["fp32", "bf16"] = setting("format of the moments of what is stored in bf16", default="fp32")
 
 
 @attrs.frozen(kw_only=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import attrs
@@ -29,20 +31,24 @@ WARMUP = 3
 """Steps before the clock starts: kernels load, allocators fill."""
 
 
+ROUNDS = 3
+"""How often each trainer has its turn: a machine that is slower for a while is so for both."""
+
+
 @attrs.frozen(kw_only=True)
 class Timing:
     """What was measured of one trainer."""
 
     seconds: tuple[float, ...]  # of each step
     loss: float  # of the first step, nats a target
-    memory_bytes: int  # most the GPU held; 0 on a CPU
+    memory_bytes: int  # most held: of the GPU, or what the process grew by
 
 
 def step(config: Config, against: str | None, steps: int) -> int:
-    """Time `steps` optimizer steps of `config` on one batch of random tokens.
+    """Time `steps` optimizer steps of `config` on one batch of random tokens, in each of some rounds.
 
     Data, log and validation are left out. With `against`, the same weights take the same steps there: its own
-    attention and experts, `torch.optim.AdamW`, the same clip.
+    attention and experts, `torch.optim.AdamW`, the same clip. Each trainer has a process of its own in each round.
 
     against  "transformers" or None
     returns  exit code 0
@@ -52,20 +58,56 @@ def step(config: Config, against: str | None, steps: int) -> int:
         raise InputError(f"--steps: at least 1, got {steps}; 20 is a good start")
     if against is not None and against not in OTHERS:
         raise InputError(f"--against: one of {', '.join(OTHERS)}, got {against!r}; name one, or leave it out")
-    device = runtime.device(config.run.device)
-    rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=runtime.peak_flops(device))
-    network = None if against is None else their_network(config, rt)
-    batch = random_batch(config, device)
-    flops = plan(config, ranks=1, mfu=1.0, peak_flops=rt.peak_flops).flops.training()
-
-    ours = measure(our_step(config, rt, batch), steps, device)
-    say(line("nmoe", ours, batch, flops, rt.peak_flops))
-    if network is not None:
-        theirs = measure(their_step(config, network, batch), steps, device)
-        say(line("transformers", theirs, batch, flops, rt.peak_flops))
+    peak_flops = runtime.peak_flops(runtime.device(config.run.device))
+    names = ("nmoe",) if against is None else (against, "nmoe")
+    parts: dict[str, list[Timing]] = {name: [] for name in names}
+    for _ in range(ROUNDS):
+        for name in names:
+            parts[name].append(apart(config, name, steps))
+    timings = {name: together(parts[name]) for name in reversed(names)}
+    flops = plan(config, ranks=1, mfu=1.0, peak_flops=peak_flops).flops.training()
+    tokens = config.train.batch_size * config.train.sequence_length
+    for name, timing in timings.items():
+        say(line(name, timing, tokens, flops, peak_flops))
+    if against is not None:
+        ours, theirs = timings["nmoe"], timings[against]
         faster = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
-        say(f"{'ratio':<14} {faster:.2f}  (transformers' time / nmoe's)")
+        say(
+            f"{'ratio':<14} {faster:.2f} in time, {theirs.memory_bytes / ours.memory_bytes:.2f} in memory  "
+            f"({against} / nmoe)"
+        )
     return 0
+
+
+def apart(config: Config, name: str, steps: int) -> Timing:
+    """`timed` in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(timed, config, name, steps).result()
+
+
+def timed(config: Config, name: str, steps: int) -> Timing:
+    """Build one trainer and time its steps."""
+    device = runtime.device(config.run.device)
+    rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
+    batch = random_batch(config, device)
+    if name == "nmoe":
+        held = runtime.memory_bytes(device)
+        one = our_step(config, rt, batch)
+    else:
+        build = their_classes()
+        held = runtime.memory_bytes(device)
+        one = their_step(config, their_network(config, rt, build), batch)
+    timing = measure(one, steps, device)
+    return attrs.evolve(timing, memory_bytes=runtime.memory_bytes(device) - held)
+
+
+def together(rounds: Sequence[Timing]) -> Timing:
+    """All rounds as one."""
+    return Timing(
+        seconds=tuple(seconds for each in rounds for seconds in each.seconds),
+        loss=rounds[0].loss,
+        memory_bytes=max(each.memory_bytes for each in rounds),
+    )
 
 
 def random_batch(config: Config, device: torch.device) -> Batch:
@@ -79,30 +121,24 @@ def random_batch(config: Config, device: torch.device) -> Batch:
 
 def measure(one: Callable[[], Tensor], steps: int, device: torch.device) -> Timing:
     """Call `one` until warm, then time `steps` calls; the device is waited for at the end only."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     losses = [one() for _ in range(WARMUP)]
     clock = runtime.Clock(device)
     clock.mark("start")
     for index in range(steps):
         one()
         clock.mark(str(index))
-    return Timing(
-        seconds=tuple(clock.split().values()),
-        loss=losses[0].item(),
-        memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-    )
+    return Timing(seconds=tuple(clock.split().values()), loss=losses[0].item(), memory_bytes=0)
 
 
-def line(name: str, timing: Timing, batch: Batch, flops: int, peak_flops: float) -> str:
+def line(name: str, timing: Timing, tokens: int, flops: int, peak_flops: float) -> str:
     """One trainer's figures; the median of the steps' times, and their range."""
     seconds = statistics.median(timing.seconds)
     low, high = min(timing.seconds), max(timing.seconds)
-    rate = batch.tokens.numel() / seconds
-    memory = f"  memory {quantity(timing.memory_bytes, 'B')}" if timing.memory_bytes else ""
+    rate = tokens / seconds
     return (
         f"{name:<14} {1000 * seconds:.1f} ms a step ({1000 * low:.1f} to {1000 * high:.1f})"
-        f"  {quantity(rate)} tok/s  mfu {100 * rate * flops / peak_flops:.1f} %{memory}  first loss {timing.loss:.6f}"
+        f"  {quantity(rate)} tok/s  mfu {100 * rate * flops / peak_flops:.1f} %"
+        f"  memory {quantity(timing.memory_bytes, 'B')}  first loss {timing.loss:.6f}"
     )
 
 
@@ -120,18 +156,24 @@ def our_step(config: Config, rt: runtime.Runtime, batch: Batch) -> Callable[[], 
     return one
 
 
-def their_network(config: Config, rt: runtime.Runtime) -> Any:
-    """`transformers`' model with the weights a run of `config` starts from, in the format of `precision.compute`."""
+def their_classes() -> tuple[Any, Any]:
+    """`transformers`' config and model classes."""
     try:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError as error:
         raise InputError(
             f'--against: "transformers" needs the extra `hf`, got {error}; pip install "nmoe[hf]"'
         ) from error
+    return DeepseekV3Config, DeepseekV3ForCausalLM
+
+
+def their_network(config: Config, rt: runtime.Runtime, classes: tuple[Any, Any]) -> Any:
+    """`transformers`' model with the weights a run of `config` starts from, in the format of `precision.compute`."""
+    settings_class, model_class = classes
     dtype = torch.float32 if config.precision.compute == "fp32" else torch.bfloat16
     state, _ = fresh(config, arena_layouts(config), rt)
     with rt.device:
-        network = DeepseekV3ForCausalLM(DeepseekV3Config(**hf.settings(config.model), use_cache=False))
+        network = model_class(settings_class(**hf.settings(config.model), use_cache=False))
     network.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     network.load_state_dict(hf.state_dict(state.params, state.router_bias, config.model), strict=True)
     return network.train()

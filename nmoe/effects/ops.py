@@ -1,4 +1,4 @@
-"""Which implementation of each op this device runs."""
+"""Which implementation of each op this device runs, and the optimizer's pass over an arena."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
+from nmoe.pure import optim
 from nmoe.pure.attention.mla import attend_mla
-from nmoe.pure.experts import Rows, mlp, swiglu
+from nmoe.pure.experts import Rows, swiglu
 from nmoe.pure.ops import REFERENCE, Ops
 
-__all__ = ["attend_mla_padded", "build", "experts_by_segment", "experts_grouped"]
+__all__ = ["adamw_", "attend_mla_padded", "build", "experts_grouped"]
 
 
 def build(device: torch.device) -> Ops:
-    """The ops of a device: the reference, with experts that run only on their own rows, and fused attention."""
-    if device.type == "cpu":
-        return attrs.evolve(REFERENCE, experts=experts_by_segment, attend_mla=attend_mla_padded)
-    return attrs.evolve(REFERENCE, experts=experts_grouped)
+    """The ops of a device: the reference, but for experts on their own rows and fused attention."""
+    attend = attend_mla_padded if device.type == "cpu" else attend_mla
+    return attrs.evolve(REFERENCE, experts=experts_grouped, attend_mla=attend)
 
 
 def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, *, scale: float) -> Tensor:
@@ -31,22 +32,83 @@ def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, *, scale: float) ->
     return attend_mla(q, F.pad(kv, (0, q.shape[-1] - width)), k_rope, scale=scale)[..., :width]
 
 
-def experts_by_segment(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
-    """`pure.experts.experts` as one product an expert over its own rows. For the CPU: reads the counts.
-
-    returns  [P D]
-    """
-    segments = rows.x.index_select(0, rows.source).split(rows.count.tolist())
-    return torch.cat([mlp(*each) for each in zip(segments, up.unbind(0), down.unbind(0), strict=True)])
-
-
 def experts_grouped(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
     """`pure.experts.experts` with torch's grouped product; counts stay on the device.
 
-    rows.x   [M D] bf16
-    returns  [P D] bf16
+    rows.x   [M D]   bf16, or fp32 on a CPU
+    returns  [P D]   in the format of `rows.x`
     """
     ends = rows.count.cumsum(0).to(torch.int32)
     x = rows.x.index_select(0, rows.source)
     y = swiglu(F.grouped_mm(x, up.flatten(2), offs=ends).unflatten(-1, (2, -1)))
     return F.grouped_mm(y, down, offs=ends)
+
+
+@torch.no_grad()
+def adamw_(
+    value: Tensor,
+    remainder: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    gradient: Tensor,
+    *,
+    allowed: Tensor,
+    shrink: Tensor,
+    updates: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> Tensor:
+    """`pure.optim.adamw` on a stretch of an arena, where `allowed`; the norm of the change.
+
+    Without a remainder it is torch's own one-pass kernel; with one, the reference on the joined fp32 value.
+
+    allowed  0-d bool   false: nothing but `gradient` changes, whatever the gradient holds
+    shrink   0-d        factor on the gradient, from the clip
+    updates  0-d i64    number of updates this one makes it, counted from 1
+    lr       0-d f64
+
+    Writes:  value, remainder, first, second; `gradient` is zero afterwards.
+    """
+    numbers: dict[str, float] = {"beta1": beta1, "beta2": beta2, "eps": eps}
+    if remainder is None:
+        old = value.clone()
+        gradient.mul_(shrink)
+        adamw(
+            [value],
+            [gradient],
+            [first],
+            [second],
+            [],
+            [(updates - 1).float()],
+            fused=True,
+            found_inf=torch.where(allowed, 0.0, 1.0),
+            amsgrad=False,
+            lr=lr,
+            weight_decay=decay,
+            maximize=False,
+            **numbers,
+        )
+        change = torch.linalg.vector_norm(value - old)
+    else:
+        old = optim.join(value, remainder)
+        new, moments = optim.adamw(
+            old,
+            gradient.to(old.dtype) * shrink,
+            optim.Moments(first, second),
+            updates=updates,
+            lr=lr,
+            decay=decay,
+            **numbers,
+        )
+        new = torch.where(allowed, new, old)
+        change = torch.linalg.vector_norm(new - old)
+        high, low = optim.split(new)
+        value.copy_(high)
+        remainder.copy_(low)
+        torch.where(allowed, moments.first.to(first.dtype), first, out=first)
+        torch.where(allowed, moments.second.to(second.dtype), second, out=second)
+    gradient.zero_()
+    return change

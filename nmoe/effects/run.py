@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import attrs
 import numpy as np
@@ -41,8 +41,8 @@ __all__ = ["EXIT_NONFINITE", "arena_layouts", "fresh", "main"]
 EXIT_NONFINITE = 5
 """Exit code of a run that stopped after too many non-finite steps."""
 
-ASSUMED_MFU = 0.4
-"""What the estimate before the first step assumes."""
+ASSUMED_MFU = MappingProxyType({"cpu": 0.25, "cuda": 0.15})
+"""What the estimate before the first step assumes: about what docs/log.md has of each device."""
 
 YARDSTICK_TOKENS = 10_000_000
 """Training tokens the unigram and bigram models count at most."""
@@ -93,13 +93,6 @@ def open_corpus(config: Config, launch: runtime.Launch) -> Corpus:
     )
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Most memory this process has held: of the GPU, or resident in the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 @attrs.frozen(kw_only=True)
 class Report:
     """Turns what steps tell into lines: on the screen and in metrics.rank0.jsonl."""
@@ -123,7 +116,7 @@ class Report:
         rates = learning_rates(self.config, state.step - 1)
         loss, norm = metrics.loss.item(), metrics.grad_norm.item()
         shape = health(metrics.load.cpu())
-        held = memory_bytes(self.rt.device)
+        held = runtime.memory_bytes(self.rt.device)
         skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
         elapsed = time.monotonic() - self.began
         first = self.config.model.num_dense_layers
@@ -273,7 +266,7 @@ def main(config: Config, sources: Mapping[str, str], command: Sequence[str], lab
     device = runtime.device(config.run.device)
     corpus = open_corpus(config, launch)
     rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=runtime.peak_flops(device))
-    planned = plan(config, ranks=1, mfu=ASSUMED_MFU, peak_flops=rt.peak_flops)
+    planned = plan(config, ranks=1, mfu=ASSUMED_MFU[device.type], peak_flops=rt.peak_flops)
     c = config.model
     layouts = arena_layouts(config)
     name = config.run.name or f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +18,18 @@ import torch
 from nmoe.errors import InputError
 from nmoe.pure.plan import PEAK_FLOPS
 
-__all__ = ["SUPPORTED_GPUS", "Clock", "Launch", "Runtime", "Stop", "device", "launch", "peak_flops", "stop_on_signals"]
+__all__ = [
+    "SUPPORTED_GPUS",
+    "Clock",
+    "Launch",
+    "Runtime",
+    "Stop",
+    "device",
+    "launch",
+    "memory_bytes",
+    "peak_flops",
+    "stop_on_signals",
+]
 
 SUPPORTED_GPUS = ((9, 0), (10, 0))
 """Compute capabilities the kernels are written for: H100 and H200, B200."""
@@ -43,10 +56,16 @@ class Runtime:
 
 def launch(environ: Mapping[str, str]) -> Launch:
     """Read `RANK`, `WORLD_SIZE` and `NMOE_HOME`, the folder of caches."""
+    counts: dict[str, int] = {}
+    for name, absent in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        text = environ.get(name, absent)
+        if not text.isdecimal():
+            raise InputError(f"{name}: a launcher sets it to a number, got {text!r}; unset it or start with a launcher")
+        counts[name] = int(text)
     cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "."), ".cache")
     return Launch(
-        rank=int(environ.get("RANK", "0")),
-        world=int(environ.get("WORLD_SIZE", "1")),
+        rank=counts["RANK"],
+        world=counts["WORLD_SIZE"],
         home=Path(environ.get("NMOE_HOME") or os.path.join(cache, "nmoe")),
     )
 
@@ -87,6 +106,13 @@ def peak_flops(where: torch.device) -> float:
         a @ a
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of the GPU, or resident in the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Clock:

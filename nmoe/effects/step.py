@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Config
+from nmoe.effects import ops
 from nmoe.effects.runtime import Runtime
 from nmoe.pure import optim, route
 from nmoe.pure.layout import ArenaLayout
@@ -146,13 +147,14 @@ def make_step(
             size = CPU_CHUNK if rt.device.type == "cpu" else GPU_CHUNK
             for begin in range(0, described.size, size):
                 part = slice(begin, begin + size)
-                rounded, first, second = arena.value[part], arena.first[part], arena.second[part]
-                remainder = arena.remainder[part] if described.has_remainder() else None
-                old = rounded if remainder is None else optim.join(rounded, remainder)
-                new, moments = env.ops.adamw(
-                    old,
-                    arena.gradient[part].to(old.dtype) * shrink,
-                    optim.Moments(first, second),
+                change = ops.adamw_(
+                    arena.value[part],
+                    arena.remainder[part] if described.has_remainder() else None,
+                    arena.first[part],
+                    arena.second[part],
+                    arena.gradient[part],
+                    allowed=allowed,
+                    shrink=shrink,
                     updates=updates,
                     lr=lr,
                     beta1=group.beta1,
@@ -160,18 +162,8 @@ def make_step(
                     eps=group.eps,
                     decay=config.optim.weight_decay if described.policy.decay else 0.0,
                 )
-                new = torch.where(allowed, new, old)
-                changes.append((new - old).square().sum())
-                if remainder is None:
-                    rounded.copy_(new)
-                else:
-                    high, low = optim.split(new)
-                    rounded.copy_(high)
-                    remainder.copy_(low)
-                first.copy_(torch.where(allowed, moments.first, first))
-                second.copy_(torch.where(allowed, moments.second, second))
-            arena.gradient.zero_()
-        return torch.stack(changes).sum().sqrt()
+                changes.append(change)
+        return torch.linalg.vector_norm(torch.stack(changes))
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         state = donate(state)

@@ -69,6 +69,7 @@ def layout(
     """The arenas of one rank, in order of first appearance in the tree.
 
     compute     format of parameters whose policy stores them in "compute"
+    moments     format of the moments of what is stored in bf16; others have fp32 ones
     accumulate  whether a step has more than one microbatch: gradients are then kept in fp32
     world       ranks the experts are shared out to
     """
@@ -96,7 +97,7 @@ def layout(
                 size=offset,
                 storage=storage,
                 gradient=torch.float32 if accumulate else storage,
-                moments=dtype(moments),
+                moments=dtype(moments) if storage is torch.bfloat16 else torch.float32,
             )
         )
     return tuple(arenas)

@@ -16,6 +16,13 @@ IGNORED = -1
 """A target that does not count. Any negative one is ignored."""
 
 
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, in the format of `total`."""
+    if total.dtype is a.dtype:
+        return torch.addmm(total, a, b)
+    return total + a @ b
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Loss and both gradients chunk by chunk in the forward pass: three products, no logits kept."""
 
@@ -28,6 +35,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll = total
         x_gradients: list[Tensor] = []
         head_gradient = torch.zeros_like(head, dtype=total.dtype) if wants_head else head
+        minus_one = -torch.ones_like(total)
         for rows, wanted in zip(x.split(chunk), target.split(chunk), strict=True):
             rows = rows * logit_scale
             logits = wide(rows @ head)
@@ -39,12 +47,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             nll = nll - torch.where(counted, picked, 0).sum()
             total = total + torch.where(counted, z_loss * partition.square() - picked, 0).sum()
             if wants_x or wants_head:
-                pull = torch.where(counted, 1 + 2 * z_loss * partition, 0)
-                gradient = log_share.exp() * pull[:, None]
-                gradient = gradient.scatter_add(-1, index, -counted[:, None].to(gradient.dtype)).to(x.dtype)
-                x_gradients.append(gradient @ head.T * logit_scale)
+                gradient = log_share.exp()
+                if z_loss:
+                    gradient = gradient * (1 + 2 * z_loss * partition)[:, None]
+                gradient = gradient.scatter_add(-1, index, minus_one.expand_as(index)).to(x.dtype)
+                # ignored rows drop out of the narrow factors, which spares a pass over the wide one
+                weight = counted[:, None].to(x.dtype)
+                x_gradients.append(gradient @ head.T * (weight * logit_scale))
                 if wants_head:
-                    head_gradient = head_gradient + rows.T @ gradient
+                    head_gradient = accumulate(head_gradient, (rows * weight).T, gradient)
         ctx.save_for_backward(torch.cat(x_gradients) if x_gradients else x, head_gradient.to(head.dtype))
         ctx.mark_non_differentiable(nll)
         return total, nll

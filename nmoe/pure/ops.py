@@ -7,11 +7,10 @@ stub.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
-from nmoe.pure import experts, loss, norm, optim
+from nmoe.pure import experts, loss, norm
 from nmoe.pure.attention import mla
 from nmoe.pure.experts import Rows
 from nmoe.pure.rope import Rope
@@ -30,7 +29,6 @@ class Ops:
     experts: Callable[..., Tensor]
     combine: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
-    adamw: Callable[..., Any]
 
 
 REFERENCE = Ops(
@@ -40,7 +38,6 @@ REFERENCE = Ops(
     experts.experts,
     experts.combine,
     loss.linear_cross_entropy,
-    optim.adamw,
 )
 
 

@@ -42,11 +42,13 @@ def adamw(
     Source:   Loshchilov & Hutter (arXiv:1711.05101) algorithm 2, as `torch.optim.AdamW` rounds it.
     """
     first = torch.lerp(moments.first.to(value.dtype), gradient, 1 - beta1)
-    second = moments.second.to(value.dtype) * beta2 + gradient.square() * (1 - beta2)
+    second = torch.addcmul(moments.second.to(value.dtype) * beta2, gradient, gradient, value=1 - beta2)
     count = updates.double()
     step = (lr / (1 - beta1**count)).to(value.dtype)
-    width = (1 - beta2**count).sqrt().to(value.dtype)
-    return value * (1 - lr * decay) - step * first / (second.sqrt() / width + eps), Moments(first, second)
+    width = (1 - beta2**count).rsqrt().to(value.dtype)
+    root = torch.addcmul(value.new_full((), eps), second.sqrt(), width)
+    kept = value * (1 - lr * decay) if decay else value
+    return torch.addcdiv(kept, first * step, root, value=-1), Moments(first, second)
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ def losses(config: Config, steps: int) -> tuple[list[float], list[float]]:
     """Ours and theirs, step by step."""
     batch = bench.random_batch(config, RT.device)
     ours = bench.our_step(config, RT, batch)
-    theirs = bench.their_step(config, bench.their_network(config, RT), batch)
+    theirs = bench.their_step(config, bench.their_network(config, RT, bench.their_classes()), batch)
     return [ours().item() for _ in range(steps)], [theirs().item() for _ in range(steps)]
 
 
@@ -67,27 +67,34 @@ def test_measuring_counts_only_warm_steps_and_keeps_the_first_loss() -> None:
 
 
 def test_what_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """32 tokens a step; the time of the others over ours."""
-    timings = iter(
-        bench.Timing(seconds=seconds, loss=4.5, memory_bytes=memory)
-        for seconds, memory in (((0.2, 0.1, 0.9), 0), ((0.3, 0.3, 0.2), 5 * 10**9))
-    )
-    monkeypatch.setattr(bench, "measure", lambda *_: next(timings))
+    """32 tokens a step; the time and memory of the others over ours, medians over all rounds."""
+    ours = iter((0.2, 0.1, 0.9))
+    theirs = iter((0.3, 0.3, 0.2))
+
+    def apart(_: Config, name: str, steps: int) -> bench.Timing:
+        seconds = next(ours if name == "nmoe" else theirs)
+        return bench.Timing(seconds=(seconds,) * steps, loss=4.5, memory_bytes=10**8 if name == "nmoe" else 5 * 10**9)
+
+    monkeypatch.setattr(bench, "apart", apart)
     assert bench.step(tiny(), "transformers", 3) == 0
     nmoe, transformers, ratio = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r"nmoe +200\.0 ms a step \(100\.0 to 900\.0\)  160 tok/s  mfu [\d.]+ %  first loss 4\.500000", nmoe
+        r"nmoe +200\.0 ms a step \(100\.0 to 900\.0\)  160 tok/s  mfu [\d.]+ %  memory 100 MB  first loss 4\.500000",
+        nmoe,
     )
     assert re.fullmatch(
         r"transformers +300\.0 ms a step \(200\.0 to 300\.0\)  107 tok/s  mfu [\d.]+ %  memory 5 GB  first loss 4\.5.*",
         transformers,
     )
-    assert re.match(r"ratio +1\.50  ", ratio)
+    assert ratio.split(maxsplit=1)[1] == "1.50 in time, 50.00 in memory  (transformers / nmoe)"
 
 
-def test_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, in a real process of its own."""
+    monkeypatch.setattr(bench, "ROUNDS", 1)
     assert bench.step(tiny(), None, 1) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["nmoe"]
+    (only,) = capsys.readouterr().out.splitlines()
+    assert only.split()[0] == "nmoe" and re.search(r"memory [1-9]", only)
 
 
 @pytest.mark.parametrize(
@@ -106,5 +113,5 @@ def test_refusals(against: str | None, steps: int, message: str, capsys: pytest.
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r'^--against: "transformers" needs the extra `hf`, got .*; pip install'):
-        bench.step(tiny(), "transformers", 3)
+        bench.timed(tiny(), "transformers", 3)
     assert capsys.readouterr().out == ""

@@ -14,10 +14,13 @@ from nmoe.effects import buffers, ops
 from nmoe.effects.run import arena_layouts, fresh
 from nmoe.effects.runtime import Runtime
 from nmoe.effects.step import SpentStateError, State, learning_rates, make_step
-from nmoe.pure import tree
+from nmoe.pure import experts, optim, tree
 from nmoe.pure.model import Batch, objective
+from nmoe.pure.ops import REFERENCE
+from nmoe.pure.route import Routing
 from nmoe.pure.spec import POLICY
 from tests.effects.tiny import tiny
+from tests.segments import experts_by_segment
 
 RT = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
 
@@ -37,6 +40,7 @@ def start(config: Config, dtype: torch.dtype | None = None) -> tuple[State, Any]
         layouts = tuple(attrs.evolve(each, storage=dtype, gradient=dtype, moments=dtype) for each in layouts)
     state, env = fresh(config, layouts, RT)
     if dtype is not None:
+        env = attrs.evolve(env, ops=REFERENCE)  # torch's grouped product knows no fp64
         state = attrs.evolve(state, router_bias=state.router_bias.to(dtype))
     return state, make_step(config, layouts, env, RT, mark=lambda name: None)
 
@@ -69,7 +73,7 @@ def test_steps_are_those_of_torch_adamw_with_clip(microbatch: int) -> None:
             for leaf, spec in zip(leaves, specs, strict=True)
         ]
     )
-    env = fresh(config, arena_layouts(config), RT)[1]
+    env = attrs.evolve(fresh(config, arena_layouts(config), RT)[1], ops=REFERENCE)
     for index, batch in enumerate(batches(config, 5)):
         whole = Batch(batch.tokens.flatten(0, 1), batch.targets.flatten(0, 1))
         loss, nll, _ = objective(
@@ -196,9 +200,7 @@ def test_bf16_keeps_an_exact_master() -> None:
     moved = 0
     for described, arena in zip(layouts, state.arenas, strict=True):
         if described.has_remainder():
-            from nmoe.pure.optim import join
-
-            master = join(arena.value, arena.remainder)
+            master = optim.join(arena.value, arena.remainder)
             assert torch.equal(master.bfloat16(), arena.value) or (master - arena.value.float()).abs().max() > 0
             moved += int((arena.remainder != 0).sum())
     assert moved > 0
@@ -224,29 +226,75 @@ def test_the_same_steps_twice_are_bitwise_the_same(compute: str) -> None:
     assert same(run(), run())
 
 
-def test_cpu_ops_are_the_reference() -> None:
-    """Experts on their own rows, and attention with padded values, against the plain implementations in fp64."""
-    config = tiny()
-    layouts = tuple(attrs.evolve(each, storage=torch.float64, gradient=torch.float64) for each in arena_layouts(config))
-    (batch,) = batches(config, 1)
-    whole = Batch(batch.tokens[0], batch.targets[0])
-    found: list[dict[str, Tensor]] = []
-    for which in (ops.build(torch.device("cpu")), ops.REFERENCE):
-        state, env = fresh(config, layouts, RT)
-        loss, _, _ = objective(
-            state.params,
-            whole,
-            state.router_bias.double(),
-            attrs.evolve(env, ops=which),
-            config.model,
-            num_targets=torch.tensor(whole.targets.numel()),
-            num_sequences=2,
-            chunk=64,
+@pytest.mark.parametrize("format_", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [(5, 0, 70, 13), (88, 0, 0, 0), (0, 0, 0, 88), (22, 22, 22, 22)])
+def test_grouped_experts_are_as_near_the_truth_as_plain_ones(counts: tuple[int, ...], format_: torch.dtype) -> None:
+    """Error against fp64, compared with the error of the same rows through plain products."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(format_)
+
+    num = sum(counts)
+    x, up, down, pull = draw(num, 64), draw(4, 64, 2, 32) / 8, draw(4, 32, 64) / 6, draw(num, 64)
+    expert = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    routing = Routing(expert[torch.randperm(num, generator=generator)][:, None], torch.ones(num, 1))
+
+    def run(which: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [each.to(dtype, copy=True).requires_grad_() for each in (x, up, down)]
+        rows = experts.dispatch(leaves[0], routing, num_experts=4)
+        y = experts.combine(which(rows, leaves[1], leaves[2]), rows, routing)
+        y.backward(pull.to(dtype))
+        return [y.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]
+
+    truth = run(REFERENCE.experts, torch.float64)
+    plain, grouped = run(experts_by_segment, format_), run(ops.experts_grouped, format_)
+    for name, t, p, g in zip(("y", "dx", "dup", "ddown"), truth, plain, grouped, strict=True):
+        assert (g - t).norm() <= 1.5 * (p - t).norm(), name
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("shrink", [1.0, 0.3])
+def test_the_pass_over_an_arena_is_the_reference(decay: float, shrink: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(1000, generator=generator, dtype=torch.float64)
+    theirs, first, second = value.clone(), torch.zeros_like(value), torch.zeros_like(value)
+    kept = optim.Moments(first.clone(), second.clone())
+    numbers: Any = {"lr": torch.tensor(3e-3, dtype=torch.float64), "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    for count in range(1, 6):
+        gradient = torch.randn(1000, generator=generator, dtype=torch.float64)
+        old = value
+        value, kept = optim.adamw(value, gradient * shrink, kept, updates=torch.tensor(count), decay=decay, **numbers)
+        change = ops.adamw_(
+            theirs,
+            None,
+            first,
+            second,
+            gradient,
+            allowed=torch.tensor(True),
+            shrink=torch.tensor(shrink, dtype=torch.float64),
+            updates=torch.tensor(count),
+            decay=decay,
+            **numbers,
         )
-        loss.backward()
-        found.append({"loss": loss.detach(), **{path: leaf.grad for path, leaf in tree.leaves(state.params)}})
-    for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name], rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(change, (value - old).norm(), rtol=1e-10, atol=0)
+        assert not gradient.any()
+    torch.testing.assert_close(theirs, value, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(second, kept.second, rtol=1e-11, atol=0)
+
+
+def test_padded_attention_is_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 9, 3, 12), (2, 9, 3, 15), (2, 9, 4))
+    found: list[list[Tensor]] = []
+    for attend in (ops.attend_mla_padded, REFERENCE.attend_mla):
+        generator.manual_seed(0)
+        leaves = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+        o = attend(*leaves, scale=0.3)
+        o.backward(torch.randn(o.shape, generator=generator, dtype=torch.float64))
+        found.append([o.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-11, atol=1e-12)
 
 
 def test_place_keeps_the_structure() -> None:

@@ -1,7 +1,7 @@
 """Twenty steps of a small model on fixed data, as exact numbers.
 
-`tests/golden/test_curve.py` runs this in a process of its own, with an environment that keeps the CPU's libraries to code
-which is the same on every x86-64 machine, and says how to write `curve.json` anew.
+`tests/golden/test_curve.py` runs this in a process of its own, with an environment that keeps the CPU's libraries to
+code which is the same on every x86-64 machine, and says how to write `curve.json` anew.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from nmoe.pure import experts, tree
 from nmoe.pure.model import Batch
 from nmoe.pure.route import Routing
 from tests.effects.tiny import tiny
+from tests.segments import experts_by_segment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,7 +88,7 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_bf16(counts: tuple[int, 
         dtype = torch.float64 if kind == "truth" else torch.bfloat16
         leaves = [each.to(dtype, copy=True).requires_grad_() for each in (x, up, down)]
         rows = experts.dispatch(leaves[0], routing, num_experts=4)
-        which = ops.experts_grouped if kind == "grouped" else ops.experts_by_segment
+        which = ops.experts_grouped if kind == "grouped" else experts_by_segment
         y = experts.combine(which(rows, leaves[1], leaves[2]), rows, routing)
         y.backward(pull.to(dtype))
         return [y.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]

@@ -17,6 +17,7 @@ from nmoe.pure.ops import REFERENCE, Env
 from nmoe.pure.plan import activation_bytes, plan
 from nmoe.pure.spec import POLICY
 from tests.effects.tiny import tiny
+from tests.segments import experts_by_segment
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 12])
@@ -30,7 +31,7 @@ def test_flops_are_those_of_torchs_counter(q_lora_rank: int | None, shared: int,
     specs, dims = model.specs(c), model.dims(c)
     params = tree.map(lambda _, leaf: leaf.requires_grad_(), init(Key(0), specs, dims))
     # rows run through their own experts only, attention as two plain products
-    env = Env(attrs.evolve(REFERENCE, experts=ops.experts_by_segment), model.rope_table(c, 24))
+    env = Env(attrs.evolve(REFERENCE, experts=experts_by_segment), model.rope_table(c, 24))
     tokens = torch.randint(c.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
     bias = torch.zeros(c.num_layers - dense, c.moe.num_experts)
     with FlopCounterMode(display=False) as forward, torch.no_grad():

@@ -19,7 +19,7 @@ from nmoe.pure.attention.mla import mla
 from nmoe.pure.experts import dispatch
 from nmoe.pure.model import Batch
 from nmoe.pure.ops import REFERENCE, Env, Ops
-from nmoe.pure.optim import Moments
+from nmoe.pure.optim import Moments, adamw
 from nmoe.pure.rope import Rope
 from nmoe.pure.route import Routing
 from tests import shapes
@@ -41,8 +41,6 @@ def calls() -> dict[str, Call]:
     """Arguments for every operation."""
     x = normal(6, 5)
     rows = dispatch(x, routing(), num_experts=4)
-    moments = Moments(normal(7), normal(7).abs())
-    rates = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
     return {
         "norm": ((x, normal(5)), {"eps": 1e-6}),
         "attend_mla": ((normal(2, 6, 3, 8), normal(2, 6, 3, 9), normal(2, 6, 4)), {"scale": 0.3}),
@@ -53,22 +51,22 @@ def calls() -> dict[str, Call]:
             (x, normal(5, 9), torch.tensor([1, -1, 3, 0, 8, 2])),
             {"chunk": 4, "logit_scale": 0.5, "z_loss": 0.1},
         ),
-        "adamw": (
-            (normal(7), normal(7, seed=1), moments),
-            {"updates": torch.tensor(3), "lr": torch.tensor(0.1, dtype=torch.float64), **rates},
-        ),
     }
 
 
 def model_calls() -> dict[str, tuple[Callable[..., Any], Call]]:
-    """Arguments for the functions of the model; `block` for a mixture."""
+    """Arguments for the functions of the model, `block` for a mixture, and for the update rule."""
     c = shapes.config(attention=shapes.attention(q_lora_rank=7))
     p, bias = shapes.parameters(c, dtype=torch.float32), shapes.router_bias(c, dtype=torch.float32)
     batch, env = shapes.batch(c), shapes.env(c)
     x = normal(2, 11, c.hidden_size)
     share = {"num_targets": torch.tensor(18), "num_sequences": 2, "chunk": 8, "z_loss": 1e-3}
     attention = (p.blocks[0].attention, x, env.rope, env.ops.norm, env.ops.attend_mla, c.attention)
+    moments = Moments(normal(7), normal(7).abs())
+    rates = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
+    numbers = {"updates": torch.tensor(3), "lr": torch.tensor(0.1, dtype=torch.float64), **rates}
     return {
+        "adamw": (adamw, ((normal(7), normal(7, seed=1), moments), numbers)),
         "mla": (mla, (attention, {"eps": 1e-6})),
         "block": (model.block, ((p.blocks[1], x, bias[0], env, c), {})),
         "forward": (model.forward, ((p, batch.tokens, bias, env, c), {})),

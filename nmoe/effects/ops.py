@@ -72,7 +72,6 @@ def adamw_(
 
     Writes:  value, remainder, first, second; `gradient` is zero afterwards.
     """
-    numbers: dict[str, float] = {"beta1": beta1, "beta2": beta2, "eps": eps}
     if remainder is None:
         old = value.clone()
         gradient.mul_(shrink)
@@ -87,9 +86,11 @@ def adamw_(
             found_inf=torch.where(allowed, 0.0, 1.0),
             amsgrad=False,
             lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
             weight_decay=decay,
             maximize=False,
-            **numbers,
         )
         change = torch.linalg.vector_norm(value - old)
     else:
@@ -100,8 +101,10 @@ def adamw_(
             optim.Moments(first, second),
             updates=updates,
             lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
             decay=decay,
-            **numbers,
         )
         new = torch.where(allowed, new, old)
         change = torch.linalg.vector_norm(new - old)

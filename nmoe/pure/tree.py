@@ -42,7 +42,8 @@ def record(cls: C) -> C:
         return [getattr(node, name) for name in names], None
 
     def flatten_with_keys(node: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], None]:
-        return [(pytree.GetAttrKey(name), getattr(node, name)) for name in names], None
+        kids: list[tuple[pytree.KeyEntry, Any]] = [(pytree.GetAttrKey(name), getattr(node, name)) for name in names]
+        return kids, None
 
     def unflatten(kids: Any, _: None) -> Any:
         return frozen(*kids)

@@ -44,7 +44,7 @@ def test_curve_is_the_golden_one() -> None:
         assert found[compute]["grad_norm"] == golden[compute]["grad_norm"]
         assert found[compute]["final"] == golden[compute]["final"]
         losses = [float.fromhex(each) for each in golden[compute]["loss"]]
-        assert losses[-1] < 0.8 * losses[0], "the golden run learns"
+        assert losses[-1] < losses[0] - 0.3, "the golden run learns"
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ __all__ = ["EXIT_NONFINITE", "arena_layouts", "fresh", "main"]
 EXIT_NONFINITE = 5
 """Exit code of a run that stopped after too many non-finite steps."""
 
-ASSUMED_MFU = MappingProxyType({"cpu": 0.25, "cuda": 0.15})
+ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": 0.15})
 """What the estimate before the first step assumes: about what docs/log.md has of each device."""
 
 YARDSTICK_TOKENS = 10_000_000

@@ -41,8 +41,8 @@ def record(cls: C) -> C:
     def flatten(node: Any) -> tuple[list[Any], None]:
         return [getattr(node, name) for name in names], None
 
-    def flatten_with_keys(node: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], None]:
-        kids: list[tuple[pytree.KeyEntry, Any]] = [(pytree.GetAttrKey(name), getattr(node, name)) for name in names]
+    def flatten_with_keys(node: Any) -> tuple[list[tuple[Any, Any]], None]:
+        kids: list[tuple[Any, Any]] = [(pytree.GetAttrKey(name), getattr(node, name)) for name in names]
         return kids, None
 
     def unflatten(kids: Any, _: None) -> Any:

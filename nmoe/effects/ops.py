@@ -85,7 +85,7 @@ def adamw_(
             fused=True,
             found_inf=torch.where(allowed, 0.0, 1.0),
             amsgrad=False,
-            lr=lr,
+            lr=lr.to(value.dtype),  # the CUDA kernel reads it in the format of the parameters
             beta1=beta1,
             beta2=beta2,
             eps=eps,

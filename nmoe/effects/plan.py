@@ -14,15 +14,16 @@ from nmoe.pure.plan import Plan, plan
 __all__ = ["duration", "main", "quantity", "render"]
 
 
+PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
 def quantity(number: float, unit: str = "") -> str:
-    """A number with three digits and a decimal prefix, as in `6.93 B`."""
-    for limit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+    """A number with three digits and a decimal prefix, as in `6.93 GB`; a bare count of billions is `6.93 B`."""
+    for limit, prefix in PREFIXES:
         if abs(number) >= limit:
-            return (
-                f"{number / limit:.3g} {prefix}{unit}"
-                if number / limit < 999.5
-                else f"{number / limit:.0f} {prefix}{unit}"
-            )
+            scaled = number / limit
+            digits = f"{scaled:.3g}" if scaled < 999.5 else f"{scaled:.0f}"
+            return f"{digits} {'B' if prefix == 'G' and not unit else prefix + unit}"
     return f"{number:.3g} {unit}".rstrip()
 
 

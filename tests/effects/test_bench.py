@@ -94,7 +94,7 @@ def test_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr(bench, "ROUNDS", 1)
     assert bench.step(tiny(), None, 1) == 0
     (only,) = capsys.readouterr().out.splitlines()
-    assert only.split()[0] == "nmoe" and re.search(r"memory [1-9]", only)
+    assert only.split()[0] == "nmoe" and re.search(r" [1-9][\d.]* ms a step", only)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -85,6 +86,9 @@ def create_folder(root: Path, name: str, contents: Mapping[str, str]) -> Path:
             f"run.root: run folders can be written, got {error.strerror} at {error.filename or root}; "
             "choose another run.root or mend its permissions"
         ) from error
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
     return folder
 
 

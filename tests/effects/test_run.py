@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,8 +20,10 @@ import tomli
 
 from nmoe.config import dump, load
 from nmoe.config.sections import Config, Shards
+from nmoe.effects import files, log
 from nmoe.effects.data import shards
 from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.errors import InputError
 from tests.effects.tiny import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -223,3 +226,18 @@ def test_weights_of_another_model_are_refused(corpus: Path, workplace: Path) -> 
     weights = folder / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     refused(nmoe("generate", folder, "--prompt", "x", cwd=workplace), "weights.safetensors")
+
+
+def test_a_run_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full at the second file."""
+    write_text = files.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "b":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_text(path, text)
+
+    monkeypatch.setattr(files, "write_text", full)
+    with pytest.raises(InputError, match="^run.root: run folders can be written, got No space left on device"):
+        log.create_folder(tmp_path, "x", {"a": "1", "b": "2"})
+    assert list(tmp_path.iterdir()) == []

@@ -18,11 +18,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "schedule")
 """Modules of pure that may import the section classes of a config."""
 
-COMPOSES = ("bench", "evaluate", "generate", "plan", "run")
-"""Modules of effects that bring others together: one a verb."""
+COMPOSES = ("bench", "corpus", "evaluate", "generate", "plan", "report", "run")
+"""Modules of effects that bring others together: one a verb, and the parts of `run`."""
 
 SHARED = ("files", "ops", "runtime")
 """Modules of effects that every other one may import."""
+
+INSIDE = (("checkpoint", "checkpoint"), ("data", "data"), ("ops", "kernels"), ("viz", "viz"))
+"""Packages of effects whose files may import each other, and the one importer of the kernels."""
 
 NEVER_IN_PURE = (
     *("nmoe.effects", "nmoe.cli", "triton", "torch.distributed", "os", "sys", "time", "logging", "threading"),
@@ -62,8 +65,8 @@ def may_import(module: str, name: str) -> bool:
     if within(module, "nmoe.effects.kernels"):
         return within(name, "__future__", "torch", "triton", "nmoe.pure")
     if within(module, "nmoe.effects") and within(name, "nmoe.effects"):
-        return own in COMPOSES or other in SHARED or (own, other) in (("data", "data"), ("ops", "kernels"))
-    return module == "nmoe.__main__" or not within(name, "nmoe.cli")
+        return own in COMPOSES or other in SHARED or (own, other) in INSIDE
+    return within(module, "nmoe.__main__", "nmoe.cli") or not within(name, "nmoe.cli")
 
 
 def part(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -17,24 +16,22 @@ import torch
 from torch import Tensor
 
 from nmoe.config import Config, dump, identity
-from nmoe.config.sections import Stdlib
 from nmoe.effects import buffers, ops, provenance, runtime, weights
-from nmoe.effects.data import shards, stdlib
+from nmoe.effects.corpus import Corpus, open_corpus
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.evaluate import Held, evaluate
 from nmoe.effects.generate import extend
-from nmoe.effects.loader import held_out, open_loader
-from nmoe.effects.log import Log, create_folder, open_log, say
+from nmoe.effects.log import create_folder, open_log, say
 from nmoe.effects.plan import duration, quantity, render
-from nmoe.effects.step import Metrics, State, learning_rates, make_step
+from nmoe.effects.report import Report
+from nmoe.effects.step import Metrics, State, make_step
 from nmoe.errors import InputError
-from nmoe.pure import model, ngram
+from nmoe.pure import model
 from nmoe.pure.key import Key
 from nmoe.pure.layout import ArenaLayout, layout
 from nmoe.pure.model import Batch
 from nmoe.pure.ops import Env
 from nmoe.pure.plan import Plan, plan
-from nmoe.pure.route import health
 
 __all__ = ["EXIT_NONFINITE", "arena_layouts", "fresh", "main"]
 
@@ -44,126 +41,8 @@ EXIT_NONFINITE = 5
 ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": 0.15})
 """What the estimate before the first step assumes: about what docs/log.md has of each device."""
 
-YARDSTICK_TOKENS = 10_000_000
-"""Training tokens the unigram and bigram models count at most."""
-
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 96
-
-
-@attrs.frozen(kw_only=True)
-class Corpus:
-    """What a run reads."""
-
-    identity: str  # hash of the manifest
-    tokenizer: tokenizers.Tokenizer
-    read: Callable[[int], Batch]
-    held: tuple[Batch, ...]
-    train: shards.Split
-    unigram: float  # nats a held-out token of a model that knows only frequencies
-    bigram: float  # the same knowing the previous token
-
-
-def open_corpus(config: Config, launch: runtime.Launch) -> Corpus:
-    """Prepare what the config names, if need be, and open it."""
-    source, train = config.data.source, config.train
-    folder = (
-        stdlib.prepare(launch.home, source.tokenizer_size, say) if isinstance(source, Stdlib) else Path(source.path)
-    )
-    train_split = shards.open_split(folder, "train", config.model.vocab_size)
-    held_split = shards.open_split(folder, "validation", config.model.vocab_size)
-    shape = {
-        "microbatch_size": train.microbatch_size,
-        "sequence_length": train.sequence_length,
-        "rank": launch.rank,
-        "world": launch.world,
-    }
-    held = held_out(held_split, num_tokens=config.validation.tokens, **shape)
-    seen = shards.read(train_split, 0, min(train_split.num_tokens, YARDSTICK_TOKENS))
-    num_held = sum(batch.targets.numel() for batch in held)
-    told = shards.read(held_split, 0, num_held + 1)
-    return Corpus(
-        identity=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
-        tokenizer=tokenizers.load(folder),
-        read=open_loader(train_split, batch_size=train.batch_size, key=Key(config.run.seed).fold("data"), **shape),
-        held=held,
-        train=train_split,
-        unigram=ngram.unigram_loss(seen, told, config.model.vocab_size),
-        bigram=ngram.bigram_loss(seen, told, config.model.vocab_size),
-    )
-
-
-@attrs.frozen(kw_only=True)
-class Report:
-    """Turns what steps tell into lines: on the screen and in metrics.rank0.jsonl."""
-
-    config: Config
-    rt: runtime.Runtime
-    log: Log
-    flops: int  # of training, a token
-    began: float  # monotonic seconds
-
-    def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
-        """Report the last step; times are means over the `steps` since the previous report.
-
-        returns  (non-finite steps in all, in a row)
-        """
-        train = self.config.train
-        tokens = train.batch_size * train.sequence_length
-        busy = sum(value for name, value in seconds.items() if name != "validation") / steps
-        rate = tokens / busy
-        mfu = rate * self.flops / (self.rt.world * self.rt.peak_flops)
-        rates = learning_rates(self.config, state.step - 1)
-        loss, norm = metrics.loss.item(), metrics.grad_norm.item()
-        shape = health(metrics.load.cpu())
-        held = runtime.memory_bytes(self.rt.device)
-        skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
-        elapsed = time.monotonic() - self.began
-        first = self.config.model.num_dense_layers
-        self.log.metrics(
-            step=state.step,
-            elapsed_s=elapsed,
-            tokens_global=state.step * tokens,
-            tokens_local=state.step * tokens // self.rt.world,
-            loss=loss,
-            auxiliary_loss=metrics.auxiliary_loss.item(),
-            **{f"lr/{group}": value for group, value in rates.items()},
-            grad_norm=norm,
-            update_norm=metrics.update_norm.item(),
-            nonfinite_steps=skipped,
-            tokens_per_s=rate,
-            mfu=mfu,
-            memory_bytes=held,
-            step_s=busy,
-            **{f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"},
-            experts={
-                "layer": list(range(first, self.config.model.num_layers)),
-                "max_over_mean": shape.max_over_mean.tolist(),
-                "cv": shape.cv.tolist(),
-                "dead": shape.dead.tolist(),
-                "entropy": metrics.entropy.tolist(),
-                "bias_min": state.router_bias.amin(-1).tolist(),
-                "bias_max": state.router_bias.amax(-1).tolist(),
-            },
-        )
-        eta = elapsed / state.step * (train.steps - state.step)
-        say(
-            f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
-            f"loss {loss:.4f}  gnorm {norm:.3f}  lr {rates['dense']:.1e}  {quantity(rate)} tok/s  "
-            f"mfu {100 * mfu:.1f} %  mem {quantity(held, 'B')}  bal {shape.max_over_mean.max().item():.2f}  "
-            f"dead {int(shape.dead.sum().item())}  eta {duration(eta)}"
-        )
-        return skipped, in_row
-
-    def validation(self, step: int, held: Held) -> None:
-        """Report a validation."""
-        numbers = {"validation/loss": held.loss, "validation/bits_per_byte": held.bits_per_byte}
-        self.log.metrics(step=step, elapsed_s=time.monotonic() - self.began, **numbers)
-        self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)
-        say(
-            f"step {step}  validation loss {held.loss:.4f} nats  {held.bits_per_byte:.4f} bits/byte  "
-            f"{held.tokens} tokens"
-        )
 
 
 def train_until(

@@ -1,0 +1,132 @@
+"""The command line: the only reader of argv. Each verb imports what it needs when it is called; one file a family."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+
+from nmoe.cli import bench, config, runs, train
+from nmoe.cli.parser import Parser, under
+from nmoe.errors import InputError
+
+__all__ = ["main"]
+
+EXIT_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+"""128 + SIGPIPE: whoever read the output has gone."""
+
+OVERRIDE = re.compile(r"--([A-Za-z_][\w-]*(?:\.[\w-]+)+)(=.*)?", re.DOTALL)
+"""`--section.key=value`, or the same without its value."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    argv     arguments after the program's name; None: this process's
+    returns  exit code: the verb's own, 2 for bad input, 130 interrupted, 141 when the reader of stdout has gone
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _call(arguments)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        from nmoe.config.toml import printable
+
+        for problem in error.problems:
+            print(f"nmoe: {printable(problem)}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # what is still buffered has to go somewhere when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+
+
+def _call(arguments: Sequence[str]) -> int:
+    """Parse a command line and call its verb."""
+    if list(arguments) == ["--version"]:
+        print(f"nmoe {_version()}")
+        return 0
+    parser, verbs = _parser()
+    _check_verb(arguments, verbs)
+    overrides, rest = _split(arguments)
+    try:
+        args, unknown = parser.parse_known_args(rest)
+    except SystemExit as done:  # after --help
+        return int(done.code or 0)
+    if unknown:
+        known = "its own arguments and --section.key=value" if args.takes_overrides else "its own arguments"
+        raise InputError(*(f"{args.verb}: {known}, got {each}; see `nmoe {args.verb} --help`" for each in unknown))
+    if overrides and not args.takes_overrides:
+        raise InputError(*(f"{args.verb}: no overrides, got {each}; remove it" for each in overrides))
+    args.overrides, args.command = overrides, ("nmoe", *arguments)
+    return args.call(args)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("nmoe")
+    except PackageNotFoundError:
+        return "not installed, from a checkout"
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides among the arguments, and the rest.
+
+    Raises:  InputError for an override whose value is not attached to it.
+    """
+    overrides: list[str] = []
+    rest: list[str] = []
+    problems: list[str] = []
+    for argument, following in zip(arguments, (*arguments[1:], ""), strict=True):
+        match = OVERRIDE.fullmatch(argument)
+        if match is None:
+            rest.append(argument)
+        elif match[2] is None:
+            value = following if following and not following.startswith("--") else "VALUE"
+            problems.append(f"{argument}: --section.key=value in one argument, got no value; write {argument}={value}")
+        else:
+            overrides.append(argument)
+    if problems:
+        raise InputError(*problems)
+    return overrides, rest
+
+
+def _check_verb(arguments: Sequence[str], verbs: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a verb that does not exist, with the one that was probably meant.
+
+    verbs  every verb, with the verbs under it
+    """
+    said, known = "nmoe", tuple(verbs)
+    for word in (*arguments[:2], "")[:2]:
+        if word.startswith("-") or not known:
+            return
+        if word not in known:
+            near = difflib.get_close_matches(word, known, n=1)
+            remedy = f"did you mean {said} {near[0]}?" if near else f"see `{said} --help`"
+            where = said.removeprefix("nmoe").strip() or "command line"
+            raise InputError(f"{where}: a verb, one of {', '.join(known)}, got {word or 'nothing'}; {remedy}")
+        said, known = f"{said} {word}", tuple(verbs.get(word, ()))
+
+
+def _parser() -> tuple[Parser, Mapping[str, Sequence[str]]]:
+    """The parser of everything but overrides, and every verb with the verbs under it."""
+    root = Parser(
+        prog="nmoe",
+        description="Train Mixture-of-Experts language models.",
+        epilog="`nmoe VERB --help` shows an example. CONFIG is a TOML file; --section.key=value sets one of its keys.",
+        allow_abbrev=False,
+    )
+    root.add_argument("--version", action="store_true", help="print the version")
+    verbs = root.add_subparsers(metavar="VERB", required=True)
+    for family in (train, config, runs, bench):
+        family.verbs(verbs)
+    return root, {name: under(parser) for name, parser in verbs.choices.items()}

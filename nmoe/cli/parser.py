@@ -1,0 +1,76 @@
+"""What the parsers of all verbs are made of."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nmoe.errors import InputError
+
+if TYPE_CHECKING:
+    from nmoe.config import Loaded
+
+__all__ = ["Parser", "Verbs", "add", "group", "load", "under"]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors raised as InputError instead of printed with the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog.removeprefix('nmoe ')}: {message}; see `{self.prog} --help`")
+
+
+Verbs = Any  # argparse names no public type for what add_subparsers returns
+
+
+def add(
+    verbs: Verbs,
+    name: str,
+    call: Callable[[argparse.Namespace], int],
+    about: str,
+    example: str,
+    *,
+    config: bool = False,
+    run: bool = False,
+) -> Parser:
+    """A verb's parser.
+
+    example  arguments that make sense, shown in its help
+    config   whether it takes a config and overrides
+    run      whether it takes a run's name
+    """
+    parser: Parser = verbs.add_parser(
+        name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
+    )
+    verb = parser.prog.removeprefix("nmoe ")
+    parser.epilog = f"example: {parser.prog} {example}"
+    parser.set_defaults(call=call, verb=verb, takes_overrides=config)
+    if config:
+        parser.usage = f"{parser.prog} CONFIG [options] [--section.key=value ...]"
+        parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    if run:
+        parser.add_argument("name", metavar="NAME", help="name of the run folder")
+    return parser
+
+
+def group(verbs: Verbs, name: str, about: str) -> Verbs:
+    """A verb that has verbs of its own."""
+    parser: Parser = verbs.add_parser(
+        name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
+    )
+    return parser.add_subparsers(metavar="VERB", required=True)
+
+
+def load(args: argparse.Namespace, world: int | None = None) -> Loaded:
+    from nmoe.config import load_valid
+
+    return load_valid(args.config, os.environ, args.overrides, world)
+
+
+def under(parser: argparse.ArgumentParser) -> tuple[str, ...]:
+    """The verbs a verb has of its own."""
+    groups = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]  # pyright: ignore[reportPrivateUsage]
+    return tuple(name for each in groups for name in each.choices)

@@ -1,0 +1,59 @@
+"""`nmoe run`, `plan`, `doctor`, `generate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nmoe.cli.parser import Verbs, add, load
+
+__all__ = ["verbs"]
+
+
+def verbs(root: Verbs) -> None:
+    """Train a model, and what goes before and after."""
+    add(root, "run", _run, "train a config", "configs/quickstart.toml --train.steps=100", config=True)
+
+    plan = add(root, "plan", _plan, "say what a config will cost", "configs/dsv3.toml --gpus 128", config=True)
+    plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation to assume (default: %(default)s)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    doctor = add(root, "doctor", _doctor, "what this machine can do", "--json")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    generate = add(root, "generate", _generate, "continue a text with a trained model", 'runs/NAME --prompt "def "')
+    generate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    generate.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.7, metavar="X", help="0 takes the likeliest token (default: %(default)s)"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: %(default)s)")
+
+
+def _run(args: argparse.Namespace) -> int:
+    loaded = load(args)
+    from nmoe.effects import run
+
+    return run.main(loaded.config, loaded.sources, args.command, args.config.stem)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    loaded = load(args, args.gpus)
+    from nmoe.effects import plan
+
+    ranks = loaded.config.parallel.ranks if args.gpus is None else args.gpus
+    return plan.main(loaded.config, ranks, args.mfu, args.json)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from nmoe.effects import doctor
+
+    return doctor.main(args.json)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from nmoe.effects import generate
+
+    return generate.main(args.folder, args.prompt, args.tokens, args.temperature, args.seed)

@@ -151,7 +151,7 @@ def moe(p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe) -> tuple[Ten
     rows = env.ops.dispatch(flat, routing, num_experts=c.num_experts)
     y = env.ops.combine(env.ops.experts(rows, p.up, p.down), rows, routing).view_as(x)
     if isinstance(p.shared, Shared):
-        y = y + mlp(x, p.shared.up, p.shared.down)
+        y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)
     report = RouterReport(
         rows.count,
         route.entropy(score.detach()),
@@ -169,13 +169,13 @@ def block(
     bias     [E] f32 of this layer, () for a dense one
     """
     y = env.ops.norm(x, p.attention_norm, eps=c.norm_eps)
-    x = x + mla.mla(p.attention, y, env.rope, env.ops.norm, env.ops.attend_mla, c.attention, eps=c.norm_eps)
-    y = env.ops.norm(x, p.ffn_norm, eps=c.norm_eps)
+    y = mla.mla(p.attention, y, env.rope, env.ops.norm, env.ops.attend_mla, c.attention, eps=c.norm_eps)
+    x, y = env.ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
         y, report = moe(p.ffn, y, bias, env, c.moe)
         return x + y, report
     if isinstance(p.ffn, Dense):
-        return x + mlp(y, p.ffn.up, p.ffn.down), ()
+        return x + mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()
     raise ValueError("block: a mixture has a router bias, got (); pass the layer's row of the router bias")
 
 

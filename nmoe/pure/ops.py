@@ -24,6 +24,8 @@ class Ops:
     """One function a field; each has the signature of its reference."""
 
     norm: Callable[..., Tensor]
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    swiglu: Callable[[Tensor], Tensor]
     attend_mla: Callable[..., Tensor]
     dispatch: Callable[..., Rows]
     experts: Callable[..., Tensor]
@@ -33,6 +35,8 @@ class Ops:
 
 REFERENCE = Ops(
     norm.rms_norm,
+    norm.add_rms_norm,
+    experts.swiglu,
     mla.attend_mla,
     experts.dispatch,
     experts.experts,

@@ -80,7 +80,7 @@ def update_kernel(
             else:
                 old = tl.load(value + at, mask=inside, other=0.0)
             new_first = old_first + (1.0 - beta1) * (g - old_first)
-            new_second = old_second * beta2 + (1.0 - beta2) * g * g
+            new_second = old_second * beta2 + (1.0 - beta2) * (g * g)
             root = eps + tl.sqrt_rn(new_second) * width
             new = old * kept - tl.div_rn(new_first * step, root)
             changed += (new - old) * (new - old)

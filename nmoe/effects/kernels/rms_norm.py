@@ -16,10 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from nmoe.effects.kernels.tile import Tile
 
-__all__ = ["TILE", "add_rms_norm", "rms_norm"]
+__all__ = ["TILE", "add_rms_norm", "rms_norm", "warps"]
 
 TILE = Tile(m=1, n=1, k=512, warps=4, stages=1)
-"""m: rows of a block; k: blocks of the backward pass, each of which leaves one row of partial sums."""
+"""m: rows of a block; k: blocks of the backward pass, each of which leaves one row of partial sums; warps: for 2048
+columns, and more for wider rows."""
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def backward_kernel(
     factor = tl.load(gain + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     summed = tl.zeros((m, block), dtype=tl.float32)
     for start in range(program * m, rows, tl.num_programs(0) * m):
-        row = start.to(tl.int64) + tl.arange(0, m)
+        row = start + tl.arange(0, m).to(tl.int64)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         here = row[:, None] * width + column[None, :]
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
@@ -95,6 +96,11 @@ def backward_kernel(
 def table(x: Tensor) -> Tensor:
     """`x` as rows over its last axis, copied only where its strides leave no other way."""
     return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
+
+
+def warps(width: int, tile: Tile) -> int:
+    """Warps of a block, so that a thread has as many columns of a wide row as of a narrow one."""
+    return min(16, tile.warps * max(1, triton.next_power_of_2(width) // 2048))
 
 
 def forward(x: Tensor, y: Tensor | None, gain: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +124,7 @@ def forward(x: Tensor, y: Tensor | None, gain: Tensor, eps: float, tile: Tile) -
         adds=y is not None,
         m=tile.m,
         block=triton.next_power_of_2(width),
-        num_warps=tile.warps,
+        num_warps=warps(width, tile),
         num_stages=tile.stages,
     )
     return total, normed, rstd
@@ -146,7 +152,7 @@ def backward(
         adds=residual is not None,
         m=tile.m,
         block=triton.next_power_of_2(width),
-        num_warps=tile.warps,
+        num_warps=warps(width, tile),
         num_stages=tile.stages,
     )
     return gradient, partial.sum(0).to(gain.dtype)

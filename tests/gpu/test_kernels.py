@@ -71,7 +71,7 @@ def test_loss_with_offsets_beyond_32_bits() -> None:
 
 
 def test_loss_holds_no_more_than_it_says() -> None:
-    """Extra memory at the peak: the logits of a chunk in bf16, the head's gradient, the input's, and 32 MB for cuBLAS."""
+    """Extra memory at the peak: logits of a chunk in bf16, the gradients of head and input, 32 MB for cuBLAS."""
     rows, vocabulary, width, chunk = 8192, 65_536, 1024, 2048
     x, head = (each.requires_grad_() for each in (normal(rows, width), normal(width, vocabulary, seed=1) / 32))
     wanted = targets(rows, vocabulary)

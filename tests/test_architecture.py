@@ -63,6 +63,8 @@ def may_import(module: str, name: str) -> bool:
     if within(module, "nmoe.config"):
         return name != "nmoe" and not within(name, "torch", "nmoe.pure", "nmoe.effects", "nmoe.cli")
     if within(module, "nmoe.effects.kernels"):
+        if module == "nmoe.effects.kernels.mixture" and within(name, "nmoe.effects.kernels"):
+            return True  # the one file that puts kernels together
         allowed = ("__future__", "typing", "attrs", "torch", "triton", "nmoe.pure", "nmoe.effects.kernels.tile")
         return within(name, *allowed)
     if within(module, "nmoe.effects") and within(name, "nmoe.effects"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import attrs
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from nmoe.pure import optim
 from nmoe.pure.attention.mla import attend_mla
-from nmoe.pure.experts import Rows, swiglu
+from nmoe.pure.experts import Rows, mixture, swiglu
 from nmoe.pure.ops import REFERENCE, Ops
 
 __all__ = ["adamw_", "attend_mla_padded", "build", "experts_grouped"]
@@ -19,7 +21,7 @@ __all__ = ["adamw_", "attend_mla_padded", "build", "experts_grouped"]
 def build(device: torch.device) -> Ops:
     """The ops of a device: the reference, but for experts on their own rows and fused attention."""
     attend = attend_mla_padded if device.type == "cpu" else attend_mla
-    return attrs.evolve(REFERENCE, experts=experts_grouped, attend_mla=attend)
+    return attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_grouped), attend_mla=attend)
 
 
 def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, *, scale: float) -> Tensor:

@@ -123,6 +123,8 @@ def _run(config: Config, world: int) -> Iterator[str]:
             f"train.batch_size: a multiple of ranks * microbatch_size = {world} * {train.microbatch_size}, "
             f"got {train.batch_size}; change one of the three"
         )
+    if train.graph and config.run.device != "cuda":
+        yield f'train.graph: false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
     if isinstance(source, Stdlib) and source.tokenizer_size > c.vocab_size:
         yield (
             f"data.source.tokenizer_size: at most model.vocab_size = {c.vocab_size}, got {source.tokenizer_size}; "

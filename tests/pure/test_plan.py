@@ -118,7 +118,7 @@ def test_activation_estimate_is_near_what_autograd_keeps(shape: str) -> None:
     )
     specs, dims = model.specs(c), model.dims(c)
     params = tree.map(lambda _, leaf: leaf.requires_grad_(), init(Key(0), specs, dims))
-    env = Env(ops.build(torch.device("cpu")), model.rope_table(c, 48))
+    env = Env(ops.build(torch.device("cpu"), c), model.rope_table(c, 48))
     tokens = torch.randint(c.vocab_size, (4, 48), generator=torch.Generator().manual_seed(0))
     parameters = {leaf.untyped_storage().data_ptr() for _, leaf in tree.leaves(params)}
     kept: dict[int, int] = {}

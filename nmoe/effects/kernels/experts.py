@@ -1,8 +1,8 @@
 """The products of the routed experts: up-projection that gathers its rows, gated activation, and the backward's.
 
 Rows are sorted by expert (`kernels.dispatch`), and a tile never spans two experts. What a row becomes does not depend
-on which rows share its tile. Kept for the backward pass: the pre-activation `h`. The activation is recomputed, and
-neither a row's output nor that output's gradient is ever stored for a gate's gradient: it is <activation, its gradient>.
+on which rows share its tile. The backward pass recomputes the activation from the pre-activation, and takes a gate's
+gradient from <activation, its gradient>: neither a row's output nor that output's gradient is kept for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def up_kernel(
         gate = tl.zeros((M, N), tl.float32)
         value = tl.zeros((M, N), tl.float32)
         for k in range(0, D, K):
-            rows = tl.load(address)
+            # beyond the last column of x the descriptor reads the next expert's weights, which meet zeros
+            rows = tl.load(address) if D % K == 0 else tl.load(address, mask=inner[None, :] < D - k, other=0.0)
             gate = tl.dot(rows, w.load([expert * D + k, column * N]), gate)
             value = tl.dot(rows, w.load([expert * D + k, F + column * N]), value)
             address += K
@@ -162,7 +163,7 @@ def up(
     source   [P] i32    row -> token
     weight   [E D 2 F]
     end      [E] i32    one past an expert's last row
-    tiles    `dispatch.tiles` of `tile.m` rows; `tile.n` cuts F, `tile.k` cuts D and divides it
+    tiles    `dispatch.tiles` of `tile.m` rows; `tile.n` cuts F, `tile.k` cuts D
     returns  h [P 2 F], a [P F] in the format of `x`
     """
     experts, d, _, f = weight.shape

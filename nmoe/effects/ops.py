@@ -21,7 +21,7 @@ from nmoe.pure.ops import REFERENCE, Ops
 __all__ = ["adamw_", "attend_mla_padded", "build", "experts_grouped"]
 
 
-def build(device: torch.device, c: Model) -> Ops:
+def build(device: torch.device, c: Model, *, deterministic: bool = True) -> Ops:
     """The ops of a device for a model.
 
     On a CPU the reference, but for experts on their own rows and fused attention; on a GPU kernels.
@@ -31,6 +31,7 @@ def build(device: torch.device, c: Model) -> Ops:
     if device.type == "cpu":
         return attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_grouped), attend_mla=attend_mla_padded)
     # only here: triton is not everywhere
+    from nmoe.effects.kernels import attend_mla as attention
     from nmoe.effects.kernels import mixture as mixtures
 
     check(c)
@@ -38,7 +39,12 @@ def build(device: torch.device, c: Model) -> Ops:
     found = tuning.find(table, "mixture", c.hidden_size, c.moe.intermediate_size)
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     tiles = mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
-    return attrs.evolve(REFERENCE, mixture=partial(mixtures.mixture, tiles=tiles))
+    attend = (
+        partial(attention.attend_mla, forward="cudnn", tiles=attention.TILES)
+        if deterministic
+        else attention.attend_mla_cudnn
+    )
+    return attrs.evolve(REFERENCE, mixture=partial(mixtures.mixture, tiles=tiles), attend_mla=attend)
 
 
 def check(c: Model) -> None:

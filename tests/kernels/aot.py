@@ -1,0 +1,191 @@
+"""What ptxas makes of a kernel for a GPU that is not here: registers, spills, memory, instructions.
+
+`compile_all` starts one process without the interpreter for all kernels it is given. To look at a kernel by hand, give
+the same requests as JSON: `python -m tests.kernels.aot < requests.json`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+__all__ = ["SHARED_LIMIT", "TARGETS", "TENSOR_LIMIT", "Compiled", "Request", "compile_all"]
+
+TARGETS = (90, 100)
+"""Compute capabilities that nmoe supports, times ten."""
+
+SHARED_LIMIT = 232_448
+"""Bytes of shared memory a block may have, on both targets."""
+
+TENSOR_LIMIT = 512
+"""Columns of tensor memory; beyond them Triton 3.6 emits an empty kernel and reports success."""
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """One kernel at one set of compile-time values.
+
+    kernel     "nmoe.effects.kernels.rms_norm:forward_kernel"
+    signature  type of every run-time argument: "*bf16", "*fp32", "i32", "fp32", "tensordesc<bf16[128,64]>"
+    constants  value of every constexpr argument, and of arguments that are None or 1
+    aligned    arguments that are multiples of 16: pointers and strides; None: every pointer
+    """
+
+    kernel: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = attrs.field(factory=dict)
+    aligned: Sequence[str] | None = None
+    warps: int = 4
+    stages: int = 3
+
+
+@attrs.frozen(kw_only=True)
+class Compiled:
+    """What one kernel became on one target."""
+
+    kernel: str
+    target: int  # 90 or 100
+    registers: int  # of a thread
+    stack: int  # bytes of a thread
+    spills: int  # loads and stores of local memory, instructions
+    shared: int  # bytes of a block
+    tensor: int  # columns of tensor memory
+    scratch: int  # bytes of global scratch
+    wgmma: int  # tensor-core instructions of sm_90, HGMMA and its kin
+    tcgen05: int  # those of sm_100, UTC*MMA
+    mma: int  # the old ones, HMMA and its kin: slow on both targets
+    wide: int  # global loads and stores of 16 bytes or more a thread, bulk copies included
+    narrow: int  # all others
+    atomics: int
+    ptx: str = attrs.field(repr=False)
+    sass: str = attrs.field(repr=False)
+
+    def problems(self, *, spills: int = 0, tensor_cores: bool = False) -> list[str]:
+        """Why the kernel must not ship: memory beyond the target's, spills over a number, no tensor cores used."""
+        found: list[str] = []
+        if self.shared > SHARED_LIMIT:
+            found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT}")
+        if self.tensor > TENSOR_LIMIT:
+            found.append(f"{self.tensor} columns of tensor memory, limit {TENSOR_LIMIT}")
+        if self.spills > spills:
+            found.append(f"{self.spills} spill instructions, limit {spills}")
+        if tensor_cores and not (self.wgmma if self.target < 100 else self.tcgen05):
+            found.append("no tensor-core instruction of its generation")
+        return [f"{self.kernel} on sm_{self.target}: {problem}" for problem in found]
+
+
+def compile_all(requests: Sequence[Request], cache: Path, *, targets: Sequence[int] = TARGETS) -> list[Compiled]:
+    """Every kernel for every target: all of `requests` for the first target, then for the next.
+
+    cache    folder that Triton may fill
+    Raises:  RuntimeError with the compiler's words when a kernel does not compile.
+    """
+    told = json.dumps({"targets": list(targets), "requests": [attrs.asdict(each) for each in requests]})
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot"],
+        input=told,
+        env={**kept, "TRITON_CACHE_DIR": str(cache)},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"ahead-of-time compilation failed:\n{done.stderr[-4000:]}")
+    return [Compiled(**each) for each in json.loads(done.stdout.splitlines()[-1])]
+
+
+def compile_one(request: Request, target: int) -> Compiled:
+    """One kernel on one target, in a process that does not interpret."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = request.kernel.split(":")
+    kernel = getattr(importlib.import_module(module), name)
+    order = list(kernel.arg_names)
+    unknown = [each for each in order if each not in request.signature and each not in request.constants]
+    if unknown:
+        raise ValueError(f"{request.kernel}: every argument has a type or a value, got none for {unknown}")
+    aligned = request.aligned
+    if aligned is None:
+        aligned = [each for each in order if request.signature.get(each, "").startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature={each: "constexpr" if each in request.constants else request.signature[each] for each in order},
+        constexprs={(order.index(each),): value for each, value in request.constants.items()},
+        attrs={(order.index(each),): [["tt.divisibility", 16]] for each in aligned},
+    )
+    options = {"num_warps": request.warps, "num_stages": request.stages}
+    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = read(tools / "cuobjdump", "-res-usage", file.name)
+        sass = read(tools / "cuobjdump", "-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"{request.kernel}: cuobjdump tells registers and stack, got {usage!r}")
+    metadata: Any = built.metadata
+    return Compiled(
+        kernel=request.kernel,
+        target=target,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=metadata.shared,
+        tensor=getattr(metadata, "tmem_size", 0) or 0,
+        scratch=metadata.global_scratch_size,
+        ptx=built.asm["ptx"],
+        sass=sass,
+        **counts(sass),
+    )
+
+
+def read(*command: str | Path) -> str:
+    """What a tool prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def counts(sass: str) -> dict[str, int]:
+    """Instructions of each kind in a disassembly."""
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", sass, re.MULTILINE)
+    memory = [each for each in opcodes if re.match(r"(LDG|STG|LDGSTS|LD|ST)(\.|$)", each)]
+    bulk = sum(each.startswith(("UTMALDG", "UTMASTG", "UBLKCP", "UBLKRED")) for each in opcodes)
+    wide = sum(bool(re.search(r"\.(128|256|ENL2)", each)) for each in memory)
+    return {
+        "spills": sum(bool(re.match(r"(LDL|STL)(\.|$)", each)) for each in opcodes),
+        "wgmma": sum(bool(re.match(r"[HIQB]GMMA(\.|$)", each)) for each in opcodes),
+        "tcgen05": sum(bool(re.match(r"UTC\w*MMA(\.|$)", each)) for each in opcodes),
+        "mma": sum(bool(re.match(r"[HIQBD]MMA(\.|$)", each)) for each in opcodes),
+        "wide": wide + bulk,
+        "narrow": len(memory) - wide,
+        "atomics": sum(bool(re.match(r"(ATOM|ATOMG|RED|REDG)(\.|$)", each)) for each in opcodes),
+    }
+
+
+def main() -> None:
+    """Requests as JSON on stdin, results as one line of JSON on stdout, progress on stderr."""
+    told = json.load(sys.stdin)
+    requests = [Request(**each) for each in told["requests"]]
+    results: list[dict[str, Any]] = []
+    for target in told["targets"]:
+        for request in requests:
+            results.append(attrs.asdict(compile_one(request, target)))
+            print(f"{len(results)} of {len(told['targets']) * len(requests)} compiled", file=sys.stderr)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Triton's interpreter for the tests of the kernels: turned on in time, and kept from what it computes wrongly."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+__all__ = ["check_arguments", "turn_on"]
+
+
+def turn_on() -> None:
+    """Every kernel imported from now on runs in Triton's interpreter, in this process only.
+
+    `triton.jit` decides when it decorates, for Triton's own functions too, so this comes before the first import.
+
+    Raises:  RuntimeError when Triton was imported to compile, or a kernel was.
+    """
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton
+
+        # Remembered by the process; the environment would tell it to children, which compile.
+        triton.knobs.runtime.interpret = True
+        del os.environ["TRITON_INTERPRET"]
+    import triton.language
+    from triton.runtime.jit import JITFunction
+
+    compiled = [
+        f"{name}.{key}"
+        for name, module in tuple(sys.modules.items())
+        if name == "triton.language" or name.startswith("nmoe.effects.kernels")
+        for key, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    ]
+    if compiled:
+        raise RuntimeError(
+            f"tests/kernels: kernels are imported after the interpreter is on, got {compiled[0]} imported to compile; "
+            "run tests/kernels in a process of its own: python -m pytest tests/kernels"
+        )
+
+
+def check_arguments(arguments: tuple[Any, ...]) -> None:
+    """Refuse what Triton 3.6 interprets wrongly without a word: arithmetic on bf16, and rounding to it.
+
+    Raises:  TypeError for a bf16 tensor among the arguments of a kernel.
+    """
+    for place, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor) and argument.dtype is torch.bfloat16:
+            raise TypeError(
+                f"argument {place} of an interpreted kernel: fp32 or fp16, got bf16, which the interpreter computes "
+                "wrongly; test bf16 in tests/gpu"
+            )

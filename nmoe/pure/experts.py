@@ -12,7 +12,7 @@ from nmoe.pure.norm import wide
 from nmoe.pure.route import Routing
 from nmoe.pure.tree import record
 
-__all__ = ["Rows", "combine", "dispatch", "experts", "mlp", "swiglu"]
+__all__ = ["Rows", "combine", "dispatch", "experts", "mixture", "mlp", "swiglu"]
 
 
 @record
@@ -84,3 +84,23 @@ def combine(y: Tensor, rows: Rows, routing: Routing) -> Tensor:
     """
     chosen = torch.empty_like(y).index_copy(0, rows.slot, y).unflatten(0, routing.weight.shape)
     return (wide(chosen) * routing.weight[..., None]).sum(-2).to(y.dtype)
+
+
+def mixture(
+    x: Tensor,
+    routing: Routing,
+    up: Tensor,
+    down: Tensor,
+    *,
+    experts: Callable[[Rows, Tensor, Tensor], Tensor] = experts,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the chosen experts' outputs: dispatch, experts, combine.
+
+    x        [N D]
+    up       [E D 2 F]
+    down     [E F D]
+    experts  what happens to the rows in between
+    returns  [N D] in the format of `x`, and the rows of each expert [E] i64
+    """
+    rows = dispatch(x, routing, num_experts=up.shape[0])
+    return combine(experts(rows, up, down), rows, routing), rows.count

@@ -148,12 +148,12 @@ def moe(p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe) -> tuple[Ten
     routing = route.route(
         score, bias, top_k=c.top_k, num_groups=c.num_groups, top_k_groups=c.top_k_groups, scale=c.route_scale
     )
-    rows = env.ops.dispatch(flat, routing, num_experts=c.num_experts)
-    y = env.ops.combine(env.ops.experts(rows, p.up, p.down), rows, routing).view_as(x)
+    y, count = env.ops.mixture(flat, routing, p.up, p.down)
+    y = y.view_as(x)
     if isinstance(p.shared, Shared):
         y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)
     report = RouterReport(
-        rows.count,
+        count,
         route.entropy(score.detach()),
         route.sequence_imbalance(score.unflatten(0, x.shape[:-1]), top_k=c.top_k),
     )

@@ -1,0 +1,125 @@
+"""Latent attention in the interpreter: as near to fp64 as torch's own arithmetic in the same format, and repeatable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor
+
+from nmoe.effects.kernels import attend_mla as kernel
+from nmoe.effects.kernels.tile import Tile
+from nmoe.errors import InputError
+
+SMALL = Tile(m=16, n=16, k=2, warps=4, stages=1)
+
+
+def tiles(m: int, n: int, k: int = 2) -> kernel.Tiles:
+    tile = attrs.evolve(SMALL, m=m, n=n, k=k)
+    return kernel.Tiles(forward=tile, dq=tile, dkv=tile)
+
+
+def truth(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
+    """Attention as a matrix of probabilities, in the format of its arguments."""
+    nope, positions = q.shape[-1] - k_rope.shape[-1], torch.arange(q.shape[1])
+    s = torch.einsum("bqhc,bkhc->bhqk", q[..., :nope], kv[..., :nope])
+    s = s + torch.einsum("bqhp,bkp->bhqk", q[..., nope:], k_rope)
+    seen = positions[:, None] >= positions
+    if isinstance(start, Tensor):
+        seen = seen & (start[:, None, :, None] <= positions)
+    p = (s * scale).masked_fill(~seen, -math.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhu->bqhu", p, kv[..., nope:])
+
+
+def sample(
+    batch: int, positions: int, heads: int, sizes: tuple[int, int, int], *, seed: int = 0, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Operands in a format, and a gate for each output."""
+    c, u, p = sizes
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, positions, heads, c), (batch, positions, heads, c - p + u), (batch, positions, p))
+    q, kv, k_rope = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return (q, kv, k_rope), torch.randn(batch, positions, heads, u, generator=generator).to(dtype)
+
+
+def differentiate(
+    attend: Callable[..., Tensor],
+    operands: tuple[Tensor, ...],
+    gate: Tensor,
+    dtype: torch.dtype,
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Output and gradients, computed in a format."""
+    leaves = [each.to(dtype).requires_grad_() for each in operands]
+    o = attend(*leaves, *args, **kwargs)
+    found = torch.autograd.grad(o, leaves, gate.to(dtype))
+    return dict(zip(("o", "q", "kv", "k_rope"), (o.detach(), *found), strict=True))
+
+
+def check(
+    operands: tuple[Tensor, ...], gate: Tensor, start: Tensor | tuple[()], *, scale: float, tiles: kernel.Tiles
+) -> None:
+    """The kernel errs at most a few times as much as the plain computation in its format."""
+    dtype = gate.dtype
+    exact = differentiate(truth, operands, gate, torch.float64, start, scale=scale)
+    plain = differentiate(truth, operands, gate, dtype, start, scale=scale)
+    ours = differentiate(kernel.attend_mla, operands, gate, dtype, start, scale=scale, tiles=tiles)
+    for name, right in exact.items():
+        size = right.norm().item() * torch.finfo(dtype).eps
+        error, allowed = ((each[name].double() - right).norm().item() for each in (ours, plain))
+        assert ours[name].dtype is dtype
+        assert error <= 3 * allowed + size, (name, error, allowed, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "sizes", "m", "n"),
+    [
+        ((2, 45, 3, (24, 16, 8)), (24, 16, 8), 16, 16),
+        ((1, 1, 1, (24, 16, 8)), (24, 16, 8), 16, 16),
+        ((2, 33, 1, (40, 64, 16)), (40, 64, 16), 16, 32),
+        ((1, 70, 2, (48, 24, 16)), (48, 24, 16), 32, 16),
+        ((1, 64, 5, (24, 16, 8)), (24, 16, 8), 32, 64),
+    ],
+)
+def test_near_the_truth(dtype: torch.dtype, shape: Any, sizes: Any, m: int, n: int) -> None:
+    operands, gate = sample(*shape, dtype=dtype)
+    check(operands, gate, (), scale=0.3, tiles=tiles(m, n))
+
+
+def starts(positions: int, *lengths: list[int]) -> Tensor:
+    """First position of each position's document, one list of lengths a sequence; the last fills up."""
+    rows = []
+    for each in lengths:
+        first = torch.tensor([0, *each]).cumsum(0).clamp(max=positions)
+        counts = torch.diff(first, append=torch.tensor([positions]))
+        rows.append(first.repeat_interleave(counts))
+    return torch.stack(rows).to(torch.int32)
+
+
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (32, 16), (16, 32)])
+@pytest.mark.parametrize("lengths", [[1] * 80, [16, 16, 32], [3, 40, 1, 1, 7], [79], []])
+def test_documents_do_not_see_each_other(m: int, n: int, lengths: list[int]) -> None:
+    operands, gate = sample(2, 83, 2, (24, 16, 8), dtype=torch.float32)
+    check(operands, gate, starts(83, lengths, [50, 5]), scale=0.3, tiles=tiles(m, n))
+
+
+def test_every_split_of_heads_and_blocks_is_computed_once() -> None:
+    operands, gate = sample(3, 50, 3, (24, 16, 8), dtype=torch.float32)
+    found = [
+        differentiate(kernel.attend_mla, operands, gate, torch.float32, scale=0.3, tiles=tiles(16, 16, k))
+        for k in (1, 2, 9, 16)
+    ]
+    assert all(torch.equal(each[name], found[0][name]) for each in found for name in each)
+
+
+def test_large_scores_and_a_scale_above_one() -> None:
+    """Rows whose largest score is far from zero, and hidden scores larger than every visible one."""
+    (q, kv, k_rope), gate = sample(1, 40, 2, (24, 16, 8), dtype=torch.float32)
+    kv = kv + torch.arange(40)[:, None, None] * 0.5
+    check((4 * q, kv, k_rope), gate, starts(40, [9, 20]), scale=1.7, tiles=tiles(16, 16))

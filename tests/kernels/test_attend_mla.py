@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nmoe.effects.kernels import attend_mla as kernel
 from nmoe.effects.kernels.tile import Tile
-from nmoe.errors import InputError
 
 SMALL = Tile(m=16, n=16, k=2, warps=4, stages=1)
 

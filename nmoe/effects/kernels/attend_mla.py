@@ -212,7 +212,6 @@ def backward(
         dv=described(dkv[..., nope:], tile.n),
         lse=lse,
         delta=delta,
-        start=start if isinstance(start, Tensor) else None,
         end=ends(start) if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
@@ -549,12 +548,12 @@ def dkv_range(
     keys_rope,
     values,
     at,
+    last,
     q,
     q_rope,
     do,
     lse,
     delta,
-    start,
     b,
     h,
     begin,
@@ -580,10 +579,10 @@ def dkv_range(
         lse2 = tl.load(lse + queries, mask=inside, other=0.0) * LOG2_E
         p = tl.exp2(s * scale2 - lse2[None, :])
         if masked:
-            first = queries
+            seen = queries[None, :] >= at[:, None]
             if documents:
-                first = tl.load(start + queries, mask=inside, other=0)
-            p = tl.where(visible(queries[None, :], at[:, None], first[None, :], documents), p, 0.0)
+                seen = seen & (queries[None, :] < last[:, None])
+            p = tl.where(seen, p, 0.0)
         acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v)
         dp = tl.dot(values, gradient.T)
         ds = (p * (dp - tl.load(delta + queries, mask=inside, other=0.0)[None, :])).to(tile.dtype)
@@ -605,7 +604,6 @@ def dkv_kernel(
     dv,
     lse,
     delta,
-    start,
     end,
     positions,
     heads,
@@ -638,22 +636,23 @@ def dkv_kernel(
     full = tl.cdiv(n + n_size - 1, m_size) * m_size
     until = positions
     split = positions
+    last = at
     if documents:
-        start += b.to(tl.int64) * positions
         end += b.to(tl.int64) * positions
+        last = tl.load(end + at, mask=at < positions, other=0)
         until = tl.load(end + tl.minimum(n + n_size, positions) - 1)
         split = tl.maximum(tl.load(end + n) // m_size * m_size, full)
     acc, acc_rope, acc_v = dkv_range(
-        acc, acc_rope, acc_v, keys, keys_rope, values, at, q, q_rope, do, lse, delta, start, b, h, begin,
+        acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, lse, delta, b, h, begin,
         tl.minimum(full, until), positions, scale2, m_size, nope, rope, value, True, documents,
     )  # fmt: skip
     acc, acc_rope, acc_v = dkv_range(
-        acc, acc_rope, acc_v, keys, keys_rope, values, at, q, q_rope, do, lse, delta, start, b, h, full,
+        acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, lse, delta, b, h, full,
         split, positions, scale2, m_size, nope, rope, value, False, documents,
     )  # fmt: skip
     if documents:
         acc, acc_rope, acc_v = dkv_range(
-            acc, acc_rope, acc_v, keys, keys_rope, values, at, q, q_rope, do, lse, delta, start, b, h, split,
+            acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, lse, delta, b, h, split,
             until, positions, scale2, m_size, nope, rope, value, True, documents,
         )  # fmt: skip
     put_(dk, b, h, n, acc * scale, n_size, nope)

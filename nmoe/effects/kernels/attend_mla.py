@@ -184,7 +184,8 @@ def backward(
     batch, positions, heads, _ = q.shape
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     lse = lse.contiguous()  # cuDNN lays it out [B T H] when it packs sequences
-    delta = torch.empty_like(lse)
+    # What `dkv_kernel` needs of each query; descriptors read rows that begin at multiples of 16 bytes.
+    top, delta = lse.new_empty(2, batch * heads, -(-positions // 4) * 4)[..., :positions]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
     parts = q.new_empty(batch, heads, positions, rope)
@@ -196,7 +197,9 @@ def backward(
         dq=described(dq[..., :nope], tile.m),
         dq_rope=described(dq[..., nope:], tile.m),
         lse=lse,
+        top=top,
         delta=delta,
+        padded=top.stride(0),
         start=start if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
@@ -210,8 +213,8 @@ def backward(
         dk=described(dkv[..., :nope], tile.n),
         dk_rope=described(parts.transpose(1, 2), tile.n),
         dv=described(dkv[..., nope:], tile.n),
-        lse=lse,
-        delta=delta,
+        top=TensorDescriptor.from_tensor(top, [1, tile.m]),
+        delta=TensorDescriptor.from_tensor(delta, [1, tile.m]),
         end=ends(start) if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
@@ -486,7 +489,9 @@ def dq_kernel(
     dq,
     dq_rope,
     lse,
+    top,
     delta,
+    padded,
     start,
     positions,
     heads,
@@ -511,11 +516,12 @@ def dq_kernel(
     first = queries
     if documents:
         first = tl.load(start + b.to(tl.int64) * positions + queries, mask=inside, other=0)
-    at = row.to(tl.int64) * positions + queries
     gradient = block(do, b, h, m, m_size, value)
     off = tl.sum(gradient.to(tl.float32) * block(o, b, h, m, m_size, value).to(tl.float32), 1)
+    lse2 = tl.load(lse + row.to(tl.int64) * positions + queries, mask=inside, other=0.0) * LOG2_E
+    at = row.to(tl.int64) * padded + queries
+    tl.store(top + at, lse2, mask=inside)
     tl.store(delta + at, off, mask=inside)
-    lse2 = tl.load(lse + at, mask=inside, other=0.0) * LOG2_E
     tile = block(q, b, h, m, m_size, nope)
     tile_rope = block(q_rope, b, h, m, m_size, rope)
     scale2 = scale * LOG2_E
@@ -552,13 +558,13 @@ def dkv_range(
     q,
     q_rope,
     do,
-    lse,
+    top,
     delta,
+    row,
     b,
     h,
     begin,
     end,
-    positions,
     scale2,
     m_size: tl.constexpr,
     nope: tl.constexpr,
@@ -568,24 +574,22 @@ def dkv_range(
     documents: tl.constexpr,
 ):
     for m in tl.range(begin, end, m_size):
-        queries = m + tl.arange(0, m_size)
-        inside = queries < positions
         tile = block(q, b, h, m, m_size, nope)
         tile_rope = block(q_rope, b, h, m, m_size, rope)
         gradient = block(do, b, h, m, m_size, value)
-        # Scores are computed transposed: Triton 3.6 gets the transpose of a product wrong on sm_90.
+        # Computed transposed: Triton 3.6 gets the transpose of a product wrong on sm_90.
+        dp = tl.dot(values, gradient.T)
         s = tl.dot(keys, tile.T)
         s = tl.dot(keys_rope, tile_rope.T, s)
-        lse2 = tl.load(lse + queries, mask=inside, other=0.0) * LOG2_E
-        p = tl.exp2(s * scale2 - lse2[None, :])
+        p = tl.exp2(s * scale2 - tl.reshape(top.load([row, m]), (1, m_size)))
         if masked:
+            queries = m + tl.arange(0, m_size)
             seen = queries[None, :] >= at[:, None]
             if documents:
                 seen = seen & (queries[None, :] < last[:, None])
             p = tl.where(seen, p, 0.0)
         acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v)
-        dp = tl.dot(values, gradient.T)
-        ds = (p * (dp - tl.load(delta + queries, mask=inside, other=0.0)[None, :])).to(tile.dtype)
+        ds = (p * (dp - tl.reshape(delta.load([row, m]), (1, m_size)))).to(tile.dtype)
         acc = tl.dot(ds, tile, acc)
         acc_rope = tl.dot(ds, tile_rope, acc_rope)
     return acc, acc_rope, acc_v
@@ -602,7 +606,7 @@ def dkv_kernel(
     dk,
     dk_rope,
     dv,
-    lse,
+    top,
     delta,
     end,
     positions,
@@ -623,8 +627,6 @@ def dkv_kernel(
     h = row % heads
     n = index * n_size
     at = n + tl.arange(0, n_size)
-    lse += row.to(tl.int64) * positions
-    delta += row.to(tl.int64) * positions
     keys = block(k, b, h, n, n_size, nope)
     keys_rope = block(k_rope, b, 0, n, n_size, rope)
     values = block(v, b, h, n, n_size, value)
@@ -643,17 +645,17 @@ def dkv_kernel(
         until = tl.load(end + tl.minimum(n + n_size, positions) - 1)
         split = tl.maximum(tl.load(end + n) // m_size * m_size, full)
     acc, acc_rope, acc_v = dkv_range(
-        acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, lse, delta, b, h, begin,
-        tl.minimum(full, until), positions, scale2, m_size, nope, rope, value, True, documents,
+        acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, begin,
+        tl.minimum(full, until), scale2, m_size, nope, rope, value, True, documents,
     )  # fmt: skip
     acc, acc_rope, acc_v = dkv_range(
-        acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, lse, delta, b, h, full,
-        split, positions, scale2, m_size, nope, rope, value, False, documents,
+        acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, full,
+        split, scale2, m_size, nope, rope, value, False, documents,
     )  # fmt: skip
     if documents:
         acc, acc_rope, acc_v = dkv_range(
-            acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, lse, delta, b, h, split,
-            until, positions, scale2, m_size, nope, rope, value, True, documents,
+            acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, split,
+            until, scale2, m_size, nope, rope, value, True, documents,
         )  # fmt: skip
     put_(dk, b, h, n, acc * scale, n_size, nope)
     put_(dk_rope, b, h, n, acc_rope * scale, n_size, rope)

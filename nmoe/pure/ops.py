@@ -24,6 +24,7 @@ class Ops:
     """One function a field; each has the signature of its reference."""
 
     norm: Callable[..., Tensor]
+    rotate_mla: Callable[..., tuple[Tensor, Tensor]]
     attend_mla: Callable[..., Tensor]
     dispatch: Callable[..., Rows]
     experts: Callable[..., Tensor]
@@ -33,6 +34,7 @@ class Ops:
 
 REFERENCE = Ops(
     norm.rms_norm,
+    mla.rotate_mla,
     mla.attend_mla,
     experts.dispatch,
     experts.experts,

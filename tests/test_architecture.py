@@ -24,7 +24,14 @@ COMPOSES = ("bench", "corpus", "evaluate", "generate", "plan", "report", "run")
 SHARED = ("files", "ops", "runtime")
 """Modules of effects that every other one may import."""
 
-INSIDE = (("checkpoint", "checkpoint"), ("data", "data"), ("ops", "kernels"), ("viz", "viz"))
+INSIDE = (
+    ("checkpoint", "checkpoint"),
+    ("data", "data"),
+    ("ops", "kernels"),
+    ("ops", "tuning"),
+    ("tuning", "kernels"),
+    ("viz", "viz"),
+)
 """Packages of effects whose files may import each other, and the one importer of the kernels."""
 
 NEVER_IN_PURE = (
@@ -63,6 +70,8 @@ def may_import(module: str, name: str) -> bool:
     if within(module, "nmoe.config"):
         return name != "nmoe" and not within(name, "torch", "nmoe.pure", "nmoe.effects", "nmoe.cli")
     if within(module, "nmoe.effects.kernels"):
+        if module == "nmoe.effects.kernels.mixture" and within(name, "nmoe.effects.kernels"):
+            return True  # the one file that puts kernels together
         allowed = ("__future__", "typing", "attrs", "torch", "triton", "nmoe.errors", "nmoe.pure")
         return within(name, *allowed, "nmoe.effects.kernels.tile")
     if within(module, "nmoe.effects") and within(name, "nmoe.effects"):

@@ -264,6 +264,7 @@ def anything(tp: Any) -> st.SearchStrategy[Any]:
         hints = typing.get_type_hints(tp)
         return st.builds(tp, **{field.name: anything(hints[field.name]) for field in attrs.fields(tp)})
     return {
+        bool: st.booleans(),
         int: st.integers(-(2**63), 2**63 - 1),
         float: st.floats(allow_nan=False, allow_infinity=False),
         str: st.text().filter(str.isprintable),
@@ -292,6 +293,9 @@ FREE_ON_RESUME = {
     "train.microbatch_size",
     "train.loss_chunk",
     "train.max_nonfinite_steps",
+    "train.deterministic",
+    "train.recompute",
+    "train.graph",
     "validation.every",
     "validation.tokens",
     "run.device",
@@ -302,14 +306,19 @@ FREE_ON_RESUME = {
 }
 
 
+OTHER_VALUES = {
+    **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
+    **{"deterministic": "false", "graph": "true", "recompute": "full"},
+}
+"""Other values of the keys that are no numbers."""
+
+
 def test_identity_is_of_what_must_not_change() -> None:
     path = ROOT / "configs" / "quickstart.toml"
     name = "--run.name=first"
     before = load(path, {}, (name,))
     for key, source in before.sources.items():
-        value = {"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"}.get(
-            key.split(".")[-1], "77"
-        )
+        value = OTHER_VALUES.get(key.split(".")[-1], "77")
         if not key.endswith(".kind"):
             after = load(path, {}, (name, f"--{key}={value}")).config
             assert after != before.config, (key, source)

@@ -30,6 +30,8 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
 
 
 def _precision(config: Config) -> Iterator[str]:
+    if config.precision.compute == "fp32" and config.run.device == "cuda":
+        yield 'precision.compute: "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16" or device = "cpu"'
     if config.precision.compute == "fp32" and config.precision.moments == "bf16":
         yield (
             'precision.moments: "fp32" when precision.compute is "fp32", got "bf16"; write moments = "fp32" or '
@@ -123,6 +125,8 @@ def _run(config: Config, world: int) -> Iterator[str]:
             f"train.batch_size: a multiple of ranks * microbatch_size = {world} * {train.microbatch_size}, "
             f"got {train.batch_size}; change one of the three"
         )
+    if train.graph and config.run.device != "cuda":
+        yield f'train.graph: false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
     if isinstance(source, Stdlib) and source.tokenizer_size > c.vocab_size:
         yield (
             f"data.source.tokenizer_size: at most model.vocab_size = {c.vocab_size}, got {source.tokenizer_size}; "

@@ -194,6 +194,17 @@ class Train:
         "tokens whose logits are held at once", unit="tokens", default=1024, low=1, identity=False
     )
     z_loss: float = setting("weight of the squared log-partition", default=0.0, low=0)
+    deterministic: bool = setting(
+        "same bits from run to run; false: attention's backward by cuDNN, whose query gradient is not repeatable",
+        default=True,
+        identity=False,
+    )
+    recompute: Literal["none", "cheap", "full"] = setting(
+        "what the backward pass computes again instead of keeping: nothing, norms and activations, or whole blocks",
+        default="none",
+        identity=False,
+    )
+    graph: bool = setting("replay the step as one CUDA graph", default=False, identity=False)
     max_nonfinite_steps: int = setting("non-finite steps in a row that stop the run", default=3, low=1, identity=False)
 
 

@@ -17,8 +17,8 @@ from nmoe.config import Config
 from nmoe.effects import hf, runtime
 from nmoe.effects.log import say
 from nmoe.effects.plan import quantity
-from nmoe.effects.run import arena_layouts, fresh
-from nmoe.effects.step import learning_rates, make_step
+from nmoe.effects.run import arena_layouts, fresh, stepper
+from nmoe.effects.step import learning_rates
 from nmoe.errors import InputError
 from nmoe.pure.key import Key
 from nmoe.pure.model import Batch
@@ -146,7 +146,7 @@ def our_step(config: Config, rt: runtime.Runtime, batch: Batch) -> Callable[[], 
     """A call takes one step and returns its loss."""
     layouts = arena_layouts(config)
     state, env = fresh(config, layouts, rt)
-    take = make_step(config, layouts, env, rt, mark=lambda name: None)
+    take = stepper(config, layouts, env, rt, mark=lambda name: None)
 
     def one() -> Tensor:
         nonlocal state

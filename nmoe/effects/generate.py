@@ -72,7 +72,7 @@ def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: i
     encoding = tokenizers.encoding(tokenizer)
     device = runtime.device("cpu")
     params, router_bias = weights.load(folder, model.specs(c), model.dims(c))
-    env = Env(ops.build(device), model.rope_table(c, c.max_positions))
+    env = Env(ops.build(device, c), model.rope_table(c, c.max_positions))
     start = encoding.encode_ordinary(prompt) or [tokenizer.end_of_text]
     tokens = extend(
         params,

@@ -2,24 +2,68 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from nmoe.config.sections import Model
+from nmoe.effects import tuning
+from nmoe.errors import InputError
 from nmoe.pure import optim
 from nmoe.pure.attention.mla import attend_mla
-from nmoe.pure.experts import Rows, swiglu
+from nmoe.pure.experts import Rows, mixture, swiglu
 from nmoe.pure.ops import REFERENCE, Ops
 
 __all__ = ["adamw_", "attend_mla_padded", "build", "experts_grouped"]
 
 
-def build(device: torch.device) -> Ops:
-    """The ops of a device: the reference, but for experts on their own rows and fused attention."""
-    attend = attend_mla_padded if device.type == "cpu" else attend_mla
-    return attrs.evolve(REFERENCE, experts=experts_grouped, attend_mla=attend)
+def build(device: torch.device, c: Model, *, deterministic: bool = True) -> Ops:
+    """The ops of a device for a model.
+
+    On a CPU the reference, but for experts on their own rows and fused attention; on a GPU kernels.
+
+    Raises:  InputError for sizes that a kernel does not take.
+    """
+    if device.type == "cpu":
+        return attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_grouped), attend_mla=attend_mla_padded)
+    # only here: triton is not everywhere
+    from nmoe.effects.kernels import attend_mla as attention
+    from nmoe.effects.kernels import mixture as mixtures
+    from nmoe.effects.kernels.rope import rotate_mla_
+
+    check(c)
+    table = tuning.load(torch.cuda.get_device_capability(device))
+    found = tuning.find(table, "mixture", c.hidden_size, c.moe.intermediate_size)
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
+    attend = (
+        partial(attention.attend_mla, forward="cudnn", tiles=attention.TILES)
+        if deterministic
+        else attention.attend_mla_cudnn
+    )
+    return attrs.evolve(
+        REFERENCE, mixture=partial(mixtures.mixture, tiles=tiles), rotate_mla=rotate_mla_, attend_mla=attend
+    )
+
+
+def check(c: Model) -> None:
+    """Refuse what the kernels do not take.
+
+    Raises:  InputError with each size that is wrong.
+    """
+    sizes = {"model.hidden_size": c.hidden_size, "model.moe.intermediate_size": c.moe.intermediate_size}
+    problems = [
+        f'{key}: on device "cuda" a multiple of 8, because kernels read 16 bytes at once, got {size}; '
+        f"take {-(-size // 8) * 8}"
+        for key, size in sizes.items()
+        if size % 8
+    ]
+    if problems:
+        raise InputError(*problems)
 
 
 def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, *, scale: float) -> Tensor:

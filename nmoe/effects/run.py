@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import attrs
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config import Config, dump, identity
-from nmoe.effects import buffers, ops, provenance, runtime, weights
+from nmoe.effects import buffers, graph, ops, provenance, recompute, runtime, weights
 from nmoe.effects.corpus import Corpus, open_corpus
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.evaluate import Held, evaluate
@@ -33,7 +34,7 @@ from nmoe.pure.model import Batch
 from nmoe.pure.ops import Env
 from nmoe.pure.plan import Plan, plan
 
-__all__ = ["EXIT_NONFINITE", "arena_layouts", "fresh", "main"]
+__all__ = ["EXIT_NONFINITE", "arena_layouts", "fresh", "main", "stepper"]
 
 EXIT_NONFINITE = 5
 """Exit code of a run that stopped after too many non-finite steps."""
@@ -99,7 +100,32 @@ def fresh(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime)
         0,
     )
     rope = buffers.place(model.rope_table(c, config.train.sequence_length), rt.device)
-    return state, Env(ops.build(rt.device), rope)
+    return state, Env(ops.build(rt.device, c, deterministic=config.train.deterministic), rope)
+
+
+def stepper(
+    config: Config, layouts: tuple[ArenaLayout, ...], env: Env, rt: runtime.Runtime, *, mark: Callable[[str], None]
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """`make_step` as the config wants it: what is recomputed, and whether it is replayed.
+
+    mark  called with the name of each part of a step when it ends; a replayed step is one part
+    """
+    block: Callable[..., Any] = model.block
+    if config.train.recompute == "full":
+        block = recompute.full()
+    elif config.train.recompute == "cheap":
+        cheap, block = recompute.cheap(env.ops)
+        env = attrs.evolve(env, ops=cheap)
+    if not config.train.graph:
+        return make_step(config, layouts, env, rt, mark=mark, run=block)
+    replayed = make_step(config, layouts, env, rt, mark=lambda name: None, run=block, wrap=graph.replaying)
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        after = replayed(state, batch)
+        mark("step")
+        return after
+
+    return step
 
 
 def arena_layouts(config: Config) -> tuple[ArenaLayout, ...]:
@@ -162,7 +188,7 @@ def main(config: Config, sources: Mapping[str, str], command: Sequence[str], lab
 
     state, env = fresh(config, layouts, rt)
     clock = runtime.Clock(device)
-    step = make_step(config, layouts, env, rt, mark=clock.mark)
+    step = stepper(config, layouts, env, rt, mark=clock.mark)
     byte_lengths = _byte_lengths(corpus.tokenizer, c.vocab_size).to(device)
 
     def validate(state: State) -> Held:

@@ -19,7 +19,7 @@ from nmoe.pure.ops import Env
 from nmoe.pure.schedule import factor
 from nmoe.pure.tree import record
 
-__all__ = ["Metrics", "SpentStateError", "State", "donate", "learning_rates", "make_step"]
+__all__ = ["Metrics", "Rates", "SpentStateError", "State", "donate", "learning_rates", "make_step", "place_rates"]
 
 CPU_CHUNK = 1 << 18
 """Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""
@@ -73,6 +73,18 @@ class Metrics:
     skipped_in_row: Tensor
 
 
+@record
+class Rates:
+    """Learning rate of each optimizer group in one step; 0-d f64 on the device."""
+
+    dense: Tensor
+    expert: Tensor
+    router: Tensor
+
+
+Compute = Callable[[State, Batch, Rates], tuple[State, Metrics]]
+
+
 def donate(state: State) -> State:
     """The fields of `state` as a fresh record; `state` itself becomes unusable, as a donated JAX array does.
 
@@ -90,6 +102,12 @@ def learning_rates(config: Config, step: int) -> dict[str, float]:
     return {group: share * getattr(config.optim, group).lr for group in ("dense", "expert", "router")}
 
 
+def place_rates(config: Config, step: int, device: torch.device) -> Rates:
+    """`learning_rates` on the device, without a copy that would wait for it."""
+    rates = learning_rates(config, step)
+    return Rates(**{group: torch.full((), rate, dtype=torch.float64, device=device) for group, rate in rates.items()})
+
+
 def make_step(
     config: Config,
     layouts: tuple[ArenaLayout, ...],
@@ -98,6 +116,7 @@ def make_step(
     *,
     mark: Callable[[str], None],
     run: Callable[..., tuple[Tensor, Any]] = block,
+    wrap: Callable[[Compute], Compute] = lambda compute: compute,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`step(state, batch) -> (state, metrics)`. It consumes its state: the storages are reused.
 
@@ -106,6 +125,8 @@ def make_step(
     finds the state as it was. Nothing in a step waits for the device.
 
     mark     called with the name of each part when it ends
+    run      `block`, or a wrapper around it
+    wrap     what replays a step, given the function that computes it
     """
     c, train, clip = config.model, config.train, config.optim.clip_norm
 
@@ -137,13 +158,11 @@ def make_step(
             auxiliary = auxiliary + report.imbalance.detach().sum() * (c.moe.sequence_balance / train.batch_size)
         return nll / num_targets, auxiliary, load, entropy
 
-    def update_(state: State, allowed: Tensor, shrink: Tensor, updates: Tensor) -> Tensor:
+    def update_(state: State, rates: Rates, allowed: Tensor, shrink: Tensor, updates: Tensor) -> Tensor:
         """AdamW on every arena, where allowed; the norm of the change. Writes: the arenas."""
-        rates = learning_rates(config, state.step)
         changes: list[Tensor] = []
         for described, arena in zip(layouts, state.arenas, strict=True):
             group = getattr(config.optim, described.policy.group)
-            lr = torch.full((), rates[described.policy.group], dtype=torch.float64, device=rt.device)
             size = CPU_CHUNK if rt.device.type == "cpu" else GPU_CHUNK
             for begin in range(0, described.size, size):
                 part = slice(begin, begin + size)
@@ -156,7 +175,7 @@ def make_step(
                     allowed=allowed,
                     shrink=shrink,
                     updates=updates,
-                    lr=lr,
+                    lr=getattr(rates, described.policy.group),
                     beta1=group.beta1,
                     beta2=group.beta2,
                     eps=group.eps,
@@ -165,8 +184,7 @@ def make_step(
                 changes.append(change)
         return torch.linalg.vector_norm(torch.stack(changes))
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        state = donate(state)
+    def compute(state: State, batch: Batch, rates: Rates) -> tuple[State, Metrics]:
         loss, auxiliary, load, entropy = accumulate_(state, batch)
         mark("forward_backward")
         with torch.no_grad():
@@ -174,7 +192,7 @@ def make_step(
             finite = torch.isfinite(loss) & torch.isfinite(norm)
             allowed = finite & (state.skipped_in_row < train.max_nonfinite_steps)
             updates = state.updates + allowed
-            change = update_(state, allowed, optim.clip_scale(norm, clip), updates.clamp(min=1))
+            change = update_(state, rates, allowed, optim.clip_scale(norm, clip), updates.clamp(min=1))
             bias = route.balance(state.router_bias, load, rate=c.moe.bias_update_rate)
             bias = torch.where(allowed, bias, state.router_bias)
             skipped = state.skipped + ~allowed
@@ -191,5 +209,11 @@ def make_step(
             state.step + 1,
         )
         return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row)
+
+    wrapped = wrap(compute)
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        state = donate(state)
+        return wrapped(state, batch, place_rates(config, state.step, rt.device))
 
     return step

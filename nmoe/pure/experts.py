@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from nmoe.pure.norm import wide
 from nmoe.pure.route import Routing
 from nmoe.pure.tree import record
 
-__all__ = ["Rows", "combine", "dispatch", "experts", "mlp", "swiglu"]
+__all__ = ["Rows", "combine", "dispatch", "experts", "mixture", "mlp", "swiglu"]
 
 
 @record
@@ -38,14 +40,15 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def mlp(x: Tensor, up: Tensor, down: Tensor, activate: Callable[[Tensor], Tensor] = swiglu) -> Tensor:
     """Gated MLP.
 
-    x        [... D]
-    up       [D 2 F]
-    down     [F D]
+    x         [... D]
+    up        [D 2 F]
+    down      [F D]
+    activate  `swiglu` or a kernel that implements it
     """
-    return swiglu((x @ up.flatten(1)).unflatten(-1, (2, -1))) @ down
+    return activate((x @ up.flatten(1)).unflatten(-1, (2, -1))) @ down
 
 
 def dispatch(x: Tensor, routing: Routing, *, num_experts: int) -> Rows:
@@ -81,3 +84,23 @@ def combine(y: Tensor, rows: Rows, routing: Routing) -> Tensor:
     """
     chosen = torch.empty_like(y).index_copy(0, rows.slot, y).unflatten(0, routing.weight.shape)
     return (wide(chosen) * routing.weight[..., None]).sum(-2).to(y.dtype)
+
+
+def mixture(
+    x: Tensor,
+    routing: Routing,
+    up: Tensor,
+    down: Tensor,
+    *,
+    experts: Callable[[Rows, Tensor, Tensor], Tensor] = experts,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the chosen experts' outputs: dispatch, experts, combine.
+
+    x        [N D]
+    up       [E D 2 F]
+    down     [E F D]
+    experts  what happens to the rows in between
+    returns  [N D] in the format of `x`, and the rows of each expert [E] i64
+    """
+    rows = dispatch(x, routing, num_experts=up.shape[0])
+    return combine(experts(rows, up, down), rows, routing), rows.count

@@ -148,12 +148,12 @@ def moe(p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe) -> tuple[Ten
     routing = route.route(
         score, bias, top_k=c.top_k, num_groups=c.num_groups, top_k_groups=c.top_k_groups, scale=c.route_scale
     )
-    rows = env.ops.dispatch(flat, routing, num_experts=c.num_experts)
-    y = env.ops.combine(env.ops.experts(rows, p.up, p.down), rows, routing).view_as(x)
+    y, count = env.ops.mixture(flat, routing, p.up, p.down)
+    y = y.view_as(x)
     if isinstance(p.shared, Shared):
-        y = y + mlp(x, p.shared.up, p.shared.down)
+        y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)
     report = RouterReport(
-        rows.count,
+        count,
         route.entropy(score.detach()),
         route.sequence_imbalance(score.unflatten(0, x.shape[:-1]), top_k=c.top_k),
     )
@@ -170,13 +170,13 @@ def block(
     """
     y = env.ops.norm(x, p.attention_norm, eps=c.norm_eps)
     ops = env.ops
-    x = x + mla.mla(p.attention, y, env.rope, ops.norm, ops.rotate_mla, ops.attend_mla, c.attention, eps=c.norm_eps)
-    y = env.ops.norm(x, p.ffn_norm, eps=c.norm_eps)
+    y = mla.mla(p.attention, y, env.rope, ops.norm, ops.rotate_mla, ops.attend_mla, c.attention, eps=c.norm_eps)
+    x, y = ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
         y, report = moe(p.ffn, y, bias, env, c.moe)
         return x + y, report
     if isinstance(p.ffn, Dense):
-        return x + mlp(y, p.ffn.up, p.ffn.down), ()
+        return x + mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()
     raise ValueError("block: a mixture has a router bias, got (); pass the layer's row of the router bias")
 
 

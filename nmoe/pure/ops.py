@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nmoe.pure import experts, loss, norm
 from nmoe.pure.attention import mla
-from nmoe.pure.experts import Rows
 from nmoe.pure.rope import Rope
 from nmoe.pure.tree import record
 
@@ -24,21 +23,21 @@ class Ops:
     """One function a field; each has the signature of its reference."""
 
     norm: Callable[..., Tensor]
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    swiglu: Callable[[Tensor], Tensor]
     rotate_mla: Callable[..., tuple[Tensor, Tensor]]
     attend_mla: Callable[..., Tensor]
-    dispatch: Callable[..., Rows]
-    experts: Callable[..., Tensor]
-    combine: Callable[..., Tensor]
+    mixture: Callable[..., tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
 
 REFERENCE = Ops(
     norm.rms_norm,
+    norm.add_rms_norm,
+    experts.swiglu,
     mla.rotate_mla,
     mla.attend_mla,
-    experts.dispatch,
-    experts.experts,
-    experts.combine,
+    experts.mixture,
     loss.linear_cross_entropy,
 )
 

@@ -47,7 +47,12 @@ def sample(
 
 
 def differentiate(
-    attend: Callable[..., Tensor], operands: tuple[Tensor, ...], gate: Tensor, dtype: torch.dtype, *args: Any, **kwargs: Any
+    attend: Callable[..., Tensor],
+    operands: tuple[Tensor, ...],
+    gate: Tensor,
+    dtype: torch.dtype,
+    *args: Any,
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Output and gradients, computed in a format."""
     leaves = [each.to(dtype).requires_grad_() for each in operands]

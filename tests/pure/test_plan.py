@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import attrs
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nmoe.config import sections as s
 from nmoe.effects import ops
 from nmoe.pure import flops, model, tree
+from nmoe.pure.experts import mixture
 from nmoe.pure.init import init
 from nmoe.pure.key import Key
 from nmoe.pure.layout import ALIGNMENT, layout
@@ -31,7 +34,7 @@ def test_flops_are_those_of_torchs_counter(q_lora_rank: int | None, shared: int,
     specs, dims = model.specs(c), model.dims(c)
     params = tree.map(lambda _, leaf: leaf.requires_grad_(), init(Key(0), specs, dims))
     # rows run through their own experts only, attention as two plain products
-    env = Env(attrs.evolve(REFERENCE, experts=experts_by_segment), model.rope_table(c, 24))
+    env = Env(attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_by_segment)), model.rope_table(c, 24))
     tokens = torch.randint(c.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
     bias = torch.zeros(c.num_layers - dense, c.moe.num_experts)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -115,7 +118,7 @@ def test_activation_estimate_is_near_what_autograd_keeps(shape: str) -> None:
     )
     specs, dims = model.specs(c), model.dims(c)
     params = tree.map(lambda _, leaf: leaf.requires_grad_(), init(Key(0), specs, dims))
-    env = Env(ops.build(torch.device("cpu")), model.rope_table(c, 48))
+    env = Env(ops.build(torch.device("cpu"), c), model.rope_table(c, 48))
     tokens = torch.randint(c.vocab_size, (4, 48), generator=torch.Generator().manual_seed(0))
     parameters = {leaf.untyped_storage().data_ptr() for _, leaf in tree.leaves(params)}
     kept: dict[int, int] = {}

@@ -43,6 +43,8 @@ def calls() -> dict[str, Call]:
     rows = dispatch(x, routing(), num_experts=4)
     return {
         "norm": ((x, normal(5)), {"eps": 1e-6}),
+        "add_norm": ((x, normal(6, 5, seed=1), normal(5)), {"eps": 1e-6}),
+        "swiglu": ((normal(6, 2, 5),), {}),
         "rotate_mla": ((normal(2, 6, 3, 8), normal(2, 6, 4), Rope(normal(6, 2), normal(6, 2))), {}),
         "attend_mla": ((normal(2, 6, 3, 8), normal(2, 6, 3, 9), normal(2, 6, 4)), {"scale": 0.3}),
         "dispatch": ((x, routing()), {"num_experts": 4}),

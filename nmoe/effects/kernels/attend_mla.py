@@ -75,9 +75,7 @@ def attend_mla_cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, *, scale: float) -> 
     return cudnn_forward(q, kv, k_rope, scale)[0]
 
 
-def check(
-    q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], *, scale: float, forward: str
-) -> None:
+def check(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], *, scale: float, forward: str) -> None:
     """Refuse what the kernels would compute wrongly or not at all."""
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     sizes = {"qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": kv.shape[-1] - nope}
@@ -267,9 +265,7 @@ def numbers(q: Tensor, scale: float) -> dict[str, Any]:
     return {"positions": q.shape[1], "heads": q.shape[2], "rows": q.shape[0] * q.shape[2], "scale": scale}
 
 
-def constants(
-    q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], tile: Tile
-) -> dict[str, Any]:
+def constants(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], tile: Tile) -> dict[str, Any]:
     """What a kernel is compiled for."""
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     return {

@@ -101,9 +101,7 @@ def mla(
     return o.flatten(-2) @ p.out.flatten(0, 1)
 
 
-def rotate_mla(
-    q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()
-) -> tuple[Tensor, Tensor]:
+def rotate_mla(q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> tuple[Tensor, Tensor]:
     """Query and shared key with their position in the channels meant for it.
 
     q          [B T H C]   the last P channels are to be rotated

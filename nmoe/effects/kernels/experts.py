@@ -1,0 +1,267 @@
+"""The products of the routed experts: up-projection that gathers its rows, gated activation, and the backward's.
+
+Rows are sorted by expert (`kernels.dispatch`), and a tile never spans two experts. What a row becomes does not depend
+on which rows share its tile. The backward pass recomputes the activation from the pre-activation, and takes a gate's
+gradient from <activation, its gradient>: neither a row's output nor that output's gradient is kept for it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nmoe.effects.kernels.tile import Tile
+
+__all__ = ["activation_backward", "product", "up", "weight_gradient"]
+
+
+@triton.jit
+def _pick(pid, num_n, num_m, GROUP: tl.constexpr):
+    """Which tile a program makes: `GROUP` row tiles side by side, so that they share the weights in the cache."""
+    group = pid // (GROUP * num_n)
+    first = group * GROUP
+    size = min(num_m - first, GROUP)
+    inside = pid % (GROUP * num_n)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def up_kernel(
+    x, source, w, h, a, tile_expert, tile_row, end, NUM_M, F, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile, column = _pick(tl.program_id(0), tl.cdiv(F, N), NUM_M, GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert >= 0:
+        row = tl.load(tile_row + tile) + tl.arange(0, M)
+        real = row < tl.load(end + expert)
+        token = tl.load(source + row, mask=real, other=0).to(tl.int64)
+        inner = tl.arange(0, K)
+        address = x + token[:, None] * D + inner[None, :]
+        gate = tl.zeros((M, N), tl.float32)
+        value = tl.zeros((M, N), tl.float32)
+        for k in range(0, D, K):
+            # beyond the last column of x the descriptor reads the next expert's weights, which meet zeros
+            rows = tl.load(address) if D % K == 0 else tl.load(address, mask=inner[None, :] < D - k, other=0.0)
+            gate = tl.dot(rows, w.load([expert * D + k, column * N]), gate)
+            value = tl.dot(rows, w.load([expert * D + k, F + column * N]), value)
+            address += K
+        f = column * N + tl.arange(0, N)
+        inside = real[:, None] & (f < F)[None, :]
+        gate = gate.to(h.dtype.element_ty)
+        value = value.to(h.dtype.element_ty)
+        at = row.to(tl.int64)[:, None] * F + f[None, :]
+        here = h + row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
+        tl.store(here, gate, mask=inside)
+        tl.store(here + F, value, mask=inside)
+        gate = gate.to(tl.float32)
+        tl.store(a + at, (gate * tl.sigmoid(gate) * value.to(tl.float32)).to(a.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activation_backward_columns(da, first, row, real, share, h, dh, a, F, N: tl.constexpr):
+    """The epilogue on some columns; the gate's gradient summed over them."""
+    f = first + tl.arange(0, N)
+    inside = real[:, None] & (f < F)[None, :]
+    here = row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
+    gate = tl.load(h + here, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(h + here + F, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    activation = silu * value
+    part = tl.sum(da * activation, 1)
+    da = da * share[:, None]
+    dtype: tl.constexpr = dh.dtype.element_ty
+    tl.store(dh + here, (da * value * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
+    tl.store(dh + here + F, (da * silu).to(dtype), mask=inside)
+    at = row.to(tl.int64)[:, None] * F + f[None, :]
+    tl.store(a + at, (activation * share[:, None]).to(dtype), mask=inside)
+    return part
+
+
+@triton.jit
+def activation_backward_kernel(
+    rows, w, h, weight, slot, dh, a, gate_part, tile_expert, tile_row, end, NUM_M, F, D,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(F, N)
+    for pid in tl.range(tl.program_id(0), NUM_M * columns, PROGRAMS, flatten=True):
+        tile, column = _pick(pid, columns, NUM_M, GROUP)
+        needed = tl.load(tile_expert + tile) >= 0
+        expert = tl.maximum(tl.load(tile_expert + tile), 0)
+        first = tl.load(tile_row + tile)
+        row = first + tl.arange(0, M)
+        real = (row < tl.load(end + expert)) & needed
+        da = tl.zeros((M, N), tl.float32)
+        for k in range(0, D, K):
+            da = tl.dot(rows.load([first, k]), w.load([expert * F + column * N, k]).T, da)
+        share = tl.load(weight + tl.load(slot + row, mask=real, other=0), mask=real, other=0.0)
+        # half the columns at a time: the whole tile's gate and value beside its product do not fit the registers
+        left, right = tl.split(tl.permute(tl.reshape(da, (M, 2, N // 2)), (0, 2, 1)))
+        part = _activation_backward_columns(left, column * N, row, real, share, h, dh, a, F, N // 2)
+        part += _activation_backward_columns(right, column * N + N // 2, row, real, share, h, dh, a, F, N // 2)
+        tl.store(gate_part + row * columns + column, part, mask=real)
+
+
+@triton.jit
+def product_kernel(
+    rows, w, out, tile_expert, tile_row, end, NUM_M, INNER, OUTER, TRANSPOSED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile, column = _pick(tl.program_id(0), tl.cdiv(OUTER, N), NUM_M, GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert >= 0:
+        first = tl.load(tile_row + tile)
+        row = first + tl.arange(0, M)
+        real = row < tl.load(end + expert)
+        acc = tl.zeros((M, N), tl.float32)
+        for k in range(0, INNER, K):
+            if TRANSPOSED:
+                acc = tl.dot(rows.load([first, k]), w.load([expert * OUTER + column * N, k]).T, acc)
+            else:
+                acc = tl.dot(rows.load([first, k]), w.load([expert * INNER + k, column * N]), acc)
+        n = column * N + tl.arange(0, N)
+        to = out + row.to(tl.int64)[:, None] * OUTER + n[None, :]
+        tl.store(to, acc.to(out.dtype.element_ty), mask=real[:, None] & (n < OUTER)[None, :])
+
+
+@triton.jit
+def weight_gradient_kernel(
+    a, b, b_rows, out, end, count, A, B, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr
+):
+    num_m, num_n = tl.cdiv(A, M), tl.cdiv(B, N)
+    expert = tl.program_id(0) // (num_m * num_n)
+    m, n = _pick(tl.program_id(0) % (num_m * num_n), num_n, num_m, GROUP)
+    stop = tl.load(end + expert)
+    rows = tl.load(count + expert)
+    start = stop - rows
+    whole = start + rows // K * K
+    am = m * M + tl.arange(0, M)
+    bn = n * N + tl.arange(0, N)
+    acc = tl.zeros((M, N), tl.float32)
+    for k in range(start, whole, K):
+        acc = tl.dot(a.load([k, m * M]).T, b.load([k, n * N]), acc)
+    if whole < stop:
+        # the next expert's rows, which the descriptor of `a` reads too, meet zeros
+        row = whole + tl.arange(0, K)
+        column = tl.max_contiguous(tl.multiple_of(tl.where(bn < B, bn, 0), 8), 8)
+        last = tl.load(b_rows + row.to(tl.int64)[:, None] * B + column[None, :], mask=(row < stop)[:, None], other=0.0)
+        acc = tl.dot(a.load([whole, m * M]).T, last, acc)
+    to = out + (expert.to(tl.int64) * A + am.to(tl.int64)[:, None]) * B + bn[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=(am < A)[:, None] & (bn < B)[None, :])
+
+
+def up(
+    x: Tensor, source: Tensor, weight: Tensor, end: Tensor, tiles: tuple[Tensor, Tensor], tile: Tile, group: int
+) -> tuple[Tensor, Tensor]:
+    """Pre-activation and activation of every row.
+
+    x        [N D]
+    source   [P] i32    row -> token
+    weight   [E D 2 F]
+    end      [E] i32    one past an expert's last row
+    tiles    `dispatch.tiles` of `tile.m` rows; `tile.n` cuts F, `tile.k` cuts D
+    returns  h [P 2 F], a [P F] in the format of `x`
+    """
+    experts, d, _, f = weight.shape
+    pairs = source.shape[0]
+    h = torch.empty(pairs, 2, f, dtype=x.dtype, device=x.device)
+    a = torch.empty(pairs, f, dtype=x.dtype, device=x.device)
+    w = TensorDescriptor.from_tensor(weight.view(experts * d, 2 * f), [tile.k, tile.n])
+    num = tiles[0].shape[0]
+    up_kernel[(num * triton.cdiv(f, tile.n),)](
+        x, source, w, h, a, *tiles, end, num, f, d, tile.m, tile.n, tile.k, group,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return h, a
+
+
+def activation_backward(
+    rows: Tensor,
+    slot: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    h: Tensor,
+    end: Tensor,
+    tiles: tuple[Tensor, Tensor],
+    tile: Tile,
+    group: int,
+    programs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the output's gradient to the pre-activation's.
+
+    rows      [P D]     gradient of the combined output at each row, its gate not yet applied
+    slot      [P] i32   row -> pair
+    weight    [N K] f32 gate of each pair
+    down      [E F D]
+    h         [P 2 F]
+    programs  programs that share the tiles out: one a multiprocessor
+    returns   dh [P 2 F], the activation times its gate [P F], and the gate's gradient in parts [P tiles of F] f32
+    """
+    experts, f, d = down.shape
+    pairs = rows.shape[0]
+    dh = torch.empty_like(h)
+    a = torch.empty(pairs, f, dtype=h.dtype, device=h.device)
+    columns = triton.cdiv(f, tile.n)
+    part = torch.empty(pairs, columns, dtype=torch.float32, device=h.device)
+    num = tiles[0].shape[0]
+    activation_backward_kernel[(min(programs, num * columns),)](
+        TensorDescriptor.from_tensor(rows, [tile.m, tile.k]),
+        TensorDescriptor.from_tensor(down.view(experts * f, d), [tile.n, tile.k]),
+        h, weight, slot, dh, a, part, *tiles, end, num, f, d,
+        tile.m, tile.n, tile.k, group, min(programs, num * columns), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dh, a, part
+
+
+def product(
+    rows: Tensor,
+    weight: Tensor,
+    end: Tensor,
+    tiles: tuple[Tensor, Tensor],
+    tile: Tile,
+    group: int,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """Every row times its expert's matrix.
+
+    rows     [P I]
+    weight   [E I O], or [E O I] if `transposed`
+    tile     `m` cuts rows, `n` O, `k` I
+    returns  [P O] in the format of `rows`
+    """
+    experts, inner = weight.shape[0], rows.shape[1]
+    outer = weight.shape[1] if transposed else weight.shape[2]
+    out = torch.empty(rows.shape[0], outer, dtype=rows.dtype, device=rows.device)
+    block = [tile.n, tile.k] if transposed else [tile.k, tile.n]
+    num = tiles[0].shape[0]
+    product_kernel[(num * triton.cdiv(outer, tile.n),)](
+        TensorDescriptor.from_tensor(rows, [tile.m, tile.k]),
+        TensorDescriptor.from_tensor(weight.view(experts * weight.shape[1], weight.shape[2]), block),
+        out, *tiles, end, num, inner, outer, transposed,
+        tile.m, tile.n, tile.k, group, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def weight_gradient(a: Tensor, b: Tensor, end: Tensor, count: Tensor, tile: Tile, group: int) -> Tensor:
+    """Of every expert, its rows of `a`, transposed, times its rows of `b`, in one launch.
+
+    a        [P A]
+    b        [P B]
+    tile     `m` cuts A, `n` B, `k` the rows summed over
+    returns  [E A B] in the format of `a`; zeros for an expert without rows
+    """
+    experts, width, other = end.shape[0], a.shape[1], b.shape[1]
+    out = torch.empty(experts, width, other, dtype=a.dtype, device=a.device)
+    weight_gradient_kernel[(experts * triton.cdiv(width, tile.m) * triton.cdiv(other, tile.n),)](
+        TensorDescriptor.from_tensor(a, [tile.k, tile.m]),
+        TensorDescriptor.from_tensor(b, [tile.k, tile.n]),
+        b, out, end, count, width, other,
+        tile.m, tile.n, tile.k, group, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out

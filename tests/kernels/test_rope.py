@@ -1,4 +1,4 @@
-"""Rotation in the interpreter: the reference's numbers, in place, back again, and nothing beside the rotated channels."""
+"""Rotation in the interpreter: the reference's numbers, in place and back, and nothing beside the rotated channels."""
 
 from __future__ import annotations
 

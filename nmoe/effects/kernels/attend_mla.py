@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nmoe.effects.kernels.tile import Tile
 from nmoe.errors import InputError
 
-__all__ = ["TILES", "Tiles", "attend_mla", "attend_mla_cudnn"]
+__all__ = ["TILES", "TILES_SM_100", "Tiles", "attend_mla", "attend_mla_cudnn"]
 
 HIDDEN = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -41,6 +41,10 @@ TILES = Tiles(
     dq=Tile(m=128, n=64, k=8, warps=8, stages=3),
     dkv=Tile(m=32, n=64, k=8, warps=4, stages=2),
 )
+"""For sm_90."""
+
+TILES_SM_100 = attrs.evolve(TILES, dq=Tile(m=128, n=64, k=8, warps=8, stages=2))
+"""For sm_100, whose products take more of the shared memory."""
 
 
 def attend_mla(
@@ -128,8 +132,9 @@ class Attend(torch.autograd.Function):
         """Gradients of q, kv and k_rope."""
         q, kv, k_rope, o, lse, *start = ctx.saved_tensors
         given = (*start, ())[0]
-        found = backward(q, kv, k_rope, given, o, lse, readable(gradients[0]), ctx.scale, ctx.tiles)
-        return *found, None, None, None, None
+        do = readable(gradients[0])
+        dq, top, delta = dq_pass(q, kv, k_rope, given, o, lse, do, ctx.scale, ctx.tiles.dq)
+        return dq, *dkv_pass(q, kv, k_rope, given, top, delta, do, ctx.scale, ctx.tiles.dkv), None, None, None, None
 
 
 def cudnn_forward(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -164,7 +169,7 @@ def triton_forward(
     return o, lse
 
 
-def backward(
+def dq_pass(
     q: Tensor,
     kv: Tensor,
     k_rope: Tensor,
@@ -173,28 +178,25 @@ def backward(
     lse: Tensor,
     do: Tensor,
     scale: float,
-    tiles: Tiles,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, kv and k_rope, each in the format of its tensor.
+    """Gradient of q, and what `dkv_pass` needs of each query.
 
-    The gradient of `k_rope` is summed over heads in fp32 from one rounded part a head.
+    returns  dq [B T H C]; top and delta, both [B·H T] f32: the logarithm to base 2 of a row's sum of exponentials, and
+             what softmax takes off each of its rows' gradients
     """
     batch, positions, heads, _ = q.shape
-    nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
-    lse = lse.contiguous()  # cuDNN lays it out [B T H] when it packs sequences
-    # What `dkv_kernel` needs of each query; descriptors read rows that begin at multiples of 16 bytes.
+    nope = q.shape[-1] - k_rope.shape[-1]
+    # Descriptors read rows that begin at multiples of 16 bytes.
     top, delta = lse.new_empty(2, batch * heads, -(-positions // 4) * 4)[..., :positions]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
-    parts = q.new_empty(batch, heads, positions, rope)
-    tile = tiles.dq
     dq_kernel[grid(q, tile.m)](
         **operands(q, kv, k_rope, tile),
         o=described(o, tile.m),
         do=described(do, tile.m),
         dq=described(dq[..., :nope], tile.m),
         dq_rope=described(dq[..., nope:], tile.m),
-        lse=lse,
+        lse=lse.contiguous(),  # cuDNN lays it out [B T H] when it packs sequences
         top=top,
         delta=delta,
         padded=top.stride(0),
@@ -204,7 +206,25 @@ def backward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    tile = tiles.dkv
+    return dq, top, delta
+
+
+def dkv_pass(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    start: Tensor | tuple[()],
+    top: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    scale: float,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of kv and k_rope; the latter is summed over heads in fp32 from one rounded part a head."""
+    batch, positions, heads, _ = q.shape
+    nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
+    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+    parts = q.new_empty(batch, heads, positions, rope)
     dkv_kernel[grid(q, tile.n)](
         **operands(q, kv, k_rope, tile),
         do=described(do, tile.m),
@@ -219,7 +239,7 @@ def backward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return dq, dkv, parts.sum(1)
+    return dkv, parts.sum(1)
 
 
 def ends(start: Tensor) -> Tensor:

@@ -40,14 +40,17 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True) -> Ops:
     from nmoe.effects.kernels import attend_mla as attention
     from nmoe.effects.kernels import cross_entropy, rms_norm, swiglu
     from nmoe.effects.kernels import mixture as mixtures
+    from nmoe.effects.kernels.rope import rotate_mla_
 
     check(c)
-    table = tuning.load(torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    table = tuning.load(capability)
     found = tuning.find(table, "mixture", c.hidden_size, c.moe.intermediate_size)
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     tiles = mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
+    attention_tiles = attention.TILES if capability < (10, 0) else attention.TILES_SM_100
     attend = (
-        partial(attention.attend_mla, forward="cudnn", tiles=attention.TILES)
+        partial(attention.attend_mla, forward="cudnn", tiles=attention_tiles)
         if deterministic
         else attention.attend_mla_cudnn
     )
@@ -55,6 +58,7 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True) -> Ops:
         norm=rms_norm.rms_norm,
         add_norm=rms_norm.add_rms_norm,
         swiglu=swiglu.swiglu,
+        rotate_mla=rotate_mla_,
         attend_mla=attend,
         mixture=partial(mixtures.mixture, tiles=tiles),
         linear_cross_entropy=cross_entropy.linear_cross_entropy,

@@ -18,7 +18,7 @@ from nmoe.effects.kernels.tile import Tile
 
 __all__ = ["TILE", "add_rms_norm", "rms_norm", "warps"]
 
-TILE = Tile(m=1, n=1, k=512, warps=4, stages=1)
+TILE = Tile(m=1, n=1, k=1024, warps=4, stages=1)
 """m: rows of a block; k: blocks of the backward pass, each of which leaves one row of partial sums; warps: for 2048
 columns, and more for wider rows."""
 

@@ -144,14 +144,15 @@ def back_by_cudnn(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale
     return torch.autograd.grad(o, leaves, do)
 
 
-def test_our_backward_takes_the_forward_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", by_cudnn)
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", back_by_cudnn)
+def test_our_backward_takes_the_forward_of_cudnn() -> None:
     operands, gate = sample(2, 37, 3, (24, 16, 8), dtype=torch.float32)
     told = {"scale": 0.3, "tiles": tiles(16, 16)}
     ours = differentiate(kernel.attend_mla, operands, gate, torch.float32, **told)
-    mixed = differentiate(kernel.attend_mla, operands, gate, torch.float32, forward="cudnn", **told)
-    theirs = differentiate(kernel.attend_mla_cudnn, operands, gate, torch.float32, scale=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", by_cudnn)
+        patch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", back_by_cudnn)
+        mixed = differentiate(kernel.attend_mla, operands, gate, torch.float32, forward="cudnn", **told)
+        theirs = differentiate(kernel.attend_mla_cudnn, operands, gate, torch.float32, scale=0.3)
     for name, one in ours.items():
         torch.testing.assert_close(mixed[name], one, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(theirs[name], one, rtol=1e-4, atol=1e-5)

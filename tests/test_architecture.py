@@ -72,7 +72,7 @@ def may_import(module: str, name: str) -> bool:
     if within(module, "nmoe.effects.kernels"):
         if module == "nmoe.effects.kernels.mixture" and within(name, "nmoe.effects.kernels"):
             return True  # the one file that puts kernels together
-        allowed = ("__future__", "typing", "attrs", "torch", "triton", "nmoe.errors", "nmoe.pure")
+        allowed = ("__future__", "collections", "typing", "attrs", "torch", "triton", "nmoe.errors", "nmoe.pure")
         return within(name, *allowed, "nmoe.effects.kernels.tile")
     if within(module, "nmoe.effects") and within(name, "nmoe.effects"):
         return own in COMPOSES or other in SHARED or (own, other) in INSIDE

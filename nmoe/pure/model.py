@@ -169,8 +169,9 @@ def block(
     bias     [E] f32 of this layer, () for a dense one
     """
     y = env.ops.norm(x, p.attention_norm, eps=c.norm_eps)
-    y = mla.mla(p.attention, y, env.rope, env.ops.norm, env.ops.attend_mla, c.attention, eps=c.norm_eps)
-    x, y = env.ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
+    ops = env.ops
+    y = mla.mla(p.attention, y, env.rope, ops.norm, ops.rotate_mla, ops.attend_mla, c.attention, eps=c.norm_eps)
+    x, y = ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
         y, report = moe(p.ffn, y, bias, env, c.moe)
         return x + y, report

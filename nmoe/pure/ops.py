@@ -25,6 +25,7 @@ class Ops:
     norm: Callable[..., Tensor]
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
+    rotate_mla: Callable[..., tuple[Tensor, Tensor]]
     attend_mla: Callable[..., Tensor]
     mixture: Callable[..., tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
@@ -34,6 +35,7 @@ REFERENCE = Ops(
     norm.rms_norm,
     norm.add_rms_norm,
     experts.swiglu,
+    mla.rotate_mla,
     mla.attend_mla,
     experts.mixture,
     loss.linear_cross_entropy,

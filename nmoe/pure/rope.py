@@ -60,13 +60,15 @@ def table(num_positions: int, dim: int, *, theta: float, yarn: Yarn | None) -> R
     return Rope((angle.cos() * scale).float(), (angle.sin() * scale).float())
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:
     """`x` with neighbouring channels (2i, 2i+1) turned by the angle of their position.
 
-    x        [B T ... P]   positions 0..T-1 on axis 1
-    returns  [B T ... P]   in the format of `x`
+    x          [B T ... P]
+    positions  [B T]         of each token, within the table; (): 0..T-1
+    returns    [B T ... P]   in the format of `x`
     """
-    shape = (1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
-    cos, sin = rope.cos[: x.shape[1]].view(shape), rope.sin[: x.shape[1]].view(shape)
+    at = positions if isinstance(positions, Tensor) else slice(x.shape[1])
+    shape = (-1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
+    cos, sin = rope.cos[at].view(shape), rope.sin[at].view(shape)
     even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nmoe.effects.kernels.tile import Tile
 from nmoe.errors import InputError
 
-__all__ = ["TILES", "Tiles", "attend_mla", "attend_mla_cudnn"]
+__all__ = ["TILES", "TILES_SM_100", "Tiles", "attend_mla", "attend_mla_cudnn"]
 
 HIDDEN = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -41,6 +41,10 @@ TILES = Tiles(
     dq=Tile(m=128, n=64, k=8, warps=8, stages=3),
     dkv=Tile(m=32, n=64, k=8, warps=4, stages=2),
 )
+"""For sm_90."""
+
+TILES_SM_100 = attrs.evolve(TILES, dq=Tile(m=128, n=64, k=8, warps=8, stages=2))
+"""For sm_100, whose products take more of the shared memory."""
 
 
 def attend_mla(
@@ -128,8 +132,9 @@ class Attend(torch.autograd.Function):
         """Gradients of q, kv and k_rope."""
         q, kv, k_rope, o, lse, *start = ctx.saved_tensors
         given = (*start, ())[0]
-        found = backward(q, kv, k_rope, given, o, lse, readable(gradients[0]), ctx.scale, ctx.tiles)
-        return *found, None, None, None, None
+        do = readable(gradients[0])
+        dq, top, delta = dq_pass(q, kv, k_rope, given, o, lse, do, ctx.scale, ctx.tiles.dq)
+        return dq, *dkv_pass(q, kv, k_rope, given, top, delta, do, ctx.scale, ctx.tiles.dkv), None, None, None, None
 
 
 def cudnn_forward(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -164,7 +169,7 @@ def triton_forward(
     return o, lse
 
 
-def backward(
+def dq_pass(
     q: Tensor,
     kv: Tensor,
     k_rope: Tensor,
@@ -173,51 +178,68 @@ def backward(
     lse: Tensor,
     do: Tensor,
     scale: float,
-    tiles: Tiles,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, kv and k_rope, each in the format of its tensor.
+    """Gradient of q, and what `dkv_pass` needs of each query.
 
-    The gradient of `k_rope` is summed over heads in fp32 from one rounded part a head.
+    returns  dq [B T H C]; top and delta, both [B·H T] f32: the logarithm to base 2 of a row's sum of exponentials, and
+             what softmax takes off each of its rows' gradients
     """
     batch, positions, heads, _ = q.shape
-    nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
-    lse = lse.contiguous()  # cuDNN lays it out [B T H] when it packs sequences
-    delta = torch.empty_like(lse)
+    nope = q.shape[-1] - k_rope.shape[-1]
+    # Descriptors read rows that begin at multiples of 16 bytes.
+    top, delta = lse.new_empty(2, batch * heads, -(-positions // 4) * 4)[..., :positions]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
-    parts = q.new_empty(batch, heads, positions, rope)
-    tile = tiles.dq
     dq_kernel[grid(q, tile.m)](
         **operands(q, kv, k_rope, tile),
         o=described(o, tile.m),
         do=described(do, tile.m),
         dq=described(dq[..., :nope], tile.m),
         dq_rope=described(dq[..., nope:], tile.m),
-        lse=lse,
+        lse=lse.contiguous(),  # cuDNN lays it out [B T H] when it packs sequences
+        top=top,
         delta=delta,
+        padded=top.stride(0),
         start=start if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    tile = tiles.dkv
+    return dq, top, delta
+
+
+def dkv_pass(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    start: Tensor | tuple[()],
+    top: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    scale: float,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of kv and k_rope; the latter is summed over heads in fp32 from one rounded part a head."""
+    batch, positions, heads, _ = q.shape
+    nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
+    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+    parts = q.new_empty(batch, heads, positions, rope)
     dkv_kernel[grid(q, tile.n)](
         **operands(q, kv, k_rope, tile),
         do=described(do, tile.m),
         dk=described(dkv[..., :nope], tile.n),
         dk_rope=described(parts.transpose(1, 2), tile.n),
         dv=described(dkv[..., nope:], tile.n),
-        lse=lse,
-        delta=delta,
-        start=start if isinstance(start, Tensor) else None,
+        top=TensorDescriptor.from_tensor(top, [1, tile.m]),
+        delta=TensorDescriptor.from_tensor(delta, [1, tile.m]),
         end=ends(start) if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return dq, dkv, parts.sum(1)
+    return dkv, parts.sum(1)
 
 
 def ends(start: Tensor) -> Tensor:
@@ -483,7 +505,9 @@ def dq_kernel(
     dq,
     dq_rope,
     lse,
+    top,
     delta,
+    padded,
     start,
     positions,
     heads,
@@ -508,11 +532,12 @@ def dq_kernel(
     first = queries
     if documents:
         first = tl.load(start + b.to(tl.int64) * positions + queries, mask=inside, other=0)
-    at = row.to(tl.int64) * positions + queries
     gradient = block(do, b, h, m, m_size, value)
     off = tl.sum(gradient.to(tl.float32) * block(o, b, h, m, m_size, value).to(tl.float32), 1)
+    lse2 = tl.load(lse + row.to(tl.int64) * positions + queries, mask=inside, other=0.0) * LOG2_E
+    at = row.to(tl.int64) * padded + queries
+    tl.store(top + at, lse2, mask=inside)
     tl.store(delta + at, off, mask=inside)
-    lse2 = tl.load(lse + at, mask=inside, other=0.0) * LOG2_E
     tile = block(q, b, h, m, m_size, nope)
     tile_rope = block(q_rope, b, h, m, m_size, rope)
     scale2 = scale * LOG2_E
@@ -545,17 +570,17 @@ def dkv_range(
     keys_rope,
     values,
     at,
+    last,
     q,
     q_rope,
     do,
-    lse,
+    top,
     delta,
-    start,
+    row,
     b,
     h,
     begin,
     end,
-    positions,
     scale2,
     m_size: tl.constexpr,
     nope: tl.constexpr,
@@ -565,24 +590,22 @@ def dkv_range(
     documents: tl.constexpr,
 ):
     for m in tl.range(begin, end, m_size):
-        queries = m + tl.arange(0, m_size)
-        inside = queries < positions
         tile = block(q, b, h, m, m_size, nope)
         tile_rope = block(q_rope, b, h, m, m_size, rope)
         gradient = block(do, b, h, m, m_size, value)
-        # Scores are computed transposed: Triton 3.6 gets the transpose of a product wrong on sm_90.
+        # Computed transposed: Triton 3.6 gets the transpose of a product wrong on sm_90.
+        dp = tl.dot(values, gradient.T)
         s = tl.dot(keys, tile.T)
         s = tl.dot(keys_rope, tile_rope.T, s)
-        lse2 = tl.load(lse + queries, mask=inside, other=0.0) * LOG2_E
-        p = tl.exp2(s * scale2 - lse2[None, :])
+        p = tl.exp2(s * scale2 - tl.reshape(top.load([row, m]), (1, m_size)))
         if masked:
-            first = queries
+            queries = m + tl.arange(0, m_size)
+            seen = queries[None, :] >= at[:, None]
             if documents:
-                first = tl.load(start + queries, mask=inside, other=0)
-            p = tl.where(visible(queries[None, :], at[:, None], first[None, :], documents), p, 0.0)
+                seen = seen & (queries[None, :] < last[:, None])
+            p = tl.where(seen, p, 0.0)
         acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v)
-        dp = tl.dot(values, gradient.T)
-        ds = (p * (dp - tl.load(delta + queries, mask=inside, other=0.0)[None, :])).to(tile.dtype)
+        ds = (p * (dp - tl.reshape(delta.load([row, m]), (1, m_size)))).to(tile.dtype)
         acc = tl.dot(ds, tile, acc)
         acc_rope = tl.dot(ds, tile_rope, acc_rope)
     return acc, acc_rope, acc_v
@@ -599,9 +622,8 @@ def dkv_kernel(
     dk,
     dk_rope,
     dv,
-    lse,
+    top,
     delta,
-    start,
     end,
     positions,
     heads,
@@ -621,8 +643,6 @@ def dkv_kernel(
     h = row % heads
     n = index * n_size
     at = n + tl.arange(0, n_size)
-    lse += row.to(tl.int64) * positions
-    delta += row.to(tl.int64) * positions
     keys = block(k, b, h, n, n_size, nope)
     keys_rope = block(k_rope, b, 0, n, n_size, rope)
     values = block(v, b, h, n, n_size, value)
@@ -634,23 +654,24 @@ def dkv_kernel(
     full = tl.cdiv(n + n_size - 1, m_size) * m_size
     until = positions
     split = positions
+    last = at
     if documents:
-        start += b.to(tl.int64) * positions
         end += b.to(tl.int64) * positions
+        last = tl.load(end + at, mask=at < positions, other=0)
         until = tl.load(end + tl.minimum(n + n_size, positions) - 1)
         split = tl.maximum(tl.load(end + n) // m_size * m_size, full)
     acc, acc_rope, acc_v = dkv_range(
-        acc, acc_rope, acc_v, keys, keys_rope, values, at, q, q_rope, do, lse, delta, start, b, h, begin,
-        tl.minimum(full, until), positions, scale2, m_size, nope, rope, value, True, documents,
+        acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, begin,
+        tl.minimum(full, until), scale2, m_size, nope, rope, value, True, documents,
     )  # fmt: skip
     acc, acc_rope, acc_v = dkv_range(
-        acc, acc_rope, acc_v, keys, keys_rope, values, at, q, q_rope, do, lse, delta, start, b, h, full,
-        split, positions, scale2, m_size, nope, rope, value, False, documents,
+        acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, full,
+        split, scale2, m_size, nope, rope, value, False, documents,
     )  # fmt: skip
     if documents:
         acc, acc_rope, acc_v = dkv_range(
-            acc, acc_rope, acc_v, keys, keys_rope, values, at, q, q_rope, do, lse, delta, start, b, h, split,
-            until, positions, scale2, m_size, nope, rope, value, True, documents,
+            acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, split,
+            until, scale2, m_size, nope, rope, value, True, documents,
         )  # fmt: skip
     put_(dk, b, h, n, acc * scale, n_size, nope)
     put_(dk_rope, b, h, n, acc_rope * scale, n_size, rope)

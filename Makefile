@@ -1,7 +1,7 @@
 # Needs python3 (3.11 or newer), make and a C compiler. Everything else is set up in .venv from nothing, once.
 #   make run       train the quickstart config on this machine's CPU
 #   make test      set up, check, then every test that needs no GPU
-#   make test-long  the tests that take minutes
+#   make test-long the tests that take minutes
 #   make check     formatting, lint, types
 #   make gpu-test  the GPU's tests, in an environment that has a CUDA build of torch: GPU_PYTHON, not .venv
 #   make bench     one training step against transformers

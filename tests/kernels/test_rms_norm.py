@@ -53,6 +53,14 @@ def test_the_sum_is_rounded_before_it_is_normed() -> None:
     assert ours[0].tolist() == [[4096, 2048, 2048, 2048]]
 
 
+def test_the_norm_of_the_sum_can_be_made_again_from_the_sum() -> None:
+    """Bit for bit, by the other kernel: what recomputation in the backward pass relies on."""
+    x, y, gain = normal(9, 100), normal(9, 100, seed=1), normal(100, seed=2)
+    total, normed = add_rms_norm(x, y, gain, eps=EPS)
+    assert torch.equal(total, x + y)
+    assert torch.equal(normed, rms_norm(total, gain, eps=EPS))
+
+
 def test_only_one_result_is_used() -> None:
     """The other pulls with zeros."""
     leaves = [normal(5, 12).requires_grad_(), normal(5, 12, seed=1).requires_grad_(), normal(12).requires_grad_()]

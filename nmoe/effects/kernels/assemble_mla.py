@@ -65,6 +65,7 @@ def keys(kv: Tensor, k_rope: Tensor, nope: int) -> Tensor:
 
     kv       [B T H Z]   channels of key first, then of value
     k_rope   [B T P]
+    nope     channels of key in `kv`; channels of both lie next to each other
     returns  [B T H C] contiguous
     """
     batch, length, heads, _ = kv.shape
@@ -81,11 +82,12 @@ def keys(kv: Tensor, k_rope: Tensor, nope: int) -> Tensor:
 def gradients(dk: Tensor, dv: Tensor, rope: int) -> tuple[Tensor, Tensor]:
     """Gradients of `kv` and `k_rope` from those of whole keys and of values.
 
-    dk       [B T H C]   channels next to each other
-    dv       [B T H U]   likewise
+    dk       [B T H C]
+    dv       [B T H U]
     rope     P, the channels that all heads share
     returns  dkv [B T H Z], dk_rope [B T P]: summed over heads in fp32, in their order
     """
+    dk, dv = (each if each.stride(-1) == 1 else each.contiguous() for each in (dk, dv))
     batch, length, heads, width = dk.shape
     nope, value = width - rope, dv.shape[-1]
     dkv = torch.empty(batch, length, heads, nope + value, dtype=dk.dtype, device=dk.device)

@@ -22,6 +22,14 @@ def verbs(root: Verbs) -> None:
     )
     step.add_argument("--against", choices=("transformers",), help="time the same model there too")
     step.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)")
+    kernels = add(bench, "kernels", _bench_kernels, "time the GPU's kernels beside their peers", "")
+    kernels.add_argument("--tune", action="store_true", help="look for the fastest tiles and print their table")
+
+
+def _bench_kernels(args: argparse.Namespace) -> int:
+    from nmoe.effects import kernel_bench
+
+    return kernel_bench.tune() if args.tune else kernel_bench.kernels()
 
 
 def _bench_step(args: argparse.Namespace) -> int:

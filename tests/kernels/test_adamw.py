@@ -18,7 +18,7 @@ from nmoe.pure import optim
 from tests.kernels.truth import normal
 
 SMALL = attrs.evolve(TILE, n=32, k=3)
-NUMBERS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
+NUMBERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
 
 
 def arena(
@@ -43,7 +43,7 @@ def scalars(*, updates: int = 1, lr: float = 3e-4, allowed: bool = True, shrink:
     }
 
 
-def reference(held: dict[str, Tensor], told: dict[str, Tensor], numbers: dict[str, float]) -> dict[str, Tensor]:
+def reference(held: dict[str, Tensor], told: dict[str, Tensor], numbers: dict[str, Any]) -> dict[str, Tensor]:
     """The update out of place."""
     value, after = optim.adamw(
         held["value"],
@@ -61,7 +61,7 @@ def reference(held: dict[str, Tensor], told: dict[str, Tensor], numbers: dict[st
 
 
 def updated(
-    held: dict[str, Tensor], told: dict[str, Tensor], numbers: dict[str, float], *, halves: bool, **more: Any
+    held: dict[str, Tensor], told: dict[str, Tensor], numbers: dict[str, Any], *, halves: bool, **more: Any
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The update in place, on copies; with a remainder when `halves`."""
     mine = {name: each.clone() for name, each in held.items()}
@@ -79,7 +79,7 @@ def check(
     right: dict[str, Tensor],
     held: dict[str, Tensor],
     told: dict[str, Tensor],
-    numbers: dict[str, float],
+    numbers: dict[str, Any],
 ) -> None:
     """Equal up to the roundings of products that one contracts with the sum after them and the other does not.
 
@@ -138,11 +138,11 @@ def test_narrow_moments_and_gradient(halves: bool) -> None:
 
 
 def test_many_steps_stay_with_the_reference() -> None:
-    """What differs by a rounding does not grow: 50 steps, against fp64."""
-    size, held = 300, arena(300)
+    """What differs by a rounding does not grow: 20 steps, against fp64."""
+    size, held = 96, arena(96)
     ours = plain = held
     truth = {name: each.double() for name, each in held.items()}
-    for step in range(1, 51):
+    for step in range(1, 21):
         gradient = normal(size, seed=100 + step)
         told = scalars(updates=step, lr=1e-2)
         ours = {**updated({**ours, "gradient": gradient}, told, NUMBERS, halves=True, tile=SMALL)[0]}

@@ -131,7 +131,17 @@ def by_cudnn(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> tuple
     s = (q @ k.mT * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
     lse = s.logsumexp(-1, keepdim=True).float()
     o = (s.softmax(-1) @ v).transpose(1, 2).contiguous().transpose(1, 2)
-    return o, lse.transpose(1, 2).contiguous().transpose(1, 2), torch.empty(0)
+    nothing = torch.empty(0)
+    return o, lse.transpose(1, 2).contiguous().transpose(1, 2), nothing, nothing, nothing, nothing, nothing, nothing, q
+
+
+def back_by_cudnn(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> tuple[Tensor, ...]:
+    """What its backward returns: gradients of whole queries, keys and values."""
+    assert rest[-2:] == (0.0, True)
+    leaves = [each.detach().requires_grad_() for each in (q, k, v)]
+    with torch.enable_grad():
+        o = by_cudnn(*leaves, None, True, 0.0, True, False, scale=scale)[0]
+    return torch.autograd.grad(o, leaves, do)
 
 
 def test_our_backward_takes_the_forward_of_cudnn() -> None:
@@ -140,6 +150,7 @@ def test_our_backward_takes_the_forward_of_cudnn() -> None:
     ours = differentiate(kernel.attend_mla, operands, gate, torch.float32, **told)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", by_cudnn)
+        patch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", back_by_cudnn)
         mixed = differentiate(kernel.attend_mla, operands, gate, torch.float32, forward="cudnn", **told)
         theirs = differentiate(kernel.attend_mla_cudnn, operands, gate, torch.float32, scale=0.3)
     for name, one in ours.items():

@@ -49,7 +49,7 @@ def request(name: str, tile: Tile, documents: bool) -> Request:
         constants[masks] = None
     types |= {"positions": "i32", "heads": "i32", "rows": "i32", "scale": "fp32"}
     return Request(
-        kernel=f"nmoe.effects.kernels.attend_mla:{name}_kernel",
+        kernel=f"nmoe.effects.kernels.attend_mla_kernels:{name}_kernel",
         signature=types,
         constants=constants,
         warps=tile.warps,

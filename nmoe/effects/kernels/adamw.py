@@ -17,10 +17,10 @@ from nmoe.effects.kernels.tile import Tile
 
 __all__ = ["NORM_TILE", "TILE", "adamw_", "global_norm"]
 
-TILE = Tile(m=1, n=1024, k=8, warps=4, stages=1)
+TILE = Tile(m=1, n=1024, k=2, warps=4, stages=1)
 """n: elements at once; k: how often, one after the other, in a block."""
 
-NORM_TILE = Tile(m=1, n=4096, k=8, warps=8, stages=1)
+NORM_TILE = Tile(m=1, n=4096, k=4, warps=4, stages=1)
 """As `TILE`, for the norm."""
 
 

@@ -18,7 +18,7 @@ from nmoe.effects.kernels.tile import Tile
 
 __all__ = ["TILE", "linear_cross_entropy", "turn_logits_"]
 
-TILE = Tile(m=1, n=16384, k=1, warps=16, stages=1)
+TILE = Tile(m=1, n=8192, k=1, warps=8, stages=1)
 """n: logits of a row at once; a row of 201,088 is longer than what a block can hold."""
 
 

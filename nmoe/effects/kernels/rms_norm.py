@@ -18,7 +18,7 @@ from nmoe.effects.kernels.tile import Tile
 
 __all__ = ["TILE", "add_rms_norm", "rms_norm", "warps"]
 
-TILE = Tile(m=1, n=1, k=512, warps=4, stages=1)
+TILE = Tile(m=1, n=1, k=1024, warps=4, stages=1)
 """m: rows of a block; k: blocks of the backward pass, each of which leaves one row of partial sums; warps: for 2048
 columns, and more for wider rows."""
 
@@ -209,7 +209,7 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float, tile: Tile = TILE) -> Tenso
     returns  [... D] contiguous, in the format of `x`; the arithmetic is fp32
     Cost:    moves 4·N·D bytes forward and 6·N·D backward in bf16, N rows.
     """
-    return RmsNorm.apply(x, gain, eps, tile)  # pyright: ignore[reportReturnType]
+    return RmsNorm.apply(x, gain, eps, tile)
 
 
 def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float, tile: Tile = TILE) -> tuple[Tensor, Tensor]:
@@ -220,4 +220,4 @@ def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float, tile: Tile =
     returns  two of [... D]
     Cost:    moves 8·N·D bytes forward and 8·N·D backward in bf16, N rows.
     """
-    return AddRmsNorm.apply(x, y, gain, eps, tile)  # pyright: ignore[reportReturnType]
+    return AddRmsNorm.apply(x, y, gain, eps, tile)

@@ -14,7 +14,7 @@ from nmoe.pure.rope import Rope
 
 __all__ = ["TILE", "rotate_mla_"]
 
-TILE = Tile(m=32, n=1, k=1, warps=4, stages=1)
+TILE = Tile(m=16, n=1, k=1, warps=4, stages=1)
 """m tokens of one head a program."""
 
 

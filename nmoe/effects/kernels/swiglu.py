@@ -81,4 +81,4 @@ def swiglu(x: Tensor, *, tile: Tile = TILE) -> Tensor:
     returns  [... F] in the format of `x`; the arithmetic is fp32
     Cost:    moves 6·N·F bytes forward and 10·N·F backward in bf16, N rows.
     """
-    return Swiglu.apply(x, tile)  # pyright: ignore[reportReturnType]
+    return Swiglu.apply(x, tile)

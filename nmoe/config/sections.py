@@ -194,6 +194,9 @@ class Train:
         "tokens whose logits are held at once", unit="tokens", default=1024, low=1, identity=False
     )
     z_loss: float = setting("weight of the squared log-partition", default=0.0, low=0)
+    document_mask: bool = setting(
+        "attention sees only its own document, positions count from the document's start", default=False
+    )
     deterministic: bool = setting(
         "same bits from run to run; false: attention's backward by cuDNN, whose query gradient is not repeatable",
         default=True,

@@ -70,6 +70,7 @@ def open_loader(
         return Batch(
             batch.tokens.view(-1, microbatch_size, sequence_length),
             batch.targets.view(-1, microbatch_size, sequence_length),
+            (),
         )
 
     return read
@@ -101,7 +102,7 @@ def _cut(split: Source, chosen: Iterable[int], sequence_length: int) -> Batch:
     """The chosen windows: tokens, targets [B T] i64."""
     rows = [mixture.stretch(split.tokens, window * sequence_length, sequence_length + 1) for window in chosen]
     whole: Tensor = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous())
+    return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous(), ())
 
 
 def _num_windows(split: Source, sequence_length: int) -> int:

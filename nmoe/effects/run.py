@@ -100,7 +100,9 @@ def fresh(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime)
         0,
     )
     rope = buffers.place(model.rope_table(c, config.train.sequence_length), rt.device)
-    return state, Env(ops.build(rt.device, c, deterministic=config.train.deterministic), rope)
+    train = config.train
+    built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask)
+    return state, Env(built, rope)
 
 
 def stepper(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nmoe.pure.key import Key
 
-__all__ = ["stretch", "windows"]
+__all__ = ["starts", "stretch", "windows"]
 
 # Four rounds make a Feistel network pseudo-random in theory; twice that keeps tiny domains well mixed too.
 ROUNDS = 8
@@ -43,6 +43,18 @@ def stretch(arrays: Sequence[NDArray[Any]], start: int, count: int) -> NDArray[A
         pieces.append(array[max(start, 0) : max(start + count, 0)])
         start -= len(array)
     return np.concatenate(pieces)
+
+
+def starts(tokens: NDArray[Any], end_of_text: int) -> NDArray[np.int32]:
+    """Index in its row of the first token of each token's document; 0 for a document that began before the row.
+
+    tokens   [B T]       end of text is the last token of its document and stands nowhere else
+    returns  [B T] i32   does not decrease along T
+    """
+    first = np.zeros(tokens.shape, dtype=np.int32)
+    after = np.arange(1, tokens.shape[1], dtype=np.int32)
+    np.multiply(tokens[:, :-1] == end_of_text, after, out=first[:, 1:])
+    return np.maximum.accumulate(first, axis=1)
 
 
 def _shuffled(positions: NDArray[np.uint64], count: int, key: Key) -> NDArray[np.int64]:

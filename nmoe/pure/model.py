@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +16,7 @@ from nmoe.pure.attention import mla
 from nmoe.pure.experts import mlp
 from nmoe.pure.init import normal, ones, residual
 from nmoe.pure.ops import Env
-from nmoe.pure.rope import Rope, table
+from nmoe.pure.rope import Rope, restarted, table
 from nmoe.pure.spec import Role, blueprint, param
 from nmoe.pure.tree import record
 
@@ -39,10 +40,15 @@ __all__ = [
 
 @record
 class Batch:
-    """Tokens and what follows each; a negative target does not count. [B T], or [M B T] for a whole step."""
+    """Tokens and what follows each; a negative target does not count. [B T], or [M B T] for a whole step.
+
+    With `start`, a token sees only its own document: it is the index in the row of that document's first token, 0 for a
+    document that began before the row.
+    """
 
     tokens: Tensor  # i64
     targets: Tensor  # i64
+    start: Tensor | tuple[()]  # i32
 
 
 @record
@@ -161,15 +167,17 @@ def moe(p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe) -> tuple[Ten
 
 
 def block(
-    p: Block, x: Tensor, bias: Tensor | tuple[()], env: Env, c: sections.Model
+    p: Block, x: Tensor, bias: Tensor | tuple[()], env: Env, c: sections.Model, start: Tensor | tuple[()] = ()
 ) -> tuple[Tensor, RouterReport | tuple[()]]:
     """One pre-norm layer: attention, then a dense MLP or a mixture.
 
     x        [B T D]
     bias     [E] f32 of this layer, () for a dense one
+    env      its `rope` is the table of `start`: `rope.restarted`
+    start    [B T] i32 or ()   first token of each token's document
     """
     y = env.ops.norm(x, p.attention_norm, eps=c.norm_eps)
-    x = x + mla.mla(p.attention, y, env.rope, env.ops.norm, env.ops.attend_mla, c.attention, eps=c.norm_eps)
+    x = x + mla.mla(p.attention, y, env.rope, env.ops.norm, env.ops.attend_mla, c.attention, start, eps=c.norm_eps)
     y = env.ops.norm(x, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
         y, report = moe(p.ffn, y, bias, env, c.moe)
@@ -185,6 +193,7 @@ def forward(
     bias: Tensor,
     env: Env,
     c: sections.Model,
+    start: Tensor | tuple[()] = (),
     *,
     run: Callable[..., tuple[Tensor, Any]] = block,
 ) -> tuple[Tensor, RouterReport]:
@@ -192,14 +201,17 @@ def forward(
 
     tokens   [B T] i64
     bias     [L E] f32   router bias, one row a mixture layer
+    start    [B T] i32 or ()   first token of each token's document, as in Batch; (): rows are read whole
     run      `block`, or a wrapper around it (compile, recompute)
     returns  [B T D] and the reports of all mixture layers, stacked
     """
     x = F.embedding(tokens, p.embed) * c.embedding_scale
+    if isinstance(start, Tensor):
+        env = attrs.evolve(env, rope=restarted(env.rope, start))
     reports: list[RouterReport] = []
     for layer, parameters in enumerate(p.blocks):
         row = bias[layer - c.num_dense_layers] if layer >= c.num_dense_layers else ()
-        x, report = run(parameters, x, row, env, c)
+        x, report = run(parameters, x, row, env, c, start)
         if isinstance(report, RouterReport):
             reports.append(report)
     stacked = RouterReport(
@@ -231,7 +243,7 @@ def objective(
     returns        (loss, nll, report): loss = (nll + z-loss) / num_targets + balance · mean imbalance; nll is the sum
                    over this batch, without gradient
     """
-    x, report = forward(p, batch.tokens, bias, env, c, run=run)
+    x, report = forward(p, batch.tokens, bias, env, c, batch.start, run=run)
     total, nll = env.ops.linear_cross_entropy(
         x.flatten(0, 1), p.head, batch.targets.flatten(), chunk=chunk, logit_scale=c.logit_scale, z_loss=z_loss
     )

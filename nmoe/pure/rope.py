@@ -11,15 +11,15 @@ from nmoe.config.sections import Yarn
 from nmoe.pure.norm import wide
 from nmoe.pure.tree import record
 
-__all__ = ["Rope", "magnitude", "rotate", "table"]
+__all__ = ["Rope", "magnitude", "restarted", "rotate", "table"]
 
 
 @record
 class Rope:
-    """Rotation table: cosine and sine of every position and frequency."""
+    """Rotation table: cosine and sine of every position and frequency, [T P/2] f32, or [B T P/2] when rows differ."""
 
-    cos: Tensor  # [T P/2] f32
-    sin: Tensor  # [T P/2] f32
+    cos: Tensor
+    sin: Tensor
 
 
 def magnitude(factor: float, mscale: float) -> float:
@@ -60,13 +60,23 @@ def table(num_positions: int, dim: int, *, theta: float, yarn: Yarn | None) -> R
     return Rope((angle.cos() * scale).float(), (angle.sin() * scale).float())
 
 
+def restarted(rope: Rope, start: Tensor) -> Rope:
+    """The table for rows whose positions count from `start`: what is at token i is for position i - start[i].
+
+    start    [B T] i32   0 <= start[i] <= i
+    returns  [B T P/2]
+    """
+    position = torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start
+    return Rope(rope.cos[position], rope.sin[position])
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """`x` with neighbouring channels (2i, 2i+1) turned by the angle of their position.
 
-    x        [B T ... P]   positions 0..T-1 on axis 1
+    x        [B T ... P]   one row of the table for each index of axis 1
     returns  [B T ... P]   in the format of `x`
     """
-    shape = (1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
-    cos, sin = rope.cos[: x.shape[1]].view(shape), rope.sin[: x.shape[1]].view(shape)
+    shape = (-1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
+    cos, sin = rope.cos[..., : x.shape[1], :].view(shape), rope.sin[..., : x.shape[1], :].view(shape)
     even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from nmoe.effects.data import shards, stdlib, tokenizer
 from nmoe.errors import InputError
+from nmoe.pure.prep import split_of
 
 SIZE = 400
 
@@ -345,10 +346,10 @@ def test_every_file_is_in_one_split_and_nothing_else_is(library: Path, prepared:
 
 def test_files_fall_into_splits_by_content_the_same_everywhere() -> None:
     contents = [hashlib.sha256(str(index).encode()).digest() for index in range(20_000)]
-    shares = Counter(stdlib.split_of(content) for content in contents)
+    shares = Counter(split_of(content, validation=20_000, test=20_000) for content in contents)
     assert abs(shares["validation"] - 400) < 80 and abs(shares["test"] - 400) < 80
     assert shares.total() == 20_000
-    splits = [stdlib.split_of(content) for content in contents[:200]]
+    splits = [split_of(content, validation=20_000, test=20_000) for content in contents[:200]]
     assert [index for index, split in enumerate(splits) if split == "validation"] == [6, 127]
     assert [index for index, split in enumerate(splits) if split == "test"] == [44, 177, 190]
 

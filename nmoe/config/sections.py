@@ -16,6 +16,7 @@ __all__ = [
     "Data",
     "Group",
     "Log",
+    "Mixture",
     "Mla",
     "Model",
     "Moe",
@@ -145,10 +146,25 @@ class Shards:
 
 
 @attrs.frozen(kw_only=True)
+class Mixture:
+    """Several folders of prepared shards, as a mixture file says."""
+
+    kind: ClassVar[str] = "mixture"
+
+    path: str = setting("mixture file (see configs/mixtures)")
+    flow: Literal["dev", "research", "ablation", "proxy", "full_train"] = setting(
+        "which of the file's flows: how many tokens, in which stages", default="dev"
+    )
+
+
+@attrs.frozen(kw_only=True)
 class Data:
     """What is read."""
 
-    source: Stdlib | Shards = setting("where tokens come from; `kind` chooses the table's keys")
+    source: Stdlib | Shards | Mixture = setting("where tokens come from; `kind` chooses the table's keys")
+    prefetch: int = setting(
+        "batches that a thread reads ahead; 0: none", unit="batches", default=2, low=0, high=64, identity=False
+    )
 
 
 @attrs.frozen(kw_only=True)

@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nmoe.errors import InputError
 from nmoe.pure.key import Key
 
-__all__ = ["Turns", "quotas", "starts", "stretch", "taken", "turn", "turns", "windows"]
+__all__ = ["Tokens", "Turns", "quotas", "starts", "stretch", "taken", "turn", "turns", "windows"]
 
 # Four rounds make a Feistel network pseudo-random in theory; twice that keeps tiny domains well mixed too.
 ROUNDS = 8
@@ -97,8 +97,8 @@ def turns(shares: Sequence[int]) -> Turns:
 
     A source of share 0 has no turn. Every node spreads its left side over its positions as evenly as whole numbers
     allow, by rounding; the tree is Huffman's, so that large shares are near the root. After any number of positions a
-    source is within 1.7 turns of its exact part, however many sources there are: a node is off by half a turn at most,
-    which reaches a leaf in proportion to its part of the node, and those parts fall as fast as Fibonacci's numbers grow.
+    source is within 1.7 turns of its exact part, however many sources there are: a node adds half a turn at most, which
+    reaches a leaf in proportion to the leaf's part of the node, and those parts fall as Fibonacci's numbers grow.
     Unlike the round-robin that keeps a counter a source, it can be asked for any position.
 
     shares   >= 0, one at least > 0
@@ -110,8 +110,8 @@ def turns(shares: Sequence[int]) -> Turns:
     heapq.heapify(nodes)
     number = len(shares)
     while len(nodes) > 1:
-        small, first, right = heapq.heappop(nodes)
-        large, second, left = heapq.heappop(nodes)
+        small, _, right = heapq.heappop(nodes)
+        large, _, left = heapq.heappop(nodes)
         # the order of creation settles ties, and so which tree it is
         heapq.heappush(nodes, (small + large, number, Turns(count=small + large, left=left, right=right)))
         number += 1
@@ -150,7 +150,14 @@ def _left(tree: Turns, positions: int) -> int:
     return (2 * positions * part + tree.count) // (2 * tree.count)
 
 
-def stretch(arrays: Sequence[NDArray[Any]], start: int, count: int) -> NDArray[Any]:
+class Tokens(Protocol):
+    """A 1-D array, as far as it is needed to cut it."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> NDArray[Any]: ...
+
+
+def stretch(arrays: Sequence[Tokens], start: int, count: int) -> NDArray[Any]:
     """Elements `start` to `start` + `count` of 1-D arrays laid end to end, as a copy."""
     pieces: list[NDArray[Any]] = []
     for array in arrays:

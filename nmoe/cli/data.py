@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nmoe.cli.parser import Verbs, add, group
+from nmoe.cli.parser import Verbs, add, group, load
 from nmoe.errors import InputError
 
 __all__ = ["verbs"]
@@ -36,6 +36,9 @@ def verbs(root: Verbs) -> None:
     head.add_argument("--skip", type=int, default=0, metavar="N", help="documents to pass over (default: %(default)s)")
     head.add_argument("--documents", type=int, default=3, metavar="N", help="documents (default: %(default)s)")
     head.add_argument("--chars", type=int, default=500, metavar="N", help="characters of each (default: %(default)s)")
+
+    plan = add(data, "plan", _plan, "print what a config will read", "configs/quickstart.toml", config=True)
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
     from nmoe.cli import tokenizer
 
@@ -88,6 +91,13 @@ def _head(args: argparse.Namespace) -> int:
     from nmoe.effects.data import inspect
 
     return inspect.head(args.folder, args.split, args.skip, args.documents, args.chars, _say)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    loaded = load(args)
+    from nmoe.effects import reading, runtime
+
+    return reading.main(loaded.config, runtime.launch(os.environ), as_json=args.json)
 
 
 def _say(text: str) -> None:

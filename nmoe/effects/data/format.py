@@ -11,6 +11,7 @@ Any NumPy reads the arrays; nothing here knows where the text came from.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,24 @@ def size_problems(folder: Path, manifest: Manifest, split: str) -> list[str]:
 
     Cost:    looks at names and sizes only.
     """
-    expected = {
-        folder / split / name: size
-        for index, receipt in enumerate(manifest.splits[split].shards)
-        for name, size in sizes(index, receipt, dtype_of(manifest.tokenizer_size)).items()
-    }
-    found = set((folder / split).glob("shard-*"))
-    problems = [f"{path}: a file, got none; {REMEDY}" for path in expected if path not in found]
+    where, dtype = folder / split, dtype_of(manifest.tokenizer_size)
+    expected: dict[str, int] = {}
+    for index, receipt in enumerate(manifest.splits[split].shards):
+        expected |= sizes(index, receipt, dtype)
+    # names, not paths: a large folder has tens of thousands
+    found: dict[str, int] = {}
+    if where.is_dir():
+        with os.scandir(where) as entries:
+            found = {entry.name: entry.stat().st_size for entry in entries if entry.name.startswith("shard-")}
+    problems = [f"{where / name}: a file, got none; {REMEDY}" for name in expected if name not in found]
     problems += [
-        f"{path}: no file, the manifest does not name it, got one; remove it" for path in sorted(found - set(expected))
+        f"{where / name}: no file, the manifest does not name it, got one; remove it"
+        for name in sorted(found.keys() - expected.keys())
     ]
     problems += [
-        f"{path}: {size} bytes, got {path.stat().st_size}; {REMEDY}"
-        for path, size in expected.items()
-        if path in found and path.stat().st_size != size
+        f"{where / name}: {size} bytes, got {found[name]}; {REMEDY}"
+        for name, size in expected.items()
+        if name in found and found[name] != size
     ]
     return problems
 

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from nmoe.cli import tokenizer
 from nmoe.cli.parser import Verbs, add, group, load
 from nmoe.errors import InputError
 
@@ -37,10 +38,18 @@ def verbs(root: Verbs) -> None:
     head.add_argument("--documents", type=int, default=3, metavar="N", help="documents (default: %(default)s)")
     head.add_argument("--chars", type=int, default=500, metavar="N", help="characters of each (default: %(default)s)")
 
+    convert = add(data, "convert", _convert, "to and from other trainers' token files", "OUT tokens --to megatron")
+    convert.add_argument("source", type=Path, metavar="FROM", help="prepared folder, or the other trainer's path")
+    convert.add_argument("out", type=Path, metavar="TO", help="what to write")
+    formats = ("megatron", "nanogpt", "llmc", "olmo", "original")
+    way = convert.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to", choices=formats, help="write this format from a prepared folder")
+    way.add_argument("--from", dest="origin", choices=formats, help="write a prepared folder from this format")
+    convert.add_argument("--split", default="train", help="split to read or to write (default: %(default)s)")
+    convert.add_argument("--tokenizer", metavar="NAME", help="with --from: name or path of the tokenizer it is in")
+
     plan = add(data, "plan", _plan, "print what a config will read", "configs/quickstart.toml", config=True)
     plan.add_argument("--json", action="store_true", help="print JSON")
-
-    from nmoe.cli import tokenizer
 
     tokenizer.verbs(data)
 
@@ -59,9 +68,9 @@ def _prep(args: argparse.Namespace) -> int:
     if args.dask is not None and (args.worker or args.workers):
         raise InputError("--dask: without --worker and --workers, got both; leave those to the cluster")
     source = load_source(args.source)
-    tokenizer = vocabulary.resolve(source.tokenizer, files.home(os.environ), args.source.parent)
+    known = vocabulary.resolve(source.tokenizer, files.home(os.environ), args.source.parent)
     with open_pool(workers=workers, dask=args.dask) as pool:
-        report = prepare(source, tokenizer, args.source.parent.resolve(), args.out.resolve(), pool, _say, share)
+        report = prepare(source, known, args.source.parent.resolve(), args.out.resolve(), pool, _say, share)
     if report is not None:
         _say("\n".join(report_lines(report)))
     return 0
@@ -91,6 +100,20 @@ def _head(args: argparse.Namespace) -> int:
     from nmoe.effects.data import inspect
 
     return inspect.head(args.folder, args.split, args.skip, args.documents, args.chars, _say)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from nmoe.effects import files
+    from nmoe.effects.data import convert, vocabulary
+
+    if args.to is not None:
+        convert.to_foreign(args.source, args.split, args.to, args.out, _say)
+        return 0
+    if args.tokenizer is None:
+        raise InputError("--tokenizer: a name or path with --from, got none; say what the tokens are")
+    tokens = vocabulary.resolve(args.tokenizer, files.home(os.environ), Path())
+    convert.from_foreign(args.source, args.origin, tokens, args.out, args.split, _say)
+    return 0
 
 
 def _plan(args: argparse.Namespace) -> int:

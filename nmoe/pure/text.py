@@ -15,7 +15,7 @@ WORD = re.compile(r"\w+")
 
 
 def normalize(text: str, *, nfc: bool, control: bool) -> str:
-    """The text in normal form C if `nfc`, and without control characters other than tab and line breaks if `control`."""
+    """The text, in normal form C if `nfc`, if `control` without control characters other than tab and line breaks."""
     if control and CONTROL.search(text):
         text = CONTROL.sub("", text)
     return unicodedata.normalize("NFC", text) if nfc else text

@@ -24,7 +24,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe.effects.data import shards, stdlib, tokenizer
+from nmoe.effects.data import shards, sink, stdlib, tokenizer
 from nmoe.errors import InputError
 from nmoe.pure.prep import split_of
 
@@ -155,7 +155,7 @@ def test_a_tokenizer_is_read_back_equal_and_a_changed_file_is_refused(prepared: 
     stored = json.loads(path.read_text())
     stored["tokens"][300], stored["tokens"][301] = stored["tokens"][301], stored["tokens"][300]
     path.write_text(json.dumps(stored))
-    with pytest.raises(InputError, match=f"identity {known.identity} .*, got (?!{known.identity})[0-9a-f]{{64}} "):
+    with pytest.raises(InputError, match=f"identity {known.identity} .*, got (?!{known.identity})[0-9a-f]{{64}}; "):
         tokenizer.load(tmp_path)
 
 
@@ -170,7 +170,7 @@ def invented(size: int) -> tokenizer.Tokenizer:
     tokens = [bytes([b]) for b in range(256)]
     tokens += [index.to_bytes(2, "big") for index in range(min(size - 257, 1 << 16))]
     tokens += [index.to_bytes(3, "big") for index in range(size - 1 - len(tokens))]
-    return tokenizer._tokenizer("invented", tokenizer.PATTERN, tokens)
+    return tokenizer.make("invented", tokenizer.PATTERN, tokens, end_of_text=size - 1, size=size)
 
 
 @settings(deadline=None, max_examples=30)
@@ -439,7 +439,7 @@ def test_a_failed_build_leaves_the_cache_as_it_was(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "write_record", full)
+    monkeypatch.setattr(sink, "write_record", full)
     with pytest.raises(OSError, match="No space left"):
         stdlib.prepare_folder(library, tmp_path, SIZE, quiet)
     assert os.listdir(tmp_path) == [".lock"]

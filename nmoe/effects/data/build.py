@@ -81,7 +81,7 @@ def _write_shards(work: Work, folder: Path) -> None:
         digest = hashlib.sha256(each.text.encode("utf-8")).digest()
         if number >= len(digests) or digests[number].tobytes() != digest:
             raise InputError(
-                f"{work.items[each.item].name}: at {each.document.position} the text that the survey read, got another; "
+                f"{work.items[each.item].name}: at {each.document.position} the text of the survey, got another; "
                 "start again in an empty folder, and leave the files alone until it ends"
             )
         if not any(number in numbers for numbers in gone.values()):

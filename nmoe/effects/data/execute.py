@@ -108,7 +108,7 @@ def _dask(address: str) -> Iterator[Pool]:
         raise extra("distributed", "--dask", "nmoe[cluster]") from error
     try:
         with distributed.Client(address, timeout=20, set_as_default=False) as client:
-            threads = sum(client.nthreads().values())
+            threads = sum(each["nthreads"] for each in client.scheduler_info(n_workers=-1)["workers"].values())
             if not threads:
                 raise InputError(f"--dask {address}: a scheduler with workers, got none; start workers")
             yield Pool(executor=client.get_executor(pure=False), in_flight=2 * threads)

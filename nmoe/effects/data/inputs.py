@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from nmoe.config.source import Files, Hub, Input, Jsonl, Library, Parquet
+from nmoe.config.source import Files, Hub, Input, Library, Parquet
 from nmoe.effects.data import stdlib
 from nmoe.errors import InputError
 from nmoe.pure.prep import Form, Item

@@ -92,8 +92,8 @@ def install(tokenizer: Tokenizer, name: str, home: Path) -> Path:
         found = tokenizers.load(folder)
         if found.identity != tokenizer.identity:
             raise InputError(
-                f"tokenizer {name}: a name that is free or of {tokenizer.identity[:12]}, got {found.identity[:12]} under "
-                f"it; choose another name, or delete {folder}"
+                f"tokenizer {name}: a name that is free or of {tokenizer.identity[:12]}, got {found.identity[:12]} "
+                f"under it; choose another name, or delete {folder}"
             )
         return folder
     try:
@@ -145,16 +145,14 @@ def learn(
     total = sum(sum(item.sizes) for item in items)
     share = min(1.0, most_bytes / max(total, 1))
     works = works_of(source, items, folder)
-    shares = source.splits
+    validation, test = round(source.splits.validation * MILLION), round(source.splits.test * MILLION)
 
     def texts() -> Iterator[str]:
         began = spoken = time.monotonic()
         for number, work in enumerate(works, 1):
             for each in cleaned(work):
                 digest = hashlib.sha256(each.text.encode("utf-8")).digest()
-                split = split_of(
-                    digest, validation=round(shares.validation * MILLION), test=round(shares.test * MILLION)
-                )
+                split = split_of(digest, validation=validation, test=test)
                 if each.reason is None and split == "train" and int.from_bytes(digest[:4], "big") < share * 2**32:
                     yield each.text
             if (now := time.monotonic()) - spoken >= PROGRESS_EVERY_S or number == len(works):

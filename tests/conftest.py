@@ -9,9 +9,15 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.kernels import interpreter
+
 # The first call of a torch function takes far longer than the second, which hypothesis would call flaky.
 settings.register_profile("nmoe", settings.default, deadline=None)
 settings.load_profile("nmoe")
+
+# Where nothing could run a compiled kernel, all are interpreted, whichever test imports them first.
+if not torch.cuda.is_available():
+    interpreter.turn_on()
 
 
 @pytest.fixture(scope="session", autouse=True)

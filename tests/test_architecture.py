@@ -34,6 +34,9 @@ INSIDE = (
 )
 """Packages of effects whose files may import each other, and the one importer of the kernels."""
 
+PUT_TOGETHER = ("attend_mla", "mixture")
+"""Files of kernels that make one op of several."""
+
 NEVER_IN_PURE = (
     *("nmoe.effects", "nmoe.cli", "triton", "torch.distributed", "os", "sys", "time", "logging", "threading"),
     *("pathlib", "io"),
@@ -70,9 +73,9 @@ def may_import(module: str, name: str) -> bool:
     if within(module, "nmoe.config"):
         return name != "nmoe" and not within(name, "torch", "nmoe.pure", "nmoe.effects", "nmoe.cli")
     if within(module, "nmoe.effects.kernels"):
-        if module == "nmoe.effects.kernels.mixture" and within(name, "nmoe.effects.kernels"):
-            return True  # the one file that puts kernels together
-        allowed = ("__future__", "typing", "attrs", "torch", "triton", "nmoe.errors", "nmoe.pure")
+        if module.rpartition(".")[2] in PUT_TOGETHER and within(name, "nmoe.effects.kernels"):
+            return True
+        allowed = ("__future__", "collections", "typing", "attrs", "torch", "triton", "nmoe.errors", "nmoe.pure")
         return within(name, *allowed, "nmoe.effects.kernels.tile")
     if within(module, "nmoe.effects") and within(name, "nmoe.effects"):
         return own in COMPOSES or other in SHARED or (own, other) in INSIDE

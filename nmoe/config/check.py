@@ -34,7 +34,9 @@ def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
 
 def _precision(config: Config) -> Iterator[str]:
     if config.precision.compute == "fp32" and config.run.device == "cuda":
-        yield 'precision.compute: "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16" or device = "cpu"'
+        yield (
+            'precision.compute: "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16" or device = "cpu"'
+        )
     if config.precision.compute == "fp32" and config.precision.moments == "bf16":
         yield (
             'precision.moments: "fp32" when precision.compute is "fp32", got "bf16"; write moments = "fp32" or '

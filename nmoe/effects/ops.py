@@ -1,7 +1,9 @@
-"""Which implementation of each op this device runs, and the optimizer's pass over an arena."""
+"""Which implementation of each op this device runs, and the optimizer's passes over arenas."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import attrs
@@ -17,8 +19,12 @@ from nmoe.pure import optim
 from nmoe.pure.attention.mla import attend_mla
 from nmoe.pure.experts import Rows, mixture, swiglu
 from nmoe.pure.ops import REFERENCE, Ops
+from nmoe.pure.tree import record
 
-__all__ = ["adamw_", "attend_mla_padded", "build", "experts_grouped"]
+__all__ = ["ArenaOps", "adamw_", "arena_ops", "attend_mla_padded", "build", "experts_grouped"]
+
+CPU_CHUNK = 1 << 18
+"""Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""
 
 
 def build(device: torch.device, c: Model, *, deterministic: bool = True, documents: bool = False) -> Ops:
@@ -34,18 +40,48 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True, documen
         return attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_grouped), attend_mla=attend_mla_padded)
     # only here: triton is not everywhere
     from nmoe.effects.kernels import attend_mla as attention
+    from nmoe.effects.kernels import cross_entropy, rms_norm, swiglu
     from nmoe.effects.kernels import mixture as mixtures
+    from nmoe.effects.kernels.rope import rotate_mla_
 
     check(c)
-    table = tuning.load(torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    table = tuning.load(capability)
     found = tuning.find(table, "mixture", c.hidden_size, c.moe.intermediate_size)
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     tiles = mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
+    attention_tiles = attention.TILES if capability < (10, 0) else attention.TILES_SM_100
     attend = attention.attend_mla_cudnn
     if deterministic or documents:
         forward = "triton" if documents else "cudnn"
-        attend = partial(attention.attend_mla, forward=forward, tiles=attention.TILES)
-    return attrs.evolve(REFERENCE, mixture=partial(mixtures.mixture, tiles=tiles), attend_mla=attend)
+        attend = partial(attention.attend_mla, forward=forward, tiles=attention_tiles)
+    return Ops(
+        norm=rms_norm.rms_norm,
+        add_norm=rms_norm.add_rms_norm,
+        swiglu=swiglu.swiglu,
+        rotate_mla=rotate_mla_,
+        attend_mla=attend,
+        mixture=partial(mixtures.mixture, tiles=tiles),
+        linear_cross_entropy=cross_entropy.linear_cross_entropy,
+    )
+
+
+@record
+class ArenaOps:
+    """The optimizer's passes over arenas."""
+
+    global_norm: Callable[[Sequence[Tensor]], Tensor]
+    adamw_: Callable[..., Tensor]
+    chunk: int  # elements of a pass
+
+
+def arena_ops(device: torch.device) -> ArenaOps:
+    """The passes of a device: one launch an arena on a GPU, pieces that stay in the cache on a CPU."""
+    if device.type == "cpu":
+        return ArenaOps(optim.global_norm, adamw_, CPU_CHUNK)
+    from nmoe.effects.kernels import adamw
+
+    return ArenaOps(adamw.global_norm, adamw.adamw_, sys.maxsize)
 
 
 def check(c: Model) -> None:
@@ -127,7 +163,7 @@ def adamw_(
             fused=True,
             found_inf=torch.where(allowed, 0.0, 1.0),
             amsgrad=False,
-            lr=lr.to(value.dtype),  # the CUDA kernel reads it in the format of the parameters
+            lr=lr.to(value.dtype),
             beta1=beta1,
             beta2=beta2,
             eps=eps,

@@ -63,20 +63,20 @@ def cheap(ops: Ops, run: Callable[..., Any] = block) -> tuple[Ops, Callable[...,
     """
     recipes: dict[int, tuple[StorageWeakRef, Recipe]] = {}  # by the storage of the result
 
-    def remembered(op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        made = op(*arguments, **options)
-        kept = tuple(each.detach() if isinstance(each, Tensor) else each for each in arguments)
-        results = made if isinstance(made, tuple) else (made,)
-        # of a sum and its norm only the norm is made again: the sum is the next block's input
-        index = len(results) - 1
-
-        def make() -> Tensor:
-            again = op(*kept, **options)
-            return again[index] if isinstance(again, tuple) else again
-
-        storage = StorageWeakRef(results[index].untyped_storage())
+    def remember(result: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        storage = StorageWeakRef(result.untyped_storage())
         recipes[storage.cdata] = (storage, Recipe(make))
-        return made
+        return result
+
+    def norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
+        return remember(ops.norm(x, gain, eps=eps), partial(ops.norm, x.detach(), gain.detach(), eps=eps))
+
+    def add_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+        total, normed = ops.add_norm(x, y, gain, eps=eps)
+        return total, remember(normed, partial(ops.norm, total.detach(), gain.detach(), eps=eps))
+
+    def swiglu(x: Tensor) -> Tensor:
+        return remember(ops.swiglu(x), partial(ops.swiglu, x.detach()))
 
     def pack(tensor: Tensor) -> Tensor | Kept:
         # the weak reference keeps another storage from taking the number of one that is gone
@@ -97,4 +97,4 @@ def cheap(ops: Ops, run: Callable[..., Any] = block) -> tuple[Ops, Callable[...,
         finally:
             recipes.clear()
 
-    return attrs.evolve(ops, norm=partial(remembered, ops.norm)), leaving
+    return attrs.evolve(ops, norm=norm, add_norm=add_norm, swiglu=swiglu), leaving

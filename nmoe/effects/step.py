@@ -21,12 +21,6 @@ from nmoe.pure.tree import record
 
 __all__ = ["Metrics", "Rates", "SpentStateError", "State", "donate", "learning_rates", "make_step", "place_rates"]
 
-CPU_CHUNK = 1 << 18
-"""Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""
-
-GPU_CHUNK = 1 << 27
-"""The same on a GPU, so that its temporaries stay below a few GB."""
-
 
 class SpentStateError(RuntimeError):
     """A State was used after `step` consumed it."""
@@ -133,6 +127,7 @@ def make_step(
     run      `block`, or a wrapper around it
     wrap     what replays a step, given the function that computes it
     """
+    passes = ops.arena_ops(rt.device)
     c, train, clip = config.model, config.train, config.optim.clip_norm
 
     def accumulate_(state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,10 +163,9 @@ def make_step(
         changes: list[Tensor] = []
         for described, arena in zip(layouts, state.arenas, strict=True):
             group = getattr(config.optim, described.policy.group)
-            size = CPU_CHUNK if rt.device.type == "cpu" else GPU_CHUNK
-            for begin in range(0, described.size, size):
-                part = slice(begin, begin + size)
-                change = ops.adamw_(
+            for begin in range(0, described.size, passes.chunk):
+                part = slice(begin, begin + passes.chunk)
+                change = passes.adamw_(
                     arena.value[part],
                     arena.remainder[part] if described.has_remainder() else None,
                     arena.first[part],
@@ -193,7 +187,7 @@ def make_step(
         loss, auxiliary, load, entropy = accumulate_(state, batch)
         mark("forward_backward")
         with torch.no_grad():
-            norm = optim.global_norm([arena.gradient for arena in state.arenas])
+            norm = passes.global_norm([arena.gradient for arena in state.arenas])
             finite = torch.isfinite(loss) & torch.isfinite(norm)
             allowed = finite & (state.skipped_in_row < train.max_nonfinite_steps)
             updates = state.updates + allowed

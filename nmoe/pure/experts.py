@@ -40,14 +40,15 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def mlp(x: Tensor, up: Tensor, down: Tensor, activate: Callable[[Tensor], Tensor] = swiglu) -> Tensor:
     """Gated MLP.
 
-    x        [... D]
-    up       [D 2 F]
-    down     [F D]
+    x         [... D]
+    up        [D 2 F]
+    down      [F D]
+    activate  `swiglu` or a kernel that implements it
     """
-    return swiglu((x @ up.flatten(1)).unflatten(-1, (2, -1))) @ down
+    return activate((x @ up.flatten(1)).unflatten(-1, (2, -1))) @ down
 
 
 def dispatch(x: Tensor, routing: Routing, *, num_experts: int) -> Rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +15,7 @@ from nmoe.pure.attention import mla
 from nmoe.pure.experts import mlp
 from nmoe.pure.init import normal, ones, residual
 from nmoe.pure.ops import Env
-from nmoe.pure.rope import Rope, restarted, table
+from nmoe.pure.rope import Rope, table
 from nmoe.pure.spec import Role, blueprint, param
 from nmoe.pure.tree import record
 
@@ -157,7 +156,7 @@ def moe(p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe) -> tuple[Ten
     y, count = env.ops.mixture(flat, routing, p.up, p.down)
     y = y.view_as(x)
     if isinstance(p.shared, Shared):
-        y = y + mlp(x, p.shared.up, p.shared.down)
+        y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)
     report = RouterReport(
         count,
         route.entropy(score.detach()),
@@ -173,17 +172,17 @@ def block(
 
     x        [B T D]
     bias     [E] f32 of this layer, () for a dense one
-    env      its `rope` is the table of `start`: `rope.restarted`
     start    [B T] i32 or ()   first token of each token's document
     """
     y = env.ops.norm(x, p.attention_norm, eps=c.norm_eps)
-    x = x + mla.mla(p.attention, y, env.rope, env.ops.norm, env.ops.attend_mla, c.attention, start, eps=c.norm_eps)
-    y = env.ops.norm(x, p.ffn_norm, eps=c.norm_eps)
+    ops = env.ops
+    y = mla.mla(p.attention, y, env.rope, ops.norm, ops.rotate_mla, ops.attend_mla, c.attention, start, eps=c.norm_eps)
+    x, y = ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
         y, report = moe(p.ffn, y, bias, env, c.moe)
         return x + y, report
     if isinstance(p.ffn, Dense):
-        return x + mlp(y, p.ffn.up, p.ffn.down), ()
+        return x + mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()
     raise ValueError("block: a mixture has a router bias, got (); pass the layer's row of the router bias")
 
 
@@ -206,8 +205,6 @@ def forward(
     returns  [B T D] and the reports of all mixture layers, stacked
     """
     x = F.embedding(tokens, p.embed) * c.embedding_scale
-    if isinstance(start, Tensor):
-        env = attrs.evolve(env, rope=restarted(env.rope, start))
     reports: list[RouterReport] = []
     for layer, parameters in enumerate(p.blocks):
         row = bias[layer - c.num_dense_layers] if layer >= c.num_dense_layers else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rms_norm", "wide"]
+__all__ = ["add_rms_norm", "rms_norm", "wide"]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -24,3 +24,14 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
     y = wide(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * gain).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream with a layer's output added, and the same normed for the next layer.
+
+    x, y     [... D]
+    gain     [D]
+    returns  x + y, and `rms_norm` of it; both [... D]
+    """
+    total = x + y
+    return total, rms_norm(total, gain, eps=eps)

@@ -23,6 +23,9 @@ class Ops:
     """One function a field; each has the signature of its reference."""
 
     norm: Callable[..., Tensor]
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    swiglu: Callable[[Tensor], Tensor]
+    rotate_mla: Callable[..., tuple[Tensor, Tensor]]
     attend_mla: Callable[..., Tensor]
     mixture: Callable[..., tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
@@ -30,6 +33,9 @@ class Ops:
 
 REFERENCE = Ops(
     norm.rms_norm,
+    norm.add_rms_norm,
+    experts.swiglu,
+    mla.rotate_mla,
     mla.attend_mla,
     experts.mixture,
     loss.linear_cross_entropy,

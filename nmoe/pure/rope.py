@@ -11,15 +11,15 @@ from nmoe.config.sections import Yarn
 from nmoe.pure.norm import wide
 from nmoe.pure.tree import record
 
-__all__ = ["Rope", "magnitude", "restarted", "rotate", "table"]
+__all__ = ["Rope", "document_positions", "magnitude", "rotate", "table"]
 
 
 @record
 class Rope:
-    """Rotation table: cosine and sine of every position and frequency, [T P/2] f32, or [B T P/2] when rows differ."""
+    """Rotation table: cosine and sine of every position and frequency."""
 
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor  # [T P/2] f32
+    sin: Tensor  # [T P/2] f32
 
 
 def magnitude(factor: float, mscale: float) -> float:
@@ -60,23 +60,20 @@ def table(num_positions: int, dim: int, *, theta: float, yarn: Yarn | None) -> R
     return Rope((angle.cos() * scale).float(), (angle.sin() * scale).float())
 
 
-def restarted(rope: Rope, start: Tensor) -> Rope:
-    """The table for rows whose positions count from `start`: what is at token i is for position i - start[i].
-
-    start    [B T] i32   0 <= start[i] <= i
-    returns  [B T P/2]
-    """
-    position = torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start
-    return Rope(rope.cos[position], rope.sin[position])
+def document_positions(start: Tensor) -> Tensor:
+    """Position of each token in its document, [B T] i32, from the index in its row of the document's first token."""
+    return torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:
     """`x` with neighbouring channels (2i, 2i+1) turned by the angle of their position.
 
-    x        [B T ... P]   one row of the table for each index of axis 1
-    returns  [B T ... P]   in the format of `x`
+    x          [B T ... P]
+    positions  [B T]         of each token, within the table; (): 0..T-1
+    returns    [B T ... P]   in the format of `x`
     """
+    at = positions if isinstance(positions, Tensor) else slice(x.shape[1])
     shape = (-1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
-    cos, sin = rope.cos[..., : x.shape[1], :].view(shape), rope.sin[..., : x.shape[1], :].view(shape)
+    cos, sin = rope.cos[at].view(shape), rope.sin[at].view(shape)
     even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)

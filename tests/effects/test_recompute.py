@@ -44,5 +44,5 @@ def test_recomputing_changes_no_bit(policy: str, compute: str) -> None:
     plain, few = trained("none", compute=compute)
     again, more = trained(policy, compute=compute)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    # every norm of a block at least once more: four a block of three, and the last norm stands outside
-    assert more - few >= 3 * 3 * 4
+    # three norms a block of three at least once more in each of three steps
+    assert more - few >= 3 * 3 * 3

@@ -8,8 +8,8 @@ import torch
 
 from nmoe.config.sections import Config
 from nmoe.effects import ops, runtime
-from nmoe.effects.run import arena_layouts, fresh
-from nmoe.effects.step import Metrics, State, make_step
+from nmoe.effects.run import arena_layouts, fresh, stepper
+from nmoe.effects.step import Metrics, State
 from nmoe.pure import experts, tree
 from nmoe.pure.model import Batch
 from nmoe.pure.route import Routing
@@ -25,7 +25,9 @@ pytestmark = [
 
 def config(compute: str = "bf16") -> Config:
     c = tiny(compute=compute, batch_size=8, microbatch_size=4, lr=3e-3, steps=50)
-    return attrs.evolve(c, run=attrs.evolve(c.run, device="cuda"))
+    # kernels read eight channels at once
+    attention = attrs.evolve(c.model.attention, qk_rope_head_dim=8)
+    return attrs.evolve(c, run=attrs.evolve(c.run, device="cuda"), model=attrs.evolve(c.model, attention=attention))
 
 
 def batch(c: Config) -> Batch:
@@ -40,7 +42,7 @@ def train(c: Config, steps: int, mode: str | int = "default") -> tuple[State, li
     rt = runtime.Runtime(device=runtime.device("cuda"), rank=0, world=1, peak_flops=1.0)
     layouts = arena_layouts(c)
     state, env = fresh(c, layouts, rt)
-    step = make_step(c, layouts, env, rt, mark=lambda name: None)
+    step = stepper(c, layouts, env, rt, mark=lambda name: None)
     data = batch(c)
     state, first = step(state, data)  # libraries initialise, and may wait, in the first step
     found = [first]
@@ -64,6 +66,41 @@ def test_a_step_never_waits_for_the_device_and_learns() -> None:
 def test_the_same_steps_twice_are_bitwise_the_same() -> None:
     one, first = train(config(), 10)
     two, second = train(config(), 10)
+    assert [each.loss.item() for each in first] == [each.loss.item() for each in second]
+    for (path, a), (_, b) in zip(tree.leaves(one.params), tree.leaves(two.params), strict=True):
+        assert torch.equal(a, b), path
+
+
+def test_a_replayed_step_is_the_eager_one_bit_for_bit() -> None:
+    """Fresh tokens, and so fresh routing, in every step."""
+    eager = config()
+    replayed = attrs.evolve(eager, train=attrs.evolve(eager.train, graph=True))
+    rt = runtime.Runtime(device=runtime.device("cuda"), rank=0, world=1, peak_flops=1.0)
+    found: list[tuple[list[float], State]] = []
+    for c in (eager, replayed):
+        layouts = arena_layouts(c)
+        state, env = fresh(c, layouts, rt)
+        step = stepper(c, layouts, env, rt, mark=lambda name: None)
+        generator = torch.Generator().manual_seed(3)
+        losses: list[float] = []
+        for _ in range(12):
+            tokens = torch.randint(c.model.vocab_size, (2, 4, c.train.sequence_length + 1), generator=generator).cuda()
+            state, metrics = step(state, Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()))
+            losses.append(metrics.loss.item())
+        found.append((losses, state))
+    (losses, one), (again, two) = found
+    assert losses == again and len(set(losses)) == len(losses)
+    assert (one.step, one.cursor) == (two.step, two.cursor) == (12, 96)
+    assert torch.equal(one.router_bias, two.router_bias)
+    for (path, a), (_, b) in zip(tree.leaves(one.params), tree.leaves(two.params), strict=True):
+        assert torch.equal(a, b), path
+
+
+@pytest.mark.parametrize("policy", ["cheap", "full"])
+def test_recomputing_changes_no_bit(policy: str) -> None:
+    plain = config()
+    again = attrs.evolve(plain, train=attrs.evolve(plain.train, recompute=policy))
+    (one, first), (two, second) = train(plain, 5), train(again, 5)
     assert [each.loss.item() for each in first] == [each.loss.item() for each in second]
     for (path, a), (_, b) in zip(tree.leaves(one.params), tree.leaves(two.params), strict=True):
         assert torch.equal(a, b), path

@@ -20,18 +20,18 @@ def turn_on() -> None:
     """
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
-        import triton
+        import triton.knobs
 
         # Remembered by the process; the environment would tell it to children, which compile.
         triton.knobs.runtime.interpret = True
         del os.environ["TRITON_INTERPRET"]
-    import triton.language
+    from triton import language
     from triton.runtime.jit import JITFunction
 
+    kernels = [module for name, module in sys.modules.items() if name.startswith("nmoe.effects.kernels")]
     compiled = [
-        f"{name}.{key}"
-        for name, module in tuple(sys.modules.items())
-        if name == "triton.language" or name.startswith("nmoe.effects.kernels")
+        f"{module.__name__}.{key}"
+        for module in (language, *kernels)
         for key, value in vars(module).items()
         if isinstance(value, JITFunction)
     ]

@@ -68,12 +68,12 @@ def test_a_kernel_that_does_not_compile_says_so(tmp_path: Path) -> None:
 
 def test_the_interpreter_runs_here_and_takes_no_bf16() -> None:
     x, y = torch.randn(100), torch.zeros(100)
-    samples.scale[(1,)](x, y, 100, 2.0, block=128)
+    samples.scale[(1,)](x, y, 100, 2.0, block=128)  # pyright: ignore[reportArgumentType]
     assert torch.equal(y, 2 * x)
     with pytest.raises(TypeError, match="argument 0 .*fp32 or fp16, got bf16"):
-        samples.scale[(1,)](x.bfloat16(), y, 100, 2.0, block=128)
+        samples.scale[(1,)](x.bfloat16(), y, 100, 2.0, block=128)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="got bf16"):
-        samples.scale[(1,)](x, size=100, factor=2.0, block=128, y=y.bfloat16())
+        samples.scale[(1,)](x, size=100, factor=2.0, block=128, y=y.bfloat16())  # pyright: ignore[reportArgumentType]
 
 
 def test_a_kernel_imported_to_compile_is_refused() -> None:

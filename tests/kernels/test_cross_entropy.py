@@ -115,16 +115,18 @@ def test_without_gradient_the_logits_are_left_alone() -> None:
 def test_only_the_gradient_that_is_wanted(frozen: int) -> None:
     inputs = [normal(9, 8).requires_grad_(), normal(8, 70, seed=1).requires_grad_()]
     wanted = targets(9, 70)
-    whole = torch.autograd.grad(linear_cross_entropy(*inputs, wanted, chunk=4, tile=SMALL)[0], inputs)
+    whole = torch.autograd.grad(linear_cross_entropy(inputs[0], inputs[1], wanted, chunk=4, tile=SMALL)[0], inputs)
     inputs[frozen] = inputs[frozen].detach()
     left = 1 - frozen
-    (alone,) = torch.autograd.grad(linear_cross_entropy(*inputs, wanted, chunk=4, tile=SMALL)[0], inputs[left])
+    (alone,) = torch.autograd.grad(
+        linear_cross_entropy(inputs[0], inputs[1], wanted, chunk=4, tile=SMALL)[0], inputs[left]
+    )
     assert torch.equal(alone, whole[left])
 
 
 def test_a_second_backward_pass_gives_the_same() -> None:
     inputs = [normal(9, 8).requires_grad_(), normal(8, 70, seed=1).requires_grad_()]
-    total, nll = linear_cross_entropy(*inputs, targets(9, 70), chunk=4, tile=SMALL)
+    total, nll = linear_cross_entropy(inputs[0], inputs[1], targets(9, 70), chunk=4, tile=SMALL)
     assert not nll.requires_grad
     one, two = (torch.autograd.grad(total, inputs, torch.tensor(0.3), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

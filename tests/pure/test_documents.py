@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -40,7 +41,7 @@ def starts(tokens: Tensor) -> Tensor:
 def logits(p: model.Model, tokens: Tensor, start: Tensor | tuple[()], c: Any, attend: Any = attend_mla) -> Tensor:
     """[B T V] fp64, rotation included."""
     table = model.rope_table(c, c.max_positions)
-    env = Env(shapes.attrs.evolve(REFERENCE, attend_mla=attend), Rope(table.cos.double(), table.sin.double()))
+    env = Env(attrs.evolve(REFERENCE, attend_mla=attend), Rope(table.cos.double(), table.sin.double()))
     x, _ = model.forward(p, tokens, shapes.router_bias(c), env, c, start)
     return x @ p.head
 

@@ -43,6 +43,9 @@ def calls() -> dict[str, Call]:
     rows = dispatch(x, routing(), num_experts=4)
     return {
         "norm": ((x, normal(5)), {"eps": 1e-6}),
+        "add_norm": ((x, normal(6, 5, seed=1), normal(5)), {"eps": 1e-6}),
+        "swiglu": ((normal(6, 2, 5),), {}),
+        "rotate_mla": ((normal(2, 6, 3, 8), normal(2, 6, 4), Rope(normal(6, 2), normal(6, 2))), {}),
         "attend_mla": ((normal(2, 6, 3, 8), normal(2, 6, 3, 9), normal(2, 6, 4)), {"scale": 0.3}),
         "dispatch": ((x, routing()), {"num_experts": 4}),
         "experts": ((rows, normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
@@ -61,7 +64,8 @@ def model_calls() -> dict[str, tuple[Callable[..., Any], Call]]:
     batch, env = shapes.batch(c), shapes.env(c)
     x = normal(2, 11, c.hidden_size)
     share = {"num_targets": torch.tensor(18), "num_sequences": 2, "chunk": 8, "z_loss": 1e-3}
-    attention = (p.blocks[0].attention, x, env.rope, env.ops.norm, env.ops.attend_mla, c.attention)
+    ops = env.ops
+    attention = (p.blocks[0].attention, x, env.rope, ops.norm, ops.rotate_mla, ops.attend_mla, c.attention)
     moments = Moments(normal(7), normal(7).abs())
     rates = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
     numbers = {"updates": torch.tensor(3), "lr": torch.tensor(0.1, dtype=torch.float64), **rates}

@@ -13,18 +13,15 @@ from typing import Any, Literal
 import attrs
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nmoe.effects.kernels import assemble_mla
+from nmoe.effects.kernels.attend_mla_kernels import dkv_kernel, dq_kernel, forward_kernel
 from nmoe.effects.kernels.tile import Tile
 from nmoe.errors import InputError
 
-__all__ = ["TILES", "Tiles", "attend_mla", "attend_mla_cudnn"]
-
-HIDDEN = tl.constexpr(-1e30)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+__all__ = ["TILES", "TILES_SM_100", "Tiles", "attend_mla", "attend_mla_cudnn"]
 
 
 @attrs.frozen(kw_only=True)
@@ -37,10 +34,18 @@ class Tiles:
 
 
 TILES = Tiles(
+    forward=Tile(m=128, n=128, k=8, warps=8, stages=2),
+    dq=Tile(m=128, n=64, k=4, warps=8, stages=3),
+    dkv=Tile(m=32, n=64, k=8, warps=4, stages=3),
+)
+"""For sm_90."""
+
+TILES_SM_100 = Tiles(
     forward=Tile(m=128, n=64, k=8, warps=8, stages=3),
-    dq=Tile(m=128, n=64, k=8, warps=8, stages=3),
+    dq=Tile(m=128, n=64, k=8, warps=8, stages=2),
     dkv=Tile(m=32, n=64, k=8, warps=4, stages=2),
 )
+"""For sm_100, whose products take more of the shared memory. Compiled, never run."""
 
 
 def attend_mla(
@@ -72,7 +77,7 @@ def attend_mla(
 def attend_mla_cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
     """`attend_mla` with cuDNN's own backward pass, whose gradient of `q` differs from run to run in the last bits."""
     check(q, kv, k_rope, start, scale=scale, forward="cudnn")
-    return cudnn_forward(q, kv, k_rope, scale)[0]
+    return AttendCudnn.apply(q, kv, k_rope, scale)
 
 
 def check(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], *, scale: float, forward: str) -> None:
@@ -128,18 +133,47 @@ class Attend(torch.autograd.Function):
         """Gradients of q, kv and k_rope."""
         q, kv, k_rope, o, lse, *start = ctx.saved_tensors
         given = (*start, ())[0]
-        found = backward(q, kv, k_rope, given, o, lse, readable(gradients[0]), ctx.scale, ctx.tiles)
-        return *found, None, None, None, None
+        do = readable(gradients[0])
+        dq, top, delta = dq_pass(q, kv, k_rope, given, o, lse, do, ctx.scale, ctx.tiles.dq)
+        return dq, *dkv_pass(q, kv, k_rope, given, top, delta, do, ctx.scale, ctx.tiles.dkv), None, None, None, None
+
+
+class AttendCudnn(torch.autograd.Function):
+    """cuDNN both ways; whole keys are made again for the backward pass instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> Tensor:
+        """Output."""
+        o, lse, *_, seed, offset, _ = cudnn(q, kv, k_rope, scale)
+        ctx.save_for_backward(q, kv, k_rope, o, lse, seed, offset)
+        ctx.scale = scale
+        return o.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, kv and k_rope."""
+        q, kv, k_rope, o, lse, seed, offset = ctx.saved_tensors
+        nope, length = q.shape[-1] - k_rope.shape[-1], q.shape[1]
+        k = assemble_mla.keys(kv, k_rope, nope)
+        given = [each.transpose(1, 2) for each in (gradients[0], q, k, kv[..., nope:])]
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *given, o, lse, seed, offset, None, None, None, length, length, 0.0, True, scale=ctx.scale
+        )
+        dkv, dk_rope = assemble_mla.gradients(dk.transpose(1, 2), dv.transpose(1, 2), k_rope.shape[-1])
+        return dq.transpose(1, 2), dkv, dk_rope, None
+
+
+def cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Any, ...]:
+    """What torch's operator for cuDNN returns: the output [B H T U], the log-sums, and what its backward wants."""
+    nope = q.shape[-1] - k_rope.shape[-1]
+    k = assemble_mla.keys(kv, k_rope, nope)
+    operands = (each.transpose(1, 2) for each in (q, k, kv[..., nope:]))
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(*operands, None, True, 0.0, True, False, scale=scale)
 
 
 def cudnn_forward(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """cuDNN's output [B T H U], and natural logarithms [B H T] of the sums of exponentials, in fp32."""
-    nope = q.shape[-1] - k_rope.shape[-1]
-    k = torch.cat((kv[..., :nope], k_rope[:, :, None].expand(-1, -1, q.shape[2], -1)), dim=-1)
-    operands = (each.transpose(1, 2) for each in (q, k, kv[..., nope:]))
-    o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *operands, None, True, 0.0, True, False, scale=scale
-    )
+    o, lse, *_ = cudnn(q, kv, k_rope, scale)
     return o.transpose(1, 2), lse.squeeze(-1)
 
 
@@ -164,7 +198,7 @@ def triton_forward(
     return o, lse
 
 
-def backward(
+def dq_pass(
     q: Tensor,
     kv: Tensor,
     k_rope: Tensor,
@@ -173,51 +207,68 @@ def backward(
     lse: Tensor,
     do: Tensor,
     scale: float,
-    tiles: Tiles,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, kv and k_rope, each in the format of its tensor.
+    """Gradient of q, and what `dkv_pass` needs of each query.
 
-    The gradient of `k_rope` is summed over heads in fp32 from one rounded part a head.
+    returns  dq [B T H C]; top and delta, both [B·H T] f32: the logarithm to base 2 of a row's sum of exponentials, and
+             what softmax takes off each of its rows' gradients
     """
     batch, positions, heads, _ = q.shape
-    nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
-    lse = lse.contiguous()  # cuDNN lays it out [B T H] when it packs sequences
-    delta = torch.empty_like(lse)
+    nope = q.shape[-1] - k_rope.shape[-1]
+    # Descriptors read rows that begin at multiples of 16 bytes.
+    top, delta = lse.new_empty(2, batch * heads, -(-positions // 4) * 4)[..., :positions]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
-    parts = q.new_empty(batch, heads, positions, rope)
-    tile = tiles.dq
     dq_kernel[grid(q, tile.m)](
         **operands(q, kv, k_rope, tile),
         o=described(o, tile.m),
         do=described(do, tile.m),
         dq=described(dq[..., :nope], tile.m),
         dq_rope=described(dq[..., nope:], tile.m),
-        lse=lse,
+        lse=lse.contiguous(),  # cuDNN lays it out [B T H] when it packs sequences
+        top=top,
         delta=delta,
+        padded=top.stride(0),
         start=start if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    tile = tiles.dkv
+    return dq, top, delta
+
+
+def dkv_pass(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    start: Tensor | tuple[()],
+    top: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    scale: float,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of kv and k_rope; the latter is summed over heads in fp32 from one rounded part a head."""
+    batch, positions, heads, _ = q.shape
+    nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
+    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+    parts = q.new_empty(batch, heads, positions, rope)
     dkv_kernel[grid(q, tile.n)](
         **operands(q, kv, k_rope, tile),
         do=described(do, tile.m),
         dk=described(dkv[..., :nope], tile.n),
         dk_rope=described(parts.transpose(1, 2), tile.n),
         dv=described(dkv[..., nope:], tile.n),
-        lse=lse,
-        delta=delta,
-        start=start if isinstance(start, Tensor) else None,
+        top=TensorDescriptor.from_tensor(top, [1, tile.m]),
+        delta=TensorDescriptor.from_tensor(delta, [1, tile.m]),
         end=ends(start) if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return dq, dkv, parts.sum(1)
+    return dkv, parts.sum(1)
 
 
 def ends(start: Tensor) -> Tensor:
@@ -280,378 +331,3 @@ def constants(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], 
 def grid(q: Tensor, size: int) -> tuple[int]:
     """One program a block of positions of each head of each sequence."""
     return (triton.cdiv(q.shape[1], size) * q.shape[0] * q.shape[2],)
-
-
-@triton.jit
-def place(blocks, rows, together: tl.constexpr):
-    """Block and (sequence, head) of this program: first blocks of `together` heads, then their second ones, ...
-
-    Together they stay within the cache; the long ones come first, so that no long one is alone at the end.
-    """
-    per_group = blocks * together
-    group = tl.program_id(0) // per_group
-    within = tl.program_id(0) % per_group
-    width = tl.minimum(rows - group * together, together)
-    return within // width, group * together + within % width
-
-
-@triton.jit
-def block(x, b, h, t, size: tl.constexpr, channels: tl.constexpr):
-    return tl.reshape(x.load([b, h, t, 0]), (size, channels))
-
-
-@triton.jit
-def put_(x, b, h, t, value, size: tl.constexpr, channels: tl.constexpr):
-    x.store([b, h, t, 0], tl.reshape(value.to(x.dtype), (1, 1, size, channels)))
-
-
-@triton.jit
-def visible(queries, keys, first, documents: tl.constexpr):
-    """Where a query sees a key; the three broadcast."""
-    seen = queries >= keys
-    if documents:
-        seen = seen & (first <= keys)
-    return seen
-
-
-@triton.jit
-def key_ranges(start, b, m, positions, m_size: tl.constexpr, n_size: tl.constexpr, documents: tl.constexpr):
-    """Keys of a block of queries: from where to where every query sees all, and the whole."""
-    diagonal = m // n_size * n_size
-    until = tl.minimum(m + m_size, positions)
-    if documents:
-        at = start + b.to(tl.int64) * positions
-        begin = tl.load(at + m) // n_size * n_size
-        full = tl.minimum(tl.cdiv(tl.load(at + until - 1), n_size) * n_size, diagonal)
-    else:
-        begin = 0
-        full = 0
-    return begin, full, diagonal, until
-
-
-@triton.jit
-def forward_range(
-    acc,
-    total,
-    top,
-    q,
-    q_rope,
-    queries,
-    first,
-    k,
-    k_rope,
-    v,
-    b,
-    h,
-    begin,
-    end,
-    scale2,
-    n_size: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    masked: tl.constexpr,
-    documents: tl.constexpr,
-):
-    for n in tl.range(begin, end, n_size):
-        s = tl.dot(q, block(k, b, h, n, n_size, nope).T)
-        s = tl.dot(q_rope, block(k_rope, b, 0, n, n_size, rope).T, s)
-        if masked:
-            # Scaled before the comparison: a hidden score minus itself must be exactly zero.
-            keys = n + tl.arange(0, n_size)
-            s = tl.where(visible(queries[:, None], keys[None, :], first[:, None], documents), s * scale2, HIDDEN)
-            higher = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - higher[:, None])
-        else:
-            higher = tl.maximum(top, tl.max(s, 1) * scale2)
-            p = tl.exp2(s * scale2 - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(q.dtype), block(v, b, h, n, n_size, value), acc * shrink[:, None])
-        top = higher
-    return acc, total, top
-
-
-@triton.jit
-def forward_kernel(
-    q,
-    q_rope,
-    k,
-    k_rope,
-    v,
-    o,
-    lse,
-    start,
-    positions,
-    heads,
-    rows,
-    scale,
-    m_size: tl.constexpr,
-    n_size: tl.constexpr,
-    together: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    documents: tl.constexpr,
-):
-    """Output of one block of queries of one head."""
-    blocks = tl.cdiv(positions, m_size)
-    index, row = place(blocks, rows, together)
-    b = row // heads
-    h = row % heads
-    m = (blocks - 1 - index) * m_size
-    queries = m + tl.arange(0, m_size)
-    first = queries
-    if documents:
-        first = tl.load(start + b.to(tl.int64) * positions + queries, mask=queries < positions, other=0)
-    tile = block(q, b, h, m, m_size, nope)
-    tile_rope = block(q_rope, b, h, m, m_size, rope)
-    scale2 = scale * LOG2_E
-    acc = tl.zeros([m_size, value], tl.float32)
-    total = tl.zeros([m_size], tl.float32)
-    top = tl.full([m_size], float("-inf"), tl.float32)
-    begin, full, diagonal, until = key_ranges(start, b, m, positions, m_size, n_size, documents)
-    if documents:
-        acc, total, top = forward_range(
-            acc, total, top, tile, tile_rope, queries, first, k, k_rope, v, b, h, begin, full, scale2,
-            n_size, nope, rope, value, True, documents,
-        )  # fmt: skip
-    acc, total, top = forward_range(
-        acc, total, top, tile, tile_rope, queries, first, k, k_rope, v, b, h, full, diagonal, scale2,
-        n_size, nope, rope, value, False, documents,
-    )  # fmt: skip
-    acc, total, top = forward_range(
-        acc, total, top, tile, tile_rope, queries, first, k, k_rope, v, b, h, diagonal, until, scale2,
-        n_size, nope, rope, value, True, documents,
-    )  # fmt: skip
-    put_(o, b, h, m, acc / total[:, None], m_size, value)
-    at = lse + row.to(tl.int64) * positions + queries
-    tl.store(at, (top + tl.log2(total)) * LN_2, mask=queries < positions)
-
-
-@triton.jit
-def dq_range(
-    acc,
-    acc_rope,
-    q,
-    q_rope,
-    do,
-    lse2,
-    delta,
-    queries,
-    first,
-    k,
-    k_rope,
-    v,
-    b,
-    h,
-    begin,
-    end,
-    scale2,
-    n_size: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    masked: tl.constexpr,
-    documents: tl.constexpr,
-):
-    for n in tl.range(begin, end, n_size):
-        keys = block(k, b, h, n, n_size, nope)
-        keys_rope = block(k_rope, b, 0, n, n_size, rope)
-        s = tl.dot(q, keys.T)
-        s = tl.dot(q_rope, keys_rope.T, s)
-        dp = tl.dot(do, block(v, b, h, n, n_size, value).T)
-        p = tl.exp2(s * scale2 - lse2[:, None])
-        if masked:
-            at = n + tl.arange(0, n_size)
-            p = tl.where(visible(queries[:, None], at[None, :], first[:, None], documents), p, 0.0)
-        ds = (p * (dp - delta[:, None])).to(q.dtype)
-        acc = tl.dot(ds, keys, acc)
-        acc_rope = tl.dot(ds, keys_rope, acc_rope)
-    return acc, acc_rope
-
-
-@triton.jit
-def dq_kernel(
-    q,
-    q_rope,
-    k,
-    k_rope,
-    v,
-    o,
-    do,
-    dq,
-    dq_rope,
-    lse,
-    delta,
-    start,
-    positions,
-    heads,
-    rows,
-    scale,
-    m_size: tl.constexpr,
-    n_size: tl.constexpr,
-    together: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    documents: tl.constexpr,
-):
-    """Gradient of one block of queries of one head, and for `dkv_kernel` what softmax takes off each of its rows."""
-    blocks = tl.cdiv(positions, m_size)
-    index, row = place(blocks, rows, together)
-    b = row // heads
-    h = row % heads
-    m = (blocks - 1 - index) * m_size
-    queries = m + tl.arange(0, m_size)
-    inside = queries < positions
-    first = queries
-    if documents:
-        first = tl.load(start + b.to(tl.int64) * positions + queries, mask=inside, other=0)
-    at = row.to(tl.int64) * positions + queries
-    gradient = block(do, b, h, m, m_size, value)
-    off = tl.sum(gradient.to(tl.float32) * block(o, b, h, m, m_size, value).to(tl.float32), 1)
-    tl.store(delta + at, off, mask=inside)
-    lse2 = tl.load(lse + at, mask=inside, other=0.0) * LOG2_E
-    tile = block(q, b, h, m, m_size, nope)
-    tile_rope = block(q_rope, b, h, m, m_size, rope)
-    scale2 = scale * LOG2_E
-    acc = tl.zeros([m_size, nope], tl.float32)
-    acc_rope = tl.zeros([m_size, rope], tl.float32)
-    begin, full, diagonal, until = key_ranges(start, b, m, positions, m_size, n_size, documents)
-    if documents:
-        acc, acc_rope = dq_range(
-            acc, acc_rope, tile, tile_rope, gradient, lse2, off, queries, first, k, k_rope, v, b, h, begin, full,
-            scale2, n_size, nope, rope, value, True, documents,
-        )  # fmt: skip
-    acc, acc_rope = dq_range(
-        acc, acc_rope, tile, tile_rope, gradient, lse2, off, queries, first, k, k_rope, v, b, h, full, diagonal,
-        scale2, n_size, nope, rope, value, False, documents,
-    )  # fmt: skip
-    acc, acc_rope = dq_range(
-        acc, acc_rope, tile, tile_rope, gradient, lse2, off, queries, first, k, k_rope, v, b, h, diagonal, until,
-        scale2, n_size, nope, rope, value, True, documents,
-    )  # fmt: skip
-    put_(dq, b, h, m, acc * scale, m_size, nope)
-    put_(dq_rope, b, h, m, acc_rope * scale, m_size, rope)
-
-
-@triton.jit
-def dkv_range(
-    acc,
-    acc_rope,
-    acc_v,
-    keys,
-    keys_rope,
-    values,
-    at,
-    q,
-    q_rope,
-    do,
-    lse,
-    delta,
-    start,
-    b,
-    h,
-    begin,
-    end,
-    positions,
-    scale2,
-    m_size: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    masked: tl.constexpr,
-    documents: tl.constexpr,
-):
-    for m in tl.range(begin, end, m_size):
-        queries = m + tl.arange(0, m_size)
-        inside = queries < positions
-        tile = block(q, b, h, m, m_size, nope)
-        tile_rope = block(q_rope, b, h, m, m_size, rope)
-        gradient = block(do, b, h, m, m_size, value)
-        # Scores are computed transposed: Triton 3.6 gets the transpose of a product wrong on sm_90.
-        s = tl.dot(keys, tile.T)
-        s = tl.dot(keys_rope, tile_rope.T, s)
-        lse2 = tl.load(lse + queries, mask=inside, other=0.0) * LOG2_E
-        p = tl.exp2(s * scale2 - lse2[None, :])
-        if masked:
-            first = queries
-            if documents:
-                first = tl.load(start + queries, mask=inside, other=0)
-            p = tl.where(visible(queries[None, :], at[:, None], first[None, :], documents), p, 0.0)
-        acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v)
-        dp = tl.dot(values, gradient.T)
-        ds = (p * (dp - tl.load(delta + queries, mask=inside, other=0.0)[None, :])).to(tile.dtype)
-        acc = tl.dot(ds, tile, acc)
-        acc_rope = tl.dot(ds, tile_rope, acc_rope)
-    return acc, acc_rope, acc_v
-
-
-@triton.jit
-def dkv_kernel(
-    q,
-    q_rope,
-    k,
-    k_rope,
-    v,
-    do,
-    dk,
-    dk_rope,
-    dv,
-    lse,
-    delta,
-    start,
-    end,
-    positions,
-    heads,
-    rows,
-    scale,
-    m_size: tl.constexpr,
-    n_size: tl.constexpr,
-    together: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    documents: tl.constexpr,
-):
-    """Gradient of one block of keys and values of one head."""
-    index, row = place(tl.cdiv(positions, n_size), rows, together)
-    b = row // heads
-    h = row % heads
-    n = index * n_size
-    at = n + tl.arange(0, n_size)
-    lse += row.to(tl.int64) * positions
-    delta += row.to(tl.int64) * positions
-    keys = block(k, b, h, n, n_size, nope)
-    keys_rope = block(k_rope, b, 0, n, n_size, rope)
-    values = block(v, b, h, n, n_size, value)
-    scale2 = scale * LOG2_E
-    acc = tl.zeros([n_size, nope], tl.float32)
-    acc_rope = tl.zeros([n_size, rope], tl.float32)
-    acc_v = tl.zeros([n_size, value], tl.float32)
-    begin = n // m_size * m_size
-    full = tl.cdiv(n + n_size - 1, m_size) * m_size
-    until = positions
-    split = positions
-    if documents:
-        start += b.to(tl.int64) * positions
-        end += b.to(tl.int64) * positions
-        until = tl.load(end + tl.minimum(n + n_size, positions) - 1)
-        split = tl.maximum(tl.load(end + n) // m_size * m_size, full)
-    acc, acc_rope, acc_v = dkv_range(
-        acc, acc_rope, acc_v, keys, keys_rope, values, at, q, q_rope, do, lse, delta, start, b, h, begin,
-        tl.minimum(full, until), positions, scale2, m_size, nope, rope, value, True, documents,
-    )  # fmt: skip
-    acc, acc_rope, acc_v = dkv_range(
-        acc, acc_rope, acc_v, keys, keys_rope, values, at, q, q_rope, do, lse, delta, start, b, h, full,
-        split, positions, scale2, m_size, nope, rope, value, False, documents,
-    )  # fmt: skip
-    if documents:
-        acc, acc_rope, acc_v = dkv_range(
-            acc, acc_rope, acc_v, keys, keys_rope, values, at, q, q_rope, do, lse, delta, start, b, h, split,
-            until, positions, scale2, m_size, nope, rope, value, True, documents,
-        )  # fmt: skip
-    put_(dk, b, h, n, acc * scale, n_size, nope)
-    put_(dk_rope, b, h, n, acc_rope * scale, n_size, rope)
-    put_(dv, b, h, n, acc_v, n_size, value)

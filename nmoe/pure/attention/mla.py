@@ -10,11 +10,11 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.init import normal, ones, residual
-from nmoe.pure.rope import Rope, magnitude, rotate
+from nmoe.pure.rope import Rope, document_positions, magnitude, rotate
 from nmoe.pure.spec import Role, blueprint, param
 from nmoe.pure.tree import record
 
-__all__ = ["Mla", "QueryUp", "attend_mla", "dims", "mla", "scale", "specs"]
+__all__ = ["Mla", "QueryUp", "attend_mla", "dims", "mla", "rotate_mla", "scale", "specs"]
 
 
 @record
@@ -76,6 +76,7 @@ def mla(
     x: Tensor,
     rope: Rope,
     norm: Callable[..., Tensor],
+    turn: Callable[..., tuple[Tensor, Tensor]],
     attend: Callable[..., Tensor],
     c: sections.Mla,
     start: Tensor | tuple[()] = (),
@@ -85,8 +86,8 @@ def mla(
     """Causal latent attention of each sequence, or each of its documents, over itself.
 
     x        [B T D]   normed block input
-    rope     the table of `start`: `rope.restarted`
     norm     `rms_norm` or a kernel that implements it
+    turn     `rotate_mla` or a kernel that implements it; it may take over the memory of its first argument
     attend   `attend_mla` or a kernel that implements it
     start    [B T] i32 or ()   as in `attend_mla`
     returns  [B T D]
@@ -96,12 +97,24 @@ def mla(
     query, latent, k_rope = (x @ p.down).split((query_width, c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
     if isinstance(p.query, QueryUp):
         query = norm(query, p.query.norm, eps=eps) @ p.query.up.flatten(1)
-    q = query.unflatten(-1, (c.num_heads, -1))
-    q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
-    q = torch.cat((q_nope, rotate(q_rope, rope)), dim=-1)
+    at = document_positions(start) if isinstance(start, Tensor) else ()
+    q, k_rope = turn(query.unflatten(-1, (c.num_heads, -1)), k_rope, rope, at)
     kv = (norm(latent, p.norm, eps=eps) @ p.up.flatten(1)).unflatten(-1, (c.num_heads, -1))
-    o = attend(q, kv, rotate(k_rope, rope), start, scale=scale(c))
+    o = attend(q, kv, k_rope, start, scale=scale(c))
     return o.flatten(-2) @ p.out.flatten(0, 1)
+
+
+def rotate_mla(q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> tuple[Tensor, Tensor]:
+    """Query and shared key with their position in the channels meant for it.
+
+    q          [B T H C]   the last P channels are to be rotated
+    k_rope     [B T P]
+    positions  [B T]       of each token, within the table; (): 0..T-1
+    returns    q [B T H C], k_rope [B T P]
+    """
+    nope = q.shape[-1] - k_rope.shape[-1]
+    q_nope, q_rope = q.split((nope, k_rope.shape[-1]), dim=-1)
+    return torch.cat((q_nope, rotate(q_rope, rope, positions)), dim=-1), rotate(k_rope, rope, positions)
 
 
 def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:

@@ -1,0 +1,191 @@
+"""`pure.optim.adamw` on an arena in one launch, and the norm of the gradients in one pass.
+
+Nothing waits for the device: whether to update, the clip, the rate and the number of updates are read from its memory.
+Sums are taken block by block and then over the blocks, in an order that does not depend on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nmoe.effects.kernels.tile import Tile
+
+__all__ = ["NORM_TILE", "TILE", "adamw_", "global_norm"]
+
+TILE = Tile(m=1, n=1024, k=2, warps=4, stages=1)
+"""n: elements at once; k: how often, one after the other, in a block."""
+
+NORM_TILE = Tile(m=1, n=4096, k=4, warps=4, stages=1)
+"""As `TILE`, for the norm."""
+
+
+@triton.jit
+def power(base: tl.constexpr, count):
+    """base ** count in fp64, for a whole count of at least 0."""
+    result = tl.full((), 1.0, tl.float64)
+    square = tl.full((), base, tl.float64)
+    while count > 0:
+        result = tl.where(count % 2 == 1, result * square, result)
+        square = square * square
+        count = count // 2
+    return result
+
+
+@triton.jit
+def update_kernel(
+    value,  # f32, or the bits of bf16 when `has_remainder`
+    remainder,  # i16; read and written when `has_remainder`
+    first,
+    second,
+    gradient,  # zero afterwards
+    partial,  # [programs] f32: sum of squares of the change
+    allowed,  # i8
+    shrink,
+    updates,  # i64
+    lr,  # f64
+    size,
+    beta1: tl.constexpr,
+    beta2: tl.constexpr,
+    eps: tl.constexpr,
+    decay: tl.constexpr,
+    has_remainder: tl.constexpr,
+    block: tl.constexpr,
+    times: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    start = program * (block * times)
+    changed = tl.zeros((block,), dtype=tl.float32)
+    if tl.load(allowed) != 0:
+        factor = tl.load(shrink).to(tl.float32)
+        count = tl.load(updates)
+        rate = tl.load(lr)
+        step = (rate / (1.0 - power(beta1, count))).to(tl.float32)
+        width = (1.0 / tl.sqrt(1.0 - power(beta2, count))).to(tl.float32)
+        kept = (1.0 - rate * decay).to(tl.float32)
+        for i in range(0, times):
+            at = start + i * block + tl.arange(0, block)
+            inside = at < size
+            g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32) * factor
+            old_first = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+            old_second = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
+            if has_remainder:
+                high = tl.load(value + at, mask=inside, other=0).to(tl.int32) << 16
+                low = tl.load(remainder + at, mask=inside, other=0).to(tl.int32)
+                old = (high + low).to(tl.float32, bitcast=True)
+            else:
+                old = tl.load(value + at, mask=inside, other=0.0)
+            new_first = old_first + (1.0 - beta1) * (g - old_first)
+            new_second = old_second * beta2 + (1.0 - beta2) * (g * g)
+            root = eps + tl.sqrt_rn(new_second) * width
+            new = old * kept - tl.div_rn(new_first * step, root)
+            changed += (new - old) * (new - old)
+            tl.store(first + at, new_first.to(first.dtype.element_ty), mask=inside)
+            tl.store(second + at, new_second.to(second.dtype.element_ty), mask=inside)
+            if has_remainder:
+                bits = new.to(tl.int32, bitcast=True)
+                rounded = (bits + 0x8000) >> 16
+                tl.store(value + at, rounded.to(tl.int16), mask=inside)
+                tl.store(remainder + at, (bits - (rounded << 16)).to(tl.int16), mask=inside)
+            else:
+                tl.store(value + at, new, mask=inside)
+            tl.store(gradient + at, tl.zeros((block,), dtype=gradient.dtype.element_ty), mask=inside)
+    else:
+        for i in range(0, times):
+            at = start + i * block + tl.arange(0, block)
+            tl.store(gradient + at, tl.zeros((block,), dtype=gradient.dtype.element_ty), mask=at < size)
+    tl.store(partial + program, tl.sum(changed, 0))
+
+
+@triton.jit
+def norm_kernel(x, partial, size, block: tl.constexpr, times: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    summed = tl.zeros((block,), dtype=tl.float32)
+    for i in range(0, times):
+        at = program * (block * times) + i * block + tl.arange(0, block)
+        value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+        summed += value * value
+    tl.store(partial + program, tl.sum(summed, 0))
+
+
+@torch.no_grad()
+def adamw_(
+    value: Tensor,
+    remainder: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    gradient: Tensor,
+    *,
+    allowed: Tensor,
+    shrink: Tensor,
+    updates: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    tile: Tile = TILE,
+) -> Tensor:
+    """`pure.optim.adamw` on a stretch of an arena, where `allowed`; the norm of the change.
+
+    As the reference rounds it, but for multiplications that are contracted with the addition after them.
+
+    value      f32, or bf16 with its `remainder`; contiguous, as all that follow
+    remainder  i16, or None
+    first, second, gradient   f32 or bf16
+    allowed    0-d bool   false: nothing but `gradient` changes, whatever the gradient holds
+    shrink     0-d f32    factor on the gradient, from the clip
+    updates    0-d i64    number of updates this one makes it, counted from 1
+    lr         0-d f64
+
+    Writes:  value, remainder, first, second; `gradient` is zero afterwards.
+    Cost:    moves 28 bytes an element for bf16 value and gradient and fp32 moments; 32 with an fp32 gradient.
+    """
+    size = value.numel()
+    programs = triton.cdiv(size, tile.n * tile.k)
+    partial = torch.empty(programs, dtype=torch.float32, device=value.device)
+    bits = value if remainder is None else value.view(torch.int16)
+    update_kernel[(programs,)](
+        bits,
+        bits if remainder is None else remainder,
+        first,
+        second,
+        gradient,
+        partial,
+        allowed.view(torch.int8),
+        shrink,
+        updates,
+        lr,
+        size,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        decay=decay,
+        has_remainder=remainder is not None,
+        block=tile.n,
+        times=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return partial.sum().sqrt()
+
+
+@torch.no_grad()
+def global_norm(gradients: Sequence[Tensor], *, tile: Tile = NORM_TILE) -> Tensor:
+    """`pure.optim.global_norm`, one launch a tensor; not finite when an element is not.
+
+    gradients  contiguous, f32 or bf16
+    returns    0-d f32
+    Cost:      reads every element once.
+    """
+    blocks = [triton.cdiv(each.numel(), tile.n * tile.k) for each in gradients]
+    partial = torch.empty(sum(blocks), dtype=torch.float32, device=gradients[0].device)
+    for each, here, programs in zip(gradients, partial.split(blocks), blocks, strict=True):
+        norm_kernel[(programs,)](
+            each, here, each.numel(), block=tile.n, times=tile.k, num_warps=tile.warps, num_stages=tile.stages
+        )
+    return partial.sum().sqrt()

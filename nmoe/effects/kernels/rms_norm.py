@@ -1,0 +1,223 @@
+"""`pure.norm.rms_norm` and `pure.norm.add_rms_norm` on a GPU: one pass forward, one pass backward.
+
+Only the reciprocal root mean square of a row is kept for the backward pass, besides what entered. The gradient of the
+gain is summed in two stages whose order does not depend on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nmoe.effects.kernels.tile import Tile
+
+__all__ = ["TILE", "add_rms_norm", "rms_norm", "warps"]
+
+TILE = Tile(m=1, n=1, k=1024, warps=4, stages=1)
+"""m: rows of a block; k: blocks of the backward pass, each of which leaves one row of partial sums; warps: for 2048
+columns, and more for wider rows."""
+
+
+@triton.jit
+def forward_kernel(
+    x,  # [rows width], rows `x_stride` apart
+    y,  # [rows width], rows `y_stride` apart; read when `adds`
+    gain,  # [width]
+    total,  # [rows width] contiguous; written when `adds`
+    normed,  # [rows width] contiguous
+    rstd,  # [rows] f32
+    rows,
+    width,
+    x_stride,
+    y_stride,
+    eps,
+    adds: tl.constexpr,
+    m: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * m + tl.arange(0, m)
+    column = tl.arange(0, block)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    here = row[:, None] * width + column[None, :]
+    value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if adds:
+        value += tl.load(y + row[:, None] * y_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + here, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 1) / width + eps)
+    tl.store(rstd + row, scale, mask=row < rows)
+    factor = tl.load(gain + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(normed + here, (value * scale[:, None] * factor[None, :]).to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    x,  # [rows width], rows `x_stride` apart: what was normed
+    gain,  # [width]
+    rstd,  # [rows] f32
+    pull,  # [rows width] contiguous: gradient of the normed
+    residual,  # [rows width] contiguous: gradient of the sum; read when `adds`
+    gradient,  # [rows width] contiguous: of what was normed, the residual's included
+    partial,  # [programs width] f32: sums for the gradient of the gain
+    rows,
+    width,
+    x_stride,
+    adds: tl.constexpr,
+    m: tl.constexpr,
+    block: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = tl.arange(0, block)
+    factor = tl.load(gain + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    summed = tl.zeros((m, block), dtype=tl.float32)
+    for start in range(program * m, rows, tl.num_programs(0) * m):
+        row = start + tl.arange(0, m).to(tl.int64)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        here = row[:, None] * width + column[None, :]
+        scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+        unit = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32) * scale
+        pulled = tl.load(pull + here, mask=inside, other=0.0).to(tl.float32)
+        summed += pulled * unit
+        pulled *= factor
+        along = tl.sum(pulled * unit, 1)[:, None] / width
+        result = (pulled - unit * along) * scale
+        if adds:
+            result += tl.load(residual + here, mask=inside, other=0.0).to(tl.float32)
+        tl.store(gradient + here, result.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(partial + program.to(tl.int64) * width + column, tl.sum(summed, 0), mask=column < width)
+
+
+def table(x: Tensor) -> Tensor:
+    """`x` as rows over its last axis, copied only where its strides leave no other way."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
+
+
+def warps(width: int, tile: Tile) -> int:
+    """Warps of a block, so that a thread has as many columns of a wide row as of a narrow one."""
+    return min(16, tile.warps * max(1, triton.next_power_of_2(width) // 2048))
+
+
+def forward(x: Tensor, y: Tensor | None, gain: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, normed and reciprocal root mean square; the sum is `x` itself without `y`. All as tables."""
+    rows, width = x.shape
+    total = x if y is None else torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    normed = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    forward_kernel[(triton.cdiv(rows, tile.m),)](
+        x,
+        x if y is None else y,
+        gain,
+        total,
+        normed,
+        rstd,
+        rows,
+        width,
+        x.stride(0),
+        x.stride(0) if y is None else y.stride(0),
+        eps,
+        adds=y is not None,
+        m=tile.m,
+        block=triton.next_power_of_2(width),
+        num_warps=warps(width, tile),
+        num_stages=tile.stages,
+    )
+    return total, normed, rstd
+
+
+def backward(
+    x: Tensor, gain: Tensor, rstd: Tensor, pull: Tensor, residual: Tensor | None, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """Gradients of what was normed and of the gain. All as tables."""
+    rows, width = x.shape
+    gradient = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    programs = min(tile.k, triton.cdiv(rows, tile.m))
+    partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
+    backward_kernel[(programs,)](
+        x,
+        gain,
+        rstd,
+        pull,
+        pull if residual is None else residual,
+        gradient,
+        partial,
+        rows,
+        width,
+        x.stride(0),
+        adds=residual is not None,
+        m=tile.m,
+        block=triton.next_power_of_2(width),
+        num_warps=warps(width, tile),
+        num_stages=tile.stages,
+    )
+    return gradient, partial.sum(0).to(gain.dtype)
+
+
+class RmsNorm(torch.autograd.Function):
+    """`rms_norm` with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, tile: Tile) -> Tensor:
+        rows = table(x)
+        _, normed, rstd = forward(rows, None, gain, eps, tile)
+        ctx.save_for_backward(rows, gain, rstd)
+        ctx.tile = tile
+        return normed.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, pull: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        rows, gain, rstd = ctx.saved_tensors
+        gradient, gain_gradient = backward(rows, gain, rstd, table(pull.contiguous()), None, ctx.tile)
+        return gradient.view(pull.shape), gain_gradient, None, None
+
+
+class AddRmsNorm(torch.autograd.Function):
+    """`add_rms_norm` with its gradient; the same one for both summands."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor]:
+        total, normed, rstd = forward(table(x), table(y), gain, eps, tile)
+        ctx.save_for_backward(total, gain, rstd)
+        ctx.tile = tile
+        return total.view(x.shape), normed.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, residual: Tensor, pull: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        total, gain, rstd = ctx.saved_tensors
+        flat = table(residual.contiguous())
+        gradient, gain_gradient = backward(total, gain, rstd, table(pull.contiguous()), flat, ctx.tile)
+        summand = gradient.view(pull.shape)
+        return summand, summand, gain_gradient, None, None
+
+
+def rms_norm(x: Tensor, gain: Tensor, *, eps: float, tile: Tile = TILE) -> Tensor:
+    """`pure.norm.rms_norm`.
+
+    x        [... D]   a slice of wider rows is read where it lies
+    gain     [D]
+    returns  [... D] contiguous, in the format of `x`; the arithmetic is fp32
+    Cost:    moves 4·N·D bytes forward and 6·N·D backward in bf16, N rows.
+    """
+    return RmsNorm.apply(x, gain, eps, tile)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float, tile: Tile = TILE) -> tuple[Tensor, Tensor]:
+    """`pure.norm.add_rms_norm`: the sum, rounded to the format of `x`, and that sum normed.
+
+    x, y     [... D]
+    gain     [D]
+    returns  two of [... D]
+    Cost:    moves 8·N·D bytes forward and 8·N·D backward in bf16, N rows.
+    """
+    return AddRmsNorm.apply(x, y, gain, eps, tile)

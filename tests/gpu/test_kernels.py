@@ -1,0 +1,177 @@
+"""Kernels of the dense path, the loss and the optimizer on a GPU: bf16 against fp64, twice the same, never waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmoe.effects.kernels import adamw, cross_entropy, rms_norm, swiglu
+from nmoe.pure import experts, loss, norm, optim
+from tests.kernels import truth
+from tests.kernels.truth import check, graded
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
+]
+
+normal = partial(truth.normal, dtype=torch.bfloat16, device="cuda")
+
+
+def targets(rows: int, vocabulary: int, kept: float = 0.8) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.randint(vocabulary, (rows,), generator=generator)
+    return torch.where(torch.rand(rows, generator=generator) < kept, drawn, -1).cuda()
+
+
+def compared(
+    ours: Callable[..., Any], plain: Callable[..., Any], inputs: tuple[Tensor, ...], pulls: list[Tensor], **how: float
+) -> None:
+    """Error against fp64 beside the plain one's; then the same bits again, without waiting for the device."""
+    found = graded(ours, inputs, pulls)
+    check(found, graded(plain, inputs, pulls), graded(plain, inputs, pulls, torch.float64), **how)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = graded(ours, inputs, pulls)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for place, (a, b) in enumerate(zip(found, again, strict=True)):
+        assert torch.equal(a, b), f"result {place} differs from run to run"
+
+
+@pytest.mark.parametrize("head_sum", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocabulary", [257, 16384, 16400, 50257])
+@pytest.mark.parametrize(("scale", "z_loss"), [(1.0, 0.0), (0.3, 1e-3)])
+def test_loss(vocabulary: int, scale: float, z_loss: float, head_sum: torch.dtype) -> None:
+    """Two and a half chunks; the last row has no target."""
+    inputs = (normal(640, 512), normal(512, vocabulary, seed=1) / 16, targets(640, vocabulary))
+    told = {"chunk": 256, "logit_scale": scale, "z_loss": z_loss}
+    ours = partial(cross_entropy.linear_cross_entropy, **told, head_sum=head_sum)
+    compared(ours, partial(loss.linear_cross_entropy, **told), inputs, [torch.tensor(1 / 512, device="cuda")])
+
+
+def test_loss_with_offsets_beyond_32_bits() -> None:
+    """2^31 and more logits in one chunk: the last rows as they are in a chunk of their own."""
+    rows, vocabulary = 11_000, 201_088
+    x, head, wanted = normal(rows, 64), normal(64, vocabulary, seed=1) / 4, targets(rows, vocabulary)
+    logits, losses = x @ head, torch.empty(2, rows, device="cuda")
+    assert logits.numel() > 2**31
+    near, near_losses = logits[-8:].clone(), torch.empty(2, 8, device="cuda")
+    run = partial(cross_entropy.turn_logits_, logit_scale=1.0, z_loss=0.0, wants_gradient=True)
+    run(logits, wanted, losses)
+    run(near, wanted[-8:], near_losses)
+    assert torch.equal(logits[-8:], near)
+    assert torch.equal(losses[:, -8:], near_losses)
+
+
+def test_loss_holds_no_more_than_it_says() -> None:
+    """Extra memory at the peak: logits of a chunk in bf16, the gradients of head and input, 32 MB for cuBLAS."""
+    rows, vocabulary, width, chunk = 8192, 65_536, 1024, 2048
+    x, head = (each.requires_grad_() for each in (normal(rows, width), normal(width, vocabulary, seed=1) / 32))
+    wanted = targets(rows, vocabulary)
+    for head_sum, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        total, _ = cross_entropy.linear_cross_entropy(x, head, wanted, chunk=chunk, head_sum=head_sum)
+        forward = torch.cuda.max_memory_allocated() - before
+        told = 2 * chunk * vocabulary + size * width * vocabulary + 2 * rows * width
+        assert forward < told + 2**25, (forward, told)
+        del total
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 2048), (4096, 2048), (3000, 1536), (513, 7168), (2, 100, 512), (300, 100)], ids=str
+)
+def test_norms(shape: tuple[int, ...]) -> None:
+    x, y, gain = normal(*shape), 2 * normal(*shape, seed=1), 1 + normal(shape[-1], seed=2).float() / 4
+    pulls = [normal(*shape, seed=3), normal(*shape, seed=4)]
+    told = {"eps": 1e-5}
+    compared(partial(rms_norm.rms_norm, **told), partial(norm.rms_norm, **told), (x, gain), pulls[:1])
+    compared(partial(rms_norm.add_rms_norm, **told), partial(norm.add_rms_norm, **told), (x, y, gain), pulls)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2816), (2000, 2, 2816), (3, 100, 2, 11264), (77, 2, 100)], ids=str)
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    pulls = [normal(*shape[:-2], shape[-1], seed=1)]
+    compared(swiglu.swiglu, experts.swiglu, (2 * normal(*shape),), pulls)
+
+
+@pytest.mark.parametrize("gradient", [torch.bfloat16, torch.float32], ids=["gradient bf16", "gradient fp32"])
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32], ids=["moments bf16", "moments fp32"])
+@pytest.mark.parametrize("halves", [True, False], ids=["bf16 and remainder", "fp32"])
+def test_adamw(halves: bool, moments: torch.dtype, gradient: torch.dtype) -> None:
+    """Twenty steps beside the reference on this device, both against fp64."""
+    size = 100_003
+    start = normal(size).float()
+    numbers = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
+    high, low = optim.split(start)
+    value = start.clone()
+    first, second = (torch.zeros(size, device="cuda", dtype=moments) for _ in range(2))
+    plain, plain_moments = start, optim.Moments(first.clone(), second.clone())
+    right, right_moments = start.double(), optim.Moments(first.double(), second.double())
+    for step in range(1, 21):
+        pull = normal(size, seed=step).to(gradient)
+        told: dict[str, Any] = {
+            "updates": torch.tensor(step, device="cuda"),
+            "lr": torch.tensor(1e-2, device="cuda", dtype=torch.float64),
+            **numbers,
+        }
+        guards = {"allowed": torch.tensor(True, device="cuda"), "shrink": torch.tensor(0.5, device="cuda")}
+        plain, after = optim.adamw(plain, pull.float() * 0.5, plain_moments, **told)
+        plain_moments = optim.Moments(after.first.to(moments), after.second.to(moments))
+        right, right_moments = optim.adamw(right, pull.double() * 0.5, right_moments, **told)
+        held = pull.clone()
+        old = optim.join(high, low) if halves else value.clone()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            change = adamw.adamw_(
+                high if halves else value, low if halves else None, first, second, held, **guards, **told
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        new = optim.join(high, low) if halves else value
+        torch.testing.assert_close(change, (new - old).norm(), rtol=1e-4, atol=0)
+        assert not held.any()
+    new = optim.join(high, low) if halves else value
+    error, plain_error = ((each.double() - right).norm() for each in (new, plain))
+    assert error <= 1.5 * plain_error, (error, plain_error)
+
+
+def test_adamw_beyond_32_bits() -> None:
+    """The end of an arena of more than 2^31 elements moves as a short arena does."""
+    size, tail = 2**31 + 4096, 4096
+    high, low = (torch.zeros(size, device="cuda", dtype=each) for each in (torch.bfloat16, torch.int16))
+    first, second, held = (torch.zeros(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    held[-tail:] = normal(tail)
+    short = [each[-tail:].clone() for each in (high, low, first, second, held)]
+    told: dict[str, Any] = {
+        "allowed": torch.tensor(True, device="cuda"),
+        "shrink": torch.tensor(1.0, device="cuda"),
+        "updates": torch.tensor(3, device="cuda"),
+        "lr": torch.tensor(1e-2, device="cuda", dtype=torch.float64),
+        **{"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1},
+    }
+    norms = [adamw.global_norm([each]) for each in (held, short[4])]
+    adamw.adamw_(high, low, first, second, held, **told)
+    adamw.adamw_(*short, **told)
+    for a, b in zip((high, low, first, second, held), short, strict=True):
+        assert torch.equal(a[-tail:], b)
+    torch.testing.assert_close(norms[0], norms[1])
+    assert norms[0] > 0
+
+
+def test_global_norm() -> None:
+    gradients = [normal(1_000_003), normal(77, seed=1).float(), 1e3 * normal(40_000, seed=2)]
+    right = torch.cat([each.double() for each in gradients]).norm()
+    one, two = (adamw.global_norm(gradients) for _ in range(2))
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one.double(), right, rtol=1e-6, atol=0)
+    gradients[0][999_999] = float("nan")
+    assert not adamw.global_norm(gradients).isfinite()

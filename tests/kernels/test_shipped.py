@@ -1,0 +1,69 @@
+"""What ships, compiled ahead of time for both targets: no spills, no atomics, 16 bytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.kernels import aot, shipped
+from tests.kernels.aot import Compiled, Request
+
+QUICK: dict[str, Callable[[], Request]] = {
+    "loss": lambda: shipped.loss(True),
+    "add, norm": lambda: shipped.norm("forward", True, 2048),
+    "add, norm: backward": lambda: shipped.norm("backward", True, 2048),
+    "swiglu: backward": lambda: shipped.gate("backward"),
+    "adamw": lambda: shipped.update("bf16", "bf16", "fp32"),
+    "global norm": lambda: shipped.square_sum("bf16"),
+}
+"""The kernels of a step, at their usual sizes."""
+
+REST: dict[str, Callable[[], Request]] = {
+    "loss: evaluation": lambda: shipped.loss(False),
+    "norm": lambda: shipped.norm("forward", False, 2048),
+    "norm: backward": lambda: shipped.norm("backward", False, 2048),
+    "norm of 7168": lambda: shipped.norm("backward", True, 7168),
+    "norm of 1536": lambda: shipped.norm("backward", True, 1536),
+    "norm of 512": lambda: shipped.norm("backward", False, 512),
+    "swiglu": lambda: shipped.gate("forward"),
+    "adamw: fp32": lambda: shipped.update("fp32", "fp32", "fp32"),
+    "adamw: bf16 moments": lambda: shipped.update("bf16", "fp32", "bf16"),
+    "adamw: beyond 2^31 elements": lambda: shipped.update("bf16", "bf16", "bf16", "i64"),
+    "global norm: fp32": lambda: shipped.square_sum("fp32"),
+}
+"""Their variants."""
+
+SCALARS = 6
+"""Loads and stores that are not of arrays: a target, a loss, a factor, a partial sum."""
+
+
+def problems(chosen: dict[str, Callable[[], Request]], factory: pytest.TempPathFactory) -> list[str]:
+    compiled = aot.compile_all([each() for each in chosen.values()], factory.mktemp("triton"))
+    assert len(compiled) == len(aot.TARGETS) * len(chosen)
+    return [
+        f"{name}: {problem}"
+        for name, each in zip(list(chosen) * len(aot.TARGETS), compiled, strict=True)
+        for problem in (*each.problems(), *slow(each))
+    ]
+
+
+def slow(each: Compiled) -> list[str]:
+    """Why a kernel that only moves memory would not reach its bandwidth."""
+    found: list[str] = []
+    if each.narrow > SCALARS:
+        found.append(f"{each.narrow} accesses below 16 bytes, limit {SCALARS}")
+    if each.wide < 2:
+        found.append(f"{each.wide} accesses of 16 bytes, at least 2")
+    if each.atomics or each.scratch:
+        found.append(f"{each.atomics} atomics, {each.scratch} bytes of scratch; neither is wanted")
+    return [f"{each.kernel} on sm_{each.target}: {problem}" for problem in found]
+
+
+def test_kernels_of_a_step(tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert problems(QUICK, tmp_path_factory) == []
+
+
+@pytest.mark.long
+def test_their_variants(tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert problems(REST, tmp_path_factory) == []

@@ -1,24 +1,31 @@
-"""`nmoe data plan`: what a config will read, how often each source repeats, and the hash of it."""
+"""`nmoe data plan` and `nmoe bench loader`: what a config will read, and how fast."""
 
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 from nmoe.config import Config
 from nmoe.config.sections import Mixture, Stdlib
 from nmoe.effects import runtime
-from nmoe.effects.corpus import planned_blend
+from nmoe.effects.corpus import open_corpus, planned_blend
 from nmoe.effects.data import stdlib
 from nmoe.effects.data.format import read_manifest
 from nmoe.effects.data.lazy import content_digest, split_problems
 from nmoe.effects.log import say
 from nmoe.effects.plan import quantity
+from nmoe.effects.prefetch import prefetching
 from nmoe.errors import InputError
 from nmoe.pure.stream import Ingredient, Recipe, Stream, identity, plan
 
-__all__ = ["main", "planned_stream", "rows"]
+__all__ = ["bench", "main", "planned_stream", "rows"]
+
+
+BENCH_WARMUP = 5
+"""Batches before the clock counts: pages come into memory."""
 
 
 def main(config: Config, launch: runtime.Launch, *, as_json: bool) -> int:
@@ -43,6 +50,35 @@ def main(config: Config, launch: runtime.Launch, *, as_json: bool) -> int:
         f"{held // train.batch_size} steps read them"
     )
     say(f"identity   {identity(stream)}")
+    return 0
+
+
+def bench(config: Config, launch: runtime.Launch, *, steps: int, pause_s: float) -> int:
+    """Print how long a step waits for its batch, read in the call and read ahead. returns  exit code 0
+
+    pause_s  between two calls, in the place of a step
+
+    Raises:  InputError for no steps, for a pause below 0, and for data that can not be read.
+    """
+    if steps < 1 or not pause_s >= 0:
+        raise InputError(f"--steps, --pause: at least 1 and 0, got {steps} and {pause_s}; raise them")
+    device, train = runtime.device(config.run.device), config.train
+    began = time.perf_counter()
+    corpus = open_corpus(config, launch)
+    say(f"opened     in {time.perf_counter() - began:.2f} s, yardsticks included")
+    for depth in dict.fromkeys((0, config.data.prefetch)):
+        with prefetching(corpus.read, batch_size=train.batch_size, depth=depth, device=device) as read:
+            waits: list[float] = []
+            for step in range(steps + BENCH_WARMUP):
+                time.sleep(pause_s)
+                asked = time.perf_counter()
+                read(step % train.steps * train.batch_size)
+                waits.append(1e3 * (time.perf_counter() - asked))
+        waits = sorted(waits[BENCH_WARMUP:])
+        say(
+            f"handed     {train.batch_size} x {train.sequence_length} tokens, {depth} batches ahead: "
+            f"{statistics.median(waits):.3f} ms median, {waits[int(0.9 * len(waits))]:.3f} ms the slowest of ten"
+        )
     return 0
 
 

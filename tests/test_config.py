@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
 from nmoe.config.convert import structure
-from nmoe.config.sections import Mixture, Mla, Shards, Stdlib, Yarn
+from nmoe.config.sections import Mla, Yarn
 from nmoe.config.toml import lines, literal
 from nmoe.errors import InputError
 from tests.configs import ROOT, at_line, problems
@@ -49,22 +49,6 @@ def test_each_layer_wins_over_those_before(tmp_path: Path) -> None:
     assert sources["validation.every"] == "command line --validation.every=44"
     # untouched neighbours of what was merged
     assert c.train.sequence_length == tables["train"]["sequence_length"]
-
-
-def test_another_kind_starts_from_nothing(tmp_path: Path) -> None:
-    """The keys of the kind before it do not fit; in whatever order the new ones come."""
-    quickstart = ROOT / "configs" / "quickstart.toml"
-    assert load(quickstart, {}, ()).config.data.source == Stdlib(tokenizer_size=4096)
-    kind, path = "--data.source.kind=shards", "--data.source.path=here"
-    file = tmp_path / "file.toml"
-    file.write_text(f'extends = "{quickstart}"\n[data.source]\npath = "here"\nkind = "shards"\n')
-    environ = {"NMOE_DATA__SOURCE__KIND": "mixture", "NMOE_DATA__SOURCE__FLOW": "proxy", "NMOE_DATA__SOURCE__PATH": "m"}
-    for loaded in (load(file, {}, ()), load(quickstart, {}, (kind, path)), load(quickstart, {}, (path, kind))):
-        assert loaded.config.data.source == Shards(path="here")
-        assert "data.source.tokenizer_size" not in loaded.sources
-    assert load(quickstart, environ, ()).config.data.source == Mixture(path="m", flow="proxy")
-    # the same kind, said again, keeps what was there
-    assert load(file, {}, (kind,)).config.data.source == Shards(path="here")
 
 
 def test_sources_know_every_written_value(tmp_path: Path) -> None:
@@ -305,6 +289,7 @@ def test_loading_what_was_dumped_gives_it_again(config: Config, tmp_path: Path) 
 
 
 FREE_ON_RESUME = {
+    "data.prefetch",
     "train.steps",
     "train.microbatch_size",
     "train.loss_chunk",

@@ -7,14 +7,13 @@ Later layers win over earlier ones:
 `extends = "base.toml"` stands at the top of a file, relative to it, and goes one level deep. `NMOE_TRAIN__STEPS=10` in
 the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds. Their
 values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else is
-replaced, and so is a table whose `kind` changes. An environment variable without `__` after `NMOE_` is no part of the
-config.
+replaced. An environment variable without `__` after `NMOE_` is no part of the config.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,8 +61,8 @@ def load(path: Path, environ: Mapping[str, str], overrides: Sequence[str]) -> Lo
     Raises:  InputError with everything that is wrong, each with its place.
     """
     layer = Layer(tables={}, where={})
-    for over in (*_files(path), _folded(_environment(environ)), _folded(_command_line(overrides))):
-        layer = _folded((layer, over))
+    for over in (*_files(path), *_environment(environ), *_command_line(overrides)):
+        layer = Layer(tables=_merged(layer.tables, over.tables), where=layer.where | over.where)
     config = structure(layer.tables, Config)
     if isinstance(config, tuple):
         raise InputError(
@@ -91,17 +90,7 @@ def load_valid(path: Path, environ: Mapping[str, str], overrides: Sequence[str],
     return loaded
 
 
-def _folded(layers: Iterable[Layer]) -> Layer:
-    """Layers as one, later ones over earlier ones."""
-    whole = Layer(tables={}, where={})
-    for layer in layers:
-        whole = Layer(tables=_merged(whole.tables, layer.tables), where=whole.where | layer.where)
-    return whole
-
-
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    if "kind" in over and over["kind"] != under.get("kind", over["kind"]):
-        return over
     result = dict(under)
     for name, value in over.items():
         below = under.get(name)

@@ -83,3 +83,15 @@ def test_a_plan_reads_as_a_table(folder: Path) -> None:
     assert head.split() == ["stage", "source", "tokens", "share", "passes"]
     assert [row.split()[:2] for row in rows[:3]] == [["pretrain", name] for name in SOURCES]
     assert "40 steps of 4 x 32 tokens, 80.0 % of 6.4 k planned; 50 steps read them" in done.stdout
+
+
+def test_the_loader_is_timed_with_and_without_reading_ahead(folder: Path) -> None:
+    done = nmoe("bench", "loader", "tiny.toml", "--steps=3", "--pause=0", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    opened, *handed = done.stdout.splitlines()
+    assert opened.startswith("opened ")
+    assert [line.partition(" ahead")[0] for line in handed] == [
+        "handed     4 x 32 tokens, 0 batches",
+        "handed     4 x 32 tokens, 2 batches",
+    ]
+    assert nmoe("bench", "loader", "tiny.toml", "--steps=0", cwd=folder).returncode == 2

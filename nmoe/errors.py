@@ -1,5 +1,7 @@
 """The errors a person can mend: shown as one line each, exit code 2, no traceback."""
 
+from __future__ import annotations
+
 
 class InputError(ValueError):
     """Bad input. Every problem reads `<where>: <what holds>, got <value>; <what to do>`."""
@@ -7,3 +9,7 @@ class InputError(ValueError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
+        """How it travels from a worker process: problem by problem."""
+        return InputError, self.problems

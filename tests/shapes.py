@@ -68,7 +68,7 @@ def batch(c: sections.Model, *, sequences: int = 2, positions: int = 11, seed: i
     tokens = torch.randint(c.vocab_size, (sequences, positions + 1), generator=Key(seed).fold("tokens").generator())
     targets = tokens[:, 1:].clone()
     targets[:, :2] = -1
-    return model.Batch(tokens[:, :-1], targets)
+    return model.Batch(tokens[:, :-1], targets, ())
 
 
 def env(c: sections.Model) -> Env:

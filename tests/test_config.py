@@ -289,6 +289,7 @@ def test_loading_what_was_dumped_gives_it_again(config: Config, tmp_path: Path) 
 
 
 FREE_ON_RESUME = {
+    "data.prefetch",
     "train.steps",
     "train.microbatch_size",
     "train.loss_chunk",

@@ -68,7 +68,13 @@ def described(root: dict[str, Any], section: dict[str, Any], tables: dict[str, A
         about = section["properties"][name]
         if isinstance(value, dict):
             inner = [root["$defs"][each["$ref"].rpartition("/")[2]] for each in about.get("anyOf", [about])]
-            (one,) = [each for each in inner if value.keys() <= each["properties"].keys()]
+            kind = {"const": value.get("kind")}
+            (one,) = [
+                each
+                for each in inner
+                if value.keys() <= each["properties"].keys()
+                and each["properties"].get("kind", kind)["const"] == kind["const"]
+            ]
             yield from described(root, one, value, (*path, name))
         else:
             yield (*path, name), about

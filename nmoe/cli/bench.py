@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from nmoe.cli.parser import Verbs, add, group, load
 
@@ -24,6 +25,18 @@ def verbs(root: Verbs) -> None:
     step.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)")
     kernels = add(bench, "kernels", _bench_kernels, "time the GPU's kernels beside their peers", "")
     kernels.add_argument("--tune", action="store_true", help="look for the fastest tiles and print their table")
+    loader = add(
+        bench,
+        "loader",
+        _bench_loader,
+        "time how long a step waits for its batch",
+        "configs/quickstart.toml",
+        config=True,
+    )
+    loader.add_argument("--steps", type=int, default=200, metavar="N", help="batches to time (default: %(default)s)")
+    loader.add_argument(
+        "--pause", type=float, default=0.05, metavar="S", help="seconds a step takes (default: %(default)s)"
+    )
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
@@ -37,3 +50,10 @@ def _bench_step(args: argparse.Namespace) -> int:
     from nmoe.effects import bench
 
     return bench.step(loaded.config, args.against, args.steps)
+
+
+def _bench_loader(args: argparse.Namespace) -> int:
+    loaded = load(args)
+    from nmoe.effects import reading, runtime
+
+    return reading.bench(loaded.config, runtime.launch(os.environ), steps=args.steps, pause_s=args.pause)

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from nmoe.config.fields import Key, walk
+from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.sections import Config, Model, Moe, Stdlib
 from nmoe.config.toml import dotted, shown
 
-__all__ = ["validate"]
+__all__ = ["out_of_bounds", "validate"]
 
 
 def validate(config: Config, world: int) -> tuple[str, ...]:
     """Everything that is wrong with a config for `world` ranks, each `<path>: <what holds>, got <value>; <remedy>`."""
-    bounds = (
-        f"{dotted(path)}: {text}"
-        for path, key, value in walk(config)
-        if isinstance(value, int | float) and (text := _bounds(key, value))
-    )
     return (
-        *bounds,
+        *(f"{dotted(path)}: {text}" for path, text in out_of_bounds(config)),
         *_model(config.model),
         *_moe(config.model.moe, world),
         *_attention(config.model),
         *_precision(config),
         *_run(config, world),
     )
+
+
+def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
+    """Every number in a section that its key's bounds exclude, and what it breaks."""
+    for path, key, value in walk(section):
+        if isinstance(value, int | float) and (text := _bounds(key, value)):
+            yield path, text
 
 
 def _precision(config: Config) -> Iterator[str]:

@@ -53,6 +53,7 @@ def _converter() -> Converter:
     for tp, hook in ((bool, _boolean), (int, _integer), (float, _number), (str, _string)):
         converter.register_structure_hook(tp, hook)
     converter.register_structure_hook_func(lambda tp: typing.get_origin(tp) is Literal, _choice)
+    converter.register_structure_hook_func(lambda tp: tp == tuple[str, ...], _strings)
     converter.register_structure_hook_factory(is_table, _plain_or_tagged)
     converter.register_structure_hook_factory(lambda tp: len(kinds(tp)) > 1, _plain_or_tagged)
     return converter
@@ -96,6 +97,12 @@ def _string(value: Any, _: Any) -> str:
     if not all(character.isprintable() for character in value):
         raise _refused("a string of printable characters", value, "remove the others")
     return value
+
+
+def _strings(value: Any, _: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise _refused("an array of strings", value, 'write ["..."]')
+    return tuple(_string(each, str) for each in cast("list[Any]", value))
 
 
 def _choice(value: Any, tp: Any) -> Any:

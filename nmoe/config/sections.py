@@ -16,6 +16,7 @@ __all__ = [
     "Data",
     "Group",
     "Log",
+    "Mixture",
     "Mla",
     "Model",
     "Moe",
@@ -145,10 +146,25 @@ class Shards:
 
 
 @attrs.frozen(kw_only=True)
+class Mixture:
+    """Several folders of prepared shards, as a mixture file says."""
+
+    kind: ClassVar[str] = "mixture"
+
+    path: str = setting("mixture file (see configs/mixtures)")
+    flow: Literal["dev", "research", "ablation", "proxy", "full_train"] = setting(
+        "which of the file's flows: how many tokens, in which stages", default="dev"
+    )
+
+
+@attrs.frozen(kw_only=True)
 class Data:
     """What is read."""
 
-    source: Stdlib | Shards = setting("where tokens come from; `kind` chooses the table's keys")
+    source: Stdlib | Shards | Mixture = setting("where tokens come from; `kind` chooses the table's keys")
+    prefetch: int = setting(
+        "batches that a thread reads ahead; 0: none", unit="batches", default=2, low=0, high=64, identity=False
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -194,6 +210,9 @@ class Train:
         "tokens whose logits are held at once", unit="tokens", default=1024, low=1, identity=False
     )
     z_loss: float = setting("weight of the squared log-partition", default=0.0, low=0)
+    document_mask: bool = setting(
+        "attention sees only its own document, positions count from the document's start", default=False
+    )
     deterministic: bool = setting(
         "same bits from run to run; false: attention's backward by cuDNN, whose query gradient is not repeatable",
         default=True,

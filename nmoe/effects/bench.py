@@ -116,7 +116,7 @@ def random_batch(config: Config, device: torch.device) -> Batch:
     shape = (train.batch_size // train.microbatch_size, train.microbatch_size, train.sequence_length + 1)
     generator = Key(config.run.seed).fold("bench").generator()
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
-    return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous())
+    return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), ())
 
 
 def measure(one: Callable[[], Tensor], steps: int, device: torch.device) -> Timing:

@@ -21,7 +21,8 @@ from typing import Literal
 import attrs
 
 from nmoe.config import load
-from nmoe.config.sections import Shards
+from nmoe.config.mixture import load_mixture
+from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
 from nmoe.errors import InputError
 
@@ -310,14 +311,22 @@ def read_preset(path: Path) -> Preset:
     """What a config asks for, and whether its data is there."""
     try:
         config = load(path, {}, ()).config
+        folders = _data_folders(config.data.source)
     except InputError as error:
         return Preset(path=str(path), problems=error.problems)
-    source = config.data.source
-    shards = source.path if isinstance(source, Shards) else None
+    missing = [folder for folder in folders if not (folder / "manifest.json").is_file()]
     return Preset(
         path=str(path),
         device=config.run.device,
         ranks=config.parallel.ranks,
-        data=shards,
-        data_found=shards is None or (Path(shards) / "manifest.json").is_file(),
+        data=str((missing or folders)[0]) if folders else None,
+        data_found=not missing,
     )
+
+
+def _data_folders(source: Stdlib | Shards | Mixture) -> list[Path]:
+    """The folders that a config wants prepared."""
+    if isinstance(source, Mixture):
+        path = Path(source.path)
+        return [Path(os.path.normpath(path.parent / part.path)) for part in load_mixture(path).parts.values()]
+    return [Path(source.path)] if isinstance(source, Shards) else []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Model as ModelConfig
+from nmoe.pure import tree
 from nmoe.pure.model import Batch, Model, forward
 from nmoe.pure.ops import Env
 
@@ -45,8 +46,9 @@ def evaluate(
     num_bytes = torch.zeros((), dtype=torch.int64, device=device)
     tokens = 0
     for batch in batches:
-        targets = batch.targets.to(device)
-        x, _ = forward(p, batch.tokens.to(device), router_bias, env, c)
+        batch = tree.map(lambda path, leaf: leaf.to(device), batch)
+        targets = batch.targets
+        x, _ = forward(p, batch.tokens, router_bias, env, c, batch.start)
         _, part = env.ops.linear_cross_entropy(
             x.flatten(0, 1), p.head, targets.flatten(), chunk=chunk, logit_scale=c.logit_scale
         )

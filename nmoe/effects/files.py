@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def home(environ: Mapping[str, str]) -> Path:
+    """The folder of what nmoe makes once and keeps: `NMOE_HOME`, or one in the user's cache folder."""
+    cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "."), ".cache")
+    return Path(environ.get("NMOE_HOME") or os.path.join(cache, "nmoe"))
 
 
 def sync_folder(folder: Path) -> None:
@@ -47,3 +54,31 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `folder`, whole and durable, when the block ends well.
+
+    Where `folder` exists by then, another process was quicker with the same content, and its folder stays.
+
+    Writes:  `folder`, by one rename at the end of the block.
+    """
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for root, _, names in os.walk(temporary):
+            for name in names:
+                with open(os.path.join(root, name), "rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(Path(root))
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        sync_folder(folder.parent)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)

@@ -27,10 +27,12 @@ CPU_CHUNK = 1 << 18
 """Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""
 
 
-def build(device: torch.device, c: Model, *, deterministic: bool = True) -> Ops:
+def build(device: torch.device, c: Model, *, deterministic: bool = True, documents: bool = False) -> Ops:
     """The ops of a device for a model.
 
     On a CPU the reference, but for experts on their own rows and fused attention; on a GPU kernels.
+
+    documents  whether attention keeps inside documents, which cuDNN's kernels cannot
 
     Raises:  InputError for sizes that a kernel does not take.
     """
@@ -49,11 +51,10 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True) -> Ops:
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     tiles = mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
     attention_tiles = attention.TILES if capability < (10, 0) else attention.TILES_SM_100
-    attend = (
-        partial(attention.attend_mla, forward="cudnn", tiles=attention_tiles)
-        if deterministic
-        else attention.attend_mla_cudnn
-    )
+    attend = attention.attend_mla_cudnn
+    if deterministic or documents:
+        forward = "triton" if documents else "cudnn"
+        attend = partial(attention.attend_mla, forward=forward, tiles=attention_tiles)
     return Ops(
         norm=rms_norm.rms_norm,
         add_norm=rms_norm.add_rms_norm,
@@ -99,14 +100,14 @@ def check(c: Model) -> None:
         raise InputError(*problems)
 
 
-def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, *, scale: float) -> Tensor:
+def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
     """`pure.attention.mla.attend_mla` with values padded to the width of the keys.
 
     torch's fused attention on the CPU takes only equal widths; it halves the time of the plain one and keeps no
     probabilities, which pays for the padding.
     """
     width = kv.shape[-1] - q.shape[-1] + k_rope.shape[-1]
-    return attend_mla(q, F.pad(kv, (0, q.shape[-1] - width)), k_rope, scale=scale)[..., :width]
+    return attend_mla(q, F.pad(kv, (0, q.shape[-1] - width)), k_rope, start, scale=scale)[..., :width]
 
 
 def experts_grouped(rows: Rows, up: Tensor, down: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from nmoe.effects.evaluate import Held, evaluate
 from nmoe.effects.generate import extend
 from nmoe.effects.log import create_folder, open_log, say
 from nmoe.effects.plan import duration, quantity, render
+from nmoe.effects.prefetch import prefetching
 from nmoe.effects.report import Report
 from nmoe.effects.step import Metrics, State, make_step
 from nmoe.errors import InputError
@@ -60,11 +61,11 @@ def train_until(
 
     returns  the state, and whether the steps were finite
     """
-    train, device = config.train, report.rt.device
+    train = config.train
     reported, skipped = state.step, 0
     clock.mark("start")
     while state.step < train.steps and stop.signal is None:
-        batch = buffers.place(read(state.cursor), device)
+        batch = read(state.cursor)
         clock.mark("data")
         state, metrics = step(state, batch)
         last = state.step == train.steps or stop.signal is not None
@@ -100,7 +101,9 @@ def fresh(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime)
         0,
     )
     rope = buffers.place(model.rope_table(c, config.train.sequence_length), rt.device)
-    return state, Env(ops.build(rt.device, c, deterministic=config.train.deterministic), rope)
+    train = config.train
+    built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask)
+    return state, Env(built, rope)
 
 
 def stepper(
@@ -141,7 +144,7 @@ def arena_layouts(config: Config) -> tuple[ArenaLayout, ...]:
 
 def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:
     """What is about to happen, before step 0."""
-    train_tokens = corpus.train.num_tokens
+    train_tokens = corpus.num_tokens
     return "\n".join(
         (
             f"run            {folder}",
@@ -197,7 +200,8 @@ def main(config: Config, sources: Mapping[str, str], command: Sequence[str], lab
         )
 
     began = time.monotonic()
-    with open_log(folder, attempt=1) as log, runtime.stop_on_signals() as stop:
+    ahead = prefetching(corpus.read, batch_size=config.train.batch_size, depth=config.data.prefetch, device=rt.device)
+    with open_log(folder, attempt=1) as log, runtime.stop_on_signals() as stop, ahead as read:
         log.event(
             "start",
             pid=os.getpid(),
@@ -208,7 +212,7 @@ def main(config: Config, sources: Mapping[str, str], command: Sequence[str], lab
         )
         report = Report(config=config, rt=rt, log=log, flops=planned.flops.training(), began=began)
         try:
-            state, finite = train_until(config, state, step, corpus.read, validate, report, clock, stop)
+            state, finite = train_until(config, state, step, read, validate, report, clock, stop)
             held = validate(state) if finite and stop.signal is None else None
             return _end(config, corpus, state, finite, held, env, report, stop)
         except BaseException as error:

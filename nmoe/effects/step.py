@@ -12,7 +12,7 @@ from torch import Tensor
 from nmoe.config.sections import Config
 from nmoe.effects import ops
 from nmoe.effects.runtime import Runtime
-from nmoe.pure import optim, route
+from nmoe.pure import optim, route, tree
 from nmoe.pure.layout import ArenaLayout
 from nmoe.pure.model import Batch, Model, block, objective
 from nmoe.pure.ops import Env
@@ -90,6 +90,11 @@ def donate(state: State) -> State:
     return kept
 
 
+def microbatch(batch: Batch, index: int) -> Batch:
+    """One [B T] of a batch [M B T]."""
+    return tree.map(lambda path, leaf: leaf[index], batch)
+
+
 def learning_rates(config: Config, step: int) -> dict[str, float]:
     """Learning rate of each optimizer group in the step after `step` steps."""
     share = factor((step + 1) * config.train.batch_size * config.train.sequence_length, config.schedule)
@@ -133,10 +138,10 @@ def make_step(
         load = torch.zeros(state.router_bias.shape, dtype=torch.int64, device=rt.device)
         entropy = torch.zeros(state.router_bias.shape[0], device=rt.device)
         count = batch.tokens.shape[0]
-        for tokens, targets in zip(batch.tokens.unbind(0), batch.targets.unbind(0), strict=True):
+        for index in range(count):
             loss, part, report = objective(
                 state.params,
-                Batch(tokens, targets),
+                microbatch(batch, index),
                 state.router_bias,
                 env,
                 c,

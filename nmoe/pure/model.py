@@ -39,10 +39,15 @@ __all__ = [
 
 @record
 class Batch:
-    """Tokens and what follows each; a negative target does not count. [B T], or [M B T] for a whole step."""
+    """Tokens and what follows each; a negative target does not count. [B T], or [M B T] for a whole step.
+
+    With `start`, a token sees only its own document: it is the index in the row of that document's first token, 0 for a
+    document that began before the row.
+    """
 
     tokens: Tensor  # i64
     targets: Tensor  # i64
+    start: Tensor | tuple[()]  # i32
 
 
 @record
@@ -161,16 +166,17 @@ def moe(p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe) -> tuple[Ten
 
 
 def block(
-    p: Block, x: Tensor, bias: Tensor | tuple[()], env: Env, c: sections.Model
+    p: Block, x: Tensor, bias: Tensor | tuple[()], env: Env, c: sections.Model, start: Tensor | tuple[()] = ()
 ) -> tuple[Tensor, RouterReport | tuple[()]]:
     """One pre-norm layer: attention, then a dense MLP or a mixture.
 
     x        [B T D]
     bias     [E] f32 of this layer, () for a dense one
+    start    [B T] i32 or ()   first token of each token's document
     """
     y = env.ops.norm(x, p.attention_norm, eps=c.norm_eps)
     ops = env.ops
-    y = mla.mla(p.attention, y, env.rope, ops.norm, ops.rotate_mla, ops.attend_mla, c.attention, eps=c.norm_eps)
+    y = mla.mla(p.attention, y, env.rope, ops.norm, ops.rotate_mla, ops.attend_mla, c.attention, start, eps=c.norm_eps)
     x, y = ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
         y, report = moe(p.ffn, y, bias, env, c.moe)
@@ -186,6 +192,7 @@ def forward(
     bias: Tensor,
     env: Env,
     c: sections.Model,
+    start: Tensor | tuple[()] = (),
     *,
     run: Callable[..., tuple[Tensor, Any]] = block,
 ) -> tuple[Tensor, RouterReport]:
@@ -193,6 +200,7 @@ def forward(
 
     tokens   [B T] i64
     bias     [L E] f32   router bias, one row a mixture layer
+    start    [B T] i32 or ()   first token of each token's document, as in Batch; (): rows are read whole
     run      `block`, or a wrapper around it (compile, recompute)
     returns  [B T D] and the reports of all mixture layers, stacked
     """
@@ -200,7 +208,7 @@ def forward(
     reports: list[RouterReport] = []
     for layer, parameters in enumerate(p.blocks):
         row = bias[layer - c.num_dense_layers] if layer >= c.num_dense_layers else ()
-        x, report = run(parameters, x, row, env, c)
+        x, report = run(parameters, x, row, env, c, start)
         if isinstance(report, RouterReport):
             reports.append(report)
     stacked = RouterReport(
@@ -232,7 +240,7 @@ def objective(
     returns        (loss, nll, report): loss = (nll + z-loss) / num_targets + balance · mean imbalance; nll is the sum
                    over this batch, without gradient
     """
-    x, report = forward(p, batch.tokens, bias, env, c, run=run)
+    x, report = forward(p, batch.tokens, bias, env, c, batch.start, run=run)
     total, nll = env.ops.linear_cross_entropy(
         x.flatten(0, 1), p.head, batch.targets.flatten(), chunk=chunk, logit_scale=c.logit_scale, z_loss=z_loss
     )

@@ -11,7 +11,7 @@ from nmoe.config.sections import Yarn
 from nmoe.pure.norm import wide
 from nmoe.pure.tree import record
 
-__all__ = ["Rope", "magnitude", "rotate", "table"]
+__all__ = ["Rope", "document_positions", "magnitude", "rotate", "table"]
 
 
 @record
@@ -58,6 +58,11 @@ def table(num_positions: int, dim: int, *, theta: float, yarn: Yarn | None) -> R
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies(dim, theta, yarn))
     scale = 1.0 if yarn is None else magnitude(yarn.factor, yarn.mscale) / magnitude(yarn.factor, yarn.mscale_all_dim)
     return Rope((angle.cos() * scale).float(), (angle.sin() * scale).float())
+
+
+def document_positions(start: Tensor) -> Tensor:
+    """Position of each token in its document, [B T] i32, from the index in its row of the document's first token."""
+    return torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start
 
 
 def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:

@@ -24,8 +24,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmoe.effects.data import shards, stdlib, tokenizer
+from nmoe.effects.data import shards, sink, stdlib, tokenizer
 from nmoe.errors import InputError
+from nmoe.pure.prep import split_of
 
 SIZE = 400
 
@@ -154,7 +155,7 @@ def test_a_tokenizer_is_read_back_equal_and_a_changed_file_is_refused(prepared: 
     stored = json.loads(path.read_text())
     stored["tokens"][300], stored["tokens"][301] = stored["tokens"][301], stored["tokens"][300]
     path.write_text(json.dumps(stored))
-    with pytest.raises(InputError, match=f"identity {known.identity} .*, got (?!{known.identity})[0-9a-f]{{64}} "):
+    with pytest.raises(InputError, match=f"identity {known.identity} .*, got (?!{known.identity})[0-9a-f]{{64}}; "):
         tokenizer.load(tmp_path)
 
 
@@ -169,7 +170,7 @@ def invented(size: int) -> tokenizer.Tokenizer:
     tokens = [bytes([b]) for b in range(256)]
     tokens += [index.to_bytes(2, "big") for index in range(min(size - 257, 1 << 16))]
     tokens += [index.to_bytes(3, "big") for index in range(size - 1 - len(tokens))]
-    return tokenizer._tokenizer("invented", tokenizer.PATTERN, tokens)
+    return tokenizer.make("invented", tokenizer.PATTERN, tokens, end_of_text=size - 1, size=size)
 
 
 @settings(deadline=None, max_examples=30)
@@ -345,10 +346,10 @@ def test_every_file_is_in_one_split_and_nothing_else_is(library: Path, prepared:
 
 def test_files_fall_into_splits_by_content_the_same_everywhere() -> None:
     contents = [hashlib.sha256(str(index).encode()).digest() for index in range(20_000)]
-    shares = Counter(stdlib.split_of(content) for content in contents)
+    shares = Counter(split_of(content, validation=20_000, test=20_000) for content in contents)
     assert abs(shares["validation"] - 400) < 80 and abs(shares["test"] - 400) < 80
     assert shares.total() == 20_000
-    splits = [stdlib.split_of(content) for content in contents[:200]]
+    splits = [split_of(content, validation=20_000, test=20_000) for content in contents[:200]]
     assert [index for index, split in enumerate(splits) if split == "validation"] == [6, 127]
     assert [index for index, split in enumerate(splits) if split == "test"] == [44, 177, 190]
 
@@ -438,7 +439,7 @@ def test_a_failed_build_leaves_the_cache_as_it_was(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "write_record", full)
+    monkeypatch.setattr(sink, "write_record", full)
     with pytest.raises(OSError, match="No space left"):
         stdlib.prepare_folder(library, tmp_path, SIZE, quiet)
     assert os.listdir(tmp_path) == [".lock"]

@@ -34,7 +34,7 @@ def trained(policy: Any, *, compute: str, steps: int = 3) -> tuple[list[torch.Te
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         tokens = torch.randint(61, (1, 2, 17), generator=generator)
-        state, _ = step(state, Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()))
+        state, _ = step(state, Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), ()))
     return [arena.value.clone() for arena in state.arenas], norms
 
 

@@ -30,7 +30,7 @@ def batches(config: Config, num: int, seed: int = 0) -> list[Batch]:
     train = config.train
     shape = (train.batch_size // train.microbatch_size, train.microbatch_size, train.sequence_length + 1)
     drawn = [torch.randint(config.model.vocab_size, shape, generator=generator) for _ in range(num)]
-    return [Batch(each[..., :-1].contiguous(), each[..., 1:].contiguous()) for each in drawn]
+    return [Batch(each[..., :-1].contiguous(), each[..., 1:].contiguous(), ()) for each in drawn]
 
 
 def start(config: Config, dtype: torch.dtype | None = None) -> tuple[State, Any]:
@@ -75,7 +75,7 @@ def test_steps_are_those_of_torch_adamw_with_clip(microbatch: int) -> None:
     )
     env = attrs.evolve(fresh(config, arena_layouts(config), RT)[1], ops=REFERENCE)
     for index, batch in enumerate(batches(config, 5)):
-        whole = Batch(batch.tokens.flatten(0, 1), batch.targets.flatten(0, 1))
+        whole = Batch(batch.tokens.flatten(0, 1), batch.targets.flatten(0, 1), ())
         loss, nll, _ = objective(
             theirs,
             whole,
@@ -119,7 +119,7 @@ def test_masked_targets_weigh_nothing_in_any_split() -> None:
         c = tiny(batch_size=4, microbatch_size=microbatch)
         state, step = start(c, torch.float64)
         shape = (4 // microbatch, microbatch, -1)
-        _, metrics = step(state, Batch(batch.tokens.view(shape), targets.view(shape)))
+        _, metrics = step(state, Batch(batch.tokens.view(shape), targets.view(shape), ()))
         losses.append(torch.stack([metrics.loss, metrics.grad_norm, metrics.update_norm]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=0)
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-10, atol=0)

@@ -35,7 +35,7 @@ def batch(c: Config) -> Batch:
     shape = (2, 4, c.train.sequence_length + 1)
     start = torch.arange(8).view(2, 4, 1) * 5
     tokens = ((start + torch.arange(shape[-1])) % c.model.vocab_size).cuda()
-    return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous())
+    return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), ())
 
 
 def train(c: Config, steps: int, mode: str | int = "default") -> tuple[State, list[Metrics]]:

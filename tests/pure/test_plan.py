@@ -45,7 +45,7 @@ def test_flops_are_those_of_torchs_counter(q_lora_rank: int | None, shared: int,
     with FlopCounterMode(display=False) as training:
         model.objective(
             params,
-            model.Batch(tokens, tokens),
+            model.Batch(tokens, tokens, ()),
             bias,
             env,
             c,

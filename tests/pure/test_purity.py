@@ -155,7 +155,7 @@ def test_shipped_models_trace_without_memory(path: Path) -> None:
     mixtures = c.num_layers - c.num_dense_layers
     loss, nll, report = model.objective(
         p,
-        Batch(tokens, tokens),
+        Batch(tokens, tokens, ()),
         torch.empty(mixtures, c.moe.num_experts, device="meta"),
         Env(REFERENCE, Rope(half, half)),
         c,

@@ -19,7 +19,7 @@ T = TypeVar("T", bound=attrs.AttrsInstance)
 
 def to_text(value: attrs.AttrsInstance) -> str:
     """The value as indented JSON, ASCII only, with a line break at the end."""
-    return json.dumps(cattrs.Converter().unstructure(value), indent=1) + "\n"
+    return json.dumps(attrs.asdict(value), indent=1) + "\n"
 
 
 def write_record(path: Path, value: attrs.AttrsInstance) -> None:

@@ -19,17 +19,18 @@ import attrs
 import numpy as np
 
 from nmoe.effects import files
-from nmoe.effects.data import shards
+from nmoe.effects.data import sink
 from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data.format import read_manifest, size_problems
 from nmoe.errors import InputError
+from nmoe.pure.prep import MILLION, split_of
 
-__all__ = ["prepare", "prepare_folder", "split_of"]
+__all__ = ["paths", "prepare", "prepare_folder"]
 
 # Raise it when the same files would give other shards.
-FORMAT = 1
-# Part of what a split is: another salt is another split.
-SPLIT_SALT = b"nmoe stdlib split"
-SPLIT_PERCENT = (("train", 96), ("validation", 2), ("test", 2))
+FORMAT = 2
+SPLITS = ("train", "validation", "test")
+VALIDATION = TEST = MILLION * 2 // 100
 # Tests, other people's packages, and what differs between two builds of the same Python.
 SKIPPED_FOLDERS = ("test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__")
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
@@ -79,24 +80,11 @@ def prepare_folder(root: Path, cache: Path, tokenizer_size: int, say: Callable[[
     return folder
 
 
-def split_of(digest: bytes) -> str:
-    """The split of the file with this content digest: 96 % train, 2 % validation, 2 % test, the same everywhere.
-
-    Equal files share a digest and so a split: no held-out text was trained on under another name.
-    """
-    draw = int.from_bytes(hashlib.sha256(SPLIT_SALT + digest).digest(), "big") % 100
-    for split, percent in SPLIT_PERCENT:
-        if draw < percent:
-            return split
-        draw -= percent
-    raise ValueError(f"SPLIT_PERCENT: percentages that add up to 100, got {SPLIT_PERCENT}; mend them")
-
-
 def _read_sources(root: Path) -> list[_Source]:
     """The files of the corpus, by path. Empty ones, of which a library has many, are left out: they teach nothing."""
     sources: list[_Source] = []
     problems: list[str] = []
-    for path in _paths(root):
+    for path in paths(root):
         content = path.read_bytes()
         try:
             text = content.decode(tokenize.detect_encoding(io.BytesIO(content).readline)[0])
@@ -123,7 +111,7 @@ def _read_sources(root: Path) -> list[_Source]:
     return sources
 
 
-def _paths(root: Path) -> list[Path]:
+def paths(root: Path) -> list[Path]:
     """The Python files below `root` that belong to the corpus, by relative path."""
     found: list[Path] = []
     for folder, names, file_names in os.walk(root):
@@ -147,8 +135,7 @@ def _identity(sources: Sequence[_Source], tokenizer_size: int) -> str:
     """Name of the folder made from these files: equal for equal bytes in it."""
     made_from = [
         FORMAT,
-        SPLIT_SALT.decode("ascii"),
-        SPLIT_PERCENT,
+        [VALIDATION, TEST],
         tokenizers.PATTERN,
         tokenizer_size,
         [source.digest.hex() for source in sources],
@@ -164,7 +151,9 @@ def _build(sources: Sequence[_Source], folder: Path, tokenizer_size: int, say: C
     began = time.monotonic()
     for dead in folder.parent.glob(".*.building"):
         shutil.rmtree(dead)
-    parts = {split: [s for s in sources if split_of(s.digest) == split] for split, _ in SPLIT_PERCENT}
+    parts: dict[str, list[_Source]] = {split: [] for split in SPLITS}
+    for source in sources:
+        parts[split_of(source.digest, validation=VALIDATION, test=TEST)].append(source)
     if empty := [split for split, part in parts.items() if not part]:
         raise InputError(
             f"{folder.parent}: a file for each split, got none of {len(sources)} for {', '.join(empty)}; "
@@ -179,7 +168,7 @@ def _build(sources: Sequence[_Source], folder: Path, tokenizer_size: int, say: C
 
     temporary = folder.with_name(f".{folder.name}.building")
     try:
-        manifest = shards.write(temporary, trained, {split: documents(split) for split in parts})
+        manifest = sink.write(temporary, trained, {split: documents(split) for split in parts})
         os.rename(temporary, folder)
         files.sync_folder(folder.parent)
     finally:
@@ -228,8 +217,8 @@ def _alone(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
 def _check(folder: Path) -> None:
     """Refuse a folder that lost something since it was made: names, sizes and the tokenizer; `open_split` hashes."""
     try:
-        manifest = shards.read_manifest(folder)
-        if problems := [line for split in manifest.splits for line in shards.size_problems(folder, manifest, split)]:
+        manifest = read_manifest(folder)
+        if problems := [line for split in manifest.splits for line in size_problems(folder, manifest, split)]:
             raise InputError(*problems)
     except InputError as error:
         remedy = f"{folder}: a whole folder, got the damage above; delete it to have it made again"

@@ -17,11 +17,11 @@ import tiktoken
 from nmoe.effects.data.records import read_record, write_record
 from nmoe.errors import InputError
 
-__all__ = ["END_OF_TEXT", "FILE", "PATTERN", "Tokenizer", "byte_lengths", "encoding", "load", "save", "train"]
+__all__ = ["END_OF_TEXT", "FILE", "PATTERN", "Tokenizer", "byte_lengths", "encoding", "load", "make", "save", "train"]
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
-FORMAT = 1
+FORMAT = 2
 
 # Made for source code. A line break (blank lines included) and the indentation after it are one piece, so that a block
 # costs one token a line; the break is no part of the punctuation before it, so that a prompt may end in ":". A word
@@ -32,7 +32,10 @@ PATTERN = r"(?:[ \t]*\r?\n)+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{
 
 @attrs.frozen(kw_only=True)
 class Tokenizer:
-    """A byte-pair vocabulary: the 256 bytes, the merges in the order they were learnt, end of text last."""
+    """A byte-pair vocabulary in order of rank, end of text behind it.
+
+    Ids from the last rank to `size` that are not `end_of_text` are other special tokens, which no text gives.
+    """
 
     name: str
     pattern: str
@@ -51,6 +54,7 @@ class _Stored:
     pattern: str
     tokens: tuple[str, ...]
     end_of_text: int
+    size: int
     identity: str
 
 
@@ -111,7 +115,8 @@ def train(texts: Iterable[str], size: int, say: Callable[[str], None]) -> Tokeni
             "lower it or give more text"
         )
     say(f"tokenizer: {size} tokens learnt in {time.monotonic() - began:.1f} s")
-    return _tokenizer(f"bpe-{size}", PATTERN, [*(bytes([byte]) for byte in range(256)), *merges])
+    tokens = [*(bytes([byte]) for byte in range(256)), *merges]
+    return make(f"bpe-{size}", PATTERN, tokens, end_of_text=size - 1, size=size)
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
@@ -128,6 +133,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
             pattern=tokenizer.pattern,
             tokens=tuple(base64.b64encode(token).decode("ascii") for token in tokens),
             end_of_text=tokenizer.end_of_text,
+            size=tokenizer.size,
             identity=tokenizer.identity,
         ),
     )
@@ -144,11 +150,15 @@ def load(folder: Path) -> Tokenizer:
         tokens = [base64.b64decode(token, validate=True) for token in stored.tokens]
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{path}: tokens in base64, got {error}; prepare the data again") from error
-    found = _tokenizer(stored.name, stored.pattern, tokens)
-    if (found.identity, found.end_of_text) != (stored.identity, stored.end_of_text):
+    if not len(tokens) <= stored.end_of_text < stored.size:
         raise InputError(
-            f"{path}: a tokenizer with identity {stored.identity} and end of text {stored.end_of_text}, "
-            f"got {found.identity} and {found.end_of_text}; prepare the data again"
+            f"{path}: {len(tokens)} tokens <= end_of_text < size, got {stored.end_of_text} and {stored.size}; "
+            "restore the file"
+        )
+    found = make(stored.name, stored.pattern, tokens, end_of_text=stored.end_of_text, size=stored.size)
+    if found.identity != stored.identity:
+        raise InputError(
+            f"{path}: a tokenizer with identity {stored.identity}, got {found.identity}; prepare the data again"
         )
     return found
 
@@ -163,7 +173,6 @@ def encoding(tokenizer: Tokenizer) -> tiktoken.Encoding:
         pat_str=tokenizer.pattern,
         mergeable_ranks=dict(tokenizer.ranks),
         special_tokens={END_OF_TEXT: tokenizer.end_of_text},
-        explicit_n_vocab=tokenizer.size,
     )
 
 
@@ -175,16 +184,20 @@ def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
-def _tokenizer(name: str, pattern: str, tokens: list[bytes]) -> Tokenizer:
-    """The value with these tokens in order of rank."""
-    specials = {END_OF_TEXT: len(tokens)}
-    said = json.dumps([pattern, [token.hex() for token in tokens], specials])
+def make(name: str, pattern: str, tokens: list[bytes], *, end_of_text: int, size: int) -> Tokenizer:
+    """The value with these tokens in order of rank. Its identity is a hash of everything but the name.
+
+    The size is hashed where it does not follow from the rest.
+    """
+    specials = {END_OF_TEXT: end_of_text}
+    follows = size == end_of_text + 1 == len(tokens) + 1
+    said = json.dumps([pattern, [token.hex() for token in tokens], specials, *([] if follows else [size])])
     return Tokenizer(
         name=name,
         pattern=pattern,
         ranks={token: rank for rank, token in enumerate(tokens)},
-        end_of_text=len(tokens),
-        size=len(tokens) + 1,
+        end_of_text=end_of_text,
+        size=size,
         identity=hashlib.sha256(said.encode("utf-8")).hexdigest(),
     )
 

@@ -74,9 +74,9 @@ def attend_mla(
     return Attend.apply(q, kv, k_rope, start, scale, forward, tiles)
 
 
-def attend_mla_cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, *, scale: float) -> Tensor:
+def attend_mla_cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
     """`attend_mla` with cuDNN's own backward pass, whose gradient of `q` differs from run to run in the last bits."""
-    check(q, kv, k_rope, (), scale=scale, forward="cudnn")
+    check(q, kv, k_rope, start, scale=scale, forward="cudnn")
     return AttendCudnn.apply(q, kv, k_rope, scale)
 
 

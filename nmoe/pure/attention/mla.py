@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.init import normal, ones, residual
-from nmoe.pure.rope import Rope, magnitude, rotate
+from nmoe.pure.rope import Rope, document_positions, magnitude, rotate
 from nmoe.pure.spec import Role, blueprint, param
 from nmoe.pure.tree import record
 
@@ -79,15 +79,17 @@ def mla(
     turn: Callable[..., tuple[Tensor, Tensor]],
     attend: Callable[..., Tensor],
     c: sections.Mla,
+    start: Tensor | tuple[()] = (),
     *,
     eps: float,
 ) -> Tensor:
-    """Causal latent attention of each sequence over itself.
+    """Causal latent attention of each sequence, or each of its documents, over itself.
 
     x        [B T D]   normed block input
     norm     `rms_norm` or a kernel that implements it
     turn     `rotate_mla` or a kernel that implements it; it may take over the memory of its first argument
     attend   `attend_mla` or a kernel that implements it
+    start    [B T] i32 or ()   as in `attend_mla`
     returns  [B T D]
     Source:  DeepSeek-V2 (arXiv:2405.04434) eq. 9-19, without the inference-time absorption.
     """
@@ -95,9 +97,10 @@ def mla(
     query, latent, k_rope = (x @ p.down).split((query_width, c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
     if isinstance(p.query, QueryUp):
         query = norm(query, p.query.norm, eps=eps) @ p.query.up.flatten(1)
-    q, k_rope = turn(query.unflatten(-1, (c.num_heads, -1)), k_rope, rope)
+    at = document_positions(start) if isinstance(start, Tensor) else ()
+    q, k_rope = turn(query.unflatten(-1, (c.num_heads, -1)), k_rope, rope, at)
     kv = (norm(latent, p.norm, eps=eps) @ p.up.flatten(1)).unflatten(-1, (c.num_heads, -1))
-    o = attend(q, kv, k_rope, scale=scale(c))
+    o = attend(q, kv, k_rope, start, scale=scale(c))
     return o.flatten(-2) @ p.out.flatten(0, 1)
 
 
@@ -114,12 +117,13 @@ def rotate_mla(q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[
     return torch.cat((q_nope, rotate(q_rope, rope, positions)), dim=-1), rotate(k_rope, rope, positions)
 
 
-def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, *, scale: float) -> Tensor:
+def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
     """Causal softmax attention; a head's key is its own part of `kv` beside the shared `k_rope`.
 
-    q        [B T H C]   the last P channels are rotated
-    kv       [B T H Z]   C - P channels of key, then U of value
-    k_rope   [B T P]     rotated key, shared by all heads
+    q        [B T H C]         the last P channels are rotated
+    kv       [B T H Z]         C - P channels of key, then U of value
+    k_rope   [B T P]           rotated key, shared by all heads
+    start    [B T] i32 or ()   query i sees the keys start[i]..i; (): the keys up to i
     returns  [B T H U]
     Cost:    2·B·T²·H·(C + U) FLOPs as executed, half of them above the diagonal.
     """
@@ -128,4 +132,14 @@ def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, *, scale: float) -> Tensor
     k_nope, v = kv.split((nope, kv.shape[-1] - nope), dim=-1)
     k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)), dim=-1)
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    if isinstance(start, Tensor):
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(start)[:, None], scale=scale)
+    else:
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return o.transpose(1, 2)
+
+
+def visible(start: Tensor) -> Tensor:
+    """Which keys each query sees: [B T T] bool, queries before keys, from `start` [B T]."""
+    position = torch.arange(start.shape[1], device=start.device)
+    return (start[:, :, None] <= position) & (position <= position[:, None])

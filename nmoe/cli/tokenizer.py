@@ -1,0 +1,71 @@
+"""`nmoe data tokenizer`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from nmoe.cli.parser import Verbs, add, group
+
+__all__ = ["verbs"]
+
+
+def verbs(data: Verbs) -> None:
+    """Make, add and list tokenizers."""
+    tokenizer = group(data, "tokenizer", "make, add and list tokenizers")
+
+    train = add(
+        tokenizer, "train", _train, "train byte-pair encoding on a source", "configs/sources/stdlib.toml --size 4096"
+    )
+    train.add_argument("source", type=Path, metavar="SOURCE", help="TOML file; its `tokenizer` is the name to give")
+    train.add_argument("--size", type=int, default=32768, metavar="N", help="tokens (default: %(default)s)")
+    train.add_argument("--name", help="name to give instead")
+    train.add_argument(
+        "--megabytes", type=int, default=500, metavar="N", help="text to learn from at most (default: %(default)s)"
+    )
+
+    added = add(
+        tokenizer, "add", _add, "add a published tokenizer from its file", "o200k_harmony --from o200k_base.tiktoken"
+    )
+    added.add_argument("name", metavar="NAME", help="o200k_harmony")
+    added.add_argument(
+        "--from", dest="path", type=Path, required=True, metavar="FILE", help="file of ranks, or its .gz"
+    )
+
+    add(tokenizer, "list", _list, "list the tokenizers of this machine", "")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from nmoe.config.source import load_source
+    from nmoe.effects import files
+    from nmoe.effects.data import vocabulary
+
+    source, home = load_source(args.source), files.home(os.environ)
+    name = args.name or source.tokenizer
+    base = args.source.parent.resolve()
+    trained = vocabulary.learn(source, base, args.size, args.megabytes * 1_000_000, _say, home)
+    folder = vocabulary.install(trained, name, home)
+    _say(f"{folder}: {trained.size} tokens, identity {trained.identity}")
+    return 0
+
+
+def _add(args: argparse.Namespace) -> int:
+    from nmoe.effects import files
+    from nmoe.effects.data import vocabulary
+
+    tokenizer = vocabulary.add(args.name, args.path)
+    folder = vocabulary.install(tokenizer, args.name, files.home(os.environ))
+    _say(f"{folder}: {tokenizer.size} tokens, identity {tokenizer.identity}")
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from nmoe.effects import files
+    from nmoe.effects.data import vocabulary
+
+    return vocabulary.list_tokenizers(files.home(os.environ), _say)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

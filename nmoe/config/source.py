@@ -1,0 +1,190 @@
+"""A source: one TOML that says which texts become shards, and what is done to them on the way.
+
+As strict as a training config: no value is coerced, no key ignored, everything wrong is said at once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import attrs
+
+from nmoe.config.check import out_of_bounds
+from nmoe.config.convert import structure
+from nmoe.config.fields import table
+from nmoe.config.sections import setting
+from nmoe.config.toml import dotted, printable, read
+from nmoe.errors import InputError
+
+__all__ = [
+    "Clean",
+    "Deduplicate",
+    "Files",
+    "Filter",
+    "Hub",
+    "Input",
+    "Jsonl",
+    "Library",
+    "Parquet",
+    "Source",
+    "Splits",
+    "canonical",
+    "load_source",
+]
+
+
+@attrs.frozen(kw_only=True)
+class Files:
+    """Text or code, a document a file."""
+
+    kind: ClassVar[str] = "files"
+
+    paths: tuple[str, ...] = setting("folders, files and globs (** crosses folders), relative to this TOML")
+    exclude: tuple[str, ...] = setting("globs of what is left out", default=())
+
+
+@attrs.frozen(kw_only=True)
+class Jsonl:
+    """A document a line of JSON; .gz and .zst are read as they are."""
+
+    kind: ClassVar[str] = "jsonl"
+
+    paths: tuple[str, ...] = setting("folders, files and globs, relative to this TOML")
+    exclude: tuple[str, ...] = setting("globs of what is left out", default=())
+    text_field: str = setting("key of the text", default="text")
+    id_field: str | None = setting("key of the document's id, which must not repeat; absent: no ids", default=None)
+
+
+@attrs.frozen(kw_only=True)
+class Parquet:
+    """A document a row."""
+
+    kind: ClassVar[str] = "parquet"
+
+    paths: tuple[str, ...] = setting("folders, files and globs, relative to this TOML")
+    exclude: tuple[str, ...] = setting("globs of what is left out", default=())
+    text_field: str = setting("column of the text", default="text")
+    id_field: str | None = setting("column of the document's id, which must not repeat; absent: no ids", default=None)
+
+
+@attrs.frozen(kw_only=True)
+class Hub:
+    """A data set that the package `datasets` finds: its JSONL or Parquet files are listed, then read as above."""
+
+    kind: ClassVar[str] = "hub"
+
+    dataset: str = setting("name or folder of the data set")
+    subset: str | None = setting("configuration of the data set; absent: its default", default=None)
+    split: str = setting("split of the data set", default="train")
+    text_field: str = setting("key of the text", default="text")
+    id_field: str | None = setting("key of the document's id, which must not repeat; absent: no ids", default=None)
+
+
+@attrs.frozen(kw_only=True)
+class Library:
+    """The running Python's standard library, without its tests."""
+
+    kind: ClassVar[str] = "stdlib"
+
+
+Input = Files | Jsonl | Parquet | Hub | Library
+
+
+@attrs.frozen(kw_only=True)
+class Clean:
+    """What happens to a text before anything else. For code write unicode = "keep" and control = "keep"."""
+
+    unreadable: Literal["error", "skip"] = setting(
+        "files and records that can not be read: stop, or leave out and count", default="error"
+    )
+    invalid_utf8: Literal["error", "replace"] = setting(
+        "bytes that are not UTF-8: stop, or write U+FFFD for each and count", default="error"
+    )
+    unicode: Literal["nfc", "keep"] = setting("Unicode normal form", default="nfc")
+    control: Literal["remove", "keep"] = setting("control characters other than tab and line breaks", default="remove")
+
+
+@attrs.frozen(kw_only=True)
+class Filter:
+    """Which documents stay. Empty ones never do."""
+
+    min_chars: int = setting("shortest document", unit="characters", default=1, low=1)
+    max_bytes: int = setting(
+        "longest document; a longer one is passed over unread", unit="bytes", default=100_000_000, low=1
+    )
+    max_repetition: float = setting(
+        "largest share of characters in lines that the document had before", default=1.0, low=0, high=1
+    )
+    max_symbols: float = setting(
+        "largest share of characters that are neither word characters nor white space", default=1.0, low=0, high=1
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Deduplicate:
+    """Of equal or similar documents the first stays: by file name, then by place in the file."""
+
+    exact: bool = setting("remove documents with the text of an earlier one", default=True)
+    near: float | None = setting(
+        "remove documents this similar (Jaccard of word shingles, by MinHash) to an earlier one; absent: none are",
+        default=None,
+        low=0.3,
+        high=0.99,
+    )
+    permutations: int = setting("length of a MinHash", default=128, low=16, high=1024)
+    shingle_words: int = setting("words in a shingle", default=5, low=1, high=50)
+
+
+@attrs.frozen(kw_only=True)
+class Splits:
+    """Shares of the held-out splits. A hash of its text says which split a document is in, here and everywhere."""
+
+    validation: float = setting("share of documents, to the millionth", default=0.02, low=0, high=0.5)
+    test: float = setting("share of documents, to the millionth", default=0.02, low=0, high=0.5)
+
+
+@attrs.frozen(kw_only=True)
+class Source:
+    """A whole source."""
+
+    tokenizer: str = setting("name of a tokenizer (`nmoe data tokenizer list`), or the path of a tokenizer.json")
+    tokens_per_shard: int = setting("tokens a shard holds at most", unit="tokens", default=100_000_000, low=1)
+    task_bytes: int = setting(
+        "input that one task reads, the unit of work that a crash can lose", unit="bytes", default=64 << 20, low=1
+    )
+    input: Files | Jsonl | Parquet | Hub | Library = setting("what is read; `kind` chooses the table's keys")
+    clean: Clean = setting("what is done to a text", default=attrs.Factory(Clean))
+    filter: Filter = setting("which documents stay", default=attrs.Factory(Filter))
+    deduplicate: Deduplicate = setting("which repeated documents go", default=attrs.Factory(Deduplicate))
+    splits: Splits = setting("what is held out", default=attrs.Factory(Splits))
+
+
+def load_source(path: Path) -> Source:
+    """The source of a TOML file, checked.
+
+    Raises:  InputError with everything that is wrong, each with file, line and key.
+    """
+    document = read(path)
+    name = printable(str(path))
+
+    def place(key: tuple[str, ...]) -> str:
+        while key and key not in document.lines:
+            key = key[:-1]
+        return f"{name}:{document.lines[key]}" if key else name
+
+    source = structure(document.tables, Source)
+    if isinstance(source, tuple):
+        raise InputError(*(f"{place(fault.path)}: {dotted(fault.path)}: {fault.text}" for fault in source))
+    problems = [f"{place(key)}: {dotted(key)}: {text}" for key, text in out_of_bounds(source)]
+    if not isinstance(source.input, Hub | Library) and not source.input.paths:
+        problems.append(f"{place(('input', 'paths'))}: input.paths: at least one path, got none; name one")
+    if problems:
+        raise InputError(*problems)
+    return source
+
+
+def canonical(source: Source) -> str:
+    """The source as JSON with every key, the same for equal sources."""
+    return json.dumps(table(source), sort_keys=True)

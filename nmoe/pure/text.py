@@ -1,0 +1,63 @@
+"""What is done to a text, and what is asked of it, before it is tokenized."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+
+__all__ = ["drop_reason", "normalize", "pieces", "shingles"]
+
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+ORDINARY = re.compile(r"[\w\s]+")
+WORD = re.compile(r"\w+")
+
+
+def normalize(text: str, *, nfc: bool, control: bool) -> str:
+    """The text, in normal form C if `nfc`, if `control` without control characters other than tab and line breaks."""
+    if control and CONTROL.search(text):
+        text = CONTROL.sub("", text)
+    return unicodedata.normalize("NFC", text) if nfc else text
+
+
+def drop_reason(text: str, *, min_chars: int, max_repetition: float, max_symbols: float) -> str | None:
+    """Why a document is left out, or None.
+
+    min_chars       fewest characters
+    max_repetition  largest share of its characters that stand in lines it had before
+    max_symbols     largest share of its characters that are neither word characters nor white space
+    """
+    if not text or text.isspace():
+        return "empty"
+    if len(text) < min_chars:
+        return "short"
+    if max_symbols < 1 and len(ORDINARY.sub("", text)) > max_symbols * len(text):
+        return "symbols"
+    if max_repetition < 1 and _repeated(text) > max_repetition * len(text):
+        return "repetition"
+    return None
+
+
+def pieces(text: str, most: int) -> Iterator[str]:
+    """The text in pieces of at most `most` characters, cut after a line break where there is one, else anywhere."""
+    start = 0
+    while len(text) - start > most:
+        end = text.rfind("\n", start, start + most) + 1
+        end = end if end > start else start + most
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def shingles(text: str, words: int) -> Iterator[str]:
+    """Every run of `words` words of the text, in lower case, words alone; a shorter text is one shingle."""
+    found = WORD.findall(text.lower())
+    for start in range(max(1, len(found) - words + 1)):
+        yield " ".join(found[start : start + words])
+
+
+def _repeated(text: str) -> int:
+    """Characters in lines that occurred before."""
+    counts = Counter(line for line in text.split("\n") if line.strip())
+    return sum(len(line) * (count - 1) for line, count in counts.items())

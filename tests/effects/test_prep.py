@@ -451,7 +451,7 @@ def test_a_full_disk_is_told_and_what_is_done_stays(home: Path, monkeypatch: pyt
     def full(*args: object) -> None:
         if next(calls) == 20:
             raise OSError(28, "No space left on device")
-        save(*args)  # pyright: ignore[reportArgumentType]
+        save(*args)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     monkeypatch.setattr(np, "save", full)
     refused(home, body, "room and permission to read and write, got No space left on device; ")

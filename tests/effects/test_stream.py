@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import numpy as np
@@ -279,7 +280,8 @@ def test_an_id_beyond_the_vocabulary_is_found_when_the_shard_is_read(folder: Pat
 
 def test_documents_of_one_source_are_told_apart_by_end_of_text(folder: Path) -> None:
     split = shards.open_split(folder / "books", "train", 300)
-    sizes = {"batch_size": 4, "microbatch_size": 2, "sequence_length": T, "rank": 0, "world": 1, "key": KEY}
+    sizes: dict[str, Any] = {"batch_size": 4, "microbatch_size": 2, "sequence_length": T, "rank": 0, "world": 1}
+    sizes["key"] = KEY
     plain, masked = open_loader(split, **sizes)(0), open_loader(split, end_of_text=279, **sizes)(0)
     assert plain.start == () and isinstance(masked.start, torch.Tensor)
     assert torch.equal(plain.tokens, masked.tokens) and masked.start.dtype == torch.int32

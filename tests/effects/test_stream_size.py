@@ -63,9 +63,11 @@ def test_ten_trillion_tokens(tmp_path: Path) -> None:
     began = time.process_time()
     blend = plan_blend(load_mixture(tmp_path / "mix.toml"), "full_train", sequence_length=4096, active_parameters=0)
     planned = time.process_time()
-    splits = [lazy.open_lazily(path, each, "train") for path, each in zip(blend.folders, blend.manifests, strict=True)]
+    opened_splits = [
+        lazy.open_lazily(path, each, "train") for path, each in zip(blend.folders, blend.manifests, strict=True)
+    ]
     sizes_ = {"batch_size": 1024, "microbatch_size": 8, "sequence_length": 4096}
-    read = open_stream(splits, blend.stream, rank=3, world=128, key=Key(0), **sizes_)
+    read = open_stream(opened_splits, blend.stream, rank=3, world=128, key=Key(0), **sizes_)
     opened = time.process_time()
 
     assert planned - began < 2 and opened - began < 5

@@ -85,7 +85,7 @@ def test_a_replayed_step_is_the_eager_one_bit_for_bit() -> None:
         losses: list[float] = []
         for _ in range(12):
             tokens = torch.randint(c.model.vocab_size, (2, 4, c.train.sequence_length + 1), generator=generator).cuda()
-            state, metrics = step(state, Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()))
+            state, metrics = step(state, Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), ()))
             losses.append(metrics.loss.item())
         found.append((losses, state))
     (losses, one), (again, two) = found

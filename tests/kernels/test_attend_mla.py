@@ -183,8 +183,9 @@ def test_slices_of_wider_products_are_read_where_they_lie() -> None:
 )
 def test_what_the_kernels_do_not_take(sizes: Any, change: dict[str, Any], told: str) -> None:
     operands, _ = sample(1, 3, 1, sizes, dtype=torch.float32)
+    options: dict[str, Any] = {"scale": 0.3, **change}
     with pytest.raises(InputError, match=told):
-        kernel.attend_mla(*operands, **{"scale": 0.3, **change})
+        kernel.attend_mla(*operands, **options)
 
 
 def test_formats_are_one() -> None:

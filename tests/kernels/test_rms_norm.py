@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import attrs
 import pytest
 import torch
+from torch import Tensor
 
 from nmoe.effects.kernels.rms_norm import TILE, add_rms_norm, rms_norm
 from nmoe.effects.kernels.tile import Tile
@@ -55,7 +58,7 @@ def test_the_sum_is_rounded_before_it_is_normed() -> None:
 
 def test_the_norm_of_the_sum_can_be_made_again_from_the_sum() -> None:
     """Bit for bit, by the other kernel: what recomputation in the backward pass relies on."""
-    x, y, gain = normal(9, 100), normal(9, 100, seed=1), normal(100, seed=2)
+    x, y, gain = normal(9, 100).half(), normal(9, 100, seed=1).half(), normal(100, seed=2)
     total, normed = add_rms_norm(x, y, gain, eps=EPS)
     assert torch.equal(total, x + y)
     assert torch.equal(normed, rms_norm(total, gain, eps=EPS))
@@ -103,6 +106,26 @@ def test_last_axis_apart_and_pulls_expanded() -> None:
         ours = torch.autograd.grad(fn(leaves[0].T, leaves[1]).sum(), leaves)
         right = torch.autograd.grad(plain(leaves[0].T, leaves[1], eps=EPS).sum(), leaves)
         torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
+
+
+def test_pulls_that_are_slices_of_wider_rows() -> None:
+    """What the backward pass of `cat` hands over."""
+    leaves = [normal(6, 9).requires_grad_(), normal(6, 9, seed=1).requires_grad_(), normal(9, seed=2).requires_grad_()]
+    pull = normal(6, 18, seed=3)
+    for ours, plain in ((rms_norm, norm.rms_norm), (add_rms_norm, norm.add_rms_norm)):
+        found, right = (
+            torch.autograd.grad(torch.cat(results(fn, leaves), -1), leaves, pull, allow_unused=True)
+            for fn in (ours, plain)
+        )
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+def results(fn: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
+    """Two results of a norm: the sum and its norm, or the same norm of two inputs."""
+    x, y, gain = leaves
+    if fn in (add_rms_norm, norm.add_rms_norm):
+        return list(fn(x, y, gain, eps=EPS))
+    return [fn(x, gain, eps=EPS), fn(y, gain, eps=EPS)]
 
 
 def test_small_and_large_rows() -> None:

@@ -32,10 +32,11 @@ def scrambled(batch: int, length: int, kind: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("positions", [None, torch.int32, torch.int64])
 @pytest.mark.parametrize("shape", [(2, 37, 3, 24, 8), (1, 1, 1, 12, 6), (3, 5, 2, 48, 16)])
 def test_as_the_reference(shape: tuple[int, ...], positions: torch.dtype | None, dtype: torch.dtype) -> None:
-    q, k_rope, rope = sample(*shape, dtype)
-    placed = () if positions is None else scrambled(*shape[:2], positions)
+    batch, length, heads, channels, turned = shape
+    q, k_rope, rope = sample(batch, length, heads, channels, turned, dtype)
+    placed = () if positions is None else scrambled(batch, length, positions)
     leaves = [q.clone().requires_grad_(), k_rope.clone().requires_grad_()]
-    theirs = rotate_mla(*leaves, rope, placed)
+    theirs = rotate_mla(*leaves, rope=rope, positions=placed)
     gates = [torch.randn(each.shape, generator=torch.Generator().manual_seed(2)).to(dtype) for each in theirs]
     expected = [*theirs, *torch.autograd.grad(theirs, leaves, gates)]
 
@@ -43,7 +44,7 @@ def test_as_the_reference(shape: tuple[int, ...], positions: torch.dtype | None,
     wide = torch.cat((torch.zeros(*q.shape[:2], 8, dtype=dtype), q.flatten(2)), -1)
     mine = [wide[..., 8:].unflatten(-1, q.shape[2:]).requires_grad_(), k_rope.requires_grad_()]
     kept = k_rope.detach().clone()
-    ours = kernel.rotate_mla_(*mine, rope, placed, tile=TILE)
+    ours = kernel.rotate_mla_(*mine, rope=rope, positions=placed, tile=TILE)
     found = [*ours, *torch.autograd.grad(ours, mine, [each.clone() for each in gates])]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
@@ -60,9 +61,9 @@ def test_an_extended_table_stretches_forward_and_backward_alike() -> None:
     q, k_rope, rope = sample(1, 9, 2, 12, 4, torch.float32)
     rope = Rope(1.5 * rope.cos, 1.5 * rope.sin)
     leaves = [q.clone().requires_grad_(), k_rope.clone().requires_grad_()]
-    expected = torch.autograd.grad([each.square().sum() for each in rotate_mla(*leaves, rope)], leaves)
+    expected = torch.autograd.grad([each.square().sum() for each in rotate_mla(*leaves, rope=rope)], leaves)
     mine = [q.clone().requires_grad_(), k_rope.clone().requires_grad_()]
-    ours = kernel.rotate_mla_(*mine, rope, tile=TILE)
+    ours = kernel.rotate_mla_(*mine, rope=rope, tile=TILE)
     found = torch.autograd.grad([each.square().sum() for each in ours], mine)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

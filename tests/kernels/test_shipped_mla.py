@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ def request(name: str, tile: Tile, documents: bool) -> Request:
     if name == "dq":
         types |= {"do": block(m, "value"), "dq": block(m, "nope"), "dq_rope": block(m, "rope")}
         types |= {"top": "*fp32", "delta": "*fp32", "padded": "i32"}
-    constants = {"m_size": m, "n_size": n, "together": tile.k, "documents": documents, **SIZES}
+    constants: dict[str, Any] = {"m_size": m, "n_size": n, "together": tile.k, "documents": documents, **SIZES}
     masks = "end" if name == "dkv" else "start"
     if documents:
         types[masks] = "*i32"

@@ -65,7 +65,7 @@ def attend_mla(
     k_rope   [B T P]         rotated key, shared by all heads
     start    [B T] i32 | ()  query i sees keys start[i]..i; must not decrease along T. (): all keys up to i
     scale    factor on the scores, positive
-    forward  whose forward pass: cuDNN's is the faster one and knows no `start`
+    forward  whose forward pass: cuDNN's is the faster one; it knows no `start`, and a single position is ours
     returns  [B T H U]
     Raises:  InputError for formats and sizes that the kernels do not take.
     Cost:    forward 2·(C + U), backward 2·(4·C + 3·U) FLOPs for each pair of query and visible key, times H.
@@ -120,7 +120,7 @@ class Attend(torch.autograd.Function):
     ) -> Tensor:
         """Output, and the logarithm of each row's sum of exponentials kept for backward."""
         q, kv, k_rope = (readable(each) for each in (q, kv, k_rope))
-        if forward == "cudnn":
+        if forward == "cudnn" and q.shape[1] > 1:
             o, lse = cudnn_forward(q, kv, k_rope, scale)
         else:
             o, lse = triton_forward(q, kv, k_rope, start, scale, tiles.forward)

@@ -16,7 +16,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from nmoe.config import load_valid, sections
 from nmoe.pure import model, tree
 from nmoe.pure.attention.mla import mla
-from nmoe.pure.experts import dispatch
 from nmoe.pure.model import Batch
 from nmoe.pure.ops import REFERENCE, Env, Ops
 from nmoe.pure.optim import Moments, adamw
@@ -40,16 +39,13 @@ def routing() -> Routing:
 def calls() -> dict[str, Call]:
     """Arguments for every operation."""
     x = normal(6, 5)
-    rows = dispatch(x, routing(), num_experts=4)
     return {
         "norm": ((x, normal(5)), {"eps": 1e-6}),
         "add_norm": ((x, normal(6, 5, seed=1), normal(5)), {"eps": 1e-6}),
         "swiglu": ((normal(6, 2, 5),), {}),
         "rotate_mla": ((normal(2, 6, 3, 8), normal(2, 6, 4), Rope(normal(6, 2), normal(6, 2))), {}),
         "attend_mla": ((normal(2, 6, 3, 8), normal(2, 6, 3, 9), normal(2, 6, 4)), {"scale": 0.3}),
-        "dispatch": ((x, routing()), {"num_experts": 4}),
-        "experts": ((rows, normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
-        "combine": ((normal(12, 5), rows, routing()), {}),
+        "mixture": ((x, routing(), normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
         "linear_cross_entropy": (
             (x, normal(5, 9), torch.tensor([1, -1, 3, 0, 8, 2])),
             {"chunk": 4, "logit_scale": 0.5, "z_loss": 0.1},

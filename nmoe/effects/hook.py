@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,28 +20,32 @@ def start(command: str, alert: Mapping[str, Any], timeout_s: float, failed: Call
     failed   told when the command cannot start, takes too long, or exits with another code than 0
     returns  the thread that waits for it
     """
-
-    def wait() -> None:
-        try:
-            done = subprocess.run(
-                command,
-                shell=True,
-                input=json.dumps(alert) + "\n",
-                text=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=timeout_s,
-                start_new_session=True,
-                errors="replace",
-            )
-        except subprocess.TimeoutExpired:
-            failed(f"log.alert_command: ends within {timeout_s:g} s, got none; it was killed")
-        except OSError as error:
-            failed(f"log.alert_command: can be started, got {error.strerror}")
-        else:
-            if done.returncode:
-                failed(f"log.alert_command: exits with 0, got {done.returncode}: {done.stderr.strip()[-300:]}")
-
-    thread = threading.Thread(target=wait, name="alert command", daemon=True)
+    thread = threading.Thread(
+        target=_wait, args=(command, json.dumps(alert) + "\n", timeout_s, failed), name="alert command", daemon=True
+    )
     thread.start()
     return thread
+
+
+def _wait(command: str, text: str, timeout_s: float, failed: Callable[[str], None]) -> None:
+    # files rather than pipes: what the command leaves running can hold neither of them against this thread
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as told:
+        given.write(text.encode())
+        given.seek(0)
+        try:
+            process = subprocess.Popen(
+                command, shell=True, stdin=given, stdout=subprocess.DEVNULL, stderr=told, start_new_session=True
+            )
+        except OSError as error:
+            failed(f"log.alert_command: can be started, got {error.strerror}")
+            return
+        try:
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            failed(f"log.alert_command: ends within {timeout_s:g} s, got none; it was killed")
+            return
+        if code:
+            told.seek(0)
+            failed(f"log.alert_command: exits with 0, got {code}: {told.read(300).decode(errors='replace').strip()}")

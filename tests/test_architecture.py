@@ -24,7 +24,7 @@ COMPOSES = ("bench", "corpus", "evaluate", "generate", "monitor", "plan", "repor
 SHARED = ("files", "ops", "runtime")
 """Modules of effects that every other one may import."""
 
-INSIDE = (("checkpoint", "checkpoint"), ("data", "data"), ("ops", "kernels"), ("viz", "viz"))
+INSIDE = (("checkpoint", "checkpoint"), ("data", "data"), ("ops", "kernels"), ("sinks", "follow"), ("viz", "viz"))
 """Packages of effects whose files may import each other, and the one importer of the kernels."""
 
 NEVER_IN_PURE = (

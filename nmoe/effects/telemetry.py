@@ -88,9 +88,7 @@ def _throttle(nvml: Any, reasons: int) -> list[str]:
 
 
 @contextmanager
-def sampling(
-    folder: Path, every_s: float, *, cuda: bool, append: Append, event: Callable[..., None]
-) -> Iterator[None]:
+def sampling(folder: Path, every_s: float, *, cuda: bool, append: Append, event: Callable[..., None]) -> Iterator[None]:
     """Append a reading every `every_s` seconds until the block ends; the first at once.
 
     cuda    whether the run computes on a GPU
@@ -130,7 +128,10 @@ def _nvml(event: Callable[..., None]) -> Any:
     try:
         import pynvml
     except ImportError as error:
-        event("telemetry_failed", error=f'GPU figures need the extra `telemetry`, got {error}; pip install "nmoe[telemetry]"')
+        event(
+            "telemetry_failed",
+            error=f'GPU figures need the extra `telemetry`, got {error}; pip install "nmoe[telemetry]"',
+        )
         return None
     try:
         pynvml.nvmlInit()

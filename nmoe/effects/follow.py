@@ -52,6 +52,8 @@ class Line:
 class Sink(Protocol):
     """A target that is open."""
 
+    remembers: bool  # whether it knows itself which lines it has
+
     def write(self, lines: list[Line]) -> int:
         """Take lines, durably; returns what the position keeps of the target."""
         ...
@@ -149,8 +151,11 @@ def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bo
         raise InputError(f"RUN: the folder of a run, got {folder}, which has no config.toml; see `nmoe runs list`")
     record = folder / "track" / f"{name}.json"
     record.parent.mkdir(exist_ok=True)
-    position, began, first = _load(record), time.monotonic(), _load(record).index
+    position = _load(record)
     with open_sink(folder, position) as sink:
+        if sink.remembers:  # it may have less than was given to it, and drops what it has
+            position = Position()
+        began, first = time.monotonic(), position.index
         while True:
             why = "told" if once else ended(folder)  # before reading: what was written until then is read
             metrics = folder / METRICS
@@ -161,9 +166,7 @@ def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bo
                 files.write_text(record, json.dumps(attrs.asdict(position)))
                 rate = (position.index - first) / (time.monotonic() - began)
                 size = metrics.stat().st_size
-                say(
-                    f"{name}  step {last.step}  line {position.index}  {100 * last.end / size:.0f} %  {rate:.0f} lines/s"
-                )
+                say(f"{name}  step {last.step}  {position.index} lines  {100 * last.end / size:.0f} %  {rate:.0f}/s")
             if why is not None:
                 say(f"{name}  {folder.name} {why}, {position.index} lines")
                 return 0

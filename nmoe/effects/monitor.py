@@ -1,4 +1,4 @@
-"""What watches a run: heartbeat, telemetry, loads of every expert, alerts and the footer, opened and closed together."""
+"""What watches a run: heartbeat, telemetry, loads of every expert, alerts, footer; opened and closed together."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """The targets of `nmoe track`: each takes lines in order and keeps none twice, also when it was killed between two.
 
 TensorBoard's file is cut to the length the position holds. W&B drops a step it has, so a line's number is its step.
-MLflow and Trackio keep what they are given: they are asked how far they are when the follower opens.
+MLflow is asked which line it has last. Trackio cannot be asked: a follower killed between two positions tells it the
+lines between them once more.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +41,8 @@ def _module(name: str, extra: str) -> Any:
 class TensorBoard:
     """One event file in the run folder. A new attempt is a session start: the reader drops the steps it repeats."""
 
+    remembers = False
+
     def __init__(self, file: Any, record: Any, event: Any, summary: Any) -> None:
         self._file, self._record, self._event, self._summary = file, record, event, summary
 
@@ -73,8 +75,10 @@ def tensorboard(folder: Path, position: Position) -> Iterator[Sink]:
         raise InputError(
             f"{path}: as long as track/tensorboard.json says, got less; remove the track folder to begin anew"
         )
-    with open(path, "ab") as file:
+    path.touch()
+    with open(path, "r+b") as file:
         file.truncate(position.target)
+        file.seek(position.target)
         sink = TensorBoard(file, records.RecordWriter(file), event, summary)
         if position.target == 0:
             sink._put(event.Event(wall_time=0.0, file_version="brain.Event:2"))
@@ -83,6 +87,8 @@ def tensorboard(folder: Path, position: Position) -> Iterator[Sink]:
 
 class Wandb:
     """A run of W&B whose step is the number of the line; `step` is a metric and the axis of the others."""
+
+    remembers = True
 
     def __init__(self, run: Any, first: int) -> None:
         self._run, self._first = run, first
@@ -109,6 +115,8 @@ def wandb(folder: Path, position: Position) -> Iterator[Sink]:
 class Trackio:
     """A run of Trackio: it takes what comes, by step."""
 
+    remembers = False
+
     def __init__(self, module: Any) -> None:
         self._module = module
 
@@ -132,6 +140,8 @@ def trackio(folder: Path, position: Position) -> Iterator[Sink]:
 class Mlflow:
     """A run of MLflow. The line's number is one of its metrics, the last of each line to be written."""
 
+    remembers = True
+
     def __init__(self, client: Any, run_id: str, metric: Any, first: int) -> None:
         self._client, self._run_id, self._metric, self._first = client, run_id, metric, first
 
@@ -141,7 +151,7 @@ class Mlflow:
                 continue
             stamp = round(1000 * line.time)
             values = {**line.values, "attempt": float(line.attempt), "line": float(line.index)}
-            metrics = [self._metric(k, v, stamp, line.step) for k, v in values.items() if not math.isinf(v)]
+            metrics = [self._metric(k, v, stamp, line.step) for k, v in values.items()]
             for begin in range(0, len(metrics), 1000):  # the most that one call may hold
                 self._client.log_batch(self._run_id, metrics=metrics[begin : begin + 1000])
         return 0

@@ -100,12 +100,13 @@ def sampling(folder: Path, every_s: float, *, cuda: bool, append: Append, event:
 
     def loop() -> None:
         nvml, told = _nvml(event) if cuda else None, ""
+        failures = (OSError, psutil.Error) if nvml is None else (OSError, psutil.Error, nvml.NVMLError)
         while True:
             try:
                 readings = [] if nvml is None else gpus(nvml)
                 append({"elapsed_s": time.monotonic() - began, "gpus": readings, "host": host(folder)})
                 told = ""
-            except (OSError, psutil.Error) + (() if nvml is None else (nvml.NVMLError,)) as error:
+            except failures as error:
                 if str(error) != told:
                     told = str(error)
                     event("telemetry_failed", error=f"{type(error).__name__}: {error}")

@@ -23,9 +23,26 @@ def verbs(root: Verbs) -> None:
     step.add_argument("--against", choices=("transformers",), help="time the same model there too")
     step.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)")
 
+    log = add(
+        bench,
+        "log",
+        _bench_log,
+        "time what a logged step writes",
+        "configs/quickstart.toml --model.num_layers=61 --model.moe.num_experts=256",
+        config=True,
+    )
+    log.add_argument("--steps", type=int, default=1000, metavar="N", help="reports to time (default: %(default)s)")
+
 
 def _bench_step(args: argparse.Namespace) -> int:
     loaded = load(args)
     from nmoe.effects import bench
 
     return bench.step(loaded.config, args.against, args.steps)
+
+
+def _bench_log(args: argparse.Namespace) -> int:
+    loaded = load(args)
+    from nmoe.effects import bench_log
+
+    return bench_log.log(loaded.config, args.steps)

@@ -299,6 +299,17 @@ FREE_ON_RESUME = {
     "run.name",
     "parallel.ranks",
     "log.every",
+    "log.arrays_every",
+    "log.telemetry_every_s",
+    "log.heartbeat_every_s",
+    "log.footer",
+    "log.alert_spike",
+    "log.alert_dead",
+    "log.alert_drop",
+    "log.alert_wait",
+    "log.alert_disk_gb",
+    "log.alert_command",
+    "log.alert_timeout_s",
 }
 
 
@@ -307,7 +318,8 @@ def test_identity_is_of_what_must_not_change() -> None:
     name = "--run.name=first"
     before = load(path, {}, (name,))
     for key, source in before.sources.items():
-        value = {"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"}.get(
+        log = {"footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"}
+        value = {"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x", **log}.get(
             key.split(".")[-1], "77"
         )
         if not key.endswith(".kind"):

@@ -18,7 +18,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "schedule")
 """Modules of pure that may import the section classes of a config."""
 
-COMPOSES = ("bench", "corpus", "evaluate", "generate", "kernel_bench", "plan", "reading", "report", "run")
+COMPOSES = (
+    *("bench", "bench_log", "corpus", "evaluate", "generate", "kernel_bench", "monitor", "plan", "reading", "report"),
+    "run",
+)
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 
 SHARED = ("files", "ops", "runtime")
@@ -29,6 +32,7 @@ INSIDE = (
     ("data", "data"),
     ("ops", "kernels"),
     ("ops", "tuning"),
+    ("sinks", "follow"),
     ("tuning", "kernels"),
     ("viz", "viz"),
 )

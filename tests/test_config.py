@@ -304,11 +304,23 @@ FREE_ON_RESUME = {
     "run.name",
     "parallel.ranks",
     "log.every",
+    "log.arrays_every",
+    "log.telemetry_every_s",
+    "log.heartbeat_every_s",
+    "log.footer",
+    "log.alert_spike",
+    "log.alert_dead",
+    "log.alert_drop",
+    "log.alert_wait",
+    "log.alert_disk_gb",
+    "log.alert_command",
+    "log.alert_timeout_s",
 }
 
 
 OTHER_VALUES = {
     **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
+    **{"footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
 }
 """Other values of the keys that are no numbers."""

@@ -37,6 +37,15 @@ def verbs(root: Verbs) -> None:
     loader.add_argument(
         "--pause", type=float, default=0.05, metavar="S", help="seconds a step takes (default: %(default)s)"
     )
+    log = add(
+        bench,
+        "log",
+        _bench_log,
+        "time what a logged step writes",
+        "configs/quickstart.toml --model.num_layers=61 --model.moe.num_experts=256",
+        config=True,
+    )
+    log.add_argument("--steps", type=int, default=1000, metavar="N", help="reports to time (default: %(default)s)")
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
@@ -57,3 +66,10 @@ def _bench_loader(args: argparse.Namespace) -> int:
     from nmoe.effects import reading, runtime
 
     return reading.bench(loaded.config, runtime.launch(os.environ), steps=args.steps, pause_s=args.pause)
+
+
+def _bench_log(args: argparse.Namespace) -> int:
+    loaded = load(args)
+    from nmoe.effects import bench_log
+
+    return bench_log.log(loaded.config, args.steps)

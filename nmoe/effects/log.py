@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,26 +45,36 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _unheard(event: Mapping[str, Any]) -> None:
+    """For a log nobody listens to."""
+
+
 @attrs.frozen(kw_only=True)
 class Log:
-    """Where a run writes what happens to it."""
+    """Where a run writes what happens to it; threads may share it."""
 
     folder: Path
     attempt: int
     metrics_file: TextIO
     events_file: TextIO
+    heard: Callable[[Mapping[str, Any]], None] = _unheard  # called with each event after it is written
+    lock: threading.RLock = attrs.field(factory=threading.RLock)  # a line is written whole
 
     def metrics(self, **fields: Any) -> None:
         """Append one line of metrics. Writes: metrics.rank0.jsonl."""
-        self._append(self.metrics_file, {"attempt": self.attempt, "time": now(), **fields})
+        self.append(self.metrics_file, fields)
 
     def event(self, name: str, **fields: Any) -> None:
         """Append one event. Writes: events.jsonl."""
-        self._append(self.events_file, {"time": now(), "event": name, "attempt": self.attempt, **fields})
+        self.append(self.events_file, {"event": name, **fields})
+        self.heard({"event": name, **fields})
 
-    def _append(self, file: TextIO, fields: Mapping[str, Any]) -> None:
-        file.write(json.dumps(plain(fields), allow_nan=False) + "\n")
-        file.flush()
+    def append(self, file: TextIO, fields: Mapping[str, Any]) -> None:
+        """Append one line with the attempt and the time. Writes: `file`."""
+        line = json.dumps(plain({"attempt": self.attempt, "time": now(), **fields}), allow_nan=False) + "\n"
+        with self.lock:
+            file.write(line)
+            file.flush()
 
 
 def create_folder(root: Path, name: str, contents: Mapping[str, str]) -> Path:

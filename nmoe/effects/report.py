@@ -11,6 +11,7 @@ from nmoe.config import Config
 from nmoe.effects import runtime
 from nmoe.effects.evaluate import Held
 from nmoe.effects.log import Log, say
+from nmoe.effects.monitor import Monitor
 from nmoe.effects.plan import duration, quantity
 from nmoe.effects.step import Metrics, State, learning_rates
 from nmoe.pure.route import health
@@ -27,6 +28,7 @@ class Report:
     log: Log
     flops: int  # of training, a token
     began: float  # monotonic seconds
+    monitor: Monitor
 
     def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
         """Report the last step; times are means over the `steps` since the previous report.
@@ -40,12 +42,13 @@ class Report:
         mfu = rate * self.flops / (self.rt.world * self.rt.peak_flops)
         rates = learning_rates(self.config, state.step - 1)
         loss, norm = metrics.loss.item(), metrics.grad_norm.item()
-        shape = health(metrics.load.cpu())
+        load = metrics.load.cpu()
+        shape = health(load)
         held = runtime.memory_bytes(self.rt.device)
         skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
         elapsed = time.monotonic() - self.began
         first = self.config.model.num_dense_layers
-        self.log.metrics(
+        fields = dict(
             step=state.step,
             elapsed_s=elapsed,
             tokens_global=state.step * tokens,
@@ -71,6 +74,8 @@ class Report:
                 "bias_max": state.router_bias.amax(-1).tolist(),
             },
         )
+        self.log.metrics(**fields)
+        self.monitor.step(fields, load)
         eta = elapsed / state.step * (train.steps - state.step)
         say(
             f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "

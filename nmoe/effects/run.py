@@ -23,6 +23,7 @@ from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.evaluate import Held, evaluate
 from nmoe.effects.generate import extend
 from nmoe.effects.log import create_folder, open_log, say
+from nmoe.effects.monitor import watching
 from nmoe.effects.plan import duration, quantity, render
 from nmoe.effects.prefetch import prefetching
 from nmoe.effects.report import Report
@@ -200,8 +201,15 @@ def main(config: Config, sources: Mapping[str, str], command: Sequence[str], lab
         )
 
     began = time.monotonic()
+    flops = planned.flops.training()
     ahead = prefetching(corpus.read, batch_size=config.train.batch_size, depth=config.data.prefetch, device=rt.device)
-    with open_log(folder, attempt=1) as log, runtime.stop_on_signals() as stop, ahead as read:
+    with (
+        open_log(folder, attempt=1) as opened,
+        watching(config, opened, flops=flops, world=1, cuda=device.type == "cuda", step=state.step) as monitor,
+        runtime.stop_on_signals() as stop,
+        ahead as read,
+    ):
+        log = monitor.log
         log.event(
             "start",
             pid=os.getpid(),
@@ -210,7 +218,7 @@ def main(config: Config, sources: Mapping[str, str], command: Sequence[str], lab
             active_parameters=planned.parameters.active,
             yardstick={"unigram": corpus.unigram, "bigram": corpus.bigram},
         )
-        report = Report(config=config, rt=rt, log=log, flops=planned.flops.training(), began=began)
+        report = Report(config=config, rt=rt, log=log, flops=flops, began=began, monitor=monitor)
         try:
             state, finite = train_until(config, state, step, read, validate, report, clock, stop)
             held = validate(state) if finite and stop.signal is None else None
@@ -247,7 +255,9 @@ def _end(
             f"validation     {held.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram {corpus.bigram:.4f}; "
             f"{held.bits_per_byte:.4f} bits/byte"
         )
-        say(f"sample         {SAMPLE_PROMPT!r} continued:\n{sample(config, corpus, state, env)}")
+        text = sample(config, corpus, state, env)
+        log.event("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
+        say(f"sample         {SAMPLE_PROMPT!r} continued:\n{text}")
     status = "finished" if stop.signal is None else "interrupted"
     why = {} if stop.signal is None else {"signal": stop.signal.name}
     log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), **why)

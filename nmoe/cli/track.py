@@ -1,0 +1,36 @@
+"""`nmoe track`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nmoe.cli.parser import Verbs, add
+
+__all__ = ["verbs"]
+
+
+def verbs(root: Verbs) -> None:
+    """Tell other trackers."""
+    track = add(root, "track", _track, "tell another tracker what a run writes", "--to tensorboard runs/NAME")
+    track.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    track.add_argument(
+        "--to", required=True, choices=("tensorboard", "wandb", "trackio", "mlflow"), help="the other tracker"
+    )
+    track.add_argument(
+        "--every", type=float, default=2.0, metavar="S", help="seconds between looks (default: %(default)s)"
+    )
+    track.add_argument("--once", action="store_true", help="tell what there is, and stop")
+
+
+def _track(args: argparse.Namespace) -> int:
+    from nmoe.effects import follow, sinks
+
+    return follow.follow(
+        args.folder,
+        args.to,
+        sinks.opener(args.to),
+        every_s=args.every,
+        once=args.once,
+        say=lambda line: print(line, flush=True),
+    )

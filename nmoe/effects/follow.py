@@ -1,0 +1,173 @@
+"""`nmoe track`: tell another tracker what a run's files say. A process of its own that only reads the run's files.
+
+How far it has come stands in `track/<target>.json` in the run folder, written after the target has the lines before it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+
+from nmoe.effects import files
+from nmoe.errors import InputError
+
+__all__ = ["Line", "Position", "Sink", "ended", "follow", "new_lines", "numbers"]
+
+METRICS = "metrics.rank0.jsonl"
+BLOCK = 1 << 20
+STALE = 10
+"""Heartbeats missed before a run counts as dead."""
+
+
+@attrs.frozen(kw_only=True)
+class Position:
+    """How far a follower has come."""
+
+    offset: int = 0  # bytes of METRICS
+    index: int = 0  # lines of METRICS
+    attempt: int = 0  # of the last line
+    target: int = 0  # what the target keeps of itself: bytes of its file
+
+
+@attrs.frozen(kw_only=True)
+class Line:
+    """One whole line of metrics."""
+
+    index: int
+    end: int  # offset after it
+    time: float  # seconds since 1970
+    step: int
+    attempt: int
+    new_attempt: bool  # whether the line before was of another attempt
+    values: Mapping[str, float]
+
+
+class Sink(Protocol):
+    """A target that is open."""
+
+    remembers: bool  # whether it knows itself which lines it has
+
+    def write(self, lines: list[Line]) -> int:
+        """Take lines, durably; returns what the position keeps of the target."""
+        ...
+
+
+Open = Callable[[Path, Position], AbstractContextManager[Sink]]
+
+
+def numbers(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a line by its path; lists by layer, where the table names its layers; not by time or attempt."""
+    layers = fields.get("layer")
+    for key, value in fields.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, bool) or name in ("attempt", "time", "step", "experts/layer"):
+            continue
+        if isinstance(value, int | float):
+            yield name, float(value)
+        elif value in ("nan", "inf", "-inf"):
+            yield name, float(value)
+        elif isinstance(value, dict):
+            yield from numbers(value, f"{name}/")
+        elif isinstance(value, list) and isinstance(layers, list):
+            pairs = dict(zip((str(layer) for layer in layers), value, strict=False))
+            yield from numbers(pairs, f"{name}/")
+
+
+def new_lines(path: Path, position: Position) -> list[Line]:
+    """The whole lines after a position, a block at most; a last line without its line end is one being written.
+
+    Raises:  InputError when a whole line is not one of a run's.
+    """
+    with open(path, "rb") as file:
+        file.seek(position.offset)
+        block = file.read(BLOCK)
+        while block and b"\n" not in block and (more := file.read(BLOCK)):
+            block += more
+    lines: list[Line] = []
+    end, attempt = position.offset, position.attempt
+    for raw in block[: block.rfind(b"\n") + 1].splitlines(keepends=True):
+        end += len(raw)
+        index = position.index + len(lines)
+        try:
+            fields = json.loads(raw)
+            line = Line(
+                index=index,
+                end=end,
+                time=datetime.fromisoformat(fields["time"]).timestamp(),
+                step=fields["step"],
+                attempt=fields["attempt"],
+                new_attempt=fields["attempt"] != attempt,
+                values=dict(numbers(fields)),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: one JSON object a line with time, step and attempt, got {raw[:60]!r} in line {index + 1}; "
+                "mend or remove it"
+            ) from error
+        attempt = line.attempt
+        lines.append(line)
+    return lines
+
+
+def ended(folder: Path) -> str | None:
+    """Why no more lines will come: how the run ended, or that its heart stands still; None while it may go on."""
+    try:
+        beat = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "has no run.json"
+    if beat["status"] not in ("starting", "running"):
+        return beat["status"]
+    age = (datetime.now(UTC) - datetime.fromisoformat(beat["heartbeat"])).total_seconds()
+    return f"dead: no heartbeat for {age:.0f} s" if age > STALE * beat["heartbeat_every_s"] else None
+
+
+def _load(path: Path) -> Position:
+    """The position in a file; the beginning when there is none."""
+    if not path.exists():
+        return Position()
+    try:
+        return Position(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: a position of `nmoe track`, got {error}; remove the track folder to begin anew"
+        ) from error
+
+
+def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bool, say: Callable[[str], None]) -> int:
+    """Tell a target every line, once, until the run has ended.
+
+    name   of the target
+    once   stop at the last line there is
+    Raises:  InputError when the folder is not a run's, or a line is not a line.
+    """
+    if not (folder / "config.toml").is_file():
+        raise InputError(f"RUN: the folder of a run, got {folder}, which has no config.toml; see `nmoe runs list`")
+    record = folder / "track" / f"{name}.json"
+    record.parent.mkdir(exist_ok=True)
+    position = _load(record)
+    with open_sink(folder, position) as sink:
+        if sink.remembers:  # it may have less than was given to it, and drops what it has
+            position = Position()
+        began, first = time.monotonic(), position.index
+        while True:
+            why = "told" if once else ended(folder)  # before reading: what was written until then is read
+            metrics = folder / METRICS
+            while metrics.exists() and (lines := new_lines(metrics, position)):
+                target = sink.write(lines)
+                last = lines[-1]
+                position = Position(offset=last.end, index=last.index + 1, attempt=last.attempt, target=target)
+                files.write_text(record, json.dumps(attrs.asdict(position)))
+                rate = (position.index - first) / (time.monotonic() - began)
+                size = metrics.stat().st_size
+                say(f"{name}  step {last.step}  {position.index} lines  {100 * last.end / size:.0f} %  {rate:.0f}/s")
+            if why is not None:
+                say(f"{name}  {folder.name} {why}, {position.index} lines")
+                return 0
+            time.sleep(every_s)

@@ -1,0 +1,160 @@
+"""Alerts: rules over what a run tells of itself. State goes in and comes out; an alert is told when its rule begins to
+hold, and again only after it has ceased to."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import attrs
+
+__all__ = ["Alert", "History", "Limits", "Seen", "judge"]
+
+WINDOW = 50
+"""Reports that a spike or a drop is measured against."""
+
+ENOUGH = 10
+"""Reports in the window before anything is compared with it."""
+
+
+@attrs.frozen(kw_only=True)
+class Limits:
+    """When each rule holds."""
+
+    spike: float  # loss above the window's median, in deviations
+    dead: float  # share of a layer's experts without a token
+    drop: float  # share of the window's median throughput that is lost
+    wait: float  # share of a step spent waiting for data
+    disk_bytes: float  # free where the run is written
+
+
+@attrs.frozen(kw_only=True)
+class Seen:
+    """What one report tells."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    nonfinite_steps: int  # since the start
+    dead: float  # largest share of a layer's experts without a token
+    tokens_per_s: float
+    wait: float  # share of a step spent waiting for data
+    disk_bytes: float
+
+
+@attrs.frozen(kw_only=True)
+class History:
+    """What the rules remember of earlier reports."""
+
+    losses: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
+    nonfinite_steps: int = 0
+    holding: frozenset[str] = frozenset()
+
+
+@attrs.frozen(kw_only=True)
+class Alert:
+    """One thing a person should look at."""
+
+    rule: str
+    severity: str  # "error" or "warning"
+    message: str
+
+
+def judge(limits: Limits, history: History, seen: Seen) -> tuple[History, tuple[Alert, ...]]:
+    """Apply every rule to one report.
+
+    returns  the history with this report, and the alerts whose rule holds now and did not before
+    """
+    found = tuple(
+        alert
+        for alert in (
+            _nonfinite(history, seen),
+            _spike(limits, history, seen),
+            _dead(limits, seen),
+            _drop(limits, history, seen),
+            _wait(limits, seen),
+            _disk(limits, seen),
+        )
+        if alert is not None
+    )
+    after = History(
+        losses=_recent(history.losses, seen.loss),
+        rates=_recent(history.rates, seen.tokens_per_s),
+        nonfinite_steps=max(history.nonfinite_steps, seen.nonfinite_steps),
+        holding=frozenset(alert.rule for alert in found),
+    )
+    return after, tuple(alert for alert in found if alert.rule not in history.holding)
+
+
+def _recent(values: tuple[float, ...], value: float) -> tuple[float, ...]:
+    """The window with one more value; what is not finite is left out, or it would hide every later spike."""
+    return (*values, value)[-WINDOW:] if math.isfinite(value) else values
+
+
+def _nonfinite(history: History, seen: Seen) -> Alert | None:
+    if math.isfinite(seen.loss) and math.isfinite(seen.grad_norm) and seen.nonfinite_steps <= history.nonfinite_steps:
+        return None
+    return Alert(
+        rule="nonfinite",
+        severity="error",
+        message=f"loss {seen.loss}, gradient norm {seen.grad_norm}, {seen.nonfinite_steps} non-finite steps so far",
+    )
+
+
+def _spike(limits: Limits, history: History, seen: Seen) -> Alert | None:
+    if len(history.losses) < ENOUGH or not math.isfinite(seen.loss):
+        return None
+    middle = statistics.median(history.losses)
+    # 1.4826 makes the median deviation of a normal distribution its standard deviation; a floor for flat windows
+    spread = max(1.4826 * statistics.median(abs(loss - middle) for loss in history.losses), 0.01 * abs(middle))
+    if seen.loss <= middle + limits.spike * spread:
+        return None
+    return Alert(
+        rule="spike",
+        severity="warning",
+        message=f"loss {seen.loss:.4f} against a median of {middle:.4f}, over {limits.spike:g} deviations above",
+    )
+
+
+def _dead(limits: Limits, seen: Seen) -> Alert | None:
+    if seen.dead <= limits.dead:
+        return None
+    return Alert(
+        rule="dead_experts",
+        severity="warning",
+        message=f"{100 * seen.dead:.0f} % of a layer's experts got no token, over {100 * limits.dead:g} %",
+    )
+
+
+def _drop(limits: Limits, history: History, seen: Seen) -> Alert | None:
+    if len(history.rates) < ENOUGH:
+        return None
+    usual = statistics.median(history.rates)
+    if seen.tokens_per_s >= (1 - limits.drop) * usual:
+        return None
+    return Alert(
+        rule="throughput",
+        severity="warning",
+        message=f"{seen.tokens_per_s:.0f} tokens/s against a median of {usual:.0f}",
+    )
+
+
+def _wait(limits: Limits, seen: Seen) -> Alert | None:
+    if seen.wait <= limits.wait:
+        return None
+    return Alert(
+        rule="loader_wait",
+        severity="warning",
+        message=f"{100 * seen.wait:.0f} % of the step waits for data, over {100 * limits.wait:g} %",
+    )
+
+
+def _disk(limits: Limits, seen: Seen) -> Alert | None:
+    if seen.disk_bytes >= limits.disk_bytes:
+        return None
+    return Alert(
+        rule="disk",
+        severity="error",
+        message=f"{seen.disk_bytes / 1e9:.1f} GB free where the run is written, under {limits.disk_bytes / 1e9:g} GB",
+    )

@@ -1,0 +1,109 @@
+"""What watches a run: real threads, real files, real commands."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from rich.console import Console
+
+from nmoe.effects import footer, heartbeat, hook, telemetry
+from nmoe.effects.log import open_log
+from nmoe.effects.monitor import ARRAYS, watching
+from tests.effects.tiny import tiny
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def fields(step: int, **other: Any) -> dict[str, Any]:
+    return {
+        **{"step": step, "tokens_global": 32 * step, "loss": 2.0, "grad_norm": 1.0, "nonfinite_steps": 0},
+        **{"tokens_per_s": 1e5, "step_s": 0.1, "experts": {"layer": [1, 2], "dead": [0, 0]}, **other},
+    }
+
+
+def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
+    config = tiny()
+    settings = attrs.evolve(config.log, arrays_every=2, alert_disk_gb=0.0)
+    settings = attrs.evolve(settings, alert_command=f"cat > {tmp_path}/told; echo oh >&2; exit 3")
+    config = attrs.evolve(config, log=settings)
+    load = torch.arange(16).reshape(2, 8)
+    with open_log(tmp_path, attempt=4) as opened:
+        with watching(config, opened, flops=7, world=1, cuda=False, step=0) as monitor:
+            for step in (1, 2, 3):
+                monitor.step(fields(step, experts={"layer": [1, 2], "dead": [0, int(step == 3)]}), load)
+            monitor.log.event("end", status="finished", step=3)
+    beat = json.loads((tmp_path / heartbeat.FILE).read_text())
+    assert (beat["status"], beat["step"], beat["steps"], beat["layers"]) == ("finished", 3, 10, [1, 2])
+    assert (beat["num_experts"], beat["top_k"], beat["tokens_per_step"], beat["flops_per_token"]) == (8, 2, 32, 7)
+    arrays = lines(tmp_path / ARRAYS)
+    assert [(line["step"], line["load"], line["attempt"]) for line in arrays] == [
+        (1, load.tolist(), 4),
+        (3, load.tolist(), 4),
+    ]
+    events = {line["event"]: line for line in lines(tmp_path / "events.jsonl")}
+    assert (events["alert"]["rule"], events["alert"]["step"], events["alert"]["attempt"]) == ("dead_experts", 3, 4)
+    assert events["alert_command_failed"]["error"] == "log.alert_command: exits with 0, got 3: oh"
+    assert json.loads((tmp_path / "told").read_text())["rule"] == "dead_experts"
+    (reading, *_) = lines(tmp_path / telemetry.FILE)
+    assert reading["attempt"] == 4 and reading["gpus"] == [] and reading["host"]["disk_free_bytes"] > 0
+
+
+def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None:
+    problems: list[str] = []
+    begin = time.monotonic()
+    thread = hook.start(f"(sleep 2; touch {tmp_path}/late) & wait", {}, 0.2, problems.append)
+    assert time.monotonic() - begin < 0.1
+    thread.join()
+    assert problems == ["log.alert_command: ends within 0.2 s, got none; it was killed"]
+    time.sleep(2.2)
+    assert not (tmp_path / "late").exists()
+
+
+def test_telemetry_that_fails_is_told_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    calls: list[int] = []
+
+    def broken(folder: Path) -> dict[str, Any]:
+        calls.append(1)
+        raise OSError("no figures")
+
+    monkeypatch.setattr(telemetry, "host", broken)
+    with telemetry.sampling(
+        tmp_path, 0.01, cuda=False, append=lambda line: None, event=lambda name, **_: told.append(name)
+    ):
+        while len(calls) < 3:
+            time.sleep(0.01)
+    assert told == ["telemetry_failed"]
+
+
+def test_a_heartbeat_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: Path) -> None:
+    problems: list[str] = []
+    heart = heartbeat.Heart({"status": "running"}, lambda: "now")
+    with heartbeat.beating(tmp_path / "gone", heart, 0.01, problems.append):
+        time.sleep(0.1)
+    assert problems[0].startswith("run.json: can be written, got No such file")
+
+
+def test_no_footer_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    with footer.shown(10, wanted=True, console=lambda: Console(file=out)) as foot:
+        foot.step(5, 2.0)
+    assert out.getvalue() == ""
+
+
+def test_the_footer_on_a_terminal() -> None:
+    out = io.StringIO()
+    with footer.shown(10, wanted=True, console=lambda: Console(file=out, force_terminal=True, width=80)) as foot:
+        foot.step(4, 3.0)
+        foot.step(5, float("nan"))
+        foot.event({"event": "alert", "message": "loss nan"})
+    assert "50.0 %  step 5/10" in out.getvalue() and "▁x" in out.getvalue() and "alert  loss nan" in out.getvalue()

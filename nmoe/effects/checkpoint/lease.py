@@ -103,8 +103,7 @@ def hold(fs: Fs, root: Path, taken: Iterable[int]) -> Iterator[Lease]:
         try:
             yield lease
         finally:
-            if fs.is_at(handle, path):
-                _write(fs, lease, released=True)
+            _release(fs, lease)
     finally:
         fs.close(handle)
 
@@ -119,6 +118,20 @@ def check(fs: Fs, lease: Lease) -> None:
             f"{lease.path}: this trainer, attempt {lease.attempt}, holds the folder, got a file that somebody else "
             "removed or wrote; end the other trainer and start this one again"
         )
+
+
+def _release(fs: Fs, lease: Lease) -> None:
+    """Say that the folder is free, unless somebody else already took it.
+
+    Raises:  InputError when that cannot be written.
+    """
+    try:
+        if fs.is_at(lease.handle, lease.path):
+            _write(fs, lease, released=True)
+    except OSError as error:
+        raise InputError(
+            f"{lease.path}: says that the folder is free, got {error.strerror or error}; another host has to delete it"
+        ) from error
 
 
 def _write(fs: Fs, lease: Lease, *, released: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("kills", [40, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [20, pytest.param(1000, marks=pytest.mark.long)])
 def test_a_killed_writer_loses_nothing_that_was_told(tmp_path: Path, kills: int) -> None:
     command = [sys.executable, "-m", "tests.effects.killed", str(tmp_path / "checkpoints"), str(kills), "11"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from nmoe.cli.parser import Verbs, add, group, load
 
@@ -22,6 +23,9 @@ def verbs(root: Verbs) -> None:
     )
     step.add_argument("--against", choices=("transformers",), help="time the same model there too")
     step.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)")
+    data = add(bench, "data", _bench_data, "time preparation against the bare tokenizer", "--megabytes 200")
+    data.add_argument("--megabytes", type=int, default=64, metavar="N", help="text to prepare (default: %(default)s)")
+    data.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
 
 
 def _bench_step(args: argparse.Namespace) -> int:
@@ -29,3 +33,10 @@ def _bench_step(args: argparse.Namespace) -> int:
     from nmoe.effects import bench
 
     return bench.step(loaded.config, args.against, args.steps)
+
+
+def _bench_data(args: argparse.Namespace) -> int:
+    from nmoe.effects import files
+    from nmoe.effects.data import bench
+
+    return bench.preparation(args.megabytes, args.workers, files.home(os.environ), lambda line: print(line, flush=True))

@@ -248,8 +248,10 @@ def _claimed(out: Path, tokenizer: Tokenizer, planned: Plan, *, shared: bool) ->
         except BlockingIOError as error:
             raise InputError(f"{out}: no other process preparing it, got one; wait for its end") from error
         if (out / MANIFEST).exists():
-            report = _finished(out, planned)
-            shutil.rmtree(out / WORK)
+            try:
+                report = _finished(out, planned)
+            finally:
+                shutil.rmtree(out / WORK)
             yield report
             return
         path = out / WORK / PLAN

@@ -120,7 +120,9 @@ def _now() -> np.ndarray:
 
 
 def _built(folder: Path, number: int, workers: int) -> tuple[float, float]:
-    """Seconds, of the clock and of this process's processor, that the tokenizing pass of preparation takes: read, clean, tokenize, hash, write, make durable.
+    """Seconds, of the clock and of this process's processor, that the tokenizing pass of preparation takes.
+
+    The pass reads, cleans, tokenizes, hashes, writes and makes durable.
 
     The processes have been started, as they are for all but the first seconds of a real preparation.
     """
@@ -128,7 +130,7 @@ def _built(folder: Path, number: int, workers: int) -> tuple[float, float]:
     items = find(source.input, folder, skip_unreadable=False, say=str)
     out = folder / f"out{number}"
     (out / ".work").mkdir(parents=True)
-    (out / tokenizers.FILE).write_bytes((folder / tokenizers.FILE).read_bytes())
+    (out / ".work" / tokenizers.FILE).write_bytes((folder / tokenizers.FILE).read_bytes())
     works = works_of(source, items, out / ".work")
     with open_pool(workers=workers, dask=None) as pool:
         for _ in run(survey, works, pool):

@@ -223,8 +223,12 @@ def _fold(out: Path, tokenizer: Tokenizer, planned: Plan, works: Sequence[Work])
         tokens_out={split: sum(each.tokens for each in placed) for split, placed in receipts.items()},
         bytes_out={split: sum(each.bytes for each in placed) for split, placed in receipts.items()},
     )
-    write_record(out / REPORT, report)
-    commit(out, tokenizer, receipts)
+    write_record(out / WORK / REPORT, report)
+    commit(out / WORK, tokenizer, receipts)
+    # Made beside the plan and moved, so that a crash leaves nothing half written outside.
+    for name in (tokenizers.FILE, REPORT, MANIFEST):
+        os.replace(out / WORK / name, out / name)
+        files.sync_folder(out)
     shutil.rmtree(out / WORK)
     return report
 
@@ -265,8 +269,8 @@ def _claimed(out: Path, tokenizer: Tokenizer, planned: Plan, *, shared: bool) ->
         if not shared:
             for dead in (out / WORK).glob("*/.*.tmp"):
                 shutil.rmtree(dead)
-        if not (out / tokenizers.FILE).exists():
-            tokenizers.save(tokenizer, out)
+        if not (out / WORK / tokenizers.FILE).exists():
+            tokenizers.save(tokenizer, out / WORK)
         yield None
 
 

@@ -179,7 +179,7 @@ def read_source(folder: Path, source: Source) -> int:
     """Read all documents of a source, as the survey does; how many."""
     items = find(source.input, folder, skip_unreadable=False, say=quiet)
     parts = [part for task in plan(items, 500) for part in task]
-    return sum(1 for part in parts for _ in readers.read(items[part.item], part, source))
+    return sum(1 for part in parts for _ in readers.read(items[part.file], part, source))
 
 
 def source_of(kind: str) -> Source:

@@ -175,7 +175,7 @@ def test_tasks_cover_every_byte_once_in_order(sizes: list[int], task_bytes: int,
     else:
         items = [Item(name="f", path="f", form=form, sizes=(size,), modified_ns=0) for size in sizes]  # pyright: ignore[reportArgumentType]
     tasks = plan(items, task_bytes)
-    found = [(part.item, at) for task in tasks for part in task for at in range(part.start, part.end)]
+    found = [(part.file, at) for task in tasks for part in task for at in range(part.start, part.end)]
     wanted = [
         (index, at)
         for index, item in enumerate(items)

@@ -145,7 +145,7 @@ def _bytes(work: Work) -> int:
     """Bytes of input that a task reads."""
     total = 0
     for part in work.ranges:
-        item = work.items[part.item]
+        item = work.items[part.file]
         total += sum(item.sizes[part.start : part.end]) if item.form == "parquet" else part.end - part.start
     return total
 

@@ -50,6 +50,6 @@ bench: .venv/.dev
 
 .venv/.dev: .venv/.run
 	@echo "setting up .venv to develop: transformers, pytest, ruff, pyright, about a minute"
-	$(INSTALL) --editable '.[data,hf,dev]'
+	$(INSTALL) --editable '.[data,hub,cluster,hf,dev]'
 	touch $@
 	echo "set up in $$SECONDS s"

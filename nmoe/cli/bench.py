@@ -46,6 +46,9 @@ def verbs(root: Verbs) -> None:
         config=True,
     )
     log.add_argument("--steps", type=int, default=1000, metavar="N", help="reports to time (default: %(default)s)")
+    data = add(bench, "data", _bench_data, "time preparation against the bare tokenizer", "--megabytes 200")
+    data.add_argument("--megabytes", type=int, default=64, metavar="N", help="text to prepare (default: %(default)s)")
+    data.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
@@ -73,3 +76,10 @@ def _bench_log(args: argparse.Namespace) -> int:
     from nmoe.effects import bench_log
 
     return bench_log.log(loaded.config, args.steps)
+
+
+def _bench_data(args: argparse.Namespace) -> int:
+    from nmoe.effects import files
+    from nmoe.effects.data import bench
+
+    return bench.preparation(args.megabytes, args.workers, files.home(os.environ), lambda line: print(line, flush=True))

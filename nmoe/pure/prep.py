@@ -35,9 +35,12 @@ class Item:
 
 @attrs.frozen(kw_only=True)
 class Range:
-    """Part of an item: the lines that begin in bytes `start` to `end`, row groups `start` to `end`, or all of it."""
+    """Part of an item: the lines that begin in bytes `start` to `end`, row groups `start` to `end`, or all of it.
 
-    item: int
+    file   which item
+    """
+
+    file: int
     start: int
     end: int
 
@@ -55,7 +58,7 @@ def plan(items: Sequence[Item], task_bytes: int) -> tuple[tuple[Range, ...], ...
             room = task_bytes
         room -= size
         last = tasks[-1][-1] if tasks[-1] else None
-        if last is not None and (last.item, last.end) == (part.item, part.start):
+        if last is not None and (last.file, last.end) == (part.file, part.start):
             tasks[-1][-1] = attrs.evolve(last, end=part.end)
         else:
             tasks[-1].append(part)
@@ -81,12 +84,12 @@ def _parts(index: int, item: Item, most: int) -> Iterator[tuple[int, Range]]:
     """The parts of an item that can be a range, with their bytes."""
     total = sum(item.sizes)
     if item.form == "parquet":
-        yield from ((size, Range(item=index, start=at, end=at + 1)) for at, size in enumerate(item.sizes))
+        yield from ((size, Range(file=index, start=at, end=at + 1)) for at, size in enumerate(item.sizes))
     elif item.form == "lines":
         count = -(-total // most)
         edges = [total * part // count for part in range(count)] + [total]
         yield from (
-            (end - start, Range(item=index, start=start, end=end)) for start, end in zip(edges, edges[1:], strict=False)
+            (end - start, Range(file=index, start=start, end=end)) for start, end in zip(edges, edges[1:], strict=False)
         )
     else:
-        yield total, Range(item=index, start=0, end=total)
+        yield total, Range(file=index, start=0, end=total)

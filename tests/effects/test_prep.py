@@ -28,8 +28,10 @@ from nmoe.config.source import load_source
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.execute import open_pool
 from nmoe.effects.data.format import read_manifest
+from nmoe.effects.data.inputs import find
 from nmoe.effects.data.inspect import documents
 from nmoe.effects.data.prep import Report, prepare
+from nmoe.effects.data.survey import cleaned, works_of
 from nmoe.errors import InputError
 from nmoe.pure.prep import Item, plan, split_of
 
@@ -173,7 +175,7 @@ def test_tasks_cover_every_byte_once_in_order(sizes: list[int], task_bytes: int,
     else:
         items = [Item(name="f", path="f", form=form, sizes=(size,), modified_ns=0) for size in sizes]  # pyright: ignore[reportArgumentType]
     tasks = plan(items, task_bytes)
-    found = [(part.item, at) for task in tasks for part in task for at in range(part.start, part.end)]
+    found = [(part.file, at) for task in tasks for part in task for at in range(part.start, part.end)]
     wanted = [
         (index, at)
         for index, item in enumerate(items)
@@ -187,11 +189,16 @@ def test_tasks_cover_every_byte_once_in_order(sizes: list[int], task_bytes: int,
 
 @pytest.mark.parametrize("task_bytes", [1, 7, 300, 10**6])
 def test_lines_are_read_once_wherever_the_file_is_cut(home: Path, task_bytes: int) -> None:
-    (home / "in").mkdir()
     records = [{"text": f"{'x' * number} {number}"} for number in range(12)]
-    (home / "in" / "a.jsonl").write_bytes(b"\n\n" + jsonl(records) + b"\n")
-    prepared(home, f'task_bytes = {task_bytes}\n[input]\nkind = "jsonl"\npaths = ["in"]\n')
-    assert everything(home / "out") == sorted(each["text"] for each in records)
+    (home / "a.jsonl").write_bytes(b"\n\n" + jsonl(records) + b"\n")
+    source = load_source(
+        write_source(home, f'task_bytes = {task_bytes}\n[input]\nkind = "jsonl"\npaths = ["*.jsonl"]\n')
+    )
+    works = works_of(source, find(source.input, home, skip_unreadable=False, say=quiet), home)
+    found = [each for work in works for each in cleaned(work)]
+    assert [each.text for each in found] == [each["text"] for each in records]
+    lines = (home / "a.jsonl").read_bytes()
+    assert all(lines[each.document.position :].startswith(b'{"text": "' + each.text.encode()) for each in found)
 
 
 def test_documents_are_cleaned_filtered_and_counted(home: Path) -> None:
@@ -473,7 +480,7 @@ def test_a_source_says_all_that_is_wrong_with_it(home: Path) -> None:
     assert ":5: input.path: a known key" in told and "did you mean input.paths?" in told
     assert ":7: filter.min_chars: an integer, got" in told
     path = write_source(home, "task_bytes = 0\n[input]\nkind = 'jsonl'\npaths = []\n[deduplicate]\nnear = 1.5\n")
-    with pytest.raises(InputError, match=r":2: task_bytes: at least 1, got 0;[^$]*:6: deduplicate.near: at most 0.99"):
+    with pytest.raises(InputError, match=r":2: task_bytes: at least 1, got 0;[^$]*:7: deduplicate.near: at most 0.99"):
         load_source(path)
     path = write_source(home, "[input]\nkind = 'jsonl'\npaths = 'in'\n")
     with pytest.raises(InputError, match="input.paths: an array of strings, got"):
@@ -487,7 +494,7 @@ def test_the_shipped_sources_are_valid(name: str) -> None:
 
 # Who does the work, and what kills it.
 
-CORPUS = "task_bytes = 9000\n[input]\nkind = 'jsonl'\npaths = ['in']\nid_field = 'id'\n[deduplicate]\nnear = 0.8\n"
+CORPUS = "task_bytes = 30000\n[input]\nkind = 'jsonl'\npaths = ['in']\nid_field = 'id'\n[deduplicate]\nnear = 0.8\n"
 
 
 @pytest.fixture
@@ -544,15 +551,15 @@ def members(session: int) -> list[int]:
     return found
 
 
-def killed_and_started_again(corpus: Path, seed: int, workers: int) -> None:
-    """Kill a preparation at a random moment, start it again, and compare."""
-    draw = random.Random(seed)
+def killed_and_started_again(corpus: Path, seed: int, workers: int, lasts_s: float) -> None:
+    """Kill a preparation at a random moment of the time it takes, start it again, and compare."""
     out = f"out{seed}"
     process = started(corpus, out, "--workers", str(workers))
     deadline = time.monotonic() + 60
-    while not (corpus / out / ".work").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (corpus / out / ".work").exists():
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.002)
-    time.sleep(draw.uniform(0, 0.6 if workers == 1 else 1.6))
+    time.sleep(random.Random(seed).uniform(0, lasts_s))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     while members(process.pid):
@@ -563,15 +570,29 @@ def killed_and_started_again(corpus: Path, seed: int, workers: int) -> None:
     assert digests(corpus / out) == digests(corpus / "whole")
 
 
+def duration(corpus: Path, workers: int) -> float:
+    """Seconds an uninterrupted preparation takes from the moment its folder is there."""
+    process = started(corpus, f"timed{workers}", "--workers", str(workers))
+    while not (corpus / f"timed{workers}" / ".work").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    began = time.monotonic()
+    ended(process)
+    return time.monotonic() - began
+
+
 def test_a_killed_preparation_goes_on_and_writes_the_same_bytes(corpus: Path) -> None:
-    for seed, workers in enumerate((1, 1, 1, 2)):
-        killed_and_started_again(corpus, seed, workers)
+    lasts_s = duration(corpus, 2)
+    for seed in range(3):
+        killed_and_started_again(corpus, seed, 2, lasts_s)
 
 
 @pytest.mark.long
 def test_a_hundred_killed_preparations_go_on_and_write_the_same_bytes(corpus: Path) -> None:
+    lasts_s = {workers: duration(corpus, workers) for workers in (1, 2)}
     for seed in range(100):
-        killed_and_started_again(corpus, seed, 2 if seed % 4 == 0 else 1)
+        workers = 2 if seed % 4 == 0 else 1
+        killed_and_started_again(corpus, seed, workers, lasts_s[workers])
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 
 def _write_shards(work: Work, folder: Path) -> None:
     """Write the files of one task, the record last."""
-    tokenizer, encoding = _tokenizer(work.folder.parent)
+    tokenizer, encoding = _tokenizer(work.folder)
     gone = dropped(work) if work.buckets else {}
     shares = work.source.splits
     validation, test = round(shares.validation * MILLION), round(shares.test * MILLION)
@@ -97,6 +97,6 @@ def _write_shards(work: Work, folder: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _tokenizer(folder: Path) -> tuple[Tokenizer, tiktoken.Encoding]:
-    """The tokenizer of the prepared folder, which does not change while it is prepared; a second to load when large."""
+    """The tokenizer beside the plan, which does not change while a folder is prepared; a second to load when large."""
     tokenizer = tokenizers.load(folder)
     return tokenizer, tokenizers.encoding(tokenizer)

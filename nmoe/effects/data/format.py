@@ -144,7 +144,7 @@ def content_problems(where: Path, index: int, receipt: Receipt, tokenizer_size: 
         *_array_problems(path, header(dtype, receipt.tokens), receipt.sha256),
         *_array_problems(ends_path, header(np.dtype("<i8"), receipt.documents), receipt.ends_sha256),
     ]
-    if (where / f"{stem(index)}.json").read_text(encoding="utf-8") != to_text(receipt):
+    if (where / f"{stem(index)}.json").read_bytes() != to_text(receipt).encode("ascii"):
         problems.append(f"{where / stem(index)}.json: the receipt in the manifest, got another; {REMEDY}")
     if (highest := int(mapped(path, dtype, receipt.tokens).max())) >= tokenizer_size:
         problems.append(f"{path}: ids below the tokenizer's {tokenizer_size}, got {highest}; prepare the data again")

@@ -78,12 +78,17 @@ def head(folder: Path, split: str, skip: int, count: int, chars: int, say: Calla
         raise InputError(*problems)
     if min(skip, count, chars) < 0:
         raise InputError(f"--skip, --documents, --chars: at least 0, got {skip}, {count}, {chars}; raise them")
-    encoding = tokenizers.encoding(tokenizers.load(folder))
+    tokenizer = tokenizers.load(folder)
+    encoding = tokenizers.encoding(tokenizer)
     for number, tokens in enumerate(documents(folder, manifest, split)):
         if number < skip:
             continue
         if number >= skip + count:
             break
+        if len(tokens) and (highest := int(tokens.max())) >= len(tokenizer.ranks):
+            raise InputError(
+                f"{folder / split}: ids below {len(tokenizer.ranks)} in document {number}, got {highest}; {REMEDY}"
+            )
         # A token is a byte at least, and a character four at most.
         text = encoding.decode(tokens[: 4 * chars].tolist())[:chars]
         say(f"--- {split} document {number}, {len(tokens)} tokens\n{text}")

@@ -145,7 +145,7 @@ def _bytes(work: Work) -> int:
     """Bytes of input that a task reads."""
     total = 0
     for part in work.ranges:
-        item = work.items[part.item]
+        item = work.items[part.file]
         total += sum(item.sizes[part.start : part.end]) if item.form == "parquet" else part.end - part.start
     return total
 
@@ -223,8 +223,12 @@ def _fold(out: Path, tokenizer: Tokenizer, planned: Plan, works: Sequence[Work])
         tokens_out={split: sum(each.tokens for each in placed) for split, placed in receipts.items()},
         bytes_out={split: sum(each.bytes for each in placed) for split, placed in receipts.items()},
     )
-    write_record(out / REPORT, report)
-    commit(out, tokenizer, receipts)
+    write_record(out / WORK / REPORT, report)
+    commit(out / WORK, tokenizer, receipts)
+    # Made beside the plan and moved, so that a crash leaves nothing half written outside.
+    for name in (tokenizers.FILE, REPORT, MANIFEST):
+        os.replace(out / WORK / name, out / name)
+        files.sync_folder(out)
     shutil.rmtree(out / WORK)
     return report
 
@@ -248,8 +252,10 @@ def _claimed(out: Path, tokenizer: Tokenizer, planned: Plan, *, shared: bool) ->
         except BlockingIOError as error:
             raise InputError(f"{out}: no other process preparing it, got one; wait for its end") from error
         if (out / MANIFEST).exists():
-            report = _finished(out, planned)
-            shutil.rmtree(out / WORK)
+            try:
+                report = _finished(out, planned)
+            finally:
+                shutil.rmtree(out / WORK)
             yield report
             return
         path = out / WORK / PLAN
@@ -263,8 +269,8 @@ def _claimed(out: Path, tokenizer: Tokenizer, planned: Plan, *, shared: bool) ->
         if not shared:
             for dead in (out / WORK).glob("*/.*.tmp"):
                 shutil.rmtree(dead)
-        if not (out / tokenizers.FILE).exists():
-            tokenizers.save(tokenizer, out)
+        if not (out / WORK / tokenizers.FILE).exists():
+            tokenizers.save(tokenizer, out / WORK)
         yield None
 
 

@@ -85,13 +85,13 @@ def works_of(source: Source, items: Sequence[Item], folder: Path) -> tuple[Work,
     buckets = min(MOST_BUCKETS, 1 + total // BUCKET_BYTES) if compares else 0
     works: list[Work] = []
     for index, ranges in enumerate(tasks):
-        used = sorted({part.item for part in ranges})
+        used = sorted({part.file for part in ranges})
         works.append(
             Work(
                 folder=folder,
                 index=index,
                 items=tuple(items[each] for each in used),
-                ranges=tuple(attrs.evolve(part, item=used.index(part.item)) for part in ranges),
+                ranges=tuple(attrs.evolve(part, file=used.index(part.file)) for part in ranges),
                 source=source,
                 buckets=buckets,
             )
@@ -126,7 +126,7 @@ def cleaned(work: Work) -> Iterator[Cleaned]:
     """
     clean, rules = work.source.clean, work.source.filter
     for part in work.ranges:
-        item = work.items[part.item]
+        item = work.items[part.file]
         if os.stat(item.path).st_mtime_ns != item.modified_ns:
             raise InputError(f"{item.name}: a file that stays as it is, got a change; start again in an empty folder")
         for document in readers.read(item, part, work.source):
@@ -139,7 +139,7 @@ def cleaned(work: Work) -> Iterator[Cleaned]:
                     max_repetition=rules.max_repetition,
                     max_symbols=rules.max_symbols,
                 )
-            yield Cleaned(text=text, item=part.item, document=document, reason=reason)
+            yield Cleaned(text=text, item=part.file, document=document, reason=reason)
 
 
 @contextmanager

@@ -264,6 +264,7 @@ def anything(tp: Any) -> st.SearchStrategy[Any]:
         hints = typing.get_type_hints(tp)
         return st.builds(tp, **{field.name: anything(hints[field.name]) for field in attrs.fields(tp)})
     return {
+        bool: st.booleans(),
         int: st.integers(-(2**63), 2**63 - 1),
         float: st.floats(allow_nan=False, allow_infinity=False),
         str: st.text().filter(str.isprintable),
@@ -292,12 +293,22 @@ FREE_ON_RESUME = {
     "train.microbatch_size",
     "train.loss_chunk",
     "train.max_nonfinite_steps",
+    "train.resume",
+    "train.warm_start",
     "validation.every",
     "validation.tokens",
     "run.device",
     "run.root",
     "run.name",
     "parallel.ranks",
+    "checkpoint.every",
+    "checkpoint.minutes",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "checkpoint.keep_best",
+    "checkpoint.on_error",
+    "checkpoint.asynchronous",
+    "checkpoint.grace_s",
     "log.every",
 }
 
@@ -307,9 +318,10 @@ def test_identity_is_of_what_must_not_change() -> None:
     name = "--run.name=first"
     before = load(path, {}, (name,))
     for key, source in before.sources.items():
-        value = {"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"}.get(
-            key.split(".")[-1], "77"
-        )
+        value = {
+            **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x", "resume": "x"},
+            **{"keep_best": "false", "asynchronous": "false", "on_error": "continue"},
+        }.get(key.split(".")[-1], "77")
         if not key.endswith(".kind"):
             after = load(path, {}, (name, f"--{key}={value}")).config
             assert after != before.config, (key, source)

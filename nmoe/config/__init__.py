@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from nmoe.config.canonical import Difference, annotated, diff, dump, identity
+from nmoe.config.canonical import Difference, annotated, diff, dump, identity, identity_values
 from nmoe.config.check import validate
 from nmoe.config.json_schema import schema
 from nmoe.config.layers import Loaded, load, load_valid
 from nmoe.config.sections import (
+    Checkpoint,
     Config,
     Data,
     Group,
@@ -27,6 +28,7 @@ from nmoe.config.sections import (
 )
 
 __all__ = [
+    "Checkpoint",
     "Config",
     "Data",
     "Difference",
@@ -50,6 +52,7 @@ __all__ = [
     "diff",
     "dump",
     "identity",
+    "identity_values",
     "load",
     "load_valid",
     "schema",

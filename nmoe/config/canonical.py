@@ -13,7 +13,7 @@ from nmoe.config.fields import flat, table
 from nmoe.config.sections import Config
 from nmoe.config.toml import dotted
 
-__all__ = ["Difference", "annotated", "diff", "dump", "identity"]
+__all__ = ["Difference", "annotated", "diff", "dump", "identity", "identity_values"]
 
 
 @attrs.frozen(kw_only=True)
@@ -34,6 +34,11 @@ def identity(config: Config) -> str:
     """SHA-256, in hex, of the canonical TOML of what makes a run this run: two configs with the same one may resume
     each other's runs."""
     return hashlib.sha256(tomli_w.dumps(table(config, lambda key: key.identity)).encode()).hexdigest()
+
+
+def identity_values(config: Config) -> dict[str, Any]:
+    """What makes a run this run: the values `identity` hashes, by dotted path, to be compared one by one."""
+    return {dotted(path): value for path, value in flat(table(config, lambda key: key.identity))}
 
 
 def annotated(config: Config, sources: Mapping[str, str]) -> str:

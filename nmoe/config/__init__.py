@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nmoe.config.canonical import Difference, annotated, diff, dump, identity, identity_values
+from nmoe.config.canonical import Difference, annotated, diff, dump, identity, identity_diff, identity_values
 from nmoe.config.check import validate
 from nmoe.config.json_schema import schema
 from nmoe.config.layers import Loaded, load, load_valid
@@ -52,6 +52,7 @@ __all__ = [
     "diff",
     "dump",
     "identity",
+    "identity_diff",
     "identity_values",
     "load",
     "load_valid",

@@ -1,0 +1,51 @@
+"""What a run knows besides its State: its validations. Saved and restored with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from nmoe.errors import InputError
+
+__all__ = ["Seen", "Validation", "parse", "validated"]
+
+
+@attrs.frozen(kw_only=True)
+class Validation:
+    """One validation of a run."""
+
+    step: int
+    loss: float  # nats a token
+    bits_per_byte: float
+
+
+@attrs.frozen(kw_only=True)
+class Seen:
+    """The last validation of a run and the one with the lowest loss; None before the first."""
+
+    last: Validation | None = None
+    best: Validation | None = None
+
+    def at(self, step: int) -> bool:
+        """Whether `step` is validated."""
+        return self.last is not None and self.last.step == step
+
+
+def validated(seen: Seen, validation: Validation) -> Seen:
+    """`seen` after one more validation; the earlier one stays the best when they are equal, a NaN never is."""
+    best = seen.best
+    better = validation.loss == validation.loss and (best is None or validation.loss < best.loss)
+    return Seen(last=validation, best=validation if better else best)
+
+
+def parse(where: str, values: Mapping[str, Any]) -> Seen:
+    """A `Seen` from the JSON that `attrs.asdict` made of one.
+
+    Raises:  InputError when it is none.
+    """
+    try:
+        return Seen(**{name: None if each is None else Validation(**each) for name, each in values.items()})
+    except TypeError as error:
+        raise InputError(f"{where}: holds the validations of a run, got {values!r}; use another checkpoint") from error

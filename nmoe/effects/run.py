@@ -48,46 +48,67 @@ SAMPLE_TOKENS = 96
 def train_until(
     config: Config,
     state: State,
+    seen: Seen,
     step: Callable[[State, Batch], tuple[State, Metrics]],
     read: Callable[[int], Batch],
-    validate: Callable[[State], Held],
+    validate: Callable[[State], Held | None],
+    saver: Saver,
     report: Report,
     clock: runtime.Clock,
     stop: runtime.Stop,
-) -> tuple[State, bool]:
+) -> tuple[State, Seen, bool]:
     """Take steps until the last one, a signal, or too many non-finite steps.
 
-    returns  the state, and whether the steps were finite
+    validate  None when a signal came meanwhile
+    returns   the state, its validations, and whether the steps were finite
     """
     train, device = config.train, report.rt.device
-    reported, skipped = state.step, 0
+    reported, skipped = state.step, int(state.skipped.item())
     clock.mark("start")
-    while state.step < train.steps and stop.signal is None:
+    while True:
+        # At the head of the loop, so that a run that goes on makes up for what its last attempt did not come to.
+        due = state.step > 0 and (state.step % config.validation.every == 0 or state.step >= train.steps)
+        if due and stop.signal is None and not seen.at(state.step):
+            held = validate(state)
+            if held is not None:
+                report.validation(state.step, held)
+                seen = validated(seen, state.step, held.loss, held.bits_per_byte)
+            clock.mark("validation")
+        if state.step >= train.steps or stop.signal is not None:
+            return state, seen, True
+        if saver.due(state.step):
+            saver.save(state, seen)
+            clock.mark("checkpoint")
         batch = buffers.place(read(state.cursor), device)
         clock.mark("data")
         state, metrics = step(state, batch)
+        saver.poll()
         last = state.step == train.steps or stop.signal is not None
-        if last or state.step == 1 or state.step % config.log.every == 0:
+        # A state that no step changes any more is not worth a checkpoint.
+        latched = saver.due(state.step) and int(metrics.skipped_in_row.item()) >= train.max_nonfinite_steps
+        if last or latched or state.step == 1 or state.step % config.log.every == 0:
             before = skipped
             skipped, in_row = report.step(state, metrics, clock.split(), state.step - reported)
             reported = state.step
             if skipped > before:
                 report.log.event("nonfinite", step=state.step, new=skipped - before, in_row=in_row)
             if in_row >= train.max_nonfinite_steps:
-                return state, False
+                return state, seen, False
             clock.mark("log")
-        if not last and state.step % config.validation.every == 0:
-            report.validation(state.step, validate(state))
-            clock.mark("validation")
-    return state, True
 
 
 def fresh(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime) -> tuple[State, Env]:
     """The state before the first step, and what the model needs besides it."""
+    state, env = blank(config, layouts, rt)
+    key = Key(config.run.seed).fold("init")
+    buffers.initialise_(state.arenas, layouts, key, model.dims(config.model), rank=rt.rank, world=rt.world)
+    return state, env
+
+
+def blank(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime) -> tuple[State, Env]:
+    """A state of zeros at step 0, and what the model needs besides it."""
     c = config.model
     arenas = buffers.allocate(layouts, rt.device)
-    dims = model.dims(c)
-    buffers.initialise_(arenas, layouts, Key(config.run.seed).fold("init"), dims, rank=rt.rank, world=rt.world)
     state = State(
         buffers.bind(model.specs(c), layouts, arenas),
         arenas,

@@ -183,8 +183,8 @@ class Stop:
 def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Stop]:
     """SIGINT, SIGTERM and SIGUSR1 are noted, so that the step in progress ends and the state is saved.
 
-    A second SIGINT interrupts at once. Other signals after the first change nothing. When the grace time after the first
-    SIGTERM or SIGUSR1 is over, the process ends with exit code 75 whatever it is doing: what was committed stays.
+    A second SIGINT interrupts at once. Other signals after the first change nothing. When the grace time after the
+    first SIGTERM or SIGUSR1 is over, the process ends with exit code 75 whatever it is doing: what was committed stays.
 
     grace_s  seconds from the signal to the end of the process at the latest
     overdue  called just before that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,11 +34,11 @@ class Seen:
         return self.last is not None and self.last.step == step
 
 
-def validated(seen: Seen, validation: Validation) -> Seen:
+def validated(seen: Seen, step: int, loss: float, bits_per_byte: float) -> Seen:
     """`seen` after one more validation; the earlier one stays the best when they are equal, a NaN never is."""
-    best = seen.best
-    better = validation.loss == validation.loss and (best is None or validation.loss < best.loss)
-    return Seen(last=validation, best=validation if better else best)
+    last = Validation(step=step, loss=loss, bits_per_byte=bits_per_byte)
+    better = not math.isnan(loss) and (seen.best is None or loss < seen.best.loss)
+    return Seen(last=last, best=last if better else seen.best)
 
 
 def parse(where: str, values: Mapping[str, Any]) -> Seen:

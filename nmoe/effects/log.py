@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -60,6 +61,11 @@ class Log:
     def event(self, name: str, **fields: Any) -> None:
         """Append one event. Writes: events.jsonl."""
         self._append(self.events_file, {"time": now(), "event": name, "attempt": self.attempt, **fields})
+
+    def sync(self) -> None:
+        """Bring the lines so far to the disk. Writes: what the operating system still holds of both files."""
+        for file in (self.metrics_file, self.events_file):
+            os.fsync(file.fileno())
 
     def _append(self, file: TextIO, fields: Mapping[str, Any]) -> None:
         file.write(json.dumps(plain(fields), allow_nan=False) + "\n")

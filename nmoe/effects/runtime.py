@@ -174,6 +174,10 @@ class Stop:
             return 0
         return 128 + self.signal if self.signal == signal.SIGINT else EXIT_PREEMPTED
 
+    def left_s(self, grace_s: float) -> float:
+        """Seconds until the grace time is over; no end without a signal that has one."""
+        return self.since + grace_s - time.monotonic() if self.preempted() else math.inf
+
     def preempted(self) -> bool:
         """Whether it was a signal with a grace time."""
         return self.signal is not None and self.signal != signal.SIGINT

@@ -10,7 +10,7 @@ import attrs
 
 from nmoe.errors import InputError
 
-__all__ = ["Seen", "Validation", "parse", "validated"]
+__all__ = ["Seen", "Validation", "dumped", "parse", "validated"]
 
 
 @attrs.frozen(kw_only=True)
@@ -41,12 +41,31 @@ def validated(seen: Seen, step: int, loss: float, bits_per_byte: float) -> Seen:
     return Seen(last=last, best=last if better else seen.best)
 
 
+def dumped(seen: Seen) -> dict[str, Any]:
+    """`seen` as JSON, with numbers that are not finite as strings."""
+
+    def plain(each: Validation | None) -> dict[str, Any] | None:
+        if each is None:
+            return None
+        return {key: value if math.isfinite(value) else str(value) for key, value in attrs.asdict(each).items()}
+
+    return {"last": plain(seen.last), "best": plain(seen.best)}
+
+
 def parse(where: str, values: Mapping[str, Any]) -> Seen:
-    """A `Seen` from the JSON that `attrs.asdict` made of one.
+    """A `Seen` from what `dumped` made of one.
 
     Raises:  InputError when it is none.
     """
+
+    def one(each: Mapping[str, Any] | None) -> Validation | None:
+        if each is None:
+            return None
+        return Validation(step=int(each["step"]), loss=float(each["loss"]), bits_per_byte=float(each["bits_per_byte"]))
+
     try:
-        return Seen(**{name: None if each is None else Validation(**each) for name, each in values.items()})
-    except TypeError as error:
-        raise InputError(f"{where}: holds the validations of a run, got {values!r}; use another checkpoint") from error
+        return Seen(last=one(values["last"]), best=one(values["best"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: a checkpoint holds the run's validations, got {values!r}; use another checkpoint"
+        ) from error

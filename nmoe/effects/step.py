@@ -97,6 +97,7 @@ def make_step(
     rt: Runtime,
     *,
     mark: Callable[[str], None],
+    before_update: Callable[[], None] = lambda: None,
     run: Callable[..., tuple[Tensor, Any]] = block,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`step(state, batch) -> (state, metrics)`. It consumes its state: the storages are reused.
@@ -105,7 +106,8 @@ def make_step(
     `train.max_nonfinite_steps` of them in a row no step changes anything more, so that whoever reads the metrics late
     finds the state as it was. Nothing in a step waits for the device.
 
-    mark     called with the name of each part when it ends
+    mark           called with the name of each part when it ends
+    before_update  called before anything but gradients is written
     """
     c, train, clip = config.model, config.train, config.optim.clip_norm
 
@@ -169,6 +171,7 @@ def make_step(
         state = donate(state)
         loss, auxiliary, load, entropy = accumulate_(state, batch)
         mark("forward_backward")
+        before_update()
         with torch.no_grad():
             norm = optim.global_norm([arena.gradient for arena in state.arenas])
             finite = torch.isfinite(loss) & torch.isfinite(norm)

@@ -15,6 +15,7 @@ import attrs
 
 from nmoe.config import Difference
 from nmoe.effects import identity
+from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Fs
 from nmoe.effects.checkpoint.manifest import Manifest
@@ -26,7 +27,7 @@ from nmoe.pure.layout import ArenaLayout
 from nmoe.pure.pieces import Piece, arena_pieces, whole
 from nmoe.pure.spec import Dims
 
-__all__ = ["CHECKPOINTS", "Origin", "meta", "origin", "pieces", "restore", "warm_"]
+__all__ = ["CHECKPOINTS", "Origin", "meta", "origin", "pieces", "restore"]
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints in its run folder."""
@@ -78,10 +79,10 @@ def origin(resume: str, run_folder: Path) -> Origin | None:
 
 def _named(path: Path) -> Origin:
     """The checkpoints at a path a user wrote: a run folder, its folder of checkpoints, or one of these."""
-    if (path / reader.MANIFEST).is_file():
+    if (path / manifests.FILE).is_file():
         return Origin(folder=path, single=True)
     for folder in (path / CHECKPOINTS, path):
-        if folder.is_dir() and any((each / reader.MANIFEST).is_file() for each in folder.iterdir()):
+        if folder.is_dir() and any((each / manifests.FILE).is_file() for each in folder.iterdir()):
             return Origin(folder=folder, single=False)
     raise InputError(f"train.resume: a run folder or a checkpoint, got {path}, which holds none; mend the path")
 
@@ -125,7 +126,7 @@ def restore(
         state=state,
         seen=parse(str(where.folder), _entry(manifest, "validations", dict)),
         manifest=manifest,
-        origin=str(where.folder if where.single else where.folder / manifest.name),
+        origin=str(where.folder if where.single else where.folder / manifest.name()),
         accepted=accepted["by"],
     )
 

@@ -33,6 +33,7 @@ __all__ = [
     "memory_bytes",
     "peak_flops",
     "stop_on_signals",
+    "synchronize",
 ]
 
 SUPPORTED_GPUS = ((9, 0), (10, 0))
@@ -121,6 +122,12 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def synchronize(where: torch.device) -> None:
+    """Wait for everything the device was given to do."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
 
 
 class Clock:

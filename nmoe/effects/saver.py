@@ -20,8 +20,8 @@ __all__ = ["Saver"]
 class Saver:
     """Saves the state at the config's cadence, one save at a time, and tells what became of each.
 
-    A failed save is told as soon as it is known. With `checkpoint.on_error = "stop"` the next save point raises it, with
-    "continue" the next save is tried as if nothing had been.
+    A failed save is told as soon as it is known. With `checkpoint.on_error = "stop"` the next save point raises it,
+    with "continue" the next save is tried as if nothing had been.
     """
 
     def __init__(

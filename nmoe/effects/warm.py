@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nmoe.effects import weights
 from nmoe.effects.buffers import view
+from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Fs
 from nmoe.effects.checkpoint.manifest import Manifest
@@ -56,7 +57,7 @@ def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, specs: Any, dims: Di
     ]
     if problems:
         raise InputError(*(f"{problem}; use a checkpoint of the same [model]" for problem in problems))
-    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in stored.items()}
+    tensors = {name: torch.empty(entry.shape, dtype=manifests.DTYPES[entry.dtype]) for name, entry in stored.items()}
     bias = torch.empty(manifest.tensors["router_bias"].shape)
     reader.load_(
         fs,
@@ -78,7 +79,7 @@ def of_path(fs: Fs, path: Path, specs: Any, dims: Dims) -> Weights:
 
     Raises:  InputError when there are none, or they are damaged or of another model.
     """
-    if (path / reader.MANIFEST).is_file():
+    if (path / manifests.FILE).is_file():
         return of_checkpoint(fs, path, reader.read_manifest(fs, path), specs, dims)
     found = reader.entries(fs, path / "checkpoints") if path.is_dir() else ()
     if found:

@@ -1,4 +1,4 @@
-"""`nmoe bench checkpoint`: what a save and a load of a config's state cost, beside a plain write and read of the bytes."""
+"""`nmoe bench checkpoint`: what a save and a load of a config's state cost, beside a plain write and read of as much."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from nmoe.effects.step import State, make_step
 from nmoe.errors import InputError
 from nmoe.pure import model
 from nmoe.pure.digest import digest
+from nmoe.pure.pieces import Piece
 from nmoe.pure.retention import Keep
 
 __all__ = ["main"]
@@ -77,21 +78,20 @@ def _disk(
     pieces = resume.pieces(state, layouts, dims)
     data = memoryview(torch.randint(256, (min(size, 1 << 30),), dtype=torch.uint8).numpy())
     plain, ours, sums, loads, reads = ([] for _ in range(5))  # seconds
-    name = ""
     for index in range(rounds):
-        plain.append(_timed(lambda: _write(folder / "plain", data, size)))
-        reads.append(_timed(lambda: _read(folder / "plain")))
+        plain.append(_timed(_write, folder / "plain", data, size))
+        reads.append(_timed(_read, folder / "plain"))
         os.remove(folder / "plain")
         writer.save(pieces, step=index, meta={})
         saved = writer.wait()
         if saved is None:
             raise RuntimeError("a save that is waited for is told")
         ours.append(saved.seconds)
-        name = saved.name
-        sums.append(_timed(lambda: [int(digest(piece.tensor.detach(), piece.begin)) for piece in pieces]))
-        _forget(folder / "run" / name)
-        manifest = reader.read_manifest(Disk(), folder / "run" / name)
-        loads.append(_timed(lambda: reader.load_(Disk(), folder / "run" / name, manifest, pieces)))
+        sums.append(_timed(_digest, pieces))
+        checkpoint = folder / "run" / saved.name
+        _forget(checkpoint)
+        manifest = reader.read_manifest(Disk(), checkpoint)
+        loads.append(_timed(reader.load_, Disk(), checkpoint, manifest, pieces))
         runtime.synchronize(device)
     _rate("plain write", size, plain, None)
     _rate("save", size, ours, plain)
@@ -129,11 +129,8 @@ def _stalls(
         writer.wait()
         seconds["alone"].append(_timed(walk))
         writer.wait()
-
-        def save() -> None:
-            writer.save(resume.pieces(held, layouts, dims), step=1000 + index, meta={})
-
-        seconds["staging"].append(_timed(save))
+        pieces = resume.pieces(held, layouts, dims)
+        seconds["staging"].append(_timed(writer.save, pieces, step=rounds + index, meta={}))
         seconds["overlapped"].append(seconds["staging"][-1] + _timed(walk))
     writer.wait()
     alone = statistics.median(seconds["alone"])
@@ -144,9 +141,10 @@ def _stalls(
     say(f"{'':<14} {steps} steps take {1000 * alone:.1f} ms without a save; writing goes on beside the next ones")
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def _timed(call: Callable[..., Any], *arguments: Any, **named: Any) -> float:
+    """Seconds of a call."""
     began = time.perf_counter()
-    call()
+    call(*arguments, **named)
     return time.perf_counter() - began
 
 
@@ -180,6 +178,12 @@ def _read(path: Path) -> None:
     with open(path, "rb", buffering=0) as file:
         while file.readinto(buffer):
             continue
+
+
+def _digest(pieces: Sequence[Piece]) -> None:
+    """The digests of a whole state."""
+    for piece in pieces:
+        digest(piece.tensor.detach(), piece.begin).item()
 
 
 def _forget(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`nmoe bench checkpoint`: what a save and a load of a config's state cost, beside a plain write and read of as much."""
+"""`nmoe bench checkpoint`: what a save and a load of a state cost, beside a plain write and read of as much."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from nmoe.config import Config
 from nmoe.effects import resume, runtime
 from nmoe.effects.bench import random_batch
+from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.manifest import FILE
@@ -90,7 +91,7 @@ def _disk(
         sums.append(_timed(_digest, pieces))
         checkpoint = folder / "run" / saved.name
         _forget(checkpoint)
-        manifest = reader.read_manifest(Disk(), checkpoint)
+        manifest = manifests.read(Disk(), checkpoint)
         loads.append(_timed(reader.load_, Disk(), checkpoint, manifest, pieces))
         runtime.synchronize(device)
     _rate("plain write", size, plain, None)

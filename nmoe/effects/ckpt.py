@@ -56,12 +56,11 @@ def list_checkpoints(run: Path) -> int:
         (
             entry.name,
             "damaged" if entry.problems else "whole",
-            f"{entry.step:,}",
-            str(entry.attempt),
+            *(str(number) for number in (manifests.name_fields(entry.name) or ("-", "-"))[:2]),
             "-" if entry.manifest is None or entry.manifest.score is None else f"{entry.manifest.score:.4f}",
             "-" if entry.manifest is None else str(len(entry.manifest.tensors)),
             "-" if entry.manifest is None else str(len(entry.manifest.files)),
-            quantity(entry.bytes, "B"),
+            "-" if entry.manifest is None else quantity(entry.manifest.num_bytes(), "B"),
         )
         for entry in (each.entry for each in _all(run))
     ]
@@ -76,9 +75,9 @@ def verify(path: Path, everything: bool) -> int:
     """
     damaged = 0
     for found in _all(path) if everything else (_one(path),):
-        problems = found.entry.problems or reader.verify(Disk(), found.root, found.entry)
+        problems = found.entry.problems or reader.verify(Disk(), found.folder(), found.manifest())
         damaged += bool(problems)
-        say(f"{found.folder()}  {'damaged' if problems else 'whole'}  {quantity(found.entry.bytes, 'B')}")
+        say(f"{found.folder()}  {'damaged' if problems else 'whole'}")
         for problem in problems:
             say(f"  {problem}")
     return 1 if damaged else 0
@@ -102,7 +101,7 @@ def show(path: Path) -> int:
         ("checkpoint", str(found.folder())),
         ("step", f"{manifest.step:,}  attempt {manifest.attempt}  save {manifest.serial} of it"),
         ("lineage", f"{manifest.lineage}  after {manifest.parent.name if manifest.parent else 'nothing'}"),
-        ("bytes", f"{quantity(found.entry.bytes, 'B')} in {len(manifest.files)} files"),
+        ("bytes", f"{quantity(manifest.num_bytes(), 'B')} in {len(manifest.files)} files"),
         *((kind, f"{count} tensors  {quantity(elements)} elements") for kind, (count, elements) in kinds.items()),
     ]
     meta = manifest.meta
@@ -172,7 +171,7 @@ def export_weights(path: Path, to: Path | None) -> int:
         weights.save(folder, read.params, read.router_bias)
     except OSError as error:
         raise InputError(f"{folder}: weights can be written, got {error.strerror}; choose another --to") from error
-    say(f"{folder / weights.FILE}  step {found.entry.step}")
+    say(f"{folder / weights.FILE}  step {found.manifest().step}")
     return 0
 
 

@@ -115,7 +115,7 @@ def restore(
         return targets
 
     if where.single:
-        manifest = reader.read_manifest(fs, where.folder)
+        manifest = manifests.read(fs, where.folder)
         reader.load_(fs, where.folder, manifest, checked(manifest))
     else:
         manifest = reader.restore_(fs, where.folder, checked, report=report)

@@ -86,7 +86,7 @@ class Saver:
         Raises:  SaveError when the state, or the one saved before it, is not committed.
         """
         self._collect(self._writer.wait)
-        lost = self._failure is not None and not self._failure.committed
+        lost = self._failure is not None and self._failure.saved is None
         if lost or state.step not in (0, self._saved_step):
             if self._seconds > within_s:
                 self._log.event("checkpoint_skipped", step=state.step, takes_s=self._seconds, within_s=within_s)
@@ -95,7 +95,7 @@ class Saver:
             self._failure = None
             self.save(state, seen)
             self._collect(self._writer.wait)
-        if self._failure is not None and not self._failure.committed:
+        if self._failure is not None and self._failure.saved is None:
             raise self._failure
 
     def _collect(self, result: Callable[[], Saved | None]) -> None:
@@ -103,10 +103,11 @@ class Saver:
         try:
             saved = result()
         except SaveError as error:
-            self._failure = error
-            self._log.event("checkpoint_failed", step=self._saved_step, committed=error.committed, error=str(error))
-            say(f"checkpoint     step {self._saved_step} failed: {error}")
-            return
+            # It may be committed all the same, when only the deletion of older ones failed.
+            self._failure, saved = error, error.saved
+            step, committed = self._saved_step, saved is not None
+            self._log.event("checkpoint_failed", step=step, committed=committed, error="; ".join(error.problems))
+            say(f"checkpoint     of step {step} failed: {'; '.join(error.problems)}")
         if saved is not None:
             self._seconds = saved.seconds
             stall_s = self._stall_s if self._settings.asynchronous else time.monotonic() - self._since

@@ -196,7 +196,9 @@ def between(fault: Fault, folder: Path, work: Path, chance: random.Random) -> bo
         if code != 0:
             raise RuntimeError(f"writing as other ranks ended with {code}:\n{_tail(work / 'reshard.txt')}")
         return True
-    whole_ones = [entry for entry in good if not reader.verify(Disk(), root, entry)]
+    whole_ones = [
+        entry for entry in good if entry.manifest and not reader.verify(Disk(), root / entry.name, entry.manifest)
+    ]
     if len(whole_ones) < 2:
         return False
     path = chance.choice(sorted((root / whole_ones[0].name).iterdir()))

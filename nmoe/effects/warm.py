@@ -80,11 +80,11 @@ def of_path(fs: Fs, path: Path, specs: Any, dims: Dims) -> Weights:
     Raises:  InputError when there are none, or they are damaged or of another model.
     """
     if (path / manifests.FILE).is_file():
-        return of_checkpoint(fs, path, reader.read_manifest(fs, path), specs, dims)
+        return of_checkpoint(fs, path, manifests.read(fs, path), specs, dims)
     found = reader.entries(fs, path / "checkpoints") if path.is_dir() else ()
     if found:
         folder = path / "checkpoints" / found[0].name
-        return of_checkpoint(fs, folder, reader.read_manifest(fs, folder), specs, dims)
+        return of_checkpoint(fs, folder, manifests.read(fs, folder), specs, dims)
     folder = path.parent if path.name == weights.FILE else path
     if not (folder / weights.FILE).is_file():
         raise InputError(f"train.warm_start: a run, a checkpoint or {weights.FILE}, got {path}; mend the path")

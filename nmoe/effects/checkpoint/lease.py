@@ -1,0 +1,157 @@
+"""One trainer at a time: a lock on the folder, and a number that tells later holders from earlier ones.
+
+The lock ends with the process, however it ends, so a dead trainer never keeps the next one out. The number counts
+attempts. It is part of the name of everything an attempt writes, so two attempts never write to the same place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+
+from nmoe.effects.checkpoint.fs import Fs, read_into, write_all
+from nmoe.errors import InputError
+
+__all__ = ["FILE", "Lease", "check", "hold", "is_alive", "this_process"]
+
+FILE = "LEASE"
+
+RECORD_BYTES = 512
+"""Length of the file; one sector, which a disk writes whole."""
+
+
+@attrs.frozen(kw_only=True)
+class Holder:
+    """A process, so described that no later one is taken for it."""
+
+    host: str
+    boot: str  # differs after each start of the machine; "" where the system does not tell
+    pid: int
+    started: str  # clock ticks after boot; "" where the system does not tell
+
+
+@attrs.frozen(kw_only=True)
+class Lease:
+    """The right to write to a folder, valid while `check` says so."""
+
+    path: Path
+    handle: int
+    attempt: int
+    holder: Holder
+
+
+def this_process() -> Holder:
+    """The process that asks."""
+    pid = os.getpid()
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return Holder(
+        host=platform.node(), boot=boot.read_text().strip() if boot.exists() else "", pid=pid, started=_started(pid)
+    )
+
+
+def is_alive(holder: Holder, me: Holder) -> bool:
+    """Whether a process of this host still runs; `me` says which host and which start of it this is."""
+    if (holder.host, holder.boot) != (me.host, me.boot):
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return holder.started == _started(holder.pid)
+    return holder.started == _started(holder.pid)
+
+
+@contextmanager
+def hold(fs: Fs, root: Path, taken: Iterable[int]) -> Iterator[Lease]:
+    """The lease of a folder, until the block ends.
+
+    taken    numbers of attempts that left something in the folder
+    Writes:  `root/LEASE`.
+    Raises:  InputError when another process holds it, or one of another host did not give it back.
+    """
+    path, me = root / FILE, this_process()
+    try:
+        handle = fs.lock(path)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{root}: one trainer at a time writes checkpoints here, got a second one while {_who(fs, path)} runs; "
+            "wait for it, or choose another run.name"
+        ) from error
+    try:
+        last, attempt, released = _read(fs, handle)
+        if last is not None and last != me and not released:
+            if last.host != me.host:
+                raise InputError(
+                    f"{path}: the last trainer gave the folder back, got none from process {last.pid} of "
+                    f"{last.host}; when it is dead, delete this file"
+                )
+            if is_alive(last, me):
+                raise InputError(
+                    f"{path}: one trainer at a time writes checkpoints here, got process {last.pid} of this host, "
+                    "which runs and whose lock was taken away; end it first"
+                )
+        lease = Lease(path=path, handle=handle, attempt=max([attempt, *taken]) + 1, holder=me)
+        _write(fs, lease, released=False)
+        fs.sync_folder(root)
+        try:
+            yield lease
+        finally:
+            if fs.is_at(handle, path):
+                _write(fs, lease, released=True)
+    finally:
+        fs.close(handle)
+
+
+def check(fs: Fs, lease: Lease) -> None:
+    """Nothing when the lease is still ours.
+
+    Raises:  InputError when its file was removed, replaced or written by another.
+    """
+    if not fs.is_at(lease.handle, lease.path) or _read(fs, lease.handle) != (lease.holder, lease.attempt, False):
+        raise InputError(
+            f"{lease.path}: this trainer, attempt {lease.attempt}, holds the folder, got a file that somebody else "
+            "removed or wrote; end the other trainer and start this one again"
+        )
+
+
+def _write(fs: Fs, lease: Lease, *, released: bool) -> None:
+    fields = {**attrs.asdict(lease.holder), "attempt": lease.attempt, "released": released}
+    write_all(fs, lease.handle, json.dumps(fields).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
+    fs.sync(lease.handle)
+
+
+def _read(fs: Fs, handle: int) -> tuple[Holder | None, int, bool]:
+    """Who held the lease last, in which attempt, and whether it was given back; nobody when power failed meanwhile."""
+    buffer = bytearray(RECORD_BYTES)
+    size = read_into(fs, handle, buffer, 0)
+    try:
+        fields = json.loads(buffer[:size])
+        attempt, released = fields.pop("attempt"), fields.pop("released")
+        return Holder(**fields), int(attempt), bool(released)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None, 0, True
+
+
+def _who(fs: Fs, path: Path) -> str:
+    """The process that has the lock, as it says itself."""
+    handle = fs.open(path)
+    try:
+        holder, _, _ = _read(fs, handle)
+    finally:
+        fs.close(handle)
+    return "another process" if holder is None else f"process {holder.pid} of {holder.host}"
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in clock ticks after boot."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,39 @@
+"""Which checkpoints are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+__all__ = ["Keep", "Kept", "superfluous"]
+
+
+@attrs.frozen(kw_only=True)
+class Keep:
+    """What is kept: a checkpoint stays when any of the three wants it."""
+
+    last: int = 2  # newest ones, at least 1
+    every: int = 0  # those whose step is a multiple; 0: none for that reason
+    best: int = 0  # those with the lowest scores; of equal ones the newer
+
+
+@attrs.frozen(kw_only=True)
+class Kept:
+    """What retention knows of a committed checkpoint."""
+
+    name: str
+    step: int
+    score: float | None  # lower is better; None: never among the best
+
+
+def superfluous(committed: Sequence[Kept], keep: Keep) -> tuple[str, ...]:
+    """Names of the checkpoints that nothing keeps, oldest first.
+
+    committed  newest first; the newest is never among the result
+    """
+    scored = [(each.score, place, each.name) for place, each in enumerate(committed) if each.score is not None]
+    stay = {each.name for each in committed[: max(keep.last, 1)]}
+    stay |= {name for _, _, name in sorted(scored)[: keep.best]}
+    stay |= {each.name for each in committed if keep.every and each.step % keep.every == 0}
+    return tuple(each.name for each in reversed(committed) if each.name not in stay)

@@ -18,7 +18,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "schedule")
 """Modules of pure that may import the section classes of a config."""
 
-COMPOSES = ("bench", "corpus", "evaluate", "generate", "plan", "report", "run")
+COMPOSES = (
+    *("bench", "bench_checkpoint", "ckpt", "corpus", "evaluate", "faults", "generate", "plan", "report", "resume"),
+    *("run", "saver", "soak", "warm"),
+)
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 
 SHARED = ("files", "ops", "runtime")

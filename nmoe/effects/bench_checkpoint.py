@@ -77,7 +77,7 @@ def _disk(
     """Write and read rates, plain and ours by turns: a disk that is slower for a while is so for both."""
     device = runtime.device(config.run.device)
     pieces = resume.pieces(state, layouts, dims)
-    data = memoryview(torch.randint(256, (min(size, 1 << 30),), dtype=torch.uint8).numpy())
+    data = memoryview(torch.randint(256, (min(size, 1 << 30),), dtype=torch.uint8).numpy().data)
     plain, ours, sums, loads, reads = ([] for _ in range(5))  # seconds
     for index in range(rounds):
         plain.append(_timed(_write, folder / "plain", data, size))

@@ -15,11 +15,10 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import numpy as np
@@ -34,6 +33,7 @@ from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.manifest import DTYPES, Manifest
 from nmoe.effects.data import shards
 from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.forked import PATIENCE_S, forked, tail
 from nmoe.effects.log import say
 from nmoe.effects.plan import duration
 from nmoe.errors import InputError
@@ -45,9 +45,6 @@ __all__ = ["Outcome", "main", "soak"]
 
 VOCAB = 300
 KEEP = 3
-PATIENCE_S = 120.0
-"""An attempt that takes longer hangs."""
-
 REPORT_S = 10.0
 
 UNTIMED = ("time", "attempt", "elapsed_s", "tokens_per_s", "mfu", "memory_bytes", "step_s")
@@ -101,12 +98,16 @@ def soak(work: Path, *, steps: int, faults: int, seed: int, kinds: Sequence[str]
     began = time.monotonic()
     planned = plan(steps=steps, faults=faults, seed=seed, kinds=kinds)
     corpus = work / "corpus"
-    _forked(lambda: write_corpus(corpus), work / "corpus.txt")
+    forked(lambda: write_corpus(corpus), work / "corpus.txt")
     calm = training(work, "calm", corpus, steps)
     of_data = [fault for fault in planned if fault.kind == "NaN batch"]
-    code = _forked(lambda: _train(calm, of_data, work / "calm.journal"), work / "calm.txt")
+    # Without saves on the way: they must not change a bit either.
+    calm = attrs.evolve(calm, checkpoint=attrs.evolve(calm.checkpoint, every=0))
+    code = forked(
+        lambda: _train(calm, of_data, work / "calm.journal"), work / "calm.txt", patience_s=PATIENCE_S + steps
+    )
     if code != 0:
-        raise RuntimeError(f"the training without faults ended with {code}:\n{_tail(work / 'calm.txt')}")
+        raise RuntimeError(f"the training without faults ended with {code}:\n{tail(work / 'calm.txt')}")
     say(f"soak           without faults: {steps} steps in {duration(time.monotonic() - began)}")
     rough = training(work, "rough", corpus, steps)
     journal = worlds.Journal(path=work / "rough.journal")
@@ -139,7 +140,7 @@ def weather(
         before = len(journal.struck())
         output = work / f"attempt-{attempts % 8}.txt"
         attempts += 1
-        code = _forked(
+        code = forked(
             lambda: _train(config, planned, journal.path),
             output,
             stopped=lambda: _while_stopped(config, [by_index[index] for index in journal.struck()], work),
@@ -147,7 +148,7 @@ def weather(
         struck = [by_index[index] for index in journal.struck()[before:]]
         if code not in allowed(struck):
             kinds = ", ".join(fault.kind for fault in struck) or "no fault"
-            return attempts, [f"attempt {attempts} ended with {code} after {kinds}:\n{_tail(output)}"]
+            return attempts, [f"attempt {attempts} ended with {code} after {kinds}:\n{tail(output)}"]
         if code == 0:
             return attempts, []
         owed += [fault for fault in struck if fault.kind in worlds.BETWEEN]
@@ -192,9 +193,9 @@ def between(fault: Fault, folder: Path, work: Path, chance: random.Random) -> bo
     if fault.kind == "changed ranks":
         if not good:
             return False
-        code = _forked(lambda: reshard(root, 2 + int(fault.draw * 3)), work / "reshard.txt")
+        code = forked(lambda: reshard(root, 2 + int(fault.draw * 3)), work / "reshard.txt")
         if code != 0:
-            raise RuntimeError(f"writing as other ranks ended with {code}:\n{_tail(work / 'reshard.txt')}")
+            raise RuntimeError(f"writing as other ranks ended with {code}:\n{tail(work / 'reshard.txt')}")
         return True
     whole_ones = [
         entry for entry in good if entry.manifest and not reader.verify(Disk(), root / entry.name, entry.manifest)
@@ -376,67 +377,6 @@ def _while_stopped(config: s.Config, struck: Sequence[Fault], work: Path) -> Non
     if fault.kind == "pause":
         time.sleep(fault.draw * worlds.DELAY_S)
         return
-    code = _forked(lambda: run.main(config, {}, ("nmoe", "soak"), "soak"), work / "second.txt")
+    code = forked(lambda: run.main(config, {}, ("nmoe", "soak"), "soak"), work / "second.txt")
     if code != 2:
-        raise RuntimeError(f"a second trainer is refused with 2, got {code}:\n{_tail(work / 'second.txt')}")
-
-
-def _forked(call: Callable[[], int], output: Path, stopped: Callable[[], None] = lambda: None) -> int:
-    """Run `call` in a forked process, whose output goes to a file.
-
-    stopped  called each time the process is stopped; it goes on afterwards
-    returns  its exit code, or minus the signal that ended it
-    Raises:  RuntimeError when it takes too long.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        _alone(call, output)
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        found, status = os.waitpid(child, os.WUNTRACED | os.WNOHANG)
-        if found == 0:
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                raise RuntimeError(f"an attempt ends within {PATIENCE_S:.0f} s, got none:\n{_tail(output)}")
-            time.sleep(0.005)
-        elif os.WIFSTOPPED(status):
-            try:
-                stopped()
-            finally:
-                os.kill(child, signal.SIGCONT)
-        else:
-            return os.waitstatus_to_exitcode(status)
-
-
-def _alone(call: Callable[[], int], output: Path) -> NoReturn:
-    """What the forked process does: it ends here, whatever happens."""
-    code = 1
-    try:
-        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(handle, sys.stdout.fileno())
-        os.dup2(handle, sys.stderr.fileno())
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        torch.set_num_threads(1)
-        code = call()
-    except InputError as error:
-        print(*(f"nmoe: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _tail(output: Path) -> str:
-    """The last lines a process wrote."""
-    return "\n".join(output.read_text(errors="replace").splitlines()[-12:])
+        raise RuntimeError(f"a second trainer is refused with 2, got {code}:\n{tail(work / 'second.txt')}")

@@ -63,8 +63,9 @@ def _alone(call: Callable[[], int], output: Path) -> NoReturn:
     code = 1
     try:
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(handle, sys.stdout.fileno())
-        os.dup2(handle, sys.stderr.fileno())
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
         code = call()

@@ -311,12 +311,14 @@ def _main(
         state, seen, finite = train_until(config, state, seen, step, read, validate, saver, report, clock, stop)
         if finite:
             saver.finish(state, seen, stop.left_s(config.checkpoint.grace_s))
+        saver.settle()
         return _end(config, corpus, state, seen, finite, env, report, stop)
     except SaveError as error:
         log.event("end", status="failed", step=state.step, exit_code=EXIT_UNSAVED, error=str(error))
         print(f"nmoe: {error}", file=sys.stderr)
         return EXIT_UNSAVED
     except BaseException as error:
+        saver.settle()
         log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
         raise
 

@@ -54,6 +54,10 @@ class Saver:
         """Tell of a save that has ended since the last call. Does not wait."""
         self._collect(self._writer.poll)
 
+    def settle(self) -> None:
+        """Wait for the save that is being written, and tell what became of it."""
+        self._collect(self._writer.wait)
+
     def save(self, state: State, seen: Seen) -> None:
         """Save the state, in the background when the config says so.
 

@@ -1,6 +1,7 @@
 # Needs python3 (3.11 or newer), make and a C compiler. Everything else is set up in .venv from nothing, once.
 #   make run       train the quickstart config on this machine's CPU
 #   make test      set up, check, then every test that needs no GPU
+#   make test-long the tests that take minutes
 #   make check     formatting, lint, types
 #   make gpu-test  the GPU's tests, in an environment that has a CUDA build of torch: GPU_PYTHON, not .venv
 #   make bench     one training step against transformers
@@ -9,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: run test check gpu-test bench
+.PHONY: run test test-long check gpu-test bench
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -23,6 +24,9 @@ run: .venv/.run
 
 test: check
 	@$(BIN)/python -m pytest
+
+test-long: .venv/.dev
+	@$(BIN)/python -m pytest -m long
 
 check: .venv/.dev
 	@$(BIN)/ruff format --check .

@@ -85,28 +85,17 @@ def hold(fs: Fs, root: Path, taken: Iterable[int]) -> Iterator[Lease]:
             "wait for it, or choose another run.name"
         ) from error
     try:
-        last, attempt, released = _read(fs, handle)
-        if last is not None and last != me and not released:
-            if last.host != me.host:
-                raise InputError(
-                    f"{path}: the last trainer gave the folder back, got none from process {last.pid} of "
-                    f"{last.host}; when it is dead, delete this file"
-                )
-            if is_alive(last, me):
-                raise InputError(
-                    f"{path}: one trainer at a time writes checkpoints here, got process {last.pid} of this host, "
-                    "which runs and whose lock was taken away; end it first"
-                )
-        lease = Lease(path=path, handle=handle, attempt=max([attempt, *taken]) + 1, holder=me)
+        attempt = _next(fs, handle, path, me, taken)
+        lease = Lease(path=path, handle=handle, attempt=attempt, holder=me)
         _write(fs, lease, released=False)
         fs.sync_folder(root)
-        try:
-            yield lease
-        finally:
-            if fs.is_at(handle, path):
-                _write(fs, lease, released=True)
-    finally:
+    except BaseException:
         fs.close(handle)
+        raise
+    try:
+        yield lease
+    finally:
+        _release(fs, lease)
 
 
 def check(fs: Fs, lease: Lease) -> None:
@@ -119,6 +108,43 @@ def check(fs: Fs, lease: Lease) -> None:
             f"{lease.path}: this trainer, attempt {lease.attempt}, holds the folder, got a file that somebody else "
             "removed or wrote; end the other trainer and start this one again"
         )
+
+
+def _next(fs: Fs, handle: int, path: Path, me: Holder, taken: Iterable[int]) -> int:
+    """The number of a new attempt.
+
+    Raises:  InputError when the last holder may still write.
+    """
+    last, attempt, released = _read(fs, handle)
+    if last is not None and last != me and not released:
+        if last.host != me.host:
+            raise InputError(
+                f"{path}: the last trainer gave the folder back, got none from process {last.pid} of {last.host}; "
+                "when it is dead, delete this file"
+            )
+        if is_alive(last, me):
+            raise InputError(
+                f"{path}: one trainer at a time writes checkpoints here, got process {last.pid} of this host, which "
+                "runs and whose lock was taken away; end it first"
+            )
+    return max([attempt, *taken]) + 1
+
+
+def _release(fs: Fs, lease: Lease) -> None:
+    """Say that the folder is free, unless somebody else already took it.
+
+    Raises:  InputError when that cannot be written.
+    """
+    try:
+        try:
+            if fs.is_at(lease.handle, lease.path):
+                _write(fs, lease, released=True)
+        finally:
+            fs.close(lease.handle)
+    except OSError as error:
+        raise InputError(
+            f"{lease.path}: says that the folder is free, got {error.strerror or error}; another host has to delete it"
+        ) from error
 
 
 def _write(fs: Fs, lease: Lease, *, released: bool) -> None:

@@ -50,19 +50,21 @@ def entries(fs: Fs, root: Path) -> tuple[Entry, ...]:
     from there.
 
     returns  none when `root` is absent
+    Raises:  InputError when the folder cannot be read.
     """
     try:
-        names = fs.names(root)
+        names = [
+            (name_fields(name), name)
+            for name in fs.names(root)
+            if not name.startswith((TEMPORARY, TRASH)) and (name_fields(name) or _has_manifest(fs, root / name))
+        ]
     except FileNotFoundError:
         return ()
-    found: list[tuple[tuple[int, int], Entry]] = []
-    for name in names:
-        if name.startswith((TEMPORARY, TRASH)):
-            continue
-        fields = name_fields(name)
-        if fields is None and not _has_manifest(fs, root / name):
-            continue
-        found.append((fields[1:] if fields else (0, 0), _entry(fs, root / name)))
+    except OSError as error:
+        raise InputError(
+            f"{root}: a folder of checkpoints, got {error.strerror or error}; mend its permissions or its disk"
+        ) from error
+    found = [(fields[1:] if fields else (0, 0), _entry(fs, root / name)) for fields, name in names]
     return tuple(entry for _, entry in sorted(found, key=lambda each: (each[0], each[1].name), reverse=True))
 
 
@@ -117,17 +119,20 @@ def restore_(
     """
     found: tuple[Entry, ...] = ()
     passed: list[str] = []
-    place = 0
-    if rank == 0:
-        found = entries(fs, root)
+    place = -1
     while True:
         choice: dict[str, Any] = {}
         if rank == 0:
-            while place < len(found) and found[place].problems and not found[place].newer:
-                passed += found[place].problems
-                _report(report, found[place].problems)
+            try:
+                found = found or entries(fs, root)
                 place += 1
-            choice = _choice(root, found, place, passed)
+                while place < len(found) and found[place].problems and not found[place].newer:
+                    passed += found[place].problems
+                    _report(report, found[place].problems)
+                    place += 1
+                choice = _choice(root, found, place, passed)
+            except InputError as error:
+                choice = {"error": error.problems}
         choice = json.loads(exchange(json.dumps(choice))[0])
         if "error" in choice:
             raise InputError(*choice["error"])
@@ -142,7 +147,6 @@ def restore_(
         passed += problems
         if rank == 0:
             _report(report, problems)
-        place += 1
 
 
 def load_(

@@ -61,7 +61,7 @@ def same_end(config: Config, whole: Config, after: int = 0) -> None:
     assert soak.metrics(folder(config)) == lines
 
 
-@pytest.mark.parametrize("step", [1, 9])
+@pytest.mark.parametrize("step", [9])
 def test_from_any_step_the_end_is_the_same(whole: Config, tmp_path: Path, step: int) -> None:
     again = changed(other(whole, tmp_path, "again"), resume=str(checkpoint(whole, step)))
     code, told = train(again)
@@ -109,11 +109,11 @@ def send(*numbers: signal.Signals) -> Any:
 @pytest.mark.parametrize(
     ("numbers", "code"),
     [
-        ((signal.SIGTERM,), 75),
+        pytest.param((signal.SIGTERM,), 75, marks=pytest.mark.long),
         ((signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1), 75),
-        ((signal.SIGINT,), 130),
-        ((signal.SIGINT, signal.SIGINT), 130),
-        ((signal.SIGKILL,), -9),
+        pytest.param((signal.SIGINT,), 130, marks=pytest.mark.long),
+        pytest.param((signal.SIGINT, signal.SIGINT), 130, marks=pytest.mark.long),
+        pytest.param((signal.SIGKILL,), -9, marks=pytest.mark.long),
     ],
 )
 def test_a_stopped_run_goes_on_in_its_folder(
@@ -269,7 +269,7 @@ class Full(Disk):
         return super().create(path, size)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, pytest.param(errno.EROFS, marks=pytest.mark.long)])
 def test_a_disk_that_cannot_be_written(whole: Config, tmp_path: Path, number: int) -> None:
     """Two files a save: the second and third save fail."""
     stop = attrs.evolve(other(whole, tmp_path, "stop"), checkpoint=attrs.evolve(whole.checkpoint, every=4))

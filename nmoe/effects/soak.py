@@ -184,10 +184,13 @@ def between(fault: Fault, folder: Path, work: Path, chance: random.Random) -> bo
     Writes:  one file of the run folder, or a further checkpoint.
     """
     if fault.kind == "torn log":
+        # A part of one more line: what was there before a commit was on the disk before it.
         path = folder / "metrics.rank0.jsonl"
-        if path.exists():
-            os.truncate(path, max(0, path.stat().st_size - 1 - int(fault.draw * 200)))
-        return True
+        last = path.read_bytes().splitlines()[-1:] if path.exists() else []
+        if last:
+            with open(path, "ab") as file:
+                file.write(last[0][: int(fault.draw * len(last[0]))])
+        return bool(last)
     root = folder / resume.CHECKPOINTS
     good = [entry for entry in reader.entries(Disk(), root) if not entry.problems]
     if fault.kind == "changed ranks":

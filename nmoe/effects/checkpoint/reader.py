@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -64,7 +64,8 @@ def entries(fs: Fs, root: Path) -> tuple[Entry, ...]:
         raise InputError(
             f"{root}: a folder of checkpoints, got {error.strerror or error}; mend its permissions or its disk"
         ) from error
-    found = [(fields[1:] if fields else (0, 0), _entry(fs, root / name)) for fields, name in names]
+    # One that somebody renamed may be the newest, so it is looked at first and told.
+    found = [(fields[1:] if fields else (math.inf, 0), _entry(fs, root / name)) for fields, name in names]
     return tuple(entry for _, entry in sorted(found, key=lambda each: (each[0], each[1].name), reverse=True))
 
 
@@ -301,7 +302,7 @@ def _wrong_tensors(folder: Path, manifest: Manifest, sums: Sequence[Any]) -> lis
     problems: list[str] = []
     for name, found in parts.items():
         tensor = manifest.tensors[name]
-        size = prod(tensor.shape)
+        size = math.prod(tensor.shape)
         whole = found.get((0, size))
         spans = {(0, size): whole} if whole else found
         values = {to_text(sum(max(each) for each in spans.values()))}
@@ -327,8 +328,8 @@ def _unfit(folder: Path, manifest: Manifest, targets: Sequence[Piece], partial: 
             problems.append(
                 f"{folder}: '{piece.name}' is {_kind(*wanted)}, got {_kind(DTYPES[tensor.dtype], tensor.shape)}"
             )
-        elif piece.begin < 0 or piece.end() > prod(piece.shape):
-            problems.append(f"{folder}: '{piece.name}' has {prod(piece.shape)} elements, got up to {piece.end()}")
+        elif piece.begin < 0 or piece.end() > math.prod(piece.shape):
+            problems.append(f"{folder}: '{piece.name}' has {math.prod(piece.shape)} elements, got up to {piece.end()}")
     if not partial:
         names = {piece.name for piece in targets}
         problems += [f"{folder}: holds nothing else, got '{name}'" for name in manifest.tensors if name not in names]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -255,7 +254,6 @@ def _main(
     is_new = not folder.exists()
     if is_new:
         create_folder(folder.parent, folder.name, contents)
-        tokenizers.save(corpus.tokenizer, folder)
     writer = scope.enter_context(
         open_writer(
             world.fs,
@@ -268,6 +266,7 @@ def _main(
     if not is_new:
         attempt.mend(folder, first)
         attempt.record(folder, number, contents)
+    tokenizers.save(corpus.tokenizer, folder)
     say(banner(config, planned, corpus, folder))
 
     env = world.env(env)
@@ -283,9 +282,14 @@ def _main(
 
     stop = scope.enter_context(runtime.stop_on_signals(config.checkpoint.grace_s, overdue))
 
+    def held() -> Iterator[Batch]:
+        for batch in corpus.held:
+            yield batch
+            if stop.signal is not None:
+                return
+
     def validate(state: State) -> Held | None:
-        held = takewhile(lambda _: stop.signal is None, corpus.held)
-        found = evaluate(state.params, state.router_bias, env, c, held, byte_lengths, chunk=config.train.loss_chunk)
+        found = evaluate(state.params, state.router_bias, env, c, held(), byte_lengths, chunk=config.train.loss_chunk)
         return found if stop.signal is None else None
 
     log.event(
@@ -314,7 +318,7 @@ def _main(
         saver.settle()
         return _end(config, corpus, state, seen, finite, env, report, stop)
     except SaveError as error:
-        log.event("end", status="failed", step=state.step, exit_code=EXIT_UNSAVED, error=str(error))
+        log.event("end", status="failed", exit_code=EXIT_UNSAVED, error=str(error))
         print(f"nmoe: {error}", file=sys.stderr)
         return EXIT_UNSAVED
     except BaseException as error:

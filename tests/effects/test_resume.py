@@ -326,6 +326,28 @@ def test_the_grace_time_is_kept_and_the_last_commit_stays(whole: Config, tmp_pat
     same_end(config, whole)
 
 
+def test_a_validation_that_is_cut_short_is_made_up_for(whole: Config, tmp_path: Path) -> None:
+    config = attrs.evolve(whole, validation=attrs.evolve(whole.validation, every=4))
+    config, other_end = other(config, tmp_path, "cut"), other(config, tmp_path, "end")
+    assert train(other_end)[0] == 0
+
+    def worse(env: Any) -> Any:
+        def loss(*arguments: Any, **named: Any) -> Any:
+            if not torch.is_grad_enabled():
+                os.kill(os.getpid(), signal.SIGTERM)
+            return env.ops.linear_cross_entropy(*arguments, **named)
+
+        return attrs.evolve(env, ops=attrs.evolve(env.ops, linear_cross_entropy=loss))
+
+    assert train(config, world=run.World(env=worse))[0] == 75
+    assert [line["step"] for line in soak.metrics(folder(config))] == [1, 2, 3, 4], "no validation of a part"
+    (folder(config) / "tokenizer.json").unlink()
+    code, told = train(config)
+    assert code == 0, told
+    same_end(config, other_end)
+    assert (folder(config) / "tokenizer.json").is_file()
+
+
 def test_too_many_nonfinite_steps_leave_no_checkpoint_that_cannot_go_on(whole: Config, tmp_path: Path) -> None:
     config = changed(other(whole, tmp_path, "burst"), max_nonfinite_steps=3)
     config = attrs.evolve(config, log=attrs.evolve(config.log, every=100))

@@ -59,9 +59,14 @@ class Restored:
 def origin(resume: str, run_folder: Path) -> Origin | None:
     """What an attempt in `run_folder` goes on from; None: it starts at step 0.
 
-    Raises:  InputError when "never" meets a run folder that exists, or a path holds no run and no checkpoint.
+    Raises:  InputError when `run_folder` is no run's, "never" meets one, or a path holds no run and no checkpoint.
     """
     own = run_folder / CHECKPOINTS
+    if run_folder.exists() and not (run_folder / "config.toml").is_file():
+        raise InputError(
+            f"run.name: a new name, or that of a run, got {run_folder}, which exists and holds no config.toml; choose "
+            "another name"
+        )
     if resume == "never":
         if run_folder.exists():
             raise InputError(
@@ -72,7 +77,8 @@ def origin(resume: str, run_folder: Path) -> Origin | None:
     if resume == "auto":
         return Origin(folder=own, single=False) if run_folder.exists() else None
     named = _named(Path(resume))
-    if run_folder.resolve() not in named.folder.resolve().parents and own.is_dir() and any(own.iterdir()):
+    is_own = run_folder.resolve() in named.folder.resolve().parents
+    if not is_own and own.is_dir() and any(manifests.name_fields(each.name) for each in own.iterdir()):
         return Origin(folder=own, single=False)
     return named
 

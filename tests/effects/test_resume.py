@@ -172,10 +172,17 @@ def test_what_resume_says_is_what_happens(whole: Config, tmp_path: Path) -> None
     assert [each["step"] for each in events(config, "resume")] == [2]
 
     branch = changed(other(whole, tmp_path, "b"), resume=str(folder(config)), steps=8)
+    late = attrs.evolve(branch, checkpoint=attrs.evolve(branch.checkpoint, every=0))
+    assert train(late, world=run.World(read=At(7, send(signal.SIGKILL))))[0] == -9, "with nothing saved of its own"
     assert train(branch)[0] == 0
     assert [line["step"] for line in soak.metrics(folder(branch)) if "loss" in line] == [7, 8]
     assert train(changed(branch, steps=9))[0] == 0, "a branch goes on from what is its own"
-    assert [each["step"] for each in events(branch, "resume")] == [6, 8]
+    assert [each["step"] for each in events(branch, "resume")] == [6, 6, 8]
+
+    (tmp_path / "runs" / "notes").mkdir()
+    code, told = train(other(whole, tmp_path, "notes"))
+    assert code == 2 and "which exists and holds no config.toml; " in told
+    assert list((tmp_path / "runs" / "notes").iterdir()) == []
 
 
 def test_without_a_checkpoint_it_starts_anew_in_its_folder(whole: Config, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def names(run: Path) -> list[str]:
 def test_list_and_show(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "checkpoints" / names(run)[2] / "manifest.json").write_text("{}")
     assert ckpt.list_checkpoints(run) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
+    _, *rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows] == names(run)[::-1]
     assert [row.split()[1] for row in rows] == ["whole", "whole", "damaged", "whole", "whole"]
     scores = [row.split()[4] for row in rows]

@@ -41,7 +41,9 @@ WORLD = 2
 def main(rank: int, folder: Path) -> None:
     """Train and save together, then go on from every step, together."""
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), WORLD)
+    store = dist.FileStore(  # pyright: ignore[reportPrivateImportUsage]
+        str(folder / "store"), WORLD
+    )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=100))
     group = dist.new_group(backend="gloo")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add, group, load
 
@@ -56,6 +57,20 @@ def _bench_kernels(args: argparse.Namespace) -> int:
 
     return kernel_bench.tune() if args.tune else kernel_bench.kernels()
 
+    save = add(
+        bench,
+        "checkpoint",
+        _bench_checkpoint,
+        "time a save and a load of a config's state, and what a save costs the steps beside it",
+        "configs/quickstart.toml --to /data",
+        config=True,
+    )
+    save.add_argument(
+        "--to", type=Path, default=Path(), metavar="FOLDER", help="where to write, and delete (default: here)"
+    )
+    save.add_argument("--steps", type=int, default=10, metavar="N", help="steps beside a save (default: %(default)s)")
+    save.add_argument("--rounds", type=int, default=3, metavar="N", help="how often (default: %(default)s)")
+
 
 def _bench_step(args: argparse.Namespace) -> int:
     loaded = load(args)
@@ -83,3 +98,10 @@ def _bench_data(args: argparse.Namespace) -> int:
     from nmoe.effects.data import bench
 
     return bench.preparation(args.megabytes, args.workers, files.home(os.environ), lambda line: print(line, flush=True))
+
+
+def _bench_checkpoint(args: argparse.Namespace) -> int:
+    loaded = load(args)
+    from nmoe.effects import bench_checkpoint
+
+    return bench_checkpoint.main(loaded.config, args.to, args.steps, args.rounds)

@@ -12,7 +12,14 @@ __all__ = ["verbs"]
 
 def verbs(root: Verbs) -> None:
     """Train a model, and what goes before and after."""
-    add(root, "run", _run, "train a config", "configs/quickstart.toml --train.steps=100", config=True)
+    run = add(root, "run", _run, "train a config", "configs/quickstart.toml --train.steps=100", config=True)
+    run.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on from a checkpoint although this key of its identity differs, such as optim.dense.lr",
+    )
 
     plan = add(root, "plan", _plan, "say what a config will cost", "configs/dsv3.toml --gpus 128", config=True)
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
@@ -36,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
     loaded = load(args)
     from nmoe.effects import run
 
-    return run.main(loaded.config, loaded.sources, args.command, args.config.stem)
+    return run.main(loaded.config, loaded.sources, args.command, args.config.stem, args.accept)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from nmoe.config.canonical import Difference, annotated, diff, dump, identity
+from nmoe.config.canonical import Difference, annotated, diff, dump, identity, identity_diff, identity_values
 from nmoe.config.check import validate
 from nmoe.config.json_schema import schema
 from nmoe.config.layers import Loaded, load, load_valid
 from nmoe.config.sections import (
+    Checkpoint,
     Config,
     Data,
     Group,
@@ -28,6 +29,7 @@ from nmoe.config.sections import (
 )
 
 __all__ = [
+    "Checkpoint",
     "Config",
     "Data",
     "Difference",
@@ -52,6 +54,8 @@ __all__ = [
     "diff",
     "dump",
     "identity",
+    "identity_diff",
+    "identity_values",
     "load",
     "load_valid",
     "schema",

@@ -9,11 +9,11 @@ from typing import Any
 import attrs
 import tomli_w
 
-from nmoe.config.fields import flat, table
+from nmoe.config.fields import flat, table, walk
 from nmoe.config.sections import Config
 from nmoe.config.toml import dotted
 
-__all__ = ["Difference", "annotated", "diff", "dump", "identity"]
+__all__ = ["Difference", "annotated", "diff", "dump", "identity", "identity_diff", "identity_values"]
 
 
 @attrs.frozen(kw_only=True)
@@ -34,6 +34,25 @@ def identity(config: Config) -> str:
     """SHA-256, in hex, of the canonical TOML of what makes a run this run: two configs with the same one may resume
     each other's runs."""
     return hashlib.sha256(tomli_w.dumps(table(config, lambda key: key.identity)).encode()).hexdigest()
+
+
+def identity_values(config: Config) -> dict[str, Any]:
+    """What makes a run this run: the values `identity` hashes, by dotted path, to be compared one by one."""
+    return {dotted(path): value for path, value in flat(table(config, lambda key: key.identity))}
+
+
+def identity_diff(stored: Mapping[str, Any], config: Config) -> tuple[Difference, ...]:
+    """The keys on which what `identity_values` gave earlier and `config` do not agree, in the order they are written.
+
+    A key that was not known then has its default there: a new key does not end old runs.
+    """
+    defaults = {dotted(path): key.default for path, key, _ in walk(config)}
+    now = identity_values(config)
+    return tuple(
+        Difference(path=path, left=stored.get(path), right=now.get(path))
+        for path in dict.fromkeys((*now, *stored))
+        if now.get(path) != stored.get(path) and not (path not in stored and now[path] == defaults.get(path))
+    )
 
 
 def annotated(config: Config, sources: Mapping[str, str]) -> str:

@@ -120,6 +120,10 @@ def _attention(c: Model) -> Iterator[str]:
 
 def _run(config: Config, world: int) -> Iterator[str]:
     c, train, source, name = config.model, config.train, config.data.source, config.run.name
+    if not train.resume.strip():
+        yield f'train.resume: "auto", "never" or a path, got {shown(train.resume)}; write one of them'
+    if train.warm_start is not None and not train.warm_start.strip():
+        yield f"train.warm_start: a path, got {shown(train.warm_start)}; write it or remove the key"
     if train.sequence_length > c.max_positions:
         yield (
             f"train.sequence_length: at most model.max_positions = {c.max_positions}, got {train.sequence_length}; "

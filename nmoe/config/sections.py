@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import attrs
 
 __all__ = [
+    "Checkpoint",
     "Config",
     "Data",
     "Group",
@@ -142,7 +143,7 @@ class Shards:
 
     kind: ClassVar[str] = "shards"
 
-    path: str = setting("folder that holds manifest.json")
+    path: str = setting("folder that holds manifest.json; its content is part of the identity", identity=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -225,6 +226,16 @@ class Train:
     )
     graph: bool = setting("replay the step as one CUDA graph", default=False, identity=False)
     max_nonfinite_steps: int = setting("non-finite steps in a row that stop the run", default=3, low=1, identity=False)
+    resume: str = setting(
+        '"auto": go on in the run folder of this name; "never": a new folder; else the run or checkpoint to go on from',
+        default="auto",
+        identity=False,
+    )
+    warm_start: str | None = setting(
+        "run, checkpoint or weights file whose weights a new run starts with; absent: drawn from the seed",
+        default=None,
+        identity=False,
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -233,6 +244,28 @@ class Validation:
 
     every: int = setting("steps between validations; one more at the end", unit="steps", low=1, identity=False)
     tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Checkpoint:
+    """When the state is saved, and what is kept. One more is saved at the end and at a stop."""
+
+    every: int = setting("steps between saves; 0: not by steps", default=500, unit="steps", low=0, identity=False)
+    minutes: float = setting("time between saves; 0: not by time", default=0.0, unit="minutes", low=0, identity=False)
+    keep_last: int = setting("newest checkpoints kept", default=2, low=1, identity=False)
+    keep_every: int = setting(
+        "checkpoints at multiples of it are kept for good; 0: none", default=0, unit="steps", low=0, identity=False
+    )
+    keep_best: bool = setting("whether the one of the lowest validation loss is kept", default=True, identity=False)
+    on_error: Literal["stop", "continue"] = setting(
+        "what a failed save does at the next save point; the state in memory is sound either way",
+        default="stop",
+        identity=False,
+    )
+    asynchronous: bool = setting("whether training goes on while a checkpoint is written", default=True, identity=False)
+    grace_s: float = setting(
+        "time from SIGTERM or SIGUSR1 to the end of the process", default=30.0, unit="seconds", above=0, identity=False
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -301,4 +334,5 @@ class Config:
     validation: Validation = setting("loss on held-out documents")
     run: Run = setting("where it happens")
     parallel: Parallel = setting("how many processes", default=attrs.Factory(Parallel))
+    checkpoint: Checkpoint = setting("when the state is saved, and what is kept", default=attrs.Factory(Checkpoint))
     log: Log = setting("what is printed and written", default=attrs.Factory(Log))

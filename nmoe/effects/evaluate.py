@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import attrs
 import torch
@@ -32,7 +32,7 @@ def evaluate(
     router_bias: Tensor,
     env: Env,
     c: ModelConfig,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     byte_lengths: Tensor,
     *,
     chunk: int,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,11 @@ class Log:
         with self.lock:
             file.write(line)
             file.flush()
+
+    def sync(self) -> None:
+        """Bring the lines so far to the disk. Writes: what the operating system still holds of both files."""
+        for file in (self.metrics_file, self.events_file):
+            os.fsync(file.fileno())
 
 
 def create_folder(root: Path, name: str, contents: Mapping[str, str]) -> Path:

@@ -68,6 +68,11 @@ def render(config: Config, planned: Plan) -> str:
         ),
         ("memory a rank", f"{quantity(memory.total(), 'B')}  (activations are an estimate)"),
         ("", kinds),
+        (
+            "checkpoint",
+            f"{quantity(planned.checkpoint, 'B')}  written from one copy of {quantity(planned.staging, 'B')} in each "
+            "rank's host memory",
+        ),
         ("tokens", f"{quantity(planned.tokens)}  {train.steps} steps of {quantity(planned.tokens_per_step)}"),
         (
             "time",

@@ -29,6 +29,7 @@ class Report:
     flops: int  # of training, a token
     began: float  # monotonic seconds
     monitor: Monitor
+    first_step: int  # steps taken before this attempt
 
     def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
         """Report the last step; times are means over the `steps` since the previous report.
@@ -76,7 +77,7 @@ class Report:
         )
         self.log.metrics(**fields)
         self.monitor.step(fields, load)
-        eta = elapsed / state.step * (train.steps - state.step)
+        eta = elapsed / (state.step - self.first_step) * (train.steps - state.step)
         say(
             f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
             f"loss {loss:.4f}  gnorm {norm:.3f}  lr {rates['dense']:.1e}  {quantity(rate)} tok/s  "

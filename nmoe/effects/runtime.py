@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,20 +22,27 @@ from nmoe.errors import InputError
 from nmoe.pure.plan import PEAK_FLOPS
 
 __all__ = [
+    "EXIT_PREEMPTED",
     "SUPPORTED_GPUS",
     "Clock",
     "Launch",
     "Runtime",
     "Stop",
     "device",
+    "exit_on_signals",
     "launch",
     "memory_bytes",
     "peak_flops",
     "stop_on_signals",
+    "synchronize",
 ]
 
 SUPPORTED_GPUS = ((9, 0), (10, 0))
 """Compute capabilities the kernels are written for: H100 and H200, B200."""
+
+
+EXIT_PREEMPTED = 75
+"""Exit code of a run that was told to end and can go on: EX_TEMPFAIL, which schedulers may be told to requeue."""
 
 
 @attrs.frozen(kw_only=True)
@@ -110,6 +120,12 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def synchronize(where: torch.device) -> None:
+    """Wait for everything the device was given to do."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
 class Clock:
     """Seconds spent in each named part of a step.
 
@@ -149,34 +165,90 @@ class Clock:
 
 
 class Stop:
-    """Whether somebody asked the run to end, and how."""
+    """Whether somebody asked the run to end, how, and when."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.since = math.inf  # monotonic seconds
 
     def exit_code(self) -> int:
-        """128 + the signal, as a shell reports it."""
-        return 0 if self.signal is None else 128 + self.signal
+        """0 when nobody asked; 130 for an interrupt, as a shell reports it; 75 for who wants the run to go on later."""
+        if self.signal is None:
+            return 0
+        return 128 + self.signal if self.signal == signal.SIGINT else EXIT_PREEMPTED
+
+    def left_s(self, grace_s: float) -> float:
+        """Seconds until the grace time is over; no end without a signal that has one."""
+        return self.since + grace_s - time.monotonic() if self.preempted() else math.inf
+
+    def preempted(self) -> bool:
+        """Whether it was a signal with a grace time."""
+        return self.signal is not None and self.signal != signal.SIGINT
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM are noted, so that the step in progress ends; a second SIGINT interrupts at once.
+def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Stop]:
+    """SIGINT, SIGTERM and SIGUSR1 are noted, so that the step in progress ends and the state is saved.
+
+    A second SIGINT interrupts at once. Other signals after the first change nothing. When the grace time after the
+    first SIGTERM or SIGUSR1 is over, the process ends with exit code 75 whatever it is doing: what was committed stays.
+
+    grace_s  seconds from the signal to the end of the process at the latest
+    overdue  called just before that
 
     Writes:  the process's handlers, put back at the end.
     """
     stop = Stop()
+    timers: list[threading.Timer] = []
+
+    def end_now() -> None:
+        try:
+            overdue()
+        finally:
+            os._exit(EXIT_PREEMPTED)
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stop.signal is not None:
+        if stop.signal is None:
+            stop.signal, stop.since = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.signal = signal.Signals(number)
+        if number != signal.SIGINT and not timers:
+            # a thread, because the main one may be deep inside a product of matrices
+            timers.append(threading.Timer(grace_s, end_now))
+            timers[0].daemon = True
+            timers[0].start()
 
+    with _handlers(note, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        try:
+            yield stop
+        finally:
+            for timer in timers:
+                timer.cancel()
+                timer.join()
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the process at once with exit code 75: for the time when there is nothing to save yet.
+
+    Writes:  the process's handlers, put back at the end.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_PREEMPTED)
+
+    with _handlers(leave, signal.SIGTERM, signal.SIGUSR1):
+        yield
+
+
+@contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """One handler for these signals, and what was there before put back at the end."""
     before: dict[signal.Signals, Callable[..., object] | int | None] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-        yield stop
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -114,6 +114,7 @@ def make_step(
     rt: Runtime,
     *,
     mark: Callable[[str], None],
+    before_update: Callable[[], None] = lambda: None,
     run: Callable[..., tuple[Tensor, Any]] = block,
     wrap: Callable[[Compute], Compute] = lambda compute: compute,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -123,9 +124,10 @@ def make_step(
     `train.max_nonfinite_steps` of them in a row no step changes anything more, so that whoever reads the metrics late
     finds the state as it was. Nothing in a step waits for the device.
 
-    mark     called with the name of each part when it ends
-    run      `block`, or a wrapper around it
-    wrap     what replays a step, given the function that computes it
+    mark           called with the name of each part when it ends
+    before_update  called before anything but gradients is written
+    run            `block`, or a wrapper around it
+    wrap           what replays a step, given the function that computes it
     """
     passes = ops.arena_ops(rt.device)
     c, train, clip = config.model, config.train, config.optim.clip_norm
@@ -186,6 +188,7 @@ def make_step(
     def compute(state: State, batch: Batch, rates: Rates) -> tuple[State, Metrics]:
         loss, auxiliary, load, entropy = accumulate_(state, batch)
         mark("forward_backward")
+        before_update()
         with torch.no_grad():
             norm = passes.global_norm([arena.gradient for arena in state.arenas])
             finite = torch.isfinite(loss) & torch.isfinite(norm)

@@ -43,6 +43,8 @@ class Plan:
     flops: Flops  # forward, a token, causal
     flops_executed: Flops  # forward, a token, as the reference executes them
     memory: Memory
+    staging: int  # bytes of host memory on one rank: the copy a checkpoint is written from
+    checkpoint: int  # bytes of one checkpoint, all ranks
     ranks: int
     expert_ranks: int  # ranks the experts are shared out to
     tokens_per_step: int
@@ -93,17 +95,23 @@ def activation_bytes(
     return tokens * (a_token + 3 * width * wide)
 
 
+def held(arena: ArenaLayout, ranks: int) -> int:
+    """Elements whose moments and remainders one rank keeps, and saves: its experts, 1/ranks of the rest (ZeRO-2)."""
+    return arena.size if arena.policy.shard else math.ceil(arena.size / ranks)
+
+
+def saved_bytes(arena: ArenaLayout) -> int:
+    """Bytes of an element in a checkpoint: value, remainder, both moments."""
+    return arena.storage.itemsize + 2 * arena.has_remainder() + 2 * arena.moments.itemsize
+
+
 def memory(arenas: tuple[ArenaLayout, ...], ranks: int, activations: int, logits: int) -> Memory:
-    """Bytes on one rank: what is not sharded by expert keeps 1/ranks of its moments and remainders (ZeRO-2)."""
-
-    def held(arena: ArenaLayout) -> int:
-        return arena.size if arena.policy.shard else math.ceil(arena.size / ranks)
-
+    """Bytes on one rank."""
     return Memory(
         parameters=sum(arena.size * arena.storage.itemsize for arena in arenas),
-        remainders=sum(held(arena) * 2 for arena in arenas if arena.has_remainder()),
+        remainders=sum(held(arena, ranks) * 2 for arena in arenas if arena.has_remainder()),
         gradients=sum(arena.size * arena.gradient.itemsize for arena in arenas),
-        moments=sum(held(arena) * 2 * arena.moments.itemsize for arena in arenas),
+        moments=sum(held(arena, ranks) * 2 * arena.moments.itemsize for arena in arenas),
         activations=activations,
         logits=logits,
     )
@@ -150,6 +158,12 @@ def plan(config: Config, *, ranks: int, mfu: float, peak_flops: float = PEAK_FLO
         flops=causal,
         flops_executed=flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=False),
         memory=memory(arenas, ranks, activations, logits),
+        staging=sum(held(arena, ranks) * saved_bytes(arena) for arena in arenas),
+        checkpoint=sum(
+            slot.size() * (expert_ranks if arena.policy.shard else 1) * saved_bytes(arena)
+            for arena in arenas
+            for slot in arena.slots
+        ),
         ranks=ranks,
         expert_ranks=expert_ranks,
         tokens_per_step=train.batch_size * train.sequence_length,

@@ -94,6 +94,7 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
         "tokenizer.json",
         "metrics.rank0.jsonl",
         "events.jsonl",
+        "checkpoints",
         "weights.safetensors",
     }
     resolved = load(folder / "config.toml", {}, ()).config
@@ -118,7 +119,8 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
     assert min(last["experts"]["bias_min"]) < 0 < max(last["experts"]["bias_max"])
 
     events = lines(folder / "events.jsonl")
-    assert [event["event"] for event in events] == ["start", "validation", "validation", "validation", "end"]
+    names = ["start", "validation", "validation", "validation", "checkpoint", "end"]
+    assert [event["event"] for event in events] == names
     assert events[-1]["status"] == "finished" and events[-1]["exit_code"] == 0
     assert last["loss"] < metrics[0]["loss"]
     assert "sample" in done.stdout and "bigram" in done.stdout and "eta" in done.stdout
@@ -129,12 +131,12 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
     other = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "4", cwd=workplace)
     assert other.stdout != told.stdout
 
-    taken = nmoe("run", path, "--run.name=first", cwd=workplace)
+    taken = nmoe("run", path, "--run.name=first", "--train.resume=never", cwd=workplace)
     assert taken.returncode == 2 and "which exists" in taken.stderr and taken.stderr.count("\n") == 1
     assert lines(folder / "events.jsonl") == events, "a refused run leaves the old one alone"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_ends_the_run_cleanly(corpus: Path, workplace: Path, number: signal.Signals, code: int) -> None:
     path = write(workplace, config_for(corpus, steps=100_000))
     process = subprocess.Popen(
@@ -158,7 +160,12 @@ def test_a_signal_ends_the_run_cleanly(corpus: Path, workplace: Path, number: si
     assert end["event"] == "end" and end["status"] == "interrupted"
     assert end["exit_code"] == code and end["signal"] == number.name
     assert lines(metrics)[-1]["step"] == end["step"]
-    assert (workplace / "runs" / "long" / "weights.safetensors").exists()
+    (kept,) = (workplace / "runs" / "long" / "checkpoints").glob("step-*")
+    assert kept.name.startswith(f"step-{end['step']:08d}.")
+    assert (workplace / "runs" / "long" / "weights.safetensors").exists() == (number == signal.SIGINT)
+    more = ("--run.name=long", f"--train.steps={end['step'] + 2}")
+    done = nmoe("run", path, *more, cwd=workplace)
+    assert done.returncode == 0 and f"resume         at step {end['step']} from " in done.stdout, done.stderr
 
 
 def test_nonfinite_steps_stop_the_run(corpus: Path, workplace: Path) -> None:

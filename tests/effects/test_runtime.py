@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,16 +44,56 @@ def test_an_unsupported_gpu_is_refused_with_the_list(monkeypatch: pytest.MonkeyP
     assert runtime.device("cuda") == torch.device("cuda", 0)
 
 
-def test_signals_are_noted_and_the_second_interrupt_is_at_once() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with runtime.stop_on_signals() as stop:
-        assert stop.signal is None and stop.exit_code() == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal is signal.SIGTERM and stop.exit_code() == 143
+ROOT = Path(__file__).parent.parent.parent
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(("first", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_signals_are_noted_and_the_second_interrupt_is_at_once(first: signal.Signals, code: int) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with runtime.stop_on_signals(60, lambda: None) as stop:
+        assert stop.signal is None and stop.exit_code() == 0 and not stop.preempted()
+        os.kill(os.getpid(), first)
+        assert stop.signal is first and stop.exit_code() == code and stop.preempted() == (code == 75)
+        for again in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), again)
+        assert stop.signal is first and stop.exit_code() == code, "the first one counts"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [each.name for each in threading.enumerate() if isinstance(each, threading.Timer)] == [], "no alarm is left"
+
+
+STUCK = """
+import os, signal, sys, time
+import torch
+from nmoe.effects import runtime
+
+with runtime.stop_on_signals(0.5, lambda: os.write(1, b"overdue")):
+    os.kill(os.getpid(), signal.SIGTERM)
+    a = torch.ones(3000, 3000)
+    begin = time.monotonic()
+    while time.monotonic() - begin < 20:
+        a @ a
+"""
+
+
+def test_when_the_grace_time_is_over_the_process_ends_whatever_it_does() -> None:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", STUCK], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (75, b"overdue", b"")
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_with_nothing_to_save_a_signal_ends_it_at_once(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with pytest.raises(SystemExit) as caught, runtime.exit_on_signals():
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    assert caught.value.code == 75
+    assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
 def test_the_clock_splits_time_by_name_and_starts_anew() -> None:

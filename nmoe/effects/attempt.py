@@ -1,0 +1,115 @@
+"""A further attempt at a run in the folder of the ones before: its number, and the folder made ready for it.
+
+The files a run appends to tell each step once. What a killed attempt wrote after the step the next one goes on from is
+therefore cut off, and so is a last line it did not finish. Events are history and stay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nmoe.effects import files
+from nmoe.errors import InputError
+
+__all__ = ["ARCHIVE", "mend", "next_number", "record"]
+
+ARCHIVE = "attempts"
+"""Folder in a run folder: what config.toml and the like were in each attempt before the newest."""
+
+EVENTS = "events.jsonl"
+OF_STEPS = ("metrics.rank", "arrays.rank")
+"""First part of the names of files whose lines belong to a step."""
+
+
+@attrs.frozen(kw_only=True)
+class Line:
+    """One whole line of an append-only file."""
+
+    where: str  # file:line
+    end: int  # bytes of the file up to the next line
+    fields: Mapping[str, Any]
+
+
+def next_number(folder: Path) -> int:
+    """1 + the number of the last attempt that started in this run folder.
+
+    Raises:  InputError with file and line of what cannot be read.
+    """
+    numbers = [line.fields.get("attempt", 0) for line in _lines(folder / EVENTS)]
+    return 1 + max((each for each in numbers if isinstance(each, int)), default=0)
+
+
+def mend(folder: Path, step: int) -> None:
+    """Make the files a run appends to those of a run that stands at `step`.
+
+    Everything is read before anything is cut, so that a line that cannot be read leaves the folder as it was.
+
+    Writes:  every `*.jsonl` in `folder`: without a torn last line, and of what belongs to steps without later ones.
+    Raises:  InputError with file and line of what cannot be read.
+    """
+    lengths = {path: _good_length(path, step) for path in sorted(folder.glob("*.jsonl"))}
+    for path, length in lengths.items():
+        if length < path.stat().st_size:
+            os.truncate(path, length)
+
+
+def record(folder: Path, attempt: int, contents: Mapping[str, str]) -> None:
+    """Put what this attempt was started with in the place of what the one before was, which moves to the archive.
+
+    contents  text of each file by name
+
+    Writes:   files of `folder` and `folder/attempts`, each whole or not at all.
+    """
+    archive = folder / ARCHIVE / str(attempt - 1)
+    archive.mkdir(parents=True, exist_ok=True)
+    for name, text in contents.items():
+        # What is there already was put there by a start that ended before its first event, under the same number.
+        if (folder / name).exists() and not (archive / name).exists():
+            with files.replacing(archive / name) as temporary:
+                shutil.copyfile(folder / name, temporary)
+        files.write_text(folder / name, text)
+
+
+def _good_length(path: Path, step: int) -> int:
+    """Bytes of a file up to its first line of a later step, or else of its whole lines."""
+    length = 0
+    for line in _lines(path):
+        if path.name.startswith(OF_STEPS):
+            at = line.fields.get("step")
+            if not isinstance(at, int):
+                raise InputError(f"{line.where}: step is a number, got {at!r}; mend or delete the line")
+            if at > step:
+                break
+        length = line.end
+    return length
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """The whole lines of a file; none when it is not there.
+
+    Raises:  InputError with file and line of the first that is no JSON object.
+    """
+    if not path.exists():
+        return
+    end = 0
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                return
+            end += len(text)
+            try:
+                fields = json.loads(text)
+            except ValueError:
+                fields = None
+            if not isinstance(fields, dict):
+                raise InputError(
+                    f"{path}:{number}: a line holds one JSON object, got {text[:60]!r}; mend or delete the line"
+                )
+            yield Line(where=f"{path}:{number}", end=end, fields=fields)

@@ -21,10 +21,10 @@ DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "schedule")
 COMPOSES = ("bench", "corpus", "evaluate", "generate", "plan", "report", "run")
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 
-SHARED = ("files", "ops", "runtime")
+SHARED = ("files", "ops", "run_status", "runtime")
 """Modules of effects that every other one may import."""
 
-INSIDE = (("checkpoint", "checkpoint"), ("data", "data"), ("ops", "kernels"), ("viz", "viz"))
+INSIDE = (("checkpoint", "checkpoint"), ("data", "data"), ("ops", "kernels"), ("viz", "data"), ("viz", "viz"))
 """Packages of effects whose files may import each other, and the one importer of the kernels."""
 
 NEVER_IN_PURE = (

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def home(environ: Mapping[str, str]) -> Path:
+    """The folder of caches: `NMOE_HOME`, else where the desktop keeps caches."""
+    cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "."), ".cache")
+    return Path(environ.get("NMOE_HOME") or os.path.join(cache, "nmoe"))
 
 
 def sync_folder(folder: Path) -> None:

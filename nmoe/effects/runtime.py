@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import sys
@@ -15,6 +14,7 @@ from types import FrameType
 import attrs
 import torch
 
+from nmoe.effects import files
 from nmoe.errors import InputError
 from nmoe.pure.plan import PEAK_FLOPS
 
@@ -62,12 +62,7 @@ def launch(environ: Mapping[str, str]) -> Launch:
         if not text.isdecimal():
             raise InputError(f"{name}: a launcher sets it to a number, got {text!r}; unset it or start with a launcher")
         counts[name] = int(text)
-    cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "."), ".cache")
-    return Launch(
-        rank=counts["RANK"],
-        world=counts["WORLD_SIZE"],
-        home=Path(environ.get("NMOE_HOME") or os.path.join(cache, "nmoe")),
-    )
+    return Launch(rank=counts["RANK"], world=counts["WORLD_SIZE"], home=files.home(environ))
 
 
 def device(name: str) -> torch.device:

@@ -107,7 +107,9 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
     try:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-        connection = duckdb.connect(str(file or ":memory:"), config={"threads": threads, "memory_limit": "2GB", "checkpoint_threshold": "1GB"})
+        connection = duckdb.connect(
+            str(file or ":memory:"), config={"threads": threads, "memory_limit": "2GB", "checkpoint_threshold": "1GB"}
+        )
         _prepare(connection)
         yield Index(root=root, connection=connection)
     except duckdb.IOException as error:

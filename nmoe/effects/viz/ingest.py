@@ -1,4 +1,4 @@
-"""From lines of JSONL to rows of the index; lines that are no JSON object of their kind are counted, never guessed at."""
+"""From lines of JSONL to rows of the index; a line that is no JSON object of its kind is counted, never guessed at."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ export async function ask(type, path) {
  */
 export function useAnswer(type, path, version) {
   const [told, setTold] = useState({ data: null, problem: null, path: null });
-  const running = useRef(null);
+  const running = useRef({ busy: false, waiting: null }).current;
   useEffect(() => {
     const want = { path, type };
     running.waiting = path === null ? null : want;

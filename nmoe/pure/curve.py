@@ -33,7 +33,7 @@ def smooth(x: Floats, y: Floats, span: float) -> Floats:
     x        [N] f64   ascending
     y        [N] f64   NaN and infinities are left out
     span     in units of x; 0: nothing is smoothed
-    returns  [N] f64   NaN before the first finite point
+    returns  [N] f64   NaN where y is not finite
     Cost:    linear in N, plus the range of x in units of 200 spans.
     """
     finite = np.isfinite(y)
@@ -53,7 +53,7 @@ def smooth(x: Floats, y: Floats, span: float) -> Floats:
         top[part] = fade * (np.cumsum(value[part] / fade) + carried[0] * faded)
         bottom[part] = fade * (np.cumsum(weight[part] / fade) + carried[1] * faded)
         carried, last = (float(top[stop - 1]), float(bottom[stop - 1])), float(x[stop - 1])
-    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=finite)
 
 
 def edges(low: float, high: float, cells: int, *, log: bool) -> Floats:

@@ -167,13 +167,13 @@ def poll(index: Index, budget_bytes: int = CHUNK_BYTES) -> Poll:
             read.setdefault(run, {})[file] = (inode, offset)
         runs = [(folder, known[folder.name]) for folder in folders]
         waiting = [tail for folder, run in runs for tail in _tails_(index, folder, run, read.get(run, {}))]
-        taken, problems = _take_(index, waiting, budget_bytes)
+        taken, problems, left = _take_(index, waiting, budget_bytes)
         return Poll(
             grown=tuple(dict.fromkeys(tail.name for tail in waiting if tail.path in taken)),
             gone=gone,
             problems=problems,
             read_bytes=sum(taken.values()),
-            left_bytes=sum(tail.size - tail.offset - taken.get(tail.path, 0) for tail in waiting),
+            left_bytes=left,
         )
 
 
@@ -274,17 +274,25 @@ def _tails_(index: Index, folder: Path, run: int, known: Mapping[str, tuple[int,
     ]
 
 
-def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[dict[Path, int], tuple[str, ...]]:
-    """Take in whole lines of files, up to `budget_bytes`: how many bytes of which, and problems with them."""
+def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[dict[Path, int], tuple[str, ...], int]:
+    """Take in whole lines of files, up to `budget_bytes`.
+
+    returns  bytes taken, by file; problems; bytes there was no room for
+    """
     taken: dict[Path, int] = {}
     problems: list[str] = []
+    left = 0
     kinds: dict[str, list[tuple[Tail, ingest.Piece]]] = {}
     with tempfile.TemporaryDirectory(prefix="nmoe-viz-") as folder:
         for tail in waiting:
             room = budget_bytes - sum(taken.values())
             if room <= 0 or len(taken) >= MAX_FILES:
-                break
-            content, problem = _whole_lines(tail, max(room, LINE_BYTES))
+                left += tail.size - tail.offset
+                continue
+            limit = max(room, LINE_BYTES)
+            content, problem = _whole_lines(tail, limit)
+            if content and limit < tail.size - tail.offset:
+                left += tail.size - tail.offset - len(content)
             if problem:
                 problems.append(problem)
             if content:
@@ -302,7 +310,7 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
             if told.refused:
                 shown = ", ".join(told.refused[:5])
                 problems.append(f"{kind}: tags that the index has room for, got also {shown}; rename them")
-    return taken, tuple(problems)
+    return taken, tuple(problems), left
 
 
 def _whole_lines(tail: Tail, limit: int) -> tuple[memoryview, str | None]:

@@ -354,7 +354,7 @@ async def _stream(request: Request) -> Response:
             while True:
                 async with watch.changed:
                     try:
-                        await asyncio.wait_for(watch.changed.wait_for(lambda: watch.number != told), KEEP_ALIVE_S)
+                        await asyncio.wait_for(watch.changed.wait_for(_is_news(watch, told)), KEEP_ALIVE_S)
                     except TimeoutError:
                         text = b": still here\n\n"
                     else:
@@ -364,6 +364,10 @@ async def _stream(request: Request) -> Response:
             watch.listeners -= 1
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+def _is_news(watch: Watch, told: int) -> Callable[[], bool]:
+    return lambda: watch.number != told
 
 
 def _sse(message: Mapping[str, Any]) -> bytes:

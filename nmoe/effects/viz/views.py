@@ -249,7 +249,7 @@ def events(index: Index, names: Sequence[str], axis: Axis) -> api.Events:
     rates = dict(zip(runs_, zip(per_step, flops, strict=True), strict=True))
     at = _times(index, list(numbers)) if axis.x == "time" else {}
     shown = [
-        _event(numbers[run], row, _event_place(axis, row[3], rates[run], at.get(run)))
+        _event(numbers[run], row, _event_place(axis, row[2], rates[run], at.get(run)))
         for run, *row in rows[:MAX_EVENTS]
     ]
     return api.Events(events=shown, left_out=max(0, count - MAX_EVENTS))

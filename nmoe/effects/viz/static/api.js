@@ -18,7 +18,7 @@ export function strict(type, value) {
   for (const [name, kind] of Object.entries(fields)) inner[name] = kind === "" ? value[name] : strict(kind, value[name]);
   return new Proxy(inner, {
     get(target, name) {
-      if (typeof name === "symbol" || name === "toJSON" || name in target) return target[name];
+      if (typeof name === "symbol" || name === "toJSON" || name === "then" || name in target) return target[name];
       throw new ApiError(`api: ${type} has the fields ${Object.keys(fields).join(", ")}, read was ${name}`);
     },
   });

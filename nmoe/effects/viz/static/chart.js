@@ -1,6 +1,6 @@
 // A chart: lines over a common axis, with bands, events, marks for what is not finite, a cursor that all charts share.
 import { html, useEffect, useRef } from "./vendor/preact-htm.mjs";
-import { EVENT_MARK, count, number, save } from "./format.js";
+import { EVENT_MARK, bytes, count, number, save } from "./format.js";
 
 const NEAR_PX = 5;
 const MAX_ROWS = 12;
@@ -103,7 +103,7 @@ function options(node, input, { logX, logY, sync }) {
     },
     axes: [
       { ...axis, values: (u, all) => all.map((value) => (value === null ? "" : count(value))) },
-      { ...axis, size: 58, values: (u, all) => all.map((value) => (value === null ? "" : short(value))) },
+      { ...axis, size: 62, values: (u, all) => all.map((value) => (value === null ? "" : input.current.format === bytes ? bytes(value) : short(value))) },
     ],
     hooks: {
       draw: [(u) => { drawEvents(u, input.current.events); drawNonfinite(u, input.current.lines); }],
@@ -129,7 +129,7 @@ function options(node, input, { logX, logY, sync }) {
 
 function span(low, high) {
   if (low === null || high === null) return [0, 1];
-  if (low === high) return [low - Math.abs(low) * 0.1 - 1e-12, high + Math.abs(high) * 0.1 + 1e-12];
+  if (high - low <= 1e-9 * Math.abs(high)) return [low - Math.abs(low) * 0.1 - 1e-12, high + Math.abs(high) * 0.1 + 1e-12];
   const edge = (high - low) * 0.05;
   return [low >= 0 && low - edge < 0 ? 0 : low - edge, high + edge];
 }

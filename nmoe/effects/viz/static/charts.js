@@ -13,7 +13,7 @@ export const axis = (state) => ({
   x: state.x ?? "step", smooth: state.smooth ?? null, log_x: !!state.logx, low: state.low, high: state.high,
 });
 
-export const formatOf = (tag) => (tag.endsWith("_bytes") || tag.startsWith("memory") ? bytes : tag === "mfu" ? percent
+export const formatOf = (tag) => (/bytes/.test(tag) ? bytes : tag === "mfu" ? percent
   : /tokens|flops|clock/.test(tag) ? count : number);
 
 /** What all charts of a view are drawn by. */
@@ -21,7 +21,7 @@ export function AxisTools({ state, set, children }) {
   const flag = (key, title) => html`<label><input type="checkbox" checked=${!!state[key]} onChange=${() => set({ [key]: state[key] ? null : "1" })} />${title}</label>`;
   return html`<div class="tools">
     <label>x <select aria-label="x axis" value=${state.x ?? "step"} onChange=${(event) => set({ x: event.target.value, low: null, high: null })}>
-      ${Object.entries(X_NAMES).map(([key, name]) => html`<option value=${key}>${name}</option>`)}</select></label>
+      ${Object.entries(X_NAMES).map(([key, name]) => html`<option value=${key} selected=${key === (state.x ?? "step")}>${name}</option>`)}</select></label>
     ${flag("logx", "log x")}${flag("logy", "log y")}
     <label>smooth <input type="range" min="0" max=${SPANS.length - 1} aria-label="smoothing in steps" value=${SPANS.indexOf(Number(state.smooth ?? 0))}
       onInput=${(event) => set({ smooth: SPANS[event.target.value] || null })} /> <span class="fixed">${state.smooth ? `${state.smooth} steps` : "off"}</span></label>

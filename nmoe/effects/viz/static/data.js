@@ -14,7 +14,7 @@ export function DataView(props) {
     ${mixture.data && (mixture.data.sources.length || Object.keys(mixture.data.config).length) ? html`<${Mixture} data=${mixture.data} />` : null}
     ${data.folders.length ? null : html`<div class="empty"><h2>No prepared data</h2><p>Name folders to look into:</p><pre>nmoe viz --data FOLDER</pre></div>`}
     ${folder ? html`<div class="tools"><label>folder <select aria-label="data folder" value=${folder.number} onChange=${(event) => set({ folder: event.target.value, split: null, doc: null })}>
-        ${data.folders.map((each) => html`<option value=${each.number}>${each.path}</option>`)}</select></label></div>
+        ${data.folders.map((each) => html`<option value=${each.number} selected=${each.number === folder.number}>${each.path}</option>`)}</select></label></div>
       ${folder.problems.map((each) => html`<p class="problem">${each}</p>`)}
       ${folder.tokenizer ? html`<p class="note">tokenizer <code>${folder.tokenizer.slice(0, 16)}</code>, ${count(folder.tokenizer_size)} tokens</p>` : null}
       ${folder.splits.length ? html`<${Splits} folder=${folder} /><${Documents} state=${state} set=${set} folder=${folder} />` : null}` : null}`;
@@ -42,7 +42,7 @@ function Documents({ state, set, folder }) {
   const doc = Math.min(Number(state.doc ?? 0) || 0, Math.max(split.documents - 1, 0));
   const { data, problem } = useAnswer("Document", split.documents ? address("document", { folder: folder.number, split: split.name, number: String(doc) }) : null, 0);
   const go = (number) => set({ doc: Math.min(Math.max(number, 0), split.documents - 1) });
-  return html`<div class="tools"><label>split <select aria-label="split" value=${split.name} onChange=${(event) => set({ split: event.target.value, doc: null })}>${folder.splits.map((each) => html`<option key=${each.name}>${each.name}</option>`)}</select></label>
+  return html`<div class="tools"><label>split <select aria-label="split" value=${split.name} onChange=${(event) => set({ split: event.target.value, doc: null })}>${folder.splits.map((each) => html`<option key=${each.name} selected=${each.name === split.name}>${each.name}</option>`)}</select></label>
       <label>document <input type="number" min="0" max=${split.documents - 1} value=${doc} aria-label="document" onChange=${(event) => go(Number(event.target.value))} /></label>
       <button onClick=${() => go(doc - 1)}>previous</button><button onClick=${() => go(doc + 1)}>next</button>
       <label><input type="checkbox" checked=${state.tokens === "1"} onChange=${() => set({ tokens: state.tokens === "1" ? null : "1" })} />tokens</label></div>

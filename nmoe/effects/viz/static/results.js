@@ -32,7 +32,7 @@ export function EventsView({ state, set, selected, places, version }) {
   const kinds = [...new Set(data.events.map((event) => event.event))].sort();
   const shown = data.events.filter((event) => !state.event || event.event === state.event);
   return html`<div class="tools"><label>kind <select aria-label="kind of event" value=${state.event ?? ""} onChange=${(event) => set({ event: event.target.value || null })}>
-      <option value="">all</option>${kinds.map((kind) => html`<option key=${kind}>${kind}</option>`)}</select></label>
+      <option value="">all</option>${kinds.map((kind) => html`<option key=${kind} selected=${kind === state.event}>${kind}</option>`)}</select></label>
       <span class="soft">${shown.length} events${data.left_out ? `, ${data.left_out} older ones left out` : ""}</span></div>
     <div class="scroll"><table id="events"><thead><tr><th>time</th><th class="left">run</th><th>step</th><th class="left">event</th><th class="left">what</th></tr></thead>
       <tbody>${shown.map((event) => html`<tr class=${event.severity}><td>${clock(event.time)}</td><td class="left name"><${Swatch} run=${event.run} places=${places} />${event.run}</td>

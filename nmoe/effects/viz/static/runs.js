@@ -24,8 +24,8 @@ export function RunsView({ state, set, table, runs, selected, places, toggle }) 
       <label>column <select aria-label="add a column" value="" onChange=${(event) => { set({ col: [...extra, event.target.value] }); event.target.value = ""; }}>
         <option value="">add…</option>${choices.map((key) => html`<option key=${key}>${key}</option>`)}</select></label>
       <label>group by <select aria-label="group by" value=${state.group ?? ""} onChange=${(event) => set({ group: event.target.value || null })}>
-        <option value="">nothing</option><option value="status">status</option>
-        ${table.keys.map((key) => html`<option key=${key} value=${key}>${key}</option>`)}</select></label>
+        <option value="">nothing</option><option value="status" selected=${state.group === "status"}>status</option>
+        ${table.keys.map((key) => html`<option key=${key} value=${key} selected=${key === state.group}>${key}</option>`)}</select></label>
       <span class="soft">${shown.length} runs in ${table.root}</span>
     </div>
     <div class="scroll"><table class="runs">

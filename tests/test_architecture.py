@@ -24,7 +24,10 @@ COMPOSES = ("bench", "corpus", "evaluate", "generate", "plan", "report", "run")
 SHARED = ("files", "ops", "run_status", "runtime")
 """Modules of effects that every other one may import."""
 
-INSIDE = (("checkpoint", "checkpoint"), ("data", "data"), ("ops", "kernels"), ("viz", "data"), ("viz", "viz"))
+INSIDE = (
+    *(("checkpoint", "checkpoint"), ("data", "data"), ("ops", "kernels")),
+    *(("viz", "data"), ("viz", "runs"), ("viz", "viz")),
+)
 """Packages of effects whose files may import each other, and the one importer of the kernels."""
 
 NEVER_IN_PURE = (

@@ -149,17 +149,19 @@ def run_folders(root: Path) -> tuple[Path, ...]:
     return tuple(root / name for _, name in sorted(found, reverse=True))
 
 
-def poll(index: Index, budget_bytes: int = CHUNK_BYTES) -> Poll:
+def poll(index: Index, budget_bytes: int = CHUNK_BYTES, names: Sequence[str] | None = None) -> Poll:
     """Take in what the runs have logged since the last look, newest runs first, up to about `budget_bytes`.
 
     A last line without its line end is one being written: it waits. A file that shrank or was replaced is read anew, a
     folder that is gone is forgotten.
 
+    names    the runs to look at; None: all
+
     Writes:  the index.
     Raises:  OSError when a file cannot be read, duckdb.Error when the index cannot be written.
     """
     with index.writing:
-        folders = run_folders(index.root)
+        folders = tuple(each for each in run_folders(index.root) if names is None or each.name in names)
         gone = _forget_missing_(index, folders)
         known = _register_(index, folders)
         read: dict[int, dict[str, tuple[int, int]]] = {}

@@ -46,7 +46,7 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 def loss(step: int) -> float:
     """A curve with a spike of a single step, which thinning must keep."""
-    return 2 + 6 / (1 + step / 30) + (3.5 if step == 77 else 0.0)
+    return 2 + 6 / (1 + step / 30) + (7.5 if step == 77 else 0.0)
 
 
 def loads(step: int, layer: int) -> list[int]:

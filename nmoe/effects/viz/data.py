@@ -68,21 +68,21 @@ def _found(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
 def _folder(number: int, path: Path, root: Path) -> api.Folder:
     try:
         manifest = _manifest(path, root)
+        splits = [
+            api.Split(
+                name=name,
+                tokens=split.tokens,
+                documents=split.documents,
+                bytes=split.bytes,
+                shards=[_shard(path / name, root, place, shard) for place, shard in enumerate(split.shards)],
+            )
+            for name, split in manifest.splits.items()
+        ]
     except InputError as error:
         return api.Folder(
             number=number, path=str(path), tokenizer="", tokenizer_size=None, splits=[], problems=list(error.problems)
         )
     problems = [problem for split in manifest.splits for problem in shards.size_problems(path, manifest, split)]
-    splits = [
-        api.Split(
-            name=name,
-            tokens=split.tokens,
-            documents=split.documents,
-            bytes=split.bytes,
-            shards=[_shard(path / name, root, place, shard) for place, shard in enumerate(split.shards)],
-        )
-        for name, split in manifest.splits.items()
-    ]
     return api.Folder(
         number=number,
         path=str(path),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nmoe.effects.viz import ingest
-from nmoe.effects.viz.ingest import CHUNK_BYTES, LINE_BYTES
+from nmoe.effects.viz.ingest import CHUNK_BYTES, LINE_BYTES, MAX_TAGS
 from nmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ create table runs(run integer, name varchar, inode ubigint);
 create table files(run integer, file varchar, inode ubigint, "offset" bigint, lines bigint, bad bigint);
 create table tags(tag integer, name varchar);
 create table metrics(run integer, rank integer, attempt integer, step bigint, time_s double, elapsed_s double,
-                     tokens double, experts map(varchar, double[]));
+                     tokens double, experts map(varchar, double[]){columns});
 create table latest(run integer, tag integer, value double, step bigint);
 create table spans(run integer, attempt integer, first_step bigint, elapsed_s double);
 create table loads(run integer, attempt integer, step bigint, tokens double, layers integer[], load bigint[][]);
@@ -115,8 +115,9 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
     except duckdb.IOException as error:
         if connection is not None:
             raise
+        holder = re.search(r"PID \d+", str(error))
         raise InputError(
-            f"{file}: an index that no other process has open, got {str(error).splitlines()[0]}; "
+            f"{file}: an index that no other process has open, got {holder[0] if holder else error}; "
             "end the other `nmoe viz`, or delete the file if there is none"
         ) from error
     except OSError as error:
@@ -142,7 +143,7 @@ def run_folders(root: Path) -> tuple[Path, ...]:
         found = [
             (entry.stat().st_mtime, entry.name)
             for entry in os.scandir(root)
-            if not entry.name.startswith(".") and entry.is_dir() and os.path.isfile(f"{entry.path}/config.toml")
+            if not entry.name.startswith(".") and os.path.isfile(f"{entry.path}/config.toml")
         ]
     except FileNotFoundError:
         return ()
@@ -206,7 +207,8 @@ def _prepare(connection: DuckDBPyConnection) -> None:
         for name in found - {"valid"}:
             connection.execute(f"drop table if exists {quoted(name)}")
         connection.execute("drop sequence if exists run_ids")
-    connection.execute(SCHEMA)
+    columns = "".join(f", c{tag} double" for tag in range(MAX_TAGS))
+    connection.execute(SCHEMA.replace("{columns}", columns))
     connection.execute("insert into format values (?)", [FORMAT])
 
 
@@ -317,9 +319,12 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
 
 def _whole_lines(tail: Tail, limit: int) -> tuple[memoryview, str | None]:
     """The whole lines of a file that the index does not know, at most `limit` bytes, and a problem with them."""
-    with open(tail.path, "rb") as file:
-        file.seek(tail.offset)
-        content = file.read(min(limit, tail.size - tail.offset))
+    try:
+        with open(tail.path, "rb") as file:
+            file.seek(tail.offset)
+            content = file.read(min(limit, tail.size - tail.offset))
+    except OSError as error:
+        return memoryview(b""), f"{tail.path}: can be read, got {error.strerror}; mend its permissions"
     length = content.rfind(b"\n") + 1
     problem = None
     if not length and len(content) >= LINE_BYTES:

@@ -11,7 +11,7 @@ import attrs
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-__all__ = ["CHUNK_BYTES", "Piece", "Taken", "take_"]
+__all__ = ["CHUNK_BYTES", "LINE_BYTES", "MAX_TAGS", "Piece", "Taken", "take_"]
 
 LINE_BYTES = 8 << 20
 """The longest line that is read."""
@@ -19,7 +19,8 @@ LINE_BYTES = 8 << 20
 CHUNK_BYTES = 64 << 20
 """Bytes of one file taken in at a time."""
 
-MAX_TAGS = 1000
+MAX_TAGS = 256
+"""Columns for tags, made with the table: adding one later would rewrite it."""
 
 TYPED = MappingProxyType(
     {
@@ -32,6 +33,10 @@ TYPED = MappingProxyType(
     }
 )
 """Keys of a line of metrics that have columns of their own."""
+
+MAX_TAG_LENGTH = 200
+RESERVED = ("run", "rank")
+"""Names of columns that are no tags."""
 
 OWN_TAGS = MappingProxyType({"step": -1, "tokens_global": -2, "time": -3})
 """Numbers in table latest of what has a column of its own."""
@@ -95,25 +100,26 @@ def _metrics_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
 
 
 def _columns_(cursor: DuckDBPyConnection, files: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Tag -> its column, for the tags in some files, and the tags that find no room. Writes: table tags, columns."""
+    """Tag -> its column, for the tags in some files, and the tags that find no room. Writes: table tags."""
     found = cursor.execute(f"select distinct unnest(json_keys(json)) from {OBJECTS}", [files]).fetchall()
     numbers: dict[str, int] = dict(cursor.execute("select name, tag from tags").fetchall())
     columns: dict[str, str] = {}
     refused: list[str] = []
-    taken = set(TYPED)
-    for (name,) in sorted(found):
+    # DuckDB takes names that differ in case only for one.
+    taken = {name.lower(): name for name in (*numbers, *TYPED, *RESERVED)}
+    # What is known comes first, then lower case: a misspelt key never takes the place of the right one.
+    for name in sorted((name for (name,) in found), key=lambda name: (name not in numbers, name.swapcase())):
         if name in TYPED:
             continue
-        # DuckDB reads keys that differ in case only as one.
-        if name.lower() in taken or (name not in numbers and len(numbers) >= MAX_TAGS):
+        if not 0 < len(name) <= MAX_TAG_LENGTH or taken.setdefault(name.lower(), name) != name or name in RESERVED:
             refused.append(name)
-            continue
-        if name not in numbers:
-            numbers[name] = len(numbers)
-            cursor.execute("insert into tags values (?, ?)", [numbers[name], name])
-            cursor.execute(f"alter table metrics add column c{numbers[name]} double")
-        taken.add(name.lower())
-        columns[name] = f"c{numbers[name]}"
+        elif name not in numbers and len(numbers) >= MAX_TAGS:
+            refused.append(name)
+        else:
+            if name not in numbers:
+                numbers[name] = len(numbers)
+                cursor.execute("insert into tags values (?, ?)", [numbers[name], name])
+            columns[name] = f"c{numbers[name]}"
     return columns, refused
 
 

@@ -401,10 +401,12 @@ def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) 
     import uvicorn
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
+    # The protocol is named, else asyncio leaves Nagle's algorithm on and each answer waits 40 ms.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
+            listening.listen()
         except OSError as error:
             raise InputError(
                 f"--port: a free port of {host}, got {port} ({error.strerror}); choose another, or 0 for any"

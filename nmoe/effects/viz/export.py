@@ -14,6 +14,9 @@ from nmoe.errors import InputError
 __all__ = ["MEDIA_TYPES", "export", "write_"]
 
 MEDIA_TYPES = MappingProxyType({"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"})
+MAX_LINES = 1_000_000
+"""Lines in a file that is made in memory."""
+
 OPTIONS = MappingProxyType({"csv": "format csv, header", "parquet": "format parquet, compression zstd"})
 
 
@@ -24,6 +27,10 @@ def export(index: Index, names: Sequence[str], kind: str) -> bytes:
     """
     if kind not in MEDIA_TYPES:
         raise InputError(f"format: one of {', '.join(MEDIA_TYPES)}, got {kind[:40]!r}; choose one of them")
+    numbers = list(views.known(index, names))
+    (lines,) = query(index, "select count(*) from metrics where run in (select unnest(?::integer[]))", numbers)[0]
+    if lines > MAX_LINES:
+        raise InputError(f"export: at most {MAX_LINES:,} lines, got {lines:,}; choose fewer runs")
     with tempfile.TemporaryDirectory(prefix="nmoe-viz-") as folder:
         file = Path(folder) / "metrics"
         write_(file, index, names, kind)

@@ -27,14 +27,14 @@ def timing(index: Index, name: str) -> api.Timing:
     """Where the time of a step goes, by rank: means of the last logged steps."""
     (run,) = views.known(index, [name])
     parts = {tag: column for tag, column in tags(index).items() if tag.startswith("time/")}
+    if not parts:
+        return api.Timing(run=name, parts=[], ranks=[], slowest=None, steps=0)
     wanted = "".join(f", avg({column})" for column in parts.values())
+    told = " or ".join(f"{column} is not null" for column in parts.values())
     rows = query(
         index,
         f"select rank, count(*){wanted} from (select *, row_number() over (partition by rank order by attempt desc, "
-        f"step desc) as back from metrics where run = ? and ({' or '.join(f'{c} is not null' for c in parts.values())})"
-        ") where back <= ? group by rank order by rank"
-        if parts
-        else "select rank, 0 from metrics where false and run = ? and step = ?",
+        f"step desc) as back from metrics where run = ? and ({told})) where back <= ? group by rank order by rank",
         run,
         LAST_LINES,
     )

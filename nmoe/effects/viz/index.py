@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nmoe.effects.viz import ingest
-from nmoe.effects.viz.ingest import CHUNK_BYTES, LINE_BYTES, MAX_TAGS
+from nmoe.effects.viz.ingest import CHUNK_BYTES, LINE_BYTES
 from nmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ create table runs(run integer, name varchar, inode ubigint);
 create table files(run integer, file varchar, inode ubigint, "offset" bigint, lines bigint, bad bigint);
 create table tags(tag integer, name varchar);
 create table metrics(run integer, rank integer, attempt integer, step bigint, time_s double, elapsed_s double,
-                     tokens double, experts map(varchar, double[]){columns});
+                     tokens double, experts map(varchar, double[]));
 create table latest(run integer, tag integer, value double, step bigint);
 create table spans(run integer, attempt integer, first_step bigint, elapsed_s double);
 create table loads(run integer, attempt integer, step bigint, tokens double, layers integer[], load bigint[][]);
@@ -207,8 +207,7 @@ def _prepare(connection: DuckDBPyConnection) -> None:
         for name in found - {"valid"}:
             connection.execute(f"drop table if exists {quoted(name)}")
         connection.execute("drop sequence if exists run_ids")
-    columns = "".join(f", c{tag} double" for tag in range(MAX_TAGS))
-    connection.execute(SCHEMA.replace("{columns}", columns))
+    connection.execute(SCHEMA)
     connection.execute("insert into format values (?)", [FORMAT])
 
 

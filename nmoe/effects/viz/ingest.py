@@ -20,7 +20,7 @@ CHUNK_BYTES = 64 << 20
 """Bytes of one file taken in at a time."""
 
 MAX_TAGS = 256
-"""Columns for tags, made with the table: adding one later would rewrite it."""
+"""Each is a column, and adding one costs time that grows with their number: 256 take seconds, 1000 a minute."""
 
 TYPED = MappingProxyType(
     {
@@ -100,7 +100,7 @@ def _metrics_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
 
 
 def _columns_(cursor: DuckDBPyConnection, files: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Tag -> its column, for the tags in some files, and the tags that find no room. Writes: table tags."""
+    """Tag -> its column, for the tags in some files, and the tags that find no room. Writes: table tags, columns of metrics."""
     found = cursor.execute(f"select distinct unnest(json_keys(json)) from {OBJECTS}", [files]).fetchall()
     numbers: dict[str, int] = dict(cursor.execute("select name, tag from tags").fetchall())
     columns: dict[str, str] = {}
@@ -119,6 +119,7 @@ def _columns_(cursor: DuckDBPyConnection, files: list[str]) -> tuple[dict[str, s
             if name not in numbers:
                 numbers[name] = len(numbers)
                 cursor.execute("insert into tags values (?, ?)", [numbers[name], name])
+                cursor.execute(f"alter table metrics add column c{numbers[name]} double")
             columns[name] = f"c{numbers[name]}"
     return columns, refused
 

@@ -32,7 +32,7 @@ class Server:
         for name, value in headers.items():
             request.add_header(name, value.encode().decode("latin-1"))
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
+            with urllib.request.urlopen(request, timeout=120) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:

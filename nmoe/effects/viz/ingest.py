@@ -100,7 +100,7 @@ def _metrics_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
 
 
 def _columns_(cursor: DuckDBPyConnection, files: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Tag -> its column, for the tags in some files, and the tags that find no room. Writes: table tags, columns of metrics."""
+    """Tag -> its column, for the tags in some files; the tags that find no room. Writes: tables tags and metrics."""
     found = cursor.execute(f"select distinct unnest(json_keys(json)) from {OBJECTS}", [files]).fetchall()
     numbers: dict[str, int] = dict(cursor.execute("select name, tag from tags").fetchall())
     columns: dict[str, str] = {}

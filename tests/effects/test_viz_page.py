@@ -145,6 +145,8 @@ def test_experts_gpus_timing_configs_and_events_are_those_of_the_run(browser: Br
     with opened(browser, f"{server.url}/?view=experts&run=finished&step=100") as page:
         expect(page.locator("#experts-about")).to_have_text("3 mixture layers, 16 experts, top 2")
         expect(page.locator("#load-step")).to_have_text("100")
+        assert page.get_by_label("run", exact=True).input_value() == "finished"
+        assert page.get_by_label("layer", exact=True).input_value() == "1"
         expect(page.locator("#experts-latest tbody tr")).to_have_count(3)
         dead = [cell.inner_text() for cell in page.locator("#experts-latest tbody tr td:nth-child(4)").all()]
         assert dead == ["0", "1", "0"]

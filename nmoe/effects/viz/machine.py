@@ -121,7 +121,9 @@ def _curves(told: list[tuple[int, float | None, float | None, dict[str, Any]]]) 
         )
         for quantity in QUANTITIES
     ]
-    host_keys = dict.fromkeys(key for _, _, _, fields in told for key in _host(fields))
+    host_keys = dict.fromkeys(
+        key for _, _, _, fields in told for key in _host(fields) if not key.endswith("_total_bytes")
+    )
     curves += [
         api.GpuCurve(quantity=f"host {key}", names=["host"], values=[[_float(_host(f).get(key)) for *_, f in told]])
         for key in host_keys

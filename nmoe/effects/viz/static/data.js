@@ -42,7 +42,7 @@ function Documents({ state, set, folder }) {
   const doc = Math.min(Number(state.doc ?? 0) || 0, Math.max(split.documents - 1, 0));
   const { data, problem } = useAnswer("Document", split.documents ? address("document", { folder: folder.number, split: split.name, number: String(doc) }) : null, 0);
   const go = (number) => set({ doc: Math.min(Math.max(number, 0), split.documents - 1) });
-  return html`<div class="tools"><label>split <select aria-label="split" value=${split.name} onChange=${(event) => set({ split: event.target.value, doc: null })}>${folder.splits.map((each) => html`<option key=${each.name} selected=${each.name === split.name}>${each.name}</option>`)}</select></label>
+  return html`<div class="tools"><label>split <select aria-label="split" value=${split.name} onChange=${(event) => set({ split: event.target.value, doc: null })}>${folder.splits.map((each) => html`<option key=${each.name} value=${each.name} selected=${each.name === split.name}>${each.name}</option>`)}</select></label>
       <label>document <input type="number" min="0" max=${split.documents - 1} value=${doc} aria-label="document" onChange=${(event) => go(Number(event.target.value))} /></label>
       <button onClick=${() => go(doc - 1)}>previous</button><button onClick=${() => go(doc + 1)}>next</button>
       <label><input type="checkbox" checked=${state.tokens === "1"} onChange=${() => set({ tokens: state.tokens === "1" ? null : "1" })} />tokens</label></div>

@@ -14,7 +14,7 @@ const TITLES = {
 /** One of the chosen runs. */
 export function OneRun({ state, set, selected, one, children }) {
   return html`<div class="tools"><label>run <select aria-label="run" value=${one} onChange=${(event) => set({ one: event.target.value, step: null, layer: null })}>
-    ${selected.map((name) => html`<option key=${name} selected=${name === one}>${name}</option>`)}</select></label>${children}</div>`;
+    ${selected.map((name) => html`<option key=${name} value=${name} selected=${name === one}>${name}</option>`)}</select></label>${children}</div>`;
 }
 
 export function ExpertsView(props) {
@@ -43,7 +43,7 @@ function Loads({ state, set, one, about, oneVersion, theme }) {
       <label class="slider">step <input type="range" min="0" max=${steps.length - 1} value=${nearest} aria-label="step of the loads"
         onInput=${(event) => set({ step: Number(event.target.value) === steps.length - 1 ? null : steps[event.target.value] })} />
         <b id="load-step">${count(steps[nearest])}</b> ${asked === null ? html`<span class="soft">newest</span>` : html`<button class="quiet" onClick=${() => set({ step: null })}>newest</button>`}</label>
-      <label>layer over time <select aria-label="layer" value=${layer} onChange=${(event) => set({ layer: event.target.value })}>${about.layers.map((each) => html`<option key=${each} selected=${each === layer}>${each}</option>`)}</select></label>
+      <label>layer over time <select aria-label="layer" value=${layer} onChange=${(event) => set({ layer: event.target.value })}>${about.layers.map((each) => html`<option key=${each} value=${each} selected=${each === layer}>${each}</option>`)}</select></label>
     </div>
     ${now.problem ? html`<p class="problem">${now.problem}</p>` : null}
     ${now.data ? html`<${LoadMap} title=${`Load of each expert at step ${now.data.step}`} load=${now.data.load} rows=${now.data.rows} rowName="layer" theme=${theme} />` : null}

@@ -52,7 +52,7 @@ export function GpusView(props) {
       : html`<p class="empty">This run has told of no GPU${data.x.length ? "" : ", nor of its host (telemetry.rank0.jsonl)"}.</p>`}
     ${host.length ? html`<p class="note">host: ${host.map(([key, value]) => `${key.replace(/_bytes$/, "").replaceAll("_", " ")} ${key.endsWith("_bytes") ? bytes(value) : number(value, 1)}`).join(" · ")}</p>` : null}
     <div class="grid">${data.curves.map((curve) => {
-      const [title, format] = TITLES[curve.quantity] ?? [curve.quantity.replaceAll("_", " "), curve.quantity.endsWith("_bytes") ? bytes : number];
+      const [title, format] = TITLES[curve.quantity] ?? [curve.quantity.replace(/_bytes$/, "").replaceAll("_", " "), curve.quantity.endsWith("_bytes") ? bytes : (value) => number(value, 1)];
       const lines = curve.values.map((values, place) => ({ name: curve.names[place], values, colour: colour(place), dash: dash(place) }));
       return html`<${Chart} key=${curve.quantity} title=${title} x=${data.x} lines=${lines} xName="hours" format=${format} sync="telemetry" theme=${theme} />`;
     })}</div>`;

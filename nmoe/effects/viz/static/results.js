@@ -32,7 +32,7 @@ export function EventsView({ state, set, selected, places, version }) {
   const kinds = [...new Set(data.events.map((event) => event.event))].sort();
   const shown = data.events.filter((event) => !state.event || event.event === state.event);
   return html`<div class="tools"><label>kind <select aria-label="kind of event" value=${state.event ?? ""} onChange=${(event) => set({ event: event.target.value || null })}>
-      <option value="">all</option>${kinds.map((kind) => html`<option key=${kind} selected=${kind === state.event}>${kind}</option>`)}</select></label>
+      <option value="">all</option>${kinds.map((kind) => html`<option key=${kind} value=${kind} selected=${kind === state.event}>${kind}</option>`)}</select></label>
       <span class="soft">${shown.length} events${data.left_out ? `, ${data.left_out} older ones left out` : ""}</span></div>
     <div class="scroll"><table id="events"><thead><tr><th>time</th><th class="left">run</th><th>step</th><th class="left">event</th><th class="left">what</th></tr></thead>
       <tbody>${shown.map((event) => html`<tr class=${event.severity}><td>${clock(event.time)}</td><td class="left name"><${Swatch} run=${event.run} places=${places} />${event.run}</td>
@@ -63,5 +63,5 @@ export function SamplesView({ selected, places, version }) {
   if (!data) return null;
   if (!data.samples.length) return html`<p class="empty">These runs have written no samples.</p>`;
   return html`<div class="samples">${data.samples.map((sample) => html`<article class="sample"><h3><${Swatch} run=${sample.run} places=${places} />${sample.run} <span class="soft">step ${count(sample.step)}, ${clock(sample.time)}</span></h3>
-    <pre><b>${sample.prompt}</b>${sample.text}</pre></article>`)}</div>`;
+    <pre><b>${sample.prompt}</b>${sample.text.startsWith(sample.prompt) ? sample.text.slice(sample.prompt.length) : sample.text}</pre></article>`)}</div>`;
 }

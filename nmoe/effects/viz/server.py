@@ -250,6 +250,7 @@ class Ask:
             smooth=self.real("smooth", 0.0) or 0.0,
             points=800 if points is None else min(max(points, 10), 4000),
             log_x=self.texts("log_x") == ["1"],
+            bands=self.texts("bands") != ["0"],
             low=self.real("low", 0.0),
             high=self.real("high", 0.0),
         )

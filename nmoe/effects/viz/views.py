@@ -39,6 +39,7 @@ class Axis:
     smooth: float = 0.0  # steps
     points: int = 800  # cells of a run
     log_x: bool = False
+    bands: bool = True
     low: float | None = None
     high: float | None = None
 
@@ -147,9 +148,14 @@ def points(
         *chosen(index, numbers),
     )
     run, step, x, y = (np.ma.getdata(got[key]) for key in ("run", "step", "x", "y"))
-    order = np.lexsort((step, run))
-    run, step, x, y = run[order], step[order], x[order].astype(np.float64), y[order].astype(np.float64)
-    here = ~np.ma.getmaskarray(got["x"])[order] & np.isfinite(x) & (x > 0 if axis.log_x else True)
+    here = ~np.ma.getmaskarray(got["x"])
+    # Rows come nearly in order, which a stable sort makes use of.
+    key = (run.astype(np.int64) << 40) + step
+    if np.any(np.diff(key) < 0):
+        order = np.argsort(key, kind="stable")
+        run, step, x, y, here = run[order], step[order], x[order], y[order], here[order]
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    here &= np.isfinite(x) & (x > 0 if axis.log_x else True)
     run, step, x, y = run[here], step[here], x[here], y[here]
     if len(run) == 0:
         return {}
@@ -200,7 +206,8 @@ def grid_of(places: Sequence[np.ndarray], axis: Axis, count: int) -> tuple[np.nd
     if not low <= high or (axis.log_x and low <= 0):
         return None
     cells = max(100, min(axis.points, MAX_CELLS // count))
-    own = np.unique(np.concatenate([_within(x, low, high)[: cells * count + 1] for x in places]))
+    # More than `cells` of one curve are more than `cells` in all, however many there are.
+    own = np.unique(np.concatenate([_within(x, low, high)[: cells + 1] for x in places]))
     if len(own) == 0:
         return None
     if len(own) <= cells:
@@ -227,8 +234,8 @@ def _curve(
     return api.Curve(
         run=name,
         mean=api.numbers(thinned.mean),
-        low=api.numbers(thinned.low),
-        high=api.numbers(thinned.high),
+        low=api.numbers(thinned.low) if axis.bands else [],
+        high=api.numbers(thinned.high) if axis.bands else [],
         smooth=api.numbers(thinned.smooth) if axis.smooth > 0 else [],
         nonfinite=thinned.nonfinite[:500].tolist(),
     )

@@ -63,7 +63,7 @@ export function Lazy({ children }) {
 
 /** One tag of some runs. */
 export function RunChart({ state, set, selected, places, tag, title, events, version, theme }) {
-  const { data, problem } = useAnswer("Series", address("series", { run: selected, tag, ...axis(state) }), version);
+  const { data, problem } = useAnswer("Series", address("series", { run: selected, tag, ...axis(state), bands: state.nobands || selected.length > BANDS_UP_TO ? "0" : null }), version);
   if (problem) return html`<figure class="chart"><figcaption>${tag}</figcaption><p class="problem">${problem}</p></figure>`;
   if (!data) return html`<figure class="chart waiting"><figcaption>${tag}</figcaption></figure>`;
   const smoothed = !!state.smooth;

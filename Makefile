@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: run test test-long check gpu-test bench
+.PHONY: run test test-long check gpu-test bench chromium
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -22,11 +22,17 @@ INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-ch
 run: .venv/.run
 	@$(BIN)/nmoe run configs/quickstart.toml
 
-test: check
+test: check chromium
 	@$(BIN)/python -m pytest
 
-test-long: .venv/.dev
+test-long: .venv/.dev chromium
 	@$(BIN)/python -m pytest -m long
+
+# The tests of the dashboard's page run in Debian's Chromium.
+chromium:
+	@command -v chromium > /dev/null && exit
+	echo "installing chromium for the tests of the dashboard"
+	{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes chromium; } > /dev/null
 
 check: .venv/.dev
 	@$(BIN)/ruff format --check .
@@ -50,6 +56,6 @@ bench: .venv/.dev
 
 .venv/.dev: .venv/.run
 	@echo "setting up .venv to develop: transformers, pytest, ruff, pyright, about a minute"
-	$(INSTALL) --editable '.[data,hub,cluster,hf,dev]'
+	$(INSTALL) --editable '.[data,hub,cluster,viz,hf,dev]'
 	touch $@
 	echo "set up in $$SECONDS s"

@@ -24,7 +24,7 @@ COMPOSES = (
 )
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 
-SHARED = ("files", "ops", "runtime")
+SHARED = ("files", "ops", "run_status", "runtime")
 """Modules of effects that every other one may import."""
 
 INSIDE = (
@@ -34,6 +34,8 @@ INSIDE = (
     ("ops", "tuning"),
     ("sinks", "follow"),
     ("tuning", "kernels"),
+    ("viz", "data"),
+    ("viz", "runs"),
     ("viz", "viz"),
 )
 """Packages of effects whose files may import each other, and the one importer of the kernels."""

@@ -50,13 +50,6 @@ def verbs(root: Verbs) -> None:
     data = add(bench, "data", _bench_data, "time preparation against the bare tokenizer", "--megabytes 200")
     data.add_argument("--megabytes", type=int, default=64, metavar="N", help="text to prepare (default: %(default)s)")
     data.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
-
-
-def _bench_kernels(args: argparse.Namespace) -> int:
-    from nmoe.effects import kernel_bench
-
-    return kernel_bench.tune() if args.tune else kernel_bench.kernels()
-
     save = add(
         bench,
         "checkpoint",
@@ -70,6 +63,12 @@ def _bench_kernels(args: argparse.Namespace) -> int:
     )
     save.add_argument("--steps", type=int, default=10, metavar="N", help="steps beside a save (default: %(default)s)")
     save.add_argument("--rounds", type=int, default=3, metavar="N", help="how often (default: %(default)s)")
+
+
+def _bench_kernels(args: argparse.Namespace) -> int:
+    from nmoe.effects import kernel_bench
+
+    return kernel_bench.tune() if args.tune else kernel_bench.kernels()
 
 
 def _bench_step(args: argparse.Namespace) -> int:

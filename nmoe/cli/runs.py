@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add, group
+from nmoe.errors import InputError
 
 __all__ = ["verbs"]
 
@@ -15,8 +16,18 @@ def verbs(root: Verbs) -> None:
     runs = group(root, "runs", "look at past runs")
     add(runs, "list", _runs_list, "list the runs in a folder", "--root runs")
     add(runs, "show", _runs_show, "show one run", "NAME", run=True)
-    export = add(runs, "export", _runs_export, "write a run's metrics as CSV", "NAME --to metrics.csv", run=True)
-    export.add_argument("--to", type=Path, metavar="FILE", help="file to write (default: standard output)")
+    export = add(
+        runs, "export", _runs_export, "write a run's metrics as CSV or Parquet", "NAME --to metrics.csv", run=True
+    )
+    export.add_argument(
+        "--to", type=Path, metavar="FILE", help="file to write, Parquet if it ends so (default: CSV to standard output)"
+    )
+    tail = add(runs, "tail", _runs_tail, "show the last steps and events of a run", "NAME --follow", run=True)
+    tail.add_argument("--lines", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
+    tail.add_argument("--follow", action="store_true", help="go on until the run ends")
+    compare = add(runs, "compare", _runs_compare, "show runs side by side", "NAME NAME")
+    compare.add_argument("names", nargs="+", metavar="NAME", help="names of run folders")
+    add(runs, "compact", _runs_compact, "write a run's metrics as Parquet into its folder", "NAME", run=True)
     for each in runs.choices.values():
         each.add_argument(
             "--root", type=Path, default=Path("runs"), help="folder of run folders (default: %(default)s)"
@@ -38,4 +49,28 @@ def _runs_show(args: argparse.Namespace) -> int:
 def _runs_export(args: argparse.Namespace) -> int:
     from nmoe.effects import runs
 
+    if args.to is not None and args.to.suffix == ".parquet":
+        from nmoe.effects.viz import tables
+
+        return tables.export_parquet(args.root, args.name, args.to)
     return runs.export(args.root, args.name, args.to)
+
+
+def _runs_tail(args: argparse.Namespace) -> int:
+    from nmoe.effects import runs
+
+    if args.lines < 0:
+        raise InputError(f"--lines: at least 0, got {args.lines}; raise it")
+    return runs.tail(args.root, args.name, args.lines, args.follow)
+
+
+def _runs_compare(args: argparse.Namespace) -> int:
+    from nmoe.effects.viz import tables
+
+    return tables.compare(args.root, args.names)
+
+
+def _runs_compact(args: argparse.Namespace) -> int:
+    from nmoe.effects.viz import tables
+
+    return tables.compact(args.root, args.name)

@@ -11,9 +11,8 @@ import difflib
 import io
 import json
 import math
-import os
-import platform
 import sys
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -22,12 +21,14 @@ from typing import Any
 
 import attrs
 
-from nmoe.effects import files
+from nmoe.effects import files, run_status
 from nmoe.errors import InputError
 
-__all__ = ["export", "list_runs", "show", "sparkline"]
+__all__ = ["export", "list_runs", "show", "sparkline", "table", "tail"]
 
 EVENTS, METRICS, PROVENANCE = "events.jsonl", "metrics.rank0.jsonl", "provenance.toml"
+GOING = ("starting", "running")
+FOLLOW_S = 0.5
 SPARKLINE_WIDTH = 60
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -167,6 +168,59 @@ def export(root: Path, name: str, to: Path | None) -> int:
     return 0
 
 
+def tail(root: Path, name: str, count: int, follow: bool) -> int:
+    """Print the last `count` logged steps and events of a run, and with `follow` what comes until it ends.
+
+    returns  exit code 0
+    Raises:  InputError when there is no such run or it cannot be read.
+    """
+    folder = find(root, name)
+    host = str(read_provenance(folder / PROVENANCE).get("hardware", {}).get("host", ""))
+    shown = {EVENTS: 0, METRICS: 0}
+    first = True
+    while True:
+        # Asked before reading: what a run writes last is there once it counts as ended.
+        going = follow and status(folder, read_lines(folder / EVENTS), host) in GOING
+        lines: list[Line] = []
+        for file, seen in shown.items():
+            found = read_lines(folder / file)
+            lines += found[seen:]
+            shown[file] = len(found)
+        lines.sort(key=lambda line: str(line.fields.get("time", "")))
+        for line in lines[len(lines) - min(count, len(lines)) :] if first else lines:
+            print(_told(line), flush=True)
+        if not going:
+            return 0
+        first = False
+        time.sleep(FOLLOW_S)
+
+
+def _told(line: Line) -> str:
+    """A line of metrics or an event, for the screen."""
+    fields = dict(line.fields)
+    at = str(fields.pop("time", "-"))[:19].replace("T", " ")
+    attempt = fields.pop("attempt", 1)
+    again = f"  attempt {attempt}" if attempt != 1 else ""
+    if "event" in fields:
+        event = fields.pop("event")
+        return f"{at}  {event}{again}  " + "  ".join(f"{key} {_brief(value)}" for key, value in fields.items())
+    step = f"{at}  step {_count(number(line, 'step'))}{again}"
+    if "loss" not in fields:
+        return f"{step}  " + "  ".join(f"{key} {_brief(v)}" for key, v in fields.items() if "/" in key)
+    told = f"{step}  loss {_digits(number(line, 'loss'))}  gnorm {_digits(number(line, 'grad_norm'), 3)}"
+    mfu = number(line, "mfu")
+    told += f"  {_count(number(line, 'tokens_per_s'))} tok/s  mfu {_digits(mfu and 100 * mfu, 1)} %"
+    if "experts" in fields:
+        experts = _experts(line)
+        fullest, dead = ([float(v) for v in experts.get(key, ())] for key in ("max_over_mean", "dead"))
+        told += f"  bal {max(fullest, default=math.nan):.2f}  dead {sum(dead):.0f}"
+    return told
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
+
+
 def run_folders(root: Path) -> tuple[Path, ...]:
     """The run folders under `root`.
 
@@ -223,7 +277,7 @@ def read_run(folder: Path) -> Run:
     steps = number(start, "steps") if start else None
     return Run(
         folder=folder,
-        status=status(events, host),
+        status=status(folder, events, host),
         events=events,
         metrics=metrics,
         provenance=provenance,
@@ -238,33 +292,17 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def status(events: Sequence[Line], host: str) -> str:
-    """What became of the last attempt: as its end event says, else running, crashed, or unknown on another host.
+def status(folder: Path, events: Sequence[Line], host: str) -> str:
+    """What became of the last attempt: as its end event says, else running, crashed, lost, or unknown on another host.
 
     host     where the run was started
     """
     last = next((line for line in reversed(events) if line.fields.get("event") in ("start", "end")), None)
-    if last is None:
-        return "not started"
-    if last.fields["event"] == "end":
-        return str(last.fields.get("status", "ended"))
-    if host != platform.node():
-        return f"unknown, on {host}"
-    pid = last.fields.get("pid")
-    if not isinstance(pid, int) or pid <= 0:
-        raise InputError(f"{last.where}: a start event holds the pid of its process, got {pid!r}; mend the line")
-    return "running" if alive(pid) else "crashed"
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this host has this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    if last is not None and last.fields["event"] == "start":
+        pid = last.fields.get("pid")
+        if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
+            raise InputError(f"{last.where}: a start event holds the pid of its process, got {pid!r}; mend the line")
+    return run_status.status(run_status.read(folder), last.fields if last else None, host, datetime.now(UTC))
 
 
 def read_lines(path: Path) -> tuple[Line, ...]:

@@ -1,0 +1,393 @@
+"""What the server answers, field by field: the one contract that the page is held to as well.
+
+The page gets `contract()` and wraps what it reads, so that a field of another name is an error there, not a blank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import typing
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import numpy as np
+
+__all__ = ["contract", "numbers", "to_json"]
+
+Numbers = list[float | None]
+"""JSON has no NaN: None stands for it."""
+
+
+@attrs.frozen(kw_only=True)
+class Run:
+    """A row of the run table. Times in seconds since 1970; None where the run has not told."""
+
+    name: str
+    status: str
+    attempt: int | None
+    step: int | None
+    steps: int | None
+    tokens: float | None
+    loss: float | str | None  # a str: nan, inf or -inf
+    validation_loss: float | str | None
+    bits_per_byte: float | str | None
+    tokens_per_s: float | str | None
+    mfu: float | str | None
+    started: float | None
+    updated: float | None
+    elapsed_s: float | None
+    alerts: int
+    nonfinite: int
+    bad_lines: int
+    columns: dict[str, Any]  # the config keys and tags asked for
+
+
+@attrs.frozen(kw_only=True)
+class Runs:
+    """Every run, and what may be asked about them."""
+
+    root: str
+    runs: list[Run]
+    tags: list[str]
+    keys: list[str]  # of configs
+
+
+@attrs.frozen(kw_only=True)
+class Curve:
+    """One run in a chart."""
+
+    run: str
+    mean: Numbers
+    low: Numbers
+    high: Numbers
+    smooth: Numbers
+    nonfinite: list[float]  # places of values that are not finite
+
+
+@attrs.frozen(kw_only=True)
+class Series:
+    """One tag of several runs on a common grid."""
+
+    tag: str
+    x: list[float]
+    curves: list[Curve]
+    without: list[str]  # runs that do not have the tag or the axis
+
+
+@attrs.frozen(kw_only=True)
+class Event:
+    """Something that happened to a run."""
+
+    run: str
+    event: str
+    severity: str  # info, warning or error
+    attempt: int
+    step: int | None
+    x: float | None  # place on the axis asked for
+    time: float | None
+    text: str
+
+
+@attrs.frozen(kw_only=True)
+class Events:
+    """What happened, newest first."""
+
+    events: list[Event]
+    left_out: int
+
+
+@attrs.frozen(kw_only=True)
+class Layers:
+    """A quantity of the experts by layer."""
+
+    tag: str
+    x: list[float]
+    layers: list[int]
+    values: list[Numbers]  # a list a layer
+
+
+@attrs.frozen(kw_only=True)
+class Experts:
+    """What there is to see of a run's experts."""
+
+    run: str
+    layers: list[int]
+    num_experts: int | None
+    top_k: int | None
+    tags: list[str]
+    latest: dict[str, Numbers]  # by tag, a value a layer
+    step: int | None  # of `latest`
+    steps: list[int]  # that have loads
+
+
+@attrs.frozen(kw_only=True)
+class Load:
+    """Rows that went to each expert: at one step by layer, or of one layer by step."""
+
+    run: str
+    rows: list[int]  # layers or steps
+    step: int | None
+    load: list[list[int]]
+
+
+@attrs.frozen(kw_only=True)
+class RankTime:
+    """Where the time of a step of one rank goes, mean of the last logged steps."""
+
+    rank: int
+    total_s: float
+    parts_s: Numbers
+
+
+@attrs.frozen(kw_only=True)
+class Timing:
+    """Where the time of a step goes, by rank."""
+
+    run: str
+    parts: list[str]
+    ranks: list[RankTime]
+    slowest: int | None  # rank; None when there is only one
+    steps: int  # logged steps in the mean
+
+
+@attrs.frozen(kw_only=True)
+class Gpu:
+    """A GPU as last seen."""
+
+    rank: int
+    index: int
+    name: str
+    uuid: str
+    utilization: float | None
+    memory_used_bytes: float | None
+    memory_total_bytes: float | None
+    power_w: float | None
+    power_limit_w: float | None
+    temperature_c: float | None
+    sm_clock_mhz: float | None
+    memory_clock_mhz: float | None
+    throttle: list[str]
+    ecc_corrected: float | None
+    ecc_uncorrected: float | None
+
+
+@attrs.frozen(kw_only=True)
+class GpuCurve:
+    """A quantity of each GPU, or of the host, over time."""
+
+    quantity: str
+    names: list[str]
+    values: list[Numbers]
+
+
+@attrs.frozen(kw_only=True)
+class Gpus:
+    """What a run's machine tells."""
+
+    run: str
+    driver: str
+    cuda: str
+    seen: float | None
+    gpus: list[Gpu]
+    x: list[float]  # hours of training
+    curves: list[GpuCurve]
+    host: dict[str, Any]
+
+
+@attrs.frozen(kw_only=True)
+class Evaluation:
+    """Results at one step."""
+
+    run: str
+    attempt: int
+    step: int | None
+    time: float | None
+    results: dict[str, Any]
+
+
+@attrs.frozen(kw_only=True)
+class Evaluations:
+    """Results, newest first."""
+
+    names: list[str]
+    rows: list[Evaluation]
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """A text that a model wrote."""
+
+    run: str
+    step: int | None
+    time: float | None
+    prompt: str
+    text: str
+
+
+@attrs.frozen(kw_only=True)
+class Samples:
+    """Texts, newest first."""
+
+    samples: list[Sample]
+
+
+@attrs.frozen(kw_only=True)
+class ConfigRow:
+    """A key of the configs, with the value of each run; None where a run lacks it."""
+
+    key: str
+    values: list[Any]
+    differs: bool
+
+
+@attrs.frozen(kw_only=True)
+class Configs:
+    """The configs of some runs, side by side, and where they come from."""
+
+    runs: list[str]
+    rows: list[ConfigRow]
+
+
+@attrs.frozen(kw_only=True)
+class Shard:
+    """A shard of a split."""
+
+    file: str
+    tokens: int
+    documents: int
+    bytes: int
+    size_bytes: int | None  # on disk; None: no file
+    sha256: str
+
+
+@attrs.frozen(kw_only=True)
+class Split:
+    """A split of a data folder."""
+
+    name: str
+    tokens: int
+    documents: int
+    bytes: int
+    shards: list[Shard]
+
+
+@attrs.frozen(kw_only=True)
+class Folder:
+    """A data folder: what its manifest tells, or what is wrong with it."""
+
+    number: int
+    path: str
+    tokenizer: str
+    tokenizer_size: int | None
+    splits: list[Split]
+    problems: list[str]
+
+
+@attrs.frozen(kw_only=True)
+class Folders:
+    """The data folders under the roots given, and what the runs read of their mixtures."""
+
+    folders: list[Folder]
+
+
+@attrs.frozen(kw_only=True)
+class Source:
+    """What a mixture planned of one source, and what was read."""
+
+    name: str
+    planned: float | None
+    read: float | None
+    fields: dict[str, Any]
+
+
+@attrs.frozen(kw_only=True)
+class Mixture:
+    """The mixture of a run, as far as the run folder tells."""
+
+    run: str
+    sources: list[Source]
+    config: dict[str, Any]  # keys of its section `data`
+
+
+@attrs.frozen(kw_only=True)
+class Token:
+    """A token, and the bytes it stands for as text."""
+
+    id: int
+    text: str
+
+
+@attrs.frozen(kw_only=True)
+class Document:
+    """A document, decoded."""
+
+    split: str
+    number: int
+    documents: int
+    num_tokens: int
+    text: str
+    tokens: list[Token]
+    left_out: int  # tokens beyond what is shown
+
+
+@attrs.frozen(kw_only=True)
+class Problems:
+    """Why there is no answer: one line each."""
+
+    problems: list[str]
+
+
+ANSWERS = (
+    *(Runs, Series, Events, Layers, Experts, Load, Timing, Gpus, Evaluations, Samples, Configs, Folders, Mixture),
+    *(Document, Problems),
+)
+
+
+def contract() -> dict[str, dict[str, str]]:
+    """Class -> field -> the class of what it holds, empty for plain values."""
+    found: dict[str, dict[str, str]] = {}
+    waiting = list(ANSWERS)
+    while waiting:
+        cls = waiting.pop()
+        if cls.__name__ not in found:
+            hints = typing.get_type_hints(cls)
+            inner = {name: _record(hint) for name, hint in hints.items()}
+            found[cls.__name__] = {name: each.__name__ if each else "" for name, each in inner.items()}
+            waiting += [each for each in inner.values() if each]
+    return dict(sorted(found.items()))
+
+
+def _record(hint: Any) -> type | None:
+    """The record in a type: itself, or what a list of it holds."""
+    return next((each for each in (hint, *typing.get_args(hint)) if attrs.has(each)), None)
+
+
+def to_json(answer: Any) -> bytes:
+    """An answer as JSON."""
+    return json.dumps(answer, default=_fields, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in attrs.fields(type(record))}
+
+
+def numbers(values: np.ndarray) -> Numbers:
+    """An array for JSON."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def plain(value: Any) -> Any:
+    """A value that a run told, for JSON: what is not finite becomes its name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+SEVERITY = MappingProxyType({"nonfinite": "error", "alert": "warning", "resume": "warning"})
+"""Of the events that are not information only, unless they tell their own."""

@@ -1,0 +1,223 @@
+"""From lines of JSONL to rows of the index; a line that is no JSON object of its kind is counted, never guessed at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+__all__ = ["CHUNK_BYTES", "LINE_BYTES", "MAX_TAGS", "Piece", "Taken", "take_"]
+
+LINE_BYTES = 8 << 20
+"""The longest line that is read."""
+
+CHUNK_BYTES = 64 << 20
+"""Bytes of one file taken in at a time."""
+
+MAX_TAGS = 256
+"""Each is a column, and adding one costs time that grows with their number: 256 take seconds, 1000 a minute."""
+
+TYPED = MappingProxyType(
+    {
+        "attempt": "INTEGER",
+        "step": "BIGINT",
+        "time": "VARCHAR",
+        "elapsed_s": "DOUBLE",
+        "tokens_global": "DOUBLE",
+        "experts": "MAP(VARCHAR, DOUBLE[])",
+    }
+)
+"""Keys of a line of metrics that have columns of their own."""
+
+MAX_TAG_LENGTH = 200
+RESERVED = ("run", "rank")
+"""Names of columns that are no tags."""
+
+OWN_TAGS = MappingProxyType({"step": -1, "tokens_global": -2, "time": -3})
+"""Numbers in table latest of what has a column of its own."""
+
+OPTIONS = f"ignore_errors=true, filename=true, maximum_object_size={LINE_BYTES}"
+READ = f"read_json(?, format='newline_delimited', columns=?, {OPTIONS})"
+OBJECTS = f"read_ndjson_objects(?, {OPTIONS})"
+SECONDS = "epoch(try_cast(time as timestamptz))"
+
+
+@attrs.frozen(kw_only=True)
+class Piece:
+    """Whole lines of one file, copied from it."""
+
+    run: int
+    rank: int
+    file: str
+
+
+@attrs.frozen(kw_only=True)
+class Taken:
+    """What became of some pieces."""
+
+    good: Mapping[str, int]  # lines taken in, by file of the piece
+    bad: Mapping[str, int]  # lines that could not be
+    refused: tuple[str, ...] = ()  # tags that found no room
+
+
+def take_(cursor: DuckDBPyConnection, kind: str, pieces: Sequence[Piece]) -> Taken:
+    """Take in pieces of files of one kind, no two of one file. Writes: the tables of the kind."""
+    cursor.execute("create or replace temp table pieces(run integer, rank integer, filename varchar)")
+    cursor.executemany("insert into pieces values (?, ?, ?)", [(piece.run, piece.rank, piece.file) for piece in pieces])
+    files = [piece.file for piece in pieces]
+    refused = KINDS[kind](cursor, files)
+    rows = cursor.execute("select filename, count(*) filter (whole), count(*) from chunk group by filename").fetchall()
+    return Taken(
+        good={file: good for file, good, _ in rows},
+        bad={file: count - good for file, good, count in rows},
+        refused=tuple(refused),
+    )
+
+
+def _metrics_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
+    """Take in lines of metrics. Writes: tables metrics, tags, latest and spans."""
+    columns, refused = _columns_(cursor, files)
+    # By position, so that no tag's name is part of the SQL.
+    places = "".join(f", #{len(TYPED) + place} as {column}" for place, column in enumerate(columns.values(), 1))
+    cursor.execute(
+        f"create or replace temp table chunk as select filename, step is not null as whole, "
+        f"coalesce(attempt, 1) as attempt, step, {SECONDS} as time_s, elapsed_s, tokens_global as tokens, "
+        f"experts{places} from {READ}",
+        [files, {**TYPED, **dict.fromkeys(columns, "DOUBLE")}],
+    )
+    cursor.execute(
+        "insert into metrics by name "
+        "select run, rank, chunk.* exclude (filename, whole) from chunk join pieces using (filename) where whole"
+    )
+    _latest_(cursor, columns)
+    _spans_(cursor)
+    return refused
+
+
+def _columns_(cursor: DuckDBPyConnection, files: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Tag -> its column, for the tags in some files; the tags that find no room. Writes: tables tags and metrics."""
+    found = cursor.execute(f"select distinct unnest(json_keys(json)) from {OBJECTS}", [files]).fetchall()
+    numbers: dict[str, int] = dict(cursor.execute("select name, tag from tags").fetchall())
+    columns: dict[str, str] = {}
+    refused: list[str] = []
+    # DuckDB takes names that differ in case only for one.
+    taken = {name.lower(): name for name in (*numbers, *TYPED, *RESERVED)}
+    # What is known comes first, then lower case: a misspelt key never takes the place of the right one.
+    for name in sorted((name for (name,) in found), key=lambda name: (name not in numbers, name.swapcase())):
+        if name in TYPED:
+            continue
+        if not 0 < len(name) <= MAX_TAG_LENGTH or taken.setdefault(name.lower(), name) != name or name in RESERVED:
+            refused.append(name)
+        elif name not in numbers and len(numbers) >= MAX_TAGS:
+            refused.append(name)
+        else:
+            if name not in numbers:
+                numbers[name] = len(numbers)
+                cursor.execute("insert into tags values (?, ?)", [numbers[name], name])
+                cursor.execute(f"alter table metrics add column c{numbers[name]} double")
+            columns[name] = f"c{numbers[name]}"
+    return columns, refused
+
+
+def _latest_(cursor: DuckDBPyConnection, columns: Mapping[str, str]) -> None:
+    """Keep the last value of each tag. Writes: table latest."""
+    sources = {"step": "step", "tokens_global": "tokens", "time": "time_s"} | dict(columns)
+    numbers = OWN_TAGS | dict(cursor.execute("select name, tag from tags").fetchall())
+    # Rows come in any order; a later attempt wins over an earlier one.
+    order = "(attempt::bigint << 40) + step"
+    wanted = ", ".join(
+        f"arg_max({column}, {order}), arg_max(step, {order}) filter ({column} is not null)"
+        for column in sources.values()
+    )
+    rows = cursor.execute(
+        f"select run, {wanted} from chunk join pieces using (filename) where whole and rank = 0 group by run"
+    ).fetchall()
+    told = [
+        (row[0], numbers[tag], float(row[1 + 2 * place]), row[2 + 2 * place])
+        for row in rows
+        for place, tag in enumerate(sources)
+        if row[1 + 2 * place] is not None
+    ]
+    if told:
+        runs, tags, values, steps = (list(column) for column in zip(*told, strict=True))
+        cursor.execute("create or replace temp table told as select unnest(?) as run, unnest(?) as tag", [runs, tags])
+        cursor.execute("delete from latest using told where latest.run = told.run and latest.tag = told.tag")
+        cursor.execute(
+            "insert into latest select unnest(?), unnest(?), unnest(?::double[]), unnest(?)",
+            [runs, tags, values, steps],
+        )
+
+
+def _spans_(cursor: DuckDBPyConnection) -> None:
+    """Keep where each attempt began and how long it went on. Writes: table spans."""
+    cursor.execute(
+        "create or replace temp table span as "
+        "select run, attempt, min(step) as first_step, max(elapsed_s) as elapsed_s "
+        "from (select run, attempt, step, elapsed_s from chunk join pieces using (filename) where whole and rank = 0 "
+        "union all select run, attempt, first_step, elapsed_s from spans where run in (select run from pieces)) "
+        "group by run, attempt"
+    )
+    cursor.execute("delete from spans where run in (select run from pieces)")
+    cursor.execute("insert into spans select run, attempt, first_step, coalesce(elapsed_s, 0) from span")
+
+
+def _loads_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
+    """Take in the loads of experts. Writes: table loads."""
+    types = {"attempt": "INTEGER", "step": "BIGINT", "tokens_global": "DOUBLE"}
+    types |= {"layers": "INTEGER[]", "load": "BIGINT[][]"}
+    cursor.execute(
+        "create or replace temp table chunk as select filename, "
+        "coalesce(step is not null and len(layers) = len(load), false) as whole, "
+        f"coalesce(attempt, 1) as attempt, step, tokens_global as tokens, layers, load from {READ}",
+        [files, types],
+    )
+    cursor.execute(
+        "insert into loads select run, attempt, step, tokens, layers, load "
+        "from chunk join pieces using (filename) where whole"
+    )
+    return []
+
+
+def _telemetry_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
+    """Take in telemetry. Writes: table telemetry."""
+    _lines_(cursor, files)
+    cursor.execute(
+        "insert into telemetry select run, rank, attempt, time_s, elapsed_s, line "
+        "from chunk join pieces using (filename) where whole"
+    )
+    return []
+
+
+def _events_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
+    """Take in events. Writes: table events."""
+    _lines_(cursor, files)
+    cursor.execute(
+        "insert into events select run, attempt, step, time_s, event, line "
+        "from chunk join pieces using (filename) where whole"
+    )
+    return []
+
+
+def _lines_(cursor: DuckDBPyConnection, files: list[str]) -> None:
+    """Read whole lines, with what they are found by. Writes: table chunk."""
+    cursor.execute(
+        "create or replace temp table chunk as select filename, "
+        "coalesce(json_type(json) = 'OBJECT', false) as whole, "
+        "coalesce(try_cast(json->>'$.attempt' as integer), 1) as attempt, "
+        "try_cast(json->>'$.step' as bigint) as step, "
+        "epoch(try_cast(json->>'$.time' as timestamptz)) as time_s, "
+        "try_cast(json->>'$.elapsed_s' as double) as elapsed_s, "
+        f"json->>'$.event' as event, json::varchar as line from {OBJECTS}",
+        [files],
+    )
+
+
+KINDS: Mapping[str, Callable[[DuckDBPyConnection, list[str]], list[str]]] = MappingProxyType(
+    {"metrics": _metrics_, "arrays": _loads_, "telemetry": _telemetry_, "events": _events_}
+)
+"""What takes in the files of each kind, by the start of their names; gives back the tags that found no room."""

@@ -1,0 +1,97 @@
+// Numbers, times and colours as people read them.
+export const NONE = "–";
+
+const UNITS = [[1e24, "Y"], [1e21, "Z"], [1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+
+export function count(value) {
+  if (value === null || value === undefined) return NONE;
+  if (typeof value === "string") return value;
+  const unit = UNITS.find(([size]) => Math.abs(value) >= size * 9.9995);
+  return unit ? `${trimmed(value / unit[0], 4)} ${unit[1]}` : trimmed(value, 4);
+}
+
+export function bytes(value) {
+  if (value === null || value === undefined) return NONE;
+  let power = 0;
+  while (Math.abs(value) >= 1024 && power < 5) { value /= 1024; power += 1; }
+  return `${trimmed(value, 4)} ${["B", "KiB", "MiB", "GiB", "TiB", "PiB"][power]}`;
+}
+
+function trimmed(value, digits) {
+  return Number.isInteger(value) && Math.abs(value) < 1e6 ? String(value) : String(Number(value.toPrecision(digits)));
+}
+
+/** A measured number: enough digits to compare, exponents only where needed. */
+export function number(value, digits = 4) {
+  if (value === null || value === undefined) return NONE;
+  if (typeof value === "string") return { nan: "NaN", inf: "∞", "-inf": "−∞" }[value] ?? value;
+  if (typeof value !== "number") return String(value);
+  if (value === 0 || Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
+  const size = Math.abs(value);
+  if (size >= 1e6 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
+  return size >= 1000 ? value.toFixed(1) : value.toFixed(digits);
+}
+
+export const percent = (value) => (typeof value === "number" ? `${(100 * value).toFixed(1)} %` : number(value));
+
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined) return NONE;
+  const s = Math.round(seconds);
+  if (s < 60) return `${s} s`;
+  const [h, m] = [Math.floor(s / 3600), Math.floor((s % 3600) / 60)];
+  return h ? `${h} h ${String(m).padStart(2, "0")} min` : `${m} min ${String(s % 60).padStart(2, "0")} s`;
+}
+
+export function clock(seconds) {
+  if (seconds === null || seconds === undefined) return NONE;
+  const at = new Date(seconds * 1000);
+  const two = (each) => String(each).padStart(2, "0");
+  const day = `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
+  return `${day} ${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
+}
+
+export function ago(seconds) {
+  if (seconds === null || seconds === undefined) return NONE;
+  const past = Date.now() / 1000 - seconds;
+  if (past < 60) return "just now";
+  if (past < 5400) return `${Math.round(past / 60)} min ago`;
+  if (past < 129600) return `${Math.round(past / 3600)} h ago`;
+  return `${Math.round(past / 86400)} d ago`;
+}
+
+// Okabe and Ito's colours, which most colour-blind people tell apart; dashes tell the rest.
+const COLOURS = {
+  light: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#3a9bd9", "#8a5a00", "#555555"],
+  dark: ["#56b4e9", "#f0803c", "#20c997", "#e29fc6", "#f0b429", "#8ab8ff", "#d9b38c", "#b8bcc2"],
+};
+const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
+
+export const theme = () => document.documentElement.dataset.theme;
+export const colour = (place) => COLOURS[theme()][place % 8];
+export const dash = (place) => DASHES[Math.floor(place / 8) % DASHES.length];
+
+// Stops of viridis: even steps of brightness, safe for colour-blind eyes and in print.
+const STOPS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
+
+export function viridis(share) {
+  const at = Math.min(Math.max(share, 0), 1) * (STOPS.length - 1);
+  const low = Math.min(Math.floor(at), STOPS.length - 2);
+  return STOPS[low].map((from, place) => Math.round(from + (STOPS[low + 1][place] - from) * (at - low)));
+}
+
+export const STATUS = {
+  running: "●", starting: "◌", finished: "✓", interrupted: "‖", failed: "✕", crashed: "✕", lost: "?", "not started": "○",
+};
+export const EVENT_MARK = {
+  checkpoint: "◆", resume: "↻", start: "▶", end: "■", validation: "▾", evaluation: "▾", nonfinite: "✕", alert: "!",
+  sample: "¶",
+};
+
+/** Saves what a page has made, under a name. */
+export function save(blob, name) {
+  const anchor = document.createElement("a");
+  anchor.href = URL.createObjectURL(blob);
+  anchor.download = name;
+  anchor.click();
+  setTimeout(() => URL.revokeObjectURL(anchor.href), 10000);
+}

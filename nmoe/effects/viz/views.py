@@ -1,0 +1,450 @@
+"""From the index to answers about runs: the table, curves, events, configs, results."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+
+from nmoe.effects import run_status
+from nmoe.effects.viz import api
+from nmoe.effects.viz.index import Index, arrays, query, tags
+from nmoe.errors import InputError
+from nmoe.pure import curve
+
+__all__ = ["Axis", "configs", "evaluations", "events", "known", "mixture", "runs", "samples", "series"]
+
+AXES = ("step", "tokens", "time", "flops")
+MAX_CELLS = 60_000
+"""Cells of all runs of a chart together."""
+
+MAX_EVENTS = 2000
+MAX_FILE_BYTES = 4 << 20
+HOUR_S = 3600.0
+
+
+@attrs.frozen(kw_only=True)
+class Axis:
+    """What a chart asks for."""
+
+    x: str = "step"
+    smooth: float = 0.0  # steps
+    points: int = 800  # cells of a run
+    log_x: bool = False
+    bands: bool = True
+    low: float | None = None
+    high: float | None = None
+
+
+def known(index: Index, names: Sequence[str]) -> dict[int, str]:
+    """Number -> name of the runs called so, in the order asked for.
+
+    Raises:  InputError for a name that no scanned run has.
+    """
+    found = {name: run for run, name in query(index, "select run, name from runs")}
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise InputError(*(f"run: the name of a run here, got {name!r}; reload the list of runs" for name in unknown))
+    return {found[name]: name for name in names}
+
+
+def runs(index: Index, columns: Sequence[str]) -> api.Runs:
+    """The run table, newest first.
+
+    columns  config keys and tags to add
+    """
+    now = datetime.now(UTC)
+    numbers = query(index, "select run, name from runs")
+    latest: dict[int, dict[str, tuple[float, int]]] = {}
+    named = {tag: name for tag, name in query(index, "select tag, name from tags")}
+    named |= {-1: "step", -2: "tokens_global", -3: "time"}
+    for run, tag, value, step in query(index, "select run, tag, value, step from latest"):
+        latest.setdefault(run, {})[named[tag]] = (value, step)
+    counts = {
+        (run, event): count
+        for run, event, count in query(
+            index, "select run, event, count(*) from events where event in ('alert', 'nonfinite') group by all"
+        )
+    }
+    told_events = {
+        run: (began, json.loads(start or "{}"), json.loads(last))
+        for run, began, start, last in query(
+            index,
+            "select run, min(time_s) filter (event = 'start'), last(line order by time_s) filter (event = 'start'), "
+            "last(line order by time_s) from events where event in ('start', 'end') group by run",
+        )
+    }
+    bad = dict(query(index, "select run, sum(bad)::bigint from files group by run"))
+    elapsed = dict(query(index, "select run, sum(elapsed_s) from spans group by run"))
+    rows: list[api.Run] = []
+    keys: dict[str, None] = {}
+    for run, name in numbers:
+        folder = index.root / name
+        told = latest.get(run, {})
+        config = config_of(folder)
+        keys |= dict.fromkeys(config)
+        record = run_status.read(folder)
+        began, start, last = told_events.get(run, (None, {}, None))
+        host = str(config_of(folder, "provenance.toml").get("hardware.host", "another host"))
+        rows.append(
+            api.Run(
+                name=name,
+                status=run_status.status(record, last, host, now),
+                attempt=_whole(record.get("attempt", start.get("attempt"))),
+                step=_whole(told.get("step", (record.get("step"), 0))[0]),
+                steps=_whole(record.get("steps", start.get("steps"))),
+                tokens=_value(told, "tokens_global"),
+                loss=_value(told, "loss"),
+                validation_loss=_value(told, "validation/loss"),
+                bits_per_byte=_value(told, "validation/bits_per_byte"),
+                tokens_per_s=_value(told, "tokens_per_s"),
+                mfu=_value(told, "mfu"),
+                started=began,
+                updated=_value(told, "time"),
+                elapsed_s=elapsed.get(run),
+                alerts=counts.get((run, "alert"), 0),
+                nonfinite=counts.get((run, "nonfinite"), 0),
+                bad_lines=bad.get(run) or 0,
+                columns={key: api.plain(config.get(key, told.get(key, (None, 0))[0])) for key in columns},
+            )
+        )
+    rows.sort(key=lambda row: (-(row.started or row.updated or math.inf), row.name))
+    return api.Runs(root=str(index.root), runs=rows, tags=list(tags(index)), keys=sorted(keys))
+
+
+def series(index: Index, names: Sequence[str], tag: str, axis: Axis) -> api.Series:
+    """One tag of some runs, smoothed, then thinned, on one grid."""
+    numbers = known(index, names)
+    column = tags(index).get(tag)
+    if column is None:
+        return api.Series(tag=tag, x=[], curves=[], without=list(names))
+    found = points(index, numbers, column, axis)
+    grid = grid_of([x for x, _, _ in found.values()], axis, len(found))
+    curves = [_curve(numbers[run], found[run], grid, axis) for run in numbers if run in found]
+    return api.Series(
+        tag=tag,
+        x=[] if grid is None else grid[1].tolist(),
+        curves=curves,
+        without=[name for run, name in numbers.items() if run not in found],
+    )
+
+
+def points(
+    index: Index, numbers: Mapping[int, str], column: str, axis: Axis
+) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Run -> places on the axis, steps and values of a column; of each step what the newest attempt says."""
+    got = arrays(
+        index,
+        f"select m.run, m.step, {place(axis)} as x, {column} as y "
+        f"{CHOSEN} where m.rank = 0 and m.step < v.until and {column} is not null",
+        *chosen(index, numbers),
+    )
+    run, step, x, y = (np.ma.getdata(got[key]) for key in ("run", "step", "x", "y"))
+    here = ~np.ma.getmaskarray(got["x"])
+    # Rows come nearly in order, which a stable sort makes use of.
+    key = (run.astype(np.int64) << 40) + step
+    if np.any(np.diff(key) < 0):
+        order = np.argsort(key, kind="stable")
+        run, step, x, y, here = run[order], step[order], x[order], y[order], here[order]
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    here &= np.isfinite(x) & (x > 0 if axis.log_x else True)
+    run, step, x, y = run[here], step[here], x[here], y[here]
+    if len(run) == 0:
+        return {}
+    starts = np.flatnonzero(np.diff(run, prepend=-1))
+    return {
+        int(run[start]): (x[start:stop], step[start:stop].astype(np.float64), y[start:stop])
+        for start, stop in zip(starts, (*starts[1:], len(run)), strict=True)
+    }
+
+
+CHOSEN = (
+    "from metrics m join valid v using (run, attempt) "
+    "join (select unnest(?::integer[]) as run, unnest(?::double[]) as per_step, unnest(?::double[]) as flops) c "
+    "using (run)"
+)
+"""Metrics of some runs, with the attempts `v` and the rates `c`; bound by `chosen`."""
+
+
+def chosen(index: Index, numbers: Mapping[int, str]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Runs, tokens of a step and FLOPs of a token."""
+    told = {
+        run: tokens / step
+        for run, tokens, step in query(index, "select run, value, step from latest where tag = -2 and step > 0")
+    }
+    records = [run_status.read(index.root / name) for name in numbers.values()]
+    flops = [_number(record.get("flops_per_token")) for record in records]
+    return list(numbers), [told.get(run) for run in numbers], flops
+
+
+def place(axis: Axis) -> str:
+    """The axis as an expression over `CHOSEN`."""
+    tokens = "coalesce(m.tokens, m.step * c.per_step)"
+    expressions = {
+        "step": "m.step::double",
+        "tokens": tokens,
+        "time": f"(v.before_s + m.elapsed_s) / {HOUR_S}",
+        "flops": f"{tokens} * c.flops",
+    }
+    return expressions[axis.x]
+
+
+def grid_of(places: Sequence[np.ndarray], axis: Axis, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Borders and places of a grid for some curves: the points themselves while they are few."""
+    if not places:
+        return None
+    low = min(x[0] for x in places) if axis.low is None else axis.low
+    high = max(x[-1] for x in places) if axis.high is None else axis.high
+    if not low <= high or (axis.log_x and low <= 0):
+        return None
+    cells = max(100, min(axis.points, MAX_CELLS // count))
+    # More than `cells` of one curve are more than `cells` in all, however many there are.
+    own = np.unique(np.concatenate([_within(x, low, high)[: cells + 1] for x in places]))
+    if len(own) == 0:
+        return None
+    if len(own) <= cells:
+        return np.concatenate([own[:1], (own[1:] + own[:-1]) / 2, own[-1:]]), own
+    borders = curve.edges(low, high, cells, log=axis.log_x)
+    middle = np.sqrt(borders[1:] * borders[:-1]) if axis.log_x else (borders[1:] + borders[:-1]) / 2
+    return borders, middle
+
+
+def _within(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    return x[(x >= low) & (x <= high)]
+
+
+def _curve(
+    name: str,
+    found: tuple[np.ndarray, np.ndarray, np.ndarray],
+    grid: tuple[np.ndarray, np.ndarray] | None,
+    axis: Axis,
+) -> api.Curve:
+    x, step, y = found
+    if grid is None:
+        return api.Curve(run=name, mean=[], low=[], high=[], smooth=[], nonfinite=[])
+    thinned = curve.thin(x, y, curve.smooth(step, y, axis.smooth), grid[0])
+    return api.Curve(
+        run=name,
+        mean=api.numbers(thinned.mean),
+        low=api.numbers(thinned.low) if axis.bands else [],
+        high=api.numbers(thinned.high) if axis.bands else [],
+        smooth=api.numbers(thinned.smooth) if axis.smooth > 0 else [],
+        nonfinite=thinned.nonfinite[:500].tolist(),
+    )
+
+
+def events(index: Index, names: Sequence[str], axis: Axis) -> api.Events:
+    """What happened to some runs, with its place on an axis."""
+    numbers = known(index, names)
+    rows = query(
+        index,
+        "select run, event, attempt, step, time_s, line from events where run in (select unnest(?::integer[])) "
+        "order by time_s desc nulls last, rowid desc limit ?",
+        list(numbers),
+        MAX_EVENTS + 1,
+    )
+    (count,) = query(index, "select count(*) from events where run in (select unnest(?::integer[]))", list(numbers))[0]
+    runs_, per_step, flops = chosen(index, numbers)
+    rates = dict(zip(runs_, zip(per_step, flops, strict=True), strict=True))
+    at = _times(index, list(numbers)) if axis.x == "time" else {}
+    shown = [
+        _event(numbers[run], row, _event_place(axis, row[2], rates[run], at.get(run)))
+        for run, *row in rows[:MAX_EVENTS]
+    ]
+    return api.Events(events=shown, left_out=max(0, count - MAX_EVENTS))
+
+
+def _event(name: str, row: Sequence[Any], x: float | None) -> api.Event:
+    event, attempt, step, time_s, line = row
+    fields = json.loads(line)
+    told = {key: value for key, value in fields.items() if key not in ("time", "event", "attempt", "step", "severity")}
+    text = str(told["message"]) if "message" in told else ", ".join(f"{key} {_shown(v)}" for key, v in told.items())
+    severity = str(fields.get("severity") or api.SEVERITY.get(event or "", "info"))
+    if event == "end" and fields.get("status") not in ("finished", "interrupted"):
+        severity = "error"
+    return api.Event(
+        run=name,
+        event=event or "",
+        severity=severity if severity in ("info", "warning", "error") else "warning",
+        attempt=attempt,
+        step=step,
+        x=x,
+        time=time_s,
+        text=text[:500],
+    )
+
+
+def _event_place(
+    axis: Axis, step: int | None, rates: tuple[float | None, float | None], at: tuple[np.ndarray, np.ndarray] | None
+) -> float | None:
+    if step is None:
+        return None
+    if axis.x == "step":
+        return float(step)
+    if axis.x == "time":
+        return float(np.interp(step, *at)) if at is not None and len(at[0]) else None
+    per_step, flops = rates
+    factor = per_step if axis.x == "tokens" else None if per_step is None or flops is None else per_step * flops
+    return None if factor is None else step * factor
+
+
+def _times(index: Index, numbers: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Run -> steps and hours of training, thinned."""
+    got = arrays(
+        index,
+        f"select run, m.step, max((v.before_s + m.elapsed_s) / {HOUR_S}) as hours "
+        "from metrics m join valid v using (run, attempt) "
+        "where m.rank = 0 and m.step < v.until and m.elapsed_s is not null "
+        "and run in (select unnest(?::integer[])) group by all order by run, m.step",
+        numbers,
+    )
+    run = np.ma.getdata(got["run"])
+    return {
+        number: (np.ma.getdata(got["step"])[run == number], np.ma.getdata(got["hours"])[run == number])
+        for number in numbers
+    }
+
+
+def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
+    """What validations and evaluations of some runs found."""
+    numbers = known(index, names)
+    rows = query(
+        index,
+        "select run, attempt, step, time_s, event, line from events where run in (select unnest(?::integer[])) "
+        "and event in ('validation', 'evaluation') order by time_s desc nulls last, rowid desc limit ?",
+        list(numbers),
+        MAX_EVENTS,
+    )
+    found: list[api.Evaluation] = []
+    for run, attempt, step, time_s, _, line in rows:
+        fields = api.plain(json.loads(line))
+        results = {key: v for key, v in fields.items() if key not in ("time", "event", "attempt", "step")}
+        found.append(api.Evaluation(run=numbers[run], attempt=attempt, step=step, time=time_s, results=results))
+    names_ = dict.fromkeys(key for row in found for key in row.results)
+    return api.Evaluations(names=list(names_), rows=found)
+
+
+def samples(index: Index, names: Sequence[str]) -> api.Samples:
+    """The texts that some runs wrote."""
+    numbers = known(index, names)
+    rows = query(
+        index,
+        "select run, step, time_s, line from events where run in (select unnest(?::integer[])) "
+        "and event in ('sample', 'samples') order by time_s desc nulls last, rowid desc limit 200",
+        list(numbers),
+    )
+    return api.Samples(
+        samples=[
+            api.Sample(run=numbers[run], step=step, time=time_s, prompt=_text(line, "prompt"), text=_text(line, "text"))
+            for run, step, time_s, line in rows
+        ]
+    )
+
+
+def configs(index: Index, names: Sequence[str]) -> api.Configs:
+    """The configs of some runs side by side: what differs first, and where the runs come from."""
+    folders = [index.root / name for name in known(index, names).values()]
+    tables = [
+        {**config_of(folder), **{f"provenance.{k}": v for k, v in config_of(folder, "provenance.toml").items()}}
+        for folder in folders
+    ]
+    rows = [
+        api.ConfigRow(
+            key=key,
+            values=[api.plain(table.get(key)) for table in tables],
+            differs=any(key not in table or table[key] != tables[0].get(key) for table in tables),
+        )
+        for key in dict.fromkeys(key for table in tables for key in table)
+    ]
+    rows.sort(key=lambda row: (not row.differs, row.key.startswith("provenance.")))
+    return api.Configs(runs=list(names), rows=rows)
+
+
+def config_of(folder: Path, file: str = "config.toml") -> Mapping[str, Any]:
+    """The keys of a TOML file of a run with dots between; empty when it cannot be read."""
+    try:
+        stat = (folder / file).stat()
+    except OSError:
+        return {}
+    return _flat(folder / file, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _flat(path: Path, changed_ns: int, size: int) -> Mapping[str, Any]:
+    if size > MAX_FILE_BYTES:
+        return {}
+    try:
+        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        return {"(unreadable)": f"{path.name}: {error}"}
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _value(told: Mapping[str, tuple[float, int]], tag: str) -> Any:
+    """A last value, by its name when it is not finite; None when there is none."""
+    return api.plain(told.get(tag, (None, 0))[0])
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None or not math.isfinite(number) else int(number)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _text(line: str, key: str) -> str:
+    return str(json.loads(line).get(key, ""))[:20_000]
+
+
+def mixture(index: Index, name: str) -> api.Mixture:
+    """What a run's mixture planned and what was read of it, as far as the run tells.
+
+    A run tells shares in an event `mixture` (`sources`: objects with `name`, `planned`) and tokens in tags
+    `data/tokens/NAME`.
+    """
+    (run,) = known(index, [name])
+    lines = query(
+        index, "select line from events where run = ? and event = 'mixture' order by time_s desc limit 1", run
+    )
+    told = api.plain(json.loads(lines[0][0])).get("sources") if lines else None
+    planned = {str(each.get("name")): each for each in told if isinstance(each, dict)} if isinstance(told, list) else {}
+    read = {
+        tag.removeprefix("data/tokens/"): value
+        for tag, value in query(
+            index,
+            "select name, value from latest join tags using (tag) where run = ? and starts_with(name, 'data/tokens/')",
+            run,
+        )
+    }
+    sources = [
+        api.Source(
+            name=source,
+            planned=_number(planned.get(source, {}).get("planned")),
+            read=read.get(source),
+            fields={k: v for k, v in planned.get(source, {}).items() if k not in ("name", "planned")},
+        )
+        for source in dict.fromkeys([*planned, *read])
+    ]
+    config = {k: v for k, v in config_of(index.root / name).items() if k.startswith("data.")}
+    return api.Mixture(run=name, sources=sources, config=api.plain(dict(config)))

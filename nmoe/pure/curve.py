@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Thinned", "edges", "smooth", "thin"]
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 SAFE_EXPONENT = 200.0
 

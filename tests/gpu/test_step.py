@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import attrs
 import pytest
 import torch
@@ -10,7 +13,7 @@ from nmoe.config.sections import Config
 from nmoe.effects import ops, runtime
 from nmoe.effects.run import arena_layouts, fresh, stepper
 from nmoe.effects.step import Metrics, State
-from nmoe.pure import experts, tree
+from nmoe.pure import experts, route, tree
 from nmoe.pure.model import Batch
 from nmoe.pure.route import Routing
 from tests.effects.tiny import tiny
@@ -69,6 +72,44 @@ def test_the_same_steps_twice_are_bitwise_the_same() -> None:
     assert [each.loss.item() for each in first] == [each.loss.item() for each in second]
     for (path, a), (_, b) in zip(tree.leaves(one.params), tree.leaves(two.params), strict=True):
         assert torch.equal(a, b), path
+
+
+def test_the_mixture_is_as_near_the_truth_as_the_reference() -> None:
+    """On experts as the router leaves them, and rows that have other neighbours in another batch."""
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, device="cuda") * scale).bfloat16()
+
+    x, up, down, pull = (
+        draw(900, 256),
+        draw(16, 256, 2, 192, scale=0.06),
+        draw(16, 192, 256, scale=0.07),
+        draw(900, 256),
+    )
+    score = torch.rand(900, 16, generator=generator, device="cuda")
+    chosen = route.first(score, 4)
+    weight = score.gather(-1, chosen)
+    c = config().model
+    sized = attrs.evolve(c, hidden_size=256, moe=attrs.evolve(c.moe, intermediate_size=192))
+    kernel = ops.build(torch.device("cuda"), sized).mixture
+
+    def run(which: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [each.to(dtype, copy=True).requires_grad_() for each in (x, up, down)]
+        gates = weight.to(torch.float64 if dtype is torch.float64 else torch.float32, copy=True).requires_grad_()
+        y, count = which(leaves[0], Routing(chosen, gates), *leaves[1:])
+        assert torch.equal(count, route.load(chosen, 16))
+        y.backward(pull.to(dtype))
+        return [each.double() for each in (y.detach(), *(leaf.grad for leaf in (*leaves, gates)))]
+
+    plain = partial(experts.mixture, experts=experts_by_segment)
+    truth, near, ours = run(plain, torch.float64), run(plain, torch.bfloat16), run(kernel, torch.bfloat16)
+    for name, t, p, g in zip(("y", "dx", "dup", "ddown", "dgate"), truth, near, ours, strict=True):
+        assert (g - t).norm() <= 1.5 * (p - t).norm(), name
+    some = torch.arange(900, device="cuda") % 3 != 0
+    whole, _ = kernel(x, Routing(chosen, weight), up, down)
+    part, _ = kernel(x[some], Routing(chosen[some], weight[some]), up, down)
+    assert torch.equal(whole[some], part)
 
 
 def test_a_replayed_step_is_the_eager_one_bit_for_bit() -> None:

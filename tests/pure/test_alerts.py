@@ -10,7 +10,9 @@ import pytest
 from nmoe.pure.alerts import ENOUGH, Alert, History, Limits, Seen, judge
 
 LIMITS = Limits(spike=8.0, dead=0.1, drop=0.5, wait=0.2, disk_bytes=5e9)
-GOOD = dict(loss=2.0, grad_norm=1.0, nonfinite_steps=0, dead=0.1, tokens_per_s=100.0, wait=0.2, disk_bytes=5e9)
+GOOD: dict[str, Any] = dict(
+    loss=2.0, grad_norm=1.0, nonfinite_steps=0, dead=0.1, tokens_per_s=100.0, wait=0.2, disk_bytes=5e9
+)
 
 
 def told(*reports: dict[str, Any]) -> list[tuple[Alert, ...]]:

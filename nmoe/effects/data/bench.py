@@ -127,7 +127,7 @@ def _built(folder: Path, number: int, workers: int) -> tuple[float, float]:
     The processes have been started, as they are for all but the first seconds of a real preparation.
     """
     source = _source()
-    items = find(source.input, folder, skip_unreadable=False, say=str)
+    items = find(source.input, folder, skip_unreadable=False, say=lambda line: None)
     out = folder / f"out{number}"
     (out / ".work").mkdir(parents=True)
     (out / ".work" / tokenizers.FILE).write_bytes((folder / tokenizers.FILE).read_bytes())

@@ -111,6 +111,7 @@ def dispatch(expert: Tensor, num_experts: int) -> Places:
 
     expert   [N K] integers, 0 <= expert < num_experts
     """
+    expert = expert.contiguous()  # the router hands over a slice of wider rows
     pairs = expert.numel()
     stretches = triton.cdiv(pairs, STRETCH)
 

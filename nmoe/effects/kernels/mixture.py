@@ -39,6 +39,7 @@ class Mixture(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, t: Tiles
     ) -> tuple[Tensor, Tensor]:
+        x, weight = x.contiguous(), weight.contiguous()
         pairs = expert.numel()
         at = places.dispatch(expert, up.shape[0])
         h, a = experts.up(x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.m), t.up, t.group)

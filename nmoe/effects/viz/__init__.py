@@ -22,8 +22,8 @@ def serve(root: Path, data: Sequence[Path], home: Path, *, host: str, port: int,
     Raises:  InputError when the extra is not installed, `root` is no folder, or the port is taken.
     """
     try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
+        import starlette  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import uvicorn  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise InputError(
             f"viz: the packages of its extra are installed, got no {error.name}; "

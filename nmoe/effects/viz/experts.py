@@ -50,7 +50,6 @@ def experts(index: Index, name: str) -> api.Experts:
 def layers(index: Index, name: str, tag: str, axis: views.Axis) -> api.Layers:
     """A quantity of the experts of each layer, smoothed and thinned."""
     numbers = views.known(index, [name])
-    (run,) = numbers
     got = arrays(
         index,
         f"select x, step, unnest(q) as y, generate_subscripts(q, 1) as place from "

@@ -201,6 +201,23 @@ def arena_layouts(config: Config) -> tuple[ArenaLayout, ...]:
     )
 
 
+def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
+    """Refuse what the GPU has no room for, before anything is allocated.
+
+    Raises:  InputError with the settings that would make it fit.
+    """
+    if device.type == "cpu":
+        return
+    wanted, there = planned.memory.total(), torch.cuda.get_device_properties(device).total_memory
+    if wanted > there:
+        train = config.train
+        raise InputError(
+            f"train.microbatch_size: what a step needs fits the GPU's {quantity(there, 'B')}, got "
+            f"{quantity(wanted, 'B')} for {train.microbatch_size} sequences of {train.sequence_length}; lower "
+            'microbatch_size, write train.recompute = "cheap" or "full", or precision.moments = "bf16"'
+        )
+
+
 def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:
     """What is about to happen, before step 0."""
     train_tokens = corpus.num_tokens
@@ -259,6 +276,7 @@ def _main(
     corpus = open_corpus(config, launch)
     rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=runtime.peak_flops(device))
     planned = plan(config, ranks=1, mfu=ASSUMED_MFU[device.type], peak_flops=rt.peak_flops)
+    check_memory(config, planned, device)
     c = config.model
     layouts, dims = arena_layouts(config), model.dims(c)
     this = Identity(config=config, tokenizer=corpus.tokenizer.identity, data=corpus.identity)

@@ -66,13 +66,13 @@ class Plan:
 def activation_bytes(
     c: sections.Model, dims: Dims, *, tokens: int, sequence_length: int, element: int, square: bool
 ) -> int:
-    """What autograd keeps for the backward pass of one microbatch.
+    """What autograd keeps of the reference for the backward pass of one microbatch.
 
     Counted op by op along `model.block`: inputs of every product and norm, both halves of every gate, rows of the
     chosen experts. Rotations and norms keep fp32 copies.
 
     element  bytes of an activation
-    square   whether attention keeps its probabilities (the CPU) or recomputes them (GPU kernels)
+    square   whether attention keeps its probabilities
     """
     width, wide = c.hidden_size, 4
     heads = dims["H"]
@@ -93,6 +93,39 @@ def activation_bytes(
     mixtures = c.num_layers - c.num_dense_layers
     a_token = c.num_layers * (attention + ffn_norm) + c.num_dense_layers * dense + mixtures * routed
     return tokens * (a_token + 3 * width * wide)
+
+
+def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, recompute: str) -> int:
+    """What the GPU's kernels keep, bf16, for the backward pass of one microbatch, and what that pass holds on top.
+
+    A norm keeps its input, a product its input, attention q, k, v, its output and one number a row, the experts their
+    pre-activation; a router works in fp32.
+
+    recompute  train.recompute
+    """
+    width, wide, element = c.hidden_size, 4, 2
+    heads, query = dims["H"], dims.get("Q", 0)
+    made_again = 2 * width + query + dims["R"]  # norms
+    kept = (
+        2 * width  # residual stream, before each norm
+        + dims["A"]
+        + heads * (dims["C"] + dims["Z"] + dims["U"])
+        + dims["P"]
+    ) * element + heads * wide
+    dense, shared = dims["I"], dims["S"]
+    routed = c.moe.top_k * 2 * dims["F"] * element + width * wide + 6 * dims["E"] * wide
+    mixtures = c.num_layers - c.num_dense_layers
+    a_token = (
+        c.num_layers * kept + c.num_dense_layers * 2 * dense * element + mixtures * (routed + 2 * shared * element)
+    )
+    again = (c.num_layers * made_again + c.num_dense_layers * dense + mixtures * shared) * element
+    if recompute == "none":
+        a_token += again
+    elif recompute == "full":
+        a_token = c.num_layers * width * element + (a_token + again) // c.num_layers
+    # of one mixture at a time: gradients of pre-activation and rows, and the activation
+    passing = c.moe.top_k * (3 * dims["F"] + width) * element
+    return tokens * (a_token + passing + 2 * width * element)
 
 
 def held(arena: ArenaLayout, ranks: int) -> int:
@@ -139,18 +172,16 @@ def plan(config: Config, *, ranks: int, mfu: float, peak_flops: float = PEAK_FLO
     )
     element = 4 if config.precision.compute == "fp32" else 2
     tokens = train.microbatch_size * train.sequence_length
-    activations = activation_bytes(
-        c,
-        dims,
-        tokens=tokens,
-        sequence_length=train.sequence_length,
-        element=element,
-        square=config.run.device == "cpu",
-    )
-    # fp32 logits, their exponentials and gradient, and the gradient in the compute format
-    logits = min(train.loss_chunk, tokens) * c.vocab_size * (3 * 4 + element) + c.vocab_size * c.hidden_size * (
-        4 + element
-    )
+    rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
+    if config.run.device == "cuda":
+        activations = kernel_activation_bytes(c, dims, tokens=tokens, recompute=train.recompute)
+        # logits become their own gradient; the head's gradient is summed in fp32
+        logits = rows * element + head * 4
+    else:
+        length = train.sequence_length
+        activations = activation_bytes(c, dims, tokens=tokens, sequence_length=length, element=element, square=True)
+        # fp32 logits, their exponentials and gradient, and the gradient in the compute format
+        logits = rows * (3 * 4 + element) + head * (4 + element)
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True)
     total = train.steps * train.batch_size * train.sequence_length
     return Plan(

@@ -308,6 +308,7 @@ FREE_ON_RESUME = {
 
 
 OTHER_VALUES = {
+    "document_mask": "true",
     **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
 }

@@ -329,6 +329,7 @@ FREE_ON_RESUME = {
 
 
 OTHER_VALUES = {
+    "document_mask": "true",
     **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
     **{"footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},

@@ -65,7 +65,7 @@ def test_three_sources_train(folder: Path) -> None:
         losses.append([line["loss"] for line in lines if "loss" in line])
         assert plan["identity"] in (run / "provenance.toml").read_text()
     assert losses[0] == losses[1] and len(losses[0]) >= 40
-    assert losses[0][-1] < losses[0][0] - 1
+    assert losses[0][-1] < losses[0][0] - 0.5
 
 
 def test_more_steps_than_the_flow_has_tokens_for(folder: Path) -> None:

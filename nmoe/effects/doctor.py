@@ -33,10 +33,16 @@ MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6
 
 EXTRAS = MappingProxyType(
     {
-        "data": ("pyarrow", "tokenizers", "zstandard"),
+        "data": ("datasketch", "pyarrow", "tokenizers", "zstandard"),
+        "hub": ("datasets",),
         "cluster": ("distributed",),
         "viz": ("starlette", "uvicorn", "duckdb"),
         "hf": ("transformers",),
+        "telemetry": ("nvidia-ml-py",),
+        "tensorboard": ("tensorboard",),
+        "wandb": ("wandb",),
+        "trackio": ("trackio",),
+        "mlflow": ("mlflow-skinny",),
     }
 )
 """Packages of each optional extra."""

@@ -290,8 +290,11 @@ def differences(calm: Path, rough: Path) -> list[str]:
         missing = sorted(set(range(1, one.step + 1)) - set(steps))
         problems.append(f"metrics tell each step once, got {doubled} more than once and {missing} never")
     elif lines != rough_lines:
-        first = next(a for a, b in zip(lines, rough_lines, strict=False) if a != b)
-        problems.append(f"metrics are the same, got another line at step {first['step']}")
+        pairs = zip(lines, rough_lines, strict=False)
+        one_line, other_line = next((a, b) for a, b in pairs if a != b)
+        keys = [key for key in (one_line | other_line) if one_line.get(key) != other_line.get(key)]
+        told = ", ".join(f"{key} {one_line.get(key)} and {other_line.get(key)}" for key in keys)
+        problems.append(f"metrics are the same, got at step {one_line['step']}: {told}")
     names = [path.name for path in (rough / resume.CHECKPOINTS).iterdir() if not path.name.startswith("step-")]
     if sorted(names) != ["LEASE"]:
         problems.append(f"nothing is left beside the checkpoints, got {names}")

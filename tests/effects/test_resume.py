@@ -412,7 +412,7 @@ def test_a_warm_start_has_the_weights_and_nothing_else(whole: Config, tmp_path: 
     cold = changed(other(whole, tmp_path, "cold"), steps=2)
     assert train(cold)[0] == 0
     first = soak.metrics(folder(config))[0]
-    assert first["step"] == 1 and first["loss"] < soak.metrics(folder(cold))[0]["loss"] - 1
+    assert first["step"] == 1 and first["loss"] < soak.metrics(folder(cold))[0]["loss"] - 0.5
     code, told = train(changed(other(whole, tmp_path, "x"), warm_start=str(tmp_path)))
     assert code == 2 and "train.warm_start: a run, a checkpoint or weights.safetensors, got " in told
     assert not (tmp_path / "runs" / "x").exists()
@@ -451,7 +451,8 @@ def test_the_same_state_by_any_number_of_ranks(whole: Config, tmp_path: Path) ->
 
 
 def test_one_of_each_fault(tmp_path: Path) -> None:
+    before = threading.active_count()
     outcome = soak.soak(tmp_path, steps=30, faults=19, seed=11)
     assert outcome.problems == ()
     assert sum(outcome.struck.values()) == 19 and set(outcome.struck.values()) == {1}
-    assert outcome.attempts > 5 and threading.active_count() == 1
+    assert outcome.attempts > 5 and threading.active_count() == before

@@ -93,6 +93,9 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
         "provenance.toml",
         "tokenizer.json",
         "metrics.rank0.jsonl",
+        "arrays.rank0.jsonl",
+        "telemetry.rank0.jsonl",
+        "run.json",
         "events.jsonl",
         "checkpoints",
         "weights.safetensors",
@@ -119,7 +122,7 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
     assert min(last["experts"]["bias_min"]) < 0 < max(last["experts"]["bias_max"])
 
     events = lines(folder / "events.jsonl")
-    names = ["start", "validation", "validation", "validation", "checkpoint", "end"]
+    names = ["start", "validation", "validation", "validation", "checkpoint", "sample", "end"]
     assert [event["event"] for event in events] == names
     assert events[-1]["status"] == "finished" and events[-1]["exit_code"] == 0
     assert last["loss"] < metrics[0]["loss"]
@@ -195,7 +198,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus: Path, workplace: Path)
     shard = next((broken / "train").glob("*.npy"))
     content = shard.read_bytes()
     cases: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-        (("--run.device=cuda",), ("run.device", "needs a GPU")),
+        (("--run.device=cuda", "--precision.compute=bf16"), ("run.device", "needs a GPU")),
         ((f"--model.vocab_size={VOCAB - 1}",), (str(VOCAB - 1), str(VOCAB))),
         (("--parallel.ranks=2", "--train.batch_size=4"), ("parallel.ranks", "one rank")),
         ((f"--data.source.path={workplace / 'nowhere'}",), ("nowhere",)),

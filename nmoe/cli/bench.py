@@ -47,7 +47,14 @@ def verbs(root: Verbs) -> None:
         config=True,
     )
     log.add_argument("--steps", type=int, default=1000, metavar="N", help="reports to time (default: %(default)s)")
-    data = add(bench, "data", _bench_data, "time preparation against the bare tokenizer", "--megabytes 200")
+    data = add(
+        bench,
+        "data",
+        _bench_data,
+        "time preparation, batches of 8 x 4096 tokens, and the planning of a large mixture",
+        "configs/quickstart.toml --megabytes 200",
+        config=True,
+    )
     data.add_argument("--megabytes", type=int, default=64, metavar="N", help="text to prepare (default: %(default)s)")
     data.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     save = add(
@@ -96,7 +103,14 @@ def _bench_data(args: argparse.Namespace) -> int:
     from nmoe.effects import files
     from nmoe.effects.data import bench
 
-    return bench.preparation(args.megabytes, args.workers, files.home(os.environ), lambda line: print(line, flush=True))
+    bench.preparation(args.megabytes, args.workers, files.home(os.environ), lambda line: print(line, flush=True))
+    from nmoe.config import load_valid
+    from nmoe.effects import reading, runtime
+
+    sizes = ("--train.batch_size=8", "--train.microbatch_size=8", "--train.sequence_length=4096")
+    config = load_valid(args.config, os.environ, (*sizes, "--model.max_positions=4096", *args.overrides), None).config
+    reading.bench(config, runtime.launch(os.environ), steps=100, pause_s=0.05)
+    return reading.bench_scale()
 
 
 def _bench_checkpoint(args: argparse.Namespace) -> int:

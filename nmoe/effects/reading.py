@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from nmoe.config import Config
+from nmoe.config.mixture import load_mixture
 from nmoe.config.sections import Mixture, Stdlib
 from nmoe.effects import runtime
 from nmoe.effects.corpus import open_corpus, planned_blend
-from nmoe.effects.data import stdlib
+from nmoe.effects.data import lazy, stdlib
+from nmoe.effects.data.blend import plan_blend
 from nmoe.effects.data.format import read_manifest
 from nmoe.effects.data.lazy import content_digest, split_problems
+from nmoe.effects.data.scale import write_empty_mixture
+from nmoe.effects.loader import open_stream
 from nmoe.effects.log import say
 from nmoe.effects.plan import quantity
 from nmoe.effects.prefetch import prefetching
 from nmoe.errors import InputError
+from nmoe.pure.key import Key
 from nmoe.pure.stream import Ingredient, Recipe, Stream, identity, plan
 
-__all__ = ["bench", "main", "planned_stream", "rows"]
+__all__ = ["bench", "bench_scale", "main", "planned_stream", "rows"]
 
 
 BENCH_WARMUP = 5
@@ -79,6 +85,25 @@ def bench(config: Config, launch: runtime.Launch, *, steps: int, pause_s: float)
             f"handed     {train.batch_size} x {train.sequence_length} tokens, {depth} batches ahead: "
             f"{statistics.median(waits):.3f} ms median, {waits[int(0.9 * len(waits))]:.3f} ms the slowest of ten"
         )
+    return 0
+
+
+def bench_scale() -> int:
+    """Print how long a mixture of ten trillion tokens in 10,000 shards takes to plan, and to open. returns  exit code 0
+
+    Writes:  a temporary folder of files with holes, which goes.
+    """
+    with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
+        path = write_empty_mixture(Path(name), sources=20, shards=500, tokens=10**9, flow_tokens=10**13)
+        began = time.perf_counter()
+        blend = plan_blend(load_mixture(path), "full_train", sequence_length=4096, active_parameters=0)
+        planned = time.perf_counter()
+        pairs = zip(blend.folders, blend.manifests, strict=True)
+        splits = [lazy.open_lazily(folder, manifest, "train") for folder, manifest in pairs]
+        sizes = {"batch_size": 1024, "microbatch_size": 8, "sequence_length": 4096, "rank": 3, "world": 128}
+        open_stream(splits, blend.stream, key=Key(0), **sizes)
+        opened = time.perf_counter()
+    say(f"planned    10 T tokens in 10,000 shards in {planned - began:.2f} s, opened in {opened - planned:.2f} s")
     return 0
 
 

@@ -24,6 +24,9 @@ ARCHIVE = "attempts"
 """Folder in a run folder: what config.toml and the like were in each attempt before the newest."""
 
 EVENTS = "events.jsonl"
+VALIDATION = "validation/loss"
+"""Field of a line of metrics that tells a validation."""
+
 OF_STEPS = ("metrics.rank", "arrays.rank")
 """First part of the names of files whose lines belong to a step."""
 
@@ -46,15 +49,17 @@ def next_number(folder: Path) -> int:
     return 1 + max((each for each in numbers if isinstance(each, int)), default=0)
 
 
-def mend(folder: Path, step: int) -> None:
+def mend(folder: Path, step: int, *, validated: bool = True) -> None:
     """Make the files a run appends to those of a run that stands at `step`.
 
     Everything is read before anything is cut, so that a line that cannot be read leaves the folder as it was.
 
+    validated  whether the run knows of a validation at `step`: if not, it validates again and tells it again
+
     Writes:  every `*.jsonl` in `folder`: without a torn last line, and of what belongs to steps without later ones.
     Raises:  InputError with file and line of what cannot be read.
     """
-    lengths = {path: _good_length(path, step) for path in sorted(folder.glob("*.jsonl"))}
+    lengths = {path: _good_length(path, step, validated) for path in sorted(folder.glob("*.jsonl"))}
     for path, length in lengths.items():
         if length < path.stat().st_size:
             os.truncate(path, length)
@@ -77,7 +82,7 @@ def record(folder: Path, attempt: int, contents: Mapping[str, str]) -> None:
         files.write_text(folder / name, text)
 
 
-def _good_length(path: Path, step: int) -> int:
+def _good_length(path: Path, step: int, validated: bool) -> int:
     """Bytes of a file up to its first line of a later step, or else of its whole lines."""
     length = 0
     for line in _lines(path):
@@ -85,7 +90,7 @@ def _good_length(path: Path, step: int) -> int:
             at = line.fields.get("step")
             if not isinstance(at, int):
                 raise InputError(f"{line.where}: step is a number, got {at!r}; mend or delete the line")
-            if at > step:
+            if at > step or (at == step and VALIDATION in line.fields and not validated):
                 break
         length = line.end
     return length

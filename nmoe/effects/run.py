@@ -319,7 +319,7 @@ def _main(
     )
     number = writer.attempt
     if not is_new:
-        attempt.mend(folder, first)
+        attempt.mend(folder, first, validated=restored is not None and restored.seen.at(first))
         attempt.record(folder, number, contents)
     tokenizers.save(corpus.tokenizer, folder)
     say(banner(config, planned, corpus, folder))

@@ -83,3 +83,14 @@ def test_what_an_earlier_attempt_was_started_with_is_kept(tmp_path: Path) -> Non
     assert (tmp_path / "attempts" / "1" / "config.toml").read_text() == "first"
     attempt.record(tmp_path, 3, {"config.toml": "third"})
     assert (tmp_path / "attempts" / "2" / "config.toml").read_text() == "again"
+
+
+def test_a_validation_the_checkpoint_does_not_know_is_told_again_and_once(tmp_path: Path) -> None:
+    """Killed after the line and before the next save: the run goes on from before its validation."""
+    told = [{"step": 4, "loss": 2.0}, {"step": 4, "validation/loss": 1.9}]
+    path = tmp_path / "metrics.rank0.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in told))
+    attempt.mend(tmp_path, 4, validated=True)
+    assert len(path.read_text().splitlines()) == 2
+    attempt.mend(tmp_path, 4, validated=False)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == told[:1]

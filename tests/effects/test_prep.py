@@ -14,6 +14,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,7 @@ from nmoe.effects.data.execute import open_pool
 from nmoe.effects.data.format import read_manifest
 from nmoe.effects.data.inputs import find
 from nmoe.effects.data.inspect import documents
-from nmoe.effects.data.prep import Report, prepare
+from nmoe.effects.data.prep import Report, _stage, prepare
 from nmoe.effects.data.survey import cleaned, works_of
 from nmoe.errors import InputError
 from nmoe.pure.prep import Item, plan, split_of
@@ -660,3 +661,14 @@ def test_normal_form_is_the_only_change_to_a_text_without_control_characters(hom
     (home / "in" / "a.txt").write_text(text)
     prepared(home, "[input]\nkind = 'files'\npaths = ['in']\n")
     assert everything(home / "out") == [unicodedata.normalize("NFC", text)]
+
+
+def test_a_worker_that_looks_late_does_not_wait_for_what_is_gone(tmp_path: Path) -> None:
+    """Worker 0 may finish and clear up between two looks of another worker, which then waited for ever."""
+    end, gone = tmp_path / "manifest.json", tmp_path / "gone"
+    end.write_text("{}")
+    told: list[str] = []
+    with open_pool(workers=1, dask=None) as pool:
+        works: list[Any] = ["a task"]
+        _stage("match", str, works, lambda each: gone, [0], pool, (1, 2), end, told.append)
+    assert told == []

@@ -114,9 +114,10 @@ def prepare(
             for index in range(works[0].buckets)
         )
         sizes = [_bytes(work) for work in works]
-        _stage("survey", survey, works, lambda work: work.done(), sizes, pool, share, say)
-        _stage("match", match, matches, lambda bucket: bucket.done(), [0] * len(matches), pool, share, say)
-        _stage("build", build, works, built_folder, sizes, pool, share, say)
+        end, none = out / MANIFEST, [0] * len(matches)
+        _stage("survey", survey, works, lambda work: work.done(), sizes, pool, share, end, say)
+        _stage("match", match, matches, lambda bucket: bucket.done(), none, pool, share, end, say)
+        _stage("build", build, works, built_folder, sizes, pool, share, end, say)
         if share[0] != 0:
             say(f"{out}: worker {share[0]} of {share[1]} is done; worker 0 finishes the folder")
             return None
@@ -158,13 +159,17 @@ def _stage(
     sizes: Sequence[int],
     pool: Pool,
     share: tuple[int, int],
+    end: Path,
     say: Callable[[str], None],
 ) -> None:
     """Do this worker's part of what is missing, then wait until the others have done theirs.
 
     sizes    bytes of input of each work, for the estimate
+    end      a file that is there when worker 0 has finished everything, after which what was done is gone
     """
     missing = [work for work in works[share[0] :: share[1]] if not done(work).exists()]
+    if end.exists():
+        return
     total, through = sum(sizes[work.index] for work in missing), 0
     began = spoken = time.monotonic()
     for number, (work, _) in enumerate(run(function, missing, pool), 1):
@@ -181,7 +186,7 @@ def _stage(
             size = f", {through / 1e6:.1f} of {total / 1e6:.1f} MB" if total else ""
             say(f"{name}: {number} of {len(missing)} tasks{size}, {took:.0f} s{left}")
     spoken = time.monotonic()
-    while others := sum(not done(work).exists() for work in works):
+    while (others := sum(not done(work).exists() for work in works)) and not end.exists():
         if time.monotonic() - spoken >= WAITING_EVERY_S:
             spoken = time.monotonic()
             say(f"{name}: waiting for {others} tasks of other workers")

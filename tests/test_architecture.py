@@ -30,6 +30,7 @@ SHARED = ("files", "ops", "run_status", "runtime")
 INSIDE = (
     ("checkpoint", "checkpoint"),
     ("data", "data"),
+    ("kernel_bench", "kernel_bench"),
     ("ops", "kernels"),
     ("ops", "tuning"),
     ("sinks", "follow"),

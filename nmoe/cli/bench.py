@@ -5,10 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from types import MappingProxyType
 
 from nmoe.cli.parser import Verbs, add, group, load
 
 __all__ = ["verbs"]
+
+KERNELS = MappingProxyType(
+    {
+        "moe": "the routed experts of a layer",
+        "attention": "attention",
+        "loss": "the head and its loss",
+        "optimizer": "the optimizer's passes",
+        "kernels": "all of these",
+    }
+)
 
 
 def verbs(root: Verbs) -> None:
@@ -24,8 +35,18 @@ def verbs(root: Verbs) -> None:
     )
     step.add_argument("--against", choices=("transformers",), help="time the same model there too")
     step.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)")
-    kernels = add(bench, "kernels", _bench_kernels, "time the GPU's kernels beside their peers", "")
-    kernels.add_argument("--tune", action="store_true", help="look for the fastest tiles and print their table")
+    for kind, what in KERNELS.items():
+        each = add(bench, kind, _bench_kernels, f"measure {what} beside what it has to beat", "--jsonl rows.jsonl")
+        each.set_defaults(kind=kind)
+        each.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a row there")
+        if kind == "kernels":
+            each.add_argument("--tune", action="store_true", help="look for the fastest tiles and print their table")
+            each.add_argument(
+                "--size",
+                action="append",
+                metavar="DxF",
+                help="hidden and expert size of a mixture to tune for (default: 2048x1408)",
+            )
     loader = add(
         bench,
         "loader",
@@ -75,7 +96,13 @@ def verbs(root: Verbs) -> None:
 def _bench_kernels(args: argparse.Namespace) -> int:
     from nmoe.effects import kernel_bench
 
-    return kernel_bench.tune() if args.tune else kernel_bench.kernels()
+    if args.kind != "kernels":
+        return kernel_bench.kernels((args.kind,), args.jsonl)
+    return (
+        kernel_bench.tune(args.size or ["2048x1408"])
+        if args.tune
+        else kernel_bench.kernels(kernel_bench.KINDS, args.jsonl)
+    )
 
 
 def _bench_step(args: argparse.Namespace) -> int:

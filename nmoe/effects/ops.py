@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -21,7 +22,21 @@ from nmoe.pure.experts import Rows, mixture, swiglu
 from nmoe.pure.ops import REFERENCE, Ops
 from nmoe.pure.tree import record
 
-__all__ = ["ArenaOps", "adamw_", "arena_ops", "attend_mla_padded", "build", "experts_grouped"]
+if TYPE_CHECKING:
+    from nmoe.effects.kernels import attend_mla as attention
+    from nmoe.effects.kernels import mixture as mixtures
+
+__all__ = [
+    "ArenaOps",
+    "adamw_",
+    "arena_ops",
+    "attend_mla_padded",
+    "attention_tiles",
+    "build",
+    "experts_grouped",
+    "mixture_tiles",
+    "unmeasured",
+]
 
 CPU_CHUNK = 1 << 18
 """Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""
@@ -45,16 +60,16 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True, documen
     from nmoe.effects.kernels.rope import rotate_mla_
 
     check(c)
-    capability = torch.cuda.get_device_capability(device)
-    table = tuning.load(capability)
-    found = tuning.find(table, "mixture", c.hidden_size, c.moe.intermediate_size)
-    programs = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
-    attention_tiles = attention.TILES if capability < (10, 0) else attention.TILES_SM_100
+    tiles = mixture_tiles(device, c.hidden_size, c.moe.intermediate_size)
+    a = c.attention
     attend = attention.attend_mla_cudnn
     if deterministic or documents:
         forward = "triton" if documents else "cudnn"
-        attend = partial(attention.attend_mla, forward=forward, tiles=attention_tiles)
+        attend = partial(
+            attention.attend_mla,
+            forward=forward,
+            tiles=attention_tiles(device, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim),
+        )
     return Ops(
         norm=rms_norm.rms_norm,
         add_norm=rms_norm.add_rms_norm,
@@ -64,6 +79,45 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True, documen
         mixture=partial(mixtures.mixture, tiles=tiles),
         linear_cross_entropy=cross_entropy.linear_cross_entropy,
     )
+
+
+def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:
+    """How a mixture of these sizes is cut up on this GPU."""
+    from nmoe.effects.kernels import mixture as mixtures
+
+    found = tuning.find(shipped(device), "mixture", hidden, width)
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    return mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
+
+
+def attention_tiles(device: torch.device, nope: int, rope: int, value: int) -> attention.Tiles:
+    """How attention over heads of these sizes is cut up on this GPU."""
+    from nmoe.effects.kernels import attend_mla as attention
+
+    return attention.Tiles(**tuning.find(shipped(device), "attention", nope, rope, value).tiles)
+
+
+def unmeasured(device: torch.device, c: Model) -> tuple[str, ...]:
+    """A line for each op whose tiles nobody measured for this model's sizes: it is right, and may be slow."""
+    if device.type == "cpu":
+        return ()
+    a, table = c.attention, shipped(device)
+    sizes = {
+        "mixture": (c.hidden_size, c.moe.intermediate_size),
+        "attention": (a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim),
+    }
+    told = {op: "x".join(map(str, size)) for op, size in sizes.items()}
+    return tuple(
+        f"{op}: no measured tiles for {told[op]} in {table.where}, the default ones are used"
+        + (f"; `nmoe bench kernels --tune --size {told[op]}` finds better ones" if op == "mixture" else "")
+        for op, size in sizes.items()
+        if tuning.find(table, op, *size).size == tuning.DEFAULT
+    )
+
+
+def shipped(device: torch.device) -> tuning.Table:
+    """The table that ships for this GPU."""
+    return tuning.load(torch.cuda.get_device_capability(device))
 
 
 @record

@@ -322,7 +322,7 @@ def _main(
         attempt.mend(folder, first, validated=restored is not None and restored.seen.at(first))
         attempt.record(folder, number, contents)
     tokenizers.save(corpus.tokenizer, folder)
-    say(banner(config, planned, corpus, folder))
+    say("\n".join((banner(config, planned, corpus, folder), *ops.unmeasured(device, c))))
 
     env = world.env(env)
     ahead = prefetching(corpus.read, batch_size=config.train.batch_size, depth=config.data.prefetch, device=rt.device)

@@ -15,9 +15,10 @@ import attrs
 from nmoe.effects.kernels.tile import Tile
 from nmoe.errors import InputError
 
-__all__ = ["Entry", "Table", "find", "load"]
+__all__ = ["DEFAULT", "Entry", "Table", "find", "load"]
 
 DEFAULT = "default"
+"""Key of the entry for sizes that nobody measured."""
 
 
 @attrs.frozen(kw_only=True)

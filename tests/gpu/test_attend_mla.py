@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmoe.effects import ops
 from nmoe.effects.kernels import attend_mla as kernel
 from nmoe.effects.kernels.rope import rotate_mla_
 from nmoe.pure.attention import mla
@@ -26,9 +27,11 @@ normal = partial(truth.normal, dtype=torch.bfloat16, device="cuda")
 
 SCALE = 192**-0.5
 
+TILES = ops.attention_tiles(torch.device("cuda"), 128, 64, 128) if torch.cuda.is_available() else None
+
 FORWARDS: dict[str, Callable[..., Tensor]] = {
-    "triton": partial(kernel.attend_mla, scale=SCALE, forward="triton"),
-    "cudnn": partial(kernel.attend_mla, scale=SCALE, forward="cudnn"),
+    "triton": partial(kernel.attend_mla, scale=SCALE, tiles=TILES, forward="triton"),
+    "cudnn": partial(kernel.attend_mla, scale=SCALE, tiles=TILES, forward="cudnn"),
     "cudnn, its backward": partial(kernel.attend_mla_cudnn, scale=SCALE),
 }
 
@@ -73,7 +76,7 @@ def test_near_the_truth(way: str, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("sizes", [(48, 32, 16), (96, 64, 32), (128, 96, 32)], ids=str)
 def test_other_heads(sizes: tuple[int, int, int]) -> None:
     inputs, pulls = sample(2, 333, 3, *sizes), [normal(2, 333, 3, sizes[1], seed=3)]
-    ours = partial(kernel.attend_mla, scale=0.1, forward="triton")
+    ours = partial(kernel.attend_mla, scale=0.1, tiles=TILES, forward="triton")
     plainly = partial(plain, scale=0.1)
     check(graded(ours, inputs, pulls), graded(plainly, inputs, pulls), graded(plainly, inputs, pulls, torch.float64))
 
@@ -84,7 +87,7 @@ def test_documents(number: int) -> None:
     inputs, pulls = sample(*shape), [normal(*shape, 128, seed=3)]
 
     def ours(*leaves: Tensor) -> Tensor:
-        return kernel.attend_mla(*leaves, start=start, scale=SCALE, forward="triton")
+        return FORWARDS["triton"](*leaves, start=start)
 
     def plainly(*leaves: Tensor) -> Tensor:
         return plain(*leaves, start=start)

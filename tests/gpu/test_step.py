@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import torch
+from torch import Tensor
 
 from nmoe.config.sections import Config
-from nmoe.effects import ops, runtime
+from nmoe.effects import kernel_bench, ops, runtime
+from nmoe.effects.kernel_bench import moe, optimizer
+from nmoe.effects.kernels import mixture as mixtures
 from nmoe.effects.run import arena_layouts, fresh, stepper
 from nmoe.effects.step import Metrics, State
 from nmoe.pure import experts, route, tree
@@ -72,6 +77,34 @@ def test_the_same_steps_twice_are_bitwise_the_same() -> None:
     assert [each.loss.item() for each in first] == [each.loss.item() for each in second]
     for (path, a), (_, b) in zip(tree.leaves(one.params), tree.leaves(two.params), strict=True):
         assert torch.equal(a, b), path
+
+
+def test_a_mixture_with_offsets_beyond_32_bits() -> None:
+    """More than 2^31 elements in the rows: the last tokens become what they become alone, to the bit."""
+    tokens, hidden, width, num_experts, top_k, last = 180_000, 2048, 64, 16, 6, 300
+    generator = torch.Generator("cuda").manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        return drawn.requires_grad_()
+
+    x, pull = normal(tokens, hidden), normal(tokens, hidden).detach()
+    up, down = normal(num_experts, hidden, 2, width), normal(num_experts, width, hidden)
+    score = torch.rand(tokens, num_experts, generator=generator, device="cuda")
+    expert = route.first(score, top_k)
+    weight = score.gather(-1, expert).requires_grad_()
+    assert expert.numel() * hidden > 2**31
+    mixture = partial(mixtures.mixture, tiles=ops.mixture_tiles(torch.device("cuda"), hidden, width))
+
+    def run(part: slice) -> list[Tensor]:
+        leaves = [x[part].detach().requires_grad_(), weight[part].detach().requires_grad_()]
+        y = mixture(leaves[0], Routing(expert[part], leaves[1]), up, down)[0]
+        return [y.detach(), *torch.autograd.grad(y, leaves, pull[part])]
+
+    for name, whole, alone in zip(
+        ("y", "dx", "dweight"), run(slice(None)), run(slice(tokens - last, None)), strict=True
+    ):
+        assert torch.equal(whole[-last:], alone), name
 
 
 def test_the_mixture_is_as_near_the_truth_as_the_reference() -> None:
@@ -175,3 +208,19 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_bf16(counts: tuple[int, 
     truth, plain, grouped = run("truth"), run("plain"), run("grouped")
     for name, t, p, g in zip(("y", "dx", "dup", "ddown"), truth, plain, grouped, strict=True):
         assert (g - t).norm() <= 1.5 * (p - t).norm() + 1e-12, name
+
+
+def test_what_a_bench_prints_and_writes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = moe.Case(tokens=1024, hidden=256, width=128, experts=8, top_k=2, routing="natural")
+    monkeypatch.setattr(moe, "CASES", (small,))
+    monkeypatch.setattr(optimizer, "CASES", [attrs.evolve(case, size=1 << 20) for case in optimizer.CASES])
+    assert kernel_bench.kernels(("moe", "optimizer"), tmp_path / "rows.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["way"] for row in rows[:3]] == ["ours", "grouped_mm compiled", "grouped_mm"]
+    assert all(row["both_s"] > 0 and 0 < row["share"] for row in rows)
+    errors = {row["way"]: row["error"] for row in rows[:3]}
+    assert errors["ours"] < 1.5 * errors["grouped_mm"] < 0.05
+    assert all(row["error"] < 1e-2 for row in rows[3:] if row["error"] is not None)
+    assert capsys.readouterr().out.count("ours") == 4

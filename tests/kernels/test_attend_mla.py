@@ -183,7 +183,7 @@ def test_slices_of_wider_products_are_read_where_they_lie() -> None:
 )
 def test_what_the_kernels_do_not_take(sizes: Any, change: dict[str, Any], told: str) -> None:
     operands, _ = sample(1, 3, 1, sizes, dtype=torch.float32)
-    options: dict[str, Any] = {"scale": 0.3, **change}
+    options: dict[str, Any] = {"scale": 0.3, "tiles": tiles(16, 16), **change}
     with pytest.raises(InputError, match=told):
         kernel.attend_mla(*operands, **options)
 
@@ -191,4 +191,4 @@ def test_what_the_kernels_do_not_take(sizes: Any, change: dict[str, Any], told: 
 def test_formats_are_one() -> None:
     (q, kv, k_rope), _ = sample(1, 3, 1, (24, 16, 8), dtype=torch.float32)
     with pytest.raises(InputError, match="all in bf16 or all in fp16, got torch.float32, torch.float16"):
-        kernel.attend_mla(q, kv.half(), k_rope, scale=0.3)
+        kernel.attend_mla(q, kv.half(), k_rope, scale=0.3, tiles=tiles(16, 16))

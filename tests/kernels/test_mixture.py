@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmoe.effects.kernels import combine
 from nmoe.effects.kernels import dispatch as sorting
+from nmoe.effects.kernels import experts as products
 from nmoe.effects.kernels.mixture import Tiles, mixture
 from nmoe.effects.kernels.tile import Tile
 from nmoe.pure import experts, route
@@ -99,3 +101,26 @@ def test_twice_is_bitwise_the_same() -> None:
 
     one, two = (graded(apply, inputs, [normal(30, 32, seed=4)]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_rows_beyond_32_bits() -> None:
+    """Rows that lie more than 2^31 elements into a buffer. The memory before them is never touched: it costs nothing."""
+    hidden, width, rows = 64, 32, 16
+    far = 2**31 // hidden + 8
+    x = normal(rows, hidden, dtype=torch.float16)
+    place = far + torch.arange(rows, dtype=torch.int32)[:, None]
+    spread = torch.empty(far + rows, hidden, dtype=torch.float16)
+    sorting.spread_kernel[(rows, 1)](x, place, spread, hidden, 1, 64)
+    assert torch.equal(spread[far:], x)
+    assert torch.equal(combine.combine(spread, place, torch.ones(rows, 1)), x)
+
+    up = normal(1, hidden, 2, width, seed=1, dtype=torch.float16)
+    end = torch.tensor([far + rows], dtype=torch.int32)
+    tile = (torch.zeros(1, dtype=torch.int32), torch.tensor([far], dtype=torch.int32))
+    y = products.product(spread, up.flatten(2), end, tile, SMALL, 1, transposed=False)
+    torch.testing.assert_close(y[far:], x @ up[0].flatten(1))
+    source = torch.zeros(far + rows, dtype=torch.int32)
+    source[far:] = torch.arange(rows)
+    h, a = products.up(x, source, up, end, tile, SMALL, 1)
+    assert torch.equal(h[far:].flatten(1), y[far:])
+    torch.testing.assert_close(a[far:], experts.swiglu(h[far:]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nmoe.effects import tuning
 from nmoe.effects.kernels import attend_mla, rope
 from nmoe.effects.kernels.tile import Tile
 from tests.kernels import aot
@@ -15,7 +16,10 @@ from tests.kernels.aot import Compiled, Request
 SIZES = {"nope": 128, "rope": 64, "value": 128}
 """Channels of every large preset's heads."""
 
-SHIPPED = {90: attend_mla.TILES, 100: attend_mla.TILES_SM_100}
+SHIPPED = {
+    target: attend_mla.Tiles(**tuning.find(tuning.load(capability), "attention", 128, 64, 128).tiles)
+    for target, capability in {90: (9, 0), 100: (10, 0)}.items()
+}
 
 PRODUCTS = {"forward": 3, "dq": 5, "dkv": 6}
 """Products of two blocks in a step of each kernel."""
@@ -95,7 +99,7 @@ def test_attention_of_documents(tmp_path_factory: pytest.TempPathFactory, target
 @pytest.mark.long
 def test_what_is_too_large_is_seen(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The tile of sm_90 has no place in the shared memory that sm_100 leaves; 64 queries a step spill on sm_90."""
-    large = request("dq", attend_mla.TILES.dq, documents=False)
+    large = request("dq", SHIPPED[90].dq, documents=False)
     assert aot.compile_all([large], tmp_path_factory.mktemp("triton"), targets=[100])[0].problems()
     spilling = request("dkv", Tile(m=64, n=64, k=8, warps=4, stages=2), documents=False)
     assert aot.compile_all([spilling], tmp_path_factory.mktemp("triton"), targets=[90])[0].problems()

@@ -21,7 +21,7 @@ from nmoe.effects.kernels.attend_mla_kernels import dkv_kernel, dq_kernel, forwa
 from nmoe.effects.kernels.tile import Tile
 from nmoe.errors import InputError
 
-__all__ = ["TILES", "TILES_SM_100", "Tiles", "attend_mla", "attend_mla_cudnn"]
+__all__ = ["Tiles", "attend_mla", "attend_mla_cudnn"]
 
 
 @attrs.frozen(kw_only=True)
@@ -33,21 +33,6 @@ class Tiles:
     dkv: Tile
 
 
-TILES = Tiles(
-    forward=Tile(m=128, n=128, k=8, warps=8, stages=2),
-    dq=Tile(m=128, n=64, k=4, warps=8, stages=3),
-    dkv=Tile(m=32, n=64, k=8, warps=4, stages=3),
-)
-"""For sm_90."""
-
-TILES_SM_100 = Tiles(
-    forward=Tile(m=128, n=64, k=8, warps=8, stages=3),
-    dq=Tile(m=128, n=64, k=8, warps=8, stages=2),
-    dkv=Tile(m=32, n=64, k=8, warps=4, stages=2),
-)
-"""For sm_100, whose products take more of the shared memory. Compiled, never run."""
-
-
 def attend_mla(
     q: Tensor,
     kv: Tensor,
@@ -55,8 +40,8 @@ def attend_mla(
     start: Tensor | tuple[()] = (),
     *,
     scale: float,
+    tiles: Tiles,
     forward: Literal["cudnn", "triton"] = "triton",
-    tiles: Tiles = TILES,
 ) -> Tensor:
     """Causal softmax attention; a head's key is its own part of `kv` beside the shared `k_rope`.
 
@@ -65,6 +50,7 @@ def attend_mla(
     k_rope   [B T P]         rotated key, shared by all heads
     start    [B T] i32 | ()  query i sees keys start[i]..i; must not decrease along T. (): all keys up to i
     scale    factor on the scores, positive
+    tiles    how each pass is cut up
     forward  whose forward pass: cuDNN's is the faster one; it knows no `start`, and a single position is ours
     returns  [B T H U]
     Raises:  InputError for formats and sizes that the kernels do not take.

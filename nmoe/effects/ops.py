@@ -55,7 +55,7 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True, documen
         return attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_grouped), attend_mla=attend_mla_padded)
     # only here: triton is not everywhere
     from nmoe.effects.kernels import attend_mla as attention
-    from nmoe.effects.kernels import cross_entropy, rms_norm, swiglu
+    from nmoe.effects.kernels import cross_entropy, rms_norm, router, swiglu
     from nmoe.effects.kernels import mixture as mixtures
     from nmoe.effects.kernels.rope import rotate_mla_
 
@@ -76,6 +76,8 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True, documen
         swiglu=swiglu.swiglu,
         rotate_mla=rotate_mla_,
         attend_mla=attend,
+        scores=router.scores,
+        first=router.first,
         mixture=partial(mixtures.mixture, tiles=tiles),
         linear_cross_entropy=cross_entropy.linear_cross_entropy,
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from nmoe.pure import experts, loss, norm
+from nmoe.pure import experts, loss, norm, route
 from nmoe.pure.attention import mla
 from nmoe.pure.rope import Rope
 from nmoe.pure.tree import record
@@ -27,6 +27,8 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     rotate_mla: Callable[..., tuple[Tensor, Tensor]]
     attend_mla: Callable[..., Tensor]
+    scores: Callable[[Tensor, Tensor], Tensor]
+    first: Callable[[Tensor, int], Tensor]
     mixture: Callable[..., tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
@@ -37,6 +39,8 @@ REFERENCE = Ops(
     experts.swiglu,
     mla.rotate_mla,
     mla.attend_mla,
+    route.scores,
+    route.first,
     experts.mixture,
     loss.linear_cross_entropy,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,14 @@ def scores(x: Tensor, router: Tensor) -> Tensor:
 
 
 def route(
-    score: Tensor, bias: Tensor, *, top_k: int, num_groups: int = 1, top_k_groups: int = 1, scale: float = 1.0
+    score: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    num_groups: int = 1,
+    top_k_groups: int = 1,
+    scale: float = 1.0,
+    first: Callable[[Tensor, int], Tensor] = first,
 ) -> Routing:
     """Choose `top_k` experts a token by biased score, weigh them by the unbiased one.
 
@@ -66,6 +75,7 @@ def route(
     score    [N E] f32
     bias     [E] f32   steers selection only; updated by `balance`
     scale    sum of a token's weights
+    first    `first` or a kernel that implements it
     Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 13-16, groups as in section 2.1.2.
     """
     choice = score.detach() + bias
@@ -110,13 +120,14 @@ def health(load: Tensor) -> Health:
     return Health(rows.amax(-1) / mean, rows.std(-1, correction=0) / mean, (load == 0).sum(-1))
 
 
-def sequence_imbalance(score: Tensor, *, top_k: int) -> Tensor:
+def sequence_imbalance(score: Tensor, *, top_k: int, first: Callable[[Tensor, int], Tensor] = first) -> Tensor:
     """The sequence-wise auxiliary loss, summed over sequences and not yet weighted.
 
     Per sequence, the share of tokens that would choose an expert by unbiased score times the mean share of its score:
     one when both are even.
 
     score    [B T E] f32
+    first    `first` or a kernel that implements it
     returns  scalar f32
     Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 17-20.
     """

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmoe.effects.kernels import adamw, cross_entropy, rms_norm, swiglu
-from nmoe.pure import experts, loss, norm, optim
+from nmoe.effects.kernels import adamw, cross_entropy, rms_norm, router, swiglu
+from nmoe.pure import experts, loss, norm, optim, route
 from tests.kernels import truth
 from tests.kernels.truth import check, graded
 
@@ -175,3 +175,12 @@ def test_global_norm() -> None:
     torch.testing.assert_close(one.double(), right, rtol=1e-6, atol=0)
     gradients[0][999_999] = float("nan")
     assert not adamw.global_norm(gradients).isfinite()
+
+
+@pytest.mark.parametrize("num_experts", [64, 160, 256])
+def test_router(num_experts: int) -> None:
+    """Scores with a gradient as in fp32; the chosen ones as by a stable sort, on scores with many ties."""
+    x, w = normal(4096, 2048), truth.normal(2048, num_experts, seed=1, device="cuda") / 45
+    compared(router.scores, route.scores, (x, w), [truth.normal(4096, num_experts, seed=2, device="cuda")])
+    scores = (50 * router.scores(x, w)).round()
+    assert torch.equal(router.first(scores, 8), route.first(scores, 8))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from nmoe.effects.kernels import adamw, cross_entropy, rms_norm, swiglu
+from nmoe.effects.kernels import adamw, cross_entropy, rms_norm, router, swiglu
 from nmoe.effects.kernels.tile import Tile
 from tests.kernels.aot import Request
 
@@ -92,4 +92,17 @@ def square_sum(gradient: str) -> Request:
         tile,
         {"block": tile.n, "times": tile.k},
         "size",
+    )
+
+
+def choice(num_experts: int, top_k: int) -> Request:
+    """The chosen experts of each token."""
+    tile = router.TILE
+    padded = 1 << (num_experts - 1).bit_length()
+    return request(
+        "router:first_kernel",
+        "x:*fp32 out:*i64 rows:i32 E:i32",
+        tile,
+        {"M": tile.m, "EP": padded, "K": top_k},
+        "rows E",
     )

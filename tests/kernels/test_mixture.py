@@ -104,7 +104,7 @@ def test_twice_is_bitwise_the_same() -> None:
 
 
 def test_rows_beyond_32_bits() -> None:
-    """Rows that lie more than 2^31 elements into a buffer. The memory before them is never touched: it costs nothing."""
+    """Rows that lie more than 2^31 elements into a buffer. The memory before them is not touched and costs nothing."""
     hidden, width, rows = 64, 32, 16
     far = 2**31 // hidden + 8
     x = normal(rows, hidden, dtype=torch.float16)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,7 @@ def tune(sizes: Sequence[str]) -> int:
         if len(numbers) != 2 or not all(number.isdecimal() and int(number) % 8 == 0 for number in numbers):
             raise InputError(f"--size: hidden size and expert size, multiples of 8, as 2048x1408, got {size!r}")
         parsed.append((int(numbers[0]), int(numbers[1])))
-    timed = partial(gpu_meter(device).seconds, replayed=True)
-    for text in tuner.table(device, parsed, timed):
+    seconds = gpu_meter(device).seconds
+    for text in tuner.table(device, parsed, lambda call: seconds(call, True)):
         say(text + "\n")
     return 0

@@ -93,7 +93,9 @@ def exact(x: Tensor, head: Tensor, target: Tensor) -> Tensor:
 
 def liger() -> Callable[..., Any]:
     """Liger's fused loss. It waits for the device, and takes the head the other way round."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+        LigerFusedLinearCrossEntropyLoss,
+    )
 
     total = LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return lambda x, head, target: total(head.T, x, target)

@@ -154,4 +154,5 @@ def exact(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     routing = Routing(operands.expert[:SAMPLE], weight)
     up, down = (each.detach().double() for each in (operands.up, operands.down))
     y = mixture(x, routing, up, down)[0]
-    return y.detach(), *torch.autograd.grad(y, (x, weight), operands.pull[:SAMPLE].double())
+    dx, dweight = torch.autograd.grad(y, (x, weight), operands.pull[:SAMPLE].double())
+    return y.detach(), dx, dweight

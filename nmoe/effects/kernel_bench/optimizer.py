@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import attrs
 import torch
@@ -19,7 +20,7 @@ __all__ = ["CASES", "PEER", "Case", "ways"]
 
 PEER = "torch.optim, fused"
 
-NUMBERS = MappingProxyType({"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1})
+NUMBERS: Mapping[str, Any] = MappingProxyType({"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1})
 RATE = 1e-3
 UPDATES = 3
 
@@ -85,7 +86,7 @@ def our_way(case: Case, master: Tensor, given: Tensor) -> Way:
     value, remainder = optim.split(master)
     first, second = (torch.zeros(case.size, dtype=case.moments, device=master.device) for _ in range(2))
     gradient = given.clone()
-    scalars = {
+    scalars: dict[str, Any] = {
         "allowed": torch.tensor(True, device=master.device),
         "shrink": torch.tensor(1.0, device=master.device),
         "updates": torch.tensor(UPDATES, device=master.device),
@@ -96,7 +97,7 @@ def our_way(case: Case, master: Tensor, given: Tensor) -> Way:
     def error() -> float:
         old = optim.join(value[:SAMPLE], remainder[:SAMPLE]).double()
         zeros = torch.zeros_like(old)
-        told = {"updates": scalars["updates"], "lr": scalars["lr"], **NUMBERS}
+        told: dict[str, Any] = {"updates": scalars["updates"], "lr": scalars["lr"], **NUMBERS}
         new, _ = optim.adamw(old, given[:SAMPLE].double(), optim.Moments(zeros, zeros), **told)
         update()
         return relative_error((optim.join(value[:SAMPLE], remainder[:SAMPLE]).double() - old,), (new - old,))

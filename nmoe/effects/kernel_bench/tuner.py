@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -47,10 +48,7 @@ def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) 
         shipped = ops.mixture_tiles(device, hidden, width)
         names = [field.name for field in attrs.fields(type(shipped)) if field.name not in ("group", "programs")]
 
-        def ways(tiles: moe.Tiles, case: moe.Case = case, operands: moe.Operands = operands) -> Iterator[Way]:
-            return moe.ways(case, operands, tiles)
-
-        found = best({name: PRODUCTS for name in names}, shipped, ways, timed)
+        found = best({name: PRODUCTS for name in names}, shipped, partial(moe.ways, case, operands), timed)
         yield entry(f"mixture.{hidden}x{width}", found, names, group=found.group)
     for case in attention.CASES:
         shipped = ops.attention_tiles(device, case.nope, case.rope, case.value)
@@ -62,11 +60,13 @@ def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) 
             for name, blocks in ATTENTION.items()
         }
 
-        def ways(tiles: attention.attention.Tiles, case: attention.Case = case) -> Iterator[Way]:
-            return (way for way in attention.ways(case, device, tiles) if way.name == "deterministic, own forward")
-
-        found = best(candidates, shipped, ways, timed)
+        found = best(candidates, shipped, partial(own_attention, case, device), timed)
         yield entry(f"attention.{case.nope}x{case.rope}x{case.value}", found, list(ATTENTION))
+
+
+def own_attention(case: attention.Case, device: torch.device, tiles: Any) -> Iterator[Way]:
+    """The way that runs all three passes of our own."""
+    return (way for way in attention.ways(case, device, tiles) if way.name == "deterministic, own forward")
 
 
 def best(

@@ -1,0 +1,113 @@
+"""The router on a GPU: `pure.route.scores` on the tensor cores without losing a bit of fp32, and `pure.route.first`.
+
+A number in fp32 is the sum of three in bf16, to the last bit. Tokens are in bf16 already, so a product with the three
+parts, summed in fp32, is the product in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nmoe.effects.kernels.tile import Tile
+
+__all__ = ["TILE", "first", "scores", "thirds"]
+
+TILE = Tile(m=8, n=1, k=1, warps=4, stages=1)
+"""m: rows one program chooses for."""
+
+
+@triton.jit
+def first_kernel(x, out, rows, E, M: tl.constexpr, EP: tl.constexpr, K: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    column = tl.arange(0, EP)
+    inside = (row < rows)[:, None] & (column < E)[None, :]
+    value = tl.load(x + row[:, None] * E + column[None, :], mask=inside, other=0.0)
+    value = tl.where(value == 0.0, 0.0, value)  # a negative zero is as large as a positive one
+    bits = value.to(tl.int32, bitcast=True)
+    # as integers in the order of the numbers; NaN is the largest, as for torch's sort
+    order = tl.where(value != value, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    # the lower column is the larger key: keys are never equal
+    key = (order.to(tl.int64) << 32) | (EP - 1 - column)[None, :].to(tl.int64)
+    key = tl.where((column < E)[None, :], key, -0x8000000000000000)
+    for k in tl.static_range(K):
+        best = tl.max(key, 1)
+        tl.store(out + row * K + k, EP - 1 - (best & 0xFFFFFFFF), mask=row < rows)
+        key = tl.where(key == best[:, None], -0x8000000000000000, key)
+
+
+def first(x: Tensor, num: int, tile: Tile = TILE) -> Tensor:
+    """Indices of the `num` largest entries of the last axis, ties to the lower index.
+
+    x        [... E] f32
+    returns  [... num] i64
+    """
+    x = x.contiguous()
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    out = torch.empty(*x.shape[:-1], num, dtype=torch.int64, device=x.device)
+    padded = triton.next_power_of_2(columns)
+    first_kernel[(triton.cdiv(rows, tile.m),)](x, out, rows, columns, tile.m, padded, num, num_warps=tile.warps)
+    return out
+
+
+def thirds(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three bf16 tensors whose sum is `x`, in f32, exactly, as long as the smallest of them is a normal number."""
+    high = x.to(torch.bfloat16)
+    rest = x - high.float()
+    middle = rest.to(torch.bfloat16)
+    return high, middle, (rest - middle.float()).to(torch.bfloat16)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of bf16 factors, summed and returned in fp32."""
+    # torch has the product with a wider result for GPUs only
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def by_thirds(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w for x in bf16 and w in fp32, in fp32.
+
+    x        [N D]
+    w        [D E]
+    returns  [N E]
+    """
+    return product(x, torch.cat(thirds(w), -1)).unflatten(-1, (3, -1)).sum(-2)
+
+
+class Scores(torch.autograd.Function):
+    """Keeps its arguments and its result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
+        score = torch.sigmoid(by_thirds(x, router))
+        ctx.save_for_backward(x, router, score)
+        return score
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, router, score = ctx.saved_tensors
+        d = outputs[0] * score * (1 - score)
+        high, middle, _ = thirds(d)
+        w_high, w_middle, _ = thirds(router)
+        # sixteen bits of each factor: the sum is rounded to the eight of bf16
+        dx = torch.cat((high, high, middle), -1) @ torch.cat((w_high, w_middle, w_high), -1).T
+        return dx, by_thirds(x.T, d)
+
+
+def scores(x: Tensor, router: Tensor) -> Tensor:
+    """`pure.route.scores`: affinity of each token to each expert.
+
+    x        [N D] bf16
+    router   [D E] f32
+    returns  [N E] f32 in (0, 1)
+    """
+    return Scores.apply(x, router)  # pyright: ignore[reportReturnType]

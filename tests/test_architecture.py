@@ -44,6 +44,7 @@ INSIDE = (
 PUT_TOGETHER = ("attend_mla", "mixture")
 """Files of kernels that make one op of several."""
 
+PICKLES = ("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 NEVER_IN_PURE = (
     *("nmoe.effects", "nmoe.cli", "triton", "torch.distributed", "os", "sys", "time", "logging", "threading"),
     *("pathlib", "io"),
@@ -189,6 +190,18 @@ def outside_functions(node: ast.AST) -> Iterator[ast.stmt | ast.NamedExpr]:
         yield from outside_functions(child)
 
 
+def reads_no_pickle(source: str, module: str) -> list[str]:
+    """A file may come from anybody, and a pickle is a program."""
+    calls = ("torch.load", "torch.save")
+    problems = [f"{line}: imports {name}" for line, name in imports(source, module) if within(name, *PICKLES, *calls)]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in calls:
+            problems.append(f"{node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+            problems.append(f"{node.value.lineno}: allow_pickle")
+    return problems
+
+
 def is_documented(source: str, module: str) -> list[str]:
     """Each public module, function and class says what it is; an empty file has nothing to say."""
     tree = ast.parse(source)
@@ -210,6 +223,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (swallows_nothing, "nmoe"),
     (computes_only, "nmoe.pure"),
     (shares_no_mutable_state, "nmoe"),
+    (reads_no_pickle, "nmoe"),
     (is_documented, "nmoe.pure"),
     (is_read_in_one_sitting, "nmoe"),
 )
@@ -308,6 +322,13 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
         )
     ),
     *(
+        (reads_no_pickle, "nmoe.x", text)
+        for text in (
+            *("import pickle", "from pickle import loads", "import shelve as s", "def f():\n    import joblib"),
+            *("torch.load(path)", "from torch import load", "save = torch.save", "np.load(f, allow_pickle=True)"),
+        )
+    ),
+    *(
         (is_documented, "nmoe.pure.x", text)
         for text in (
             "x = 1",
@@ -358,6 +379,7 @@ GOOD: tuple[tuple[Rule, str, str], ...] = (
         "__all__ = ['A']\nA = MappingProxyType({})\nB = (1, 2)\nclass C:\n    x = []\n"
         "C = frozenset({1})\n@lru_cache(8)\ndef f():\n    x = []",
     ),
+    (reads_no_pickle, "nmoe.x", "from safetensors.torch import load\nnp.load(f, allow_pickle=False)\nself.load(x)"),
     (is_documented, "nmoe.pure.x", '"""Doc."""\ndef _f(): ...\nclass _C:\n    def f(self): ...'),
     (is_documented, "nmoe.pure", ""),
     (is_read_in_one_sitting, "nmoe.x", "x = 1\n" * 500),

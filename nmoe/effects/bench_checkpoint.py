@@ -18,15 +18,15 @@ from nmoe.effects.bench import random_batch
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk
-from nmoe.effects.checkpoint.manifest import FILE
+from nmoe.effects.checkpoint.manifest import FILE, Manifest
 from nmoe.effects.checkpoint.writer import Writer, open_writer
 from nmoe.effects.log import say
 from nmoe.effects.plan import quantity
-from nmoe.effects.run import arena_layouts, fresh
-from nmoe.effects.step import State, make_step
+from nmoe.effects.run import arena_layouts, fresh, stepper
+from nmoe.effects.step import State
 from nmoe.errors import InputError
 from nmoe.pure import model
-from nmoe.pure.digest import digest
+from nmoe.pure.digest import digests
 from nmoe.pure.pieces import Piece
 from nmoe.pure.retention import Keep
 
@@ -52,18 +52,18 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
     layouts, dims = arena_layouts(config), model.dims(config.model)
     state, env = fresh(config, layouts, rt)
     folder = to / FOLDER
-    size = sum(piece.tensor.nbytes for piece in resume.pieces(state, layouts, dims))
+    pieces = resume.pieces(state, layouts, dims)
+    size = sum(piece.tensor.nbytes for piece in pieces)
     try:
         folder.mkdir(parents=True)
         free = shutil.disk_usage(folder).free
-        if free < 2.2 * size:
-            raise InputError(
-                f"--to: room for two copies of {quantity(size, 'B')}, got {quantity(free, 'B')}; free some"
-            )
+        if free < 1.05 * size:
+            raise InputError(f"--to: room for {quantity(1.05 * size, 'B')}, got {quantity(free, 'B')}; free some")
         say(f"{'state':<14} {quantity(size, 'B')} on {device}  disk {folder}")
         with open_writer(Disk(), folder / "run", keep=Keep(last=1)) as writer:
-            _disk(config, folder, writer, state, layouts, dims, size, rounds)
-            _stalls(config, writer, state, env, layouts, dims, rt, size, steps, rounds)
+            writer.reserve(pieces)
+            _disk(folder, writer, pieces, device, size, rounds)
+            _stalls(config, folder / "run", writer, state, env, layouts, dims, rt, size, steps, rounds)
     except OSError as error:
         raise InputError(f"--to: a writable folder, got {error.strerror} at {error.filename}; name another") from error
     finally:
@@ -71,38 +71,40 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
     return 0
 
 
-def _disk(
-    config: Config, folder: Path, writer: Writer, state: State, layouts: Any, dims: Any, size: int, rounds: int
-) -> None:
+def _disk(folder: Path, writer: Writer, pieces: Sequence[Piece], device: torch.device, size: int, rounds: int) -> None:
     """Write and read rates, plain and ours by turns: a disk that is slower for a while is so for both."""
-    device = runtime.device(config.run.device)
-    pieces = resume.pieces(state, layouts, dims)
     data = memoryview(torch.randint(256, (min(size, 1 << 30),), dtype=torch.uint8).numpy().data)
-    plain, ours, sums, loads, reads = ([] for _ in range(5))  # seconds
+    seconds: dict[str, list[float]] = {name: [] for name in ("write", "read", "copy", "save", "digest", "load")}
     for index in range(rounds):
-        plain.append(_timed(_write, folder / "plain", data, size))
-        reads.append(_timed(_read, folder / "plain"))
+        seconds["write"].append(_on_disk(_write, folder / "plain", data, size))
+        seconds["read"].append(_on_disk(_read, folder / "plain"))
         os.remove(folder / "plain")
-        writer.save(pieces, step=index, meta={})
+        os.sync()
+        seconds["copy"].append(_timed(_save_copied, writer, pieces, index, device))
         saved = writer.wait()
         if saved is None:
             raise RuntimeError("a save that is waited for is told")
-        ours.append(saved.seconds)
-        sums.append(_timed(_digest, pieces))
+        seconds["save"].append(saved.seconds)
+        seconds["digest"].append(_timed(_digest, pieces))
         checkpoint = folder / "run" / saved.name
         _forget(checkpoint)
         manifest = manifests.read(Disk(), checkpoint)
-        loads.append(_timed(reader.load_, Disk(), checkpoint, manifest, pieces))
-        runtime.synchronize(device)
-    _rate("plain write", size, plain, None)
-    _rate("save", size, ours, plain)
-    say(f"{'digest':<14} {100 * statistics.median(sums) / statistics.median(ours):.2f} % of a save")
-    _rate("plain read", size, reads, None)
-    _rate("load", size, loads, reads)
+        seconds["load"].append(_on_disk(_load, checkpoint, manifest, pieces, device))
+        shutil.rmtree(checkpoint)
+        last = "  ".join(f"{name} {each[-1]:.2f} s" for name, each in seconds.items())
+        say(f"{f'round {index + 1} of {rounds}':<14} {last}")
+    _rate("plain write", size, seconds["write"], None)
+    _rate("save", size, seconds["save"], seconds["write"])
+    share = statistics.median(seconds["digest"]) / statistics.median(seconds["save"])
+    say(f"{'digest':<14} {100 * share:.2f} % of the time of a save, alone; it goes on beside the writing")
+    _rate("plain read", size, seconds["read"], None)
+    _rate("load", size, seconds["load"], seconds["read"])
+    _stall("copy waited for", size, statistics.median(seconds["copy"]))
 
 
 def _stalls(
     config: Config,
+    folder: Path,
     writer: Writer,
     state: State,
     env: Any,
@@ -113,11 +115,11 @@ def _stalls(
     steps: int,
     rounds: int,
 ) -> None:
-    """How much longer steps take when a save goes on beside them, and when each save is waited for."""
+    """How much longer steps take when a save is made before the first of them and goes on beside them."""
     batch = random_batch(config, rt.device)
-    take = make_step(config, layouts, env, rt, mark=lambda name: None, before_update=writer.staged)
+    take = stepper(config, layouts, env, rt, mark=lambda name: None, before_update=writer.staged)
     held = state
-    seconds: dict[str, list[float]] = {"alone": [], "overlapped": [], "staging": []}
+    alone, beside, calls = ([] for _ in range(3))  # seconds
 
     def walk() -> None:
         nonlocal held
@@ -125,21 +127,44 @@ def _stalls(
             held, _ = take(held, batch)
         runtime.synchronize(rt.device)
 
-    walk()
+    for _ in range(2):  # the first one builds kernels and may record a graph
+        walk()
     for index in range(rounds):
-        writer.wait()
-        seconds["alone"].append(_timed(walk))
-        writer.wait()
+        alone.append(_timed(walk))
         pieces = resume.pieces(held, layouts, dims)
-        seconds["staging"].append(_timed(writer.save, pieces, step=rounds + index, meta={}))
-        seconds["overlapped"].append(seconds["staging"][-1] + _timed(walk))
-    writer.wait()
-    alone = statistics.median(seconds["alone"])
-    stall = statistics.median(seconds["overlapped"]) - alone
-    call = statistics.median(seconds["staging"])
-    for name, value in (("stall", stall), ("of it the call", call)):
-        say(f"{name:<14} {1000 * value:.1f} ms, {1e12 * value / size:.2f} ms a GB of state")
-    say(f"{'':<14} {steps} steps take {1000 * alone:.1f} ms without a save; writing goes on beside the next ones")
+        calls.append(_timed(writer.save, pieces, step=rounds + index, meta={}))
+        beside.append(calls[-1] + _timed(walk))
+        saved = writer.wait()
+        if saved is not None:
+            shutil.rmtree(folder / saved.name)
+    plain = statistics.median(alone)
+    _stall("overlapped", size, statistics.median(beside) - plain)
+    _stall("of it the call", size, statistics.median(calls))
+    say(f"{'':<14} {steps} steps take {1000 * plain:.1f} ms without a save")
+
+
+def _save_copied(writer: Writer, pieces: Sequence[Piece], step: int, device: torch.device) -> None:
+    """Begin a save and wait until everything is copied."""
+    writer.save(pieces, step=step, meta={})
+    writer.staged()
+    runtime.synchronize(device)
+
+
+def _load(folder: Path, manifest: Manifest, pieces: Sequence[Piece], device: torch.device) -> None:
+    """Load a checkpoint."""
+    reader.load_(Disk(), folder, manifest, pieces)
+    runtime.synchronize(device)
+
+
+def _on_disk(call: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds of a call, begun when the disk has nothing else to write."""
+    os.sync()
+    return _timed(call, *arguments)
+
+
+def _stall(name: str, size: int, seconds: float) -> None:
+    """Print how long the steps had to wait."""
+    say(f"{f'stall, {name}':<22} {1000 * seconds:.1f} ms, {1e12 * seconds / size:.2f} ms a GB of state")
 
 
 def _timed(call: Callable[..., Any], *arguments: Any, **named: Any) -> float:
@@ -150,11 +175,11 @@ def _timed(call: Callable[..., Any], *arguments: Any, **named: Any) -> float:
 
 
 def _rate(name: str, size: int, seconds: list[float], plain: list[float] | None) -> None:
-    """Print one rate, the median of the rounds; beside the plain one, if there is one."""
-    middle = statistics.median(seconds)
-    share = "" if plain is None else f"  {100 * statistics.median(plain) / middle:.0f} % of the plain rate"
+    """Print one rate, the median of the rounds; beside the plain one of the same round, if there is one."""
+    shares = [] if plain is None else [100 * one / other for one, other in zip(plain, seconds, strict=True)]
+    share = f"  {statistics.median(shares):.0f} % of the plain rate" if shares else ""
     say(
-        f"{name:<14} {quantity(size / middle, 'B/s')} ({quantity(size / max(seconds), 'B/s')} to "
+        f"{name:<14} {quantity(size / statistics.median(seconds), 'B/s')} ({quantity(size / max(seconds), 'B/s')} to "
         f"{quantity(size / min(seconds), 'B/s')}){share}"
     )
 
@@ -183,8 +208,7 @@ def _read(path: Path) -> None:
 
 def _digest(pieces: Sequence[Piece]) -> None:
     """The digests of a whole state."""
-    for piece in pieces:
-        digest(piece.tensor.detach(), piece.begin).item()
+    digests([(piece.tensor.detach(), piece.begin) for piece in pieces]).tolist()
 
 
 def _forget(folder: Path) -> None:

@@ -322,6 +322,7 @@ def _main(
         attempt.mend(folder, first, validated=restored is not None and restored.seen.at(first))
         attempt.record(folder, number, contents)
     tokenizers.save(corpus.tokenizer, folder)
+    writer.reserve(resume.pieces(state, layouts, dims))
     say("\n".join((banner(config, planned, corpus, folder), *ops.unmeasured(device, c))))
 
     env = world.env(env)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["digest", "to_text"]
+__all__ = ["digest", "digests", "to_text"]
 
 BLOCK = 1 << 14
 """Words of 8 bytes that share one factor; the table of the other factors stays in the second-level cache."""
@@ -17,8 +21,18 @@ WIDTH = 8 * BLOCK
 CPU_ROWS = 4
 """Blocks handled at once on a CPU: what is made on the way, 512 KiB, stays there too."""
 
-GPU_ROWS = 1 << 11
-"""The same on a GPU: 256 MiB."""
+GPU_ROWS = 1 << 10
+"""The same on a GPU: 128 MiB."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Factors:
+    """What words are multiplied by: odd i64."""
+
+    low: Tensor  # [BLOCK] of the places in a block
+    high: Tensor  # [BLOCK] of the places, for the shifted term
+    blocks: Tensor  # of the blocks from number `first` on
+    first: int
 
 
 def digest(tensor: Tensor, begin: int = 0) -> Tensor:
@@ -35,12 +49,20 @@ def digest(tensor: Tensor, begin: int = 0) -> Tensor:
     returns  0-d i64 on the tensor's device
     Source:  Lemire and Kaser, Strongly universal string hashing is fast (2014), multilinear family.
     """
-    data = tensor.reshape(-1).view(torch.uint8)
-    first = begin * tensor.element_size()
-    head = min(-first % WIDTH, data.numel())
-    body = (data.numel() - head) // WIDTH * WIDTH
-    parts = ((0, head), (head, head + body), (head + body, data.numel()))
-    return torch.stack([_rows(data[low:high], first + low) for low, high in parts]).sum()
+    return digests([(tensor, begin)])[0]
+
+
+def digests(parts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """The `digest` of each tensor and `begin`, all on one device; what they share is made once, without a wait.
+
+    returns  i64 [number of parts] on the tensors' device
+    """
+    if not parts:
+        return torch.zeros(0, dtype=torch.int64)
+    places = [begin * tensor.element_size() for tensor, begin in parts]
+    ends = [place + tensor.nbytes for place, (tensor, _) in zip(places, parts, strict=True)]
+    factors = _factors(min(places) // WIDTH, -(-max(ends) // WIDTH), parts[0][0].device)
+    return torch.stack([_digest(tensor, place, factors) for place, (tensor, _) in zip(places, parts, strict=True)])
 
 
 def to_text(value: int) -> str:
@@ -48,11 +70,18 @@ def to_text(value: int) -> str:
     return f"{value % (1 << 64):016x}"
 
 
-def _rows(data: Tensor, first: int) -> Tensor:
+def _digest(tensor: Tensor, first: int, factors: Factors) -> Tensor:
+    """The digest of a tensor whose bytes are `first` and on of the whole."""
+    data = tensor.reshape(-1).view(torch.uint8)
+    head = min(-first % WIDTH, data.numel())
+    body = (data.numel() - head) // WIDTH * WIDTH
+    spans = ((0, head), (head, head + body), (head + body, data.numel()))
+    sums = [_rows(data[low:high], first + low, factors) for low, high in spans if low < high]
+    return sum(sums[1:], sums[0]) if sums else torch.zeros((), dtype=torch.int64, device=data.device)
+
+
+def _rows(data: Tensor, first: int, factors: Factors) -> Tensor:
     """The digest of bytes `first` and on, which are whole blocks or lie within one."""
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    if not data.numel():
-        return total
     lead = first % 8
     behind = -(lead + data.numel()) % 8
     if lead or behind:
@@ -62,18 +91,35 @@ def _rows(data: Tensor, first: int) -> Tensor:
     words = data.view(torch.int64)
     words = words.view(-1, min(BLOCK, len(words)))
     block, place = divmod(first // 8, BLOCK)
-    places = torch.arange(place, place + words.shape[1], device=data.device)
-    low, high = _numbers(places), _numbers(places + BLOCK)
-    on_cpu = data.device.type == "cpu"
-    for rows in words.split(CPU_ROWS if on_cpu else GPU_ROWS):
-        if on_cpu:  # CUDA multiplies no integer matrices
-            sums = rows @ low + (rows >> 32) @ high
-        else:
-            sums = (rows * low).sum(1) + ((rows >> 32) * high).sum(1)
-        factors = _numbers(torch.arange(block, block + len(rows), device=data.device) + (1 << 32))
-        total = total + (sums * factors).sum()
-        block += len(rows)
-    return total
+    low, high = (each[place : place + words.shape[1]] for each in (factors.low, factors.high))
+    add = _row_sums_numpy if data.device.type == "cpu" else _row_sums
+    sums = add(words, low, high)
+    return (sums * factors.blocks[block - factors.first :][: len(sums)]).sum()
+
+
+def _row_sums(words: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Each row's sum of w low + (w >> 32) high, wrapping."""
+    return torch.cat([(rows * low).sum(1) + ((rows >> 32) * high).sum(1) for rows in words.split(GPU_ROWS)])
+
+
+def _row_sums_numpy(words: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The same on a CPU, where numpy multiplies integers about twice as fast as torch does."""
+    found, shifted = np.empty(len(words), np.int64), np.empty((min(CPU_ROWS, len(words)), words.shape[1]), np.int64)
+    for begin in range(0, len(words), CPU_ROWS):
+        rows = words[begin : begin + CPU_ROWS].numpy()
+        upper = np.right_shift(rows, 32, out=shifted[: len(rows)])
+        found[begin : begin + len(rows)] = np.einsum("bi,i->b", rows, low.numpy())
+        found[begin : begin + len(rows)] += np.einsum("bi,i->b", upper, high.numpy())
+    return torch.from_numpy(found)
+
+
+def _factors(first: int, end: int, device: torch.device) -> Factors:
+    """The factors of the blocks `first` to `end`."""
+    places = torch.arange(BLOCK, device=device)
+    blocks = torch.arange(first, max(end, first + 1), device=device)
+    return Factors(
+        low=_numbers(places), high=_numbers(places + BLOCK), blocks=_numbers(blocks + (1 << 32)), first=first
+    )
 
 
 def _numbers(index: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nmoe.effects.checkpoint.reader import entries
 from nmoe.effects.checkpoint.writer import Exchange, SaveError, open_writer
 from nmoe.pure.retention import Keep
 from tests.effects.memory_fs import MemoryFs, Operation, image
@@ -138,6 +139,7 @@ def test_after_a_crash_training_goes_on(script: Script) -> None:
         saves(found, [990], Keep(last=2), resume=before is not None)
         assert number_in(found) == 990
         assert not [name for name in found.names(ROOT) if name.startswith(".")]
+        assert not [entry.problems for entry in entries(found, ROOT) if entry.problems], "nor a half-deleted one"
 
 
 def test_the_model_sees_a_missing_fsync(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,6 +271,35 @@ def test_a_manifest_edited_by_hand_is_refused(edit: str) -> None:
     assert said
 
 
+def test_a_file_by_a_hidden_or_path_name_is_refused() -> None:
+    """Though it is there by that name, whole."""
+    fs = saved(1)
+    folder = fs.folder(newest(fs))
+    folder[".x"] = folder.pop("rank-000.safetensors")
+    edited(fs, lambda m: chunk(m).update(name=".x"))
+    with pytest.raises(InputError, match=r"a file has a plain name, got '\.x'"):
+        number_in(fs)
+
+
+def test_a_rank_that_reads_another_manifest_is_told() -> None:
+    """It looks into a folder of the same name on a disk of its own; nobody loads half of each."""
+    disks = saved(1, 2), saved(1, 2)
+    lineage = manifests.read(disks[0], newest(disks[0])).lineage
+    for name in disks[1].names(ROOT)[1:]:
+        content = disks[1].content(ROOT / name / manifests.FILE)
+        fields = json.loads(content.partition(b"\n")[0]) | {"lineage": lineage, "score": 1.0}
+        line = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        content[:] = line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n"
+
+    def restore(rank: int, exchange: Any) -> Any:
+        mine = [whole(*each) for each in values(0).items()]
+        return restore_(disks[rank], ROOT, lambda _: mine, report=lambda problem: None, rank=rank, exchange=exchange)
+
+    for error in on_ranks(2, restore):
+        assert isinstance(error, InputError), error
+        assert "every rank reads the same manifest, got another; " in str(error.problems)
+
+
 def test_a_manifest_in_another_spelling_is_refused() -> None:
     fs = saved(1)
     edited(fs, lambda m: None, lambda value: json.dumps(value, indent=1).replace("\n", " "))

@@ -89,6 +89,15 @@ def test_another_host_may_still_write(root: Path) -> None:
             save(root, 1)
 
 
+def test_a_lease_that_was_given_back_is_free_for_any_host(root: Path) -> None:
+    """The disk of a dead machine is read by another one, which cannot ask whether the process lives."""
+    save(root, 1)
+    fields = json.loads((root / lease.FILE).read_text())
+    (root / lease.FILE).write_text(json.dumps(fields | {"host": "elsewhere"}))
+    save(root, 2)
+    assert number_in(Disk(), root) == 2
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"attempt": 1}', "\0" * 512])
 def test_a_torn_lease_keeps_nobody_out(root: Path, content: str) -> None:
     """The lock decides; and what the folder holds says which attempts there were."""

@@ -21,8 +21,11 @@ from nmoe.effects import attempt, resume, run, soak, warm, weights
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk
+from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.runtime import Runtime
+from nmoe.errors import InputError
 from nmoe.pure import model, tree
+from nmoe.pure.retention import Keep
 from tests.effects import trainings
 from tests.effects.tiny import tiny
 from tests.effects.trainings import changed, content, events, folder, train
@@ -431,6 +434,25 @@ def test_a_bf16_state_comes_back_with_its_low_halves(tmp_path: Path, sources: Pa
     saved = sum(piece.tensor.nbytes for piece in names.values())
     assert saved == run.plan(config, ranks=1, mfu=1.0).checkpoint + state.router_bias.nbytes + 3 * 8
     del blank
+
+
+def test_a_warm_start_in_bf16_has_the_low_halves(tmp_path: Path) -> None:
+    """The fp32 masters of the new run are those of the old one, to the last bit."""
+    config = tiny(compute="bf16", vocab_size=304)
+    rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
+    layouts, dims = run.arena_layouts(config), model.dims(config.model)
+    old, _ = run.fresh(config, layouts, rt)
+    with open_writer(Disk(), tmp_path / "checkpoints", keep=Keep()) as saving:
+        saving.save(resume.pieces(old, layouts, dims), step=1, meta={})
+    new, _ = run.blank(config, layouts, rt)
+    warm.put_(new, layouts, warm.of_path(Disk(), tmp_path, model.specs(config.model), dims))
+    before, after = ({each.name: each.tensor for each in resume.pieces(one, layouts, dims)} for one in (old, new))
+    assert before["param/embed/remainder"].any(), "there is something to lose"
+    kept = [name for name in before if name.endswith(("/value", "/remainder"))]
+    assert [name for name in kept if not torch.equal(before[name], after[name])] == []
+    wide = attrs.evolve(config.model, hidden_size=64)
+    with pytest.raises(InputError, match=r"param/embed/value has the config's shape \(304, 64\), got \(304, 32\)"):
+        warm.of_path(Disk(), tmp_path, model.specs(wide), model.dims(wide))
 
 
 def test_the_same_state_by_any_number_of_ranks(whole: Config, tmp_path: Path) -> None:

@@ -165,6 +165,17 @@ def test_only_the_validation_of_its_own_step_scores_a_checkpoint(opened: log.Log
     assert writer.saves == [(4, 3.5), (5, None), (6, None)]
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_is_begun(
+    opened: log.Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(log.os, "fsync", lambda handle: order.append("sync"))
+    writer = Told()
+    monkeypatch.setattr(writer, "save", lambda pieces, **named: order.append("save"))
+    saver(opened, writer, every=1).save(at(1), Seen())
+    assert order == ["sync", "sync", "save"], "both files, then the copy"
+
+
 def test_what_a_run_has_seen_comes_back() -> None:
     seen = validated(validated(validated(Seen(), 1, 3.0, 1.0), 2, 2.0, 0.9), 3, 2.0, 0.9)
     assert seen.best == Validation(step=2, loss=2.0, bits_per_byte=0.9) and seen.at(3) and not seen.at(2)

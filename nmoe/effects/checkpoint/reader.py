@@ -220,7 +220,9 @@ def _load_(
             return []
 
         problems += [each for each, _ in _scan(fs, folder, file, chunks, deliver, pinned=pinned) if each]
-    sums = [[piece.name, piece.begin, piece.end(), int(digest(piece.tensor, piece.begin))] for piece in targets]
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(lambda piece: int(digest(piece.tensor.detach(), piece.begin)), targets)
+        sums = [[each.name, each.begin, each.end(), value] for each, value in zip(targets, found, strict=True)]
     answers = [json.loads(answer) for answer in exchange(json.dumps({"problems": problems, "sums": sums}))]
     damage = [problem for answer in answers for problem in answer["problems"]]
     return damage or _wrong_tensors(folder, manifest, [each for answer in answers for each in answer["sums"]])

@@ -18,16 +18,16 @@ from torch import Tensor
 from nmoe.effects.checkpoint.fs import Fs, write_all
 from nmoe.effects.checkpoint.manifest import DTYPES, FileEntry, PieceEntry, root_digest
 from nmoe.errors import InputError
-from nmoe.pure.digest import digest
+from nmoe.pure.digest import digests
 from nmoe.pure.pieces import Piece
 
-__all__ = ["Shard", "Staged", "num_bytes", "plan_shard", "stage", "write"]
+__all__ = ["Shard", "Staged", "free_host", "host_memory", "num_bytes", "plan_shard", "stage", "write"]
 
 ALIGNMENT = 4096
 """Bytes; the data of a file starts at a multiple, so that pages of the file are pages of data."""
 
-HASHERS = 2
-"""Threads that hash while another one writes; each does about 1.5 GB/s."""
+HASHERS = 4
+"""Threads that digest while another one writes; each does about 1.5 GB/s."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -96,11 +96,36 @@ def num_bytes(pieces: Sequence[Piece]) -> int:
     return sum(piece.tensor.nbytes for piece in pieces)
 
 
-def stage(shard: Shard, data: Tensor, stream: Any) -> Staged:
-    """Copy the pieces to `data`, on `stream` when they are on a GPU.
+def host_memory(size: int, *, pinned: bool) -> Tensor:
+    """u8 [size] in host memory, which `free_host` gives back.
+
+    pinned   whether a GPU copies to it. torch's own pinned memory has a power of two of bytes, up to twice as many
+
+    Raises:  InputError when the system does not pin as much.
+    """
+    data = torch.empty(size, dtype=torch.uint8)
+    if pinned and size:
+        data.zero_()  # all threads touch the pages, which one alone would do while pinning them
+        code = int(_cuda().cudaHostRegister(data.data_ptr(), size, 0))
+        if code:
+            raise InputError(
+                f"checkpoint: {size} bytes of pinned host memory for the copy a save is written from, got CUDA error "
+                f"{code}; free memory, or raise the limit that `ulimit -l` shows"
+            )
+    return data
+
+
+def free_host(data: Tensor) -> None:
+    """Let the system have memory of `host_memory`; no copy to it is under way."""
+    if data.numel() and data.is_pinned():
+        _cuda().cudaHostUnregister(data.data_ptr())
+
+
+def stage(shard: Shard, data: Tensor, streams: tuple[Any, Any] | None) -> Staged:
+    """Copy the pieces to `data`; beside it, when they are on a GPU, digest them there.
 
     data     u8 [bytes of the pieces], in host memory, pinned when they are on a GPU
-    stream   a CUDA stream, or None: the copy is done when this returns
+    streams  CUDA streams of the copy and of the digests; None: the copy is done when this returns
     Writes:  `data`.
     """
     start = len(shard.header)
@@ -108,29 +133,34 @@ def stage(shard: Shard, data: Tensor, stream: Any) -> Staged:
         data[offset - start : offset - start + piece.tensor.nbytes]
         for piece, offset in zip(shard.pieces, shard.offsets, strict=True)
     ]
-    if stream is None:
+    if streams is None:
         for piece, place in zip(shard.pieces, places, strict=True):
             place.view(piece.tensor.dtype).copy_(piece.tensor.detach().view(-1))
 
-        def digests() -> list[int]:
+        def sums() -> list[int]:
             # Host memory either way, and the copy may be read while training goes on.
-            return [
-                int(digest(place.view(piece.tensor.dtype), piece.begin))
-                for piece, place in zip(shard.pieces, places, strict=True)
-            ]
+            return digests(
+                [
+                    (place.view(piece.tensor.dtype), piece.begin)
+                    for piece, place in zip(shard.pieces, places, strict=True)
+                ]
+            ).tolist()
 
-        return Staged(shard=shard, data=data, digests=digests, ready=None)
+        return Staged(shard=shard, data=data, digests=sums, ready=None)
 
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream), torch.no_grad():
+    copying, digesting = streams
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(copying), torch.no_grad():
         for piece, place in zip(shard.pieces, places, strict=True):
             place.view(piece.tensor.dtype).copy_(piece.tensor.detach().view(-1), non_blocking=True)
-        sums = [digest(piece.tensor.detach(), piece.begin) for piece in shard.pieces]
-        found = torch.empty(len(sums), dtype=torch.int64, pin_memory=True)
-        if sums:
-            found.copy_(torch.stack(sums), non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record(stream)
+    with torch.cuda.stream(digesting), torch.no_grad():
+        values = digests([(piece.tensor.detach(), piece.begin) for piece in shard.pieces])
+        found = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
+        found.copy_(values, non_blocking=True)
+    copying.wait_stream(digesting)
+    ready = torch.cuda.Event()
+    ready.record(copying)
 
     def awaited() -> list[int]:
         ready.synchronize()
@@ -139,9 +169,10 @@ def stage(shard: Shard, data: Tensor, stream: Any) -> Staged:
     return Staged(shard=shard, data=data, digests=awaited, ready=ready)
 
 
-def write(fs: Fs, path: Path, staged: Staged, chunk_bytes: int) -> FileEntry:
+def write(fs: Fs, path: Path, staged: Staged, chunk_bytes: int) -> tuple[FileEntry, list[int]]:
     """Write the file, durably, and digest what was written on the way.
 
+    returns  what the manifest says of the file, and the digests of its pieces
     Writes:  `path`, which must not exist.
     Raises:  OSError; the file is then worth nothing.
     """
@@ -152,6 +183,7 @@ def write(fs: Fs, path: Path, staged: Staged, chunk_bytes: int) -> FileEntry:
     handle = fs.create(path, shard.size)
     try:
         with ThreadPoolExecutor(HASHERS) as pool:
+            digested = pool.submit(staged.digests)
             sums = [
                 pool.submit(_sha256, shard.header, data, begin, min(begin + chunk_bytes, shard.size))
                 for begin in range(0, shard.size, chunk_bytes)
@@ -163,7 +195,7 @@ def write(fs: Fs, path: Path, staged: Staged, chunk_bytes: int) -> FileEntry:
             chunks = tuple(each.result() for each in sums)
     finally:
         fs.close(handle)
-    return FileEntry(
+    entry = FileEntry(
         name=path.name,
         bytes=shard.size,
         sha256=root_digest(chunks),
@@ -174,6 +206,12 @@ def write(fs: Fs, path: Path, staged: Staged, chunk_bytes: int) -> FileEntry:
             for piece, offset in zip(shard.pieces, shard.offsets, strict=True)
         ),
     )
+    return entry, digested.result()
+
+
+def _cuda() -> Any:
+    """The functions of CUDA's runtime that torch hands out."""
+    return torch.cuda.cudart()
 
 
 def _sha256(header: bytes, data: memoryview, begin: int, end: int) -> str:

@@ -27,7 +27,7 @@ from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint.fs import Fs, remove_tree, write_all
 from nmoe.effects.checkpoint.lease import Lease
 from nmoe.effects.checkpoint.manifest import DTYPES, FORMAT, FileEntry, Manifest, Parent, TensorEntry, name_fields
-from nmoe.effects.checkpoint.shard import Staged, num_bytes, plan_shard, stage, write
+from nmoe.effects.checkpoint.shard import Staged, free_host, host_memory, num_bytes, plan_shard, stage, write
 from nmoe.errors import InputError
 from nmoe.pure.digest import to_text
 from nmoe.pure.pieces import Piece
@@ -107,7 +107,7 @@ class Writer:
         self._parent = parent
         self._serial = 0
         self._buffer: Tensor | None = None
-        self._stream: Any = None
+        self._streams: tuple[Any, Any] | None = None
         self._staged: Staged | None = None
         self._flight: Future[Saved] | None = None
 
@@ -124,14 +124,8 @@ class Writer:
         """
         before = self.wait()
         shard = plan_shard(pieces)
-        size = num_bytes(shard.pieces)
-        gpus = {piece.tensor.device for piece in shard.pieces if piece.tensor.device.type == "cuda"}
-        if self._buffer is None or self._buffer.numel() != size:
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=bool(gpus))
-        if gpus and self._stream is None:
-            self._stream = torch.cuda.Stream(next(iter(gpus)))
         began = time.monotonic()
-        self._staged = stage(shard, self._buffer, self._stream if gpus else None)
+        self._staged = stage(shard, self.reserve(pieces), self._streams)
         self._serial += 1
         manifest = Manifest(
             format=FORMAT,
@@ -148,10 +142,32 @@ class Writer:
         self._flight = self._pool.submit(commit, self._place, self._staged, manifest, began)
         return before
 
+    def reserve(self, pieces: Sequence[Piece]) -> Tensor:
+        """The host memory that a save of these pieces is copied to: before the first one, so that it need not wait.
+
+        Raises:  InputError when there is not as much.
+        """
+        size = num_bytes(pieces)
+        gpus = {piece.tensor.device for piece in pieces if piece.tensor.device.type == "cuda"}
+        if self._buffer is not None and self._buffer.numel() != size:
+            self.release()
+        if self._buffer is None:
+            self._buffer = host_memory(size, pinned=bool(gpus))
+        if gpus and self._streams is None:
+            device = next(iter(gpus))
+            self._streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        return self._buffer
+
+    def release(self) -> None:
+        """Give back what `reserve` took. No save is in flight."""
+        if self._buffer is not None:
+            free_host(self._buffer)
+            self._buffer = None
+
     def staged(self) -> None:
         """Nothing that is computed from now on changes what is saved. The host does not wait, the GPU does."""
         if self._staged is not None and self._staged.ready is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._staged.ready)
+            torch.cuda.current_stream().wait_event(self._staged.ready)
 
     def wait(self) -> Saved | None:
         """The save in flight, when it is committed; None when there is none.
@@ -209,8 +225,10 @@ def open_writer(
         attempt=0,
         lineage=parent.lineage if parent else uuid.uuid4().hex,
     )
-    with _leading(place, fresh=parent is None) as place, ThreadPoolExecutor(1, "checkpoint") as pool:
+    leading = _leading(place, fresh=parent is None)
+    with leading as place, ExitStack() as last, ThreadPoolExecutor(1, "checkpoint") as pool:
         writer = Writer(place, pool, Parent(name=parent.name(), sha256=manifests.sha256(parent)) if parent else None)
+        last.callback(writer.release)
         try:
             yield writer
         except BaseException as error:
@@ -247,10 +265,10 @@ def commit(place: Place, staged: Staged, manifest: Manifest, began: float) -> Sa
             fs.make_folder(temporary)
 
     def put() -> Any:
-        entry = write(fs, temporary / f"rank-{place.rank:03d}.safetensors", staged, place.chunk_bytes)
+        entry, sums = write(fs, temporary / f"rank-{place.rank:03d}.safetensors", staged, place.chunk_bytes)
         entries = {
             piece.name: (str(piece.tensor.dtype), list(piece.shape), value)
-            for piece, value in zip(staged.shard.pieces, staged.digests(), strict=True)
+            for piece, value in zip(staged.shard.pieces, sums, strict=True)
         }
         return {"file": cattrs.unstructure(entry), "tensors": entries}
 

@@ -214,7 +214,8 @@ def in_detail(s: Scaled) -> tuple[Line, ...]:
     """One arrangement."""
     a, planned, machine = s.arrangement, s.plan, s.machine
     why = "the fastest that fits" if s.fits() else f"DOES NOT FIT into {quantity(machine.memory, 'B')}"
-    arena = "  ".join(f"{name} {quantity(value, 'B')}" for name, value in attrs.asdict(planned.arena).items() if value)
+    arena = planned.arena
+    rest = arena.gates + arena.indices + arena.counts + arena.flags
     return (
         (
             "taken",
@@ -223,13 +224,15 @@ def in_detail(s: Scaled) -> tuple[Line, ...]:
         ),
         (
             "exchange",
-            f"dispatch {sent(s.dispatch)}: {time_of(s.dispatch_s)}  combine {sent(s.combine)}: {time_of(s.combine_s)}",
+            f"dispatch {sent(s.dispatch)}: {time_of(s.dispatch_s)}, {s.dispatches} a step; "
+            f"a token reaches {planned.distinct:.2f} GPUs on average",
         ),
+        ("", f"combine {sent(s.combine)}: {time_of(s.combine_s)}, {s.combines} a step"),
         (
             "",
-            f"{s.exchanges} of each a step; a token reaches {planned.distinct:.2f} of {a.expert_ranks} GPUs on average",
+            f"symmetric memory {quantity(arena.total(), 'B')}: landing {quantity(arena.landing, 'B')}  combine "
+            f"{quantity(arena.combine, 'B')}  gates, indices, counts, flags {quantity(rest, 'B')}",
         ),
-        ("", f"symmetric memory {quantity(planned.arena.total(), 'B')}: {arena}"),
         ("gradients", f"reduce-scatter {sent(s.reduce)}: {time_of(s.reduce_s)} a step"),
         ("parameters", f"all-gather {sent(s.gather)}: {time_of(s.gather_s)} a step"),
         (

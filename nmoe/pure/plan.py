@@ -13,7 +13,7 @@ from nmoe.pure.flops import Flops, Parameters
 from nmoe.pure.layout import ArenaLayout, layout
 from nmoe.pure.link import H200
 from nmoe.pure.spec import Dims
-from nmoe.pure.traffic import Arena, arena, distinct_ranks, expanded_rows
+from nmoe.pure.traffic import Arena, arena, distinct_ranks, expert_rows
 
 __all__ = ["CAPACITY", "PEAK_FLOPS", "Memory", "Plan", "activation_bytes", "plan"]
 
@@ -22,9 +22,6 @@ PEAK_FLOPS = H200.peak_flops
 
 CAPACITY = 2.0
 """Rows a rank has room for, over the mean, where a config does not say."""
-
-LANDINGS = 2
-"""Buffers that rows land in: the backward pass may send rows again before those of the forward pass are used up."""
 
 
 @attrs.frozen(kw_only=True)
@@ -106,16 +103,13 @@ def activation_bytes(
     return tokens * (a_token + 3 * width * wide)
 
 
-def kernel_activation_bytes(
-    c: sections.Model, dims: Dims, *, tokens: int, rows: int, landed: int, recompute: str
-) -> int:
+def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, rows: int, recompute: str) -> int:
     """What the GPU's kernels keep, bf16, for the backward pass of one microbatch, and what that pass holds on top.
 
     A norm keeps its input, a product its input, attention q, k, v, its output and one number a row, the experts their
     pre-activation; a router works in fp32.
 
     rows       (token, expert) pairs the rank's experts have room for
-    landed     rows that came from other ranks and are kept for the backward pass, a mixture
     recompute  train.recompute
     """
     width, wide, element = c.hidden_size, 4, 2
@@ -129,7 +123,7 @@ def kernel_activation_bytes(
     ) * element + heads * wide
     dense, shared = dims["I"], dims["S"]
     mixtures = c.num_layers - c.num_dense_layers
-    routed = rows * 2 * dims["F"] * element + landed * width * element
+    routed = rows * 2 * dims["F"] * element
     a_token = (
         c.num_layers * kept
         + c.num_dense_layers * 2 * dense * element
@@ -195,20 +189,15 @@ def plan(
         hidden_size=c.hidden_size,
         element=element,
         ranks=expert_ranks,
-        distinct=distinct,
         dedup=dedup,
         capacity=capacity,
-        landings=LANDINGS,
     )
-    rows = expanded_rows(
+    rows = expert_rows(
         tokens=tokens, top_k=c.moe.top_k, num_experts=c.moe.num_experts, ranks=expert_ranks, capacity=capacity
     )
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
     if config.run.device == "cuda":
-        landed = exchange.landing // LANDINGS // (c.hidden_size * element)
-        activations = kernel_activation_bytes(
-            c, dims, tokens=tokens, rows=rows, landed=landed, recompute=train.recompute
-        )
+        activations = kernel_activation_bytes(c, dims, tokens=tokens, rows=rows, recompute=train.recompute)
         # logits become their own gradient; the head's gradient is summed in fp32
         logits = logit_rows * element + head * 4
     else:

@@ -56,7 +56,8 @@ class Scaled:
     dispatch_s: float
     combine: Traffic  # and back
     combine_s: float
-    exchanges: int  # a step, of each of the two
+    dispatches: int  # a step; the backward pass sends rows again, beside their gradients
+    combines: int
     exchange_s: float  # a step, in all
     reduce: Traffic  # gradients, a step
     reduce_s: float
@@ -121,7 +122,10 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
     )
     passes = 2 if config.train.recompute == "full" else 1  # forward
     layers = planned.microbatches * (c.num_layers - c.num_dense_layers)
-    dispatch_s, combine_s, counts_s = (traffic.exchange_seconds(each, machine) for each in (dispatch, combine, counts))
+    again = Traffic(inside=2 * dispatch.inside, between=2 * dispatch.between)
+    dispatch_s, combine_s, counts_s, again_s = (
+        traffic.exchange_seconds(each, machine) for each in (dispatch, combine, counts, again)
+    )
 
     dense, experts = 0, 0
     dense_parameters, expert_parameters = 0, 0
@@ -143,8 +147,9 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
         dispatch_s=dispatch_s,
         combine=combine,
         combine_s=combine_s,
-        exchanges=layers * (passes + 1),
-        exchange_s=layers * ((passes + 1) * (dispatch_s + combine_s) + passes * counts_s),
+        dispatches=layers * (passes + 2),
+        combines=layers * (passes + 1),
+        exchange_s=layers * (passes * (counts_s + dispatch_s) + again_s + (passes + 1) * combine_s),
         reduce=reduce,
         reduce_s=reduce_s,
         reduce_exposed_s=max(0.0, reduce_s - microbatch_s * 2 / 3),

@@ -21,11 +21,10 @@ __all__ = [
     "arena",
     "collective",
     "collective_seconds",
-    "deduplicated_rows",
     "distinct_ranks",
     "exchange",
     "exchange_seconds",
-    "expanded_rows",
+    "expert_rows",
 ]
 
 GRANULARITY = 2 * 2**20
@@ -47,12 +46,12 @@ class Traffic:
 class Arena:
     """Bytes of symmetric memory that the exchange of one GPU needs, once for all layers."""
 
-    landing: int  # rows of other ranks' tokens, for the experts here
+    landing: int  # rows that come to the experts here, and gradients of what they made of them
     combine: int  # rows that come back
-    gates: int  # routing weights and their gradients
-    indices: int  # which experts a deduplicated row is for
-    counts: int  # rows of each rank for each expert
-    flags: int
+    gates: int  # routing weights that come, their gradients that come back
+    indices: int  # with dedup: which landed row a pair is of
+    counts: int  # pairs of each rank for each expert, tokens of each for each rank
+    flags: int  # a line a rank
 
     def total(self) -> int:
         """As it is allocated."""
@@ -122,23 +121,15 @@ def collective_seconds(traffic: Traffic, machine: Machine) -> float:
     return max(machine.collective.seconds(traffic.inside), machine.network.seconds(traffic.between))
 
 
-def expanded_rows(*, tokens: int, top_k: int, num_experts: int, ranks: int, capacity: float) -> int:
+def expert_rows(*, tokens: int, top_k: int, num_experts: int, ranks: int, capacity: float) -> int:
     """(Token, expert) pairs a rank has room for; a rank alone has exactly its own.
 
-    tokens    of one rank
+    tokens    of one rank, in one microbatch
     capacity  room over the mean, or infinity; what can never come needs none
     """
     if ranks == 1:
         return tokens * top_k
     return math.ceil(min(ranks * tokens * min(top_k, num_experts // ranks), capacity * tokens * top_k))
-
-
-def deduplicated_rows(*, tokens: int, distinct: float, ranks: int, capacity: float) -> int:
-    """Tokens a rank has room for where each comes once.
-
-    distinct  E[d]
-    """
-    return math.ceil(min(ranks * tokens, capacity * tokens * distinct))
 
 
 def arena(
@@ -149,29 +140,26 @@ def arena(
     hidden_size: int,
     element: int,
     ranks: int,
-    distinct: float,
     dedup: bool,
     capacity: float,
-    landings: int,
 ) -> Arena:
     """Symmetric memory of one rank.
 
+    With dedup a rank lands each token once, so never more than all tokens, nor than the pairs it has room for.
+
     tokens    of one rank, in one microbatch
     element   bytes of an element of a row
-    distinct  E[d]; counts only with dedup
-    capacity  rows a rank has room for, over the mean
-    landings  buffers to receive rows in
+    capacity  pairs a rank has room for, over the mean
     """
     if ranks == 1:
         return Arena(landing=0, combine=0, gates=0, indices=0, counts=0, flags=0)
-    row = hidden_size * element
-    expanded = expanded_rows(tokens=tokens, top_k=top_k, num_experts=num_experts, ranks=ranks, capacity=capacity)
-    once = deduplicated_rows(tokens=tokens, distinct=distinct, ranks=ranks, capacity=capacity)
+    row, pairs = hidden_size * element, tokens * top_k
+    room = expert_rows(tokens=tokens, top_k=top_k, num_experts=num_experts, ranks=ranks, capacity=capacity)
     return Arena(
-        landing=landings * (once if dedup else expanded) * row,
-        combine=tokens * top_k * row,
-        gates=4 * (expanded + tokens * top_k),
-        indices=2 * once * top_k if dedup else 0,
-        counts=4 * ranks * num_experts,
-        flags=3 * ranks * FLAG_BYTES,
+        landing=2 * (min(ranks * tokens, room) if dedup else room) * row,
+        combine=pairs * row,
+        gates=4 * (room + pairs),
+        indices=4 * room if dedup else 0,
+        counts=4 * ranks * (num_experts + ranks),
+        flags=ranks * FLAG_BYTES,
     )

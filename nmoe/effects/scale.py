@@ -36,7 +36,7 @@ def main(
     taken = best(wanted)
     per_host = gpus // hosts if hosts > 1 else kind.gpus_per_host
     bests = tuple(
-        best(scaled(config, kind, gpus=n, hosts=max(1, n // per_host), mfu=mfu))
+        best(candidates if n == gpus else scaled(config, kind, gpus=n, hosts=max(1, n // per_host), mfu=mfu))
         for n in sizes(config, gpus=gpus, per_host=per_host)
     )
     if as_json:

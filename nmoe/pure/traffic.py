@@ -1,7 +1,8 @@
 """How many bytes leave a GPU, and what has to be held to receive them.
 
-Routing is taken as even: each set of experts a router may choose is as likely as another. Only rows are counted; gates,
-indices and counts add less than a hundredth.
+Routing is taken as even: each set of experts a router may choose is as likely as another. (A router with groups keeps
+those with two good experts, so that its tokens reach up to a tenth more ranks.) Only rows are counted; gates, indices
+and counts add less than a hundredth.
 """
 
 from __future__ import annotations

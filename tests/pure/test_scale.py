@@ -65,7 +65,7 @@ def test_exchanges_of_deepseek_v3_by_hand() -> None:
     assert inside.dispatch == inside.combine == Traffic(inside=411_041_792.0, between=0.0)
     assert (inside.dispatches, inside.combines) == (58 * 4, 58 * 3)
     row_s, alpha = 411_041_792 / 320e9, 5e-6
-    counts_s = alpha + 4 * 256 * 7 / 320e9
+    counts_s = alpha + 4 * (256 + 8) * 7 / 320e9
     # two forward passes; one backward pass with rows and gradients in one exchange
     by_hand = 58 * (2 * (counts_s + 2 * (alpha + row_s)) + (alpha + 2 * row_s) + (alpha + row_s))
     assert inside.exchange_s == pytest.approx(by_hand)

@@ -20,7 +20,7 @@ DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "scale", "sc
 
 COMPOSES = (
     *("bench", "bench_checkpoint", "bench_log", "ckpt", "corpus", "evaluate", "faults", "generate", "kernel_bench"),
-    *("monitor", "plan", "reading", "report", "resume", "run", "saver", "scale", "soak", "warm"),
+    *("monitor", "plan", "profile", "reading", "report", "resume", "run", "saver", "scale", "soak", "warm"),
 )
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 

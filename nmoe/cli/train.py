@@ -21,6 +21,13 @@ def verbs(root: Verbs) -> None:
         help="go on from a checkpoint although this key of its identity differs, such as optim.dense.lr",
     )
 
+    run.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="write a trace of three steps there, and say what their time went to",
+    )
+
     plan = add(
         root, "plan", _plan, "say what a config will cost", "configs/dsv3.toml --gpus 256 --hosts 32", config=True
     )
@@ -50,6 +57,11 @@ def _run(args: argparse.Namespace) -> int:
     loaded = load(args)
     from nmoe.effects import run
 
+    if args.profile is not None:
+        from nmoe.effects.profile import profiling
+
+        with profiling(args.profile, loaded.config) as world:
+            return run.main(loaded.config, loaded.sources, args.command, args.config.stem, args.accept, world)
     return run.main(loaded.config, loaded.sources, args.command, args.config.stem, args.accept)
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from nmoe.pure import experts, loss, norm
+from nmoe.pure import experts, loss, norm, route
 from nmoe.pure.attention import mla
 from nmoe.pure.rope import Rope
+from nmoe.pure.route import Routing
 from nmoe.pure.tree import record
 
 __all__ = ["REFERENCE", "Env", "Ops"]
@@ -27,6 +28,7 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     rotate_mla: Callable[..., tuple[Tensor, Tensor]]
     attend_mla: Callable[..., Tensor]
+    route: Callable[..., tuple[Tensor, Routing]]
     mixture: Callable[..., tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
@@ -37,6 +39,7 @@ REFERENCE = Ops(
     experts.swiglu,
     mla.rotate_mla,
     mla.attend_mla,
+    route.choose,
     experts.mixture,
     loss.linear_cross_entropy,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ __all__ = [
     "Health",
     "Routing",
     "balance",
+    "choose",
     "entropy",
     "first",
     "health",
@@ -77,6 +80,15 @@ def route(
     expert = first(choice, top_k)
     weight = score.gather(-1, expert)
     return Routing(expert, scale * weight / weight.sum(-1, keepdim=True))
+
+
+def choose(x: Tensor, router: Tensor, bias: Tensor, **how: Any) -> tuple[Tensor, Routing]:
+    """`scores`, and what `route` makes of them.
+
+    how      keywords of `route`
+    """
+    score = scores(x, router)
+    return score, route(score, bias, **how)
 
 
 def load(expert: Tensor, num_experts: int) -> Tensor:

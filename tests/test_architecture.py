@@ -15,12 +15,12 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "schedule")
+DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "scale", "schedule")
 """Modules of pure that may import the section classes of a config."""
 
 COMPOSES = (
     *("bench", "bench_checkpoint", "bench_log", "ckpt", "corpus", "evaluate", "faults", "generate", "kernel_bench"),
-    *("monitor", "plan", "reading", "report", "resume", "run", "saver", "soak", "warm"),
+    *("monitor", "plan", "profile", "reading", "report", "resume", "run", "saver", "scale", "soak", "warm"),
 )
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 

@@ -21,9 +21,23 @@ def verbs(root: Verbs) -> None:
         help="go on from a checkpoint although this key of its identity differs, such as optim.dense.lr",
     )
 
-    plan = add(root, "plan", _plan, "say what a config will cost", "configs/dsv3.toml --gpus 128", config=True)
+    run.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="write a trace of three steps there, and say what their time went to",
+    )
+
+    plan = add(
+        root, "plan", _plan, "say what a config will cost", "configs/dsv3.toml --gpus 256 --hosts 32", config=True
+    )
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
-    plan.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation to assume (default: %(default)s)")
+    plan.add_argument("--hosts", type=int, metavar="N", help="hosts they are in (default: as few as hold 8 each)")
+    plan.add_argument(
+        "--experts", type=int, metavar="N", help="GPUs that share out one set of experts (default: the best number)"
+    )
+    plan.add_argument("--machine", default="h200", metavar="GPU", help="h100 or h200 (default: %(default)s)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="MFU of the computation alone (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     doctor = add(root, "doctor", _doctor, "what this machine can do", "--json")
@@ -43,15 +57,20 @@ def _run(args: argparse.Namespace) -> int:
     loaded = load(args)
     from nmoe.effects import run
 
+    if args.profile is not None:
+        from nmoe.effects.profile import profiling
+
+        with profiling(args.profile, loaded.config) as world:
+            return run.main(loaded.config, loaded.sources, args.command, args.config.stem, args.accept, world)
     return run.main(loaded.config, loaded.sources, args.command, args.config.stem, args.accept)
 
 
 def _plan(args: argparse.Namespace) -> int:
     loaded = load(args, args.gpus)
-    from nmoe.effects import plan
+    from nmoe.effects import scale
 
-    ranks = loaded.config.parallel.ranks if args.gpus is None else args.gpus
-    return plan.main(loaded.config, ranks, args.mfu, args.json)
+    gpus = loaded.config.parallel.ranks if args.gpus is None else args.gpus
+    return scale.main(loaded.config, gpus, args.hosts, args.experts, args.machine, args.mfu, args.json)
 
 
 def _doctor(args: argparse.Namespace) -> int:

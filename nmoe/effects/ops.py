@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import partial, wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.optim.adamw import adamw
 
 from nmoe.config.sections import Model
@@ -18,8 +19,9 @@ from nmoe.effects import tuning
 from nmoe.errors import InputError
 from nmoe.pure import optim
 from nmoe.pure.attention.mla import attend_mla
-from nmoe.pure.experts import Rows, mixture, swiglu
+from nmoe.pure.experts import Rows, combine, dispatch, mixture, swiglu
 from nmoe.pure.ops import REFERENCE, Ops
+from nmoe.pure.route import choose
 from nmoe.pure.tree import record
 
 if TYPE_CHECKING:
@@ -52,7 +54,18 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True, documen
     Raises:  InputError for sizes that a kernel does not take.
     """
     if device.type == "cpu":
-        return attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_grouped), attend_mla=attend_mla_padded)
+        return attrs.evolve(
+            REFERENCE,
+            attend_mla=named("attention", attend_mla_padded),
+            route=named("router", choose),
+            mixture=partial(
+                mixture,
+                dispatch=named("dispatch", dispatch),
+                experts=named("experts", experts_grouped),
+                combine=named("combine", combine),
+            ),
+            linear_cross_entropy=named("head", REFERENCE.linear_cross_entropy),
+        )
     # only here: triton is not everywhere
     from nmoe.effects.kernels import attend_mla as attention
     from nmoe.effects.kernels import cross_entropy, rms_norm, router, swiglu
@@ -75,12 +88,26 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True, documen
         add_norm=rms_norm.add_rms_norm,
         swiglu=swiglu.swiglu,
         rotate_mla=rotate_mla_,
-        attend_mla=attend,
-        scores=router.scores,
+        attend_mla=named("attention", attend),
+        route=named("router", partial(choose, scores=router.scores, first=router.first)),
         first=router.first,
         mixture=partial(mixtures.mixture, tiles=tiles),
-        linear_cross_entropy=cross_entropy.linear_cross_entropy,
+        linear_cross_entropy=named("head", cross_entropy.linear_cross_entropy),
     )
+
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def named(name: str, function: Callable[P, R]) -> Callable[P, R]:
+    """The function under a name that `nmoe run --profile` counts its time by."""
+
+    @wraps(function, assigned=())
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with record_function(name):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:
@@ -134,10 +161,10 @@ class ArenaOps:
 def arena_ops(device: torch.device) -> ArenaOps:
     """The passes of a device: one launch an arena on a GPU, pieces that stay in the cache on a CPU."""
     if device.type == "cpu":
-        return ArenaOps(optim.global_norm, adamw_, CPU_CHUNK)
+        return ArenaOps(named("optimizer", optim.global_norm), named("optimizer", adamw_), CPU_CHUNK)
     from nmoe.effects.kernels import adamw
 
-    return ArenaOps(adamw.global_norm, adamw.adamw_, sys.maxsize)
+    return ArenaOps(named("optimizer", adamw.global_norm), named("optimizer", adamw.adamw_), sys.maxsize)
 
 
 def check(c: Model) -> None:

@@ -1,18 +1,16 @@
-"""`nmoe plan`: print what a config will cost."""
+"""A plan as text."""
 
 from __future__ import annotations
-
-import json
 
 import attrs
 
 from nmoe.config import Config
-from nmoe.effects.log import say
-from nmoe.errors import InputError
-from nmoe.pure.plan import Plan, plan
+from nmoe.pure.plan import Plan
 
-__all__ = ["duration", "main", "quantity", "render"]
+__all__ = ["Line", "about", "aligned", "duration", "quantity", "render"]
 
+Line = tuple[str, str]
+"""What a line is about, and what it says."""
 
 PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -35,15 +33,33 @@ def duration(seconds: float) -> str:
     return f"{days} d {clock}" if days else clock
 
 
+def aligned(*lines: Line) -> str:
+    """Lines with what they are about in a column."""
+    return "\n".join(f"{name:<14} {text}" for name, text in lines)
+
+
 def render(config: Config, planned: Plan) -> str:
-    """The plan as a screenful of text."""
+    """The plan of ranks that wait for nobody."""
+    return aligned(
+        *about(config, planned),
+        (
+            "time",
+            f"{duration(planned.seconds())} at {100 * planned.mfu:.0f} % of "
+            f"{quantity(planned.peak_flops, 'FLOP/s')} a rank: "
+            f"{quantity(planned.tokens_per_second())} tokens/s, {quantity(planned.flop_total, 'FLOP')} in all",
+        ),
+    )
+
+
+def about(config: Config, planned: Plan) -> tuple[Line, ...]:
+    """What is trained, and what it takes of each rank."""
     c, train = config.model, config.train
     flops, memory = planned.flops, planned.memory
     forward = flops.total()
     mixtures = c.num_layers - c.num_dense_layers
     parts = "  ".join(f"{name} {100 * value / forward:.1f} %" for name, value in attrs.asdict(flops).items() if value)
-    kinds = "  ".join(f"{name} {quantity(value, 'B')}" for name, value in attrs.asdict(memory).items() if value)
-    lines = (
+    kinds = [f"{name} {quantity(value, 'B')}" if value else "" for name, value in attrs.asdict(memory).items()]
+    return (
         (
             "model",
             f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} mixture)  hidden {c.hidden_size}  "
@@ -66,36 +82,12 @@ def render(config: Config, planned: Plan) -> str:
             f"{planned.ranks}  experts over {planned.expert_ranks}  {planned.microbatches} microbatches of "
             f"{train.microbatch_size} x {train.sequence_length} a rank",
         ),
-        ("memory a rank", f"{quantity(memory.total(), 'B')}  (activations are an estimate)"),
-        ("", kinds),
+        ("memory a rank", f"{quantity(memory.total(), 'B')}  {'  '.join(filter(None, kinds[:4]))}"),
+        ("", f"{'  '.join(filter(None, kinds[4:]))}  (activations are an estimate)"),
         (
             "checkpoint",
             f"{quantity(planned.checkpoint, 'B')}  written from one copy of {quantity(planned.staging, 'B')} in each "
             "rank's host memory",
         ),
         ("tokens", f"{quantity(planned.tokens)}  {train.steps} steps of {quantity(planned.tokens_per_step)}"),
-        (
-            "time",
-            f"{duration(planned.seconds())} at {100 * planned.mfu:.0f} % of "
-            f"{quantity(planned.peak_flops, 'FLOP/s')} a rank: "
-            f"{quantity(planned.tokens_per_second())} tokens/s, {quantity(planned.flop_total, 'FLOP')} in all",
-        ),
     )
-    return "\n".join(f"{name:<14} {text}" for name, text in lines)
-
-
-def main(config: Config, ranks: int, mfu: float, as_json: bool) -> int:
-    """Print the plan of `config` on `ranks` ranks of an H100 or H200 at `mfu`."""
-    if ranks < 1:
-        raise InputError(f"--gpus: at least 1, got {ranks}; say how many ranks to plan for")
-    if not 0 < mfu <= 1:
-        raise InputError(f"--mfu: a share above 0 and at most 1, got {mfu}; 0.4 is a good start")
-    planned = plan(config, ranks=ranks, mfu=mfu)
-    if as_json:
-        numbers = attrs.asdict(planned)
-        numbers["tokens_per_second"] = planned.tokens_per_second()
-        numbers["seconds"] = planned.seconds()
-        say(json.dumps(numbers, indent=2))
-    else:
-        say(render(config, planned))
-    return 0

@@ -92,14 +92,15 @@ def mixture(
     up: Tensor,
     down: Tensor,
     *,
+    dispatch: Callable[..., Rows] = dispatch,
     experts: Callable[[Rows, Tensor, Tensor], Tensor] = experts,
+    combine: Callable[[Tensor, Rows, Routing], Tensor] = combine,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the chosen experts' outputs: dispatch, experts, combine.
 
     x        [N D]
     up       [E D 2 F]
     down     [E F D]
-    experts  what happens to the rows in between
     returns  [N D] in the format of `x`, and the rows of each expert [E] i64
     """
     rows = dispatch(x, routing, num_experts=up.shape[0])

@@ -149,15 +149,14 @@ def moe(p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe) -> tuple[Ten
     Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 12.
     """
     flat = x.flatten(0, -2)
-    score = env.ops.scores(flat, p.router)
-    routing = route.route(
-        score,
+    score, routing = env.ops.route(
+        flat,
+        p.router,
         bias,
         top_k=c.top_k,
         num_groups=c.num_groups,
         top_k_groups=c.top_k_groups,
         scale=c.route_scale,
-        first=env.ops.first,
     )
     y, count = env.ops.mixture(flat, routing, p.up, p.down)
     y = y.view_as(x)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nmoe.pure import experts, loss, norm, route
 from nmoe.pure.attention import mla
 from nmoe.pure.rope import Rope
+from nmoe.pure.route import Routing
 from nmoe.pure.tree import record
 
 __all__ = ["REFERENCE", "Env", "Ops"]
@@ -27,7 +28,7 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     rotate_mla: Callable[..., tuple[Tensor, Tensor]]
     attend_mla: Callable[..., Tensor]
-    scores: Callable[[Tensor, Tensor], Tensor]
+    route: Callable[..., tuple[Tensor, Routing]]
     first: Callable[[Tensor, int], Tensor]
     mixture: Callable[..., tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
@@ -39,7 +40,7 @@ REFERENCE = Ops(
     experts.swiglu,
     mla.rotate_mla,
     mla.attend_mla,
-    route.scores,
+    route.choose,
     route.first,
     experts.mixture,
     loss.linear_cross_entropy,

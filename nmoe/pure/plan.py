@@ -11,12 +11,17 @@ from nmoe.config.sections import Config
 from nmoe.pure import flops, model
 from nmoe.pure.flops import Flops, Parameters
 from nmoe.pure.layout import ArenaLayout, layout
+from nmoe.pure.link import H200
 from nmoe.pure.spec import Dims
+from nmoe.pure.traffic import Arena, arena, distinct_ranks, expert_rows
 
-__all__ = ["PEAK_FLOPS", "Memory", "Plan", "activation_bytes", "plan"]
+__all__ = ["CAPACITY", "PEAK_FLOPS", "Memory", "Plan", "activation_bytes", "plan"]
 
-PEAK_FLOPS = 989.5e12
+PEAK_FLOPS = H200.peak_flops
 """Dense bf16 FLOP/s of one H100 or H200, the unit of MFU on a GPU (NVIDIA's data sheet, without sparsity)."""
+
+CAPACITY = 2.0
+"""Rows a rank has room for, over the mean, where a config does not say."""
 
 
 @attrs.frozen(kw_only=True)
@@ -29,6 +34,7 @@ class Memory:
     moments: int
     activations: int  # kept for the backward pass of one microbatch; an estimate
     logits: int  # of one chunk of the loss
+    exchange: int  # symmetric memory to receive rows in
 
     def total(self) -> int:
         """All kinds."""
@@ -43,6 +49,8 @@ class Plan:
     flops: Flops  # forward, a token, causal
     flops_executed: Flops  # forward, a token, as the reference executes them
     memory: Memory
+    arena: Arena
+    distinct: float  # ranks a token has to reach, on average
     staging: int  # bytes of host memory on one rank: the copy a checkpoint is written from
     checkpoint: int  # bytes of one checkpoint, all ranks
     ranks: int
@@ -95,12 +103,13 @@ def activation_bytes(
     return tokens * (a_token + 3 * width * wide)
 
 
-def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, recompute: str) -> int:
+def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, rows: int, recompute: str) -> int:
     """What the GPU's kernels keep, bf16, for the backward pass of one microbatch, and what that pass holds on top.
 
     A norm keeps its input, a product its input, attention q, k, v, its output and one number a row, the experts their
     pre-activation; a router works in fp32.
 
+    rows       (token, expert) pairs the rank's experts have room for
     recompute  train.recompute
     """
     width, wide, element = c.hidden_size, 4, 2
@@ -113,24 +122,27 @@ def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, recom
         + dims["P"]
     ) * element + heads * wide
     dense, shared = dims["I"], dims["S"]
-    routed = c.moe.top_k * 2 * dims["F"] * element + width * wide + 6 * dims["E"] * wide
     mixtures = c.num_layers - c.num_dense_layers
+    routed = rows * 2 * dims["F"] * element
     a_token = (
-        c.num_layers * kept + c.num_dense_layers * 2 * dense * element + mixtures * (routed + 2 * shared * element)
+        c.num_layers * kept
+        + c.num_dense_layers * 2 * dense * element
+        + mixtures * (width * wide + 6 * dims["E"] * wide + 2 * shared * element)
     )
-    again = (c.num_layers * made_again + c.num_dense_layers * dense + mixtures * shared) * element
+    total = tokens * a_token + mixtures * routed
+    again = tokens * (c.num_layers * made_again + c.num_dense_layers * dense + mixtures * shared) * element
     if recompute == "none":
-        a_token += again
+        total += again
     elif recompute == "full":
-        a_token = c.num_layers * width * element + (a_token + again) // c.num_layers
+        total = tokens * c.num_layers * width * element + (total + again) // c.num_layers
     # of one mixture at a time: gradients of pre-activation and rows, and the activation
-    passing = c.moe.top_k * (3 * dims["F"] + width) * element
-    return tokens * (a_token + passing + 2 * width * element)
+    passing = rows * (3 * dims["F"] + width) * element
+    return total + passing + tokens * 2 * width * element
 
 
-def held(arena: ArenaLayout, ranks: int) -> int:
-    """Elements whose moments and remainders one rank keeps, and saves: its experts, 1/ranks of the rest (ZeRO-2)."""
-    return arena.size if arena.policy.shard else math.ceil(arena.size / ranks)
+def held(arena: ArenaLayout, ranks: int, expert_ranks: int) -> int:
+    """Elements whose moments and remainders one rank keeps, and saves: its part of what others hold too (ZeRO-2)."""
+    return math.ceil(arena.size / (ranks // expert_ranks if arena.policy.shard else ranks))
 
 
 def saved_bytes(arena: ArenaLayout) -> int:
@@ -138,62 +150,84 @@ def saved_bytes(arena: ArenaLayout) -> int:
     return arena.storage.itemsize + 2 * arena.has_remainder() + 2 * arena.moments.itemsize
 
 
-def memory(arenas: tuple[ArenaLayout, ...], ranks: int, activations: int, logits: int) -> Memory:
-    """Bytes on one rank."""
-    return Memory(
-        parameters=sum(arena.size * arena.storage.itemsize for arena in arenas),
-        remainders=sum(held(arena, ranks) * 2 for arena in arenas if arena.has_remainder()),
-        gradients=sum(arena.size * arena.gradient.itemsize for arena in arenas),
-        moments=sum(held(arena, ranks) * 2 * arena.moments.itemsize for arena in arenas),
-        activations=activations,
-        logits=logits,
-    )
-
-
-def plan(config: Config, *, ranks: int, mfu: float, peak_flops: float = PEAK_FLOPS) -> Plan:
+def plan(
+    config: Config,
+    *,
+    ranks: int,
+    mfu: float,
+    peak_flops: float = PEAK_FLOPS,
+    expert_ranks: int | None = None,
+    dedup: bool = False,
+    capacity: float = CAPACITY,
+) -> Plan:
     """What training this config on `ranks` ranks costs.
 
-    Experts are shared out to as many ranks as divide both counts.
-
-    mfu         model FLOPs utilisation to assume, causal count
-    peak_flops  FLOP/s of one rank
+    mfu           model FLOPs utilisation to assume, causal count, of a rank that waits for no other
+    peak_flops    FLOP/s of one rank
+    expert_ranks  ranks that share out one set of experts, dividing both counts; None: as many as divide both
+    dedup         whether a token goes once to each rank, instead of once to each of its experts
+    capacity      rows a rank has room for, over the mean
     """
     c, train = config.model, config.train
     specs, dims = model.specs(c), model.dims(c)
-    expert_ranks = math.gcd(ranks, c.moe.num_experts)
+    expert_ranks = expert_ranks or math.gcd(ranks, c.moe.num_experts)
     microbatches = max(1, train.batch_size // (ranks * train.microbatch_size))
-    arenas = layout(
-        specs,
-        dims,
-        compute=config.precision.compute,
-        moments=config.precision.moments,
-        accumulate=microbatches > 1,
-        world=expert_ranks,
-    )
+    arenas = layouts(config, microbatches, expert_ranks)
     element = 4 if config.precision.compute == "fp32" else 2
     tokens = train.microbatch_size * train.sequence_length
-    rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
+    distinct = distinct_ranks(
+        num_experts=c.moe.num_experts,
+        top_k=c.moe.top_k,
+        ranks=expert_ranks,
+        num_groups=c.moe.num_groups,
+        top_k_groups=c.moe.top_k_groups,
+    )
+    exchange = arena(
+        tokens=tokens,
+        top_k=c.moe.top_k,
+        num_experts=c.moe.num_experts,
+        hidden_size=c.hidden_size,
+        element=element,
+        ranks=expert_ranks,
+        dedup=dedup,
+        capacity=capacity,
+    )
+    rows = expert_rows(
+        tokens=tokens, top_k=c.moe.top_k, num_experts=c.moe.num_experts, ranks=expert_ranks, capacity=capacity
+    )
+    logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
     if config.run.device == "cuda":
-        activations = kernel_activation_bytes(c, dims, tokens=tokens, recompute=train.recompute)
+        activations = kernel_activation_bytes(c, dims, tokens=tokens, rows=rows, recompute=train.recompute)
         # logits become their own gradient; the head's gradient is summed in fp32
-        logits = rows * element + head * 4
+        logits = logit_rows * element + head * 4
     else:
         length = train.sequence_length
         activations = activation_bytes(c, dims, tokens=tokens, sequence_length=length, element=element, square=True)
         # fp32 logits, their exponentials and gradient, and the gradient in the compute format
-        logits = rows * (3 * 4 + element) + head * (4 + element)
+        logits = logit_rows * (3 * 4 + element) + head * (4 + element)
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True)
     total = train.steps * train.batch_size * train.sequence_length
+    shares = [(each, held(each, ranks, expert_ranks)) for each in arenas]
     return Plan(
         parameters=flops.parameters(specs, dims, top_k=c.moe.top_k),
         flops=causal,
         flops_executed=flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=False),
-        memory=memory(arenas, ranks, activations, logits),
-        staging=sum(held(arena, ranks) * saved_bytes(arena) for arena in arenas),
+        memory=Memory(
+            parameters=sum(each.size * each.storage.itemsize for each in arenas),
+            remainders=sum(share * 2 for each, share in shares if each.has_remainder()),
+            gradients=sum(each.size * each.gradient.itemsize for each in arenas),
+            moments=sum(share * 2 * each.moments.itemsize for each, share in shares),
+            activations=activations,
+            logits=logits,
+            exchange=exchange.total(),
+        ),
+        arena=exchange,
+        distinct=distinct,
+        staging=sum(share * saved_bytes(each) for each, share in shares),
         checkpoint=sum(
-            slot.size() * (expert_ranks if arena.policy.shard else 1) * saved_bytes(arena)
-            for arena in arenas
-            for slot in arena.slots
+            slot.size() * (expert_ranks if each.policy.shard else 1) * saved_bytes(each)
+            for each in arenas
+            for slot in each.slots
         ),
         ranks=ranks,
         expert_ranks=expert_ranks,
@@ -203,4 +237,16 @@ def plan(config: Config, *, ranks: int, mfu: float, peak_flops: float = PEAK_FLO
         flop_total=float(total) * causal.training(),
         mfu=mfu,
         peak_flops=peak_flops,
+    )
+
+
+def layouts(config: Config, microbatches: int, expert_ranks: int) -> tuple[ArenaLayout, ...]:
+    """The arenas of parameters of one rank."""
+    return layout(
+        model.specs(config.model),
+        model.dims(config.model),
+        compute=config.precision.compute,
+        moments=config.precision.moments,
+        accumulate=microbatches > 1,
+        world=expert_ranks,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ __all__ = [
     "Health",
     "Routing",
     "balance",
+    "choose",
     "entropy",
     "first",
     "health",
@@ -87,6 +89,23 @@ def route(
     expert = first(choice, top_k)
     weight = score.gather(-1, expert)
     return Routing(expert, scale * weight / weight.sum(-1, keepdim=True))
+
+
+def choose(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor,
+    *,
+    scores: Callable[[Tensor, Tensor], Tensor] = scores,
+    **how: Any,
+) -> tuple[Tensor, Routing]:
+    """Scores, and what `route` makes of them.
+
+    scores   `scores` or a kernel that implements it
+    how      keywords of `route`
+    """
+    score = scores(x, router)
+    return score, route(score, bias, **how)
 
 
 def load(expert: Tensor, num_experts: int) -> Tensor:

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.profiler import record_function
 
 from nmoe.effects.kernels import combine as sums
 from nmoe.effects.kernels import dispatch as places
@@ -41,11 +42,14 @@ class Mixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x, weight = x.contiguous(), weight.contiguous()
         pairs = expert.numel()
-        at = places.dispatch(expert, up.shape[0])
-        h, a = experts.up(x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.m), t.up, t.group)
-        cut = places.tiles(at.count, pairs, t.down.m)
-        y = experts.product(a, down, at.end, cut, t.down, t.group, transposed=False)
-        out = sums.combine(y, at.place, weight)
+        with record_function("dispatch"):
+            at = places.dispatch(expert, up.shape[0])
+        with record_function("experts"):
+            h, a = experts.up(x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.m), t.up, t.group)
+            cut = places.tiles(at.count, pairs, t.down.m)
+            y = experts.product(a, down, at.end, cut, t.down, t.group, transposed=False)
+        with record_function("combine"):
+            out = sums.combine(y, at.place, weight)
         count = at.count.to(torch.int64)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, h, weight, up, down, at.slot, at.place, at.count, at.end)
@@ -60,19 +64,23 @@ class Mixture(torch.autograd.Function):
         x, h, weight, up, down, slot, place, count, end = ctx.saved_tensors
         t: Tiles = ctx.t
         pairs = place.numel()
-        rows = places.spread(outputs[0].contiguous(), place)
-        cut = places.tiles(count, pairs, t.activation.m)
-        dh, a, part = experts.activation_backward(
-            rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs
-        )
-        dh = dh.flatten(1)
-        d_weight = part.sum(-1)[place.to(torch.int64)]
-        d_down = experts.weight_gradient(a, rows, end, count, t.down_gradient, t.group)
-        del a, part, rows
-        d_up = experts.weight_gradient(places.spread(x, place), dh, end, count, t.up_gradient, t.group)
-        cut = places.tiles(count, pairs, t.input.m)
-        dx = experts.product(dh, up.flatten(2), end, cut, t.input, t.group, transposed=True)
-        return sums.combine(dx, place, None), None, d_weight, d_up.view_as(up), d_down, None
+        with record_function("combine"):
+            rows = places.spread(outputs[0].contiguous(), place)
+        with record_function("experts"):
+            cut = places.tiles(count, pairs, t.activation.m)
+            dh, a, part = experts.activation_backward(
+                rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs
+            )
+            dh = dh.flatten(1)
+            d_weight = part.sum(-1)[place.to(torch.int64)]
+            d_down = experts.weight_gradient(a, rows, end, count, t.down_gradient, t.group)
+            del a, part, rows
+            d_up = experts.weight_gradient(places.spread(x, place), dh, end, count, t.up_gradient, t.group)
+            cut = places.tiles(count, pairs, t.input.m)
+            dx = experts.product(dh, up.flatten(2), end, cut, t.input, t.group, transposed=True)
+        with record_function("dispatch"):
+            d_input = sums.combine(dx, place, None)
+        return d_input, None, d_weight, d_up.view_as(up), d_down, None
 
 
 def mixture(x: Tensor, routing: Routing, up: Tensor, down: Tensor, *, tiles: Tiles) -> tuple[Tensor, Tensor]:

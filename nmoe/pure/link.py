@@ -1,0 +1,62 @@
+"""What GPUs and the wires between them can do: constants with their sources, and the time of a message.
+
+Alpha-beta model: a message of n bytes takes alpha + n / beta. Beta counts bytes on the wire, of one GPU, in one
+direction, while the other direction is as busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import attrs
+
+__all__ = ["H100", "H200", "MACHINES", "Link", "Machine"]
+
+
+@attrs.frozen(kw_only=True)
+class Link:
+    """One way from a GPU to another."""
+
+    alpha_s: float  # what even an empty message takes
+    bytes_per_s: float
+    source: str  # where both numbers come from
+
+    def seconds(self, num_bytes: float) -> float:
+        """Of one message; nothing to send takes no time."""
+        return self.alpha_s + num_bytes / self.bytes_per_s if num_bytes else 0.0
+
+
+@attrs.frozen(kw_only=True)
+class Machine:
+    """Hosts of GPUs of one kind."""
+
+    gpu: str
+    memory: float  # bytes of one GPU
+    peak_flops: float  # dense bf16 FLOP/s of one GPU, the unit of MFU
+    gpus_per_host: int  # where nothing else is said
+    push: Link  # rows written into the memory of a GPU of the same host
+    collective: Link  # NCCL inside a host
+    network: Link  # between hosts, whoever sends
+
+
+H200 = Machine(
+    gpu="H200",
+    memory=141e9,
+    peak_flops=989.5e12,
+    gpus_per_host=8,
+    # 4096 rows of 4 KiB take 57 us with their signal, replayed from a CUDA graph; many of them 313 to 326 GB/s,
+    # and 330 to 339 where rows have 14 KiB
+    push=Link(alpha_s=5e-6, bytes_per_s=320e9, source="measured, docs/log.md, two H200, 2026-11-23"),
+    # NCCL's all-to-all, 244 to 257 GB/s; its start-up time was not measured
+    collective=Link(alpha_s=20e-6, bytes_per_s=250e9, source="rate measured, docs/log.md, two H200, 2026-11-23"),
+    # One port of 400 Gbit/s a GPU at 90 %. NVSHMEM without GPU-initiated sends goes through a thread of the host:
+    # 300 to 500 us for a dispatch of few tokens by published figures of others, 60 to 100 with GPU-initiated ones
+    network=Link(alpha_s=400e-6, bytes_per_s=45e9, source="assumed: 90 % of 400 Gbit/s a GPU, sends by the host"),
+)
+
+H100 = attrs.evolve(H200, gpu="H100", memory=80e9)
+"""The same chip and NVLink as the H200, with less memory; its links were not measured."""
+
+MACHINES: Mapping[str, Machine] = MappingProxyType({"h100": H100, "h200": H200})
+"""By the name a user gives."""

@@ -179,8 +179,12 @@ def test_global_norm() -> None:
 
 @pytest.mark.parametrize("num_experts", [64, 160, 256])
 def test_router(num_experts: int) -> None:
-    """Scores with a gradient as in fp32; the chosen ones as by a stable sort, on scores with many ties."""
+    """The chosen ones as by a stable sort, on scores with many ties; scores and their gradients against fp64.
+
+    Tensor cores cut off what they add where an fp32 unit rounds: four times the error of an fp32 product was measured.
+    Factors rounded to bf16, or a product in tf32, would have a thousand times.
+    """
     x, w = normal(4096, 2048), truth.normal(2048, num_experts, seed=1, device="cuda") / 45
-    compared(router.scores, route.scores, (x, w), [truth.normal(4096, num_experts, seed=2, device="cuda")])
+    compared(router.scores, route.scores, (x, w), [truth.normal(4096, num_experts, seed=2, device="cuda")], factor=6)
     scores = (50 * router.scores(x, w)).round()
     assert torch.equal(router.first(scores, 8), route.first(scores, 8))

@@ -210,6 +210,7 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_bf16(counts: tuple[int, 
         assert (g - t).norm() <= 1.5 * (p - t).norm() + 1e-12, name
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_what_a_bench_prints_and_writes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

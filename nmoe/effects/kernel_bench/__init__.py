@@ -40,7 +40,7 @@ def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
     meter = gpu_meter(device)
     machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     say(
-        f"{machine}; medians of {REPEATS}; a large product reaches {meter.flops / 1e12:.0f} TFLOP/s, a copy "
+        f"{machine}; medians of {REPEATS}; a large product reaches {meter.flops / 1e12:.0f} TFLOP/s, a pass "
         f"{meter.bandwidth / 1e9:.0f} GB/s"
     )
     for kind in kinds:

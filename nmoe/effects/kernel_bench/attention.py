@@ -51,8 +51,9 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
     kv = draw(device, *shape, case.heads, case.nope + case.value, name="kv")
     k_rope = draw(device, *shape, case.rope, name="k_rope")
     pull = draw(device, *shape, case.heads, case.value, name="pull").detach()
-    keys = torch.cat((kv[..., : case.nope], k_rope[:, :, None].expand(-1, -1, case.heads, -1)), -1)
-    k, v = (each.detach().contiguous().requires_grad_() for each in (keys, kv[..., case.nope :]))
+    with torch.no_grad():
+        keys = torch.cat((kv[..., : case.nope], k_rope[:, :, None].expand(-1, -1, case.heads, -1)), -1)
+        k, v = (each.contiguous().requires_grad_() for each in (keys, kv[..., case.nope :]))
 
     def bare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         operands = (each.transpose(1, 2) for each in (q, k, v))

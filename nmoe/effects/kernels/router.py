@@ -1,7 +1,8 @@
-"""The router on a GPU: `pure.route.scores` on the tensor cores without losing a bit of fp32, and `pure.route.first`.
+"""The router on a GPU: `pure.route.scores` on the tensor cores with factors in full fp32, and `pure.route.first`.
 
 A number in fp32 is the sum of three in bf16, to the last bit. Tokens are in bf16 already, so a product with the three
-parts, summed in fp32, is the product in fp32.
+parts, summed in fp32, is the product in fp32, but for how sums are rounded: tensor cores cut off. Measured on an H200,
+the scores are within 1e-6 of fp64, four times as far as those of an fp32 product.
 """
 
 from __future__ import annotations

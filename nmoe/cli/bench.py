@@ -34,6 +34,7 @@ def verbs(root: Verbs) -> None:
         config=True,
     )
     step.add_argument("--against", choices=("transformers",), help="time the same model there too")
+    step.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a trainer there")
     step.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)")
     for kind, what in KERNELS.items():
         each = add(bench, kind, _bench_kernels, f"measure {what} beside what it has to beat", "--jsonl rows.jsonl")
@@ -109,7 +110,7 @@ def _bench_step(args: argparse.Namespace) -> int:
     loaded = load(args)
     from nmoe.effects import bench
 
-    return bench.step(loaded.config, args.against, args.steps)
+    return bench.step(loaded.config, args.against, args.steps, args.jsonl)
 
 
 def _bench_loader(args: argparse.Namespace) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmoe.config import Config
-from nmoe.effects import hf, runtime
+from nmoe.effects import files, hf, runtime
 from nmoe.effects.log import say
 from nmoe.effects.plan import quantity
 from nmoe.effects.run import arena_layouts, fresh, stepper
@@ -44,21 +46,25 @@ class Timing:
     memory_bytes: int  # most held: of the GPU, or what the process grew by
 
 
-def step(config: Config, against: str | None, steps: int) -> int:
+def step(config: Config, against: str | None, steps: int, jsonl: Path | None = None) -> int:
     """Time `steps` optimizer steps of `config` on one batch of random tokens, in each of some rounds.
 
     Data, log and validation are left out. With `against`, the same weights take the same steps there: its own
     attention and experts, `torch.optim.AdamW`, the same clip. Each trainer has a process of its own in each round.
 
     against  "transformers" or None
+    jsonl    also write one line a trainer there
     returns  exit code 0
-    Raises:  InputError when the device or `transformers` is not there.
+    Raises:  InputError when the device or `transformers` is not there, or `jsonl` cannot be written.
     """
     if steps < 1:
         raise InputError(f"--steps: at least 1, got {steps}; 20 is a good start")
     if against is not None and against not in OTHERS:
         raise InputError(f"--against: one of {', '.join(OTHERS)}, got {against!r}; name one, or leave it out")
-    peak_flops = runtime.peak_flops(runtime.device(config.run.device))
+    device = runtime.device(config.run.device)
+    peak_flops = runtime.peak_flops(device)
+    if jsonl is not None:
+        files.new_file(jsonl, "--jsonl")
     names = ("nmoe",) if against is None else (against, "nmoe")
     parts: dict[str, list[Timing]] = {name: [] for name in names}
     for _ in range(ROUNDS):
@@ -69,6 +75,10 @@ def step(config: Config, against: str | None, steps: int) -> int:
     tokens = config.train.batch_size * config.train.sequence_length
     for name, timing in timings.items():
         say(line(name, timing, tokens, flops, peak_flops))
+        if jsonl is not None:
+            numbers = {"way": name, "device": str(device), "tokens": tokens, "flops_per_token": flops}
+            with jsonl.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**numbers, "peak_flops": peak_flops, **attrs.asdict(timing)}) + "\n")
     if against is not None:
         ours, theirs = timings["nmoe"], timings[against]
         faster = statistics.median(theirs.seconds) / statistics.median(ours.seconds)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from nmoe.errors import InputError
+
 
 def home(environ: Mapping[str, str]) -> Path:
     """The folder of what nmoe makes once and keeps: `NMOE_HOME`, or one in the user's cache folder."""
@@ -45,6 +47,22 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def new_file(path: Path, option: str) -> None:
+    """Make an empty file before the work that fills it begins.
+
+    option   that named it, for the message
+
+    Raises:  InputError when there is a file already, or no folder to write in.
+    Writes:  `path`.
+    """
+    try:
+        path.touch(exist_ok=False)
+    except OSError as error:
+        raise InputError(
+            f"{option}: a new file in a folder one may write, got {path}: {error.strerror}; name another"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

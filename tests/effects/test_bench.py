@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from pathlib import Path
 
 import attrs
 import pytest
@@ -89,12 +91,19 @@ def test_what_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert ratio.split(maxsplit=1)[1] == "1.50 in time, 50.00 in memory  (transformers / nmoe)"
 
 
-def test_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Once, in a real process of its own."""
+def test_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Once, in a real process of its own; the line of the file says what the screen says, and is not written over."""
     monkeypatch.setattr(bench, "ROUNDS", 1)
-    assert bench.step(tiny(), None, 1) == 0
+    rows = tmp_path / "rows.jsonl"
+    assert bench.step(tiny(), None, 1, rows) == 0
     (only,) = capsys.readouterr().out.splitlines()
-    assert only.split()[0] == "nmoe" and re.search(r" [1-9][\d.]* ms a step", only)
+    told = re.fullmatch(r"nmoe +([1-9][\d.]*) ms a step .* tok/s .*", only)
+    (row,) = map(json.loads, rows.read_text().splitlines())
+    assert told and row["way"] == "nmoe" and f"{1000 * row['seconds'][0]:.1f}" == told[1]
+    assert row["tokens"] == tiny().train.batch_size * tiny().train.sequence_length
+    with pytest.raises(InputError, match=r"--jsonl: a new file in a folder one may write, got .*: File exists"):
+        bench.step(tiny(), None, 1, rows)
+    assert len(rows.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

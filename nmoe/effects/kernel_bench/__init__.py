@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from nmoe.effects import ops, runtime
+from nmoe.effects import files, ops, runtime
 from nmoe.effects.kernel_bench import attention, loss, moe, optimizer, tuner
 from nmoe.effects.kernel_bench.meter import REPEATS, Meter, Row, Taken, Way, gpu_meter, measure
 from nmoe.effects.log import say
@@ -36,7 +36,7 @@ def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
     """
     device = runtime.device("cuda")
     if jsonl is not None:
-        create(jsonl)
+        files.new_file(jsonl, "--jsonl")
     meter = gpu_meter(device)
     machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     say(
@@ -50,16 +50,6 @@ def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
                 with jsonl.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps({"machine": machine, **attrs.asdict(row)}) + "\n" for row in rows)
     return 0
-
-
-def create(jsonl: Path) -> None:
-    """An empty file, before the minutes that fill it."""
-    try:
-        jsonl.touch(exist_ok=False)
-    except OSError as error:
-        raise InputError(
-            f"--jsonl: a new file in a folder that is there, got {jsonl} ({error.strerror}); name another"
-        ) from error
 
 
 def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:

@@ -45,6 +45,7 @@ def calls() -> dict[str, Call]:
         "swiglu": ((normal(6, 2, 5),), {}),
         "rotate_mla": ((normal(2, 6, 3, 8), normal(2, 6, 4), Rope(normal(6, 2), normal(6, 2))), {}),
         "attend_mla": ((normal(2, 6, 3, 8), normal(2, 6, 3, 9), normal(2, 6, 4)), {"scale": 0.3}),
+        "route": ((x, normal(5, 4), normal(4)), {"top_k": 2}),
         "mixture": ((x, routing(), normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
         "linear_cross_entropy": (
             (x, normal(5, 9), torch.tensor([1, -1, 3, 0, 8, 2])),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -96,16 +96,12 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True, documen
     )
 
 
-P, R = ParamSpec("P"), TypeVar("R")
-
-
-def named(name: str, function: Callable[P, R]) -> Callable[P, R]:
+def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function under a name that `nmoe run --profile` counts its time by."""
 
-    @wraps(function, assigned=())
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*arguments: Any, **keywords: Any) -> Any:
         with record_function(name):
-            return function(*args, **kwargs)
+            return function(*arguments, **keywords)
 
     return run
 

@@ -145,6 +145,7 @@ def test_ranks_hold_the_whole_between_them(shape: tuple[int, int, int], dedup: b
     gpus, _, expert_ranks = shape
     one = plan(config, ranks=1, mfu=0.4)
     many = scale(config, arranged(*shape, dedup=dedup), H200, mfu=0.4).plan
+    assert (many.ranks, many.expert_ranks) == (gpus, expert_ranks)
     assert many.checkpoint == one.checkpoint
     # arenas end on whole lines of 128 elements, and shares of them on whole elements
     padding = gpus * 20 * 128 * 8

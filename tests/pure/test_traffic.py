@@ -245,6 +245,7 @@ def test_a_collective_of_one_says_nothing(num_bytes: float, per_host: int, hosts
     [
         (2048, 8, False, math.inf, 2.0),
         (2048, 2, False, math.inf, 0.5),
+        (2048, 64, False, math.inf, 2.0),  # one expert a rank: a token sends it one row at most
         (2048, 8, False, 2.0, 0.5),
         (2048, 8, True, math.inf, 0.25),
         (2048, 2, True, math.inf, 0.0625),

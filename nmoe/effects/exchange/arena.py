@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-__all__ = ["FLAG_BYTES", "Exchange", "Field", "Fields", "PeerError", "Sizes", "fields", "rows", "view"]
+__all__ = ["FLAG_BYTES", "Exchange", "Field", "Fields", "PeerError", "Sizes", "fields", "fit", "rows", "view"]
 
 FLAG_BYTES = 128
 """Room of one flag: a cache line of its own, so that a rank polls nothing that another one writes beside it."""
@@ -97,6 +97,30 @@ def rows(factor: float, *, tokens: int, top_k: int, ranks: int, experts: int) ->
     """
     worst = ranks * tokens * min(top_k, experts // ranks)
     return worst if factor == 0 else min(worst, math.ceil(factor * tokens * top_k))
+
+
+def fit(e: Exchange, x: Tensor, expert: Tensor, up: Tensor) -> None:
+    """Refuse what has no place in the arena, before anything is written.
+
+    x        [N D]
+    expert   [N K]
+    up       [E/R ...]
+    Raises:  ValueError with each size that is wrong.
+    """
+    s = e.sizes
+    tokens, width = x.shape
+    found = {
+        f"a row is {s.hidden_size} wide, got {width}": width == s.hidden_size,
+        f"rows are {s.dtype}, got {x.dtype}": x.dtype == s.dtype,
+        f"at most {s.tokens} tokens, got {tokens}": tokens <= s.tokens,
+        f"{s.top_k} choices for each token, got {tuple(expert.shape)}": expert.shape == (tokens, s.top_k),
+        f"{s.local()} experts on this rank, got {up.shape[0]}": up.shape[0] == s.local(),
+    }
+    wrong = [text for text, holds in found.items() if not holds]
+    if wrong:
+        raise ValueError(
+            f"exchange on rank {e.rank}: {'; '.join(wrong)}; open the exchange with the sizes it is used with"
+        )
 
 
 def fields(sizes: Sizes) -> Fields:

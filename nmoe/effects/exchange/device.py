@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.profiler import record_function
 
-from nmoe.effects.exchange.arena import Exchange, Field, view
+from nmoe.effects.exchange.arena import Exchange, Field, fit, view
 from nmoe.effects.kernels import combine as sums
 from nmoe.effects.kernels import dispatch as places
 from nmoe.effects.kernels import exchange as moves
@@ -120,6 +120,9 @@ def forward(
         if landing is not None:
             moves.push_words(landing, at.slot, row, e.addresses, f.source.offset, plan.live, home=False)
         send(e, x, kept, f.land)
+        count_bytes_(
+            e, kept, times=1, words=4 if s.dedup else 0, back=0, fixed=4 * (s.ranks - 1) * (s.experts + s.ranks)
+        )
     yield
     with record_function("experts"):
         if landing is not None:
@@ -150,6 +153,7 @@ def backward(
         moves.push_words(weight, kept.slot, row, e.addresses, f.gate.offset, kept.live, home=False)
         send(e, pull, kept, f.land_gradient)
         send(e, x, kept, f.land)
+        count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
     yield
     with record_function("experts"):
         each = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
@@ -188,6 +192,21 @@ def send(e: Exchange, x: Tensor, kept: Kept, field: Field) -> None:
     moves.push(x, way, e.addresses, field.offset, kept.live, e.programs, home=False)
 
 
+def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:
+    """Count what one pass writes to other ranks.
+
+    times  how often tokens are sent; rows come back once
+    words  bytes sent with each pair
+    back   bytes that come back with each row
+    fixed  bytes sent whatever the routing
+
+    Writes:  e.sent.
+    """
+    row = e.sizes.hidden_size * e.sizes.dtype.itemsize
+    pair, place = (words, times * row) if e.sizes.dedup else (words + times * row, 0)
+    moves.count_bytes_(e.sent, kept.traffic, pair=pair, place=place, row=row + back, fixed=fixed)
+
+
 def give_back(e: Exchange, y: Tensor, kept: Kept) -> None:
     """Rows to where they came from. Writes: `back` of every arena."""
     way = moves.Way(to=kept.home_to, at=kept.home_at)
@@ -212,6 +231,7 @@ class Mixture(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, e: Exchange, t: Tiles
     ) -> tuple[Tensor, Tensor]:
+        fit(e, x, expert, up)
         x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
         [(out, count, kept)] = run([e], [forward(e, x, expert, weight, up, down, t)])
         ctx.mark_non_differentiable(count)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.profiler import record_function
 
-from nmoe.effects.exchange.arena import Exchange, Field, PeerError, view
+from nmoe.effects.exchange.arena import Exchange, Field, PeerError, fit, view
 from nmoe.effects.exchange.opening import check
 from nmoe.pure import exchange as planning
 from nmoe.pure import experts as reference
@@ -138,6 +138,7 @@ class Mixture(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, e: Exchange, run: Any
     ) -> tuple[Tensor, Tensor]:
+        fit(e, x, expert, up)
         with record_function("exchange plan"):
             at, count = begin(expert, e)
         with record_function("exchange dispatch"):

@@ -62,7 +62,7 @@ def open_exchange(
             addresses = [each.data_ptr() for each in peers]
         else:
             peers = ()
-            raw, addresses = _symmetric(f.size, group, device)
+            raw, addresses = scope.enter_context(_symmetric(f.size, group, device))
         e = _exchange(rank, sizes, f, raw, tuple(peers), addresses, timeout_s, programs)
         _shake_hands(e, group)
         try:
@@ -174,22 +174,74 @@ def _shared(size: int, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, ...]]
     yield tuple(torch.frombuffer(each, dtype=torch.uint8) for each in maps)
 
 
-def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, list[int]]:
-    """This rank's arena, in memory that the group's GPUs reach, and where this process sees each rank's."""
-    raise InputError("device: not yet")
+@contextmanager
+def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Iterator[tuple[Tensor, list[int]]]:
+    """This rank's arena, in memory that the group's GPUs reach, and where this process sees each rank's.
+
+    One allocation for the life of the exchange, and none through torch's pools: a pool may give two ranks different
+    slots of it, and data would go astray without a word (pytorch issue 190977).
+    """
+    # only here: a CPU needs none of it
+    import torch.distributed._symmetric_memory as symmetric
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    _refuse_unreachable(group, device)
+    if _SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index):
+        raise InputError(
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST: NVLink multicast is off before ranks share memory, got it on; export "
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 NCCL_NVLS_ENABLE=0"
+        )
+    raw = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
+    handle = symmetric.rendezvous(raw, group)
+    if handle.multicast_ptr:
+        raise InputError("exchange: shared memory has no multicast address, got one; see docs/exchange.md")
+    before = raw.data_ptr() - handle.buffer_ptrs[handle.rank]
+    raw.zero_()
+    torch.cuda.synchronize(device)
+    dist.barrier(group=group)
+    yield raw, [each + before for each in handle.buffer_ptrs]
+    # not after an error: the device may have trapped, and a peer may be gone
+    torch.cuda.synchronize(device)
+    dist.barrier(group=group)
+    del handle
+
+
+def _refuse_unreachable(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Every GPU of the group is one whose memory this one reaches."""
+    indices: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(indices, device.index, group=group)
+    seen = [each for each in indices if each != device.index and each < torch.cuda.device_count()]
+    far = [each for each in seen if not torch.cuda.can_device_access_peer(device.index, each)]
+    if far:
+        raise InputError(
+            f"parallel.experts: GPUs of an expert group reach each other's memory, got GPU {device.index} that cannot "
+            f"reach GPU {far[0]}; lower parallel.experts to GPUs that NVLink or PCIe peer access joins"
+        )
 
 
 def _shake_hands(e: Exchange, group: dist.ProcessGroup) -> None:
     """Write a word into every arena and look whether each rank's arrived in ours: a wrong mapping shows here.
 
+    Writes:  the first word of this rank's row of counts in every arena.
     Raises:  InputError naming the rank whose word is not there.
     """
     ranks = e.sizes.ranks
-    mine = torch.arange(ranks, dtype=torch.int32) + 1000 * (e.rank + 1)
-    for other, peer in enumerate(e.peers):
-        view(peer, e.fields.counts)[e.rank, 0] = mine[other]
+    counts = e.fields.counts
+    each = torch.arange(ranks, dtype=torch.int32, device=e.raw.device)
+    mine = each + 1000 * (e.rank + 1)
+    if e.peers:
+        for other, peer in enumerate(e.peers):
+            view(peer, counts)[e.rank, 0] = mine[other]
+    else:
+        # only here: triton is not everywhere
+        from nmoe.effects.kernels import exchange as moves
+
+        way = moves.Way(to=each, at=torch.full_like(each, e.rank * counts.shape[1]))
+        moves.push_words(mine, None, way, e.addresses, counts.offset, torch.full_like(each, ranks), home=False)
+        torch.cuda.synchronize(e.raw.device)
     dist.barrier(group=group)
-    got = view(e.raw, e.fields.counts)[:, 0].tolist()
+    got = view(e.raw, counts)[:, 0].tolist()
     wanted = [1000 * (other + 1) + e.rank for other in range(ranks)]
     wrong = [other for other in range(ranks) if got[other] != wanted[other]]
     if wrong:

@@ -1,8 +1,8 @@
 """Rows and words written into the memory of other ranks, and the flags that say they are there.
 
-A peer is an address in a table; an arena's fields lie at the same offsets everywhere. Slots are known before anything is
-sent, so no kernel of this file counts with atomics, and what arrives first makes no difference. Where some rank would
-have to hold too much, the plan is all zero and nothing is written.
+A peer is an address in a table; an arena's fields lie at the same offsets everywhere. Slots are known before anything
+is sent, so no kernel of this file counts with atomics, and what arrives first makes no difference. Where some rank
+would have to hold too much, the plan is all zero and nothing is written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
-__all__ = ["Plan", "Way", "expand", "homes", "meet_", "owners", "pad_", "plan_", "push", "push_words", "ways"]
+__all__ = [
+    *("Plan", "Way", "count_bytes_", "expand", "homes", "meet_", "owners", "pad_", "plan_", "push", "push_counts"),
+    *("push_words", "ways"),
+]
 
 ROWS = 4
 """Rows a program of `push` moves at once."""
@@ -257,6 +260,15 @@ def pad_kernel(x, live, D, SIZE, BLOCK: tl.constexpr):
     tl.store(x + row.to(tl.int64) * D + column, zero, mask=(column < D) & (row < SIZE))
 
 
+@triton.jit
+def bytes_kernel(traffic, sent, PAIR, PLACE, ROW, FIXED):
+    added = tl.load(traffic).to(tl.int64) * PAIR + tl.load(traffic + 1).to(tl.int64) * PLACE
+    added += tl.load(traffic + 2).to(tl.int64) * ROW + FIXED
+    before = tl.load(sent)
+    tl.debug_barrier()
+    tl.store(sent, before + added)
+
+
 def owners(expert: Tensor, ranks: int, experts: int) -> Tensor:
     """`pure.exchange.owners`: the rank of each choice, `ranks` where an earlier choice goes there already.
 
@@ -454,6 +466,16 @@ def pad_(x: Tensor, live: Tensor, num: int) -> None:
     capacity, d = x.shape
     block = _block(d)
     pad_kernel[(num, triton.cdiv(d, block))](x, live, d, capacity, block)
+
+
+def count_bytes_(sent: Tensor, traffic: Tensor, *, pair: int, place: int, row: int, fixed: int) -> None:
+    """Add what crosses to other ranks: so many bytes for each pair, place and row of `Plan.traffic`, and some always.
+
+    sent  [1] i64
+
+    Writes:  sent.
+    """
+    bytes_kernel[(1,)](traffic, sent, pair, place, row, fixed, num_warps=1)
 
 
 def _block(width: int) -> int:

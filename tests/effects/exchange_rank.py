@@ -1,4 +1,4 @@
-"""One rank of an exchange, in a process of its own: `python -m tests.effects.exchange_rank WHAT DEVICE RANK RANKS STORE`.
+"""One rank of an exchange in its own process: `python -m tests.effects.exchange_rank WHAT DEVICE RANK RANKS STORE`.
 
 What it found is one line of JSON on standard output.
 """

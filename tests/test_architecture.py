@@ -19,7 +19,18 @@ DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "schedule")
 """Modules of pure that may import the section classes of a config."""
 
 COMPOSES = (
-    *("bench", "bench_checkpoint", "bench_log", "ckpt", "corpus", "evaluate", "faults", "generate", "kernel_bench"),
+    *(
+        "bench",
+        "bench_checkpoint",
+        "bench_exchange",
+        "bench_log",
+        "ckpt",
+        "corpus",
+        "evaluate",
+        "faults",
+        "generate",
+        "kernel_bench",
+    ),
     *("monitor", "plan", "reading", "report", "resume", "run", "saver", "soak", "warm"),
 )
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""

@@ -102,7 +102,8 @@ def shared(c: Case, exchanges: Sequence[Exchange], parts: Sequence[int], tiles: 
     forward = [device.forward(e, x[r], expert[r], weight[r], up[r], down[r], tiles) for r, e in enumerate(exchanges)]
     out = device.run(exchanges, forward)
     backward = [
-        device.backward(e, pull[r], x[r], weight[r], up[r], down[r], out[r][2], tiles) for r, e in enumerate(exchanges)
+        device.backward(e, pull[r], x[r], weight[r], up[r], down[r], *out[r][2:], tiles)
+        for r, e in enumerate(exchanges)
     ]
     back = device.run(exchanges, backward)
-    return [torch.cat([y for y, _, _ in out]), *(torch.cat(each) for each in zip(*back, strict=True))]
+    return [torch.cat([y for y, *_ in out]), *(torch.cat(each) for each in zip(*back, strict=True))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 import pytest
 import torch
@@ -9,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nmoe.effects import exchange
+from nmoe.effects import bench_exchange, exchange
 from nmoe.effects.exchange import arena, device
+from nmoe.effects.exchange.opening import virtual
 from nmoe.effects.kernels import dispatch as sorting
 from nmoe.effects.kernels import exchange as moves
 from nmoe.effects.kernels.mixture import Tiles
@@ -166,3 +169,30 @@ def test_what_has_no_place_in_the_arena_is_refused(plain: tuple[Case, list[Tenso
     e = open_ranks(c, [12, 12], dedup=True)[0]
     with pytest.raises(ValueError, match="at most 12 tokens, got 24; 4 experts on this rank, got 8; open"):
         device.mixture(c.x, Routing(c.expert, c.weight), c.up, c.down, exchange=e, tiles=TILES)
+
+
+def test_the_bench_measures_every_line() -> None:
+    """In small, with a clock that calls once."""
+
+    def once(call: Callable[[], object]) -> float:
+        call()
+        return 1.0
+
+    shape = bench_exchange.Shape(tokens=4, hidden=16, width=16, experts=4, top_k=2)
+    bench = bench_exchange.Bench(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        ranks=2,
+        here=(0, 1),
+        open=lambda sizes: virtual(sizes, torch.device("cpu")),
+        seconds=once,
+        tiles=TILES,
+    )
+    cases = bench_exchange.Cases(pushes=((8, 16),), programs=(2,), round_trip=shape, layer=shape)
+    told = [row.split("  ")[0] for row in bench_exchange.rows(bench, cases)]
+    assert told == [
+        *("push 8 rows x 16, 2 programs", "push 8 rows x 16 and meet", "meet"),
+        *("dispatch and combine 4 x 16, top 2, plain", "dispatch and combine 4 x 16, top 2, dedup"),
+        *("mixture of one GPU, 4 x 16, forward and backward", "mixture over 2 ranks, plain"),
+        "mixture over 2 ranks, dedup",
+    ]

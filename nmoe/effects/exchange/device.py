@@ -24,7 +24,7 @@ from nmoe.effects.kernels import experts
 from nmoe.effects.kernels.mixture import Tiles
 from nmoe.pure.route import Routing
 
-__all__ = ["Kept", "backward", "forward", "mixture", "run"]
+__all__ = ["Kept", "backward", "begin", "combine", "dispatch", "forward", "mixture", "run"]
 
 T = TypeVar("T")
 Stretches = Generator[None, None, T]
@@ -33,9 +33,8 @@ Stretches = Generator[None, None, T]
 
 @attrs.frozen(kw_only=True)
 class Kept:
-    """What the backward pass needs beside input and weights."""
+    """Where everything goes; the backward pass follows it too."""
 
-    h: Tensor  # [C 2 F] pre-activation of the rows held here
     slot: Tensor  # [P] i32, pair in the order of experts -> pair in the order of tokens
     place: Tensor  # [N K] i32, the other way
     row_to: Tensor  # [N K] i32, rank that holds the pair's expert
@@ -58,21 +57,21 @@ def run(exchanges: Sequence[Exchange], works: Sequence[Stretches[T]]) -> list[T]
 
     Writes:  flags of all arenas, and each `epoch`.
     """
-    found: dict[int, T] = {}
-    while len(found) < len(works):
-        for number, work in enumerate(works):
+    while True:
+        found: list[T] = []
+        for work in works:
             try:
                 next(work)
             except StopIteration as end:
-                found[number] = end.value
-        if not found:
-            alone = len(exchanges) == 1
+                found.append(end.value)
+        if found:
+            return found
+        alone = len(exchanges) == 1
+        for e in exchanges:
+            meet(e, tell=True, wait=alone)
+        if not alone:
             for e in exchanges:
-                meet(e, tell=True, wait=alone)
-            if not alone:
-                for e in exchanges:
-                    meet(e, tell=False, wait=True)
-    return [found[number] for number in range(len(works))]
+                meet(e, tell=False, wait=True)
 
 
 def meet(e: Exchange, *, tell: bool, wait: bool) -> None:
@@ -84,10 +83,13 @@ def meet(e: Exchange, *, tell: bool, wait: bool) -> None:
         moves.meet_(e.epoch, arrived, e.missing, e.addresses, offset, e.rank, tell=tell, wait=wait, limit_ns=limit)
 
 
-def forward(
-    e: Exchange, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, t: Tiles
-) -> Stretches[tuple[Tensor, Tensor, Kept]]:
-    """Output of this rank's tokens, how many chose each expert, and what to keep. Shapes as in `mixture`."""
+def begin(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
+    """Sort this rank's pairs, tell every rank their counts, and plan; how many chose each expert [E] i64.
+
+    Needs nothing but the routing. With dedup the places where tokens land are on their way when it returns.
+
+    expert   [N K] integers
+    """
     s, f = e.sizes, e.fields
     with record_function("exchange plan"):
         at = places.dispatch(expert, s.experts)
@@ -100,48 +102,73 @@ def forward(
         row, landing = moves.ways(expert, at.place, plan, owner, None if tokens is None else tokens.place)
         token = row if owner is None or landing is None else moves.Way(to=owner, at=landing)
         home = moves.homes(plan, s.capacity)
-        kept = Kept(
-            h=x.new_empty(0),
-            slot=at.slot,
-            place=at.place,
-            row_to=row.to,
-            row_at=row.at,
-            token_to=token.to,
-            token_at=token.at,
-            home_to=home.to,
-            home_at=home.at,
-            source=torch.arange(s.capacity, dtype=torch.int32, device=x.device),
-            count=plan.count,
-            end=plan.end,
-            live=plan.live,
-            traffic=plan.traffic,
-        )
-    with record_function("exchange dispatch"):
         if landing is not None:
             moves.push_words(landing, at.slot, row, e.addresses, f.source.offset, plan.live, home=False)
-        send(e, x, kept, f.land)
-        count_bytes_(
-            e, kept, times=1, words=4 if s.dedup else 0, back=0, fixed=4 * (s.ranks - 1) * (s.experts + s.ranks)
-        )
+    kept = Kept(
+        slot=at.slot,
+        place=at.place,
+        row_to=row.to,
+        row_at=row.at,
+        token_to=token.to,
+        token_at=token.at,
+        home_to=home.to,
+        home_at=home.at,
+        source=torch.arange(s.capacity, dtype=torch.int32, device=expert.device),
+        count=plan.count,
+        end=plan.end,
+        live=plan.live,
+        traffic=plan.traffic,
+    )
+    return kept, at.count.to(torch.int64)
+
+
+def dispatch(e: Exchange, x: Tensor, kept: Kept) -> Stretches[Kept]:
+    """Rows to the ranks that hold their experts; what is kept, with where each row landed.
+
+    x        [N D]
+    """
+    s = e.sizes
+    with record_function("exchange dispatch"):
+        send(e, x, kept, e.fields.land)
+        fixed = 4 * (s.ranks - 1) * (s.experts + s.ranks)
+        count_bytes_(e, kept, times=1, words=4 if s.dedup else 0, back=0, fixed=fixed)
     yield
-    with record_function("experts"):
-        if landing is not None:
-            kept = attrs.evolve(kept, source=view(e.raw, f.source).clone())
-        cut = places.tiles(plan.count, s.capacity, t.up.m)
-        h, a = experts.up(view(e.raw, f.land), kept.source, up, plan.end, cut, t.up, t.group)
-        cut = places.tiles(plan.count, s.capacity, t.down.m)
-        y = experts.product(a, down, plan.end, cut, t.down, t.group, transposed=False)
-        del a
+    return attrs.evolve(kept, source=view(e.raw, e.fields.source).clone()) if s.dedup else kept
+
+
+def combine(e: Exchange, y: Tensor, weight: Tensor, kept: Kept) -> Stretches[Tensor]:
+    """Rows back to where they came from, and the weighted sum of each token's.
+
+    y        [C D]   of the rows held here
+    weight   [N K]
+    returns  [N D]
+    """
     with record_function("exchange return"):
         give_back(e, y, kept)
     yield
     with record_function("exchange combine"):
-        out = sums.combine(came_back(e, x.shape[0]), at.place, weight)
-    return out, at.count.to(torch.int64), attrs.evolve(kept, h=h)
+        return sums.combine(came_back(e, weight.shape[0]), kept.place, weight)
+
+
+def forward(
+    e: Exchange, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, t: Tiles
+) -> Stretches[tuple[Tensor, Tensor, Kept, Tensor]]:
+    """Output, how many chose each expert, and what to keep: plan and pre-activation [C 2 F]. Shapes as `mixture`."""
+    capacity = e.sizes.capacity
+    kept, count = yield from begin(e, expert)
+    kept = yield from dispatch(e, x, kept)
+    with record_function("experts"):
+        cut = places.tiles(kept.count, capacity, t.up.m)
+        h, a = experts.up(view(e.raw, e.fields.land), kept.source, up, kept.end, cut, t.up, t.group)
+        cut = places.tiles(kept.count, capacity, t.down.m)
+        y = experts.product(a, down, kept.end, cut, t.down, t.group, transposed=False)
+        del a
+    out = yield from combine(e, y, weight, kept)
+    return out, count, kept, h
 
 
 def backward(
-    e: Exchange, pull: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, kept: Kept, t: Tiles
+    e: Exchange, pull: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, kept: Kept, h: Tensor, t: Tiles
 ) -> Stretches[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Gradients of x, weight, up and down, from the output's.
 
@@ -160,7 +187,7 @@ def backward(
         pulls = landed(e, f.land_gradient, kept)
         cut = places.tiles(kept.count, s.capacity, t.activation.m)
         dh, a, part = experts.activation_backward(
-            pulls, each, view(e.raw, f.gate), down, kept.h, kept.end, cut, t.activation, t.group, t.programs
+            pulls, each, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, t.programs
         )
         dh = dh.flatten(1)
         d_gate = part.sum(-1)
@@ -233,9 +260,9 @@ class Mixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
         x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
-        [(out, count, kept)] = run([e], [forward(e, x, expert, weight, up, down, t)])
+        [(out, count, kept, h)] = run([e], [forward(e, x, expert, weight, up, down, t)])
         ctx.mark_non_differentiable(count)
-        ctx.save_for_backward(x, weight, up, down, *(getattr(kept, field.name) for field in attrs.fields(Kept)))
+        ctx.save_for_backward(x, weight, up, down, h, *(getattr(kept, field.name) for field in attrs.fields(Kept)))
         ctx.e, ctx.t = e, t
         return out, count
 
@@ -244,9 +271,9 @@ class Mixture(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, weight, up, down, *rest = ctx.saved_tensors
+        x, weight, up, down, h, *rest = ctx.saved_tensors
         kept = Kept(**{field.name: each for field, each in zip(attrs.fields(Kept), rest, strict=True)})
-        work = backward(ctx.e, outputs[0].contiguous(), x, weight, up, down, kept, ctx.t)
+        work = backward(ctx.e, outputs[0].contiguous(), x, weight, up, down, kept, h, ctx.t)
         [(dx, d_weight, d_up, d_down)] = run([ctx.e], [work])
         return dx, None, d_weight, d_up, d_down, None, None
 

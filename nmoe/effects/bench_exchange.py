@@ -1,6 +1,6 @@
 """`nmoe bench exchange`: how fast rows reach other ranks, and what a mixture over ranks costs beside one GPU's.
 
-Started once it has all ranks in one process on one GPU, where rows cross no link; started by a launcher it has one rank.
+Started once it has all ranks in one process on one GPU, where rows cross no link; a launcher starts one a rank.
 """
 
 from __future__ import annotations

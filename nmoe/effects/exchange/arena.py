@@ -85,6 +85,7 @@ class Exchange:
     needed: Tensor  # [1] i32, 0, or the most rows a rank would have had to hold; written by each plan
     sent: Tensor  # [1] i64, bytes written to other ranks so far
     missing: Tensor  # [1] i32 in memory that the host can read when the device is gone: a missing rank + 1, or 0
+    stream: torch.cuda.Stream | None  # on which rows fly beside other work; None on a CPU
     timeout_s: float
     programs: int  # how many programs push rows; fewer leave multiprocessors to other work
 

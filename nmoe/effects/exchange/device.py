@@ -7,7 +7,8 @@ device, so that a CUDA graph can hold a step.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import attrs
@@ -172,6 +173,9 @@ def backward(
 ) -> Stretches[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Gradients of x, weight, up and down, from the output's.
 
+    Rows of x are sent again rather than kept, while the experts are busy with the output's gradient, and rows of the
+    input's gradient go home beside the gradient of `down`; that of `up`, which reads what landed, comes last.
+
     pull  [N D]
     """
     s, f = e.sizes, e.fields
@@ -179,9 +183,10 @@ def backward(
     with record_function("exchange dispatch"):
         moves.push_words(weight, kept.slot, row, e.addresses, f.gate.offset, kept.live, home=False)
         send(e, pull, kept, f.land_gradient)
-        send(e, x, kept, f.land)
         count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
     yield
+    with record_function("exchange dispatch"), aside(e):
+        send(e, x, kept, f.land)
     with record_function("experts"):
         each = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
         pulls = landed(e, f.land_gradient, kept)
@@ -191,26 +196,46 @@ def backward(
         )
         dh = dh.flatten(1)
         d_gate = part.sum(-1)
-        moves.pad_(a, kept.live, t.down_gradient.k)
-        d_down = experts.weight_gradient(a, pulls, kept.end, kept.count, t.down_gradient, t.group)
-        del a, part, pulls
         cut = places.tiles(kept.count, s.capacity, t.input.m)
         dx = experts.product(dh, up.flatten(2), kept.end, cut, t.input, t.group, transposed=True)
-    with record_function("exchange return"):
+    with record_function("exchange return"), aside(e):
         give_back(e, dx, kept)
         home = moves.Way(to=kept.home_to, at=kept.home_at)
         moves.push_words(d_gate, None, home, e.addresses, f.gate_gradient.offset, kept.live, home=True)
-        del dx
     with record_function("experts"):
-        rows = landed(e, f.land, kept)
-        moves.pad_(rows, kept.live, t.up_gradient.k)
-        d_up = experts.weight_gradient(rows, dh, kept.end, kept.count, t.up_gradient, t.group).view_as(up)
-        del rows, dh
+        moves.pad_(a, kept.live, t.down_gradient.k)
+        d_down = experts.weight_gradient(a, pulls, kept.end, kept.count, t.down_gradient, t.group)
+    join(e)
+    del a, part, pulls, dx, d_gate
     yield
     with record_function("exchange combine"):
         d_x = sums.combine(came_back(e, x.shape[0]), kept.place, None)
         d_weight = view(e.raw, f.gate_gradient)[kept.place.to(torch.int64)]
+    with record_function("experts"):
+        rows = landed(e, f.land, kept)
+        moves.pad_(rows, kept.live, t.up_gradient.k)
+        d_up = experts.weight_gradient(rows, dh, kept.end, kept.count, t.up_gradient, t.group).view_as(up)
     return d_x, d_weight, d_up, d_down
+
+
+@contextmanager
+def aside(e: Exchange) -> Iterator[None]:
+    """What is launched inside runs after what came before and beside what follows, until `join`.
+
+    It allocates nothing, and what it reads lives until then.
+    """
+    if e.stream is None:
+        yield
+    else:
+        e.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(e.stream):
+            yield
+
+
+def join(e: Exchange) -> None:
+    """What follows comes after all that was launched aside."""
+    if e.stream is not None:
+        torch.cuda.current_stream().wait_stream(e.stream)
 
 
 def send(e: Exchange, x: Tensor, kept: Kept, field: Field) -> None:

@@ -6,9 +6,11 @@ What it found is one line of JSON on standard output.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -59,6 +61,8 @@ def main(what: str, device: str, rank: int, ranks: int, store: str) -> None:
     )
     open_here = partial(exchange.open_exchange, device=where, sizes=sizes, timeout_s=TIMEOUT_S if small else 20.0)
     found: dict[str, Any] = {}
+    if what in ("astray", "hosts"):
+        lead_astray(what, rank)
     try:
         with open_here(group=dist.group.WORLD) as e:
             take, whole = mixtures(what, e, where)
@@ -76,6 +80,23 @@ def main(what: str, device: str, rank: int, ranks: int, store: str) -> None:
     print(json.dumps(found), flush=True)
     if "error" not in found:
         dist.destroy_process_group()
+
+
+def lead_astray(what: str, rank: int) -> None:
+    """Arenas of others in the wrong order, or a host of its own."""
+    from nmoe.effects.exchange import opening
+
+    shared, name = opening._shared, os.uname
+
+    @contextmanager
+    def turned(*arguments: Any) -> Iterator[tuple[Tensor, ...]]:
+        with shared(*arguments) as peers:
+            yield peers[::-1] if rank == 0 else peers
+
+    if what == "astray":
+        opening._shared = turned
+    else:
+        os.uname = lambda: os.uname_result((*name()[:1], f"host{rank}", *name()[2:]))  # pyright: ignore
 
 
 def mixtures(what: str, e: Any, where: torch.device) -> tuple[Mixture, Mixture]:

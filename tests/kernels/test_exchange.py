@@ -42,7 +42,16 @@ def plain() -> tuple[Case, list[Tensor]]:
     return c, alone(c, TILES)
 
 
-@pytest.mark.parametrize(("ranks", "dedup"), [(1, True), (2, True), (4, True), (8, True), (8, False)])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dedup"),
+    [
+        *((2, True), (8, False)),
+        *(pytest.param(*each, marks=LONG) for each in ((1, True), (4, True), (8, True), (1, False), (2, False))),
+    ],
+)
 def test_the_same_bits_on_any_number_of_ranks(plain: tuple[Case, list[Tensor]], ranks: int, dedup: bool) -> None:
     """Twice over the same arenas: what an exchange leaves behind changes nothing."""
     c, wanted = plain
@@ -57,10 +66,10 @@ def test_the_same_bits_on_any_number_of_ranks(plain: tuple[Case, list[Tensor]], 
     ("kind", "parts", "dedup"),
     [
         ("all to one", (6, 6), True),
-        ("none to the first half", (6, 6), True),
         ("none to the first half", (6, 6), False),
         ("ties", (9, 0, 2, 1), True),
-        ("all to one", (0, 12), False),
+        pytest.param("none to the first half", (6, 6), True, marks=LONG),
+        pytest.param("all to one", (0, 12), False, marks=LONG),
     ],
 )
 def test_at_the_worst(kind: str, parts: tuple[int, ...], dedup: bool) -> None:
@@ -86,7 +95,7 @@ def test_what_lies_beyond_the_last_row_changes_nothing(plain: tuple[Case, list[T
         assert differing(found, wanted) == []
 
 
-@pytest.mark.parametrize("dedup", [False, True])
+@pytest.mark.parametrize("dedup", [False, pytest.param(True, marks=LONG)])
 def test_too_many_rows(plain: tuple[Case, list[Tensor]], dedup: bool) -> None:
     """Every rank knows, and how many it takes; no rank's rows are written, within bounds or beyond."""
     c, _ = plain
@@ -171,6 +180,7 @@ def test_what_has_no_place_in_the_arena_is_refused(plain: tuple[Case, list[Tenso
         device.mixture(c.x, Routing(c.expert, c.weight), c.up, c.down, exchange=e, tiles=TILES)
 
 
+@LONG
 def test_the_bench_measures_every_line() -> None:
     """In small, with a clock that calls once."""
 

@@ -184,15 +184,10 @@ def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Ite
     """
     # only here: a CPU needs none of it
     import torch.distributed._symmetric_memory as symmetric
-    from torch._C._autograd import DeviceType
     from torch._C._distributed_c10d import _SymmetricMemory
 
     _refuse_unreachable(group, device)
-    if _SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index):
-        raise InputError(
-            "TORCH_SYMM_MEM_DISABLE_MULTICAST: NVLink multicast is off before ranks share memory, got it on; export "
-            "TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 NCCL_NVLS_ENABLE=0"
-        )
+    _refuse_multicast(device)
     raw = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
     handle = symmetric.rendezvous(raw, group)
     if handle.multicast_ptr:
@@ -206,6 +201,18 @@ def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Ite
     torch.cuda.synchronize(device)
     dist.barrier(group=group)
     del handle
+
+
+def _refuse_multicast(device: torch.device) -> None:
+    """Multicast is off: a rendezvous would set it up wherever all GPUs know it."""
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    if _SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index):
+        raise InputError(
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST: NVLink multicast is off before ranks share memory, got it on; export "
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 NCCL_NVLS_ENABLE=0"
+        )
 
 
 def _refuse_unreachable(group: dist.ProcessGroup, device: torch.device) -> None:

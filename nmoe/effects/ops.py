@@ -46,9 +46,8 @@ def build(
     Raises:  InputError for sizes that a kernel does not take.
     """
     if device.type == "cpu":
-        local = partial(mixture, experts=experts_grouped)
-        shared = partial(host.mixture, exchange=exchange, experts=experts_grouped)
-        return attrs.evolve(REFERENCE, mixture=local if exchange is None else shared, attend_mla=attend_mla_padded)
+        apply = mixture if exchange is None else partial(host.mixture, exchange=exchange)
+        return attrs.evolve(REFERENCE, mixture=partial(apply, experts=experts_grouped), attend_mla=attend_mla_padded)
     # only here: triton is not everywhere
     from nmoe.effects.kernels import attend_mla as attention
     from nmoe.effects.kernels import cross_entropy, rms_norm, swiglu

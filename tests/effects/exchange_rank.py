@@ -61,10 +61,11 @@ def main(what: str, device: str, rank: int, ranks: int, store: str) -> None:
     )
     open_here = partial(exchange.open_exchange, device=where, sizes=sizes, timeout_s=TIMEOUT_S if small else 20.0)
     found: dict[str, Any] = {}
+    everybody: Any = dist.group.WORLD
     if what in ("astray", "hosts"):
         lead_astray(what, rank)
     try:
-        with open_here(group=dist.group.WORLD) as e:
+        with open_here(group=everybody) as e:
             take, whole = mixtures(what, e, where)
             for seed in range(1 if what == "kernels" else 5):
                 if what == "hung" and rank == ranks - 1 and seed == 1:

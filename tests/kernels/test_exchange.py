@@ -86,7 +86,6 @@ def test_what_lies_beyond_the_last_row_changes_nothing(plain: tuple[Case, list[T
         for e in exchanges:
             for field in (e.fields.land, e.fields.land_gradient, e.fields.back, e.fields.gate):
                 arena.view(e.raw, field).fill_(float("nan"))
-        torch.utils.deterministic.fill_uninitialized_memory = True
         torch.use_deterministic_algorithms(True)  # fresh memory is filled with what is not a number
         try:
             found = shared(c, exchanges, [12, 12], TILES)

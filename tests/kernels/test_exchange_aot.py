@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.kernels.aot import Compiled, Request
 KERNELS = "nmoe.effects.kernels.exchange"
 
 
-def request(name: str, signature: str, sizes: str = "", warps: int = 4, **constants: int) -> Request:
+def request(name: str, signature: str, sizes: str, constants: Mapping[str, int], warps: int = 4) -> Request:
     types = dict(each.split(":") for each in signature.split())
     pointers = [each for each, kind in types.items() if kind.startswith("*")]
     return Request(
@@ -31,8 +32,8 @@ def push(width: int, k: int) -> Request:
         "push",
         "x:*bf16 to:*i32 at:*i32 addresses:*i64 live:*i32 OFFSET:i64 D:i32 R:i32 PROGRAMS:i32",
         "OFFSET D",
+        {"LIVE": 0, "K": k, "ROWS": exchange.ROWS, "BLOCK": exchange._block(width)},
         warps=8,
-        **{"LIVE": 0, "K": k, "ROWS": exchange.ROWS, "BLOCK": exchange._block(width)},
     )
 
 
@@ -44,28 +45,29 @@ REQUESTS = {
         "meet",
         "epoch:*i64 addresses:*i64 arrived:*i64 missing:*i32 OFFSET:i64 ME:i32",
         "OFFSET",
+        {"R": 2, "RP": 2, "FLAG": 16, "TELL": 1, "WAIT": 1, "LIMIT": 10**10},
         warps=1,
-        **{"R": 2, "RP": 2, "FLAG": 16, "TELL": 1, "WAIT": 1, "LIMIT": 10**10},
     ),
     "plan": request(
         "plan",
         "counts:*i32 shift:*i32 token_shift:*i32 count:*i32 end:*i32 home_end:*i32 home_shift:*i32 live:*i32 "
         "traffic:*i32 needed:*i32 ME:i32 CAPACITY:i32",
+        "",
+        {"R": 8, "RP": 8, "E": 256, "EP": 256},
         warps=8,
-        **{"R": 8, "RP": 8, "E": 256, "EP": 256},
     ),
     "words": request(
         "words",
         "value:*fp32 item:*i32 to:*i32 at:*i32 addresses:*i64 live:*i32 OFFSET:i64",
         "OFFSET",
-        **{"LIVE": 0, "INDIRECT": 1, "BLOCK": exchange.WORDS},
+        {"LIVE": 0, "INDIRECT": 1, "BLOCK": exchange.WORDS},
     ),
     "expand": request(
         "expand",
         "x:*bf16 source:*i32 out:*bf16 live:*i32 D:i32",
         "D",
+        {"ROWS": exchange.ROWS, "BLOCK": 2048},
         warps=8,
-        **{"ROWS": exchange.ROWS, "BLOCK": 2048},
     ),
 }
 

@@ -15,8 +15,19 @@ from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
 __all__ = [
-    *("Plan", "Way", "count_bytes_", "expand", "homes", "meet_", "owners", "pad_", "plan_", "push", "push_counts"),
-    *("push_words", "ways"),
+    "Plan",
+    "Way",
+    "count_bytes_",
+    "expand",
+    "homes",
+    "meet_",
+    "owners",
+    "pad_",
+    "plan_",
+    "push",
+    "push_counts",
+    "push_words",
+    "ways",
 ]
 
 ROWS = 4
@@ -102,7 +113,7 @@ def meet_kernel(
             seen = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
             while seen < now:
                 if LIMIT > 0:
-                    if globaltimer() - begin > LIMIT:
+                    if globaltimer() - begin > LIMIT:  # pyright: ignore[reportOperatorIssue]
                         tl.store(missing, rank + 1)
                         tl.inline_asm_elementwise(
                             "membar.sys; trap; mov.u32 $0, 0;", "=r,r", [rank], dtype=tl.int32, is_pure=False, pack=1

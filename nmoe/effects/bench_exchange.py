@@ -154,17 +154,17 @@ def push_rows(bench: Bench, count: int, hidden: int, programs: Sequence[int]) ->
     shape = Shape(tokens=count, hidden=hidden, width=8, experts=bench.ranks, top_k=1)
     exchanges = bench.open(sizes(bench, shape, dedup=False, factor=0.0))
     generator = torch.Generator().manual_seed(0)
-    ways: list[moves.Way] = []
+    ways: list[tuple[Tensor, Tensor]] = []
     for rank in bench.here:
         at = torch.randperm(count, generator=generator).to(bench.device, torch.int32)[:, None]
-        ways.append(moves.Way(to=torch.full_like(at, (rank + 1) % bench.ranks), at=at))
+        ways.append((torch.full_like(at, (rank + 1) % bench.ranks), at))
     x = torch.randn(count, hidden, device=bench.device).to(bench.dtype)
     live = torch.full((3,), count, dtype=torch.int32, device=bench.device)
     num_bytes = x.nbytes * len(bench.here)
 
     def pushed(number: int) -> None:
         for e, way in zip(exchanges, ways, strict=True):
-            moves.push(x, way, e.addresses, e.fields.land.offset, live, number, home=False)
+            moves.push(x, *way, e.addresses, e.fields.land.offset, live, number, home=False)
 
     def exchanged() -> Generator[None, None, None]:
         yield

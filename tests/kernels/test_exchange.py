@@ -15,7 +15,7 @@ from nmoe.effects import bench_exchange, exchange
 from nmoe.effects.exchange import arena, device
 from nmoe.effects.exchange.opening import virtual
 from nmoe.effects.kernels import dispatch as sorting
-from nmoe.effects.kernels import exchange as moves
+from nmoe.effects.kernels import exchange_plan as plans
 from nmoe.effects.kernels.mixture import Tiles
 from nmoe.effects.kernels.tile import Tile
 from nmoe.errors import InputError
@@ -127,14 +127,14 @@ def test_the_plan_is_the_reference(data: st.DataObject) -> None:
     capacity = most - data.draw(st.integers(0, 1))
     rank = data.draw(st.integers(0, ranks - 1))
     needed = torch.zeros(1, dtype=torch.int32)
-    found = moves.plan_(counts, needed, rank, capacity)
+    found = plans.plan_(counts, needed, rank, capacity)
     wanted = reference.plan(counts, rank=rank, capacity=capacity)
-    for field in attrs.fields(moves.Plan):
+    for field in attrs.fields(plans.Plan):
         assert torch.equal(getattr(found, field.name).long(), getattr(wanted, field.name)), field.name
     assert int(needed) == int(wanted.needed) == (most if most > capacity else 0)
-    moves.plan_(torch.zeros_like(counts), needed, rank, capacity)
+    plans.plan_(torch.zeros_like(counts), needed, rank, capacity)
     assert int(needed) == int(wanted.needed), "what was once too much is forgotten"
-    home, rows = moves.homes(found, max(most, 1)), int(found.live[2])
+    home, rows = plans.homes(found, max(most, 1)), int(found.live[2])
     to, at = reference.homes(wanted, rows)
     assert torch.equal(home.to[:rows].long(), to) and torch.equal(home.at[:rows].long(), at)
 
@@ -144,7 +144,7 @@ def test_the_plan_is_the_reference(data: st.DataObject) -> None:
 def test_a_token_goes_once_to_each_rank_that_needs_it(tokens: int, top_k: int, seed: int) -> None:
     score = torch.rand(tokens, 12, generator=torch.Generator().manual_seed(seed))
     expert = score.argsort(-1)[:, :top_k].contiguous()
-    found = moves.owners(expert, 4, 12)
+    found = plans.owners(expert, 4, 12)
     assert torch.equal(found.long(), reference.owners(expert, ranks=4, experts=12))
     for owners, experts in zip(found.tolist(), expert.tolist(), strict=True):
         assert sorted(each for each in owners if each < 4) == sorted({each // 3 for each in experts})

@@ -21,6 +21,7 @@ from nmoe.effects.exchange.arena import Exchange, Field, fit, view
 from nmoe.effects.kernels import combine as sums
 from nmoe.effects.kernels import dispatch as places
 from nmoe.effects.kernels import exchange as moves
+from nmoe.effects.kernels import exchange_plan as plans
 from nmoe.effects.kernels import experts
 from nmoe.effects.kernels.mixture import Tiles
 from nmoe.pure.route import Routing
@@ -94,17 +95,17 @@ def begin(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
     s, f = e.sizes, e.fields
     with record_function("exchange plan"):
         at = places.dispatch(expert, s.experts)
-        owner = moves.owners(expert, s.ranks, s.experts) if s.dedup else None
+        owner = plans.owners(expert, s.ranks, s.experts) if s.dedup else None
         tokens = None if owner is None else places.dispatch(owner, s.ranks + 1)
         moves.push_counts(at.count, None if tokens is None else tokens.count, e.addresses, f.counts.offset, e.rank)
     yield
     with record_function("exchange plan"):
-        plan = moves.plan_(view(e.raw, f.counts), e.needed, e.rank, s.capacity)
-        row, landing = moves.ways(expert, at.place, plan, owner, None if tokens is None else tokens.place)
-        token = row if owner is None or landing is None else moves.Way(to=owner, at=landing)
-        home = moves.homes(plan, s.capacity)
+        plan = plans.plan_(view(e.raw, f.counts), e.needed, e.rank, s.capacity)
+        row, landing = plans.ways(expert, at.place, plan, owner, None if tokens is None else tokens.place)
+        token = row if owner is None or landing is None else plans.Way(to=owner, at=landing)
+        home = plans.homes(plan, s.capacity)
         if landing is not None:
-            moves.push_words(landing, at.slot, row, e.addresses, f.source.offset, plan.live, home=False)
+            moves.push_words(landing, at.slot, row.to, row.at, e.addresses, f.source.offset, plan.live, home=False)
     kept = Kept(
         slot=at.slot,
         place=at.place,
@@ -179,9 +180,8 @@ def backward(
     pull  [N D]
     """
     s, f = e.sizes, e.fields
-    row = moves.Way(to=kept.row_to, at=kept.row_at)
     with record_function("exchange dispatch"):
-        moves.push_words(weight, kept.slot, row, e.addresses, f.gate.offset, kept.live, home=False)
+        moves.push_words(weight, kept.slot, kept.row_to, kept.row_at, e.addresses, f.gate.offset, kept.live, home=False)
         send(e, pull, kept, f.land_gradient)
         count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
     yield
@@ -200,8 +200,9 @@ def backward(
         dx = experts.product(dh, up.flatten(2), kept.end, cut, t.input, t.group, transposed=True)
     with record_function("exchange return"), aside(e):
         give_back(e, dx, kept)
-        home = moves.Way(to=kept.home_to, at=kept.home_at)
-        moves.push_words(d_gate, None, home, e.addresses, f.gate_gradient.offset, kept.live, home=True)
+        moves.push_words(
+            d_gate, None, kept.home_to, kept.home_at, e.addresses, f.gate_gradient.offset, kept.live, home=True
+        )
     with record_function("experts"):
         moves.pad_(a, kept.live, t.down_gradient.k)
         d_down = experts.weight_gradient(a, pulls, kept.end, kept.count, t.down_gradient, t.group)
@@ -240,8 +241,7 @@ def join(e: Exchange) -> None:
 
 def send(e: Exchange, x: Tensor, kept: Kept, field: Field) -> None:
     """Tokens to the ranks that hold their experts. Writes: a landing buffer of every arena."""
-    way = moves.Way(to=kept.token_to, at=kept.token_at)
-    moves.push(x, way, e.addresses, field.offset, kept.live, e.programs, home=False)
+    moves.push(x, kept.token_to, kept.token_at, e.addresses, field.offset, kept.live, e.programs, home=False)
 
 
 def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:
@@ -261,8 +261,7 @@ def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, 
 
 def give_back(e: Exchange, y: Tensor, kept: Kept) -> None:
     """Rows to where they came from. Writes: `back` of every arena."""
-    way = moves.Way(to=kept.home_to, at=kept.home_at)
-    moves.push(y, way, e.addresses, e.fields.back.offset, kept.live, e.programs, home=True)
+    moves.push(y, kept.home_to, kept.home_at, e.addresses, e.fields.back.offset, kept.live, e.programs, home=True)
 
 
 def landed(e: Exchange, field: Field, kept: Kept) -> Tensor:

@@ -245,8 +245,8 @@ def _shake_hands(e: Exchange, group: dist.ProcessGroup) -> None:
         # only here: triton is not everywhere
         from nmoe.effects.kernels import exchange as moves
 
-        way = moves.Way(to=each, at=torch.full_like(each, e.rank * counts.shape[1]))
-        moves.push_words(mine, None, way, e.addresses, counts.offset, torch.full_like(each, ranks), home=False)
+        at = torch.full_like(each, e.rank * counts.shape[1])
+        moves.push_words(mine, None, each, at, e.addresses, counts.offset, torch.full_like(each, ranks), home=False)
         torch.cuda.synchronize(e.raw.device)
     dist.barrier(group=group)
     got = view(e.raw, counts)[:, 0].tolist()

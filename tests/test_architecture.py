@@ -19,8 +19,9 @@ DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "scale", "sc
 """Modules of pure that may import the section classes of a config."""
 
 COMPOSES = (
-    *("bench", "bench_checkpoint", "bench_log", "ckpt", "corpus", "evaluate", "faults", "generate", "kernel_bench"),
-    *("monitor", "plan", "profile", "reading", "report", "resume", "run", "saver", "scale", "soak", "warm"),
+    *("bench", "bench_checkpoint", "bench_exchange", "bench_log", "ckpt", "corpus", "evaluate", "faults", "generate"),
+    *("kernel_bench", "monitor", "plan", "profile", "reading", "report", "resume", "run", "saver", "scale", "soak"),
+    "warm",
 )
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 
@@ -30,7 +31,10 @@ SHARED = ("files", "ops", "run_status", "runtime")
 INSIDE = (
     ("checkpoint", "checkpoint"),
     ("data", "data"),
+    ("exchange", "exchange"),
+    ("exchange", "kernels"),
     ("kernel_bench", "kernel_bench"),
+    ("ops", "exchange"),
     ("ops", "kernels"),
     ("ops", "tuning"),
     ("sinks", "follow"),
@@ -39,7 +43,7 @@ INSIDE = (
     ("viz", "runs"),
     ("viz", "viz"),
 )
-"""Packages of effects whose files may import each other, and the one importer of the kernels."""
+"""Packages of effects whose files may import each other, and the importers of the kernels."""
 
 PUT_TOGETHER = ("attend_mla", "mixture")
 """Files of kernels that make one op of several."""

@@ -79,6 +79,12 @@ def verbs(root: Verbs) -> None:
     )
     data.add_argument("--megabytes", type=int, default=64, metavar="N", help="text to prepare (default: %(default)s)")
     data.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    swap = add(
+        bench, "exchange", _bench_exchange, "time the expert exchange among GPUs, or virtual ranks on one", "--ranks 2"
+    )
+    swap.add_argument(
+        "--ranks", type=int, default=2, metavar="N", help="virtual ranks of one process (default: %(default)s)"
+    )
     save = add(
         bench,
         "checkpoint",
@@ -111,6 +117,12 @@ def _bench_step(args: argparse.Namespace) -> int:
     from nmoe.effects import bench
 
     return bench.step(loaded.config, args.against, args.steps, args.jsonl)
+
+
+def _bench_exchange(args: argparse.Namespace) -> int:
+    from nmoe.effects import bench_exchange, runtime
+
+    return bench_exchange.main(runtime.launch(os.environ), args.ranks)
 
 
 def _bench_loader(args: argparse.Namespace) -> int:

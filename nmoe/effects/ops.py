@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 
 from nmoe.config.sections import Model
 from nmoe.effects import tuning
+from nmoe.effects.exchange import Exchange, host
 from nmoe.errors import InputError
 from nmoe.pure import optim
 from nmoe.pure.attention.mla import attend_mla
@@ -44,29 +45,40 @@ CPU_CHUNK = 1 << 18
 """Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""
 
 
-def build(device: torch.device, c: Model, *, deterministic: bool = True, documents: bool = False) -> Ops:
+def build(
+    device: torch.device,
+    c: Model,
+    *,
+    deterministic: bool = True,
+    documents: bool = False,
+    exchange: Exchange | None = None,
+) -> Ops:
     """The ops of a device for a model.
 
     On a CPU the reference, but for experts on their own rows and fused attention; on a GPU kernels.
 
     documents  whether attention keeps inside documents, which cuDNN's kernels cannot
+    exchange   with the ranks that hold the other experts; None: all are here
 
     Raises:  InputError for sizes that a kernel does not take.
     """
     if device.type == "cpu":
+        parts = {
+            "dispatch": named("dispatch", dispatch),
+            "experts": named("experts", experts_grouped),
+            "combine": named("combine", combine),
+        }
         return attrs.evolve(
             REFERENCE,
             attend_mla=named("attention", attend_mla_padded),
             route=named("router", choose),
-            mixture=partial(
-                mixture,
-                dispatch=named("dispatch", dispatch),
-                experts=named("experts", experts_grouped),
-                combine=named("combine", combine),
-            ),
+            mixture=partial(mixture, **parts)
+            if exchange is None
+            else partial(host.mixture, exchange=exchange, experts=parts["experts"]),
             linear_cross_entropy=named("head", REFERENCE.linear_cross_entropy),
         )
     # only here: triton is not everywhere
+    from nmoe.effects.exchange import device as exchanged
     from nmoe.effects.kernels import attend_mla as attention
     from nmoe.effects.kernels import cross_entropy, rms_norm, router, swiglu
     from nmoe.effects.kernels import mixture as mixtures
@@ -91,7 +103,9 @@ def build(device: torch.device, c: Model, *, deterministic: bool = True, documen
         attend_mla=named("attention", attend),
         route=named("router", partial(choose, scores=router.scores, first=router.first)),
         first=router.first,
-        mixture=partial(mixtures.mixture, tiles=tiles),
+        mixture=partial(mixtures.mixture, tiles=tiles)
+        if exchange is None
+        else partial(exchanged.mixture, exchange=exchange, tiles=tiles),
         linear_cross_entropy=named("head", cross_entropy.linear_cross_entropy),
     )
 

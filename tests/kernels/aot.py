@@ -47,6 +47,7 @@ class Request:
     aligned: Sequence[str] | None = None
     warps: int = 4
     stages: int = 3
+    libraries: Mapping[str, str] = attrs.field(factory=dict)  # name and path of bitcode to link with
 
 
 @attrs.frozen(kw_only=True)
@@ -127,7 +128,9 @@ def compile_one(request: Request, target: int) -> Compiled:
         constexprs={(order.index(each),): value for each, value in request.constants.items()},
         attrs={(order.index(each),): [["tt.divisibility", 16]] for each in aligned},
     )
-    options = {"num_warps": request.warps, "num_stages": request.stages}
+    options: dict[str, Any] = {"num_warps": request.warps, "num_stages": request.stages}
+    if request.libraries:
+        options["extern_libs"] = dict(request.libraries)
     built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmoe.pure.key import Key
 
-__all__ = ["REPEATS", "Meter", "Row", "Taken", "Way", "draw", "gpu_meter", "measure", "relative_error"]
+__all__ = ["REPEATS", "Meter", "Row", "Taken", "Way", "draw", "gpu_meter", "measure", "relative_error", "seconds"]
 
 WARMUP, REPEATS = 3, 15
 
@@ -84,7 +84,7 @@ def gpu_meter(device: torch.device) -> Meter:
     return Meter(device=device, seconds=seconds, extra_bytes=extra_bytes, flops=flops, bandwidth=bandwidth)
 
 
-def seconds(call: Callable[[], object], replayed: bool) -> float:
+def seconds(call: Callable[[], object], replayed: bool = True) -> float:
     """Median time of a call on the GPU."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,0 +1,284 @@
+"""Rows and words written into the memory of other ranks, and the flags that say they are there.
+
+A peer is an address in a table; an arena's fields lie at the same offsets everywhere. Slots are known before anything
+is sent, so no kernel of this file counts with atomics, and what arrives first makes no difference. Where some rank
+would have to hold too much, the plan is all zero and nothing is written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import globaltimer
+
+__all__ = ["count_bytes_", "expand", "meet_", "pad_", "push", "push_counts", "push_words"]
+
+ROWS = 4
+"""Rows a program of `push` moves at once."""
+
+WORDS = 256
+"""Words a program moves."""
+
+
+@triton.jit
+def counts_kernel(
+    count, tokens, addresses, OFFSET, ME, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    DEDUP: tl.constexpr,
+):  # fmt: skip
+    peer = tl.program_id(0)
+    to = (tl.load(addresses + peer) + OFFSET).to(tl.pointer_type(tl.int32)) + ME * (E + R)
+    each = tl.arange(0, EP)
+    tl.store(to + each, tl.load(count + each, mask=each < E, other=0), mask=each < E)
+    rank = tl.arange(0, RP)
+    value = tl.zeros((RP,), tl.int32)
+    if DEDUP:
+        value = tl.load(tokens + rank, mask=rank < R, other=0)
+    tl.store(to + E + rank, value, mask=rank < R)
+
+
+@triton.jit
+def meet_kernel(
+    epoch, addresses, arrived, missing, OFFSET, ME, R: tl.constexpr, RP: tl.constexpr, FLAG: tl.constexpr,
+    TELL: tl.constexpr, WAIT: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    now = tl.load(epoch)
+    if TELL:
+        now += 1
+        tl.debug_barrier()  # every thread has read the epoch before one writes it
+        tl.store(epoch, now)
+        rank = tl.arange(0, RP)
+        base = tl.load(addresses + rank, mask=rank < R, other=0) + OFFSET
+        flag = base.to(tl.pointer_type(tl.int64)) + ME * FLAG
+        tl.atomic_xchg(flag, now, mask=rank < R, sem="release", scope="sys")
+    if WAIT:
+        begin = now
+        if LIMIT > 0:
+            begin = globaltimer()
+        for rank in range(R):
+            seen = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
+            while seen < now:
+                if LIMIT > 0:
+                    if globaltimer() - begin > LIMIT:  # pyright: ignore[reportOperatorIssue]
+                        tl.store(missing, rank + 1)
+                        tl.inline_asm_elementwise(
+                            "membar.sys; trap; mov.u32 $0, 0;", "=r,r", [rank], dtype=tl.int32, is_pure=False, pack=1
+                        )
+                seen = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
+
+
+@triton.jit
+def push_kernel(
+    x, to, at, addresses, live, OFFSET, D, R, PROGRAMS, LIVE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    count = tl.load(live + LIVE) // K
+    for begin in range(tl.program_id(0) * ROWS, count, PROGRAMS * ROWS):
+        item = begin + tl.arange(0, ROWS)
+        real = item < count
+        for first in range(0, D, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = real[:, None] & (column < D)[None, :]
+            value = tl.load(x + item.to(tl.int64)[:, None] * D + column[None, :], mask=inside)
+            for k in tl.static_range(K):
+                peer = tl.load(to + item * K + k, mask=real, other=R)
+                sent = peer < R
+                there = tl.load(at + item * K + k, mask=sent, other=0).to(tl.int64)
+                base = (tl.load(addresses + peer, mask=sent, other=0) + OFFSET).to(tl.pointer_type(x.dtype.element_ty))
+                # the cast loses what is known of the address: without this the stores are of two bytes
+                row = tl.multiple_of(base + there * D, 16)
+                tl.store(row[:, None] + column[None, :], value, mask=inside & sent[:, None])
+
+
+@triton.jit
+def words_kernel(
+    value, item, to, at, addresses, live, OFFSET, LIVE: tl.constexpr, INDIRECT: tl.constexpr, BLOCK: tl.constexpr
+):
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(live + LIVE)
+    if tl.program_id(0) * BLOCK < count:
+        real = number < count
+        which = number
+        if INDIRECT:
+            which = tl.load(item + number, mask=real, other=0)
+        peer = tl.load(to + which, mask=real, other=0)
+        there = tl.load(at + which, mask=real, other=0)
+        base = (tl.load(addresses + peer) + OFFSET).to(tl.pointer_type(value.dtype.element_ty))
+        tl.store(base + there, tl.load(value + which, mask=real, other=0), mask=real)
+
+
+@triton.jit
+def expand_kernel(x, source, out, live, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.load(live + 2)
+    first = tl.program_id(0) * ROWS
+    if first < rows:
+        row = first + tl.arange(0, ROWS)
+        real = row < rows
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = real[:, None] & (column < D)[None, :]
+        from_row = tl.load(source + row, mask=real, other=0).to(tl.int64)
+        value = tl.load(x + from_row[:, None] * D + column[None, :], mask=inside)
+        tl.store(out + row.to(tl.int64)[:, None] * D + column[None, :], value, mask=inside)
+
+
+@triton.jit
+def pad_kernel(x, live, D, SIZE, BLOCK: tl.constexpr):
+    row = tl.load(live + 2) + tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    zero = tl.zeros((BLOCK,), x.dtype.element_ty)
+    tl.store(x + row.to(tl.int64) * D + column, zero, mask=(column < D) & (row < SIZE))
+
+
+@triton.jit
+def bytes_kernel(traffic, sent, PAIR, PLACE, ROW, FIXED):
+    added = tl.load(traffic).to(tl.int64) * PAIR + tl.load(traffic + 1).to(tl.int64) * PLACE
+    added += tl.load(traffic + 2).to(tl.int64) * ROW + FIXED
+    before = tl.load(sent)
+    tl.debug_barrier()
+    tl.store(sent, before + added)
+
+
+def push_counts(count: Tensor, tokens: Tensor | None, addresses: Tensor, offset: int, rank: int) -> None:
+    """This rank's row of the matrix of counts, written to every rank.
+
+    count      [E] i32     pairs of each expert
+    tokens     [R+1] i32   tokens for each rank; None: zeros
+    addresses  [R] i64     of the arenas
+    offset     bytes from an arena's beginning to the matrix
+
+    Writes:  that row in every arena.
+    """
+    experts, ranks = count.shape[0], addresses.shape[0]
+    counts_kernel[(ranks,)](
+        count, count if tokens is None else tokens, addresses, offset, rank,
+        experts, triton.next_power_of_2(experts), ranks, triton.next_power_of_2(ranks), tokens is not None,
+    )  # fmt: skip
+
+
+def meet_(
+    epoch: Tensor,
+    arrived: Tensor,
+    missing: Tensor,
+    addresses: Tensor,
+    offset: int,
+    rank: int,
+    *,
+    tell: bool,
+    wait: bool,
+    limit_ns: int,
+) -> None:
+    """Tell every rank that what was launched before is written; wait until every rank has said so. One program.
+
+    epoch      [1] i64     phases told so far
+    arrived    [R W] i64   this rank's flags, a cache line each
+    missing    [1] i32     on the host: gets the number of a rank that did not come, and one, before the device traps
+    offset     bytes from an arena's beginning to its flags
+    limit_ns   how long one is waited for; 0: for ever, which the interpreter needs
+
+    Writes:  epoch and flags of every arena, or `missing`.
+    """
+    ranks, flag = arrived.shape
+    meet_kernel[(1,)](
+        epoch, addresses, arrived, missing, offset, rank, ranks, triton.next_power_of_2(ranks), flag, tell, wait,
+        limit_ns, num_warps=1,
+    )  # fmt: skip
+
+
+def push(
+    x: Tensor, to: Tensor, at: Tensor, addresses: Tensor, offset: int, live: Tensor, programs: int, *, home: bool
+) -> None:
+    """Rows into a field of other ranks' arenas, 16 bytes at a time.
+
+    x         [M D]       a row is read once and written to each of its places
+    to        [M K] i32   rank for each place; no rank of the exchange: nowhere
+    at        [M K] i32   place in the field
+    addresses [R] i64     of the arenas
+    offset    bytes from an arena's beginning to the field
+    live      [3] i32     `exchange_plan.Plan.live`
+    programs  that share the rows out
+    home      whether these are rows that go back, of which the third of `live` counts, or tokens
+
+    Writes:  that field.
+    """
+    k = 1 if home else to.shape[1]
+    d = x.shape[1]
+    if not x.shape[0]:
+        return
+    grid = min(programs, triton.cdiv(x.shape[0], ROWS))
+    push_kernel[(grid,)](
+        x, to, at, addresses, live, offset, d, addresses.shape[0], grid, 2 if home else 0, k, ROWS, _block(d),
+        num_warps=8,
+    )  # fmt: skip
+
+
+def push_words(
+    value: Tensor,
+    item: Tensor | None,
+    to: Tensor,
+    at: Tensor,
+    addresses: Tensor,
+    offset: int,
+    live: Tensor,
+    *,
+    home: bool,
+) -> None:
+    """Numbers of 4 bytes into a field of other ranks' arenas.
+
+    value  4 bytes each, counted through; so are `to` and `at`
+    item   [M] i32   in which order to send them, so that neighbours are written side by side; None: as they are
+    to     [M] i32   rank of each
+    at     [M] i32   place in the field
+
+    Writes:  that field.
+    """
+    if value.numel():
+        words_kernel[(triton.cdiv(value.numel(), WORDS),)](
+            value, item, to, at, addresses, live, offset, 2 if home else 0, item is not None, WORDS
+        )
+
+
+def expand(x: Tensor, source: Tensor, live: Tensor) -> Tensor:
+    """Every row this rank holds, from the place where its token landed; undefined beyond those.
+
+    x        [landing D]
+    source   [C] i32   row -> place
+    returns  [C D]
+    """
+    capacity, d = source.shape[0], x.shape[1]
+    out = torch.empty(capacity, d, dtype=x.dtype, device=x.device)
+    block = _block(d)
+    expand_kernel[(triton.cdiv(capacity, ROWS), triton.cdiv(d, block))](
+        x, source, out, live, d, ROWS, block, num_warps=8
+    )
+    return out
+
+
+def pad_(x: Tensor, live: Tensor, num: int) -> None:
+    """Zeros after the last row, so that a product over rows that reads past it meets numbers.
+
+    x    [C D]
+    num  rows to write
+
+    Writes:  x.
+    """
+    capacity, d = x.shape
+    block = _block(d)
+    pad_kernel[(num, triton.cdiv(d, block))](x, live, d, capacity, block)
+
+
+def count_bytes_(sent: Tensor, traffic: Tensor, *, pair: int, place: int, row: int, fixed: int) -> None:
+    """Add what crosses to other ranks: so many bytes for each pair, place and row, and some always.
+
+    sent     [1] i64
+    traffic  [3] i32   `exchange_plan.Plan.traffic`
+
+    Writes:  sent.
+    """
+    bytes_kernel[(1,)](traffic, sent, pair, place, row, fixed, num_warps=1)
+
+
+def _block(width: int) -> int:
+    """Columns a program moves at once: as many of 2048 as divide the width, if that is a good number."""
+    divisor = width & -width
+    return min(2048, divisor if divisor >= 512 else triton.next_power_of_2(width))

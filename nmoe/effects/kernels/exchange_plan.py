@@ -1,0 +1,224 @@
+"""Where every row of an exchange goes: `pure.exchange` on the device."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["Plan", "Way", "homes", "owners", "plan_", "ways"]
+
+BLOCK = 256
+"""Pairs or rows a program tells of."""
+
+RUNS = 64
+"""Runs a program of `homes` looks through at once."""
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """`pure.exchange.Plan` as 32-bit integers on the device."""
+
+    shift: Tensor  # [E]
+    token_shift: Tensor  # [R]
+    count: Tensor  # [E/R]
+    end: Tensor  # [E/R]
+    home_end: Tensor  # [E/R·R]
+    home_shift: Tensor  # [E/R·R]
+    live: Tensor  # [3]
+    traffic: Tensor  # [3]
+
+
+@attrs.frozen(kw_only=True)
+class Way:
+    """Where items go."""
+
+    to: Tensor  # [M K] i32, rank; no rank of the exchange: nowhere
+    at: Tensor  # [M K] i32, place in the field
+
+
+@triton.jit
+def owners_kernel(expert, owner, N, LOCAL, R, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    choice = tl.arange(0, KP)[None, :]
+    inside = (token < N) & (choice < K)
+    mine = tl.load(expert + token * K + choice, mask=inside, other=0).to(tl.int32) // LOCAL
+    earlier = tl.zeros((BLOCK, KP), tl.int32)
+    for other in tl.static_range(K):
+        its = tl.load(expert + token * K + other, mask=token < N, other=0).to(tl.int32) // LOCAL
+        earlier += ((its == mine) & (choice > other)).to(tl.int32)
+    tl.store(owner + token * K + choice, tl.where(earlier > 0, R, mine), mask=inside)
+
+
+@triton.jit
+def plan_kernel(
+    counts, shift, token_shift, count, end, home_end, home_shift, live, traffic, needed, ME, CAPACITY,
+    R: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    LOCAL: tl.constexpr = E // R
+    rank = tl.arange(0, RP)[:, None]
+    each = tl.arange(0, EP)
+    other = tl.arange(0, RP)[None, :]
+    at = counts + rank * (E + R)
+    pairs = tl.load(at + each[None, :], mask=(rank < R) & (each < E)[None, :], other=0)
+    tokens = tl.load(at + E + other, mask=(rank < R) & (other < R), other=0)
+    total = tl.sum(pairs, 0)
+    held_by = (each // LOCAL)[None, :] == rank  # [RP EP]
+    held = tl.sum(tl.where(held_by, total[None, :], 0), 1)  # [RP]
+    first = tl.cumsum(held, 0) - held
+    start = tl.cumsum(total, 0) - total - tl.sum(tl.where(held_by, first[:, None], 0), 0)
+    most = tl.max(held, 0)
+    fits = (most <= CAPACITY).to(tl.int32)
+    base = start[None, :] + tl.cumsum(pairs, 0) - pairs
+    number = tl.cumsum(pairs, 1) - pairs
+    mine = rank == ME
+    tl.store(shift + each, tl.sum(tl.where(mine, base - number, 0), 0) * fits, mask=each < E)
+    skip = tl.cumsum(tokens, 0) - tl.cumsum(tokens, 1)
+    to = tl.arange(0, RP)
+    tl.store(token_shift + to, tl.sum(tl.where(mine, skip, 0), 0) * fits, mask=to < R)
+    here = each - ME * LOCAL
+    local = (here >= 0) & (here < LOCAL)
+    tl.store(count + here, total * fits, mask=local)
+    tl.store(end + here, (start + total) * fits, mask=local)
+    run = here[None, :] * R + rank
+    inside = local[None, :] & (rank < R)
+    tl.store(home_end + run, (base + pairs) * fits, mask=inside)
+    tl.store(home_shift + run, (number - base) * fits, mask=inside)
+    out = tl.sum(tl.sum(tl.where(mine, pairs, 0), 1), 0)
+    places = tl.sum(tl.sum(tl.where(mine, tokens, 0), 1), 0)
+    rows = tl.sum(tl.where(local, total, 0), 0)
+    stay = tl.sum(tl.sum(tl.where(mine & local[None, :], pairs, 0), 1), 0)
+    place = tl.sum(tl.sum(tl.where(mine & (other == ME), tokens, 0), 1), 0)
+    tl.store(live, out * fits)
+    tl.store(live + 1, places * fits)
+    tl.store(live + 2, rows * fits)
+    tl.store(traffic, (out - stay) * fits)
+    tl.store(traffic + 1, (places - place) * fits)
+    tl.store(traffic + 2, (rows - stay) * fits)
+    before = tl.load(needed)
+    tl.debug_barrier()
+    tl.store(needed, tl.maximum(before, most * (1 - fits)))
+
+
+@triton.jit
+def ways_kernel(
+    expert, place, shift, owner, token_place, token_shift, to, at, landing, N, LOCAL, R,
+    K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, DEDUP: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    choice = tl.arange(0, KP)[None, :]
+    inside = (token < N) & (choice < K)
+    pair = token * K + choice
+    chosen = tl.load(expert + pair, mask=inside, other=0).to(tl.int32)
+    mine = chosen // LOCAL
+    tl.store(to + pair, mine, mask=inside)
+    tl.store(at + pair, tl.load(place + pair, mask=inside, other=0) + tl.load(shift + chosen), mask=inside)
+    if DEDUP:
+        found = tl.zeros((BLOCK, KP), tl.int32)
+        for other in tl.static_range(K):
+            its = tl.load(owner + token * K + other, mask=token < N, other=R)
+            there = tl.load(token_place + token * K + other, mask=token < N, other=0)
+            there += tl.load(token_shift + its, mask=its < R, other=0)
+            found += tl.where(its == mine, there, 0)
+        tl.store(landing + pair, found, mask=inside)
+
+
+@triton.jit
+def homes_kernel(home_end, home_shift, live, to, at, R, RUNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.load(live + 2)
+    if tl.program_id(0) * BLOCK < rows:
+        run = tl.zeros((BLOCK,), tl.int32)
+        for begin in range(0, RUNS, CHUNK):
+            each = begin + tl.arange(0, CHUNK)
+            ends = tl.load(home_end + each, mask=each < RUNS, other=2147483647)
+            run += tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1)
+        real = row < rows
+        tl.store(to + row, run % R, mask=real)
+        tl.store(at + row, row + tl.load(home_shift + run, mask=real, other=0), mask=real)
+
+
+def owners(expert: Tensor, ranks: int, experts: int) -> Tensor:
+    """`pure.exchange.owners`: the rank of each choice, `ranks` where an earlier choice goes there already.
+
+    expert   [N K] integers
+    returns  [N K] i32
+    """
+    tokens, k = expert.shape
+    owner = torch.empty(tokens, k, dtype=torch.int32, device=expert.device)
+    if tokens:
+        width = triton.next_power_of_2(k)
+        owners_kernel[(triton.cdiv(tokens, BLOCK // width),)](
+            expert, owner, tokens, experts // ranks, ranks, k, width, BLOCK // width
+        )
+    return owner
+
+
+def plan_(counts: Tensor, needed: Tensor, rank: int, capacity: int) -> Plan:
+    """`pure.exchange.plan` in one program.
+
+    counts   [R E+R] i32
+    needed   [1] i32   the most rows a rank would have had to hold in this or an earlier plan, 0 if each fitted
+
+    Writes:  needed.
+    """
+    ranks = counts.shape[0]
+    experts = counts.shape[1] - ranks
+    local = experts // ranks
+
+    def empty(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=counts.device)
+
+    p = Plan(
+        shift=empty(experts),
+        token_shift=empty(ranks),
+        count=empty(local),
+        end=empty(local),
+        home_end=empty(experts),
+        home_shift=empty(experts),
+        live=empty(3),
+        traffic=empty(3),
+    )
+    plan_kernel[(1,)](
+        counts, p.shift, p.token_shift, p.count, p.end, p.home_end, p.home_shift, p.live, p.traffic, needed, rank,
+        capacity, ranks, triton.next_power_of_2(ranks), experts, triton.next_power_of_2(experts), num_warps=8,
+    )  # fmt: skip
+    return p
+
+
+def ways(
+    expert: Tensor, place: Tensor, p: Plan, owner: Tensor | None, token_place: Tensor | None
+) -> tuple[Way, Tensor | None]:
+    """Where every pair has its row, and with dedup its token's place in that rank's landing buffer.
+
+    expert       [N K] integers
+    place        [N K] i32   number of each pair
+    owner        [N K] i32   `owners`; None: no dedup
+    token_place  [N K] i32   number of each token among all that are sent
+    returns      rank and row of each pair; [N K] i32 or None
+    """
+    tokens, k = expert.shape
+    ranks = p.token_shift.shape[0]
+    to, at = torch.empty_like(place), torch.empty_like(place)
+    landing = None if owner is None else torch.empty_like(place)
+    if tokens:
+        width = triton.next_power_of_2(k)
+        block = BLOCK // width
+        ways_kernel[(triton.cdiv(tokens, block),)](
+            expert, place, p.shift, owner, token_place, p.token_shift, to, at, landing, tokens,
+            p.shift.shape[0] // ranks, ranks, k, width, block, owner is not None,
+        )  # fmt: skip
+    return Way(to=to, at=at), landing
+
+
+def homes(p: Plan, capacity: int) -> Way:
+    """`pure.exchange.homes`: where each row this rank holds came from; undefined for those it does not hold."""
+    runs, ranks = p.home_end.shape[0], p.token_shift.shape[0]
+    to = torch.empty(capacity, dtype=torch.int32, device=p.live.device)
+    at = torch.empty_like(to)
+    homes_kernel[(triton.cdiv(capacity, BLOCK),)](
+        p.home_end, p.home_shift, p.live, to, at, ranks, runs, min(RUNS, triton.next_power_of_2(runs)), BLOCK
+    )
+    return Way(to=to, at=at)

@@ -90,3 +90,9 @@ def test_a_table_has_rates_shares_and_ratios() -> None:
         0.2 / 5**0.5,
         rel_tol=1e-6,
     )
+
+
+def test_what_the_loss_must_multiply_is_measured_too() -> None:
+    ways = loss.ways(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU)
+    with torch.no_grad():
+        assert [way.both() for way in ways if way.name == loss.PEER] == [None]

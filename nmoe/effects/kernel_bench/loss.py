@@ -65,17 +65,18 @@ def ways(case: Case, device: torch.device) -> Iterator[Way]:
         )
 
     yield way("ours", lambda *given: linear_cross_entropy(*given, chunk=case.chunk)[0])
-    yield Way(name=PEER, forward=None, both=partial(products, x, head, case.chunk), error=None)
+    logits = draw(device, case.chunk, case.vocabulary, name="logits", scale=1e-5).detach()
+    yield Way(name=PEER, forward=None, both=partial(products_, x, head, logits), error=None)
     yield way("plain, in as large chunks", lambda *given: loss.linear_cross_entropy(*given, chunk=case.chunk)[0])
     if importlib.util.find_spec("liger_kernel"):
         yield way("Liger", liger(), replayed=False)
 
 
-def products(x: Tensor, head: Tensor, chunk: int) -> None:
-    """What any chunked loss must multiply."""
-    logits = draw(x.device, chunk, head.shape[1], name="logits", scale=1e-5).detach()
+def products_(x: Tensor, head: Tensor, logits: Tensor) -> None:
+    """What any chunked loss must multiply. Writes: logits, as many tokens' as a chunk has."""
     with torch.no_grad():
         dx, dhead = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+        chunk = logits.shape[0]
         for rows, to in zip(x.split(chunk), dx.split(chunk), strict=True):
             here = logits[: rows.shape[0]]
             torch.mm(rows, head, out=here)

@@ -263,9 +263,13 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_manifest_edited_by_hand_is_refused(edit: str) -> None:
-    """With its digest made right again, so that each contradiction is found for itself."""
+    """With its digest made right again, so that each contradiction is found for itself, before a number is trusted."""
     fs = saved(1, 2)
+    folder = newest(fs)
     edited(fs, EDITS[edit])
+    if edit != "digest of a tensor":  # which only the tensors can tell
+        with pytest.raises(InputError, match=str(folder)):
+            manifests.read(fs, folder)
     said: list[str] = []
     assert number_in(fs, report=said.append) == 1
     assert said

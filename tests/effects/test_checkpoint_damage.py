@@ -370,13 +370,14 @@ def test_verify_reads_what_loading_reads(tmp_path: Path) -> None:
     assert "bytes 4004 to" in verify(Disk(), folder, manifest)[0]
 
 
-def test_ranks_hear_of_damage_that_one_of_them_read() -> None:
-    """Rank 1 alone reads the damaged experts; all go back to the older checkpoint together."""
+@pytest.mark.parametrize("reader", [0, 1])
+def test_ranks_hear_of_damage_that_one_of_them_read(reader: int) -> None:
+    """Rank 1 alone reads its experts, rank 0 alone the header; all go back to the older checkpoint together."""
     fs = saved(1, 2, world=2)
     path = newest(fs) / "rank-001.safetensors"
     manifest = manifests.read(fs, newest(fs))
     piece = next(piece for piece in manifest.files[1].pieces if piece.name == "param/up/first")
-    fs.content(path)[piece.offset] ^= 1
+    fs.content(path)[piece.offset if reader == 1 else 20] ^= 1
 
     def restore(rank, exchange) -> Any:
         mine = [

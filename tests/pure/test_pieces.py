@@ -47,7 +47,12 @@ def test_what_one_division_wrote_any_other_reads(data: st.DataObject, size: int,
 @given(data=st.data(), size=st.integers(1, 40))
 def test_a_division_with_a_hole_or_an_overlap_is_told(data: st.DataObject, size: int) -> None:
     """Counted out element by element."""
-    parts = data.draw(st.lists(st.tuples(st.integers(0, 45), st.integers(0, 45)).map(lambda x: (min(x), max(x)))))
+    parts = data.draw(cuts(size))
+    lost = data.draw(st.integers(0, 2 * len(parts)))
+    more = data.draw(
+        st.lists(st.tuples(st.integers(0, 45), st.integers(0, 45)).map(lambda x: (min(x), max(x))), max_size=1)
+    )
+    parts = data.draw(st.permutations([*parts[:lost], *parts[lost + 1 :], *more]))
     counts = [sum(begin <= element < end for begin, end in parts) for element in range(46)]
     exact = counts[:size] == [1] * size and not any(counts[size:])
     assert (gaps(size, parts) == ()) == exact

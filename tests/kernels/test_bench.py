@@ -94,5 +94,4 @@ def test_a_table_has_rates_shares_and_ratios() -> None:
 
 def test_what_the_loss_must_multiply_is_measured_too() -> None:
     ways = loss.ways(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU)
-    with torch.no_grad():
-        assert [way.both() for way in ways if way.name == loss.PEER] == [None]
+    assert [way.both() for way in ways if way.name == loss.PEER] == [None]

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-__all__ = ["contract", "numbers", "to_json"]
+__all__ = ["contract", "number", "numbers", "plain", "to_json"]
 
 Numbers = list[float | None]
 """JSON has no NaN: None stands for it."""
@@ -376,6 +376,11 @@ def _fields(record: Any) -> dict[str, Any]:
 def numbers(values: np.ndarray) -> Numbers:
     """An array for JSON."""
     return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def number(value: Any) -> float | None:
+    """A value that a run told, as a number; None when it is none."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def plain(value: Any) -> Any:

@@ -25,7 +25,19 @@ from nmoe.errors import InputError
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-__all__ = ["Index", "Poll", "arrays", "index_file", "open_index", "poll", "query", "quoted", "run_folders", "tags"]
+__all__ = [
+    "Index",
+    "Poll",
+    "arrays",
+    "index_file",
+    "known",
+    "open_index",
+    "poll",
+    "query",
+    "quoted",
+    "run_folders",
+    "tags",
+]
 
 FORMAT = 1
 MAX_FILES = 256
@@ -188,6 +200,18 @@ def query(index: Index, sql: str, *values: Any) -> list[tuple[Any, ...]]:
 def arrays(index: Index, sql: str, *values: Any) -> dict[str, Any]:
     """The columns of a query as NumPy arrays; `values` are bound."""
     return index.connection.cursor().execute(sql, list(values)).fetchnumpy()
+
+
+def known(index: Index, names: Sequence[str]) -> dict[int, str]:
+    """Number -> name of the runs called so, in the order asked for.
+
+    Raises:  InputError for a name that no scanned run has.
+    """
+    found = {name: run for run, name in query(index, "select run, name from runs")}
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise InputError(*(f"run: the name of a run here, got {name!r}; reload the list of runs" for name in unknown))
+    return {found[name]: name for name in names}
 
 
 def tags(index: Index) -> dict[str, str]:

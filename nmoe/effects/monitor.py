@@ -36,6 +36,7 @@ class Monitor:
         foot: footer.Footer,
         arrays: TextIO,
         aside: Executor,
+        skipped: int,
     ) -> None:
         self.log = attrs.evolve(log, heard=self._hear)
         self._config = config
@@ -44,7 +45,7 @@ class Monitor:
         self._arrays = arrays
         self._aside = aside
         self._writing: Future[None] | None = None  # the last line of loads
-        self._history = History()
+        self._history = History(nonfinite_steps=skipped)
         self._reports = 0
         self._disk_bytes = float("inf")  # until telemetry tells
         self._hooks: list[threading.Thread] = []
@@ -131,11 +132,14 @@ class Monitor:
 
 
 @contextmanager
-def watching(config: Config, log: Log, *, flops: int, world: int, cuda: bool, step: int) -> Iterator[Monitor]:
+def watching(
+    config: Config, log: Log, *, flops: int, world: int, cuda: bool, step: int, skipped: int
+) -> Iterator[Monitor]:
     """Watch a run while the block lasts.
 
-    flops  of training, a token
-    step   the attempt begins after
+    flops    of training, a token
+    step     the attempt begins after
+    skipped  non-finite steps until then, which are no news
     """
     settings, c = config.log, config.model
     heart = heartbeat.Heart(
@@ -163,7 +167,7 @@ def watching(config: Config, log: Log, *, flops: int, world: int, cuda: bool, st
         readings = scope.enter_context(open(log.folder / telemetry.FILE, "a", encoding="utf-8"))
         foot = scope.enter_context(footer.shown(config.train.steps, wanted=settings.footer))
         aside = scope.enter_context(ThreadPoolExecutor(1, thread_name_prefix="loads"))
-        monitor = Monitor(config, log, heart, foot, arrays, aside)
+        monitor = Monitor(config, log, heart, foot, arrays, aside, skipped)
         scope.callback(monitor.settle)
 
         def append(fields: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -27,10 +28,11 @@ import duckdb
 import pytest
 
 from nmoe.effects import run_status
-from nmoe.effects.viz import api, curves, experts, export, machine, views
+from nmoe.effects.viz import api, curves, experts, export, machine, mixture, views
 from nmoe.effects.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
 from nmoe.pure import curve as thinning
+from nmoe.pure.mixture import turn, turns
 from tests.effects import viz_runs as runs
 from tests.effects.viz_server import Server, serving
 
@@ -237,6 +239,61 @@ def test_gpus_are_what_the_telemetry_says(index: Index) -> None:
     power = next(each for each in told.curves if each.quantity == "power_w")
     assert power.values[0][:2] == [600.5, 600.5 + 10 % 7] and power.names == ["GPU 0", "GPU 1"]
     assert machine.gpus(index, "bare").gpus == []
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "position"),
+    [("finished", 200, 200 * 8), ("resumed", 150, 640 + 70 * 4)],
+)
+def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: str, step: int, position: int) -> None:
+    told = mixture.mixture(index, name)
+    read: Counter[tuple[str, str]] = Counter()
+    first = 0
+    for stage, quotas in runs.STAGES.items():
+        order = turns(quotas)
+        for place in range(first, min(position, first + sum(quotas))):
+            read[stage, ("web", "code", "books")[turn(order, place - first)[0]]] += 1
+        first += sum(quotas)
+    assert told.step == step
+    assert {(each.stage, each.name): each.read for each in told.sources if each.read} == {
+        key: 128 * count for key, count in read.items()
+    }
+    rows = {(each.stage, each.name): each for each in told.sources}
+    assert list(rows) == [("pretrain", "web"), ("pretrain", "code")] + [
+        ("anneal", source) for source in ("web", "code", "books")
+    ]
+    code = rows["pretrain", "code"]
+    assert (code.planned, code.planned_share) == (300 * 128, 0.25)
+    assert code.passes == read["pretrain", "code"] / 400 and code.read_share == pytest.approx(0.25, abs=0.01)
+    assert (rows["anneal", "web"].read_share is None) == (position < 1200)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"stages": []},
+        {"stages": [{"name": "a", "windows": [1, 2]}]},
+        {"stages": [{"name": "a", "windows": [0, 0, 0]}]},
+        {"stages": [{"name": "a", "windows": [1, -1, 1]}]},
+        {"stages": [{"name": "a", "windows": [1, 2, "x"]}]},
+        {"stages": [{"name": "a", "windows": [1, 1, 1 << 70]}]},
+        {"stages": [{"name": "a", "windows": [1, 1, 1]}] * 5000},
+        {"stages": 5},
+        {"sources": [{"name": "a", "windows": 0}] * 3},
+        {"sources": None},
+        {"cursor": None},
+        {"step": 1.5},
+        {"batch_size": True},
+    ],
+)
+def test_a_plan_that_is_none_is_told(tmp_path: Path, broken: dict[str, Any]) -> None:
+    runs.append(runs.folder(tmp_path, "a") / "events.jsonl", [runs.mixture(0.0, **broken)])
+    with indexed(tmp_path) as index, pytest.raises(InputError, match="a: an event `mixture` with the quotas"):
+        mixture.mixture(index, "a")
+
+
+def test_a_run_of_one_source_has_no_mixture(index: Index) -> None:
+    assert mixture.mixture(index, "crashed").sources == []
 
 
 def test_export_has_every_step_once(index: Index) -> None:

@@ -172,6 +172,17 @@ def test_experts_gpus_timing_configs_and_events_are_those_of_the_run(browser: Br
         assert page.locator(".sample pre b").count() == 1, "the prompt alone is bold: a text is never markup"
 
 
+def test_a_mixture_is_shown_against_what_was_read(browser: Browser, server: Server) -> None:
+    with opened(browser, f"{server.url}/?view=data&run=finished") as page:
+        rows = page.locator("#mixture tbody tr")
+        expect(rows).to_have_count(5)
+        told = [[cell.strip() for cell in row.inner_text().split("\t")] for row in rows.all()]
+        assert told[0] == ["pretrain", "web", "75.0 %", "75.0 %", "115.2 k", "115.2 k", "", "0.1800"]
+        assert told[4][:3] == ["anneal", "books", "20.0 %"] and told[4][4] == "25.6 k"
+        width = rows.nth(2).locator(".bar span").evaluate("node => node.style.width")
+        assert width == "40%", "400 of 1000 windows of the second stage"
+
+
 def test_a_phone_scrolls_down_and_never_sideways(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?one=finished", viewport={"width": 360, "height": 740}) as page:
         expect(page.locator("table.runs")).to_be_visible()

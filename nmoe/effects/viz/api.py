@@ -294,20 +294,24 @@ class Folders:
 
 @attrs.frozen(kw_only=True)
 class Source:
-    """What a mixture planned of one source, and what was read."""
+    """What a stage of a mixture planned of one source, and what was read."""
 
+    stage: str
     name: str
-    planned: float | None
-    read: float | None
-    fields: dict[str, Any]
+    planned: int  # tokens
+    read: int  # tokens
+    planned_share: float  # of the stage
+    read_share: float | None  # of what was read of the stage; None before its first token
+    passes: float  # over the source in this stage so far
 
 
 @attrs.frozen(kw_only=True)
 class Mixture:
-    """The mixture of a run, as far as the run folder tells."""
+    """What a run reads, as it told when it began."""
 
     run: str
-    sources: list[Source]
+    step: int | None  # up to which it is told what was read
+    sources: list[Source]  # stage by stage; none: a run of one source
     config: dict[str, Any]  # keys of its section `data`
 
 

@@ -29,7 +29,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from nmoe.effects.viz import api, curves, data, experts, export, machine, views
+from nmoe.effects.viz import api, curves, data, experts, export, machine, mixture, views
 from nmoe.effects.viz.index import Index, Poll, poll
 from nmoe.errors import InputError
 
@@ -109,7 +109,7 @@ def application(settings: Settings) -> Starlette:
         ),
         "timing": lambda ask: machine.timing(settings.index, ask.text("run")),
         "gpus": lambda ask: machine.gpus(settings.index, ask.text("run")),
-        "mixture": lambda ask: views.mixture(settings.index, ask.text("run")),
+        "mixture": lambda ask: mixture.mixture(settings.index, ask.text("run")),
         "folders": lambda ask: data.folders(settings.data_roots),
         "document": lambda ask: data.document(
             settings.data_roots,

@@ -18,7 +18,7 @@ from nmoe.effects.viz import api
 from nmoe.effects.viz.curves import HOUR_S, Axis, chosen
 from nmoe.effects.viz.index import Index, arrays, known, query, tags
 
-__all__ = ["config_of", "configs", "evaluations", "events", "mixture", "runs", "samples"]
+__all__ = ["config_of", "configs", "evaluations", "events", "runs", "samples"]
 
 MAX_EVENTS = 2000
 MAX_FILE_BYTES = 4 << 20
@@ -258,36 +258,3 @@ def _shown(value: Any) -> str:
 
 def _text(line: str, key: str) -> str:
     return str(json.loads(line).get(key, ""))[:20_000]
-
-
-def mixture(index: Index, name: str) -> api.Mixture:
-    """What a run's mixture planned and what was read of it, as far as the run tells.
-
-    A run tells shares in an event `mixture` (`sources`: objects with `name`, `planned`) and tokens in tags
-    `data/tokens/NAME`.
-    """
-    (run,) = known(index, [name])
-    lines = query(
-        index, "select line from events where run = ? and event = 'mixture' order by time_s desc limit 1", run
-    )
-    told = api.plain(json.loads(lines[0][0])).get("sources") if lines else None
-    planned = {str(each.get("name")): each for each in told if isinstance(each, dict)} if isinstance(told, list) else {}
-    read = {
-        tag.removeprefix("data/tokens/"): value
-        for tag, value in query(
-            index,
-            "select name, value from latest join tags using (tag) where run = ? and starts_with(name, 'data/tokens/')",
-            run,
-        )
-    }
-    sources = [
-        api.Source(
-            name=source,
-            planned=api.number(planned.get(source, {}).get("planned")),
-            read=read.get(source),
-            fields={k: v for k, v in planned.get(source, {}).items() if k not in ("name", "planned")},
-        )
-        for source in dict.fromkeys([*planned, *read])
-    ]
-    config = {k: v for k, v in config_of(index.root / name).items() if k.startswith("data.")}
-    return api.Mixture(run=name, sources=sources, config=api.plain(dict(config)))

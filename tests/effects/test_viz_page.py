@@ -177,7 +177,7 @@ def test_a_mixture_is_shown_against_what_was_read(browser: Browser, server: Serv
         rows = page.locator("#mixture tbody tr")
         expect(rows).to_have_count(5)
         told = [[cell.strip() for cell in row.inner_text().split("\t")] for row in rows.all()]
-        assert told[0] == ["pretrain", "web", "75.0 %", "75.0 %", "115.2 k", "115.2 k", "", "0.1800"]
+        assert told[0] == ["pretrain", "web", "75.0 %", "75.0 %", "115.2 k", "115.2 k", "", "0.18"]
         assert told[4][:3] == ["anneal", "books", "20.0 %"] and told[4][4] == "25.6 k"
         width = rows.nth(2).locator(".bar span").evaluate("node => node.style.width")
         assert width == "40%", "400 of 1000 windows of the second stage"

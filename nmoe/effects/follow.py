@@ -22,6 +22,9 @@ __all__ = ["Line", "Position", "Sink", "ended", "follow", "new_lines", "numbers"
 
 METRICS = "metrics.rank0.jsonl"
 BLOCK = 1 << 20
+TRIES = 6
+"""Times lines are given to a target that fails, each twice as long after the one before."""
+
 STALE = 10
 """Heartbeats missed before a run counts as dead."""
 
@@ -53,6 +56,7 @@ class Sink(Protocol):
     """A target that is open."""
 
     remembers: bool  # whether it knows itself which lines it has
+    failures: tuple[type[Exception], ...]  # that a later try may not meet
 
     def write(self, lines: list[Line]) -> int:
         """Take lines, durably; returns what the position keeps of the target."""
@@ -140,12 +144,33 @@ def _load(path: Path) -> Position:
         ) from error
 
 
+def _given(sink: Sink, name: str, lines: list[Line], every_s: float, say: Callable[[str], None]) -> int:
+    """What `sink.write` returns, tried again while the target fails.
+
+    Raises:  InputError when it has failed `TRIES` times.
+    """
+    for turn in range(1, TRIES):
+        try:
+            return sink.write(lines)
+        except sink.failures as error:
+            pause = every_s * 2**turn
+            say(f"{name}  failed with {type(error).__name__}: {error}; tries again in {pause:.3g} s")
+            time.sleep(pause)
+    try:
+        return sink.write(lines)
+    except sink.failures as error:
+        raise InputError(
+            f"--to {name}: a target that takes lines, got {type(error).__name__}: {error}, {TRIES} times; mend that "
+            "and start `nmoe track` again, it goes on where it was"
+        ) from error
+
+
 def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bool, say: Callable[[str], None]) -> int:
     """Tell a target every line, once, until the run has ended.
 
     name   of the target
     once   stop at the last line there is
-    Raises:  InputError when the folder is not a run's, or a line is not a line.
+    Raises:  InputError when the folder is not a run's, a line is not a line, or the target goes on failing.
     """
     if not (folder / "config.toml").is_file():
         raise InputError(f"RUN: the folder of a run, got {folder}, which has no config.toml; see `nmoe runs list`")
@@ -160,7 +185,7 @@ def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bo
             why = "told" if once else ended(folder)  # before reading: what was written until then is read
             metrics = folder / METRICS
             while metrics.exists() and (lines := new_lines(metrics, position)):
-                target = sink.write(lines)
+                target = _given(sink, name, lines, every_s, say)
                 last = lines[-1]
                 position = Position(offset=last.end, index=last.index + 1, attempt=last.attempt, target=target)
                 files.write_text(record, json.dumps(attrs.asdict(position)))

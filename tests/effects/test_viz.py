@@ -173,11 +173,13 @@ def test_what_the_index_thins_is_what_thinning_its_points_gives(rough: Index, ax
             (api.numbers(wanted.low), api.numbers(wanted.high)) if asked.bands else ([], [])
         )
         assert found.nonfinite == wanted.nonfinite.tolist() and len(found.nonfinite) > 10
+        assert found.last == api.plain(float(y[(x >= low) & (x <= high)][-1])), "as logged, not a mean of its cell"
 
 
 def test_what_is_not_finite_is_marked_where_it_was(index: Index) -> None:
     (broken,) = curves.series(index, ["nan-loss"], "loss", curves.Axis(smooth=5.0)).curves
     assert broken.nonfinite == [float(step) for step in range(61, 71)]
+    assert broken.last == "nan"
     assert broken.mean[60:] == [None] * 10 == broken.smooth[60:]
 
 
@@ -349,6 +351,20 @@ def test_a_file_that_shrank_a_folder_that_went_and_one_that_came_back(tmp_path: 
         runs.append(runs.folder(tmp_path, "a") / "metrics.rank0.jsonl", [runs.metrics(3)])
         read_all(index)
         assert list(curve(index, "a")) == [3]
+
+
+@pytest.mark.parametrize("again", [3, 4, 5, 8])
+def test_a_resumed_run_that_cut_its_file_and_wrote_on_between_two_looks(tmp_path: Path, again: int) -> None:
+    """Killed after step 6, resumed at 2: by the next look the file may be as long as it was, or longer."""
+    path = runs.folder(tmp_path, "a") / "metrics.rank0.jsonl"
+    lines = [json.dumps(runs.metrics(step)) + "\n" for step in range(1, 7)]
+    path.write_text("".join(lines))
+    with indexed(tmp_path) as index:
+        os.truncate(path, len("".join(lines[:2])))
+        runs.append(path, (runs.metrics(step, 2, 1.0, loss=50.0 + step) for step in range(3, 3 + again)))
+        read_all(index)
+        assert table(index)["a"].bad_lines == 0
+        assert curve(index, "a") == {step: runs.loss(step) if step < 3 else 50.0 + step for step in range(1, 3 + again)}
 
 
 def test_hostile_lines_are_counted_and_harm_nothing(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Curve:
     low: Numbers
     high: Numbers
     smooth: Numbers
+    last: float | str | None  # newest value of the stretch, not thinned; a str: nan, inf or -inf
     nonfinite: list[float]  # places of values that are not finite
 
 

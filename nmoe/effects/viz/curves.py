@@ -45,6 +45,7 @@ class Extent:
     low: float
     high: float
     shown: int  # points in the stretch asked for
+    last: float | None  # of them
     nonfinite: int
 
 
@@ -71,7 +72,9 @@ def series(index: Index, names: Sequence[str], tag: str, axis: Axis) -> api.Seri
         else:
             found = points(index, numbers, column, axis)
             grid = grid_of([x for x, _, _ in found.values()], axis, len(found))
-            curves = [_curve(numbers[run], found[run], grid, axis) for run in numbers if run in found]
+            curves = [
+                _curve(numbers[run], found[run], grid, axis, extents[run].last) for run in numbers if run in found
+            ]
     return api.Series(
         tag=tag,
         x=[] if grid is None else grid[1].tolist(),
@@ -84,12 +87,16 @@ def _extents(index: Index, numbers: Mapping[int, str], column: str, axis: Axis) 
     """Run -> where its points lie; without the runs that have none on this axis."""
     rows = query(
         index,
-        "select run, min(x), max(x), count(*) filter (x between ? and ?), count(*) filter (not isfinite(y)) "
-        f"from ({_points(axis, column)}) group by run",
+        "select run, min(x), max(x), count(*) filter (inside), arg_max(y, step) filter (inside), "
+        "count(*) filter (not isfinite(y)) "
+        f"from (select *, x between ? and ? as inside from ({_points(axis, column)})) group by run",
         *_stretch(axis),
         *chosen(index, numbers, axis),
     )
-    return {run: Extent(low=low, high=high, shown=n, nonfinite=lost) for run, low, high, n, lost in rows}
+    return {
+        run: Extent(low=low, high=high, shown=shown, last=last, nonfinite=nonfinite)
+        for run, low, high, shown, last, nonfinite in rows
+    }
 
 
 def _points(axis: Axis, column: str) -> str:
@@ -143,6 +150,7 @@ def _thinned_by_index(
             low=api.numbers(extremes[0][row]) if axis.bands else [],
             high=api.numbers(extremes[1][row]) if axis.bands else [],
             smooth=[],
+            last=api.plain(extents[run].last),
             nonfinite=lost.get(run, []),
         )
         for row, (run, name) in enumerate(numbers.items())
@@ -260,10 +268,11 @@ def _curve(
     found: tuple[np.ndarray, np.ndarray, np.ndarray],
     grid: tuple[np.ndarray, np.ndarray] | None,
     axis: Axis,
+    last: float | None,
 ) -> api.Curve:
     x, step, y = found
     if grid is None:
-        return api.Curve(run=name, mean=[], low=[], high=[], smooth=[], nonfinite=[])
+        return api.Curve(run=name, mean=[], low=[], high=[], smooth=[], last=None, nonfinite=[])
     thinned = curve.thin(x, y, curve.smooth(step, y, axis.smooth), grid[0])
     return api.Curve(
         run=name,
@@ -271,5 +280,6 @@ def _curve(
         low=api.numbers(thinned.low) if axis.bands else [],
         high=api.numbers(thinned.high) if axis.bands else [],
         smooth=api.numbers(thinned.smooth) if axis.smooth > 0 else [],
+        last=api.plain(last),
         nonfinite=thinned.nonfinite[:MAX_NONFINITE].tolist(),
     )

@@ -87,6 +87,23 @@ def test_what_was_told_after_the_last_position(service: Service) -> None:
     assert steps == ([0, 1, 1] if service.name == "trackio" else [0, 1]), "Trackio alone cannot be asked"
 
 
+@pytest.mark.parametrize("reached", [0, 1, 4])
+def test_a_resumed_run_that_cut_its_file_goes_on(service: Service, reached: int) -> None:
+    """Told to step 5, resumed at 2 and at 4 again: what follows is told, though the file has fewer lines than were."""
+    metrics = service.folder / "metrics.rank0.jsonl"
+    first = [line(step, loss=float(step)) for step in range(6)]
+    second = [line(step, attempt=2, loss=10.0 + step) for step in range(2, 2 + reached)]
+    third = [line(step, attempt=3, loss=20.0 + step) for step in range(min(4, 2 + reached), 9)]
+    for content in (first, first[:2] + second, first[:2] + second[:2] + third):
+        metrics.write_text("".join(content))
+        service.once()
+        service.once()
+    wanted = [(step, 1, {"loss": float(step)}) for step in range(6)]
+    wanted += [(step, 2, {"loss": 10.0 + step}) for step in range(2, 2 + reached)]
+    wanted += [(step, 3, {"loss": 20.0 + step}) for step in range(min(4, 2 + reached), 9)]
+    assert service.told() == wanted
+
+
 @pytest.mark.parametrize("failures", [1, TRIES - 1])
 def test_a_service_that_fails_for_a_while_is_tried_again(service: Service, failures: int) -> None:
     service.append(*(line(step, loss=float(step)) for step in range(3)))
@@ -110,7 +127,7 @@ def test_a_service_that_goes_on_failing_ends_the_follower_and_not_the_run(servic
     (problem,) = caught.value.problems
     assert problem.startswith(f"--to {service.name}: a target that takes lines, got ") and f"{TRIES} times" in problem
     assert service.digest() == before
-    assert json.loads((service.folder / "track" / f"{service.name}.json").read_text())["index"] == 1
+    assert json.loads((service.folder / "track" / f"{service.name}.json").read_text())["line"] == 1
     assert service.name == "mlflow" or service.store.closed == 2, "closed all the same"
     service.once()
     assert service.told() == [(0, 1, {"loss": 0.0}), (1, 1, {"loss": 1.0})]

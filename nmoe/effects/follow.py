@@ -68,7 +68,11 @@ class Sink(Protocol):
     """A target that is open."""
 
     remembers: bool  # whether it knows itself which lines it has
-    failures: tuple[type[Exception], ...]  # that a later try may not meet
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """What a later try may not meet."""
+        ...
 
     def write(self, lines: list[Line]) -> int:
         """Take lines, durably; returns what the position keeps of the target."""
@@ -179,8 +183,9 @@ def _load(path: Path) -> Position:
     if not path.exists():
         return Position()
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return Position(**{**told, "cuts": tuple((at, lost) for at, lost in told["cuts"])})
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        told["cuts"] = tuple((at, lost) for at, lost in told["cuts"])
+        return Position(**told)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{path}: a position of `nmoe track`, got {error}; remove the track folder to begin anew"

@@ -34,7 +34,8 @@ def log(config: Config, steps: int) -> int:
     experts = {"layer": layers, **{name: [0.0123456789] * len(layers) for name in names}}
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder, open_log(Path(folder), attempt=1) as opened:
-        with watching(config, opened, flops=1, world=1, cuda=config.run.device == "cuda", step=0) as monitor:
+        cuda = config.run.device == "cuda"
+        with watching(config, opened, flops=1, world=1, cuda=cuda, step=0, skipped=0) as monitor:
             for step in range(1, steps + 1):
                 fields = {
                     **{"step": step, "tokens_global": step, "loss": 2.0, "grad_norm": 1.0, "nonfinite_steps": 0},

@@ -38,6 +38,7 @@ class Corpus:
     identity: str  # hash of the manifest, or of the plan of a mixture
     tokenizer: tokenizers.Tokenizer
     read: Callable[[int], Batch]
+    stream: stream.Stream | None  # plan of a mixture
     held: tuple[Batch, ...]
     num_tokens: int  # training tokens of one pass over everything
     unigram: float  # nats a held-out token of a model that knows only frequencies
@@ -69,6 +70,7 @@ def open_corpus(config: Config, launch: runtime.Launch) -> Corpus:
     return Corpus(
         identity=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         tokenizer=tokenizer,
+        stream=None,
         read=open_loader(train_split, batch_size=train.batch_size, key=Key(config.run.seed).fold("data"), **shape),
         held=held,
         num_tokens=train_split.num_tokens,
@@ -122,6 +124,7 @@ def _mixed(config: Config, blend: Blend, shape: dict[str, Any]) -> Corpus:
     ]
     return Corpus(
         identity=stream.identity(blend.stream),
+        stream=blend.stream,
         tokenizer=tokenizer,
         read=open_stream(
             splits, blend.stream, batch_size=train.batch_size, key=Key(config.run.seed).fold("data"), **shape

@@ -1,6 +1,7 @@
 """`nmoe track`: tell another tracker what a run's files say. A process of its own that only reads the run's files.
 
 How far it has come stands in `track/<target>.json` in the run folder, written after the target has the lines before it.
+A resumed run cuts its file and goes on: what was told of steps after the cut stays told, and the new attempt follows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ __all__ = ["Line", "Position", "Sink", "ended", "follow", "new_lines", "numbers"
 
 METRICS = "metrics.rank0.jsonl"
 BLOCK = 1 << 20
+MARK_BYTES = 128
+"""What is remembered of the end of the last line, to know the file again."""
+
+TRIES = 6
+"""Times lines are given to a target that fails, each twice as long after the one before."""
+
 STALE = 10
 """Heartbeats missed before a run counts as dead."""
 
@@ -31,9 +38,15 @@ class Position:
     """How far a follower has come."""
 
     offset: int = 0  # bytes of METRICS
-    index: int = 0  # lines of METRICS
+    line: int = 0  # lines of METRICS
     attempt: int = 0  # of the last line
     target: int = 0  # what the target keeps of itself: bytes of its file
+    mark: str = ""  # end of what stands before `offset`
+    cuts: tuple[tuple[int, int], ...] = ()  # line a resumed run went on at, and told lines that it cut off
+
+    def index(self) -> int:
+        """Number of the next line to be told, of all that ever were."""
+        return self.line + sum(lost for at, lost in self.cuts if at <= self.line)
 
 
 @attrs.frozen(kw_only=True)
@@ -41,7 +54,9 @@ class Line:
     """One whole line of metrics."""
 
     index: int
+    line: int  # its number in the file, from 0
     end: int  # offset after it
+    mark: str  # its end
     time: float  # seconds since 1970
     step: int
     attempt: int
@@ -53,6 +68,11 @@ class Sink(Protocol):
     """A target that is open."""
 
     remembers: bool  # whether it knows itself which lines it has
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """What a later try may not meet."""
+        ...
 
     def write(self, lines: list[Line]) -> int:
         """Take lines, durably; returns what the position keeps of the target."""
@@ -91,29 +111,59 @@ def new_lines(path: Path, position: Position) -> list[Line]:
         while block and b"\n" not in block and (more := file.read(BLOCK)):
             block += more
     lines: list[Line] = []
-    end, attempt = position.offset, position.attempt
     for raw in block[: block.rfind(b"\n") + 1].splitlines(keepends=True):
-        end += len(raw)
-        index = position.index + len(lines)
-        try:
-            fields = json.loads(raw)
-            line = Line(
-                index=index,
-                end=end,
-                time=datetime.fromisoformat(fields["time"]).timestamp(),
-                step=fields["step"],
-                attempt=fields["attempt"],
-                new_attempt=fields["attempt"] != attempt,
-                values=dict(numbers(fields)),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}: one JSON object a line with time, step and attempt, got {raw[:60]!r} in line {index + 1}; "
-                "mend or remove it"
-            ) from error
-        attempt = line.attempt
+        line = _line(path, raw, position)
+        position = after(position, line)
         lines.append(line)
     return lines
+
+
+def _line(path: Path, raw: bytes, position: Position) -> Line:
+    """The line at a position."""
+    try:
+        fields = json.loads(raw)
+        return Line(
+            index=position.index(),
+            line=position.line,
+            end=position.offset + len(raw),
+            mark=raw[-MARK_BYTES:].decode("latin-1"),
+            time=datetime.fromisoformat(fields["time"]).timestamp(),
+            step=fields["step"],
+            attempt=fields["attempt"],
+            new_attempt=fields["attempt"] != position.attempt,
+            values=dict(numbers(fields)),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: one JSON object a line with time, step and attempt, got {raw[:60]!r} in line "
+            f"{position.line + 1}; mend or remove it"
+        ) from error
+
+
+def after(position: Position, line: Line) -> Position:
+    """The position after a line."""
+    return attrs.evolve(position, offset=line.end, line=line.line + 1, attempt=line.attempt, mark=line.mark)
+
+
+def found_again(path: Path, position: Position) -> Position:
+    """`position`, or where a file that was cut before it goes on: at its first line of a newer attempt, or its end.
+
+    Raises:  InputError when a whole line is not one of a run's.
+    """
+    mark = position.mark.encode("latin-1")
+    with open(path, "rb") as file:
+        file.seek(position.offset - len(mark))
+        if file.read(len(mark)) == mark:
+            return position
+        file.seek(0)
+        here = Position(target=position.target)
+        for raw in file:
+            if not raw.endswith(b"\n") or (line := _line(path, raw, here)).attempt > position.attempt:
+                break
+            here = after(here, line)
+    kept = tuple(cut for cut in position.cuts if cut[0] < here.line)
+    lost = position.index() - here.line - sum(gone for _, gone in kept)
+    return attrs.evolve(here, cuts=(*kept, (here.line, lost)))
 
 
 def ended(folder: Path) -> str | None:
@@ -133,10 +183,33 @@ def _load(path: Path) -> Position:
     if not path.exists():
         return Position()
     try:
-        return Position(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        told["cuts"] = tuple((at, lost) for at, lost in told["cuts"])
+        return Position(**told)
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{path}: a position of `nmoe track`, got {error}; remove the track folder to begin anew"
+        ) from error
+
+
+def _given(sink: Sink, name: str, lines: list[Line], every_s: float, say: Callable[[str], None]) -> int:
+    """What `sink.write` returns, tried again while the target fails.
+
+    Raises:  InputError when it has failed `TRIES` times.
+    """
+    for turn in range(1, TRIES):
+        try:
+            return sink.write(lines)
+        except sink.failures as error:
+            pause = every_s * 2**turn
+            say(f"{name}  failed with {type(error).__name__}: {error}; tries again in {pause:.3g} s")
+            time.sleep(pause)
+    try:
+        return sink.write(lines)
+    except sink.failures as error:
+        raise InputError(
+            f"--to {name}: a target that takes lines, got {type(error).__name__}: {error}, {TRIES} times; mend that "
+            "and start `nmoe track` again, it goes on where it was"
         ) from error
 
 
@@ -145,7 +218,7 @@ def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bo
 
     name   of the target
     once   stop at the last line there is
-    Raises:  InputError when the folder is not a run's, or a line is not a line.
+    Raises:  InputError when the folder is not a run's, a line is not a line, or the target goes on failing.
     """
     if not (folder / "config.toml").is_file():
         raise InputError(f"RUN: the folder of a run, got {folder}, which has no config.toml; see `nmoe runs list`")
@@ -153,21 +226,20 @@ def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bo
     record.parent.mkdir(exist_ok=True)
     position = _load(record)
     with open_sink(folder, position) as sink:
+        metrics = folder / METRICS
         if sink.remembers:  # it may have less than was given to it, and drops what it has
-            position = Position()
-        began, first = time.monotonic(), position.index
+            position = Position(cuts=found_again(metrics, position).cuts if metrics.exists() else ())
+        began, first = time.monotonic(), position.index()
         while True:
             why = "told" if once else ended(folder)  # before reading: what was written until then is read
-            metrics = folder / METRICS
-            while metrics.exists() and (lines := new_lines(metrics, position)):
-                target = sink.write(lines)
-                last = lines[-1]
-                position = Position(offset=last.end, index=last.index + 1, attempt=last.attempt, target=target)
+            while metrics.exists() and (lines := new_lines(metrics, here := found_again(metrics, position))):
+                target = _given(sink, name, lines, every_s, say)
+                position = attrs.evolve(after(here, lines[-1]), target=target)
                 files.write_text(record, json.dumps(attrs.asdict(position)))
-                rate = (position.index - first) / (time.monotonic() - began)
-                size = metrics.stat().st_size
-                say(f"{name}  step {last.step}  {position.index} lines  {100 * last.end / size:.0f} %  {rate:.0f}/s")
+                rate = (position.index() - first) / (time.monotonic() - began)
+                share = position.offset / metrics.stat().st_size
+                say(f"{name}  step {lines[-1].step}  {position.index()} lines  {100 * share:.0f} %  {rate:.0f}/s")
             if why is not None:
-                say(f"{name}  {folder.name} {why}, {position.index} lines")
+                say(f"{name}  {folder.name} {why}, {position.index()} lines")
                 return 0
             time.sleep(every_s)

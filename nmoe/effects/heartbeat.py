@@ -35,7 +35,9 @@ class Heart:
     def beat(self, folder: Path) -> None:
         """Write now. Writes: run.json, whole or not at all."""
         with self._lock:
-            files.write_text(folder / FILE, json.dumps({**self._facts, "heartbeat": self._now()}) + "\n")
+            facts = dict(self._facts)
+        # outside the lock: a slow disk must not hold the trainer, who tells
+        files.write_text(folder / FILE, json.dumps({**facts, "heartbeat": self._now()}) + "\n")
 
 
 @contextmanager

@@ -72,9 +72,13 @@ class Log:
 
     def append(self, file: TextIO, fields: Mapping[str, Any]) -> None:
         """Append one line with the attempt and the time. Writes: `file`."""
-        line = json.dumps(plain({"attempt": self.attempt, "time": now(), **fields}), allow_nan=False) + "\n"
+        told = {"attempt": self.attempt, "time": now(), **fields}
+        try:
+            line = json.dumps(told, allow_nan=False)
+        except ValueError:  # a number that is not finite; to look for one each time costs more than the text does
+            line = json.dumps(plain(told), allow_nan=False)
         with self.lock:
-            file.write(line)
+            file.write(line + "\n")
             file.flush()
 
     def sync(self) -> None:

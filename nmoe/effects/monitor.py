@@ -7,6 +7,7 @@ import os
 import platform
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
@@ -27,13 +28,24 @@ GB = 1e9
 class Monitor:
     """Takes what each report tells. Its `log` is the run's, with this as its listener."""
 
-    def __init__(self, config: Config, log: Log, heart: heartbeat.Heart, foot: footer.Footer, arrays: TextIO) -> None:
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        heart: heartbeat.Heart,
+        foot: footer.Footer,
+        arrays: TextIO,
+        aside: Executor,
+        skipped: int,
+    ) -> None:
         self.log = attrs.evolve(log, heard=self._hear)
         self._config = config
         self._heart = heart
         self._foot = foot
         self._arrays = arrays
-        self._history = History()
+        self._aside = aside
+        self._writing: Future[None] | None = None  # the last line of loads
+        self._history = History(nonfinite_steps=skipped)
         self._reports = 0
         self._disk_bytes = float("inf")  # until telemetry tells
         self._hooks: list[threading.Thread] = []
@@ -50,14 +62,18 @@ class Monitor:
 
         fields  what its line of metrics holds
         load    [L E] i64, on the host
+
+        Raises:  OSError when the loads before could not be written.
         """
         step, settings = fields["step"], self._config.log
         self._heart.tell(step=step, status="running")
         self._foot.step(step, fields["loss"])
         if self._reports % settings.arrays_every == 0:
             layers = fields["experts"]["layer"]
-            line = {"step": step, "tokens_global": fields["tokens_global"], "layers": layers, "load": load.tolist()}
-            self._whole(line)
+            told = {"attempt": self.log.attempt, "time": now(), "step": step, "tokens_global": fields["tokens_global"]}
+            self._written()
+            # aside, for tens of thousands of counts take long to become text; a copy, for the trainer reuses its own
+            self._writing = self._aside.submit(self._whole, {**told, "layers": layers}, load.clone())
         self._reports += 1
         seen = Seen(
             step=step,
@@ -79,16 +95,22 @@ class Monitor:
         self.log.append(file, fields)
 
     def settle(self) -> None:
-        """Wait for the alert commands that still run; each has its timeout."""
+        """Wait for the loads being written and the alert commands that still run; each has its timeout.
+
+        Raises:  OSError when the loads could not be written.
+        """
         for thread in self._hooks:
             thread.join()
+        self._written()
 
-    def _whole(self, fields: Mapping[str, Any]) -> None:
-        # counts are finite integers: no need to look at each of tens of thousands for one that JSON cannot hold
-        text = json.dumps({"attempt": self.log.attempt, "time": now(), **fields})
-        with self.log.lock:
-            self._arrays.write(text + "\n")
-            self._arrays.flush()
+    def _written(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _whole(self, fields: Mapping[str, Any], load: Tensor) -> None:
+        # counts are finite integers: no need to look at each for one that JSON cannot hold
+        self._arrays.write(json.dumps({**fields, "load": load.tolist()}) + "\n")
+        self._arrays.flush()
 
     def _alert(self, alert: Mapping[str, Any]) -> None:
         self.log.event("alert", **alert)
@@ -110,11 +132,14 @@ class Monitor:
 
 
 @contextmanager
-def watching(config: Config, log: Log, *, flops: int, world: int, cuda: bool, step: int) -> Iterator[Monitor]:
+def watching(
+    config: Config, log: Log, *, flops: int, world: int, cuda: bool, step: int, skipped: int
+) -> Iterator[Monitor]:
     """Watch a run while the block lasts.
 
-    flops  of training, a token
-    step   the attempt begins after
+    flops    of training, a token
+    step     the attempt begins after
+    skipped  non-finite steps until then, which are no news
     """
     settings, c = config.log, config.model
     heart = heartbeat.Heart(
@@ -141,7 +166,8 @@ def watching(config: Config, log: Log, *, flops: int, world: int, cuda: bool, st
         arrays = scope.enter_context(open(log.folder / ARRAYS, "a", encoding="utf-8"))
         readings = scope.enter_context(open(log.folder / telemetry.FILE, "a", encoding="utf-8"))
         foot = scope.enter_context(footer.shown(config.train.steps, wanted=settings.footer))
-        monitor = Monitor(config, log, heart, foot, arrays)
+        aside = scope.enter_context(ThreadPoolExecutor(1, thread_name_prefix="loads"))
+        monitor = Monitor(config, log, heart, foot, arrays, aside, skipped)
         scope.callback(monitor.settle)
 
         def append(fields: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from nmoe.effects.monitor import Monitor
 from nmoe.effects.plan import duration, quantity
 from nmoe.effects.step import Metrics, State, learning_rates
 from nmoe.pure.route import health
+from nmoe.pure.stream import Stream
 
 __all__ = ["Report"]
 
@@ -85,6 +86,18 @@ class Report:
             f"dead {int(shape.dead.sum().item())}  eta {duration(eta)}"
         )
         return skipped, in_row
+
+    def mixture(self, planned: Stream, state: State) -> None:
+        """Say what will be read: enough to know what any later step has read of each source."""
+        self.log.event(
+            "mixture",
+            step=state.step,
+            cursor=state.cursor,
+            batch_size=self.config.train.batch_size,
+            sequence_length=self.config.train.sequence_length,
+            sources=[{"name": each.name, "windows": each.windows} for each in planned.ingredients],
+            stages=[{"name": stage.name, "windows": list(stage.quotas)} for stage in planned.stages],
+        )
 
     def validation(self, step: int, held: Held) -> None:
         """Report a validation."""

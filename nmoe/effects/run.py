@@ -334,7 +334,10 @@ def _main(
     began = time.monotonic()
     opened = scope.enter_context(open_log(folder, attempt=number))
     flops, on_gpu = planned.flops.training(), device.type == "cuda"
-    monitor = scope.enter_context(watching(config, opened, flops=flops, world=1, cuda=on_gpu, step=first))
+    skipped = int(state.skipped.item())
+    monitor = scope.enter_context(
+        watching(config, opened, flops=flops, world=1, cuda=on_gpu, step=first, skipped=skipped)
+    )
     log = monitor.log
 
     def overdue() -> None:
@@ -362,6 +365,8 @@ def _main(
     )
     tell_origin(log, first, restored, damaged)
     report = Report(config=config, rt=rt, log=log, flops=flops, began=began, first_step=first, monitor=monitor)
+    if corpus.stream is not None:
+        report.mixture(corpus.stream, state)
     saver = Saver(
         config.checkpoint,
         writer,

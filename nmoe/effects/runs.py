@@ -14,7 +14,7 @@ import math
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -61,29 +61,45 @@ class Run:
 
 
 def list_runs(root: Path) -> int:
-    """Print the runs under `root`, newest first.
+    """Print the runs under `root`, newest first; behind a run what of it cannot be read, if anything.
 
     returns  exit code 0
-    Raises:  InputError when there are none or one cannot be read.
+    Raises:  InputError when there are none.
     """
-    runs = sorted((read_run(folder) for folder in run_folders(root)), key=_age)
+    found: list[tuple[Path, Run | None, list[str]]] = []
+    for folder in run_folders(root):
+        problems: list[str] = []
+        try:
+            run = read_run(folder, problems.append)
+        except InputError as error:
+            run = None
+            problems += error.problems
+        found.append((folder, run, problems))
+    found.sort(key=lambda each: _age(each[0], each[1]))
     head = ("name", "status", "step", "loss", "val loss", "bits/byte", "tokens", "started (UTC)", "duration")
-    rows = [
-        (
-            run.folder.name,
-            run.status,
-            f"{_count(run.step)}/{_count(run.steps)}",
-            _digits(run.loss),
-            _digits(run.validation_loss),
-            _digits(run.bits_per_byte),
-            _count(run.tokens),
-            f"{run.started:%Y-%m-%d %H:%M:%S}" if run.started else "-",
-            _duration(run.duration_s),
-        )
-        for run in runs
-    ]
-    print(table(head, rows, left=2))
+    lines = table(head, [_row(folder, run) for folder, run, _ in found], left=2).splitlines()
+    print(lines[0])
+    for line, (_, _, problems) in zip(lines[1:], found, strict=True):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        print(f"{line}  ! {problems[0]}{more}" if problems else line)
     return 0
+
+
+def _row(folder: Path, run: Run | None) -> tuple[str, ...]:
+    """A run in the list; None: one that cannot be read."""
+    if run is None:
+        return (folder.name, "unreadable", *"-------")
+    return (
+        folder.name,
+        run.status,
+        f"{_count(run.step)}/{_count(run.steps)}",
+        _digits(run.loss),
+        _digits(run.validation_loss),
+        _digits(run.bits_per_byte),
+        _count(run.tokens),
+        f"{run.started:%Y-%m-%d %H:%M:%S}" if run.started else "-",
+        _duration(run.duration_s),
+    )
 
 
 def show(root: Path, name: str) -> int:
@@ -258,12 +274,18 @@ def find(root: Path, name: str) -> Path:
     return root / name
 
 
-def read_run(folder: Path) -> Run:
+def _refuse(problem: str) -> None:
+    raise InputError(problem)
+
+
+def read_run(folder: Path, damaged: Callable[[str], None] = _refuse) -> Run:
     """Everything a run folder tells.
+
+    damaged  takes what is wrong with a line that is no JSON object; the line is left out when it returns
 
     Raises:  InputError with file and line of what cannot be read.
     """
-    events, metrics = read_lines(folder / EVENTS), read_lines(folder / METRICS)
+    events, metrics = read_lines(folder / EVENTS, damaged), read_lines(folder / METRICS, damaged)
     provenance = read_provenance(folder / PROVENANCE)
     host = str(provenance.get("hardware", {}).get("host", ""))
     first, start = (
@@ -305,10 +327,12 @@ def status(folder: Path, events: Sequence[Line], host: str) -> str:
     return run_status.status(run_status.read(folder), last.fields if last else None, host, datetime.now(UTC))
 
 
-def read_lines(path: Path) -> tuple[Line, ...]:
+def read_lines(path: Path, damaged: Callable[[str], None] = _refuse) -> tuple[Line, ...]:
     """The whole lines of a file with one JSON object a line; none when the file is not there yet.
 
-    Raises:  InputError with file and line of the first that is no JSON object.
+    damaged  takes file and line of each that is no JSON object
+
+    Raises:  InputError when the file cannot be read, and what `damaged` raises.
     """
     try:
         content = path.read_bytes()
@@ -321,13 +345,12 @@ def read_lines(path: Path) -> tuple[Line, ...]:
         where = f"{path}:{index}"
         try:
             fields = json.loads(line)
-        except ValueError as error:
-            raise InputError(
-                f"{where}: a line holds one JSON object, got {line[:60]!r}; mend or delete the line"
-            ) from error
-        if not isinstance(fields, dict):
-            raise InputError(f"{where}: a line holds one JSON object, got {line[:60]!r}; mend or delete the line")
-        lines.append(Line(where=where, fields=fields))
+        except (ValueError, RecursionError):
+            fields = None
+        if isinstance(fields, dict):
+            lines.append(Line(where=where, fields=fields))
+        else:
+            damaged(f"{where}: a line holds one JSON object, got {line[:60]!r}; mend or delete the line")
     return tuple(lines)
 
 
@@ -430,9 +453,9 @@ def _time(line: Line) -> datetime:
         ) from error
 
 
-def _age(run: Run) -> tuple[float, str]:
-    """Sorts newest first; what has not started is newest."""
-    return (-run.started.timestamp() if run.started else -math.inf, run.folder.name)
+def _age(folder: Path, run: Run | None) -> tuple[bool, float, str]:
+    """Sorts newest first; what has not started is newest, what cannot be read is last."""
+    return run is None, -run.started.timestamp() if run and run.started else -math.inf, folder.name
 
 
 def _count(value: float | None) -> str:

@@ -14,7 +14,18 @@ from nmoe.pure import mixture
 from nmoe.pure.key import Key
 from nmoe.pure.mixture import Turns
 
-__all__ = ["Chosen", "Ingredient", "Recipe", "Stage", "Stream", "choose", "identity", "plan"]
+__all__ = [
+    "Chosen",
+    "Ingredient",
+    "Recipe",
+    "Stage",
+    "Stream",
+    "choose",
+    "identity",
+    "plan",
+    "stages_of",
+    "windows_read",
+]
 
 
 @attrs.frozen(kw_only=True)
@@ -99,9 +110,8 @@ def plan(ingredients: Sequence[Ingredient], recipes: Sequence[Recipe]) -> Stream
 
     Raises:  InputError when the sources, with their limits, do not hold what a stage asks for.
     """
-    stages: list[Stage] = []
+    named: list[tuple[str, tuple[int, ...]]] = []
     before = (0,) * len(ingredients)
-    first = 0
     for recipe in recipes:
         if not recipe.windows:
             continue
@@ -117,12 +127,35 @@ def plan(ingredients: Sequence[Ingredient], recipes: Sequence[Recipe]) -> Stream
                 f"shares, got {held}; lower the tokens of the flow, raise max_passes or max_share, or add data"
             )
         quotas = mixture.quotas(weights, recipe.windows, limits)
-        stages.append(Stage(name=recipe.name, first=first, quotas=quotas, before=before, turns=mixture.turns(quotas)))
+        named.append((recipe.name, quotas))
         before = tuple(read + quota for read, quota in zip(before, quotas, strict=True))
-        first += recipe.windows
-    if not stages:
+    if not named:
         raise InputError("flow: a stage of one window at least, got none; raise the tokens of the flow")
-    return Stream(ingredients=tuple(ingredients), stages=tuple(stages))
+    return Stream(ingredients=tuple(ingredients), stages=stages_of(named))
+
+
+def stages_of(named: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Stage, ...]:
+    """The stages that have these names and quotas, in this order.
+
+    Raises:  InputError when one has no quota above 0.
+    """
+    stages: list[Stage] = []
+    before, first = (0,) * len(named[0][1]) if named else (), 0
+    for name, quotas in named:
+        stages.append(Stage(name=name, first=first, quotas=quotas, before=before, turns=mixture.turns(quotas)))
+        before = tuple(read + quota for read, quota in zip(before, quotas, strict=True))
+        first += sum(quotas)
+    return tuple(stages)
+
+
+def windows_read(stages: Sequence[Stage], position: int) -> tuple[tuple[int, ...], ...]:
+    """How many of the stream's first `position` windows each stage took from each source: stage by stage."""
+    return tuple(
+        mixture.taken(
+            stage.turns, min(max(position - stage.first, 0), stage.turns.count), num_sources=len(stage.quotas)
+        )
+        for stage in stages
+    )
 
 
 def choose(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]:

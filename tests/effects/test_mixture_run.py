@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import attrs
 import numpy as np
@@ -16,6 +18,9 @@ from nmoe.config import dump
 from nmoe.config.sections import Mixture
 from nmoe.effects.data import shards
 from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.viz import mixture
+from nmoe.effects.viz.index import open_index, poll
+from nmoe.pure.mixture import turn, turns
 from tests.effects.tiny import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -64,8 +69,20 @@ def test_three_sources_train(folder: Path) -> None:
         lines = [json.loads(line) for line in (run / "metrics.rank0.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
         assert plan["identity"] in (run / "provenance.toml").read_text()
+        with open_index(folder / "runs", None) as index:
+            poll(index)
+            read = {each.name: each.read for each in mixture.mixture(index, name).sources}
+        assert read == windows_of(plan, 40 * 4), "the dashboard knows what was read"
     assert losses[0] == losses[1] and len(losses[0]) >= 40
     assert losses[0][-1] < losses[0][0] - 0.5
+
+
+def windows_of(plan: dict[str, Any], windows: int) -> dict[str, int]:
+    """Tokens of each source in the first windows of 32 tokens of a plan of one stage, one turn after another."""
+    names = [row["source"] for row in plan["reads"]]
+    order = turns([row["tokens"] // 32 for row in plan["reads"]])
+    counts = Counter(names[turn(order, position)[0]] for position in range(windows))
+    return {name: 32 * counts[name] for name in names}
 
 
 def test_more_steps_than_the_flow_has_tokens_for(folder: Path) -> None:

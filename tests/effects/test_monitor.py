@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
     config = attrs.evolve(config, log=settings)
     load = torch.arange(16).reshape(2, 8)
     with open_log(tmp_path, attempt=4) as opened:
-        with watching(config, opened, flops=7, world=1, cuda=False, step=0) as monitor:
+        with watching(config, opened, flops=7, world=1, cuda=False, step=0, skipped=0) as monitor:
             for step in (1, 2, 3):
                 monitor.step(fields(step, experts={"layer": [1, 2], "dead": [0, int(step == 3)]}), load)
             monitor.log.event("end", status="finished", step=3)
@@ -55,6 +56,61 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "told").read_text())["rule"] == "dead_experts"
     (reading, *_) = lines(tmp_path / telemetry.FILE)
     assert reading["attempt"] == 4 and reading["gpus"] == [] and reading["host"]["disk_free_bytes"] > 0
+
+
+def test_what_was_not_finite_before_the_attempt_is_no_alert(tmp_path: Path) -> None:
+    with open_log(tmp_path, attempt=2) as opened:
+        with watching(tiny(), opened, flops=1, world=1, cuda=False, step=10, skipped=3) as monitor:
+            for step, nonfinite in ((11, 3), (12, 4)):
+                monitor.step(fields(step, nonfinite_steps=nonfinite), torch.zeros(2, 8, dtype=torch.int64))
+    alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
+    assert [(line["rule"], line["step"]) for line in alerts if line["rule"] == "nonfinite"] == [("nonfinite", 12)]
+
+
+def test_loads_are_those_of_their_step_though_the_trainer_goes_on(tmp_path: Path) -> None:
+    config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, arrays_every=1))
+    with open_log(tmp_path, attempt=1) as opened:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+            for step in range(1, 9):
+                load = torch.full((100, 1000), step)
+                monitor.step(fields(step), load)
+                load.zero_()
+    written = lines(tmp_path / ARRAYS)
+    assert [(line["step"], {n for row in line["load"] for n in row}) for line in written] == [
+        (step, {step}) for step in range(1, 9)
+    ]
+
+
+def test_loads_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / ARRAYS).symlink_to("/dev/full")
+    config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, arrays_every=1))
+    reached = 0
+    with pytest.raises(OSError, match="No space left"), open_log(tmp_path, attempt=1) as opened:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+            for reached in range(1, 9):
+                monitor.step(fields(reached), torch.zeros(2, 8, dtype=torch.int64))
+    assert reached == 2, "told with the next loads, not after the run"
+
+
+def test_a_heartbeat_on_a_slow_disk_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, disk = threading.Event(), threading.Event()
+
+    def slow(path: Path, text: str) -> None:
+        begun.set()
+        disk.wait()
+
+    monkeypatch.setattr(heartbeat.files, "write_text", slow)
+    heart = heartbeat.Heart({}, lambda: "now")
+    beat = threading.Thread(target=heart.beat, args=(tmp_path,))
+    tell = threading.Thread(target=heart.tell, kwargs={"step": 1}, daemon=True)
+    beat.start()
+    begun.wait()
+    tell.start()
+    tell.join(5)
+    held = tell.is_alive()
+    disk.set()
+    beat.join()
+    assert not held
 
 
 def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None:

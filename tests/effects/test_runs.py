@@ -212,16 +212,43 @@ def test_a_line_being_written_is_left_out(tmp_path: Path, torn: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [b"{", b"[1]", b"", b"\xff", b'{"loss": "high"}', b'{"loss": true}', b'{"loss": null}', b'{"attempt": []}']
+    "bad",
+    [
+        *(b"{", b"[1]", b"", b"\xff", b"[" * 100_000),
+        *(b'{"loss": "high"}', b'{"loss": true}', b'{"loss": null}', b'{"attempt": []}'),
+    ],
 )
-@pytest.mark.parametrize("read", ["list", "show", "export"])
+@pytest.mark.parametrize("read", ["show", "export"])
 def test_any_other_bad_line_is_named(tmp_path: Path, bad: bytes, read: str) -> None:
     folder = run_folder(tmp_path, "a")
     file = folder / "metrics.rank0.jsonl"
     file.write_bytes(json.dumps(trained(10, 4.5)).encode() + b"\n" + bad + b"\n")
-    calls = {"list": (runs.list_runs, tmp_path), "show": (runs.show, tmp_path, "a")}
-    call, *arguments = calls.get(read, (runs.export, tmp_path, "a", None))
+    call, *arguments = (runs.show, tmp_path, "a") if read == "show" else (runs.export, tmp_path, "a", None)
     assert problem(call, *arguments).startswith(f"{file}:2: ")
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (b"{", ["3.2500", "a line holds one JSON object, got b'{'; mend or delete the line"]),
+        (b"\0\0\0", ["3.2500", "a line holds one JSON object, got b'\\x00\\x00\\x00'; mend or delete the line"]),
+        (b"{\n[]", ["3.2500", "b'{'; mend or delete the line (and 1 more)"]),
+        (b'{"loss": "high"}', ["unreadable", "loss is a number, got 'high'; mend or delete the line"]),
+    ],
+)
+def test_a_damaged_run_is_listed_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: bytes, told: list[str]
+) -> None:
+    run_folder(tmp_path, "whole", metrics=(trained(10, 4.5),))
+    file = run_folder(tmp_path, "damaged") / "metrics.rank0.jsonl"
+    lines = [json.dumps(each).encode() for each in (trained(10, 4.5), validated(10, 3.25))]
+    file.write_bytes(b"\n".join([lines[0], lines[1], bad, b""]))
+    assert runs.list_runs(tmp_path) == 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    found = {row.split()[0]: row for row in rows}
+    assert set(found) == {"whole", "damaged"} and "4.5000" in found["whole"] and "!" not in found["whole"]
+    assert f"! {file}:3: " in found["damaged"]
+    assert all(part in found["damaged"] for part in told)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +266,7 @@ def test_experts_that_fit_no_layers_are_named(tmp_path: Path, experts: Any) -> N
 )
 def test_a_bad_event_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = run_folder(tmp_path, "a", ({**START, **change},))
-    assert problem(runs.list_runs, tmp_path).startswith(
+    assert problem(runs.show, tmp_path, "a").startswith(
         f"{folder / 'events.jsonl'}:1: {'a start event' if 'pid' in change else next(iter(change))}"
     )
 
@@ -248,7 +275,7 @@ def test_a_bad_event_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
 def test_a_bad_provenance_is_named(tmp_path: Path, content: bytes | None) -> None:
     file = run_folder(tmp_path, "a") / "provenance.toml"
     file.unlink() if content is None else file.write_bytes(content)
-    assert problem(runs.list_runs, tmp_path).startswith(f"{file}: ")
+    assert problem(runs.show, tmp_path, "a").startswith(f"{file}: ")
 
 
 def test_no_runs_at_all(tmp_path: Path) -> None:

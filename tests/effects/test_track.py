@@ -88,6 +88,24 @@ def test_what_was_told_after_the_last_position_is_told_once(run: Path) -> None:
     assert told(run) == [(1, "loss", 1.0), (2, "loss", 2.0)]
 
 
+@pytest.mark.parametrize("looks", [(), (0,), (0, 1), (0, 1, 2), (1, 2), (2,)])
+def test_a_run_that_was_cut_and_resumed_goes_on_with_its_new_attempt(run: Path, looks: tuple[int, ...]) -> None:
+    """Killed twice, resumed at step 3 and at step 2, whenever the follower looks meanwhile."""
+    metrics = run / "metrics.rank0.jsonl"
+    attempts = [(1, range(6)), (2, range(3, 7)), (3, range(2, 9))]
+    kept: list[tuple[int, float]] = []
+    for turn, (attempt, steps) in enumerate(attempts):
+        kept = [each for each in kept if each[0] < steps[0]] + [(step, 10 * attempt + step) for step in steps]
+        metrics.write_text("".join(line(step, int(loss // 10), loss=loss) for step, loss in kept))
+        if turn in looks:
+            once(run)
+            once(run)
+    once(run)
+    found = [(step, value) for step, _, value in told(run)]
+    assert [each for each in found if each in kept] == kept
+    assert len(found) == len(set(found)), "each line once"
+
+
 def test_killed_again_and_again_nothing_is_lost_or_doubled(run: Path) -> None:
     metrics, count = run / "metrics.rank0.jsonl", 1500
     command = [sys.executable, "-m", "nmoe", "track", "--to", "tensorboard", "--every", "0.01", str(run)]

@@ -10,12 +10,14 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -26,13 +28,16 @@ import duckdb
 import pytest
 
 from nmoe.effects import run_status
-from nmoe.effects.viz import api, experts, export, machine, views
-from nmoe.effects.viz.index import Index, open_index, poll, query
+from nmoe.effects.viz import api, curves, experts, export, machine, mixture, views
+from nmoe.effects.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
+from nmoe.pure import curve as thinning
+from nmoe.pure.mixture import turn, turns
 from tests.effects import viz_runs as runs
 from tests.effects.viz_server import Server, serving
 
 STATIC = Path(api.__file__).parent / "static"
+IMPORTED = re.compile(r'from "\./([\w./-]+)"')
 
 
 @contextmanager
@@ -53,7 +58,7 @@ def table(index: Index) -> dict[str, api.Run]:
 
 
 def curve(index: Index, name: str, tag: str = "loss", **axis: Any) -> dict[float, float | None]:
-    series = views.series(index, [name], tag, views.Axis(**axis))
+    series = curves.series(index, [name], tag, curves.Axis(**axis))
     return dict(zip(series.x, series.curves[0].mean, strict=True)) if series.curves else {}
 
 
@@ -108,16 +113,73 @@ def test_hours_go_on_where_the_attempt_before_ended(index: Index) -> None:
 
 
 def test_a_spike_of_one_step_survives_thinning(index: Index) -> None:
-    series = views.series(index, ["finished"], "loss", views.Axis(points=100))
+    series = curves.series(index, ["finished"], "loss", curves.Axis(points=100))
     (thin,) = series.curves
     assert len(series.x) == 100
     assert max(v for v in thin.high if v is not None) == runs.loss(77)
     assert max(v for v in thin.mean if v is not None) < runs.loss(77)
 
 
+@pytest.fixture(scope="module")
+def rough(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Index]:
+    """Two long runs of noise with values that are not finite; the second resumed, its last steps told twice.
+
+    1009 steps lie between the first and the last, a prime: no step is on a border between two cells.
+    """
+    source = random.Random(3)
+    path = tmp_path_factory.mktemp("rough")
+    for name, first in (("a", 1), ("b", 301)):
+        lines = [
+            {"attempt": 1, "step": step, "elapsed_s": step / 2, "tokens_global": step * 64.0, "loss": noise(source)}
+            for step in range(first, 1011)
+        ]
+        runs.append(runs.folder(path, name) / "metrics.rank0.jsonl", lines)
+    lines = [{"attempt": 2, "step": step, "loss": noise(source)} for step in range(900, 1011)]
+    runs.append(path / "b" / "metrics.rank0.jsonl", lines)
+    with indexed(path) as opened:
+        yield opened
+
+
+def noise(source: random.Random) -> float | str:
+    return source.choice(["nan", "inf", "-inf"]) if source.random() < 0.1 else source.gauss(0, 1)
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [
+        {},
+        {"log_x": True},
+        {"x": "tokens"},
+        {"bands": False},
+        {"low": 2.5, "high": 700.25, "points": 130},
+        {"low": 0.25, "high": 1e6},
+    ],
+)
+def test_what_the_index_thins_is_what_thinning_its_points_gives(rough: Index, axis: dict[str, Any]) -> None:
+    asked = curves.Axis(**({"points": 100} | axis))
+    series = curves.series(rough, ["b", "a"], "loss", asked)
+    numbers = known(rough, ["b", "a"])
+    points = curves.points(rough, numbers, tags(rough)["loss"], asked)
+    low = asked.low or min(x[0] for x, _, _ in points.values())
+    high = asked.high or max(x[-1] for x, _, _ in points.values())
+    assert len(series.x) == asked.points
+    for found, run in zip(series.curves, numbers, strict=True):
+        x, step, y = points[run]
+        assert len(set(step)) == len(step), "each step once"
+        borders = thinning.edges(low, high, asked.points, log=asked.log_x)
+        wanted = thinning.thin(x, y, y, borders)
+        assert found.mean == pytest.approx(api.numbers(wanted.mean), abs=1e-12)
+        assert (found.low, found.high) == (
+            (api.numbers(wanted.low), api.numbers(wanted.high)) if asked.bands else ([], [])
+        )
+        assert found.nonfinite == wanted.nonfinite.tolist() and len(found.nonfinite) > 10
+        assert found.last == api.plain(float(y[(x >= low) & (x <= high)][-1])), "as logged, not a mean of its cell"
+
+
 def test_what_is_not_finite_is_marked_where_it_was(index: Index) -> None:
-    (broken,) = views.series(index, ["nan-loss"], "loss", views.Axis(smooth=5.0)).curves
+    (broken,) = curves.series(index, ["nan-loss"], "loss", curves.Axis(smooth=5.0)).curves
     assert broken.nonfinite == [float(step) for step in range(61, 71)]
+    assert broken.last == "nan"
     assert broken.mean[60:] == [None] * 10 == broken.smooth[60:]
 
 
@@ -129,20 +191,20 @@ def test_every_axis(index: Index) -> None:
     assert list(validations) == [step * runs.TOKENS for step in (50, 100, 150, 200)], (
         "lines without tokens have a place"
     )
-    assert views.series(index, ["bare", "crashed"], "loss", views.Axis(x="flops")).without == ["bare", "crashed"]
+    assert curves.series(index, ["bare", "crashed"], "loss", curves.Axis(x="flops")).without == ["bare", "crashed"]
 
 
 def test_a_zoom_shows_what_lies_in_it(index: Index) -> None:
     assert list(curve(index, "finished", low=40.5, high=44.0)) == [41, 42, 43, 44]
     assert curve(index, "finished", low=500.0, high=600.0) == {}
-    assert views.series(index, ["finished"], "loss", views.Axis(points=50, log_x=True)).x[0] < 2
+    assert curves.series(index, ["finished"], "loss", curves.Axis(points=50, log_x=True)).x[0] < 2
 
 
 def test_events_have_their_place_on_the_axis(index: Index) -> None:
-    told = {event.event: event for event in views.events(index, ["finished"], views.Axis(x="tokens")).events}
+    told = {event.event: event for event in views.events(index, ["finished"], curves.Axis(x="tokens")).events}
     assert told["checkpoint"].x == 100 * runs.TOKENS
     assert (told["alert"].severity, told["alert"].text) == ("warning", "layer 2: 1 expert is dead")
-    failed = {event.event: event for event in views.events(index, ["nan-loss"], views.Axis()).events}
+    failed = {event.event: event for event in views.events(index, ["nan-loss"], curves.Axis()).events}
     assert (failed["end"].severity, failed["nonfinite"].severity, failed["nonfinite"].x) == ("error", "error", 61)
 
 
@@ -159,7 +221,7 @@ def test_layers_and_loads_are_those_that_were_logged(index: Index) -> None:
     assert experts.load(index, "finished", 62).step == 60
     history = experts.load_history(index, "finished", 2)
     assert (history.rows[-1], history.load[-1][5]) == (200, 0) and history.load[0] == runs.loads(10, 2)
-    entropy = experts.layers(index, "finished", "entropy", views.Axis())
+    entropy = experts.layers(index, "finished", "entropy", curves.Axis())
     assert entropy.values[2][99] == 2.7 - 0.001 * 100 - 0.01 * 3
     with pytest.raises(InputError, match="crashed: loads of its experts, got none"):
         experts.load(index, "crashed", None)
@@ -179,6 +241,61 @@ def test_gpus_are_what_the_telemetry_says(index: Index) -> None:
     power = next(each for each in told.curves if each.quantity == "power_w")
     assert power.values[0][:2] == [600.5, 600.5 + 10 % 7] and power.names == ["GPU 0", "GPU 1"]
     assert machine.gpus(index, "bare").gpus == []
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "position"),
+    [("finished", 200, 200 * 8), ("resumed", 150, 640 + 70 * 4)],
+)
+def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: str, step: int, position: int) -> None:
+    told = mixture.mixture(index, name)
+    read: Counter[tuple[str, str]] = Counter()
+    first = 0
+    for stage, quotas in runs.STAGES.items():
+        order = turns(quotas)
+        for place in range(first, min(position, first + sum(quotas))):
+            read[stage, ("web", "code", "books")[turn(order, place - first)[0]]] += 1
+        first += sum(quotas)
+    assert told.step == step
+    assert {(each.stage, each.name): each.read for each in told.sources if each.read} == {
+        key: 128 * count for key, count in read.items()
+    }
+    rows = {(each.stage, each.name): each for each in told.sources}
+    assert list(rows) == [("pretrain", "web"), ("pretrain", "code")] + [
+        ("anneal", source) for source in ("web", "code", "books")
+    ]
+    code = rows["pretrain", "code"]
+    assert (code.planned, code.planned_share) == (300 * 128, 0.25)
+    assert code.passes == read["pretrain", "code"] / 400 and code.read_share == pytest.approx(0.25, abs=0.01)
+    assert (rows["anneal", "web"].read_share is None) == (position < 1200)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"stages": []},
+        {"stages": [{"name": "a", "windows": [1, 2]}]},
+        {"stages": [{"name": "a", "windows": [0, 0, 0]}]},
+        {"stages": [{"name": "a", "windows": [1, -1, 1]}]},
+        {"stages": [{"name": "a", "windows": [1, 2, "x"]}]},
+        {"stages": [{"name": "a", "windows": [1, 1, 1 << 70]}]},
+        {"stages": [{"name": "a", "windows": [1, 1, 1]}] * 5000},
+        {"stages": 5},
+        {"sources": [{"name": "a", "windows": 0}] * 3},
+        {"sources": None},
+        {"cursor": None},
+        {"step": 1.5},
+        {"batch_size": True},
+    ],
+)
+def test_a_plan_that_is_none_is_told(tmp_path: Path, broken: dict[str, Any]) -> None:
+    runs.append(runs.folder(tmp_path, "a") / "events.jsonl", [runs.mixture(0.0, **broken)])
+    with indexed(tmp_path) as index, pytest.raises(InputError, match="a: an event `mixture` with the quotas"):
+        mixture.mixture(index, "a")
+
+
+def test_a_run_of_one_source_has_no_mixture(index: Index) -> None:
+    assert mixture.mixture(index, "crashed").sources == []
 
 
 def test_export_has_every_step_once(index: Index) -> None:
@@ -230,10 +347,24 @@ def test_a_file_that_shrank_a_folder_that_went_and_one_that_came_back(tmp_path: 
         assert poll(index).gone == ("a",)
         assert table(index) == {} and query(index, "select count(*) from metrics") == [(0,)]
         with pytest.raises(InputError, match="run: the name of a run here, got 'a'"):
-            views.series(index, ["a"], "loss", views.Axis())
+            curves.series(index, ["a"], "loss", curves.Axis())
         runs.append(runs.folder(tmp_path, "a") / "metrics.rank0.jsonl", [runs.metrics(3)])
         read_all(index)
         assert list(curve(index, "a")) == [3]
+
+
+@pytest.mark.parametrize("again", [3, 4, 5, 8])
+def test_a_resumed_run_that_cut_its_file_and_wrote_on_between_two_looks(tmp_path: Path, again: int) -> None:
+    """Killed after step 6, resumed at 2: by the next look the file may be as long as it was, or longer."""
+    path = runs.folder(tmp_path, "a") / "metrics.rank0.jsonl"
+    lines = [json.dumps(runs.metrics(step)) + "\n" for step in range(1, 7)]
+    path.write_text("".join(lines))
+    with indexed(tmp_path) as index:
+        os.truncate(path, len("".join(lines[:2])))
+        runs.append(path, (runs.metrics(step, 2, 1.0, loss=50.0 + step) for step in range(3, 3 + again)))
+        read_all(index)
+        assert table(index)["a"].bad_lines == 0
+        assert curve(index, "a") == {step: runs.loss(step) if step < 3 else 50.0 + step for step in range(1, 3 + again)}
 
 
 def test_hostile_lines_are_counted_and_harm_nothing(tmp_path: Path) -> None:
@@ -263,7 +394,7 @@ def test_hostile_lines_are_counted_and_harm_nothing(tmp_path: Path) -> None:
         assert row.step == 5 and row.bad_lines >= 5
         assert curve(index, name)[5] == runs.loss(5)
         assert curve(index, name, tag='a"; drop table metrics; --') == {2: 5.0}
-        views.events(index, [name], views.Axis())
+        views.events(index, [name], curves.Axis())
         machine.gpus(index, name)
         machine.timing(index, name)
         experts.experts(index, name)
@@ -335,6 +466,14 @@ def test_a_process_that_is_gone_has_crashed_whatever_its_heartbeat(tmp_path: Pat
     told = {"status": "running", "heartbeat": now.isoformat(), "heartbeat_every_s": 10, "host": platform.node()}
     assert run_status.status(told | {"pid": runs.dead_pid()}, None, "", now) == "crashed"
     assert run_status.status(told | {"pid": os.getpid()}, None, "", now) == "running"
+
+
+def test_the_page_asks_for_its_modules_at_once() -> None:
+    """A module that is found only in another costs a round trip before the first picture."""
+    page = (STATIC / "index.html").read_text()
+    modules = {f"/static/{name}" for file in STATIC.glob("*.js") for name in IMPORTED.findall(file.read_text())}
+    assert len(modules) > 10
+    assert set(re.findall(r'modulepreload" href="([^"]+)"', page)) == modules
 
 
 def test_vendored_files_are_those_that_are_listed() -> None:

@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from nmoe.config import dump
+from nmoe.effects import soak
 from tests.effects import viz_runs as runs
 from tests.effects.viz_server import Server, serving
 
@@ -172,6 +175,17 @@ def test_experts_gpus_timing_configs_and_events_are_those_of_the_run(browser: Br
         assert page.locator(".sample pre b").count() == 1, "the prompt alone is bold: a text is never markup"
 
 
+def test_a_mixture_is_shown_against_what_was_read(browser: Browser, server: Server) -> None:
+    with opened(browser, f"{server.url}/?view=data&run=finished") as page:
+        rows = page.locator("#mixture tbody tr")
+        expect(rows).to_have_count(5)
+        told = [[cell.strip() for cell in row.inner_text().split("\t")] for row in rows.all()]
+        assert told[0] == ["pretrain", "web", "75.0 %", "75.0 %", "115.2 k", "115.2 k", "", "0.18"]
+        assert told[4][:3] == ["anneal", "books", "20.0 %"] and told[4][4] == "25.6 k"
+        width = rows.nth(2).locator(".bar span").evaluate("node => node.style.width")
+        assert width == "40%", "400 of 1000 windows of the second stage"
+
+
 def test_a_phone_scrolls_down_and_never_sideways(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?one=finished", viewport={"width": 360, "height": 740}) as page:
         expect(page.locator("table.runs")).to_be_visible()
@@ -305,40 +319,62 @@ def test_sixteen_thousand_points_are_drawn_in_a_hundred_milliseconds(browser: Br
                 }""",
                 [answer],
             )
+        print(f"\n16,000 points are drawn in {took:.0f} ms")
         assert took < 100, took
 
 
+def training(folder: Path, corpus: Path) -> list[str]:
+    """The command of a small training that tells every step and saves every twenty."""
+    config = soak.training(folder, "seen", corpus, STEPS)
+    log = attrs.evolve(config.log, heartbeat_every_s=0.2, telemetry_every_s=0.5)
+    checkpoint = attrs.evolve(config.checkpoint, every=20, on_error="stop")
+    config = attrs.evolve(config, log=log, checkpoint=checkpoint)
+    (folder / "seen.toml").write_text(dump(config))
+    return [sys.executable, "-m", "nmoe", "run", str(folder / "seen.toml")]
+
+
+STEPS = 1500
+
+
 @pytest.mark.long
-def test_a_run_is_killed_and_continued_while_it_is_looked_at(browser: Browser, tmp_path: Path) -> None:
-    """A real training process; what a resumed one appends follows from its own lines."""
-    command = [sys.executable, "-m", "nmoe", "run", str(ROOT / "configs" / "quickstart.toml"), "--log.every=1"]
-    command += [f"--run.root={tmp_path}", "--run.name=seen", "--train.steps=400"]
-    with serving(tmp_path) as server, opened(browser, server.url) as page:
+def test_a_run_is_killed_and_resumed_while_it_is_looked_at(browser: Browser, tmp_path: Path, sources: Path) -> None:
+    """Two real attempts of one training: stopped, continued, killed, resumed, seen at each moment."""
+    command = training(tmp_path, sources)
+    metrics = tmp_path / "runs" / "seen" / "metrics.rank0.jsonl"
+
+    def lines() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+
+    with serving(tmp_path / "runs") as server, opened(browser, server.url) as page:
+        status, step = page.locator("table.runs tbody tr .status"), page.locator("table.runs .bar-text")
         expect(page.get_by_role("heading", name="No runs yet")).to_be_visible()
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as training:
-            status = page.locator("table.runs tbody tr .status")
-            expect(status).to_have_text("● running", timeout=120_000)
-            expect(page.locator("table.runs .bar-text")).to_have_text(
-                re.compile(r"^(1[0-9]|2[0-9]) / 400"), timeout=120_000
-            )
-            os.kill(training.pid, signal.SIGKILL)
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as first:
+            expect(status).to_have_text("● running", timeout=60_000)
+            expect(step).to_have_text(re.compile(rf"^\d{{2,}} / {STEPS}"), timeout=60_000)
+            os.kill(first.pid, signal.SIGSTOP)
+            expect(status).to_have_text("? lost", timeout=30_000)
+            os.kill(first.pid, signal.SIGCONT)
+            expect(status).to_have_text("● running", timeout=20_000)
+            first.kill()
         expect(status).to_have_text("✕ crashed", timeout=20_000)
-        metrics = tmp_path / "seen" / "metrics.rank0.jsonl"
-        lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-        with open(metrics, "r+") as file:
-            whole = metrics.read_text()
-            file.truncate(whole.rfind("\n") + 1)
-        again = [{**line, "attempt": 2} for line in lines[5:]]
-        runs.append(
-            tmp_path / "seen" / "events.jsonl", [runs.event("start", 1e6, attempt=2, pid=os.getpid(), steps=400)]
-        )
-        expect(status).to_have_text("● running", timeout=20_000)
-        runs.append(metrics, again)
-        runs.append(metrics, [{**lines[-1], "attempt": 2, "step": lines[-1]["step"] + 1}])
-        runs.append(
-            tmp_path / "seen" / "events.jsonl",
-            [runs.event("end", 2e6, attempt=2, status="finished", step=lines[-1]["step"] + 1)],
-        )
+        reached = lines()[-1]["step"]
+        assert 20 < reached < STEPS
+        expect(step).to_have_text(f"{reached} / {STEPS}")
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as second:
+            expect(status).to_have_text("● running", timeout=60_000)
+            assert second.wait(timeout=240) == 0
         expect(status).to_have_text("✓ finished", timeout=20_000)
-        series = server.json("/api/series?run=seen&tag=loss")
-        assert series["x"] == [float(step) for step in range(1, lines[-1]["step"] + 2)], "one unbroken curve"
+        expect(step).to_have_text(f"{STEPS} / {STEPS}")
+        expect(page.locator("table.runs tbody tr")).to_contain_text("↻ 2")
+
+        told = {line["step"]: line["loss"] for line in lines() if "loss" in line}
+        series = server.json("/api/series?run=seen&tag=loss&points=4000")
+        assert series["x"] == [float(each) for each in range(1, STEPS + 1)], "one unbroken curve"
+        assert series["curves"][0]["mean"] == [told[each] for each in range(1, STEPS + 1)]
+        hours = server.json("/api/series?run=seen&tag=loss&points=4000&x=time")["x"]
+        assert hours == sorted(hours) and len(set(hours)) == STEPS, "time goes on where the attempt before ended"
+        (resumed,) = [each for each in server.json("/api/events?run=seen")["events"] if each["event"] == "resume"]
+        assert 0 < reached - resumed["x"] <= 20 and {line["attempt"] for line in lines()} == {1, 2}
+        page.goto(f"{server.url}/?view=charts&run=seen&tags=loss")
+        note = page.get_by_role("figure", name="loss", exact=True).locator(".chart-note")
+        expect(note).to_have_text(f"{told[STEPS]:.4f}")

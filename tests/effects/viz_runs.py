@@ -131,6 +131,17 @@ def event(name: str, seconds: float, **fields: Any) -> dict[str, Any]:
     return {"time": at(seconds), "event": name, "attempt": 1} | fields
 
 
+STAGES = {"pretrain": (900, 300, 0), "anneal": (500, 300, 200)}
+
+
+def mixture(seconds: float, **more: Any) -> dict[str, Any]:
+    """The plan of a mixture: windows of 128 tokens, 8 a step, two of three sources in the first stage."""
+    sources = [{"name": name, "windows": windows} for name, windows in (("web", 5000), ("code", 400), ("books", 100))]
+    stages = [{"name": name, "windows": list(quotas)} for name, quotas in STAGES.items()]
+    told = {"step": 0, "cursor": 0, "batch_size": 8, "sequence_length": 128, "sources": sources, "stages": stages}
+    return event("mixture", seconds, **(told | more))
+
+
 def folder(root: Path, name: str, *, steps: int = 200, lr: float = 0.001, host: str | None = None) -> Path:
     """A run folder with what each has."""
     path = root / name
@@ -192,6 +203,7 @@ def finished(root: Path, name: str = "finished", steps: int = 200) -> Path:
         [
             event("start", 0, pid=1, steps=steps),
             event("gpus", 0.1, driver="570.86.15", cuda="12.8"),
+            mixture(0.2),
             event("checkpoint", 50, step=100, path="checkpoints/step-00000100"),
             event("alert", 60, step=120, rule="dead", message="layer 2: 1 expert is dead", severity="warning"),
             event("sample", 70, step=140, prompt="def ", text="main():\n    return '<b>not markup</b>'"),
@@ -214,7 +226,9 @@ def resumed(root: Path) -> Path:
         path / "events.jsonl",
         [
             event("start", 0, pid=dead_pid(), steps=200),
+            mixture(0.2),
             event("start", 60, pid=os.getpid(), steps=200, attempt=2),
+            mixture(60.1, attempt=2, step=80, cursor=640, batch_size=4),
             event("resume", 60.1, step=80, attempt=2),
         ],
     )

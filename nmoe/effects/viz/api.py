@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-__all__ = ["contract", "numbers", "to_json"]
+__all__ = ["contract", "number", "numbers", "plain", "to_json"]
 
 Numbers = list[float | None]
 """JSON has no NaN: None stands for it."""
@@ -63,6 +63,7 @@ class Curve:
     low: Numbers
     high: Numbers
     smooth: Numbers
+    last: float | str | None  # newest value of the stretch, not thinned; a str: nan, inf or -inf
     nonfinite: list[float]  # places of values that are not finite
 
 
@@ -294,20 +295,24 @@ class Folders:
 
 @attrs.frozen(kw_only=True)
 class Source:
-    """What a mixture planned of one source, and what was read."""
+    """What a stage of a mixture planned of one source, and what was read."""
 
+    stage: str
     name: str
-    planned: float | None
-    read: float | None
-    fields: dict[str, Any]
+    planned: int  # tokens
+    read: int  # tokens
+    planned_share: float  # of the stage
+    read_share: float | None  # of what was read of the stage; None before its first token
+    passes: float  # over the source in this stage so far
 
 
 @attrs.frozen(kw_only=True)
 class Mixture:
-    """The mixture of a run, as far as the run folder tells."""
+    """What a run reads, as it told when it began."""
 
     run: str
-    sources: list[Source]
+    step: int | None  # up to which it is told what was read
+    sources: list[Source]  # stage by stage; none: a run of one source
     config: dict[str, Any]  # keys of its section `data`
 
 
@@ -376,6 +381,11 @@ def _fields(record: Any) -> dict[str, Any]:
 def numbers(values: np.ndarray) -> Numbers:
     """An array for JSON."""
     return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def number(value: Any) -> float | None:
+    """A value that a run told, as a number; None when it is none."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def plain(value: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from nmoe.effects import run_status
-from nmoe.effects.viz import api, views
-from nmoe.effects.viz.index import Index, arrays, query
+from nmoe.effects.viz import api, curves, views
+from nmoe.effects.viz.index import Index, arrays, known, query
 from nmoe.errors import InputError
 from nmoe.pure import curve
 
@@ -24,7 +24,7 @@ VALID = "from loads l join valid v using (run, attempt) where l.run = ? and l.st
 
 def experts(index: Index, name: str) -> api.Experts:
     """What there is to see of a run's experts."""
-    (run,) = views.known(index, [name])
+    (run,) = known(index, [name])
     record, config = run_status.read(index.root / name), views.config_of(index.root / name)
     newest = query(
         index,
@@ -47,21 +47,21 @@ def experts(index: Index, name: str) -> api.Experts:
     )
 
 
-def layers(index: Index, name: str, tag: str, axis: views.Axis) -> api.Layers:
+def layers(index: Index, name: str, tag: str, axis: curves.Axis) -> api.Layers:
     """A quantity of the experts of each layer, smoothed and thinned."""
-    numbers = views.known(index, [name])
+    numbers = known(index, [name])
     got = arrays(
         index,
         f"select x, step, unnest(q) as y, generate_subscripts(q, 1) as place from "
-        f"(select {views.place(axis)} as x, m.step, m.experts[?] as q {views.CHOSEN} "
+        f"(select {curves.place(axis)} as x, m.step, m.experts[?] as q {curves.CHOSEN} "
         "where m.rank = 0 and m.step < v.until and m.experts is not null) where x is not null order by step",
         tag,
-        *views.chosen(index, numbers),
+        *curves.chosen(index, numbers, axis),
     )
     x, step, y, at = (np.ma.getdata(got[key]) for key in ("x", "step", "y", "place"))
     y = np.where(np.ma.getmaskarray(got["y"]), np.nan, y.astype(np.float64))
     count = int(at.max()) if len(at) else 0
-    grid = views.grid_of([x], axis, max(count, 1)) if len(x) else None
+    grid = curves.grid_of([x], axis, max(count, 1)) if len(x) else None
     if grid is None:
         return api.Layers(tag=tag, x=[], layers=[], values=[])
     values: list[api.Numbers] = []
@@ -81,7 +81,7 @@ def load(index: Index, name: str, step: int | None) -> api.Load:
 
     Raises:  InputError when the run has told no loads.
     """
-    (run,) = views.known(index, [name])
+    (run,) = known(index, [name])
     order, value = ("l.step desc", []) if step is None else ("abs(l.step - ?)", [step])
     rows = query(
         index, f"select l.step, l.layers, l.load {VALID} order by {order}, l.attempt desc limit 1", run, *value
@@ -97,7 +97,7 @@ def load_history(index: Index, name: str, layer: int) -> api.Load:
 
     Raises:  InputError when the run has told no loads, or none of this layer.
     """
-    (run,) = views.known(index, [name])
+    (run,) = known(index, [name])
     rows = query(
         index,
         f"with found as (select l.step, l.load[list_position(l.layers, ?::integer)] as load {VALID} "

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from nmoe.effects.viz import views
-from nmoe.effects.viz.index import Index, query, quoted, tags
+from nmoe.effects.viz.index import Index, known, query, quoted, tags
 from nmoe.errors import InputError
 
 __all__ = ["MEDIA_TYPES", "export", "write_"]
@@ -27,7 +26,7 @@ def export(index: Index, names: Sequence[str], kind: str) -> bytes:
     """
     if kind not in MEDIA_TYPES:
         raise InputError(f"format: one of {', '.join(MEDIA_TYPES)}, got {kind[:40]!r}; choose one of them")
-    numbers = list(views.known(index, names))
+    numbers = list(known(index, names))
     (lines,) = query(index, "select count(*) from metrics where run in (select unnest(?::integer[]))", numbers)[0]
     if lines > MAX_LINES:
         raise InputError(f"export: at most {MAX_LINES:,} lines, got {lines:,}; choose fewer runs")
@@ -39,7 +38,7 @@ def export(index: Index, names: Sequence[str], kind: str) -> bytes:
 
 def write_(file: Path, index: Index, names: Sequence[str], kind: str) -> None:
     """Write the metrics of some runs. Writes: `file`."""
-    numbers = views.known(index, names)
+    numbers = known(index, names)
     present = {
         tag
         for (tag,) in query(

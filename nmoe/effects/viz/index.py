@@ -25,11 +25,26 @@ from nmoe.errors import InputError
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-__all__ = ["Index", "Poll", "arrays", "index_file", "open_index", "poll", "query", "quoted", "run_folders", "tags"]
+__all__ = [
+    "Index",
+    "Poll",
+    "arrays",
+    "index_file",
+    "known",
+    "open_index",
+    "poll",
+    "query",
+    "quoted",
+    "run_folders",
+    "tags",
+]
 
-FORMAT = 1
+FORMAT = 2
 MAX_FILES = 256
 """Files taken in at a time."""
+
+MARK_BYTES = 128
+"""What is remembered of the end of what was read, to know the file again: a resumed run cuts its files and goes on."""
 
 FILES = re.compile(r"(metrics|arrays|telemetry)\.rank(\d{1,6})\.jsonl|events\.jsonl")
 
@@ -37,7 +52,8 @@ SCHEMA = """
 create table format(version integer);
 create sequence run_ids;
 create table runs(run integer, name varchar, inode ubigint);
-create table files(run integer, file varchar, inode ubigint, "offset" bigint, lines bigint, bad bigint);
+create table files(run integer, file varchar, inode ubigint, "offset" bigint, lines bigint, bad bigint,
+                   mark blob);
 create table tags(tag integer, name varchar);
 create table metrics(run integer, rank integer, attempt integer, step bigint, time_s double, elapsed_s double,
                      tokens double, experts map(varchar, double[]));
@@ -87,6 +103,15 @@ class Tail:
     inode: int
     offset: int
     size: int
+
+
+@attrs.frozen(kw_only=True)
+class Known:
+    """How far a file has been read."""
+
+    inode: int
+    offset: int
+    mark: bytes  # what stood before `offset`
 
 
 @contextmanager
@@ -165,9 +190,9 @@ def poll(index: Index, budget_bytes: int = CHUNK_BYTES, names: Sequence[str] | N
         folders = tuple(each for each in run_folders(index.root) if names is None or each.name in names)
         gone = _forget_missing_(index, folders)
         known = _register_(index, folders)
-        read: dict[int, dict[str, tuple[int, int]]] = {}
-        for run, file, inode, offset in query(index, 'select run, file, inode, "offset" from files'):
-            read.setdefault(run, {})[file] = (inode, offset)
+        read: dict[int, dict[str, Known]] = {}
+        for run, file, inode, offset, mark in query(index, 'select run, file, inode, "offset", mark from files'):
+            read.setdefault(run, {})[file] = Known(inode=inode, offset=offset, mark=mark)
         runs = [(folder, known[folder.name]) for folder in folders]
         waiting = [tail for folder, run in runs for tail in _tails_(index, folder, run, read.get(run, {}))]
         taken, problems, left = _take_(index, waiting, budget_bytes)
@@ -188,6 +213,18 @@ def query(index: Index, sql: str, *values: Any) -> list[tuple[Any, ...]]:
 def arrays(index: Index, sql: str, *values: Any) -> dict[str, Any]:
     """The columns of a query as NumPy arrays; `values` are bound."""
     return index.connection.cursor().execute(sql, list(values)).fetchnumpy()
+
+
+def known(index: Index, names: Sequence[str]) -> dict[int, str]:
+    """Number -> name of the runs called so, in the order asked for.
+
+    Raises:  InputError for a name that no scanned run has.
+    """
+    found = {name: run for run, name in query(index, "select run, name from runs")}
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise InputError(*(f"run: the name of a run here, got {name!r}; reload the list of runs" for name in unknown))
+    return {found[name]: name for name in names}
 
 
 def tags(index: Index) -> dict[str, str]:
@@ -251,30 +288,46 @@ def _register_(index: Index, folders: tuple[Path, ...]) -> dict[str, int]:
     return known
 
 
-def _tails_(index: Index, folder: Path, run: int, known: Mapping[str, tuple[int, int]]) -> list[Tail]:
-    """The files of a run that have grown; a run with a file that shrank or was replaced is taken in anew."""
+def _tails_(index: Index, folder: Path, run: int, known: Mapping[str, Known]) -> list[Tail]:
+    """The files of a run that have grown; a run with a file that was cut or replaced is taken in anew."""
     found = sorted(entry.name for entry in os.scandir(folder) if FILES.fullmatch(entry.name))
     stats = {name: (folder / name).stat() for name in found}
     if any(
-        name not in stats or stats[name].st_ino != inode or stats[name].st_size < offset
-        for name, (inode, offset) in known.items()
+        name not in stats or stats[name].st_ino != file.inode or not _goes_on(folder / name, stats[name].st_size, file)
+        for name, file in known.items()
     ):
         with _transaction(index) as cursor:
             for name in TABLES[:-1]:
                 cursor.execute(f"delete from {name} where run = ?", [run])
         known = {}
+    offsets = {name: known[name].offset if name in known else 0 for name in stats}
     return [
         Tail(
             run=run,
             name=folder.name,
             path=folder / name,
             inode=stat.st_ino,
-            offset=known.get(name, (0, 0))[1],
+            offset=offsets[name],
             size=stat.st_size,
         )
         for name, stat in stats.items()
-        if stat.st_size > known.get(name, (0, 0))[1]
+        if stat.st_size > offsets[name]
     ]
+
+
+def _goes_on(path: Path, size: int, known: Known) -> bool:
+    """Whether a file still begins with what has been read of it, told by the end of that; looked at when it has grown.
+
+    A file that cannot be read goes on: it is told when its new lines are read.
+    """
+    if size <= known.offset:
+        return size == known.offset
+    try:
+        with open(path, "rb") as file:
+            file.seek(known.offset - len(known.mark))
+            return file.read(len(known.mark)) == known.mark
+    except OSError:
+        return True
 
 
 def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[dict[Path, int], tuple[str, ...], int]:
@@ -283,6 +336,7 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
     returns  bytes taken, by file; problems; bytes there was no room for
     """
     taken: dict[Path, int] = {}
+    marks: dict[Path, bytes] = {}
     problems: list[str] = []
     left = 0
     kinds: dict[str, list[tuple[Tail, ingest.Piece]]] = {}
@@ -301,7 +355,7 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
             if content:
                 copy = Path(folder) / f"{len(taken)}.jsonl"
                 copy.write_bytes(content)
-                taken[tail.path] = len(content)
+                taken[tail.path], marks[tail.path] = len(content), bytes(content[-MARK_BYTES:])
                 kind, _, rank = tail.path.name.removesuffix(".jsonl").partition(".rank")
                 piece = ingest.Piece(run=tail.run, rank=int(rank or 0), file=str(copy))
                 kinds.setdefault(kind, []).append((tail, piece))
@@ -309,7 +363,7 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
             with _transaction(index) as cursor:
                 told = ingest.take_(cursor, kind, [piece for _, piece in pairs])
                 for tail, piece in pairs:
-                    _advance_(cursor, tail, taken[tail.path], told.good.get(piece.file, 0), told.bad.get(piece.file, 0))
+                    _advance_(cursor, tail, marks[tail.path], taken[tail.path], told, piece.file)
             if told.refused:
                 shown = ", ".join(told.refused[:5])
                 problems.append(f"{kind}: tags that the index has room for, got also {shown}; rename them")
@@ -331,14 +385,18 @@ def _whole_lines(tail: Tail, limit: int) -> tuple[memoryview, str | None]:
     return memoryview(content)[:length], problem
 
 
-def _advance_(cursor: DuckDBPyConnection, tail: Tail, length: int, good: int, bad: int) -> None:
+def _advance_(cursor: DuckDBPyConnection, tail: Tail, mark: bytes, length: int, told: ingest.Taken, piece: str) -> None:
     """Note how far a file has been read. Writes: table files."""
+    good, bad = told.good.get(piece, 0), told.bad.get(piece, 0)
     sql = "select lines, bad from files where run = ? and file = ?"
     known = cursor.execute(sql, [tail.run, tail.path.name]).fetchone() or (0, 0)
     cursor.execute("delete from files where run = ? and file = ?", [tail.run, tail.path.name])
     cursor.execute(
-        "insert into files values (?, ?, ?, ?, ?, ?)",
-        [tail.run, tail.path.name, tail.inode, tail.offset + length, known[0] + good + bad, known[1] + bad],
+        "insert into files values (?, ?, ?, ?, ?, ?, ?)",
+        [
+            *(tail.run, tail.path.name, tail.inode, tail.offset + length),
+            *(known[0] + good + bad, known[1] + bad, mark),
+        ],
     )
 
 

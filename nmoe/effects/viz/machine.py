@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nmoe.effects.viz import api, views
-from nmoe.effects.viz.index import Index, query, tags
+from nmoe.effects.viz import api, curves
+from nmoe.effects.viz.index import Index, known, query, tags
 
 __all__ = ["gpus", "timing"]
 
@@ -25,7 +25,7 @@ QUANTITIES = (
 
 def timing(index: Index, name: str) -> api.Timing:
     """Where the time of a step goes, by rank: means of the last logged steps."""
-    (run,) = views.known(index, [name])
+    (run,) = known(index, [name])
     parts = {tag: column for tag, column in tags(index).items() if tag.startswith("time/")}
     if not parts:
         return api.Timing(run=name, parts=[], ranks=[], slowest=None, steps=0)
@@ -67,7 +67,7 @@ def _slowest(ranks: list[api.RankTime], parts: list[str]) -> int | None:
 
 def gpus(index: Index, name: str) -> api.Gpus:
     """The GPUs of a run: as last seen, and over time."""
-    (run,) = views.known(index, [name])
+    (run,) = known(index, [name])
     lines = query(
         index,
         "with numbered as (select t.rank, t.time_s, v.before_s + t.elapsed_s as elapsed_s, t.line, "
@@ -96,7 +96,7 @@ def gpus(index: Index, name: str) -> api.Gpus:
         seen=max((time_s for time_s, _ in last.values() if time_s is not None), default=None),
         gpus=[seen[key] for key in sorted(seen)],
         x=[
-            (((time_s or first) - first) if elapsed_s is None else elapsed_s) / views.HOUR_S
+            (((time_s or first) - first) if elapsed_s is None else elapsed_s) / curves.HOUR_S
             for _, time_s, elapsed_s, _ in told
         ],
         curves=_curves(told),

@@ -29,7 +29,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from nmoe.effects.viz import api, data, experts, export, machine, views
+from nmoe.effects.viz import api, curves, data, experts, export, machine, mixture, views
 from nmoe.effects.viz.index import Index, Poll, poll
 from nmoe.errors import InputError
 
@@ -95,9 +95,8 @@ def application(settings: Settings) -> Starlette:
         task.cancel()
 
     answers: Mapping[str, Callable[[Ask], Any]] = {
-        "contract": lambda ask: api.contract(),
         "runs": lambda ask: views.runs(settings.index, ask.texts("column")),
-        "series": lambda ask: views.series(settings.index, ask.runs(), ask.text("tag"), ask.axis()),
+        "series": lambda ask: curves.series(settings.index, ask.runs(), ask.text("tag"), ask.axis()),
         "events": lambda ask: views.events(settings.index, ask.runs(), ask.axis()),
         "configs": lambda ask: views.configs(settings.index, ask.runs()),
         "evaluations": lambda ask: views.evaluations(settings.index, ask.runs()),
@@ -110,7 +109,7 @@ def application(settings: Settings) -> Starlette:
         ),
         "timing": lambda ask: machine.timing(settings.index, ask.text("run")),
         "gpus": lambda ask: machine.gpus(settings.index, ask.text("run")),
-        "mixture": lambda ask: views.mixture(settings.index, ask.text("run")),
+        "mixture": lambda ask: mixture.mixture(settings.index, ask.text("run")),
         "folders": lambda ask: data.folders(settings.data_roots),
         "document": lambda ask: data.document(
             settings.data_roots,
@@ -121,6 +120,7 @@ def application(settings: Settings) -> Starlette:
     }
     routes = [Route(f"/api/{name}", _answer(answer, settings), methods=["GET"]) for name, answer in answers.items()]
     routes += [
+        Route("/api/contract", _contract, methods=["GET"]),
         Route("/api/export", _export(settings), methods=["GET"]),
         Route("/api/stream", _stream, methods=["GET"]),
         Route("/", _page, methods=["GET"]),
@@ -239,13 +239,13 @@ class Ask:
             raise InputError(f"{name}: a number from {low:g}, got {value[:40]!r}; write another")
         return number
 
-    def axis(self) -> views.Axis:
+    def axis(self) -> curves.Axis:
         """What a chart asks for."""
         x = self.texts("x") or ["step"]
-        if len(x) != 1 or x[0] not in views.AXES:
-            raise InputError(f"x: one of {', '.join(views.AXES)}, got {x[0][:40]!r}; choose one of them")
+        if len(x) != 1 or x[0] not in curves.AXES:
+            raise InputError(f"x: one of {', '.join(curves.AXES)}, got {x[0][:40]!r}; choose one of them")
         points = self.whole("points")
-        return views.Axis(
+        return curves.Axis(
             x=x[0],
             smooth=self.real("smooth", 0.0) or 0.0,
             points=800 if points is None else min(max(points, 10), 4000),
@@ -286,6 +286,10 @@ def _answer(answer: Callable[[Ask], Any], settings: Settings) -> Callable[[Reque
         return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
 
     return endpoint
+
+
+async def _contract(request: Request) -> Response:
+    return Response(api.to_json(api.contract()), media_type="application/json", headers={"cache-control": "no-store"})
 
 
 def _export(settings: Settings) -> Callable[[Request], Awaitable[Response]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.effects import files, runs
-from nmoe.effects.viz import export, views
+from nmoe.effects.viz import curves, export, views
 from nmoe.effects.viz.index import Index, open_index, poll
 from nmoe.errors import InputError
 
@@ -45,7 +45,7 @@ def compare(root: Path, names: Sequence[str]) -> int:
 
 def _losses(index: Index, names: Sequence[str]) -> list[tuple[str, ...]]:
     """The loss of each run around the same steps, quarter by quarter of what all have."""
-    series = views.series(index, names, "loss", views.Axis(points=4000, smooth=0.0))
+    series = curves.series(index, names, "loss", curves.Axis(points=4000, smooth=0.0))
     if len(series.curves) != len(names):
         return []
     ends = [

@@ -11,49 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
 
 from nmoe.effects import run_status
 from nmoe.effects.viz import api
-from nmoe.effects.viz.index import Index, arrays, query, tags
-from nmoe.errors import InputError
-from nmoe.pure import curve
+from nmoe.effects.viz.curves import HOUR_S, Axis, chosen
+from nmoe.effects.viz.index import Index, arrays, known, query, tags
 
-__all__ = ["Axis", "configs", "evaluations", "events", "known", "mixture", "runs", "samples", "series"]
-
-AXES = ("step", "tokens", "time", "flops")
-MAX_CELLS = 60_000
-"""Cells of all runs of a chart together."""
+__all__ = ["config_of", "configs", "evaluations", "events", "runs", "samples"]
 
 MAX_EVENTS = 2000
 MAX_FILE_BYTES = 4 << 20
-HOUR_S = 3600.0
-
-
-@attrs.frozen(kw_only=True)
-class Axis:
-    """What a chart asks for."""
-
-    x: str = "step"
-    smooth: float = 0.0  # steps
-    points: int = 800  # cells of a run
-    log_x: bool = False
-    bands: bool = True
-    low: float | None = None
-    high: float | None = None
-
-
-def known(index: Index, names: Sequence[str]) -> dict[int, str]:
-    """Number -> name of the runs called so, in the order asked for.
-
-    Raises:  InputError for a name that no scanned run has.
-    """
-    found = {name: run for run, name in query(index, "select run, name from runs")}
-    unknown = [name for name in names if name not in found]
-    if unknown:
-        raise InputError(*(f"run: the name of a run here, got {name!r}; reload the list of runs" for name in unknown))
-    return {found[name]: name for name in names}
 
 
 def runs(index: Index, columns: Sequence[str]) -> api.Runs:
@@ -120,127 +88,6 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
     return api.Runs(root=str(index.root), runs=rows, tags=list(tags(index)), keys=sorted(keys))
 
 
-def series(index: Index, names: Sequence[str], tag: str, axis: Axis) -> api.Series:
-    """One tag of some runs, smoothed, then thinned, on one grid."""
-    numbers = known(index, names)
-    column = tags(index).get(tag)
-    if column is None:
-        return api.Series(tag=tag, x=[], curves=[], without=list(names))
-    found = points(index, numbers, column, axis)
-    grid = grid_of([x for x, _, _ in found.values()], axis, len(found))
-    curves = [_curve(numbers[run], found[run], grid, axis) for run in numbers if run in found]
-    return api.Series(
-        tag=tag,
-        x=[] if grid is None else grid[1].tolist(),
-        curves=curves,
-        without=[name for run, name in numbers.items() if run not in found],
-    )
-
-
-def points(
-    index: Index, numbers: Mapping[int, str], column: str, axis: Axis
-) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Run -> places on the axis, steps and values of a column; of each step what the newest attempt says."""
-    got = arrays(
-        index,
-        f"select m.run, m.step, {place(axis)} as x, {column} as y "
-        f"{CHOSEN} where m.rank = 0 and m.step < v.until and {column} is not null",
-        *chosen(index, numbers),
-    )
-    run, step, x, y = (np.ma.getdata(got[key]) for key in ("run", "step", "x", "y"))
-    here = ~np.ma.getmaskarray(got["x"])
-    # Rows come nearly in order, which a stable sort makes use of.
-    key = (run.astype(np.int64) << 40) + step
-    if np.any(np.diff(key) < 0):
-        order = np.argsort(key, kind="stable")
-        run, step, x, y, here = run[order], step[order], x[order], y[order], here[order]
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    here &= np.isfinite(x) & (x > 0 if axis.log_x else True)
-    run, step, x, y = run[here], step[here], x[here], y[here]
-    if len(run) == 0:
-        return {}
-    starts = np.flatnonzero(np.diff(run, prepend=-1))
-    return {
-        int(run[start]): (x[start:stop], step[start:stop].astype(np.float64), y[start:stop])
-        for start, stop in zip(starts, (*starts[1:], len(run)), strict=True)
-    }
-
-
-CHOSEN = (
-    "from metrics m join valid v using (run, attempt) "
-    "join (select unnest(?::integer[]) as run, unnest(?::double[]) as per_step, unnest(?::double[]) as flops) c "
-    "using (run)"
-)
-"""Metrics of some runs, with the attempts `v` and the rates `c`; bound by `chosen`."""
-
-
-def chosen(index: Index, numbers: Mapping[int, str]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Runs, tokens of a step and FLOPs of a token."""
-    told = {
-        run: tokens / step
-        for run, tokens, step in query(index, "select run, value, step from latest where tag = -2 and step > 0")
-    }
-    records = [run_status.read(index.root / name) for name in numbers.values()]
-    flops = [_number(record.get("flops_per_token")) for record in records]
-    return list(numbers), [told.get(run) for run in numbers], flops
-
-
-def place(axis: Axis) -> str:
-    """The axis as an expression over `CHOSEN`."""
-    tokens = "coalesce(m.tokens, m.step * c.per_step)"
-    expressions = {
-        "step": "m.step::double",
-        "tokens": tokens,
-        "time": f"(v.before_s + m.elapsed_s) / {HOUR_S}",
-        "flops": f"{tokens} * c.flops",
-    }
-    return expressions[axis.x]
-
-
-def grid_of(places: Sequence[np.ndarray], axis: Axis, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Borders and places of a grid for some curves: the points themselves while they are few."""
-    if not places:
-        return None
-    low = min(x[0] for x in places) if axis.low is None else axis.low
-    high = max(x[-1] for x in places) if axis.high is None else axis.high
-    if not low <= high or (axis.log_x and low <= 0):
-        return None
-    cells = max(100, min(axis.points, MAX_CELLS // count))
-    # More than `cells` of one curve are more than `cells` in all, however many there are.
-    own = np.unique(np.concatenate([_within(x, low, high)[: cells + 1] for x in places]))
-    if len(own) == 0:
-        return None
-    if len(own) <= cells:
-        return np.concatenate([own[:1], (own[1:] + own[:-1]) / 2, own[-1:]]), own
-    borders = curve.edges(low, high, cells, log=axis.log_x)
-    middle = np.sqrt(borders[1:] * borders[:-1]) if axis.log_x else (borders[1:] + borders[:-1]) / 2
-    return borders, middle
-
-
-def _within(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    return x[(x >= low) & (x <= high)]
-
-
-def _curve(
-    name: str,
-    found: tuple[np.ndarray, np.ndarray, np.ndarray],
-    grid: tuple[np.ndarray, np.ndarray] | None,
-    axis: Axis,
-) -> api.Curve:
-    x, step, y = found
-    if grid is None:
-        return api.Curve(run=name, mean=[], low=[], high=[], smooth=[], nonfinite=[])
-    thinned = curve.thin(x, y, curve.smooth(step, y, axis.smooth), grid[0])
-    return api.Curve(
-        run=name,
-        mean=api.numbers(thinned.mean),
-        low=api.numbers(thinned.low) if axis.bands else [],
-        high=api.numbers(thinned.high) if axis.bands else [],
-        smooth=api.numbers(thinned.smooth) if axis.smooth > 0 else [],
-        nonfinite=thinned.nonfinite[:500].tolist(),
-    )
-
-
 def events(index: Index, names: Sequence[str], axis: Axis) -> api.Events:
     """What happened to some runs, with its place on an axis."""
     numbers = known(index, names)
@@ -252,7 +99,7 @@ def events(index: Index, names: Sequence[str], axis: Axis) -> api.Events:
         MAX_EVENTS + 1,
     )
     (count,) = query(index, "select count(*) from events where run in (select unnest(?::integer[]))", list(numbers))[0]
-    runs_, per_step, flops = chosen(index, numbers)
+    runs_, per_step, flops = chosen(index, numbers, axis)
     rates = dict(zip(runs_, zip(per_step, flops, strict=True), strict=True))
     at = _times(index, list(numbers)) if axis.x == "time" else {}
     shown = [
@@ -400,12 +247,8 @@ def _value(told: Mapping[str, tuple[float, int]], tag: str) -> Any:
     return api.plain(told.get(tag, (None, 0))[0])
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _whole(value: Any) -> int | None:
-    number = _number(value)
+    number = api.number(value)
     return None if number is None or not math.isfinite(number) else int(number)
 
 
@@ -415,36 +258,3 @@ def _shown(value: Any) -> str:
 
 def _text(line: str, key: str) -> str:
     return str(json.loads(line).get(key, ""))[:20_000]
-
-
-def mixture(index: Index, name: str) -> api.Mixture:
-    """What a run's mixture planned and what was read of it, as far as the run tells.
-
-    A run tells shares in an event `mixture` (`sources`: objects with `name`, `planned`) and tokens in tags
-    `data/tokens/NAME`.
-    """
-    (run,) = known(index, [name])
-    lines = query(
-        index, "select line from events where run = ? and event = 'mixture' order by time_s desc limit 1", run
-    )
-    told = api.plain(json.loads(lines[0][0])).get("sources") if lines else None
-    planned = {str(each.get("name")): each for each in told if isinstance(each, dict)} if isinstance(told, list) else {}
-    read = {
-        tag.removeprefix("data/tokens/"): value
-        for tag, value in query(
-            index,
-            "select name, value from latest join tags using (tag) where run = ? and starts_with(name, 'data/tokens/')",
-            run,
-        )
-    }
-    sources = [
-        api.Source(
-            name=source,
-            planned=_number(planned.get(source, {}).get("planned")),
-            read=read.get(source),
-            fields={k: v for k, v in planned.get(source, {}).items() if k not in ("name", "planned")},
-        )
-        for source in dict.fromkeys([*planned, *read])
-    ]
-    config = {k: v for k, v in config_of(index.root / name).items() if k.startswith("data.")}
-    return api.Mixture(run=name, sources=sources, config=api.plain(dict(config)))

@@ -45,8 +45,9 @@ async function fetched(path) {
 }
 
 export async function ask(type, path) {
-  if (contract === null) contract = await fetched("/api/contract");
-  return strict(type, await fetched(path));
+  const [told, body] = await Promise.all([contract ?? fetched("/api/contract"), fetched(path)]);
+  contract = told;
+  return strict(type, body);
 }
 
 /**

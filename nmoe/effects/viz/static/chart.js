@@ -7,7 +7,7 @@ const MAX_ROWS = 12;
 
 /**
  * x        places, ascending
- * lines    [{name, values, low, high, under, colour, dash, nonfinite}]; `low`, `high`: a band; `under`: drawn faintly
+ * lines    [{name, values, low, high, under, colour, dash, nonfinite, last}]; `low`, `high`: a band; `under`: drawn faintly
  * events   [{x, event, severity, text, run}]
  * onZoom   called with the stretch that was drawn over, or nulls
  */
@@ -55,7 +55,7 @@ function note(lines, format) {
   const marks = lost ? `${lost} not finite ` : "";
   if (lines.length !== 1) return marks;
   const values = lines[0].under ?? lines[0].values;
-  const last = values.findLast((value) => value !== null);
+  const last = lines[0].last ?? values.findLast((value) => value !== null);
   return marks + (last === undefined ? "" : format(last));
 }
 

@@ -68,7 +68,7 @@ export function RunChart({ state, set, selected, places, tag, title, events, ver
   if (!data) return html`<figure class="chart waiting"><figcaption>${tag}</figcaption></figure>`;
   const smoothed = !!state.smooth;
   const lines = data.curves.map((curve) => ({
-    name: curve.run, colour: colour(places.get(curve.run) ?? 0), dash: dash(places.get(curve.run) ?? 0), nonfinite: curve.nonfinite,
+    name: curve.run, colour: colour(places.get(curve.run) ?? 0), dash: dash(places.get(curve.run) ?? 0), nonfinite: curve.nonfinite, last: curve.last,
     values: smoothed ? curve.smooth : curve.mean,
     ...(state.nobands || selected.length > BANDS_UP_TO ? {} : { low: curve.low, high: curve.high }),
     ...(smoothed && selected.length <= BANDS_UP_TO ? { under: curve.mean } : {}),

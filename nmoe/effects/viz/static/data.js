@@ -21,10 +21,13 @@ export function DataView(props) {
 }
 
 function Mixture({ data }) {
-  const total = data.sources.reduce((sum, source) => sum + (source.read ?? 0), 0);
-  return html`<h3>What ${data.run} reads</h3>
-    ${data.sources.length ? html`<div class="scroll"><table id="mixture"><thead><tr><th class="left">source</th><th>planned share</th><th>read share</th><th>read tokens</th></tr></thead>
-      <tbody>${data.sources.map((source) => html`<tr><td class="left">${source.name}</td><td>${percent(source.planned)}</td><td>${total ? percent((source.read ?? 0) / total) : "–"}</td><td>${count(source.read)}</td></tr>`)}</tbody></table></div>`
+  const stages = new Set(data.sources.map((source) => source.stage));
+  return html`<h3>What ${data.run} reads ${data.step === null ? null : html`<span class="soft">at step ${data.step}</span>`}</h3>
+    ${data.sources.length ? html`<div class="scroll"><table id="mixture"><thead><tr>${stages.size > 1 ? html`<th class="left">stage</th>` : null}<th class="left">source</th>
+        <th>planned share</th><th>read share</th><th>planned tokens</th><th>read tokens</th><th>read</th><th>passes</th></tr></thead>
+      <tbody>${data.sources.map((source) => html`<tr>${stages.size > 1 ? html`<td class="left">${source.stage}</td>` : null}<td class="left">${source.name}</td>
+        <td>${percent(source.planned_share)}</td><td>${percent(source.read_share)}</td><td>${count(source.planned)}</td><td>${count(source.read)}</td>
+        <td><span class="bar" title=${percent(source.read / source.planned)}><span style=${{ width: `${100 * source.read / source.planned}%` }}></span></span></td><td>${number(source.passes, 2)}</td></tr>`)}</tbody></table></div>`
       : html`<p class="note">${Object.entries(data.config).map(([key, value]) => `${key} = ${Array.isArray(value) ? `${value.length} entries` : value}`).join(" · ")}</p>`}`;
 }
 

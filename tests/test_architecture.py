@@ -20,11 +20,11 @@ DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "schedule")
 
 COMPOSES = (
     *("bench", "bench_checkpoint", "bench_log", "ckpt", "corpus", "evaluate", "faults", "generate", "kernel_bench"),
-    *("monitor", "plan", "reading", "report", "resume", "run", "saver", "soak", "warm"),
+    *("ending", "monitor", "plan", "reading", "report", "resume", "run", "saver", "soak", "warm"),
 )
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 
-SHARED = ("files", "ops", "run_status", "runtime")
+SHARED = ("files", "launch", "ops", "ranks", "run_status", "runtime")
 """Modules of effects that every other one may import."""
 
 INSIDE = (
@@ -33,10 +33,12 @@ INSIDE = (
     ("ops", "kernels"),
     ("ops", "tuning"),
     ("sinks", "follow"),
+    ("step", "zero"),
     ("tuning", "kernels"),
     ("viz", "data"),
     ("viz", "runs"),
     ("viz", "viz"),
+    ("zero", "buffers"),
 )
 """Packages of effects whose files may import each other, and the one importer of the kernels."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add, load
+from nmoe.errors import InputError
 
 __all__ = ["verbs"]
 
@@ -20,6 +22,8 @@ def verbs(root: Verbs) -> None:
         metavar="KEY",
         help="go on from a checkpoint although this key of its identity differs, such as optim.dense.lr",
     )
+
+    run.add_argument("--gpus", type=int, metavar="N", help="processes to start, one a GPU (default: parallel.ranks)")
 
     plan = add(root, "plan", _plan, "say what a config will cost", "configs/dsv3.toml --gpus 128", config=True)
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
@@ -40,10 +44,24 @@ def verbs(root: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from nmoe.effects import launch
+
+    told = launch.launch(os.environ)
+    if told.launched and args.gpus not in (None, told.world):
+        raise InputError(
+            f"--gpus: the {told.world} ranks that a launcher started, got {args.gpus}; leave it to the launcher"
+        )
+    ranks = told.world if told.launched else args.gpus
+    if ranks is not None:
+        args.overrides.append(f"--parallel.ranks={ranks}")
     loaded = load(args)
+    config = loaded.config
+    if config.parallel.ranks > 1 and not told.launched:
+        patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}
+        return launch.start(config.parallel.ranks, args.command[1:], os.environ, **patience)
     from nmoe.effects import run
 
-    return run.main(loaded.config, loaded.sources, args.command, args.config.stem, args.accept)
+    return run.main(config, loaded.sources, args.command, args.config.stem, args.accept)
 
 
 def _plan(args: argparse.Namespace) -> int:

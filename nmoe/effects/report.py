@@ -28,7 +28,7 @@ class Report:
     log: Log
     flops: int  # of training, a token
     began: float  # monotonic seconds
-    monitor: Monitor
+    monitor: Monitor | None  # None: not the first rank, which tells what all have in common
     first_step: int  # steps taken before this attempt
 
     def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
@@ -41,6 +41,8 @@ class Report:
         busy = sum(value for name, value in seconds.items() if name != "validation") / steps
         rate = tokens / busy
         mfu = rate * self.flops / (self.rt.world * self.rt.peak_flops)
+        if self.monitor is None:
+            return self._own(state, metrics, seconds, steps)
         rates = learning_rates(self.config, state.step - 1)
         loss, norm = metrics.loss.item(), metrics.grad_norm.item()
         load = metrics.load.cpu()
@@ -86,8 +88,24 @@ class Report:
         )
         return skipped, in_row
 
+    def _own(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
+        """What this rank alone knows. Writes: its metrics."""
+        tokens = state.step * self.config.train.batch_size * self.config.train.sequence_length
+        parts = {f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"}
+        self.log.metrics(
+            step=state.step,
+            elapsed_s=time.monotonic() - self.began,
+            tokens_local=tokens // self.rt.world,
+            memory_bytes=runtime.memory_bytes(self.rt.device),
+            step_s=sum(parts.values()),
+            **parts,
+        )
+        return int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
+
     def validation(self, step: int, held: Held) -> None:
         """Report a validation."""
+        if self.monitor is None:
+            return
         numbers = {"validation/loss": held.loss, "validation/bits_per_byte": held.bits_per_byte}
         self.log.metrics(step=step, elapsed_s=time.monotonic() - self.began, **numbers)
         self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)

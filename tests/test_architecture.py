@@ -30,6 +30,9 @@ SHARED = ("files", "launch", "ops", "ranks", "run_status", "runtime")
 INSIDE = (
     ("checkpoint", "checkpoint"),
     ("data", "data"),
+    ("exchange", "exchange"),
+    ("exchange", "kernels"),
+    ("ops", "exchange"),
     ("ops", "kernels"),
     ("ops", "tuning"),
     ("sinks", "follow"),
@@ -40,7 +43,7 @@ INSIDE = (
     ("viz", "viz"),
     ("zero", "buffers"),
 )
-"""Packages of effects whose files may import each other, and the one importer of the kernels."""
+"""Packages of effects whose files may import each other, and the importers of the kernels."""
 
 PUT_TOGETHER = ("attend_mla", "mixture")
 """Files of kernels that make one op of several."""

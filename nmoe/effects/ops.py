@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 
 from nmoe.config.sections import Model
 from nmoe.effects import tuning
+from nmoe.effects.exchange import Exchange, host
 from nmoe.errors import InputError
 from nmoe.pure import optim
 from nmoe.pure.attention.mla import attend_mla
@@ -27,17 +28,27 @@ CPU_CHUNK = 1 << 18
 """Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""
 
 
-def build(device: torch.device, c: Model, *, deterministic: bool = True, documents: bool = False) -> Ops:
+def build(
+    device: torch.device,
+    c: Model,
+    *,
+    deterministic: bool = True,
+    documents: bool = False,
+    exchange: Exchange | None = None,
+) -> Ops:
     """The ops of a device for a model.
 
     On a CPU the reference, but for experts on their own rows and fused attention; on a GPU kernels.
 
     documents  whether attention keeps inside documents, which cuDNN's kernels cannot
+    exchange   with the ranks that hold the other experts; None: all are here
 
     Raises:  InputError for sizes that a kernel does not take.
     """
     if device.type == "cpu":
-        return attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_grouped), attend_mla=attend_mla_padded)
+        local = partial(mixture, experts=experts_grouped)
+        shared = partial(host.mixture, exchange=exchange, experts=experts_grouped)
+        return attrs.evolve(REFERENCE, mixture=local if exchange is None else shared, attend_mla=attend_mla_padded)
     # only here: triton is not everywhere
     from nmoe.effects.kernels import attend_mla as attention
     from nmoe.effects.kernels import cross_entropy, rms_norm, swiglu

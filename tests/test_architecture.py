@@ -20,7 +20,7 @@ DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "schedule")
 
 COMPOSES = (
     *("bench", "bench_checkpoint", "bench_log", "ckpt", "corpus", "evaluate", "faults", "generate", "kernel_bench"),
-    *("ending", "monitor", "plan", "reading", "report", "resume", "run", "saver", "soak", "warm"),
+    *("ending", "loop", "monitor", "plan", "reading", "report", "resume", "run", "saver", "soak", "warm"),
 )
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 
@@ -36,6 +36,7 @@ INSIDE = (
     ("ops", "kernels"),
     ("ops", "tuning"),
     ("sinks", "follow"),
+    ("step", "exchange"),
     ("step", "zero"),
     ("tuning", "kernels"),
     ("viz", "data"),

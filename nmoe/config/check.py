@@ -100,6 +100,11 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
             f"model.moe.num_experts: a multiple of the {world} ranks, got {num_experts}; choose parallel.ranks so that "
             "each holds the same number of experts, or fewer that share them out as parallel.experts"
         )
+    if 0 < config.parallel.capacity < 1:
+        yield (
+            f"parallel.capacity: 0 or at least 1, got {shown(config.parallel.capacity)}; below the mean some rank "
+            "always has too many rows"
+        )
     if experts is not None and not _divides(experts, num_experts):
         yield (
             f"parallel.experts: a divisor of model.moe.num_experts = {num_experts}, got {experts}; choose one, so that "

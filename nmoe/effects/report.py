@@ -10,6 +10,7 @@ import attrs
 from nmoe.config import Config
 from nmoe.effects import runtime
 from nmoe.effects.evaluate import Held
+from nmoe.effects.exchange import Exchange
 from nmoe.effects.log import Log, say
 from nmoe.effects.monitor import Monitor
 from nmoe.effects.plan import duration, quantity
@@ -30,6 +31,7 @@ class Report:
     began: float  # monotonic seconds
     monitor: Monitor | None  # None: not the first rank, which tells what all have in common
     first_step: int  # steps taken before this attempt
+    exchange: Exchange | None = None
 
     def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
         """Report the last step; times are means over the `steps` since the previous report.
@@ -65,6 +67,7 @@ class Report:
             tokens_per_s=rate,
             mfu=mfu,
             memory_bytes=held,
+            **self._sent(),
             step_s=busy,
             **{f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"},
             experts={
@@ -97,10 +100,15 @@ class Report:
             elapsed_s=time.monotonic() - self.began,
             tokens_local=tokens // self.rt.world,
             memory_bytes=runtime.memory_bytes(self.rt.device),
+            **self._sent(),
             step_s=sum(parts.values()),
             **parts,
         )
         return int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
+
+    def _sent(self) -> dict[str, int]:
+        """Bytes this rank wrote into the memory of others since the attempt began."""
+        return {} if self.exchange is None else {"wire_bytes": int(self.exchange.sent.item())}
 
     def validation(self, step: int, held: Held) -> None:
         """Report a validation."""

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -19,22 +19,25 @@ from torch import Tensor
 
 from nmoe.config import Checkpoint, Config, dump, identity
 from nmoe.effects import attempt, buffers, graph, ops, provenance, recompute, resume, runtime, warm
+from nmoe.effects import exchange as exchanges
 from nmoe.effects.checkpoint.fs import Disk, Fs
 from nmoe.effects.checkpoint.writer import SaveError, open_writer
 from nmoe.effects.corpus import Corpus, open_corpus
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.ending import end, tell_origin
 from nmoe.effects.evaluate import Held, evaluate, even
+from nmoe.effects.exchange import Exchange
 from nmoe.effects.identity import Identity, check_same, facts
-from nmoe.effects.launch import Pulse, open_pulse
+from nmoe.effects.launch import open_pulse
 from nmoe.effects.log import create_folder, open_log, say
+from nmoe.effects.loop import agreed, train_until
 from nmoe.effects.monitor import watching
 from nmoe.effects.plan import quantity, render
 from nmoe.effects.prefetch import prefetching
 from nmoe.effects.ranks import ALONE, Ranks, check_machine, open_ranks, together
 from nmoe.effects.report import Report
 from nmoe.effects.saver import Saver
-from nmoe.effects.seen import Seen, validated
+from nmoe.effects.seen import Seen
 from nmoe.effects.step import Metrics, State, make_step
 from nmoe.errors import InputError
 from nmoe.pure import model
@@ -70,79 +73,11 @@ class World:
     env: Callable[[Env], Env] = as_it_is
 
 
-def train_until(
-    config: Config,
-    state: State,
-    seen: Seen,
-    step: Callable[[State, Batch], tuple[State, Metrics]],
-    read: Callable[[int], Batch],
-    validate: Callable[[State], Held | None],
-    saver: Saver,
-    report: Report,
-    clock: runtime.Clock,
-    stop: runtime.Stop,
-    pulse: Pulse,
-    ranks: Ranks,
-) -> tuple[State, Seen, bool]:
-    """Take steps until the last one, a signal, or too many non-finite steps.
-
-    What decides how it goes on, a signal and the time to save, is agreed on by all ranks.
-
-    validate  None when a signal came meanwhile
-    returns   the state, its validations, and whether the steps were finite
-    """
-    train = config.train
-    reported, skipped = state.step, int(state.skipped.item())
-    clock.mark("start")
-    while True:
-        # At the head of the loop, so that a run that goes on makes up for what its last attempt did not come to.
-        due = state.step > 0 and (state.step % config.validation.every == 0 or state.step >= train.steps)
-        if due and not seen.at(state.step) and not agreed(stop, ranks)[0]:
-            held = validate(state)
-            if held is not None:
-                report.validation(state.step, held)
-                seen = validated(seen, state.step, held.loss, held.bits_per_byte)
-            clock.mark("validation")
-        stopped, save = agreed(stop, ranks, saver.due(state.step))
-        if state.step >= train.steps or stopped:
-            return state, seen, True
-        if save:
-            saver.save(state, seen)
-            clock.mark("checkpoint")
-        batch = read(state.cursor)
-        clock.mark("data")
-        state, metrics = step(state, batch)
-        pulse.beat(state.step)
-        saver.poll()
-        stopped, save = agreed(stop, ranks, saver.due(state.step))
-        last = state.step == train.steps or stopped
-        # A state that no step changes any more is not worth a checkpoint.
-        latched = save and int(metrics.skipped_in_row.item()) >= train.max_nonfinite_steps
-        if last or latched or state.step == 1 or state.step % config.log.every == 0:
-            before = skipped
-            skipped, in_row = report.step(state, metrics, clock.split(), state.step - reported)
-            reported = state.step
-            if skipped > before:
-                report.log.event("nonfinite", step=state.step, new=skipped - before, in_row=in_row)
-            if in_row >= train.max_nonfinite_steps:
-                return state, seen, False
-            clock.mark("log")
-
-
-def agreed(stop: runtime.Stop, ranks: Ranks, *wishes: bool) -> list[bool]:
-    """Whether any rank was asked to end, which all of them know from now on; and whether any has each wish.
-
-    Writes: `stop`.
-    """
-    found = ranks.highest([stop.signal or 0, *wishes])
-    if found[0] and ranks.world.size > 1:
-        stop.hear(found[0])
-    return [bool(each) for each in found]
-
-
-def fresh(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime) -> tuple[State, Env]:
+def fresh(
+    config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime, exchange: Exchange | None = None
+) -> tuple[State, Env]:
     """The state before the first step, and what the model needs besides it."""
-    state, env = blank(config, layouts, rt)
+    state, env = blank(config, layouts, rt, exchange)
     initialise_(config, layouts, state, rt)
     return state, env
 
@@ -153,7 +88,9 @@ def initialise_(config: Config, layouts: tuple[ArenaLayout, ...], state: State, 
     buffers.initialise_(state.arenas, layouts, key, model.dims(config.model), ranks=rt.ranks)
 
 
-def blank(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime) -> tuple[State, Env]:
+def blank(
+    config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime, exchange: Exchange | None = None
+) -> tuple[State, Env]:
     """A state of zeros at step 0, and what the model needs besides it."""
     c = config.model
     arenas = buffers.allocate(layouts, rt.device)
@@ -169,7 +106,8 @@ def blank(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime)
     )
     rope = buffers.place(model.rope_table(c, config.train.sequence_length), rt.device)
     train = config.train
-    built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask)
+    kinds = {"deterministic": train.deterministic, "documents": train.document_mask}
+    built = ops.build(rt.device, c, **kinds, exchange=exchange)
     return state, Env(built, rope)
 
 
@@ -181,6 +119,7 @@ def stepper(
     *,
     mark: Callable[[str], None],
     before_update: Callable[[], None] = lambda: None,
+    exchange: Exchange | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`make_step` as the config wants it: what is recomputed, and whether it is replayed.
 
@@ -194,8 +133,10 @@ def stepper(
         cheap, block = recompute.cheap(env.ops)
         env = attrs.evolve(env, ops=cheap)
     if not config.train.graph:
-        return make_step(config, layouts, env, rt, mark=mark, before_update=before_update, run=block)
-    replayed = make_step(config, layouts, env, rt, mark=lambda name: None, run=block, wrap=graph.replaying)
+        return make_step(config, layouts, env, rt, mark=mark, before_update=before_update, exchange=exchange, run=block)
+    replayed = make_step(
+        config, layouts, env, rt, mark=lambda name: None, exchange=exchange, run=block, wrap=graph.replaying
+    )
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         before_update()
@@ -217,6 +158,29 @@ def arena_layouts(config: Config, ranks: Ranks = ALONE) -> tuple[ArenaLayout, ..
         world=ranks.experts.size,
         replicas=ranks.replicas.size,
     )
+
+
+def exchanging(
+    config: Config, ranks: Ranks, device: torch.device
+) -> AbstractContextManager[Exchange] | AbstractContextManager[None]:
+    """The exchange of rows with the ranks that hold the other experts, if there are others."""
+    train, moe, parallel, group = config.train, config.model.moe, config.parallel, ranks.experts
+    if group.handle is None:
+        return nullcontext()
+    shape = {
+        "ranks": group.size,
+        "experts": moe.num_experts,
+        "top_k": moe.top_k,
+        "tokens": train.microbatch_size * train.sequence_length,
+    }
+    sizes = exchanges.Sizes(
+        **shape,
+        hidden_size=config.model.hidden_size,
+        capacity=exchanges.rows(parallel.capacity, **shape),
+        dedup=parallel.dedup,
+        dtype=torch.bfloat16 if config.precision.compute == "bf16" else torch.float32,
+    )
+    return exchanges.open_exchange(device=device, group=group.handle, sizes=sizes, timeout_s=parallel.timeout_s)
 
 
 def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
@@ -316,11 +280,12 @@ def _main(
             device, command, config=identity(config), tokenizer=this.tokenizer, data=this.data
         ),
     }
+    exchange = together(ranks, lambda: scope.enter_context(exchanging(config, ranks, device)))
     damaged: list[str] = []
 
     def begin() -> tuple[State, Env, resume.Restored | None]:
         check_memory(config, planned, device)
-        state, env = blank(config, layouts, rt)
+        state, env = blank(config, layouts, rt, exchange)
         restored = None
         if origin is not None:
             restored = resume.restore(world.fs, origin, state, layouts, dims, this, accept, damaged.append, ranks)
@@ -340,9 +305,8 @@ def _main(
 
     state, env, restored = together(ranks, begin)
     first = state.step
-    is_new = together(ranks, lambda: rt.rank == 0 and not folder.exists())
-    if is_new:
-        together(ranks, lambda: rt.rank or create_folder(folder.parent, folder.name, contents))
+    is_new = rt.rank == 0 and not folder.exists()
+    together(ranks, lambda: create_folder(folder.parent, folder.name, contents) if is_new else folder)
     writer = together(
         ranks,
         lambda: scope.enter_context(
@@ -377,7 +341,7 @@ def _main(
         clock.mark(name)
         pulse.beat()
 
-    step = stepper(config, layouts, env, rt, mark=mark, before_update=writer.staged)
+    step = stepper(config, layouts, env, rt, mark=mark, before_update=writer.staged, exchange=exchange)
     byte_lengths = _byte_lengths(corpus.tokenizer, c.vocab_size).to(device)
     began = time.monotonic()
     log = scope.enter_context(open_log(folder, attempt=number, rank=rt.rank))
@@ -414,7 +378,16 @@ def _main(
         yardstick={"unigram": corpus.unigram, "bigram": corpus.bigram},
     )
     tell_origin(log, first, restored, damaged)
-    report = Report(config=config, rt=rt, log=log, flops=flops, began=began, first_step=first, monitor=monitor)
+    report = Report(
+        config=config,
+        rt=rt,
+        log=log,
+        flops=flops,
+        began=began,
+        first_step=first,
+        monitor=monitor,
+        exchange=exchange,
+    )
     saver = Saver(
         config.checkpoint,
         writer,
@@ -426,7 +399,7 @@ def _main(
     seen = Seen() if restored is None else restored.seen
     try:
         state, seen, finite = train_until(
-            config, state, seen, step, read, validate, saver, report, clock, stop, pulse, ranks
+            config, state, seen, step, read, validate, saver, report, clock, stop, pulse, ranks, exchange
         )
         pulse.rest()
         if finite:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nmoe.config.sections import Config
 from nmoe.effects import ops, zero
+from nmoe.effects.exchange import Exchange
 from nmoe.effects.ranks import add_up
 from nmoe.effects.runtime import Runtime
 from nmoe.pure import optim, route, tree
@@ -116,6 +117,7 @@ def make_step(
     *,
     mark: Callable[[str], None],
     before_update: Callable[[], None] = lambda: None,
+    exchange: Exchange | None = None,
     run: Callable[..., tuple[Tensor, Any]] = block,
     wrap: Callable[[Compute], Compute] = lambda compute: compute,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -127,6 +129,7 @@ def make_step(
 
     mark           called with the name of each part when it ends
     before_update  called before anything but gradients is written
+    exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     run            `block`, or a wrapper around it
     wrap           what replays a step, given the function that computes it
     """
@@ -215,14 +218,15 @@ def make_step(
         num_targets, nll, auxiliary, load, entropy = accumulate_(state, batch)
         with torch.no_grad():
             norm = passes.global_norm(zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks))
-            nll, auxiliary, load, entropy, square = add_up(
-                ranks.world, (nll, auxiliary, load, entropy, norm.double().square())
+            overflow = norm.new_zeros(()) if exchange is None else (exchange.needed[0] > 0).float()
+            nll, auxiliary, load, entropy, square, overflow = add_up(
+                ranks.world, (nll, auxiliary, load, entropy, norm.double().square(), overflow)
             )
             loss, norm = nll / num_targets, square.sqrt().to(norm.dtype)
             if ranks.world.size > 1:
                 mark("reduce")
             before_update()
-            finite = torch.isfinite(loss) & torch.isfinite(norm)
+            finite = torch.isfinite(loss) & torch.isfinite(norm) & (overflow == 0)
             allowed = finite & (state.skipped_in_row < train.max_nonfinite_steps)
             updates = state.updates + allowed
             change = update_(state, rates, allowed, optim.clip_scale(norm, clip), updates.clamp(min=1))

@@ -134,4 +134,4 @@ def _reduce_scatter_(group: Group, flat: Tensor) -> Any:
 def _all_gather_(group: Group, flat: Tensor) -> Any:
     # as bytes: gloo and NCCL know no i16, and no format matters
     raw = flat.view(torch.uint8)
-    return group.handle._allgather_base(_part(group, raw), raw)
+    return group.handle._allgather_base(raw, _part(group, raw))

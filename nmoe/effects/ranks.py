@@ -7,6 +7,7 @@ the same experts. On a CPU torch's gloo carries everything, on GPUs NCCL what is
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,12 +22,15 @@ from nmoe.effects.launch import MULTICAST_OFF, Launch
 from nmoe.errors import InputError
 from nmoe.pure.layout import ArenaLayout
 
-__all__ = ["ALONE", "Group", "Ranks", "add_up", "alone", "check_machine", "open_ranks", "together"]
+__all__ = ["ALONE", "Group", "Ranks", "add_up", "alone", "check_machine", "naming", "open_ranks", "together"]
 
 SETUP_S = 1800.0
 """Seconds a rank waits for another one that prepares data or reads a checkpoint."""
 
 HEAD_START_S = 10.0
+
+MEETING_S = 0.05
+"""Seconds between two looks for ranks that have not come."""
 
 T = TypeVar("T")
 
@@ -112,6 +116,21 @@ def together(ranks: Ranks, act: Callable[[], T]) -> T:
     raise InputError(
         *(problem if who == everybody else f"{_named(who)}: {problem}" for problem, who in by_problem.items())
     ) from cause
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Say where an error happened, such as on which rank: before each problem of an InputError, beside any other."""
+    try:
+        yield
+    except InputError as error:
+        if not where:
+            raise
+        raise InputError(*(f"{where}: {problem}" for problem in error.problems)) from error
+    except Exception as error:
+        if where:
+            error.add_note(where)
+        raise
 
 
 def check_machine(launch: Launch, expert_ranks: int, *, cuda: bool) -> None:
@@ -214,18 +233,18 @@ def _meet(launch: Launch, timeout_s: float) -> Any:
     store = dist.PrefixStore(f"nmoe/{launch.restart}", store)  # pyright: ignore[reportPrivateImportUsage]
     names = [f"here/{rank}" for rank in range(launch.world)]
     store.set(names[launch.rank], "1")
-    try:
-        store.wait(names, limit)
-    except dist.DistStoreError as error:
-        missing = [rank for rank, name in enumerate(names) if not store.check([name])]
-        raise _absent(launch, missing, timeout_s) from error
+    end = time.monotonic() + timeout_s
+    while missing := [rank for rank, name in enumerate(names) if not store.check([name])]:
+        if time.monotonic() > end:
+            raise _absent(launch, missing, timeout_s)
+        time.sleep(MEETING_S)
     return store
 
 
 def _absent(launch: Launch, missing: Sequence[int], timeout_s: float) -> InputError:
     """What to say of ranks that did not come."""
     return InputError(
-        f"rank {launch.rank}: all {launch.world} ranks meet at {launch.address}:{launch.port} within {timeout_s:g} s, "
+        f"parallel.ranks: all {launch.world} ranks meet at {launch.address}:{launch.port} within {timeout_s:g} s, "
         f"got none of {_named(missing)}; look why it did not start, or raise parallel.timeout_s"
     )
 

@@ -34,7 +34,7 @@ from nmoe.effects.loop import agreed, train_until
 from nmoe.effects.monitor import watching
 from nmoe.effects.plan import quantity, render
 from nmoe.effects.prefetch import prefetching
-from nmoe.effects.ranks import ALONE, Ranks, check_machine, open_ranks, together
+from nmoe.effects.ranks import ALONE, Ranks, check_machine, naming, open_ranks, together
 from nmoe.effects.report import Report
 from nmoe.effects.saver import Saver
 from nmoe.effects.seen import Seen
@@ -257,9 +257,10 @@ def _main(
     if launch.rank:
         nothing = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
         scope.enter_context(redirect_stdout(nothing))
-    device = runtime.device(config.run.device, launch.local_rank, launch.local_world)
-    check_machine(launch, expert_ranks, cuda=device.type == "cuda")
-    ranks = scope.enter_context(open_ranks(launch, expert_ranks, device, config.parallel.timeout_s))
+    with naming(f"rank {launch.rank}" if launch.world > 1 else ""):
+        device = runtime.device(config.run.device, launch.local_rank, launch.local_world)
+        check_machine(launch, expert_ranks, cuda=device.type == "cuda")
+        ranks = scope.enter_context(open_ranks(launch, expert_ranks, device, config.parallel.timeout_s))
     rt = runtime.Runtime(
         device=device, rank=launch.rank, world=launch.world, peak_flops=runtime.peak_flops(device), ranks=ranks
     )
@@ -416,13 +417,8 @@ def _main(
     except BaseException as error:
         saver.settle()
         log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
-        if rt.world == 1:
+        with naming(f"rank {rt.rank}, step {pulse.step}" if rt.world > 1 else ""):
             raise
-        where = f"rank {rt.rank}, step {pulse.step}"
-        if isinstance(error, InputError):
-            raise InputError(*(f"{where}: {problem}" for problem in error.problems)) from error
-        error.add_note(where)
-        raise
 
 
 def keep(settings: Checkpoint) -> Keep:

@@ -200,7 +200,7 @@ def start(ranks: int, arguments: Sequence[str], environ: Mapping[str, str], *, t
     SIGINT, SIGTERM and SIGUSR1 are passed on to all. When one rank dies, the others are ended. When none has got on for
     `timeout_s` since the first step, each writes its stacks, and all are ended.
 
-    grace_s  seconds from the first signal that is passed on to the end of all
+    grace_s  seconds that ranks give themselves to end after SIGTERM or SIGUSR1
     returns  the exit code on which the ranks agree, or that of the first that died; 128 + the signal if one ended it
     """
     with tempfile.TemporaryDirectory(prefix="nmoe-") as folder:
@@ -258,8 +258,8 @@ def _watch(
             first, since = min(ended, key=lambda rank: (rank.is_orderly(), (rank.code() or 0) > 0)), now
         if first is not None and (not first.is_orderly() or len(ended) == len(ranks) or now - since > ORDERLY_S):
             return _ended(ranks, first)
-        if asked and now - asked[0][1] > grace_s:
-            return _hung(ranks, memory, f"ends within {grace_s:g} s after a signal")
+        if any(number != signal.SIGINT and now - when > grace_s + ORDERLY_S for number, when in asked):
+            return _hung(ranks, memory, f"ends within {grace_s:g} s after a signal (checkpoint.grace_s)")
         beats = [_pulse(memory, rank)[1] for rank in ranks]
         if first is None and min(beats) > 0 and now - max(beats) > timeout_s:
             return _hung(ranks, memory, f"gets on within {timeout_s:g} s (parallel.timeout_s)")

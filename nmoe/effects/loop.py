@@ -17,7 +17,7 @@ from nmoe.effects.seen import Seen, validated
 from nmoe.effects.step import Metrics, State
 from nmoe.pure.model import Batch
 
-__all__ = ["agreed", "train_until"]
+__all__ = ["agreed", "settled", "train_until"]
 
 
 def train_until(
@@ -91,3 +91,11 @@ def agreed(stop: runtime.Stop, ranks: Ranks, *wishes: bool) -> list[bool]:
     if found[0] and ranks.world.size > 1:
         stop.hear(found[0])
     return [bool(each) for each in found]
+
+
+def settled(stop: runtime.Stop, ranks: Ranks) -> runtime.Stop:
+    """How the run was asked to end, as all ranks see it; a signal that comes later changes nothing any more."""
+    found = runtime.Stop()
+    if number := ranks.highest([stop.signal or 0])[0]:
+        found.hear(number)
+    return found

@@ -52,7 +52,8 @@ def code() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What computes: the code of nmoe, and torch."""
-    return {"nmoe's version": f"{installed('nmoe')} {code()['commit']}", "torch's version": installed("torch")}
+    commit = git("rev-parse", "HEAD") or "not a git checkout"
+    return {"nmoe's version": f"{installed('nmoe')} {commit}", "torch's version": installed("torch")}
 
 
 def describe(device: torch.device, command: Sequence[str], **facts: Any) -> str:

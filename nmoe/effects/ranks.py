@@ -28,6 +28,7 @@ SETUP_S = 1800.0
 """Seconds a rank waits for another one that prepares data or reads a checkpoint."""
 
 HEAD_START_S = 10.0
+"""Seconds that our launcher, which watches too, has to end a rank that hangs before another one gives up on it."""
 
 MEETING_S = 0.05
 """Seconds between two looks for ranks that have not come."""
@@ -175,6 +176,7 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
     expert_ranks  neighbours that share out the experts; divides the world
     timeout_s     most seconds a rank waits for another in a step
 
+    Writes:  which GPU is the process's own.
     Raises:  InputError when a rank does not come, naming it, or the meeting point cannot be opened.
     """
     if launch.world == 1:
@@ -184,8 +186,9 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
         raise InputError(
             'run.device: this build of torch has gloo and, for "cuda", NCCL, got one without; install another'
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     store = _meet(launch, timeout_s)
-    # Our launcher sees a rank that hangs, and tells more of it than whoever waits for it.
     waits = timedelta(seconds=timeout_s + (HEAD_START_S if launch.pulses else 0))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -218,7 +221,7 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
 def _meet(launch: Launch, timeout_s: float) -> Any:
     """The store at the meeting point, once every rank has said there that it has come.
 
-    Raises:  InputError
+    Raises:  InputError when one does not, or the port is taken.
     """
     where = f"{launch.address}:{launch.port}"
     limit = timedelta(seconds=timeout_s)

@@ -30,7 +30,7 @@ from nmoe.effects.exchange import Exchange
 from nmoe.effects.identity import Identity, check_same, facts
 from nmoe.effects.launch import open_pulse
 from nmoe.effects.log import create_folder, open_log, say
-from nmoe.effects.loop import agreed, train_until
+from nmoe.effects.loop import agreed, settled, train_until
 from nmoe.effects.monitor import watching
 from nmoe.effects.plan import quantity, render
 from nmoe.effects.prefetch import prefetching
@@ -408,7 +408,7 @@ def _main(
             left_s = -ranks.highest([-int(1000 * min(stop.left_s(config.checkpoint.grace_s), FOREVER_S))])[0] / 1000
             saver.finish(state, seen, left_s)
         saver.settle()
-        return end(config, corpus, state, seen, finite, env, report, stop, layouts, ranks)
+        return end(config, corpus, state, seen, finite, env, report, settled(stop, ranks), layouts, ranks)
     except SaveError as error:
         log.event("end", status="failed", exit_code=EXIT_UNSAVED, error=str(error))
         if rt.rank == 0:

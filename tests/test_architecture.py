@@ -19,13 +19,13 @@ DESCRIBES_A_MODEL = ("attention", "flops", "model", "plan", "rope", "scale", "sc
 """Modules of pure that may import the section classes of a config."""
 
 COMPOSES = (
-    *("bench", "bench_checkpoint", "bench_exchange", "bench_log", "ckpt", "corpus", "evaluate", "faults", "generate"),
-    *("kernel_bench", "monitor", "plan", "profile", "reading", "report", "resume", "run", "saver", "scale", "soak"),
-    "warm",
+    *("bench", "bench_checkpoint", "bench_exchange", "bench_log", "ckpt", "corpus", "ending", "evaluate", "faults"),
+    *("generate", "kernel_bench", "loop", "monitor", "plan", "profile", "reading", "report", "resume", "run", "saver"),
+    *("scale", "soak", "warm"),
 )
 """Modules of effects that bring others together: one a verb, and the parts of `run`."""
 
-SHARED = ("files", "ops", "run_status", "runtime")
+SHARED = ("files", "launch", "ops", "ranks", "run_status", "runtime")
 """Modules of effects that every other one may import."""
 
 INSIDE = (
@@ -38,10 +38,13 @@ INSIDE = (
     ("ops", "kernels"),
     ("ops", "tuning"),
     ("sinks", "follow"),
+    ("step", "exchange"),
+    ("step", "zero"),
     ("tuning", "kernels"),
     ("viz", "data"),
     ("viz", "runs"),
     ("viz", "viz"),
+    ("zero", "buffers"),
 )
 """Packages of effects whose files may import each other, and the importers of the kernels."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add, load
+from nmoe.errors import InputError
 
 __all__ = ["verbs"]
 
@@ -21,6 +23,7 @@ def verbs(root: Verbs) -> None:
         help="go on from a checkpoint although this key of its identity differs, such as optim.dense.lr",
     )
 
+    run.add_argument("--gpus", type=int, metavar="N", help="processes to start, one a GPU (default: parallel.ranks)")
     run.add_argument(
         "--profile",
         type=Path,
@@ -54,15 +57,29 @@ def verbs(root: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from nmoe.effects import launch
+
+    told = launch.launch(os.environ)
+    if told.launched and args.gpus not in (None, told.world):
+        raise InputError(
+            f"--gpus: the {told.world} ranks that a launcher started, got {args.gpus}; leave it to the launcher"
+        )
+    ranks = told.world if told.launched else args.gpus
+    if ranks is not None:
+        args.overrides.append(f"--parallel.ranks={ranks}")
     loaded = load(args)
+    config = loaded.config
+    if config.parallel.ranks > 1 and not told.launched:
+        patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}
+        return launch.start(config.parallel.ranks, args.command[1:], os.environ, **patience)
     from nmoe.effects import run
 
     if args.profile is not None:
         from nmoe.effects.profile import profiling
 
-        with profiling(args.profile, loaded.config) as world:
-            return run.main(loaded.config, loaded.sources, args.command, args.config.stem, args.accept, world)
-    return run.main(loaded.config, loaded.sources, args.command, args.config.stem, args.accept)
+        with profiling(args.profile, config) as world:
+            return run.main(config, loaded.sources, args.command, args.config.stem, args.accept, world)
+    return run.main(config, loaded.sources, args.command, args.config.stem, args.accept)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -18,7 +18,8 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
     return (
         *(f"{dotted(path)}: {text}" for path, text in out_of_bounds(config)),
         *_model(config.model),
-        *_moe(config.model.moe, world),
+        *_moe(config.model.moe),
+        *_parallel(config, world),
         *_attention(config.model),
         *_precision(config),
         *_run(config, world),
@@ -69,7 +70,7 @@ def _model(c: Model) -> Iterator[str]:
         )
 
 
-def _moe(c: Moe, world: int) -> Iterator[str]:
+def _moe(c: Moe) -> Iterator[str]:
     size = c.num_experts // max(c.num_groups, 1)
     if c.top_k > c.num_experts:
         yield f"model.moe.top_k: at most num_experts = {c.num_experts}, got {c.top_k}; lower top_k"
@@ -90,10 +91,29 @@ def _moe(c: Moe, world: int) -> Iterator[str]:
             f"model.moe.top_k: at most the {c.top_k_groups * size} experts in top_k_groups = {c.top_k_groups} groups, "
             f"got {c.top_k}; lower top_k or raise top_k_groups"
         )
-    if not _divides(world, c.num_experts):
+
+
+def _parallel(config: Config, world: int) -> Iterator[str]:
+    experts, num_experts = config.parallel.experts, config.model.moe.num_experts
+    if experts is None and not _divides(world, num_experts):
         yield (
-            f"model.moe.num_experts: a multiple of the {world} ranks, got {c.num_experts}; "
-            "choose parallel.ranks so that each holds the same number of experts"
+            f"model.moe.num_experts: a multiple of the {world} ranks, got {num_experts}; choose parallel.ranks so that "
+            "each holds the same number of experts, or fewer that share them out as parallel.experts"
+        )
+    if 0 < config.parallel.capacity < 1:
+        yield (
+            f"parallel.capacity: 0 or at least 1, got {shown(config.parallel.capacity)}; below the mean some rank "
+            "always has too many rows"
+        )
+    if experts is not None and not _divides(experts, num_experts):
+        yield (
+            f"parallel.experts: a divisor of model.moe.num_experts = {num_experts}, got {experts}; choose one, so that "
+            "each rank holds the same number of experts"
+        )
+    if experts is not None and not _divides(experts, world):
+        yield (
+            f"parallel.experts: a divisor of the {world} ranks, got {experts}; choose one, so that every expert is "
+            "held equally often"
         )
 
 

@@ -270,9 +270,28 @@ class Checkpoint:
 
 @attrs.frozen(kw_only=True)
 class Parallel:
-    """How many processes, one a GPU."""
+    """How many processes, one a GPU, and how they share the work."""
 
-    ranks: int = setting("processes this config is meant for", default=1, low=1, identity=False)
+    ranks: int = setting("processes; `nmoe run` starts so many", default=1, low=1, identity=False)
+    experts: int | None = setting(
+        "neighbouring ranks that share out the experts; absent: all", default=None, low=1, identity=False
+    )
+    capacity: float = setting(
+        "rows the experts of a rank can take, over the mean; more end the run; 0: the worst that can come",
+        default=2.0,
+        low=0,
+        identity=False,
+    )
+    dedup: bool = setting(
+        "whether a token goes once to a rank that holds several of its experts", default=True, identity=False
+    )
+    timeout_s: float = setting(
+        "time without a step after which a run has hung; longer than a save or a validation batch takes",
+        default=300.0,
+        unit="s",
+        low=1,
+        identity=False,
+    )
 
 
 @attrs.frozen(kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmoe.effects.ranks import ALONE, Ranks
 from nmoe.pure import tree
 from nmoe.pure.init import initial
 from nmoe.pure.key import Key
@@ -15,18 +16,18 @@ from nmoe.pure.optim import split
 from nmoe.pure.spec import Dims
 from nmoe.pure.tree import record
 
-__all__ = ["Arena", "allocate", "bind", "initialise_", "place"]
+__all__ = ["Arena", "allocate", "bind", "initialise_", "place", "put_", "view"]
 
 
 @record
 class Arena:
-    """Flat storage of all parameters of one policy; every tensor has the layout's length."""
+    """Flat storage of all parameters of one policy; of what ranks share out, this rank's part."""
 
     value: Tensor
     gradient: Tensor
-    first: Tensor  # first moment
-    second: Tensor  # second moment
-    remainder: Tensor | tuple[()]  # i16, the low half of the fp32 master; () when `value` is fp32
+    first: Tensor  # first moment, shared out
+    second: Tensor  # second moment, shared out
+    remainder: Tensor | tuple[()]  # i16, the low half of the fp32 master; shared out; () when `value` is fp32
 
 
 def allocate(layouts: tuple[ArenaLayout, ...], device: torch.device) -> tuple[Arena, ...]:
@@ -39,9 +40,9 @@ def allocate(layouts: tuple[ArenaLayout, ...], device: torch.device) -> tuple[Ar
         Arena(
             zeros(each.size, each.storage),
             zeros(each.size, each.gradient),
-            zeros(each.size, each.moments),
-            zeros(each.size, each.moments),
-            zeros(each.size, torch.int16) if each.has_remainder() else (),
+            zeros(each.held(), each.moments),
+            zeros(each.held(), each.moments),
+            zeros(each.held(), torch.int16) if each.has_remainder() else (),
         )
         for each in layouts
     )
@@ -68,24 +69,37 @@ def bind(specs: Any, layouts: tuple[ArenaLayout, ...], arenas: tuple[Arena, ...]
     return tree.map(lambda path, _: leaves[path], specs)
 
 
+def put_(arena: Arena, described: ArenaLayout, slot: Slot, value: Tensor, *, part: int) -> None:
+    """Give one parameter its exact value.
+
+    value    f32, of the slot's shape
+    part     which of the ranks that share out the remainders
+
+    Writes:  value and remainder of `arena`.
+    """
+    if not isinstance(arena.remainder, Tensor):
+        view(arena.value, slot).copy_(value)
+        return
+    rounded, remainder = split(value)
+    view(arena.value, slot).copy_(rounded)
+    mine = described.share(slot, part)
+    low, size = mine.begin - slot.offset, mine.end - mine.begin
+    arena.remainder[mine.at : mine.at + size].copy_(remainder.view(-1)[low : low + size])
+
+
 @torch.no_grad()
 def initialise_(
-    arenas: tuple[Arena, ...], layouts: tuple[ArenaLayout, ...], key: Key, dims: Dims, *, rank: int, world: int
+    arenas: tuple[Arena, ...], layouts: tuple[ArenaLayout, ...], key: Key, dims: Dims, *, ranks: Ranks = ALONE
 ) -> None:
     """Draw the initial values, one parameter at a time.
 
-    rank, world  of the ranks the experts are shared out to
-    Writes:      values and remainders of `arenas`.
+    Writes:  values and remainders of `arenas`.
     """
+    held = ranks.experts
     for described, arena in zip(layouts, arenas, strict=True):
         for slot in described.slots:
-            value = initial(key, slot.path, slot.spec, dims, rank=rank, world=world, device=arena.value.device)
-            if isinstance(arena.remainder, Tensor):
-                rounded, remainder = split(value)
-                view(arena.value, slot).copy_(rounded)
-                view(arena.remainder, slot).copy_(remainder)
-            else:
-                view(arena.value, slot).copy_(value)
+            value = initial(key, slot.path, slot.spec, dims, rank=held.rank, world=held.size, device=arena.value.device)
+            put_(arena, described, slot, value, part=ranks.sharing(described).rank)
 
 
 def place(node: Any, device: torch.device) -> Any:

@@ -18,7 +18,7 @@ from nmoe.effects.data import shards, stdlib
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.blend import Blend, plan_blend
 from nmoe.effects.data.lazy import open_lazily
-from nmoe.effects.loader import Source, held_out, open_loader, open_stream
+from nmoe.effects.loader import Source, held_out, num_held_out, open_loader, open_stream
 from nmoe.effects.log import say
 from nmoe.errors import InputError
 from nmoe.pure import flops, mixture, model, ngram, stream
@@ -65,8 +65,7 @@ def open_corpus(config: Config, launch: runtime.Launch) -> Corpus:
     shape["end_of_text"] = tokenizer.end_of_text if train.document_mask else None
     held = held_out(held_split, num_tokens=config.validation.tokens, **shape)
     seen = shards.read(train_split, 0, min(train_split.num_tokens, YARDSTICK_TOKENS))
-    num_held = sum(batch.targets.numel() for batch in held)
-    told = shards.read(held_split, 0, num_held + 1)
+    told = shards.read(held_split, 0, _num_held(held_split, config.validation.tokens, train.sequence_length) + 1)
     return Corpus(
         identity=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         tokenizer=tokenizer,
@@ -117,7 +116,10 @@ def _mixed(config: Config, blend: Blend, shape: dict[str, Any]) -> Corpus:
     used = [index for index, part in enumerate(parts) if part]
     tokens = dict(zip(used, _shares(config.validation.tokens, [parts[index] for index in used]), strict=True))
     held = {index: held_out(held_splits[index], num_tokens=tokens[index], **shape) for index in used}
-    told = [_first(held_splits[index], sum(batch.targets.numel() for batch in held[index]) + 1) for index in used]
+    told = [
+        _first(held_splits[index], _num_held(held_splits[index], tokens[index], train.sequence_length) + 1)
+        for index in used
+    ]
     seen = [
         _first(splits[index], num)
         for index, num in zip(used, _shares(YARDSTICK_TOKENS, [parts[index] for index in used]), strict=True)
@@ -134,6 +136,11 @@ def _mixed(config: Config, blend: Blend, shape: dict[str, Any]) -> Corpus:
         unigram=ngram.unigram_loss(np.concatenate(seen), np.concatenate(told), vocab_size),
         bigram=ngram.bigram_loss(np.concatenate(seen), np.concatenate(told), vocab_size),
     )
+
+
+def _num_held(split: Source, num_tokens: int, sequence_length: int) -> int:
+    """Targets that all ranks together validate on."""
+    return num_held_out(split, num_tokens=num_tokens, sequence_length=sequence_length) * sequence_length
 
 
 def _shares(total: int, parts: Sequence[int]) -> tuple[int, ...]:

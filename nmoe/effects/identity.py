@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from nmoe.config import Config, Difference, identity_diff, identity_values
-from nmoe.config.toml import closest, shown
+from nmoe.config.fields import flat, table
+from nmoe.config.toml import closest, dotted, shown
+from nmoe.effects.ranks import Ranks
 from nmoe.errors import InputError
 
-__all__ = ["Identity", "accepted", "values"]
+__all__ = ["Identity", "accepted", "check_same", "facts", "values"]
 
 TOKENIZER, DATA = "tokenizer.identity", "data.identity"
 """Keys of what a config names and does not hold: SHA-256 of the tokenizer, and of the data's manifest."""
@@ -64,6 +67,28 @@ def accepted(
     if problems:
         raise InputError(*problems)
     return differences
+
+
+def facts(config: Config) -> dict[str, str]:
+    """Every key of a config with its value, as text."""
+    return {dotted(path): shown(value) for path, value in flat(table(config))}
+
+
+def check_same(ranks: Ranks, facts: Mapping[str, str]) -> None:
+    """Refuse ranks that do not have the same facts.
+
+    Raises:  InputError on every rank, with a line for each rank and fact that is not as on rank 0.
+    """
+    told: list[dict[str, str]] = [json.loads(text) for text in ranks.exchange(json.dumps(facts))]
+    problems = [
+        f"rank {rank}: {name} as on rank 0, {told[0].get(name, 'nothing')}, got {theirs.get(name, 'nothing')}; start "
+        "all ranks with the same code, config and data"
+        for rank, theirs in enumerate(told)
+        for name in dict.fromkeys((*told[0], *theirs))
+        if theirs.get(name) != told[0].get(name)
+    ]
+    if problems:
+        raise InputError(*problems)
 
 
 def _text(value: Any) -> str:

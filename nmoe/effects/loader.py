@@ -19,7 +19,7 @@ from nmoe.pure.key import Key
 from nmoe.pure.model import Batch
 from nmoe.pure.stream import Stream, choose
 
-__all__ = ["Source", "held_out", "open_loader", "open_stream"]
+__all__ = ["Source", "held_out", "num_held_out", "open_loader", "open_stream"]
 
 
 class Source(Protocol):
@@ -125,7 +125,7 @@ def held_out(
     """
     if problems := _length_problems(split, sequence_length):
         raise InputError(*problems)
-    count = max(1, min(num_tokens // sequence_length, _num_windows(split, sequence_length)))
+    count = num_held_out(split, num_tokens=num_tokens, sequence_length=sequence_length)
     end = count * (rank + 1) // world
     cut = _cutter(split, sequence_length)
     batches: list[Batch] = []
@@ -133,6 +133,11 @@ def held_out(
         rows = np.stack([cut(window) for window in range(begin, min(begin + microbatch_size, end))])
         batches.append(tree.map(lambda path, leaf: leaf[0], _batch(rows, len(rows), end_of_text)))
     return tuple(batches)
+
+
+def num_held_out(split: Source, *, num_tokens: int, sequence_length: int) -> int:
+    """Windows that `held_out` cuts for all ranks together."""
+    return max(1, min(num_tokens // sequence_length, _num_windows(split, sequence_length)))
 
 
 def _cutter(split: Source, sequence_length: int) -> Callable[[int], np.ndarray]:

@@ -1,6 +1,6 @@
 """The run folder: what is written while a run goes on, and the lines on the screen.
 
-`metrics.rank0.jsonl` and `events.jsonl` are append-only, one JSON object a line; numbers that are not finite are the
+`metrics.rank<r>.jsonl` and `events.jsonl` are append-only, one JSON object a line; numbers that are not finite are the
 strings "nan", "inf" and "-inf", because JSON has none of them.
 """
 
@@ -57,16 +57,18 @@ class Log:
     folder: Path
     attempt: int
     metrics_file: TextIO
-    events_file: TextIO
+    events_file: TextIO | None  # None: another rank tells the events
     heard: Callable[[Mapping[str, Any]], None] = _unheard  # called with each event after it is written
     lock: threading.RLock = attrs.field(factory=threading.RLock)  # a line is written whole
 
     def metrics(self, **fields: Any) -> None:
-        """Append one line of metrics. Writes: metrics.rank0.jsonl."""
+        """Append one line of metrics. Writes: this rank's metrics."""
         self.append(self.metrics_file, fields)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append one event. Writes: events.jsonl."""
+        """Append one event. Writes: events.jsonl, on the first rank."""
+        if self.events_file is None:
+            return
         self.append(self.events_file, {"event": name, **fields})
         self.heard({"event": name, **fields})
 
@@ -84,7 +86,8 @@ class Log:
     def sync(self) -> None:
         """Bring the lines so far to the disk. Writes: what the operating system still holds of both files."""
         for file in (self.metrics_file, self.events_file):
-            os.fsync(file.fileno())
+            if file is not None:
+                os.fsync(file.fileno())
 
 
 def create_folder(root: Path, name: str, contents: Mapping[str, str]) -> Path:
@@ -114,9 +117,9 @@ def create_folder(root: Path, name: str, contents: Mapping[str, str]) -> Path:
 
 
 @contextmanager
-def open_log(folder: Path, attempt: int) -> Iterator[Log]:
-    """Open the append-only files of a run folder."""
+def open_log(folder: Path, attempt: int, rank: int = 0) -> Iterator[Log]:
+    """Open the append-only files of a run folder: a rank's own metrics, and on the first rank the events."""
     with ExitStack() as scope:
-        metrics = scope.enter_context(open(folder / "metrics.rank0.jsonl", "a", encoding="utf-8"))
-        events = scope.enter_context(open(folder / "events.jsonl", "a", encoding="utf-8"))
+        metrics = scope.enter_context(open(folder / f"metrics.rank{rank}.jsonl", "a", encoding="utf-8"))
+        events = None if rank else scope.enter_context(open(folder / "events.jsonl", "a", encoding="utf-8"))
         yield Log(folder=folder, attempt=attempt, metrics_file=metrics, events_file=events)

@@ -99,6 +99,8 @@ def check(path: Path, config: Config) -> None:
         problems.append(f"--profile: a file in an existing folder, got {path}; make {path.parent}")
     if config.train.graph:
         problems.append("--profile: steps that are not replayed, got train.graph = true; add --train.graph=false")
+    if config.parallel.ranks > 1:
+        problems.append(f"--profile: one rank, got {config.parallel.ranks}; add --gpus 1")
     if config.train.steps <= FIRST:
         problems.append(f"--profile: a run of more than {FIRST} steps, got {config.train.steps}; raise train.steps")
     if problems:

@@ -17,7 +17,7 @@ import torch
 
 import nmoe
 
-__all__ = ["describe"]
+__all__ = ["describe", "versions"]
 
 PACKAGES = ("nmoe", "torch", "triton", "numpy", "attrs", "cattrs", "safetensors", "tiktoken", "tokenizers")
 
@@ -48,6 +48,12 @@ def code() -> dict[str, Any]:
     if commit is None or status is None:
         return {"commit": "not a git checkout"}
     return {"commit": commit, "dirty": bool(status), "changed_files": sorted(line[3:] for line in status.splitlines())}
+
+
+def versions() -> dict[str, str]:
+    """What computes: the code of nmoe, and torch."""
+    commit = git("rev-parse", "HEAD") or "not a git checkout"
+    return {"nmoe's version": f"{installed('nmoe')} {commit}", "torch's version": installed("torch")}
 
 
 def describe(device: torch.device, command: Sequence[str], **facts: Any) -> str:

@@ -10,6 +10,7 @@ import attrs
 from nmoe.config import Config
 from nmoe.effects import runtime
 from nmoe.effects.evaluate import Held
+from nmoe.effects.exchange import Exchange
 from nmoe.effects.log import Log, say
 from nmoe.effects.monitor import Monitor
 from nmoe.effects.plan import duration, quantity
@@ -29,8 +30,9 @@ class Report:
     log: Log
     flops: int  # of training, a token
     began: float  # monotonic seconds
-    monitor: Monitor
+    monitor: Monitor | None  # None: not the first rank, which tells what all have in common
     first_step: int  # steps taken before this attempt
+    exchange: Exchange | None = None
 
     def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
         """Report the last step; times are means over the `steps` since the previous report.
@@ -42,6 +44,8 @@ class Report:
         busy = sum(value for name, value in seconds.items() if name != "validation") / steps
         rate = tokens / busy
         mfu = rate * self.flops / (self.rt.world * self.rt.peak_flops)
+        if self.monitor is None:
+            return self._own(state, metrics, seconds, steps)
         rates = learning_rates(self.config, state.step - 1)
         loss, norm = metrics.loss.item(), metrics.grad_norm.item()
         load = metrics.load.cpu()
@@ -64,6 +68,7 @@ class Report:
             tokens_per_s=rate,
             mfu=mfu,
             memory_bytes=held,
+            **self._sent(),
             step_s=busy,
             **{f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"},
             experts={
@@ -99,8 +104,29 @@ class Report:
             stages=[{"name": stage.name, "windows": list(stage.quotas)} for stage in planned.stages],
         )
 
+    def _own(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
+        """What this rank alone knows. Writes: its metrics."""
+        tokens = state.step * self.config.train.batch_size * self.config.train.sequence_length
+        parts = {f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"}
+        self.log.metrics(
+            step=state.step,
+            elapsed_s=time.monotonic() - self.began,
+            tokens_local=tokens // self.rt.world,
+            memory_bytes=runtime.memory_bytes(self.rt.device),
+            **self._sent(),
+            step_s=sum(parts.values()),
+            **parts,
+        )
+        return int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
+
+    def _sent(self) -> dict[str, int]:
+        """Bytes this rank wrote into the memory of others since the attempt began."""
+        return {} if self.exchange is None else {"wire_bytes": int(self.exchange.sent.item())}
+
     def validation(self, step: int, held: Held) -> None:
         """Report a validation."""
+        if self.monitor is None:
+            return
         numbers = {"validation/loss": held.loss, "validation/bits_per_byte": held.bits_per_byte}
         self.log.metrics(step=step, elapsed_s=time.monotonic() - self.began, **numbers)
         self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)

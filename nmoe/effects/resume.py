@@ -14,17 +14,18 @@ from typing import Any
 import attrs
 
 from nmoe.config import Difference
-from nmoe.effects import identity
+from nmoe.effects import identity, zero
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Fs
 from nmoe.effects.checkpoint.manifest import Manifest
 from nmoe.effects.identity import Identity
+from nmoe.effects.ranks import ALONE, Ranks
 from nmoe.effects.seen import Seen, dumped, parse
 from nmoe.effects.step import State
 from nmoe.errors import InputError
 from nmoe.pure.layout import ArenaLayout
-from nmoe.pure.pieces import Piece, arena_pieces, whole
+from nmoe.pure.pieces import Piece, arena_pieces, share, whole
 from nmoe.pure.spec import Dims
 
 __all__ = ["CHECKPOINTS", "Origin", "meta", "origin", "pieces", "restore"]
@@ -102,6 +103,7 @@ def restore(
     this: Identity,
     accept: Sequence[str],
     report: Callable[[str], None],
+    ranks: Ranks = ALONE,
 ) -> Restored | None:
     """The state of the newest valid checkpoint, or of the one named.
 
@@ -113,7 +115,8 @@ def restore(
     Raises:  InputError when the checkpoints are of another run, or there are some and none is valid.
     """
     accepted: dict[str, tuple[Difference, ...]] = {}
-    targets = pieces(blank, layouts, dims)
+    targets = pieces(blank, layouts, dims, ranks=ranks, shared=False)
+    told: dict[str, Any] = {"rank": ranks.world.rank, "exchange": ranks.exchange}
 
     def checked(manifest: Manifest) -> Sequence[Piece]:
         name = f"{where.folder}: the checkpoint of step {manifest.step}"
@@ -122,11 +125,12 @@ def restore(
 
     if where.single:
         manifest = manifests.read(fs, where.folder)
-        reader.load_(fs, where.folder, manifest, checked(manifest))
+        reader.load_(fs, where.folder, manifest, checked(manifest), **told)
     else:
-        manifest = reader.restore_(fs, where.folder, checked, report=report)
+        manifest = reader.restore_(fs, where.folder, checked, report=report, **told)
     if manifest is None:
         return None
+    zero.gather_(layouts, blank.arenas, ranks)
     state = attrs.evolve(blank, cursor=_entry(manifest, "cursor", int), step=manifest.step)
     return Restored(
         state=state,
@@ -150,18 +154,22 @@ def meta(state: State, seen: Seen, this: Identity) -> dict[str, Any]:
 
 
 def pieces(
-    state: State, layouts: tuple[ArenaLayout, ...], dims: Dims, *, rank: int = 0, world: int = 1
+    state: State, layouts: tuple[ArenaLayout, ...], dims: Dims, *, ranks: Ranks = ALONE, shared: bool = True
 ) -> tuple[Piece, ...]:
-    """Every tensor of a State by name, as this rank holds it."""
+    """Every tensor of a State by name: what this rank saves of it, and loads.
+
+    shared  whether of what every rank has, such as the router bias, it is this rank's share: to save, not to load
+    """
     found: list[Piece] = []
     for described, arena in zip(layouts, state.arenas, strict=True):
         kinds = {"value": arena.value, "first": arena.first, "second": arena.second}
         if described.has_remainder():
             kinds["remainder"] = arena.remainder
-        found += arena_pieces(described, kinds, dims, rank=rank, world=world)
-    found.append(whole(ROUTER_BIAS, state.router_bias))
-    found += [whole(name, getattr(state, name)) for name in COUNTERS]
-    return tuple(found)
+        part = ranks.sharing(described).rank
+        found += arena_pieces(described, kinds, dims, rank=ranks.experts.rank, world=ranks.experts.size, part=part)
+    everywhere = [whole(name, getattr(state, name)) for name in (ROUTER_BIAS, *COUNTERS)]
+    world = ranks.world
+    return (*found, *(share(each, world.rank, world.size) if shared else each for each in everywhere))
 
 
 def _entry(manifest: Manifest, name: str, kind: type) -> Any:

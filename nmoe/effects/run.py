@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -18,21 +19,26 @@ import torch
 from torch import Tensor
 
 from nmoe.config import Checkpoint, Config, dump, identity
-from nmoe.effects import attempt, buffers, graph, ops, provenance, recompute, resume, runtime, warm, weights
+from nmoe.effects import attempt, buffers, graph, ops, provenance, recompute, resume, runtime, warm
+from nmoe.effects import exchange as exchanges
 from nmoe.effects.checkpoint.fs import Disk, Fs
 from nmoe.effects.checkpoint.writer import SaveError, open_writer
 from nmoe.effects.corpus import Corpus, open_corpus
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.evaluate import Held, evaluate
-from nmoe.effects.generate import extend
-from nmoe.effects.identity import Identity
-from nmoe.effects.log import Log, create_folder, open_log, say
+from nmoe.effects.ending import end, tell_origin
+from nmoe.effects.evaluate import Held, evaluate, even
+from nmoe.effects.exchange import Exchange
+from nmoe.effects.identity import Identity, check_same, facts
+from nmoe.effects.launch import open_pulse
+from nmoe.effects.log import create_folder, open_log, say
+from nmoe.effects.loop import agreed, settled, train_until
 from nmoe.effects.monitor import watching
-from nmoe.effects.plan import duration, quantity, render
+from nmoe.effects.plan import quantity, render
 from nmoe.effects.prefetch import prefetching
+from nmoe.effects.ranks import ALONE, Ranks, check_machine, naming, open_ranks, together
 from nmoe.effects.report import Report
 from nmoe.effects.saver import Saver
-from nmoe.effects.seen import Seen, validated
+from nmoe.effects.seen import Seen
 from nmoe.effects.step import Metrics, State, make_step
 from nmoe.errors import InputError
 from nmoe.pure import model
@@ -43,19 +49,15 @@ from nmoe.pure.ops import Env
 from nmoe.pure.plan import Plan, plan
 from nmoe.pure.retention import Keep
 
-__all__ = ["EXIT_NONFINITE", "EXIT_UNSAVED", "World", "arena_layouts", "blank", "fresh", "main", "stepper"]
-
-EXIT_NONFINITE = 5
-"""Exit code of a run that stopped after too many non-finite steps."""
+__all__ = ["EXIT_UNSAVED", "World", "arena_layouts", "blank", "fresh", "main", "stepper"]
 
 EXIT_UNSAVED = 6
 """Exit code of a run that ended because its state could not be saved."""
 
+FOREVER_S = 1e9
+
 ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": 0.15})
 """What the estimate before the first step assumes: about what docs/log.md has of each device."""
-
-SAMPLE_PROMPT = "def "
-SAMPLE_TOKENS = 96
 
 
 def as_it_is(thing: Any) -> Any:
@@ -72,61 +74,11 @@ class World:
     env: Callable[[Env], Env] = as_it_is
 
 
-def train_until(
-    config: Config,
-    state: State,
-    seen: Seen,
-    step: Callable[[State, Batch], tuple[State, Metrics]],
-    read: Callable[[int], Batch],
-    validate: Callable[[State], Held | None],
-    saver: Saver,
-    report: Report,
-    clock: runtime.Clock,
-    stop: runtime.Stop,
-) -> tuple[State, Seen, bool]:
-    """Take steps until the last one, a signal, or too many non-finite steps.
-
-    validate  None when a signal came meanwhile
-    returns   the state, its validations, and whether the steps were finite
-    """
-    train = config.train
-    reported, skipped = state.step, int(state.skipped.item())
-    clock.mark("start")
-    while True:
-        # At the head of the loop, so that a run that goes on makes up for what its last attempt did not come to.
-        due = state.step > 0 and (state.step % config.validation.every == 0 or state.step >= train.steps)
-        if due and stop.signal is None and not seen.at(state.step):
-            held = validate(state)
-            if held is not None:
-                report.validation(state.step, held)
-                seen = validated(seen, state.step, held.loss, held.bits_per_byte)
-            clock.mark("validation")
-        if state.step >= train.steps or stop.signal is not None:
-            return state, seen, True
-        if saver.due(state.step):
-            saver.save(state, seen)
-            clock.mark("checkpoint")
-        batch = read(state.cursor)
-        clock.mark("data")
-        state, metrics = step(state, batch)
-        saver.poll()
-        last = state.step == train.steps or stop.signal is not None
-        # A state that no step changes any more is not worth a checkpoint.
-        latched = saver.due(state.step) and int(metrics.skipped_in_row.item()) >= train.max_nonfinite_steps
-        if last or latched or state.step == 1 or state.step % config.log.every == 0:
-            before = skipped
-            skipped, in_row = report.step(state, metrics, clock.split(), state.step - reported)
-            reported = state.step
-            if skipped > before:
-                report.log.event("nonfinite", step=state.step, new=skipped - before, in_row=in_row)
-            if in_row >= train.max_nonfinite_steps:
-                return state, seen, False
-            clock.mark("log")
-
-
-def fresh(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime) -> tuple[State, Env]:
+def fresh(
+    config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime, exchange: Exchange | None = None
+) -> tuple[State, Env]:
     """The state before the first step, and what the model needs besides it."""
-    state, env = blank(config, layouts, rt)
+    state, env = blank(config, layouts, rt, exchange)
     initialise_(config, layouts, state, rt)
     return state, env
 
@@ -134,10 +86,12 @@ def fresh(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime)
 def initialise_(config: Config, layouts: tuple[ArenaLayout, ...], state: State, rt: runtime.Runtime) -> None:
     """Draw the initial values. Writes: the parameters of `state`."""
     key = Key(config.run.seed).fold("init")
-    buffers.initialise_(state.arenas, layouts, key, model.dims(config.model), rank=rt.rank, world=rt.world)
+    buffers.initialise_(state.arenas, layouts, key, model.dims(config.model), ranks=rt.ranks)
 
 
-def blank(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime) -> tuple[State, Env]:
+def blank(
+    config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime, exchange: Exchange | None = None
+) -> tuple[State, Env]:
     """A state of zeros at step 0, and what the model needs besides it."""
     c = config.model
     arenas = buffers.allocate(layouts, rt.device)
@@ -153,7 +107,8 @@ def blank(config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime)
     )
     rope = buffers.place(model.rope_table(c, config.train.sequence_length), rt.device)
     train = config.train
-    built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask)
+    kinds = {"deterministic": train.deterministic, "documents": train.document_mask}
+    built = ops.build(rt.device, c, **kinds, exchange=exchange)
     return state, Env(built, rope)
 
 
@@ -165,6 +120,7 @@ def stepper(
     *,
     mark: Callable[[str], None],
     before_update: Callable[[], None] = lambda: None,
+    exchange: Exchange | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`make_step` as the config wants it: what is recomputed, and whether it is replayed.
 
@@ -178,8 +134,10 @@ def stepper(
         cheap, block = recompute.cheap(env.ops)
         env = attrs.evolve(env, ops=cheap)
     if not config.train.graph:
-        return make_step(config, layouts, env, rt, mark=mark, before_update=before_update, run=block)
-    replayed = make_step(config, layouts, env, rt, mark=lambda name: None, run=block, wrap=graph.replaying)
+        return make_step(config, layouts, env, rt, mark=mark, before_update=before_update, exchange=exchange, run=block)
+    replayed = make_step(
+        config, layouts, env, rt, mark=lambda name: None, exchange=exchange, run=block, wrap=graph.replaying
+    )
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         before_update()
@@ -190,7 +148,7 @@ def stepper(
     return step
 
 
-def arena_layouts(config: Config) -> tuple[ArenaLayout, ...]:
+def arena_layouts(config: Config, ranks: Ranks = ALONE) -> tuple[ArenaLayout, ...]:
     """Where the parameters of this config lie on one rank."""
     return layout(
         model.specs(config.model),
@@ -198,7 +156,32 @@ def arena_layouts(config: Config) -> tuple[ArenaLayout, ...]:
         compute=config.precision.compute,
         moments=config.precision.moments,
         accumulate=config.train.batch_size > config.train.microbatch_size,
+        world=ranks.experts.size,
+        replicas=ranks.replicas.size,
     )
+
+
+def exchanging(
+    config: Config, ranks: Ranks, device: torch.device
+) -> AbstractContextManager[Exchange] | AbstractContextManager[None]:
+    """The exchange of rows with the ranks that hold the other experts, if there are others."""
+    train, moe, parallel, group = config.train, config.model.moe, config.parallel, ranks.experts
+    if group.handle is None:
+        return nullcontext()
+    shape = {
+        "ranks": group.size,
+        "experts": moe.num_experts,
+        "top_k": moe.top_k,
+        "tokens": train.microbatch_size * train.sequence_length,
+    }
+    sizes = exchanges.Sizes(
+        **shape,
+        hidden_size=config.model.hidden_size,
+        capacity=exchanges.rows(parallel.capacity, **shape),
+        dedup=parallel.dedup,
+        dtype=torch.bfloat16 if config.precision.compute == "bf16" else torch.float32,
+    )
+    return exchanges.open_exchange(device=device, group=group.handle, sizes=sizes, timeout_s=parallel.timeout_s)
 
 
 def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
@@ -265,95 +248,141 @@ def _main(
     scope: ExitStack,
 ) -> int:
     launch = runtime.launch(os.environ)
-    if launch.world != 1 or config.parallel.ranks != 1:
+    if launch.world != config.parallel.ranks:
         raise InputError(
-            f"parallel.ranks: this version trains on one rank, got {max(launch.world, config.parallel.ranks)}; "
-            "add --parallel.ranks=1, and see `nmoe plan` for larger machines"
+            f"parallel.ranks: as many as a launcher started, {launch.world}, got {config.parallel.ranks}; start with "
+            f"`nmoe run --gpus {config.parallel.ranks}`, or add --parallel.ranks={launch.world}"
         )
-    device = runtime.device(config.run.device)
-    folder = Path(config.run.root) / (config.run.name or f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    origin = resume.origin(config.train.resume, folder)
-    corpus = open_corpus(config, launch)
-    rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=runtime.peak_flops(device))
-    planned = plan(config, ranks=1, mfu=ASSUMED_MFU[device.type], peak_flops=rt.peak_flops)
-    check_memory(config, planned, device)
-    c = config.model
-    layouts, dims = arena_layouts(config), model.dims(c)
+    expert_ranks = config.parallel.experts or launch.world
+    pulse = scope.enter_context(open_pulse(launch, config.parallel.timeout_s))
+    if launch.rank:
+        nothing = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        scope.enter_context(redirect_stdout(nothing))
+    with naming(f"rank {launch.rank}" if launch.world > 1 else ""):
+        device = runtime.device(config.run.device, launch.local_rank, launch.local_world)
+        check_machine(launch, expert_ranks, cuda=device.type == "cuda")
+        ranks = scope.enter_context(open_ranks(launch, expert_ranks, device, config.parallel.timeout_s))
+    rt = runtime.Runtime(
+        device=device, rank=launch.rank, world=launch.world, peak_flops=runtime.peak_flops(device), ranks=ranks
+    )
+    together(ranks, lambda: check_same(ranks, {**provenance.versions(), **facts(config)}))
+    name = ranks.exchange(config.run.name or f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}")[0]
+    folder = Path(config.run.root) / name
+    origin = together(ranks, lambda: resume.origin(config.train.resume, folder))
+    corpus = together(ranks, lambda: open_corpus(config, launch))
     this = Identity(config=config, tokenizer=corpus.tokenizer.identity, data=corpus.identity)
+    together(ranks, lambda: check_same(ranks, {"tokenizer": this.tokenizer, "data": this.data}))
+    parallel = config.parallel
+    planned = plan(
+        config,
+        ranks=rt.world,
+        mfu=ASSUMED_MFU[device.type],
+        peak_flops=rt.peak_flops,
+        expert_ranks=expert_ranks,
+        dedup=parallel.dedup,
+        capacity=parallel.capacity or math.inf,
+    )
+    c = config.model
+    layouts, dims = arena_layouts(config, ranks), model.dims(c)
     contents = {
         "config.toml": dump(config),
         "sources.toml": "".join(f'"{path}" = {_quoted(source)}\n' for path, source in sources.items()),
         "provenance.toml": provenance.describe(
-            device, command, config=identity(config), tokenizer=corpus.tokenizer.identity, data=corpus.identity
+            device, command, config=identity(config), tokenizer=this.tokenizer, data=this.data
         ),
     }
-
+    exchange = together(ranks, lambda: scope.enter_context(exchanging(config, ranks, device)))
     damaged: list[str] = []
-    state, env = blank(config, layouts, rt)
-    restored = None
-    if origin is not None:
-        restored = resume.restore(world.fs, origin, state, layouts, dims, this, accept, damaged.append)
-    if restored is not None:
-        state = restored.state
-    else:
-        initialise_(config, layouts, state, rt)
-        if config.train.warm_start is not None:
-            warm.put_(state, layouts, warm.of_path(world.fs, Path(config.train.warm_start), model.specs(c), dims))
-    first = state.step
-    if first > config.train.steps:
-        raise InputError(
-            f"train.steps: at least the {first} steps taken, got {config.train.steps}; raise it, or name an earlier "
-            "checkpoint as train.resume"
-        )
 
-    is_new = not folder.exists()
-    if is_new:
-        create_folder(folder.parent, folder.name, contents)
-    writer = scope.enter_context(
-        open_writer(
-            world.fs,
-            folder / resume.CHECKPOINTS,
-            keep=keep(config.checkpoint),
-            parent=None if restored is None else restored.manifest,
-        )
+    def begin() -> tuple[State, Env, resume.Restored | None]:
+        check_memory(config, planned, device)
+        state, env = blank(config, layouts, rt, exchange)
+        restored = None
+        if origin is not None:
+            restored = resume.restore(world.fs, origin, state, layouts, dims, this, accept, damaged.append, ranks)
+        if restored is not None:
+            state = restored.state
+        else:
+            initialise_(config, layouts, state, rt)
+            if config.train.warm_start is not None:
+                start = warm.of_path(world.fs, Path(config.train.warm_start), model.specs(c), dims)
+                warm.put_(state, layouts, start, ranks)
+        if state.step > config.train.steps:
+            raise InputError(
+                f"train.steps: at least the {state.step} steps taken, got {config.train.steps}; raise it, or name an "
+                "earlier checkpoint as train.resume"
+            )
+        return state, env, restored
+
+    state, env, restored = together(ranks, begin)
+    first = state.step
+    is_new = rt.rank == 0 and not folder.exists()
+    together(ranks, lambda: create_folder(folder.parent, folder.name, contents) if is_new else folder)
+    writer = together(
+        ranks,
+        lambda: scope.enter_context(
+            open_writer(
+                world.fs,
+                folder / resume.CHECKPOINTS,
+                keep=keep(config.checkpoint),
+                parent=None if restored is None else restored.manifest,
+                rank=rt.rank,
+                world=rt.world,
+                exchange=ranks.background,
+            )
+        ),
     )
     number = writer.attempt
-    if not is_new:
-        attempt.mend(folder, first, validated=restored is not None and restored.seen.at(first))
-        attempt.record(folder, number, contents)
-    tokenizers.save(corpus.tokenizer, folder)
-    writer.reserve(resume.pieces(state, layouts, dims))
+
+    def prepare_folder() -> None:
+        if not is_new:
+            attempt.mend(folder, first, validated=restored is not None and restored.seen.at(first))
+            attempt.record(folder, number, contents)
+        tokenizers.save(corpus.tokenizer, folder)
+
+    together(ranks, lambda: rt.rank or prepare_folder())
+    together(ranks, lambda: writer.reserve(resume.pieces(state, layouts, dims, ranks=ranks)))
     say("\n".join((banner(config, planned, corpus, folder), *ops.unmeasured(device, c))))
 
     env = world.env(env)
     ahead = prefetching(corpus.read, batch_size=config.train.batch_size, depth=config.data.prefetch, device=rt.device)
     read = world.read(scope.enter_context(ahead))
     clock = runtime.Clock(device)
-    step = stepper(config, layouts, env, rt, mark=clock.mark, before_update=writer.staged)
+
+    def mark(name: str) -> None:
+        clock.mark(name)
+        pulse.beat()
+
+    step = stepper(config, layouts, env, rt, mark=mark, before_update=writer.staged, exchange=exchange)
     byte_lengths = _byte_lengths(corpus.tokenizer, c.vocab_size).to(device)
     began = time.monotonic()
-    opened = scope.enter_context(open_log(folder, attempt=number))
+    log = scope.enter_context(open_log(folder, attempt=number, rank=rt.rank))
     flops, on_gpu = planned.flops.training(), device.type == "cuda"
-    skipped = int(state.skipped.item())
-    monitor = scope.enter_context(
-        watching(config, opened, flops=flops, world=1, cuda=on_gpu, step=first, skipped=skipped)
-    )
-    log = monitor.log
+    monitor = None
+    if rt.rank == 0:
+        skipped = int(state.skipped.item())
+        monitor = scope.enter_context(
+            watching(config, log, flops=flops, world=rt.world, cuda=on_gpu, step=first, skipped=skipped)
+        )
+        log = monitor.log
 
     def overdue() -> None:
         log.event("end", status="interrupted", exit_code=runtime.EXIT_PREEMPTED, error="the grace time was over")
 
     stop = scope.enter_context(runtime.stop_on_signals(config.checkpoint.grace_s, overdue))
+    batches = even(corpus.held, ranks)
 
     def held() -> Iterator[Batch]:
-        for batch in corpus.held:
+        for batch in batches:
             yield batch
-            if stop.signal is not None:
+            pulse.beat()
+            if agreed(stop, ranks)[0]:
                 return
 
     def validate(state: State) -> Held | None:
-        found = evaluate(state.params, state.router_bias, env, c, held(), byte_lengths, chunk=config.train.loss_chunk)
-        return found if stop.signal is None else None
+        chunk = config.train.loss_chunk
+        found = evaluate(state.params, state.router_bias, env, c, held(), byte_lengths, chunk=chunk, ranks=ranks)
+        return None if agreed(stop, ranks)[0] else found
 
     log.event(
         "start",
@@ -364,106 +393,53 @@ def _main(
         yardstick={"unigram": corpus.unigram, "bigram": corpus.bigram},
     )
     tell_origin(log, first, restored, damaged)
-    report = Report(config=config, rt=rt, log=log, flops=flops, began=began, first_step=first, monitor=monitor)
-    if corpus.stream is not None:
+    report = Report(
+        config=config,
+        rt=rt,
+        log=log,
+        flops=flops,
+        began=began,
+        first_step=first,
+        monitor=monitor,
+        exchange=exchange,
+    )
+    if corpus.stream is not None and rt.rank == 0:
         report.mixture(corpus.stream, state)
     saver = Saver(
         config.checkpoint,
         writer,
         log,
-        pieces=lambda state: resume.pieces(state, layouts, dims),
+        pieces=lambda state: resume.pieces(state, layouts, dims, ranks=ranks),
         meta=lambda state, seen: resume.meta(state, seen, this),
         saved_step=first,
     )
     seen = Seen() if restored is None else restored.seen
     try:
-        state, seen, finite = train_until(config, state, seen, step, read, validate, saver, report, clock, stop)
+        state, seen, finite = train_until(
+            config, state, seen, step, read, validate, saver, report, clock, stop, pulse, ranks, exchange
+        )
+        pulse.rest()
         if finite:
-            saver.finish(state, seen, stop.left_s(config.checkpoint.grace_s))
+            # in whole milliseconds, for the rank that has the least
+            left_s = -ranks.highest([-int(1000 * min(stop.left_s(config.checkpoint.grace_s), FOREVER_S))])[0] / 1000
+            saver.finish(state, seen, left_s)
         saver.settle()
-        return _end(config, corpus, state, seen, finite, env, report, stop)
+        return end(config, corpus, state, seen, finite, env, report, settled(stop, ranks), layouts, ranks)
     except SaveError as error:
         log.event("end", status="failed", exit_code=EXIT_UNSAVED, error=str(error))
-        print(f"nmoe: {error}", file=sys.stderr)
+        if rt.rank == 0:
+            print(f"nmoe: {error}", file=sys.stderr)
         return EXIT_UNSAVED
     except BaseException as error:
         saver.settle()
         log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
-        raise
-
-
-def tell_origin(log: Log, step: int, restored: resume.Restored | None, damaged: Sequence[str]) -> None:
-    """Say what this attempt goes on from, and what it passed over."""
-    for each in damaged:
-        log.event("checkpoint_damaged", problem=each)
-        say(f"damaged        {each}")
-    if restored is not None:
-        changed = {each.path: [each.left, each.right] for each in restored.accepted}
-        log.event("resume", step=step, **{"from": restored.origin}, accepted=changed)
-        say(f"resume         at step {step} from {restored.origin}")
-        for path, (left, right) in changed.items():
-            say(f"accepted       {path}: {left} -> {right}")
+        with naming(f"rank {rt.rank}, step {pulse.step}" if rt.world > 1 else ""):
+            raise
 
 
 def keep(settings: Checkpoint) -> Keep:
     """What the config keeps of the checkpoints."""
     return Keep(last=settings.keep_last, every=settings.keep_every, best=int(settings.keep_best))
-
-
-def _end(
-    config: Config,
-    corpus: Corpus,
-    state: State,
-    seen: Seen,
-    finite: bool,
-    env: Env,
-    report: Report,
-    stop: runtime.Stop,
-) -> int:
-    """Keep the weights, say how it went, and with which exit code."""
-    log = report.log
-    if not stop.preempted():
-        weights.save(log.folder, state.params, state.router_bias)
-    if not finite:
-        message = (
-            f"step {state.step}: loss and gradient norm are finite, got {config.train.max_nonfinite_steps} steps in a "
-            "row that were not; lower optim.*.lr or lengthen schedule.warmup_tokens, weights are those before them"
-        )
-        log.event("end", status="failed", step=state.step, exit_code=EXIT_NONFINITE, error=message)
-        print(f"nmoe: {message}", file=sys.stderr)
-        return EXIT_NONFINITE
-    if seen.last is not None and seen.at(config.train.steps):
-        say(
-            f"validation     {seen.last.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram "
-            f"{corpus.bigram:.4f}; {seen.last.bits_per_byte:.4f} bits/byte"
-        )
-        text = sample(config, corpus, state, env)
-        log.event("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
-        say(f"sample         {SAMPLE_PROMPT!r} continued:\n{text}")
-    status = "finished" if stop.signal is None else "interrupted"
-    why = {} if stop.signal is None else {"signal": stop.signal.name}
-    log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), **why)
-    left = resume.CHECKPOINTS if stop.preempted() else weights.FILE
-    say(f"{status:<14} {state.step} steps in {duration(time.monotonic() - report.began)}  {log.folder / left}")
-    return stop.exit_code()
-
-
-def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:
-    """A short text by the trained model."""
-    encoding = tokenizers.encoding(corpus.tokenizer)
-    limit = config.train.sequence_length
-    tokens = extend(
-        state.params,
-        state.router_bias,
-        env,
-        attrs.evolve(config.model, max_positions=limit),
-        encoding.encode_ordinary(SAMPLE_PROMPT),
-        num_tokens=SAMPLE_TOKENS,
-        vocab_size=corpus.tokenizer.size,
-        temperature=0.7,
-        key=Key(config.run.seed).fold("sample", SAMPLE_PROMPT),
-    )
-    return encoding.decode(tokens)
 
 
 def _byte_lengths(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Tensor:

@@ -9,15 +9,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import attrs
 import torch
 
-from nmoe.effects import files
+from nmoe.effects.launch import Launch, launch
+from nmoe.effects.ranks import ALONE, Ranks
 from nmoe.errors import InputError
 from nmoe.pure.plan import PEAK_FLOPS
 
@@ -46,15 +46,6 @@ EXIT_PREEMPTED = 75
 
 
 @attrs.frozen(kw_only=True)
-class Launch:
-    """What the environment says of this process; read once."""
-
-    rank: int
-    world: int
-    home: Path  # caches: prepared corpora and tokenizers
-
-
-@attrs.frozen(kw_only=True)
 class Runtime:
     """Where this process computes. A function that takes one has effects there."""
 
@@ -62,21 +53,13 @@ class Runtime:
     rank: int
     world: int
     peak_flops: float  # of this rank
+    ranks: Ranks = ALONE
 
 
-def launch(environ: Mapping[str, str]) -> Launch:
-    """Read `RANK`, `WORLD_SIZE` and `NMOE_HOME`, the folder of caches."""
-    counts: dict[str, int] = {}
-    for name, absent in (("RANK", "0"), ("WORLD_SIZE", "1")):
-        text = environ.get(name, absent)
-        if not text.isdecimal():
-            raise InputError(f"{name}: a launcher sets it to a number, got {text!r}; unset it or start with a launcher")
-        counts[name] = int(text)
-    return Launch(rank=counts["RANK"], world=counts["WORLD_SIZE"], home=files.home(environ))
-
-
-def device(name: str) -> torch.device:
+def device(name: str, index: int = 0, count: int = 1) -> torch.device:
     """The device a config asks for.
+
+    index  of the rank among those of this host, which are `count`: its GPU
 
     Raises:  InputError when it is not there or not supported; nothing else is tried.
     """
@@ -86,14 +69,19 @@ def device(name: str) -> torch.device:
         raise InputError(
             'run.device: "cuda" needs a GPU that torch can use, got none; write device = "cpu" or mend the driver'
         )
-    capability = torch.cuda.get_device_capability(0)
+    if 1 < count and torch.cuda.device_count() < count:
+        raise InputError(
+            f"parallel.ranks: a GPU for each of the {count} ranks of this host, got {torch.cuda.device_count()}; start "
+            "fewer, or look at CUDA_VISIBLE_DEVICES"
+        )
+    capability = torch.cuda.get_device_capability(index)
     if capability not in SUPPORTED_GPUS:
         known = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED_GPUS)
         raise InputError(
             f"run.device: the GPU has a supported compute capability ({known}), got {capability[0]}.{capability[1]} "
-            f'({torch.cuda.get_device_name(0)}); use one of those or device = "cpu"'
+            f'({torch.cuda.get_device_name(index)}); use one of those or device = "cpu"'
         )
-    return torch.device("cuda", 0)
+    return torch.device("cuda", index)
 
 
 def peak_flops(where: torch.device) -> float:
@@ -170,6 +158,12 @@ class Stop:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.since = math.inf  # monotonic seconds
+
+    def hear(self, number: int) -> None:
+        """Take the signal that the ranks agree on. Writes: which, and when if it is the first here."""
+        if self.signal is None:
+            self.since = time.monotonic()
+        self.signal = signal.Signals(number)
 
     def exit_code(self) -> int:
         """0 when nobody asked; 130 for an interrupt, as a shell reports it; 75 for who wants the run to go on later."""

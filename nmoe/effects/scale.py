@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import attrs
@@ -12,7 +13,6 @@ from nmoe.effects.log import say
 from nmoe.effects.plan import Line, about, aligned, duration, quantity, render
 from nmoe.errors import InputError
 from nmoe.pure.link import MACHINES, Machine
-from nmoe.pure.plan import CAPACITY
 from nmoe.pure.scale import Arrangement, Scaled, best, choices, scale
 from nmoe.pure.traffic import Traffic
 
@@ -82,7 +82,9 @@ def scaled(
     return tuple(
         scale(
             config,
-            Arrangement(gpus=gpus, hosts=hosts, expert_ranks=ranks, dedup=dedup, capacity=CAPACITY),
+            Arrangement(
+                gpus=gpus, hosts=hosts, expert_ranks=ranks, dedup=dedup, capacity=config.parallel.capacity or math.inf
+            ),
             machine,
             mfu=mfu,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Config
-from nmoe.effects import ops
+from nmoe.effects import ops, zero
+from nmoe.effects.exchange import Exchange
+from nmoe.effects.ranks import add_up
 from nmoe.effects.runtime import Runtime
 from nmoe.pure import optim, route, tree
 from nmoe.pure.layout import ArenaLayout
@@ -115,6 +117,7 @@ def make_step(
     *,
     mark: Callable[[str], None],
     before_update: Callable[[], None] = lambda: None,
+    exchange: Exchange | None = None,
     run: Callable[..., tuple[Tensor, Any]] = block,
     wrap: Callable[[Compute], Compute] = lambda compute: compute,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -126,15 +129,22 @@ def make_step(
 
     mark           called with the name of each part when it ends
     before_update  called before anything but gradients is written
+    exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     run            `block`, or a wrapper around it
     wrap           what replays a step, given the function that computes it
     """
-    passes = ops.arena_ops(rt.device)
+    passes, ranks = ops.arena_ops(rt.device), rt.ranks
     c, train, clip = config.model, config.train, config.optim.clip_norm
 
-    def accumulate_(state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Add the gradient of the mean loss over the global batch. Writes: gradients of the arenas."""
-        num_targets = (batch.targets >= 0).sum().clamp(min=1)
+    def accumulate_(state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Add the gradient of the mean loss over the global batch, and sum it over the ranks.
+
+        returns  targets of the global batch; this rank's part of the loss, the auxiliary loss, load and entropy
+
+        Writes:  gradients of the arenas; what this rank owns of them is complete.
+        """
+        (num_targets,) = add_up(ranks.world, [(batch.targets >= 0).sum()])
+        num_targets = num_targets.clamp(min=1)
         nll = torch.zeros((), device=rt.device)
         auxiliary = torch.zeros((), device=rt.device)
         load = torch.zeros(state.router_bias.shape, dtype=torch.int64, device=rt.device)
@@ -153,25 +163,34 @@ def make_step(
                 z_loss=train.z_loss,
                 run=run,
             )
-            loss.backward()
+            if index == count - 1:
+                with zero.scattering_(layouts, state.arenas, state.params, ranks) as finish:
+                    loss.backward()
+                    mark("forward_backward")
+                    finish()
+            else:
+                loss.backward()
             nll = nll + part
             load = load + report.load
-            entropy = entropy + report.entropy / count
+            entropy = entropy + report.entropy / (count * ranks.world.size)
             auxiliary = auxiliary + report.imbalance.detach().sum() * (c.moe.sequence_balance / train.batch_size)
-        return nll / num_targets, auxiliary, load, entropy
+        return num_targets, nll, auxiliary, load, entropy
 
     def update_(state: State, rates: Rates, allowed: Tensor, shrink: Tensor, updates: Tensor) -> Tensor:
-        """AdamW on every arena, where allowed; the norm of the change. Writes: the arenas."""
+        """AdamW on what this rank owns of every arena, where allowed; the norm of the change.
+
+        Writes:  the arenas; gradients are zero afterwards.
+        """
         changes: list[Tensor] = []
-        for described, arena in zip(layouts, state.arenas, strict=True):
+        for described, arena, begin, end, at in chunks(state):
             group = getattr(config.optim, described.policy.group)
-            for begin in range(0, described.size, passes.chunk):
-                part = slice(begin, begin + passes.chunk)
-                change = passes.adamw_(
+            part, held = slice(begin, end), slice(at, at + end - begin)
+            changes.append(
+                passes.adamw_(
                     arena.value[part],
-                    arena.remainder[part] if described.has_remainder() else None,
-                    arena.first[part],
-                    arena.second[part],
+                    arena.remainder[held] if described.has_remainder() else None,
+                    arena.first[held],
+                    arena.second[held],
                     arena.gradient[part],
                     allowed=allowed,
                     shrink=shrink,
@@ -182,24 +201,45 @@ def make_step(
                     eps=group.eps,
                     decay=config.optim.weight_decay if described.policy.decay else 0.0,
                 )
-                changes.append(change)
+            )
+        for described, arena in zip(layouts, state.arenas, strict=True):
+            if described.parts > 1:
+                arena.gradient.zero_()  # what others own, of which this rank had a part
         return torch.linalg.vector_norm(torch.stack(changes))
 
+    def chunks(state: State) -> Iterator[tuple[ArenaLayout, Any, int, int, int]]:
+        """What this rank owns, in pieces the optimizer takes: from where to where in an arena, and in what is held."""
+        for described, arena in zip(layouts, state.arenas, strict=True):
+            for each in described.stretches(ranks.sharing(described).rank):
+                for begin in range(each.begin, each.end, passes.chunk):
+                    yield described, arena, begin, min(begin + passes.chunk, each.end), begin - each.begin + each.at
+
     def compute(state: State, batch: Batch, rates: Rates) -> tuple[State, Metrics]:
-        loss, auxiliary, load, entropy = accumulate_(state, batch)
-        mark("forward_backward")
-        before_update()
+        num_targets, nll, auxiliary, load, entropy = accumulate_(state, batch)
         with torch.no_grad():
-            norm = passes.global_norm([arena.gradient for arena in state.arenas])
-            finite = torch.isfinite(loss) & torch.isfinite(norm)
+            norm = passes.global_norm(zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks))
+            overflow = norm.new_zeros(()) if exchange is None else (exchange.needed[0] > 0).float()
+            nll, auxiliary, load, entropy, square, overflow = add_up(
+                ranks.world, (nll, auxiliary, load, entropy, norm.double().square(), overflow)
+            )
+            loss, norm = nll / num_targets, square.sqrt().to(norm.dtype)
+            if ranks.world.size > 1:
+                mark("reduce")
+            before_update()
+            finite = torch.isfinite(loss) & torch.isfinite(norm) & (overflow == 0)
             allowed = finite & (state.skipped_in_row < train.max_nonfinite_steps)
             updates = state.updates + allowed
             change = update_(state, rates, allowed, optim.clip_scale(norm, clip), updates.clamp(min=1))
+            (square,) = add_up(ranks.world, [change.double().square()])
+            change = square.sqrt().to(change.dtype)
             bias = route.balance(state.router_bias, load, rate=c.moe.bias_update_rate)
             bias = torch.where(allowed, bias, state.router_bias)
             skipped = state.skipped + ~allowed
             skipped_in_row = torch.where(allowed, 0, state.skipped_in_row + 1)
-        mark("optimizer")
+            mark("optimizer")
+            if ranks.world.size > 1:
+                zero.gather_(layouts, state.arenas, ranks)
+                mark("reduce_gather")
         after = State(
             state.params,
             state.arenas,

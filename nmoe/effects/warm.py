@@ -9,12 +9,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from nmoe.effects import weights
-from nmoe.effects.buffers import view
+from nmoe.effects import buffers, weights
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Fs
 from nmoe.effects.checkpoint.manifest import Manifest
+from nmoe.effects.ranks import ALONE, Ranks
 from nmoe.effects.step import State
 from nmoe.errors import InputError
 from nmoe.pure import optim, tree
@@ -92,7 +92,7 @@ def of_path(fs: Fs, path: Path, specs: Any, dims: Dims) -> Weights:
     return Weights(params=params, remainders={}, router_bias=router_bias)
 
 
-def put_(state: State, layouts: tuple[ArenaLayout, ...], start: Weights) -> None:
+def put_(state: State, layouts: tuple[ArenaLayout, ...], start: Weights, ranks: Ranks = ALONE) -> None:
     """Begin with these weights.
 
     Writes:  values, remainders and router bias of `state`.
@@ -101,10 +101,7 @@ def put_(state: State, layouts: tuple[ArenaLayout, ...], start: Weights) -> None
     for described, arena in zip(layouts, state.arenas, strict=True):
         for slot in described.slots:
             exact = start.exact(slot.path, values[slot.path])
-            if described.has_remainder():
-                rounded, remainder = optim.split(exact)
-                view(arena.value, slot).copy_(rounded)
-                view(arena.remainder, slot).copy_(remainder)
-            else:
-                view(arena.value, slot).copy_(exact)
+            if described.policy.shard:
+                exact = exact.chunk(ranks.experts.size)[ranks.experts.rank]
+            buffers.put_(arena, described, slot, exact, part=ranks.sharing(described).rank)
     state.router_bias.copy_(start.router_bias)

@@ -64,24 +64,32 @@ def share(piece: Piece, index: int, count: int) -> Piece:
 
 
 def arena_pieces(
-    layout: ArenaLayout, tensors: Mapping[str, Tensor], dims: Dims, *, rank: int, world: int
+    layout: ArenaLayout, tensors: Mapping[str, Tensor], dims: Dims, *, rank: int, world: int, part: int = 0
 ) -> tuple[Piece, ...]:
-    """The parameters of one arena, each in every flat tensor that has the arena's offsets.
+    """What one rank saves of the parameters of one arena: of those that several ranks hold, its share.
 
-    tensors      kind -> flat tensor, such as "value", "remainder", "first", "second"
+    tensors      kind -> flat tensor, such as "value", "remainder", "first", "second": with the arena's offsets, or as
+                 much of it as the rank has of the moments
     rank, world  of the ranks the experts are shared out to
-    returns      pieces named `param/<path>/<kind>`; padding between parameters is in none of them
+    part         which of the ranks that share out the moments
+    returns      pieces named `param/<path>/<kind>`, maybe empty; padding between parameters is in none of them
     """
-    return tuple(
-        Piece(
-            name=f"param/{slot.path}/{kind}",
-            shape=slot.spec.shape(dims),
-            begin=rank * slot.size() if layout.policy.shard and world > 1 else 0,
-            tensor=flat[slot.offset : slot.offset + slot.size()],
-        )
-        for slot in layout.slots
-        for kind, flat in tensors.items()
-    )
+    found: list[Piece] = []
+    for slot in layout.slots:
+        mine = layout.share(slot, part)
+        size = mine.end - mine.begin
+        first = rank * slot.size() if layout.policy.shard and world > 1 else 0
+        for kind, flat in tensors.items():
+            start = mine.begin if flat.numel() == layout.size else mine.at
+            found.append(
+                Piece(
+                    name=f"param/{slot.path}/{kind}",
+                    shape=slot.spec.shape(dims),
+                    begin=first + mine.begin - slot.offset if size else 0,
+                    tensor=flat[start : start + size],
+                )
+            )
+    return tuple(found)
 
 
 def gaps(size: int, parts: Iterable[tuple[int, int]]) -> tuple[str, ...]:

@@ -140,11 +140,6 @@ def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, rows:
     return total + passing + tokens * 2 * width * element
 
 
-def held(arena: ArenaLayout, ranks: int, expert_ranks: int) -> int:
-    """Elements whose moments and remainders one rank keeps, and saves: its part of what others hold too (ZeRO-2)."""
-    return math.ceil(arena.size / (ranks // expert_ranks if arena.policy.shard else ranks))
-
-
 def saved_bytes(arena: ArenaLayout) -> int:
     """Bytes of an element in a checkpoint: value, remainder, both moments."""
     return arena.storage.itemsize + 2 * arena.has_remainder() + 2 * arena.moments.itemsize
@@ -172,7 +167,7 @@ def plan(
     specs, dims = model.specs(c), model.dims(c)
     expert_ranks = expert_ranks or math.gcd(ranks, c.moe.num_experts)
     microbatches = max(1, train.batch_size // (ranks * train.microbatch_size))
-    arenas = layouts(config, microbatches, expert_ranks)
+    arenas = layouts(config, microbatches, expert_ranks, ranks // expert_ranks)
     element = 4 if config.precision.compute == "fp32" else 2
     tokens = train.microbatch_size * train.sequence_length
     distinct = distinct_ranks(
@@ -207,7 +202,7 @@ def plan(
         logits = logit_rows * (3 * 4 + element) + head * (4 + element)
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True)
     total = train.steps * train.batch_size * train.sequence_length
-    shares = [(each, held(each, ranks, expert_ranks)) for each in arenas]
+    shares = [(each, each.held()) for each in arenas]
     return Plan(
         parameters=flops.parameters(specs, dims, top_k=c.moe.top_k),
         flops=causal,
@@ -240,7 +235,7 @@ def plan(
     )
 
 
-def layouts(config: Config, microbatches: int, expert_ranks: int) -> tuple[ArenaLayout, ...]:
+def layouts(config: Config, microbatches: int, expert_ranks: int, replicas: int) -> tuple[ArenaLayout, ...]:
     """The arenas of parameters of one rank."""
     return layout(
         model.specs(config.model),
@@ -249,4 +244,5 @@ def layouts(config: Config, microbatches: int, expert_ranks: int) -> tuple[Arena
         moments=config.precision.moments,
         accumulate=microbatches > 1,
         world=expert_ranks,
+        replicas=replicas,
     )

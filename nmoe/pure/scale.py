@@ -128,7 +128,7 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
 
     dense, experts = 0, 0
     dense_parameters, expert_parameters = 0, 0
-    for arena in layouts(config, planned.microbatches, a.expert_ranks):
+    for arena in layouts(config, planned.microbatches, a.expert_ranks, a.gpus // a.expert_ranks):
         gradient, parameter = arena.size * arena.gradient.itemsize, arena.size * arena.storage.itemsize
         if arena.policy.shard:
             experts, expert_parameters = experts + gradient, expert_parameters + parameter

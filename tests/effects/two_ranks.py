@@ -1,7 +1,7 @@
 """Two processes over gloo that save one training together; `test_long_resume.py` starts them.
 
-The trainer itself runs on one rank in this version, so both processes take the same steps of it; what they share out is
-the state, in files of their own: each a half of every tensor, or its own experts and a half of the rest.
+Both take the same steps of it, each as if it were alone; what they share out is the state, in files of their own: each
+a half of every tensor. Ranks that train as one: `test_ranks.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from nmoe.effects import buffers, resume, run
-from nmoe.effects.checkpoint import manifest as manifests
+from nmoe.effects import resume, run
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
@@ -25,11 +24,10 @@ from nmoe.effects.identity import Identity
 from nmoe.effects.loader import open_loader
 from nmoe.effects.runtime import Runtime
 from nmoe.effects.seen import Seen
-from nmoe.effects.step import State, make_step
+from nmoe.effects.step import make_step
 from nmoe.pure import model
 from nmoe.pure.key import Key
-from nmoe.pure.layout import ArenaLayout, layout
-from nmoe.pure.pieces import Piece, share
+from nmoe.pure.pieces import share
 from nmoe.pure.retention import Keep
 from tests.effects.tiny import tiny
 from tests.golden.curve import text
@@ -90,52 +88,9 @@ def main(rank: int, folder: Path) -> None:
             assert float(metrics.loss).hex() == losses[again.step - 1], (entry.name, again.step)
         for piece, tensor in zip(resume.pieces(again, layouts, dims), end, strict=True):
             assert torch.equal(piece.tensor, tensor), (entry.name, piece.name)
-    experts_of_its_own(config, layouts, state, rank, root, folder / "experts", exchange, this)
     dist.barrier()
     dist.destroy_process_group()
     print("held")
-
-
-def experts_of_its_own(
-    config: Any,
-    layouts: tuple[ArenaLayout, ...],
-    state: State,
-    rank: int,
-    root: Path,
-    other: Path,
-    exchange: Any,
-    this: Identity,
-) -> None:
-    """Load each rank's experts alone, save them, and find every digest as it was."""
-    dims = model.dims(config.model)
-    specs = model.specs(config.model)
-    halved = layout(specs, dims, compute="fp32", moments="fp32", accumulate=True, world=WORLD)
-    blank = attrs.evolve(
-        run.blank(config, layouts, Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0))[0]
-    )
-    held = attrs.evolve(blank, arenas=buffers.allocate(halved, torch.device("cpu")))
-
-    def mine() -> list[Piece]:
-        found = resume.pieces(held, halved, dims, rank=rank, world=WORLD)
-        whole = {piece.name for piece in found if piece.tensor.numel() == torch.Size(piece.shape).numel()}
-        return [share(piece, rank, WORLD) if piece.name in whole else piece for piece in found]
-
-    def all_of_it(manifest: manifests.Manifest) -> Sequence[Piece]:
-        return resume.pieces(held, halved, dims, rank=rank, world=WORLD)
-
-    manifest = reader.restore_(Disk(), root, all_of_it, report=print, rank=rank, exchange=exchange)
-    assert manifest is not None and manifest.step == STEPS
-    full = {piece.name: piece.tensor.reshape(-1) for piece in resume.pieces(state, layouts, dims)}
-    parts = 0
-    for piece in all_of_it(manifest):
-        assert torch.equal(piece.tensor.reshape(-1), full[piece.name][piece.begin : piece.end()]), piece.name
-        parts += piece.tensor.numel() < full[piece.name].numel()
-    assert parts == 2 * 2 * 3, "two expert matrices in two blocks, value and both moments"
-    with open_writer(Disk(), other, keep=Keep(last=1), rank=rank, world=WORLD, exchange=exchange) as writer:
-        writer.save(mine(), step=STEPS, meta=manifest.meta)
-        writer.wait()
-    (entry,) = reader.entries(Disk(), other)
-    assert entry.manifest is not None and entry.manifest.tensors == manifest.tensors
 
 
 if __name__ == "__main__":

@@ -1,0 +1,329 @@
+"""Starting the ranks of a run on this machine and watching over them; and what a started one is told.
+
+A launcher, ours or torchrun, tells a rank everything in its environment, which is read here and nowhere else. Ours
+knows nothing of torch: it starts processes, passes signals on, and ends all of them when one dies or none gets on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import math
+import mmap
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, MappingProxyType
+
+import attrs
+
+from nmoe.effects import files
+from nmoe.errors import InputError
+
+__all__ = ["MULTICAST_OFF", "Launch", "Pulse", "launch", "open_pulse", "start"]
+
+STACKS = signal.SIGUSR2
+"""What makes a rank write the stacks of its threads to stderr."""
+
+MULTICAST_OFF = MappingProxyType(
+    {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1", "NCCL_NVLS_ENABLE": "0"}
+)
+"""NVLink multicast can hang a whole machine, so it is off before any library looks."""
+
+PULSES = "NMOE_PULSES"
+"""Name of the variable that holds the file in which ranks tell our launcher that they get on."""
+
+PULSE = struct.Struct("<qd")  # steps taken; monotonic seconds, which all processes of a machine share
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal a process gets when its parent dies."""
+
+POLL_S = 0.1
+ORDERLY_S = 10.0
+"""Seconds between the first orderly end of a rank and that of the last one."""
+
+STACKS_S = 2.0
+"""Seconds all ranks have for writing their stacks, one after the other."""
+
+ORDERLY = (0, 2, 5, 6, 75, 130)
+"""Exit codes of a rank that ended as it should: the others do too (docs/architecture.md)."""
+
+EXIT_HUNG = 1
+
+
+@attrs.frozen(kw_only=True)
+class Launch:
+    """What the environment says of this process; read once."""
+
+    rank: int
+    world: int
+    home: Path  # caches: prepared corpora and tokenizers
+    local_rank: int
+    local_world: int  # ranks on this host
+    address: str  # where rank 0 or the launcher listens
+    port: int
+    launched: bool  # whether a launcher started it
+    hosts_store: bool  # whether this rank opens the meeting point
+    restart: int  # of all ranks together, by a launcher
+    pulses: Path | None  # None: our launcher does not watch over this process
+    multicast: Mapping[str, str]  # the switches of MULTICAST_OFF
+
+
+def launch(environ: Mapping[str, str]) -> Launch:
+    """Read what torchrun and `start` set: `RANK`, `WORLD_SIZE` and the like; and `NMOE_HOME`, the folder of caches.
+
+    Raises:  InputError for each that is no number, or does not fit the others.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    told = {name: environ[name] for name in names if name in environ}
+    if problems := [
+        f"{name}: a launcher sets it to a number, got {text!r}; unset it or start with a launcher"
+        for name, text in told.items()
+        if not text.isdecimal()
+    ]:
+        raise InputError(*problems)
+    numbers = {name: int(text) for name, text in told.items()}
+    rank, world = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
+    if rank >= world:
+        raise InputError(f"RANK: below WORLD_SIZE = {world}, got {rank}; unset both or start with a launcher")
+    if world > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]):
+        raise InputError(
+            *(f"{name}: a launcher sets it with WORLD_SIZE = {world}, got nothing; use torchrun" for name in missing)
+        )
+    return Launch(
+        rank=rank,
+        world=world,
+        home=files.home(environ),
+        local_rank=numbers.get("LOCAL_RANK", rank),
+        local_world=numbers.get("LOCAL_WORLD_SIZE", world),
+        address=environ.get("MASTER_ADDR", "127.0.0.1"),
+        port=numbers.get("MASTER_PORT", 0),
+        launched="WORLD_SIZE" in environ,
+        hosts_store=rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        restart=numbers.get("TORCHELASTIC_RESTART_COUNT", 0),
+        pulses=Path(environ[PULSES]) if PULSES in environ else None,
+        multicast={name: environ[name] for name in MULTICAST_OFF if name in environ},
+    )
+
+
+class Pulse:
+    """Where one rank tells that it gets on: in a few bytes of a file that our launcher has mapped too.
+
+    Without it, as under torchrun, the rank itself writes its stacks to stderr when it has not got on for too long.
+    """
+
+    def __init__(self, memory: mmap.mmap | None, rank: int, alarm_s: float | None) -> None:
+        """alarm_s: None: nobody waits for this rank."""
+        self.step = 0
+        self._memory, self._at, self._alarm_s = memory, rank * PULSE.size, alarm_s
+
+    def beat(self, step: int | None = None) -> None:
+        """Tell it now. Writes: steps taken, and the time, where the launcher looks."""
+        self.step = self.step if step is None else step
+        self._tell(time.monotonic())
+        if self._memory is None and self._alarm_s is not None:
+            faulthandler.dump_traceback_later(self._alarm_s)
+
+    def rest(self) -> None:
+        """No step follows, and what does may take its time. Writes: as `beat`."""
+        self._tell(math.inf)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _tell(self, when: float) -> None:
+        if self._memory is not None:
+            self._memory[self._at : self._at + PULSE.size] = PULSE.pack(self.step, when)
+
+
+@contextmanager
+def open_pulse(launch: Launch, timeout_s: float) -> Iterator[Pulse]:
+    """The pulse of this process, until the block ends.
+
+    Meanwhile a rank among others writes its stacks to stderr when it gets `STACKS`, and gets SIGTERM when our launcher
+    is killed.
+    """
+    if launch.world == 1:
+        yield Pulse(None, 0, None)
+        return
+    faulthandler.register(STACKS, all_threads=True)
+    try:
+        if launch.pulses is None:
+            yield Pulse(None, launch.rank, timeout_s)
+            return
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        with _mapped(launch.pulses) as memory:
+            yield Pulse(memory, launch.rank, timeout_s)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(STACKS)
+
+
+@attrs.frozen(kw_only=True)
+class Rank:
+    """A process that was started."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+
+    def code(self) -> int | None:
+        """Its exit code, minus the signal that ended it, or None while it runs."""
+        return self.process.poll()
+
+    def is_orderly(self) -> bool:
+        """Whether it ended as a run ends."""
+        return self.code() in ORDERLY
+
+    def is_stopped(self) -> bool:
+        """Whether a signal keeps it from running."""
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        except OSError:
+            return False
+
+    def send(self, number: int) -> None:
+        """A signal, unless it has ended."""
+        if self.code() is None:
+            self.process.send_signal(number)
+
+
+def start(ranks: int, arguments: Sequence[str], environ: Mapping[str, str], *, timeout_s: float, grace_s: float) -> int:
+    """Run `nmoe` with these arguments as so many processes, and wait for all of them.
+
+    SIGINT, SIGTERM and SIGUSR1 are passed on to all. When one rank dies, the others are ended. When none has got on for
+    `timeout_s` since the first step, each writes its stacks, and all are ended.
+
+    grace_s  seconds that ranks give themselves to end after SIGTERM or SIGUSR1
+    returns  the exit code on which the ranks agree, or that of the first that died; 128 + the signal if one ended it
+    """
+    with tempfile.TemporaryDirectory(prefix="nmoe-") as folder:
+        pulses = Path(folder) / "pulses"
+        pulses.write_bytes(bytes(ranks * PULSE.size))
+        shared = {
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+            **environ,
+            **MULTICAST_OFF,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            PULSES: str(pulses),
+        }
+        asked: list[tuple[int, float]] = []
+
+        def note(number: int, frame: FrameType | None) -> None:
+            asked.append((number, time.monotonic()))
+
+        started: list[Rank] = []
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            for number in range(ranks):
+                own = {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}
+                command = [sys.executable, "-m", "nmoe", *arguments]
+                # A session of its own, so that Ctrl-C reaches a rank once: through us.
+                started.append(Rank(number=number, process=subprocess.Popen(command, env=own, start_new_session=True)))
+            with _mapped(pulses) as memory:
+                return _watch(started, memory, asked, timeout_s=timeout_s, grace_s=grace_s)
+        finally:
+            for rank in started:
+                rank.send(signal.SIGKILL)
+                rank.process.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _watch(
+    ranks: Sequence[Rank], memory: mmap.mmap, asked: Sequence[tuple[int, float]], *, timeout_s: float, grace_s: float
+) -> int:
+    """Wait until all have ended, or have to; tell why, and return the exit code."""
+    passed_on = 0
+    first: Rank | None = None
+    since = math.inf
+    while True:
+        for number, _ in asked[passed_on:]:
+            for rank in ranks:
+                rank.send(number)
+            passed_on += 1
+        now = time.monotonic()
+        ended = [rank for rank in ranks if rank.code() is not None]
+        if ended and first is None:
+            # Of several that ended between two looks, one that did not do so by itself explains the others.
+            first, since = min(ended, key=lambda rank: (rank.is_orderly(), (rank.code() or 0) > 0)), now
+        if first is not None and (not first.is_orderly() or len(ended) == len(ranks) or now - since > ORDERLY_S):
+            return _ended(ranks, first)
+        if any(number != signal.SIGINT and now - when > grace_s + ORDERLY_S for number, when in asked):
+            return _hung(ranks, memory, f"ends within {grace_s:g} s after a signal (checkpoint.grace_s)")
+        beats = [_pulse(memory, rank)[1] for rank in ranks]
+        if first is None and min(beats) > 0 and now - max(beats) > timeout_s:
+            return _hung(ranks, memory, f"gets on within {timeout_s:g} s (parallel.timeout_s)")
+        time.sleep(POLL_S)
+
+
+def _ended(ranks: Sequence[Rank], first: Rank) -> int:
+    """End those that still run, say what became of the first, unless all agree, and return the exit code."""
+    running = [rank for rank in ranks if rank.code() is None]
+    _kill(running)
+    code = first.code() or 0
+    if running or any(rank.code() != code for rank in ranks):
+        others = f"; ended the others ({_numbers(running)})" if running else ""
+        name = f" ({signal.Signals(-code).name})" if code < 0 else ""
+        _tell(f"rank {first.number}: ends with the others, got exit code {code}{name}{others}; see what it wrote above")
+    return code if code > 0 else 128 - code if code < 0 else int(bool(running))
+
+
+def _hung(ranks: Sequence[Rank], memory: mmap.mmap, what: str) -> int:
+    """Have each rank write its stacks, end all, and name the one that the others wait for."""
+    running = [rank for rank in ranks if rank.code() is None]
+    stopped = [rank for rank in running if rank.is_stopped()]
+    for rank in running:
+        _tell(f"rank {rank.number}: its stacks, after step {_pulse(memory, rank)[0]}")
+        rank.send(STACKS)
+        rank.send(signal.SIGCONT)
+        time.sleep(STACKS_S / len(running))
+    _kill(running)
+    # Who waits beats once more when the waiting begins.
+    culprits = stopped or [min(running, key=lambda rank: _pulse(memory, rank)[1])]
+    step = _pulse(memory, culprits[0])[0]
+    why = "stopped by a signal" if stopped else "the longest without a sign"
+    _tell(f"rank {_numbers(culprits)}: {what}, got none after step {step} ({why}); ended all ranks, stacks are above")
+    return EXIT_HUNG
+
+
+def _kill(ranks: Sequence[Rank]) -> None:
+    for rank in ranks:
+        rank.send(signal.SIGKILL)
+    for rank in ranks:
+        rank.process.wait()
+
+
+def _pulse(memory: mmap.mmap, rank: Rank) -> tuple[int, float]:
+    """Steps and time of a rank's last beat; 0 before the first."""
+    return PULSE.unpack_from(memory, rank.number * PULSE.size)
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        yield memory
+
+
+def _free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def _numbers(ranks: Sequence[Rank]) -> str:
+    return ", ".join(str(rank.number) for rank in ranks)
+
+
+def _tell(text: str) -> None:
+    print(f"nmoe: {text}", file=sys.stderr, flush=True)

@@ -334,6 +334,7 @@ FREE_ON_RESUME = {
 
 OTHER_VALUES = {
     "document_mask": "true",
+    "dedup": "false",
     **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
     **{"footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
@@ -433,6 +434,25 @@ def rules_config(*overrides: str) -> Config:
 )
 def test_what_just_fulfils_the_rules(override: str) -> None:
     assert validate(rules_config(override), 1) == ()
+
+
+def test_ranks_share_out_the_experts_evenly() -> None:
+    """16 experts, as many sequences a step as every number of ranks here divides."""
+    sizes = "train={steps = 1, batch_size = 24, microbatch_size = 1, sequence_length = 16}"
+
+    def found(world: int, *overrides: str) -> tuple[str, ...]:
+        return validate(rules_config(sizes, *overrides), world)
+
+    assert found(8) == found(8, "parallel.experts=4") == found(6, "parallel.experts=2") == ()
+    (problem,) = found(6)
+    assert problem.startswith("model.moe.num_experts: a multiple of the 6 ranks, got 16; ")
+    assert "parallel.experts" in problem
+    (problem,) = found(3, "parallel.experts=3")
+    assert problem.startswith("parallel.experts: a divisor of model.moe.num_experts = 16, got 3; ")
+    (problem,) = found(6, "parallel.experts=4")
+    assert problem.startswith("parallel.experts: a divisor of the 6 ranks, got 4; ")
+    (problem,) = found(2, "parallel.capacity=0.9")
+    assert problem.startswith("parallel.capacity: 0 or at least 1, got 0.9; ")
 
 
 def test_zeros_break_their_bounds_only() -> None:

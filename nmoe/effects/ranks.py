@@ -7,6 +7,7 @@ the same experts. On a CPU torch's gloo carries everything, on GPUs NCCL what is
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -223,25 +224,42 @@ def _meet(launch: Launch, timeout_s: float) -> Any:
 
     Raises:  InputError when one does not, or the port is taken.
     """
-    where = f"{launch.address}:{launch.port}"
-    limit = timedelta(seconds=timeout_s)
+    end = time.monotonic() + timeout_s
+    if not launch.hosts_store:
+        _await_listener(launch, end, timeout_s)
     try:
-        store = dist.TCPStore(launch.address, launch.port, is_master=launch.hosts_store, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            launch.address, launch.port, is_master=launch.hosts_store, timeout=timedelta(seconds=timeout_s)
+        )
     except dist.DistNetworkError as error:
-        if "EADDRINUSE" in str(error):
-            raise InputError(f"MASTER_PORT: a free port, got {where}, which is in use; choose another one") from error
-        raise _absent(launch, [0], timeout_s) from error
-    except dist.DistStoreError as error:
-        raise _absent(launch, [0], timeout_s) from error
+        if "EADDRINUSE" not in str(error):
+            raise
+        where = f"{launch.address}:{launch.port}"
+        raise InputError(f"MASTER_PORT: a free port, got {where}, which is in use; choose another one") from error
     store = dist.PrefixStore(f"nmoe/{launch.restart}", store)  # pyright: ignore[reportPrivateImportUsage]
     names = [f"here/{rank}" for rank in range(launch.world)]
-    store.set(names[launch.rank], "1")
-    end = time.monotonic() + timeout_s
-    while missing := [rank for rank, name in enumerate(names) if not store.check([name])]:
-        if time.monotonic() > end:
-            raise _absent(launch, missing, timeout_s)
-        time.sleep(MEETING_S)
+    missing = [rank for rank in range(launch.world) if rank != launch.rank]
+    try:
+        store.set(names[launch.rank], "1")
+        while missing := [rank for rank in missing if not store.check([names[rank]])]:
+            if time.monotonic() > end:
+                raise _absent(launch, missing, timeout_s)
+            time.sleep(MEETING_S)
+    except dist.DistError as error:  # who held the store waited in vain, and has gone
+        raise _absent(launch, missing, timeout_s) from error
     return store
+
+
+def _await_listener(launch: Launch, end: float, timeout_s: float) -> None:
+    """Wait until somebody listens at the meeting point; torch's own wait ends in pages of its own words."""
+    while True:
+        try:
+            with socket.create_connection((launch.address, launch.port), timeout=timeout_s):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise _absent(launch, [0], timeout_s) from error
+        time.sleep(MEETING_S)
 
 
 def _absent(launch: Launch, missing: Sequence[int], timeout_s: float) -> InputError:

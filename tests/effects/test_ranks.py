@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -278,6 +280,23 @@ def test_a_rank_whose_loss_is_not_finite_stops_the_update_of_all(sources: Path, 
     first, second = digests(folder, 1), digests(folder, 2)
     assert {name for name in first if first[name] != second[name]} == {"skipped", "skipped_in_row"}
     assert [line["update_norm"] for line in lines(folder) if "loss" in line][1] == 0
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(sources: Path, tmp_path: Path) -> None:
+    def struck(read: Callable[[int], Batch]) -> Callable[[int], Batch]:
+        def strike(cursor: int) -> Batch:
+            if cursor == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return read(cursor)
+
+        return strike
+
+    config = config_of(sources, tmp_path, "struck", steps=1000)
+    told = train(as_world(config, 2, experts=1), tmp_path / "out", {1: run.World(read=struck)})
+    assert [code for code, _ in told] == [75, 75], told
+    folder = tmp_path / "runs" / "struck"
+    assert reader.entries(Disk(), folder / "checkpoints")[0].manifest.step == 2
+    assert lines(folder)[-1]["step"] == lines(folder, rank=1)[-1]["step"] == 2
 
 
 def test_too_many_rows_for_a_rank_end_the_run_on_all_with_what_it_takes(sources: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def nmoe(*arguments: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess
         cwd=cwd,
         env=ENVIRON | environ,
         stdin=subprocess.DEVNULL,
-        timeout=60,  # a verb that goes on where it should refuse
+        timeout=300,  # a verb that goes on where it should refuse
         check=False,
     )
 
@@ -208,7 +208,7 @@ def test_interrupted_while_reading(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=ENVIRON, preexec_fn=heed_signals) as process:
         with open(fifo, "wb"):  # returns when the process has opened it, and waits for text
             process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (130, b"", b"")
 
 

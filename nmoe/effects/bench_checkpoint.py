@@ -56,6 +56,12 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
     size = sum(piece.tensor.nbytes for piece in pieces)
     try:
         folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"--to: a writable folder without a {FOLDER} in it, got {error.strerror} at {error.filename}; delete it or "
+            "name another"
+        ) from error
+    try:
         free = shutil.disk_usage(folder).free
         if free < 1.05 * size:
             raise InputError(f"--to: room for {quantity(1.05 * size, 'B')}, got {quantity(free, 'B')}; free some")
@@ -65,9 +71,9 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
             _disk(folder, writer, pieces, device, size, rounds)
             _stalls(config, folder / "run", writer, state, env, layouts, dims, rt, size, steps, rounds)
     except OSError as error:
-        raise InputError(f"--to: a writable folder, got {error.strerror} at {error.filename}; name another") from error
+        raise InputError(f"--to: a disk that can be written, got {error.strerror}; name another folder") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
     return 0
 
 

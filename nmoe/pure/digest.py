@@ -29,8 +29,8 @@ GPU_ROWS = 1 << 10
 class Factors:
     """What words are multiplied by: odd i64."""
 
-    low: Tensor  # [BLOCK] of the places in a block
-    high: Tensor  # [BLOCK] of the places, for the shifted term
+    low: Tensor  # of the places in a block, as many as there are
+    high: Tensor  # the same for the shifted term
     blocks: Tensor  # of the blocks from number `first` on
     first: int
 
@@ -61,7 +61,7 @@ def digests(parts: Sequence[tuple[Tensor, int]]) -> Tensor:
         return torch.zeros(0, dtype=torch.int64)
     places = [begin * tensor.element_size() for tensor, begin in parts]
     ends = [place + tensor.nbytes for place, (tensor, _) in zip(places, parts, strict=True)]
-    factors = _factors(min(places) // WIDTH, -(-max(ends) // WIDTH), parts[0][0].device)
+    factors = _factors(min(places), max(ends), parts[0][0].device)
     return torch.stack([_digest(tensor, place, factors) for place, (tensor, _) in zip(places, parts, strict=True)])
 
 
@@ -113,10 +113,11 @@ def _row_sums_numpy(words: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.from_numpy(found)
 
 
-def _factors(first: int, end: int, device: torch.device) -> Factors:
-    """The factors of the blocks `first` to `end`."""
-    places = torch.arange(BLOCK, device=device)
-    blocks = torch.arange(first, max(end, first + 1), device=device)
+def _factors(begin: int, end: int, device: torch.device) -> Factors:
+    """The factors of the bytes `begin` to `end`."""
+    first = begin // WIDTH
+    places = torch.arange(min(BLOCK, -(-end // 8)), device=device)
+    blocks = torch.arange(first, max(-(-end // WIDTH), first + 1), device=device)
     return Factors(
         low=_numbers(places), high=_numbers(places + BLOCK), blocks=_numbers(blocks + (1 << 32)), first=first
     )

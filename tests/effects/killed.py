@@ -46,6 +46,8 @@ def main(root: Path, kills: int, seed: int) -> None:
         child = os.fork()
         if child == 0:
             try:
+                # Torch makes a forked process's pool anew at the first call, which two threads must not make at once.
+                torch.set_num_threads(1)
                 write_until_killed(root, shared, told + 1)
             except BaseException as error:
                 print(repr(error), file=sys.stderr, flush=True)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmoe.pure.digest import BLOCK, CPU_ROWS, digest, to_text
+from nmoe.pure import digest as digesting
+from nmoe.pure.digest import BLOCK, CPU_ROWS, GPU_ROWS, digest, digests, to_text
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int16, torch.uint8, torch.bool)
 
@@ -117,3 +118,27 @@ def test_a_view_that_lies_crooked_in_memory_counts_the_same() -> None:
 
 def test_text_is_sixteen_digits_of_the_wrapped_sum() -> None:
     assert (to_text(-1), to_text(2**64 + 5)) == ("f" * 16, "0" * 15 + "5")
+
+
+@pytest.mark.parametrize("rows", [1, CPU_ROWS + 1, 2 * GPU_ROWS + 1])
+def test_both_ways_to_add_up_rows_are_the_same(rows: int) -> None:
+    """The one of the GPU and the one of the CPU, on numbers that overflow."""
+    words, low, high = (
+        noise(count * 5, torch.int64, seed).view(count, 5) for seed, count in ((1, rows), (2, 1), (3, 1))
+    )
+    one = digesting._row_sums(words, low[0], high[0])  # noqa: SLF001
+    assert torch.equal(one, digesting._row_sums_numpy(words, low[0], high[0]))  # noqa: SLF001
+
+
+def test_many_tensors_at_once_have_the_digests_they_have_alone() -> None:
+    parts = [
+        (noise(count, dtype, count), begin)
+        for count, dtype, begin in (
+            (5, torch.uint8, 3),
+            (0, torch.float32, 9),
+            (BLOCK * 9, torch.int64, 0),
+            (70, torch.bfloat16, 40 * BLOCK),
+        )
+    ]
+    assert digests(parts).tolist() == [int(digest(*part)) for part in parts]
+    assert digests([]).tolist() == []

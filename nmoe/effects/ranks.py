@@ -31,6 +31,9 @@ SETUP_S = 1800.0
 HEAD_START_S = 10.0
 """Seconds that our launcher, which watches too, has to end a rank that hangs before another one gives up on it."""
 
+MARGIN_S = 2.0
+"""Seconds that the rank with the meeting point stays there longer, so that the others can say whom they miss."""
+
 MEETING_S = 0.05
 """Seconds between two looks for ranks that have not come."""
 
@@ -237,6 +240,8 @@ def _meet(launch: Launch, timeout_s: float) -> Any:
         where = f"{launch.address}:{launch.port}"
         raise InputError(f"MASTER_PORT: a free port, got {where}, which is in use; choose another one") from error
     store = dist.PrefixStore(f"nmoe/{launch.restart}", store)  # pyright: ignore[reportPrivateImportUsage]
+    if launch.hosts_store:
+        end += MARGIN_S
     names = [f"here/{rank}" for rank in range(launch.world)]
     missing = [rank for rank in range(launch.world) if rank != launch.rank]
     try:

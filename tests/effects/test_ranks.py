@@ -351,7 +351,12 @@ def test_a_rank_that_does_not_come_is_named(sources: Path, tmp_path: Path) -> No
     for come, missing in (((0, 2), "rank 1"), ((1,), "rank 0")):
         for rank, (code, text) in zip(come, on_ranks(3, tmp_path / "out", call, only=come), strict=True):
             assert code == 2
-            refused(text, f"rank {rank}: parallel.ranks: all 3 ranks meet", f"within 1 s, got none of {missing}; ")
+            # torch may have a word of its own when the meeting point closes
+            refused(
+                text.splitlines(keepends=True)[-1],
+                f"rank {rank}: parallel.ranks: all 3 ranks meet",
+                f"within 1 s, got none of {missing}; ",
+            )
 
 
 def test_a_port_in_use_is_told(sources: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,6 +139,28 @@ def test_a_follower_ends_when_the_run_has(run: Path) -> None:
     assert str(ended(run)).startswith("dead: no heartbeat for 11 s")
     beat(run, "failed")
     assert ended(run) == "failed"
+
+
+def test_a_follower_goes_on_while_the_run_does(run: Path) -> None:
+    metrics = run / "metrics.rank0.jsonl"
+    metrics.write_text(line(1, loss=1.0))
+    beat(run, "running")
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        """Write the next line once the one before was told; the run ends with the third."""
+        said.append(text)
+        if len(said) < 3:
+            threading.Timer(0.1, more, (len(said) + 1,)).start()
+
+    def more(step: int) -> None:
+        with open(metrics, "a") as file:
+            file.write(line(step, loss=float(step)))
+        beat(run, "finished" if step == 3 else "running")
+
+    assert follow(run, "tensorboard", sinks.opener("tensorboard"), every_s=0.01, once=False, say=say) == 0
+    assert told(run) == [(step, "loss", float(step)) for step in (1, 2, 3)]
+    assert said[-1] == "tensorboard  run finished, 3 lines"
 
 
 def test_a_whole_line_that_is_none_is_refused(run: Path) -> None:

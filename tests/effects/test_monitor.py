@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -124,6 +125,60 @@ def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None
     assert not (tmp_path / "late").exists()
 
 
+def test_a_full_disk_is_an_alert_once_telemetry_tells(tmp_path: Path) -> None:
+    config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, alert_disk_gb=5.0, telemetry_every_s=1000.0))
+    with open_log(tmp_path, attempt=1) as opened:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+            for step, free in ((1, 6e9), (2, 4e9)):
+                monitor.reading(io.StringIO(), {"host": {"disk_free_bytes": free}})
+                monitor.step(fields(step), torch.zeros(2, 8, dtype=torch.int64))
+    alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
+    assert ("disk", 2) in [(line["rule"], line["step"]) for line in alerts]
+    assert ("disk", 1) not in [(line["rule"], line["step"]) for line in alerts]
+
+
+def test_what_a_gpu_does_not_have_is_null_and_the_rest_is_told() -> None:
+    class NotSupported(Exception):
+        pass
+
+    def absent(*_: Any) -> None:
+        raise NotSupported
+
+    def constant(value: Any) -> Any:
+        return lambda *_: value
+
+    nvml = SimpleNamespace(
+        NVMLError_NotSupported=NotSupported,
+        nvmlDeviceGetCount=constant(1),
+        nvmlDeviceGetHandleByIndex=constant("handle"),
+        nvmlDeviceGetUtilizationRates=constant(SimpleNamespace(gpu=87)),
+        nvmlDeviceGetMemoryInfo=constant(SimpleNamespace(used=1 << 30, total=2 << 30)),
+        nvmlDeviceGetCurrentClocksEventReasons=constant(0b101),
+        nvmlDeviceGetName=constant("A"),
+        nvmlDeviceGetUUID=constant("GPU-1"),
+        nvmlDeviceGetPowerUsage=constant(123_456),
+        nvmlDeviceGetEnforcedPowerLimit=absent,
+        nvmlDeviceGetTemperature=constant(61),
+        nvmlDeviceGetClockInfo=lambda _, kind: {"sm": 1755, "memory": 2619}[kind],
+        nvmlDeviceGetTotalEccErrors=absent,
+        NVML_TEMPERATURE_GPU=0,
+        NVML_CLOCK_SM="sm",
+        NVML_CLOCK_MEM="memory",
+        NVML_MEMORY_ERROR_TYPE_CORRECTED=0,
+        NVML_MEMORY_ERROR_TYPE_UNCORRECTED=1,
+        NVML_VOLATILE_ECC=0,
+        nvmlClocksEventReasonSwPowerCap=0b100,
+        nvmlClocksThrottleReasonHwSlowdown=0b1000,
+        nvmlClocksEventReasonSwThermalSlowdown=0b10000,
+        nvmlClocksThrottleReasonHwThermalSlowdown=0b100000,
+        nvmlClocksThrottleReasonHwPowerBrakeSlowdown=0b1000000,
+    )
+    (gpu,) = telemetry.gpus(nvml)
+    assert (gpu["power_w"], gpu["power_limit_w"], gpu["ecc_corrected"]) == (123.456, None, None)
+    assert (gpu["utilization"], gpu["temperature_c"], gpu["sm_clock_mhz"]) == (87, 61, 1755)
+    assert gpu["throttle"] == ["sw_power_cap"], "an idle GPU is not held down"
+
+
 def test_telemetry_that_fails_is_told_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     calls: list[int] = []
@@ -145,8 +200,9 @@ def test_a_heartbeat_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: 
     problems: list[str] = []
     heart = heartbeat.Heart({"status": "running"}, lambda: "now")
     with heartbeat.beating(tmp_path / "gone", heart, 0.01, problems.append):
-        time.sleep(0.1)
+        time.sleep(0.2)
     assert problems[0].startswith("run.json: can be written, got No such file")
+    assert len(problems) == 2, "once for all beats in a row, and once for the last"
 
 
 def test_no_footer_where_there_is_no_terminal() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,6 +107,25 @@ def test_a_run_that_was_cut_and_resumed_goes_on_with_its_new_attempt(run: Path, 
     assert len(found) == len(set(found)), "each line once"
 
 
+def test_what_a_killed_follower_left_after_its_position_is_cut_off(run: Path) -> None:
+    (run / "metrics.rank0.jsonl").write_text(line(1, loss=1.0))
+    once(run)
+    with open(run / sinks.EVENTS, "ab") as file:
+        file.write(b"half an event" * 50)
+    with open(run / "metrics.rank0.jsonl", "a") as file:
+        file.write(line(2, loss=2.0))
+    once(run)
+    assert told(run) == [(1, "loss", 1.0), (2, "loss", 2.0)]
+    assert b"half an event" not in (run / sinks.EVENTS).read_bytes()
+
+
+def test_a_new_attempt_starts_a_session(run: Path) -> None:
+    (run / "metrics.rank0.jsonl").write_text(line(1) + line(2) + line(2, attempt=2) + line(3, attempt=2))
+    once(run)
+    events = event_file_loader.EventFileLoader(str(run / sinks.EVENTS)).Load()
+    assert [event.step for event in events if event.HasField("session_log")] == [1, 2]
+
+
 def test_killed_again_and_again_nothing_is_lost_or_doubled(run: Path) -> None:
     metrics, count = run / "metrics.rank0.jsonl", 1500
     command = [sys.executable, "-m", "nmoe", "track", "--to", "tensorboard", "--every", "0.01", str(run)]
@@ -138,6 +158,28 @@ def test_a_follower_ends_when_the_run_has(run: Path) -> None:
     assert str(ended(run)).startswith("dead: no heartbeat for 11 s")
     beat(run, "failed")
     assert ended(run) == "failed"
+
+
+def test_a_follower_goes_on_while_the_run_does(run: Path) -> None:
+    metrics = run / "metrics.rank0.jsonl"
+    metrics.write_text(line(1, loss=1.0))
+    beat(run, "running")
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        """Write the next line once the one before was told; the run ends with the third."""
+        said.append(text)
+        if len(said) < 3:
+            threading.Timer(0.1, more, (len(said) + 1,)).start()
+
+    def more(step: int) -> None:
+        with open(metrics, "a") as file:
+            file.write(line(step, loss=float(step)))
+        beat(run, "finished" if step == 3 else "running")
+
+    assert follow(run, "tensorboard", sinks.opener("tensorboard"), every_s=0.01, once=False, say=say) == 0
+    assert told(run) == [(step, "loss", float(step)) for step in (1, 2, 3)]
+    assert said[-1] == "tensorboard  run finished, 3 lines"
 
 
 def test_a_whole_line_that_is_none_is_refused(run: Path) -> None:

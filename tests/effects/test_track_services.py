@@ -87,21 +87,24 @@ def test_what_was_told_after_the_last_position(service: Service) -> None:
     assert steps == ([0, 1, 1] if service.name == "trackio" else [0, 1]), "Trackio alone cannot be asked"
 
 
-@pytest.mark.parametrize("reached", [0, 1, 4])
-def test_a_resumed_run_that_cut_its_file_goes_on(service: Service, reached: int) -> None:
-    """Told to step 5, resumed at 2 and at 4 again: what follows is told, though the file has fewer lines than were."""
+@pytest.mark.parametrize("reached", [2, 3, 5])
+@pytest.mark.parametrize("cuts", [(2, 4), (4, 2), (2, 2)])
+def test_a_resumed_run_that_cut_its_file_goes_on(service: Service, cuts: tuple[int, int], reached: int) -> None:
+    """Told to step 5, then cut and resumed twice: all is told, though the file has fewer lines than were."""
     metrics = service.folder / "metrics.rank0.jsonl"
-    first = [line(step, loss=float(step)) for step in range(6)]
-    second = [line(step, attempt=2, loss=10.0 + step) for step in range(2, 2 + reached)]
-    third = [line(step, attempt=3, loss=20.0 + step) for step in range(min(4, 2 + reached), 9)]
-    for content in (first, first[:2] + second, first[:2] + second[:2] + third):
-        metrics.write_text("".join(content))
+    at, again = cuts
+    attempts = [range(6), range(at, at + reached), range(again, 9)]
+    told = [
+        [(step, attempt, {"loss": 10.0 * attempt + step}) for step in steps]
+        for attempt, steps in enumerate(attempts, 1)
+    ]
+    file: Told = []
+    for steps, new in zip(attempts, told, strict=True):
+        file = file[: steps[0]] + new
+        metrics.write_text("".join(line(step, attempt=attempt, **values) for step, attempt, values in file))
         service.once()
         service.once()
-    wanted = [(step, 1, {"loss": float(step)}) for step in range(6)]
-    wanted += [(step, 2, {"loss": 10.0 + step}) for step in range(2, 2 + reached)]
-    wanted += [(step, 3, {"loss": 20.0 + step}) for step in range(min(4, 2 + reached), 9)]
-    assert service.told() == wanted
+    assert service.told() == told[0] + told[1] + told[2]
 
 
 @pytest.mark.parametrize("failures", [1, TRIES - 1])

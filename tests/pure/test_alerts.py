@@ -9,7 +9,7 @@ import pytest
 
 from nmoe.pure.alerts import ENOUGH, Alert, History, Limits, Seen, judge
 
-LIMITS = Limits(spike=8.0, dead=0.1, drop=0.5, wait=0.2, disk_bytes=5e9)
+LIMITS = Limits(spike=8.0, dead=0.1, drop=0.3, wait=0.2, disk_bytes=5e9)
 GOOD: dict[str, Any] = dict(
     loss=2.0, grad_norm=1.0, nonfinite_steps=0, dead=0.1, tokens_per_s=100.0, wait=0.2, disk_bytes=5e9
 )
@@ -30,7 +30,7 @@ def told(*reports: dict[str, Any]) -> list[tuple[Alert, ...]]:
         ("nonfinite", {"grad_norm": math.inf}),
         ("spike", {"loss": 2.2}),
         ("dead_experts", {"dead": 0.11}),
-        ("throughput", {"tokens_per_s": 49.0}),
+        ("throughput", {"tokens_per_s": 69.0}),
         ("loader_wait", {"wait": 0.21}),
         ("disk", {"disk_bytes": 4.9e9}),
     ],
@@ -53,3 +53,7 @@ def test_a_loss_that_is_not_finite_hides_no_later_spike() -> None:
 
 def test_nothing_is_compared_with_too_little() -> None:
     assert told(*[{}] * (ENOUGH - 1), {"loss": 9.0, "tokens_per_s": 1.0})[-1] == ()
+
+
+def test_a_flat_window_makes_no_spike_of_a_ripple() -> None:
+    assert told(*[{}] * ENOUGH, {"loss": 2.1})[-1] == ()

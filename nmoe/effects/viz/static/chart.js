@@ -103,7 +103,7 @@ function options(node, input, { logX, logY, sync }) {
     },
     axes: [
       { ...axis, values: (u, all) => all.map((value) => (value === null ? "" : count(value))) },
-      { ...axis, size: input.current.format === bytes ? 76 : 58, values: (u, all) => all.map((value) => (value === null ? "" : input.current.format === bytes ? bytes(value) : short(value))) },
+      { ...axis, size: input.current.format === bytes ? 76 : 64, values: (u, all) => all.map((value) => (value === null ? "" : input.current.format === bytes ? bytes(value) : short(value))) },
     ],
     hooks: {
       draw: [(u) => { drawEvents(u, input.current.events); drawNonfinite(u, input.current.lines); }],

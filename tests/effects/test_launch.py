@@ -64,7 +64,10 @@ class Started:
         found: dict[int, int] = {}
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
-                told = dict(each.partition("=")[::2] for each in path.read_text().split("\0"))
+                told: dict[str, str] = {}
+                for each in path.read_text().split("\0"):
+                    name, _, value = each.partition("=")
+                    told[name] = value
                 words = (path.parent / "cmdline").read_text().split("\0")
             except OSError:
                 continue

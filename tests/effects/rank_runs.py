@@ -13,10 +13,13 @@ import attrs
 import torch
 
 from nmoe.config.sections import Config
-from nmoe.effects import buffers, run
+from nmoe.effects import run
 from nmoe.effects.forked import _alone
 from nmoe.effects.launch import launch
 from nmoe.effects.ranks import Ranks, open_ranks
+from nmoe.effects.runtime import Runtime
+from nmoe.pure import model
+from nmoe.pure.layout import layout
 
 PATIENCE_S = 90.0
 
@@ -108,10 +111,6 @@ def in_group(config: Config, work: Path, call: Callable[[Ranks], None]) -> None:
 
 def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
     """Layouts with small buckets, and a fresh state and Env in them."""
-    from nmoe.effects.runtime import Runtime
-    from nmoe.pure import model
-    from nmoe.pure.layout import layout
-
     c = config.model
     layouts = layout(
         model.specs(c),
@@ -126,6 +125,3 @@ def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
     rt = Runtime(device=torch.device("cpu"), rank=ranks.world.rank, world=ranks.world.size, peak_flops=1.0, ranks=ranks)
     state, env = run.fresh(config, layouts, rt)
     return layouts, state, (env, rt)
-
-
-__all__ = ["as_world", "buffers", "environment", "free_port", "in_group", "on_ranks", "state_of", "train"]

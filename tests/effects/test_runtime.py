@@ -18,7 +18,8 @@ from nmoe.errors import InputError
 
 
 def test_launch_reads_the_environment_it_is_given() -> None:
-    told = runtime.launch({"RANK": "3", "WORLD_SIZE": "8", "NMOE_HOME": "/somewhere"})
+    meeting = {"MASTER_ADDR": "host", "MASTER_PORT": "7"}
+    told = runtime.launch({"RANK": "3", "WORLD_SIZE": "8", "NMOE_HOME": "/somewhere", **meeting})
     assert (told.rank, told.world, told.home) == (3, 8, Path("/somewhere"))
     alone = runtime.launch({"HOME": "/home/a"})
     assert (alone.rank, alone.world, alone.home) == (0, 1, Path("/home/a/.cache/nmoe"))

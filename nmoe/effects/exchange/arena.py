@@ -43,8 +43,11 @@ class Sizes:
         return self.experts // self.ranks
 
     def landing(self) -> int:
-        """Rows of a landing buffer: with dedup every token of every rank has a place, so it can never be too small."""
-        return self.ranks * self.tokens if self.dedup else self.capacity
+        """Rows of a landing buffer.
+
+        With dedup at most every token of every rank lands, and each that does has a row: it can never be too small.
+        """
+        return min(self.ranks * self.tokens, self.capacity) if self.dedup else self.capacity
 
 
 @attrs.frozen(kw_only=True)

@@ -5,6 +5,7 @@ Started once it has all ranks in one process on one GPU, where rows cross no lin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,6 +24,7 @@ from nmoe.effects.kernels import mixture as mixtures
 from nmoe.effects.log import say
 from nmoe.errors import InputError
 from nmoe.pure.route import Routing
+from nmoe.pure.traffic import expert_rows
 
 __all__ = ["main", "rows"]
 
@@ -131,16 +133,14 @@ def rows(bench: Bench, cases: Cases) -> Iterator[str]:
     yield from layer_rows(bench, cases.layer)
 
 
-def sizes(bench: Bench, shape: Shape, *, dedup: bool, factor: float) -> Sizes:
-    """An arena's for a mixture."""
-    capacity = exchange.rows(factor, tokens=shape.tokens, top_k=shape.top_k, ranks=bench.ranks, experts=shape.experts)
+def sizes(bench: Bench, shape: Shape, *, dedup: bool, capacity: float) -> Sizes:
+    """An arena's for a mixture. capacity: room for rows, over the mean."""
+    told = {"tokens": shape.tokens, "top_k": shape.top_k, "ranks": bench.ranks}
     return Sizes(
-        ranks=bench.ranks,
+        **told,
         experts=shape.experts,
-        top_k=shape.top_k,
         hidden_size=shape.hidden,
-        tokens=shape.tokens,
-        capacity=capacity,
+        capacity=expert_rows(**told, num_experts=shape.experts, capacity=capacity),
         dedup=dedup,
         dtype=bench.dtype,
     )
@@ -149,7 +149,7 @@ def sizes(bench: Bench, shape: Shape, *, dedup: bool, factor: float) -> Sizes:
 def push_rows(bench: Bench, count: int, hidden: int, programs: Sequence[int]) -> Iterator[str]:
     """All rows of each rank to the next one, to shuffled places, and one exchange with its meeting."""
     shape = Shape(tokens=count, hidden=hidden, width=8, experts=bench.ranks, top_k=1)
-    exchanges = bench.open(sizes(bench, shape, dedup=False, factor=0.0))
+    exchanges = bench.open(sizes(bench, shape, dedup=False, capacity=math.inf))
     generator = torch.Generator().manual_seed(0)
     ways: list[tuple[Tensor, Tensor]] = []
     for rank in bench.here:
@@ -189,7 +189,7 @@ def inputs(bench: Bench, shape: Shape, rank: int) -> tuple[Tensor, Tensor, Tenso
 
 def round_trip_row(bench: Bench, shape: Shape, *, dedup: bool) -> str:
     """Counts, plan, rows out, rows back and their sum; what landed stands for what experts make of it."""
-    exchanges = bench.open(sizes(bench, shape, dedup=dedup, factor=1.5))
+    exchanges = bench.open(sizes(bench, shape, dedup=dedup, capacity=1.5))
     given = [inputs(bench, shape, rank) for rank in bench.here]
 
     def trip(e: Exchange, x: Tensor, expert: Tensor, weight: Tensor) -> Generator[None, None, Tensor]:
@@ -221,7 +221,7 @@ def layer_rows(bench: Bench, shape: Shape) -> Iterator[str]:
     yield line(f"mixture of one GPU, {shape.tokens} x {shape.hidden}, forward and backward", plain, 0)
     local = shape.experts // bench.ranks
     for dedup in (False, True):
-        exchanges = bench.open(sizes(bench, shape, dedup=dedup, factor=1.25))
+        exchanges = bench.open(sizes(bench, shape, dedup=dedup, capacity=1.25))
         held = {rank: slice(rank * local, (rank + 1) * local) for rank in bench.here}
 
         def passes(exchanges: Sequence[Exchange] = exchanges, held: dict[int, slice] = held) -> None:

@@ -48,6 +48,7 @@ from nmoe.pure.model import Batch
 from nmoe.pure.ops import Env
 from nmoe.pure.plan import Plan, plan
 from nmoe.pure.retention import Keep
+from nmoe.pure.traffic import expert_rows
 
 __all__ = ["EXIT_UNSAVED", "World", "arena_layouts", "blank", "fresh", "main", "stepper"]
 
@@ -168,16 +169,12 @@ def exchanging(
     train, moe, parallel, group = config.train, config.model.moe, config.parallel, ranks.experts
     if group.handle is None:
         return nullcontext()
-    shape = {
-        "ranks": group.size,
-        "experts": moe.num_experts,
-        "top_k": moe.top_k,
-        "tokens": train.microbatch_size * train.sequence_length,
-    }
+    shape = {"ranks": group.size, "top_k": moe.top_k, "tokens": train.microbatch_size * train.sequence_length}
     sizes = exchanges.Sizes(
         **shape,
+        experts=moe.num_experts,
         hidden_size=config.model.hidden_size,
-        capacity=exchanges.rows(parallel.capacity, **shape),
+        capacity=expert_rows(**shape, num_experts=moe.num_experts, capacity=parallel.capacity or math.inf),
         dedup=parallel.dedup,
         dtype=torch.bfloat16 if config.precision.compute == "bf16" else torch.float32,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nmoe.effects.exchange.arena import Exchange, PeerError, Sizes, rows
+from nmoe.effects.exchange.arena import Exchange, PeerError, Sizes
 from nmoe.effects.exchange.opening import check, open_exchange
 
-__all__ = ["Exchange", "PeerError", "Sizes", "check", "open_exchange", "rows"]
+__all__ = ["Exchange", "PeerError", "Sizes", "check", "open_exchange"]

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-__all__ = ["FLAG_BYTES", "Exchange", "Field", "Fields", "PeerError", "Sizes", "fields", "fit", "rows", "view"]
+__all__ = ["FLAG_BYTES", "Exchange", "Field", "Fields", "PeerError", "Sizes", "fields", "fit", "view"]
 
 FLAG_BYTES = 128
 """Room of one flag: a cache line of its own, so that a rank polls nothing that another one writes beside it."""
@@ -91,16 +91,6 @@ class Exchange:
     stream: torch.cuda.Stream | None  # on which rows fly beside other work; None on a CPU
     timeout_s: float
     programs: int  # how many programs push rows; fewer leave multiprocessors to other work
-
-
-def rows(factor: float, *, tokens: int, top_k: int, ranks: int, experts: int) -> int:
-    """Rows a rank can hold, from a factor on the mean; never more than can ever come.
-
-    factor   capacity / mean rows of a rank; 0: what can come at the worst
-    tokens   of one rank at once
-    """
-    worst = ranks * tokens * min(top_k, experts // ranks)
-    return worst if factor == 0 else min(worst, math.ceil(factor * tokens * top_k))
 
 
 def fit(e: Exchange, x: Tensor, expert: Tensor, up: Tensor) -> None:

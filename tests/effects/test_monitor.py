@@ -129,6 +129,10 @@ def test_a_full_disk_is_an_alert_once_telemetry_tells(tmp_path: Path) -> None:
     config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, alert_disk_gb=5.0, telemetry_every_s=1000.0))
     with open_log(tmp_path, attempt=1) as opened:
         with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+            # the one reading that the thread itself takes must not come between
+            until = time.monotonic() + 30
+            while not lines(tmp_path / "telemetry.rank0.jsonl") and time.monotonic() < until:
+                time.sleep(0.01)
             for step, free in ((1, 6e9), (2, 4e9)):
                 monitor.reading(io.StringIO(), {"host": {"disk_free_bytes": free}})
                 monitor.step(fields(step), torch.zeros(2, 8, dtype=torch.int64))

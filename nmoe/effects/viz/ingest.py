@@ -16,8 +16,8 @@ __all__ = ["CHUNK_BYTES", "LINE_BYTES", "MAX_TAGS", "Piece", "Taken", "take_"]
 LINE_BYTES = 8 << 20
 """The longest line that is read."""
 
-CHUNK_BYTES = 64 << 20
-"""Bytes of one file taken in at a time."""
+CHUNK_BYTES = 256 << 20
+"""Bytes of one file taken in at a time: the fewer transactions the better. A quarter of it takes twice as long in all."""
 
 MAX_TAGS = 256
 """Each is a column, and adding one costs time that grows with their number: 256 take seconds, 1000 a minute."""

@@ -133,7 +133,7 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
         connection = duckdb.connect(
-            str(file or ":memory:"), config={"threads": threads, "memory_limit": "2GB", "checkpoint_threshold": "1GB"}
+            str(file or ":memory:"), config={"threads": threads, "memory_limit": "1GB", "checkpoint_threshold": "64MB"}
         )
         _prepare(connection)
         yield Index(root=root, connection=connection)

@@ -156,7 +156,8 @@ def noise(source: random.Random) -> float | str:
     ],
 )
 def test_what_the_index_thins_is_what_thinning_its_points_gives(rough: Index, axis: dict[str, Any]) -> None:
-    asked = curves.Axis(**({"points": 100} | axis))
+    told: dict[str, Any] = {"points": 100} | axis
+    asked = curves.Axis(**told)
     series = curves.series(rough, ["b", "a"], "loss", asked)
     numbers = known(rough, ["b", "a"])
     points = curves.points(rough, numbers, tags(rough)["loss"], asked)

@@ -22,20 +22,25 @@ with open_index(Path(sys.argv[1]), Path(sys.argv[2])) as index:
 
 
 @pytest.mark.long
-def test_a_file_of_300_mb_is_read_in_450_mb_of_memory(tmp_path: Path) -> None:
+def test_a_file_is_larger_than_the_memory_that_reads_it(tmp_path: Path) -> None:
+    """Two gigabytes of lines; DuckDB may have one of memory, and Python holds a piece of the file."""
     run = tmp_path / "runs" / "a"
     run.mkdir(parents=True)
     (run / "config.toml").write_text("")
+    values = ",".join(f'"metric/name_{i:02d}":{i}.{i * 104729 % 1000003:06d}' for i in range(24))
     count = 0
     with open(run / "metrics.rank0.jsonl", "w") as file:
-        while file.tell() < 300_000_000:
-            values = ",".join(f'"metric/name_{i:02d}":{i}.{(count * 7919 + i * 104729) % 1000003:06d}' for i in range(24))
-            file.write(f'{{"attempt":1,"step":{count},"elapsed_s":{count}.5,"tokens_global":{count},{values}}}\n')
-            count += 1
+        while file.tell() < 2_000_000_000:
+            lines = range(count, count + 10_000)
+            file.writelines(
+                f'{{"attempt":1,"step":{n},"elapsed_s":{n}.5,"tokens_global":{n},"loss":{n * 7919 % 997},{values}}}\n'
+                for n in lines
+            )
+            count += len(lines)
     told = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path / "runs"), str(tmp_path / "index.duckdb")],
-        capture_output=True, text=True, check=True, timeout=300,
+        capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     rows, peak_mb = map(int, told.stdout.split())
     assert rows == count
-    assert peak_mb < 450
+    assert peak_mb < 1400

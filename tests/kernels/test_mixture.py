@@ -110,7 +110,8 @@ def test_rows_beyond_32_bits() -> None:
     x = normal(rows, hidden, dtype=torch.float16)
     place = far + torch.arange(rows, dtype=torch.int32)[:, None]
     spread = torch.empty(far + rows, hidden, dtype=torch.float16)
-    sorting.spread_kernel[(rows, 1)](x, place, spread, hidden, 1, 64)
+    kernel: Any = sorting.spread_kernel
+    kernel[(rows, 1)](x, place, spread, hidden, 1, 64)
     assert torch.equal(spread[far:], x)
     assert torch.equal(combine.combine(spread, place, torch.ones(rows, 1)), x)
 

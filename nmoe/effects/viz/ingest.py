@@ -17,7 +17,7 @@ LINE_BYTES = 8 << 20
 """The longest line that is read."""
 
 CHUNK_BYTES = 256 << 20
-"""Bytes of one file taken in at a time: the fewer transactions the better. A quarter of it takes twice as long in all."""
+"""Bytes of one file taken in at a time: a quarter of it takes twice as long in all."""
 
 MAX_TAGS = 256
 """Each is a column, and adding one costs time that grows with their number: 256 take seconds, 1000 a minute."""

@@ -68,7 +68,7 @@ class Report:
             tokens_per_s=rate,
             mfu=mfu,
             memory_bytes=held,
-            **self._sent(),
+            **self._sent(state, busy),
             step_s=busy,
             **{f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"},
             experts={
@@ -108,20 +108,24 @@ class Report:
         """What this rank alone knows. Writes: its metrics."""
         tokens = state.step * self.config.train.batch_size * self.config.train.sequence_length
         parts = {f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"}
+        busy = sum(parts.values())
         self.log.metrics(
             step=state.step,
             elapsed_s=time.monotonic() - self.began,
             tokens_local=tokens // self.rt.world,
             memory_bytes=runtime.memory_bytes(self.rt.device),
-            **self._sent(),
-            step_s=sum(parts.values()),
+            **self._sent(state, busy),
+            step_s=busy,
             **parts,
         )
         return int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
 
-    def _sent(self) -> dict[str, int]:
-        """Bytes this rank wrote into the memory of others since the attempt began."""
-        return {} if self.exchange is None else {"wire_bytes": int(self.exchange.sent.item())}
+    def _sent(self, state: State, step_s: float) -> dict[str, float]:
+        """Bytes this rank wrote into the memory of others, a step of this attempt, and that over the time of a step."""
+        if self.exchange is None:
+            return {}
+        num_bytes = self.exchange.sent.item() / (state.step - self.first_step)
+        return {"exchange/bytes": num_bytes, "exchange/bandwidth": num_bytes / step_s}
 
     def validation(self, step: int, held: Held) -> None:
         """Report a validation."""

@@ -257,7 +257,9 @@ def test_experts_shared_out_are_the_experts_of_one_rank(alone: Path, sources: Pa
         assert losses(folder)[0] == pytest.approx(losses(alone)[0], rel=2**-22)
         far = max(abs(a - b) for a, b in zip(losses(folder), losses(alone), strict=True))
         assert far <= 4 * max(near, 2**-22 * one[0]), (name, far, near)
-        assert lines(folder, rank=1)[-1]["wire_bytes"] > 0
+        told = lines(folder, rank=1)[-1]
+        assert told["exchange/bytes"] > 0
+        assert told["exchange/bandwidth"] == pytest.approx(told["exchange/bytes"] / told["step_s"])
         assert set(digests(folder, STEPS)) == set(digests(alone, STEPS))
         c = tiny(vocab_size=304).model
         mine, _ = weights.load(folder, model.specs(c), model.dims(c))

@@ -93,6 +93,9 @@ def update_kernel(
                 tl.store(remainder + at, (bits - (rounded << 16)).to(tl.int16), mask=inside)
             else:
                 tl.store(value + at, new, mask=inside)
+            # Triton reads an fp32 gradient 8 elements a thread and stores 4, and a constant depends on no load: without
+            # the barrier one warp clears what another has not read (docs/log.md, 2026-11-28).
+            tl.debug_barrier()
             tl.store(gradient + at, tl.zeros((block,), dtype=gradient.dtype.element_ty), mask=inside)
     else:
         for i in range(0, times):

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nmoe import config
-    from nmoe.pure import attention, experts, flops, layout, loss, norm, optim, plan, rope, route, schedule, tree
-    from nmoe.pure.init import init, normal, ones, residual
-    from nmoe.pure.key import Key
-    from nmoe.pure.model import (
+    from nmoe.pure.core import layout, tree
+    from nmoe.pure.core.init import init, normal, ones, residual
+    from nmoe.pure.core.key import Key
+    from nmoe.pure.core.spec import POLICY, Role, Spec, blueprint, param
+    from nmoe.pure.core.tree import record
+    from nmoe.pure.cost import flops, plan
+    from nmoe.pure.model import attention, experts, loss, norm, rope, route
+    from nmoe.pure.model.model import (
         Batch,
         Block,
         Dense,
@@ -31,9 +35,8 @@ if TYPE_CHECKING:
         rope_table,
         specs,
     )
-    from nmoe.pure.ops import REFERENCE, Env, Ops
-    from nmoe.pure.spec import POLICY, Role, Spec, blueprint, param
-    from nmoe.pure.tree import record
+    from nmoe.pure.model.ops import REFERENCE, Env, Ops
+    from nmoe.pure.optim import adamw, schedule
 
 __all__ = [
     "POLICY",
@@ -50,6 +53,7 @@ __all__ = [
     "RouterReport",
     "Shared",
     "Spec",
+    "adamw",
     "attention",
     "block",
     "blueprint",
@@ -66,7 +70,6 @@ __all__ = [
     "norm",
     "objective",
     "ones",
-    "optim",
     "param",
     "plan",
     "record",
@@ -79,20 +82,25 @@ __all__ = [
     "tree",
 ]
 
-_MODULES = frozenset(
-    ("attention", "experts", "flops", "layout", "loss", "norm", "optim", "plan", "rope", "route", "schedule", "tree")
+_MODULES = MappingProxyType(
+    {
+        **dict.fromkeys(("layout", "tree"), "nmoe.pure.core"),
+        **dict.fromkeys(("attention", "experts", "loss", "norm", "rope", "route"), "nmoe.pure.model"),
+        **dict.fromkeys(("flops", "plan"), "nmoe.pure.cost"),
+        **dict.fromkeys(("adamw", "schedule"), "nmoe.pure.optim"),
+    }
 )
 _HOME = MappingProxyType(
     {
-        **dict.fromkeys(("init", "normal", "ones", "residual"), "nmoe.pure.init"),
-        **dict.fromkeys(("Key",), "nmoe.pure.key"),
-        **dict.fromkeys(("REFERENCE", "Env", "Ops"), "nmoe.pure.ops"),
-        **dict.fromkeys(("POLICY", "Role", "Spec", "blueprint", "param"), "nmoe.pure.spec"),
-        **dict.fromkeys(("record",), "nmoe.pure.tree"),
+        **dict.fromkeys(("init", "normal", "ones", "residual"), "nmoe.pure.core.init"),
+        **dict.fromkeys(("Key",), "nmoe.pure.core.key"),
+        **dict.fromkeys(("REFERENCE", "Env", "Ops"), "nmoe.pure.model.ops"),
+        **dict.fromkeys(("POLICY", "Role", "Spec", "blueprint", "param"), "nmoe.pure.core.spec"),
+        **dict.fromkeys(("record",), "nmoe.pure.core.tree"),
         **dict.fromkeys(
             ("Batch", "Block", "Dense", "Model", "Moe", "RouterReport", "Shared", "block", "dims", "forward", "moe")
             + ("objective", "rope_table", "specs"),
-            "nmoe.pure.model",
+            "nmoe.pure.model.model",
         ),
     }
 )
@@ -101,7 +109,7 @@ _HOME = MappingProxyType(
 def __getattr__(name: str) -> Any:
     """Import what is asked for. A submodule of `nmoe.pure` comes as itself."""
     if name in _MODULES:
-        return import_module(f"nmoe.pure.{name}")
+        return import_module(f"{_MODULES[name]}.{name}")
     if name == "config":
         return import_module("nmoe.config")
     if name in _HOME:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure import model, tree
-from nmoe.pure.init import init
-from nmoe.pure.key import Key
-from nmoe.pure.ops import REFERENCE, Env
-from nmoe.pure.spec import Role
+from nmoe.pure.core import tree
+from nmoe.pure.core.init import init
+from nmoe.pure.core.key import Key
+from nmoe.pure.core.spec import Role
+from nmoe.pure.model import model
+from nmoe.pure.model.ops import REFERENCE, Env
 
 
 def attention(**changes: Any) -> sections.Mla:

@@ -101,7 +101,7 @@ def verbs(root: Verbs) -> None:
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
-    from nmoe.effects import kernel_bench
+    from nmoe.bench import kernels as kernel_bench
 
     if args.kind != "kernels":
         return kernel_bench.kernels((args.kind,), args.jsonl)
@@ -114,47 +114,50 @@ def _bench_kernels(args: argparse.Namespace) -> int:
 
 def _bench_step(args: argparse.Namespace) -> int:
     loaded = load(args)
-    from nmoe.effects import bench
+    from nmoe.bench import step as bench
 
     return bench.step(loaded.config, args.against, args.steps, args.jsonl)
 
 
 def _bench_exchange(args: argparse.Namespace) -> int:
-    from nmoe.effects import bench_exchange, runtime
+    from nmoe.bench import exchange as bench_exchange
+    from nmoe.effects.device import process as runtime
 
     return bench_exchange.main(runtime.launch(os.environ), args.ranks)
 
 
 def _bench_loader(args: argparse.Namespace) -> int:
     loaded = load(args)
-    from nmoe.effects import reading, runtime
+    from nmoe.bench import loader
+    from nmoe.effects.device import process as runtime
 
-    return reading.bench(loaded.config, runtime.launch(os.environ), steps=args.steps, pause_s=args.pause)
+    return loader.bench(loaded.config, runtime.launch(os.environ), steps=args.steps, pause_s=args.pause)
 
 
 def _bench_log(args: argparse.Namespace) -> int:
     loaded = load(args)
-    from nmoe.effects import bench_log
+    from nmoe.bench import log as bench_log
 
     return bench_log.log(loaded.config, args.steps)
 
 
 def _bench_data(args: argparse.Namespace) -> int:
+    from nmoe.bench import data as bench
     from nmoe.effects import files
-    from nmoe.effects.data import bench
 
     bench.preparation(args.megabytes, args.workers, files.home(os.environ), lambda line: print(line, flush=True))
+    from nmoe.bench import loader
     from nmoe.config import load_valid
-    from nmoe.effects import reading, runtime
+    from nmoe.effects.device import process as runtime
 
     sizes = ("--train.batch_size=8", "--train.microbatch_size=8", "--train.sequence_length=4096")
     config = load_valid(args.config, os.environ, (*sizes, "--model.max_positions=4096", *args.overrides), None).config
-    reading.bench(config, runtime.launch(os.environ), steps=100, pause_s=0.05)
-    return reading.bench_scale()
+    loader.bench(config, runtime.launch(os.environ), steps=100, pause_s=0.05)
+    return loader.bench_scale()
 
 
 def _bench_checkpoint(args: argparse.Namespace) -> int:
     loaded = load(args)
-    from nmoe.effects import bench_checkpoint
+    from nmoe.bench import checkpoint as bench_checkpoint
 
     return bench_checkpoint.main(loaded.config, args.to, args.steps, args.rounds)

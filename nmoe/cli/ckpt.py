@@ -39,36 +39,36 @@ def verbs(root: Verbs) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from nmoe.effects import ckpt
+    from nmoe.effects.checkpoint import verbs as ckpt
 
     return ckpt.list_checkpoints(args.path)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from nmoe.effects import ckpt
+    from nmoe.effects.checkpoint import verbs as ckpt
 
     return ckpt.verify(args.path, args.all)
 
 
 def _show(args: argparse.Namespace) -> int:
-    from nmoe.effects import ckpt
+    from nmoe.effects.checkpoint import verbs as ckpt
 
     return ckpt.show(args.path)
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from nmoe.effects import ckpt
+    from nmoe.effects.checkpoint import verbs as ckpt
 
     return ckpt.diff(args.left, args.right)
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from nmoe.effects import ckpt
+    from nmoe.effects.checkpoint import verbs as ckpt
 
     return ckpt.prune(args.path, args.last, args.every, args.best)
 
 
 def _export(args: argparse.Namespace) -> int:
-    from nmoe.effects import ckpt
+    from nmoe.effects.checkpoint import verbs as ckpt
 
     return ckpt.export_weights(args.path, args.to)

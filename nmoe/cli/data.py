@@ -55,11 +55,11 @@ def verbs(root: Verbs) -> None:
 
 
 def _prep(args: argparse.Namespace) -> int:
-    from nmoe.config.source import load_source
+    from nmoe.config.data_source import load_source
     from nmoe.effects import files
-    from nmoe.effects.data import vocabulary
-    from nmoe.effects.data.execute import open_pool
-    from nmoe.effects.data.prep import prepare, report_lines
+    from nmoe.effects.data import tokenizers as vocabulary
+    from nmoe.effects.data.prepare.execute import open_pool
+    from nmoe.effects.data.prepare.prep import prepare, report_lines
 
     share = (0, 1) if args.worker is None else _share(args.worker)
     workers = args.workers if args.workers is not None else (1 if args.worker else len(os.sched_getaffinity(0)))
@@ -104,7 +104,8 @@ def _head(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from nmoe.effects import files
-    from nmoe.effects.data import convert, vocabulary
+    from nmoe.effects.data import tokenizers as vocabulary
+    from nmoe.effects.data.store import foreign as convert
 
     if args.to is not None:
         convert.to_foreign(args.source, args.split, args.to, args.out, _say)
@@ -118,7 +119,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     loaded = load(args)
-    from nmoe.effects import reading, runtime
+    from nmoe.effects.data import plan as reading
+    from nmoe.effects.device import process as runtime
 
     return reading.main(loaded.config, runtime.launch(os.environ), as_json=args.json)
 

@@ -35,29 +35,29 @@ def verbs(root: Verbs) -> None:
 
 
 def _runs_list(args: argparse.Namespace) -> int:
-    from nmoe.effects import runs
+    from nmoe.effects.runs import show as runs
 
     return runs.list_runs(args.root)
 
 
 def _runs_show(args: argparse.Namespace) -> int:
-    from nmoe.effects import runs
+    from nmoe.effects.runs import show as runs
 
     return runs.show(args.root, args.name)
 
 
 def _runs_export(args: argparse.Namespace) -> int:
-    from nmoe.effects import runs
+    from nmoe.effects.runs import show as runs
 
     if args.to is not None and args.to.suffix == ".parquet":
-        from nmoe.effects.viz import tables
+        from nmoe.effects.runs.viz import tables
 
         return tables.export_parquet(args.root, args.name, args.to)
     return runs.export(args.root, args.name, args.to)
 
 
 def _runs_tail(args: argparse.Namespace) -> int:
-    from nmoe.effects import runs
+    from nmoe.effects.runs import show as runs
 
     if args.lines < 0:
         raise InputError(f"--lines: at least 0, got {args.lines}; raise it")
@@ -65,12 +65,12 @@ def _runs_tail(args: argparse.Namespace) -> int:
 
 
 def _runs_compare(args: argparse.Namespace) -> int:
-    from nmoe.effects.viz import tables
+    from nmoe.effects.runs.viz import tables
 
     return tables.compare(args.root, args.names)
 
 
 def _runs_compact(args: argparse.Namespace) -> int:
-    from nmoe.effects.viz import tables
+    from nmoe.effects.runs.viz import tables
 
     return tables.compact(args.root, args.name)

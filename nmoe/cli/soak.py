@@ -21,6 +21,6 @@ def verbs(root: Verbs) -> None:
 
 
 def _soak(args: argparse.Namespace) -> int:
-    from nmoe.effects import soak
+    from nmoe.soak import soak
 
     return soak.main(args.hours, args.seed, args.steps, args.faults)

@@ -37,9 +37,9 @@ def verbs(data: Verbs) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from nmoe.config.source import load_source
+    from nmoe.config.data_source import load_source
     from nmoe.effects import files
-    from nmoe.effects.data import vocabulary
+    from nmoe.effects.data import tokenizers as vocabulary
 
     source, home = load_source(args.source), files.home(os.environ)
     name = args.name or source.tokenizer
@@ -52,7 +52,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _add(args: argparse.Namespace) -> int:
     from nmoe.effects import files
-    from nmoe.effects.data import vocabulary
+    from nmoe.effects.data import tokenizers as vocabulary
 
     tokenizer = vocabulary.add(args.name, args.path)
     folder = vocabulary.install(tokenizer, args.name, files.home(os.environ))
@@ -62,7 +62,7 @@ def _add(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     from nmoe.effects import files
-    from nmoe.effects.data import vocabulary
+    from nmoe.effects.data import tokenizers as vocabulary
 
     return vocabulary.list_tokenizers(files.home(os.environ), _say)
 

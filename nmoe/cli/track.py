@@ -24,7 +24,7 @@ def verbs(root: Verbs) -> None:
 
 
 def _track(args: argparse.Namespace) -> int:
-    from nmoe.effects import follow, sinks
+    from nmoe.effects.runs.track import follow, sinks
 
     return follow.follow(
         args.folder,

@@ -57,7 +57,7 @@ def verbs(root: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from nmoe.effects import launch
+    from nmoe.effects.parallel import launch
 
     told = launch.launch(os.environ)
     if told.launched and args.gpus not in (None, told.world):
@@ -72,10 +72,10 @@ def _run(args: argparse.Namespace) -> int:
     if config.parallel.ranks > 1 and not told.launched:
         patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}
         return launch.start(config.parallel.ranks, args.command[1:], os.environ, **patience)
-    from nmoe.effects import run
+    from nmoe.effects.train import run
 
     if args.profile is not None:
-        from nmoe.effects.profile import profiling
+        from nmoe.effects.train.profile import profiling
 
         with profiling(args.profile, config) as world:
             return run.main(config, loaded.sources, args.command, args.config.stem, args.accept, world)
@@ -84,19 +84,19 @@ def _run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     loaded = load(args, args.gpus)
-    from nmoe.effects import scale
+    from nmoe.cli import plan as scale
 
     gpus = loaded.config.parallel.ranks if args.gpus is None else args.gpus
     return scale.main(loaded.config, gpus, args.hosts, args.experts, args.machine, args.mfu, args.json)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from nmoe.effects import doctor
+    from nmoe.effects.device import doctor
 
     return doctor.main(args.json)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from nmoe.effects import generate
+    from nmoe.effects.train import generate
 
     return generate.main(args.folder, args.prompt, args.tokens, args.temperature, args.seed)

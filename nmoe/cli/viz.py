@@ -29,7 +29,8 @@ def verbs(root: Verbs) -> None:
 def _viz(args: argparse.Namespace) -> int:
     if not 0 <= args.port < 65536:
         raise InputError(f"--port: a number from 0 to 65535, got {args.port}; choose another")
-    from nmoe.effects import files, viz
+    from nmoe.effects import files
+    from nmoe.effects.runs import viz
 
     home = files.home(os.environ)
     return viz.serve(args.runs, args.data, home, host=args.host, port=args.port, token=args.token)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nmoe.effects import soak
+from nmoe.soak import soak
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,13 @@ import attrs
 import numpy as np
 import torch
 
-from nmoe.effects.loader import open_loader
-from nmoe.effects.run import arena_layouts, fresh
-from nmoe.effects.runtime import Runtime
-from nmoe.effects.step import make_step
-from nmoe.pure import tree
-from nmoe.pure.key import Key
-from tests.effects.tiny import tiny
+from nmoe.effects.data.loader import open_loader
+from nmoe.effects.device.process import Runtime
+from nmoe.effects.train.run import arena_layouts, fresh
+from nmoe.effects.train.step import make_step
+from nmoe.pure.core import tree
+from nmoe.pure.core.key import Key
+from tests.effects.train.tiny import tiny
 
 STEPS = 20
 

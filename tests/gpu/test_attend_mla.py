@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmoe.effects import ops
-from nmoe.effects.kernels import attend_mla as kernel
-from nmoe.effects.kernels.rope import rotate_mla_
-from nmoe.pure.attention import mla
-from nmoe.pure.rope import Rope, table
+from nmoe.effects.device import ops
+from nmoe.effects.kernels.attention import mla as kernel
+from nmoe.effects.kernels.attention.rope import rotate_mla_
+from nmoe.pure.model.attention import mla
+from nmoe.pure.model.rope import Rope, table
 from tests.kernels import truth
 from tests.kernels.truth import check, graded
 

@@ -10,9 +10,9 @@ import torch
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.reader import restore_
 from nmoe.effects.checkpoint.writer import open_writer
-from nmoe.pure.digest import BLOCK, GPU_ROWS, digests
-from nmoe.pure.pieces import Piece, whole
-from nmoe.pure.retention import Keep
+from nmoe.pure.checkpoint.digest import BLOCK, GPU_ROWS, digests
+from nmoe.pure.checkpoint.pieces import Piece, whole
+from nmoe.pure.checkpoint.retention import Keep
 
 pytestmark = pytest.mark.gpu
 

@@ -8,11 +8,12 @@ import attrs
 import pytest
 import torch
 
-from nmoe.effects import exchange, ops
-from nmoe.effects.kernels.mixture import Tiles
+from nmoe.effects.device import ops
+from nmoe.effects.kernels.moe.moe import Tiles
+from nmoe.effects.parallel import exchange
 from nmoe.errors import InputError
-from tests.effects.exchange_ranks import ended, started
-from tests.kernels.ranks import Case, alone, case, open_ranks, shared
+from tests.effects.parallel.exchange_ranks import ended, started
+from tests.kernels.exchange.ranks import Case, alone, case, open_ranks, shared
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmoe.effects.kernels import adamw, cross_entropy, rms_norm, router, swiglu
-from nmoe.pure import experts, loss, norm, optim, route
+from nmoe.effects.kernels import loss as cross_entropy
+from nmoe.effects.kernels import norm as rms_norm
+from nmoe.effects.kernels.moe import router, swiglu
+from nmoe.effects.kernels.optim import adamw
+from nmoe.pure.model import experts, loss, norm, route
+from nmoe.pure.optim import adamw as optim
 from tests.kernels import truth
 from tests.kernels.truth import check, graded
 

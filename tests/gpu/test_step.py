@@ -12,17 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmoe.bench import kernels as kernel_bench
+from nmoe.bench.kernels import moe, optimizer
 from nmoe.config.sections import Config
-from nmoe.effects import kernel_bench, ops, runtime
-from nmoe.effects.kernel_bench import moe, optimizer
-from nmoe.effects.kernels import mixture as mixtures
-from nmoe.effects.run import arena_layouts, fresh, stepper
-from nmoe.effects.step import Metrics, State
-from nmoe.pure import experts, route, tree
-from nmoe.pure.model import Batch
-from nmoe.pure.route import Routing
-from tests.effects.tiny import tiny
-from tests.segments import experts_by_segment
+from nmoe.effects.device import ops
+from nmoe.effects.device import process as runtime
+from nmoe.effects.kernels.moe import moe as mixtures
+from nmoe.effects.train.run import arena_layouts, fresh, stepper
+from nmoe.effects.train.step import Metrics, State
+from nmoe.pure.core import tree
+from nmoe.pure.model import experts, route
+from nmoe.pure.model.model import Batch
+from nmoe.pure.model.route import Routing
+from tests.effects.train.tiny import tiny
+from tests.kernels.exchange.nvshmem import experts_by_segment
 
 pytestmark = [
     pytest.mark.gpu,

@@ -35,7 +35,7 @@ TENSOR_LIMIT = 512
 class Request:
     """One kernel at one set of compile-time values.
 
-    kernel     "nmoe.effects.kernels.rms_norm:forward_kernel"
+    kernel     "nmoe.effects.kernels.norm:forward_kernel"
     signature  type of every run-time argument: "*bf16", "*fp32", "i32", "fp32", "tensordesc<bf16[128,64]>"
     constants  value of every constexpr argument, and of arguments that are None or 1
     aligned    arguments that are multiples of 16: pointers and strides; None: every pointer

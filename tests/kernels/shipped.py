@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 import attrs
 
-from nmoe.effects.kernels import adamw, cross_entropy, rms_norm, router, swiglu
+from nmoe.effects.kernels import loss as cross_entropy
+from nmoe.effects.kernels import norm as rms_norm
+from nmoe.effects.kernels.moe import router, swiglu
+from nmoe.effects.kernels.optim import adamw
 from nmoe.effects.kernels.tile import Tile
 from tests.kernels.aot import Request
 

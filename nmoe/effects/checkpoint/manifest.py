@@ -23,7 +23,7 @@ import torch
 
 from nmoe.effects.checkpoint.fs import Fs, read_bytes
 from nmoe.errors import InputError
-from nmoe.pure.pieces import Stored, gaps
+from nmoe.pure.checkpoint.pieces import Stored, gaps
 
 __all__ = [
     "DTYPES",

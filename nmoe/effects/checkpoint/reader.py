@@ -24,8 +24,8 @@ from nmoe.effects.checkpoint.fs import Fs, read_into
 from nmoe.effects.checkpoint.manifest import DTYPES, FileEntry, Manifest, NewerFormatError, name_fields, stored
 from nmoe.effects.checkpoint.writer import TEMPORARY, TRASH, Exchange, alone
 from nmoe.errors import InputError
-from nmoe.pure.digest import digest, to_text
-from nmoe.pure.pieces import Copy, Piece, copies, gaps
+from nmoe.pure.checkpoint.digest import digest, to_text
+from nmoe.pure.checkpoint.pieces import Copy, Piece, copies, gaps
 
 __all__ = ["Entry", "entries", "load_", "restore_", "verify"]
 

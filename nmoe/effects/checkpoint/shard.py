@@ -18,8 +18,8 @@ from torch import Tensor
 from nmoe.effects.checkpoint.fs import Fs, write_all
 from nmoe.effects.checkpoint.manifest import DTYPES, FileEntry, PieceEntry, root_digest
 from nmoe.errors import InputError
-from nmoe.pure.digest import digests
-from nmoe.pure.pieces import Piece
+from nmoe.pure.checkpoint.digest import digests
+from nmoe.pure.checkpoint.pieces import Piece
 
 __all__ = ["Shard", "Staged", "free_host", "host_memory", "num_bytes", "plan_shard", "stage", "write"]
 

@@ -29,9 +29,9 @@ from nmoe.effects.checkpoint.lease import Lease
 from nmoe.effects.checkpoint.manifest import DTYPES, FORMAT, FileEntry, Manifest, Parent, TensorEntry, name_fields
 from nmoe.effects.checkpoint.shard import Staged, free_host, host_memory, num_bytes, plan_shard, stage, write
 from nmoe.errors import InputError
-from nmoe.pure.digest import to_text
-from nmoe.pure.pieces import Piece
-from nmoe.pure.retention import Keep, Kept, superfluous
+from nmoe.pure.checkpoint.digest import to_text
+from nmoe.pure.checkpoint.pieces import Piece
+from nmoe.pure.checkpoint.retention import Keep, Kept, superfluous
 
 __all__ = [
     "CHUNK_BYTES",

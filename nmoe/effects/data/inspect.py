@@ -12,7 +12,8 @@ import cattrs
 import numpy as np
 
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.format import (
+from nmoe.effects.data.prepare.prep import REPORT, Report, report_lines
+from nmoe.effects.data.store.format import (
     REMEDY,
     Manifest,
     content_problems,
@@ -22,8 +23,7 @@ from nmoe.effects.data.format import (
     size_problems,
     stem,
 )
-from nmoe.effects.data.prep import REPORT, Report, report_lines
-from nmoe.effects.data.records import read_record
+from nmoe.effects.data.store.records import read_record
 from nmoe.errors import InputError
 
 __all__ = ["documents", "head", "info", "verify"]

@@ -19,11 +19,11 @@ import attrs
 import numpy as np
 
 from nmoe.effects import files
-from nmoe.effects.data import sink
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.format import read_manifest, size_problems
+from nmoe.effects.data.store import shard_writer as sink
+from nmoe.effects.data.store.format import read_manifest, size_problems
 from nmoe.errors import InputError
-from nmoe.pure.prep import MILLION, split_of
+from nmoe.pure.data.prep import MILLION, split_of
 
 __all__ = ["paths", "prepare", "prepare_folder"]
 

@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 import tiktoken
 
-from nmoe.effects.data.records import read_record, write_record
+from nmoe.effects.data.store.records import read_record, write_record
 from nmoe.errors import InputError
 
 __all__ = ["END_OF_TEXT", "FILE", "PATTERN", "Tokenizer", "byte_lengths", "encoding", "load", "make", "save", "train"]

@@ -1,0 +1,145 @@
+"""`nmoe bench moe|attention|loss|optimizer|kernels`: each kernel beside what it has to beat, in one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from nmoe.bench.kernels import attention, loss, moe, optimizer, tuner
+from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Way, gpu_meter, measure
+from nmoe.effects import files
+from nmoe.effects.device import ops
+from nmoe.effects.device import process as runtime
+from nmoe.effects.terminal import say
+from nmoe.errors import InputError
+
+__all__ = ["KINDS", "kernels", "tune"]
+
+HEAD = (
+    f"  {'':<26}{'forward':>11} {'both ways':>11}  {'rate, of the ceiling':<20}  {'least moved':>11} {'more held':>9}  "
+    f"{'error':<9} speed"
+)
+
+KINDS = ("moe", "attention", "loss", "optimizer")
+
+
+def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
+    """Measure on random data and print a table for each case.
+
+    kinds  of `KINDS`
+    jsonl  also write one line a row there
+
+    Raises:  InputError when there is no supported GPU, or the file cannot be written.
+    """
+    device = runtime.device("cuda")
+    if jsonl is not None:
+        files.new_file(jsonl, "--jsonl")
+    meter = gpu_meter(device)
+    machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    say(
+        f"{machine}; medians of {REPEATS}; a large product reaches {meter.flops / 1e12:.0f} TFLOP/s, a pass "
+        f"{meter.bandwidth / 1e9:.0f} GB/s"
+    )
+    for kind in kinds:
+        for title, rows in cases(kind, meter):
+            say("\n".join((f"\n{title}", HEAD, *(line(row) for row in rows))))
+            if jsonl is not None:
+                with jsonl.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"machine": machine, **attrs.asdict(row)}) + "\n" for row in rows)
+    return 0
+
+
+def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:
+    """Title and rows of each case of a kind."""
+    device = meter.device
+    if kind == "moe":
+        for case in moe.CASES:
+            operands = moe.Operands.of(case, device)
+            title = f"{described(case)}  busiest expert {moe.busiest(case, operands.expert):.1f} x the mean"
+            tiles = ops.mixture_tiles(device, case.hidden, case.width)
+            yield f"moe  {title}", rows("moe", case, moe.ways(case, operands, tiles), moe.PEER, meter)
+    elif kind == "attention":
+        for case in attention.CASES:
+            tiles = ops.attention_tiles(device, case.nope, case.rope, case.value)
+            found = rows("attention", case, attention.ways(case, device, tiles), attention.PEER, meter)
+            yield f"attention  {described(case)}", found
+    elif kind == "loss":
+        for case in loss.CASES:
+            yield f"loss  {described(case)}", rows("loss", case, loss.ways(case, device), loss.PEER, meter)
+    else:
+        for case in optimizer.CASES:
+            found = rows("optimizer", case, optimizer.ways(case, device), optimizer.PEER, meter)
+            yield f"optimizer  {described(case)}", found
+
+
+def described(case: Any) -> str:
+    """A case's fields, as the JSONL has them."""
+    return "  ".join(f"{name.rstrip('_')} {value}" for name, value in attrs.asdict(case).items())
+
+
+def rows(what: str, case: Any, ways: Iterator[Way], peer: str, meter: Meter) -> list[Row]:
+    """Every way measured, beside the peer."""
+    found: list[tuple[Way, Taken]] = [(way, measure(way, meter)) for way in ways]
+    times = {way.name: taken.both_s for way, taken in found}
+    built: list[Row] = []
+    for way, taken in found:
+        moved = case.moved_bytes() if way.moved_bytes is None else way.moved_bytes
+        reached = case.flop() / meter.flops if case.flop() else moved / meter.bandwidth
+        is_peer = way.name == peer
+        built.append(
+            Row(
+                what=what,
+                case=described(case),
+                way=way.name,
+                forward_s=taken.forward_s,
+                both_s=taken.both_s,
+                flop=case.flop(),
+                moved_bytes=moved,
+                share=reached / taken.both_s,
+                extra_bytes=taken.extra_bytes,
+                error=taken.error,
+                ratio=None if is_peer else times[peer] / taken.both_s,
+                beside=None if is_peer else peer,
+            )
+        )
+    return built
+
+
+def line(row: Row) -> str:
+    """One row as a line of at most 120 characters."""
+    forward = " " * 11 if row.forward_s is None else f"{1000 * row.forward_s:8.3f} ms"
+    if row.flop:
+        rate = f"{row.flop / row.both_s / 1e12:6.1f} TFLOP/s {100 * row.share:3.0f} %"
+    else:
+        rate = f"{row.moved_bytes / row.both_s / 1e9:6.0f} GB/s    {100 * row.share:3.0f} %"
+    error = "" if row.error is None else f"{row.error:.1e}"
+    ratio = "  (1)" if row.ratio is None else f"{row.ratio:.2f} x"
+    moved, extra = row.moved_bytes / 1e9, row.extra_bytes / 1e9
+    return (
+        f"  {row.way:<26}{forward} {1000 * row.both_s:8.3f} ms  {rate}  {moved:8.1f} GB {extra:6.2f} GB  "
+        f"{error:<9} {ratio}"
+    ).rstrip()
+
+
+def tune(sizes: Sequence[str]) -> int:
+    """Measure which tiles are fastest, and print a table for `effects/kernels`.
+
+    sizes  of mixtures, as `2048x1408`: hidden size and expert size
+    Raises:  InputError for another form of size.
+    """
+    device = runtime.device("cuda")
+    parsed: list[tuple[int, int]] = []
+    for size in sizes:
+        numbers = size.split("x")
+        if len(numbers) != 2 or not all(number.isdecimal() and int(number) % 8 == 0 for number in numbers):
+            raise InputError(f"--size: hidden size and expert size, multiples of 8, as 2048x1408, got {size!r}")
+        parsed.append((int(numbers[0]), int(numbers[1])))
+    seconds = gpu_meter(device).seconds
+    for text in tuner.table(device, parsed, lambda call: seconds(call, True)):
+        say(text + "\n")
+    return 0

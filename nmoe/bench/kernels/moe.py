@@ -1,0 +1,158 @@
+"""The routed experts, beside torch's grouped products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from nmoe.bench.kernels.meter import Way, draw, relative_error
+from nmoe.effects.device import ops
+from nmoe.effects.kernels.moe.moe import Tiles
+from nmoe.effects.kernels.moe.moe import mixture as ours
+from nmoe.pure.model.experts import mixture
+from nmoe.pure.model.route import Routing
+
+__all__ = ["CASES", "PEER", "Case", "Operands", "ways"]
+
+PEER = "grouped_mm compiled"
+
+SAMPLE = 64
+"""Tokens whose results are compared with fp64."""
+
+
+@attrs.frozen(kw_only=True)
+class Case:
+    """Sizes and how tokens choose."""
+
+    tokens: int
+    hidden: int
+    width: int  # of an expert
+    experts: int
+    top_k: int
+    routing: str  # balanced; natural: as a fresh router with favourites chooses; skewed: one expert has 25 % of rows
+
+    def flop(self) -> float:
+        """Forward and backward."""
+        return 18.0 * self.tokens * self.top_k * self.hidden * self.width
+
+    def moved_bytes(self) -> float:
+        """Weights twice and their gradient once; tokens, their output and both gradients; what backward is kept."""
+        weights = 3 * 3 * self.experts * self.hidden * self.width
+        return 2.0 * (weights + 4 * self.tokens * self.hidden + 2 * self.tokens * self.top_k * 2 * self.width)
+
+
+LARGE = Case(tokens=32768, hidden=2048, width=1408, experts=64, top_k=6, routing="natural")
+
+CASES = (
+    LARGE,
+    attrs.evolve(LARGE, routing="balanced"),
+    attrs.evolve(LARGE, routing="skewed"),
+    attrs.evolve(LARGE, tokens=4096),
+    attrs.evolve(LARGE, width=768, experts=128, top_k=8),
+)
+
+
+@attrs.frozen(kw_only=True)
+class Operands:
+    """What a mixture is given, and the gradient it is pulled by."""
+
+    x: Tensor
+    expert: Tensor
+    weight: Tensor
+    up: Tensor
+    down: Tensor
+    pull: Tensor
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device) -> Operands:
+        """Random ones."""
+        chosen = choose(case, device)
+        return cls(
+            x=draw(device, case.tokens, case.hidden, name="x"),
+            expert=chosen.expert,
+            weight=chosen.weight,
+            up=draw(device, case.experts, case.hidden, 2, case.width, name="up", scale=case.hidden**-0.5),
+            down=draw(device, case.experts, case.width, case.hidden, name="down", scale=case.width**-0.5),
+            pull=draw(device, case.tokens, case.hidden, name="pull").detach(),
+        )
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What has a gradient."""
+        return self.x, self.weight, self.up, self.down
+
+    def apply(self, which: Callable[..., Any], *leaves: Tensor) -> Tensor:
+        """The output of one implementation."""
+        x, weight, up, down = leaves
+        return which(x, Routing(self.expert, weight), up, down)[0]
+
+
+def choose(case: Case, device: torch.device) -> Routing:
+    """Chosen experts, a slice of wider rows as the router leaves them, and weights."""
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (case.tokens, case.experts)
+    if case.routing == "balanced":
+        order = torch.randperm(case.tokens, generator=generator, device=device)
+        first = (order * case.top_k)[:, None]
+        expert = (first + torch.arange(case.experts, device=device)) % case.experts
+        score = torch.rand(shape, generator=generator, device=device).gather(1, expert)
+    else:
+        score = torch.randn(shape, generator=generator, device=device)
+        if case.routing == "natural":
+            score = score + 0.5 * torch.randn(case.experts, generator=generator, device=device)
+        else:
+            # all tokens together choose one expert of `top_k` for this part of them
+            wants = torch.rand(case.tokens, generator=generator, device=device) < 0.25 * case.top_k
+            score[:, 0] = torch.where(wants, math.inf, -math.inf)
+        score, expert = score.sort(-1, descending=True)
+        score = torch.sigmoid(score)
+    score = score[:, : case.top_k]
+    return Routing(expert[:, : case.top_k], (score / score.sum(-1, keepdim=True)).requires_grad_())
+
+
+def busiest(case: Case, expert: Tensor) -> float:
+    """Rows of the expert with most of them, over the mean."""
+    return expert.flatten().bincount(minlength=case.experts).max().item() * case.experts / expert.numel()
+
+
+def ways(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Way]:
+    """Ours, and torch's grouped products compiled and not."""
+    plain = partial(mixture, experts=ops.experts_grouped)
+    truth = exact(operands)
+    given: dict[str, Callable[[], Any]] = {
+        "ours": lambda: partial(ours, tiles=tiles),
+        # a graph that compiles anew for every number of rows would measure the compiler
+        PEER: lambda: torch.compile(plain, dynamic=False),
+        "grouped_mm": lambda: plain,
+    }
+    for name, build in given.items():
+        which = build()
+
+        def forward(which: Any = which) -> Tensor:
+            with torch.no_grad():
+                return operands.apply(which, *operands.leaves())
+
+        def both(which: Any = which) -> tuple[Tensor, ...]:
+            y = operands.apply(which, *operands.leaves())
+            return y.detach(), *torch.autograd.grad(y, operands.leaves(), operands.pull)
+
+        def error(both: Callable[[], tuple[Tensor, ...]] = both) -> float:
+            y, dx, dweight, *_ = both()
+            return relative_error((y[:SAMPLE], dx[:SAMPLE], dweight[:SAMPLE]), truth)
+
+        yield Way(name=name, forward=forward, both=both, error=error)
+
+
+def exact(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, gradients of the input and of the weights of the first tokens, in fp64."""
+    x, weight = (each[:SAMPLE].detach().double().requires_grad_() for each in (operands.x, operands.weight))
+    routing = Routing(operands.expert[:SAMPLE], weight)
+    up, down = (each.detach().double() for each in (operands.up, operands.down))
+    y = mixture(x, routing, up, down)[0]
+    dx, dweight = torch.autograd.grad(y, (x, weight), operands.pull[:SAMPLE].double())
+    return y.detach(), dx, dweight

@@ -1,0 +1,99 @@
+"""Looking for the fastest tiles: one product's tile is changed at a time, the others as they ship, and all timed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import torch
+
+from nmoe.bench.kernels import attention, moe
+from nmoe.bench.kernels.meter import Way
+from nmoe.effects.device import ops
+from nmoe.effects.kernels.tile import Tile
+
+__all__ = ["table"]
+
+PRODUCTS = tuple(
+    Tile(m=m, n=n, k=k, warps=8, stages=stages)
+    for (m, n), k, stages in itertools.product(((128, 128), (128, 256), (256, 128)), (32, 64), (3, 4, 5))
+)
+"""What is tried for a product of the mixture."""
+
+ATTENTION = MappingProxyType(
+    {
+        "forward": ((128, 128), (128, 64)),
+        "dq": ((128, 64), (64, 64)),
+        "dkv": ((32, 64), (32, 128), (64, 64)),
+    }
+)
+"""Queries and keys a step, tried for each pass of attention."""
+
+Timed = Callable[[Callable[[], object]], float]
+
+
+def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) -> Iterator[str]:
+    """The entries, each as it is found.
+
+    sizes  hidden size and expert size of each mixture
+    timed  median seconds of a call
+    """
+    for hidden, width in sizes:
+        case = attrs.evolve(moe.CASES[0], hidden=hidden, width=width)
+        operands = moe.Operands.of(case, device)
+        shipped = ops.mixture_tiles(device, hidden, width)
+        names = [field.name for field in attrs.fields(type(shipped)) if field.name not in ("group", "programs")]
+
+        found = best({name: PRODUCTS for name in names}, shipped, partial(moe.ways, case, operands), timed)
+        yield entry(f"mixture.{hidden}x{width}", found, names, group=found.group)
+    for case in attention.CASES:
+        shipped = ops.attention_tiles(device, case.nope, case.rope, case.value)
+        candidates = {
+            name: tuple(
+                attrs.evolve(getattr(shipped, name), m=m, n=n, warps=warps, stages=stages)
+                for (m, n), warps, stages in itertools.product(blocks, (4, 8), (2, 3))
+            )
+            for name, blocks in ATTENTION.items()
+        }
+
+        found = best(candidates, shipped, partial(own_attention, case, device), timed)
+        yield entry(f"attention.{case.nope}x{case.rope}x{case.value}", found, list(ATTENTION))
+
+
+def own_attention(case: attention.Case, device: torch.device, tiles: Any) -> Iterator[Way]:
+    """The way that runs all three passes of our own."""
+    return (way for way in attention.ways(case, device, tiles) if way.name == "deterministic, own forward")
+
+
+def best(
+    candidates: Mapping[str, Sequence[Tile]], shipped: Any, ways: Callable[[Any], Iterator[Way]], timed: Timed
+) -> Any:
+    """The fastest tiles, starting from some that are good."""
+    for name, tiles in candidates.items():
+        tried = [shipped, *(attrs.evolve(shipped, **{name: tile}) for tile in tiles)]
+        times = [(seconds, index) for index, each in enumerate(tried) if (seconds := attempt(next(ways(each)), timed))]
+        shipped = tried[min(times)[1]]
+    return shipped
+
+
+def attempt(way: Way, timed: Timed) -> float | None:
+    """Seconds forward and backward, or None when a tile does not fit the GPU."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return timed(way.both)
+    except OutOfResources:
+        return None
+
+
+def entry(key: str, found: object, names: Sequence[str], group: int | None = None) -> str:
+    """An entry as the table has it."""
+    lines = [f"[{key}]", *([] if group is None else [f"group = {group}"])]
+    for name in names:
+        tile: Tile = getattr(found, name)
+        lines.append(f"{name} = [{tile.m}, {tile.n}, {tile.k}, {tile.warps}, {tile.stages}]")
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""`nmoe bench log`: what a logged step costs the trainer in metrics, expert loads, alerts, heartbeat and telemetry."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nmoe.config import Config
+from nmoe.effects.record.log import open_log
+from nmoe.effects.record.monitor import watching
+from nmoe.effects.terminal import say
+from nmoe.errors import InputError
+
+__all__ = ["log"]
+
+PAUSE_S = 0.005
+"""Between two reports: a step, in which the threads have their turn."""
+
+
+def log(config: Config, steps: int) -> int:
+    """Write `steps` reports of a config's shape to a temporary run folder and print how long each held the trainer.
+
+    The figures are made up and already on the host, so that nothing of a device is in the time.
+    """
+    if steps < 100:
+        raise InputError(f"--steps: at least 100, or there is no 99th percentile, got {steps}; 1000 is a good start")
+    c = config.model
+    layers = list(range(c.num_dense_layers, c.num_layers))
+    load = torch.arange(len(layers) * c.moe.num_experts).reshape(len(layers), -1) + 1000
+    names = ("max_over_mean", "cv", "dead", "entropy", "bias_min", "bias_max")
+    experts = {"layer": layers, **{name: [0.0123456789] * len(layers) for name in names}}
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory() as folder, open_log(Path(folder), attempt=1) as opened:
+        cuda = config.run.device == "cuda"
+        with watching(config, opened, flops=1, world=1, cuda=cuda, step=0, skipped=0) as monitor:
+            for step in range(1, steps + 1):
+                fields = {
+                    **{"step": step, "tokens_global": step, "loss": 2.0, "grad_norm": 1.0, "nonfinite_steps": 0},
+                    **{"tokens_per_s": 1e5, "step_s": 0.1, "time/data_s": 0.01, "experts": experts},
+                }
+                begin = time.perf_counter()
+                monitor.log.metrics(**fields)
+                monitor.step(fields, load)
+                seconds.append(time.perf_counter() - begin)
+                time.sleep(PAUSE_S)
+    middle, high = np.percentile(seconds, (50, 99))
+    say(
+        f"log            {1000 * middle:.3f} ms a report, {1000 * high:.3f} ms at the 99th percentile  "
+        f"{len(layers)} layers x {c.moe.num_experts} experts, loads every {config.log.arrays_every}"
+    )
+    return 0

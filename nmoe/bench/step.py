@@ -1,0 +1,224 @@
+"""`nmoe bench step`: how long an optimizer step takes, beside the same model in `transformers` if asked."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmoe.config import Config
+from nmoe.effects import files
+from nmoe.effects.device import process as runtime
+from nmoe.effects.terminal import say
+from nmoe.effects.train.run import arena_layouts, fresh, stepper
+from nmoe.effects.train.step import learning_rates
+from nmoe.errors import InputError
+from nmoe.pure.core.key import Key
+from nmoe.pure.cost.plan import plan
+from nmoe.pure.cost.report import quantity
+from nmoe.pure.model import hf
+from nmoe.pure.model.model import Batch
+
+__all__ = ["step"]
+
+OTHERS = ("transformers",)
+WARMUP = 3
+"""Steps before the clock starts: kernels load, allocators fill."""
+
+
+ROUNDS = 3
+"""How often each trainer has its turn: a machine that is slower for a while is so for both."""
+
+
+@attrs.frozen(kw_only=True)
+class Timing:
+    """What was measured of one trainer."""
+
+    seconds: tuple[float, ...]  # of each step
+    loss: float  # of the first step, nats a target
+    memory_bytes: int  # most held: of the GPU, or what the process grew by
+
+
+def step(config: Config, against: str | None, steps: int, jsonl: Path | None = None) -> int:
+    """Time `steps` optimizer steps of `config` on one batch of random tokens, in each of some rounds.
+
+    Data, log and validation are left out. With `against`, the same weights take the same steps there: its own
+    attention and experts, `torch.optim.AdamW`, the same clip. Each trainer has a process of its own in each round.
+
+    against  "transformers" or None
+    jsonl    also write one line a trainer there
+    returns  exit code 0
+    Raises:  InputError when the device or `transformers` is not there, or `jsonl` cannot be written.
+    """
+    if steps < 1:
+        raise InputError(f"--steps: at least 1, got {steps}; 20 is a good start")
+    if against is not None and against not in OTHERS:
+        raise InputError(f"--against: one of {', '.join(OTHERS)}, got {against!r}; name one, or leave it out")
+    device = runtime.device(config.run.device)
+    peak_flops = runtime.peak_flops(device)
+    if jsonl is not None:
+        files.new_file(jsonl, "--jsonl")
+    names = ("nmoe",) if against is None else (against, "nmoe")
+    parts: dict[str, list[Timing]] = {name: [] for name in names}
+    for _ in range(ROUNDS):
+        for name in names:
+            parts[name].append(apart(config, name, steps))
+    timings = {name: together(parts[name]) for name in reversed(names)}
+    flops = plan(config, ranks=1, mfu=1.0, peak_flops=peak_flops).flops.training()
+    tokens = config.train.batch_size * config.train.sequence_length
+    for name, timing in timings.items():
+        say(line(name, timing, tokens, flops, peak_flops))
+        if jsonl is not None:
+            numbers = {"way": name, "device": str(device), "tokens": tokens, "flops_per_token": flops}
+            with jsonl.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**numbers, "peak_flops": peak_flops, **attrs.asdict(timing)}) + "\n")
+    if against is not None:
+        ours, theirs = timings["nmoe"], timings[against]
+        faster = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
+        # a model smaller than what the imports needed leaves no mark in the peak
+        known = ours.memory_bytes > 0 and theirs.memory_bytes > 0
+        memory = f", {theirs.memory_bytes / ours.memory_bytes:.2f} in memory" if known else ""
+        say(f"{'ratio':<14} {faster:.2f} in time{memory}  ({against} / nmoe)")
+    return 0
+
+
+def apart(config: Config, name: str, steps: int) -> Timing:
+    """`timed` in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(timed, config, name, steps).result()
+
+
+def timed(config: Config, name: str, steps: int) -> Timing:
+    """Build one trainer and time its steps."""
+    device = runtime.device(config.run.device)
+    rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
+    batch = random_batch(config, device)
+    if name == "nmoe":
+        held = runtime.memory_bytes(device)
+        one = our_step(config, rt, batch)
+    else:
+        build = their_classes()
+        held = runtime.memory_bytes(device)
+        one = their_step(config, their_network(config, rt, build), batch)
+    timing = measure(one, steps, device)
+    return attrs.evolve(timing, memory_bytes=runtime.memory_bytes(device) - held)
+
+
+def together(rounds: Sequence[Timing]) -> Timing:
+    """All rounds as one."""
+    return Timing(
+        seconds=tuple(seconds for each in rounds for seconds in each.seconds),
+        loss=rounds[0].loss,
+        memory_bytes=max(each.memory_bytes for each in rounds),
+    )
+
+
+def random_batch(config: Config, device: torch.device) -> Batch:
+    """One step's batch [M B T]."""
+    train = config.train
+    shape = (train.batch_size // train.microbatch_size, train.microbatch_size, train.sequence_length + 1)
+    generator = Key(config.run.seed).fold("bench").generator()
+    tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+    return Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), ())
+
+
+def measure(one: Callable[[], Tensor], steps: int, device: torch.device) -> Timing:
+    """Call `one` until warm, then time `steps` calls; the device is waited for at the end only."""
+    losses = [one() for _ in range(WARMUP)]
+    clock = runtime.Clock(device)
+    clock.mark("start")
+    for index in range(steps):
+        one()
+        clock.mark(str(index))
+    return Timing(seconds=tuple(clock.split().values()), loss=losses[0].item(), memory_bytes=0)
+
+
+def line(name: str, timing: Timing, tokens: int, flops: int, peak_flops: float) -> str:
+    """One trainer's figures; the median of the steps' times, and their range."""
+    seconds = statistics.median(timing.seconds)
+    low, high = min(timing.seconds), max(timing.seconds)
+    rate = tokens / seconds
+    return (
+        f"{name:<14} {1000 * seconds:.1f} ms a step ({1000 * low:.1f} to {1000 * high:.1f})"
+        f"  {quantity(rate)} tok/s  mfu {100 * rate * flops / peak_flops:.1f} %"
+        f"  memory {quantity(timing.memory_bytes, 'B')}  first loss {timing.loss:.6f}"
+    )
+
+
+def our_step(config: Config, rt: runtime.Runtime, batch: Batch) -> Callable[[], Tensor]:
+    """A call takes one step and returns its loss."""
+    layouts = arena_layouts(config)
+    state, env = fresh(config, layouts, rt)
+    take = stepper(config, layouts, env, rt, mark=lambda name: None)
+
+    def one() -> Tensor:
+        nonlocal state
+        state, metrics = take(state, batch)
+        return metrics.loss
+
+    return one
+
+
+def their_classes() -> tuple[Any, Any]:
+    """`transformers`' config and model classes."""
+    try:
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    except ImportError as error:
+        raise InputError(
+            f'--against: "transformers" needs the extra `hf`, got {error}; pip install "nmoe[hf]"'
+        ) from error
+    return DeepseekV3Config, DeepseekV3ForCausalLM
+
+
+def their_network(config: Config, rt: runtime.Runtime, classes: tuple[Any, Any]) -> Any:
+    """`transformers`' model with the weights a run of `config` starts from, in the format of `precision.compute`."""
+    settings_class, model_class = classes
+    dtype = torch.float32 if config.precision.compute == "fp32" else torch.bfloat16
+    state, _ = fresh(config, arena_layouts(config), rt)
+    with rt.device:
+        network = model_class(settings_class(**hf.settings(config.model), use_cache=False))
+    network.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+    network.load_state_dict(hf.state_dict(state.params, state.router_bias, config.model), strict=True)
+    return network.train()
+
+
+def their_step(config: Config, network: Any, batch: Batch) -> Callable[[], Tensor]:
+    """A call takes one step and returns its loss.
+
+    Parameters and moments have the format of the parameters: in bf16 less is stored, and less is read, than by a
+    trainer that keeps an fp32 master. Decay is for everything, and the router bias does not move.
+    """
+    rates = learning_rates(config, 0)
+    group = config.optim.dense
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=rates["dense"],
+        betas=(group.beta1, group.beta2),
+        eps=group.eps,
+        weight_decay=config.optim.weight_decay,
+        fused=True,
+    )
+    num_targets = batch.targets.numel()
+
+    def one() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=batch.tokens.device)
+        for tokens, targets in zip(batch.tokens.unbind(0), batch.targets.unbind(0), strict=True):
+            logits = network(tokens).logits.flatten(0, 1).float()
+            loss = F.cross_entropy(logits, targets.flatten(), reduction="sum") / num_targets
+            loss.backward()
+            total = total + loss.detach()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        return total
+
+    return one

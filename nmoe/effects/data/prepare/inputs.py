@@ -1,0 +1,175 @@
+"""The files of a source: found, sized and put in an order that is the same on every machine."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from nmoe.config.data_source import Files, Hub, Input, Library, Parquet
+from nmoe.effects.data import stdlib
+from nmoe.errors import InputError
+from nmoe.pure.data.prep import Form, Item
+
+__all__ = ["extra", "find"]
+
+ENDINGS: tuple[tuple[str, Form], ...] = (
+    (".parquet", "parquet"),
+    *(((f"{ending}.gz"), "gzip") for ending in (".jsonl", ".json", ".ndjson")),
+    *(((f"{ending}.zst"), "zstd") for ending in (".jsonl", ".json", ".ndjson")),
+    *((ending, "lines") for ending in (".jsonl", ".json", ".ndjson")),
+)
+KNOWN = ", ".join(ending for ending, _ in ENDINGS)
+
+
+def find(source: Input, base: Path, *, skip_unreadable: bool, say: Callable[[str], None]) -> tuple[Item, ...]:
+    """Every file of a source, ordered by name.
+
+    base             folder that relative paths start from
+    skip_unreadable  leave out what can not be opened, and say so
+
+    Raises:  InputError, one line a problem: nothing found, a file that can not be read, an ending that says nothing,
+             Parquet without `pyarrow`, a data set without `datasets`.
+    """
+    if isinstance(source, Library):
+        root = Path(sysconfig.get_path("stdlib"))
+        named = [(path.relative_to(root).as_posix(), str(path)) for path in stdlib.paths(root)]
+    elif isinstance(source, Hub):
+        named = _hub_files(source)
+    else:
+        named = _matching(source.paths, source.exclude, base)
+    items: list[Item] = []
+    problems: list[str] = []
+    for name, path in sorted(named):
+        try:
+            items.append(_item(name, path, _form(source, name)))
+        except OSError as error:
+            problems.append(f"{name}: a file that can be read, got {error.strerror}; restore or exclude it")
+        except InputError as error:
+            problems += error.problems
+    if problems and not skip_unreadable:
+        raise InputError(*problems)
+    for problem in problems:
+        say(f"left out: {problem}")
+    if not items:
+        raise InputError(f"{base}: files for the source, got none; mend input.paths")
+    return tuple(items)
+
+
+def extra(package: str, what: str, name: str) -> InputError:
+    """The error of a package that is not installed."""
+    return InputError(f"{what}: the package {package} is installed, got none; install it with: pip install '{name}'")
+
+
+def _matching(patterns: Sequence[str], exclude: Sequence[str], base: Path) -> list[tuple[str, str]]:
+    """Name and path of each file that a pattern matches, once; the name is relative to `base`."""
+    found: dict[str, str] = {}
+    problems: list[str] = []
+    for pattern in patterns:
+        whole = os.path.join(base, os.path.expanduser(pattern))
+        before = len(found)
+        roots = [whole] if os.path.lexists(whole) else glob.glob(whole, recursive=True, include_hidden=False)
+        for root in roots:
+            for path in _files(root) if os.path.isdir(root) else (root,):
+                name = Path(os.path.relpath(path, base)).as_posix()
+                if not any(fnmatch.fnmatch(name, each) for each in exclude):
+                    found[name] = path
+        if len(found) == before and not any(os.path.lexists(root) for root in roots):
+            problems.append(f"{whole}: a file or folder, got none; mend input.paths")
+    if problems:
+        raise InputError(*problems)
+    return list(found.items())
+
+
+def _files(root: str) -> Iterator[str]:
+    """Every file below a folder that is not hidden. Links to folders are followed once, so that loops end."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        about = os.stat(folder)
+        if (about.st_dev, about.st_ino) in seen:
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda each: each.name):
+                if entry.name.startswith("."):
+                    continue
+                if os.path.isdir(entry.path):
+                    waiting.append(entry.path)
+                else:
+                    yield entry.path
+
+
+def _form(source: Input, name: str) -> Form:
+    """How the file is read."""
+    if isinstance(source, Library):
+        return "python"
+    if isinstance(source, Files):
+        return "text"
+    for ending, form in ENDINGS:
+        if name.lower().endswith(ending) and (
+            isinstance(source, Hub) or (form == "parquet") == isinstance(source, Parquet)
+        ):
+            return form
+    raise InputError(f"{name}: an ending of {_endings(source)}, got another; rename or exclude it")
+
+
+def _endings(source: Input) -> str:
+    if isinstance(source, Parquet):
+        return ".parquet"
+    return KNOWN if isinstance(source, Hub) else KNOWN.removeprefix(".parquet, ")
+
+
+def _item(name: str, path: str, form: Form) -> Item:
+    """A file with its sizes. What is no regular file is refused: a pipe would wait for ever."""
+    about = os.stat(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{name}: a regular file, got another kind; exclude it")
+    with open(path, "rb"):
+        sizes = _row_group_bytes(name, path) if form == "parquet" else (about.st_size,)
+    return Item(name=name, path=os.path.abspath(path), form=form, sizes=sizes, modified_ns=about.st_mtime_ns)
+
+
+def _row_group_bytes(name: str, path: str) -> tuple[int, ...]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise extra("pyarrow", name, "nmoe[data]") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            about = file.metadata
+            return tuple(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{name}: a Parquet file, got {one_line(error)}; restore or exclude it") from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an exception says, shortened."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _hub_files(source: Hub) -> list[tuple[str, str]]:
+    """Name and local path of each file of a data set's split, fetched by `datasets` where it is not local."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise extra("datasets", source.dataset, "nmoe[hub]") from error
+    where = f"input.dataset {source.dataset}"
+    try:
+        builder = datasets.load_dataset_builder(source.dataset, source.subset)
+        files = dict(builder.config.data_files or {})
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: a data set that can be found, got {one_line(error)}; check its name") from error
+    if source.split not in files:
+        raise InputError(f"{where}: one of the splits {', '.join(files) or 'none'}, got {source.split}; choose another")
+    remote = [str(each) for each in files[source.split]]
+    try:
+        local = datasets.DownloadManager(dataset_name=source.dataset).download(remote)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: files that can be fetched, got {one_line(error)}; try again") from error
+    return list(zip(remote, map(str, local), strict=True))

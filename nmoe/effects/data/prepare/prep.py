@@ -1,0 +1,319 @@
+"""`nmoe data prep`: a source TOML in, a folder of shards out.
+
+    plan     which files, cut into tasks; a pure function of the source, so every process makes the same one
+    survey   each task: clean, filter, hash                         -> .work/survey/task-00000/
+    match    each bucket of hashes: what repeats an earlier document -> .work/match/bucket-00000/
+    build    each task: tokenize what stays, write shards            -> .work/build/task-00000/
+    fold     move the shards to their places, then the manifest; .work goes
+
+Every task writes one folder, by one rename, from nothing but its inputs. So it may be done twice, by anyone, after any
+crash: the bytes are the same. The manifest is the mark that the whole is done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import attrs
+
+from nmoe.config.data_source import Source, canonical
+from nmoe.effects import files
+from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data.prepare.build import SPLITS, build, built_folder
+from nmoe.effects.data.prepare.execute import Pool, run
+from nmoe.effects.data.prepare.inputs import find
+from nmoe.effects.data.prepare.match import Match, match
+from nmoe.effects.data.prepare.survey import Work, survey, works_of
+from nmoe.effects.data.store.format import MANIFEST, Receipt, stem
+from nmoe.effects.data.store.records import read_record, write_record
+from nmoe.effects.data.store.shard_writer import commit
+from nmoe.effects.data.tokenizer import Tokenizer
+from nmoe.errors import InputError
+from nmoe.pure.data.prep import Item
+
+__all__ = ["REPORT", "Report", "prepare", "report_lines"]
+
+FORMAT = 1
+WORK = ".work"
+PLAN = "plan.json"
+REPORT = "report.json"
+PROGRESS_EVERY_S = 2.0
+WAITING_EVERY_S = 30.0
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """What a folder is being prepared from. Another plan in the same folder is refused."""
+
+    format: int
+    tokenizer: str
+    source: str
+    items: tuple[Item, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """What went in, what came out, and why each document that did not was dropped."""
+
+    format: int
+    tokenizer: str
+    tokenizer_identity: str
+    source: str
+    inputs_sha256: str
+    files: int
+    bytes_read: int
+    documents_in: int
+    documents_with_replaced_bytes: int
+    dropped: dict[str, int]
+    documents_out: dict[str, int]
+    tokens_out: dict[str, int]
+    bytes_out: dict[str, int]
+
+
+S = TypeVar("S", Work, Match)
+R = TypeVar("R")
+
+
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    base: Path,
+    out: Path,
+    pool: Pool,
+    say: Callable[[str], None],
+    share: tuple[int, int] = (0, 1),
+) -> Report | None:
+    """Prepare a source, or what of it is missing.
+
+    base     folder that the source's relative paths start from
+    share    (i, n): do every n-th task from the i-th, and wait for the others before the next stage; worker 0 folds
+    returns  the report; None from a worker other than 0, once its part is done
+
+    Writes:  `out`, which must be absent, empty, or of the same plan.
+    Raises:  InputError, one line a problem; tasks that are done stay so.
+    """
+    items = find(source.input, base, skip_unreadable=source.clean.unreadable == "skip", say=say)
+    planned = Plan(format=FORMAT, tokenizer=tokenizer.identity, source=canonical(source), items=items)
+    with _claimed(out, tokenizer, planned, shared=share[1] > 1) as finished:
+        if finished is not None:
+            say(f"{out}: prepared already, nothing to do")
+            return finished
+        works = works_of(source, items, out / WORK)
+        matches = tuple(
+            Match(folder=out / WORK, index=index, tasks=len(works), near=source.deduplicate.near)
+            for index in range(works[0].buckets)
+        )
+        sizes = [_bytes(work) for work in works]
+        end, none = out / MANIFEST, [0] * len(matches)
+        _stage("survey", survey, works, lambda work: work.done(), sizes, pool, share, end, say)
+        _stage("match", match, matches, lambda bucket: bucket.done(), none, pool, share, end, say)
+        _stage("build", build, works, built_folder, sizes, pool, share, end, say)
+        if share[0] != 0:
+            say(f"{out}: worker {share[0]} of {share[1]} is done; worker 0 finishes the folder")
+            return None
+        return _fold(out, tokenizer, planned, works)
+
+
+def report_lines(report: Report) -> list[str]:
+    """The report for a person."""
+    kept = sum(report.documents_out.values())
+    lines = [
+        f"read       {report.files} files, {report.bytes_read / 1e6:.1f} MB, {report.documents_in} documents",
+        *(f"dropped    {count} {reason}" for reason, count in sorted(report.dropped.items()) if count),
+    ]
+    if report.documents_with_replaced_bytes:
+        lines.append(f"replaced   bytes that are not UTF-8 in {report.documents_with_replaced_bytes} documents")
+    lines.append(f"kept       {kept} documents, {sum(report.tokens_out.values())} tokens")
+    for split in SPLITS:
+        tokens, size = report.tokens_out[split], report.bytes_out[split]
+        ratio = f", {size / tokens:.2f} bytes a token" if tokens else ""
+        lines.append(f"{split:<10} {report.documents_out[split]} documents, {tokens} tokens{ratio}")
+    lines.append(f"tokenizer  {report.tokenizer} {report.tokenizer_identity[:12]}")
+    return lines
+
+
+def _bytes(work: Work) -> int:
+    """Bytes of input that a task reads."""
+    total = 0
+    for part in work.ranges:
+        item = work.items[part.file]
+        total += sum(item.sizes[part.start : part.end]) if item.form == "parquet" else part.end - part.start
+    return total
+
+
+def _stage(
+    name: str,
+    function: Callable[[S], R],
+    works: Sequence[S],
+    done: Callable[[S], Path],
+    sizes: Sequence[int],
+    pool: Pool,
+    share: tuple[int, int],
+    end: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Do this worker's part of what is missing, then wait until the others have done theirs.
+
+    sizes    bytes of input of each work, for the estimate
+    end      a file that is there when worker 0 has finished everything, after which what was done is gone
+    """
+    missing = [work for work in works[share[0] :: share[1]] if not done(work).exists()]
+    if end.exists():
+        return
+    total, through = sum(sizes[work.index] for work in missing), 0
+    began = spoken = time.monotonic()
+    for number, (work, _) in enumerate(run(function, missing, pool), 1):
+        through += sizes[work.index]
+        now = time.monotonic()
+        if now - spoken >= PROGRESS_EVERY_S or number == len(missing):
+            spoken, took = now, now - began
+            if total:
+                left = (
+                    f", {through / took / 1e6:.1f} MB/s, about {took * (total - through) / max(through, 1):.0f} s left"
+                )
+            else:
+                left = f", about {took * (len(missing) - number) / number:.0f} s left"
+            size = f", {through / 1e6:.1f} of {total / 1e6:.1f} MB" if total else ""
+            say(f"{name}: {number} of {len(missing)} tasks{size}, {took:.0f} s{left}")
+    spoken = time.monotonic()
+    while (others := sum(not done(work).exists() for work in works)) and not end.exists():
+        if time.monotonic() - spoken >= WAITING_EVERY_S:
+            spoken = time.monotonic()
+            say(f"{name}: waiting for {others} tasks of other workers")
+        time.sleep(0.2)
+
+
+def _fold(out: Path, tokenizer: Tokenizer, planned: Plan, works: Sequence[Work]) -> Report:
+    """Move every shard to its place in the order of the tasks, then write report and manifest.
+
+    A shard that an interrupted fold has moved is in its place already.
+    """
+    surveys, builts = [survey(work) for work in works], [build(work) for work in works]
+    receipts: dict[str, list[Receipt]] = {split: [] for split in SPLITS}
+    for split, placed in receipts.items():
+        (out / split).mkdir(exist_ok=True)
+        for work, built in zip(works, builts, strict=True):
+            for at, receipt in enumerate(built.shards[split]):
+                for ending in (".npy", ".ends.npy", ".json"):
+                    source = built_folder(work) / split / f"{stem(at)}{ending}"
+                    if source.exists():
+                        os.replace(source, out / split / f"{stem(len(placed))}{ending}")
+                placed.append(receipt)
+        files.sync_folder(out / split)
+    dropped: Counter[str] = Counter()
+    for each in (*surveys, *builts):
+        dropped.update(each.dropped)
+    report = Report(
+        format=FORMAT,
+        tokenizer=tokenizer.name,
+        tokenizer_identity=tokenizer.identity,
+        source=planned.source,
+        inputs_sha256=_inputs(planned.items),
+        files=len(planned.items),
+        bytes_read=sum(sum(item.sizes) for item in planned.items),
+        documents_in=sum(each.documents for each in surveys),
+        documents_with_replaced_bytes=sum(each.replaced for each in surveys),
+        dropped=dict(sorted(dropped.items())),
+        documents_out={split: sum(each.documents for each in placed) for split, placed in receipts.items()},
+        tokens_out={split: sum(each.tokens for each in placed) for split, placed in receipts.items()},
+        bytes_out={split: sum(each.bytes for each in placed) for split, placed in receipts.items()},
+    )
+    write_record(out / WORK / REPORT, report)
+    commit(out / WORK, tokenizer, receipts)
+    # Made beside the plan and moved, so that a crash leaves nothing half written outside.
+    for name in (tokenizers.FILE, REPORT, MANIFEST):
+        os.replace(out / WORK / name, out / name)
+        files.sync_folder(out)
+    shutil.rmtree(out / WORK)
+    return report
+
+
+@contextmanager
+def _claimed(out: Path, tokenizer: Tokenizer, planned: Plan, *, shared: bool) -> Iterator[Report | None]:
+    """The folder for this plan alone, locked while the block runs; the report where it is prepared already.
+
+    shared   whether other workers may have it at the same time
+
+    Writes:  `out`, its plan and its tokenizer.
+    """
+    try:
+        (out / WORK).mkdir(parents=True, exist_ok=True)
+        lock = open(out / WORK / ".lock", "a")
+    except OSError as error:
+        raise InputError(f"{out}: a folder to write to, got {error.strerror}; choose another") from error
+    with lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{out}: no other process preparing it, got one; wait for its end") from error
+        if (out / MANIFEST).exists():
+            try:
+                report = _finished(out, planned)
+            finally:
+                shutil.rmtree(out / WORK)
+            yield report
+            return
+        path = out / WORK / PLAN
+        if path.exists():
+            _same_plan(path, planned)
+        elif others := sorted(each.name for each in out.iterdir() if each.name != WORK):
+            shutil.rmtree(out / WORK)
+            raise InputError(f"{out}: an empty folder, got {', '.join(others[:3])} in it; choose another")
+        else:
+            write_record(path, planned)
+        if not shared:
+            for dead in (out / WORK).glob("*/.*.tmp"):
+                shutil.rmtree(dead)
+        if not (out / WORK / tokenizers.FILE).exists():
+            tokenizers.save(tokenizer, out / WORK)
+        yield None
+
+
+def _finished(out: Path, planned: Plan) -> Report:
+    """The report of a prepared folder, which must be of this plan."""
+    report = read_record(out / REPORT, Report, version=FORMAT)
+    said = (report.tokenizer_identity, report.source, report.inputs_sha256)
+    wanted = (planned.tokenizer, planned.source, _inputs(planned.items))
+    problems = [
+        f"{out}: prepared with {what} {new}, got a folder of {old}; choose another folder"
+        for what, old, new in zip(("tokenizer", "source", "input files of sha256"), said, wanted, strict=True)
+        if old != new
+    ]
+    if problems:
+        raise InputError(*problems)
+    return report
+
+
+def _same_plan(path: Path, planned: Plan) -> None:
+    """Refuse to go on with another plan than the one that was begun with."""
+    begun = read_record(path, Plan, version=FORMAT)
+    where, problems = path.parent.parent, list[str]()
+    if begun.tokenizer != planned.tokenizer:
+        problems.append(
+            f"{where}: begun with tokenizer {begun.tokenizer}, got {planned.tokenizer}; use that one or another folder"
+        )
+    if begun.source != planned.source:
+        problems.append(f"{where}: begun with the source {begun.source}, got {planned.source}; choose another folder")
+    before, now = set(begun.items), set(planned.items)
+    if changed := sorted({item.name for item in before ^ now}):
+        problems.append(
+            f"{where}: the input files it was begun with, got {len(changed)} others, {changed[0]} the first of them; "
+            "restore them or choose another folder"
+        )
+    if problems:
+        raise InputError(*problems)
+
+
+def _inputs(items: Sequence[Item]) -> str:
+    """A hash of the names and sizes of the files, the same on every machine."""
+    return hashlib.sha256(json.dumps([(item.name, item.sizes) for item in items]).encode("utf-8")).hexdigest()

@@ -1,0 +1,292 @@
+"""Documents out of files: one reader a form, each bounded in what it holds and each with a place to name."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tokenize
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import attrs
+
+from nmoe.config.data_source import Hub, Jsonl, Parquet, Source
+from nmoe.effects.data.prepare.inputs import extra, one_line
+from nmoe.errors import InputError
+from nmoe.pure.data.prep import Item, Range
+
+__all__ = ["Document", "read"]
+
+CHUNK_BYTES = 1 << 20
+ZSTD_CHUNK_BYTES = 1 << 12
+"""A compressed chunk can grow by any factor; a small one keeps what it grows to small."""
+ROWS = 64
+
+
+@attrs.frozen(kw_only=True)
+class Document:
+    """One record of a file.
+
+    text      None where it is left out
+    reason    why it is left out: "unreadable" or "long"
+    replaced  whether bytes that are not UTF-8 were replaced
+    position  byte of the (decompressed) file where it begins; row of a Parquet file
+    """
+
+    text: str | None
+    position: int
+    id: str | None = None
+    reason: str | None = None
+    replaced: bool = False
+
+
+def read(item: Item, part: Range, source: Source) -> Iterator[Document]:
+    """The documents of part of a file, in order.
+
+    Raises:  InputError at the first that can not be read, with file and position; where the source says `skip` it
+             yields one without text instead, and goes on behind it where the file can be read behind it.
+    """
+    if item.form in ("text", "python"):
+        records = _whole(item, source)
+    elif item.form == "parquet":
+        records = _rows(item, part, source)
+    else:
+        records = _lines(item, part, source)
+    position = part.start
+    while True:
+        try:
+            document = next(records, None)
+        except (OSError, EOFError, zlib.error, MemoryError) as error:
+            document = InputError(
+                f"{item.name}: a file that can be read to its end, got {one_line(error)} behind "
+                f'{position}; restore it, or write clean.unreadable = "skip"'
+            )
+        except InputError as error:
+            document = error
+        if document is None:
+            return
+        if isinstance(document, InputError):
+            if source.clean.unreadable == "error":
+                raise document
+            yield Document(text=None, position=position, reason="unreadable")
+            return
+        position = document.position
+        yield document
+
+
+def _decoded(raw: bytes, name: str, position: int, source: Source) -> tuple[str, bool]:
+    """The text of some bytes, and whether some of them were replaced."""
+    try:
+        return raw.decode("utf-8"), False
+    except UnicodeDecodeError as error:
+        if source.clean.invalid_utf8 == "replace":
+            return raw.decode("utf-8", "replace"), True
+        raise InputError(
+            f"{name}: UTF-8, got byte {raw[error.start]:#04x} at {position + error.start}; mend the file, or write "
+            'clean.invalid_utf8 = "replace"'
+        ) from error
+
+
+def _whole(item: Item, source: Source) -> Iterator[Document]:
+    """A file as one document."""
+    with open(item.path, "rb") as file:
+        raw = file.read(source.filter.max_bytes + 1)
+    if len(raw) > source.filter.max_bytes:
+        yield Document(text=None, position=0, reason="long")
+    elif item.form == "python":
+        yield Document(text=_python(raw, item.name), position=0)
+    else:
+        text, replaced = _decoded(raw, item.name, 0, source)
+        yield Document(text=text, position=0, replaced=replaced)
+
+
+def _python(raw: bytes, name: str) -> str:
+    """The text of a Python file, whose first lines may name its encoding."""
+    try:
+        return raw.decode(tokenize.detect_encoding(io.BytesIO(raw).readline)[0])
+    except (UnicodeDecodeError, SyntaxError, LookupError) as error:
+        raise InputError(f"{name}: Python in the encoding it names, got {one_line(error)}; mend the file") from error
+
+
+def _lines(item: Item, part: Range, source: Source) -> Iterator[Document]:
+    """The lines of a JSONL file that begin in a range of bytes; blank ones are none."""
+    with open(item.path, "rb") as file:
+        if item.form == "gzip":
+            with gzip.open(file) as unpacked:
+                yield from _records(_chunks(unpacked), 0, None, item, source)
+        elif item.form == "zstd":
+            yield from _records(_zstd_chunks(file, item.name), 0, None, item, source)
+        else:
+            # One byte back, so that a line which begins with the range is not taken for the rest of one before it.
+            begin = max(part.start - 1, 0)
+            file.seek(begin)
+            yield from _records(_chunks(file), begin, part, item, source)
+
+
+def _records(chunks: Iterator[bytes], begin: int, part: Range | None, item: Item, source: Source) -> Iterator[Document]:
+    """The documents of lines of JSON; `part` says which lines count."""
+    for position, line in _cut(chunks, begin, source.filter.max_bytes):
+        if part is not None and position >= part.end:
+            return
+        if part is not None and position < part.start:
+            continue
+        if line is None:
+            yield Document(text=None, position=position, reason="long")
+        elif line.strip():
+            try:
+                document = _record(line, position, item.name, source)
+            except InputError:
+                if source.clean.unreadable == "error":
+                    raise
+                document = Document(text=None, position=position, reason="unreadable")
+            yield document
+
+
+def _record(line: bytes, position: int, name: str, source: Source) -> Document:
+    """The document of one line of JSON."""
+    remedy = 'mend the line, or write clean.unreadable = "skip"'
+    decoded, replaced = _decoded(line, name, position, source)
+    try:
+        found: Any = json.loads(decoded)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: a line of JSON at byte {position}, got {one_line(error)}; {remedy}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{name}: a JSON object at byte {position}, got {type(found).__name__}; {remedy}")
+    return _checked(found.get, position, f"at byte {position}", replaced, name, source, remedy)
+
+
+def _checked(get: Any, position: int, place: str, replaced: bool, name: str, source: Source, remedy: str) -> Document:
+    """The document of a record whose fields `get` looks up."""
+    fields = source.input
+    if not isinstance(fields, Jsonl | Parquet | Hub):
+        raise TypeError(f"{name}: read as records, but its source has no fields")
+    text = get(fields.text_field)
+    if not isinstance(text, str):
+        raise InputError(
+            f"{name}: a text in {fields.text_field} {place}, got {'nothing' if text is None else type(text).__name__}; "
+            f"{remedy}"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        if source.clean.invalid_utf8 == "error":
+            raise InputError(
+                f"{name}: Unicode in {fields.text_field} {place}, got the lone surrogate "
+                f"U+{ord(text[error.start]):04X}; {remedy}"
+            ) from error
+        text, replaced = text.encode("utf-8", "replace").decode("utf-8"), True
+    identifier = None if fields.id_field is None else get(fields.id_field)
+    if fields.id_field is not None and (isinstance(identifier, bool) or not isinstance(identifier, str | int)):
+        raise InputError(
+            f"{name}: a text or integer in {fields.id_field} {place}, got {type(identifier).__name__}; {remedy}"
+        )
+    return Document(text=text, position=position, id=None if identifier is None else str(identifier), replaced=replaced)
+
+
+def _chunks(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
+    """The bytes of a file from where it stands."""
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _zstd_chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """The decompressed bytes of all frames of a file; one that ends inside a frame is an error, never a short text."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise extra("zstandard", name, "nmoe[data]") from error
+    frame, rest = None, b""
+    try:
+        while rest or (rest := file.read(ZSTD_CHUNK_BYTES)):
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+            unpacked = frame.decompress(rest)
+            rest = b""
+            if frame.eof:
+                rest, frame = frame.unused_data, None
+            if unpacked:
+                yield unpacked
+    except zstandard.ZstdError as error:
+        raise InputError(f"{name}: zstd data up to byte {file.tell()}, got {one_line(error)}; restore it") from error
+    if frame is not None:
+        raise InputError(f"{name}: whole zstd frames, got an end inside one at byte {file.tell()}; restore it")
+
+
+def _cut(chunks: Iterator[bytes], begin: int, most: int) -> Iterator[tuple[int, bytes | None]]:
+    """Position and content of each line; None for one of more than `most` bytes, which is never held."""
+    parts: list[bytes] = []
+    held = 0
+    for chunk in chunks:
+        *whole, last = chunk.split(b"\n")
+        for piece in whole:
+            size = held + len(piece)
+            yield begin, b"".join([*parts, piece]) if size <= most else None
+            begin, parts, held = begin + size + 1, [], 0
+        held += len(last)
+        if held <= most:
+            parts.append(last)
+        else:
+            parts = []
+    if held:
+        yield begin, b"".join(parts) if held <= most else None
+
+
+def _rows(item: Item, part: Range, source: Source) -> Iterator[Document]:
+    """The rows of some row groups of a Parquet file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise extra("pyarrow", item.name, "nmoe[data]") from error
+    fields = source.input
+    if not isinstance(fields, Parquet | Hub):
+        raise TypeError(f"{item.name}: read as rows, but its source has no columns")
+    columns = [fields.text_field, *([] if fields.id_field is None else [fields.id_field])]
+    remedy = 'restore it, or write clean.unreadable = "skip"'
+    try:
+        with pyarrow.parquet.ParquetFile(item.path) as file:
+            if absent := [name for name in columns if name not in file.schema_arrow.names]:
+                raise InputError(
+                    f"{item.name}: a column {', '.join(absent)}, got {', '.join(file.schema_arrow.names)[:200]}; "
+                    "set input.text_field and input.id_field"
+                )
+            row = sum(file.metadata.row_group(index).num_rows for index in range(part.start))
+            groups = list(range(part.start, part.end))
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=columns):
+                for record in _plain(batch, pyarrow):
+                    yield _row(record, row, item.name, source)
+                    row += 1
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{item.name}: Parquet, got {one_line(error)}; {remedy}") from error
+
+
+def _plain(batch: Any, pyarrow: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch, its texts as bytes, so that what is not UTF-8 is ours to judge."""
+    binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    arrays: list[list[Any]] = []
+    for column in batch.columns:
+        whole = column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+        arrays.append(whole.cast(binary.get(whole.type, whole.type)).to_pylist())
+    for row in zip(*arrays, strict=True):
+        yield dict(zip(batch.schema.names, row, strict=True))
+
+
+def _row(record: dict[str, Any], row: int, name: str, source: Source) -> Document:
+    """The document of one row."""
+    remedy = 'mend the row, or write clean.unreadable = "skip"'
+    texts: dict[str, Any] = {}
+    replaced = False
+    try:
+        for field, value in record.items():
+            if isinstance(value, bytes):
+                value, changed = _decoded(value, f"{name}: row {row}", 0, source)
+                replaced = replaced or changed
+            if isinstance(value, str) and len(value.encode("utf-8")) > source.filter.max_bytes:
+                return Document(text=None, position=row, reason="long")
+            texts[field] = value
+        return _checked(texts.get, row, f"in row {row}", replaced, name, source, remedy)
+    except InputError:
+        if source.clean.unreadable == "error":
+            raise
+        return Document(text=None, position=row, reason="unreadable")

@@ -1,0 +1,1 @@
+"""Token shards on disk: formats, readers, writers."""

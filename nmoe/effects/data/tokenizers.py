@@ -1,0 +1,184 @@
+"""The tokenizers of this machine: trained here or added from files, each in a folder of its own under its name."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import gzip
+import hashlib
+import io
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import attrs
+
+from nmoe.config.data_source import Source
+from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data.prepare.inputs import find
+from nmoe.effects.data.prepare.survey import cleaned, reporting, works_of
+from nmoe.effects.data.tokenizer import Tokenizer
+from nmoe.errors import InputError
+from nmoe.pure.data.prep import MILLION, split_of
+
+__all__ = ["KNOWN", "Known", "add", "install", "learn", "list_tokenizers", "resolve"]
+
+FOLDER = "tokenizers"
+LARGEST = 1 << 27
+PROGRESS_EVERY_S = 2.0
+
+
+@attrs.frozen(kw_only=True)
+class Known:
+    """A published tokenizer whose file of ranks a person brings along."""
+
+    sha256: str
+    pattern: str
+    end_of_text: int
+    size: int
+
+
+KNOWN: Mapping[str, Known] = MappingProxyType(
+    {
+        # As tiktoken publishes it: the ranks and the pattern of o200k_base, the special tokens of gpt-oss.
+        "o200k_harmony": Known(
+            sha256="446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+            pattern="|".join(
+                (
+                    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+                    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+                    r"\p{N}{1,3}",
+                    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+                    r"\s*[\r\n]+",
+                    r"\s+(?!\S)",
+                    r"\s+",
+                )
+            ),
+            end_of_text=199_999,
+            size=201_088,
+        )
+    }
+)
+
+
+def resolve(said: str, home: Path, base: Path) -> Tokenizer:
+    """The tokenizer of this name, or of this file or folder relative to `base`.
+
+    Raises:  InputError when there is none, or it is damaged.
+    """
+    if "/" in said or said.endswith(".json"):
+        path = base / Path(said).expanduser()
+        return tokenizers.load(path.parent if path.name == tokenizers.FILE else path)
+    folder = home / FOLDER / said
+    if not (folder / tokenizers.FILE).exists():
+        names = ", ".join(sorted(each.name for each in (home / FOLDER).glob("*") if each.is_dir())) or "none"
+        how = "add it with `nmoe data tokenizer add`" if said in KNOWN else "train it with `nmoe data tokenizer train`"
+        raise InputError(f"tokenizer {said}: one of those in {home / FOLDER}: {names}, got another; {how}")
+    return tokenizers.load(folder)
+
+
+def install(tokenizer: Tokenizer, name: str, home: Path) -> Path:
+    """Keep a tokenizer under a name.
+
+    Writes:  `home`/tokenizers/<name>; one with another identity is never replaced.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise InputError(f"tokenizer {name}: up to 64 letters, digits, '.', '_' and '-', got another name; rename it")
+    folder = home / FOLDER / name
+    if (folder / tokenizers.FILE).exists():
+        found = tokenizers.load(folder)
+        if found.identity != tokenizer.identity:
+            raise InputError(
+                f"tokenizer {name}: a name that is free or of {tokenizer.identity[:12]}, got {found.identity[:12]} "
+                f"under it; choose another name, or delete {folder}"
+            )
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizers.save(attrs.evolve(tokenizer, name=name), folder)
+    except OSError as error:
+        raise InputError(f"{folder}: a folder to write to, got {error.strerror}; set NMOE_HOME to another") from error
+    return folder
+
+
+def add(name: str, path: Path, known: Mapping[str, Known] = KNOWN) -> Tokenizer:
+    """A published tokenizer from its file of ranks, plain or gzip: a line a token, base64, blank, rank.
+
+    Raises:  InputError when the name is not known, the file can not be read, or is another than the published one.
+    """
+    if name not in known:
+        raise InputError(f"tokenizer {name}: one of {', '.join(known)}, got another; train one instead")
+    about = known[name]
+    try:
+        raw = path.read_bytes() if path.stat().st_size <= LARGEST else b""
+        if raw[:2] == b"\x1f\x8b":
+            raw = _unzipped(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: a file that can be read, got {error}; give another") from error
+    if (found := hashlib.sha256(raw).hexdigest()) != about.sha256:
+        raise InputError(
+            f"{path}: the ranks of {name} with sha256 {about.sha256}, got {found}; give the published file"
+        )
+    try:
+        lines = [line.split() for line in raw.splitlines() if line]
+        ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
+        tokens = [ranks[rank] for rank in range(len(lines))]
+    except (ValueError, KeyError, binascii.Error) as error:
+        raise InputError(f"{path}: lines of base64 and rank from 0 on, got {error}; give the published file") from error
+    return tokenizers.make(name, about.pattern, tokens, end_of_text=about.end_of_text, size=about.size)
+
+
+def learn(
+    source: Source, base: Path, size: int, most_bytes: int, say: Callable[[str], None], folder: Path
+) -> Tokenizer:
+    """A tokenizer trained on the training split of a source, cleaned and filtered as it will be prepared.
+
+    most_bytes  files of more than this are sampled by a hash of each document
+    folder      where messages place what goes wrong
+
+    Raises:  InputError when the source can not be read or is too small for `size`.
+    """
+    items = find(source.input, base, skip_unreadable=source.clean.unreadable == "skip", say=say)
+    total = sum(sum(item.sizes) for item in items)
+    share = min(1.0, most_bytes / max(total, 1))
+    works = works_of(source, items, folder)
+    validation, test = round(source.splits.validation * MILLION), round(source.splits.test * MILLION)
+
+    def texts() -> Iterator[str]:
+        began = spoken = time.monotonic()
+        for number, work in enumerate(works, 1):
+            for each in cleaned(work):
+                digest = hashlib.sha256(each.text.encode("utf-8")).digest()
+                split = split_of(digest, validation=validation, test=test)
+                if each.reason is None and split == "train" and int.from_bytes(digest[:4], "big") < share * 2**32:
+                    yield each.text
+            if (now := time.monotonic()) - spoken >= PROGRESS_EVERY_S or number == len(works):
+                spoken, took = now, now - began
+                through = total * number / len(works)
+                say(
+                    f"tokenizer: {number} of {len(works)} tasks read, {share:.0%} of their text learnt from, "
+                    f"{through / took / 1e6:.1f} MB/s, about {took * (len(works) - number) / number:.0f} s left"
+                )
+
+    with reporting(folder):
+        return tokenizers.train(texts(), size, say)
+
+
+def list_tokenizers(home: Path, say: Callable[[str], None]) -> int:
+    """Name, size and identity of every tokenizer of this machine."""
+    folders = sorted(each.parent for each in (home / FOLDER).glob(f"*/{tokenizers.FILE}"))
+    for folder in folders:
+        tokenizer = tokenizers.load(folder)
+        say(f"{folder.name:<24} {tokenizer.size:>7} tokens  identity {tokenizer.identity}")
+    if not folders:
+        say(f"{home / FOLDER}: no tokenizers; train one with `nmoe data tokenizer train`")
+    return 0
+
+
+def _unzipped(raw: bytes) -> bytes:
+    """The content of a gzip file, at most LARGEST bytes of it."""
+    with gzip.open(io.BytesIO(raw)) as file:
+        return file.read(LARGEST)

@@ -1,0 +1,1 @@
+"""One process and its GPU: which implementation runs, who owns memory, what the device says."""

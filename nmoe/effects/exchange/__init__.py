@@ -1,8 +1,0 @@
-"""Expert parallelism by direct writes: every rank puts rows into the memory of the rank that holds their expert."""
-
-from __future__ import annotations
-
-from nmoe.effects.exchange.arena import Exchange, PeerError, Sizes
-from nmoe.effects.exchange.opening import check, open_exchange
-
-__all__ = ["Exchange", "PeerError", "Sizes", "check", "open_exchange"]

@@ -1,0 +1,1 @@
+"""Attention kernels; one reference each in `pure/model/attention`."""

@@ -1,0 +1,319 @@
+"""Causal latent attention: `pure.attention.mla.attend_mla` with a backward pass that is bitwise repeatable.
+
+Forward is cuDNN's or our own; backward is two kernels of our own, one that owns queries and one that owns keys, so that
+every sum has one owner and one order. Keys are never assembled for our kernels: a head's own channels and the shared
+rotated ones are multiplied apart. Channels are read through descriptors, which fill with zeros what a block has beyond
+a sequence's or a head's end.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import attrs
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nmoe.effects.kernels.attention import mla_assemble as assemble_mla
+from nmoe.effects.kernels.attention.mla_kernels import dkv_kernel, dq_kernel, forward_kernel
+from nmoe.effects.kernels.tile import Tile
+from nmoe.errors import InputError
+
+__all__ = ["Tiles", "attend_mla", "attend_mla_cudnn"]
+
+
+@attrs.frozen(kw_only=True)
+class Tiles:
+    """m queries by n keys a step of each kernel; the programs of k heads run side by side, longest first."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+def attend_mla(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    start: Tensor | tuple[()] = (),
+    *,
+    scale: float,
+    tiles: Tiles,
+    forward: Literal["cudnn", "triton"] = "triton",
+) -> Tensor:
+    """Causal softmax attention; a head's key is its own part of `kv` beside the shared `k_rope`.
+
+    q        [B T H C]       the last P channels are rotated; bf16 or fp16
+    kv       [B T H Z]       C - P channels of key, then U of value
+    k_rope   [B T P]         rotated key, shared by all heads
+    start    [B T] i32 | ()  query i sees keys start[i]..i; must not decrease along T. (): all keys up to i
+    scale    factor on the scores, positive
+    tiles    how each pass is cut up
+    forward  whose forward pass: cuDNN's is the faster one; it knows no `start`, and a single position is ours
+    returns  [B T H U]
+    Raises:  InputError for formats and sizes that the kernels do not take.
+    Cost:    forward 2·(C + U), backward 2·(4·C + 3·U) FLOPs for each pair of query and visible key, times H.
+    """
+    check(q, kv, k_rope, start, scale=scale, forward=forward)
+    return Attend.apply(q, kv, k_rope, start, scale, forward, tiles)
+
+
+def attend_mla_cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
+    """`attend_mla` with cuDNN's own backward pass, whose gradient of `q` differs from run to run in the last bits."""
+    check(q, kv, k_rope, start, scale=scale, forward="cudnn")
+    return AttendCudnn.apply(q, kv, k_rope, scale)
+
+
+def check(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], *, scale: float, forward: str) -> None:
+    """Refuse what the kernels would compute wrongly or not at all."""
+    nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
+    sizes = {"qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": kv.shape[-1] - nope}
+    step = 16 // q.element_size()
+    problems = [
+        f"model.attention.{key}: a multiple of {step} up to 256 for the attention kernels, got {size}; "
+        f"write {min(256, max(step, -(-size // step) * step))}"
+        for key, size in sizes.items()
+        if size < step or size % step or size > 256
+    ]
+    if len({q.dtype, kv.dtype, k_rope.dtype}) > 1 or (q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16)):
+        problems.append(
+            f"attend_mla: q, kv and k_rope all in bf16 or all in fp16, got {q.dtype}, {kv.dtype}, {k_rope.dtype}; "
+            "use the reference for other formats"
+        )
+    if not scale > 0:
+        problems.append(f"attend_mla: scale > 0, got {scale}; negate q instead")
+    if forward == "cudnn" and isinstance(start, Tensor):
+        problems.append("attend_mla: cuDNN's forward sees whole sequences, got start; pass forward='triton'")
+    if problems:
+        raise InputError(*problems)
+
+
+class Attend(torch.autograd.Function):
+    """Ties a forward pass to our backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        kv: Tensor,
+        k_rope: Tensor,
+        start: Tensor | tuple[()],
+        scale: float,
+        forward: str,
+        tiles: Tiles,
+    ) -> Tensor:
+        """Output, and the logarithm of each row's sum of exponentials kept for backward."""
+        q, kv, k_rope = (readable(each) for each in (q, kv, k_rope))
+        if forward == "cudnn" and q.shape[1] > 1:
+            o, lse = cudnn_forward(q, kv, k_rope, scale)
+        else:
+            o, lse = triton_forward(q, kv, k_rope, start, scale, tiles.forward)
+        ctx.save_for_backward(q, kv, k_rope, o, lse, *((start,) if isinstance(start, Tensor) else ()))
+        ctx.scale, ctx.tiles = scale, tiles
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, kv and k_rope."""
+        q, kv, k_rope, o, lse, *start = ctx.saved_tensors
+        given = (*start, ())[0]
+        do = readable(gradients[0])
+        dq, top, delta = dq_pass(q, kv, k_rope, given, o, lse, do, ctx.scale, ctx.tiles.dq)
+        return dq, *dkv_pass(q, kv, k_rope, given, top, delta, do, ctx.scale, ctx.tiles.dkv), None, None, None, None
+
+
+class AttendCudnn(torch.autograd.Function):
+    """cuDNN both ways; whole keys are made again for the backward pass instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> Tensor:
+        """Output."""
+        o, lse, *_, seed, offset, _ = cudnn(q, kv, k_rope, scale)
+        ctx.save_for_backward(q, kv, k_rope, o, lse, seed, offset)
+        ctx.scale = scale
+        return o.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, kv and k_rope."""
+        q, kv, k_rope, o, lse, seed, offset = ctx.saved_tensors
+        nope, length = q.shape[-1] - k_rope.shape[-1], q.shape[1]
+        k = assemble_mla.keys(kv, k_rope, nope)
+        given = [each.transpose(1, 2) for each in (gradients[0], q, k, kv[..., nope:])]
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *given, o, lse, seed, offset, None, None, None, length, length, 0.0, True, scale=ctx.scale
+        )
+        dkv, dk_rope = assemble_mla.gradients(dk.transpose(1, 2), dv.transpose(1, 2), k_rope.shape[-1])
+        return dq.transpose(1, 2), dkv, dk_rope, None
+
+
+def cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Any, ...]:
+    """What torch's operator for cuDNN returns: the output [B H T U], the log-sums, and what its backward wants."""
+    nope = q.shape[-1] - k_rope.shape[-1]
+    k = assemble_mla.keys(kv, k_rope, nope)
+    operands = (each.transpose(1, 2) for each in (q, k, kv[..., nope:]))
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(*operands, None, True, 0.0, True, False, scale=scale)
+
+
+def cudnn_forward(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """cuDNN's output [B T H U], and natural logarithms [B H T] of the sums of exponentials, in fp32."""
+    o, lse, *_ = cudnn(q, kv, k_rope, scale)
+    return o.transpose(1, 2), lse.squeeze(-1)
+
+
+def triton_forward(
+    q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], scale: float, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """Our output [B T H U], and natural logarithms [B H T] of the sums of exponentials, in fp32."""
+    batch, positions, heads, _ = q.shape
+    nope = q.shape[-1] - k_rope.shape[-1]
+    o = q.new_empty(batch, positions, heads, kv.shape[-1] - nope)
+    lse = q.new_empty(batch, heads, positions, dtype=torch.float32)
+    forward_kernel[grid(q, tile.m)](
+        **operands(q, kv, k_rope, tile),
+        o=described(o, tile.m),
+        lse=lse,
+        start=start if isinstance(start, Tensor) else None,
+        **numbers(q, scale),
+        **constants(q, kv, k_rope, start, tile),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return o, lse
+
+
+def dq_pass(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    start: Tensor | tuple[()],
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    scale: float,
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of q, and what `dkv_pass` needs of each query.
+
+    returns  dq [B T H C]; top and delta, both [B·H T] f32: the logarithm to base 2 of a row's sum of exponentials, and
+             what softmax takes off each of its rows' gradients
+    """
+    batch, positions, heads, _ = q.shape
+    nope = q.shape[-1] - k_rope.shape[-1]
+    # Descriptors read rows that begin at multiples of 16 bytes.
+    top, delta = lse.new_empty(2, batch * heads, -(-positions // 4) * 4)[..., :positions]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq_kernel[grid(q, tile.m)](
+        **operands(q, kv, k_rope, tile),
+        o=described(o, tile.m),
+        do=described(do, tile.m),
+        dq=described(dq[..., :nope], tile.m),
+        dq_rope=described(dq[..., nope:], tile.m),
+        lse=lse.contiguous(),  # cuDNN lays it out [B T H] when it packs sequences
+        top=top,
+        delta=delta,
+        padded=top.stride(0),
+        start=start if isinstance(start, Tensor) else None,
+        **numbers(q, scale),
+        **constants(q, kv, k_rope, start, tile),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return dq, top, delta
+
+
+def dkv_pass(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    start: Tensor | tuple[()],
+    top: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    scale: float,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of kv and k_rope; the latter is summed over heads in fp32 from one rounded part a head."""
+    batch, positions, heads, _ = q.shape
+    nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
+    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+    parts = q.new_empty(batch, heads, positions, rope)
+    dkv_kernel[grid(q, tile.n)](
+        **operands(q, kv, k_rope, tile),
+        do=described(do, tile.m),
+        dk=described(dkv[..., :nope], tile.n),
+        dk_rope=described(parts.transpose(1, 2), tile.n),
+        dv=described(dkv[..., nope:], tile.n),
+        top=TensorDescriptor.from_tensor(top, [1, tile.m]),
+        delta=TensorDescriptor.from_tensor(delta, [1, tile.m]),
+        end=ends(start) if isinstance(start, Tensor) else None,
+        **numbers(q, scale),
+        **constants(q, kv, k_rope, start, tile),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return dkv, parts.sum(1)
+
+
+def ends(start: Tensor) -> Tensor:
+    """One past the last query that sees each key, [B T] i32: how many starts are not after it."""
+    keys = torch.arange(start.shape[1], dtype=start.dtype, device=start.device)
+    return torch.searchsorted(start, keys.expand_as(start).contiguous(), right=True, out_int32=True)
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` where a descriptor can read it: channels side by side, all else in steps of 16 bytes; or a copy that is."""
+    width = x.element_size()
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step * width % 16 == 0 for step in x.stride()[:-1])
+    return x if fits else x.contiguous()
+
+
+def described(x: Tensor, rows: int) -> TensorDescriptor:
+    """Blocks of `rows` positions of one head of x [B T H channels], all its channels rounded up to a power of two."""
+    batch, positions, heads, channels = x.shape
+    by_batch, by_position, by_head, by_channel = x.stride()
+    shape, strides = [batch, heads, positions, channels], [by_batch, by_head, by_position, by_channel]
+    return TensorDescriptor(x, shape, strides, [1, 1, rows, box(channels)])
+
+
+def box(channels: int) -> int:
+    """Channels of a block: a power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(channels))
+
+
+def operands(q: Tensor, kv: Tensor, k_rope: Tensor, tile: Tile) -> dict[str, TensorDescriptor]:
+    """What every kernel reads."""
+    nope = q.shape[-1] - k_rope.shape[-1]
+    return {
+        "q": described(q[..., :nope], tile.m),
+        "q_rope": described(q[..., nope:], tile.m),
+        "k": described(kv[..., :nope], tile.n),
+        "k_rope": described(k_rope[:, :, None], tile.n),
+        "v": described(kv[..., nope:], tile.n),
+    }
+
+
+def numbers(q: Tensor, scale: float) -> dict[str, Any]:
+    """Sizes and the scale."""
+    return {"positions": q.shape[1], "heads": q.shape[2], "rows": q.shape[0] * q.shape[2], "scale": scale}
+
+
+def constants(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], tile: Tile) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
+    return {
+        "m_size": tile.m,
+        "n_size": tile.n,
+        "together": tile.k,
+        "nope": box(nope),
+        "rope": box(rope),
+        "value": box(kv.shape[-1] - nope),
+        "documents": isinstance(start, Tensor),
+    }
+
+
+def grid(q: Tensor, size: int) -> tuple[int]:
+    """One program a block of positions of each head of each sequence."""
+    return (triton.cdiv(q.shape[1], size) * q.shape[0] * q.shape[2],)

@@ -1,0 +1,138 @@
+"""Rotary position embedding where the projection left its channels: `pure.attention.mla.rotate_mla` without a copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nmoe.effects.kernels.tile import Tile
+from nmoe.pure.model.rope import Rope
+
+__all__ = ["TILE", "rotate_mla_"]
+
+TILE = Tile(m=16, n=1, k=1, warps=4, stages=1)
+"""m tokens of one head a program."""
+
+
+def rotate_mla_(
+    q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[()] = (), *, tile: Tile = TILE
+) -> tuple[Tensor, Tensor]:
+    """`rotate_mla` on the memory of `q`, in both directions.
+
+    The gradient is turned back in the memory in which it arrives: nothing else may use the rotated q's gradient.
+
+    q          [B T H C]       neighbouring pairs of its last P channels are rotated
+    k_rope     [B T P]         all its channels are rotated, into new memory: others keep what lies beside it
+    positions  [B T] i32, i64  of each token, within the table; (): 0..T-1
+    returns    q [B T H C], the same memory; k_rope [B T P]
+
+    Writes:    q, after which the value it had is gone.
+    """
+    return RotateMla.apply(q, k_rope, rope.cos, rope.sin, positions, tile)
+
+
+class RotateMla(torch.autograd.Function):
+    """Turns forward by the angle, backward by its opposite; nothing but the table is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | tuple[()], tile: Tile
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated q and k_rope."""
+        ctx.save_for_backward(cos, sin, *((positions,) if isinstance(positions, Tensor) else ()))
+        ctx.tile = tile
+        rotated = torch.empty(k_rope.shape, dtype=k_rope.dtype, device=k_rope.device)
+        part = q[..., q.shape[-1] - k_rope.shape[-1] :]
+        turn_(part, part, cos, sin, positions, tile, back=False)
+        turn_(rotated[:, :, None], k_rope[:, :, None], cos, sin, positions, tile, back=False)
+        return q, rotated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q and k_rope."""
+        cos, sin, *positions = ctx.saved_tensors
+        given = (*positions, ())[0]
+        dq, dk = gradients
+        turned = torch.empty(dk.shape, dtype=dk.dtype, device=dk.device)
+        part = dq[..., dq.shape[-1] - dk.shape[-1] :]
+        turn_(part, part, cos, sin, given, ctx.tile, back=True)
+        turn_(turned[:, :, None], dk[:, :, None], cos, sin, given, ctx.tile, back=True)
+        return dq, turned, None, None, None, None
+
+
+def turn_(
+    y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | tuple[()], tile: Tile, *, back: bool
+) -> None:
+    """Channel pairs of x [B T H P] turned by the angle of their position, or back by it.
+
+    Writes:  y, which may be x.
+    """
+    batch, length, heads, channels = x.shape
+    turn_kernel[(triton.cdiv(batch * length, tile.m), heads)](
+        y,
+        x,
+        cos,
+        sin,
+        positions if isinstance(positions, Tensor) else None,
+        batch * length,
+        length,
+        *(step for each in (y, x) for step in each.stride()[:3]),
+        channels,
+        m_size=tile.m,
+        width=triton.next_power_of_2(channels),
+        back=back,
+        placed=isinstance(positions, Tensor),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@triton.jit
+def turn_kernel(
+    y,
+    x,
+    cos,
+    sin,
+    positions,
+    tokens,
+    length,
+    y_batch,
+    y_position,
+    y_head,
+    x_batch,
+    x_position,
+    x_head,
+    channels: tl.constexpr,
+    m_size: tl.constexpr,
+    width: tl.constexpr,
+    back: tl.constexpr,
+    placed: tl.constexpr,
+):
+    """One head of `m_size` tokens; channels are next to each other, as in the table."""
+    token = tl.program_id(0) * m_size + tl.arange(0, m_size)
+    head = tl.program_id(1).to(tl.int64)
+    inside = token < tokens
+    b = (token // length).to(tl.int64)
+    t = token % length
+    at = t
+    if placed:
+        at = tl.load(positions + token, mask=inside, other=0)
+    pair = tl.arange(0, width // 2)
+    entry = at.to(tl.int64)[:, None] * (channels // 2) + pair[None, :]
+    within = inside[:, None] & (pair < channels // 2)[None, :]
+    c = tl.load(cos + entry, mask=within, other=0.0)
+    s = tl.load(sin + entry, mask=within, other=0.0)
+    if back:
+        s = -s
+    channel = tl.arange(0, width)
+    within = inside[:, None] & (channel < channels)[None, :]
+    row = x + b * x_batch + t * x_position.to(tl.int64) + head * x_head
+    pairs = tl.load(row[:, None] + channel[None, :], mask=within, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(pairs, (m_size, width // 2, 2)))
+    turned = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (m_size, width))
+    row = y + b * y_batch + t * y_position.to(tl.int64) + head * y_head
+    tl.store(row[:, None] + channel[None, :], turned.to(y.dtype.element_ty), mask=within)

@@ -1,0 +1,1 @@
+"""Router, dispatch, grouped GEMMs and combine of the experts."""

@@ -1,0 +1,94 @@
+"""The routed experts of one block as one differentiable function: `pure.experts.mixture`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.profiler import record_function
+
+from nmoe.effects.kernels.moe import combine as sums
+from nmoe.effects.kernels.moe import dispatch as places
+from nmoe.effects.kernels.moe import experts
+from nmoe.effects.kernels.tile import Tile
+from nmoe.pure.model.route import Routing
+
+__all__ = ["Tiles", "mixture"]
+
+
+@attrs.frozen(kw_only=True)
+class Tiles:
+    """How each product of a mixture is cut up."""
+
+    up: Tile
+    down: Tile
+    activation: Tile
+    down_gradient: Tile
+    input: Tile
+    up_gradient: Tile
+    group: int  # row tiles next to each other in the order of work
+    programs: int  # multiprocessors of the device
+
+
+class Mixture(torch.autograd.Function):
+    """Keeps the input, the pre-activation and indices; the activation is recomputed, no row's output is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, t: Tiles
+    ) -> tuple[Tensor, Tensor]:
+        x, weight = x.contiguous(), weight.contiguous()
+        pairs = expert.numel()
+        with record_function("dispatch"):
+            at = places.dispatch(expert, up.shape[0])
+        with record_function("experts"):
+            h, a = experts.up(x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.m), t.up, t.group)
+            cut = places.tiles(at.count, pairs, t.down.m)
+            y = experts.product(a, down, at.end, cut, t.down, t.group, transposed=False)
+        with record_function("combine"):
+            out = sums.combine(y, at.place, weight)
+        count = at.count.to(torch.int64)
+        ctx.mark_non_differentiable(count)
+        ctx.save_for_backward(x, h, weight, up, down, at.slot, at.place, at.count, at.end)
+        ctx.t = t
+        return out, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, h, weight, up, down, slot, place, count, end = ctx.saved_tensors
+        t: Tiles = ctx.t
+        pairs = place.numel()
+        with record_function("combine"):
+            rows = places.spread(outputs[0].contiguous(), place)
+        with record_function("experts"):
+            cut = places.tiles(count, pairs, t.activation.m)
+            dh, a, part = experts.activation_backward(
+                rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs
+            )
+            dh = dh.flatten(1)
+            d_weight = part.sum(-1)[place.to(torch.int64)]
+            d_down = experts.weight_gradient(a, rows, end, count, t.down_gradient, t.group)
+            del a, part, rows
+            d_up = experts.weight_gradient(places.spread(x, place), dh, end, count, t.up_gradient, t.group)
+            cut = places.tiles(count, pairs, t.input.m)
+            dx = experts.product(dh, up.flatten(2), end, cut, t.input, t.group, transposed=True)
+        with record_function("dispatch"):
+            d_input = sums.combine(dx, place, None)
+        return d_input, None, d_weight, d_up.view_as(up), d_down, None
+
+
+def mixture(x: Tensor, routing: Routing, up: Tensor, down: Tensor, *, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """`pure.experts.mixture`: the weighted sum of the chosen experts' outputs, and each expert's rows.
+
+    x        [N D]
+    up       [E D 2 F]
+    down     [E F D]
+    returns  [N D] in the format of `x`, [E] i64
+    """
+    return Mixture.apply(x, routing.expert, routing.weight, up, down, tiles)  # pyright: ignore[reportReturnType]

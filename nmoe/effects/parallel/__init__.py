@@ -1,0 +1,1 @@
+"""Several processes: starting and watching them, collectives, expert-parallel dispatch."""

@@ -1,0 +1,8 @@
+"""Expert parallelism by direct writes: every rank puts rows into the memory of the rank that holds their expert."""
+
+from __future__ import annotations
+
+from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, Sizes
+from nmoe.effects.parallel.exchange.opening import check, open_exchange
+
+__all__ = ["Exchange", "PeerError", "Sizes", "check", "open_exchange"]

@@ -1,0 +1,320 @@
+"""The exchange in kernels: `kernels.mixture` with rows that cross to the ranks that hold their experts.
+
+What a rank does between two meetings is a stretch of a generator, so that the same text runs one rank a process, or all
+ranks of an exchange in one, each stretch in turn. No size depends on what the router chose and nothing waits for the
+device, so that a CUDA graph can hold a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import attrs
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.profiler import record_function
+
+from nmoe.effects.kernels.exchange import plan as plans
+from nmoe.effects.kernels.exchange import push as moves
+from nmoe.effects.kernels.moe import combine as sums
+from nmoe.effects.kernels.moe import dispatch as places
+from nmoe.effects.kernels.moe import experts
+from nmoe.effects.kernels.moe.moe import Tiles
+from nmoe.effects.parallel.exchange.arena import Exchange, Field, fit, view
+from nmoe.pure.model.route import Routing
+
+__all__ = ["Kept", "backward", "begin", "combine", "dispatch", "forward", "mixture", "run"]
+
+T = TypeVar("T")
+Stretches = Generator[None, None, T]
+"""Work that yields where ranks meet."""
+
+
+@attrs.frozen(kw_only=True)
+class Kept:
+    """Where everything goes; the backward pass follows it too."""
+
+    slot: Tensor  # [P] i32, pair in the order of experts -> pair in the order of tokens
+    place: Tensor  # [N K] i32, the other way
+    row_to: Tensor  # [N K] i32, rank that holds the pair's expert
+    row_at: Tensor  # [N K] i32, its row there
+    token_to: Tensor  # [N K] i32, rank to send the token to for this choice; no rank if it goes there already
+    token_at: Tensor  # [N K] i32, place in the landing buffer
+    home_to: Tensor  # [C] i32, rank a row came from
+    home_at: Tensor  # [C] i32, its pair there
+    source: Tensor  # [C] i32, row -> place in the landing buffer
+    count: Tensor  # [E/R] i32
+    end: Tensor  # [E/R] i32
+    live: Tensor  # [3] i32
+    traffic: Tensor  # [3] i32
+
+
+def run(exchanges: Sequence[Exchange], works: Sequence[Stretches[T]]) -> list[T]:
+    """What each rank's work returns; between stretches the ranks meet.
+
+    exchanges  of the ranks in this process: one, or all of the exchange
+
+    Writes:  flags of all arenas, and each `epoch`.
+    """
+    while True:
+        found: list[T] = []
+        for work in works:
+            try:
+                next(work)
+            except StopIteration as end:
+                found.append(end.value)
+        if found:
+            return found
+        alone = len(exchanges) == 1
+        for e in exchanges:
+            meet(e, tell=True, wait=alone)
+        if not alone:
+            for e in exchanges:
+                meet(e, tell=False, wait=True)
+
+
+def meet(e: Exchange, *, tell: bool, wait: bool) -> None:
+    """`kernels.exchange.meet_` of one rank."""
+    limit = int(e.timeout_s * 1e9) if e.raw.is_cuda else 0
+    arrived = view(e.raw, e.fields.arrived)
+    offset = e.fields.arrived.offset
+    with record_function("exchange wait"):
+        moves.meet_(e.epoch, arrived, e.missing, e.addresses, offset, e.rank, tell=tell, wait=wait, limit_ns=limit)
+
+
+def begin(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
+    """Sort this rank's pairs, tell every rank their counts, and plan; how many chose each expert [E] i64.
+
+    Needs nothing but the routing. With dedup the places where tokens land are on their way when it returns.
+
+    expert   [N K] integers
+    """
+    s, f = e.sizes, e.fields
+    with record_function("exchange plan"):
+        at = places.dispatch(expert, s.experts)
+        owner = plans.owners(expert, s.ranks, s.experts) if s.dedup else None
+        tokens = None if owner is None else places.dispatch(owner, s.ranks + 1)
+        moves.push_counts(at.count, None if tokens is None else tokens.count, e.addresses, f.counts.offset, e.rank)
+    yield
+    with record_function("exchange plan"):
+        plan = plans.plan_(view(e.raw, f.counts), e.needed, e.rank, s.capacity)
+        row, landing = plans.ways(expert, at.place, plan, owner, None if tokens is None else tokens.place)
+        token = row if owner is None or landing is None else plans.Way(to=owner, at=landing)
+        home = plans.homes(plan, s.capacity)
+        if landing is not None:
+            moves.push_words(landing, at.slot, row.to, row.at, e.addresses, f.source.offset, plan.live, home=False)
+    kept = Kept(
+        slot=at.slot,
+        place=at.place,
+        row_to=row.to,
+        row_at=row.at,
+        token_to=token.to,
+        token_at=token.at,
+        home_to=home.to,
+        home_at=home.at,
+        source=torch.arange(s.capacity, dtype=torch.int32, device=expert.device),
+        count=plan.count,
+        end=plan.end,
+        live=plan.live,
+        traffic=plan.traffic,
+    )
+    return kept, at.count.to(torch.int64)
+
+
+def dispatch(e: Exchange, x: Tensor, kept: Kept) -> Stretches[Kept]:
+    """Rows to the ranks that hold their experts; what is kept, with where each row landed.
+
+    x        [N D]
+    """
+    s = e.sizes
+    with record_function("exchange dispatch"):
+        send(e, x, kept, e.fields.land)
+        fixed = 4 * (s.ranks - 1) * (s.experts + s.ranks)
+        count_bytes_(e, kept, times=1, words=4 if s.dedup else 0, back=0, fixed=fixed)
+    yield
+    return attrs.evolve(kept, source=view(e.raw, e.fields.source).clone()) if s.dedup else kept
+
+
+def combine(e: Exchange, y: Tensor, weight: Tensor, kept: Kept) -> Stretches[Tensor]:
+    """Rows back to where they came from, and the weighted sum of each token's.
+
+    y        [C D]   of the rows held here
+    weight   [N K]
+    returns  [N D]
+    """
+    with record_function("exchange return"):
+        give_back(e, y, kept)
+    yield
+    with record_function("exchange combine"):
+        return sums.combine(came_back(e, weight.shape[0]), kept.place, weight)
+
+
+def forward(
+    e: Exchange, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, t: Tiles
+) -> Stretches[tuple[Tensor, Tensor, Kept, Tensor]]:
+    """Output, how many chose each expert, and what to keep: plan and pre-activation [C 2 F]. Shapes as `mixture`."""
+    capacity = e.sizes.capacity
+    kept, count = yield from begin(e, expert)
+    kept = yield from dispatch(e, x, kept)
+    with record_function("experts"):
+        cut = places.tiles(kept.count, capacity, t.up.m)
+        h, a = experts.up(view(e.raw, e.fields.land), kept.source, up, kept.end, cut, t.up, t.group)
+        cut = places.tiles(kept.count, capacity, t.down.m)
+        y = experts.product(a, down, kept.end, cut, t.down, t.group, transposed=False)
+        del a
+    out = yield from combine(e, y, weight, kept)
+    return out, count, kept, h
+
+
+def backward(
+    e: Exchange, pull: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, kept: Kept, h: Tensor, t: Tiles
+) -> Stretches[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Gradients of x, weight, up and down, from the output's.
+
+    Rows of x are sent again rather than kept, while the experts are busy with the output's gradient, and rows of the
+    input's gradient go home beside the gradient of `down`; that of `up`, which reads what landed, comes last.
+
+    pull  [N D]
+    """
+    s, f = e.sizes, e.fields
+    with record_function("exchange dispatch"):
+        moves.push_words(weight, kept.slot, kept.row_to, kept.row_at, e.addresses, f.gate.offset, kept.live, home=False)
+        send(e, pull, kept, f.land_gradient)
+        count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
+    yield
+    with record_function("exchange dispatch"), aside(e):
+        send(e, x, kept, f.land)
+    with record_function("experts"):
+        each = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
+        pulls = landed(e, f.land_gradient, kept)
+        cut = places.tiles(kept.count, s.capacity, t.activation.m)
+        dh, a, part = experts.activation_backward(
+            pulls, each, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, t.programs
+        )
+        dh = dh.flatten(1)
+        d_gate = part.sum(-1)
+        cut = places.tiles(kept.count, s.capacity, t.input.m)
+        dx = experts.product(dh, up.flatten(2), kept.end, cut, t.input, t.group, transposed=True)
+    with record_function("exchange return"), aside(e):
+        give_back(e, dx, kept)
+        moves.push_words(
+            d_gate, None, kept.home_to, kept.home_at, e.addresses, f.gate_gradient.offset, kept.live, home=True
+        )
+    with record_function("experts"):
+        moves.pad_(a, kept.live, t.down_gradient.k)
+        d_down = experts.weight_gradient(a, pulls, kept.end, kept.count, t.down_gradient, t.group)
+    join(e)
+    del a, part, pulls, dx, d_gate
+    yield
+    with record_function("exchange combine"):
+        d_x = sums.combine(came_back(e, x.shape[0]), kept.place, None)
+        d_weight = view(e.raw, f.gate_gradient)[kept.place.to(torch.int64)]
+    with record_function("experts"):
+        rows = landed(e, f.land, kept)
+        moves.pad_(rows, kept.live, t.up_gradient.k)
+        d_up = experts.weight_gradient(rows, dh, kept.end, kept.count, t.up_gradient, t.group).view_as(up)
+    return d_x, d_weight, d_up, d_down
+
+
+@contextmanager
+def aside(e: Exchange) -> Iterator[None]:
+    """What is launched inside runs after what came before and beside what follows, until `join`.
+
+    It allocates nothing, and what it reads lives until then.
+    """
+    if e.stream is None:
+        yield
+    else:
+        e.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(e.stream):
+            yield
+
+
+def join(e: Exchange) -> None:
+    """What follows comes after all that was launched aside."""
+    if e.stream is not None:
+        torch.cuda.current_stream().wait_stream(e.stream)
+
+
+def send(e: Exchange, x: Tensor, kept: Kept, field: Field) -> None:
+    """Tokens to the ranks that hold their experts. Writes: a landing buffer of every arena."""
+    moves.push(x, kept.token_to, kept.token_at, e.addresses, field.offset, kept.live, e.programs, home=False)
+
+
+def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:
+    """Count what one pass writes to other ranks.
+
+    times  how often tokens are sent; rows come back once
+    words  bytes sent with each pair
+    back   bytes that come back with each row
+    fixed  bytes sent whatever the routing
+
+    Writes:  e.sent.
+    """
+    row = e.sizes.hidden_size * e.sizes.dtype.itemsize
+    pair, place = (words, times * row) if e.sizes.dedup else (words + times * row, 0)
+    moves.count_bytes_(e.sent, kept.traffic, pair=pair, place=place, row=row + back, fixed=fixed)
+
+
+def give_back(e: Exchange, y: Tensor, kept: Kept) -> None:
+    """Rows to where they came from. Writes: `back` of every arena."""
+    moves.push(y, kept.home_to, kept.home_at, e.addresses, e.fields.back.offset, kept.live, e.programs, home=True)
+
+
+def landed(e: Exchange, field: Field, kept: Kept) -> Tensor:
+    """Rows by expert: the landing buffer itself, or with dedup a copy that has a token at each of its rows."""
+    land = view(e.raw, field)
+    return moves.expand(land, kept.source, kept.live) if e.sizes.dedup else land
+
+
+def came_back(e: Exchange, tokens: int) -> Tensor:
+    """Rows by the number of their pair [N·K D]."""
+    return view(e.raw, e.fields.back)[: tokens * e.sizes.top_k]
+
+
+class Mixture(torch.autograd.Function):
+    """`forward` and `backward` of the one rank that this process has."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, e: Exchange, t: Tiles
+    ) -> tuple[Tensor, Tensor]:
+        fit(e, x, expert, up)
+        x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
+        [(out, count, kept, h)] = run([e], [forward(e, x, expert, weight, up, down, t)])
+        ctx.mark_non_differentiable(count)
+        ctx.save_for_backward(x, weight, up, down, h, *(getattr(kept, field.name) for field in attrs.fields(Kept)))
+        ctx.e, ctx.t = e, t
+        return out, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, up, down, h, *rest = ctx.saved_tensors
+        kept = Kept(**{field.name: each for field, each in zip(attrs.fields(Kept), rest, strict=True)})
+        work = backward(ctx.e, outputs[0].contiguous(), x, weight, up, down, kept, h, ctx.t)
+        [(dx, d_weight, d_up, d_down)] = run([ctx.e], [work])
+        return dx, None, d_weight, d_up, d_down, None, None
+
+
+def mixture(
+    x: Tensor, routing: Routing, up: Tensor, down: Tensor, *, exchange: Exchange, tiles: Tiles
+) -> tuple[Tensor, Tensor]:
+    """`pure.experts.mixture` of this rank's tokens, with experts that all ranks of the exchange hold together.
+
+    Every rank calls it and its backward in the same order. Gradients of `up` and `down` are sums over all tokens. When
+    a rank cannot hold its rows, the result has no meaning on any rank and `exchange.needed` says so.
+
+    x        [N D]
+    up       [E/R D 2 F]   of this rank's experts
+    down     [E/R F D]
+    returns  [N D] in the format of `x`, and how many of this rank's tokens chose each expert [E] i64
+    """
+    return Mixture.apply(  # pyright: ignore[reportReturnType]
+        x, routing.expert, routing.weight, up, down, exchange, tiles
+    )

@@ -1,0 +1,260 @@
+"""Arenas: allocated once, shown to all ranks, tried out, and taken down at the end."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nmoe.effects.parallel.exchange.arena import Exchange, Fields, PeerError, Sizes, fields, view
+from nmoe.errors import InputError
+
+__all__ = ["check", "open_exchange", "virtual"]
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def check(e: Exchange) -> None:
+    """Whether every rank could hold its rows so far. Waits for the device.
+
+    Raises:  InputError, the same on all ranks, with the capacity it takes.
+    """
+    needed = int(e.needed)
+    if needed:
+        s = e.sizes
+        mean = s.tokens * s.top_k
+        raise InputError(
+            f"parallel.capacity: a rank holds {s.capacity} rows ({s.capacity / mean:.2f} x the mean), got {needed} for "
+            f"one rank; set it to {needed / mean + 0.005:.2f} or more, or to 0 for what can come at the worst"
+        )
+
+
+@contextmanager
+def open_exchange(
+    *, device: torch.device, group: dist.ProcessGroup, sizes: Sizes, timeout_s: float, programs: int = 64
+) -> Iterator[Exchange]:
+    """This process's part in an exchange among the ranks of `group`: on a CPU over shared memory, else P2P over NVLink.
+
+    Collective: every rank of the group opens at the same place, with the same sizes, and closes at the same place.
+
+    group      whose ranks are all on one host
+    timeout_s  how long a rank is waited for in each phase
+    programs   that push rows
+
+    Raises:    InputError when ranks disagree about sizes, are on several hosts, or cannot reach each other's memory;
+               PeerError, from what came first, when the time for a rank had run out.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    _agree(sizes, rank, ranks, group)
+    f = fields(sizes)
+    with ExitStack() as scope:
+        if device.type == "cpu":
+            peers = scope.enter_context(_shared(f.size, group))
+            raw = peers[rank]
+            addresses = [each.data_ptr() for each in peers]
+        else:
+            peers = ()
+            raw, addresses = scope.enter_context(_symmetric(f.size, group, device))
+        e = _exchange(rank, sizes, f, raw, tuple(peers), addresses, timeout_s, programs)
+        _shake_hands(e, group)
+        try:
+            yield e
+        except PeerError:
+            raise
+        except BaseException as error:
+            late = int(e.missing)
+            if late:
+                raise PeerError(
+                    f"rank {rank}: every rank of the exchange comes within {timeout_s:g} s, got nothing from rank "
+                    f"{late - 1}; look at that rank's log, or raise parallel.timeout_s if it was only slow"
+                ) from error
+            raise
+
+
+def virtual(sizes: Sizes, device: torch.device, *, programs: int = 64) -> tuple[Exchange, ...]:
+    """All ranks of an exchange in this process, on one device: for tests, and to measure with one GPU."""
+    f = fields(sizes)
+    arenas = [torch.zeros(f.size, dtype=torch.uint8, device=device) for _ in range(sizes.ranks)]
+    addresses = [each.data_ptr() for each in arenas]
+    peers = tuple(arenas) if device.type == "cpu" else ()
+    return tuple(_exchange(rank, sizes, f, raw, peers, addresses, 60.0, programs) for rank, raw in enumerate(arenas))
+
+
+def _exchange(
+    rank: int,
+    sizes: Sizes,
+    f: Fields,
+    raw: Tensor,
+    peers: tuple[Tensor, ...],
+    addresses: Sequence[int],
+    timeout_s: float,
+    programs: int,
+) -> Exchange:
+    """The record around an arena."""
+    device = raw.device
+
+    def word(dtype: torch.dtype) -> Tensor:
+        return torch.zeros(1, dtype=dtype, device=device)
+
+    return Exchange(
+        rank=rank,
+        sizes=sizes,
+        fields=f,
+        raw=raw,
+        peers=peers,
+        addresses=torch.tensor(addresses, dtype=torch.int64, device=device),
+        epoch=word(torch.int64),
+        needed=word(torch.int32),
+        sent=word(torch.int64),
+        missing=torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
+        stream=torch.cuda.Stream(device) if device.type == "cuda" else None,
+        timeout_s=timeout_s,
+        programs=programs,
+    )
+
+
+def _agree(sizes: Sizes, rank: int, ranks: int, group: dist.ProcessGroup) -> None:
+    """Refuse what cannot work, before anything is allocated."""
+    problems: list[str] = []
+    if sizes.ranks != ranks:
+        problems.append(f"exchange: sizes are for the ranks of the group, {ranks}, got {sizes.ranks}; pass the group's")
+    if sizes.experts % sizes.ranks:
+        problems.append(
+            f"model.moe.num_experts: the ranks of an expert group hold equally many, got {sizes.experts} experts for "
+            f"{sizes.ranks} ranks; take a number of ranks that divides it"
+        )
+    if sizes.hidden_size * sizes.dtype.itemsize % 16:
+        problems.append(
+            f"model.hidden_size: a row is a multiple of 16 bytes, which a rank writes at once, got "
+            f"{sizes.hidden_size * sizes.dtype.itemsize} bytes; take a multiple of {16 // sizes.dtype.itemsize}"
+        )
+    told: list[Any] = [None] * ranks
+    dist.all_gather_object(told, (os.uname().nodename, sizes), group=group)
+    for other, (host, theirs) in enumerate(told):
+        if host != told[0][0]:
+            problems.append(
+                f"parallel.experts: the ranks of an expert group are on one host, got rank {other} on {host} and rank "
+                f"0 on {told[0][0]}; lower parallel.experts to the ranks of a host"
+            )
+        if theirs != sizes:
+            problems.append(f"rank {rank}: sizes are the same on all ranks, got {sizes} and on rank {other} {theirs}")
+    if problems:
+        raise InputError(*problems)
+
+
+@contextmanager
+def _shared(size: int, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, ...]]:
+    """Every rank's arena, in memory that the group's processes share; the files are gone before any work begins."""
+    ranks = dist.get_world_size(group)
+    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    if free < size * ranks:
+        raise InputError(
+            f"{folder}: the arenas of {ranks} ranks need {size * ranks} bytes there, got {free} free; "
+            "make room, or lower parallel.capacity or train.microbatch_size"
+        )
+    names: list[Any] = [None] * ranks
+    with tempfile.NamedTemporaryFile(prefix="nmoe-", dir=folder) as file:
+        os.ftruncate(file.fileno(), size)
+        dist.all_gather_object(names, file.name, group=group)
+        maps: list[mmap.mmap] = []
+        for name in names:
+            with open(name, "r+b") as other:
+                maps.append(mmap.mmap(other.fileno(), size))
+        dist.barrier(group=group)
+    # a mapping ends with the last tensor that looks at it
+    yield tuple(torch.frombuffer(each, dtype=torch.uint8) for each in maps)
+
+
+@contextmanager
+def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Iterator[tuple[Tensor, list[int]]]:
+    """This rank's arena, in memory that the group's GPUs reach, and where this process sees each rank's.
+
+    One allocation for the life of the exchange, and none through torch's pools: a pool may give two ranks different
+    slots of it, and data would go astray without a word (pytorch issue 190977).
+    """
+    # only here: a CPU needs none of it
+    import torch.distributed._symmetric_memory as symmetric
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    _refuse_unreachable(group, device)
+    _refuse_multicast(device)
+    raw = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
+    handle = symmetric.rendezvous(raw, group)
+    if handle.multicast_ptr:
+        raise InputError("exchange: shared memory has no multicast address, got one; see docs/exchange.md")
+    before = raw.data_ptr() - handle.buffer_ptrs[handle.rank]
+    raw.zero_()
+    torch.cuda.synchronize(device)
+    dist.barrier(group=group)
+    yield raw, [each + before for each in handle.buffer_ptrs]
+    # not after an error: the device may have trapped, and a peer may be gone
+    torch.cuda.synchronize(device)
+    dist.barrier(group=group)
+    del handle
+
+
+def _refuse_multicast(device: torch.device) -> None:
+    """Multicast is off: a rendezvous would set it up wherever all GPUs know it."""
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    if _SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index):
+        raise InputError(
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST: NVLink multicast is off before ranks share memory, got it on; export "
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 NCCL_NVLS_ENABLE=0"
+        )
+
+
+def _refuse_unreachable(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Every GPU of the group is one whose memory this one reaches."""
+    indices: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(indices, device.index, group=group)
+    seen = [each for each in indices if each != device.index and each < torch.cuda.device_count()]
+    far = [each for each in seen if not torch.cuda.can_device_access_peer(device.index, each)]
+    if far:
+        raise InputError(
+            f"parallel.experts: GPUs of an expert group reach each other's memory, got GPU {device.index} that cannot "
+            f"reach GPU {far[0]}; lower parallel.experts to GPUs that NVLink or PCIe peer access joins"
+        )
+
+
+def _shake_hands(e: Exchange, group: dist.ProcessGroup) -> None:
+    """Write a word into every arena and look whether each rank's arrived in ours: a wrong mapping shows here.
+
+    Writes:  the first word of this rank's row of counts in every arena.
+    Raises:  InputError naming the rank whose word is not there.
+    """
+    ranks = e.sizes.ranks
+    counts = e.fields.counts
+    each = torch.arange(ranks, dtype=torch.int32, device=e.raw.device)
+    mine = each + 1000 * (e.rank + 1)
+    if e.peers:
+        for other, peer in enumerate(e.peers):
+            view(peer, counts)[e.rank, 0] = mine[other]
+    else:
+        # only here: triton is not everywhere
+        from nmoe.effects.kernels.exchange import push as moves
+
+        at = torch.full_like(each, e.rank * counts.shape[1])
+        moves.push_words(mine, None, each, at, e.addresses, counts.offset, torch.full_like(each, ranks), home=False)
+        torch.cuda.synchronize(e.raw.device)
+    dist.barrier(group=group)
+    got = view(e.raw, counts)[:, 0].tolist()
+    wanted = [1000 * (other + 1) + e.rank for other in range(ranks)]
+    wrong = [other for other in range(ranks) if got[other] != wanted[other]]
+    if wrong:
+        raise InputError(
+            f"rank {e.rank}: each rank's first word is in its arena, got another one from rank {wrong[0]}; the memory "
+            "that ranks share is not what they were told: see docs/exchange.md"
+        )
+    dist.barrier(group=group)

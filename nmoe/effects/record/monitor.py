@@ -1,0 +1,186 @@
+"""What watches a run: heartbeat, telemetry, loads of every expert, alerts, footer; opened and closed together."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any, TextIO
+
+import attrs
+from torch import Tensor
+
+from nmoe.config import Config
+from nmoe.effects.record import alert_command as hook
+from nmoe.effects.record import footer, heartbeat, telemetry
+from nmoe.effects.record.log import Log, now
+from nmoe.pure.watch.alerts import History, Limits, Seen, judge
+
+__all__ = ["ARRAYS", "Monitor", "watching"]
+
+ARRAYS = "arrays.rank0.jsonl"
+GB = 1e9
+
+
+class Monitor:
+    """Takes what each report tells. Its `log` is the run's, with this as its listener."""
+
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        heart: heartbeat.Heart,
+        foot: footer.Footer,
+        arrays: TextIO,
+        aside: Executor,
+        skipped: int,
+    ) -> None:
+        self.log = attrs.evolve(log, heard=self._hear)
+        self._config = config
+        self._heart = heart
+        self._foot = foot
+        self._arrays = arrays
+        self._aside = aside
+        self._writing: Future[None] | None = None  # the last line of loads
+        self._history = History(nonfinite_steps=skipped)
+        self._reports = 0
+        self._disk_bytes = float("inf")  # until telemetry tells
+        self._hooks: list[threading.Thread] = []
+        self._limits = Limits(
+            spike=config.log.alert_spike,
+            dead=config.log.alert_dead,
+            drop=config.log.alert_drop,
+            wait=config.log.alert_wait,
+            disk_bytes=config.log.alert_disk_gb * GB,
+        )
+
+    def step(self, fields: Mapping[str, Any], load: Tensor) -> None:
+        """Take one report.
+
+        fields  what its line of metrics holds
+        load    [L E] i64, on the host
+
+        Raises:  OSError when the loads before could not be written.
+        """
+        step, settings = fields["step"], self._config.log
+        self._heart.tell(step=step, status="running")
+        self._foot.step(step, fields["loss"])
+        if self._reports % settings.arrays_every == 0:
+            layers = fields["experts"]["layer"]
+            told = {"attempt": self.log.attempt, "time": now(), "step": step, "tokens_global": fields["tokens_global"]}
+            self._written()
+            # aside, for tens of thousands of counts take long to become text; a copy, for the trainer reuses its own
+            self._writing = self._aside.submit(self._whole, {**told, "layers": layers}, load.clone())
+        self._reports += 1
+        seen = Seen(
+            step=step,
+            loss=fields["loss"],
+            grad_norm=fields["grad_norm"],
+            nonfinite_steps=fields["nonfinite_steps"],
+            dead=max(fields["experts"]["dead"], default=0) / self._config.model.moe.num_experts,
+            tokens_per_s=fields["tokens_per_s"],
+            wait=fields.get("time/data_s", 0.0) / fields["step_s"],
+            disk_bytes=self._disk_bytes,
+        )
+        self._history, alerts = judge(self._limits, self._history, seen)
+        for alert in alerts:
+            self._alert({"rule": alert.rule, "step": step, "message": alert.message, "severity": alert.severity})
+
+    def reading(self, file: TextIO, fields: Mapping[str, Any]) -> None:
+        """Take one reading of the machine. Writes: telemetry.rank0.jsonl."""
+        self._disk_bytes = fields["host"]["disk_free_bytes"]
+        self.log.append(file, fields)
+
+    def settle(self) -> None:
+        """Wait for the loads being written and the alert commands that still run; each has its timeout.
+
+        Raises:  OSError when the loads could not be written.
+        """
+        for thread in self._hooks:
+            thread.join()
+        self._written()
+
+    def _written(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _whole(self, fields: Mapping[str, Any], load: Tensor) -> None:
+        # counts are finite integers: no need to look at each for one that JSON cannot hold
+        self._arrays.write(json.dumps({**fields, "load": load.tolist()}) + "\n")
+        self._arrays.flush()
+
+    def _alert(self, alert: Mapping[str, Any]) -> None:
+        self.log.event("alert", **alert)
+        command = self._config.log.alert_command
+        if command is None:
+            return
+
+        def failed(problem: str) -> None:
+            self.log.event("alert_command_failed", error=problem)
+
+        self._hooks = [thread for thread in self._hooks if thread.is_alive()]
+        told = {"event": "alert", "run": self.log.folder.name, **alert}
+        self._hooks.append(hook.start(command, told, self._config.log.alert_timeout_s, failed))
+
+    def _hear(self, event: Mapping[str, Any]) -> None:
+        self._foot.event(event)
+        if event["event"] == "end":
+            self._heart.tell(status=event["status"], **({"step": event["step"]} if "step" in event else {}))
+
+
+@contextmanager
+def watching(
+    config: Config, log: Log, *, flops: int, world: int, cuda: bool, step: int, skipped: int
+) -> Iterator[Monitor]:
+    """Watch a run while the block lasts.
+
+    flops    of training, a token
+    step     the attempt begins after
+    skipped  non-finite steps until then, which are no news
+    """
+    settings, c = config.log, config.model
+    heart = heartbeat.Heart(
+        {
+            "name": log.folder.name,
+            "status": "starting",
+            "attempt": log.attempt,
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "step": step,
+            "steps": config.train.steps,
+            "started": now(),
+            "heartbeat_every_s": settings.heartbeat_every_s,
+            "world": world,
+            "layers": list(range(c.num_dense_layers, c.num_layers)),
+            "num_experts": c.moe.num_experts,
+            "top_k": c.moe.top_k,
+            "tokens_per_step": config.train.batch_size * config.train.sequence_length,
+            "flops_per_token": flops,
+        },
+        now,
+    )
+    with ExitStack() as scope:
+        arrays = scope.enter_context(open(log.folder / ARRAYS, "a", encoding="utf-8"))
+        readings = scope.enter_context(open(log.folder / telemetry.FILE, "a", encoding="utf-8"))
+        foot = scope.enter_context(footer.shown(config.train.steps, wanted=settings.footer))
+        aside = scope.enter_context(ThreadPoolExecutor(1, thread_name_prefix="loads"))
+        monitor = Monitor(config, log, heart, foot, arrays, aside, skipped)
+        scope.callback(monitor.settle)
+
+        def append(fields: Mapping[str, Any]) -> None:
+            monitor.reading(readings, fields)
+
+        def failed(problem: str) -> None:
+            monitor.log.event("heartbeat_failed", error=problem)
+
+        scope.enter_context(heartbeat.beating(log.folder, heart, settings.heartbeat_every_s, failed))
+        scope.enter_context(
+            telemetry.sampling(
+                log.folder, settings.telemetry_every_s, cuda=cuda, append=append, event=monitor.log.event
+            )
+        )
+        yield monitor

@@ -1,0 +1,463 @@
+"""`nmoe runs`: what run folders tell of themselves. Reads text files only and never imports torch.
+
+A run folder is a folder with a `config.toml`. Its append-only files may be read while the run writes them: a last line
+without its line end is one being written, and is left out.
+"""
+
+from __future__ import annotations
+
+from nmoe.effects.terminal import table
+
+import csv
+import difflib
+import io
+import json
+import math
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nmoe.effects import files
+from nmoe.effects.runs import status as run_status
+from nmoe.errors import InputError
+
+__all__ = ["export", "list_runs", "show", "sparkline", "tail"]
+
+EVENTS, METRICS, PROVENANCE = "events.jsonl", "metrics.rank0.jsonl", "provenance.toml"
+GOING = ("starting", "running")
+FOLLOW_S = 0.5
+SPARKLINE_WIDTH = 60
+BARS = "▁▂▃▄▅▆▇█"
+
+
+@attrs.frozen(kw_only=True)
+class Line:
+    """One line of an append-only file."""
+
+    where: str  # file:line
+    fields: Mapping[str, Any]
+
+
+@attrs.frozen(kw_only=True)
+class Run:
+    """A run folder, read. Numbers are None until the run has told them."""
+
+    folder: Path
+    status: str
+    events: tuple[Line, ...]
+    metrics: tuple[Line, ...]
+    provenance: Mapping[str, Any]
+    started: datetime | None
+    steps: int | None
+    step: float | None
+    tokens: float | None
+    loss: float | None
+    validation_loss: float | None
+    bits_per_byte: float | None
+    duration_s: float  # of all attempts
+
+
+def list_runs(root: Path) -> int:
+    """Print the runs under `root`, newest first; behind a run what of it cannot be read, if anything.
+
+    returns  exit code 0
+    Raises:  InputError when there are none.
+    """
+    found: list[tuple[Path, Run | None, list[str]]] = []
+    for folder in run_folders(root):
+        problems: list[str] = []
+        try:
+            run = read_run(folder, problems.append)
+        except InputError as error:
+            run = None
+            problems += error.problems
+        found.append((folder, run, problems))
+    found.sort(key=lambda each: _age(each[0], each[1]))
+    head = ("name", "status", "step", "loss", "val loss", "bits/byte", "tokens", "started (UTC)", "duration")
+    lines = table(head, [_row(folder, run) for folder, run, _ in found], left=2).splitlines()
+    print(lines[0])
+    for line, (_, _, problems) in zip(lines[1:], found, strict=True):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        print(f"{line}  ! {problems[0]}{more}" if problems else line)
+    return 0
+
+
+def _row(folder: Path, run: Run | None) -> tuple[str, ...]:
+    """A run in the list; None: one that cannot be read."""
+    if run is None:
+        return (folder.name, "unreadable", *"-------")
+    return (
+        folder.name,
+        run.status,
+        f"{_count(run.step)}/{_count(run.steps)}",
+        _digits(run.loss),
+        _digits(run.validation_loss),
+        _digits(run.bits_per_byte),
+        _count(run.tokens),
+        f"{run.started:%Y-%m-%d %H:%M:%S}" if run.started else "-",
+        _duration(run.duration_s),
+    )
+
+
+def show(root: Path, name: str) -> int:
+    """Print one run on one screen: where it stands, the loss as a sparkline, the experts at the last logged step.
+
+    returns  exit code 0
+    Raises:  InputError when there is no such run or it cannot be read.
+    """
+    run = read_run(find(root, name))
+    start, end = _last(run.events, "event", "start"), _last(run.events, "event", "end")
+    trained, validated = _last(run.metrics, "loss"), _last(run.metrics, "validation/loss")
+    hardware, code = run.provenance.get("hardware", {}), run.provenance.get("code", {})
+    parts = [
+        ("run", f"{run.folder}  {run.status}"),
+        (
+            "started",
+            f"{run.started:%Y-%m-%d %H:%M:%S} UTC on {hardware.get('host', '-')}" if run.started else "not yet",
+        ),
+        ("command", str(run.provenance.get("command", "-"))),
+        ("code", f"{code.get('commit', '-')}{'  with changes' if code.get('dirty') else ''}"),
+    ]
+    if start:
+        told = start.fields
+        parts.append(
+            (
+                "parameters",
+                f"{_count(number(start, 'parameters'))}  {_count(number(start, 'active_parameters'))} active",
+            )
+        )
+        parts.append(("attempt", f"{told.get('attempt', '-')}  pid {told.get('pid', '-')}"))
+    parts.append(
+        (
+            "progress",
+            f"step {_count(run.step)}/{_count(run.steps)}  {_count(run.tokens)} tokens  {_duration(run.duration_s)}",
+        )
+    )
+    if trained:
+        rate, mfu, held = (number(trained, key) for key in ("tokens_per_s", "mfu", "memory_bytes"))
+        losses = [value for line in run.metrics if (value := number(line, "loss")) is not None]
+        parts.append(
+            ("speed", f"{_count(rate)} tokens/s  mfu {_digits(mfu and 100 * mfu, 1)} %  memory {_count(held)} bytes")
+        )
+        parts.append(("loss", f"{_digits(losses[0])} {sparkline(losses, SPARKLINE_WIDTH)} {_digits(losses[-1])} nats"))
+    if validated:
+        at = f"{_digits(run.validation_loss)} nats  {_digits(run.bits_per_byte)} bits/byte"
+        parts.append(("validation", f"{at}  at step {_count(number(validated, 'step'))}"))
+    if end and "error" in end.fields:
+        parts.append(("error", str(end.fields["error"])))
+    print("\n".join(f"{label:<12}{text}" for label, text in parts))
+    if trained and "experts" in trained.fields:
+        experts = _experts(trained)
+        rows = [tuple(f"{float(value):.4g}" for value in row) for row in zip(*list(experts.values())[1:], strict=True)]
+        layers = [str(layer) for layer in experts["layer"]]
+        print(f"\nexperts at step {_count(number(trained, 'step'))}")
+        print(table(tuple(experts), [(layer, *row) for layer, row in zip(layers, rows, strict=True)], left=0))
+    return 0
+
+
+def export(root: Path, name: str, to: Path | None) -> int:
+    """The metrics of a run as CSV, one row a line of metrics; a value of each layer gets a column of its own.
+
+    to       file to replace, whole or not at all; None: standard output
+    returns  exit code 0
+    Raises:  InputError when there is no such run, it has no metrics, cannot be read, or `to` cannot be written.
+    """
+    run = read_run(find(root, name))
+    if not run.metrics:
+        raise InputError(f"{run.folder / METRICS}: an export has metrics, got none yet; wait for the first logged step")
+    rows = [flatten(line) for line in run.metrics]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    if to is None:
+        sys.stdout.write(text.getvalue())
+        return 0
+    try:
+        files.write_text(to, text.getvalue())
+    except OSError as error:
+        raise InputError(f"{to}: the export can be written, got {error.strerror}; choose another file") from error
+    return 0
+
+
+def tail(root: Path, name: str, count: int, follow: bool) -> int:
+    """Print the last `count` logged steps and events of a run, and with `follow` what comes until it ends.
+
+    returns  exit code 0
+    Raises:  InputError when there is no such run or it cannot be read.
+    """
+    folder = find(root, name)
+    host = str(read_provenance(folder / PROVENANCE).get("hardware", {}).get("host", ""))
+    shown = {EVENTS: 0, METRICS: 0}
+    first = True
+    while True:
+        # Asked before reading: what a run writes last is there once it counts as ended.
+        going = follow and status(folder, read_lines(folder / EVENTS), host) in GOING
+        lines: list[Line] = []
+        for file, seen in shown.items():
+            found = read_lines(folder / file)
+            lines += found[seen:]
+            shown[file] = len(found)
+        lines.sort(key=lambda line: str(line.fields.get("time", "")))
+        for line in lines[len(lines) - min(count, len(lines)) :] if first else lines:
+            print(_told(line), flush=True)
+        if not going:
+            return 0
+        first = False
+        time.sleep(FOLLOW_S)
+
+
+def _told(line: Line) -> str:
+    """A line of metrics or an event, for the screen."""
+    fields = dict(line.fields)
+    at = str(fields.pop("time", "-"))[:19].replace("T", " ")
+    attempt = fields.pop("attempt", 1)
+    again = f"  attempt {attempt}" if attempt != 1 else ""
+    if "event" in fields:
+        event = fields.pop("event")
+        return f"{at}  {event}{again}  " + "  ".join(f"{key} {_brief(value)}" for key, value in fields.items())
+    step = f"{at}  step {_count(number(line, 'step'))}{again}"
+    if "loss" not in fields:
+        return f"{step}  " + "  ".join(f"{key} {_brief(v)}" for key, v in fields.items() if "/" in key)
+    told = f"{step}  loss {_digits(number(line, 'loss'))}  gnorm {_digits(number(line, 'grad_norm'), 3)}"
+    mfu = number(line, "mfu")
+    told += f"  {_count(number(line, 'tokens_per_s'))} tok/s  mfu {_digits(mfu and 100 * mfu, 1)} %"
+    if "experts" in fields:
+        experts = _experts(line)
+        fullest, dead = ([float(v) for v in experts.get(key, ())] for key in ("max_over_mean", "dead"))
+        told += f"  bal {max(fullest, default=math.nan):.2f}  dead {sum(dead):.0f}"
+    return told
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def run_folders(root: Path) -> tuple[Path, ...]:
+    """The run folders under `root`.
+
+    Raises:  InputError when there are none.
+    """
+    try:
+        found = tuple(path for path in sorted(root.iterdir()) if (path / "config.toml").is_file())
+    except FileNotFoundError:
+        found = ()
+    except OSError as error:
+        raise InputError(f"{root}: a folder of run folders, got {error.strerror}; pass another --root") from error
+    # A name with a leading dot is a run folder still being made.
+    found = tuple(path for path in found if not path.name.startswith("."))
+    if not found:
+        raise InputError(
+            f"{root}: holds run folders, got none; start one with `nmoe run CONFIG` or pass another --root"
+        )
+    return found
+
+
+def find(root: Path, name: str) -> Path:
+    """The run folder called `name`.
+
+    Raises:  InputError when `name` is a path or no run is called so.
+    """
+    if name in ("", ".", "..") or any(separator in name for separator in ("/", "\\", "\0")):
+        raise InputError(
+            f"run: a name of a folder in {root}, got {name!r}; write the name alone, and its folder as --root"
+        )
+    names = [folder.name for folder in run_folders(root)]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        advice = f"did you mean {close[0]}?" if close else "see `nmoe runs list`"
+        raise InputError(f"run: a run in {root}, got {name!r}; {advice}")
+    return root / name
+
+
+def _refuse(problem: str) -> None:
+    raise InputError(problem)
+
+
+def read_run(folder: Path, damaged: Callable[[str], None] = _refuse) -> Run:
+    """Everything a run folder tells.
+
+    damaged  takes what is wrong with a line that is no JSON object; the line is left out when it returns
+
+    Raises:  InputError with file and line of what cannot be read.
+    """
+    events, metrics = read_lines(folder / EVENTS, damaged), read_lines(folder / METRICS, damaged)
+    provenance = read_provenance(folder / PROVENANCE)
+    host = str(provenance.get("hardware", {}).get("host", ""))
+    first, start = (
+        next((line for line in events if line.fields.get("event") == "start"), None),
+        _last(events, "event", "start"),
+    )
+    longest: dict[float | None, float] = {}
+    for line in metrics:
+        attempt = number(line, "attempt")
+        longest[attempt] = max(longest.get(attempt, 0.0), number(line, "elapsed_s") or 0.0)
+    steps = number(start, "steps") if start else None
+    return Run(
+        folder=folder,
+        status=status(folder, events, host),
+        events=events,
+        metrics=metrics,
+        provenance=provenance,
+        started=_time(first) if first else None,
+        steps=None if steps is None else int(steps),
+        step=_newest(metrics, "step"),
+        tokens=_newest(metrics, "tokens_global"),
+        loss=_newest(metrics, "loss"),
+        validation_loss=_newest(metrics, "validation/loss"),
+        bits_per_byte=_newest(metrics, "validation/bits_per_byte"),
+        duration_s=sum(longest.values()),
+    )
+
+
+def status(folder: Path, events: Sequence[Line], host: str) -> str:
+    """What became of the last attempt: as its end event says, else running, crashed, lost, or unknown on another host.
+
+    host     where the run was started
+    """
+    last = next((line for line in reversed(events) if line.fields.get("event") in ("start", "end")), None)
+    if last is not None and last.fields["event"] == "start":
+        pid = last.fields.get("pid")
+        if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
+            raise InputError(f"{last.where}: a start event holds the pid of its process, got {pid!r}; mend the line")
+    return run_status.status(run_status.read(folder), last.fields if last else None, host, datetime.now(UTC))
+
+
+def read_lines(path: Path, damaged: Callable[[str], None] = _refuse) -> tuple[Line, ...]:
+    """The whole lines of a file with one JSON object a line; none when the file is not there yet.
+
+    damaged  takes file and line of each that is no JSON object
+
+    Raises:  InputError when the file cannot be read, and what `damaged` raises.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise InputError(f"{path}: can be read, got {error.strerror}; mend its permissions") from error
+    lines: list[Line] = []
+    for index, line in enumerate(content.split(b"\n")[:-1], 1):
+        where = f"{path}:{index}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            fields = None
+        if isinstance(fields, dict):
+            lines.append(Line(where=where, fields=fields))
+        else:
+            damaged(f"{where}: a line holds one JSON object, got {line[:60]!r}; mend or delete the line")
+    return tuple(lines)
+
+
+def read_provenance(path: Path) -> Mapping[str, Any]:
+    """Where a run comes from.
+
+    Raises:  InputError when the file is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise InputError(f"{path}: each run folder has one, got {error.strerror}; move the folder elsewhere") from error
+    except ValueError as error:
+        raise InputError(f"{path}: is TOML in UTF-8, got {error}; mend the file") from error
+
+
+def number(line: Line, key: str) -> float | None:
+    """A number of a line; None when the line has none by that name.
+
+    Raises:  InputError when it is something else.
+    """
+    if key not in line.fields:
+        return None
+    value = line.fields[key]
+    if value in ("nan", "inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return float(value)
+    raise InputError(f"{line.where}: {key} is a number, got {value!r}; mend or delete the line")
+
+
+def flatten(line: Line) -> dict[str, Any]:
+    """The fields of a line of metrics by column; `experts` become one column a quantity and layer."""
+    flat = {key: value for key, value in line.fields.items() if key != "experts"}
+    if "experts" in line.fields:
+        experts = _experts(line)
+        for key, values in experts.items():
+            if key != "layer":
+                flat |= {
+                    f"experts/{key}/layer_{layer:02d}": v for layer, v in zip(experts["layer"], values, strict=True)
+                }
+    return flat
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """`values` as at most `width` bars, each the mean of its share; `x` where one of them is not finite."""
+    count = min(width, len(values))
+    edges = [index * len(values) // count for index in range(count + 1)]
+    means = [
+        math.fsum(values[a:b]) / (b - a) if all(map(math.isfinite, values[a:b])) else math.nan
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low = min(finite, default=0.0)
+    span = (max(finite, default=0.0) - low) or 1.0
+    top = len(BARS) - 1
+    return "".join(BARS[round((mean - low) / span * top)] if math.isfinite(mean) else "x" for mean in means)
+
+
+
+
+def _experts(line: Line) -> dict[str, list[Any]]:
+    """The health of each mixture: quantity -> one value a layer, `layer` first."""
+    experts: Any = line.fields["experts"]
+    layers: Any = experts.get("layer") if isinstance(experts, dict) else None
+    if (
+        not isinstance(layers, list)
+        or not all(isinstance(layer, int) for layer in layers)
+        or not all(isinstance(values, list) and len(values) == len(layers) for values in experts.values())
+    ):
+        raise InputError(
+            f"{line.where}: experts holds `layer` and lists as long, got {experts!r}; mend or delete the line"
+        )
+    return {"layer": layers, **experts}
+
+
+def _last(lines: Sequence[Line], key: str, value: str | None = None) -> Line | None:
+    return next((x for x in reversed(lines) if key in x.fields and value in (None, x.fields[key])), None)
+
+
+def _newest(lines: Sequence[Line], key: str) -> float | None:
+    line = _last(lines, key)
+    return number(line, key) if line else None
+
+
+def _time(line: Line) -> datetime:
+    try:
+        return datetime.fromisoformat(line.fields["time"]).astimezone(UTC)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{line.where}: time is in ISO 8601, got {line.fields.get('time')!r}; mend the line"
+        ) from error
+
+
+def _age(folder: Path, run: Run | None) -> tuple[bool, float, str]:
+    """Sorts newest first; what has not started is newest, what cannot be read is last."""
+    return run is None, -run.started.timestamp() if run and run.started else -math.inf, folder.name
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _digits(value: float | None, places: int = 4) -> str:
+    return "-" if value is None else f"{float(value):.{places}f}"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

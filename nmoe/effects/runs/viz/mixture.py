@@ -1,0 +1,86 @@
+"""What a run's mixture planned and what was read of it.
+
+The order of a mixture follows from its quotas alone, so that the step tells what was read: a run tells its plan once,
+in an event, and nothing of it while it trains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nmoe.effects.runs.viz import api
+from nmoe.effects.runs.viz.index import Index, known, query
+from nmoe.effects.runs.viz.views import config_of
+from nmoe.errors import InputError
+from nmoe.pure.data.stages import stages_of, windows_read
+
+__all__ = ["mixture"]
+
+MAX_SOURCES = 10_000
+MAX_WINDOWS = 1 << 62
+
+
+def mixture(index: Index, name: str) -> api.Mixture:
+    """The plan of a run's mixture against what its newest attempt has read, stage by stage.
+
+    Raises:  InputError when the event that tells the plan is none.
+    """
+    (run,) = known(index, [name])
+    config = {key: value for key, value in config_of(index.root / name).items() if key.startswith("data.")}
+    found = query(
+        index, "select attempt, line from events where run = ? and event = 'mixture' order by attempt desc limit 1", run
+    )
+    if not found:
+        return api.Mixture(run=name, step=None, sources=[], config=api.plain(config))
+    attempt, line = found[0]
+    ((last,),) = query(index, "select max(step) from metrics where run = ? and attempt = ? and rank = 0", run, attempt)
+    told = json.loads(line)
+    try:
+        began = _whole(told["step"])
+        step = max(began, last or 0)
+        position = _whole(told["cursor"]) + (step - began) * _whole(told["batch_size"])
+        sources = _sources(told, position)
+    except (KeyError, TypeError, ValueError, InputError) as error:
+        raise InputError(
+            f"{name}: an event `mixture` with the quotas of its stages, got another ({error}); mend the line"
+        ) from error
+    return api.Mixture(run=name, step=step, sources=sources, config=api.plain(config))
+
+
+def _sources(told: Mapping[str, Any], position: int) -> list[api.Source]:
+    """A row a stage and source that it reads.
+
+    position  windows read
+    """
+    length = _whole(told["sequence_length"])
+    if len(told["sources"]) * len(told["stages"]) > MAX_SOURCES:
+        raise ValueError(f"{len(told['sources'])} sources in {len(told['stages'])} stages")
+    sources = [(str(each["name"]), _whole(each["windows"])) for each in told["sources"]]
+    quotas = [(str(stage["name"]), tuple(_whole(each) for each in stage["windows"])) for stage in told["stages"]]
+    if not quotas or any(len(each) != len(sources) for _, each in quotas) or not all(each for _, each in sources):
+        raise ValueError("no stage, quotas of other sources, or an empty source")
+    stages = stages_of(quotas)
+    rows: list[api.Source] = []
+    for stage, read in zip(stages, windows_read(stages, position), strict=True):
+        for (name, windows), quota, taken in zip(sources, stage.quotas, read, strict=True):
+            if quota:
+                rows.append(
+                    api.Source(
+                        stage=stage.name,
+                        name=name,
+                        planned=quota * length,
+                        read=taken * length,
+                        planned_share=quota / stage.turns.count,
+                        read_share=taken / sum(read) if sum(read) else None,
+                        passes=taken / windows,
+                    )
+                )
+    return rows
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_WINDOWS:
+        raise ValueError(f"{value!r}"[:40])
+    return value

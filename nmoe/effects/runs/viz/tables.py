@@ -1,0 +1,111 @@
+"""The verbs of `nmoe runs` that read many runs at once, on an index in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nmoe.effects.terminal import table
+from nmoe.effects import files
+from nmoe.effects.runs import show as runs
+from nmoe.effects.runs.viz import curves, export, views
+from nmoe.effects.runs.viz.index import Index, open_index, poll
+from nmoe.errors import InputError
+
+__all__ = ["compact", "compare", "export_parquet"]
+
+COMPACTED = "metrics.parquet"
+SHOWN = ("status", "step", "tokens", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "mfu", "elapsed_s")
+
+
+def compare(root: Path, names: Sequence[str]) -> int:
+    """Print some runs side by side: where they stand, their loss at equal steps, the config keys that differ.
+
+    returns  exit code 0
+    Raises:  InputError for fewer than two runs, or one that is not there.
+    """
+    if len(set(names)) < 2:
+        raise InputError(f"runs compare: at least two runs, got {', '.join(names)}; name another")
+    for name in names:
+        runs.find(root, name)
+    names = list(dict.fromkeys(names))
+    with open_index(root.resolve(), None) as index:
+        _read_all(index, names)
+        told = {run.name: run for run in views.runs(index, []).runs}
+        rows = [(key.replace("_", " "), *(_shown(getattr(told[name], key)) for name in names)) for key in SHOWN]
+        rows += _losses(index, names)
+        rows += [
+            (row.key, *(_shown(value) for value in row.values))
+            for row in views.configs(index, names).rows
+            if row.differs and not row.key.startswith("provenance.")
+        ]
+    print(table(("", *names), rows, left=1))
+    return 0
+
+
+def _losses(index: Index, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The loss of each run around the same steps, quarter by quarter of what all have."""
+    series = curves.series(index, names, "loss", curves.Axis(points=4000, smooth=0.0))
+    if len(series.curves) != len(names):
+        return []
+    ends = [
+        max((x for x, v in zip(series.x, c.mean, strict=True) if v is not None), default=0.0) for c in series.curves
+    ]
+    rows: list[tuple[str, ...]] = []
+    for quarter in (1, 2, 3, 4):
+        limit = min(ends) * quarter / 4
+        last = [
+            [v for x, v in zip(series.x, curve.mean, strict=True) if x <= limit and v is not None][-1:]
+            for curve in series.curves
+        ]
+        rows.append((f"loss by step {limit:,.0f}", *(_shown(each[0]) if each else "-" for each in last)))
+    return rows
+
+
+def compact(root: Path, name: str) -> int:
+    """Write a run's metrics as Parquet into its folder, each step once, as its newest attempt told it.
+
+    Writes:  metrics.parquet in the run folder, whole or not at all; the lines of JSON stay.
+    Raises:  InputError when the run is not there, has no metrics or its folder cannot be written.
+    """
+    folder = runs.find(root, name)
+    return export_parquet(root, name, folder / COMPACTED)
+
+
+def export_parquet(root: Path, name: str, to: Path) -> int:
+    """Write a run's metrics as Parquet.
+
+    Writes:  `to`, whole or not at all.
+    Raises:  InputError when the run is not there, has no metrics or `to` cannot be written.
+    """
+    folder = runs.find(root, name)
+    with open_index(root.resolve(), None) as index:
+        _read_all(index, [name])
+        if not any(run.name == name and run.step is not None for run in views.runs(index, []).runs):
+            raise InputError(f"{folder}: an export has metrics, got none yet; wait for the first logged step")
+        try:
+            with files.replacing(to) as temporary:
+                export.write_(temporary, index, [name], "parquet")
+        except OSError as error:
+            raise InputError(f"{to}: the export can be written, got {error.strerror}; choose another file") from error
+    size = sum(file.stat().st_size for file in folder.glob("metrics.rank*.jsonl"))
+    print(f"{to}  {os.path.getsize(to):,} bytes, from {size:,} bytes of JSON lines")
+    return 0
+
+
+def _read_all(index: Index, names: Sequence[str]) -> None:
+    """Read some runs to their ends. Writes: the index."""
+    while True:
+        found = poll(index, names=names)
+        if found.problems:
+            raise InputError(*found.problems)
+        if not found.read_bytes:
+            return
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value}"

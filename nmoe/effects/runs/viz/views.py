@@ -1,0 +1,260 @@
+"""From the index to answers about runs: the table, curves, events, configs, results."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nmoe.effects.runs import status as run_status
+from nmoe.effects.runs.viz import api
+from nmoe.effects.runs.viz.curves import HOUR_S, Axis, chosen
+from nmoe.effects.runs.viz.index import Index, arrays, known, query, tags
+
+__all__ = ["config_of", "configs", "evaluations", "events", "runs", "samples"]
+
+MAX_EVENTS = 2000
+MAX_FILE_BYTES = 4 << 20
+
+
+def runs(index: Index, columns: Sequence[str]) -> api.Runs:
+    """The run table, newest first.
+
+    columns  config keys and tags to add
+    """
+    now = datetime.now(UTC)
+    numbers = query(index, "select run, name from runs")
+    latest: dict[int, dict[str, tuple[float, int]]] = {}
+    named = {tag: name for tag, name in query(index, "select tag, name from tags")}
+    named |= {-1: "step", -2: "tokens_global", -3: "time"}
+    for run, tag, value, step in query(index, "select run, tag, value, step from latest"):
+        latest.setdefault(run, {})[named[tag]] = (value, step)
+    counts = {
+        (run, event): count
+        for run, event, count in query(
+            index, "select run, event, count(*) from events where event in ('alert', 'nonfinite') group by all"
+        )
+    }
+    told_events = {
+        run: (began, json.loads(start or "{}"), json.loads(last))
+        for run, began, start, last in query(
+            index,
+            "select run, min(time_s) filter (event = 'start'), last(line order by time_s) filter (event = 'start'), "
+            "last(line order by time_s) from events where event in ('start', 'end') group by run",
+        )
+    }
+    bad = dict(query(index, "select run, sum(bad)::bigint from files group by run"))
+    elapsed = dict(query(index, "select run, sum(elapsed_s) from spans group by run"))
+    rows: list[api.Run] = []
+    keys: dict[str, None] = {}
+    for run, name in numbers:
+        folder = index.root / name
+        told = latest.get(run, {})
+        config = config_of(folder)
+        keys |= dict.fromkeys(config)
+        record = run_status.read(folder)
+        began, start, last = told_events.get(run, (None, {}, None))
+        host = str(config_of(folder, "provenance.toml").get("hardware.host", "another host"))
+        rows.append(
+            api.Run(
+                name=name,
+                status=run_status.status(record, last, host, now),
+                attempt=_whole(record.get("attempt", start.get("attempt"))),
+                step=_whole(told.get("step", (record.get("step"), 0))[0]),
+                steps=_whole(record.get("steps", start.get("steps"))),
+                tokens=_value(told, "tokens_global"),
+                loss=_value(told, "loss"),
+                validation_loss=_value(told, "validation/loss"),
+                bits_per_byte=_value(told, "validation/bits_per_byte"),
+                tokens_per_s=_value(told, "tokens_per_s"),
+                mfu=_value(told, "mfu"),
+                started=began,
+                updated=_value(told, "time"),
+                elapsed_s=elapsed.get(run),
+                alerts=counts.get((run, "alert"), 0),
+                nonfinite=counts.get((run, "nonfinite"), 0),
+                bad_lines=bad.get(run) or 0,
+                columns={key: api.plain(config.get(key, told.get(key, (None, 0))[0])) for key in columns},
+            )
+        )
+    rows.sort(key=lambda row: (-(row.started or row.updated or math.inf), row.name))
+    return api.Runs(root=str(index.root), runs=rows, tags=list(tags(index)), keys=sorted(keys))
+
+
+def events(index: Index, names: Sequence[str], axis: Axis) -> api.Events:
+    """What happened to some runs, with its place on an axis."""
+    numbers = known(index, names)
+    rows = query(
+        index,
+        "select run, event, attempt, step, time_s, line from events where run in (select unnest(?::integer[])) "
+        "order by time_s desc nulls last, rowid desc limit ?",
+        list(numbers),
+        MAX_EVENTS + 1,
+    )
+    (count,) = query(index, "select count(*) from events where run in (select unnest(?::integer[]))", list(numbers))[0]
+    runs_, per_step, flops = chosen(index, numbers, axis)
+    rates = dict(zip(runs_, zip(per_step, flops, strict=True), strict=True))
+    at = _times(index, list(numbers)) if axis.x == "time" else {}
+    shown = [
+        _event(numbers[run], row, _event_place(axis, row[2], rates[run], at.get(run)))
+        for run, *row in rows[:MAX_EVENTS]
+    ]
+    return api.Events(events=shown, left_out=max(0, count - MAX_EVENTS))
+
+
+def _event(name: str, row: Sequence[Any], x: float | None) -> api.Event:
+    event, attempt, step, time_s, line = row
+    fields = json.loads(line)
+    told = {key: value for key, value in fields.items() if key not in ("time", "event", "attempt", "step", "severity")}
+    text = str(told["message"]) if "message" in told else ", ".join(f"{key} {_shown(v)}" for key, v in told.items())
+    severity = str(fields.get("severity") or api.SEVERITY.get(event or "", "info"))
+    if event == "end" and fields.get("status") not in ("finished", "interrupted"):
+        severity = "error"
+    return api.Event(
+        run=name,
+        event=event or "",
+        severity=severity if severity in ("info", "warning", "error") else "warning",
+        attempt=attempt,
+        step=step,
+        x=x,
+        time=time_s,
+        text=text[:500],
+    )
+
+
+def _event_place(
+    axis: Axis, step: int | None, rates: tuple[float | None, float | None], at: tuple[np.ndarray, np.ndarray] | None
+) -> float | None:
+    if step is None:
+        return None
+    if axis.x == "step":
+        return float(step)
+    if axis.x == "time":
+        return float(np.interp(step, *at)) if at is not None and len(at[0]) else None
+    per_step, flops = rates
+    factor = per_step if axis.x == "tokens" else None if per_step is None or flops is None else per_step * flops
+    return None if factor is None else step * factor
+
+
+def _times(index: Index, numbers: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Run -> steps and hours of training, thinned."""
+    got = arrays(
+        index,
+        f"select run, m.step, max((v.before_s + m.elapsed_s) / {HOUR_S}) as hours "
+        "from metrics m join valid v using (run, attempt) "
+        "where m.rank = 0 and m.step < v.until and m.elapsed_s is not null "
+        "and run in (select unnest(?::integer[])) group by all order by run, m.step",
+        numbers,
+    )
+    run = np.ma.getdata(got["run"])
+    return {
+        number: (np.ma.getdata(got["step"])[run == number], np.ma.getdata(got["hours"])[run == number])
+        for number in numbers
+    }
+
+
+def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
+    """What validations and evaluations of some runs found."""
+    numbers = known(index, names)
+    rows = query(
+        index,
+        "select run, attempt, step, time_s, event, line from events where run in (select unnest(?::integer[])) "
+        "and event in ('validation', 'evaluation') order by time_s desc nulls last, rowid desc limit ?",
+        list(numbers),
+        MAX_EVENTS,
+    )
+    found: list[api.Evaluation] = []
+    for run, attempt, step, time_s, _, line in rows:
+        fields = api.plain(json.loads(line))
+        results = {key: v for key, v in fields.items() if key not in ("time", "event", "attempt", "step")}
+        found.append(api.Evaluation(run=numbers[run], attempt=attempt, step=step, time=time_s, results=results))
+    names_ = dict.fromkeys(key for row in found for key in row.results)
+    return api.Evaluations(names=list(names_), rows=found)
+
+
+def samples(index: Index, names: Sequence[str]) -> api.Samples:
+    """The texts that some runs wrote."""
+    numbers = known(index, names)
+    rows = query(
+        index,
+        "select run, step, time_s, line from events where run in (select unnest(?::integer[])) "
+        "and event in ('sample', 'samples') order by time_s desc nulls last, rowid desc limit 200",
+        list(numbers),
+    )
+    return api.Samples(
+        samples=[
+            api.Sample(run=numbers[run], step=step, time=time_s, prompt=_text(line, "prompt"), text=_text(line, "text"))
+            for run, step, time_s, line in rows
+        ]
+    )
+
+
+def configs(index: Index, names: Sequence[str]) -> api.Configs:
+    """The configs of some runs side by side: what differs first, and where the runs come from."""
+    folders = [index.root / name for name in known(index, names).values()]
+    tables = [
+        {**config_of(folder), **{f"provenance.{k}": v for k, v in config_of(folder, "provenance.toml").items()}}
+        for folder in folders
+    ]
+    rows = [
+        api.ConfigRow(
+            key=key,
+            values=[api.plain(table.get(key)) for table in tables],
+            differs=any(key not in table or table[key] != tables[0].get(key) for table in tables),
+        )
+        for key in dict.fromkeys(key for table in tables for key in table)
+    ]
+    rows.sort(key=lambda row: (not row.differs, row.key.startswith("provenance.")))
+    return api.Configs(runs=list(names), rows=rows)
+
+
+def config_of(folder: Path, file: str = "config.toml") -> Mapping[str, Any]:
+    """The keys of a TOML file of a run with dots between; empty when it cannot be read."""
+    try:
+        stat = (folder / file).stat()
+    except OSError:
+        return {}
+    return _flat(folder / file, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _flat(path: Path, changed_ns: int, size: int) -> Mapping[str, Any]:
+    if size > MAX_FILE_BYTES:
+        return {}
+    try:
+        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        return {"(unreadable)": f"{path.name}: {error}"}
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _value(told: Mapping[str, tuple[float, int]], tag: str) -> Any:
+    """A last value, by its name when it is not finite; None when there is none."""
+    return api.plain(told.get(tag, (None, 0))[0])
+
+
+def _whole(value: Any) -> int | None:
+    number = api.number(value)
+    return None if number is None or not math.isfinite(number) else int(number)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _text(line: str, key: str) -> str:
+    return str(json.loads(line).get(key, ""))[:20_000]

@@ -1,0 +1,1 @@
+"""One training: begin, step, save, report, end."""

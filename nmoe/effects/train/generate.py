@@ -1,0 +1,91 @@
+"""`nmoe generate`: continue a text with the weights of a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nmoe.config import load_valid
+from nmoe.config.sections import Model as ModelConfig
+from nmoe.effects.checkpoint import weights
+from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.device import ops
+from nmoe.effects.device import process as runtime
+from nmoe.effects.terminal import say
+from nmoe.errors import InputError
+from nmoe.pure.core.key import Key
+from nmoe.pure.model import model
+from nmoe.pure.model.model import Model
+from nmoe.pure.model.ops import Env
+
+__all__ = ["extend", "main"]
+
+
+@torch.no_grad()
+def extend(
+    p: Model,
+    router_bias: Tensor,
+    env: Env,
+    c: ModelConfig,
+    tokens: list[int],
+    *,
+    num_tokens: int,
+    vocab_size: int,
+    temperature: float,
+    key: Key,
+) -> list[int]:
+    """`tokens` and `num_tokens` more, drawn one by one from the model.
+
+    The model sees the last `max_positions` tokens and is run anew for each: for reading samples, not for serving.
+
+    vocab_size   ids the tokenizer knows; the model may have more rows
+    temperature  divisor of the logits; 0 takes the most likely token
+    key          of the draws
+    """
+    device = router_bias.device
+    generator = key.generator(device)
+    tokens = list(tokens)
+    for _ in range(num_tokens):
+        context = torch.tensor([tokens[-c.max_positions :]], device=device)
+        x, _ = model.forward(p, context, router_bias, env, c)
+        logits = (x[0, -1] @ p.head)[:vocab_size].float() * c.logit_scale
+        if temperature == 0:
+            tokens.append(int(logits.argmax().item()))
+        else:
+            share = torch.softmax(logits / temperature, -1)
+            tokens.append(int(torch.multinomial(share, 1, generator=generator).item()))
+    return tokens
+
+
+def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> int:
+    """Print `prompt` and its continuation by the run in `folder`."""
+    if not (folder / "config.toml").is_file():
+        raise InputError(f"{folder}: a run folder holds config.toml, got none; `nmoe runs list` shows the runs")
+    if num_tokens < 1:
+        raise InputError(f"--tokens: at least 1, got {num_tokens}; ask for more")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"--temperature: 0 or more, got {temperature}; 0 takes the most likely token")
+    config = load_valid(folder / "config.toml", {}, ()).config
+    c = config.model
+    tokenizer = tokenizers.load(folder)
+    encoding = tokenizers.encoding(tokenizer)
+    device = runtime.device("cpu")
+    params, router_bias = weights.load(folder, model.specs(c), model.dims(c))
+    env = Env(ops.build(device, c), model.rope_table(c, c.max_positions))
+    start = encoding.encode_ordinary(prompt) or [tokenizer.end_of_text]
+    tokens = extend(
+        params,
+        router_bias,
+        env,
+        c,
+        start,
+        num_tokens=num_tokens,
+        vocab_size=tokenizer.size,
+        temperature=temperature,
+        key=Key(seed).fold("sample", prompt),
+    )
+    say(encoding.decode(tokens).replace("<|endoftext|>", os.linesep))
+    return 0

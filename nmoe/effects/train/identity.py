@@ -1,0 +1,100 @@
+"""Whether a run may go on from a checkpoint: what makes it this run, compared key by key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from nmoe.config import Config, Difference, identity_diff, identity_values
+from nmoe.config.fields import flat, table
+from nmoe.config.toml import closest, dotted, shown
+from nmoe.effects.parallel.ranks import Ranks
+from nmoe.errors import InputError
+
+__all__ = ["Identity", "accepted", "check_same", "facts", "values"]
+
+TOKENIZER, DATA = "tokenizer.identity", "data.identity"
+"""Keys of what a config names and does not hold: SHA-256 of the tokenizer, and of the data's manifest."""
+
+
+@attrs.frozen(kw_only=True)
+class Identity:
+    """What makes a run this run: what the config says, which tokenizer, which data."""
+
+    config: Config
+    tokenizer: str
+    data: str
+
+
+def values(identity: Identity) -> dict[str, Any]:
+    """Every key of the identity with its value, for a checkpoint to hold."""
+    return {**identity_values(identity.config), TOKENIZER: identity.tokenizer, DATA: identity.data}
+
+
+def accepted(
+    where: str, stored: Mapping[str, Any], identity: Identity, accept: Sequence[str]
+) -> tuple[Difference, ...]:
+    """The keys on which a checkpoint and this run do not agree, all of which the user accepts.
+
+    where    names the checkpoint
+    stored   what `values` gave when it was saved
+    accept   keys that may differ
+
+    Raises:  InputError with a line for each key that differs and is not accepted, or is accepted and does not exist.
+    """
+    now = values(identity)
+    known = dict.fromkeys((*now, *stored))
+    differences = (
+        *identity_diff({key: value for key, value in stored.items() if key not in (TOKENIZER, DATA)}, identity.config),
+        *(
+            Difference(path=key, left=stored.get(key), right=now[key])
+            for key in (TOKENIZER, DATA)
+            if stored.get(key) != now[key]
+        ),
+    )
+    problems = [
+        f"--accept: a key of the identity, got {key}; {_hint(key, known)}" for key in accept if key not in known
+    ]
+    problems += [
+        f"{each.path}: {_text(each.left)} in {where}, got {_text(each.right)}; set it back, train under another "
+        f"run.name, or add --accept {each.path} to go on knowingly"
+        for each in differences
+        if each.path not in accept
+    ]
+    if problems:
+        raise InputError(*problems)
+    return differences
+
+
+def facts(config: Config) -> dict[str, str]:
+    """Every key of a config with its value, as text."""
+    return {dotted(path): shown(value) for path, value in flat(table(config))}
+
+
+def check_same(ranks: Ranks, facts: Mapping[str, str]) -> None:
+    """Refuse ranks that do not have the same facts.
+
+    Raises:  InputError on every rank, with a line for each rank and fact that is not as on rank 0.
+    """
+    told: list[dict[str, str]] = [json.loads(text) for text in ranks.exchange(json.dumps(facts))]
+    problems = [
+        f"rank {rank}: {name} as on rank 0, {told[0].get(name, 'nothing')}, got {theirs.get(name, 'nothing')}; start "
+        "all ranks with the same code, config and data"
+        for rank, theirs in enumerate(told)
+        for name in dict.fromkeys((*told[0], *theirs))
+        if theirs.get(name) != told[0].get(name)
+    ]
+    if problems:
+        raise InputError(*problems)
+
+
+def _text(value: Any) -> str:
+    return "nothing" if value is None else shown(value)
+
+
+def _hint(key: str, known: Mapping[str, Any]) -> str:
+    near = closest(key, tuple(known))
+    return f"did you mean {near}?" if near else "name one that the refusal named"

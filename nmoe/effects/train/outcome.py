@@ -1,0 +1,113 @@
+"""How a run begins and ends in words: what it goes on from, how it went, and a sample of what it has learned.
+
+Every rank computes what is told; the first one tells it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+import attrs
+
+from nmoe.config import Config
+from nmoe.effects.checkpoint import weights
+from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data.corpus import Corpus
+from nmoe.effects.device import process as runtime
+from nmoe.effects.parallel.ranks import Ranks
+from nmoe.effects.record.log import Log
+from nmoe.effects.record.names import CHECKPOINTS
+from nmoe.effects.terminal import say
+from nmoe.effects.train import resume, zero
+from nmoe.effects.train.generate import extend
+from nmoe.effects.train.report import Report
+from nmoe.effects.train.step import State
+from nmoe.pure.core.key import Key
+from nmoe.pure.core.layout import ArenaLayout
+from nmoe.pure.cost.report import duration
+from nmoe.pure.model.ops import Env
+from nmoe.pure.watch.validations import Seen
+
+__all__ = ["EXIT_NONFINITE", "end", "sample", "tell_origin"]
+
+EXIT_NONFINITE = 5
+"""Exit code of a run that stopped after too many non-finite steps."""
+
+SAMPLE_PROMPT = "def "
+SAMPLE_TOKENS = 96
+
+
+def tell_origin(log: Log, step: int, restored: resume.Restored | None, damaged: Sequence[str]) -> None:
+    """Say what this attempt goes on from, and what it passed over."""
+    for each in damaged:
+        log.event("checkpoint_damaged", problem=each)
+        say(f"damaged        {each}")
+    if restored is not None:
+        changed = {each.path: [each.left, each.right] for each in restored.accepted}
+        log.event("resume", step=step, **{"from": restored.origin}, accepted=changed)
+        say(f"resume         at step {step} from {restored.origin}")
+        for path, (left, right) in changed.items():
+            say(f"accepted       {path}: {left} -> {right}")
+
+
+def end(
+    config: Config,
+    corpus: Corpus,
+    state: State,
+    seen: Seen,
+    finite: bool,
+    env: Env,
+    report: Report,
+    stop: runtime.Stop,
+    layouts: tuple[ArenaLayout, ...],
+    ranks: Ranks,
+) -> int:
+    """Keep the weights, say how it went, and with which exit code."""
+    log = report.log
+    if not stop.preempted():
+        params = zero.whole(layouts, state.params, ranks)
+        if ranks.world.rank == 0:
+            weights.save(log.folder, params, state.router_bias)
+    if not finite:
+        message = (
+            f"step {state.step}: loss and gradient norm are finite, got {config.train.max_nonfinite_steps} steps in a "
+            "row that were not; lower optim.*.lr or lengthen schedule.warmup_tokens, weights are those before them"
+        )
+        log.event("end", status="failed", step=state.step, exit_code=EXIT_NONFINITE, error=message)
+        if ranks.world.rank == 0:
+            print(f"nmoe: {message}", file=sys.stderr)
+        return EXIT_NONFINITE
+    if seen.last is not None and seen.at(config.train.steps):
+        say(
+            f"validation     {seen.last.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram "
+            f"{corpus.bigram:.4f}; {seen.last.bits_per_byte:.4f} bits/byte"
+        )
+        text = sample(config, corpus, state, env)
+        log.event("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
+        say(f"sample         {SAMPLE_PROMPT!r} continued:\n{text}")
+    status = "finished" if stop.signal is None else "interrupted"
+    why = {} if stop.signal is None else {"signal": stop.signal.name}
+    log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), **why)
+    left = CHECKPOINTS if stop.preempted() else weights.FILE
+    say(f"{status:<14} {state.step} steps in {duration(time.monotonic() - report.began)}  {log.folder / left}")
+    return stop.exit_code()
+
+
+def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:
+    """A short text by the trained model."""
+    encoding = tokenizers.encoding(corpus.tokenizer)
+    limit = config.train.sequence_length
+    tokens = extend(
+        state.params,
+        state.router_bias,
+        env,
+        attrs.evolve(config.model, max_positions=limit),
+        encoding.encode_ordinary(SAMPLE_PROMPT),
+        num_tokens=SAMPLE_TOKENS,
+        vocab_size=corpus.tokenizer.size,
+        temperature=0.7,
+        key=Key(config.run.seed).fold("sample", SAMPLE_PROMPT),
+    )
+    return encoding.decode(tokens)

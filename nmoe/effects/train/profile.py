@@ -1,0 +1,231 @@
+"""`nmoe run --profile`: a trace of a few steps, and what their time went to, beside what the device could do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import torch
+from torch.profiler import ProfilerActivity
+
+from nmoe.config import Config
+from nmoe.effects.device import process as runtime
+from nmoe.effects.terminal import say
+from nmoe.effects.train.run import World
+from nmoe.errors import InputError
+from nmoe.pure.cost.plan import plan
+from nmoe.pure.model.model import Batch
+
+__all__ = ["FIRST", "PARTS", "STEPS", "Part", "breakdown", "parts", "profiling"]
+
+FIRST = 3
+"""Steps that go before: kernels are built, memory is taken."""
+
+STEPS = 3
+"""Steps that are traced."""
+
+PARTS = ("attention", "router", "dispatch", "experts", "combine", "head", "optimizer")
+"""Names that `effects.ops` and the kernels give to what they run; of an exchange all that begin with its name."""
+
+FLOPS: Mapping[str, str] = MappingProxyType(
+    {"attention": "attention", "router": "router", "experts": "routed", "head": "head"}
+)
+"""Which FLOPs of a plan a part makes; the others move memory."""
+
+BACKWARD = "autograd::engine::evaluate_function"
+"""What the profiler calls a node of the backward pass; its sequence number is that of the forward op it belongs to."""
+
+
+@attrs.frozen(kw_only=True)
+class Part:
+    """What one name took, in a step."""
+
+    name: str
+    forward_s: float
+    backward_s: float
+    floor_s: float | None  # at the peak rate of the device; None where not FLOPs are what counts
+
+    def total_s(self) -> float:
+        """Both passes."""
+        return self.forward_s + self.backward_s
+
+
+@contextmanager
+def profiling(path: Path, config: Config) -> Iterator[World]:
+    """The world of a run that is watched; when steps enough were seen, the trace is written and the times are told.
+
+    path     of the trace, which must not exist yet; Chrome and Perfetto open it
+
+    Raises:  InputError where it cannot be written, a step is replayed or the run takes too few steps.
+    """
+    check(path, config)
+    on_gpu = config.run.device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    profiler = torch.profiler.profile(activities=activities)
+    watch = Watch(profiler=profiler, on_gpu=on_gpu)
+    try:
+        yield World(read=watch.reading)
+    finally:
+        watch.end()
+    if watch.steps == 0:
+        raise InputError(
+            f"--profile: a run of more than {FIRST} steps, got {watch.seen}; raise train.steps, or start a new run"
+        )
+    beside = path.with_name(f".{path.name}.part")
+    profiler.export_chrome_trace(str(beside))
+    os.replace(beside, path)
+    device = runtime.device(config.run.device)
+    floor = runtime.peak_flops(device)
+    say(
+        breakdown(
+            parts(profiler.events() or [], config, watch.steps, floor, on_gpu=on_gpu), watch.seconds / watch.steps
+        )
+    )
+    say(f"trace          {path}; open it in chrome://tracing or https://ui.perfetto.dev")
+
+
+def check(path: Path, config: Config) -> None:
+    """Refuse what would not end in a trace."""
+    problems: list[str] = []
+    if path.exists():
+        problems.append(f"--profile: a file that is not there yet, got {path}; move it or name another")
+    elif not path.parent.is_dir():
+        problems.append(f"--profile: a file in an existing folder, got {path}; make {path.parent}")
+    if config.train.graph:
+        problems.append("--profile: steps that are not replayed, got train.graph = true; add --train.graph=false")
+    if config.parallel.ranks > 1:
+        problems.append(f"--profile: one rank, got {config.parallel.ranks}; add --gpus 1")
+    if config.train.steps <= FIRST:
+        problems.append(f"--profile: a run of more than {FIRST} steps, got {config.train.steps}; raise train.steps")
+    if problems:
+        raise InputError(*problems)
+
+
+@attrs.define
+class Watch:
+    """Turns the profiler on and off at the head of a step, where a run reads its next batch."""
+
+    profiler: Any
+    on_gpu: bool
+    seen: int = 0  # steps begun
+    steps: int = 0  # of these, traced to their end
+    seconds: float = 0.0  # that they took
+    began: float | None = None
+
+    def reading(self, read: Callable[[int], Batch]) -> Callable[[int], Batch]:
+        """A `read` that notices."""
+
+        def noticing(cursor: int) -> Batch:
+            if self.began is not None and self.seen == FIRST + STEPS:
+                self.end()
+            if self.seen == FIRST:
+                self.wait()
+                self.profiler.start()
+                self.began = time.perf_counter()
+            self.seen += 1
+            return read(cursor)
+
+        return noticing
+
+    def end(self) -> None:
+        """Stop, if it is on."""
+        if self.began is None:
+            return
+        self.wait()
+        self.seconds, self.began = time.perf_counter() - self.began, None
+        self.profiler.stop()
+        self.steps = self.seen - FIRST
+
+    def wait(self) -> None:
+        """For the device, so that a step's work is counted in that step."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def parts(events: Sequence[Any], config: Config, steps: int, peak_flops: float, *, on_gpu: bool) -> tuple[Part, ...]:
+    """What each name took, longest first; the last one is all that has no name.
+
+    An event belongs to the innermost name around it; in the backward pass, where there is none, to the name around the
+    forward op of the same sequence number.
+
+    events      the profiler's, of its CPU threads
+    peak_flops  FLOP/s of the device
+    """
+    forward: dict[int, str] = {}
+    for event in events:
+        name, node = owner(event)
+        if name is not None and node is None and event.sequence_nr >= 0:
+            forward.setdefault(event.sequence_nr, name)
+    spent: dict[tuple[str, bool], float] = {}
+    for event in events:
+        name, node = owner(event)
+        if name is None and node is not None:
+            name = forward.get(node.sequence_nr)
+        key = (name or "rest", node is not None)
+        spent[key] = spent.get(key, 0.0) + time_of(event, on_gpu) * 1e-6 / steps
+    per_token = attrs.asdict(plan(config, ranks=1, mfu=1.0, peak_flops=peak_flops).flops)
+    tokens = config.train.batch_size * config.train.sequence_length
+    named = sorted({name for name, _ in spent} | set(PARTS), key=lambda name: -total(spent, name))
+    named = [*(name for name in named if name != "rest"), "rest"]
+    others = sum(value for key, value in per_token.items() if key not in FLOPS.values())
+    work = {name: per_token[FLOPS[name]] for name in named if name in FLOPS} | {"rest": others}
+    return tuple(
+        Part(
+            name=name,
+            forward_s=spent.get((name, False), 0.0),
+            backward_s=spent.get((name, True), 0.0),
+            floor_s=3 * tokens * work[name] / peak_flops if name in work else None,
+        )
+        for name in named
+    )
+
+
+def total(spent: Mapping[tuple[str, bool], float], name: str) -> float:
+    """Of both passes."""
+    return spent.get((name, False), 0.0) + spent.get((name, True), 0.0)
+
+
+def owner(event: Any) -> tuple[str | None, Any]:
+    """The innermost name around an event, and the node of the backward pass it lies in, if any."""
+    name, node = None, None
+    while event is not None:
+        if name is None and (event.name in PARTS or event.name.startswith("exchange ")):
+            name = event.name
+        if event.name.startswith(BACKWARD):
+            node = event
+        event = event.cpu_parent
+    return name, node
+
+
+def time_of(event: Any, on_gpu: bool) -> float:
+    """Microseconds of an event without those inside it: of the kernels it launched, or of the CPU."""
+    return sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
+
+
+def breakdown(found: Sequence[Part], step_s: float) -> str:
+    """The times of a step as a table.
+
+    step_s   of a step, as the clock has it
+    """
+    lines = [f"profile        {'':<18} {'forward':>9} {'backward':>9} {'share':>7} {'at best':>9} {'of it':>7}"]
+    for each in found:
+        floor, reached = "", ""
+        if each.floor_s is not None and each.total_s():
+            floor, reached = f"{1e3 * each.floor_s:.2f} ms", f"{100 * each.floor_s / each.total_s():.1f} %"
+        lines.append(
+            f"{'':<14} {each.name:<18} {1e3 * each.forward_s:>6.2f} ms {1e3 * each.backward_s:>6.2f} ms "
+            f"{100 * each.total_s() / step_s:>5.1f} % {floor:>9} {reached:>7}"
+        )
+    busy = sum(each.total_s() for each in found)
+    idle = max(0.0, step_s - busy)
+    lines.append(f"{'':<14} {'nothing runs':<18} {1e3 * idle:>6.2f} ms {'':>12} {100 * idle / step_s:>5.1f} %")
+    lines.append(
+        f"{'':<14} a step took {1e3 * step_s:.2f} ms while it was watched; at best: FLOPs at the device's peak"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""What a run tells while it trains: lines on the screen and in metrics.rank0.jsonl."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import attrs
+
+from nmoe.config import Config
+from nmoe.effects.device import process as runtime
+from nmoe.effects.parallel.exchange import Exchange
+from nmoe.effects.record.log import Log
+from nmoe.effects.record.monitor import Monitor
+from nmoe.effects.terminal import say
+from nmoe.effects.train.evaluate import Held
+from nmoe.effects.train.step import Metrics, State, learning_rates
+from nmoe.pure.cost.report import duration, quantity
+from nmoe.pure.data.stages import Stream
+from nmoe.pure.model.route import health
+
+__all__ = ["Report"]
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """Turns what steps tell into lines: on the screen and in metrics.rank0.jsonl."""
+
+    config: Config
+    rt: runtime.Runtime
+    log: Log
+    flops: int  # of training, a token
+    began: float  # monotonic seconds
+    monitor: Monitor | None  # None: not the first rank, which tells what all have in common
+    first_step: int  # steps taken before this attempt
+    exchange: Exchange | None = None
+
+    def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
+        """Report the last step; times are means over the `steps` since the previous report.
+
+        returns  (non-finite steps in all, in a row)
+        """
+        train = self.config.train
+        tokens = train.batch_size * train.sequence_length
+        busy = sum(value for name, value in seconds.items() if name != "validation") / steps
+        rate = tokens / busy
+        mfu = rate * self.flops / (self.rt.world * self.rt.peak_flops)
+        if self.monitor is None:
+            return self._own(state, metrics, seconds, steps)
+        rates = learning_rates(self.config, state.step - 1)
+        loss, norm = metrics.loss.item(), metrics.grad_norm.item()
+        load = metrics.load.cpu()
+        shape = health(load)
+        held = runtime.memory_bytes(self.rt.device)
+        skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
+        elapsed = time.monotonic() - self.began
+        first = self.config.model.num_dense_layers
+        fields = dict(
+            step=state.step,
+            elapsed_s=elapsed,
+            tokens_global=state.step * tokens,
+            tokens_local=state.step * tokens // self.rt.world,
+            loss=loss,
+            auxiliary_loss=metrics.auxiliary_loss.item(),
+            **{f"lr/{group}": value for group, value in rates.items()},
+            grad_norm=norm,
+            update_norm=metrics.update_norm.item(),
+            nonfinite_steps=skipped,
+            tokens_per_s=rate,
+            mfu=mfu,
+            memory_bytes=held,
+            **self._sent(state, busy),
+            step_s=busy,
+            **{f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"},
+            experts={
+                "layer": list(range(first, self.config.model.num_layers)),
+                "max_over_mean": shape.max_over_mean.tolist(),
+                "cv": shape.cv.tolist(),
+                "dead": shape.dead.tolist(),
+                "entropy": metrics.entropy.tolist(),
+                "bias_min": state.router_bias.amin(-1).tolist(),
+                "bias_max": state.router_bias.amax(-1).tolist(),
+            },
+        )
+        self.log.metrics(**fields)
+        self.monitor.step(fields, load)
+        eta = elapsed / (state.step - self.first_step) * (train.steps - state.step)
+        say(
+            f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
+            f"loss {loss:.4f}  gnorm {norm:.3f}  lr {rates['dense']:.1e}  {quantity(rate)} tok/s  "
+            f"mfu {100 * mfu:.1f} %  mem {quantity(held, 'B')}  bal {shape.max_over_mean.max().item():.2f}  "
+            f"dead {int(shape.dead.sum().item())}  eta {duration(eta)}"
+        )
+        return skipped, in_row
+
+    def mixture(self, planned: Stream, state: State) -> None:
+        """Say what will be read: enough to know what any later step has read of each source."""
+        self.log.event(
+            "mixture",
+            step=state.step,
+            cursor=state.cursor,
+            batch_size=self.config.train.batch_size,
+            sequence_length=self.config.train.sequence_length,
+            sources=[{"name": each.name, "windows": each.windows} for each in planned.ingredients],
+            stages=[{"name": stage.name, "windows": list(stage.quotas)} for stage in planned.stages],
+        )
+
+    def _own(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
+        """What this rank alone knows. Writes: its metrics."""
+        tokens = state.step * self.config.train.batch_size * self.config.train.sequence_length
+        parts = {f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"}
+        busy = sum(parts.values())
+        self.log.metrics(
+            step=state.step,
+            elapsed_s=time.monotonic() - self.began,
+            tokens_local=tokens // self.rt.world,
+            memory_bytes=runtime.memory_bytes(self.rt.device),
+            **self._sent(state, busy),
+            step_s=busy,
+            **parts,
+        )
+        return int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
+
+    def _sent(self, state: State, step_s: float) -> dict[str, float]:
+        """Bytes this rank wrote into the memory of others, a step of this attempt, and that over the time of a step."""
+        if self.exchange is None:
+            return {}
+        num_bytes = self.exchange.sent.item() / (state.step - self.first_step)
+        return {"exchange/bytes": num_bytes, "exchange/bandwidth": num_bytes / step_s}
+
+    def validation(self, step: int, held: Held) -> None:
+        """Report a validation."""
+        if self.monitor is None:
+            return
+        numbers = {"validation/loss": held.loss, "validation/bits_per_byte": held.bits_per_byte}
+        self.log.metrics(step=step, elapsed_s=time.monotonic() - self.began, **numbers)
+        self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)
+        say(
+            f"step {step}  validation loss {held.loss:.4f} nats  {held.bits_per_byte:.4f} bits/byte  "
+            f"{held.tokens} tokens"
+        )

@@ -1,0 +1,140 @@
+"""ZeRO-2 (arXiv:1910.02054): gradients are summed into, and updates come from, the part of an arena that a rank has.
+
+Each bucket is one reduce-scatter and one all-gather, in place. What is summed in which order follows from the layout
+and the number of ranks alone, never from who comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmoe.effects.device.buffers import Arena
+from nmoe.effects.parallel.ranks import Group, Ranks
+from nmoe.pure.core import tree
+from nmoe.pure.core.layout import ArenaLayout
+
+__all__ = ["gather_", "owned", "scattering_", "whole"]
+
+
+def owned(layouts: Sequence[ArenaLayout], flats: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """The stretches of flat tensors, one an arena, that this rank answers for; over all ranks, everything once."""
+    return [
+        flat[each.begin : each.end]
+        for described, flat in zip(layouts, flats, strict=True)
+        for each in described.stretches(ranks.sharing(described).rank)
+    ]
+
+
+@contextmanager
+def scattering_(
+    layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], params: Any, ranks: Ranks
+) -> Iterator[Callable[[], None]]:
+    """Sum the gradients over the ranks while the backward pass inside the block makes them.
+
+    A bucket is given away as soon as its last gradient is there. All ranks give buckets away in one order, that in
+    which the backward pass completes them: by their first parameter in the order of the model, the last one first.
+
+    yields  what to call after the backward pass: waits, on a GPU the stream and not the host
+
+    Writes:  gradients of `arenas`: `owned` has the sum, the rest is worth nothing.
+    """
+    if ranks.world.size == 1:
+        yield lambda: None
+        return
+    place = {path: index for index, (path, _) in enumerate(tree.leaves(params))}
+    leaves = dict(tree.leaves(params))
+    buckets: list[tuple[int, Group, Tensor, list[str]]] = []
+    for described, arena in zip(layouts, arenas, strict=True):
+        group = ranks.sharing(described)
+        for low, high in described.buckets() if group.size > 1 else ():
+            paths = [slot.path for slot in described.slots if low <= slot.offset < high]
+            buckets.append((min(place[path] for path in paths), group, arena.gradient[low:high], paths))
+    buckets.sort(key=lambda each: -each[0])
+
+    missing = [len(paths) for *_, paths in buckets]
+    works: list[Any] = []
+
+    def give() -> None:
+        """Give away every bucket that is complete and has none before it that is not."""
+        while len(works) < len(buckets) and not missing[len(works)]:
+            _, group, gradient, _ = buckets[len(works)]
+            works.append(_reduce_scatter_(group, gradient))
+
+    def done(index: int) -> Callable[[Tensor], None]:
+        def hook(leaf: Tensor) -> None:
+            missing[index] -= 1
+            give()
+
+        return hook
+
+    def finish() -> None:
+        missing[:] = [0] * len(buckets)  # a parameter without a gradient in this step has a sum as well
+        give()
+        for work in works:
+            work.wait()
+
+    hooks = [
+        leaves[path].register_post_accumulate_grad_hook(done(index))
+        for index, (*_, paths) in enumerate(buckets)
+        for path in paths
+    ]
+    try:
+        yield finish
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def gather_(layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], ranks: Ranks) -> None:
+    """Bring the values that each rank answers for to the others.
+
+    Writes:  values of `arenas`.
+    """
+    works: list[Any] = []
+    for described, arena in zip(layouts, arenas, strict=True):
+        group = ranks.sharing(described)
+        for low, high in described.buckets() if group.size > 1 else ():
+            works.append(_all_gather_(group, arena.value[low:high]))
+    for work in works:
+        work.wait()
+
+
+@torch.no_grad()
+def whole(layouts: Sequence[ArenaLayout], params: Any, ranks: Ranks) -> Any:
+    """The parameters with the experts of all ranks, on the host; they are too much for a GPU."""
+    group = ranks.experts
+    shared = {slot.path for described in layouts if described.policy.shard for slot in described.slots}
+
+    def gathered(path: str, leaf: Tensor) -> Tensor:
+        if group.size == 1 or path not in shared:
+            return leaf
+        flat = leaf.new_empty(group.size, *leaf.shape)
+        flat[group.rank].copy_(leaf)
+        _all_gather_(group, flat.view(-1)).wait()
+        return flat.flatten(0, 1).cpu()
+
+    return tree.map(gathered, params)
+
+
+def _part(group: Group, flat: Tensor) -> Tensor:
+    size = flat.numel() // group.size
+    return flat[group.rank * size : (group.rank + 1) * size]
+
+
+# The methods of a process group, because torch 2.13 renames the functions around them that torch 2.11 has.
+
+
+def _reduce_scatter_(group: Group, flat: Tensor) -> Any:
+    return group.handle._reduce_scatter_base(_part(group, flat), flat)
+
+
+def _all_gather_(group: Group, flat: Tensor) -> Any:
+    # as bytes: gloo and NCCL know no i16, and no format matters
+    raw = flat.view(torch.uint8)
+    return group.handle._allgather_base(raw, _part(group, raw))

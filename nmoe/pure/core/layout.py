@@ -1,0 +1,160 @@
+"""Where every parameter lies in memory: integers only.
+
+All parameters of one policy lie in one flat arena, in the order of the tree, so that an optimizer step is one pass an
+arena. Gradients have the same offsets. Ranks that hold the same arena share out its moments and remainders (ZeRO-2,
+arXiv:1910.02054): the arena is a row of buckets of whole parameters, and each rank has an equal part of every bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import attrs
+import torch
+
+from nmoe.pure.core import tree
+from nmoe.pure.core.spec import POLICY, Dims, Policy, Spec
+
+__all__ = ["ALIGNMENT", "BUCKET", "ArenaLayout", "Slot", "Stretch", "layout"]
+
+ALIGNMENT = 128
+"""Elements; each parameter starts at a multiple, so that rows start on a memory transaction in every format."""
+
+BUCKET = 1 << 24
+"""Elements that are reduced at once: 64 MiB of fp32 gradients, enough for the full rate of a link."""
+
+
+@attrs.frozen(kw_only=True)
+class Slot:
+    """One parameter's place in its arena, in elements."""
+
+    path: str
+    spec: Spec
+    shape: tuple[int, ...]  # this rank's part
+    offset: int
+
+    def size(self) -> int:
+        """Number of elements on this rank."""
+        return math.prod(self.shape)
+
+
+@attrs.frozen(kw_only=True)
+class Stretch:
+    """Elements `begin` to `end` of an arena, which lie from element `at` on in what one rank holds of it."""
+
+    begin: int
+    end: int
+    at: int
+
+
+@attrs.frozen(kw_only=True)
+class ArenaLayout:
+    """One arena: what lies in it, in which formats."""
+
+    name: str
+    policy: Policy
+    slots: tuple[Slot, ...]
+    size: int  # elements, padding included
+    storage: torch.dtype
+    gradient: torch.dtype
+    moments: torch.dtype
+    parts: int  # ranks that hold the arena, and share out its moments and remainders
+    ends: tuple[int, ...]  # of the buckets, in elements; a bucket is a multiple of `parts` long
+
+    def has_remainder(self) -> bool:
+        """Whether 16 more bits an element restore the fp32 value."""
+        return self.storage is torch.bfloat16
+
+    def held(self) -> int:
+        """Elements whose moments one rank has."""
+        return self.size // self.parts
+
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """Begin and end of each bucket."""
+        return tuple(zip((0, *self.ends), self.ends, strict=False))
+
+    def stretches(self, part: int) -> tuple[Stretch, ...]:
+        """What the `part`-th of the ranks has, one stretch a bucket."""
+        found: list[Stretch] = []
+        for low, high in self.buckets():
+            size = (high - low) // self.parts
+            begin = low + part * size
+            found.append(Stretch(begin=begin, end=begin + size, at=low // self.parts))
+        return tuple(found)
+
+    def share(self, slot: Slot, part: int) -> Stretch:
+        """What the `part`-th of the ranks has of one parameter; it may be nothing, at the parameter's end."""
+        bucket = next(index for index, end in enumerate(self.ends) if slot.offset < end)
+        whole = self.stretches(part)[bucket]
+        end = slot.offset + slot.size()
+        begin = min(max(whole.begin, slot.offset), end)
+        return Stretch(begin=begin, end=max(min(whole.end, end), begin), at=begin - whole.begin + whole.at)
+
+
+def dtype(name: Literal["fp32", "bf16"]) -> torch.dtype:
+    """The tensor format a config names."""
+    return torch.float32 if name == "fp32" else torch.bfloat16
+
+
+def layout(
+    specs: Any,
+    dims: Dims,
+    *,
+    compute: Literal["fp32", "bf16"],
+    moments: Literal["fp32", "bf16"],
+    accumulate: bool,
+    world: int = 1,
+    replicas: int = 1,
+    bucket: int = BUCKET,
+) -> tuple[ArenaLayout, ...]:
+    """The arenas of one rank, in order of first appearance in the tree.
+
+    compute     format of parameters whose policy stores them in "compute"
+    moments     format of the moments of what is stored in bf16; others have fp32 ones
+    accumulate  whether a step has more than one microbatch: gradients are then kept in fp32
+    world       ranks the experts are shared out to
+    replicas    groups of that many ranks; each has all parameters
+    bucket      elements after which a bucket ends, at the end of the parameter
+    """
+    members: dict[tuple[str, bool, str, torch.dtype], list[tuple[str, Spec]]] = {}
+    for path, spec in tree.leaves(specs):
+        policy = POLICY[spec.role]
+        storage = dtype(compute) if policy.storage == "compute" else torch.float32
+        members.setdefault((policy.group, policy.decay, policy.shard, storage), []).append((path, spec))
+
+    arenas: list[ArenaLayout] = []
+    for (group, decay, shard, storage), parameters in members.items():
+        parts = replicas if shard else world * replicas
+        slots: list[Slot] = []
+        ends = [0]
+        offset = 0
+        for path, spec in parameters:
+            shape = spec.shape(dims)
+            if shard:
+                shape = (shape[0] // world, *shape[1:])
+            slots.append(Slot(path=path, spec=spec, shape=shape, offset=offset))
+            offset += _up(math.prod(shape), ALIGNMENT)
+            is_last = len(slots) == len(parameters)
+            if is_last or (parts > 1 and offset - ends[-1] >= bucket):
+                offset = ends[-1] + _up(offset - ends[-1], parts * ALIGNMENT)
+                ends.append(offset)
+        arenas.append(
+            ArenaLayout(
+                name=".".join((group, *(["decay"] if decay else []), "fp32" if storage is torch.float32 else "bf16")),
+                policy=POLICY[parameters[0][1].role],
+                slots=tuple(slots),
+                size=offset,
+                storage=storage,
+                gradient=torch.float32 if accumulate else storage,
+                moments=dtype(moments) if storage is torch.bfloat16 else torch.float32,
+                parts=parts,
+                ends=tuple(ends[1:]),
+            )
+        )
+    return tuple(arenas)
+
+
+def _up(size: int, unit: int) -> int:
+    """The next multiple of `unit`."""
+    return -(-size // unit) * unit

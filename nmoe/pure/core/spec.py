@@ -1,0 +1,122 @@
+"""What a parameter is, said once on the field that holds it: axes, role, initial values.
+
+`Role` is closed and `POLICY` has one row a role: together they are the whole truth about optimizer groups, decay,
+sharding, storage and FLOPs. A deviation is a new role.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from nmoe.pure.core.tree import param
+
+__all__ = ["POLICY", "Dims", "Init", "Policy", "Role", "Spec", "blueprint", "param"]
+
+Dims = Mapping[str, int]
+"""Size of each axis letter."""
+
+Init = Callable[[torch.Generator, tuple[int, ...], Dims], Tensor]
+"""Draws initial values: generator, shape, dims -> fp32 tensor on the generator's device."""
+
+T = TypeVar("T")
+
+
+class Role(enum.Enum):
+    """What a parameter does."""
+
+    EMBED = "embed"
+    HEAD = "head"
+    MATRIX = "matrix"
+    EXPERT = "expert"
+    ROUTER = "router"
+    GAIN = "gain"
+
+
+@attrs.frozen(kw_only=True)
+class Policy:
+    """How parameters of one role are trained and stored.
+
+    optimizer  update rule
+    group      table of `[optim]` that holds its learning rate
+    decay      whether weight decay applies
+    shard      axis letter that is split over the expert-parallel ranks, or "" for none
+    storage    "compute": the format of `precision.compute`; "fp32": always fp32
+    flops      whether a token meets it in a matrix product
+    """
+
+    optimizer: Literal["adamw"]
+    group: Literal["dense", "expert", "router"]
+    decay: bool
+    shard: Literal["E", ""]
+    storage: Literal["compute", "fp32"]
+    flops: bool
+
+
+def row(
+    group: Literal["dense", "expert", "router"],
+    *,
+    decay: bool,
+    flops: bool,
+    shard: Literal["E", ""] = "",
+    storage: Literal["compute", "fp32"] = "compute",
+) -> Policy:
+    """One row of the table; every role uses AdamW so far."""
+    return Policy(optimizer="adamw", group=group, decay=decay, shard=shard, storage=storage, flops=flops)
+
+
+POLICY: Mapping[Role, Policy] = MappingProxyType(
+    {
+        Role.EMBED: row("dense", decay=False, flops=False),
+        Role.HEAD: row("dense", decay=False, flops=True),
+        Role.MATRIX: row("dense", decay=True, flops=True),
+        Role.EXPERT: row("expert", decay=True, flops=True, shard="E"),
+        Role.ROUTER: row("router", decay=False, flops=True, storage="fp32"),
+        Role.GAIN: row("dense", decay=False, flops=False, storage="fp32"),
+    }
+)
+
+
+@attrs.frozen
+class Spec:
+    """One parameter: the letters of its axes, its role, how its values start."""
+
+    axes: tuple[str, ...]
+    role: Role
+    init: Init
+
+    def shape(self, dims: Dims) -> tuple[int, ...]:
+        """Global shape; an axis that is a number is its own size."""
+        return tuple(int(axis) if axis.isdigit() else dims[axis] for axis in self.axes)
+
+    def size(self, dims: Dims) -> int:
+        """Number of elements over all ranks."""
+        return math.prod(self.shape(dims))
+
+
+def blueprint(cls: type[T], **kids: Any) -> T:
+    """A record of `cls` whose leaves are Specs.
+
+    kids     the fields that hold no parameter of their own: blueprints of parts
+    Raises:  ValueError when a field has neither a spec nor a blueprint.
+    """
+    values: list[Any] = []
+    for field in attrs.fields(cls):  # pyright: ignore[reportArgumentType]
+        if field.name in kids:
+            values.append(kids[field.name])
+        elif "param" in field.metadata:
+            axes, role, init = field.metadata["param"]
+            values.append(Spec(tuple(axes.split()), role, init))
+        else:
+            raise ValueError(
+                f"blueprint({cls.__name__}): every field is a parameter or given, got no value for '{field.name}'; "
+                f"pass {field.name}=blueprint(...)"
+            )
+    return cls(*values)

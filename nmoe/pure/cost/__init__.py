@@ -1,0 +1,1 @@
+"""What a training will take: FLOPs, memory, traffic, time."""

@@ -1,0 +1,86 @@
+"""Parameters and FLOPs, counted from the specs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from nmoe.config import sections
+from nmoe.pure.core import tree
+from nmoe.pure.core.spec import POLICY, Dims, Role, Spec
+from nmoe.pure.model.model import Model, Moe
+
+__all__ = ["Flops", "Parameters", "forward_flops", "parameters"]
+
+
+@attrs.frozen(kw_only=True)
+class Parameters:
+    """Number of parameters."""
+
+    total: int
+    active: int  # met by one token: top_k of the routed experts
+    embedding: int  # of these, rows that are looked up, not multiplied
+    routed: int  # of the total, in routed experts
+
+
+@attrs.frozen(kw_only=True)
+class Flops:
+    """Forward FLOPs a token, a multiplication and an addition counted as two."""
+
+    projections: int  # matrix products of attention
+    attention: int  # scores and weighted values
+    dense: int
+    router: int
+    routed: int
+    shared: int
+    head: int
+
+    def total(self) -> int:
+        """All parts."""
+        return sum(attrs.astuple(self))
+
+    def training(self) -> int:
+        """Forward and backward: each product has two gradients of its own size."""
+        return 3 * self.total()
+
+
+def active(spec: Spec, dims: Dims, top_k: int) -> int:
+    """Elements of a parameter that one token meets."""
+    size = spec.size(dims)
+    return size // dims["E"] * top_k if spec.role is Role.EXPERT else size
+
+
+def parameters(specs: Model, dims: Dims, *, top_k: int) -> Parameters:
+    """Count the parameters of a model."""
+    every: list[Spec] = [spec for _, spec in tree.leaves(specs)]
+    return Parameters(
+        total=sum(spec.size(dims) for spec in every),
+        active=sum(active(spec, dims, top_k) for spec in every),
+        embedding=sum(spec.size(dims) for spec in every if spec.role is Role.EMBED),
+        routed=sum(spec.size(dims) for spec in every if spec.role is Role.EXPERT),
+    )
+
+
+def forward_flops(c: sections.Model, specs: Model, dims: Dims, *, sequence_length: int, causal: bool) -> Flops:
+    """Forward FLOPs a token of a sequence of this length.
+
+    causal   count only the scores a causal mask keeps, on average (T + 1) / 2 a token; False: the whole square, as
+             `torch.utils.flop_counter.FlopCounterMode` counts the reference
+    """
+
+    def products(part: Any) -> int:
+        matrices = [spec for _, spec in tree.leaves(part) if POLICY[spec.role].flops]
+        return sum(2 * active(spec, dims, c.moe.top_k) for spec in matrices)
+
+    mixtures = [block.ffn for block in specs.blocks if isinstance(block.ffn, Moe)]
+    doubled_keys = sequence_length + 1 if causal else 2 * sequence_length
+    return Flops(
+        projections=sum(products(block.attention) for block in specs.blocks),
+        attention=len(specs.blocks) * doubled_keys * dims["H"] * (dims["C"] + dims["U"]),
+        dense=sum(products(block.ffn) for block in specs.blocks if not isinstance(block.ffn, Moe)),
+        router=sum(products(ffn.router) for ffn in mixtures),
+        routed=sum(products((ffn.up, ffn.down)) for ffn in mixtures),
+        shared=sum(products(ffn.shared) for ffn in mixtures),
+        head=products(specs.head),
+    )

@@ -1,0 +1,249 @@
+"""What a config will cost, before anything runs: parameters, FLOPs, memory, time."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from nmoe.config import sections
+from nmoe.config.sections import Config
+from nmoe.pure.core.layout import ArenaLayout, layout
+from nmoe.pure.core.spec import Dims
+from nmoe.pure.cost import flops
+from nmoe.pure.cost.flops import Flops, Parameters
+from nmoe.pure.cost.machines import H200
+from nmoe.pure.cost.traffic import Arena, arena, distinct_ranks, expert_rows
+from nmoe.pure.model import model
+
+__all__ = ["CAPACITY", "PEAK_FLOPS", "Memory", "Plan", "activation_bytes", "plan"]
+
+PEAK_FLOPS = H200.peak_flops
+"""Dense bf16 FLOP/s of one H100 or H200, the unit of MFU on a GPU (NVIDIA's data sheet, without sparsity)."""
+
+CAPACITY = 2.0
+"""Rows a rank has room for, over the mean, where a config does not say."""
+
+
+@attrs.frozen(kw_only=True)
+class Memory:
+    """Bytes on one rank."""
+
+    parameters: int
+    remainders: int  # low halves of the fp32 master
+    gradients: int
+    moments: int
+    activations: int  # kept for the backward pass of one microbatch; an estimate
+    logits: int  # of one chunk of the loss
+    exchange: int  # symmetric memory to receive rows in
+
+    def total(self) -> int:
+        """All kinds."""
+        return sum(attrs.astuple(self))
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """A config in numbers."""
+
+    parameters: Parameters
+    flops: Flops  # forward, a token, causal
+    flops_executed: Flops  # forward, a token, as the reference executes them
+    memory: Memory
+    arena: Arena
+    distinct: float  # ranks a token has to reach, on average
+    staging: int  # bytes of host memory on one rank: the copy a checkpoint is written from
+    checkpoint: int  # bytes of one checkpoint, all ranks
+    ranks: int
+    expert_ranks: int  # ranks the experts are shared out to
+    tokens_per_step: int
+    tokens: int
+    microbatches: int  # a rank, a step
+    flop_total: float  # of the whole training
+    mfu: float
+    peak_flops: float  # of one rank
+
+    def tokens_per_second(self) -> float:
+        """Of all ranks, at the stated MFU."""
+        return self.ranks * self.peak_flops * self.mfu / self.flops.training()
+
+    def seconds(self) -> float:
+        """Of the whole training, at the stated MFU."""
+        return self.tokens / self.tokens_per_second()
+
+
+def activation_bytes(
+    c: sections.Model, dims: Dims, *, tokens: int, sequence_length: int, element: int, square: bool
+) -> int:
+    """What autograd keeps of the reference for the backward pass of one microbatch.
+
+    Counted op by op along `model.block`: inputs of every product and norm, both halves of every gate, rows of the
+    chosen experts. Rotations and norms keep fp32 copies.
+
+    element  bytes of an activation
+    square   whether attention keeps its probabilities
+    """
+    width, wide = c.hidden_size, 4
+    heads = dims["H"]
+    query = dims.get("Q", 0)
+    attention = (
+        2 * width * wide  # norm: input in fp32, scaled input
+        + width * element  # input of `down`
+        + 2 * (query + dims["R"]) * wide
+        + (query + dims["R"]) * element
+        + heads * (2 * dims["C"] + dims["U"]) * element  # q, k, v
+        + heads * dims["U"] * element * 2  # output, and its copy for `out`
+        + (heads * sequence_length * element if square else heads * wide)
+    )
+    ffn_norm = 2 * width * wide + width * element
+    dense = 4 * dims["I"] * element
+    rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * wide
+    routed = width * wide + 6 * dims["E"] * wide + rows + 4 * dims["S"] * element
+    mixtures = c.num_layers - c.num_dense_layers
+    a_token = c.num_layers * (attention + ffn_norm) + c.num_dense_layers * dense + mixtures * routed
+    return tokens * (a_token + 3 * width * wide)
+
+
+def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, rows: int, recompute: str) -> int:
+    """What the GPU's kernels keep, bf16, for the backward pass of one microbatch, and what that pass holds on top.
+
+    A norm keeps its input, a product its input, attention q, k, v, its output and one number a row, the experts their
+    pre-activation; a router works in fp32.
+
+    rows       (token, expert) pairs the rank's experts have room for
+    recompute  train.recompute
+    """
+    width, wide, element = c.hidden_size, 4, 2
+    heads, query = dims["H"], dims.get("Q", 0)
+    made_again = 2 * width + query + dims["R"]  # norms
+    kept = (
+        2 * width  # residual stream, before each norm
+        + dims["A"]
+        + heads * (dims["C"] + dims["Z"] + dims["U"])
+        + dims["P"]
+    ) * element + heads * wide
+    dense, shared = dims["I"], dims["S"]
+    mixtures = c.num_layers - c.num_dense_layers
+    routed = rows * 2 * dims["F"] * element
+    a_token = (
+        c.num_layers * kept
+        + c.num_dense_layers * 2 * dense * element
+        + mixtures * (width * wide + 6 * dims["E"] * wide + 2 * shared * element)
+    )
+    total = tokens * a_token + mixtures * routed
+    again = tokens * (c.num_layers * made_again + c.num_dense_layers * dense + mixtures * shared) * element
+    if recompute == "none":
+        total += again
+    elif recompute == "full":
+        total = tokens * c.num_layers * width * element + (total + again) // c.num_layers
+    # of one mixture at a time: gradients of pre-activation and rows, and the activation
+    passing = rows * (3 * dims["F"] + width) * element
+    return total + passing + tokens * 2 * width * element
+
+
+def saved_bytes(arena: ArenaLayout) -> int:
+    """Bytes of an element in a checkpoint: value, remainder, both moments."""
+    return arena.storage.itemsize + 2 * arena.has_remainder() + 2 * arena.moments.itemsize
+
+
+def plan(
+    config: Config,
+    *,
+    ranks: int,
+    mfu: float,
+    peak_flops: float = PEAK_FLOPS,
+    expert_ranks: int | None = None,
+    dedup: bool = False,
+    capacity: float = CAPACITY,
+) -> Plan:
+    """What training this config on `ranks` ranks costs.
+
+    mfu           model FLOPs utilisation to assume, causal count, of a rank that waits for no other
+    peak_flops    FLOP/s of one rank
+    expert_ranks  ranks that share out one set of experts, dividing both counts; None: as many as divide both
+    dedup         whether a token goes once to each rank, instead of once to each of its experts
+    capacity      rows a rank has room for, over the mean
+    """
+    c, train = config.model, config.train
+    specs, dims = model.specs(c), model.dims(c)
+    expert_ranks = expert_ranks or math.gcd(ranks, c.moe.num_experts)
+    microbatches = max(1, train.batch_size // (ranks * train.microbatch_size))
+    arenas = layouts(config, microbatches, expert_ranks, ranks // expert_ranks)
+    element = 4 if config.precision.compute == "fp32" else 2
+    tokens = train.microbatch_size * train.sequence_length
+    distinct = distinct_ranks(
+        num_experts=c.moe.num_experts,
+        top_k=c.moe.top_k,
+        ranks=expert_ranks,
+        num_groups=c.moe.num_groups,
+        top_k_groups=c.moe.top_k_groups,
+    )
+    exchange = arena(
+        tokens=tokens,
+        top_k=c.moe.top_k,
+        num_experts=c.moe.num_experts,
+        hidden_size=c.hidden_size,
+        element=element,
+        ranks=expert_ranks,
+        dedup=dedup,
+        capacity=capacity,
+    )
+    rows = expert_rows(
+        tokens=tokens, top_k=c.moe.top_k, num_experts=c.moe.num_experts, ranks=expert_ranks, capacity=capacity
+    )
+    logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
+    if config.run.device == "cuda":
+        activations = kernel_activation_bytes(c, dims, tokens=tokens, rows=rows, recompute=train.recompute)
+        # logits become their own gradient; the head's gradient is summed in fp32
+        logits = logit_rows * element + head * 4
+    else:
+        length = train.sequence_length
+        activations = activation_bytes(c, dims, tokens=tokens, sequence_length=length, element=element, square=True)
+        # fp32 logits, their exponentials and gradient, and the gradient in the compute format
+        logits = logit_rows * (3 * 4 + element) + head * (4 + element)
+    causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True)
+    total = train.steps * train.batch_size * train.sequence_length
+    shares = [(each, each.held()) for each in arenas]
+    return Plan(
+        parameters=flops.parameters(specs, dims, top_k=c.moe.top_k),
+        flops=causal,
+        flops_executed=flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=False),
+        memory=Memory(
+            parameters=sum(each.size * each.storage.itemsize for each in arenas),
+            remainders=sum(share * 2 for each, share in shares if each.has_remainder()),
+            gradients=sum(each.size * each.gradient.itemsize for each in arenas),
+            moments=sum(share * 2 * each.moments.itemsize for each, share in shares),
+            activations=activations,
+            logits=logits,
+            exchange=exchange.total(),
+        ),
+        arena=exchange,
+        distinct=distinct,
+        staging=sum(share * saved_bytes(each) for each, share in shares),
+        checkpoint=sum(
+            slot.size() * (expert_ranks if each.policy.shard else 1) * saved_bytes(each)
+            for each in arenas
+            for slot in each.slots
+        ),
+        ranks=ranks,
+        expert_ranks=expert_ranks,
+        tokens_per_step=train.batch_size * train.sequence_length,
+        tokens=total,
+        microbatches=microbatches,
+        flop_total=float(total) * causal.training(),
+        mfu=mfu,
+        peak_flops=peak_flops,
+    )
+
+
+def layouts(config: Config, microbatches: int, expert_ranks: int, replicas: int) -> tuple[ArenaLayout, ...]:
+    """The arenas of parameters of one rank."""
+    return layout(
+        model.specs(config.model),
+        model.dims(config.model),
+        compute=config.precision.compute,
+        moments=config.precision.moments,
+        accumulate=microbatches > 1,
+        world=expert_ranks,
+        replicas=replicas,
+    )

@@ -1,0 +1,176 @@
+"""What a training takes on many GPUs: who holds which experts, what crosses which wire, how long a step is.
+
+Assumed: even routing; a GPU waits for every exchange of rows; gradients are reduced behind the backward pass of the
+last microbatch, parameters gathered behind the forward pass of the first; what does not fit there is waited for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from nmoe.config.sections import Config
+from nmoe.pure.cost import traffic
+from nmoe.pure.cost.machines import Machine
+from nmoe.pure.cost.plan import Plan, layouts, plan
+from nmoe.pure.cost.traffic import Traffic
+
+__all__ = ["Arrangement", "Scaled", "best", "choices", "scale"]
+
+
+@attrs.frozen(kw_only=True)
+class Arrangement:
+    """Who holds which experts.
+
+    Ranks are numbered host by host; each run of `expert_ranks` of them holds one whole set of experts.
+    """
+
+    gpus: int
+    hosts: int  # divides gpus
+    expert_ranks: int  # divides gpus; divides the GPUs of a host, or is a multiple of them
+    dedup: bool
+    capacity: float
+
+    def per_host(self) -> int:
+        """GPUs of a host."""
+        return self.gpus // self.hosts
+
+    def expert_hosts(self) -> int:
+        """Hosts that one set of experts lies on."""
+        return math.ceil(self.expert_ranks / self.per_host())
+
+    def copies(self) -> int:
+        """Sets of experts."""
+        return self.gpus // self.expert_ranks
+
+
+@attrs.frozen(kw_only=True)
+class Scaled:
+    """A plan with what GPUs say to each other; seconds and bytes are of one GPU."""
+
+    arrangement: Arrangement
+    machine: Machine
+    plan: Plan
+    dispatch: Traffic  # one exchange of rows to their experts, of one microbatch and layer
+    dispatch_s: float
+    combine: Traffic  # and back
+    combine_s: float
+    dispatches: int  # a step; the backward pass sends rows again, beside their gradients
+    combines: int
+    exchange_s: float  # a step, in all
+    reduce: Traffic  # gradients, a step
+    reduce_s: float
+    reduce_exposed_s: float  # of these, not hidden by the backward pass
+    gather: Traffic  # parameters, a step
+    gather_s: float
+    gather_exposed_s: float
+    compute_s: float  # a step
+
+    def step_s(self) -> float:
+        """Of one step."""
+        return self.compute_s + self.exchange_s + self.reduce_exposed_s + self.gather_exposed_s
+
+    def tokens_per_second(self) -> float:
+        """Of all GPUs."""
+        return self.plan.tokens_per_step / self.step_s()
+
+    def seconds(self) -> float:
+        """Of the whole training."""
+        return self.plan.tokens / self.tokens_per_second()
+
+    def mfu(self) -> float:
+        """Of the whole step."""
+        return self.plan.mfu * self.compute_s / self.step_s()
+
+    def fits(self) -> bool:
+        """Whether a GPU has the memory."""
+        return self.plan.memory.total() <= self.machine.memory
+
+
+def choices(*, gpus: int, hosts: int, num_experts: int) -> tuple[int, ...]:
+    """Numbers of GPUs that can share out one set of experts: within a host, and over ever more whole hosts."""
+    per_host = gpus // hosts
+    wider = (per_host * n for n in range(2, hosts + 1) if hosts % n == 0)
+    return (math.gcd(per_host, num_experts), *(ranks for ranks in wider if num_experts % ranks == 0))
+
+
+def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Scaled:
+    """What training this config takes, arranged like this.
+
+    mfu   of a GPU that waits for no other, causal count
+    """
+    c = config.model
+    planned = plan(
+        config,
+        ranks=a.gpus,
+        mfu=mfu,
+        peak_flops=machine.peak_flops,
+        expert_ranks=a.expert_ranks,
+        dedup=a.dedup,
+        capacity=a.capacity,
+    )
+    tokens = config.train.microbatch_size * config.train.sequence_length
+    row_bytes = c.hidden_size * (4 if config.precision.compute == "fp32" else 2)
+    near = min(a.expert_ranks, a.per_host())
+    copies_sent = planned.distinct if a.dedup else c.moe.top_k
+    sizes = {"row_bytes": row_bytes, "ranks": a.expert_ranks, "ranks_per_host": near}
+    dispatch = traffic.exchange(rows=tokens * copies_sent, **sizes)
+    combine = traffic.exchange(rows=tokens * c.moe.top_k, **sizes)
+    words = 4.0 * (c.moe.num_experts + a.expert_ranks)  # rows for each expert, tokens for each rank, told to all
+    counts = Traffic(inside=words * (near - 1), between=words * (a.expert_ranks - near))
+    passes = 2 if config.train.recompute == "full" else 1  # forward
+    layers = planned.microbatches * (c.num_layers - c.num_dense_layers)
+    again = Traffic(inside=2 * dispatch.inside, between=2 * dispatch.between)
+    dispatch_s, combine_s, counts_s, again_s = (
+        traffic.exchange_seconds(each, machine) for each in (dispatch, combine, counts, again)
+    )
+
+    dense, experts = 0, 0
+    dense_parameters, expert_parameters = 0, 0
+    for arena in layouts(config, planned.microbatches, a.expert_ranks, a.gpus // a.expert_ranks):
+        gradient, parameter = arena.size * arena.gradient.itemsize, arena.size * arena.storage.itemsize
+        if arena.policy.shard:
+            experts, expert_parameters = experts + gradient, expert_parameters + parameter
+        else:
+            dense, dense_parameters = dense + gradient, dense_parameters + parameter
+    reduce, reduce_s = _collectives(a, machine, dense, experts)
+    gather, gather_s = _collectives(a, machine, dense_parameters, expert_parameters)
+    compute_s = planned.tokens_per_step / planned.tokens_per_second()
+    microbatch_s = compute_s / planned.microbatches
+    return Scaled(
+        arrangement=a,
+        machine=machine,
+        plan=planned,
+        dispatch=dispatch,
+        dispatch_s=dispatch_s,
+        combine=combine,
+        combine_s=combine_s,
+        dispatches=layers * (passes + 2),
+        combines=layers * (passes + 1),
+        exchange_s=layers * (passes * (counts_s + dispatch_s) + again_s + (passes + 1) * combine_s),
+        reduce=reduce,
+        reduce_s=reduce_s,
+        reduce_exposed_s=max(0.0, reduce_s - microbatch_s * 2 / 3),
+        gather=gather,
+        gather_s=gather_s,
+        gather_exposed_s=max(0.0, gather_s - microbatch_s / 3),
+        compute_s=compute_s,
+    )
+
+
+def _collectives(a: Arrangement, machine: Machine, dense: int, experts: int) -> tuple[Traffic, float]:
+    """One collective over all GPUs for what all of them hold, one over the copies of a set of experts for these."""
+    per_host = max(1, a.per_host() // a.expert_ranks)
+    over_all = traffic.collective(num_bytes=dense, ranks_per_host=a.per_host(), hosts=a.hosts)
+    over_copies = traffic.collective(num_bytes=experts, ranks_per_host=per_host, hosts=a.copies() // per_host)
+    both = Traffic(inside=over_all.inside + over_copies.inside, between=over_all.between + over_copies.between)
+    return both, sum(traffic.collective_seconds(each, machine) for each in (over_all, over_copies))
+
+
+def best(candidates: tuple[Scaled, ...]) -> Scaled:
+    """The fastest that fits; if none does, the smallest."""
+    fitting = [each for each in candidates if each.fits()]
+    if fitting:
+        return min(fitting, key=Scaled.step_s)
+    return min(candidates, key=lambda each: each.plan.memory.total())

@@ -1,0 +1,1 @@
+"""Which tokens come next; how text is cut up."""

@@ -1,0 +1,107 @@
+"""The mixture's seam: dispatch rows to experts, run the experts, combine what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmoe.pure.core.tree import record
+from nmoe.pure.model.norm import wide
+from nmoe.pure.model.route import Routing
+
+__all__ = ["Rows", "combine", "dispatch", "experts", "mixture", "mlp", "swiglu"]
+
+
+@record
+class Rows:
+    """One row a (token, chosen expert) pair, sorted by expert; row `p` reads `x[source[p]]`.
+
+    Rows are described, not copied: an implementation may gather them while it multiplies.
+    """
+
+    x: Tensor  # [M D] tokens at hand
+    source: Tensor  # [P] i64, row -> token
+    expert: Tensor  # [P] i64, row -> expert, ascending
+    count: Tensor  # [E] i64, rows of each expert
+    slot: Tensor  # [P] i64, row -> its place in the [N K] order of the routing
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Gated activation of two halves.
+
+    x        [... 2 F]   gate, then value
+    returns  [... F]     silu(gate) * value
+    Source:  Shazeer (arXiv:2002.05202) eq. 5.
+    """
+    gate, value = x.unbind(-2)
+    return F.silu(gate) * value
+
+
+def mlp(x: Tensor, up: Tensor, down: Tensor, activate: Callable[[Tensor], Tensor] = swiglu) -> Tensor:
+    """Gated MLP.
+
+    x         [... D]
+    up        [D 2 F]
+    down      [F D]
+    activate  `swiglu` or a kernel that implements it
+    """
+    return activate((x @ up.flatten(1)).unflatten(-1, (2, -1))) @ down
+
+
+def dispatch(x: Tensor, routing: Routing, *, num_experts: int) -> Rows:
+    """Rows for the experts, sorted by expert and, within one, by token.
+
+    x        [N D]
+    """
+    flat = routing.expert.flatten()
+    expert, slot = flat.sort(stable=True)
+    count = flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))
+    return Rows(x, slot // routing.expert.shape[1], expert, count, slot)
+
+
+def experts(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
+    """Every row through its own expert's gated MLP.
+
+    The reference runs every expert on every row and keeps one result: slow, and free of data-dependent shapes.
+
+    up       [E D 2 F]
+    down     [E F D]
+    returns  [P D]
+    """
+    x = rows.x.index_select(0, rows.source).expand(up.shape[0], -1, -1)
+    y = torch.bmm(swiglu(torch.bmm(x, up.flatten(2)).unflatten(-1, (2, -1))), down)
+    return y[rows.expert, torch.arange(y.shape[1], device=y.device)]
+
+
+def combine(y: Tensor, rows: Rows, routing: Routing) -> Tensor:
+    """Sum of a token's rows by their weights, in fp32 and in the order of its choices.
+
+    y        [P D]   results of the rows
+    returns  [N D]   in the format of `y`
+    """
+    chosen = torch.empty_like(y).index_copy(0, rows.slot, y).unflatten(0, routing.weight.shape)
+    return (wide(chosen) * routing.weight[..., None]).sum(-2).to(y.dtype)
+
+
+def mixture(
+    x: Tensor,
+    routing: Routing,
+    up: Tensor,
+    down: Tensor,
+    *,
+    dispatch: Callable[..., Rows] = dispatch,
+    experts: Callable[[Rows, Tensor, Tensor], Tensor] = experts,
+    combine: Callable[[Tensor, Rows, Routing], Tensor] = combine,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the chosen experts' outputs: dispatch, experts, combine.
+
+    x        [N D]
+    up       [E D 2 F]
+    down     [E F D]
+    returns  [N D] in the format of `x`, and the rows of each expert [E] i64
+    """
+    rows = dispatch(x, routing, num_experts=up.shape[0])
+    return combine(experts(rows, up, down), rows, routing), rows.count

@@ -1,0 +1,79 @@
+"""Rotary position embedding and its range extension."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nmoe.config.sections import Yarn
+from nmoe.pure.core.tree import record
+from nmoe.pure.model.norm import wide
+
+__all__ = ["Rope", "document_positions", "magnitude", "rotate", "table"]
+
+
+@record
+class Rope:
+    """Rotation table: cosine and sine of every position and frequency."""
+
+    cos: Tensor  # [T P/2] f32
+    sin: Tensor  # [T P/2] f32
+
+
+def magnitude(factor: float, mscale: float) -> float:
+    """YaRN's correction of the attention's magnitude for an extension by `factor` (arXiv:2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def frequencies(dim: int, theta: float, yarn: Yarn | None) -> Tensor:
+    """Radians a position of each channel pair, [dim/2] f64.
+
+    With YaRN, pairs that turn often within the original range keep their frequency, slow ones are divided by the
+    factor, and a linear ramp joins them.
+    """
+    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if yarn is None:
+        return frequency
+
+    def pair(rotations: float) -> float:
+        """Index of the pair that makes this many turns over the original range."""
+        return dim * math.log(yarn.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+    width = max(high - low, 0.001)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
+    return frequency * (1 - ramp) + frequency / yarn.factor * ramp
+
+
+def table(num_positions: int, dim: int, *, theta: float, yarn: Yarn | None) -> Rope:
+    """The rotation table, computed in fp64 and rounded once to fp32.
+
+    num_positions  positions served
+    dim            rotated channels a head, even
+    Source:        Su et al. (arXiv:2104.09864) eq. 15; YaRN (arXiv:2309.00071) eq. 17-23.
+    """
+    angle = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies(dim, theta, yarn))
+    scale = 1.0 if yarn is None else magnitude(yarn.factor, yarn.mscale) / magnitude(yarn.factor, yarn.mscale_all_dim)
+    return Rope((angle.cos() * scale).float(), (angle.sin() * scale).float())
+
+
+def document_positions(start: Tensor) -> Tensor:
+    """Position of each token in its document, [B T] i32, from the index in its row of the document's first token."""
+    return torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start
+
+
+def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:
+    """`x` with neighbouring channels (2i, 2i+1) turned by the angle of their position.
+
+    x          [B T ... P]
+    positions  [B T]         of each token, within the table; (): 0..T-1
+    returns    [B T ... P]   in the format of `x`
+    """
+    at = positions if isinstance(positions, Tensor) else slice(x.shape[1])
+    shape = (-1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
+    cos, sin = rope.cos[at].view(shape), rope.sin[at].view(shape)
+    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)

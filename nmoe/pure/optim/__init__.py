@@ -1,0 +1,1 @@
+"""Update rules, clip, learning-rate schedule."""

@@ -1,0 +1,97 @@
+"""`nmoe bench kernels` in the interpreter: its errors are of the kernels, and its table says what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nmoe.bench import kernels as kernel_bench
+from nmoe.bench.kernels import attention, loss, meter, moe
+from nmoe.bench.kernels.meter import Meter, Way
+from nmoe.effects.kernels.attention.mla import Tiles as AttentionTiles
+from nmoe.effects.kernels.tile import Tile
+from tests.kernels.moe.test_moe import TILES
+
+CPU = torch.device("cpu")
+SMALL = moe.Case(tokens=96, hidden=32, width=16, experts=8, top_k=2, routing="natural")
+BLOCK = Tile(m=16, n=16, k=2, warps=4, stages=2)
+
+
+def ours(case: moe.Case) -> Way:
+    return next(moe.ways(case, moe.Operands.of(case, CPU), TILES))
+
+
+def attend() -> Way:
+    case = attention.Case(batch=1, length=40, heads=2, nope=16, rope=8, value=16)
+    ways = attention.ways(case, CPU, AttentionTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK))
+    return next(way for way in ways if way.name == "deterministic, own forward")
+
+
+def cross_entropy() -> Way:
+    return next(loss.ways(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU))
+
+
+@pytest.mark.parametrize("way", [lambda: ours(SMALL), attend, cross_entropy], ids=["moe", "attention", "loss"])
+def test_a_right_kernel_has_a_small_error(way: Callable[[], Way]) -> None:
+    error = way().error
+    assert error is not None and 0 < error() < 1e-5
+
+
+def test_a_wrong_kernel_has_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = moe.ours
+    monkeypatch.setattr(moe, "ours", lambda *given, **told: tuple(each * 1.01 for each in right(*given, **told)))
+    error = ours(SMALL).error
+    assert error is not None and error() == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize(("routing", "low", "high"), [("balanced", 1, 1), ("natural", 1.2, 4), ("skewed", 1.9, 2.1)])
+def test_loads_are_as_they_are_called(routing: str, low: float, high: float) -> None:
+    case = moe.Case(tokens=4096, hidden=8, width=8, experts=8, top_k=2, routing=routing)
+    chosen = moe.choose(case, CPU)
+    assert low <= moe.busiest(case, chosen.expert) <= high
+    assert not chosen.expert.is_contiguous(), "the router leaves slices of wider rows"
+    assert all(len(set(row)) == 2 for row in chosen.expert.tolist())
+    torch.testing.assert_close(chosen.weight.sum(-1), torch.ones(4096))
+
+
+def test_a_table_has_rates_shares_and_ratios() -> None:
+    times = {"a": 0.002, "b": 0.004}
+    named: dict[Any, float] = {}
+
+    def way(name: str, forward: bool, error: float | None) -> Way:
+        def both() -> str:
+            return name
+
+        named[both] = times[name]
+        given = None if error is None else (lambda: error)
+        return Way(name=name, forward=both if forward else None, both=both, error=given)
+
+    fake = Meter(
+        device=CPU,
+        seconds=lambda call, replayed: named[call],
+        extra_bytes=lambda call: 5 * 10**8,
+        flops=1e15,
+        bandwidth=1e12,
+    )
+    rows = kernel_bench.rows("moe", SMALL, iter([way("a", True, 3e-3), way("b", False, None)]), "b", fake)
+    first, second = rows
+    assert first.ratio == 2.0 and first.beside == "b" and second.ratio is None and second.beside is None
+    assert first.share == SMALL.flop() / 1e15 / 0.002
+    assert SMALL.flop() == 3 * 2 * 96 * 2 * (32 * 2 * 16 + 16 * 32), "two products forward, twice as much backward"
+    told = kernel_bench.line(first)
+    assert "2.000 ms" in told and "3.0e-03" in told and "2.00 x" in told and " 0.50 GB" in told
+    assert all(len(kernel_bench.line(row)) <= 120 for row in rows) and len(kernel_bench.HEAD) <= 120
+    assert math.isclose(
+        meter.relative_error([torch.tensor([1.0, 2.2])], [torch.tensor([1.0, 2.0]).double()]),
+        0.2 / 5**0.5,
+        rel_tol=1e-6,
+    )
+
+
+def test_what_the_loss_must_multiply_is_measured_too() -> None:
+    ways = loss.ways(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU)
+    assert [way.both() for way in ways if way.name == loss.PEER] == [None]

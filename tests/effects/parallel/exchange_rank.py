@@ -1,0 +1,168 @@
+"""One rank of an exchange in its own process:
+
+    python -m tests.effects.parallel.exchange_rank WHAT DEVICE RANK RANKS STORE
+
+What it found is one line of JSON on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nmoe.pure.model import experts, route
+from nmoe.pure.model.route import Routing
+
+TOKENS, EXPERTS, TOP_K = 12, 8, 3
+TIMEOUT_S = 2.0
+
+Mixture = Callable[..., tuple[Tensor, Tensor]]
+
+
+def main(what: str, device: str, rank: int, ranks: int, store: str) -> None:
+    """Open an exchange and do what is asked."""
+    torch.set_num_threads(1)
+    if what == "kernels" and device == "cpu":
+        from tests.kernels import interpreter
+
+        interpreter.turn_on()
+    from nmoe.effects.parallel import exchange
+
+    where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, ranks),  # pyright: ignore[reportPrivateImportUsage]
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=60),
+    )
+    small = device == "cpu"
+    tokens, hidden, width = (TOKENS, 16, 16) if small else (2048, 1024, 512)
+    sizes = exchange.Sizes(
+        ranks=ranks,
+        experts=EXPERTS + (rank if what == "disagree" else 0),
+        top_k=TOP_K,
+        hidden_size=hidden,
+        tokens=tokens,
+        capacity=tokens if what == "overflow" else ranks * tokens * TOP_K,
+        dedup=what != "plain",
+        dtype=torch.float32 if small else torch.bfloat16,
+    )
+    open_here = partial(exchange.open_exchange, device=where, sizes=sizes, timeout_s=TIMEOUT_S if small else 20.0)
+    found: dict[str, Any] = {}
+    everybody: Any = dist.group.WORLD
+    if what in ("astray", "hosts"):
+        lead_astray(what, rank)
+    try:
+        with open_here(group=everybody) as e:
+            take, whole = mixtures(what, e, where)
+            for seed in range(1 if what == "kernels" else 5):
+                if what == "hung" and rank == ranks - 1 and seed == 1:
+                    print("hung", flush=True)
+                    time.sleep(60)
+                if what == "slow":
+                    time.sleep(0.2 * ((rank + seed) % 2))
+                compare(take, whole, sizes, rank, where, (tokens, hidden, width), seed, found)
+            found["sent"] = int(e.sent)
+    except (RuntimeError, ValueError) as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+        found["seconds"] = time.monotonic() - found.pop("since", time.monotonic())
+    print(json.dumps(found), flush=True)
+    if "error" not in found:
+        dist.destroy_process_group()
+
+
+def lead_astray(what: str, rank: int) -> None:
+    """Arenas of others in the wrong order, or a host of its own."""
+    from nmoe.effects.parallel.exchange import opening
+
+    shared, name = opening._shared, os.uname
+
+    @contextmanager
+    def turned(*arguments: Any) -> Iterator[tuple[Tensor, ...]]:
+        with shared(*arguments) as peers:
+            yield peers[::-1] if rank == 0 else peers
+
+    if what == "astray":
+        opening._shared = turned
+    else:
+        os.uname = lambda: os.uname_result((*name()[:1], f"host{rank}", *name()[2:]))  # pyright: ignore
+
+
+def mixtures(what: str, e: Any, where: torch.device) -> tuple[Mixture, Mixture]:
+    """The mixture over ranks, and the one of a single rank."""
+    if where.type == "cpu" and what != "kernels":
+        from nmoe.effects.device.ops import experts_grouped
+        from nmoe.effects.parallel.exchange import host
+
+        return partial(host.mixture, exchange=e, experts=experts_grouped), partial(
+            experts.mixture, experts=experts_grouped
+        )
+    from nmoe.effects.kernels.moe.moe import Tiles, mixture
+    from nmoe.effects.kernels.tile import Tile
+    from nmoe.effects.parallel.exchange import device
+
+    size = 16 if where.type == "cpu" else 64
+    tile = Tile(m=size, n=size, k=size, warps=4, stages=2)
+    tiles = Tiles(
+        up=tile, down=tile, activation=tile, down_gradient=tile, input=tile, up_gradient=tile, group=8, programs=16
+    )
+    return partial(device.mixture, exchange=e, tiles=tiles), partial(mixture, tiles=tiles)
+
+
+def compare(
+    take: Mixture,
+    whole: Mixture,
+    sizes: Any,
+    rank: int,
+    where: torch.device,
+    shape: tuple[int, int, int],
+    seed: int,
+    found: dict[str, Any],
+) -> None:
+    """Both mixtures on one global batch; the largest difference of each result, relative to its largest entry."""
+    tokens, hidden, width = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(where, dtype)
+
+    count = tokens * sizes.ranks
+    x, pull, weight = draw(count, hidden), draw(count, hidden), draw(count, TOP_K, dtype=torch.float32).abs()
+    up, down = draw(EXPERTS, hidden, 2, width) / hidden**0.5, draw(EXPERTS, width, hidden) / width**0.5
+    score = torch.rand(count, EXPERTS, generator=generator)
+    score[:, seed % EXPERTS] += seed % 2
+    expert = route.first(score, TOP_K).to(where).contiguous()
+
+    def graded(apply: Mixture, mine: slice, held: slice) -> list[Tensor]:
+        leaves = [each.clone().requires_grad_() for each in (x[mine], weight[mine], up[held], down[held])]
+        y, chosen = apply(leaves[0], Routing(expert[mine], leaves[1]), leaves[2], leaves[3])
+        return [y.detach(), chosen, *torch.autograd.grad(y, leaves, pull[mine])]
+
+    mine = slice(rank * tokens, (rank + 1) * tokens)
+    held = slice(rank * sizes.local(), (rank + 1) * sizes.local())
+    found["since"] = time.monotonic()
+    ours = graded(take, mine, held)
+    plain = graded(whole, slice(None), slice(None))
+    wanted = [plain[0][mine], route.load(expert[mine], EXPERTS), plain[2][mine], plain[3][mine]]
+    wanted += [plain[4][held], plain[5][held]]
+    for name, a, b in zip(("y", "count", "dx", "d_weight", "d_up", "d_down"), ours, wanted, strict=True):
+        gap = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
+        found[name] = max(gap, found.get(name, 0.0))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

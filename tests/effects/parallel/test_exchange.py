@@ -1,0 +1,111 @@
+"""The exchange among real processes that share memory: the same result as one, and a peer that is gone is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from nmoe.effects.parallel.exchange import opening
+from nmoe.errors import InputError
+from tests.effects.parallel.exchange_rank import TIMEOUT_S
+from tests.effects.parallel.exchange_ranks import ended, started
+
+RESULTS = ("y", "count", "dx", "d_weight", "d_up", "d_down")
+
+
+@contextmanager
+def running(what: str, ranks: int, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that are gone afterwards."""
+    processes = started(what, ranks, folder)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def left_behind() -> list[str]:
+    """Files of arenas that still have a name."""
+    return [name for name in os.listdir("/dev/shm") if name.startswith("nmoe-")]
+
+
+@pytest.mark.parametrize("what", ["plain", pytest.param("slow", marks=pytest.mark.long)])
+def test_two_processes_compute_what_one_does(tmp_path: Path, what: str) -> None:
+    """Within the rounding of sums that torch orders by the number of rows."""
+    with running(what, 2, tmp_path) as processes:
+        for found in [ended(process) for process in processes]:
+            assert "error" not in found, found
+            assert {name: found[name] for name in RESULTS if found[name] > 1e-6} == {}
+            assert found["count"] == 0
+            assert found["sent"] > 0
+    assert left_behind() == []
+
+
+@pytest.mark.long
+def test_the_kernels_run_among_processes_too(tmp_path: Path) -> None:
+    """Interpreted, over the same shared memory, waiting for each other by the same flags: bitwise."""
+    with running("kernels", 2, tmp_path) as processes:
+        for found in [ended(process) for process in processes]:
+            assert [found.get(name) for name in RESULTS] == [0.0] * 6, found
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
+def test_a_peer_that_is_gone_is_named_in_time(tmp_path: Path, how: signal.Signals) -> None:
+    with running("hung", 2, tmp_path) as processes:
+        assert processes[1].stdout is not None
+        assert processes[1].stdout.readline() == "hung\n"
+        begin = time.monotonic()
+        processes[1].send_signal(how)
+        found = ended(processes[0])
+        assert time.monotonic() - begin < TIMEOUT_S + 5
+        told = f"PeerError: rank 0: every rank of the exchange comes within {TIMEOUT_S:g} s, got nothing from rank 1"
+        assert found["error"].startswith(told), found
+        assert TIMEOUT_S <= found["seconds"] < TIMEOUT_S + 2
+
+
+def test_too_many_rows_stop_every_rank_alike(tmp_path: Path) -> None:
+    with running("overflow", 2, tmp_path) as processes:
+        errors = [ended(process)["error"] for process in processes]
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("InputError: parallel.capacity: a rank holds 12 rows (0.33 x the mean), got ")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("astray", "each rank's first word is in its arena, got another one from rank"),
+        ("hosts", "parallel.experts: the ranks of an expert group are on one host, got rank 1 on host1 and rank 0 on"),
+    ],
+)
+def test_memory_that_is_not_shared_is_refused(tmp_path: Path, what: str, told: str) -> None:
+    with running(what, 2, tmp_path) as processes:
+        assert any(told in ended(process)["error"] for process in processes)
+
+
+def test_multicast_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Everywhere:
+        has_multicast_support = staticmethod(lambda kind, index: True)
+
+    monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", Everywhere)
+    with pytest.raises(
+        InputError, match="multicast is off before ranks share memory, got it on; export TORCH_SYMM_MEM"
+    ):
+        opening._refuse_multicast(torch.device("cuda", 0))
+
+
+@pytest.mark.long
+def test_ranks_that_disagree_are_told_so(tmp_path: Path) -> None:
+    with running("disagree", 2, tmp_path) as processes:
+        errors = [ended(process)["error"] for process in processes]
+    assert "rank 0: sizes are the same on all ranks" in errors[0] and "experts=9" in errors[0]
+    assert "9 experts for 2 ranks" in errors[1]

@@ -1,0 +1,226 @@
+"""What watches a run: real threads, real files, real commands."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from rich.console import Console
+
+from nmoe.effects.record import alert_command as hook
+from nmoe.effects.record import footer, heartbeat, telemetry
+from nmoe.effects.record.log import open_log
+from nmoe.effects.record.monitor import ARRAYS, watching
+from tests.effects.train.tiny import tiny
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def fields(step: int, **other: Any) -> dict[str, Any]:
+    return {
+        **{"step": step, "tokens_global": 32 * step, "loss": 2.0, "grad_norm": 1.0, "nonfinite_steps": 0},
+        **{"tokens_per_s": 1e5, "step_s": 0.1, "experts": {"layer": [1, 2], "dead": [0, 0]}, **other},
+    }
+
+
+def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
+    config = tiny()
+    settings = attrs.evolve(config.log, arrays_every=2, alert_disk_gb=0.0)
+    settings = attrs.evolve(settings, alert_command=f"cat > {tmp_path}/told; echo oh >&2; exit 3")
+    config = attrs.evolve(config, log=settings)
+    load = torch.arange(16).reshape(2, 8)
+    with open_log(tmp_path, attempt=4) as opened:
+        with watching(config, opened, flops=7, world=1, cuda=False, step=0, skipped=0) as monitor:
+            for step in (1, 2, 3):
+                monitor.step(fields(step, experts={"layer": [1, 2], "dead": [0, int(step == 3)]}), load)
+            monitor.log.event("end", status="finished", step=3)
+    beat = json.loads((tmp_path / heartbeat.FILE).read_text())
+    assert (beat["status"], beat["step"], beat["steps"], beat["layers"]) == ("finished", 3, 10, [1, 2])
+    assert (beat["num_experts"], beat["top_k"], beat["tokens_per_step"], beat["flops_per_token"]) == (8, 2, 32, 7)
+    arrays = lines(tmp_path / ARRAYS)
+    assert [(line["step"], line["load"], line["attempt"]) for line in arrays] == [
+        (1, load.tolist(), 4),
+        (3, load.tolist(), 4),
+    ]
+    events = {line["event"]: line for line in lines(tmp_path / "events.jsonl")}
+    assert (events["alert"]["rule"], events["alert"]["step"], events["alert"]["attempt"]) == ("dead_experts", 3, 4)
+    assert events["alert_command_failed"]["error"] == "log.alert_command: exits with 0, got 3: oh"
+    assert json.loads((tmp_path / "told").read_text())["rule"] == "dead_experts"
+    (reading, *_) = lines(tmp_path / telemetry.FILE)
+    assert reading["attempt"] == 4 and reading["gpus"] == [] and reading["host"]["disk_free_bytes"] > 0
+
+
+def test_what_was_not_finite_before_the_attempt_is_no_alert(tmp_path: Path) -> None:
+    with open_log(tmp_path, attempt=2) as opened:
+        with watching(tiny(), opened, flops=1, world=1, cuda=False, step=10, skipped=3) as monitor:
+            for step, nonfinite in ((11, 3), (12, 4)):
+                monitor.step(fields(step, nonfinite_steps=nonfinite), torch.zeros(2, 8, dtype=torch.int64))
+    alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
+    assert [(line["rule"], line["step"]) for line in alerts if line["rule"] == "nonfinite"] == [("nonfinite", 12)]
+
+
+def test_loads_are_those_of_their_step_though_the_trainer_goes_on(tmp_path: Path) -> None:
+    config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, arrays_every=1))
+    with open_log(tmp_path, attempt=1) as opened:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+            for step in range(1, 9):
+                load = torch.full((100, 1000), step)
+                monitor.step(fields(step), load)
+                load.zero_()
+    written = lines(tmp_path / ARRAYS)
+    assert [(line["step"], {n for row in line["load"] for n in row}) for line in written] == [
+        (step, {step}) for step in range(1, 9)
+    ]
+
+
+def test_loads_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / ARRAYS).symlink_to("/dev/full")
+    config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, arrays_every=1))
+    reached = 0
+    with pytest.raises(OSError, match="No space left"), open_log(tmp_path, attempt=1) as opened:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+            for reached in range(1, 9):
+                monitor.step(fields(reached), torch.zeros(2, 8, dtype=torch.int64))
+    assert reached == 2, "told with the next loads, not after the run"
+
+
+def test_a_heartbeat_on_a_slow_disk_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, disk = threading.Event(), threading.Event()
+
+    def slow(path: Path, text: str) -> None:
+        begun.set()
+        disk.wait()
+
+    monkeypatch.setattr(heartbeat.files, "write_text", slow)
+    heart = heartbeat.Heart({}, lambda: "now")
+    beat = threading.Thread(target=heart.beat, args=(tmp_path,))
+    tell = threading.Thread(target=heart.tell, kwargs={"step": 1}, daemon=True)
+    beat.start()
+    begun.wait()
+    tell.start()
+    tell.join(5)
+    held = tell.is_alive()
+    disk.set()
+    beat.join()
+    assert not held
+
+
+def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None:
+    problems: list[str] = []
+    begin = time.monotonic()
+    thread = hook.start(f"(sleep 2; touch {tmp_path}/late) & wait", {}, 0.2, problems.append)
+    assert time.monotonic() - begin < 0.1
+    thread.join()
+    assert problems == ["log.alert_command: ends within 0.2 s, got none; it was killed"]
+    time.sleep(2.2)
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_full_disk_is_an_alert_once_telemetry_tells(tmp_path: Path) -> None:
+    config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, alert_disk_gb=5.0, telemetry_every_s=1000.0))
+    with open_log(tmp_path, attempt=1) as opened:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+            # the one reading that the thread itself takes must not come between
+            until = time.monotonic() + 30
+            while not lines(tmp_path / "telemetry.rank0.jsonl") and time.monotonic() < until:
+                time.sleep(0.01)
+            for step, free in ((1, 6e9), (2, 4e9)):
+                monitor.reading(io.StringIO(), {"host": {"disk_free_bytes": free}})
+                monitor.step(fields(step), torch.zeros(2, 8, dtype=torch.int64))
+    alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
+    assert ("disk", 2) in [(line["rule"], line["step"]) for line in alerts]
+    assert ("disk", 1) not in [(line["rule"], line["step"]) for line in alerts]
+
+
+def test_what_a_gpu_does_not_have_is_null_and_the_rest_is_told() -> None:
+    class NotSupported(Exception):
+        pass
+
+    def absent(*_: Any) -> None:
+        raise NotSupported
+
+    def constant(value: Any) -> Any:
+        return lambda *_: value
+
+    nvml = SimpleNamespace(
+        NVMLError_NotSupported=NotSupported,
+        nvmlDeviceGetCount=constant(1),
+        nvmlDeviceGetHandleByIndex=constant("handle"),
+        nvmlDeviceGetUtilizationRates=constant(SimpleNamespace(gpu=87)),
+        nvmlDeviceGetMemoryInfo=constant(SimpleNamespace(used=1 << 30, total=2 << 30)),
+        nvmlDeviceGetCurrentClocksEventReasons=constant(0b101),
+        nvmlDeviceGetName=constant("A"),
+        nvmlDeviceGetUUID=constant("GPU-1"),
+        nvmlDeviceGetPowerUsage=constant(123_456),
+        nvmlDeviceGetEnforcedPowerLimit=absent,
+        nvmlDeviceGetTemperature=constant(61),
+        nvmlDeviceGetClockInfo=lambda _, kind: {"sm": 1755, "memory": 2619}[kind],
+        nvmlDeviceGetTotalEccErrors=absent,
+        NVML_TEMPERATURE_GPU=0,
+        NVML_CLOCK_SM="sm",
+        NVML_CLOCK_MEM="memory",
+        NVML_MEMORY_ERROR_TYPE_CORRECTED=0,
+        NVML_MEMORY_ERROR_TYPE_UNCORRECTED=1,
+        NVML_VOLATILE_ECC=0,
+        nvmlClocksEventReasonSwPowerCap=0b100,
+        nvmlClocksThrottleReasonHwSlowdown=0b1000,
+        nvmlClocksEventReasonSwThermalSlowdown=0b10000,
+        nvmlClocksThrottleReasonHwThermalSlowdown=0b100000,
+        nvmlClocksThrottleReasonHwPowerBrakeSlowdown=0b1000000,
+    )
+    (gpu,) = telemetry.gpus(nvml)
+    assert (gpu["power_w"], gpu["power_limit_w"], gpu["ecc_corrected"]) == (123.456, None, None)
+    assert (gpu["utilization"], gpu["temperature_c"], gpu["sm_clock_mhz"]) == (87, 61, 1755)
+    assert gpu["throttle"] == ["sw_power_cap"], "an idle GPU is not held down"
+
+
+def test_telemetry_that_fails_is_told_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    calls: list[int] = []
+
+    def broken(folder: Path) -> dict[str, Any]:
+        calls.append(1)
+        raise OSError("no figures")
+
+    monkeypatch.setattr(telemetry, "host", broken)
+    with telemetry.sampling(
+        tmp_path, 0.01, cuda=False, append=lambda line: None, event=lambda name, **_: told.append(name)
+    ):
+        while len(calls) < 3:
+            time.sleep(0.01)
+    assert told == ["telemetry_failed"]
+
+
+def test_a_heartbeat_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: Path) -> None:
+    problems: list[str] = []
+    heart = heartbeat.Heart({"status": "running"}, lambda: "now")
+    with heartbeat.beating(tmp_path / "gone", heart, 0.01, problems.append):
+        time.sleep(0.2)
+    assert problems[0].startswith("run.json: can be written, got No such file")
+    assert len(problems) == 2, "once for all beats in a row, and once for the last"
+
+
+def test_no_footer_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    with footer.shown(10, wanted=True, console=lambda: Console(file=out)) as foot:
+        foot.step(5, 2.0)
+    assert out.getvalue() == ""
+
+
+def test_the_footer_on_a_terminal() -> None:
+    out = io.StringIO()
+    with footer.shown(10, wanted=True, console=lambda: Console(file=out, force_terminal=True, width=80)) as foot:
+        foot.step(4, 3.0)
+        foot.step(5, float("nan"))
+        foot.event({"event": "alert", "message": "loss nan"})
+    assert "50.0 %  step 5/10" in out.getvalue() and "▁x" in out.getvalue() and "alert  loss nan" in out.getvalue()

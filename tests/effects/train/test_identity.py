@@ -1,0 +1,93 @@
+"""What a checkpoint of another run is told, key by key."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import attrs
+
+from nmoe.config import Config
+from nmoe.config import sections as s
+from nmoe.effects.train.identity import Identity, accepted, values
+from nmoe.errors import InputError
+from tests.effects.train.tiny import tiny
+
+
+def of(config: Config, tokenizer: str = "a" * 64, data: str = "b" * 64) -> Identity:
+    return Identity(config=config, tokenizer=tokenizer, data=data)
+
+
+def stored(identity: Identity) -> dict[str, Any]:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(values(identity)))
+
+
+def problems(stored: dict[str, Any], identity: Identity, *accept: str) -> tuple[str, ...]:
+    try:
+        accepted("step-7", stored, identity, accept)
+    except InputError as error:
+        return error.problems
+    return ()
+
+
+BASE = tiny(q_lora_rank=12)
+
+
+def test_run_fields_may_change_and_the_rest_may_not() -> None:
+    kept = stored(of(BASE))
+    free = attrs.evolve(
+        BASE,
+        train=attrs.evolve(BASE.train, steps=99, microbatch_size=1, resume="x"),
+        run=attrs.evolve(BASE.run, root="elsewhere", name="x"),
+        parallel=s.Parallel(ranks=2),
+        checkpoint=s.Checkpoint(every=3),
+        validation=s.Validation(every=1, tokens=64),
+    )
+    assert accepted("step-7", kept, of(free), ()) == ()
+    other = attrs.evolve(
+        BASE,
+        model=attrs.evolve(BASE.model, attention=attrs.evolve(BASE.model.attention, q_lora_rank=None)),
+        optim=attrs.evolve(BASE.optim, clip_norm=2.0),
+        run=attrs.evolve(BASE.run, seed=1),
+    )
+    told = problems(kept, of(other, tokenizer="c" * 64, data="d" * 64))
+    assert [line.partition(":")[0] for line in told] == [
+        "optim.clip_norm",
+        "run.seed",
+        "model.attention.q_lora_rank",
+        "tokenizer.identity",
+        "data.identity",
+    ]
+    assert told[0] == (
+        "optim.clip_norm: 1.0 in step-7, got 2.0; set it back, train under another run.name, or add --accept "
+        "optim.clip_norm to go on knowingly"
+    )
+    assert "q_lora_rank: 12 in step-7, got nothing; " in told[2]
+
+
+def test_what_is_accepted_is_told_and_nothing_else_is() -> None:
+    other = of(attrs.evolve(BASE, optim=attrs.evolve(BASE.optim, clip_norm=2.0)), tokenizer="c" * 64)
+    kept = stored(of(BASE))
+    assert [line.partition(":")[0] for line in problems(kept, other, "optim.clip_norm")] == ["tokenizer.identity"]
+    differences = accepted("step-7", kept, other, ("optim.clip_norm", "tokenizer.identity"))
+    assert [(each.path, each.left, each.right) for each in differences] == [
+        ("optim.clip_norm", 1.0, 2.0),
+        ("tokenizer.identity", "a" * 64, "c" * 64),
+    ]
+    assert accepted("step-7", stored(other), other, ("optim.clip_norm",)) == (), "the same command again"
+    assert problems(kept, of(BASE), "optim.clip_nrm") == (
+        "--accept: a key of the identity, got optim.clip_nrm; did you mean optim.clip_norm?",
+    )
+
+
+def test_a_key_that_was_not_known_then_has_its_default() -> None:
+    kept = stored(of(BASE))
+    del kept["model.moe.route_scale"], kept["data.identity"]
+    assert [line.partition(":")[0] for line in problems(kept, of(BASE))] == ["data.identity"]
+    scaled = attrs.evolve(BASE.model, moe=attrs.evolve(BASE.model.moe, route_scale=2.0))
+    told = problems(kept, of(attrs.evolve(BASE, model=scaled)), "data.identity")
+    assert told[0].startswith("model.moe.route_scale: nothing in step-7, got 2.0; ")
+    assert problems({**kept, "model.gone": 3}, of(BASE), "data.identity")[0].startswith(
+        "model.gone: 3 in step-7, got n"
+    )

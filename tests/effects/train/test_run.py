@@ -1,0 +1,254 @@
+"""`nmoe run` as a person meets it: real processes, real files, real signals."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli
+
+from nmoe.config import dump, load
+from nmoe.config.sections import Config, Shards
+from nmoe.effects import files
+from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data.store import shards
+from nmoe.effects.record import log
+from nmoe.errors import InputError
+from tests.effects.train.tiny import tiny
+
+ROOT = Path(__file__).parents[3]
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This project's own sources as shards, with a tokenizer of 300 trained on them."""
+    texts = [path.read_text() for path in sorted((ROOT / "nmoe").rglob("*.py"))]
+    tokenizer = tokenizers.train(texts, VOCAB, lambda line: None)
+    encoding = tokenizers.encoding(tokenizer)
+    documents = [np.asarray(encoding.encode_ordinary(text), dtype=np.int64) for text in texts]
+    folder = tmp_path_factory.mktemp("corpus") / "shards"
+    splits = {"train": documents[4:], "validation": documents[:2], "test": documents[2:4]}
+    shards.write(folder, tokenizer, splits, tokens_per_shard=20_000)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    for path in tmp_path.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+def write(folder: Path, config: Config) -> Path:
+    path = folder / "tiny.toml"
+    path.write_text(dump(config))
+    return path
+
+
+def environment() -> Mapping[str, str]:
+    """One thread, so that tests beside each other do not wait for each other."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def nmoe(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "nmoe", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(),
+        check=False,
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def config_for(corpus: Path, **change: Any) -> Config:
+    return tiny(vocab_size=VOCAB + 4, source=Shards(path=str(corpus)), **change)
+
+
+def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> None:
+    config = config_for(corpus, steps=12, batch_size=4, microbatch_size=2, lr=3e-3)
+    path = write(workplace, config)
+    done = nmoe("run", path, "--run.name=first", "--log.every=3", "--validation.every=5", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    folder = workplace / "runs" / "first"
+    assert {each.name for each in folder.iterdir()} == {
+        "config.toml",
+        "sources.toml",
+        "provenance.toml",
+        "tokenizer.json",
+        "metrics.rank0.jsonl",
+        "arrays.rank0.jsonl",
+        "telemetry.rank0.jsonl",
+        "run.json",
+        "events.jsonl",
+        "checkpoints",
+        "weights.safetensors",
+    }
+    resolved = load(folder / "config.toml", {}, ()).config
+    assert resolved.log.every == 3 and resolved.model == config.model
+    assert tomli.loads((folder / "sources.toml").read_text())["log.every"] == "command line --log.every=3"
+    provenance = tomli.loads((folder / "provenance.toml").read_text())
+    assert provenance["command"].startswith("nmoe run ") and provenance["versions"]["torch"].startswith("2.")
+    assert provenance["tokenizer"] == tokenizers.load(corpus).identity
+
+    metrics = lines(folder / "metrics.rank0.jsonl")
+    steps = [line["step"] for line in metrics if "loss" in line]
+    assert steps == [1, 3, 6, 9, 12]
+    assert [line["step"] for line in metrics if "validation/loss" in line] == [5, 10, 12]
+    last = [line for line in metrics if "loss" in line][-1]
+    assert last["tokens_global"] == last["tokens_local"] == 12 * 4 * 16
+    assert last["lr/expert"] == pytest.approx(2 * last["lr/dense"])
+    assert last["experts"]["layer"] == [1, 2] and all(value >= 1 for value in last["experts"]["max_over_mean"])
+    parts = sum(value for name, value in last.items() if name.startswith("time/"))
+    assert parts == pytest.approx(last["step_s"], rel=1e-6), "the split adds up to the step"
+    for name in ("auxiliary_loss", "grad_norm", "update_norm", "tokens_per_s", "mfu", "memory_bytes"):
+        assert last[name] > 0, name
+    assert min(last["experts"]["bias_min"]) < 0 < max(last["experts"]["bias_max"])
+
+    events = lines(folder / "events.jsonl")
+    names = ["start", "validation", "validation", "validation", "checkpoint", "sample", "end"]
+    assert [event["event"] for event in events] == names
+    assert events[-1]["status"] == "finished" and events[-1]["exit_code"] == 0
+    assert last["loss"] < metrics[0]["loss"]
+    assert "sample" in done.stdout and "bigram" in done.stdout and "eta" in done.stdout
+
+    told = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "3", cwd=workplace)
+    again = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "3", cwd=workplace)
+    assert told.returncode == 0 and told.stdout == again.stdout and told.stdout.startswith("def ")
+    other = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "4", cwd=workplace)
+    assert other.stdout != told.stdout
+
+    taken = nmoe("run", path, "--run.name=first", "--train.resume=never", cwd=workplace)
+    assert taken.returncode == 2 and "which exists" in taken.stderr and taken.stderr.count("\n") == 1
+    assert lines(folder / "events.jsonl") == events, "a refused run leaves the old one alone"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_the_run_cleanly(corpus: Path, workplace: Path, number: signal.Signals, code: int) -> None:
+    path = write(workplace, config_for(corpus, steps=100_000))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nmoe", "run", str(path), "--run.name=long", "--log.every=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=workplace,
+        env=environment(),
+    )
+    metrics = workplace / "runs" / "long" / "metrics.rank0.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert errors == ""
+    end = lines(workplace / "runs" / "long" / "events.jsonl")[-1]
+    assert end["event"] == "end" and end["status"] == "interrupted"
+    assert end["exit_code"] == code and end["signal"] == number.name
+    assert lines(metrics)[-1]["step"] == end["step"]
+    (kept,) = (workplace / "runs" / "long" / "checkpoints").glob("step-*")
+    assert kept.name.startswith(f"step-{end['step']:08d}.")
+    assert (workplace / "runs" / "long" / "weights.safetensors").exists() == (number == signal.SIGINT)
+    more = ("--run.name=long", f"--train.steps={end['step'] + 2}")
+    done = nmoe("run", path, *more, cwd=workplace)
+    assert done.returncode == 0 and f"resume         at step {end['step']} from " in done.stdout, done.stderr
+
+
+def test_nonfinite_steps_stop_the_run(corpus: Path, workplace: Path) -> None:
+    """A learning rate that throws the weights to where the loss overflows."""
+    path = write(workplace, config_for(corpus, steps=60, lr=1e30, max_nonfinite_steps=2))
+    done = nmoe("run", path, "--run.name=burst", "--log.every=5", cwd=workplace)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "loss and gradient norm are finite, got 2 steps in a row" in done.stderr and done.stderr.count("\n") == 1
+    folder = workplace / "runs" / "burst"
+    events = lines(folder / "events.jsonl")
+    assert events[-1]["status"] == "failed" and events[-1]["exit_code"] == 5
+    assert any(event["event"] == "nonfinite" for event in events)
+    assert lines(folder / "metrics.rank0.jsonl")[-1]["loss"] in ("nan", "inf")
+
+
+def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    for each in says:
+        assert each in done.stderr, done.stderr
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(corpus: Path, workplace: Path) -> None:
+    good = write(workplace, config_for(corpus))
+    broken = workplace / "broken"
+    shutil.copytree(corpus, broken)
+    shard = next((broken / "train").glob("*.npy"))
+    content = shard.read_bytes()
+    cases: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+        (("--run.device=cuda", "--precision.compute=bf16"), ("run.device", "needs a GPU")),
+        ((f"--model.vocab_size={VOCAB - 1}",), (str(VOCAB - 1), str(VOCAB))),
+        (("--gpus", "2"), ("batch_size: a multiple of ranks", "2 * 2")),
+        ((f"--data.source.path={workplace / 'nowhere'}",), ("nowhere",)),
+        (("--train.sequence_length=60000", "--model.max_positions=60000"), ("sequence_length",)),
+    ]
+    for arguments, says in cases:
+        done = nmoe("run", good, *arguments, cwd=workplace)
+        refused(done, *says)
+        assert done.stderr.count("\n") == 1, done.stderr
+    shard.write_bytes(content[:-1])
+    refused(nmoe("run", good, f"--data.source.path={broken}", cwd=workplace), shard.name)
+    flipped = bytearray(content)
+    flipped[500] ^= 1
+    shard.write_bytes(flipped)
+    refused(nmoe("run", good, f"--data.source.path={broken}", cwd=workplace), shard.name)
+    assert not (workplace / "runs").exists()
+
+
+def test_an_unwritable_run_folder_is_refused(corpus: Path, workplace: Path) -> None:
+    path = write(workplace, config_for(corpus))
+    (workplace / "file").write_text("in the way")
+    done = nmoe("run", path, f"--run.root={workplace / 'file' / 'runs'}", cwd=workplace)
+    refused(done, "run.root", "choose another run.root")
+    assert done.stderr.count("\n") == 1
+
+
+def test_weights_of_another_model_are_refused(corpus: Path, workplace: Path) -> None:
+    path = write(workplace, config_for(corpus, steps=1))
+    assert nmoe("run", path, "--run.name=a", cwd=workplace).returncode == 0
+    folder = workplace / "runs" / "a"
+    text = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(text.replace("num_experts = 8", "num_experts = 16"))
+    refused(nmoe("generate", folder, "--prompt", "x", cwd=workplace), "blocks.1.ffn.up", "(16, 32, 2, 16)")
+    (folder / "config.toml").write_text(text)
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    refused(nmoe("generate", folder, "--prompt", "x", cwd=workplace), "weights.safetensors")
+
+
+def test_a_run_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full at the second file."""
+    write_text = files.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "b":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_text(path, text)
+
+    monkeypatch.setattr(files, "write_text", full)
+    with pytest.raises(InputError, match="^run.root: run folders can be written, got No space left on device"):
+        log.create_folder(tmp_path, "x", {"a": "1", "b": "2"})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,126 @@
+"""The attention kernels as they ship, compiled ahead of time: tensor cores, bulk reads, no spills, no atomics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from nmoe.effects.kernels import tables as tuning
+from nmoe.effects.kernels.attention import mla as attend_mla
+from nmoe.effects.kernels.attention import rope
+from nmoe.effects.kernels.tile import Tile
+from tests.kernels import aot
+from tests.kernels.aot import Compiled, Request
+
+SIZES = {"nope": 128, "rope": 64, "value": 128}
+"""Channels of every large preset's heads."""
+
+SHIPPED = {
+    target: attend_mla.Tiles(**tuning.find(tuning.load(capability), "attention", 128, 64, 128).tiles)
+    for target, capability in {90: (9, 0), 100: (10, 0)}.items()
+}
+
+PRODUCTS = {"forward": 3, "dq": 5, "dkv": 6}
+"""Products of two blocks in a step of each kernel."""
+
+NARROW = 12
+"""Accesses below 16 bytes: numbers of a row, outside of the loops."""
+
+
+def block(rows: int, part: str) -> str:
+    return f"tensordesc<bf16[1,1,{rows},{SIZES[part]}]>"
+
+
+def request(name: str, tile: Tile, documents: bool) -> Request:
+    """One of the three kernels, in bf16."""
+    m, n = tile.m, tile.n
+    types = {"q": block(m, "nope"), "q_rope": block(m, "rope")}
+    types |= {"k": block(n, "nope"), "k_rope": block(n, "rope"), "v": block(n, "value")}
+    if name == "dkv":
+        row = f"tensordesc<fp32[1,{m}]>"
+        types |= {"do": block(m, "value"), "dk": block(n, "nope"), "dk_rope": block(n, "rope"), "dv": block(n, "value")}
+        types |= {"top": row, "delta": row}
+    else:
+        types |= {"o": block(m, "value"), "lse": "*fp32"}
+    if name == "dq":
+        types |= {"do": block(m, "value"), "dq": block(m, "nope"), "dq_rope": block(m, "rope")}
+        types |= {"top": "*fp32", "delta": "*fp32", "padded": "i32"}
+    constants: dict[str, Any] = {"m_size": m, "n_size": n, "together": tile.k, "documents": documents, **SIZES}
+    masks = "end" if name == "dkv" else "start"
+    if documents:
+        types[masks] = "*i32"
+    else:
+        constants[masks] = None
+    types |= {"positions": "i32", "heads": "i32", "rows": "i32", "scale": "fp32"}
+    return Request(
+        kernel=f"nmoe.effects.kernels.attention.mla_kernels:{name}_kernel",
+        signature=types,
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def compiled(factory: pytest.TempPathFactory, target: int, documents: bool) -> list[Compiled]:
+    tiles = SHIPPED[target]
+    requests = [request(name, getattr(tiles, name), documents) for name in PRODUCTS]
+    return aot.compile_all(requests, factory.mktemp("triton"), targets=[target])
+
+
+def problems(found: Sequence[Compiled]) -> list[str]:
+    """What would make a kernel slow or its sums depend on chance."""
+    said = [problem for each in found for problem in each.problems(tensor_cores=True)]
+    for each, products in zip(found, PRODUCTS.values(), strict=True):
+        at = f"{each.kernel} on sm_{each.target}"
+        used = each.wgmma if each.target < 100 else each.tcgen05
+        if used < 2 * products:
+            said.append(f"{at}: {used} tensor-core instructions in two loops of {products} products")
+        if each.mma or each.atomics or each.scratch:
+            said.append(f"{at}: {each.mma} old products, {each.atomics} atomics, {each.scratch} bytes of scratch")
+        if "cp.async.bulk.tensor" not in each.ptx:
+            said.append(f"{at}: no bulk reads")
+        if each.narrow > NARROW:
+            said.append(f"{at}: {each.narrow} accesses below 16 bytes, limit {NARROW}")
+    return said
+
+
+@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
+def test_attention(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
+    assert problems(compiled(tmp_path_factory, target, documents=False)) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_attention_of_documents(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
+    assert problems(compiled(tmp_path_factory, target, documents=True)) == []
+
+
+@pytest.mark.long
+def test_what_is_too_large_is_seen(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tile of sm_90 has no place in the shared memory that sm_100 leaves; 64 queries a step spill on sm_90."""
+    large = request("dq", SHIPPED[90].dq, documents=False)
+    assert aot.compile_all([large], tmp_path_factory.mktemp("triton"), targets=[100])[0].problems()
+    spilling = request("dkv", Tile(m=64, n=64, k=8, warps=4, stages=2), documents=False)
+    assert aot.compile_all([spilling], tmp_path_factory.mktemp("triton"), targets=[90])[0].problems()
+
+
+def test_rotation(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Channels move 16 bytes at a time when every stride is a multiple of 16."""
+    strides = [f"{side}_{axis}" for side in "yx" for axis in ("batch", "position", "head")]
+    types = {"y": "*bf16", "x": "*bf16", "cos": "*fp32", "sin": "*fp32", "tokens": "i32", "length": "i32"}
+    types |= {each: "i32" for each in strides}
+    constants = {"channels": 64, "width": 64, "m_size": rope.TILE.m, "back": True, "placed": False, "positions": None}
+    asked = Request(
+        kernel="nmoe.effects.kernels.attention.rope:turn_kernel",
+        signature=types,
+        constants=constants,
+        aligned=["y", "x", "cos", "sin", *strides],
+        warps=rope.TILE.warps,
+        stages=rope.TILE.stages,
+    )
+    for each in aot.compile_all([asked], tmp_path_factory.mktemp("triton")):
+        assert each.problems() == []
+        assert each.narrow == 0
+        assert each.wide > 0

@@ -1,0 +1,109 @@
+"""A mixture shared out among virtual ranks: tokens cut into as many parts, experts into equal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from nmoe.effects.kernels.moe.moe import Tiles, mixture
+from nmoe.effects.parallel.exchange import Exchange, Sizes, device
+from nmoe.effects.parallel.exchange.opening import virtual
+from nmoe.pure.model import route
+from nmoe.pure.model.route import Routing
+from tests.kernels.truth import normal
+
+__all__ = ["Case", "alone", "case", "open_ranks", "shared"]
+
+
+@attrs.frozen(kw_only=True)
+class Case:
+    """What a mixture is given, forward and backward."""
+
+    x: Tensor
+    expert: Tensor
+    weight: Tensor
+    up: Tensor
+    down: Tensor
+    pull: Tensor
+
+
+def chosen(kind: str, tokens: int, experts: int, top_k: int) -> Tensor:
+    """Experts of each token: as it comes, all to one, none to the first half of the experts, ties."""
+    score = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1))
+    if kind == "all to one":
+        score[:, 3] += 1
+    elif kind == "none to the first half":
+        score[:, : experts // 2] -= 2
+    elif kind == "ties":
+        score[:] = 0.5
+    return route.first(score, top_k).contiguous()
+
+
+def case(
+    kind: str,
+    tokens: int,
+    hidden: int,
+    width: int,
+    experts: int,
+    top_k: int,
+    dtype: torch.dtype = torch.float32,
+    where: str = "cpu",
+) -> Case:
+    """Random values and a routing of some kind."""
+
+    def draw(*shape: int, seed: int) -> Tensor:
+        return normal(*shape, seed=seed, dtype=dtype, device=where)
+
+    return Case(
+        x=draw(tokens, hidden, seed=0),
+        expert=chosen(kind, tokens, experts, top_k).to(where),
+        weight=normal(tokens, top_k, seed=1, device=where).abs(),
+        up=draw(experts, hidden, 2, width, seed=2) / hidden**0.5,
+        down=draw(experts, width, hidden, seed=3) / width**0.5,
+        pull=draw(tokens, hidden, seed=4),
+    )
+
+
+def alone(c: Case, tiles: Tiles) -> list[Tensor]:
+    """Output and gradients of x, weight, up, down by the kernels of one rank."""
+    leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down)]
+    y, _ = mixture(leaves[0], Routing(c.expert, leaves[1]), leaves[2], leaves[3], tiles=tiles)
+    return [y.detach(), *torch.autograd.grad(y, leaves, c.pull)]
+
+
+def open_ranks(c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | None = None) -> tuple[Exchange, ...]:
+    """Virtual ranks for a case.
+
+    parts     tokens of each rank
+    capacity  rows a rank holds; None: the most any rank gets
+    """
+    ranks, experts = len(parts), c.up.shape[0]
+    rows = route.load(c.expert, experts).unflatten(0, (ranks, -1)).sum(1).max()
+    sizes = Sizes(
+        ranks=ranks,
+        experts=experts,
+        top_k=c.expert.shape[1],
+        hidden_size=c.x.shape[1],
+        tokens=max(parts),
+        capacity=int(rows) if capacity is None else capacity,
+        dedup=dedup,
+        dtype=c.x.dtype,
+    )
+    return virtual(sizes, c.x.device, programs=2 if c.x.device.type == "cpu" else 64)
+
+
+def shared(c: Case, exchanges: Sequence[Exchange], parts: Sequence[int], tiles: Tiles) -> list[Tensor]:
+    """The same as `alone`, by ranks that each have some of the tokens and of the experts."""
+    x, expert, weight, pull = (each.split(list(parts)) for each in (c.x, c.expert, c.weight, c.pull))
+    up, down = c.up.chunk(len(parts)), c.down.chunk(len(parts))
+    forward = [device.forward(e, x[r], expert[r], weight[r], up[r], down[r], tiles) for r, e in enumerate(exchanges)]
+    out = device.run(exchanges, forward)
+    backward = [
+        device.backward(e, pull[r], x[r], weight[r], up[r], down[r], *out[r][2:], tiles)
+        for r, e in enumerate(exchanges)
+    ]
+    back = device.run(exchanges, backward)
+    return [torch.cat([y for y, *_ in out]), *(torch.cat(each) for each in zip(*back, strict=True))]

@@ -1,0 +1,104 @@
+"""What the exchange's kernels become ahead of time: rows leave 16 bytes at a time, flags are released and acquired."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+import pytest
+
+from nmoe.effects.kernels.exchange import push as exchange
+from tests.kernels import aot
+from tests.kernels.aot import Compiled, Request
+
+KERNELS = "nmoe.effects.kernels"
+
+
+def request(name: str, signature: str, sizes: str, constants: Mapping[str, int], warps: int = 4) -> Request:
+    types = dict(each.split(":") for each in signature.split())
+    pointers = [each for each, kind in types.items() if kind.startswith("*")]
+    return Request(
+        kernel=f"{KERNELS}.{name}_kernel",
+        signature=types,
+        constants=constants,
+        aligned=[*pointers, *sizes.split()],
+        warps=warps,
+    )
+
+
+def push(width: int, k: int) -> Request:
+    return request(
+        "exchange:push",
+        "x:*bf16 to:*i32 at:*i32 addresses:*i64 live:*i32 OFFSET:i64 D:i32 R:i32 PROGRAMS:i32",
+        "OFFSET D",
+        {"LIVE": 0, "K": k, "ROWS": exchange.ROWS, "BLOCK": exchange._block(width)},
+        warps=8,
+    )
+
+
+REQUESTS = {
+    "push": push(2048, 6),
+    "push 7168": push(7168, 8),
+    "return": push(2048, 1),
+    "meet": request(
+        "exchange:meet",
+        "epoch:*i64 addresses:*i64 arrived:*i64 missing:*i32 OFFSET:i64 ME:i32",
+        "OFFSET",
+        {"R": 2, "RP": 2, "FLAG": 16, "TELL": 1, "WAIT": 1, "LIMIT": 10**10},
+        warps=1,
+    ),
+    "plan": request(
+        "exchange_plan:plan",
+        "counts:*i32 shift:*i32 token_shift:*i32 count:*i32 end:*i32 home_end:*i32 home_shift:*i32 live:*i32 "
+        "traffic:*i32 needed:*i32 ME:i32 CAPACITY:i32",
+        "",
+        {"R": 8, "RP": 8, "E": 256, "EP": 256},
+        warps=8,
+    ),
+    "words": request(
+        "exchange:words",
+        "value:*fp32 item:*i32 to:*i32 at:*i32 addresses:*i64 live:*i32 OFFSET:i64",
+        "OFFSET",
+        {"LIVE": 0, "INDIRECT": 1, "BLOCK": exchange.WORDS},
+    ),
+    "expand": request(
+        "exchange:expand",
+        "x:*bf16 source:*i32 out:*bf16 live:*i32 D:i32",
+        "D",
+        {"ROWS": exchange.ROWS, "BLOCK": 2048},
+        warps=8,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
+    """Each kernel on the measured target."""
+    found = aot.compile_all(list(REQUESTS.values()), tmp_path_factory.mktemp("triton"), targets=[90])
+    return dict(zip(REQUESTS, found, strict=True))
+
+
+def instructions(ptx: str) -> Counter[str]:
+    """How often each instruction that touches global memory occurs."""
+    return Counter(re.findall(r"\b((?:st|ld|atom|red|membar|fence|trap)(?:\.[a-z0-9_:]+)*)", ptx))
+
+
+def test_rows_leave_16_bytes_at_a_time(compiled: dict[str, Compiled]) -> None:
+    for name in ("push", "push 7168", "return", "expand"):
+        stores = {key: n for key, n in instructions(compiled[name].ptx).items() if key.startswith("st.global")}
+        assert set(stores) == {"st.global.v4.b32"}, (name, stores)
+        assert stores["st.global.v4.b32"] >= exchange.ROWS, (name, stores)
+
+
+def test_flags_are_released_to_and_acquired_from_the_whole_system(compiled: dict[str, Compiled]) -> None:
+    found = instructions(compiled["meet"].ptx)
+    assert found["atom.global.sys.release.exch.b64"], found
+    polls = [key for key in found if "acquire" in key]
+    assert polls and all(".sys" in key for key in polls), found
+    assert found["membar.sys"] == found["trap"] > 0, found
+
+
+def test_nothing_spills_and_slots_are_not_drawn_by_atomics(compiled: dict[str, Compiled]) -> None:
+    assert [problem for each in compiled.values() for problem in each.problems()] == []
+    assert [name for name, each in compiled.items() if each.atomics] == ["meet"]

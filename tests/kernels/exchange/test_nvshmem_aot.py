@@ -1,0 +1,46 @@
+"""The kernels between hosts compile and link with NVSHMEM's device functions; no network is here to run them."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from nmoe.effects.kernels.exchange.nvshmem import LIBRARY, SET
+from tests.kernels import aot
+from tests.kernels.aot import Request
+
+
+@pytest.mark.long
+def test_segment_puts_link_with_nvshmem(tmp_path: Path) -> None:
+    try:
+        files = metadata.files("nvidia-nvshmem-cu13") or []
+    except metadata.PackageNotFoundError:
+        pytest.skip(
+            "nvidia-nvshmem-cu13 is not installed: kernels between hosts are NOT compiled; pip install --no-deps "
+            "nvidia-nvshmem-cu13"
+        )
+    library = next(str(each.locate()) for each in files if each.name == LIBRARY)
+    kernels = "nmoe.effects.kernels.exchange.nvshmem"
+    requests = [
+        Request(
+            kernel=f"{kernels}:put_runs_kernel",
+            signature={"source": "i64", "target": "i64", "end": "*i32", "shift": "*i32", "BYTES": "i32"}
+            | {"LOCAL": "i32", "R": "i32"},
+            constants={"HOME": False},
+            libraries={"nvshmem": library},
+        ),
+        Request(
+            kernel=f"{kernels}:tell_kernel",
+            signature={"epoch": "*i64", "flag": "i64"},
+            constants={"R": 2, "SET": SET},
+            warps=1,
+            libraries={"nvshmem": library},
+        ),
+    ]
+    puts, tells = aot.compile_all(requests, tmp_path, targets=[90])
+    for each in (puts, tells):
+        assert "nvshmemi_device_state_d" in each.ptx, "NVSHMEM's state is not there: its functions were not linked in"
+        assert ".extern .func" not in each.ptx, "a function is declared and not there"
+    assert puts.registers > 0 and tells.registers > 0

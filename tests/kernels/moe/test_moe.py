@@ -1,0 +1,127 @@
+"""The mixture in the interpreter against `pure.experts.mixture`, on routing as the router makes it and at its worst."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmoe.effects.kernels.moe import combine
+from nmoe.effects.kernels.moe import dispatch as sorting
+from nmoe.effects.kernels.moe import experts as products
+from nmoe.effects.kernels.moe.moe import Tiles, mixture
+from nmoe.effects.kernels.tile import Tile
+from nmoe.pure.model import experts, route
+from nmoe.pure.model.route import Routing
+from tests.kernels.truth import check, graded, normal
+
+SMALL = Tile(m=16, n=16, k=32, warps=4, stages=2)
+TILES = Tiles(
+    up=SMALL, down=SMALL, activation=SMALL, down_gradient=SMALL, input=SMALL, up_gradient=SMALL, group=3, programs=5
+)
+
+
+def chosen(kind: str, tokens: int, num_experts: int, top_k: int) -> Tensor:
+    """Experts of each token [N K], no expert twice in a row."""
+    score = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(1))
+    if kind == "all to one":
+        score[:, 3] += 1
+    elif kind == "some have none":
+        score[:, ::2] -= 2
+    elif kind == "ties":
+        score[:] = 0.5
+    # as the router leaves it: a slice of wider rows, not rows of its own
+    return route.first(score, top_k)
+
+
+ROUTED = [
+    *(((50, 40, 24, 8, 3), kind) for kind in ("random", "all to one", "some have none", "ties")),
+    *(((2, 32, 8, 4, 2), "random"), ((33, 40, 16, 5, 5), "random"), ((9, 40, 16, 70, 2), "ties")),
+]
+"""Tokens, hidden size, width, experts, chosen ones: few tokens, K = E, sizes that no tile divides, many experts."""
+
+
+@pytest.mark.parametrize(("shape", "kind"), ROUTED, ids=str)
+def test_near_the_truth(shape: tuple[int, ...], kind: str) -> None:
+    tokens, hidden, width, num_experts, top_k = shape
+    expert = chosen(kind, tokens, num_experts, top_k)
+    inputs = [
+        normal(tokens, hidden),
+        normal(tokens, top_k, seed=1).abs(),
+        normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5,
+        normal(num_experts, width, hidden, seed=3) / width**0.5,
+    ]
+
+    def by(which: Any) -> Any:
+        def apply(x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return which(x, Routing(expert, weight), up, down)[0]
+
+        return apply
+
+    pulls = [normal(tokens, hidden, seed=4)]
+    ours, plain = by(partial(mixture, tiles=TILES)), by(experts.mixture)
+    truth = graded(plain, inputs, pulls, torch.float64)
+    check(graded(ours, inputs, pulls), graded(plain, inputs, pulls), truth, factor=2.0)
+    _, count = mixture(inputs[0], Routing(expert, inputs[1]), *inputs[2:], tiles=TILES)
+    assert torch.equal(count, route.load(expert, num_experts))
+
+
+@pytest.mark.parametrize("kind", ["random", "all to one", "ties"])
+def test_rows_are_sorted_as_the_reference_sorts_them(kind: str) -> None:
+    expert = chosen(kind, 700, 9, 4)
+    at = sorting.dispatch(expert, 9)
+    rows = experts.dispatch(torch.zeros(700, 1), Routing(expert, torch.ones(700, 4)), num_experts=9)
+    assert torch.equal(at.slot.long(), rows.slot) and torch.equal(at.source.long(), rows.source)
+    assert torch.equal(at.count.long(), rows.count) and torch.equal(at.end.long(), rows.count.cumsum(0))
+    assert torch.equal(at.place.flatten().long()[rows.slot], torch.arange(2800))
+
+
+def test_tiles_cover_every_row_once_and_no_two_experts() -> None:
+    count = torch.tensor([0, 5, 16, 0, 33, 1, 0], dtype=torch.int32)
+    expert, row = sorting.tiles(count, 55, 16)
+    assert len(expert) == 4 + 7
+    ends = count.cumsum(0)
+    covered: list[int] = []
+    for e, first in zip(expert.tolist(), row.tolist(), strict=True):
+        if e >= 0:
+            covered += range(first, min(first + 16, int(ends[e])))
+            assert int(ends[e] - count[e]) <= first < int(ends[e])
+    assert covered == list(range(55))
+
+
+def test_twice_is_bitwise_the_same() -> None:
+    expert = chosen("random", 30, 6, 2)
+    inputs = [normal(30, 32), normal(30, 2, seed=1).abs(), normal(6, 32, 2, 16, seed=2), normal(6, 16, 32, seed=3)]
+
+    def apply(x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return mixture(x, Routing(expert, weight), up, down, tiles=TILES)[0]
+
+    one, two = (graded(apply, inputs, [normal(30, 32, seed=4)]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_rows_beyond_32_bits() -> None:
+    """Rows that lie more than 2^31 elements into a buffer. The memory before them is not touched and costs nothing."""
+    hidden, width, rows = 64, 32, 16
+    far = 2**31 // hidden + 8
+    x = normal(rows, hidden, dtype=torch.float16)
+    place = far + torch.arange(rows, dtype=torch.int32)[:, None]
+    spread = torch.empty(far + rows, hidden, dtype=torch.float16)
+    kernel: Any = sorting.spread_kernel
+    kernel[(rows, 1)](x, place, spread, hidden, 1, 64)
+    assert torch.equal(spread[far:], x)
+    assert torch.equal(combine.combine(spread, place, torch.ones(rows, 1)), x)
+
+    up = normal(1, hidden, 2, width, seed=1, dtype=torch.float16)
+    end = torch.tensor([far + rows], dtype=torch.int32)
+    tile = (torch.zeros(1, dtype=torch.int32), torch.tensor([far], dtype=torch.int32))
+    y = products.product(spread, up.flatten(2), end, tile, SMALL, 1, transposed=False)
+    torch.testing.assert_close(y[far:], x @ up[0].flatten(1))
+    source = torch.zeros(far + rows, dtype=torch.int32)
+    source[far:] = torch.arange(rows)
+    h, a = products.up(x, source, up, end, tile, SMALL, 1)
+    assert torch.equal(h[far:].flatten(1), y[far:])
+    torch.testing.assert_close(a[far:], experts.swiglu(h[far:]))

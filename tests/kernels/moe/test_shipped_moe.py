@@ -1,0 +1,98 @@
+"""The mixture's kernels with the tiles that ship, compiled ahead of time: tensor cores, no spills, no atomics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from nmoe.effects.kernels import tables as tuning
+from nmoe.effects.kernels.tile import Tile
+from tests.kernels import aot
+from tests.kernels.aot import Compiled, Request
+
+CAPABILITY = {90: (9, 0), 100: (10, 0)}
+
+TILED = {"NUM_M": "i32", "tile_expert": "*i32", "tile_row": "*i32", "end": "*i32"}
+"""What every kernel over tiles of rows takes."""
+
+
+def block(rows: int, columns: int) -> str:
+    return f"tensordesc<bf16[{rows},{columns}]>"
+
+
+def requests(target: int) -> list[Request]:
+    """The five kernels at hidden size 2048."""
+    entry = tuning.find(tuning.load(CAPABILITY[target]), "mixture", 2048, 1408)
+
+    def request(name: str, tile: Tile, types: dict[str, str], constants: dict[str, Any], aligned: str) -> Request:
+        sizes = {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": entry.group, **constants}
+        pointers = [key for key, kind in types.items() if kind.startswith("*")]
+        return Request(
+            kernel=f"nmoe.effects.kernels.moe.experts:{name}_kernel",
+            signature=types,
+            constants=sizes,
+            aligned=[*pointers, *aligned.split()],
+            warps=tile.warps,
+            stages=tile.stages,
+        )
+
+    up, down, back = entry.tiles["up"], entry.tiles["down"], entry.tiles["activation"]
+    dx, dup = entry.tiles["input"], entry.tiles["up_gradient"]
+    return [
+        request(
+            "up",
+            up,
+            {"x": "*bf16", "source": "*i32", "w": block(up.k, up.n), "h": "*bf16", "a": "*bf16", **TILED, "F": "i32"},
+            {"D": 2048},
+            "F",
+        ),
+        request(
+            "product",
+            down,
+            {"rows": block(down.m, down.k), "w": block(down.k, down.n), "out": "*bf16", **TILED}
+            | {"INNER": "i32", "OUTER": "i32"},
+            {"TRANSPOSED": False},
+            "INNER OUTER",
+        ),
+        request(
+            "product",
+            dx,
+            {"rows": block(dx.m, dx.k), "w": block(dx.n, dx.k), "out": "*bf16", **TILED}
+            | {"INNER": "i32", "OUTER": "i32"},
+            {"TRANSPOSED": True},
+            "INNER OUTER",
+        ),
+        request(
+            "activation_backward",
+            back,
+            {"rows": block(back.m, back.k), "w": block(back.n, back.k), "h": "*bf16", "weight": "*fp32"}
+            | {"slot": "*i32", "dh": "*bf16", "a": "*bf16", "gate_part": "*fp32", **TILED, "F": "i32", "D": "i32"},
+            {"PROGRAMS": 132},
+            "F D",
+        ),
+        request(
+            "weight_gradient",
+            dup,
+            {"a": block(dup.k, dup.m), "b": block(dup.k, dup.n), "b_rows": "*bf16", "out": "*bf16", "end": "*i32"}
+            | {"count": "*i32", "A": "i32", "B": "i32"},
+            {},
+            "A B",
+        ),
+    ]
+
+
+def problems(found: Sequence[Compiled]) -> list[str]:
+    """What would make a kernel slow or its sums depend on chance."""
+    said = [problem for each in found for problem in each.problems(tensor_cores=True)]
+    for each in found:
+        if each.mma or each.atomics or each.scratch:
+            at = f"{each.kernel} on sm_{each.target}"
+            said.append(f"{at}: {each.mma} old products, {each.atomics} atomics, {each.scratch} bytes of scratch")
+    return said
+
+
+@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
+def test_products_of_the_experts(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
+    assert problems(aot.compile_all(requests(target), tmp_path_factory.mktemp("triton"), targets=[target])) == []

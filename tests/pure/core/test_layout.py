@@ -1,0 +1,90 @@
+"""Where parameters lie when ranks share them out: every element has one rank that answers for it."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nmoe.pure.checkpoint.pieces import arena_pieces, gaps
+from nmoe.pure.core.layout import ALIGNMENT, ArenaLayout, layout
+from nmoe.pure.core.spec import Role, blueprint, param
+from nmoe.pure.core.tree import record
+
+
+def zeros(generator: torch.Generator, shape: tuple[int, ...], dims: dict[str, int]) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+@record
+class Few:
+    """Parameters of very different sizes in two arenas."""
+
+    large: torch.Tensor = param("A B", Role.MATRIX, zeros)
+    small: torch.Tensor = param("A", Role.MATRIX, zeros)
+    middle: torch.Tensor = param("B A", Role.MATRIX, zeros)
+    expert: torch.Tensor = param("E A", Role.EXPERT, zeros)
+    other: torch.Tensor = param("E B", Role.EXPERT, zeros)
+
+
+worlds = st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 3), (4, 2), (1, 5)])
+sizes = st.fixed_dictionaries({"A": st.integers(1, 90), "B": st.integers(1, 90), "E": st.sampled_from([4, 8])})
+
+
+def arenas(dims: dict[str, int], world: tuple[int, int], bucket: int) -> tuple[ArenaLayout, ...]:
+    shared, replicas = world
+    return layout(
+        blueprint(Few),
+        dims,
+        compute="bf16",
+        moments="fp32",
+        accumulate=True,
+        world=shared,
+        replicas=replicas,
+        bucket=bucket,
+    )
+
+
+@given(dims=sizes, world=worlds, bucket=st.integers(1, 9000))
+def test_ranks_share_out_every_bucket_in_equal_parts(dims: dict[str, int], world: tuple[int, int], bucket: int) -> None:
+    for arena in arenas(dims, world, bucket):
+        assert arena.parts == (world[1] if arena.policy.shard else world[0] * world[1])
+        assert gaps(arena.size, arena.buckets()) == ()
+        found: list[tuple[int, int]] = []
+        for part in range(arena.parts):
+            stretches = arena.stretches(part)
+            found += [(each.begin, each.end) for each in stretches]
+            held = [(each.at, each.at + each.end - each.begin) for each in stretches]
+            assert gaps(arena.held(), held) == () and all(each.begin % ALIGNMENT == 0 for each in stretches)
+        assert gaps(arena.size, found) == ()
+        ends = [slot.offset + slot.size() for slot in arena.slots]
+        for low, high in arena.buckets():
+            inside = [slot for slot in arena.slots if low <= slot.offset < high]
+            assert inside and all(slot.offset + slot.size() <= high for slot in inside), "parameters are not cut"
+            assert high == arena.size or arena.parts > 1 and high - low >= bucket
+        assert ends == sorted(ends)
+
+
+@given(dims=sizes, world=worlds, bucket=st.integers(1, 9000))
+def test_pieces_of_all_ranks_are_every_element_once(dims: dict[str, int], world: tuple[int, int], bucket: int) -> None:
+    """Also of what a rank holds only a part of: it lies there where the arena has it, less what others have."""
+    shared, replicas = world
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for rank in range(shared * replicas):
+        place, replica = rank % shared, rank // shared
+        for arena in arenas(dims, world, bucket):
+            part = replica if arena.policy.shard else rank
+            flat = torch.full((arena.size,), -1)
+            for slot in arena.slots:
+                first = place * slot.size() if arena.policy.shard else 0
+                flat[slot.offset : slot.offset + slot.size()] = torch.arange(first, first + slot.size())
+            moment = torch.cat([flat[each.begin : each.end] for each in arena.stretches(part)])
+            kinds = {"value": flat, "first": moment}
+            for piece in arena_pieces(arena, kinds, dims, rank=place, world=shared, part=part):
+                assert torch.equal(piece.tensor, torch.arange(piece.begin, piece.end())), piece
+                parts.setdefault(piece.name, []).append((piece.begin, piece.end()))
+    wholes = {"large": "AB", "small": "A", "middle": "BA", "expert": "EA", "other": "EB"}
+    for path, letters in wholes.items():
+        size = torch.Size([dims[letter] for letter in letters]).numel()
+        for kind in ("value", "first"):
+            assert gaps(size, parts[f"param/{path}/{kind}"]) == ()

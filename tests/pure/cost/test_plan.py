@@ -1,0 +1,156 @@
+"""Counts against independent counters: FLOPs against torch's, memory against what autograd keeps."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import attrs
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nmoe.config import sections as s
+from nmoe.effects.device import ops
+from nmoe.pure.core import tree
+from nmoe.pure.core.init import init
+from nmoe.pure.core.key import Key
+from nmoe.pure.core.layout import ALIGNMENT, layout
+from nmoe.pure.core.spec import POLICY
+from nmoe.pure.cost import flops
+from nmoe.pure.cost.plan import activation_bytes, plan
+from nmoe.pure.model import model
+from nmoe.pure.model.experts import mixture
+from nmoe.pure.model.ops import REFERENCE, Env
+from tests.effects.train.tiny import tiny
+from tests.kernels.exchange.nvshmem import experts_by_segment
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 12])
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("dense", [0, 2])
+def test_flops_are_those_of_torchs_counter(q_lora_rank: int | None, shared: int, dense: int) -> None:
+    config = tiny(q_lora_rank=q_lora_rank, sequence_length=24)
+    c = attrs.evolve(
+        config.model, num_dense_layers=dense, moe=attrs.evolve(config.model.moe, num_shared_experts=shared)
+    )
+    specs, dims = model.specs(c), model.dims(c)
+    params = tree.map(lambda _, leaf: leaf.requires_grad_(), init(Key(0), specs, dims))
+    # rows run through their own experts only, attention as two plain products
+    env = Env(attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_by_segment)), model.rope_table(c, 24))
+    tokens = torch.randint(c.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
+    bias = torch.zeros(c.num_layers - dense, c.moe.num_experts)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        x, _ = model.forward(params, tokens, bias, env, c)
+        x @ params.head
+    planned = flops.forward_flops(c, specs, dims, sequence_length=24, causal=False)
+    assert forward.get_total_flops() == tokens.numel() * planned.total()
+    with FlopCounterMode(display=False) as training:
+        model.objective(
+            params,
+            model.Batch(tokens, tokens, ()),
+            bias,
+            env,
+            c,
+            num_targets=torch.tensor(72),
+            num_sequences=3,
+            chunk=16,
+        )[0].backward()
+    assert training.get_total_flops() == tokens.numel() * planned.training()
+
+
+def test_causal_flops_count_the_kept_half() -> None:
+    c = tiny().model
+    specs, dims = model.specs(c), model.dims(c)
+    whole = flops.forward_flops(c, specs, dims, sequence_length=7, causal=False)
+    causal = flops.forward_flops(c, specs, dims, sequence_length=7, causal=True)
+    kept = int(torch.ones(7, 7).tril().sum())
+    assert causal.attention * 7 * 49 == whole.attention * 7 * kept
+    assert attrs.evolve(causal, attention=0) == attrs.evolve(whole, attention=0)
+
+
+def test_parameters_are_those_of_the_tree() -> None:
+    c = tiny().model
+    specs, dims = model.specs(c), model.dims(c)
+    counted = flops.parameters(specs, dims, top_k=c.moe.top_k)
+    values = dict(tree.leaves(init(Key(0), specs, dims)))
+    assert counted.total == sum(value.numel() for value in values.values())
+    routed = sum(
+        value.numel()
+        for path, value in values.items()
+        if path.endswith(("ffn.up", "ffn.down")) and value.ndim > 2 and value.shape[0] == 8
+    )
+    assert counted.routed == routed
+    assert counted.active == counted.total - routed * 6 // 8
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_parameter_has_its_own_place(compute: str, world: int) -> None:
+    c = tiny().model
+    specs, dims = model.specs(c), model.dims(c)
+    arenas = layout(specs, dims, compute=compute, moments="fp32", accumulate=False, world=world)  # pyright: ignore[reportArgumentType]
+    seen: dict[str, int] = {}
+    for arena in arenas:
+        end = 0
+        for slot in arena.slots:
+            assert slot.offset >= end and slot.offset % ALIGNMENT == 0
+            end = slot.offset + slot.size()
+            seen[slot.path] = slot.size() * (world if arena.policy.shard else 1)
+            policy = POLICY[slot.spec.role]
+            assert (policy.group, policy.decay, policy.shard) == (
+                arena.policy.group,
+                arena.policy.decay,
+                arena.policy.shard,
+            )
+            wanted = torch.bfloat16 if compute == "bf16" and policy.storage == "compute" else torch.float32
+            assert arena.storage is wanted
+        assert end <= arena.size < end + ALIGNMENT * arena.parts
+    assert seen == {path: spec.size(dims) for path, spec in tree.leaves(specs)}
+
+
+@pytest.mark.parametrize("shape", ["small", "wide"])
+def test_activation_estimate_is_near_what_autograd_keeps(shape: str) -> None:
+    config = tiny(vocab_size=61, sequence_length=48, q_lora_rank=24)
+    c = (
+        config.model
+        if shape == "small"
+        else attrs.evolve(
+            config.model, hidden_size=96, moe=attrs.evolve(config.model.moe, intermediate_size=64, top_k=4)
+        )
+    )
+    specs, dims = model.specs(c), model.dims(c)
+    params = tree.map(lambda _, leaf: leaf.requires_grad_(), init(Key(0), specs, dims))
+    env = Env(ops.build(torch.device("cpu"), c), model.rope_table(c, 48))
+    tokens = torch.randint(c.vocab_size, (4, 48), generator=torch.Generator().manual_seed(0))
+    parameters = {leaf.untyped_storage().data_ptr() for _, leaf in tree.leaves(params)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x, report = model.forward(params, tokens, torch.zeros(2, c.moe.num_experts), env, c)
+    estimate = activation_bytes(c, dims, tokens=tokens.numel(), sequence_length=48, element=4, square=False)
+    assert estimate == pytest.approx(sum(kept.values()), rel=0.15)
+    del x, report
+
+
+def test_memory_follows_formats_and_ranks() -> None:
+    config = tiny(compute="bf16", batch_size=8, microbatch_size=1)
+    one, four = plan(config, ranks=1, mfu=0.4), plan(config, ranks=4, mfu=0.4)
+    assert one.microbatches == 8 and four.microbatches == 2 and four.expert_ranks == 4
+    c = config.model
+    specs, dims = model.specs(c), model.dims(c)
+    wide = sum(spec.size(dims) for _, spec in tree.leaves(specs) if POLICY[spec.role].storage == "fp32")
+    total = one.parameters.total
+    padding = 2048
+    assert one.memory.parameters == pytest.approx(2 * total + 2 * wide, abs=4 * padding)
+    assert one.memory.remainders == pytest.approx(2 * (total - wide), abs=2 * padding)
+    assert one.memory.gradients == pytest.approx(4 * total, abs=4 * padding)
+    assert one.memory.moments == pytest.approx(8 * total, abs=8 * padding)
+    assert four.memory.moments == pytest.approx(one.memory.moments / 4, abs=8 * padding)
+    assert plan(config, ranks=1, mfu=0.2).seconds() == pytest.approx(2 * one.seconds())
+    assert s.Config is type(config)

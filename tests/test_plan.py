@@ -1,0 +1,103 @@
+"""`nmoe plan` for several GPUs, as somebody reads it who decides whether to rent them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from nmoe.cli import plan as scale
+from nmoe.config import load
+from nmoe.errors import InputError
+from tests.configs import ROOT
+from tests.test_cli import nmoe, refused
+
+DSV3 = load(ROOT / "configs" / "dsv3.toml", {}, ()).config
+
+
+def shown(
+    capsys: pytest.CaptureFixture[str], *, gpus: int, hosts: int | None = None, experts: int | None = None
+) -> str:
+    assert scale.main(DSV3, gpus, hosts, experts, "h200", 0.4, False) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("gpus", "hosts"), [(256, 32), (128, None), (64, 16), (8, 1), (2, None)])
+def test_one_screen_tells_all(capsys: pytest.CaptureFixture[str], gpus: int, hosts: int | None) -> None:
+    lines = shown(capsys, gpus=gpus, hosts=hosts).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
+    names = [line[:15].strip() for line in lines if line[:15].strip()]
+    expected = ["machine", "experts over", "taken", "exchange", "gradients", "parameters", "a step", "time"]
+    assert names[names.index("machine") :] == [*expected, "other sizes", "wires", "assumed"]
+    assert ("between hosts" in "\n".join(lines)) == (gpus > 8)
+
+
+def test_the_screen_and_the_numbers_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, gpus=256, hosts=32)
+    assert scale.main(DSV3, 256, 32, None, "h200", 0.4, True) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    taken = numbers["taken"]
+    assert taken in numbers["choices"] and taken in numbers["sizes"]
+    arrangement = taken["arrangement"]
+    assert f"experts over {arrangement['expert_ranks']} of 256 GPUs" in text
+    step = re.search(r"^a step +([\d.]+) s = ([\d.]+) s compute \+ ([\d.]+) s exchanges", text, re.MULTILINE)
+    assert step is not None
+    told = [float(each) for each in step.groups()]
+    assert told == pytest.approx([taken["step_s"], taken["compute_s"], taken["exchange_s"]], rel=0.005)
+    assert numbers["seconds"] == pytest.approx(numbers["tokens"] / taken["tokens_per_second"])
+    assert taken["step_s"] == pytest.approx(
+        sum(taken[key] for key in ("compute_s", "exchange_s", "reduce_exposed_s", "gather_exposed_s"))
+    )
+    # 256, and half as often down to one host; twice as many would not divide the batch
+    assert [each["arrangement"]["gpus"] for each in numbers["sizes"]] == [256, 128, 64, 32, 16, 8]
+    assert sum(each["fits"] for each in numbers["choices"]) == text.split("other sizes")[0].count(" fits ") * 2
+
+
+def test_experts_can_be_placed_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, gpus=256, hosts=32, experts=8)
+    assert re.search(r"^taken +experts over 8 of 256 GPUs on 1 host, .*: DOES NOT FIT into 141 GB$", text, re.MULTILINE)
+    assert re.search(r"^exchange +dispatch 186 MB in its host: 588 us, 232 a step", text, re.MULTILINE)
+    assert "copies" not in text
+
+
+def test_one_gpu_has_no_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, gpus=1)
+    assert "machine" not in text and "exchange" not in text and text.splitlines()[-1].startswith("time")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "hosts", "experts", "machine", "mfu", "expected"),
+    [
+        (256, 30, None, "h200", 0.4, ("--hosts: a divisor of the 256 GPUs, got 30; .*",)),
+        (256, 0, None, "h200", 0.4, ("--hosts: .*, got 0; .*",)),
+        (8, 16, None, "h200", 0.4, ("--hosts: .*, got 16; .*",)),
+        (12, None, None, "h200", 0.4, ("--gpus: a multiple of the 8 GPUs of a host, got 12; .*",)),
+        (256, 32, 6, "h200", 0.4, (r"--experts: .* of 256 experts, .*, one of 1, 8, 16, .*, 256, got 6; .*",)),
+        (256, 32, 0, "h200", 0.4, ("--experts: .*, got 0; .*",)),
+        (256, 32, 512, "h200", 0.4, ("--experts: .*, got 512; .*",)),
+        (8, 1, None, "b200", 0.4, ("--machine: one of h100, h200, got b200; .*",)),
+        (0, 7, None, "a100", float("nan"), ("--gpus: .*", "--mfu: .*", "--machine: .*")),
+        (8, -1, None, "h200", 1.5, ("--mfu: .*, got 1.5; .*", "--hosts: .*, got -1; .*")),
+    ],
+)
+def test_options_that_make_no_sense(
+    gpus: int, hosts: int | None, experts: int | None, machine: str, mfu: float, expected: tuple[str, ...]
+) -> None:
+    with pytest.raises(InputError) as error:
+        scale.main(DSV3, gpus, hosts, experts, machine, mfu, False)
+    told = str(error.value).splitlines()
+    assert len(told) == len(expected)
+    for line, pattern in zip(told, expected, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
+def test_the_command() -> None:
+    done = nmoe("plan", "configs/dsv3.toml", "--gpus", "256", "--hosts", "32", "--machine", "h100", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["machine"]["memory"] == 80e9
+    refused(
+        nmoe("plan", "configs/dsv3.toml", "--gpus", "256", "--hosts", "7"),
+        "--hosts: a divisor of the 256 GPUs, got 7; every host has as many GPUs as another",
+    )

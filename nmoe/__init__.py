@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from nmoe.pure.core import layout, tree
     from nmoe.pure.core.init import init, normal, ones, residual
     from nmoe.pure.core.key import Key
-    from nmoe.pure.core.spec import POLICY, Role, Spec, blueprint, param
-    from nmoe.pure.core.tree import record
+    from nmoe.pure.core.spec import POLICY, Role, Spec, blueprint
+    from nmoe.pure.core.tree import param, record
     from nmoe.pure.cost import flops, plan
     from nmoe.pure.model import attention, experts, loss, norm, rope, route
     from nmoe.pure.model.model import (
@@ -95,8 +95,8 @@ _HOME = MappingProxyType(
         **dict.fromkeys(("init", "normal", "ones", "residual"), "nmoe.pure.core.init"),
         **dict.fromkeys(("Key",), "nmoe.pure.core.key"),
         **dict.fromkeys(("REFERENCE", "Env", "Ops"), "nmoe.pure.model.ops"),
-        **dict.fromkeys(("POLICY", "Role", "Spec", "blueprint", "param"), "nmoe.pure.core.spec"),
-        **dict.fromkeys(("record",), "nmoe.pure.core.tree"),
+        **dict.fromkeys(("POLICY", "Role", "Spec", "blueprint"), "nmoe.pure.core.spec"),
+        **dict.fromkeys(("param", "record"), "nmoe.pure.core.tree"),
         **dict.fromkeys(
             ("Batch", "Block", "Dense", "Model", "Moe", "RouterReport", "Shared", "block", "dims", "forward", "moe")
             + ("objective", "rope_table", "specs"),

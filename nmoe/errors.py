@@ -1,4 +1,4 @@
-"""The errors a person can mend: shown as one line each, exit code 2, no traceback."""
+"""The errors a person can fix: shown as one line each, exit code 2, no traceback."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ BAD_CONFIGS = {
         'sequence_length = "256"',
         [r"x.toml:\d+: train.sequence_length: an integer, .*"],
     ),
-    "syntax": (r"^sequence_length = .*", "sequence_length 256", [r"x.toml:\d+: TOML, got .*; mend column \d+"]),
+    "syntax": (r"^sequence_length = .*", "sequence_length 256", [r"x.toml:\d+: TOML, got .*; fix column \d+"]),
     "impossible sizes": (
         r"^top_k = .*",
         "top_k = 1_000_000\nnum_groups = -1",

@@ -135,9 +135,9 @@ def test_wrong_overrides(environ: dict[str, str], overrides: tuple[str, ...], ex
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"[model]\nvocab_size = \n", r"x.toml:2: TOML, got invalid value; mend column \d+"),
+        (b"[model]\nvocab_size = \n", r"x.toml:2: TOML, got invalid value; fix column \d+"),
         (b"[model]\nx = True\n", r"x.toml:2: TOML, got invalid value; TOML uses true/false"),
-        (b"a = 1\na = 2", r"x.toml:2: TOML, got cannot overwrite a value; mend column \d+"),
+        (b"a = 1\na = 2", r"x.toml:2: TOML, got cannot overwrite a value; fix column \d+"),
         (b"\n\n# caf\xe9\n", r"x.toml:3: text in UTF-8, got the byte 0xe9; save the file as UTF-8"),
         (b"x = " + b"9" * 5000, r"x.toml: TOML that can be read, got .*; shorten it"),
         (b"x = " + b"[" * 5000, r"x.toml: TOML that can be read, got .*; shorten it"),

@@ -19,7 +19,7 @@ from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.manifest import FILE, Manifest
 from nmoe.effects.checkpoint.writer import Writer, open_writer
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu, process
 from nmoe.effects.terminal import say
 from nmoe.effects.train import resume
 from nmoe.effects.train.run import arena_layouts, fresh, stepper
@@ -30,8 +30,6 @@ from nmoe.pure.checkpoint.pieces import Piece
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.cost.report import quantity
 from nmoe.pure.model import model
-
-__all__ = ["main"]
 
 BLOCK_BYTES = 1 << 24
 """What the plain write and read hand over at once; `dd bs=16M` does the same."""
@@ -48,8 +46,8 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
     """
     if steps < 2 or rounds < 1:
         raise InputError(f"--steps and --rounds: at least 2 and 1, got {steps} and {rounds}; 10 and 3 are a good start")
-    device = runtime.device(config.run.device)
-    rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
+    device = gpu.device(config.run.device)
+    rt = process.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
     layouts, dims = arena_layouts(config), model.dims(config.model)
     state, env = fresh(config, layouts, rt)
     folder = to / FOLDER
@@ -117,7 +115,7 @@ def _stalls(
     env: Any,
     layouts: Any,
     dims: Any,
-    rt: runtime.Runtime,
+    rt: process.Runtime,
     size: int,
     steps: int,
     rounds: int,
@@ -132,7 +130,7 @@ def _stalls(
         nonlocal held
         for _ in range(steps):
             held, _ = take(held, batch)
-        runtime.synchronize(rt.device)
+        gpu.synchronize(rt.device)
 
     for _ in range(2):  # the first one builds kernels and may record a graph
         walk()
@@ -154,13 +152,13 @@ def _save_copied(writer: Writer, pieces: Sequence[Piece], step: int, device: tor
     """Begin a save and wait until everything is copied."""
     writer.save(pieces, step=step, meta={})
     writer.staged()
-    runtime.synchronize(device)
+    gpu.synchronize(device)
 
 
 def _load(folder: Path, manifest: Manifest, pieces: Sequence[Piece], device: torch.device) -> None:
     """Load a checkpoint."""
     reader.load_(Disk(), folder, manifest, pieces)
-    runtime.synchronize(device)
+    gpu.synchronize(device)
 
 
 def _on_disk(call: Callable[..., Any], *arguments: Any) -> float:

@@ -24,8 +24,6 @@ from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.survey import survey, works_of
 from nmoe.errors import InputError
 
-__all__ = ["preparation"]
-
 ROUNDS = 3
 SAMPLE_EVERY_S = 0.1
 

@@ -11,8 +11,6 @@ from nmoe.effects.data.store.format import Manifest, Receipt, SplitReceipt, size
 from nmoe.effects.data.store.lazy import dtype_of
 from nmoe.effects.data.store.records import to_text, write_record
 
-__all__ = ["write_empty_mixture"]
-
 VALIDATION_TOKENS = 100_000
 
 

@@ -16,19 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nmoe.bench.kernels import meter
-from nmoe.effects.device import ops
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu, ops
 from nmoe.effects.kernels.exchange import push as moves
 from nmoe.effects.kernels.moe import moe as mixtures
 from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.exchange import Exchange, Sizes, device
 from nmoe.effects.parallel.exchange.opening import virtual
+from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.cost.traffic import expert_rows
 from nmoe.pure.model.route import Routing
-
-__all__ = ["main", "rows"]
 
 PROGRAMS = (8, 16, 32, 64, 132, 264)
 """How many programs push."""
@@ -79,14 +77,14 @@ class Bench:
     tiles: mixtures.Tiles
 
 
-def main(launch: runtime.Launch, ranks: int) -> int:
+def main(launch: Launch, ranks: int) -> int:
     """Measure and print, on virtual ranks or as one of several processes.
 
     ranks    virtual ranks, when there is one process
     returns  exit code 0
     Raises:  InputError when there is no supported GPU, or a size does not divide.
     """
-    runtime.device("cuda")
+    gpu.device("cuda")
     where = torch.device("cuda", launch.rank % torch.cuda.device_count())
     torch.cuda.set_device(where)
     several = launch.world > 1

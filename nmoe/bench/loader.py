@@ -15,7 +15,8 @@ from nmoe.effects.data.loader import open_stream
 from nmoe.effects.data.mixture import plan_blend
 from nmoe.effects.data.prefetch import prefetching
 from nmoe.effects.data.store import lazy
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu
+from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
@@ -24,7 +25,7 @@ BENCH_WARMUP = 5
 """Batches before the clock counts: pages come into memory."""
 
 
-def bench(config: Config, launch: runtime.Launch, *, steps: int, pause_s: float) -> int:
+def bench(config: Config, launch: Launch, *, steps: int, pause_s: float) -> int:
     """Print how long a step waits for its batch, read in the call and read ahead. returns  exit code 0
 
     pause_s  between two calls, in the place of a step
@@ -33,7 +34,7 @@ def bench(config: Config, launch: runtime.Launch, *, steps: int, pause_s: float)
     """
     if steps < 1 or not pause_s >= 0:
         raise InputError(f"--steps, --pause: at least 1 and 0, got {steps} and {pause_s}; raise them")
-    device, train = runtime.device(config.run.device), config.train
+    device, train = gpu.device(config.run.device), config.train
     began = time.perf_counter()
     corpus = open_corpus(config, launch)
     say(f"opened     in {time.perf_counter() - began:.2f} s, yardsticks included")

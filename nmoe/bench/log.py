@@ -15,8 +15,6 @@ from nmoe.effects.record.monitor import watching
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 
-__all__ = ["log"]
-
 PAUSE_S = 0.005
 """Between two reports: a step, in which the threads have their turn."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nmoe.config import Config
 from nmoe.effects import files
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu, process
 from nmoe.effects.terminal import say
 from nmoe.effects.train.run import arena_layouts, fresh, stepper
 from nmoe.effects.train.step import learning_rates
@@ -27,8 +27,6 @@ from nmoe.pure.cost.plan import plan
 from nmoe.pure.cost.report import quantity
 from nmoe.pure.model import hf
 from nmoe.pure.model.model import Batch
-
-__all__ = ["step"]
 
 OTHERS = ("transformers",)
 WARMUP = 3
@@ -63,8 +61,8 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
         raise InputError(f"--steps: at least 1, got {steps}; 20 is a good start")
     if against is not None and against not in OTHERS:
         raise InputError(f"--against: one of {', '.join(OTHERS)}, got {against!r}; name one, or leave it out")
-    device = runtime.device(config.run.device)
-    peak_flops = runtime.peak_flops(device)
+    device = gpu.device(config.run.device)
+    peak_flops = gpu.peak_flops(device)
     if jsonl is not None:
         files.new_file(jsonl, "--jsonl")
     names = ("nmoe",) if against is None else (against, "nmoe")
@@ -72,7 +70,7 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
     for _ in range(ROUNDS):
         for name in names:
             parts[name].append(apart(config, name, steps))
-    timings = {name: together(parts[name]) for name in reversed(names)}
+    timings = {name: on_all_ranks(parts[name]) for name in reversed(names)}
     flops = plan(config, ranks=1, mfu=1.0, peak_flops=peak_flops).flops.training()
     tokens = config.train.batch_size * config.train.sequence_length
     for name, timing in timings.items():
@@ -99,21 +97,21 @@ def apart(config: Config, name: str, steps: int) -> Timing:
 
 def timed(config: Config, name: str, steps: int) -> Timing:
     """Build one trainer and time its steps."""
-    device = runtime.device(config.run.device)
-    rt = runtime.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
+    device = gpu.device(config.run.device)
+    rt = process.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
     batch = random_batch(config, device)
     if name == "nmoe":
-        held = runtime.memory_bytes(device)
+        held = gpu.memory_bytes(device)
         one = our_step(config, rt, batch)
     else:
         build = their_classes()
-        held = runtime.memory_bytes(device)
+        held = gpu.memory_bytes(device)
         one = their_step(config, their_network(config, rt, build), batch)
     timing = measure(one, steps, device)
-    return attrs.evolve(timing, memory_bytes=runtime.memory_bytes(device) - held)
+    return attrs.evolve(timing, memory_bytes=gpu.memory_bytes(device) - held)
 
 
-def together(rounds: Sequence[Timing]) -> Timing:
+def on_all_ranks(rounds: Sequence[Timing]) -> Timing:
     """All rounds as one."""
     return Timing(
         seconds=tuple(seconds for each in rounds for seconds in each.seconds),
@@ -134,7 +132,7 @@ def random_batch(config: Config, device: torch.device) -> Batch:
 def measure(one: Callable[[], Tensor], steps: int, device: torch.device) -> Timing:
     """Call `one` until warm, then time `steps` calls; the device is waited for at the end only."""
     losses = [one() for _ in range(WARMUP)]
-    clock = runtime.Clock(device)
+    clock = gpu.Clock(device)
     clock.mark("start")
     for index in range(steps):
         one()
@@ -154,7 +152,7 @@ def line(name: str, timing: Timing, tokens: int, flops: int, peak_flops: float) 
     )
 
 
-def our_step(config: Config, rt: runtime.Runtime, batch: Batch) -> Callable[[], Tensor]:
+def our_step(config: Config, rt: process.Runtime, batch: Batch) -> Callable[[], Tensor]:
     """A call takes one step and returns its loss."""
     layouts = arena_layouts(config)
     state, env = fresh(config, layouts, rt)
@@ -179,7 +177,7 @@ def their_classes() -> tuple[Any, Any]:
     return DeepseekV3Config, DeepseekV3ForCausalLM
 
 
-def their_network(config: Config, rt: runtime.Runtime, classes: tuple[Any, Any]) -> Any:
+def their_network(config: Config, rt: process.Runtime, classes: tuple[Any, Any]) -> Any:
     """`transformers`' model with the weights a run of `config` starts from, in the format of `precision.compute`."""
     settings_class, model_class = classes
     dtype = torch.float32 if config.precision.compute == "fp32" else torch.bfloat16

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from nmoe.cli.parser import Verbs, add, group, load
-
-__all__ = ["verbs"]
+from nmoe.effects.parallel.launch import from_environment
 
 KERNELS = MappingProxyType(
     {
@@ -121,17 +120,15 @@ def _bench_step(args: argparse.Namespace) -> int:
 
 def _bench_exchange(args: argparse.Namespace) -> int:
     from nmoe.bench import exchange as bench_exchange
-    from nmoe.effects.device import process as runtime
 
-    return bench_exchange.main(runtime.launch(os.environ), args.ranks)
+    return bench_exchange.main(from_environment(os.environ), args.ranks)
 
 
 def _bench_loader(args: argparse.Namespace) -> int:
     loaded = load(args)
     from nmoe.bench import loader
-    from nmoe.effects.device import process as runtime
 
-    return loader.bench(loaded.config, runtime.launch(os.environ), steps=args.steps, pause_s=args.pause)
+    return loader.bench(loaded.config, from_environment(os.environ), steps=args.steps, pause_s=args.pause)
 
 
 def _bench_log(args: argparse.Namespace) -> int:
@@ -148,11 +145,10 @@ def _bench_data(args: argparse.Namespace) -> int:
     bench.preparation(args.megabytes, args.workers, files.home(os.environ), lambda line: print(line, flush=True))
     from nmoe.bench import loader
     from nmoe.config import load_valid
-    from nmoe.effects.device import process as runtime
 
     sizes = ("--train.batch_size=8", "--train.microbatch_size=8", "--train.sequence_length=4096")
     config = load_valid(args.config, os.environ, (*sizes, "--model.max_positions=4096", *args.overrides), None).config
-    loader.bench(config, runtime.launch(os.environ), steps=100, pause_s=0.05)
+    loader.bench(config, from_environment(os.environ), steps=100, pause_s=0.05)
     return loader.bench_scale()
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add, group
 
-__all__ = ["verbs"]
-
 
 def verbs(root: Verbs) -> None:
     """Look at checkpoints, and thin them out."""

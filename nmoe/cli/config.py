@@ -8,8 +8,6 @@ from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add, group, load
 
-__all__ = ["verbs"]
-
 
 def verbs(root: Verbs) -> None:
     """Look at a config."""

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from nmoe.cli import tokenizer
 from nmoe.cli.parser import Verbs, add, group, load
+from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
-
-__all__ = ["verbs"]
 
 
 def verbs(root: Verbs) -> None:
@@ -120,9 +119,8 @@ def _convert(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     loaded = load(args)
     from nmoe.effects.data import plan as reading
-    from nmoe.effects.device import process as runtime
 
-    return reading.main(loaded.config, runtime.launch(os.environ), as_json=args.json)
+    return reading.main(loaded.config, from_environment(os.environ), as_json=args.json)
 
 
 def _say(text: str) -> None:

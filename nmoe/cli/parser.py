@@ -13,8 +13,6 @@ from nmoe.errors import InputError
 if TYPE_CHECKING:
     from nmoe.config import Loaded
 
-__all__ = ["Parser", "Verbs", "add", "group", "load", "under"]
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors raised as InputError instead of printed with the usage."""

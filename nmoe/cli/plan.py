@@ -16,8 +16,6 @@ from nmoe.pure.cost.report import Line, about, aligned, duration, quantity, rend
 from nmoe.pure.cost.scale import Arrangement, Scaled, best, choices, scale
 from nmoe.pure.cost.traffic import Traffic
 
-__all__ = ["main"]
-
 
 def main(
     config: Config, gpus: int, hosts: int | None, experts: int | None, machine: str, mfu: float, as_json: bool

@@ -8,8 +8,6 @@ from pathlib import Path
 from nmoe.cli.parser import Verbs, add, group
 from nmoe.errors import InputError
 
-__all__ = ["verbs"]
-
 
 def verbs(root: Verbs) -> None:
     """Look at past runs."""

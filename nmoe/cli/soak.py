@@ -6,8 +6,6 @@ import argparse
 
 from nmoe.cli.parser import Verbs, add
 
-__all__ = ["verbs"]
-
 
 def verbs(root: Verbs) -> None:
     """Train under faults."""

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add, group
 
-__all__ = ["verbs"]
-
 
 def verbs(data: Verbs) -> None:
     """Make, add and list tokenizers."""

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add
 
-__all__ = ["verbs"]
-
 
 def verbs(root: Verbs) -> None:
     """Tell other trackers."""

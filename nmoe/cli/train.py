@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add, load
+from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
-
-__all__ = ["verbs"]
 
 
 def verbs(root: Verbs) -> None:
@@ -59,7 +58,7 @@ def verbs(root: Verbs) -> None:
 def _run(args: argparse.Namespace) -> int:
     from nmoe.effects.parallel import launch
 
-    told = launch.launch(os.environ)
+    told = from_environment(os.environ)
     if told.launched and args.gpus not in (None, told.world):
         raise InputError(
             f"--gpus: the {told.world} ranks that a launcher started, got {args.gpus}; leave it to the launcher"

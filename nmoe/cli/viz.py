@@ -9,8 +9,6 @@ from pathlib import Path
 from nmoe.cli.parser import Verbs, add
 from nmoe.errors import InputError
 
-__all__ = ["verbs"]
-
 
 def verbs(root: Verbs) -> None:
     """Look at runs in a browser."""

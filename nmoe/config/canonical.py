@@ -13,8 +13,6 @@ from nmoe.config.fields import flat, table, walk
 from nmoe.config.sections import Config
 from nmoe.config.toml import dotted
 
-__all__ = ["Difference", "annotated", "diff", "dump", "identity", "identity_diff", "identity_values"]
-
 
 @attrs.frozen(kw_only=True)
 class Difference:

@@ -10,8 +10,6 @@ from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.sections import Config, Model, Moe, Stdlib
 from nmoe.config.toml import dotted, shown
 
-__all__ = ["out_of_bounds", "validate"]
-
 
 def validate(config: Config, world: int) -> tuple[str, ...]:
     """Everything that is wrong with a config for `world` ranks, each `<path>: <what holds>, got <value>; <remedy>`."""

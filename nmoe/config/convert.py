@@ -14,8 +14,6 @@ from cattrs.gen import make_dict_structure_fn
 from nmoe.config.fields import KeyPath, is_table, keys, kind, kinds, members
 from nmoe.config.toml import closest, dotted, shown
 
-__all__ = ["Fault", "structure"]
-
 Section = TypeVar("Section")
 Hook = Callable[[Any, Any], Any]
 

@@ -18,8 +18,6 @@ from nmoe.config.sections import setting
 from nmoe.config.toml import dotted, printable, read, shown
 from nmoe.errors import InputError
 
-__all__ = ["STAGES", "Flow", "Flows", "Mixture", "Part", "Stage", "Stages", "load_mixture"]
-
 STAGES = ("pretrain", "mid", "long")
 """Stages, in the order they are read."""
 

@@ -18,22 +18,6 @@ from nmoe.config.sections import setting
 from nmoe.config.toml import dotted, printable, read
 from nmoe.errors import InputError
 
-__all__ = [
-    "Clean",
-    "Deduplicate",
-    "Files",
-    "Filter",
-    "Hub",
-    "Input",
-    "Jsonl",
-    "Library",
-    "Parquet",
-    "Source",
-    "Splits",
-    "canonical",
-    "load_source",
-]
-
 
 @attrs.frozen(kw_only=True)
 class Files:

@@ -9,8 +9,6 @@ from typing import Any
 
 import attrs
 
-__all__ = ["Key", "KeyPath", "flat", "is_table", "keys", "kind", "kinds", "members", "table", "walk"]
-
 KeyPath = tuple[str, ...]
 """Where a key is: the names of its tables, then its own."""
 

@@ -13,8 +13,6 @@ from typing import Any, Literal
 from nmoe.config.fields import Key, is_table, keys, kind, kinds, members
 from nmoe.config.sections import Config
 
-__all__ = ["schema"]
-
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 PRIMITIVES = MappingProxyType({bool: "boolean", int: "integer", float: "number", str: "string"})
 

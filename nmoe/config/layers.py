@@ -26,8 +26,6 @@ from nmoe.config.sections import Config
 from nmoe.config.toml import Document, dotted, literal, printable, read, shown
 from nmoe.errors import InputError
 
-__all__ = ["Loaded", "load", "load_valid"]
-
 DEFAULT = "default"
 PREFIX = "NMOE_"
 

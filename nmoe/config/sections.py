@@ -11,28 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 
-__all__ = [
-    "Checkpoint",
-    "Config",
-    "Data",
-    "Group",
-    "Log",
-    "Mixture",
-    "Mla",
-    "Model",
-    "Moe",
-    "Optim",
-    "Parallel",
-    "Precision",
-    "Run",
-    "Schedule",
-    "Shards",
-    "Stdlib",
-    "Train",
-    "Validation",
-    "Yarn",
-]
-
 
 def setting(
     doc: str,

@@ -15,8 +15,6 @@ import tomli_w
 from nmoe.config.fields import KeyPath, flat
 from nmoe.errors import InputError
 
-__all__ = ["Document", "closest", "dotted", "lines", "literal", "printable", "read", "shown"]
-
 LONGEST = 80
 """Characters of a value that a message shows at most."""
 
@@ -100,7 +98,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         return tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         line = text.replace("\r\n", "\n").split("\n")[error.lineno - 1]
-        hint = "TOML uses true/false" if re.search(r"=\s*(True|False)\b", line) else f"mend column {error.colno}"
+        hint = "TOML uses true/false" if re.search(r"=\s*(True|False)\b", line) else f"fix column {error.colno}"
         raise InputError(f"{path}:{error.lineno}: TOML, got {_lowered(error.msg)}; {hint}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: TOML that can be read, got {_lowered(str(error))}; shorten it") from error

@@ -25,8 +25,6 @@ from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env
 from nmoe.soak.plan import Fault
 
-__all__ = ["BETWEEN", "STOPS", "Journal", "worse"]
-
 BETWEEN = ("flipped bit", "lost file", "cut file", "torn log", "changed ranks")
 """Kinds that kill the process here; the rest is done to its files while none runs."""
 

@@ -15,8 +15,6 @@ import torch
 
 from nmoe.errors import InputError
 
-__all__ = ["PATIENCE_S", "forked", "tail"]
-
 PATIENCE_S = 120.0
 """A call that takes longer hangs, unless it says how long it may take."""
 

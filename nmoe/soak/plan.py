@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import attrs
 
-__all__ = ["KINDS", "Fault", "plan"]
-
 KINDS = (
     *("kill", "kill in a save", "terminate", "terminate twice", "user signal", "interrupt", "pause"),
     *("loader error", "NaN batch", "disk full", "short write", "failed fsync", "slow writer"),

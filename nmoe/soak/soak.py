@@ -29,7 +29,7 @@ from nmoe.effects.checkpoint import reader, weights, writer
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.manifest import DTYPES, Manifest
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.store import shards
+from nmoe.effects.data.store import shard_writer
 from nmoe.effects.record.names import CHECKPOINTS
 from nmoe.effects.terminal import say
 from nmoe.effects.train import run
@@ -40,8 +40,6 @@ from nmoe.pure.cost.report import duration
 from nmoe.soak import faults as worlds
 from nmoe.soak.forked import PATIENCE_S, forked, tail
 from nmoe.soak.plan import KINDS, Fault, plan
-
-__all__ = ["Outcome", "main", "soak"]
 
 VOCAB = 300
 KEEP = 3
@@ -367,7 +365,7 @@ def write_corpus(folder: Path) -> int:
     encoding = tokenizers.encoding(tokenizer)
     documents = [np.asarray(encoding.encode_ordinary(text), dtype=np.int64) for text in texts]
     splits = {"train": documents[4:], "validation": documents[:2], "test": documents[2:4]}
-    shards.write(folder, tokenizer, splits, tokens_per_shard=20_000)
+    shard_writer.write(folder, tokenizer, splits, tokens_per_shard=20_000)
     return 0
 
 

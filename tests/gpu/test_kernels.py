@@ -121,17 +121,17 @@ def test_adamw(halves: bool, moments: torch.dtype, gradient: torch.dtype) -> Non
     plain, plain_moments = start, optim.Moments(first.clone(), second.clone())
     right, right_moments = start.double(), optim.Moments(first.double(), second.double())
     for step in range(1, 21):
-        pull = normal(size, seed=step).to(gradient)
+        grad_output = normal(size, seed=step).to(gradient)
         told: dict[str, Any] = {
             "updates": torch.tensor(step, device="cuda"),
             "lr": torch.tensor(1e-2, device="cuda", dtype=torch.float64),
             **numbers,
         }
         guards = {"allowed": torch.tensor(True, device="cuda"), "shrink": torch.tensor(0.5, device="cuda")}
-        plain, after = optim.adamw(plain, pull.float() * 0.5, plain_moments, **told)
+        plain, after = optim.adamw(plain, grad_output.float() * 0.5, plain_moments, **told)
         plain_moments = optim.Moments(after.first.to(moments), after.second.to(moments))
-        right, right_moments = optim.adamw(right, pull.double() * 0.5, right_moments, **told)
-        held = pull.clone()
+        right, right_moments = optim.adamw(right, grad_output.double() * 0.5, right_moments, **told)
+        held = grad_output.clone()
         old = optim.join(high, low) if halves else value.clone()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -188,17 +188,17 @@ def test_router(num_experts: int) -> None:
     Tensor cores cut off what they add where an fp32 unit rounds: an error of 1e-6 in place of 2e-7 in a sum of 2048, of
     1e-5 in one of 4096. Factors rounded to bf16, or to tf32, would leave 1e-3.
     """
-    x, w, pull = (
+    x, w, grad_output = (
         normal(4096, 2048),
         truth.normal(2048, num_experts, seed=1, device="cuda") / 45,
         truth.normal(4096, num_experts, seed=2, device="cuda"),
     )
-    found = graded(router.scores, [x, w], [pull])
-    exact = graded(route.scores, [x, w], [pull], torch.float64)
+    found = graded(router.scores, [x, w], [grad_output])
+    exact = graded(route.scores, [x, w], [grad_output], torch.float64)
     scores, dx, dw = (((a.double() - t).norm() / t.norm()).item() for a, t in zip(found, exact, strict=True))
     assert scores < 1e-6 and dw < 1e-5, (scores, dw)
-    plain = graded(route.scores, [x, w], [pull])[1].double()
+    plain = graded(route.scores, [x, w], [grad_output])[1].double()
     assert dx < 1.05 * ((plain - exact[1]).norm() / exact[1].norm()).item()
-    assert all(torch.equal(a, b) for a, b in zip(found, graded(router.scores, [x, w], [pull]), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, graded(router.scores, [x, w], [grad_output]), strict=True))
     scores = (50 * router.scores(x, w)).round()
     assert torch.equal(router.first(scores, 8), route.first(scores, 8))

@@ -15,8 +15,7 @@ from torch import Tensor
 from nmoe.bench import kernels as kernel_bench
 from nmoe.bench.kernels import moe, optimizer
 from nmoe.config.sections import Config
-from nmoe.effects.device import ops
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu, ops, process
 from nmoe.effects.kernels.moe import moe as mixtures
 from nmoe.effects.train.run import arena_layouts, fresh, stepper
 from nmoe.effects.train.step import Metrics, State
@@ -50,7 +49,7 @@ def batch(c: Config) -> Batch:
 
 
 def train(c: Config, steps: int, mode: str | int = "default") -> tuple[State, list[Metrics]]:
-    rt = runtime.Runtime(device=runtime.device("cuda"), rank=0, world=1, peak_flops=1.0)
+    rt = process.Runtime(device=gpu.device("cuda"), rank=0, world=1, peak_flops=1.0)
     layouts = arena_layouts(c)
     state, env = fresh(c, layouts, rt)
     step = stepper(c, layouts, env, rt, mark=lambda name: None)
@@ -91,7 +90,7 @@ def test_a_mixture_with_offsets_beyond_32_bits() -> None:
         drawn = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
         return drawn.requires_grad_()
 
-    x, pull = normal(tokens, hidden), normal(tokens, hidden).detach()
+    x, grad_output = normal(tokens, hidden), normal(tokens, hidden).detach()
     up, down = normal(num_experts, hidden, 2, width), normal(num_experts, width, hidden)
     score = torch.rand(tokens, num_experts, generator=generator, device="cuda")
     expert = route.first(score, top_k)
@@ -102,7 +101,7 @@ def test_a_mixture_with_offsets_beyond_32_bits() -> None:
     def run(part: slice) -> list[Tensor]:
         leaves = [x[part].detach().requires_grad_(), weight[part].detach().requires_grad_()]
         y = mixture(leaves[0], Routing(expert[part], leaves[1]), up, down)[0]
-        return [y.detach(), *torch.autograd.grad(y, leaves, pull[part])]
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad_output[part])]
 
     for name, whole, alone in zip(
         ("y", "dx", "dweight"), run(slice(None)), run(slice(tokens - last, None)), strict=True
@@ -117,7 +116,7 @@ def test_the_mixture_is_as_near_the_truth_as_the_reference() -> None:
     def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, device="cuda") * scale).bfloat16()
 
-    x, up, down, pull = (
+    x, up, down, grad_output = (
         draw(900, 256),
         draw(16, 256, 2, 192, scale=0.06),
         draw(16, 192, 256, scale=0.07),
@@ -135,7 +134,7 @@ def test_the_mixture_is_as_near_the_truth_as_the_reference() -> None:
         gates = weight.to(torch.float64 if dtype is torch.float64 else torch.float32, copy=True).requires_grad_()
         y, count = which(leaves[0], Routing(chosen, gates), *leaves[1:])
         assert torch.equal(count, route.load(chosen, 16))
-        y.backward(pull.to(dtype))
+        y.backward(grad_output.to(dtype))
         grads = [leaf.grad.double() for leaf in (*leaves, gates) if leaf.grad is not None]
         return [y.detach().double(), *grads]
 
@@ -153,7 +152,7 @@ def test_a_replayed_step_is_the_eager_one_bit_for_bit() -> None:
     """Fresh tokens, and so fresh routing, in every step."""
     eager = config()
     replayed = attrs.evolve(eager, train=attrs.evolve(eager.train, graph=True))
-    rt = runtime.Runtime(device=runtime.device("cuda"), rank=0, world=1, peak_flops=1.0)
+    rt = process.Runtime(device=gpu.device("cuda"), rank=0, world=1, peak_flops=1.0)
     found: list[tuple[list[float], State]] = []
     for c in (eager, replayed):
         layouts = arena_layouts(c)
@@ -197,7 +196,7 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_bf16(counts: tuple[int, 
     expert = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
     expert = expert[torch.randperm(num, generator=torch.Generator().manual_seed(2))]
     routing = Routing(expert.cuda()[:, None], torch.ones(num, 1, device="cuda"))
-    pull = draw(num, 64)
+    grad_output = draw(num, 64)
 
     def run(kind: str) -> list[torch.Tensor]:
         dtype = torch.float64 if kind == "truth" else torch.bfloat16
@@ -205,7 +204,7 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_bf16(counts: tuple[int, 
         rows = experts.dispatch(leaves[0], routing, num_experts=4)
         which = ops.experts_grouped if kind == "grouped" else experts_by_segment
         y = experts.combine(which(rows, leaves[1], leaves[2]), rows, routing)
-        y.backward(pull.to(dtype))
+        y.backward(grad_output.to(dtype))
         return [y.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]
 
     truth, plain, grouped = run("truth"), run("plain"), run("grouped")

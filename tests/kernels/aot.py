@@ -19,8 +19,6 @@ from typing import Any
 
 import attrs
 
-__all__ = ["SHARED_LIMIT", "TARGETS", "TENSOR_LIMIT", "Compiled", "Request", "compile_all"]
-
 TARGETS = (90, 100)
 """Compute capabilities that nmoe supports, times ten."""
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_arguments", "turn_on"]
-
 
 def turn_on() -> None:
     """Every kernel imported from now on runs in Triton's interpreter, in this process only.

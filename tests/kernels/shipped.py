@@ -52,8 +52,8 @@ def norm(name: str, adds: bool, width: int) -> Request:
         )
     else:
         signature = (
-            "x:*bf16 gain:*fp32 rstd:*fp32 pull:*bf16 residual:*bf16 gradient:*bf16 partial:*fp32 rows:i32 width:i32 "
-            "x_stride:i32"
+            "x:*bf16 gain:*fp32 rstd:*fp32 grad_output:*bf16 residual:*bf16 gradient:*bf16 partial:*fp32 "
+            "rows:i32 width:i32 x_stride:i32"
         )
     sizes = "rows width x_stride" + (" y_stride" if name == "forward" else "")
     block = 1 << (width - 1).bit_length()
@@ -64,7 +64,7 @@ def norm(name: str, adds: bool, width: int) -> Request:
 def gate(name: str) -> Request:
     """The activation, forward or backward."""
     tile = swiglu.TILE
-    arrays = "x:*bf16 y:*bf16" if name == "forward" else "x:*bf16 pull:*bf16 gradient:*bf16"
+    arrays = "x:*bf16 y:*bf16" if name == "forward" else "x:*bf16 grad_output:*bf16 gradient:*bf16"
     constants = {"m": tile.m, "n": tile.n}
     return request(f"swiglu:{name}_kernel", f"{arrays} rows:i32 width:i32", tile, constants, "rows width")
 

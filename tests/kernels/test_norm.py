@@ -111,10 +111,10 @@ def test_last_axis_apart_and_pulls_expanded() -> None:
 def test_pulls_that_are_slices_of_wider_rows() -> None:
     """What the backward pass of `cat` hands over."""
     leaves = [normal(6, 9).requires_grad_(), normal(6, 9, seed=1).requires_grad_(), normal(9, seed=2).requires_grad_()]
-    pull = normal(6, 18, seed=3)
+    grad_output = normal(6, 18, seed=3)
     for ours, plain in ((rms_norm, norm.rms_norm), (add_rms_norm, norm.add_rms_norm)):
         found, right = (
-            torch.autograd.grad(torch.cat(results(fn, leaves), -1), leaves, pull, allow_unused=True)
+            torch.autograd.grad(torch.cat(results(fn, leaves), -1), leaves, grad_output, allow_unused=True)
             for fn in (ours, plain)
         )
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
@@ -139,11 +139,11 @@ def test_small_and_large_rows() -> None:
 
 
 def test_a_row_does_not_depend_on_its_place_nor_the_gain_on_the_run() -> None:
-    x, gain, pull = normal(11, 50), normal(50, seed=1), normal(11, 50, seed=2)
+    x, gain, grad_output = normal(11, 50), normal(50, seed=1), normal(11, 50, seed=2)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
     fn = partial(rms_norm, eps=EPS, tile=TILES[1])
-    one, two = (graded(fn, (x, gain), [pull]) for _ in range(2))
+    one, two = (graded(fn, (x, gain), [grad_output]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    moved = graded(fn, (x[order], gain), [pull[order]])
+    moved = graded(fn, (x[order], gain), [grad_output[order]])
     assert torch.equal(one[0][order], moved[0])
     assert torch.equal(one[1][order], moved[1])

@@ -13,8 +13,7 @@ import torch
 from nmoe.bench.kernels import attention, loss, moe, optimizer, tuner
 from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Way, gpu_meter, measure
 from nmoe.effects import files
-from nmoe.effects.device import ops
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu, ops
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 
@@ -36,7 +35,7 @@ def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
 
     Raises:  InputError when there is no supported GPU, or the file cannot be written.
     """
-    device = runtime.device("cuda")
+    device = gpu.device("cuda")
     if jsonl is not None:
         files.new_file(jsonl, "--jsonl")
     meter = gpu_meter(device)
@@ -132,7 +131,7 @@ def tune(sizes: Sequence[str]) -> int:
     sizes  of mixtures, as `2048x1408`: hidden size and expert size
     Raises:  InputError for another form of size.
     """
-    device = runtime.device("cuda")
+    device = gpu.device("cuda")
     parsed: list[tuple[int, int]] = []
     for size in sizes:
         numbers = size.split("x")

@@ -14,8 +14,6 @@ from nmoe.bench.kernels.meter import Way, draw, relative_error
 from nmoe.effects.kernels.attention import mla as attention
 from nmoe.pure.model.attention.mla import attend_mla
 
-__all__ = ["CASES", "PEER", "Case", "ways"]
-
 PEER = "bare cuDNN"
 
 
@@ -50,7 +48,7 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
     q = draw(device, *shape, case.heads, case.nope + case.rope, name="q")
     kv = draw(device, *shape, case.heads, case.nope + case.value, name="kv")
     k_rope = draw(device, *shape, case.rope, name="k_rope")
-    pull = draw(device, *shape, case.heads, case.value, name="pull").detach()
+    grad_output = draw(device, *shape, case.heads, case.value, name="pull").detach()
     with torch.no_grad():
         keys = torch.cat((kv[..., : case.nope], k_rope[:, :, None].expand(-1, -1, case.heads, -1)), -1)
         k, v = (each.contiguous().requires_grad_() for each in (keys, kv[..., case.nope :]))
@@ -70,7 +68,7 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
         ),
         PEER: (bare, (q, k, v)),
     }
-    truth = exact(case, latent, pull, scale)
+    truth = exact(case, latent, grad_output, scale)
     for name, (apply, leaves) in given.items():
 
         def forward(apply: Any = apply, leaves: Any = leaves) -> Tensor:
@@ -79,7 +77,7 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
 
         def both(apply: Any = apply, leaves: Any = leaves) -> tuple[Tensor, ...]:
             y = apply(*leaves)
-            return y.detach(), *torch.autograd.grad(y, leaves, pull)
+            return y.detach(), *torch.autograd.grad(y, leaves, grad_output)
 
         def error(both: Callable[[], tuple[Tensor, ...]] = both) -> float:
             y, dq, dk, *_ = both()
@@ -90,10 +88,10 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
         yield Way(name=name, forward=forward, both=both, error=error)
 
 
-def exact(case: Case, latent: tuple[Tensor, ...], pull: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def exact(case: Case, latent: tuple[Tensor, ...], grad_output: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of the first head of the first sequence in fp64: output, gradient of the query, and of the head's own key."""
     q, kv, k_rope = (each.detach()[:1].double() for each in latent)
     leaves = q[:, :, :1].requires_grad_(), kv[:, :, :1].requires_grad_()
     y = attend_mla(*leaves, k_rope, scale=scale)
-    dq, dkv = torch.autograd.grad(y, leaves, pull[:1, :, :1].double())
+    dq, dkv = torch.autograd.grad(y, leaves, grad_output[:1, :, :1].double())
     return y.detach()[0, :, 0], dq[0, :, 0], dkv[0, :, 0, : case.nope]

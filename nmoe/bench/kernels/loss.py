@@ -15,8 +15,6 @@ from nmoe.bench.kernels.meter import Way, draw, relative_error
 from nmoe.effects.kernels.loss import add_product_, linear_cross_entropy
 from nmoe.pure.model import loss
 
-__all__ = ["CASES", "PEER", "Case", "ways"]
-
 PEER = "its three products alone"
 
 SAMPLE = 64

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from nmoe.pure.core.key import Key
 
-__all__ = ["REPEATS", "Meter", "Row", "Taken", "Way", "draw", "gpu_meter", "measure", "relative_error", "seconds"]
-
 WARMUP, REPEATS = 3, 15
 
 GEMM = 8192

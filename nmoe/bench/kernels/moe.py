@@ -18,8 +18,6 @@ from nmoe.effects.kernels.moe.moe import mixture as ours
 from nmoe.pure.model.experts import mixture
 from nmoe.pure.model.route import Routing
 
-__all__ = ["CASES", "PEER", "Case", "Operands", "ways"]
-
 PEER = "grouped_mm compiled"
 
 SAMPLE = 64
@@ -67,7 +65,7 @@ class Operands:
     weight: Tensor
     up: Tensor
     down: Tensor
-    pull: Tensor
+    grad_output: Tensor
 
     @classmethod
     def of(cls, case: Case, device: torch.device) -> Operands:
@@ -79,7 +77,7 @@ class Operands:
             weight=chosen.weight,
             up=draw(device, case.experts, case.hidden, 2, case.width, name="up", scale=case.hidden**-0.5),
             down=draw(device, case.experts, case.width, case.hidden, name="down", scale=case.width**-0.5),
-            pull=draw(device, case.tokens, case.hidden, name="pull").detach(),
+            grad_output=draw(device, case.tokens, case.hidden, name="pull").detach(),
         )
 
     def leaves(self) -> tuple[Tensor, ...]:
@@ -139,7 +137,7 @@ def ways(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Way]:
 
         def both(which: Any = which) -> tuple[Tensor, ...]:
             y = operands.apply(which, *operands.leaves())
-            return y.detach(), *torch.autograd.grad(y, operands.leaves(), operands.pull)
+            return y.detach(), *torch.autograd.grad(y, operands.leaves(), operands.grad_output)
 
         def error(both: Callable[[], tuple[Tensor, ...]] = both) -> float:
             y, dx, dweight, *_ = both()
@@ -154,5 +152,5 @@ def exact(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     routing = Routing(operands.expert[:SAMPLE], weight)
     up, down = (each.detach().double() for each in (operands.up, operands.down))
     y = mixture(x, routing, up, down)[0]
-    dx, dweight = torch.autograd.grad(y, (x, weight), operands.pull[:SAMPLE].double())
+    dx, dweight = torch.autograd.grad(y, (x, weight), operands.grad_output[:SAMPLE].double())
     return y.detach(), dx, dweight

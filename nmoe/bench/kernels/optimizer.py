@@ -16,8 +16,6 @@ from nmoe.bench.kernels.meter import Way, draw, relative_error
 from nmoe.effects.kernels.optim import adamw
 from nmoe.pure.optim import adamw as optim
 
-__all__ = ["CASES", "PEER", "Case", "ways"]
-
 PEER = "torch.optim, fused"
 
 NUMBERS: Mapping[str, Any] = MappingProxyType({"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1})

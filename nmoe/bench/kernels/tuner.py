@@ -16,8 +16,6 @@ from nmoe.bench.kernels.meter import Way
 from nmoe.effects.device import ops
 from nmoe.effects.kernels.tile import Tile
 
-__all__ = ["table"]
-
 PRODUCTS = tuple(
     Tile(m=m, n=n, k=k, warps=8, stages=stages)
     for (m, n), k, stages in itertools.product(((128, 128), (128, 256), (256, 128)), (32, 64), (3, 4, 5))

@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Buffer", "Disk", "Fs", "read_bytes", "read_into", "remove_tree", "write_all"]
-
 Buffer = bytes | bytearray | memoryview
 """Bytes in memory."""
 

@@ -18,8 +18,6 @@ import attrs
 from nmoe.effects.checkpoint.fs import Fs, read_into, write_all
 from nmoe.errors import InputError
 
-__all__ = ["FILE", "Lease", "check", "hold", "is_alive", "this_process"]
-
 FILE = "LEASE"
 
 RECORD_BYTES = 512

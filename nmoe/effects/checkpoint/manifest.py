@@ -25,26 +25,6 @@ from nmoe.effects.checkpoint.fs import Fs, read_bytes
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import Stored, gaps
 
-__all__ = [
-    "DTYPES",
-    "FILE",
-    "FORMAT",
-    "FileEntry",
-    "Manifest",
-    "NewerFormatError",
-    "Parent",
-    "PieceEntry",
-    "TensorEntry",
-    "folder_name",
-    "name_fields",
-    "parse",
-    "read",
-    "root_digest",
-    "sha256",
-    "stored",
-    "to_bytes",
-]
-
 FORMAT = 1
 FILE = "manifest.json"
 

@@ -27,8 +27,6 @@ from nmoe.errors import InputError
 from nmoe.pure.checkpoint.digest import digest, to_text
 from nmoe.pure.checkpoint.pieces import Copy, Piece, copies, gaps
 
-__all__ = ["Entry", "entries", "load_", "restore_", "verify"]
-
 READERS = 4
 """Threads that read and hash, each with a chunk of its own."""
 
@@ -62,7 +60,7 @@ def entries(fs: Fs, root: Path) -> tuple[Entry, ...]:
         return ()
     except OSError as error:
         raise InputError(
-            f"{root}: a folder of checkpoints, got {error.strerror or error}; mend its permissions or its disk"
+            f"{root}: a folder of checkpoints, got {error.strerror or error}; fix its permissions or its disk"
         ) from error
     # One that somebody renamed may be the newest, so it is looked at first and told.
     found = [(fields[1:] if fields else (math.inf, 0), _entry(fs, root / name)) for fields, name in names]

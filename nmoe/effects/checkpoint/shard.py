@@ -21,8 +21,6 @@ from nmoe.errors import InputError
 from nmoe.pure.checkpoint.digest import digests
 from nmoe.pure.checkpoint.pieces import Piece
 
-__all__ = ["Shard", "Staged", "free_host", "host_memory", "num_bytes", "plan_shard", "stage", "write"]
-
 ALIGNMENT = 4096
 """Bytes; the data of a file starts at a multiple, so that pages of the file are pages of data."""
 

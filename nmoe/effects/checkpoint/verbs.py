@@ -20,8 +20,6 @@ from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.cost.report import quantity
 from nmoe.pure.model import model
 
-__all__ = ["diff", "export_weights", "list_checkpoints", "prune", "show", "verify"]
-
 
 @attrs.frozen(kw_only=True)
 class Found:

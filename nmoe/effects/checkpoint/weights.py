@@ -22,8 +22,6 @@ from nmoe.pure.core import tree
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.optim import adamw as optim
 
-__all__ = ["FILE", "load", "save"]
-
 FILE = "weights.safetensors"
 ROUTER_BIAS = "router_bias"
 
@@ -131,6 +129,6 @@ def of_path(fs: Fs, path: Path, specs: Any, dims: Dims) -> Weights:
         return of_checkpoint(fs, folder, manifests.read(fs, folder), specs, dims)
     folder = path.parent if path.name == FILE else path
     if not (folder / FILE).is_file():
-        raise InputError(f"train.warm_start: a run, a checkpoint or {FILE}, got {path}; mend the path")
+        raise InputError(f"train.warm_start: a run, a checkpoint or {FILE}, got {path}; fix the path")
     params, router_bias = load(folder, specs, dims)
     return Weights(params=params, remainders={}, router_bias=router_bias)

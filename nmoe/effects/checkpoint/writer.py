@@ -33,19 +33,6 @@ from nmoe.pure.checkpoint.digest import to_text
 from nmoe.pure.checkpoint.pieces import Piece
 from nmoe.pure.checkpoint.retention import Keep, Kept, superfluous
 
-__all__ = [
-    "CHUNK_BYTES",
-    "TEMPORARY",
-    "TRASH",
-    "Exchange",
-    "SaveError",
-    "Saved",
-    "Writer",
-    "alone",
-    "open_writer",
-    "prune",
-]
-
 CHUNK_BYTES = 1 << 24
 """What one digest covers: a damaged file is known to 16 MiB, and several threads share the hashing."""
 
@@ -375,7 +362,7 @@ def _together(place: Place, act: Callable[[], Any], where: str) -> list[Any]:
     except InputError as error:
         cause, mine = error, {"problems": list(error.problems)}
     except OSError as error:
-        reason = f"{where} ends well, got {error.strerror or error} on rank {place.rank}; mend the disk"
+        reason = f"{where} ends well, got {error.strerror or error} on rank {place.rank}; fix the disk"
         cause, mine = error, {"problems": [reason]}
     except BaseException as error:
         place.exchange(json.dumps({"problems": [f"{where} ends well, got {error!r} on rank {place.rank}; report it"]}))

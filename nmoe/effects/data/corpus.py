@@ -19,7 +19,7 @@ from nmoe.effects.data.loader import Source, held_out, num_held_out, open_loader
 from nmoe.effects.data.mixture import Blend, plan_blend
 from nmoe.effects.data.store import shards
 from nmoe.effects.data.store.lazy import open_lazily
-from nmoe.effects.device import process as runtime
+from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
@@ -29,8 +29,6 @@ from nmoe.pure.data import order as mixture
 from nmoe.pure.data import stages as stream
 from nmoe.pure.model import model
 from nmoe.pure.model.model import Batch
-
-__all__ = ["Corpus", "open_corpus", "planned_blend"]
 
 YARDSTICK_TOKENS = 10_000_000
 """Training tokens the unigram and bigram models count at most."""
@@ -50,7 +48,7 @@ class Corpus:
     bigram: float  # the same knowing the previous token
 
 
-def open_corpus(config: Config, launch: runtime.Launch) -> Corpus:
+def open_corpus(config: Config, launch: Launch) -> Corpus:
     """Prepare what the config names, if need be, and open it."""
     source, train = config.data.source, config.train
     shape: dict[str, Any] = {

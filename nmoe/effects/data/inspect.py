@@ -26,8 +26,6 @@ from nmoe.effects.data.store.format import (
 from nmoe.effects.data.store.records import read_record
 from nmoe.errors import InputError
 
-__all__ = ["documents", "head", "info", "verify"]
-
 PROGRESS_EVERY_S = 2.0
 
 

@@ -20,8 +20,6 @@ from nmoe.pure.data import order as mixture
 from nmoe.pure.data.stages import Stream, choose
 from nmoe.pure.model.model import Batch
 
-__all__ = ["Source", "held_out", "num_held_out", "open_loader", "open_stream"]
-
 
 class Source(Protocol):
     """What a loader asks of a split: its name for messages, and its tokens as arrays laid end to end."""

@@ -14,8 +14,6 @@ from nmoe.errors import InputError
 from nmoe.pure.data import order as mixtures
 from nmoe.pure.data.stages import Ingredient, Recipe, Stream, plan
 
-__all__ = ["Blend", "plan_blend", "read_sources"]
-
 
 @attrs.frozen(kw_only=True)
 class Blend:

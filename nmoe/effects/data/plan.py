@@ -12,16 +12,14 @@ from nmoe.effects.data import stdlib
 from nmoe.effects.data.corpus import planned_blend
 from nmoe.effects.data.store.format import read_manifest
 from nmoe.effects.data.store.lazy import content_digest, split_problems
-from nmoe.effects.device import process as runtime
+from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.cost.report import quantity
 from nmoe.pure.data.stages import Ingredient, Recipe, Stream, identity, plan
 
-__all__ = ["main", "planned_stream", "rows"]
 
-
-def main(config: Config, launch: runtime.Launch, *, as_json: bool) -> int:
+def main(config: Config, launch: Launch, *, as_json: bool) -> int:
     """Print the plan. returns  exit code 0"""
     stream = planned_stream(config, launch)
     train = config.train
@@ -46,7 +44,7 @@ def main(config: Config, launch: runtime.Launch, *, as_json: bool) -> int:
     return 0
 
 
-def planned_stream(config: Config, launch: runtime.Launch) -> Stream:
+def planned_stream(config: Config, launch: Launch) -> Stream:
     """The stream of a config. Of one source it is as long as the training.
 
     Raises:  InputError when what it names can not be read.

@@ -12,8 +12,6 @@ import torch
 from nmoe.pure.core import tree
 from nmoe.pure.model.model import Batch
 
-__all__ = ["prefetching"]
-
 Read = Callable[[int], Batch]
 
 

@@ -25,8 +25,6 @@ from nmoe.effects.data.store.format import read_manifest, size_problems
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import MILLION, split_of
 
-__all__ = ["paths", "prepare", "prepare_folder"]
-
 # Raise it when the same files would give other shards.
 FORMAT = 2
 SPLITS = ("train", "validation", "test")
@@ -91,12 +89,12 @@ def _read_sources(root: Path) -> list[_Source]:
         except UnicodeDecodeError as error:
             problems.append(
                 f"{path}: text in {error.encoding}, got byte {content[error.start]:#04x} at {error.start}; "
-                "mend the file or reinstall Python"
+                "fix the file or reinstall Python"
             )
         except (SyntaxError, LookupError) as error:
             problems.append(
                 f"{path}: a known encoding in its first two lines, got {error} ({_first_beyond_utf8(content)}); "
-                "mend the file or reinstall Python"
+                "fix the file or reinstall Python"
             )
         else:
             if text:

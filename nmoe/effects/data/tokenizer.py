@@ -17,8 +17,6 @@ import tiktoken
 from nmoe.effects.data.store.records import read_record, write_record
 from nmoe.errors import InputError
 
-__all__ = ["END_OF_TEXT", "FILE", "PATTERN", "Tokenizer", "byte_lengths", "encoding", "load", "make", "save", "train"]
-
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
 FORMAT = 2

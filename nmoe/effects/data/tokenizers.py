@@ -24,8 +24,6 @@ from nmoe.effects.data.tokenizer import Tokenizer
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import MILLION, split_of
 
-__all__ = ["KNOWN", "Known", "add", "install", "learn", "list_tokenizers", "resolve"]
-
 FOLDER = "tokenizers"
 LARGEST = 1 << 27
 PROGRESS_EVERY_S = 2.0

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmoe.effects.parallel.ranks import ALONE, Ranks
+from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks
 from nmoe.pure.core import tree
 from nmoe.pure.core.init import initial
 from nmoe.pure.core.key import Key
@@ -15,8 +15,6 @@ from nmoe.pure.core.layout import ArenaLayout, Slot
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.core.tree import record
 from nmoe.pure.optim.adamw import split
-
-__all__ = ["Arena", "allocate", "bind", "initialise_", "place", "put_", "view"]
 
 
 @record
@@ -89,7 +87,7 @@ def put_(arena: Arena, described: ArenaLayout, slot: Slot, value: Tensor, *, par
 
 @torch.no_grad()
 def initialise_(
-    arenas: tuple[Arena, ...], layouts: tuple[ArenaLayout, ...], key: Key, dims: Dims, *, ranks: Ranks = ALONE
+    arenas: tuple[Arena, ...], layouts: tuple[ArenaLayout, ...], key: Key, dims: Dims, *, ranks: Ranks = SINGLE_RANK
 ) -> None:
     """Draw the initial values, one parameter at a time.
 

@@ -26,8 +26,6 @@ from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
 from nmoe.errors import InputError
 
-__all__ = ["EXTRAS", "MINIMUM", "Facts", "Gpu", "Line", "Preset", "gather", "judge", "main", "probe"]
-
 MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6)})
 """Oldest version of each that nmoe works with."""
 
@@ -171,7 +169,7 @@ def _machine(facts: Facts) -> Iterator[Line]:
     if facts.runs_problem is None:
         yield Line(level="ok", what="folder runs", value="write, fsync and rename work")
     else:
-        advice = "mend its permissions, or set run.root to a folder on a local disk"
+        advice = "fix its permissions, or set run.root to a folder on a local disk"
         yield Line(level="FAIL", what="folder runs", value=facts.runs_problem, advice=advice)
 
 
@@ -284,7 +282,7 @@ def see_gpus() -> tuple[tuple[Gpu, ...], tuple[tuple[int, int], ...], bool]:
     # Not at the top: doctor has something to say where torch cannot be imported.
     import torch
 
-    from nmoe.effects.device.process import SUPPORTED_GPUS
+    from nmoe.effects.device.gpu import SUPPORTED_GPUS
 
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     properties = [torch.cuda.get_device_properties(device) for device in devices]

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from nmoe.pure.core import tree
 
-__all__ = ["replaying"]
-
 EAGER_STEPS = 2
 """Steps taken without the graph: kernels are built, libraries take their workspaces."""
 

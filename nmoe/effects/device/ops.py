@@ -29,17 +29,6 @@ if TYPE_CHECKING:
     from nmoe.effects.kernels.attention import mla as attention
     from nmoe.effects.kernels.moe import moe as mixtures
 
-__all__ = [
-    "ArenaOps",
-    "adamw_",
-    "arena_ops",
-    "attend_mla_padded",
-    "attention_tiles",
-    "build",
-    "experts_grouped",
-    "mixture_tiles",
-    "unmeasured",
-]
 
 CPU_CHUNK = 1 << 18
 """Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""

@@ -16,8 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from nmoe.pure.model.model import block
 from nmoe.pure.model.ops import Ops
 
-__all__ = ["cheap", "full"]
-
 
 def full(run: Callable[..., Any] = block) -> Callable[..., Any]:
     """A block that keeps its input only and runs again in the backward pass."""

@@ -16,8 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from nmoe.effects.kernels.tile import Tile
 
-__all__ = ["TILE", "linear_cross_entropy", "turn_logits_"]
-
 TILE = Tile(m=1, n=8192, k=1, warps=8, stages=1)
 """n: logits of a row at once; a row of 201,088 is longer than what a block can hold."""
 
@@ -62,12 +60,12 @@ def logits_kernel(
         tl.store(losses + row, nll + z_loss * partition * partition)
         tl.store(losses + losses_stride + row, nll)
         if wants_gradient:
-            pull = (1.0 + 2.0 * z_loss * partition) * scale
+            grad_output = (1.0 + 2.0 * z_loss * partition) * scale
             for i in range(0, blocks):
                 # last block first: what was read last is still in the L2 cache
                 here = (blocks - 1 - i) * block + at
                 x = tl.load(logits + here, mask=here < vocabulary, other=float("-inf")).to(tl.float32) * scale
-                gradient = tl.exp(x - partition) * pull - tl.where(here == wanted, scale, 0.0)
+                gradient = tl.exp(x - partition) * grad_output - tl.where(here == wanted, scale, 0.0)
                 tl.store(logits + here, gradient.to(logits.dtype.element_ty), mask=here < vocabulary)
 
 
@@ -170,10 +168,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x_gradient, head_gradient, head = ctx.saved_tensors
         wants_x, wants_head = ctx.needs_input_grad[:2]
-        pull = outputs[0]
+        grad_output = outputs[0]
         # one pass that multiplies and rounds
-        head_pulled = torch.mul(head_gradient, pull, out=torch.empty_like(head)) if wants_head else None
-        return (x_gradient * pull if wants_x else None, head_pulled, *(None,) * 6)
+        head_pulled = torch.mul(head_gradient, grad_output, out=torch.empty_like(head)) if wants_head else None
+        return (x_gradient * grad_output if wants_x else None, head_pulled, *(None,) * 6)
 
 
 def linear_cross_entropy(

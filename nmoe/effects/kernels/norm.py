@@ -16,8 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from nmoe.effects.kernels.tile import Tile
 
-__all__ = ["TILE", "add_rms_norm", "rms_norm", "warps"]
-
 TILE = Tile(m=1, n=1, k=1024, warps=4, stages=1)
 """m: rows of a block; k: blocks of the backward pass, each of which leaves one row of partial sums; warps: for 2048
 columns, and more for wider rows."""
@@ -61,7 +59,7 @@ def backward_kernel(
     x,  # [rows width], rows `x_stride` apart: what was normed
     gain,  # [width]
     rstd,  # [rows] f32
-    pull,  # [rows width] contiguous: gradient of the normed
+    grad_output,  # [rows width] contiguous: gradient of the normed
     residual,  # [rows width] contiguous: gradient of the sum; read when `adds`
     gradient,  # [rows width] contiguous: of what was normed, the residual's included
     partial,  # [programs width] f32: sums for the gradient of the gain
@@ -82,7 +80,7 @@ def backward_kernel(
         here = row[:, None] * width + column[None, :]
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         unit = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32) * scale
-        pulled = tl.load(pull + here, mask=inside, other=0.0).to(tl.float32)
+        pulled = tl.load(grad_output + here, mask=inside, other=0.0).to(tl.float32)
         summed += pulled * unit
         pulled *= factor
         along = tl.sum(pulled * unit, 1)[:, None] / width
@@ -131,7 +129,7 @@ def forward(x: Tensor, y: Tensor | None, gain: Tensor, eps: float, tile: Tile) -
 
 
 def backward(
-    x: Tensor, gain: Tensor, rstd: Tensor, pull: Tensor, residual: Tensor | None, tile: Tile
+    x: Tensor, gain: Tensor, rstd: Tensor, grad_output: Tensor, residual: Tensor | None, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """Gradients of what was normed and of the gain. All as tables."""
     rows, width = x.shape
@@ -142,8 +140,8 @@ def backward(
         x,
         gain,
         rstd,
-        pull,
-        pull if residual is None else residual,
+        grad_output,
+        grad_output if residual is None else residual,
         gradient,
         partial,
         rows,
@@ -172,11 +170,11 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, pull: Tensor
+        ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:
         rows, gain, rstd = ctx.saved_tensors
-        gradient, gain_gradient = backward(rows, gain, rstd, table(pull.contiguous()), None, ctx.tile)
-        return gradient.view(pull.shape), gain_gradient, None, None
+        gradient, gain_gradient = backward(rows, gain, rstd, table(grad_output.contiguous()), None, ctx.tile)
+        return gradient.view(grad_output.shape), gain_gradient, None, None
 
 
 class AddRmsNorm(torch.autograd.Function):
@@ -192,12 +190,12 @@ class AddRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, residual: Tensor, pull: Tensor
+        ctx: Any, residual: Tensor, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:
         total, gain, rstd = ctx.saved_tensors
         flat = table(residual.contiguous())
-        gradient, gain_gradient = backward(total, gain, rstd, table(pull.contiguous()), flat, ctx.tile)
-        summand = gradient.view(pull.shape)
+        gradient, gain_gradient = backward(total, gain, rstd, table(grad_output.contiguous()), flat, ctx.tile)
+        summand = gradient.view(grad_output.shape)
         return summand, summand, gain_gradient, None, None
 
 

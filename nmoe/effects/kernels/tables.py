@@ -15,8 +15,6 @@ import attrs
 from nmoe.effects.kernels.tile import Tile
 from nmoe.errors import InputError
 
-__all__ = ["DEFAULT", "Entry", "Table", "find", "load"]
-
 DEFAULT = "default"
 """Key of the entry for sizes that nobody measured."""
 

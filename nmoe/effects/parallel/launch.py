@@ -28,8 +28,6 @@ import attrs
 from nmoe.effects import files
 from nmoe.errors import InputError
 
-__all__ = ["MULTICAST_OFF", "Launch", "Pulse", "launch", "open_pulse", "start"]
-
 STACKS = signal.SIGUSR2
 """What makes a rank write the stacks of its threads to stderr."""
 
@@ -77,7 +75,7 @@ class Launch:
     multicast: Mapping[str, str]  # the switches of MULTICAST_OFF
 
 
-def launch(environ: Mapping[str, str]) -> Launch:
+def from_environment(environ: Mapping[str, str]) -> Launch:
     """Read what torchrun and `start` set: `RANK`, `WORLD_SIZE` and the like; and `NMOE_HOME`, the folder of caches.
 
     Raises:  InputError for each that is no number, or does not fit the others.

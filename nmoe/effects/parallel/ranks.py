@@ -23,8 +23,6 @@ from nmoe.effects.parallel.launch import MULTICAST_OFF, Launch
 from nmoe.errors import InputError
 from nmoe.pure.core.layout import ArenaLayout
 
-__all__ = ["ALONE", "Group", "Ranks", "add_up", "alone", "check_machine", "naming", "open_ranks", "together"]
-
 SETUP_S = 1800.0
 """Seconds a rank waits for another one that prepares data or reads a checkpoint."""
 
@@ -69,7 +67,7 @@ class Ranks:
         """The ranks that hold the same arena."""
         return self.replicas if layout.policy.shard else self.world
 
-    def highest(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
         """The highest of each number on any rank. The host waits for every other one's."""
         if self.host.handle is None:
             return list(numbers)
@@ -78,11 +76,11 @@ class Ranks:
         return found.tolist()
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 """One process."""
 
 
-def add_up(group: Group, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def all_reduce_sum(group: Group, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The sum of each tensor over the ranks, the same bits on all of them, in one collective.
 
     tensors  of any shapes and formats; added in fp64, so that counts below 2^53 are exact
@@ -95,7 +93,7 @@ def add_up(group: Group, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(part.view(each.shape).to(each.dtype) for part, each in zip(parts, tensors, strict=True))
 
 
-def together(ranks: Ranks, act: Callable[[], T]) -> T:
+def on_all_ranks(ranks: Ranks, act: Callable[[], T]) -> T:
     """What `act` returned here, when it went well on every rank.
 
     Raises:  InputError on every rank, with the problems of all on rank 0 and none on the others: one tells.
@@ -124,7 +122,7 @@ def together(ranks: Ranks, act: Callable[[], T]) -> T:
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def with_rank_note(where: str) -> Iterator[None]:
     """Say where an error happened, such as on which rank: before each problem of an InputError, beside any other."""
     try:
         yield
@@ -184,7 +182,7 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
     Raises:  InputError when a rank does not come, naming it, or the meeting point cannot be opened.
     """
     if launch.world == 1:
-        yield ALONE
+        yield SINGLE_RANK
         return
     if not dist.is_gloo_available() or (device.type == "cuda" and not dist.is_nccl_available()):
         raise InputError(

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["start"]
-
 
 def start(command: str, alert: Mapping[str, Any], timeout_s: float, failed: Callable[[str], None]) -> threading.Thread:
     """Run a shell command with the alert as one line of JSON on its standard input; returns at once.

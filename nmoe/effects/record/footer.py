@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-__all__ = ["Footer", "shown", "sparkline"]
-
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40
 EVENTS = 3

@@ -14,8 +14,6 @@ from typing import Any
 
 from nmoe.effects import files
 
-__all__ = ["FILE", "Heart", "beating"]
-
 FILE = "run.json"
 
 
@@ -53,7 +51,7 @@ def beating(folder: Path, heart: Heart, every_s: float, failed: Callable[[str], 
             heart.beat(folder)
         except OSError as error:
             if not told:
-                failed(f"{FILE}: can be written, got {error.strerror}; free space or mend permissions")
+                failed(f"{FILE}: can be written, got {error.strerror}; free space or fix permissions")
             return True
         return False
 

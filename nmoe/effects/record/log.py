@@ -22,8 +22,6 @@ import attrs
 from nmoe.effects import files
 from nmoe.errors import InputError
 
-__all__ = ["Log", "create_folder", "now", "open_log"]
-
 
 def now() -> str:
     """The time in UTC, ISO 8601 to the millisecond. A label, never a measure of duration."""
@@ -103,7 +101,7 @@ def create_folder(root: Path, name: str, contents: Mapping[str, str]) -> Path:
     except OSError as error:
         raise InputError(
             f"run.root: run folders can be written, got {error.strerror} at {error.filename or root}; "
-            "choose another run.root or mend its permissions"
+            "choose another run.root or fix its permissions"
         ) from error
     finally:
         if temporary.exists():

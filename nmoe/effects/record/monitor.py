@@ -20,8 +20,6 @@ from nmoe.effects.record import footer, heartbeat, telemetry
 from nmoe.effects.record.log import Log, now
 from nmoe.pure.watch.alerts import History, Limits, Seen, judge
 
-__all__ = ["ARRAYS", "Monitor", "watching"]
-
 ARRAYS = "arrays.rank0.jsonl"
 GB = 1e9
 

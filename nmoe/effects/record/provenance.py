@@ -15,8 +15,6 @@ from typing import Any
 import tomli_w
 import torch
 
-__all__ = ["describe", "versions"]
-
 PACKAGES = ("nmoe", "torch", "triton", "numpy", "attrs", "cattrs", "safetensors", "tiktoken", "tokenizers")
 
 

@@ -27,7 +27,6 @@ from nmoe.effects import files
 from nmoe.effects.runs import status as run_status
 from nmoe.errors import InputError
 
-__all__ = ["export", "list_runs", "show", "sparkline", "tail"]
 
 EVENTS, METRICS, PROVENANCE = "events.jsonl", "metrics.rank0.jsonl", "provenance.toml"
 GOING = ("starting", "running")
@@ -326,7 +325,7 @@ def status(folder: Path, events: Sequence[Line], host: str) -> str:
     if last is not None and last.fields["event"] == "start":
         pid = last.fields.get("pid")
         if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
-            raise InputError(f"{last.where}: a start event holds the pid of its process, got {pid!r}; mend the line")
+            raise InputError(f"{last.where}: a start event holds the pid of its process, got {pid!r}; fix the line")
     return run_status.status(run_status.read(folder), last.fields if last else None, host, datetime.now(UTC))
 
 
@@ -342,7 +341,7 @@ def read_lines(path: Path, damaged: Callable[[str], None] = _refuse) -> tuple[Li
     except FileNotFoundError:
         return ()
     except OSError as error:
-        raise InputError(f"{path}: can be read, got {error.strerror}; mend its permissions") from error
+        raise InputError(f"{path}: can be read, got {error.strerror}; fix its permissions") from error
     lines: list[Line] = []
     for index, line in enumerate(content.split(b"\n")[:-1], 1):
         where = f"{path}:{index}"
@@ -353,7 +352,7 @@ def read_lines(path: Path, damaged: Callable[[str], None] = _refuse) -> tuple[Li
         if isinstance(fields, dict):
             lines.append(Line(where=where, fields=fields))
         else:
-            damaged(f"{where}: a line holds one JSON object, got {line[:60]!r}; mend or delete the line")
+            damaged(f"{where}: a line holds one JSON object, got {line[:60]!r}; fix or delete the line")
     return tuple(lines)
 
 
@@ -367,7 +366,7 @@ def read_provenance(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: each run folder has one, got {error.strerror}; move the folder elsewhere") from error
     except ValueError as error:
-        raise InputError(f"{path}: is TOML in UTF-8, got {error}; mend the file") from error
+        raise InputError(f"{path}: is TOML in UTF-8, got {error}; fix the file") from error
 
 
 def number(line: Line, key: str) -> float | None:
@@ -380,7 +379,7 @@ def number(line: Line, key: str) -> float | None:
     value = line.fields[key]
     if value in ("nan", "inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
         return float(value)
-    raise InputError(f"{line.where}: {key} is a number, got {value!r}; mend or delete the line")
+    raise InputError(f"{line.where}: {key} is a number, got {value!r}; fix or delete the line")
 
 
 def flatten(line: Line) -> dict[str, Any]:
@@ -423,7 +422,7 @@ def _experts(line: Line) -> dict[str, list[Any]]:
         or not all(isinstance(values, list) and len(values) == len(layers) for values in experts.values())
     ):
         raise InputError(
-            f"{line.where}: experts holds `layer` and lists as long, got {experts!r}; mend or delete the line"
+            f"{line.where}: experts holds `layer` and lists as long, got {experts!r}; fix or delete the line"
         )
     return {"layer": layers, **experts}
 
@@ -442,7 +441,7 @@ def _time(line: Line) -> datetime:
         return datetime.fromisoformat(line.fields["time"]).astimezone(UTC)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{line.where}: time is in ISO 8601, got {line.fields.get('time')!r}; mend the line"
+            f"{line.where}: time is in ISO 8601, got {line.fields.get('time')!r}; fix the line"
         ) from error
 
 

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE", "alive", "heartbeat_age_s", "read", "status"]
 
 FILE = "run.json"
 MISSED = 3

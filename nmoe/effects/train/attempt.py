@@ -18,8 +18,6 @@ import attrs
 from nmoe.effects import files
 from nmoe.errors import InputError
 
-__all__ = ["ARCHIVE", "mend", "next_number", "record"]
-
 ARCHIVE = "attempts"
 """Folder in a run folder: what config.toml and the like were in each attempt before the newest."""
 
@@ -49,7 +47,7 @@ def next_number(folder: Path) -> int:
     return 1 + max((each for each in numbers if isinstance(each, int)), default=0)
 
 
-def mend(folder: Path, step: int, *, validated: bool = True) -> None:
+def fix(folder: Path, step: int, *, validated: bool = True) -> None:
     """Make the files a run appends to those of a run that stands at `step`.
 
     Everything is read before anything is cut, so that a line that cannot be read leaves the folder as it was.
@@ -89,7 +87,7 @@ def _good_length(path: Path, step: int, validated: bool) -> int:
         if path.name.startswith(OF_STEPS):
             at = line.fields.get("step")
             if not isinstance(at, int):
-                raise InputError(f"{line.where}: step is a number, got {at!r}; mend or delete the line")
+                raise InputError(f"{line.where}: step is a number, got {at!r}; fix or delete the line")
             if at > step or (at == step and VALIDATION in line.fields and not validated):
                 break
         length = line.end
@@ -115,6 +113,6 @@ def _lines(path: Path) -> Iterator[Line]:
                 fields = None
             if not isinstance(fields, dict):
                 raise InputError(
-                    f"{path}:{number}: a line holds one JSON object, got {text[:60]!r}; mend or delete the line"
+                    f"{path}:{number}: a line holds one JSON object, got {text[:60]!r}; fix or delete the line"
                 )
             yield Line(where=f"{path}:{number}", end=end, fields=fields)

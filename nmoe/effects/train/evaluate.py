@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Model as ModelConfig
-from nmoe.effects.parallel.ranks import ALONE, Ranks, add_up
+from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks, all_reduce_sum
 from nmoe.pure.core import tree
 from nmoe.pure.model.model import Batch, Model, forward
 from nmoe.pure.model.ops import Env
-
-__all__ = ["Held", "evaluate", "even"]
 
 
 @attrs.frozen(kw_only=True)
@@ -37,7 +35,7 @@ def evaluate(
     byte_lengths: Tensor,
     *,
     chunk: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
 ) -> Held:
     """Mean next-token loss over the `batches` of all ranks; negative targets do not count.
 
@@ -59,7 +57,7 @@ def evaluate(
         counts = targets >= 0
         num_bytes = num_bytes + (byte_lengths[targets.clamp(min=0)] * counts).sum()
         tokens = tokens + counts.sum()
-    nll, num_bytes, tokens = add_up(ranks.world, (nll, num_bytes, tokens))
+    nll, num_bytes, tokens = all_reduce_sum(ranks.world, (nll, num_bytes, tokens))
     total, count = nll.item(), int(tokens.item())
     return Held(loss=total / count, bits_per_byte=total / math.log(2) / max(int(num_bytes.item()), 1), tokens=count)
 
@@ -68,7 +66,7 @@ def even(batches: Sequence[Batch], ranks: Ranks) -> tuple[Batch, ...]:
     """The batches of this rank, and as many that do not count as it takes to have those of every other rank."""
     masked = any(isinstance(batch.start, Tensor) for batch in batches)
     width = max((batch.tokens.shape[-1] for batch in batches), default=0)
-    rounds, width, masked = ranks.highest([len(batches), width, masked])
+    rounds, width, masked = ranks.all_reduce_max([len(batches), width, masked])
     tokens = torch.zeros(1, width, dtype=torch.int64)
     start = torch.zeros(1, width, dtype=torch.int32) if masked else ()
     return (*batches, *[Batch(tokens, tokens - 1, start)] * (rounds - len(batches)))

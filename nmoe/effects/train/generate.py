@@ -12,16 +12,13 @@ from nmoe.config import load_valid
 from nmoe.config.sections import Model as ModelConfig
 from nmoe.effects.checkpoint import weights
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.device import ops
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu, ops
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.model import model
 from nmoe.pure.model.model import Model
 from nmoe.pure.model.ops import Env
-
-__all__ = ["extend", "main"]
 
 
 @torch.no_grad()
@@ -72,7 +69,7 @@ def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: i
     c = config.model
     tokenizer = tokenizers.load(folder)
     encoding = tokenizers.encoding(tokenizer)
-    device = runtime.device("cpu")
+    device = gpu.device("cpu")
     params, router_bias = weights.load(folder, model.specs(c), model.dims(c))
     env = Env(ops.build(device, c), model.rope_table(c, c.max_positions))
     start = encoding.encode_ordinary(prompt) or [tokenizer.end_of_text]

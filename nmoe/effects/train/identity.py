@@ -14,8 +14,6 @@ from nmoe.config.toml import closest, dotted, shown
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.errors import InputError
 
-__all__ = ["Identity", "accepted", "check_same", "facts", "values"]
-
 TOKENIZER, DATA = "tokenizer.identity", "data.identity"
 """Keys of what a config names and does not hold: SHA-256 of the tokenizer, and of the data's manifest."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nmoe.config import Config
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu, signals
 from nmoe.effects.parallel import exchange as exchanges
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.launch import Pulse
@@ -17,8 +17,6 @@ from nmoe.effects.train.step import Metrics, State
 from nmoe.pure.model.model import Batch
 from nmoe.pure.watch.validations import Seen, validated
 
-__all__ = ["agreed", "settled", "train_until"]
-
 
 def train_until(
     config: Config,
@@ -29,8 +27,8 @@ def train_until(
     validate: Callable[[State], Held | None],
     saver: Saver,
     report: Report,
-    clock: runtime.Clock,
-    stop: runtime.Stop,
+    clock: gpu.Clock,
+    stop: signals.Stop,
     pulse: Pulse,
     ranks: Ranks,
     exchange: Exchange | None,
@@ -82,20 +80,20 @@ def train_until(
             clock.mark("log")
 
 
-def agreed(stop: runtime.Stop, ranks: Ranks, *wishes: bool) -> list[bool]:
+def agreed(stop: signals.Stop, ranks: Ranks, *wishes: bool) -> list[bool]:
     """Whether any rank was asked to end, which all of them know from now on; and whether any has each wish.
 
     Writes: `stop`.
     """
-    found = ranks.highest([stop.signal or 0, *wishes])
+    found = ranks.all_reduce_max([stop.signal or 0, *wishes])
     if found[0] and ranks.world.size > 1:
         stop.hear(found[0])
     return [bool(each) for each in found]
 
 
-def settled(stop: runtime.Stop, ranks: Ranks) -> runtime.Stop:
+def settled(stop: signals.Stop, ranks: Ranks) -> signals.Stop:
     """How the run was asked to end, as all ranks see it; a signal that comes later changes nothing any more."""
-    found = runtime.Stop()
-    if number := ranks.highest([stop.signal or 0])[0]:
+    found = signals.Stop()
+    if number := ranks.all_reduce_max([stop.signal or 0])[0]:
         found.hear(number)
     return found

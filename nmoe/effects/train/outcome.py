@@ -15,7 +15,7 @@ from nmoe.config import Config
 from nmoe.effects.checkpoint import weights
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.corpus import Corpus
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import signals
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.names import CHECKPOINTS
@@ -29,8 +29,6 @@ from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.cost.report import duration
 from nmoe.pure.model.ops import Env
 from nmoe.pure.watch.validations import Seen
-
-__all__ = ["EXIT_NONFINITE", "end", "sample", "tell_origin"]
 
 EXIT_NONFINITE = 5
 """Exit code of a run that stopped after too many non-finite steps."""
@@ -60,7 +58,7 @@ def end(
     finite: bool,
     env: Env,
     report: Report,
-    stop: runtime.Stop,
+    stop: signals.Stop,
     layouts: tuple[ArenaLayout, ...],
     ranks: Ranks,
 ) -> int:

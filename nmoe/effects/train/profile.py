@@ -15,14 +15,12 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from nmoe.config import Config
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu
 from nmoe.effects.terminal import say
 from nmoe.effects.train.run import World
 from nmoe.errors import InputError
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.model.model import Batch
-
-__all__ = ["FIRST", "PARTS", "STEPS", "Part", "breakdown", "parts", "profiling"]
 
 FIRST = 3
 """Steps that go before: kernels are built, memory is taken."""
@@ -80,8 +78,8 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
     beside = path.with_name(f".{path.name}.part")
     profiler.export_chrome_trace(str(beside))
     os.replace(beside, path)
-    device = runtime.device(config.run.device)
-    floor = runtime.peak_flops(device)
+    device = gpu.device(config.run.device)
+    floor = gpu.peak_flops(device)
     say(
         breakdown(
             parts(profiler.events() or [], config, watch.steps, floor, on_gpu=on_gpu), watch.seconds / watch.steps

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import attrs
 
 from nmoe.config import Config
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu, process
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.monitor import Monitor
@@ -19,15 +19,13 @@ from nmoe.pure.cost.report import duration, quantity
 from nmoe.pure.data.stages import Stream
 from nmoe.pure.model.route import health
 
-__all__ = ["Report"]
-
 
 @attrs.frozen(kw_only=True)
 class Report:
     """Turns what steps tell into lines: on the screen and in metrics.rank0.jsonl."""
 
     config: Config
-    rt: runtime.Runtime
+    rt: process.Runtime
     log: Log
     flops: int  # of training, a token
     began: float  # monotonic seconds
@@ -51,7 +49,7 @@ class Report:
         loss, norm = metrics.loss.item(), metrics.grad_norm.item()
         load = metrics.load.cpu()
         shape = health(load)
-        held = runtime.memory_bytes(self.rt.device)
+        held = gpu.memory_bytes(self.rt.device)
         skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
         elapsed = time.monotonic() - self.began
         first = self.config.model.num_dense_layers
@@ -114,7 +112,7 @@ class Report:
             step=state.step,
             elapsed_s=time.monotonic() - self.began,
             tokens_local=tokens // self.rt.world,
-            memory_bytes=runtime.memory_bytes(self.rt.device),
+            memory_bytes=gpu.memory_bytes(self.rt.device),
             **self._sent(state, busy),
             step_s=busy,
             **parts,

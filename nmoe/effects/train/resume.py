@@ -20,7 +20,7 @@ from nmoe.effects.checkpoint.fs import Fs
 from nmoe.effects.checkpoint.manifest import Manifest
 from nmoe.effects.checkpoint.weights import Weights
 from nmoe.effects.device import buffers
-from nmoe.effects.parallel.ranks import ALONE, Ranks
+from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks
 from nmoe.effects.record.names import CHECKPOINTS
 from nmoe.effects.train import identity, zero
 from nmoe.effects.train.identity import Identity
@@ -31,9 +31,6 @@ from nmoe.pure.core import tree
 from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.watch.validations import Seen, dumped, parse
-
-__all__ = ["Origin", "meta", "origin", "pieces", "restore"]
-
 
 ROUTER_BIAS = "router_bias"
 COUNTERS = ("updates", "skipped", "skipped_in_row")
@@ -93,7 +90,7 @@ def _named(path: Path) -> Origin:
     for folder in (path / CHECKPOINTS, path):
         if folder.is_dir() and any((each / manifests.FILE).is_file() for each in folder.iterdir()):
             return Origin(folder=folder, single=False)
-    raise InputError(f"train.resume: a run folder or a checkpoint, got {path}, which holds none; mend the path")
+    raise InputError(f"train.resume: a run folder or a checkpoint, got {path}, which holds none; fix the path")
 
 
 def restore(
@@ -105,7 +102,7 @@ def restore(
     this: Identity,
     accept: Sequence[str],
     report: Callable[[str], None],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
 ) -> Restored | None:
     """The state of the newest valid checkpoint, or of the one named.
 
@@ -156,7 +153,7 @@ def meta(state: State, seen: Seen, this: Identity) -> dict[str, Any]:
 
 
 def pieces(
-    state: State, layouts: tuple[ArenaLayout, ...], dims: Dims, *, ranks: Ranks = ALONE, shared: bool = True
+    state: State, layouts: tuple[ArenaLayout, ...], dims: Dims, *, ranks: Ranks = SINGLE_RANK, shared: bool = True
 ) -> tuple[Piece, ...]:
     """Every tensor of a State by name: what this rank saves of it, and loads.
 
@@ -188,7 +185,7 @@ def _entry(manifest: Manifest, name: str, kind: type) -> Any:
     return value
 
 
-def put_(state: State, layouts: tuple[ArenaLayout, ...], start: Weights, ranks: Ranks = ALONE) -> None:
+def put_(state: State, layouts: tuple[ArenaLayout, ...], start: Weights, ranks: Ranks = SINGLE_RANK) -> None:
     """Begin with these weights.
 
     Writes:  values, remainders and router bias of `state`.

@@ -25,12 +25,11 @@ from nmoe.effects.checkpoint.writer import SaveError, open_writer
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.corpus import Corpus, open_corpus
 from nmoe.effects.data.prefetch import prefetching
-from nmoe.effects.device import buffers, graph, ops, recompute
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import buffers, gpu, graph, ops, process, recompute, signals
 from nmoe.effects.parallel import exchange as exchanges
 from nmoe.effects.parallel.exchange import Exchange
-from nmoe.effects.parallel.launch import open_pulse
-from nmoe.effects.parallel.ranks import ALONE, Ranks, check_machine, naming, open_ranks, together
+from nmoe.effects.parallel.launch import from_environment, open_pulse
+from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks, check_machine, on_all_ranks, open_ranks, with_rank_note
 from nmoe.effects.record import provenance
 from nmoe.effects.record.log import create_folder, open_log
 from nmoe.effects.record.monitor import watching
@@ -56,8 +55,6 @@ from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env
 from nmoe.pure.watch.validations import Seen
 
-__all__ = ["EXIT_UNSAVED", "World", "arena_layouts", "blank", "fresh", "main", "stepper"]
-
 EXIT_UNSAVED = 6
 """Exit code of a run that ended because its state could not be saved."""
 
@@ -82,7 +79,7 @@ class World:
 
 
 def fresh(
-    config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime, exchange: Exchange | None = None
+    config: Config, layouts: tuple[ArenaLayout, ...], rt: process.Runtime, exchange: Exchange | None = None
 ) -> tuple[State, Env]:
     """The state before the first step, and what the model needs besides it."""
     state, env = blank(config, layouts, rt, exchange)
@@ -90,14 +87,14 @@ def fresh(
     return state, env
 
 
-def initialise_(config: Config, layouts: tuple[ArenaLayout, ...], state: State, rt: runtime.Runtime) -> None:
+def initialise_(config: Config, layouts: tuple[ArenaLayout, ...], state: State, rt: process.Runtime) -> None:
     """Draw the initial values. Writes: the parameters of `state`."""
     key = Key(config.run.seed).fold("init")
     buffers.initialise_(state.arenas, layouts, key, model.dims(config.model), ranks=rt.ranks)
 
 
 def blank(
-    config: Config, layouts: tuple[ArenaLayout, ...], rt: runtime.Runtime, exchange: Exchange | None = None
+    config: Config, layouts: tuple[ArenaLayout, ...], rt: process.Runtime, exchange: Exchange | None = None
 ) -> tuple[State, Env]:
     """A state of zeros at step 0, and what the model needs besides it."""
     c = config.model
@@ -123,7 +120,7 @@ def stepper(
     config: Config,
     layouts: tuple[ArenaLayout, ...],
     env: Env,
-    rt: runtime.Runtime,
+    rt: process.Runtime,
     *,
     mark: Callable[[str], None],
     before_update: Callable[[], None] = lambda: None,
@@ -155,7 +152,7 @@ def stepper(
     return step
 
 
-def arena_layouts(config: Config, ranks: Ranks = ALONE) -> tuple[ArenaLayout, ...]:
+def arena_layouts(config: Config, ranks: Ranks = SINGLE_RANK) -> tuple[ArenaLayout, ...]:
     """Where the parameters of this config lie on one rank."""
     return layout(
         model.specs(config.model),
@@ -237,7 +234,7 @@ def main(
     returns  exit code: 0 finished, 5 too many non-finite steps, 6 a state that could not be saved, 75 told to end by
              SIGTERM or SIGUSR1, 130 interrupted
     """
-    with runtime.exit_on_signals(), ExitStack() as scope:
+    with signals.exit_on_signals(), ExitStack() as scope:
         return _main(config, sources, command, label, accept, World() if world is None else world, scope)
 
 
@@ -250,7 +247,7 @@ def _main(
     world: World,
     scope: ExitStack,
 ) -> int:
-    launch = runtime.launch(os.environ)
+    launch = from_environment(os.environ)
     if launch.world != config.parallel.ranks:
         raise InputError(
             f"parallel.ranks: as many as a launcher started, {launch.world}, got {config.parallel.ranks}; start with "
@@ -261,20 +258,20 @@ def _main(
     if launch.rank:
         nothing = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
         scope.enter_context(redirect_stdout(nothing))
-    with naming(f"rank {launch.rank}" if launch.world > 1 else ""):
-        device = runtime.device(config.run.device, launch.local_rank, launch.local_world)
+    with with_rank_note(f"rank {launch.rank}" if launch.world > 1 else ""):
+        device = gpu.device(config.run.device, launch.local_rank, launch.local_world)
         check_machine(launch, expert_ranks, cuda=device.type == "cuda")
         ranks = scope.enter_context(open_ranks(launch, expert_ranks, device, config.parallel.timeout_s))
-    rt = runtime.Runtime(
-        device=device, rank=launch.rank, world=launch.world, peak_flops=runtime.peak_flops(device), ranks=ranks
+    rt = process.Runtime(
+        device=device, rank=launch.rank, world=launch.world, peak_flops=gpu.peak_flops(device), ranks=ranks
     )
-    together(ranks, lambda: check_same(ranks, {**provenance.versions(), **facts(config)}))
+    on_all_ranks(ranks, lambda: check_same(ranks, {**provenance.versions(), **facts(config)}))
     name = ranks.exchange(config.run.name or f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}")[0]
     folder = Path(config.run.root) / name
-    origin = together(ranks, lambda: resume.origin(config.train.resume, folder))
-    corpus = together(ranks, lambda: open_corpus(config, launch))
+    origin = on_all_ranks(ranks, lambda: resume.origin(config.train.resume, folder))
+    corpus = on_all_ranks(ranks, lambda: open_corpus(config, launch))
     this = Identity(config=config, tokenizer=corpus.tokenizer.identity, data=corpus.identity)
-    together(ranks, lambda: check_same(ranks, {"tokenizer": this.tokenizer, "data": this.data}))
+    on_all_ranks(ranks, lambda: check_same(ranks, {"tokenizer": this.tokenizer, "data": this.data}))
     parallel = config.parallel
     planned = plan(
         config,
@@ -294,7 +291,7 @@ def _main(
             device, command, config=identity(config), tokenizer=this.tokenizer, data=this.data
         ),
     }
-    exchange = together(ranks, lambda: scope.enter_context(exchanging(config, ranks, device)))
+    exchange = on_all_ranks(ranks, lambda: scope.enter_context(exchanging(config, ranks, device)))
     damaged: list[str] = []
 
     def begin() -> tuple[State, Env, resume.Restored | None]:
@@ -317,11 +314,11 @@ def _main(
             )
         return state, env, restored
 
-    state, env, restored = together(ranks, begin)
+    state, env, restored = on_all_ranks(ranks, begin)
     first = state.step
     is_new = rt.rank == 0 and not folder.exists()
-    together(ranks, lambda: create_folder(folder.parent, folder.name, contents) if is_new else folder)
-    writer = together(
+    on_all_ranks(ranks, lambda: create_folder(folder.parent, folder.name, contents) if is_new else folder)
+    writer = on_all_ranks(
         ranks,
         lambda: scope.enter_context(
             open_writer(
@@ -339,18 +336,18 @@ def _main(
 
     def prepare_folder() -> None:
         if not is_new:
-            attempt.mend(folder, first, validated=restored is not None and restored.seen.at(first))
+            attempt.fix(folder, first, validated=restored is not None and restored.seen.at(first))
             attempt.record(folder, number, contents)
         tokenizers.save(corpus.tokenizer, folder)
 
-    together(ranks, lambda: rt.rank or prepare_folder())
-    together(ranks, lambda: writer.reserve(resume.pieces(state, layouts, dims, ranks=ranks)))
+    on_all_ranks(ranks, lambda: rt.rank or prepare_folder())
+    on_all_ranks(ranks, lambda: writer.reserve(resume.pieces(state, layouts, dims, ranks=ranks)))
     say("\n".join((banner(config, planned, corpus, folder), *ops.unmeasured(device, c))))
 
     env = world.env(env)
     ahead = prefetching(corpus.read, batch_size=config.train.batch_size, depth=config.data.prefetch, device=rt.device)
     read = world.read(scope.enter_context(ahead))
-    clock = runtime.Clock(device)
+    clock = gpu.Clock(device)
 
     def mark(name: str) -> None:
         clock.mark(name)
@@ -370,9 +367,9 @@ def _main(
         log = monitor.log
 
     def overdue() -> None:
-        log.event("end", status="interrupted", exit_code=runtime.EXIT_PREEMPTED, error="the grace time was over")
+        log.event("end", status="interrupted", exit_code=signals.EXIT_PREEMPTED, error="the grace time was over")
 
-    stop = scope.enter_context(runtime.stop_on_signals(config.checkpoint.grace_s, overdue))
+    stop = scope.enter_context(signals.stop_on_signals(config.checkpoint.grace_s, overdue))
     batches = even(corpus.held, ranks)
 
     def held() -> Iterator[Batch]:
@@ -424,7 +421,9 @@ def _main(
         pulse.rest()
         if finite:
             # in whole milliseconds, for the rank that has the least
-            left_s = -ranks.highest([-int(1000 * min(stop.left_s(config.checkpoint.grace_s), FOREVER_S))])[0] / 1000
+            left_s = (
+                -ranks.all_reduce_max([-int(1000 * min(stop.left_s(config.checkpoint.grace_s), FOREVER_S))])[0] / 1000
+            )
             saver.finish(state, seen, left_s)
         saver.settle()
         return end(config, corpus, state, seen, finite, env, report, settled(stop, ranks), layouts, ranks)
@@ -436,7 +435,7 @@ def _main(
     except BaseException as error:
         saver.settle()
         log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
-        with naming(f"rank {rt.rank}, step {pulse.step}" if rt.world > 1 else ""):
+        with with_rank_note(f"rank {rt.rank}, step {pulse.step}" if rt.world > 1 else ""):
             raise
 
 

@@ -15,8 +15,6 @@ from nmoe.effects.train.step import State
 from nmoe.pure.checkpoint.pieces import Piece
 from nmoe.pure.watch.validations import Seen
 
-__all__ = ["Saver"]
-
 
 class Saver:
     """Saves the state at the config's cadence, one save at a time, and tells what became of each.

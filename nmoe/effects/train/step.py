@@ -13,7 +13,7 @@ from nmoe.config.sections import Config
 from nmoe.effects.device import ops
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.parallel.exchange import Exchange
-from nmoe.effects.parallel.ranks import add_up
+from nmoe.effects.parallel.ranks import all_reduce_sum
 from nmoe.effects.train import zero
 from nmoe.pure.core import tree
 from nmoe.pure.core.layout import ArenaLayout
@@ -23,8 +23,6 @@ from nmoe.pure.model.model import Batch, Model, block, objective
 from nmoe.pure.model.ops import Env
 from nmoe.pure.optim import adamw as optim
 from nmoe.pure.optim.schedule import factor
-
-__all__ = ["Metrics", "Rates", "SpentStateError", "State", "donate", "learning_rates", "make_step", "place_rates"]
 
 
 class SpentStateError(RuntimeError):
@@ -146,7 +144,7 @@ def make_step(
 
         Writes:  gradients of the arenas; what this rank owns of them is complete.
         """
-        (num_targets,) = add_up(ranks.world, [(batch.targets >= 0).sum()])
+        (num_targets,) = all_reduce_sum(ranks.world, [(batch.targets >= 0).sum()])
         num_targets = num_targets.clamp(min=1)
         nll = torch.zeros((), device=rt.device)
         auxiliary = torch.zeros((), device=rt.device)
@@ -222,7 +220,7 @@ def make_step(
         with torch.no_grad():
             norm = passes.global_norm(zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks))
             overflow = norm.new_zeros(()) if exchange is None else (exchange.needed[0] > 0).float()
-            nll, auxiliary, load, entropy, square, overflow = add_up(
+            nll, auxiliary, load, entropy, square, overflow = all_reduce_sum(
                 ranks.world, (nll, auxiliary, load, entropy, norm.double().square(), overflow)
             )
             loss, norm = nll / num_targets, square.sqrt().to(norm.dtype)
@@ -233,7 +231,7 @@ def make_step(
             allowed = finite & (state.skipped_in_row < train.max_nonfinite_steps)
             updates = state.updates + allowed
             change = update_(state, rates, allowed, optim.clip_scale(norm, clip), updates.clamp(min=1))
-            (square,) = add_up(ranks.world, [change.double().square()])
+            (square,) = all_reduce_sum(ranks.world, [change.double().square()])
             change = square.sqrt().to(change.dtype)
             bias = route.balance(state.router_bias, load, rate=c.moe.bias_update_rate)
             bias = torch.where(allowed, bias, state.router_bias)

@@ -18,8 +18,6 @@ from nmoe.effects.parallel.ranks import Group, Ranks
 from nmoe.pure.core import tree
 from nmoe.pure.core.layout import ArenaLayout
 
-__all__ = ["gather_", "owned", "scattering_", "whole"]
-
 
 def owned(layouts: Sequence[ArenaLayout], flats: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
     """The stretches of flat tensors, one an arena, that this rank answers for; over all ranks, everything once."""

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["digest", "digests", "to_text"]
-
 BLOCK = 1 << 14
 """Words of 8 bytes that share one factor; the table of the other factors stays in the second-level cache."""
 

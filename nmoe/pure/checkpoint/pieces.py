@@ -14,8 +14,6 @@ from torch import Tensor
 from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.spec import Dims
 
-__all__ = ["Copy", "Piece", "Stored", "arena_pieces", "copies", "gaps", "share", "whole"]
-
 
 @attrs.frozen(kw_only=True, eq=False)
 class Piece:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import attrs
 
-__all__ = ["Keep", "Kept", "superfluous"]
-
 
 @attrs.frozen(kw_only=True)
 class Keep:

@@ -12,8 +12,6 @@ from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
 from nmoe.pure.core.spec import POLICY, Dims, Init, Spec
 
-__all__ = ["init", "initial", "normal", "ones", "residual"]
-
 
 def normal(*fan_in: str) -> Init:
     """Normal values of variance 1 / fan-in; the fan-in is the product of the named axes."""

@@ -7,8 +7,6 @@ import hashlib
 import attrs
 import torch
 
-__all__ = ["Key"]
-
 
 @attrs.frozen
 class Key:

@@ -16,8 +16,6 @@ import torch
 from nmoe.pure.core import tree
 from nmoe.pure.core.spec import POLICY, Dims, Policy, Spec
 
-__all__ = ["ALIGNMENT", "BUCKET", "ArenaLayout", "Slot", "Stretch", "layout"]
-
 ALIGNMENT = 128
 """Elements; each parameter starts at a multiple, so that rows start on a memory transaction in every format."""
 

@@ -16,10 +16,6 @@ import attrs
 import torch
 from torch import Tensor
 
-from nmoe.pure.core.tree import param
-
-__all__ = ["POLICY", "Dims", "Init", "Policy", "Role", "Spec", "blueprint", "param"]
-
 Dims = Mapping[str, int]
 """Size of each axis letter."""
 

@@ -9,8 +9,6 @@ from typing import Any, TypeVar, dataclass_transform
 import attrs
 import torch.utils._pytree as pytree  # pyright: ignore[reportMissingTypeStubs]
 
-__all__ = ["children", "leaves", "map", "param", "record"]
-
 C = TypeVar("C", bound=type)
 
 

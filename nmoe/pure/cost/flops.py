@@ -11,8 +11,6 @@ from nmoe.pure.core import tree
 from nmoe.pure.core.spec import POLICY, Dims, Role, Spec
 from nmoe.pure.model.model import Model, Moe
 
-__all__ = ["Flops", "Parameters", "forward_flops", "parameters"]
-
 
 @attrs.frozen(kw_only=True)
 class Parameters:

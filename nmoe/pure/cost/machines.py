@@ -11,8 +11,6 @@ from types import MappingProxyType
 
 import attrs
 
-__all__ = ["H100", "H200", "MACHINES", "Link", "Machine"]
-
 
 @attrs.frozen(kw_only=True)
 class Link:

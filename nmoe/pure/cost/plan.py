@@ -16,8 +16,6 @@ from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import Arena, arena, distinct_ranks, expert_rows
 from nmoe.pure.model import model
 
-__all__ = ["CAPACITY", "PEAK_FLOPS", "Memory", "Plan", "activation_bytes", "plan"]
-
 PEAK_FLOPS = H200.peak_flops
 """Dense bf16 FLOP/s of one H100 or H200, the unit of MFU on a GPU (NVIDIA's data sheet, without sparsity)."""
 

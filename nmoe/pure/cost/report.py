@@ -7,8 +7,6 @@ import attrs
 from nmoe.config import Config
 from nmoe.pure.cost.plan import Plan
 
-__all__ = ["Line", "about", "aligned", "duration", "quantity", "render"]
-
 Line = tuple[str, str]
 """What a line is about, and what it says."""
 

@@ -16,8 +16,6 @@ from nmoe.pure.cost.machines import Machine
 from nmoe.pure.cost.plan import Plan, layouts, plan
 from nmoe.pure.cost.traffic import Traffic
 
-__all__ = ["Arrangement", "Scaled", "best", "choices", "scale"]
-
 
 @attrs.frozen(kw_only=True)
 class Arrangement:

@@ -15,19 +15,6 @@ import attrs
 
 from nmoe.pure.cost.machines import Machine
 
-__all__ = [
-    "GRANULARITY",
-    "Arena",
-    "Traffic",
-    "arena",
-    "collective",
-    "collective_seconds",
-    "distinct_ranks",
-    "exchange",
-    "exchange_seconds",
-    "expert_rows",
-]
-
 GRANULARITY = 2 * 2**20
 """Bytes; symmetric memory is allocated in multiples of it (CUDA's driver)."""
 

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 
-__all__ = ["Tokens", "Turns", "quotas", "starts", "stretch", "taken", "turn", "turns", "windows"]
-
 # Four rounds make a Feistel network pseudo-random in theory; twice that keeps tiny domains well mixed too.
 ROUNDS = 8
 

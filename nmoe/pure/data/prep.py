@@ -8,8 +8,6 @@ from typing import Literal
 
 import attrs
 
-__all__ = ["MILLION", "Form", "Item", "Range", "plan", "split_of"]
-
 MILLION = 1_000_000
 
 SPLIT_SALT = b"nmoe stdlib split"

@@ -14,19 +14,6 @@ from nmoe.pure.core.key import Key
 from nmoe.pure.data import order as mixture
 from nmoe.pure.data.order import Turns
 
-__all__ = [
-    "Chosen",
-    "Ingredient",
-    "Recipe",
-    "Stage",
-    "Stream",
-    "choose",
-    "identity",
-    "plan",
-    "stages_of",
-    "windows_read",
-]
-
 
 @attrs.frozen(kw_only=True)
 class Ingredient:

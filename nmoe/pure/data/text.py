@@ -7,8 +7,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 
-__all__ = ["drop_reason", "normalize", "pieces", "shingles"]
-
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 ORDINARY = re.compile(r"[\w\s]+")
 WORD = re.compile(r"\w+")

@@ -12,8 +12,6 @@ from nmoe.pure.core.tree import record
 from nmoe.pure.model.norm import wide
 from nmoe.pure.model.route import Routing
 
-__all__ = ["Rows", "combine", "dispatch", "experts", "mixture", "mlp", "swiglu"]
-
 
 @record
 class Rows:

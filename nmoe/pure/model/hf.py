@@ -15,8 +15,6 @@ from nmoe.config import sections
 from nmoe.pure.model.attention.mla import Mla, QueryUp
 from nmoe.pure.model.model import Block, Model, Moe, Shared
 
-__all__ = ["settings", "state_dict"]
-
 LATENT_EPS = 1e-6
 """Epsilon of their norms of the two latents, whatever `rms_norm_eps` says."""
 

@@ -10,8 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from nmoe.pure.model.norm import wide
 
-__all__ = ["IGNORED", "linear_cross_entropy"]
-
 IGNORED = -1
 """A target that does not count. Any negative one is ignored."""
 
@@ -66,11 +64,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         x_gradient, head_gradient = ctx.saved_tensors
-        pull = outputs[0]
+        grad_output = outputs[0]
         wants_x, wants_head = ctx.needs_input_grad[:2]
         return (
-            (x_gradient * pull).to(x_gradient.dtype) if wants_x else None,
-            (head_gradient * pull).to(head_gradient.dtype) if wants_head else None,
+            (x_gradient * grad_output).to(x_gradient.dtype) if wants_x else None,
+            (head_gradient * grad_output).to(head_gradient.dtype) if wants_head else None,
             None,
             None,
             None,

@@ -11,30 +11,13 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
-from nmoe.pure.core.spec import Role, blueprint, param
-from nmoe.pure.core.tree import record
+from nmoe.pure.core.spec import Role, blueprint
+from nmoe.pure.core.tree import param, record
 from nmoe.pure.model import route
 from nmoe.pure.model.attention import mla
 from nmoe.pure.model.experts import mlp
 from nmoe.pure.model.ops import Env
 from nmoe.pure.model.rope import Rope, table
-
-__all__ = [
-    "Batch",
-    "Block",
-    "Dense",
-    "Model",
-    "Moe",
-    "RouterReport",
-    "Shared",
-    "block",
-    "dims",
-    "forward",
-    "moe",
-    "objective",
-    "rope_table",
-    "specs",
-]
 
 
 @record

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_rms_norm", "rms_norm", "wide"]
-
 
 def wide(x: Tensor) -> Tensor:
     """`x` in at least fp32: the format of reductions, probabilities and rotations."""

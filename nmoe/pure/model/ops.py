@@ -16,8 +16,6 @@ from nmoe.pure.model.attention import mla
 from nmoe.pure.model.rope import Rope
 from nmoe.pure.model.route import Routing
 
-__all__ = ["REFERENCE", "Env", "Ops"]
-
 
 @record
 class Ops:

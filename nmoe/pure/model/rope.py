@@ -11,8 +11,6 @@ from nmoe.config.sections import Yarn
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.norm import wide
 
-__all__ = ["Rope", "document_positions", "magnitude", "rotate", "table"]
-
 
 @record
 class Rope:

@@ -11,20 +11,6 @@ from torch import Tensor
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.norm import wide
 
-__all__ = [
-    "Health",
-    "Routing",
-    "balance",
-    "choose",
-    "entropy",
-    "first",
-    "health",
-    "load",
-    "route",
-    "scores",
-    "sequence_imbalance",
-]
-
 
 @record
 class Health:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from nmoe.pure.core.tree import record
 
-__all__ = ["Moments", "adamw", "clip_scale", "global_norm", "join", "split"]
-
 
 @record
 class Moments:

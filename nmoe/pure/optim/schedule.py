@@ -6,8 +6,6 @@ import math
 
 from nmoe.config.sections import Schedule
 
-__all__ = ["factor"]
-
 
 def factor(tokens: int, c: Schedule) -> float:
     """Share of the peak learning rate for the step that brings the run to `tokens` tokens.

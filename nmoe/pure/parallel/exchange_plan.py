@@ -12,8 +12,6 @@ from torch import Tensor
 
 from nmoe.pure.core.tree import record
 
-__all__ = ["Plan", "homes", "owners", "plan"]
-
 
 @record
 class Plan:

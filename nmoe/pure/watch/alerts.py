@@ -8,8 +8,6 @@ import statistics
 
 import attrs
 
-__all__ = ["Alert", "History", "Limits", "Seen", "judge"]
-
 WINDOW = 50
 """Reports that a spike or a drop is measured against."""
 

@@ -8,8 +8,6 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Thinned", "edges", "smooth", "thin"]
-
 Floats = NDArray[np.floating[Any]]
 
 SAFE_EXPONENT = 200.0

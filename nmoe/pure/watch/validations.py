@@ -10,8 +10,6 @@ import attrs
 
 from nmoe.errors import InputError
 
-__all__ = ["Seen", "Validation", "dumped", "parse", "validated"]
-
 
 @attrs.frozen(kw_only=True)
 class Validation:

@@ -25,8 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.effects.data import stdlib, tokenizer
+from nmoe.effects.data.store import shard_writer, shards
 from nmoe.effects.data.store import shard_writer as sink
-from nmoe.effects.data.store import shards
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import split_of
 
@@ -186,7 +186,7 @@ def test_shards_are_one_stream_of_documents(
 ) -> None:
     folder = tmp_path_factory.mktemp("shards") / "corpus"
     known = invented(300)
-    shards.write(folder, known, {"train": (np.array(t, np.uint32) for t in texts)}, tokens_per_shard=limit)
+    shard_writer.write(folder, known, {"train": (np.array(t, np.uint32) for t in texts)}, tokens_per_shard=limit)
     split = shards.open_split(folder, "train", 300)
     stream = [token for text in texts for token in [*text, 299]]
     assert (split.num_tokens, split.num_documents) == (len(stream), len(texts))
@@ -206,7 +206,7 @@ def test_shards_are_one_stream_of_documents(
 
 @pytest.mark.parametrize(("size", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
 def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, size: int, dtype: str) -> None:
-    shards.write(tmp_path / "corpus", invented(size), {"train": iter([np.array([size - 2, 5])])})
+    shard_writer.write(tmp_path / "corpus", invented(size), {"train": iter([np.array([size - 2, 5])])})
     path = tmp_path / "corpus" / "train" / "shard-00000.npy"
     np.save(tmp_path / "oracle.npy", np.array([size - 2, 5, size - 1], dtype))
     assert path.read_bytes() == (tmp_path / "oracle.npy").read_bytes()
@@ -219,12 +219,12 @@ def test_bad_documents_leave_nothing_that_could_be_read(tmp_path: Path) -> None:
         folder = tmp_path / str(index)
         with pytest.raises(InputError, match="ids in 0..298, got .* in document 1 of shard 0|at least 1, got 0"):
             texts = iter([np.array([1, 2]), np.array(bad)])
-            shards.write(folder, invented(300), {"train": texts}, tokens_per_shard=limit)
+            shard_writer.write(folder, invented(300), {"train": texts}, tokens_per_shard=limit)
         assert not list(folder.rglob("*shard*")) and not list(folder.rglob("manifest*"))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").write_text("keep")
     with pytest.raises(InputError, match="used: an empty folder to write to"):
-        shards.write(tmp_path / "used", invented(300), {})
+        shard_writer.write(tmp_path / "used", invented(300), {})
 
 
 def edited(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:

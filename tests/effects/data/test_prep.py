@@ -362,7 +362,7 @@ def test_bytes_that_are_not_utf8_are_replaced_and_counted_on_request(home: Path)
 
 
 def test_a_damaged_file_in_the_middle_costs_nothing_that_is_done(home: Path) -> None:
-    """The others are surveyed, the fault is named, and after mending only what is missing is done."""
+    """The others are surveyed, the fault is named, and after fixing only what is missing is done."""
     (home / "in").mkdir()
     for number in range(5):
         (home / "in" / f"{number}.jsonl").write_bytes(jsonl(rows(40)[number * 8 : number * 8 + 8]))

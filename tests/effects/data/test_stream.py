@@ -19,7 +19,7 @@ from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.loader import open_loader, open_stream
 from nmoe.effects.data.mixture import Blend, plan_blend
 from nmoe.effects.data.prefetch import prefetching
-from nmoe.effects.data.store import lazy, shards
+from nmoe.effects.data.store import lazy, shard_writer, shards
 from nmoe.effects.data.store.format import read_manifest
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
@@ -87,7 +87,7 @@ def folder(tmp_path: Path, tokenizer: tokenizers.Tokenizer) -> Path:
     """A mixture file and its sources, several shards each."""
     for seed, (name, size) in enumerate(SIZES.items()):
         splits = {"train": documents(size, seed), "validation": documents(100, seed + 100)}
-        shards.write(tmp_path / name, tokenizer, splits, tokens_per_shard=700)
+        shard_writer.write(tmp_path / name, tokenizer, splits, tokens_per_shard=700)
     (tmp_path / "mix.toml").write_text(MIXTURE)
     return tmp_path
 
@@ -242,7 +242,7 @@ def test_another_tokenizer_is_named(folder: Path) -> None:
     other = tokenizers.train(["another text with other words\n" * 9, "and more of it\n" * 5], 270, lambda text: None)
     for path in sorted((folder / "code").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
-    shards.write(folder / "code", other, {"train": documents(500, 1), "validation": documents(90, 2)})
+    shard_writer.write(folder / "code", other, {"train": documents(500, 1), "validation": documents(90, 2)})
     first = read_manifest(folder / "books").tokenizer_identity[:12]
     with pytest.raises(InputError, match=f"code: the tokenizer of .*books, {first}, got {other.identity[:12]}; prep"):
         blended(folder)

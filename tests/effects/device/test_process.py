@@ -13,26 +13,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import gpu, signals
+from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
 
 
 def test_launch_reads_the_environment_it_is_given() -> None:
     meeting = {"MASTER_ADDR": "host", "MASTER_PORT": "7"}
-    told = runtime.launch({"RANK": "3", "WORLD_SIZE": "8", "NMOE_HOME": "/somewhere", **meeting})
+    told = from_environment({"RANK": "3", "WORLD_SIZE": "8", "NMOE_HOME": "/somewhere", **meeting})
     assert (told.rank, told.world, told.home) == (3, 8, Path("/somewhere"))
-    alone = runtime.launch({"HOME": "/home/a"})
+    alone = from_environment({"HOME": "/home/a"})
     assert (alone.rank, alone.world, alone.home) == (0, 1, Path("/home/a/.cache/nmoe"))
-    assert runtime.launch({"HOME": "/home/a", "XDG_CACHE_HOME": "/x"}).home == Path("/x/nmoe")
+    assert from_environment({"HOME": "/home/a", "XDG_CACHE_HOME": "/x"}).home == Path("/x/nmoe")
     with pytest.raises(InputError, match=r"^WORLD_SIZE: a launcher sets it to a number, got 'two'; "):
-        runtime.launch({"WORLD_SIZE": "two"})
+        from_environment({"WORLD_SIZE": "two"})
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="^run.device: .*got none"):
-        runtime.device("cuda")
-    assert runtime.device("cpu") == torch.device("cpu")
+        gpu.device("cuda")
+    assert gpu.device("cpu") == torch.device("cpu")
 
 
 def test_an_unsupported_gpu_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,9 +41,9 @@ def test_an_unsupported_gpu_is_refused_with_the_list(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(InputError, match=r"\(9\.0, 10\.0\), got 8\.0 \(Old GPU\); "):
-        runtime.device("cuda")
+        gpu.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert runtime.device("cuda") == torch.device("cuda", 0)
+    assert gpu.device("cuda") == torch.device("cuda", 0)
 
 
 ROOT = Path(__file__).parents[3]
@@ -52,7 +53,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 @pytest.mark.parametrize(("first", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_signals_are_noted_and_the_second_interrupt_is_at_once(first: signal.Signals, code: int) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with runtime.stop_on_signals(60, lambda: None) as stop:
+    with signals.stop_on_signals(60, lambda: None) as stop:
         assert stop.signal is None and stop.exit_code() == 0 and not stop.preempted()
         os.kill(os.getpid(), first)
         assert stop.signal is first and stop.exit_code() == code and stop.preempted() == (code == 75)
@@ -71,7 +72,7 @@ import os, signal, sys, time
 import torch
 from nmoe.effects import runtime
 
-with runtime.stop_on_signals(0.5, lambda: os.write(1, b"overdue")):
+with signals.stop_on_signals(0.5, lambda: os.write(1, b"overdue")):
     os.kill(os.getpid(), signal.SIGTERM)
     a = torch.ones(3000, 3000)
     begin = time.monotonic()
@@ -90,7 +91,7 @@ def test_when_the_grace_time_is_over_the_process_ends_whatever_it_does() -> None
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_with_nothing_to_save_a_signal_ends_it_at_once(number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
-    with pytest.raises(SystemExit) as caught, runtime.exit_on_signals():
+    with pytest.raises(SystemExit) as caught, signals.exit_on_signals():
         os.kill(os.getpid(), number)
         time.sleep(1)
     assert caught.value.code == 75
@@ -98,7 +99,7 @@ def test_with_nothing_to_save_a_signal_ends_it_at_once(number: signal.Signals) -
 
 
 def test_the_clock_splits_time_by_name_and_starts_anew() -> None:
-    clock = runtime.Clock(torch.device("cpu"))
+    clock = gpu.Clock(torch.device("cpu"))
     clock.mark("start")
     for name, seconds in (("a", 0.02), ("b", 0.05), ("a", 0.02)):
         time.sleep(seconds)

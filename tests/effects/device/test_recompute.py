@@ -8,12 +8,12 @@ import attrs
 import pytest
 import torch
 
-from nmoe.effects.device import process as runtime
+from nmoe.effects.device import process
 from nmoe.effects.train.run import arena_layouts, fresh, stepper
 from nmoe.pure.model.model import Batch
 from tests.effects.train.tiny import tiny
 
-RT = runtime.Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
+RT = process.Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
 
 
 def trained(policy: Any, *, compute: str, steps: int = 3) -> tuple[list[torch.Tensor], int]:

@@ -141,7 +141,7 @@ def compare(
         return torch.randn(*shape, generator=generator).to(where, dtype)
 
     count = tokens * sizes.ranks
-    x, pull, weight = draw(count, hidden), draw(count, hidden), draw(count, TOP_K, dtype=torch.float32).abs()
+    x, grad_output, weight = draw(count, hidden), draw(count, hidden), draw(count, TOP_K, dtype=torch.float32).abs()
     up, down = draw(EXPERTS, hidden, 2, width) / hidden**0.5, draw(EXPERTS, width, hidden) / width**0.5
     score = torch.rand(count, EXPERTS, generator=generator)
     score[:, seed % EXPERTS] += seed % 2
@@ -150,7 +150,7 @@ def compare(
     def graded(apply: Mixture, mine: slice, held: slice) -> list[Tensor]:
         leaves = [each.clone().requires_grad_() for each in (x[mine], weight[mine], up[held], down[held])]
         y, chosen = apply(leaves[0], Routing(expert[mine], leaves[1]), leaves[2], leaves[3])
-        return [y.detach(), chosen, *torch.autograd.grad(y, leaves, pull[mine])]
+        return [y.detach(), chosen, *torch.autograd.grad(y, leaves, grad_output[mine])]
 
     mine = slice(rank * tokens, (rank + 1) * tokens)
     held = slice(rank * sizes.local(), (rank + 1) * sizes.local())

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ended", "started"]
-
 
 def started(
     what: str, ranks: int, folder: Path, device: str = "cpu", environ: Mapping[str, str] | None = None

@@ -14,7 +14,6 @@ import torch
 
 from nmoe.config.sections import Config
 from nmoe.effects.device.process import Runtime
-from nmoe.effects.parallel.launch import launch
 from nmoe.effects.parallel.ranks import Ranks, open_ranks
 from nmoe.effects.train import run
 from nmoe.pure.core.layout import layout
@@ -99,7 +98,7 @@ def in_group(config: Config, work: Path, call: Callable[[Ranks], None]) -> None:
     """Call a function on every rank, among the groups that `nmoe run` opens."""
 
     def act(rank: int) -> int:
-        told = launch(os.environ)
+        told = from_environment(os.environ)
         experts = config.parallel.experts or told.world
         with open_ranks(told, experts, torch.device("cpu"), config.parallel.timeout_s) as ranks:
             call(ranks)

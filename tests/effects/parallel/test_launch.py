@@ -17,6 +17,7 @@ import pytest
 from nmoe.config import dump
 from nmoe.config.sections import Config, Shards
 from nmoe.effects.parallel import launch
+from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
 from tests.effects.parallel.rank_runs import environment
 from tests.effects.train.tiny import tiny
@@ -179,12 +180,12 @@ def test_ranks_whose_launcher_was_killed_save_and_end(started: list[Started], tm
 
 
 def test_what_a_launcher_says_is_read_once_and_has_to_fit() -> None:
-    told = launch.launch({**environment(3, 8, 1234), "TORCHELASTIC_RESTART_COUNT": "2"})
+    told = from_environment({**environment(3, 8, 1234), "TORCHELASTIC_RESTART_COUNT": "2"})
     assert (told.rank, told.world, told.local_rank, told.local_world) == (3, 8, 3, 8)
     assert (told.address, told.port, told.launched, told.restart) == ("127.0.0.1", 1234, True, 2)
-    assert not told.hosts_store and launch.launch(environment(0, 8, 1234)).hosts_store
-    assert not launch.launch({**environment(0, 8, 1), "TORCHELASTIC_USE_AGENT_STORE": "True"}).hosts_store
-    alone = launch.launch({})
+    assert not told.hosts_store and from_environment(environment(0, 8, 1234)).hosts_store
+    assert not from_environment({**environment(0, 8, 1), "TORCHELASTIC_USE_AGENT_STORE": "True"}).hosts_store
+    alone = from_environment({})
     assert (alone.rank, alone.world, alone.launched) == (0, 1, False)
     for environ, says in (
         ({"RANK": "x", "WORLD_SIZE": "y"}, r"RANK: .* got 'x'; .*\nWORLD_SIZE: .* got 'y'"),
@@ -192,4 +193,4 @@ def test_what_a_launcher_says_is_read_once_and_has_to_fit() -> None:
         ({"WORLD_SIZE": "2"}, r"(?s)RANK: .*MASTER_ADDR: .*MASTER_PORT: "),
     ):
         with pytest.raises(InputError, match=says):
-            launch.launch(environ)
+            from_environment(environ)

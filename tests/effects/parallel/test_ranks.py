@@ -21,7 +21,7 @@ from nmoe.effects.checkpoint import reader, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.parallel import ranks as meeting
-from nmoe.effects.parallel.launch import MULTICAST_OFF, launch
+from nmoe.effects.parallel.launch import MULTICAST_OFF
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.train import resume, run, zero
 from nmoe.effects.train.identity import Identity
@@ -341,10 +341,10 @@ def test_what_goes_wrong_on_one_rank_is_told_once_with_its_number(tmp_path: Path
                 raise InputError("disk: has room, got none; make room")
 
         with pytest.raises(InputError) as caught:
-            meeting.together(ranks, fail)
+            meeting.on_all_ranks(ranks, fail)
         assert caught.value.problems == (() if ranks.world.rank else ("rank 1: disk: has room, got none; make room",))
-        assert ranks.highest([ranks.world.rank, 7]) == [1, 7]
-        (total,) = meeting.add_up(ranks.world, [torch.tensor([0.25, ranks.world.rank + 1])])
+        assert ranks.all_reduce_max([ranks.world.rank, 7]) == [1, 7]
+        (total,) = meeting.all_reduce_sum(ranks.world, [torch.tensor([0.25, ranks.world.rank + 1])])
         assert total.tolist() == [0.5, 3.0]
 
     in_group(config, tmp_path / "out", act)
@@ -390,15 +390,15 @@ def test_a_port_in_use_is_told(sources: Path, tmp_path: Path) -> None:
 def test_multicast_and_hosts_are_looked_at_before_anybody_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, other: (here, other) != (0, 1))
     two = environment(0, 2, free_port())
-    told = launch(two)
+    told = from_environment(two)
     meeting.check_machine(told, 2, cuda=False)
     problems = problems_of(lambda: meeting.check_machine(told, 2, cuda=True))
     assert len(problems) == 2 and "export TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1" in problems[0]
     assert "NCCL_NVLS_ENABLE=0" in problems[0] and problems[1].startswith("GPU 0: reaches GPU 1 directly")
-    on = launch({**two, **MULTICAST_OFF, "NCCL_NVLS_ENABLE": "1"})
+    on = from_environment({**two, **MULTICAST_OFF, "NCCL_NVLS_ENABLE": "1"})
     assert "NCCL_NVLS_ENABLE=0" in problems_of(lambda: meeting.check_machine(on, 1, cuda=True))[0]
-    meeting.check_machine(launch({**two, **MULTICAST_OFF}), 1, cuda=True)
-    hosts = launch({**environment(0, 16, free_port()), "LOCAL_WORLD_SIZE": "8"})
+    meeting.check_machine(from_environment({**two, **MULTICAST_OFF}), 1, cuda=True)
+    hosts = from_environment({**environment(0, 16, free_port()), "LOCAL_WORLD_SIZE": "8"})
     assert "--parallel.experts=8" in problems_of(lambda: meeting.check_machine(hosts, 16, cuda=False))[0]
     assert "a divisor of the 8 ranks" in problems_of(lambda: meeting.check_machine(hosts, 3, cuda=False))[0]
 

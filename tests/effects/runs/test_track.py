@@ -184,7 +184,7 @@ def test_a_follower_goes_on_while_the_run_does(run: Path) -> None:
 
 def test_a_whole_line_that_is_none_is_refused(run: Path) -> None:
     (run / "metrics.rank0.jsonl").write_text(line(1) + "{}\n")
-    with pytest.raises(InputError, match="in line 2; mend or remove it"):
+    with pytest.raises(InputError, match="in line 2; fix or remove it"):
         new_lines(run / "metrics.rank0.jsonl", Position())
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import duckdb
 import pytest
 
+from nmoe.effects.data.store import shard_writer
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api, curves, experts, export, machine, mixture, views
 from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, tags
@@ -503,7 +504,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained = tokenizer.train(["the cat sat on the mat. the cat sat. the mat sat. " * 4], 265, lambda text: None)
     encoding = tokenizer.encoding(trained)
     documents = [np.array(encoding.encode_ordinary(text)) for text in ("the cat", "sat on <b>é</b>", "the mat")]
-    shards.write(folder, trained, {"train": documents, "validation": documents[:1]})
+    shard_writer.write(folder, trained, {"train": documents, "validation": documents[:1]})
     out = base / "inside" / "linked"
     shutil.copytree(folder, out)
     (out / "train" / "shard-00000.npy").unlink()

@@ -31,14 +31,14 @@ def test_what_belongs_to_later_steps_goes_and_history_stays(tmp_path: Path) -> N
     events = write(
         tmp_path, "events.jsonl", {"event": "start", "attempt": 1}, {"event": "x", "step": 7}, tail=b"\0" * 9
     )
-    attempt.mend(tmp_path, 5)
+    attempt.fix(tmp_path, 5)
     assert steps(metrics) == [1, 5, 5] and steps(arrays) == [4]
     assert telemetry.read_text().count("\n") == 2 and telemetry.read_text().endswith("9}\n")
     assert events.read_text().endswith("7}\n") and events.read_text().count("\n") == 2
     before = metrics.read_bytes()
-    attempt.mend(tmp_path, 5)
+    attempt.fix(tmp_path, 5)
     assert metrics.read_bytes() == before
-    attempt.mend(tmp_path, 0)
+    attempt.fix(tmp_path, 0)
     assert metrics.read_bytes() == b""
 
 
@@ -50,7 +50,7 @@ def test_wherever_a_kill_tore_the_file_whole_lines_up_to_the_step_are_left(
     path = write(folder, "metrics.rank0.jsonl", *({"step": n, "loss": n / 7} for n in range(1, 9)))
     whole = path.read_bytes()
     path.write_bytes(whole[:cut])
-    attempt.mend(folder, step)
+    attempt.fix(folder, step)
     assert whole.startswith(path.read_bytes())
     assert steps(path) == list(range(1, 1 + min(step, whole[:cut].count(b"\n"))))
 
@@ -60,11 +60,11 @@ def test_a_line_that_cannot_be_read_is_named_and_nothing_is_cut(tmp_path: Path) 
     metrics = write(tmp_path, "metrics.rank0.jsonl", {"step": 1}, "no object", {"step": 9})
     before = events.read_bytes(), metrics.read_bytes()
     with pytest.raises(InputError, match=r"metrics.rank0.jsonl:2: a line holds one JSON object, got b'\"no object"):
-        attempt.mend(tmp_path, 1)
+        attempt.fix(tmp_path, 1)
     assert (events.read_bytes(), metrics.read_bytes()) == before
     write(tmp_path, "metrics.rank0.jsonl", {"step": "1"})
     with pytest.raises(InputError, match=r"metrics.rank0.jsonl:1: step is a number, got '1'; "):
-        attempt.mend(tmp_path, 1)
+        attempt.fix(tmp_path, 1)
 
 
 def test_attempts_are_counted_from_the_events(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_validation_the_checkpoint_does_not_know_is_told_again_and_once(tmp_pa
     told = [{"step": 4, "loss": 2.0}, {"step": 4, "validation/loss": 1.9}]
     path = tmp_path / "metrics.rank0.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in told))
-    attempt.mend(tmp_path, 4, validated=True)
+    attempt.fix(tmp_path, 4, validated=True)
     assert len(path.read_text().splitlines()) == 2
-    attempt.mend(tmp_path, 4, validated=False)
+    attempt.fix(tmp_path, 4, validated=False)
     assert [json.loads(line) for line in path.read_text().splitlines()] == told[:1]

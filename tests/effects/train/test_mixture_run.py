@@ -17,7 +17,7 @@ import pytest
 from nmoe.config import dump
 from nmoe.config.sections import Mixture
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.store import shards
+from nmoe.effects.data.store import shard_writer
 from nmoe.effects.runs.viz import mixture
 from nmoe.effects.runs.viz.index import open_index, poll
 from nmoe.pure.data.order import turn, turns
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoding = tokenizers.encoding(tokenizer)
     for name, each in texts.items():
         documents = [np.asarray(encoding.encode_ordinary(text), dtype=np.int64) for text in each]
-        shards.write(root / name, tokenizer, {"train": documents[1:], "validation": documents[:1]})
+        shard_writer.write(root / name, tokenizer, {"train": documents[1:], "validation": documents[:1]})
     (root / "mix.toml").write_text(MIXTURE + "[flows.dev]\ntokens = 6_400\n")
     config = tiny(vocab_size=304, batch_size=4, microbatch_size=2, steps=40, sequence_length=32, lr=3e-3)
     train = attrs.evolve(config.train, document_mask=True)

@@ -22,7 +22,7 @@ from nmoe.config import dump, load
 from nmoe.config.sections import Config, Shards
 from nmoe.effects import files
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.store import shards
+from nmoe.effects.data.store import shard_writer
 from nmoe.effects.record import log
 from nmoe.errors import InputError
 from tests.effects.train.tiny import tiny
@@ -40,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [np.asarray(encoding.encode_ordinary(text), dtype=np.int64) for text in texts]
     folder = tmp_path_factory.mktemp("corpus") / "shards"
     splits = {"train": documents[4:], "validation": documents[:2], "test": documents[2:4]}
-    shards.write(folder, tokenizer, splits, tokens_per_shard=20_000)
+    shard_writer.write(folder, tokenizer, splits, tokens_per_shard=20_000)
     return folder
 
 

@@ -238,7 +238,7 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_ones(counts: tuple[int, 
         return torch.randn(shape, generator=generator).to(format_)
 
     num = sum(counts)
-    x, up, down, pull = draw(num, 64), draw(4, 64, 2, 32) / 8, draw(4, 32, 64) / 6, draw(num, 64)
+    x, up, down, grad_output = draw(num, 64), draw(4, 64, 2, 32) / 8, draw(4, 32, 64) / 6, draw(num, 64)
     expert = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
     routing = Routing(expert[torch.randperm(num, generator=generator)][:, None], torch.ones(num, 1))
 
@@ -246,7 +246,7 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_ones(counts: tuple[int, 
         leaves = [each.to(dtype, copy=True).requires_grad_() for each in (x, up, down)]
         rows = experts.dispatch(leaves[0], routing, num_experts=4)
         y = experts.combine(which(rows, leaves[1], leaves[2]), rows, routing)
-        y.backward(pull.to(dtype))
+        y.backward(grad_output.to(dtype))
         return [y.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]
 
     truth = run(experts.experts, torch.float64)

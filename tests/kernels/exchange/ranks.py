@@ -15,8 +15,6 @@ from nmoe.pure.model import route
 from nmoe.pure.model.route import Routing
 from tests.kernels.truth import normal
 
-__all__ = ["Case", "alone", "case", "open_ranks", "shared"]
-
 
 @attrs.frozen(kw_only=True)
 class Case:
@@ -27,7 +25,7 @@ class Case:
     weight: Tensor
     up: Tensor
     down: Tensor
-    pull: Tensor
+    grad_output: Tensor
 
 
 def chosen(kind: str, tokens: int, experts: int, top_k: int) -> Tensor:
@@ -63,7 +61,7 @@ def case(
         weight=normal(tokens, top_k, seed=1, device=where).abs(),
         up=draw(experts, hidden, 2, width, seed=2) / hidden**0.5,
         down=draw(experts, width, hidden, seed=3) / width**0.5,
-        pull=draw(tokens, hidden, seed=4),
+        grad_output=draw(tokens, hidden, seed=4),
     )
 
 
@@ -71,7 +69,7 @@ def alone(c: Case, tiles: Tiles) -> list[Tensor]:
     """Output and gradients of x, weight, up, down by the kernels of one rank."""
     leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down)]
     y, _ = mixture(leaves[0], Routing(c.expert, leaves[1]), leaves[2], leaves[3], tiles=tiles)
-    return [y.detach(), *torch.autograd.grad(y, leaves, c.pull)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, c.grad_output)]
 
 
 def open_ranks(c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | None = None) -> tuple[Exchange, ...]:
@@ -97,12 +95,12 @@ def open_ranks(c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | No
 
 def shared(c: Case, exchanges: Sequence[Exchange], parts: Sequence[int], tiles: Tiles) -> list[Tensor]:
     """The same as `alone`, by ranks that each have some of the tokens and of the experts."""
-    x, expert, weight, pull = (each.split(list(parts)) for each in (c.x, c.expert, c.weight, c.pull))
+    x, expert, weight, grad_output = (each.split(list(parts)) for each in (c.x, c.expert, c.weight, c.grad_output))
     up, down = c.up.chunk(len(parts)), c.down.chunk(len(parts))
     forward = [device.forward(e, x[r], expert[r], weight[r], up[r], down[r], tiles) for r, e in enumerate(exchanges)]
     out = device.run(exchanges, forward)
     backward = [
-        device.backward(e, pull[r], x[r], weight[r], up[r], down[r], *out[r][2:], tiles)
+        device.backward(e, grad_output[r], x[r], weight[r], up[r], down[r], *out[r][2:], tiles)
         for r, e in enumerate(exchanges)
     ]
     back = device.run(exchanges, backward)

@@ -38,10 +38,10 @@ def test_three_parts_are_the_whole() -> None:
 
 def test_scores_are_as_near_the_truth_as_those_in_fp32() -> None:
     """Tokens in bf16, the router in fp32, a bf16 gradient back to the tokens."""
-    x, w, pull = normal(300, 96, dtype=torch.bfloat16), normal(96, 12, seed=1) / 10, [normal(300, 12, seed=2)]
-    plain = graded(route.scores, [x, w], pull)
-    truth = graded(route.scores, [x, w], pull, torch.float64)
-    found = graded(router.scores, [x, w], pull)
+    x, w, grad_output = normal(300, 96, dtype=torch.bfloat16), normal(96, 12, seed=1) / 10, [normal(300, 12, seed=2)]
+    plain = graded(route.scores, [x, w], grad_output)
+    truth = graded(route.scores, [x, w], grad_output, torch.float64)
+    found = graded(router.scores, [x, w], grad_output)
     assert [each.dtype for each in found] == [torch.float32, torch.bfloat16, torch.float32]
     check(found, plain, truth, factor=1.1)
 

@@ -18,9 +18,9 @@ SMALL = attrs.evolve(TILE, m=4, n=16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", [(1, 2, 1), (2, 8), (5, 2, 15), (6, 2, 16), (2, 3, 2, 17), (3, 2, 1025)], ids=str)
 def test_as_near_the_truth_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype, tile: Tile) -> None:
-    x, pull = 3 * normal(*shape, dtype=dtype), normal(*shape[:-2], shape[-1], seed=1, dtype=dtype)
-    truth = graded(experts.swiglu, [x], [pull], torch.float64)
-    check(graded(lambda x: swiglu(x, tile=tile), [x], [pull]), graded(experts.swiglu, [x], [pull]), truth)
+    x, grad_output = 3 * normal(*shape, dtype=dtype), normal(*shape[:-2], shape[-1], seed=1, dtype=dtype)
+    truth = graded(experts.swiglu, [x], [grad_output], torch.float64)
+    check(graded(lambda x: swiglu(x, tile=tile), [x], [grad_output]), graded(experts.swiglu, [x], [grad_output]), truth)
 
 
 def test_gates_beyond_the_range_of_exp() -> None:
@@ -34,8 +34,8 @@ def test_gates_beyond_the_range_of_exp() -> None:
 def test_inputs_with_holes_and_an_expanded_pull() -> None:
     whole = normal(3, 2, 40)
     leaf = whole.clone().requires_grad_()
-    pull = torch.tensor(0.5).expand(3, 16)
-    ours, right = (torch.autograd.grad(fn(leaf[..., 4:20]), leaf, pull)[0] for fn in (swiglu, experts.swiglu))
+    grad_output = torch.tensor(0.5).expand(3, 16)
+    ours, right = (torch.autograd.grad(fn(leaf[..., 4:20]), leaf, grad_output)[0] for fn in (swiglu, experts.swiglu))
     torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-6)
 
 
@@ -48,8 +48,8 @@ def test_only_the_input_is_kept() -> None:
 
 
 def test_a_row_does_not_depend_on_its_place() -> None:
-    x, pull = normal(9, 2, 20), normal(9, 20, seed=1)
+    x, grad_output = normal(9, 2, 20), normal(9, 20, seed=1)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    straight = graded(lambda x: swiglu(x, tile=SMALL), [x], [pull])
-    moved = graded(lambda x: swiglu(x, tile=SMALL), [x[order]], [pull[order]])
+    straight = graded(lambda x: swiglu(x, tile=SMALL), [x], [grad_output])
+    moved = graded(lambda x: swiglu(x, tile=SMALL), [x[order]], [grad_output[order]])
     assert all(torch.equal(a[order], b) for a, b in zip(straight, moved, strict=True))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from nmoe.pure.checkpoint.pieces import Piece, Stored, arena_pieces, copies, gaps, share, whole
 from nmoe.pure.core import tree
 from nmoe.pure.core.layout import layout
-from nmoe.pure.core.spec import Role, blueprint, param
-from nmoe.pure.core.tree import record
+from nmoe.pure.core.spec import Role, blueprint
+from nmoe.pure.core.tree import param, record
 
 
 @st.composite

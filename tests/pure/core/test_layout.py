@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from nmoe.pure.checkpoint.pieces import arena_pieces, gaps
 from nmoe.pure.core.layout import ALIGNMENT, ArenaLayout, layout
-from nmoe.pure.core.spec import Role, blueprint, param
-from nmoe.pure.core.tree import record
+from nmoe.pure.core.spec import Role, blueprint
+from nmoe.pure.core.tree import param, record
 
 
 def zeros(generator: torch.Generator, shape: tuple[int, ...], dims: dict[str, int]) -> torch.Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nmoe.pure.core import tree
 from nmoe.pure.core.init import normal, ones
-from nmoe.pure.core.spec import POLICY, Policy, Role, Spec, blueprint, param
-from nmoe.pure.core.tree import record
+from nmoe.pure.core.spec import POLICY, Policy, Role, Spec, blueprint
+from nmoe.pure.core.tree import param, record
 from nmoe.pure.model import model
 from tests import shapes
 

@@ -55,8 +55,8 @@ def test_a_packed_document_reads_as_if_alone(attend: Any) -> None:
     tokens = packed(c)
     weigh = torch.randn(3, 16, c.vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
-    together = shapes.parameters(c)
-    found = logits(together, tokens, starts(tokens), c, attend)
+    on_all_ranks = shapes.parameters(c)
+    found = logits(on_all_ranks, tokens, starts(tokens), c, attend)
     (found * weigh).sum().backward()
     alone = shapes.parameters(c)
     for row, lengths in enumerate(LENGTHS):
@@ -67,7 +67,7 @@ def test_a_packed_document_reads_as_if_alone(attend: Any) -> None:
             torch.testing.assert_close(found[row : row + 1, part], expected, rtol=0, atol=1e-12)
             (expected * weigh[row : row + 1, part]).sum().backward()
             begin += length
-    for (path, ours), (_, theirs) in zip(tree.leaves(together), tree.leaves(alone), strict=True):
+    for (path, ours), (_, theirs) in zip(tree.leaves(on_all_ranks), tree.leaves(alone), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-12, msg=lambda text, p=path: p + text)
 
 

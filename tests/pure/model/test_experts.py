@@ -79,9 +79,9 @@ def check_gradients(x: Tensor, up: Tensor, down: Tensor, expert: Tensor, weight:
     assert torch.autograd.gradcheck(
         lambda x, up, down, weight: mixture(x, up, down, expert, weight), leaves, fast_mode=True
     )
-    pull = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    grad_output = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     ours, right = (
-        torch.autograd.grad(fn(leaves[0], leaves[1], leaves[2], expert, leaves[3]), leaves, pull)
+        torch.autograd.grad(fn(leaves[0], leaves[1], leaves[2], expert, leaves[3]), leaves, grad_output)
         for fn in (mixture, by_loop)
     )
     torch.testing.assert_close(ours, right, rtol=1e-11, atol=1e-11)

@@ -61,9 +61,9 @@ def test_products_depend_on_the_distance_only(yarn: Yarn | None) -> None:
 
 def test_one_head_or_many_are_turned_alike() -> None:
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
-    together = rotate(x, TABLE)
+    on_all_ranks = rotate(x, TABLE)
     for head in range(3):
-        assert torch.equal(rotate(x[:, :, head], TABLE), together[:, :, head])
+        assert torch.equal(rotate(x[:, :, head], TABLE), on_all_ranks[:, :, head])
 
 
 def test_low_precision_is_rounded_once() -> None:

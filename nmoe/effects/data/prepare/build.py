@@ -23,8 +23,6 @@ from nmoe.errors import InputError
 from nmoe.pure.data.prep import MILLION, split_of
 from nmoe.pure.data.text import pieces
 
-__all__ = ["RECORD", "SPLITS", "Built", "build", "built_folder", "encode"]
-
 RECORD = "built.json"
 SPLITS = ("train", "validation", "test")
 NAMES = MappingProxyType({"exact": "duplicate", "near": "near duplicate"})

@@ -19,8 +19,6 @@ import attrs
 from nmoe.effects.data.prepare.inputs import extra, one_line
 from nmoe.errors import InputError
 
-__all__ = ["Pool", "open_pool", "run"]
-
 W = TypeVar("W")
 R = TypeVar("R")
 

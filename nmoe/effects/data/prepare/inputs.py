@@ -14,8 +14,6 @@ from nmoe.effects.data import stdlib
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Form, Item
 
-__all__ = ["extra", "find"]
-
 ENDINGS: tuple[tuple[str, Form], ...] = (
     (".parquet", "parquet"),
     *(((f"{ending}.gz"), "gzip") for ending in (".jsonl", ".json", ".ndjson")),
@@ -55,7 +53,7 @@ def find(source: Input, base: Path, *, skip_unreadable: bool, say: Callable[[str
     for problem in problems:
         say(f"left out: {problem}")
     if not items:
-        raise InputError(f"{base}: files for the source, got none; mend input.paths")
+        raise InputError(f"{base}: files for the source, got none; fix input.paths")
     return tuple(items)
 
 
@@ -78,7 +76,7 @@ def _matching(patterns: Sequence[str], exclude: Sequence[str], base: Path) -> li
                 if not any(fnmatch.fnmatch(name, each) for each in exclude):
                     found[name] = path
         if len(found) == before and not any(os.path.lexists(root) for root in roots):
-            problems.append(f"{whole}: a file or folder, got none; mend input.paths")
+            problems.append(f"{whole}: a file or folder, got none; fix input.paths")
     if problems:
         raise InputError(*problems)
     return list(found.items())

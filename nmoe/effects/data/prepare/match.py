@@ -13,8 +13,6 @@ from nmoe.effects.data.prepare.survey import FORMAT, RECORD, Survey, Work, repor
 from nmoe.effects.data.store.records import read_record
 from nmoe.errors import InputError
 
-__all__ = ["Match", "dropped", "match"]
-
 
 @attrs.frozen(kw_only=True)
 class Match:
@@ -48,7 +46,7 @@ def match(bucket: Match) -> None:
             for first, again in _pairs(_gathered(bucket, "id")):
                 raise InputError(
                     f"{_place(bucket, again)}: an id of its own, got that of {_place(bucket, first)}; "
-                    "mend the ids, or leave input.id_field out"
+                    "fix the ids, or leave input.id_field out"
                 )
             exact = [again for _, again in _pairs(_gathered(bucket, "exact"))]
             np.save(folder / "exact.npy", np.array(exact, dtype="<i8").reshape(-1, 2))

@@ -41,8 +41,6 @@ from nmoe.effects.data.tokenizer import Tokenizer
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item
 
-__all__ = ["REPORT", "Report", "prepare", "report_lines"]
-
 FORMAT = 1
 WORK = ".work"
 PLAN = "plan.json"

@@ -17,8 +17,6 @@ from nmoe.effects.data.prepare.inputs import extra, one_line
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item, Range
 
-__all__ = ["Document", "read"]
-
 CHUNK_BYTES = 1 << 20
 ZSTD_CHUNK_BYTES = 1 << 12
 """A compressed chunk can grow by any factor; a small one keeps what it grows to small."""
@@ -84,7 +82,7 @@ def _decoded(raw: bytes, name: str, position: int, source: Source) -> tuple[str,
         if source.clean.invalid_utf8 == "replace":
             return raw.decode("utf-8", "replace"), True
         raise InputError(
-            f"{name}: UTF-8, got byte {raw[error.start]:#04x} at {position + error.start}; mend the file, or write "
+            f"{name}: UTF-8, got byte {raw[error.start]:#04x} at {position + error.start}; fix the file, or write "
             'clean.invalid_utf8 = "replace"'
         ) from error
 
@@ -107,7 +105,7 @@ def _python(raw: bytes, name: str) -> str:
     try:
         return raw.decode(tokenize.detect_encoding(io.BytesIO(raw).readline)[0])
     except (UnicodeDecodeError, SyntaxError, LookupError) as error:
-        raise InputError(f"{name}: Python in the encoding it names, got {one_line(error)}; mend the file") from error
+        raise InputError(f"{name}: Python in the encoding it names, got {one_line(error)}; fix the file") from error
 
 
 def _lines(item: Item, part: Range, source: Source) -> Iterator[Document]:
@@ -146,7 +144,7 @@ def _records(chunks: Iterator[bytes], begin: int, part: Range | None, item: Item
 
 def _record(line: bytes, position: int, name: str, source: Source) -> Document:
     """The document of one line of JSON."""
-    remedy = 'mend the line, or write clean.unreadable = "skip"'
+    remedy = 'fix the line, or write clean.unreadable = "skip"'
     decoded, replaced = _decoded(line, name, position, source)
     try:
         found: Any = json.loads(decoded)
@@ -274,7 +272,7 @@ def _plain(batch: Any, pyarrow: Any) -> Iterator[dict[str, Any]]:
 
 def _row(record: dict[str, Any], row: int, name: str, source: Source) -> Document:
     """The document of one row."""
-    remedy = 'mend the row, or write clean.unreadable = "skip"'
+    remedy = 'fix the row, or write clean.unreadable = "skip"'
     texts: dict[str, Any] = {}
     replaced = False
     try:

@@ -22,8 +22,6 @@ from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item, Range, plan
 from nmoe.pure.data.text import drop_reason, normalize, shingles
 
-__all__ = ["FORMAT", "KINDS", "Cleaned", "Survey", "Work", "cleaned", "reporting", "survey", "works_of"]
-
 FORMAT = 1
 RECORD = "survey.json"
 KINDS = ("exact", "id", "near")
@@ -97,7 +95,7 @@ def works_of(source: Source, items: Sequence[Item], folder: Path) -> tuple[Work,
             )
         )
     if not works:
-        raise InputError(f"{items[0].name}: files with something in them, got only empty ones; mend input.paths")
+        raise InputError(f"{items[0].name}: files with something in them, got only empty ones; fix input.paths")
     return tuple(works)
 
 
@@ -151,7 +149,7 @@ def reporting(folder: Path) -> Iterator[None]:
         where = error.filename or folder
         raise InputError(
             f"{where}: room and permission to read and write, got {error.strerror or one_line(error)}; "
-            "mend that and start again, what is done is kept"
+            "fix that and start again, what is done is kept"
         ) from error
 
 

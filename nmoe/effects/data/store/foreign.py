@@ -27,8 +27,6 @@ from nmoe.effects.data.store.shard_writer import write
 from nmoe.effects.data.tokenizer import Tokenizer, load
 from nmoe.errors import InputError
 
-__all__ = ["FORMATS", "from_foreign", "read_foreign", "to_foreign"]
-
 FORMATS = ("megatron", "nanogpt", "llmc", "olmo", "original")
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = ((1, "u1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))

@@ -23,24 +23,6 @@ from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.store.records import read_record, to_text
 from nmoe.errors import InputError
 
-__all__ = [
-    "FORMAT",
-    "HEADER_BYTES",
-    "MANIFEST",
-    "REMEDY",
-    "Manifest",
-    "Receipt",
-    "SplitReceipt",
-    "content_problems",
-    "dtype_of",
-    "header",
-    "mapped",
-    "read_manifest",
-    "size_problems",
-    "stem",
-    "totals",
-]
-
 FORMAT = 1
 MANIFEST = "manifest.json"
 HEADER_BYTES = 128

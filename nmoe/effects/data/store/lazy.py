@@ -11,8 +11,6 @@ import numpy as np
 from nmoe.effects.data.store.format import Manifest, Receipt, content_problems, dtype_of, mapped, size_problems, stem
 from nmoe.errors import InputError
 
-__all__ = ["LazySplit", "Shard", "content_digest", "open_lazily", "split_problems"]
-
 
 class Shard:
     """The tokens of one shard, as a 1-D array that is mapped when it is first sliced."""

@@ -12,8 +12,6 @@ import cattrs
 from nmoe.effects import files
 from nmoe.errors import InputError
 
-__all__ = ["read_record", "to_text", "write_record"]
-
 T = TypeVar("T", bound=attrs.AttrsInstance)
 
 

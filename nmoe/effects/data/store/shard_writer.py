@@ -26,8 +26,6 @@ from nmoe.effects.data.store.records import write_record
 from nmoe.effects.data.tokenizer import Tokenizer
 from nmoe.errors import InputError
 
-__all__ = ["Sink", "commit", "write"]
-
 
 def write(
     folder: Path,

@@ -8,9 +8,6 @@ import attrs
 import numpy as np
 
 from nmoe.effects.data.store.format import (
-    Manifest,
-    Receipt,
-    SplitReceipt,
     content_problems,
     dtype_of,
     mapped,
@@ -18,21 +15,8 @@ from nmoe.effects.data.store.format import (
     size_problems,
     stem,
 )
-from nmoe.effects.data.store.shard_writer import write
 from nmoe.errors import InputError
 from nmoe.pure.data import order as mixture
-
-__all__ = [
-    "Manifest",
-    "Receipt",
-    "Split",
-    "SplitReceipt",
-    "open_split",
-    "read",
-    "read_manifest",
-    "size_problems",
-    "write",
-]
 
 
 @attrs.frozen(kw_only=True, eq=False)

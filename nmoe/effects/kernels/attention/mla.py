@@ -21,8 +21,6 @@ from nmoe.effects.kernels.attention.mla_kernels import dkv_kernel, dq_kernel, fo
 from nmoe.effects.kernels.tile import Tile
 from nmoe.errors import InputError
 
-__all__ = ["Tiles", "attend_mla", "attend_mla_cudnn"]
-
 
 @attrs.frozen(kw_only=True)
 class Tiles:

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gradients", "keys"]
-
 HEADS = 16
 """Heads one program handles at once."""
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from nmoe.effects.kernels.tile import Tile
 from nmoe.pure.model.rope import Rope
 
-__all__ = ["TILE", "rotate_mla_"]
-
 TILE = Tile(m=16, n=1, k=1, warps=4, stages=1)
 """m tokens of one head a program."""
 

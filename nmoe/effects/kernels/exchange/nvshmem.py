@@ -12,8 +12,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import core
 
-__all__ = ["LIBRARY", "put_runs", "tell_"]
-
 LIBRARY = "libnvshmem_device.bc"
 """NVSHMEM's device functions, in the wheel nvidia-nvshmem-cu13, which launches link with."""
 

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Plan", "Way", "homes", "owners", "plan_", "ways"]
-
 BLOCK = 256
 """Pairs or rows a program tells of."""
 

@@ -13,8 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
-__all__ = ["count_bytes_", "expand", "meet_", "pad_", "push", "push_counts", "push_words"]
-
 ROWS = 4
 """Rows a program of `push` moves at once."""
 

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Places", "dispatch", "spread", "tiles"]
-
 STRETCH = 256
 """Pairs one program places."""
 

@@ -15,8 +15,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.effects.kernels.tile import Tile
 
-__all__ = ["activation_backward", "product", "up", "weight_gradient"]
-
 
 @triton.jit
 def _pick(pid, num_n, num_m, GROUP: tl.constexpr):

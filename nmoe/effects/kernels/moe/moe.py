@@ -16,8 +16,6 @@ from nmoe.effects.kernels.moe import experts
 from nmoe.effects.kernels.tile import Tile
 from nmoe.pure.model.route import Routing
 
-__all__ = ["Tiles", "mixture"]
-
 
 @attrs.frozen(kw_only=True)
 class Tiles:

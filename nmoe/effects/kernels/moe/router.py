@@ -17,8 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from nmoe.effects.kernels.tile import Tile
 
-__all__ = ["TILE", "first", "scores", "thirds"]
-
 TILE = Tile(m=8, n=1, k=1, warps=4, stages=1)
 """m: rows one program chooses for."""
 

@@ -12,8 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from nmoe.effects.kernels.tile import Tile
 
-__all__ = ["TILE", "swiglu"]
-
 TILE = Tile(m=1, n=1024, k=1, warps=4, stages=1)
 """m: rows of a block; n: columns of each half."""
 
@@ -31,14 +29,14 @@ def forward_kernel(x, y, rows, width, m: tl.constexpr, n: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(x, pull, gradient, rows, width, m: tl.constexpr, n: tl.constexpr):
+def backward_kernel(x, grad_output, gradient, rows, width, m: tl.constexpr, n: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * m + tl.arange(0, m)
     column = tl.program_id(1) * n + tl.arange(0, n)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     gate_at = row[:, None] * (2 * width) + column[None, :]
     gate = tl.load(x + gate_at, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(x + width + gate_at, mask=inside, other=0.0).to(tl.float32)
-    pulled = tl.load(pull + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    pulled = tl.load(grad_output + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     share = 1.0 / (1.0 + tl.exp(-gate))
     gate_gradient = pulled * value * share * (1.0 + gate * (1.0 - share))
     tl.store(gradient + gate_at, gate_gradient.to(gradient.dtype.element_ty), mask=inside)
@@ -63,13 +61,13 @@ class Swiglu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, pull: Tensor
+        ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor, None]:
         (x,), tile = ctx.saved_tensors, ctx.tile
-        pull, gradient = pull.contiguous(), torch.empty_like(x)
+        grad_output, gradient = grad_output.contiguous(), torch.empty_like(x)
         rows, width = x[..., 0, 0].numel(), x.shape[-1]
         backward_kernel[(triton.cdiv(rows, tile.m), triton.cdiv(width, tile.n))](
-            x, pull, gradient, rows, width, m=tile.m, n=tile.n, num_warps=tile.warps, num_stages=tile.stages
+            x, grad_output, gradient, rows, width, m=tile.m, n=tile.n, num_warps=tile.warps, num_stages=tile.stages
         )
         return gradient, None
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from nmoe.effects.kernels.tile import Tile
 
-__all__ = ["NORM_TILE", "TILE", "adamw_", "global_norm"]
-
 TILE = Tile(m=1, n=1024, k=2, warps=4, stages=1)
 """n: elements at once; k: how often, one after the other, in a block."""
 

@@ -12,8 +12,6 @@ import attrs
 import torch
 from torch import Tensor
 
-__all__ = ["FLAG_BYTES", "Exchange", "Field", "Fields", "PeerError", "Sizes", "fields", "fit", "view"]
-
 FLAG_BYTES = 128
 """Room of one flag: a cache line of its own, so that a rank polls nothing that another one writes beside it."""
 

@@ -26,8 +26,6 @@ from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.parallel.exchange.arena import Exchange, Field, fit, view
 from nmoe.pure.model.route import Routing
 
-__all__ = ["Kept", "backward", "begin", "combine", "dispatch", "forward", "mixture", "run"]
-
 T = TypeVar("T")
 Stretches = Generator[None, None, T]
 """Work that yields where ranks meet."""
@@ -170,19 +168,27 @@ def forward(
 
 
 def backward(
-    e: Exchange, pull: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, kept: Kept, h: Tensor, t: Tiles
+    e: Exchange,
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    kept: Kept,
+    h: Tensor,
+    t: Tiles,
 ) -> Stretches[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Gradients of x, weight, up and down, from the output's.
 
     Rows of x are sent again rather than kept, while the experts are busy with the output's gradient, and rows of the
     input's gradient go home beside the gradient of `down`; that of `up`, which reads what landed, comes last.
 
-    pull  [N D]
+    grad_output  [N D]
     """
     s, f = e.sizes, e.fields
     with record_function("exchange dispatch"):
         moves.push_words(weight, kept.slot, kept.row_to, kept.row_at, e.addresses, f.gate.offset, kept.live, home=False)
-        send(e, pull, kept, f.land_gradient)
+        send(e, grad_output, kept, f.land_gradient)
         count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
     yield
     with record_function("exchange dispatch"), aside(e):

@@ -24,8 +24,6 @@ from nmoe.pure.model.norm import wide
 from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel import exchange_plan as planning
 
-__all__ = ["meet", "mixture"]
-
 PAUSE_S = 20e-6
 """Time between two looks at a peer's flag."""
 
@@ -175,10 +173,10 @@ class Mixture(torch.autograd.Function):
             rows = landed(e, at, source)
             leaves = [each.detach().requires_grad_() for each in (rows.x, up, down)]
             y = ctx.run(Rows(leaves[0], rows.source, rows.expert, rows.count, rows.slot), *leaves[1:])
-            pull = view(e.raw, f.land_gradient)[source]
+            grad_output = view(e.raw, f.land_gradient)[source]
             gate = view(e.raw, f.gate)[: len(y), None]
-            dx, d_up, d_down = torch.autograd.grad(y, leaves, (wide(pull) * gate).to(y.dtype))
-            d_gate = (wide(pull) * wide(y.detach())).sum(-1)
+            dx, d_up, d_down = torch.autograd.grad(y, leaves, (wide(grad_output) * gate).to(y.dtype))
+            d_gate = (wide(grad_output) * wide(y.detach())).sum(-1)
         with record_function("exchange return"):
             home = planning.homes(at.plan, len(y))
             put(e, f.back, *home, dx)

@@ -17,8 +17,6 @@ from torch import Tensor
 from nmoe.effects.parallel.exchange.arena import Exchange, Fields, PeerError, Sizes, fields, view
 from nmoe.errors import InputError
 
-__all__ = ["check", "open_exchange", "virtual"]
-
 SHARED_MEMORY = Path("/dev/shm")
 
 

@@ -19,7 +19,6 @@ import attrs
 from nmoe.effects import files
 from nmoe.errors import InputError
 
-__all__ = ["Line", "Position", "Sink", "ended", "follow", "new_lines", "numbers"]
 
 METRICS = "metrics.rank0.jsonl"
 BLOCK = 1 << 20
@@ -136,7 +135,7 @@ def _line(path: Path, raw: bytes, position: Position) -> Line:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: one JSON object a line with time, step and attempt, got {raw[:60]!r} in line "
-            f"{position.line + 1}; mend or remove it"
+            f"{position.line + 1}; fix or remove it"
         ) from error
 
 
@@ -208,7 +207,7 @@ def _given(sink: Sink, name: str, lines: list[Line], every_s: float, say: Callab
         return sink.write(lines)
     except sink.failures as error:
         raise InputError(
-            f"--to {name}: a target that takes lines, got {type(error).__name__}: {error}, {TRIES} times; mend that "
+            f"--to {name}: a target that takes lines, got {type(error).__name__}: {error}, {TRIES} times; fix that "
             "and start `nmoe track` again, it goes on where it was"
         ) from error
 

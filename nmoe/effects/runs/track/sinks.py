@@ -19,7 +19,6 @@ from typing import Any
 from nmoe.effects.runs.track.follow import Line, Open, Position, Sink
 from nmoe.errors import InputError
 
-__all__ = ["SINKS", "opener"]
 
 SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
 EVENTS = "track/tensorboard/events.out.tfevents.0.nmoe"
@@ -40,7 +39,7 @@ def _told(name: str, failures: tuple[type[Exception], ...]) -> Iterator[None]:
         yield
     except failures as error:
         raise InputError(
-            f"--to {name}: a target that can be opened and closed, got {type(error).__name__}: {error}; mend that and "
+            f"--to {name}: a target that can be opened and closed, got {type(error).__name__}: {error}; fix that and "
             "start `nmoe track` again, it goes on where it was"
         ) from error
 

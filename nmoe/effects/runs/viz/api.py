@@ -14,7 +14,6 @@ from typing import Any
 import attrs
 import numpy as np
 
-__all__ = ["contract", "number", "numbers", "plain", "to_json"]
 
 Numbers = list[float | None]
 """JSON has no NaN: None stands for it."""

@@ -14,7 +14,6 @@ from nmoe.effects.runs.viz import api
 from nmoe.effects.runs.viz.index import Index, arrays, known, query, tags
 from nmoe.pure.watch import curve
 
-__all__ = ["AXES", "CHOSEN", "HOUR_S", "Axis", "chosen", "grid_of", "place", "series"]
 
 AXES = ("step", "tokens", "time", "flops")
 HOUR_S = 3600.0

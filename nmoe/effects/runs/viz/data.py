@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from nmoe.effects.data.store.format import Manifest, Receipt
 from nmoe.effects.data.store import shards
 from nmoe.effects.data import tokenizer
 from nmoe.effects.runs.viz import api
 from nmoe.errors import InputError
 
-__all__ = ["data_roots", "document", "folders", "inside"]
 
 MANIFEST = "manifest.json"
 MAX_FOLDERS = 200
@@ -94,7 +94,7 @@ def _folder(number: int, path: Path, root: Path) -> api.Folder:
     )
 
 
-def _manifest(path: Path, root: Path) -> shards.Manifest:
+def _manifest(path: Path, root: Path) -> Manifest:
     """The manifest of a folder, every file of it inside the root and not too large to show."""
     for name in (MANIFEST, tokenizer.FILE):
         file = inside(path / name, root)
@@ -105,7 +105,7 @@ def _manifest(path: Path, root: Path) -> shards.Manifest:
     return shards.read_manifest(path)
 
 
-def _shard(split: Path, root: Path, place: int, receipt: shards.Receipt) -> api.Shard:
+def _shard(split: Path, root: Path, place: int, receipt: Receipt) -> api.Shard:
     file = inside(split / f"shard-{place:05d}.npy", root)
     return api.Shard(
         file=file.name,
@@ -153,7 +153,7 @@ def document(roots: Sequence[Path], folder: int, split: str, number: int) -> api
     )
 
 
-def _tokens(split: Path, root: Path, place: int, number: int, receipt: shards.Receipt) -> np.ndarray:
+def _tokens(split: Path, root: Path, place: int, number: int, receipt: Receipt) -> np.ndarray:
     """The tokens of one document of a shard, its end of text included."""
     files = [inside(split / f"shard-{place:05d}{ending}", root) for ending in (".npy", ".ends.npy")]
     try:

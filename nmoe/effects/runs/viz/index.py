@@ -25,19 +25,6 @@ from nmoe.errors import InputError
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-__all__ = [
-    "Index",
-    "Poll",
-    "arrays",
-    "index_file",
-    "known",
-    "open_index",
-    "poll",
-    "query",
-    "quoted",
-    "run_folders",
-    "tags",
-]
 
 FORMAT = 2
 MAX_FILES = 256
@@ -377,7 +364,7 @@ def _whole_lines(tail: Tail, limit: int) -> tuple[memoryview, str | None]:
             file.seek(tail.offset)
             content = file.read(min(limit, tail.size - tail.offset))
     except OSError as error:
-        return memoryview(b""), f"{tail.path}: can be read, got {error.strerror}; mend its permissions"
+        return memoryview(b""), f"{tail.path}: can be read, got {error.strerror}; fix its permissions"
     length = content.rfind(b"\n") + 1
     problem = None
     if not length and len(content) >= LINE_BYTES:

@@ -11,7 +11,6 @@ import attrs
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-__all__ = ["CHUNK_BYTES", "LINE_BYTES", "MAX_TAGS", "Piece", "Taken", "take_"]
 
 LINE_BYTES = 8 << 20
 """The longest line that is read."""

@@ -16,7 +16,6 @@ from nmoe.effects.runs.viz.views import config_of
 from nmoe.errors import InputError
 from nmoe.pure.data.stages import stages_of, windows_read
 
-__all__ = ["mixture"]
 
 MAX_SOURCES = 10_000
 MAX_WINDOWS = 1 << 62
@@ -44,7 +43,7 @@ def mixture(index: Index, name: str) -> api.Mixture:
         sources = _sources(told, position)
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
-            f"{name}: an event `mixture` with the quotas of its stages, got another ({error}); mend the line"
+            f"{name}: an event `mixture` with the quotas of its stages, got another ({error}); fix the line"
         ) from error
     return api.Mixture(run=name, step=step, sources=sources, config=api.plain(config))
 

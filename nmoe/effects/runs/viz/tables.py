@@ -14,7 +14,6 @@ from nmoe.effects.runs.viz import curves, export, views
 from nmoe.effects.runs.viz.index import Index, open_index, poll
 from nmoe.errors import InputError
 
-__all__ = ["compact", "compare", "export_parquet"]
 
 COMPACTED = "metrics.parquet"
 SHOWN = ("status", "step", "tokens", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "mfu", "elapsed_s")

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
-from nmoe.pure.core.spec import Role, blueprint, param
-from nmoe.pure.core.tree import record
+from nmoe.pure.core.spec import Role, blueprint
+from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.rope import Rope, document_positions, magnitude, rotate
-
-__all__ = ["Mla", "QueryUp", "attend_mla", "dims", "mla", "rotate_mla", "scale", "specs"]
 
 
 @record

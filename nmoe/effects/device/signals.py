@@ -1,0 +1,111 @@
+"""Signals that end a run: what they ask for, and the exit code."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_PREEMPTED = 75
+"""Exit code of a run that was told to end and can go on: EX_TEMPFAIL, which schedulers may be told to requeue."""
+
+
+class Stop:
+    """Whether somebody asked the run to end, how, and when."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.since = math.inf  # monotonic seconds
+
+    def hear(self, number: int) -> None:
+        """Take the signal that the ranks agree on. Writes: which, and when if it is the first here."""
+        if self.signal is None:
+            self.since = time.monotonic()
+        self.signal = signal.Signals(number)
+
+    def exit_code(self) -> int:
+        """0 when nobody asked; 130 for an interrupt, as a shell reports it; 75 for who wants the run to go on later."""
+        if self.signal is None:
+            return 0
+        return 128 + self.signal if self.signal == signal.SIGINT else EXIT_PREEMPTED
+
+    def left_s(self, grace_s: float) -> float:
+        """Seconds until the grace time is over; no end without a signal that has one."""
+        return self.since + grace_s - time.monotonic() if self.preempted() else math.inf
+
+    def preempted(self) -> bool:
+        """Whether it was a signal with a grace time."""
+        return self.signal is not None and self.signal != signal.SIGINT
+
+
+@contextmanager
+def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Stop]:
+    """SIGINT, SIGTERM and SIGUSR1 are noted, so that the step in progress ends and the state is saved.
+
+    A second SIGINT interrupts at once. Other signals after the first change nothing. When the grace time after the
+    first SIGTERM or SIGUSR1 is over, the process ends with exit code 75 whatever it is doing: what was committed stays.
+
+    grace_s  seconds from the signal to the end of the process at the latest
+    overdue  called just before that
+
+    Writes:  the process's handlers, put back at the end.
+    """
+    stop = Stop()
+    timers: list[threading.Timer] = []
+
+    def end_now() -> None:
+        try:
+            overdue()
+        finally:
+            os._exit(EXIT_PREEMPTED)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop.signal is None:
+            stop.signal, stop.since = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number != signal.SIGINT and not timers:
+            # a thread, because the main one may be deep inside a product of matrices
+            timers.append(threading.Timer(grace_s, end_now))
+            timers[0].daemon = True
+            timers[0].start()
+
+    with _handlers(note, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        try:
+            yield stop
+        finally:
+            for timer in timers:
+                timer.cancel()
+                timer.join()
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the process at once with exit code 75: for the time when there is nothing to save yet.
+
+    Writes:  the process's handlers, put back at the end.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_PREEMPTED)
+
+    with _handlers(leave, signal.SIGTERM, signal.SIGUSR1):
+        yield
+
+
+@contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """One handler for these signals, and what was there before put back at the end."""
+    before: dict[signal.Signals, Callable[..., object] | int | None] = {}
+    try:
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

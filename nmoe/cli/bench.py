@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 from nmoe.cli.parser import Verbs, add, group, load
-from nmoe.effects.parallel.launch import from_environment
 
 KERNELS = MappingProxyType(
     {
@@ -120,6 +119,7 @@ def _bench_step(args: argparse.Namespace) -> int:
 
 def _bench_exchange(args: argparse.Namespace) -> int:
     from nmoe.bench import exchange as bench_exchange
+    from nmoe.effects.parallel.launch import from_environment
 
     return bench_exchange.main(from_environment(os.environ), args.ranks)
 
@@ -127,6 +127,7 @@ def _bench_exchange(args: argparse.Namespace) -> int:
 def _bench_loader(args: argparse.Namespace) -> int:
     loaded = load(args)
     from nmoe.bench import loader
+    from nmoe.effects.parallel.launch import from_environment
 
     return loader.bench(loaded.config, from_environment(os.environ), steps=args.steps, pause_s=args.pause)
 
@@ -141,6 +142,7 @@ def _bench_log(args: argparse.Namespace) -> int:
 def _bench_data(args: argparse.Namespace) -> int:
     from nmoe.bench import data as bench
     from nmoe.effects import files
+    from nmoe.effects.parallel.launch import from_environment
 
     bench.preparation(args.megabytes, args.workers, files.home(os.environ), lambda line: print(line, flush=True))
     from nmoe.bench import loader

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from nmoe.cli import tokenizer
 from nmoe.cli.parser import Verbs, add, group, load
-from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
 
 
@@ -119,6 +118,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     loaded = load(args)
     from nmoe.effects.data import plan as reading
+    from nmoe.effects.parallel.launch import from_environment
 
     return reading.main(loaded.config, from_environment(os.environ), as_json=args.json)
 

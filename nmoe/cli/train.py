@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from nmoe.cli.parser import Verbs, add, load
-from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
 
 
@@ -57,6 +56,7 @@ def verbs(root: Verbs) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from nmoe.effects.parallel import launch
+    from nmoe.effects.parallel.launch import from_environment
 
     told = from_environment(os.environ)
     if told.launched and args.gpus not in (None, told.world):

@@ -14,6 +14,7 @@ import torch
 
 from nmoe.config.sections import Config
 from nmoe.effects.device.process import Runtime
+from nmoe.effects.parallel.launch import from_environment
 from nmoe.effects.parallel.ranks import Ranks, open_ranks
 from nmoe.effects.train import run
 from nmoe.pure.core.layout import layout

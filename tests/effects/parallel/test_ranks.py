@@ -21,7 +21,7 @@ from nmoe.effects.checkpoint import reader, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.parallel import ranks as meeting
-from nmoe.effects.parallel.launch import MULTICAST_OFF
+from nmoe.effects.parallel.launch import MULTICAST_OFF, from_environment
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.train import resume, run, zero
 from nmoe.effects.train.identity import Identity

@@ -495,7 +495,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data, with a link that leads out of it to a file that nobody may see."""
     import numpy as np
 
-    from nmoe.effects.data.store import shards
     from nmoe.effects.data import tokenizer
 
     base = tmp_path_factory.mktemp("data")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nmoe.pure.core import layout, tree
     from nmoe.pure.core.init import init, normal, ones, residual
     from nmoe.pure.core.key import Key
-    from nmoe.pure.core.spec import POLICY, Role, Spec, blueprint
+    from nmoe.pure.core.spec import POLICY, Role, Spec, spec_tree
     from nmoe.pure.core.tree import param, record
     from nmoe.pure.cost import flops, plan
     from nmoe.pure.model import attention, experts, loss, norm, rope, route
@@ -56,7 +56,7 @@ __all__ = [
     "adamw",
     "attention",
     "block",
-    "blueprint",
+    "spec_tree",
     "config",
     "dims",
     "experts",
@@ -95,7 +95,7 @@ _HOME = MappingProxyType(
         **dict.fromkeys(("init", "normal", "ones", "residual"), "nmoe.pure.core.init"),
         **dict.fromkeys(("Key",), "nmoe.pure.core.key"),
         **dict.fromkeys(("REFERENCE", "Env", "Ops"), "nmoe.pure.model.ops"),
-        **dict.fromkeys(("POLICY", "Role", "Spec", "blueprint"), "nmoe.pure.core.spec"),
+        **dict.fromkeys(("POLICY", "Role", "Spec", "spec_tree"), "nmoe.pure.core.spec"),
         **dict.fromkeys(("param", "record"), "nmoe.pure.core.tree"),
         **dict.fromkeys(
             ("Batch", "Block", "Dense", "Model", "Moe", "RouterReport", "Shared", "block", "dims", "forward", "moe")

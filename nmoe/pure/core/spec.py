@@ -97,7 +97,7 @@ class Spec:
         return math.prod(self.shape(dims))
 
 
-def blueprint(cls: type[T], **kids: Any) -> T:
+def spec_tree(cls: type[T], **kids: Any) -> T:
     """A record of `cls` whose leaves are Specs.
 
     kids     the fields that hold no parameter of their own: blueprints of parts
@@ -112,7 +112,7 @@ def blueprint(cls: type[T], **kids: Any) -> T:
             values.append(Spec(tuple(axes.split()), role, init))
         else:
             raise ValueError(
-                f"blueprint({cls.__name__}): every field is a parameter or given, got no value for '{field.name}'; "
-                f"pass {field.name}=blueprint(...)"
+                f"spec_tree({cls.__name__}): every field is a parameter or given, got no value for '{field.name}'; "
+                f"pass {field.name}=spec_tree(...)"
             )
     return cls(*values)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
-from nmoe.pure.core.spec import Role, blueprint
+from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model import route
 from nmoe.pure.model.attention import mla
@@ -93,11 +93,11 @@ def specs(c: sections.Model) -> Model:
 
     def ffn(layer: int) -> Dense | Moe:
         if layer < c.num_dense_layers:
-            return blueprint(Dense)
-        return blueprint(Moe, shared=blueprint(Shared) if c.moe.num_shared_experts else ())
+            return spec_tree(Dense)
+        return spec_tree(Moe, shared=spec_tree(Shared) if c.moe.num_shared_experts else ())
 
-    blocks = (blueprint(Block, attention=mla.specs(c.attention), ffn=ffn(layer)) for layer in range(c.num_layers))
-    return blueprint(Model, blocks=tuple(blocks))
+    blocks = (spec_tree(Block, attention=mla.specs(c.attention), ffn=ffn(layer)) for layer in range(c.num_layers))
+    return spec_tree(Model, blocks=tuple(blocks))
 
 
 def dims(c: sections.Model) -> dict[str, int]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nmoe.pure.checkpoint.pieces import Piece, Stored, arena_pieces, copies, gaps, share, whole
 from nmoe.pure.core import tree
 from nmoe.pure.core.layout import layout
-from nmoe.pure.core.spec import Role, blueprint
+from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 
 
@@ -86,7 +86,7 @@ class Two:
 def test_pieces_of_all_ranks_are_the_parameters(world: int) -> None:
     """Each rank numbers its elements by their place in the whole; the pieces put them there."""
     dims = {"E": 4, "D": 3}
-    specs = blueprint(Two)
+    specs = spec_tree(Two)
     found: dict[str, list[Piece]] = {}
     for rank in range(world):
         for arena in layout(specs, dims, compute="bf16", moments="fp32", accumulate=False, world=world):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nmoe.pure.checkpoint.pieces import arena_pieces, gaps
 from nmoe.pure.core.layout import ALIGNMENT, ArenaLayout, layout
-from nmoe.pure.core.spec import Role, blueprint
+from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 
 
@@ -34,7 +34,7 @@ sizes = st.fixed_dictionaries({"A": st.integers(1, 90), "B": st.integers(1, 90),
 def arenas(dims: dict[str, int], world: tuple[int, int], bucket: int) -> tuple[ArenaLayout, ...]:
     shared, replicas = world
     return layout(
-        blueprint(Few),
+        spec_tree(Few),
         dims,
         compute="bf16",
         moments="fp32",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nmoe.pure.core import tree
 from nmoe.pure.core.init import normal, ones
-from nmoe.pure.core.spec import POLICY, Policy, Role, Spec, blueprint
+from nmoe.pure.core.spec import POLICY, Policy, Role, Spec, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model import model
 from tests import shapes
@@ -62,14 +62,14 @@ def test_shape_and_size_from_letters_and_numbers() -> None:
 
 
 def test_blueprint_holds_specs_where_parameters_will_be() -> None:
-    part = blueprint(Part, rest=blueprint(Part, rest=()))
+    part = spec_tree(Part, rest=spec_tree(Part, rest=()))
     assert [path for path, _ in tree.leaves(part)] == ["rest.up", "up"]
     assert part.up == Spec(("E", "D", "2", "F"), Role.EXPERT, NORMAL)
 
 
 def test_blueprint_names_the_field_it_has_no_value_for() -> None:
     with pytest.raises(ValueError, match=r"^blueprint\(Part\): .* got no value for 'rest'; pass rest="):
-        blueprint(Part)
+        spec_tree(Part)
 
 
 @pytest.mark.parametrize(("latent", "names"), [(None, set()), (7, {"query.norm", "query.up"})])

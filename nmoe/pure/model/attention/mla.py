@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
-from nmoe.pure.core.spec import Role, blueprint
+from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.rope import Rope, document_positions, magnitude, rotate
 
@@ -40,7 +40,7 @@ class Mla:
 
 def specs(c: sections.Mla) -> Mla:
     """Specs of one block's attention."""
-    return blueprint(Mla, query=() if c.q_lora_rank is None else blueprint(QueryUp))
+    return spec_tree(Mla, query=() if c.q_lora_rank is None else spec_tree(QueryUp))
 
 
 def dims(c: sections.Mla) -> dict[str, int]:

@@ -68,7 +68,7 @@ def test_blueprint_holds_specs_where_parameters_will_be() -> None:
 
 
 def test_blueprint_names_the_field_it_has_no_value_for() -> None:
-    with pytest.raises(ValueError, match=r"^blueprint\(Part\): .* got no value for 'rest'; pass rest="):
+    with pytest.raises(ValueError, match=r"^spec_tree\(Part\): .* got no value for 'rest'; pass rest="):
         spec_tree(Part)
 
 

@@ -15,16 +15,16 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def place(blocks, rows, on_all_ranks: tl.constexpr):
+def place(blocks, rows, together: tl.constexpr):
     """Block and (sequence, head) of this program: first blocks of `together` heads, then their second ones, ...
 
     Together they stay within the cache; the long ones come first, so that no long one is alone at the end.
     """
-    per_group = blocks * on_all_ranks
+    per_group = blocks * together
     group = tl.program_id(0) // per_group
     within = tl.program_id(0) % per_group
-    width = tl.minimum(rows - group * on_all_ranks, on_all_ranks)
-    return within // width, group * on_all_ranks + within % width
+    width = tl.minimum(rows - group * together, together)
+    return within // width, group * together + within % width
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def forward_kernel(
     scale,
     m_size: tl.constexpr,
     n_size: tl.constexpr,
-    on_all_ranks: tl.constexpr,
+    together: tl.constexpr,
     nope: tl.constexpr,
     rope: tl.constexpr,
     value: tl.constexpr,
@@ -128,7 +128,7 @@ def forward_kernel(
 ):
     """Output of one block of queries of one head."""
     blocks = tl.cdiv(positions, m_size)
-    index, row = place(blocks, rows, on_all_ranks)
+    index, row = place(blocks, rows, together)
     b = row // heads
     h = row % heads
     m = (blocks - 1 - index) * m_size
@@ -225,7 +225,7 @@ def dq_kernel(
     scale,
     m_size: tl.constexpr,
     n_size: tl.constexpr,
-    on_all_ranks: tl.constexpr,
+    together: tl.constexpr,
     nope: tl.constexpr,
     rope: tl.constexpr,
     value: tl.constexpr,
@@ -233,7 +233,7 @@ def dq_kernel(
 ):
     """Gradient of one block of queries of one head, and for `dkv_kernel` what softmax takes off each of its rows."""
     blocks = tl.cdiv(positions, m_size)
-    index, row = place(blocks, rows, on_all_ranks)
+    index, row = place(blocks, rows, together)
     b = row // heads
     h = row % heads
     m = (blocks - 1 - index) * m_size
@@ -341,14 +341,14 @@ def dkv_kernel(
     scale,
     m_size: tl.constexpr,
     n_size: tl.constexpr,
-    on_all_ranks: tl.constexpr,
+    together: tl.constexpr,
     nope: tl.constexpr,
     rope: tl.constexpr,
     value: tl.constexpr,
     documents: tl.constexpr,
 ):
     """Gradient of one block of keys and values of one head."""
-    index, row = place(tl.cdiv(positions, n_size), rows, on_all_ranks)
+    index, row = place(tl.cdiv(positions, n_size), rows, together)
     b = row // heads
     h = row % heads
     n = index * n_size

@@ -1,0 +1,1 @@
+"""What run folders tell: lists, trackers, the dashboard."""

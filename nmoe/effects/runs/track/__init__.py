@@ -1,0 +1,1 @@
+"""Following run folders into other trackers."""

@@ -1,0 +1,122 @@
+"""Installation: pins that resolve on an ordinary machine, and a wheel that carries every file nmoe reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+
+LOADS = """
+import json, sys
+from pathlib import Path
+import nmoe
+from nmoe.config import json_schema
+from nmoe.effects.kernels import tables
+from nmoe.effects.runs.viz import server
+
+root = Path(nmoe.__file__).parent
+tables.load((9, 0)), tables.load((10, 0))
+page = [path for path in server.STATIC.rglob("*") if path.is_file()]
+print(json.dumps({"root": str(root), "page": len(page)}))
+"""
+
+
+def pins(file: str) -> dict[str, str]:
+    """Version of each package in a file of constraints."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def requirements_of(package: str, version: str) -> list[Requirement]:
+    """What the package index says a release requires on this machine; asks the index alone, no local wheels."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    done = subprocess.run(
+        [*command, "--disable-pip-version-check", "--report", "-", f"{package}=={version}"],
+        env={**environment, "PIP_CONFIG_FILE": os.devnull},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:]
+        pytest.skip(f"no package index answers for {package} {version}: {' '.join(reason)}")
+    metadata = json.loads(done.stdout)["install"][0]["metadata"]
+    return [Requirement(text) for text in metadata["requires_dist"]]
+
+
+def test_pins_are_what_torch_requires() -> None:
+    known = pins("constraints.txt")
+    linux = {"platform_system": "Linux", "sys_platform": "linux", "extra": ""}
+    required = [
+        requirement
+        for requirement in requirements_of("torch", known["torch"])
+        if requirement.marker is None or requirement.marker.evaluate(linux)
+    ]
+    assert any(requirement.name == "triton" for requirement in required)
+    wrong = [str(x) for x in required if x.name in known and not x.specifier.contains(known[x.name])]
+    assert wrong == []
+
+
+def test_both_pairs_satisfy_the_package() -> None:
+    declared = re.findall(r'"((?:torch|triton)>=[^;"]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for requirement in map(Requirement, declared):
+        for file in ("constraints.txt", "constraints-gpu.txt"):
+            assert requirement.specifier.contains(pins(file)[requirement.name]), f"{requirement} in {file}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built as pip builds it, from a copy: a build leaves a folder in its source."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(ROOT / "nmoe", source / "nmoe", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(folder)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.splitlines()[-1]
+
+
+def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        packed = {name: file.read(name) for name in file.namelist() if ".dist-info/" not in name}
+    tracked = subprocess.run(["git", "ls-files", "nmoe"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = tracked.stdout.splitlines()
+    assert len(names) > 200
+    assert sorted(packed) == sorted(names)
+    assert all(packed[name] == (ROOT / name).read_bytes() for name in names)
+
+
+def test_an_installed_wheel_loads_every_file(wheel: Path, tmp_path: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    target = tmp_path / "site"
+    subprocess.run([*install, "--target", str(target), str(wheel)], check=True)
+    # The dependencies of this environment, without what makes its editable nmoe importable: a folder on PYTHONPATH is
+    # searched, its .pth files are not read.
+    path = os.pathsep.join((str(target), sysconfig.get_paths()["purelib"]))
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", LOADS],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["root"] == str(target / "nmoe") and answer["page"] > 20

@@ -34,7 +34,7 @@ def loss(wants_gradient: bool) -> Request:
     """A vocabulary of 201,088."""
     tile = cross_entropy.TILE
     return request(
-        "cross_entropy:logits_kernel",
+        "loss:logits_kernel",
         "logits:*bf16 target:*i64 losses:*fp32 stride:i32 losses_stride:i32 vocabulary:i32 scale:fp32 z_loss:fp32",
         tile,
         {"wants_gradient": wants_gradient, "block": tile.n},
@@ -58,7 +58,7 @@ def norm(name: str, adds: bool, width: int) -> Request:
     sizes = "rows width x_stride" + (" y_stride" if name == "forward" else "")
     block = 1 << (width - 1).bit_length()
     tile = attrs.evolve(tile, warps=rms_norm.warps(width, tile))
-    return request(f"rms_norm:{name}_kernel", signature, tile, {"adds": adds, "m": tile.m, "block": block}, sizes)
+    return request(f"norm:{name}_kernel", signature, tile, {"adds": adds, "m": tile.m, "block": block}, sizes)
 
 
 def gate(name: str) -> Request:
@@ -66,7 +66,7 @@ def gate(name: str) -> Request:
     tile = swiglu.TILE
     arrays = "x:*bf16 y:*bf16" if name == "forward" else "x:*bf16 grad_output:*bf16 gradient:*bf16"
     constants = {"m": tile.m, "n": tile.n}
-    return request(f"swiglu:{name}_kernel", f"{arrays} rows:i32 width:i32", tile, constants, "rows width")
+    return request(f"moe.swiglu:{name}_kernel", f"{arrays} rows:i32 width:i32", tile, constants, "rows width")
 
 
 def update(value: str, gradient: str, moments: str, size: str = "i32") -> Request:
@@ -74,7 +74,7 @@ def update(value: str, gradient: str, moments: str, size: str = "i32") -> Reques
     tile = adamw.TILE
     bits = "*fp32" if value == "fp32" else "*i16"
     return request(
-        "adamw:update_kernel",
+        "optim.adamw:update_kernel",
         f"value:{bits} remainder:{bits} first:*{moments} second:*{moments} gradient:*{gradient} partial:*fp32 "
         f"allowed:*i8 shrink:*fp32 updates:*i64 lr:*fp64 size:{size}",
         tile,
@@ -90,7 +90,7 @@ def square_sum(gradient: str) -> Request:
     """The norm of an arena."""
     tile = adamw.NORM_TILE
     return request(
-        "adamw:norm_kernel",
+        "optim.adamw:norm_kernel",
         f"x:*{gradient} partial:*fp32 size:i32",
         tile,
         {"block": tile.n, "times": tile.k},
@@ -103,7 +103,7 @@ def choice(num_experts: int, top_k: int) -> Request:
     tile = router.TILE
     padded = 1 << (num_experts - 1).bit_length()
     return request(
-        "router:first_kernel",
+        "moe.router:first_kernel",
         "x:*fp32 out:*i64 rows:i32 E:i32",
         tile,
         {"M": tile.m, "EP": padded, "K": top_k},

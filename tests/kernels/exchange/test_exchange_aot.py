@@ -29,7 +29,7 @@ def request(name: str, signature: str, sizes: str, constants: Mapping[str, int],
 
 def push(width: int, k: int) -> Request:
     return request(
-        "exchange:push",
+        "exchange.push:push",
         "x:*bf16 to:*i32 at:*i32 addresses:*i64 live:*i32 OFFSET:i64 D:i32 R:i32 PROGRAMS:i32",
         "OFFSET D",
         {"LIVE": 0, "K": k, "ROWS": exchange.ROWS, "BLOCK": exchange._block(width)},
@@ -42,14 +42,14 @@ REQUESTS = {
     "push 7168": push(7168, 8),
     "return": push(2048, 1),
     "meet": request(
-        "exchange:meet",
+        "exchange.push:meet",
         "epoch:*i64 addresses:*i64 arrived:*i64 missing:*i32 OFFSET:i64 ME:i32",
         "OFFSET",
         {"R": 2, "RP": 2, "FLAG": 16, "TELL": 1, "WAIT": 1, "LIMIT": 10**10},
         warps=1,
     ),
     "plan": request(
-        "exchange_plan:plan",
+        "exchange.plan:plan",
         "counts:*i32 shift:*i32 token_shift:*i32 count:*i32 end:*i32 home_end:*i32 home_shift:*i32 live:*i32 "
         "traffic:*i32 needed:*i32 ME:i32 CAPACITY:i32",
         "",
@@ -57,13 +57,13 @@ REQUESTS = {
         warps=8,
     ),
     "words": request(
-        "exchange:words",
+        "exchange.push:words",
         "value:*fp32 item:*i32 to:*i32 at:*i32 addresses:*i64 live:*i32 OFFSET:i64",
         "OFFSET",
         {"LIVE": 0, "INDIRECT": 1, "BLOCK": exchange.WORDS},
     ),
     "expand": request(
-        "exchange:expand",
+        "exchange.push:expand",
         "x:*bf16 source:*i32 out:*bf16 live:*i32 D:i32",
         "D",
         {"ROWS": exchange.ROWS, "BLOCK": 2048},

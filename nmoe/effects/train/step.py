@@ -16,6 +16,7 @@ from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.ranks import all_reduce_sum
 from nmoe.effects.train import zero
 from nmoe.pure.core import tree
+from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
@@ -112,7 +113,7 @@ def place_rates(config: Config, step: int, device: torch.device) -> Rates:
 
 def make_step(
     config: Config,
-    layouts: tuple[ArenaLayout, ...],
+    blueprint: Blueprint,
     env: Env,
     rt: Runtime,
     *,
@@ -134,7 +135,7 @@ def make_step(
     run            `block`, or a wrapper around it
     wrap           what replays a step, given the function that computes it
     """
-    passes, ranks = ops.arena_ops(rt.device), rt.ranks
+    passes, ranks, layouts = ops.arena_ops(rt.device), rt.ranks, blueprint.layouts
     c, train, clip = config.model, config.train, config.optim.clip_norm
 
     def accumulate_(state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

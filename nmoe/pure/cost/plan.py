@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import attrs
 
 from nmoe.config import sections
 from nmoe.config.sections import Config
-from nmoe.pure.core.layout import ArenaLayout, layout
+from nmoe.pure.core.blueprint import Blueprint, Parameters
+from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.cost import flops
-from nmoe.pure.cost.flops import Flops, Parameters
+from nmoe.pure.cost.flops import Flops
 from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import Arena, arena, distinct_ranks, expert_rows
-from nmoe.pure.model import model
 
 PEAK_FLOPS = H200.peak_flops
 """Dense bf16 FLOP/s of one H100 or H200, the unit of MFU on a GPU (NVIDIA's data sheet, without sparsity)."""
@@ -146,27 +144,24 @@ def saved_bytes(arena: ArenaLayout) -> int:
 
 def plan(
     config: Config,
+    blueprint: Blueprint,
     *,
-    ranks: int,
     mfu: float,
     peak_flops: float = PEAK_FLOPS,
-    expert_ranks: int | None = None,
     dedup: bool = False,
     capacity: float = CAPACITY,
 ) -> Plan:
-    """What training this config on `ranks` ranks costs.
+    """What training this config on the ranks of its blueprint costs.
 
     mfu           model FLOPs utilisation to assume, causal count, of a rank that waits for no other
     peak_flops    FLOP/s of one rank
-    expert_ranks  ranks that share out one set of experts, dividing both counts; None: as many as divide both
     dedup         whether a token goes once to each rank, instead of once to each of its experts
     capacity      rows a rank has room for, over the mean
     """
     c, train = config.model, config.train
-    specs, dims = model.specs(c), model.dims(c)
-    expert_ranks = expert_ranks or math.gcd(ranks, c.moe.num_experts)
+    specs, dims, arenas = blueprint.specs, blueprint.dims, blueprint.layouts
+    ranks, expert_ranks = blueprint.world, blueprint.expert_ranks
     microbatches = max(1, train.batch_size // (ranks * train.microbatch_size))
-    arenas = layouts(config, microbatches, expert_ranks, ranks // expert_ranks)
     element = 4 if config.precision.compute == "fp32" else 2
     tokens = train.microbatch_size * train.sequence_length
     distinct = distinct_ranks(
@@ -203,7 +198,7 @@ def plan(
     total = train.steps * train.batch_size * train.sequence_length
     shares = [(each, each.held()) for each in arenas]
     return Plan(
-        parameters=flops.parameters(specs, dims, top_k=c.moe.top_k),
+        parameters=blueprint.parameters,
         flops=causal,
         flops_executed=flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=False),
         memory=Memory(
@@ -231,17 +226,4 @@ def plan(
         flop_total=float(total) * causal.training(),
         mfu=mfu,
         peak_flops=peak_flops,
-    )
-
-
-def layouts(config: Config, microbatches: int, expert_ranks: int, replicas: int) -> tuple[ArenaLayout, ...]:
-    """The arenas of parameters of one rank."""
-    return layout(
-        model.specs(config.model),
-        model.dims(config.model),
-        compute=config.precision.compute,
-        moments=config.precision.moments,
-        accumulate=microbatches > 1,
-        world=expert_ranks,
-        replicas=replicas,
     )

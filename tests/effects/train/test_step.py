@@ -12,11 +12,12 @@ from torch import Tensor
 from nmoe.config.sections import Config
 from nmoe.effects.device import buffers, ops
 from nmoe.effects.device.process import Runtime
-from nmoe.effects.train.run import arena_layouts, fresh
+from nmoe.effects.train.run import fresh
 from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step
 from nmoe.pure.core import tree
 from nmoe.pure.core.spec import POLICY
 from nmoe.pure.model import experts
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch, objective
 from nmoe.pure.model.ops import REFERENCE
 from nmoe.pure.model.route import Routing
@@ -37,14 +38,16 @@ def batches(config: Config, num: int, seed: int = 0) -> list[Batch]:
 
 def start(config: Config, dtype: torch.dtype | None = None) -> tuple[State, Any]:
     """A fresh state and its step; `dtype` puts everything into one format."""
-    layouts = arena_layouts(config)
+    blueprint = make_blueprint(config)
     if dtype is not None:
-        layouts = tuple(attrs.evolve(each, storage=dtype, gradient=dtype, moments=dtype) for each in layouts)
-    state, env = fresh(config, layouts, RT)
+        formats = {"storage": dtype, "gradient": dtype, "moments": dtype}
+        layouts = tuple(attrs.evolve(layout, **formats) for layout in blueprint.layouts)
+        blueprint = attrs.evolve(blueprint, layouts=layouts)
+    state, env = fresh(config, blueprint, RT)
     if dtype is not None:
         env = attrs.evolve(env, ops=REFERENCE)  # torch's grouped product knows no fp64
         state = attrs.evolve(state, router_bias=state.router_bias.to(dtype))
-    return state, make_step(config, layouts, env, RT, mark=lambda name: None)
+    return state, make_step(config, blueprint, env, RT, mark=lambda name: None)
 
 
 def snapshot(state: State) -> list[Tensor]:
@@ -75,7 +78,7 @@ def test_steps_are_those_of_torch_adamw_with_clip(microbatch: int) -> None:
             for leaf, spec in zip(leaves, specs, strict=True)
         ]
     )
-    env = attrs.evolve(fresh(config, arena_layouts(config), RT)[1], ops=REFERENCE)
+    env = attrs.evolve(fresh(config, make_blueprint(config), RT)[1], ops=REFERENCE)
     for index, batch in enumerate(batches(config, 5)):
         whole = Batch(batch.tokens.flatten(0, 1), batch.targets.flatten(0, 1), ())
         loss, nll, _ = objective(
@@ -198,9 +201,9 @@ def test_bf16_keeps_an_exact_master() -> None:
     for batch in batches(config, 30):
         state, _ = step(state, batch)
         wide, _ = wide_step(wide, batch)
-    layouts = arena_layouts(config)
+    blueprint = make_blueprint(config)
     moved = 0
-    for described, arena in zip(layouts, state.arenas, strict=True):
+    for described, arena in zip(blueprint.layouts, state.arenas, strict=True):
         if described.has_remainder():
             master = optim.join(arena.value, arena.remainder)
             assert torch.equal(master.bfloat16(), arena.value) or (master - arena.value.float()).abs().max() > 0

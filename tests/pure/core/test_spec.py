@@ -61,14 +61,14 @@ def test_shape_and_size_from_letters_and_numbers() -> None:
         attrs.evolve(spec, axes=("Q",)).shape(dims)
 
 
-def test_blueprint_holds_specs_where_parameters_will_be() -> None:
+def test_spec_tree_holds_specs_where_parameters_will_be() -> None:
     part = spec_tree(Part, rest=spec_tree(Part, rest=()))
     assert [path for path, _ in tree.leaves(part)] == ["rest.up", "up"]
     assert part.up == Spec(("E", "D", "2", "F"), Role.EXPERT, NORMAL)
 
 
-def test_blueprint_names_the_field_it_has_no_value_for() -> None:
-    with pytest.raises(ValueError, match=r"^blueprint\(Part\): .* got no value for 'rest'; pass rest="):
+def test_spec_tree_names_the_field_it_has_no_value_for() -> None:
+    with pytest.raises(ValueError, match=r"^spec_tree\(Part\): .* got no value for 'rest'; pass rest="):
         spec_tree(Part)
 
 

@@ -20,7 +20,7 @@ from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import whole
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
-from nmoe.pure.optim import adamw as optim
+from nmoe.pure.formats import master
 
 FILE = "weights.safetensors"
 ROUTER_BIAS = "router_bias"
@@ -77,7 +77,7 @@ class Weights:
 
     def exact(self, path: str, value: Tensor) -> Tensor:
         """A parameter in fp32: with its low half where there is one."""
-        return optim.join(value, self.remainders[path]) if path in self.remainders else value.float()
+        return master.join(value, self.remainders[path]) if path in self.remainders else value.float()
 
 
 def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, blueprint: Blueprint) -> Weights:

@@ -14,7 +14,8 @@ from nmoe.pure.core.init import initial
 from nmoe.pure.core.key import Key
 from nmoe.pure.core.layout import ArenaLayout, Slot
 from nmoe.pure.core.tree import record
-from nmoe.pure.optim.adamw import split
+from nmoe.pure.formats.master import split
+from nmoe.pure.optim.update import rule
 
 
 @record
@@ -23,8 +24,7 @@ class Arena:
 
     value: Tensor
     gradient: Tensor
-    first: Tensor  # first moment, shared out
-    second: Tensor  # second moment, shared out
+    moments: tuple[Tensor, ...]  # those of the policy's update rule, in its order; shared out
     remainder: Tensor | tuple[()]  # i16, the low half of the fp32 master; shared out; () when `value` is fp32
 
 
@@ -38,8 +38,7 @@ def allocate(blueprint: Blueprint, device: torch.device) -> tuple[Arena, ...]:
         Arena(
             zeros(each.size, each.storage),
             zeros(each.size, each.gradient),
-            zeros(each.held(), each.moments),
-            zeros(each.held(), each.moments),
+            tuple(zeros(each.held(), each.moments) for _ in rule(each.policy.optimizer).moments),
             zeros(each.held(), torch.int16) if each.has_remainder() else (),
         )
         for each in blueprint.layouts

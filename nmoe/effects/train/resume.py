@@ -29,6 +29,7 @@ from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import Piece, arena_pieces, share, whole
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
+from nmoe.pure.optim.update import rule
 from nmoe.pure.watch.validations import Seen, dumped, parse
 
 ROUTER_BIAS = "router_bias"
@@ -157,7 +158,8 @@ def pieces(state: State, blueprint: Blueprint, *, ranks: Ranks = SINGLE_RANK, sh
     """
     found: list[Piece] = []
     for described, arena in zip(blueprint.layouts, state.arenas, strict=True):
-        kinds = {"value": arena.value, "first": arena.first, "second": arena.second}
+        moments = dict(zip(rule(described.policy.optimizer).moments, arena.moments, strict=True))
+        kinds = {"value": arena.value, **moments}
         if described.has_remainder():
             kinds["remainder"] = arena.remainder
         part = ranks.sharing(described).rank

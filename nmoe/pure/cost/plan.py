@@ -13,6 +13,7 @@ from nmoe.pure.cost import flops
 from nmoe.pure.cost.flops import Flops
 from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import Arena, arena, distinct_ranks, expert_rows
+from nmoe.pure.optim.update import rule
 
 PEAK_FLOPS = H200.peak_flops
 """Dense bf16 FLOP/s of one H100 or H200, the unit of MFU on a GPU (NVIDIA's data sheet, without sparsity)."""
@@ -138,8 +139,13 @@ def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, rows:
 
 
 def saved_bytes(arena: ArenaLayout) -> int:
-    """Bytes of an element in a checkpoint: value, remainder, both moments."""
-    return arena.storage.itemsize + 2 * arena.has_remainder() + 2 * arena.moments.itemsize
+    """Bytes of an element in a checkpoint: value, remainder, moments."""
+    return arena.storage.itemsize + 2 * arena.has_remainder() + moment_bytes(arena)
+
+
+def moment_bytes(arena: ArenaLayout) -> int:
+    """Bytes of the moments of an element."""
+    return len(rule(arena.policy.optimizer).moments) * arena.moments.itemsize
 
 
 def plan(
@@ -205,7 +211,7 @@ def plan(
             parameters=sum(each.size * each.storage.itemsize for each in arenas),
             remainders=sum(share * 2 for each, share in shares if each.has_remainder()),
             gradients=sum(each.size * each.gradient.itemsize for each in arenas),
-            moments=sum(share * 2 * each.moments.itemsize for each, share in shares),
+            moments=sum(share * moment_bytes(each) for each, share in shares),
             activations=activations,
             logits=logits,
             exchange=exchange.total(),

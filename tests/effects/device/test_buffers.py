@@ -29,7 +29,7 @@ def test_the_plan_is_what_a_training_allocates(preset: str, world: int, expert_r
     memory = plan(config, blueprint, mfu=0.4).memory
     assert memory.parameters == sum(arena.value.nbytes for arena in arenas)
     assert memory.gradients == sum(arena.gradient.nbytes for arena in arenas)
-    assert memory.moments == sum(arena.first.nbytes + arena.second.nbytes for arena in arenas)
+    assert memory.moments == sum(moment.nbytes for arena in arenas for moment in arena.moments)
     assert memory.remainders == sum(arena.remainder.nbytes for arena in arenas if isinstance(arena.remainder, Tensor))
     if batch > 1:
         assert all(arena.gradient.dtype is torch.float32 for arena in arenas)

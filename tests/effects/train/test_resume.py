@@ -409,7 +409,7 @@ def test_a_warm_start_has_the_weights_and_nothing_else(whole: Config, tmp_path: 
         for (name, ours), (_, theirs) in zip(tree.leaves(state.params), tree.leaves(exact.params), strict=True):
             assert torch.equal(ours.detach(), theirs), name
         assert torch.equal(state.router_bias, exact.router_bias) and exact.router_bias.abs().sum() > 0
-        assert not any(arena.first.any() or arena.second.any() for arena in state.arenas)
+        assert not any(moment.any() for arena in state.arenas for moment in arena.moments)
     config = changed(other(whole, tmp_path, "warm"), warm_start=str(folder(whole)), steps=2)
     assert train(config)[0] == 0
     cold = changed(other(whole, tmp_path, "cold"), steps=2)

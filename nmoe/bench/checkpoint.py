@@ -22,14 +22,15 @@ from nmoe.effects.checkpoint.writer import Writer, open_writer
 from nmoe.effects.device import gpu, process
 from nmoe.effects.terminal import say
 from nmoe.effects.train import resume
-from nmoe.effects.train.run import arena_layouts, fresh, stepper
+from nmoe.effects.train.run import fresh, stepper
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.digest import digests
 from nmoe.pure.checkpoint.pieces import Piece
 from nmoe.pure.checkpoint.retention import Keep
+from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.cost.report import quantity
-from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 
 BLOCK_BYTES = 1 << 24
 """What the plain write and read hand over at once; `dd bs=16M` does the same."""
@@ -48,10 +49,10 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
         raise InputError(f"--steps and --rounds: at least 2 and 1, got {steps} and {rounds}; 10 and 3 are a good start")
     device = gpu.device(config.run.device)
     rt = process.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
-    layouts, dims = arena_layouts(config), model.dims(config.model)
-    state, env = fresh(config, layouts, rt)
+    blueprint = make_blueprint(config)
+    state, env = fresh(config, blueprint, rt)
     folder = to / FOLDER
-    pieces = resume.pieces(state, layouts, dims)
+    pieces = resume.pieces(state, blueprint)
     size = sum(piece.tensor.nbytes for piece in pieces)
     try:
         folder.mkdir(parents=True)
@@ -68,7 +69,7 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
         with open_writer(Disk(), folder / "run", keep=Keep(last=1)) as writer:
             writer.reserve(pieces)
             _disk(folder, writer, pieces, device, size, rounds)
-            _stalls(config, folder / "run", writer, state, env, layouts, dims, rt, size, steps, rounds)
+            _stalls(config, folder / "run", writer, state, env, blueprint, rt, size, steps, rounds)
     except OSError as error:
         raise InputError(f"--to: a disk that can be written, got {error.strerror}; name another folder") from error
     finally:
@@ -113,8 +114,7 @@ def _stalls(
     writer: Writer,
     state: State,
     env: Any,
-    layouts: Any,
-    dims: Any,
+    blueprint: Blueprint,
     rt: process.Runtime,
     size: int,
     steps: int,
@@ -122,7 +122,7 @@ def _stalls(
 ) -> None:
     """How much longer steps take when a save is made before the first of them and goes on beside them."""
     batch = random_batch(config, rt.device)
-    take = stepper(config, layouts, env, rt, mark=lambda name: None, before_update=writer.staged)
+    take = stepper(config, blueprint, env, rt, mark=lambda name: None, before_update=writer.staged)
     held = state
     alone, beside, calls = ([] for _ in range(3))  # seconds
 
@@ -136,7 +136,7 @@ def _stalls(
         walk()
     for index in range(rounds):
         alone.append(_timed(walk))
-        pieces = resume.pieces(held, layouts, dims)
+        pieces = resume.pieces(held, blueprint)
         calls.append(_timed(writer.save, pieces, step=rounds + index, meta={}))
         beside.append(calls[-1] + _timed(walk))
         saved = writer.wait()

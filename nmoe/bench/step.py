@@ -19,13 +19,14 @@ from nmoe.config import Config
 from nmoe.effects import files
 from nmoe.effects.device import gpu, process
 from nmoe.effects.terminal import say
-from nmoe.effects.train.run import arena_layouts, fresh, stepper
+from nmoe.effects.train.run import fresh, stepper
 from nmoe.effects.train.step import learning_rates
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.cost.report import quantity
 from nmoe.pure.model import hf
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 
 OTHERS = ("transformers",)
@@ -71,7 +72,7 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
         for name in names:
             parts[name].append(apart(config, name, steps))
     timings = {name: on_all_ranks(parts[name]) for name in reversed(names)}
-    flops = plan(config, ranks=1, mfu=1.0, peak_flops=peak_flops).flops.training()
+    flops = plan(config, make_blueprint(config), mfu=1.0, peak_flops=peak_flops).flops.training()
     tokens = config.train.batch_size * config.train.sequence_length
     for name, timing in timings.items():
         say(line(name, timing, tokens, flops, peak_flops))
@@ -154,9 +155,9 @@ def line(name: str, timing: Timing, tokens: int, flops: int, peak_flops: float) 
 
 def our_step(config: Config, rt: process.Runtime, batch: Batch) -> Callable[[], Tensor]:
     """A call takes one step and returns its loss."""
-    layouts = arena_layouts(config)
-    state, env = fresh(config, layouts, rt)
-    take = stepper(config, layouts, env, rt, mark=lambda name: None)
+    blueprint = make_blueprint(config)
+    state, env = fresh(config, blueprint, rt)
+    take = stepper(config, blueprint, env, rt, mark=lambda name: None)
 
     def one() -> Tensor:
         nonlocal state
@@ -181,7 +182,7 @@ def their_network(config: Config, rt: process.Runtime, classes: tuple[Any, Any])
     """`transformers`' model with the weights a run of `config` starts from, in the format of `precision.compute`."""
     settings_class, model_class = classes
     dtype = torch.float32 if config.precision.compute == "fp32" else torch.bfloat16
-    state, _ = fresh(config, arena_layouts(config), rt)
+    state, _ = fresh(config, make_blueprint(config), rt)
     with rt.device:
         network = model_class(settings_class(**hf.settings(config.model), use_cache=False))
     network.to(dtype=dtype)  # pyright: ignore[reportCallIssue]

@@ -15,10 +15,11 @@ import torch
 
 from nmoe.effects.data.loader import open_loader
 from nmoe.effects.device.process import Runtime
-from nmoe.effects.train.run import arena_layouts, fresh
+from nmoe.effects.train.run import fresh
 from nmoe.effects.train.step import make_step
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
+from nmoe.pure.model.blueprint import make_blueprint
 from tests.effects.train.tiny import tiny
 
 STEPS = 20
@@ -46,8 +47,8 @@ def curve(compute: str) -> dict[str, object]:
     torch.set_num_threads(1)
     config = tiny(compute=compute, batch_size=4, microbatch_size=2, lr=3e-3, steps=STEPS, q_lora_rank=12)
     rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
-    layouts = arena_layouts(config)
-    state, env = fresh(config, layouts, rt)
+    blueprint = make_blueprint(config)
+    state, env = fresh(config, blueprint, rt)
     read = open_loader(
         text(config.model.vocab_size),
         batch_size=4,
@@ -64,7 +65,7 @@ def curve(compute: str) -> dict[str, object]:
         return hashlib.sha256(whole).hexdigest()
 
     initial = digest()
-    step = make_step(config, layouts, env, rt, mark=lambda name: None)
+    step = make_step(config, blueprint, env, rt, mark=lambda name: None)
     losses: list[str] = []
     norms: list[str] = []
     for _ in range(STEPS):

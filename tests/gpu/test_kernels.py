@@ -14,6 +14,7 @@ from nmoe.effects.kernels import loss as cross_entropy
 from nmoe.effects.kernels import norm as rms_norm
 from nmoe.effects.kernels.moe import router, swiglu
 from nmoe.effects.kernels.optim import adamw
+from nmoe.pure.formats import master
 from nmoe.pure.model import experts, loss, norm, route
 from nmoe.pure.optim import adamw as optim
 from tests.kernels import truth
@@ -115,7 +116,7 @@ def test_adamw(halves: bool, moments: torch.dtype, gradient: torch.dtype) -> Non
     size = 100_003
     start = normal(size).float()
     numbers = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
-    high, low = optim.split(start)
+    high, low = master.split(start)
     value = start.clone()
     first, second = (torch.zeros(size, device="cuda", dtype=moments) for _ in range(2))
     plain, plain_moments = start, optim.Moments(first.clone(), second.clone())
@@ -132,7 +133,7 @@ def test_adamw(halves: bool, moments: torch.dtype, gradient: torch.dtype) -> Non
         plain_moments = optim.Moments(after.first.to(moments), after.second.to(moments))
         right, right_moments = optim.adamw(right, grad_output.double() * 0.5, right_moments, **told)
         held = grad_output.clone()
-        old = optim.join(high, low) if halves else value.clone()
+        old = master.join(high, low) if halves else value.clone()
         torch.cuda.set_sync_debug_mode("error")
         try:
             change = adamw.adamw_(
@@ -140,10 +141,10 @@ def test_adamw(halves: bool, moments: torch.dtype, gradient: torch.dtype) -> Non
             )
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        new = optim.join(high, low) if halves else value
+        new = master.join(high, low) if halves else value
         torch.testing.assert_close(change, (new - old).norm(), rtol=1e-4, atol=0)
         assert not held.any()
-    new = optim.join(high, low) if halves else value
+    new = master.join(high, low) if halves else value
     error, plain_error = ((each.double() - right).norm() for each in (new, plain))
     assert error <= 1.5 * plain_error, (error, plain_error)
 

@@ -17,10 +17,11 @@ from nmoe.bench.kernels import moe, optimizer
 from nmoe.config.sections import Config
 from nmoe.effects.device import gpu, ops, process
 from nmoe.effects.kernels.moe import moe as mixtures
-from nmoe.effects.train.run import arena_layouts, fresh, stepper
+from nmoe.effects.train.run import fresh, stepper
 from nmoe.effects.train.step import Metrics, State
 from nmoe.pure.core import tree
 from nmoe.pure.model import experts, route
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 from nmoe.pure.model.route import Routing
 from tests.effects.train.tiny import tiny
@@ -50,9 +51,9 @@ def batch(c: Config) -> Batch:
 
 def train(c: Config, steps: int, mode: str | int = "default") -> tuple[State, list[Metrics]]:
     rt = process.Runtime(device=gpu.device("cuda"), rank=0, world=1, peak_flops=1.0)
-    layouts = arena_layouts(c)
-    state, env = fresh(c, layouts, rt)
-    step = stepper(c, layouts, env, rt, mark=lambda name: None)
+    blueprint = make_blueprint(c)
+    state, env = fresh(c, blueprint, rt)
+    step = stepper(c, blueprint, env, rt, mark=lambda name: None)
     data = batch(c)
     state, first = step(state, data)  # libraries initialise, and may wait, in the first step
     found = [first]
@@ -155,9 +156,9 @@ def test_a_replayed_step_is_the_eager_one_bit_for_bit() -> None:
     rt = process.Runtime(device=gpu.device("cuda"), rank=0, world=1, peak_flops=1.0)
     found: list[tuple[list[float], State]] = []
     for c in (eager, replayed):
-        layouts = arena_layouts(c)
-        state, env = fresh(c, layouts, rt)
-        step = stepper(c, layouts, env, rt, mark=lambda name: None)
+        blueprint = make_blueprint(c)
+        state, env = fresh(c, blueprint, rt)
+        step = stepper(c, blueprint, env, rt, mark=lambda name: None)
         generator = torch.Generator().manual_seed(3)
         losses: list[float] = []
         for _ in range(12):

@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from nmoe.bench.kernels.meter import Way, draw, relative_error
 from nmoe.effects.kernels.optim import adamw
+from nmoe.pure.formats import master
 from nmoe.pure.optim import adamw as optim
 
 PEER = "torch.optim, fused"
@@ -62,16 +63,16 @@ def ways(case: Case, device: torch.device) -> Iterator[Way]:
             error = partial(lambda norm: relative_error((norm()[None],), (truth,)), norm)
             yield Way(name=name, forward=None, both=norm, error=error)
         return
-    master = torch.randn(case.size, generator=torch.Generator(device).manual_seed(3), device=device)
-    yield our_way(case, master, gradient)
-    first, second = (torch.zeros_like(master) for _ in range(2))
+    weights = torch.randn(case.size, generator=torch.Generator(device).manual_seed(3), device=device)
+    yield our_way(case, weights, gradient)
+    first, second = (torch.zeros_like(weights) for _ in range(2))
     step = torch.full((), float(UPDATES - 1), device=device)
     wide = gradient.float()
 
     def theirs() -> None:
         with torch.no_grad():
             torch_adamw(
-                [master], [wide], [first], [second], [], [step], fused=True, amsgrad=False, lr=RATE, maximize=False,
+                [weights], [wide], [first], [second], [], [step], fused=True, amsgrad=False, lr=RATE, maximize=False,
                 beta1=NUMBERS["beta1"], beta2=NUMBERS["beta2"], eps=NUMBERS["eps"], weight_decay=NUMBERS["decay"],
             )  # fmt: skip
 
@@ -79,25 +80,25 @@ def ways(case: Case, device: torch.device) -> Iterator[Way]:
     yield Way(name=PEER, forward=None, both=theirs, error=None, moved_bytes=28.0 * case.size)
 
 
-def our_way(case: Case, master: Tensor, given: Tensor) -> Way:
+def our_way(case: Case, weights: Tensor, given: Tensor) -> Way:
     """Our pass over an arena of its own; the error is of the change it makes to the value."""
-    value, remainder = optim.split(master)
-    first, second = (torch.zeros(case.size, dtype=case.moments, device=master.device) for _ in range(2))
+    value, remainder = master.split(weights)
+    first, second = (torch.zeros(case.size, dtype=case.moments, device=weights.device) for _ in range(2))
     gradient = given.clone()
     scalars: dict[str, Any] = {
-        "allowed": torch.tensor(True, device=master.device),
-        "shrink": torch.tensor(1.0, device=master.device),
-        "updates": torch.tensor(UPDATES, device=master.device),
-        "lr": torch.tensor(RATE, device=master.device, dtype=torch.float64),
+        "allowed": torch.tensor(True, device=weights.device),
+        "shrink": torch.tensor(1.0, device=weights.device),
+        "updates": torch.tensor(UPDATES, device=weights.device),
+        "lr": torch.tensor(RATE, device=weights.device, dtype=torch.float64),
     }
     update = partial(adamw.adamw_, value, remainder, first, second, gradient, **scalars, **NUMBERS)
 
     def error() -> float:
-        old = optim.join(value[:SAMPLE], remainder[:SAMPLE]).double()
+        old = master.join(value[:SAMPLE], remainder[:SAMPLE]).double()
         zeros = torch.zeros_like(old)
         told: dict[str, Any] = {"updates": scalars["updates"], "lr": scalars["lr"], **NUMBERS}
         new, _ = optim.adamw(old, given[:SAMPLE].double(), optim.Moments(zeros, zeros), **told)
         update()
-        return relative_error((optim.join(value[:SAMPLE], remainder[:SAMPLE]).double() - old,), (new - old,))
+        return relative_error((master.join(value[:SAMPLE], remainder[:SAMPLE]).double() - old,), (new - old,))
 
     return Way(name="ours", forward=None, both=update, error=error)

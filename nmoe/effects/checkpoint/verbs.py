@@ -18,7 +18,7 @@ from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.cost.report import quantity
-from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 
 
 @attrs.frozen(kw_only=True)
@@ -158,9 +158,7 @@ def export_weights(path: Path, to: Path | None) -> int:
     """
     found = _one(path)
     config = load(found.root.parent / "config.toml", {}, ()).config
-    read = weights.of_checkpoint(
-        Disk(), found.folder(), found.manifest(), model.specs(config.model), model.dims(config.model)
-    )
+    read = weights.of_checkpoint(Disk(), found.folder(), found.manifest(), make_blueprint(config))
     folder = found.root.parent if to is None else to
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,8 @@ from nmoe.effects.checkpoint.manifest import Manifest
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import whole
 from nmoe.pure.core import tree
-from nmoe.pure.core.spec import Dims
-from nmoe.pure.optim import adamw as optim
+from nmoe.pure.core.blueprint import Blueprint
+from nmoe.pure.formats import master
 
 FILE = "weights.safetensors"
 ROUTER_BIAS = "router_bias"
@@ -36,8 +36,8 @@ def save(folder: Path, params: Any, router_bias: Tensor) -> None:
         save_file({**tensors, ROUTER_BIAS: router_bias}, temporary)
 
 
-def load(folder: Path, specs: Any, dims: Dims) -> tuple[Any, Tensor]:
-    """Read the weights of the model that `specs` describe, on the CPU.
+def load(folder: Path, blueprint: Blueprint) -> tuple[Any, Tensor]:
+    """Read the weights of the model that `blueprint` describes, on the CPU.
 
     returns  parameter tree and router bias
     Raises:  InputError when the file is missing, damaged, or of another model.
@@ -52,7 +52,7 @@ def load(folder: Path, specs: Any, dims: Dims) -> tuple[Any, Tensor]:
         raise InputError(
             f"{path}: weights are a whole safetensors file, got {error}; restore or train again"
         ) from error
-    wanted = {name: spec.shape(dims) for name, spec in tree.leaves(specs)}
+    wanted = {name: spec.shape(blueprint.dims) for name, spec in tree.leaves(blueprint.specs)}
     problems = [f"{path}: holds '{name}', got nothing by that name" for name in wanted if name not in found]
     problems += [
         f"{path}: '{name}' has the config's shape {shape}, got {tuple(found[name].shape)}"
@@ -64,7 +64,7 @@ def load(folder: Path, specs: Any, dims: Dims) -> tuple[Any, Tensor]:
         problems.append(f"{path}: holds '{ROUTER_BIAS}', got nothing by that name")
     if problems:
         raise InputError(*(f"{problem}; use the run's own config" for problem in problems))
-    return tree.map(lambda name, _: found[name], specs), found[ROUTER_BIAS].to(torch.float32)
+    return tree.map(lambda name, _: found[name], blueprint.specs), found[ROUTER_BIAS].to(torch.float32)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -77,15 +77,15 @@ class Weights:
 
     def exact(self, path: str, value: Tensor) -> Tensor:
         """A parameter in fp32: with its low half where there is one."""
-        return optim.join(value, self.remainders[path]) if path in self.remainders else value.float()
+        return master.join(value, self.remainders[path]) if path in self.remainders else value.float()
 
 
-def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, specs: Any, dims: Dims) -> Weights:
-    """The weights of the model that `specs` describe.
+def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, blueprint: Blueprint) -> Weights:
+    """The weights of the model that `blueprint` describes.
 
     Raises:  InputError when the checkpoint is damaged or of another model.
     """
-    shapes = {path: spec.shape(dims) for path, spec in tree.leaves(specs)}
+    shapes = {path: spec.shape(blueprint.dims) for path, spec in tree.leaves(blueprint.specs)}
     stored = {name: entry for name, entry in manifest.tensors.items() if name.endswith(("/value", "/remainder"))}
     wanted = {f"param/{path}/value" for path in shapes}
     missing = sorted(wanted - set(stored)) + sorted(
@@ -109,26 +109,26 @@ def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, specs: Any, dims: Di
         partial=True,
     )
     return Weights(
-        params=tree.map(lambda path, _: tensors[f"param/{path}/value"], specs),
+        params=tree.map(lambda path, _: tensors[f"param/{path}/value"], blueprint.specs),
         remainders={name.split("/")[1]: each for name, each in tensors.items() if name.endswith("/remainder")},
         router_bias=bias,
     )
 
 
-def of_path(fs: Fs, path: Path, specs: Any, dims: Dims) -> Weights:
+def of_path(fs: Fs, path: Path, blueprint: Blueprint) -> Weights:
     """The weights at a path a user wrote: a checkpoint, a run (its newest checkpoint, else its weights file), or that
     file.
 
     Raises:  InputError when there are none, or they are damaged or of another model.
     """
     if (path / manifests.FILE).is_file():
-        return of_checkpoint(fs, path, manifests.read(fs, path), specs, dims)
+        return of_checkpoint(fs, path, manifests.read(fs, path), blueprint)
     found = reader.entries(fs, path / "checkpoints") if path.is_dir() else ()
     if found:
         folder = path / "checkpoints" / found[0].name
-        return of_checkpoint(fs, folder, manifests.read(fs, folder), specs, dims)
+        return of_checkpoint(fs, folder, manifests.read(fs, folder), blueprint)
     folder = path.parent if path.name == FILE else path
     if not (folder / FILE).is_file():
         raise InputError(f"train.warm_start: a run, a checkpoint or {FILE}, got {path}; fix the path")
-    params, router_bias = load(folder, specs, dims)
+    params, router_bias = load(folder, blueprint)
     return Weights(params=params, remainders={}, router_bias=router_bias)

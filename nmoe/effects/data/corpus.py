@@ -23,11 +23,10 @@ from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
-from nmoe.pure.cost import flops
 from nmoe.pure.data import ngram
 from nmoe.pure.data import order as mixture
 from nmoe.pure.data import stages as stream
-from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 
 YARDSTICK_TOKENS = 10_000_000
@@ -87,7 +86,7 @@ def planned_blend(config: Config, source: Mixture) -> Blend:
     Raises:  InputError when the mixture is wrong, does not fit the model, or is shorter than the training.
     """
     train, c = config.train, config.model
-    active = flops.parameters(model.specs(c), model.dims(c), top_k=c.moe.top_k).active
+    active = make_blueprint(config).parameters.active
     blend = plan_blend(
         load_mixture(Path(source.path)), source.flow, sequence_length=train.sequence_length, active_parameters=active
     )

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks
 from nmoe.pure.core import tree
+from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.init import initial
 from nmoe.pure.core.key import Key
 from nmoe.pure.core.layout import ArenaLayout, Slot
-from nmoe.pure.core.spec import Dims
 from nmoe.pure.core.tree import record
-from nmoe.pure.optim.adamw import split
+from nmoe.pure.formats.master import split
+from nmoe.pure.optim.update import rule
 
 
 @record
@@ -23,12 +24,11 @@ class Arena:
 
     value: Tensor
     gradient: Tensor
-    first: Tensor  # first moment, shared out
-    second: Tensor  # second moment, shared out
+    moments: tuple[Tensor, ...]  # those of the policy's update rule, in its order; shared out
     remainder: Tensor | tuple[()]  # i16, the low half of the fp32 master; shared out; () when `value` is fp32
 
 
-def allocate(layouts: tuple[ArenaLayout, ...], device: torch.device) -> tuple[Arena, ...]:
+def allocate(blueprint: Blueprint, device: torch.device) -> tuple[Arena, ...]:
     """Zeroed arenas, one a layout."""
 
     def zeros(size: int, dtype: torch.dtype) -> Tensor:
@@ -38,11 +38,10 @@ def allocate(layouts: tuple[ArenaLayout, ...], device: torch.device) -> tuple[Ar
         Arena(
             zeros(each.size, each.storage),
             zeros(each.size, each.gradient),
-            zeros(each.held(), each.moments),
-            zeros(each.held(), each.moments),
+            tuple(zeros(each.held(), each.moments) for _ in rule(each.policy.optimizer).moments),
             zeros(each.held(), torch.int16) if each.has_remainder() else (),
         )
-        for each in layouts
+        for each in blueprint.layouts
     )
 
 
@@ -51,20 +50,20 @@ def view(flat: Tensor, slot: Slot) -> Tensor:
     return flat[slot.offset : slot.offset + slot.size()].view(slot.shape)
 
 
-def bind(specs: Any, layouts: tuple[ArenaLayout, ...], arenas: tuple[Arena, ...]) -> Any:
+def bind(blueprint: Blueprint, arenas: tuple[Arena, ...]) -> Any:
     """The parameter tree whose leaves are views of the arenas, gradients included.
 
     Leaves are `nn.Parameter` because the compiler and CUDA graphs take only those to have a fixed address.
     """
     leaves: dict[str, nn.Parameter] = {}
-    for described, arena in zip(layouts, arenas, strict=True):
+    for described, arena in zip(blueprint.layouts, arenas, strict=True):
         for slot in described.slots:
             leaf = nn.Parameter(view(arena.value, slot))
             if described.gradient is not described.storage:
                 leaf.grad_dtype = described.gradient  # pyright: ignore[reportAttributeAccessIssue]
             leaf.grad = view(arena.gradient, slot)
             leaves[slot.path] = leaf
-    return tree.map(lambda path, _: leaves[path], specs)
+    return tree.map(lambda path, _: leaves[path], blueprint.specs)
 
 
 def put_(arena: Arena, described: ArenaLayout, slot: Slot, value: Tensor, *, part: int) -> None:
@@ -86,15 +85,13 @@ def put_(arena: Arena, described: ArenaLayout, slot: Slot, value: Tensor, *, par
 
 
 @torch.no_grad()
-def initialise_(
-    arenas: tuple[Arena, ...], layouts: tuple[ArenaLayout, ...], key: Key, dims: Dims, *, ranks: Ranks = SINGLE_RANK
-) -> None:
+def initialise_(arenas: tuple[Arena, ...], blueprint: Blueprint, key: Key, *, ranks: Ranks = SINGLE_RANK) -> None:
     """Draw the initial values, one parameter at a time.
 
     Writes:  values and remainders of `arenas`.
     """
-    held = ranks.experts
-    for described, arena in zip(layouts, arenas, strict=True):
+    held, dims = ranks.experts, blueprint.dims
+    for described, arena in zip(blueprint.layouts, arenas, strict=True):
         for slot in described.slots:
             value = initial(key, slot.path, slot.spec, dims, rank=held.rank, world=held.size, device=arena.value.device)
             put_(arena, described, slot, value, part=ranks.sharing(described).rank)

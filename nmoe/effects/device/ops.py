@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,13 @@ from nmoe.effects.kernels import tables as tuning
 from nmoe.effects.parallel.exchange import Exchange, host
 from nmoe.errors import InputError
 from nmoe.pure.core.tree import record
+from nmoe.pure.formats import master
 from nmoe.pure.model.attention.mla import attend_mla
 from nmoe.pure.model.experts import Rows, combine, dispatch, mixture, swiglu
 from nmoe.pure.model.ops import REFERENCE, Ops
 from nmoe.pure.model.route import choose
-from nmoe.pure.optim import adamw as optim
+from nmoe.pure.optim.clip import global_norm
+from nmoe.pure.optim.update import Rule, rule
 
 if TYPE_CHECKING:
     from nmoe.effects.kernels.attention import mla as attention
@@ -155,17 +157,25 @@ class ArenaOps:
     """The optimizer's passes over arenas."""
 
     global_norm: Callable[[Sequence[Tensor]], Tensor]
-    adamw_: Callable[..., Tensor]
+    update_: Callable[[str], Callable[..., Tensor]]  # by the optimizer's name; `adamw_` shows the arguments
     chunk: int  # elements of a pass
 
 
 def arena_ops(device: torch.device) -> ArenaOps:
     """The passes of a device: one launch an arena on a GPU, pieces that stay in the cache on a CPU."""
     if device.type == "cpu":
-        return ArenaOps(named("optimizer", optim.global_norm), named("optimizer", adamw_), CPU_CHUNK)
+        return ArenaOps(named("optimizer", global_norm), partial(updating, {"adamw": adamw_}), CPU_CHUNK)
     from nmoe.effects.kernels.optim import adamw
 
-    return ArenaOps(named("optimizer", adamw.global_norm), named("optimizer", adamw.adamw_), sys.maxsize)
+    return ArenaOps(named("optimizer", adamw.global_norm), partial(updating, {"adamw": adamw.adamw_}), sys.maxsize)
+
+
+def updating(kernels: Mapping[str, Callable[..., Tensor]], name: str) -> Callable[..., Tensor]:
+    """The in-place update of an optimizer: its kernel, or its rule as torch runs it where there is no kernel.
+
+    Raises:  ValueError when there is no rule of this name.
+    """
+    return named("optimizer", kernels.get(name, partial(update_, rule(name))))
 
 
 def check(c: Model) -> None:
@@ -256,11 +266,15 @@ def adamw_(
         )
         change = torch.linalg.vector_norm(value - old)
     else:
-        old = optim.join(value, remainder)
-        new, moments = optim.adamw(
-            old,
-            gradient.to(old.dtype) * shrink,
-            optim.Moments(first, second),
+        return update_(
+            rule("adamw"),
+            value,
+            remainder,
+            first,
+            second,
+            gradient,
+            allowed=allowed,
+            shrink=shrink,
             updates=updates,
             lr=lr,
             beta1=beta1,
@@ -268,12 +282,41 @@ def adamw_(
             eps=eps,
             decay=decay,
         )
-        new = torch.where(allowed, new, old)
-        change = torch.linalg.vector_norm(new - old)
-        high, low = optim.split(new)
+    gradient.zero_()
+    return change
+
+
+@torch.no_grad()
+def update_(
+    which: Rule,
+    value: Tensor,
+    remainder: Tensor | None,
+    *rest: Tensor,
+    allowed: Tensor,
+    shrink: Tensor,
+    **numbers: Any,
+) -> Tensor:
+    """A rule of `pure.optim.update` on a stretch of an arena, where `allowed`; the norm of the change.
+
+    rest     the rule's moments, then the gradient
+    allowed  0-d bool   false: nothing but the gradient changes
+    shrink   0-d        factor on the gradient, from the clip
+    numbers  updates, lr, decay and the settings of the rule
+
+    Writes:  value, remainder, moments; the gradient is zero afterwards.
+    """
+    *moments, gradient = rest
+    old = value if remainder is None else master.join(value, remainder)
+    new, after = which.update(old, gradient.to(old.dtype) * shrink, tuple(moments), **numbers)
+    new = torch.where(allowed, new, old)
+    change = torch.linalg.vector_norm(new - old)
+    if remainder is None:
+        value.copy_(new)
+    else:
+        high, low = master.split(new)
         value.copy_(high)
         remainder.copy_(low)
-        torch.where(allowed, moments.first.to(first.dtype), first, out=first)
-        torch.where(allowed, moments.second.to(second.dtype), second, out=second)
+    for stored, moment in zip(moments, after, strict=True):
+        torch.where(allowed, moment.to(stored.dtype), stored, out=stored)
     gradient.zero_()
     return change

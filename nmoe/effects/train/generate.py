@@ -17,6 +17,7 @@ from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Model
 from nmoe.pure.model.ops import Env
 
@@ -70,7 +71,7 @@ def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: i
     tokenizer = tokenizers.load(folder)
     encoding = tokenizers.encoding(tokenizer)
     device = gpu.device("cpu")
-    params, router_bias = weights.load(folder, model.specs(c), model.dims(c))
+    params, router_bias = weights.load(folder, make_blueprint(config))
     env = Env(ops.build(device, c), model.rope_table(c, c.max_positions))
     start = encoding.encode_ordinary(prompt) or [tokenizer.end_of_text]
     tokens = extend(

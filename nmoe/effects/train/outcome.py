@@ -24,8 +24,8 @@ from nmoe.effects.train import resume, zero
 from nmoe.effects.train.generate import extend
 from nmoe.effects.train.report import Report
 from nmoe.effects.train.step import State
+from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
-from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.cost.report import duration
 from nmoe.pure.model.ops import Env
 from nmoe.pure.watch.validations import Seen
@@ -59,13 +59,13 @@ def end(
     env: Env,
     report: Report,
     stop: signals.Stop,
-    layouts: tuple[ArenaLayout, ...],
+    blueprint: Blueprint,
     ranks: Ranks,
 ) -> int:
     """Keep the weights, say how it went, and with which exit code."""
     log = report.log
     if not stop.preempted():
-        params = zero.whole(layouts, state.params, ranks)
+        params = zero.whole(blueprint.layouts, state.params, ranks)
         if ranks.world.rank == 0:
             weights.save(log.folder, params, state.router_bias)
     if not finite:

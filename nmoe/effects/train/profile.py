@@ -20,6 +20,7 @@ from nmoe.effects.terminal import say
 from nmoe.effects.train.run import World
 from nmoe.errors import InputError
 from nmoe.pure.cost.plan import plan
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 
 FIRST = 3
@@ -167,7 +168,7 @@ def parts(events: Sequence[Any], config: Config, steps: int, peak_flops: float, 
             name = forward.get(node.sequence_nr)
         key = (name or "rest", node is not None)
         spent[key] = spent.get(key, 0.0) + time_of(event, on_gpu) * 1e-6 / steps
-    per_token = attrs.asdict(plan(config, ranks=1, mfu=1.0, peak_flops=peak_flops).flops)
+    per_token = attrs.asdict(plan(config, make_blueprint(config), mfu=1.0, peak_flops=peak_flops).flops)
     tokens = config.train.batch_size * config.train.sequence_length
     named = sorted({name for name, _ in spent} | set(PARTS), key=lambda name: -total(spent, name))
     named = [*(name for name in named if name != "rest"), "rest"]

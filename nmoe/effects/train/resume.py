@@ -28,8 +28,8 @@ from nmoe.effects.train.step import State
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import Piece, arena_pieces, share, whole
 from nmoe.pure.core import tree
-from nmoe.pure.core.layout import ArenaLayout
-from nmoe.pure.core.spec import Dims
+from nmoe.pure.core.blueprint import Blueprint
+from nmoe.pure.optim.update import rule
 from nmoe.pure.watch.validations import Seen, dumped, parse
 
 ROUTER_BIAS = "router_bias"
@@ -97,8 +97,7 @@ def restore(
     fs: Fs,
     where: Origin,
     blank: State,
-    layouts: tuple[ArenaLayout, ...],
-    dims: Dims,
+    blueprint: Blueprint,
     this: Identity,
     accept: Sequence[str],
     report: Callable[[str], None],
@@ -114,7 +113,7 @@ def restore(
     Raises:  InputError when the checkpoints are of another run, or there are some and none is valid.
     """
     accepted: dict[str, tuple[Difference, ...]] = {}
-    targets = pieces(blank, layouts, dims, ranks=ranks, shared=False)
+    targets = pieces(blank, blueprint, ranks=ranks, shared=False)
     told: dict[str, Any] = {"rank": ranks.world.rank, "exchange": ranks.exchange}
 
     def checked(manifest: Manifest) -> Sequence[Piece]:
@@ -129,7 +128,7 @@ def restore(
         manifest = reader.restore_(fs, where.folder, checked, report=report, **told)
     if manifest is None:
         return None
-    zero.gather_(layouts, blank.arenas, ranks)
+    zero.gather_(blueprint.layouts, blank.arenas, ranks)
     state = attrs.evolve(blank, cursor=_entry(manifest, "cursor", int), step=manifest.step)
     return Restored(
         state=state,
@@ -152,20 +151,21 @@ def meta(state: State, seen: Seen, this: Identity) -> dict[str, Any]:
     }
 
 
-def pieces(
-    state: State, layouts: tuple[ArenaLayout, ...], dims: Dims, *, ranks: Ranks = SINGLE_RANK, shared: bool = True
-) -> tuple[Piece, ...]:
+def pieces(state: State, blueprint: Blueprint, *, ranks: Ranks = SINGLE_RANK, shared: bool = True) -> tuple[Piece, ...]:
     """Every tensor of a State by name: what this rank saves of it, and loads.
 
     shared  whether of what every rank has, such as the router bias, it is this rank's share: to save, not to load
     """
     found: list[Piece] = []
-    for described, arena in zip(layouts, state.arenas, strict=True):
-        kinds = {"value": arena.value, "first": arena.first, "second": arena.second}
+    for described, arena in zip(blueprint.layouts, state.arenas, strict=True):
+        moments = dict(zip(rule(described.policy.optimizer).moments, arena.moments, strict=True))
+        kinds = {"value": arena.value, **moments}
         if described.has_remainder():
             kinds["remainder"] = arena.remainder
         part = ranks.sharing(described).rank
-        found += arena_pieces(described, kinds, dims, rank=ranks.experts.rank, world=ranks.experts.size, part=part)
+        found += arena_pieces(
+            described, kinds, blueprint.dims, rank=ranks.experts.rank, world=ranks.experts.size, part=part
+        )
     everywhere = [whole(name, getattr(state, name)) for name in (ROUTER_BIAS, *COUNTERS)]
     world = ranks.world
     return (*found, *(share(each, world.rank, world.size) if shared else each for each in everywhere))
@@ -185,13 +185,13 @@ def _entry(manifest: Manifest, name: str, kind: type) -> Any:
     return value
 
 
-def put_(state: State, layouts: tuple[ArenaLayout, ...], start: Weights, ranks: Ranks = SINGLE_RANK) -> None:
+def put_(state: State, blueprint: Blueprint, start: Weights, ranks: Ranks = SINGLE_RANK) -> None:
     """Begin with these weights.
 
     Writes:  values, remainders and router bias of `state`.
     """
     values = dict(tree.leaves(start.params))
-    for described, arena in zip(layouts, state.arenas, strict=True):
+    for described, arena in zip(blueprint.layouts, state.arenas, strict=True):
         for slot in described.slots:
             exact = start.exact(slot.path, values[slot.path])
             if described.policy.shard:

@@ -29,7 +29,7 @@ from nmoe.effects.device import buffers, gpu, graph, ops, process, recompute, si
 from nmoe.effects.parallel import exchange as exchanges
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.launch import from_environment, open_pulse
-from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks, check_machine, on_all_ranks, open_ranks, with_rank_note
+from nmoe.effects.parallel.ranks import Ranks, check_machine, on_all_ranks, open_ranks, with_rank_note
 from nmoe.effects.record import provenance
 from nmoe.effects.record.log import create_folder, open_log
 from nmoe.effects.record.monitor import watching
@@ -45,12 +45,13 @@ from nmoe.effects.train.save import Saver
 from nmoe.effects.train.step import Metrics, State, make_step
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
+from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
-from nmoe.pure.core.layout import ArenaLayout, layout
 from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.report import quantity, render
 from nmoe.pure.cost.traffic import expert_rows
 from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env
 from nmoe.pure.watch.validations import Seen
@@ -79,28 +80,28 @@ class World:
 
 
 def fresh(
-    config: Config, layouts: tuple[ArenaLayout, ...], rt: process.Runtime, exchange: Exchange | None = None
+    config: Config, blueprint: Blueprint, rt: process.Runtime, exchange: Exchange | None = None
 ) -> tuple[State, Env]:
     """The state before the first step, and what the model needs besides it."""
-    state, env = blank(config, layouts, rt, exchange)
-    initialise_(config, layouts, state, rt)
+    state, env = blank(config, blueprint, rt, exchange)
+    initialise_(config, blueprint, state, rt)
     return state, env
 
 
-def initialise_(config: Config, layouts: tuple[ArenaLayout, ...], state: State, rt: process.Runtime) -> None:
+def initialise_(config: Config, blueprint: Blueprint, state: State, rt: process.Runtime) -> None:
     """Draw the initial values. Writes: the parameters of `state`."""
     key = Key(config.run.seed).fold("init")
-    buffers.initialise_(state.arenas, layouts, key, model.dims(config.model), ranks=rt.ranks)
+    buffers.initialise_(state.arenas, blueprint, key, ranks=rt.ranks)
 
 
 def blank(
-    config: Config, layouts: tuple[ArenaLayout, ...], rt: process.Runtime, exchange: Exchange | None = None
+    config: Config, blueprint: Blueprint, rt: process.Runtime, exchange: Exchange | None = None
 ) -> tuple[State, Env]:
     """A state of zeros at step 0, and what the model needs besides it."""
     c = config.model
-    arenas = buffers.allocate(layouts, rt.device)
+    arenas = buffers.allocate(blueprint, rt.device)
     state = State(
-        buffers.bind(model.specs(c), layouts, arenas),
+        buffers.bind(blueprint, arenas),
         arenas,
         torch.zeros(c.num_layers - c.num_dense_layers, c.moe.num_experts, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
@@ -118,7 +119,7 @@ def blank(
 
 def stepper(
     config: Config,
-    layouts: tuple[ArenaLayout, ...],
+    blueprint: Blueprint,
     env: Env,
     rt: process.Runtime,
     *,
@@ -138,9 +139,11 @@ def stepper(
         cheap, block = recompute.cheap(env.ops)
         env = attrs.evolve(env, ops=cheap)
     if not config.train.graph:
-        return make_step(config, layouts, env, rt, mark=mark, before_update=before_update, exchange=exchange, run=block)
+        return make_step(
+            config, blueprint, env, rt, mark=mark, before_update=before_update, exchange=exchange, run=block
+        )
     replayed = make_step(
-        config, layouts, env, rt, mark=lambda name: None, exchange=exchange, run=block, wrap=graph.replaying
+        config, blueprint, env, rt, mark=lambda name: None, exchange=exchange, run=block, wrap=graph.replaying
     )
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -150,19 +153,6 @@ def stepper(
         return after
 
     return step
-
-
-def arena_layouts(config: Config, ranks: Ranks = SINGLE_RANK) -> tuple[ArenaLayout, ...]:
-    """Where the parameters of this config lie on one rank."""
-    return layout(
-        model.specs(config.model),
-        model.dims(config.model),
-        compute=config.precision.compute,
-        moments=config.precision.moments,
-        accumulate=config.train.batch_size > config.train.microbatch_size,
-        world=ranks.experts.size,
-        replicas=ranks.replicas.size,
-    )
 
 
 def exchanging(
@@ -273,17 +263,16 @@ def _main(
     this = Identity(config=config, tokenizer=corpus.tokenizer.identity, data=corpus.identity)
     on_all_ranks(ranks, lambda: check_same(ranks, {"tokenizer": this.tokenizer, "data": this.data}))
     parallel = config.parallel
+    blueprint = make_blueprint(config, rt.world, expert_ranks)
     planned = plan(
         config,
-        ranks=rt.world,
+        blueprint,
         mfu=ASSUMED_MFU[device.type],
         peak_flops=rt.peak_flops,
-        expert_ranks=expert_ranks,
         dedup=parallel.dedup,
         capacity=parallel.capacity or math.inf,
     )
     c = config.model
-    layouts, dims = arena_layouts(config, ranks), model.dims(c)
     contents = {
         "config.toml": dump(config),
         "sources.toml": "".join(f'"{path}" = {_quoted(source)}\n' for path, source in sources.items()),
@@ -296,17 +285,17 @@ def _main(
 
     def begin() -> tuple[State, Env, resume.Restored | None]:
         check_memory(config, planned, device)
-        state, env = blank(config, layouts, rt, exchange)
+        state, env = blank(config, blueprint, rt, exchange)
         restored = None
         if origin is not None:
-            restored = resume.restore(world.fs, origin, state, layouts, dims, this, accept, damaged.append, ranks)
+            restored = resume.restore(world.fs, origin, state, blueprint, this, accept, damaged.append, ranks)
         if restored is not None:
             state = restored.state
         else:
-            initialise_(config, layouts, state, rt)
+            initialise_(config, blueprint, state, rt)
             if config.train.warm_start is not None:
-                start = weights.of_path(world.fs, Path(config.train.warm_start), model.specs(c), dims)
-                resume.put_(state, layouts, start, ranks)
+                start = weights.of_path(world.fs, Path(config.train.warm_start), blueprint)
+                resume.put_(state, blueprint, start, ranks)
         if state.step > config.train.steps:
             raise InputError(
                 f"train.steps: at least the {state.step} steps taken, got {config.train.steps}; raise it, or name an "
@@ -341,7 +330,7 @@ def _main(
         tokenizers.save(corpus.tokenizer, folder)
 
     on_all_ranks(ranks, lambda: rt.rank or prepare_folder())
-    on_all_ranks(ranks, lambda: writer.reserve(resume.pieces(state, layouts, dims, ranks=ranks)))
+    on_all_ranks(ranks, lambda: writer.reserve(resume.pieces(state, blueprint, ranks=ranks)))
     say("\n".join((banner(config, planned, corpus, folder), *ops.unmeasured(device, c))))
 
     env = world.env(env)
@@ -353,7 +342,7 @@ def _main(
         clock.mark(name)
         pulse.beat()
 
-    step = stepper(config, layouts, env, rt, mark=mark, before_update=writer.staged, exchange=exchange)
+    step = stepper(config, blueprint, env, rt, mark=mark, before_update=writer.staged, exchange=exchange)
     byte_lengths = _byte_lengths(corpus.tokenizer, c.vocab_size).to(device)
     began = time.monotonic()
     log = scope.enter_context(open_log(folder, attempt=number, rank=rt.rank))
@@ -409,7 +398,7 @@ def _main(
         config.checkpoint,
         writer,
         log,
-        pieces=lambda state: resume.pieces(state, layouts, dims, ranks=ranks),
+        pieces=lambda state: resume.pieces(state, blueprint, ranks=ranks),
         meta=lambda state, seen: resume.meta(state, seen, this),
         saved_step=first,
     )
@@ -426,7 +415,7 @@ def _main(
             )
             saver.finish(state, seen, left_s)
         saver.settle()
-        return end(config, corpus, state, seen, finite, env, report, settled(stop, ranks), layouts, ranks)
+        return end(config, corpus, state, seen, finite, env, report, settled(stop, ranks), blueprint, ranks)
     except SaveError as error:
         log.event("end", status="failed", exit_code=EXIT_UNSAVED, error=str(error))
         if rt.rank == 0:

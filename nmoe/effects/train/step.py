@@ -16,13 +16,15 @@ from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.ranks import all_reduce_sum
 from nmoe.effects.train import zero
 from nmoe.pure.core import tree
+from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
 from nmoe.pure.model.model import Batch, Model, block, objective
 from nmoe.pure.model.ops import Env
-from nmoe.pure.optim import adamw as optim
+from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
+from nmoe.pure.optim.update import settings
 
 
 class SpentStateError(RuntimeError):
@@ -112,7 +114,7 @@ def place_rates(config: Config, step: int, device: torch.device) -> Rates:
 
 def make_step(
     config: Config,
-    layouts: tuple[ArenaLayout, ...],
+    blueprint: Blueprint,
     env: Env,
     rt: Runtime,
     *,
@@ -134,7 +136,8 @@ def make_step(
     run            `block`, or a wrapper around it
     wrap           what replays a step, given the function that computes it
     """
-    passes, ranks = ops.arena_ops(rt.device), rt.ranks
+    passes, ranks, layouts = ops.arena_ops(rt.device), rt.ranks, blueprint.layouts
+    update_of = {described.name: passes.update_(described.policy.optimizer) for described in layouts}
     c, train, clip = config.model, config.train, config.optim.clip_norm
 
     def accumulate_(state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -178,7 +181,7 @@ def make_step(
         return num_targets, nll, auxiliary, load, entropy
 
     def update_(state: State, rates: Rates, allowed: Tensor, shrink: Tensor, updates: Tensor) -> Tensor:
-        """AdamW on what this rank owns of every arena, where allowed; the norm of the change.
+        """The update of what this rank owns of every arena, where allowed; the norm of the change.
 
         Writes:  the arenas; gradients are zero afterwards.
         """
@@ -187,19 +190,16 @@ def make_step(
             group = getattr(config.optim, described.policy.group)
             part, held = slice(begin, end), slice(at, at + end - begin)
             changes.append(
-                passes.adamw_(
+                update_of[described.name](
                     arena.value[part],
                     arena.remainder[held] if described.has_remainder() else None,
-                    arena.first[held],
-                    arena.second[held],
+                    *(moment[held] for moment in arena.moments),
                     arena.gradient[part],
                     allowed=allowed,
                     shrink=shrink,
                     updates=updates,
                     lr=getattr(rates, described.policy.group),
-                    beta1=group.beta1,
-                    beta2=group.beta2,
-                    eps=group.eps,
+                    **settings(group),
                     decay=config.optim.weight_decay if described.policy.decay else 0.0,
                 )
             )
@@ -230,7 +230,7 @@ def make_step(
             finite = torch.isfinite(loss) & torch.isfinite(norm) & (overflow == 0)
             allowed = finite & (state.skipped_in_row < train.max_nonfinite_steps)
             updates = state.updates + allowed
-            change = update_(state, rates, allowed, optim.clip_scale(norm, clip), updates.clamp(min=1))
+            change = update_(state, rates, allowed, clip_scale(norm, clip), updates.clamp(min=1))
             (square,) = all_reduce_sum(ranks.world, [change.double().square()])
             change = square.sqrt().to(change.dtype)
             bias = route.balance(state.router_bias, load, rate=c.moe.bias_update_rate)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
-from nmoe.pure.core.spec import POLICY, Dims, Init, Spec
+from nmoe.pure.core.spec import POLICY, Dims, Init, Spec, axis_size
 
 
 def normal(*fan_in: str) -> Init:
     """Normal values of variance 1 / fan-in; the fan-in is the product of the named axes."""
 
     def draw(generator: torch.Generator, shape: tuple[int, ...], dims: Dims) -> Tensor:
-        deviation = 1.0 / math.sqrt(math.prod(dims[axis] for axis in fan_in))
+        deviation = 1.0 / math.sqrt(math.prod(axis_size(axis, dims) for axis in fan_in))
         return torch.randn(shape, generator=generator, device=generator.device) * deviation
 
     return draw
@@ -27,7 +27,7 @@ def residual(*fan_in: str) -> Init:
     """As `normal`, over the root of the number of branches that add to the residual stream, 2 L (GPT-2's rule)."""
 
     def draw(generator: torch.Generator, shape: tuple[int, ...], dims: Dims) -> Tensor:
-        return normal(*fan_in)(generator, shape, dims) / math.sqrt(2 * dims["L"])
+        return normal(*fan_in)(generator, shape, dims) / math.sqrt(2 * axis_size("L", dims))
 
     return draw
 

@@ -40,15 +40,15 @@ class Role(enum.Enum):
 class Policy:
     """How parameters of one role are trained and stored.
 
-    optimizer  update rule
+    optimizer  update rule, a name in `pure.optim.update.UPDATES`
     group      table of `[optim]` that holds its learning rate
     decay      whether weight decay applies
     shard      axis letter that is split over the expert-parallel ranks, or "" for none
     storage    "compute": the format of `precision.compute`; "fp32": always fp32
-    flops      whether a token meets it in a matrix product
+    flops      whether a token is multiplied with it in a GEMM
     """
 
-    optimizer: Literal["adamw"]
+    optimizer: str
     group: Literal["dense", "expert", "router"]
     decay: bool
     shard: Literal["E", ""]
@@ -80,6 +80,20 @@ POLICY: Mapping[Role, Policy] = MappingProxyType(
 )
 
 
+def axis_size(axis: str, dims: Dims) -> int:
+    """Size of one axis; an axis that is a number is its own size.
+
+    Raises:  ValueError when `dims` has no size for the letter.
+    """
+    if axis.isdigit():
+        return int(axis)
+    if axis not in dims:
+        raise ValueError(
+            f"dims: expected a size for axis '{axis}', got sizes for {', '.join(sorted(dims))}; add it to dims"
+        )
+    return dims[axis]
+
+
 @attrs.frozen
 class Spec:
     """One parameter: the letters of its axes, its role, how its values start."""
@@ -89,8 +103,11 @@ class Spec:
     init: Init
 
     def shape(self, dims: Dims) -> tuple[int, ...]:
-        """Global shape; an axis that is a number is its own size."""
-        return tuple(int(axis) if axis.isdigit() else dims[axis] for axis in self.axes)
+        """Global shape.
+
+        Raises:  ValueError when `dims` has no size for one of the letters.
+        """
+        return tuple(axis_size(axis, dims) for axis in self.axes)
 
     def size(self, dims: Dims) -> int:
         """Number of elements over all ranks."""
@@ -100,8 +117,8 @@ class Spec:
 def spec_tree(cls: type[T], **kids: Any) -> T:
     """A record of `cls` whose leaves are Specs.
 
-    kids     the fields that hold no parameter of their own: blueprints of parts
-    Raises:  ValueError when a field has neither a spec nor a blueprint.
+    kids     the fields that hold no parameter of their own: spec trees of parts
+    Raises:  ValueError when a field is neither a parameter nor given.
     """
     values: list[Any] = []
     for field in attrs.fields(cls):  # pyright: ignore[reportArgumentType]
@@ -112,7 +129,7 @@ def spec_tree(cls: type[T], **kids: Any) -> T:
             values.append(Spec(tuple(axes.split()), role, init))
         else:
             raise ValueError(
-                f"spec_tree({cls.__name__}): every field is a parameter or given, got no value for '{field.name}'; "
-                f"pass {field.name}=spec_tree(...)"
+                f"spec_tree({cls.__name__}): expected a parameter or a given part in every field, got no value for "
+                f"'{field.name}'; pass {field.name}=spec_tree(...)"
             )
     return cls(*values)

@@ -79,12 +79,32 @@ def map(fn: Callable[..., Any], node: Any, *rest: Any, path: str = "") -> Any:
     for other in others:
         if tuple(other) != tuple(name for name, _ in kids):
             raise ValueError(
-                f"tree.map: trees agree at '{path}', got children {[name for name, _ in kids]} and {list(other)}; "
-                "pass trees built from one blueprint"
+                f"tree.map: expected the same children of every tree at '{path}', got "
+                f"{[name for name, _ in kids]} and {list(other)}; pass trees of one record"
             )
     prefix = f"{path}." if path else ""
     mapped = [map(fn, kid, *(other[name] for other in others), path=prefix + name) for name, kid in kids]
     return tuple(mapped) if isinstance(node, tuple) else type(node)(*mapped)
+
+
+def unzip(like: Any, both: Any) -> tuple[Any, ...]:
+    """The tree of the first results, of the second ones and so on, of a `map` whose function returned tuples.
+
+        params, state = unzip(params, map(update, params, grads, state))
+
+    like     a tree that was mapped; its leaves say where the tuples are
+    both     what `map` returned
+    Raises:  ValueError when `like` has no leaf, or tuples differ in length.
+    """
+    sizes: set[int] = set()
+    map(lambda path, _, results: sizes.add(len(results)), like, both)
+    if len(sizes) != 1:
+        raise ValueError(
+            f"tree.unzip: expected tuples of one length at the leaves, got lengths {sorted(sizes)}; return as many "
+            "results for every leaf"
+        )
+    (size,) = sizes
+    return tuple(map(lambda path, _, results, place=place: results[place], like, both) for place in range(size))
 
 
 def leaves(node: Any) -> tuple[tuple[str, Any], ...]:

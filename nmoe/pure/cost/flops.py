@@ -1,4 +1,4 @@
-"""Parameters and FLOPs, counted from the specs."""
+"""FLOPs, counted from the specs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,9 @@ import attrs
 
 from nmoe.config import sections
 from nmoe.pure.core import tree
-from nmoe.pure.core.spec import POLICY, Dims, Role, Spec
+from nmoe.pure.core.blueprint import active
+from nmoe.pure.core.spec import POLICY, Dims
 from nmoe.pure.model.model import Model, Moe
-
-
-@attrs.frozen(kw_only=True)
-class Parameters:
-    """Number of parameters."""
-
-    total: int
-    active: int  # met by one token: top_k of the routed experts
-    embedding: int  # of these, rows that are looked up, not multiplied
-    routed: int  # of the total, in routed experts
 
 
 @attrs.frozen(kw_only=True)
@@ -41,23 +32,6 @@ class Flops:
     def training(self) -> int:
         """Forward and backward: each product has two gradients of its own size."""
         return 3 * self.total()
-
-
-def active(spec: Spec, dims: Dims, top_k: int) -> int:
-    """Elements of a parameter that one token meets."""
-    size = spec.size(dims)
-    return size // dims["E"] * top_k if spec.role is Role.EXPERT else size
-
-
-def parameters(specs: Model, dims: Dims, *, top_k: int) -> Parameters:
-    """Count the parameters of a model."""
-    every: list[Spec] = [spec for _, spec in tree.leaves(specs)]
-    return Parameters(
-        total=sum(spec.size(dims) for spec in every),
-        active=sum(active(spec, dims, top_k) for spec in every),
-        embedding=sum(spec.size(dims) for spec in every if spec.role is Role.EMBED),
-        routed=sum(spec.size(dims) for spec in every if spec.role is Role.EXPERT),
-    )
 
 
 def forward_flops(c: sections.Model, specs: Model, dims: Dims, *, sequence_length: int, causal: bool) -> Flops:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import attrs
 
 from nmoe.config import sections
 from nmoe.config.sections import Config
-from nmoe.pure.core.layout import ArenaLayout, layout
+from nmoe.pure.core.blueprint import Blueprint, Parameters
+from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.cost import flops
-from nmoe.pure.cost.flops import Flops, Parameters
+from nmoe.pure.cost.flops import Flops
 from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import Arena, arena, distinct_ranks, expert_rows
-from nmoe.pure.model import model
+from nmoe.pure.optim.update import rule
 
 PEAK_FLOPS = H200.peak_flops
 """Dense bf16 FLOP/s of one H100 or H200, the unit of MFU on a GPU (NVIDIA's data sheet, without sparsity)."""
@@ -140,33 +139,35 @@ def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, rows:
 
 
 def saved_bytes(arena: ArenaLayout) -> int:
-    """Bytes of an element in a checkpoint: value, remainder, both moments."""
-    return arena.storage.itemsize + 2 * arena.has_remainder() + 2 * arena.moments.itemsize
+    """Bytes of an element in a checkpoint: value, remainder, moments."""
+    return arena.storage.itemsize + 2 * arena.has_remainder() + moment_bytes(arena)
+
+
+def moment_bytes(arena: ArenaLayout) -> int:
+    """Bytes of the moments of an element."""
+    return len(rule(arena.policy.optimizer).moments) * arena.moments.itemsize
 
 
 def plan(
     config: Config,
+    blueprint: Blueprint,
     *,
-    ranks: int,
     mfu: float,
     peak_flops: float = PEAK_FLOPS,
-    expert_ranks: int | None = None,
     dedup: bool = False,
     capacity: float = CAPACITY,
 ) -> Plan:
-    """What training this config on `ranks` ranks costs.
+    """What training this config on the ranks of its blueprint costs.
 
     mfu           model FLOPs utilisation to assume, causal count, of a rank that waits for no other
     peak_flops    FLOP/s of one rank
-    expert_ranks  ranks that share out one set of experts, dividing both counts; None: as many as divide both
     dedup         whether a token goes once to each rank, instead of once to each of its experts
     capacity      rows a rank has room for, over the mean
     """
     c, train = config.model, config.train
-    specs, dims = model.specs(c), model.dims(c)
-    expert_ranks = expert_ranks or math.gcd(ranks, c.moe.num_experts)
+    specs, dims, arenas = blueprint.specs, blueprint.dims, blueprint.layouts
+    ranks, expert_ranks = blueprint.world, blueprint.expert_ranks
     microbatches = max(1, train.batch_size // (ranks * train.microbatch_size))
-    arenas = layouts(config, microbatches, expert_ranks, ranks // expert_ranks)
     element = 4 if config.precision.compute == "fp32" else 2
     tokens = train.microbatch_size * train.sequence_length
     distinct = distinct_ranks(
@@ -203,14 +204,14 @@ def plan(
     total = train.steps * train.batch_size * train.sequence_length
     shares = [(each, each.held()) for each in arenas]
     return Plan(
-        parameters=flops.parameters(specs, dims, top_k=c.moe.top_k),
+        parameters=blueprint.parameters,
         flops=causal,
         flops_executed=flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=False),
         memory=Memory(
             parameters=sum(each.size * each.storage.itemsize for each in arenas),
             remainders=sum(share * 2 for each, share in shares if each.has_remainder()),
             gradients=sum(each.size * each.gradient.itemsize for each in arenas),
-            moments=sum(share * 2 * each.moments.itemsize for each, share in shares),
+            moments=sum(share * moment_bytes(each) for each, share in shares),
             activations=activations,
             logits=logits,
             exchange=exchange.total(),
@@ -231,17 +232,4 @@ def plan(
         flop_total=float(total) * causal.training(),
         mfu=mfu,
         peak_flops=peak_flops,
-    )
-
-
-def layouts(config: Config, microbatches: int, expert_ranks: int, replicas: int) -> tuple[ArenaLayout, ...]:
-    """The arenas of parameters of one rank."""
-    return layout(
-        model.specs(config.model),
-        model.dims(config.model),
-        compute=config.precision.compute,
-        moments=config.precision.moments,
-        accumulate=microbatches > 1,
-        world=expert_ranks,
-        replicas=replicas,
     )

@@ -13,8 +13,9 @@ import attrs
 from nmoe.config.sections import Config
 from nmoe.pure.cost import traffic
 from nmoe.pure.cost.machines import Machine
-from nmoe.pure.cost.plan import Plan, layouts, plan
+from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.traffic import Traffic
+from nmoe.pure.model.blueprint import make_blueprint
 
 
 @attrs.frozen(kw_only=True)
@@ -99,12 +100,12 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
     mfu   of a GPU that waits for no other, causal count
     """
     c = config.model
+    blueprint = make_blueprint(config, a.gpus, a.expert_ranks)
     planned = plan(
         config,
-        ranks=a.gpus,
+        blueprint,
         mfu=mfu,
         peak_flops=machine.peak_flops,
-        expert_ranks=a.expert_ranks,
         dedup=a.dedup,
         capacity=a.capacity,
     )
@@ -126,7 +127,7 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
 
     dense, experts = 0, 0
     dense_parameters, expert_parameters = 0, 0
-    for arena in layouts(config, planned.microbatches, a.expert_ranks, a.gpus // a.expert_ranks):
+    for arena in blueprint.layouts:
         gradient, parameter = arena.size * arena.gradient.itemsize, arena.size * arena.storage.itemsize
         if arena.policy.shard:
             experts, expert_parameters = experts + gradient, expert_parameters + parameter

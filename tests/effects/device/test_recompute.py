@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nmoe.effects.device import process
-from nmoe.effects.train.run import arena_layouts, fresh, stepper
+from nmoe.effects.train.run import fresh, stepper
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 from tests.effects.train.tiny import tiny
 
@@ -20,8 +21,8 @@ def trained(policy: Any, *, compute: str, steps: int = 3) -> tuple[list[torch.Te
     """Arenas after some steps, and how often a norm was computed."""
     config = tiny(compute=compute, q_lora_rank=12)
     config = attrs.evolve(config, train=attrs.evolve(config.train, recompute=policy))
-    layouts = arena_layouts(config)
-    state, env = fresh(config, layouts, RT)
+    blueprint = make_blueprint(config)
+    state, env = fresh(config, blueprint, RT)
     norms = 0
 
     def norm(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -30,7 +31,7 @@ def trained(policy: Any, *, compute: str, steps: int = 3) -> tuple[list[torch.Te
         return env.ops.norm(*arguments, **options)
 
     counted = attrs.evolve(env, ops=attrs.evolve(env.ops, norm=norm))
-    step = stepper(config, layouts, counted, RT, mark=lambda name: None)
+    step = stepper(config, blueprint, counted, RT, mark=lambda name: None)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         tokens = torch.randint(61, (1, 2, 17), generator=generator)

@@ -18,7 +18,7 @@ from nmoe.effects.parallel.launch import from_environment
 from nmoe.effects.parallel.ranks import Ranks, open_ranks
 from nmoe.effects.train import run
 from nmoe.pure.core.layout import layout
-from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.soak.forked import _alone
 
 PATIENCE_S = 90.0
@@ -110,11 +110,11 @@ def in_group(config: Config, work: Path, call: Callable[[Ranks], None]) -> None:
 
 
 def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
-    """Layouts with small buckets, and a fresh state and Env in them."""
-    c = config.model
+    """A Blueprint with small buckets, and a fresh state and Env in it."""
+    blueprint = make_blueprint(config, ranks.world.size, ranks.experts.size)
     layouts = layout(
-        model.specs(c),
-        model.dims(c),
+        blueprint.specs,
+        blueprint.dims,
         compute=config.precision.compute,
         moments=config.precision.moments,
         accumulate=True,
@@ -122,6 +122,7 @@ def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
         replicas=ranks.replicas.size,
         bucket=bucket,
     )
+    blueprint = attrs.evolve(blueprint, layouts=layouts)
     rt = Runtime(device=torch.device("cpu"), rank=ranks.world.rank, world=ranks.world.size, peak_flops=1.0, ranks=ranks)
-    state, env = run.fresh(config, layouts, rt)
-    return layouts, state, (env, rt)
+    state, env = run.fresh(config, blueprint, rt)
+    return blueprint, state, (env, rt)

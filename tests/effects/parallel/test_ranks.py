@@ -28,7 +28,7 @@ from nmoe.effects.train.identity import Identity
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core import tree
-from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch, objective
 from nmoe.pure.watch.validations import Seen
 from tests.effects.parallel.rank_runs import as_world, environment, free_port, in_group, on_ranks, state_of, train
@@ -167,16 +167,15 @@ def test_a_state_is_the_same_whoever_saves_it(alone: Path, sources: Path, tmp_pa
         there = tmp_path / f"by-{world}"
 
         def save_again(ranks: Ranks, root: Path = root, there: Path = there) -> None:
-            layouts, state, _ = state_of(config, ranks, bucket=2048)
-            dims = model.dims(config.model)
-            targets = resume.pieces(state, layouts, dims, ranks=ranks, shared=False)
+            blueprint, state, _ = state_of(config, ranks, bucket=2048)
+            targets = resume.pieces(state, blueprint, ranks=ranks, shared=False)
             told: dict[str, Any] = {"rank": ranks.world.rank, "exchange": ranks.exchange}
             manifest = reader.restore_(Disk(), root, lambda _: targets, report=print, **told)
             assert manifest is not None and manifest.step == STEPS
             keep = Keep(last=1)
             where: dict[str, Any] = {"rank": ranks.world.rank, "world": ranks.world.size, "exchange": ranks.background}
             with open_writer(Disk(), there, keep=keep, **where) as writer:
-                pieces = resume.pieces(state, layouts, dims, ranks=ranks)
+                pieces = resume.pieces(state, blueprint, ranks=ranks)
                 writer.save(pieces, step=STEPS, meta=resume.meta(state, Seen(), this))
                 writer.wait()
 
@@ -191,7 +190,8 @@ def gradients(
     config: Config, ranks: Ranks, bucket: int
 ) -> tuple[Any, list[torch.Tensor], list[torch.Tensor], list[str]]:
     """Layouts; local gradients; the same after the reduction; what was given away before the backward pass ended."""
-    layouts, state, (env, _) = state_of(config, ranks, bucket)
+    blueprint, state, (env, _) = state_of(config, ranks, bucket)
+    layouts = blueprint.layouts
     draw = torch.Generator().manual_seed(ranks.world.rank)
     tokens = torch.randint(0, 300, (2, 16), generator=draw)
     batch = Batch(tokens, tokens.roll(-1), ())
@@ -262,9 +262,9 @@ def test_experts_shared_out_are_the_experts_of_one_rank(alone: Path, sources: Pa
         assert told["exchange/bytes"] > 0
         assert told["exchange/bandwidth"] == pytest.approx(told["exchange/bytes"] / told["step_s"])
         assert set(digests(folder, STEPS)) == set(digests(alone, STEPS))
-        c = tiny(vocab_size=304).model
-        mine, _ = weights.load(folder, model.specs(c), model.dims(c))
-        its, _ = weights.load(alone, model.specs(c), model.dims(c))
+        blueprint = make_blueprint(tiny(vocab_size=304))
+        mine, _ = weights.load(folder, blueprint)
+        its, _ = weights.load(alone, blueprint)
         apart = 2 * STEPS * 2 * 3e-3  # Adam moves an element by at most the learning rate a step
         for (path, leaf), (_, other) in zip(tree.leaves(mine), tree.leaves(its), strict=True):
             assert (leaf - other).abs().max() <= apart, path

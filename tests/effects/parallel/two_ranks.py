@@ -27,7 +27,7 @@ from nmoe.effects.train.step import make_step
 from nmoe.pure.checkpoint.pieces import share
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core.key import Key
-from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.watch.validations import Seen
 from tests.effects.train.tiny import tiny
 from tests.golden.curve import text
@@ -52,7 +52,7 @@ def main(rank: int, folder: Path) -> None:
 
     config = tiny(batch_size=4, microbatch_size=2, lr=3e-3, steps=STEPS)
     rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
-    layouts, dims = run.arena_layouts(config), model.dims(config.model)
+    blueprint = make_blueprint(config)
     this = Identity(config=config, tokenizer="t", data="d")
     length = config.train.sequence_length
     read = open_loader(
@@ -64,29 +64,29 @@ def main(rank: int, folder: Path) -> None:
         world=1,
         key=Key(0).fold("data"),
     )
-    state, env = run.fresh(config, layouts, rt)
-    step = make_step(config, layouts, env, rt, mark=lambda name: None)
+    state, env = run.fresh(config, blueprint, rt)
+    step = make_step(config, blueprint, env, rt, mark=lambda name: None)
     root = folder / "checkpoints"
     losses: list[str] = []
     with open_writer(Disk(), root, keep=Keep(last=STEPS), rank=rank, world=WORLD, exchange=exchange) as writer:
         for _ in range(STEPS):
             state, metrics = step(state, read(state.cursor))
             losses.append(float(metrics.loss).hex())
-            pieces = [share(piece, rank, WORLD) for piece in resume.pieces(state, layouts, dims)]
+            pieces = [share(piece, rank, WORLD) for piece in resume.pieces(state, blueprint)]
             writer.save(pieces, step=state.step, meta=resume.meta(state, Seen(), this))
         writer.wait()
-    end = [piece.tensor.clone() for piece in resume.pieces(state, layouts, dims)]
+    end = [piece.tensor.clone() for piece in resume.pieces(state, blueprint)]
 
     for entry in reader.entries(Disk(), root)[1:]:
         assert entry.manifest is not None and len(entry.manifest.files) == WORLD
-        again, _ = run.blank(config, layouts, rt)
-        targets = resume.pieces(again, layouts, dims)
+        again, _ = run.blank(config, blueprint, rt)
+        targets = resume.pieces(again, blueprint)
         reader.load_(Disk(), root / entry.name, entry.manifest, targets, rank=rank, exchange=exchange)
         again = attrs.evolve(again, step=entry.manifest.step, cursor=entry.manifest.meta["cursor"])
         while again.step < STEPS:
             again, metrics = step(again, read(again.cursor))
             assert float(metrics.loss).hex() == losses[again.step - 1], (entry.name, again.step)
-        for piece, tensor in zip(resume.pieces(again, layouts, dims), end, strict=True):
+        for piece, tensor in zip(resume.pieces(again, blueprint), end, strict=True):
             assert torch.equal(piece.tensor, tensor), (entry.name, piece.name)
     dist.barrier()
     dist.destroy_process_group()

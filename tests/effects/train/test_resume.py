@@ -26,7 +26,7 @@ from nmoe.effects.train import attempt, resume, run
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core import tree
-from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.soak import soak
 from tests.effects.train import trainings
 from tests.effects.train.tiny import tiny
@@ -399,19 +399,17 @@ def test_a_second_trainer_is_refused(whole: Config, tmp_path: Path) -> None:
 
 
 def test_a_warm_start_has_the_weights_and_nothing_else(whole: Config, tmp_path: Path, sources: Path) -> None:
-    c = whole.model
-    specs, dims = model.specs(c), model.dims(c)
+    blueprint = make_blueprint(whole)
     rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
-    exact = weights.of_path(Disk(), checkpoint(whole, STEPS), specs, dims)
+    exact = weights.of_path(Disk(), checkpoint(whole, STEPS), blueprint)
     for path in (folder(whole), checkpoint(whole, STEPS), folder(whole) / weights.FILE):
-        start = weights.of_path(Disk(), path, specs, dims)
-        layouts = run.arena_layouts(whole)
-        state, _ = run.fresh(whole, layouts, rt)
-        resume.put_(state, layouts, start)
+        start = weights.of_path(Disk(), path, blueprint)
+        state, _ = run.fresh(whole, blueprint, rt)
+        resume.put_(state, blueprint, start)
         for (name, ours), (_, theirs) in zip(tree.leaves(state.params), tree.leaves(exact.params), strict=True):
             assert torch.equal(ours.detach(), theirs), name
         assert torch.equal(state.router_bias, exact.router_bias) and exact.router_bias.abs().sum() > 0
-        assert not any(arena.first.any() or arena.second.any() for arena in state.arenas)
+        assert not any(moment.any() for arena in state.arenas for moment in arena.moments)
     config = changed(other(whole, tmp_path, "warm"), warm_start=str(folder(whole)), steps=2)
     assert train(config)[0] == 0
     cold = changed(other(whole, tmp_path, "cold"), steps=2)
@@ -426,15 +424,15 @@ def test_a_warm_start_has_the_weights_and_nothing_else(whole: Config, tmp_path: 
 def test_a_bf16_state_comes_back_with_its_low_halves(tmp_path: Path, sources: Path) -> None:
     config = tiny(compute="bf16", vocab_size=304)
     rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
-    layouts, dims = run.arena_layouts(config), model.dims(config.model)
-    state, _ = run.fresh(config, layouts, rt)
-    blank, _ = run.blank(config, layouts, rt)
-    names = {piece.name: piece for piece in resume.pieces(state, layouts, dims)}
+    blueprint = make_blueprint(config)
+    state, _ = run.fresh(config, blueprint, rt)
+    blank, _ = run.blank(config, blueprint, rt)
+    names = {piece.name: piece for piece in resume.pieces(state, blueprint)}
     assert {"router_bias", "updates", "skipped", "skipped_in_row"} < set(names)
     assert names["param/blocks.1.ffn.up/remainder"].tensor.dtype is torch.int16
     assert "param/blocks.1.ffn.router/remainder" not in names, "routers are stored in fp32"
     saved = sum(piece.tensor.nbytes for piece in names.values())
-    assert saved == run.plan(config, ranks=1, mfu=1.0).checkpoint + state.router_bias.nbytes + 3 * 8
+    assert saved == run.plan(config, blueprint, mfu=1.0).checkpoint + state.router_bias.nbytes + 3 * 8
     del blank
 
 
@@ -442,19 +440,19 @@ def test_a_warm_start_in_bf16_has_the_low_halves(tmp_path: Path) -> None:
     """The fp32 masters of the new run are those of the old one, to the last bit."""
     config = tiny(compute="bf16", vocab_size=304)
     rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
-    layouts, dims = run.arena_layouts(config), model.dims(config.model)
-    old, _ = run.fresh(config, layouts, rt)
+    blueprint = make_blueprint(config)
+    old, _ = run.fresh(config, blueprint, rt)
     with open_writer(Disk(), tmp_path / "checkpoints", keep=Keep()) as saving:
-        saving.save(resume.pieces(old, layouts, dims), step=1, meta={})
-    new, _ = run.blank(config, layouts, rt)
-    resume.put_(new, layouts, weights.of_path(Disk(), tmp_path, model.specs(config.model), dims))
-    before, after = ({each.name: each.tensor for each in resume.pieces(one, layouts, dims)} for one in (old, new))
+        saving.save(resume.pieces(old, blueprint), step=1, meta={})
+    new, _ = run.blank(config, blueprint, rt)
+    resume.put_(new, blueprint, weights.of_path(Disk(), tmp_path, blueprint))
+    before, after = ({each.name: each.tensor for each in resume.pieces(one, blueprint)} for one in (old, new))
     assert before["param/embed/remainder"].any(), "there is something to lose"
     kept = [name for name in before if name.endswith(("/value", "/remainder"))]
     assert [name for name in kept if not torch.equal(before[name], after[name])] == []
-    wide = attrs.evolve(config.model, hidden_size=64)
+    wide = attrs.evolve(config, model=attrs.evolve(config.model, hidden_size=64))
     with pytest.raises(InputError, match=r"param/embed/value has the config's shape \(304, 64\), got \(304, 32\)"):
-        weights.of_path(Disk(), tmp_path, model.specs(wide), model.dims(wide))
+        weights.of_path(Disk(), tmp_path, make_blueprint(wide))
 
 
 def test_the_same_state_by_any_number_of_ranks(whole: Config, tmp_path: Path) -> None:

@@ -12,15 +12,20 @@ from torch import Tensor
 from nmoe.config.sections import Config
 from nmoe.effects.device import buffers, ops
 from nmoe.effects.device.process import Runtime
-from nmoe.effects.train.run import arena_layouts, fresh
+from nmoe.effects.train import resume
+from nmoe.effects.train.run import fresh
 from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step
 from nmoe.pure.core import tree
+from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.spec import POLICY
+from nmoe.pure.formats import master
 from nmoe.pure.model import experts
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch, objective
 from nmoe.pure.model.ops import REFERENCE
 from nmoe.pure.model.route import Routing
 from nmoe.pure.optim import adamw as optim
+from nmoe.pure.optim import update
 from tests.effects.train.tiny import tiny
 from tests.kernels.exchange.nvshmem import experts_by_segment
 
@@ -37,14 +42,16 @@ def batches(config: Config, num: int, seed: int = 0) -> list[Batch]:
 
 def start(config: Config, dtype: torch.dtype | None = None) -> tuple[State, Any]:
     """A fresh state and its step; `dtype` puts everything into one format."""
-    layouts = arena_layouts(config)
+    blueprint = make_blueprint(config)
     if dtype is not None:
-        layouts = tuple(attrs.evolve(each, storage=dtype, gradient=dtype, moments=dtype) for each in layouts)
-    state, env = fresh(config, layouts, RT)
+        formats = {"storage": dtype, "gradient": dtype, "moments": dtype}
+        layouts = tuple(attrs.evolve(layout, **formats) for layout in blueprint.layouts)
+        blueprint = attrs.evolve(blueprint, layouts=layouts)
+    state, env = fresh(config, blueprint, RT)
     if dtype is not None:
         env = attrs.evolve(env, ops=REFERENCE)  # torch's grouped product knows no fp64
         state = attrs.evolve(state, router_bias=state.router_bias.to(dtype))
-    return state, make_step(config, layouts, env, RT, mark=lambda name: None)
+    return state, make_step(config, blueprint, env, RT, mark=lambda name: None)
 
 
 def snapshot(state: State) -> list[Tensor]:
@@ -75,7 +82,7 @@ def test_steps_are_those_of_torch_adamw_with_clip(microbatch: int) -> None:
             for leaf, spec in zip(leaves, specs, strict=True)
         ]
     )
-    env = attrs.evolve(fresh(config, arena_layouts(config), RT)[1], ops=REFERENCE)
+    env = attrs.evolve(fresh(config, make_blueprint(config), RT)[1], ops=REFERENCE)
     for index, batch in enumerate(batches(config, 5)):
         whole = Batch(batch.tokens.flatten(0, 1), batch.targets.flatten(0, 1), ())
         loss, nll, _ = objective(
@@ -198,12 +205,12 @@ def test_bf16_keeps_an_exact_master() -> None:
     for batch in batches(config, 30):
         state, _ = step(state, batch)
         wide, _ = wide_step(wide, batch)
-    layouts = arena_layouts(config)
+    blueprint = make_blueprint(config)
     moved = 0
-    for described, arena in zip(layouts, state.arenas, strict=True):
+    for described, arena in zip(blueprint.layouts, state.arenas, strict=True):
         if described.has_remainder():
-            master = optim.join(arena.value, arena.remainder)
-            assert torch.equal(master.bfloat16(), arena.value) or (master - arena.value.float()).abs().max() > 0
+            exact = master.join(arena.value, arena.remainder)
+            assert torch.equal(exact.bfloat16(), arena.value) or (exact - arena.value.float()).abs().max() > 0
             moved += int((arena.remainder != 0).sum())
     assert moved > 0
     exact = dict(tree.leaves(wide.params))
@@ -304,3 +311,49 @@ def test_place_keeps_the_structure() -> None:
     state, _ = start(config)
     moved = buffers.place(state.arenas, torch.device("cpu"))
     assert [path for path, _ in tree.leaves(moved)] == [path for path, _ in tree.leaves(state.arenas)]
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_second_optimizer_is_a_rule_and_a_policy(monkeypatch: pytest.MonkeyPatch, compute: str) -> None:
+    """Momentum (one moment) for the dense group, AdamW for the others, trained, saved and loaded by the same code."""
+
+    def momentum(
+        value: Tensor, gradient: Tensor, moments: tuple[Tensor], *, updates: Tensor, lr: Tensor, beta1: float, **_: Any
+    ) -> tuple[Tensor, tuple[Tensor]]:
+        velocity = beta1 * moments[0].to(value.dtype) + gradient
+        return value - lr.to(value.dtype) * velocity, (velocity,)
+
+    monkeypatch.setattr(update, "UPDATES", {**update.UPDATES, "momentum": update.Rule(("velocity",), momentum)})
+    config = tiny(compute=compute, lr=1e-2)
+    config = attrs.evolve(config, optim=attrs.evolve(config.optim, clip_norm=1e9))
+    blueprint = make_blueprint(config)
+
+    def moved(layout: ArenaLayout) -> ArenaLayout:
+        policy = attrs.evolve(layout.policy, optimizer="momentum")
+        return attrs.evolve(layout, policy=policy) if layout.policy.group == "dense" else layout
+
+    blueprint = attrs.evolve(blueprint, layouts=tuple(map(moved, blueprint.layouts)))
+    state, env = fresh(config, blueprint, RT)
+    assert {len(arena.moments) for arena in state.arenas} == {1, 2}
+    names = {piece.name for piece in resume.pieces(state, blueprint)}
+    assert "param/head/velocity" in names and "param/head/first" not in names
+    assert "param/blocks.1.ffn.up/second" in names
+    before = state.params.head.detach().clone()
+    step = make_step(config, blueprint, env, RT, mark=lambda name: None)
+    losses: list[float] = []
+    for batch in batches(config, 1) * 20:
+        state, metrics = step(state, batch)
+        losses.append(metrics.loss.item())
+        if len(losses) == 1 and compute == "fp32":
+            (velocity,) = [
+                buffers.view(arena.moments[0], slot)
+                for layout, arena in zip(blueprint.layouts, state.arenas, strict=True)
+                for slot in layout.slots
+                if slot.path == "head"
+            ]
+            change = state.params.head.detach() - before
+            assert velocity.any()
+            torch.testing.assert_close(change, -learning_rates(config, 0)["dense"] * velocity, rtol=1e-3, atol=1e-7)
+    assert losses[-1] < losses[0] - 0.3, losses
+    with pytest.raises(ValueError, match="expected one of adamw, momentum, got 'sgd'"):
+        ops.arena_ops(RT.device).update_("sgd")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nmoe.effects.device import ops
 from nmoe.effects.kernels.optim.adamw import NORM_TILE, TILE, adamw_, global_norm
+from nmoe.pure.formats import master
 from nmoe.pure.optim import adamw as optim
 from tests.kernels.truth import normal
 
@@ -66,9 +67,9 @@ def updated(
     """The update in place, on copies; with a remainder when `halves`."""
     mine = {name: each.clone() for name, each in held.items()}
     if halves:
-        high, low = optim.split(mine["value"])
+        high, low = master.split(mine["value"])
         change = adamw_(high, low, mine["first"], mine["second"], mine["gradient"], **told, **numbers, **more)
-        mine["value"] = optim.join(high, low)
+        mine["value"] = master.join(high, low)
     else:
         change = adamw_(mine["value"], None, mine["first"], mine["second"], mine["gradient"], **told, **numbers, **more)
     return mine, change
@@ -177,11 +178,11 @@ def test_it_is_the_op_it_replaces() -> None:
         held, told = arena(500), scalars(updates=4, shrink=1.0)
         ours, change = updated(held, told, NUMBERS, halves=halves)
         theirs = {name: each.clone() for name, each in held.items()}
-        high, low = optim.split(theirs["value"])
+        high, low = master.split(theirs["value"])
         where = (high, low) if halves else (theirs["value"], None)
         right = ops.adamw_(*where, theirs["first"], theirs["second"], theirs["gradient"], **told, **NUMBERS)
         if halves:
-            theirs["value"] = optim.join(high, low)
+            theirs["value"] = master.join(high, low)
         for name, each in theirs.items():
             torch.testing.assert_close(ours[name], each, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(change, right, rtol=1e-5, atol=0)

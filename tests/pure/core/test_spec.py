@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nmoe.pure.core import tree
-from nmoe.pure.core.init import normal, ones
+from nmoe.pure.core.init import normal, ones, residual
 from nmoe.pure.core.spec import POLICY, Policy, Role, Spec, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model import model
@@ -57,18 +57,23 @@ def test_shape_and_size_from_letters_and_numbers() -> None:
     dims = {"E": 3, "D": 5, "F": 7}
     assert spec.shape(dims) == (3, 5, 2, 7)
     assert spec.size(dims) == 210
-    with pytest.raises(KeyError, match="Q"):
+    with pytest.raises(ValueError, match=r"dims: expected a size for axis 'Q', got sizes for D, E, F; add it"):
         attrs.evolve(spec, axes=("Q",)).shape(dims)
 
 
-def test_blueprint_holds_specs_where_parameters_will_be() -> None:
+def test_initial_values_name_the_letter_they_miss() -> None:
+    with pytest.raises(ValueError, match="expected a size for axis 'L'"):
+        residual("D")(torch.Generator(), (2,), {"D": 5})
+
+
+def test_spec_tree_holds_specs_where_parameters_will_be() -> None:
     part = spec_tree(Part, rest=spec_tree(Part, rest=()))
     assert [path for path, _ in tree.leaves(part)] == ["rest.up", "up"]
     assert part.up == Spec(("E", "D", "2", "F"), Role.EXPERT, NORMAL)
 
 
-def test_blueprint_names_the_field_it_has_no_value_for() -> None:
-    with pytest.raises(ValueError, match=r"^spec_tree\(Part\): .* got no value for 'rest'; pass rest="):
+def test_spec_tree_names_the_field_it_has_no_value_for() -> None:
+    with pytest.raises(ValueError, match=r"^spec_tree\(Part\): expected .* got no value for 'rest'; pass rest="):
         spec_tree(Part)
 
 

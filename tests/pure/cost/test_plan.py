@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nmoe.config import sections as s
 from nmoe.effects.device import ops
 from nmoe.pure.core import tree
+from nmoe.pure.core.blueprint import count
 from nmoe.pure.core.init import init
 from nmoe.pure.core.key import Key
 from nmoe.pure.core.layout import ALIGNMENT, layout
@@ -19,6 +20,7 @@ from nmoe.pure.core.spec import POLICY
 from nmoe.pure.cost import flops
 from nmoe.pure.cost.plan import activation_bytes, plan
 from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.experts import mixture
 from nmoe.pure.model.ops import REFERENCE, Env
 from tests.effects.train.tiny import tiny
@@ -71,7 +73,7 @@ def test_causal_flops_count_the_kept_half() -> None:
 def test_parameters_are_those_of_the_tree() -> None:
     c = tiny().model
     specs, dims = model.specs(c), model.dims(c)
-    counted = flops.parameters(specs, dims, top_k=c.moe.top_k)
+    counted = count(specs, dims, top_k=c.moe.top_k)
     values = dict(tree.leaves(init(Key(0), specs, dims)))
     assert counted.total == sum(value.numel() for value in values.values())
     routed = sum(
@@ -140,7 +142,7 @@ def test_activation_estimate_is_near_what_autograd_keeps(shape: str) -> None:
 
 def test_memory_follows_formats_and_ranks() -> None:
     config = tiny(compute="bf16", batch_size=8, microbatch_size=1)
-    one, four = plan(config, ranks=1, mfu=0.4), plan(config, ranks=4, mfu=0.4)
+    one, four = (plan(config, make_blueprint(config, ranks, ranks), mfu=0.4) for ranks in (1, 4))
     assert one.microbatches == 8 and four.microbatches == 2 and four.expert_ranks == 4
     c = config.model
     specs, dims = model.specs(c), model.dims(c)
@@ -152,5 +154,5 @@ def test_memory_follows_formats_and_ranks() -> None:
     assert one.memory.gradients == pytest.approx(4 * total, abs=4 * padding)
     assert one.memory.moments == pytest.approx(8 * total, abs=8 * padding)
     assert four.memory.moments == pytest.approx(one.memory.moments / 4, abs=8 * padding)
-    assert plan(config, ranks=1, mfu=0.2).seconds() == pytest.approx(2 * one.seconds())
+    assert plan(config, make_blueprint(config), mfu=0.2).seconds() == pytest.approx(2 * one.seconds())
     assert s.Config is type(config)

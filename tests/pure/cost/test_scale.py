@@ -15,6 +15,7 @@ from nmoe.pure.cost.plan import plan
 from nmoe.pure.cost.scale import Arrangement, best, choices, scale
 from nmoe.pure.cost.traffic import Traffic
 from nmoe.pure.model import model
+from nmoe.pure.model.blueprint import make_blueprint
 from tests.configs import ROOT
 from tests.effects.train.tiny import tiny
 
@@ -26,10 +27,11 @@ def arranged(gpus: int, hosts: int, expert_ranks: int, *, dedup: bool = False, c
 
 
 def parameter_bytes(config: Config, shard: str, *, gradients: bool = False) -> int:
-    """Of all parameters that are sharded by this axis, or by none; bf16, with gradients as in one microbatch."""
+    """Of all parameters that are sharded by this axis, or by none, in bf16; or of their gradients, in fp32."""
     specs, dims = model.specs(config.model), model.dims(config.model)
     policies = [(spec.size(dims), POLICY[spec.role]) for _, spec in tree.leaves(specs)]
-    return sum(size * (4 if policy.storage == "fp32" else 2) for size, policy in policies if policy.shard == shard)
+    wide = (4 if gradients or policy.storage == "fp32" else 2 for _, policy in policies)
+    return sum(size * element for element, (size, policy) in zip(wide, policies, strict=True) if policy.shard == shard)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_one_gpu_waits_for_nobody() -> None:
     alone = scale(config, arranged(1, 1, 1, dedup=True), H200, mfu=0.4)
     assert alone.dispatch == alone.combine == alone.reduce == alone.gather == Traffic(inside=0.0, between=0.0)
     assert alone.step_s() == alone.compute_s and alone.mfu() == 0.4
-    assert alone.plan == plan(config, ranks=1, mfu=0.4, dedup=True)
+    assert alone.plan == plan(config, make_blueprint(config), mfu=0.4, dedup=True)
     assert alone.plan.memory.exchange == 0
     assert alone.tokens_per_second() == pytest.approx(alone.plan.tokens_per_second())
 
@@ -91,11 +93,11 @@ def test_gradients_and_parameters_of_deepseek_v3_by_hand(
     expert_ranks: int, copies_inside: float, copies_between: float
 ) -> None:
     found = scale(DSV3, arranged(256, 32, expert_ranks), H200, mfu=0.4)
-    dense, experts = parameter_bytes(DSV3, ""), parameter_bytes(DSV3, "E") / expert_ranks
-    inside = dense * 255 / 256 * 7 / 8 + experts * copies_inside
-    between = dense * 255 / 256 / 8 + experts * copies_between
-    # one microbatch: gradients have the parameters' formats
-    for traffic in (found.reduce, found.gather):
+    for traffic, gradients in ((found.gather, False), (found.reduce, True)):
+        dense = parameter_bytes(DSV3, "", gradients=gradients)
+        experts = parameter_bytes(DSV3, "E", gradients=gradients) / expert_ranks
+        inside = dense * 255 / 256 * 7 / 8 + experts * copies_inside
+        between = dense * 255 / 256 / 8 + experts * copies_between
         assert traffic.inside == pytest.approx(inside, rel=1e-5)
         assert traffic.between == pytest.approx(between, rel=1e-5)
     shared = max(20e-6 + dense * 255 / 256 * 7 / 8 / 250e9, 400e-6 + dense * 255 / 256 / 8 / 45e9)
@@ -144,7 +146,7 @@ ARRANGEMENTS = st.sampled_from(
 def test_ranks_hold_the_whole_between_them(shape: tuple[int, int, int], dedup: bool, bf16: bool) -> None:
     config = tiny(compute="bf16" if bf16 else "fp32", batch_size=16)
     gpus, _, expert_ranks = shape
-    one = plan(config, ranks=1, mfu=0.4)
+    one = plan(config, make_blueprint(config), mfu=0.4)
     many = scale(config, arranged(*shape, dedup=dedup), H200, mfu=0.4).plan
     assert (many.ranks, many.expert_ranks) == (gpus, expert_ranks)
     assert many.checkpoint == one.checkpoint
@@ -159,8 +161,9 @@ def test_ranks_hold_the_whole_between_them(shape: tuple[int, int, int], dedup: b
 
 
 def test_the_best_is_the_fastest_that_fits() -> None:
+    machine = attrs.evolve(H200, memory=180e9)
     all_of_them = tuple(
-        scale(DSV3, arranged(256, 32, ranks, dedup=dedup), H200, mfu=0.4)
+        scale(DSV3, arranged(256, 32, ranks, dedup=dedup), machine, mfu=0.4)
         for ranks in choices(gpus=256, hosts=32, num_experts=256)
         for dedup in (False, True)
     )

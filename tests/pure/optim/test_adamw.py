@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nmoe.pure.core import tree
-from nmoe.pure.optim.adamw import Moments, adamw, clip_scale, global_norm, join, split
+from nmoe.pure.formats.master import join, split
+from nmoe.pure.optim.adamw import Moments, adamw
+from nmoe.pure.optim.clip import clip_scale, global_norm
 
 
 def adam_run(dtype: torch.dtype, gradients: list[Tensor], start: Tensor, *, by_torch: bool) -> Tensor:

@@ -177,7 +177,7 @@ def adamw_(
 
 @torch.no_grad()
 def global_norm(gradients: Sequence[Tensor], *, tile: Tile = NORM_TILE) -> Tensor:
-    """`pure.optim.global_norm`, one launch a tensor; not finite when an element is not.
+    """`pure.optim.clip.global_norm`, one launch a tensor; not finite when an element is not.
 
     gradients  contiguous, f32 or bf16
     returns    0-d f32

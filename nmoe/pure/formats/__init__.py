@@ -1,0 +1,1 @@
+"""Number formats: how values are stored in fewer bits, and what restores them."""

@@ -1,0 +1,21 @@
+"""The fp32 master of a parameter as bf16 and 16 more bits, so that what is computed with needs no copy of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """An fp32 tensor as its bf16 rounding, halves away from zero, and the 16 bits that restore it.
+
+    returns  bf16 and int16 of the shape of `value`
+    """
+    bits = value.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(rounded: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 tensor that `split` took apart, bit for bit."""
+    return ((rounded.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)

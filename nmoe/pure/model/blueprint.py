@@ -1,0 +1,42 @@
+"""From a config to its Blueprint: the one place where specs, sizes and arena layouts of a training are made."""
+
+from __future__ import annotations
+
+from nmoe.config.sections import Config
+from nmoe.pure.core.blueprint import Blueprint, count
+from nmoe.pure.core.layout import layout
+from nmoe.pure.model import model
+
+
+def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1) -> Blueprint:
+    """The parameters of `config` as one of `world` ranks holds them.
+
+    Gradients are summed in fp32 as soon as a step has more than one microbatch, whether one rank computes all of them
+    or many ranks one each: a bf16 sum over ranks would lose what a bf16 sum over microbatches loses.
+
+    expert_ranks  ranks that share one set of experts; divides `world` and the number of experts
+    Raises:       ValueError when it does not.
+    """
+    c, train = config.model, config.train
+    if world % expert_ranks or c.moe.num_experts % expert_ranks:
+        raise ValueError(
+            f"make_blueprint: expected expert_ranks that divides {world} ranks and {c.moe.num_experts} experts, got "
+            f"{expert_ranks}; take a common divisor"
+        )
+    specs, dims = model.specs(c), model.dims(c)
+    return Blueprint(
+        specs=specs,
+        dims=dims,
+        layouts=layout(
+            specs,
+            dims,
+            compute=config.precision.compute,
+            moments=config.precision.moments,
+            accumulate=train.batch_size > train.microbatch_size,
+            world=expert_ranks,
+            replicas=world // expert_ranks,
+        ),
+        parameters=count(specs, dims, top_k=c.moe.top_k),
+        world=world,
+        expert_ranks=expert_ranks,
+    )

@@ -17,13 +17,13 @@ from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.model import model
-from nmoe.pure.model.model import Model
-from nmoe.pure.model.ops import Env
+from nmoe.pure.model.model import Transformer
+from nmoe.pure.model.ops import Env, environment
 
 
 @torch.no_grad()
 def extend(
-    p: Model,
+    p: Transformer,
     router_bias: Tensor,
     env: Env,
     c: ModelConfig,
@@ -71,7 +71,7 @@ def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: i
     encoding = tokenizers.encoding(tokenizer)
     device = gpu.device("cpu")
     params, router_bias = weights.load(folder, model.specs(c), model.dims(c))
-    env = Env(ops.build(device, c), model.rope_table(c, c.max_positions))
+    env = environment(c, c.max_positions, ops.build(device, c))
     start = encoding.encode_ordinary(prompt) or [tokenizer.end_of_text]
     tokens = extend(
         params,

@@ -182,10 +182,12 @@ def balance(bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
 def health(load: Tensor) -> Health:
     """Evenness of the load of each layer.
 
-    load     [L E] i64, each row with a token at least
+    load     [L E] i64, each row with a token at least; no row for a dense model
     """
     rows = load.double()
     mean = rows.mean(-1)
+    if not load.shape[0]:
+        return Health(mean, mean, load.sum(-1))  # torch warns of the deviation of nothing
     return Health(rows.amax(-1) / mean, rows.std(-1, correction=0) / mean, (load == 0).sum(-1))
 
 

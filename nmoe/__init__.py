@@ -19,65 +19,75 @@ if TYPE_CHECKING:
     from nmoe.pure.core.tree import param, record
     from nmoe.pure.cost import flops, plan
     from nmoe.pure.model import attention, experts, loss, norm, rope, route
+    from nmoe.pure.model.attention import KINDS, Hf, Kind, kind_of
     from nmoe.pure.model.model import (
         Batch,
         Block,
         Dense,
-        Model,
         Moe,
         RouterReport,
         Shared,
+        Transformer,
         block,
         dims,
         forward,
         moe,
         objective,
-        rope_table,
         specs,
     )
-    from nmoe.pure.model.ops import REFERENCE, Env, Ops
+    from nmoe.pure.model.ops import Env, Ops, environment, labelled, reference
+    from nmoe.pure.model.rope import Documents
+    from nmoe.pure.model.route import Routed, Routing
     from nmoe.pure.optim import adamw, schedule
 
 __all__ = [
-    "POLICY",
-    "REFERENCE",
     "Batch",
     "Block",
     "Dense",
+    "Documents",
     "Env",
+    "Hf",
+    "KINDS",
     "Key",
-    "Model",
+    "Kind",
     "Moe",
     "Ops",
+    "POLICY",
     "Role",
+    "Routed",
     "RouterReport",
+    "Routing",
     "Shared",
     "Spec",
+    "Transformer",
     "adamw",
     "attention",
     "block",
-    "spec_tree",
     "config",
     "dims",
+    "environment",
     "experts",
     "flops",
     "forward",
     "init",
+    "kind_of",
+    "labelled",
     "layout",
     "loss",
     "moe",
-    "normal",
     "norm",
+    "normal",
     "objective",
     "ones",
     "param",
     "plan",
     "record",
+    "reference",
     "residual",
     "rope",
-    "rope_table",
     "route",
     "schedule",
+    "spec_tree",
     "specs",
     "tree",
 ]
@@ -94,14 +104,29 @@ _HOME = MappingProxyType(
     {
         **dict.fromkeys(("init", "normal", "ones", "residual"), "nmoe.pure.core.init"),
         **dict.fromkeys(("Key",), "nmoe.pure.core.key"),
-        **dict.fromkeys(("REFERENCE", "Env", "Ops"), "nmoe.pure.model.ops"),
+        **dict.fromkeys(("Env", "Ops", "environment", "labelled", "reference"), "nmoe.pure.model.ops"),
         **dict.fromkeys(("POLICY", "Role", "Spec", "spec_tree"), "nmoe.pure.core.spec"),
         **dict.fromkeys(("param", "record"), "nmoe.pure.core.tree"),
         **dict.fromkeys(
-            ("Batch", "Block", "Dense", "Model", "Moe", "RouterReport", "Shared", "block", "dims", "forward", "moe")
-            + ("objective", "rope_table", "specs"),
+            (
+                "Batch",
+                "Block",
+                "Dense",
+                "Moe",
+                "RouterReport",
+                "Shared",
+                "Transformer",
+                "block",
+                "dims",
+                "forward",
+                "moe",
+            )
+            + ("objective", "specs"),
             "nmoe.pure.model.model",
         ),
+        **dict.fromkeys(("KINDS", "Hf", "Kind", "kind_of"), "nmoe.pure.model.attention"),
+        **dict.fromkeys(("Routed", "Routing"), "nmoe.pure.model.route"),
+        **dict.fromkeys(("Documents",), "nmoe.pure.model.rope"),
     }
 )
 
@@ -115,3 +140,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'nmoe' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """The public names, before any of them was imported."""
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,10 @@ from nmoe.pure.core.init import init
 from nmoe.pure.core.key import Key
 from nmoe.pure.core.spec import Role
 from nmoe.pure.model import model
-from nmoe.pure.model.ops import REFERENCE, Env
+from nmoe.pure.model.attention import KINDS
+from nmoe.pure.model.ops import Env, Ops, environment, reference
+
+REFERENCE: Ops = reference(KINDS[sections.Mla])
 
 
 def attention(**changes: Any) -> sections.Mla:
@@ -44,7 +47,7 @@ def config(**changes: Any) -> sections.Model:
     return attrs.evolve(c, **changes)
 
 
-def parameters(c: sections.Model, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> model.Model:
+def parameters(c: sections.Model, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> model.Transformer:
     """Leaves that require gradients; gains are uneven, so that a forgotten or misplaced one shows."""
     specs, dims = model.specs(c), model.dims(c)
     values = init(Key(seed).fold("init"), specs, dims)
@@ -74,4 +77,4 @@ def batch(c: sections.Model, *, sequences: int = 2, positions: int = 11, seed: i
 
 def env(c: sections.Model) -> Env:
     """Reference operations and the model's table."""
-    return Env(REFERENCE, model.rope_table(c, c.max_positions))
+    return environment(c, c.max_positions)

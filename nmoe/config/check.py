@@ -61,10 +61,10 @@ def _divides(part: int, whole: int) -> bool:
 
 
 def _model(c: Model) -> Iterator[str]:
-    if c.num_dense_layers >= c.num_layers:
+    if c.num_dense_layers > c.num_layers:
         yield (
-            f"model.num_dense_layers: below num_layers = {c.num_layers}, got {c.num_dense_layers}; "
-            "leave one layer at least for the mixture"
+            f"model.num_dense_layers: at most num_layers = {c.num_layers}, got {c.num_dense_layers}; "
+            "write num_layers for a dense model"
         )
 
 

@@ -86,7 +86,7 @@ class Model:
     vocab_size: int = setting("rows of the embedding; at least the tokenizer's", unit="tokens", low=2)
     hidden_size: int = setting("width of the residual stream", low=1)
     num_layers: int = setting("blocks, dense and mixture together", low=1)
-    num_dense_layers: int = setting("leading blocks with a dense MLP", default=1, low=0)
+    num_dense_layers: int = setting("leading blocks with a dense MLP; num_layers: a dense model", default=1, low=0)
     intermediate_size: int = setting("hidden width of a dense MLP", low=1)
     max_positions: int = setting("longest sequence the rotation table serves", unit="positions", low=1)
     norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, above=0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from nmoe.bench import kernels as kernel_bench
 from nmoe.bench.kernels import moe, optimizer
 from nmoe.config.sections import Config
-from nmoe.effects.device import gpu, ops, process
+from nmoe.effects.device import cpu, gpu, ops, process
 from nmoe.effects.kernels.moe import moe as mixtures
 from nmoe.effects.train.run import fresh, stepper
 from nmoe.effects.train.step import Metrics, State
@@ -94,7 +94,7 @@ def test_a_mixture_with_offsets_beyond_32_bits() -> None:
     x, grad_output = normal(tokens, hidden), normal(tokens, hidden).detach()
     up, down = normal(num_experts, hidden, 2, width), normal(num_experts, width, hidden)
     score = torch.rand(tokens, num_experts, generator=generator, device="cuda")
-    expert = route.first(score, top_k)
+    expert = route.top_k(score, top_k)
     weight = score.gather(-1, expert).requires_grad_()
     assert expert.numel() * hidden > 2**31
     mixture = partial(mixtures.mixture, tiles=ops.mixture_tiles(torch.device("cuda"), hidden, width))
@@ -124,11 +124,11 @@ def test_the_mixture_is_as_near_the_truth_as_the_reference() -> None:
         draw(900, 256),
     )
     score = torch.rand(900, 16, generator=generator, device="cuda")
-    chosen = route.first(score, 4)
+    chosen = route.top_k(score, 4)
     weight = score.gather(-1, chosen)
     c = config().model
     sized = attrs.evolve(c, hidden_size=256, moe=attrs.evolve(c.moe, intermediate_size=192))
-    kernel = ops.build(torch.device("cuda"), sized).mixture
+    kernel = ops.build(torch.device("cuda"), sized).experts
 
     def run(which: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [each.to(dtype, copy=True).requires_grad_() for each in (x, up, down)]
@@ -139,7 +139,7 @@ def test_the_mixture_is_as_near_the_truth_as_the_reference() -> None:
         grads = [leaf.grad.double() for leaf in (*leaves, gates) if leaf.grad is not None]
         return [y.detach().double(), *grads]
 
-    plain = partial(experts.mixture, experts=experts_by_segment)
+    plain = partial(experts.moe_experts, experts=experts_by_segment)
     truth, near, ours = run(plain, torch.float64), run(plain, torch.bfloat16), run(kernel, torch.bfloat16)
     for name, t, p, g in zip(("y", "dx", "dup", "ddown", "dgate"), truth, near, ours, strict=True):
         assert (g - t).norm() <= 1.5 * (p - t).norm(), name
@@ -203,7 +203,7 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_bf16(counts: tuple[int, 
         dtype = torch.float64 if kind == "truth" else torch.bfloat16
         leaves = [each.to(dtype, copy=True).requires_grad_() for each in (x, up, down)]
         rows = experts.dispatch(leaves[0], routing, num_experts=4)
-        which = ops.experts_grouped if kind == "grouped" else experts_by_segment
+        which = cpu.experts_grouped if kind == "grouped" else experts_by_segment
         y = experts.combine(which(rows, leaves[1], leaves[2]), rows, routing)
         y.backward(grad_output.to(dtype))
         return [y.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from nmoe.bench.kernels.meter import Way, draw, relative_error
-from nmoe.effects.device import ops
+from nmoe.effects.device import cpu
 from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.kernels.moe.moe import mixture as ours
-from nmoe.pure.model.experts import mixture
+from nmoe.pure.model.experts import moe_experts
 from nmoe.pure.model.route import Routing
 
 PEER = "grouped_mm compiled"
@@ -120,7 +120,7 @@ def busiest(case: Case, expert: Tensor) -> float:
 
 def ways(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Way]:
     """Ours, and torch's grouped products compiled and not."""
-    plain = partial(mixture, experts=ops.experts_grouped)
+    plain = partial(moe_experts, experts=cpu.experts_grouped)
     truth = exact(operands)
     given: dict[str, Callable[[], Any]] = {
         "ours": lambda: partial(ours, tiles=tiles),
@@ -151,6 +151,6 @@ def exact(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = (each[:SAMPLE].detach().double().requires_grad_() for each in (operands.x, operands.weight))
     routing = Routing(operands.expert[:SAMPLE], weight)
     up, down = (each.detach().double() for each in (operands.up, operands.down))
-    y = mixture(x, routing, up, down)[0]
+    y = moe_experts(x, routing, up, down)[0]
     dx, dweight = torch.autograd.grad(y, (x, weight), operands.grad_output[:SAMPLE].double())
     return y.detach(), dx, dweight

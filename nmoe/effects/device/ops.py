@@ -1,4 +1,4 @@
-"""Which implementation of each op this device runs, and the optimizer's passes over arenas."""
+"""Which implementation of each op this device runs, and the optimizer's passes over arenas: it only chooses."""
 
 from __future__ import annotations
 
@@ -9,31 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.profiler import record_function
-from torch.optim.adamw import adamw
 
 from nmoe.config.sections import Model
+from nmoe.effects.device import cpu
 from nmoe.effects.kernels import tables as tuning
 from nmoe.effects.parallel.exchange import Exchange, host
 from nmoe.errors import InputError
 from nmoe.pure.core.tree import record
-from nmoe.pure.formats import master
-from nmoe.pure.model.attention.mla import attend_mla
-from nmoe.pure.model.experts import Rows, combine, dispatch, mixture, swiglu
-from nmoe.pure.model.ops import REFERENCE, Ops
-from nmoe.pure.model.route import choose
+from nmoe.pure.model.attention import KINDS, Kind, Kinds, kind_of
+from nmoe.pure.model.attention.mla import MlaOps
+from nmoe.pure.model.ops import Ops, labelled, reference
+from nmoe.pure.model.route import route_tokens
 from nmoe.pure.optim.clip import global_norm
-from nmoe.pure.optim.update import Rule, rule
+from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
     from nmoe.effects.kernels.attention import mla as attention
     from nmoe.effects.kernels.moe import moe as mixtures
-
-
-CPU_CHUNK = 1 << 18
-"""Elements the optimizer handles at once on a CPU, so that its temporaries stay in the cache."""
 
 
 def build(
@@ -43,6 +37,7 @@ def build(
     deterministic: bool = True,
     documents: bool = False,
     exchange: Exchange | None = None,
+    kinds: Kinds = KINDS,
 ) -> Ops:
     """The ops of a device for a model.
 
@@ -50,67 +45,64 @@ def build(
 
     documents  whether attention keeps inside documents, which cuDNN's kernels cannot
     exchange   with the ranks that hold the other experts; None: all are here
+    kinds      of attention
 
     Raises:  InputError for sizes that a kernel does not take.
     """
+    kind = kind_of(c.attention, kinds)
     if device.type == "cpu":
-        parts = {
-            "dispatch": named("dispatch", dispatch),
-            "experts": named("experts", experts_grouped),
-            "combine": named("combine", combine),
-        }
-        return attrs.evolve(
-            REFERENCE,
-            attend_mla=named("attention", attend_mla_padded),
-            route=named("router", choose),
-            mixture=partial(mixture, **parts)
-            if exchange is None
-            else partial(host.mixture, exchange=exchange, experts=parts["experts"]),
-            linear_cross_entropy=named("head", REFERENCE.linear_cross_entropy),
+        return labelled(
+            attrs.evolve(
+                reference(kind),
+                attention=_cpu_attention(kind),
+                experts=cpu.moe_experts
+                if exchange is None
+                else partial(host.mixture, exchange=exchange, experts=cpu.experts_grouped),
+            )
         )
     # only here: triton is not everywhere
     from nmoe.effects.kernels import loss as cross_entropy
     from nmoe.effects.kernels import norm as rms_norm
-    from nmoe.effects.kernels.attention import mla as attention
-    from nmoe.effects.kernels.attention.rope import rotate_mla_
     from nmoe.effects.kernels.moe import moe as mixtures
     from nmoe.effects.kernels.moe import router, swiglu
     from nmoe.effects.parallel.exchange import device as exchanged
 
     check(c)
     tiles = mixture_tiles(device, c.hidden_size, c.moe.intermediate_size)
-    a = c.attention
-    attend = attention.attend_mla_cudnn
-    if deterministic or documents:
-        forward = "triton" if documents else "cudnn"
-        attend = partial(
-            attention.attend_mla,
-            forward=forward,
-            tiles=attention_tiles(device, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim),
+    return labelled(
+        Ops(
+            norm=rms_norm.rms_norm,
+            add_norm=rms_norm.add_rms_norm,
+            swiglu=swiglu.swiglu,
+            attention=_gpu_attention(device, kind, c.attention, deterministic, documents),
+            route=partial(route_tokens, score=router.scores, select=router.first),
+            experts=partial(mixtures.mixture, tiles=tiles)
+            if exchange is None
+            else partial(exchanged.mixture, exchange=exchange, tiles=tiles),
+            linear_cross_entropy=cross_entropy.linear_cross_entropy,
         )
-    return Ops(
-        norm=rms_norm.rms_norm,
-        add_norm=rms_norm.add_rms_norm,
-        swiglu=swiglu.swiglu,
-        rotate_mla=rotate_mla_,
-        attend_mla=named("attention", attend),
-        route=named("router", partial(choose, scores=router.scores, first=router.first)),
-        first=router.first,
-        mixture=partial(mixtures.mixture, tiles=tiles)
-        if exchange is None
-        else partial(exchanged.mixture, exchange=exchange, tiles=tiles),
-        linear_cross_entropy=named("head", cross_entropy.linear_cross_entropy),
     )
 
 
-def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under a name that `nmoe run --profile` counts its time by."""
+def _cpu_attention(kind: Kind) -> Any:
+    """The kind's ops on a CPU: the reference, but where torch has something faster."""
+    if isinstance(kind.reference, MlaOps):
+        return attrs.evolve(kind.reference, attend=cpu.attend_mla_padded)
+    return kind.reference
 
-    def run(*arguments: Any, **keywords: Any) -> Any:
-        with record_function(name):
-            return function(*arguments, **keywords)
 
-    return run
+def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool, documents: bool) -> Any:
+    """The kind's ops on a GPU: its kernels, or the reference of a kind that has none."""
+    if not isinstance(kind.reference, MlaOps):
+        return kind.reference
+    from nmoe.effects.kernels.attention import mla as attention
+    from nmoe.effects.kernels.attention import project
+
+    attend = attention.attend_mla_cudnn
+    if deterministic or documents:
+        forward = "triton" if documents else "cudnn"
+        attend = partial(attention.attend_mla, forward=forward, tiles=attention_tiles(device, *kind.tile_sizes(c)))
+    return MlaOps(project=project.project, query=project.query, attend=attend)
 
 
 def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:
@@ -129,19 +121,16 @@ def attention_tiles(device: torch.device, nope: int, rope: int, value: int) -> a
     return attention.Tiles(**tuning.find(shipped(device), "attention", nope, rope, value).tiles)
 
 
-def unmeasured(device: torch.device, c: Model) -> tuple[str, ...]:
+def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS) -> tuple[str, ...]:
     """A line for each op whose tiles nobody measured for this model's sizes: it is right, and may be slow."""
     if device.type == "cpu":
         return ()
-    a, table = c.attention, shipped(device)
-    sizes = {
-        "mixture": (c.hidden_size, c.moe.intermediate_size),
-        "attention": (a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim),
-    }
-    told = {op: "x".join(map(str, size)) for op, size in sizes.items()}
+    table, attention = shipped(device), kind_of(c.attention, kinds).tile_sizes(c.attention)
+    sizes = {"mixture": (c.hidden_size, c.moe.intermediate_size)} | ({"attention": attention} if attention else {})
+    keys = {op: "x".join(map(str, size)) for op, size in sizes.items()}
     return tuple(
-        f"{op}: no measured tiles for {told[op]} in {table.where}, the default ones are used"
-        + (f"; `nmoe bench kernels --tune --size {told[op]}` finds better ones" if op == "mixture" else "")
+        f"{op}: no measured tiles for {keys[op]} in {table.where}, the default ones are used"
+        + (f"; `nmoe bench kernels --tune --size {keys[op]}` finds better ones" if op == "mixture" else "")
         for op, size in sizes.items()
         if tuning.find(table, op, *size).size == tuning.DEFAULT
     )
@@ -164,18 +153,29 @@ class ArenaOps:
 def arena_ops(device: torch.device) -> ArenaOps:
     """The passes of a device: one launch an arena on a GPU, pieces that stay in the cache on a CPU."""
     if device.type == "cpu":
-        return ArenaOps(named("optimizer", global_norm), partial(updating, {"adamw": adamw_}), CPU_CHUNK)
+        return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), cpu.CHUNK)
     from nmoe.effects.kernels.optim import adamw
 
-    return ArenaOps(named("optimizer", adamw.global_norm), partial(updating, {"adamw": adamw.adamw_}), sys.maxsize)
+    return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating({"adamw": adamw.adamw_}), sys.maxsize)
 
 
-def updating(kernels: Mapping[str, Callable[..., Tensor]], name: str) -> Callable[..., Tensor]:
-    """The in-place update of an optimizer: its kernel, or its rule as torch runs it where there is no kernel.
+def _ranged(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` inside a profiler range."""
 
-    Raises:  ValueError when there is no rule of this name.
-    """
-    return named("optimizer", kernels.get(name, partial(update_, rule(name))))
+    def run(*arguments: Any, **keywords: Any) -> Tensor:
+        with record_function(name):
+            return function(*arguments, **keywords)
+
+    return run
+
+
+def _updating(kernels: Mapping[str, Callable[..., Tensor]]) -> Callable[[str], Callable[..., Tensor]]:
+    """The in-place update of an optimizer: its kernel, or its rule as torch runs it where there is no kernel."""
+
+    def update(name: str) -> Callable[..., Tensor]:
+        return _ranged(f"{name}_", kernels.get(name, partial(cpu.update_, rule(name))))
+
+    return update
 
 
 def check(c: Model) -> None:
@@ -192,131 +192,3 @@ def check(c: Model) -> None:
     ]
     if problems:
         raise InputError(*problems)
-
-
-def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
-    """`pure.attention.mla.attend_mla` with values padded to the width of the keys.
-
-    torch's fused attention on the CPU takes only equal widths; it halves the time of the plain one and keeps no
-    probabilities, which pays for the padding.
-    """
-    width = kv.shape[-1] - q.shape[-1] + k_rope.shape[-1]
-    return attend_mla(q, F.pad(kv, (0, q.shape[-1] - width)), k_rope, start, scale=scale)[..., :width]
-
-
-def experts_grouped(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
-    """`pure.experts.experts` with torch's grouped product; counts stay on the device.
-
-    rows.x   [M D]   bf16, or fp32 on a CPU
-    returns  [P D]   in the format of `rows.x`
-    """
-    ends = rows.count.cumsum(0).to(torch.int32)
-    x = rows.x.index_select(0, rows.source)
-    y = swiglu(F.grouped_mm(x, up.flatten(2), offs=ends).unflatten(-1, (2, -1)))
-    return F.grouped_mm(y, down, offs=ends)
-
-
-@torch.no_grad()
-def adamw_(
-    value: Tensor,
-    remainder: Tensor | None,
-    first: Tensor,
-    second: Tensor,
-    gradient: Tensor,
-    *,
-    allowed: Tensor,
-    shrink: Tensor,
-    updates: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-) -> Tensor:
-    """`pure.optim.adamw` on a stretch of an arena, where `allowed`; the norm of the change.
-
-    Without a remainder it is torch's own one-pass kernel; with one, the reference on the joined fp32 value.
-
-    allowed  0-d bool   false: nothing but `gradient` changes, whatever the gradient holds
-    shrink   0-d        factor on the gradient, from the clip
-    updates  0-d i64    number of updates this one makes it, counted from 1
-    lr       0-d f64
-
-    Writes:  value, remainder, first, second; `gradient` is zero afterwards.
-    """
-    if remainder is None:
-        old = value.clone()
-        gradient.mul_(shrink)
-        adamw(
-            [value],
-            [gradient],
-            [first],
-            [second],
-            [],
-            [(updates - 1).float()],
-            fused=True,
-            found_inf=torch.where(allowed, 0.0, 1.0),
-            amsgrad=False,
-            lr=lr.to(value.dtype),
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=decay,
-            maximize=False,
-        )
-        change = torch.linalg.vector_norm(value - old)
-    else:
-        return update_(
-            rule("adamw"),
-            value,
-            remainder,
-            first,
-            second,
-            gradient,
-            allowed=allowed,
-            shrink=shrink,
-            updates=updates,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            decay=decay,
-        )
-    gradient.zero_()
-    return change
-
-
-@torch.no_grad()
-def update_(
-    which: Rule,
-    value: Tensor,
-    remainder: Tensor | None,
-    *rest: Tensor,
-    allowed: Tensor,
-    shrink: Tensor,
-    **numbers: Any,
-) -> Tensor:
-    """A rule of `pure.optim.update` on a stretch of an arena, where `allowed`; the norm of the change.
-
-    rest     the rule's moments, then the gradient
-    allowed  0-d bool   false: nothing but the gradient changes
-    shrink   0-d        factor on the gradient, from the clip
-    numbers  updates, lr, decay and the settings of the rule
-
-    Writes:  value, remainder, moments; the gradient is zero afterwards.
-    """
-    *moments, gradient = rest
-    old = value if remainder is None else master.join(value, remainder)
-    new, after = which.update(old, gradient.to(old.dtype) * shrink, tuple(moments), **numbers)
-    new = torch.where(allowed, new, old)
-    change = torch.linalg.vector_norm(new - old)
-    if remainder is None:
-        value.copy_(new)
-    else:
-        high, low = master.split(new)
-        value.copy_(high)
-        remainder.copy_(low)
-    for stored, moment in zip(moments, after, strict=True):
-        torch.where(allowed, moment.to(stored.dtype), stored, out=stored)
-    gradient.zero_()
-    return change

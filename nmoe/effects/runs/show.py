@@ -6,8 +6,6 @@ without its line end is one being written, and is left out.
 
 from __future__ import annotations
 
-from nmoe.effects.terminal import table
-
 import csv
 import difflib
 import io
@@ -25,8 +23,8 @@ import attrs
 
 from nmoe.effects import files
 from nmoe.effects.runs import status as run_status
+from nmoe.effects.terminal import table
 from nmoe.errors import InputError
-
 
 EVENTS, METRICS, PROVENANCE = "events.jsonl", "metrics.rank0.jsonl", "provenance.toml"
 GOING = ("starting", "running")
@@ -410,8 +408,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(BARS[round((mean - low) / span * top)] if math.isfinite(mean) else "x" for mean in means)
 
 
-
-
 def _experts(line: Line) -> dict[str, list[Any]]:
     """The health of each mixture: quantity -> one value a layer, `layer` first."""
     experts: Any = line.fields["experts"]
@@ -440,9 +436,7 @@ def _time(line: Line) -> datetime:
     try:
         return datetime.fromisoformat(line.fields["time"]).astimezone(UTC)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{line.where}: time is in ISO 8601, got {line.fields.get('time')!r}; fix the line"
-        ) from error
+        raise InputError(f"{line.where}: time is in ISO 8601, got {line.fields.get('time')!r}; fix the line") from error
 
 
 def _age(folder: Path, run: Run | None) -> tuple[bool, float, str]:

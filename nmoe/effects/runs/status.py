@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-
 FILE = "run.json"
 MISSED = 3
 """Heartbeats that may fail to come before a run counts as lost."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from nmoe.config.sections import Model as ModelConfig
 from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks, all_reduce_sum
 from nmoe.pure.core import tree
-from nmoe.pure.model.model import Batch, Model, forward
+from nmoe.pure.model.model import Batch, Transformer, forward
 from nmoe.pure.model.ops import Env
 
 
@@ -27,7 +27,7 @@ class Held:
 
 @torch.no_grad()
 def evaluate(
-    p: Model,
+    p: Transformer,
     router_bias: Tensor,
     env: Env,
     c: ModelConfig,

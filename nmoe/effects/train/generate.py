@@ -12,19 +12,19 @@ from nmoe.config import load_valid
 from nmoe.config.sections import Model as ModelConfig
 from nmoe.effects.checkpoint import weights
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.device import gpu, ops
+from nmoe.effects.device import gpu
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.model import model
 from nmoe.pure.model.blueprint import make_blueprint
-from nmoe.pure.model.model import Model
-from nmoe.pure.model.ops import Env
+from nmoe.pure.model.model import Transformer
+from nmoe.pure.model.ops import Env, environment
 
 
 @torch.no_grad()
 def extend(
-    p: Model,
+    p: Transformer,
     router_bias: Tensor,
     env: Env,
     c: ModelConfig,
@@ -70,9 +70,8 @@ def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: i
     c = config.model
     tokenizer = tokenizers.load(folder)
     encoding = tokenizers.encoding(tokenizer)
-    device = gpu.device("cpu")
     params, router_bias = weights.load(folder, make_blueprint(config))
-    env = Env(ops.build(device, c), model.rope_table(c, c.max_positions))
+    env = environment(c, c.max_positions, ops.build(gpu.device("cpu"), c))
     start = encoding.encode_ordinary(prompt) or [tokenizer.end_of_text]
     tokens = extend(
         params,

@@ -29,13 +29,16 @@ FIRST = 3
 STEPS = 3
 """Steps that are traced."""
 
-PARTS = ("attention", "router", "dispatch", "experts", "combine", "head", "optimizer")
-"""Names that `effects.ops` and the kernels give to what they run; of an exchange all that begin with its name."""
+PARTS = (
+    *("norm", "add_norm", "swiglu", "project", "query", "attend", "route", "dispatch", "experts", "combine"),
+    *("linear_cross_entropy", "global_norm", "adamw_"),
+)
+"""Fields of the records of ops, and the parts kernels name inside them; of an exchange all that begin with its name."""
 
 FLOPS: Mapping[str, str] = MappingProxyType(
-    {"attention": "attention", "router": "router", "experts": "routed", "head": "head"}
+    {"attend": "attention", "route": "router", "experts": "routed", "linear_cross_entropy": "head"}
 )
-"""Which FLOPs of a plan a part makes; the others move memory."""
+"""Which FLOPs of a plan a part makes; the others move memory or are a part of the rest."""
 
 BACKWARD = "autograd::engine::evaluate_function"
 """What the profiler calls a node of the backward pass; its sequence number is that of the forward op it belongs to."""
@@ -212,18 +215,18 @@ def breakdown(found: Sequence[Part], step_s: float) -> str:
 
     step_s   of a step, as the clock has it
     """
-    lines = [f"profile        {'':<18} {'forward':>9} {'backward':>9} {'share':>7} {'at best':>9} {'of it':>7}"]
+    lines = [f"profile        {'':<20} {'forward':>9} {'backward':>9} {'share':>7} {'at best':>9} {'of it':>7}"]
     for each in found:
         floor, reached = "", ""
         if each.floor_s is not None and each.total_s():
             floor, reached = f"{1e3 * each.floor_s:.2f} ms", f"{100 * each.floor_s / each.total_s():.1f} %"
         lines.append(
-            f"{'':<14} {each.name:<18} {1e3 * each.forward_s:>6.2f} ms {1e3 * each.backward_s:>6.2f} ms "
+            f"{'':<14} {each.name:<20} {1e3 * each.forward_s:>6.2f} ms {1e3 * each.backward_s:>6.2f} ms "
             f"{100 * each.total_s() / step_s:>5.1f} % {floor:>9} {reached:>7}"
         )
     busy = sum(each.total_s() for each in found)
     idle = max(0.0, step_s - busy)
-    lines.append(f"{'':<14} {'nothing runs':<18} {1e3 * idle:>6.2f} ms {'':>12} {100 * idle / step_s:>5.1f} %")
+    lines.append(f"{'':<14} {'nothing runs':<20} {1e3 * idle:>6.2f} ms {'':>12} {100 * idle / step_s:>5.1f} %")
     lines.append(
         f"{'':<14} a step took {1e3 * step_s:.2f} ms while it was watched; at best: FLOPs at the device's peak"
     )

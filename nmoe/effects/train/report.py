@@ -83,11 +83,13 @@ class Report:
         self.log.metrics(**fields)
         self.monitor.step(fields, load)
         eta = elapsed / (state.step - self.first_step) * (train.steps - state.step)
+        # a dense model has no experts to balance
+        worst = shape.max_over_mean.tolist()
+        balance = f"bal {max(worst):.2f}  dead {int(shape.dead.sum().item())}  " if worst else ""
         say(
             f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
             f"loss {loss:.4f}  gnorm {norm:.3f}  lr {rates['dense']:.1e}  {quantity(rate)} tok/s  "
-            f"mfu {100 * mfu:.1f} %  mem {quantity(held, 'B')}  bal {shape.max_over_mean.max().item():.2f}  "
-            f"dead {int(shape.dead.sum().item())}  eta {duration(eta)}"
+            f"mfu {100 * mfu:.1f} %  mem {quantity(held, 'B')}  {balance}eta {duration(eta)}"
         )
         return skipped, in_row
 

@@ -53,7 +53,7 @@ from nmoe.pure.cost.traffic import expert_rows
 from nmoe.pure.model import model
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
-from nmoe.pure.model.ops import Env
+from nmoe.pure.model.ops import Env, environment
 from nmoe.pure.watch.validations import Seen
 
 EXIT_UNSAVED = 6
@@ -110,11 +110,10 @@ def blank(
         0,
         0,
     )
-    rope = buffers.place(model.rope_table(c, config.train.sequence_length), rt.device)
     train = config.train
-    kinds = {"deterministic": train.deterministic, "documents": train.document_mask}
-    built = ops.build(rt.device, c, **kinds, exchange=exchange)
-    return state, Env(built, rope)
+    built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask, exchange=exchange)
+    env = environment(c, train.sequence_length, built)
+    return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))
 
 
 def stepper(

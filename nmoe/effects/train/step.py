@@ -20,7 +20,7 @@ from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
-from nmoe.pure.model.model import Batch, Model, block, objective
+from nmoe.pure.model.model import Batch, Transformer, block, objective
 from nmoe.pure.model.ops import Env
 from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
@@ -35,7 +35,7 @@ class SpentStateError(RuntimeError):
 class State:
     """Everything a step reads and replaces."""
 
-    params: Model  # views of the arenas
+    params: Transformer  # views of the arenas
     arenas: tuple[Any, ...]
     router_bias: Tensor  # [L E] f32, one row a mixture layer
     updates: Tensor  # 0-d i64, optimizer updates made

@@ -10,7 +10,8 @@ from nmoe.config import sections
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import active
 from nmoe.pure.core.spec import POLICY, Dims
-from nmoe.pure.model.model import Model, Moe
+from nmoe.pure.model.attention import KINDS, Kinds, kind_of
+from nmoe.pure.model.model import Moe, Transformer
 
 
 @attrs.frozen(kw_only=True)
@@ -34,11 +35,14 @@ class Flops:
         return 3 * self.total()
 
 
-def forward_flops(c: sections.Model, specs: Model, dims: Dims, *, sequence_length: int, causal: bool) -> Flops:
+def forward_flops(
+    c: sections.Model, specs: Transformer, dims: Dims, *, sequence_length: int, causal: bool, kinds: Kinds = KINDS
+) -> Flops:
     """Forward FLOPs a token of a sequence of this length.
 
     causal   count only the scores a causal mask keeps, on average (T + 1) / 2 a token; False: the whole square, as
              `torch.utils.flop_counter.FlopCounterMode` counts the reference
+    kinds    of attention
     """
 
     def products(part: Any) -> int:
@@ -46,10 +50,10 @@ def forward_flops(c: sections.Model, specs: Model, dims: Dims, *, sequence_lengt
         return sum(2 * active(spec, dims, c.moe.top_k) for spec in matrices)
 
     mixtures = [block.ffn for block in specs.blocks if isinstance(block.ffn, Moe)]
-    doubled_keys = sequence_length + 1 if causal else 2 * sequence_length
+    attention = kind_of(c.attention, kinds).flops(c.attention, sequence_length=sequence_length, causal=causal)
     return Flops(
         projections=sum(products(block.attention) for block in specs.blocks),
-        attention=len(specs.blocks) * doubled_keys * dims["H"] * (dims["C"] + dims["U"]),
+        attention=len(specs.blocks) * attention,
         dense=sum(products(block.ffn) for block in specs.blocks if not isinstance(block.ffn, Moe)),
         router=sum(products(ffn.router) for ffn in mixtures),
         routed=sum(products((ffn.up, ffn.down)) for ffn in mixtures),

@@ -13,6 +13,7 @@ from nmoe.pure.cost import flops
 from nmoe.pure.cost.flops import Flops
 from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import Arena, arena, distinct_ranks, expert_rows
+from nmoe.pure.model.attention import KINDS, Kinds, kind_of
 from nmoe.pure.optim.update import rule
 
 PEAK_FLOPS = H200.peak_flops
@@ -70,7 +71,14 @@ class Plan:
 
 
 def activation_bytes(
-    c: sections.Model, dims: Dims, *, tokens: int, sequence_length: int, element: int, square: bool
+    c: sections.Model,
+    dims: Dims,
+    *,
+    tokens: int,
+    sequence_length: int,
+    element: int,
+    square: bool,
+    kinds: Kinds = KINDS,
 ) -> int:
     """What autograd keeps of the reference for the backward pass of one microbatch.
 
@@ -81,16 +89,9 @@ def activation_bytes(
     square   whether attention keeps its probabilities
     """
     width, wide = c.hidden_size, 4
-    heads = dims["H"]
-    query = dims.get("Q", 0)
-    attention = (
-        2 * width * wide  # norm: input in fp32, scaled input
-        + width * element  # input of `down`
-        + 2 * (query + dims["R"]) * wide
-        + (query + dims["R"]) * element
-        + heads * (2 * dims["C"] + dims["U"]) * element  # q, k, v
-        + heads * dims["U"] * element * 2  # output, and its copy for `out`
-        + (heads * sequence_length * element if square else heads * wide)
+    # the norm before it keeps its input in fp32 and the scaled input
+    attention = 2 * width * wide + kind_of(c.attention, kinds).kept_bytes(
+        c.attention, hidden=width, sequence_length=sequence_length, element=element, square=square
     )
     ffn_norm = 2 * width * wide + width * element
     dense = 4 * dims["I"] * element
@@ -101,7 +102,9 @@ def activation_bytes(
     return tokens * (a_token + 3 * width * wide)
 
 
-def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, rows: int, recompute: str) -> int:
+def kernel_activation_bytes(
+    c: sections.Model, dims: Dims, *, tokens: int, rows: int, recompute: str, kinds: Kinds = KINDS
+) -> int:
     """What the GPU's kernels keep, bf16, for the backward pass of one microbatch, and what that pass holds on top.
 
     A norm keeps its input, a product its input, attention q, k, v, its output and one number a row, the experts their
@@ -111,14 +114,9 @@ def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, rows:
     recompute  train.recompute
     """
     width, wide, element = c.hidden_size, 4, 2
-    heads, query = dims["H"], dims.get("Q", 0)
-    made_again = 2 * width + query + dims["R"]  # norms
-    kept = (
-        2 * width  # residual stream, before each norm
-        + dims["A"]
-        + heads * (dims["C"] + dims["Z"] + dims["U"])
-        + dims["P"]
-    ) * element + heads * wide
+    attention, norms = kind_of(c.attention, kinds).kernel_kept_bytes(c.attention)
+    made_again = 2 * width * element + norms
+    kept = 2 * width * element + attention  # the residual stream before each norm
     dense, shared = dims["I"], dims["S"]
     mixtures = c.num_layers - c.num_dense_layers
     routed = rows * 2 * dims["F"] * element
@@ -128,7 +126,7 @@ def kernel_activation_bytes(c: sections.Model, dims: Dims, *, tokens: int, rows:
         + mixtures * (width * wide + 6 * dims["E"] * wide + 2 * shared * element)
     )
     total = tokens * a_token + mixtures * routed
-    again = tokens * (c.num_layers * made_again + c.num_dense_layers * dense + mixtures * shared) * element
+    again = tokens * (c.num_layers * made_again + (c.num_dense_layers * dense + mixtures * shared) * element)
     if recompute == "none":
         total += again
     elif recompute == "full":
@@ -156,6 +154,7 @@ def plan(
     peak_flops: float = PEAK_FLOPS,
     dedup: bool = False,
     capacity: float = CAPACITY,
+    kinds: Kinds = KINDS,
 ) -> Plan:
     """What training this config on the ranks of its blueprint costs.
 
@@ -163,6 +162,7 @@ def plan(
     peak_flops    FLOP/s of one rank
     dedup         whether a token goes once to each rank, instead of once to each of its experts
     capacity      rows a rank has room for, over the mean
+    kinds         of attention
     """
     c, train = config.model, config.train
     specs, dims, arenas = blueprint.specs, blueprint.dims, blueprint.layouts
@@ -192,21 +192,24 @@ def plan(
     )
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
     if config.run.device == "cuda":
-        activations = kernel_activation_bytes(c, dims, tokens=tokens, rows=rows, recompute=train.recompute)
+        activations = kernel_activation_bytes(c, dims, tokens=tokens, rows=rows, recompute=train.recompute, kinds=kinds)
         # logits become their own gradient; the head's gradient is summed in fp32
         logits = logit_rows * element + head * 4
     else:
         length = train.sequence_length
-        activations = activation_bytes(c, dims, tokens=tokens, sequence_length=length, element=element, square=True)
+        shape = {"tokens": tokens, "sequence_length": length}
+        activations = activation_bytes(c, dims, **shape, element=element, square=True, kinds=kinds)
         # fp32 logits, their exponentials and gradient, and the gradient in the compute format
         logits = logit_rows * (3 * 4 + element) + head * (4 + element)
-    causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True)
+    causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
     total = train.steps * train.batch_size * train.sequence_length
     shares = [(each, each.held()) for each in arenas]
     return Plan(
         parameters=blueprint.parameters,
         flops=causal,
-        flops_executed=flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=False),
+        flops_executed=flops.forward_flops(
+            c, specs, dims, sequence_length=train.sequence_length, causal=False, kinds=kinds
+        ),
         memory=Memory(
             parameters=sum(each.size * each.storage.itemsize for each in arenas),
             remainders=sum(share * 2 for each, share in shares if each.has_remainder()),

@@ -6,15 +6,17 @@ from nmoe.config.sections import Config
 from nmoe.pure.core.blueprint import Blueprint, count
 from nmoe.pure.core.layout import layout
 from nmoe.pure.model import model
+from nmoe.pure.model.attention import KINDS, Kinds
 
 
-def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1) -> Blueprint:
+def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1, *, kinds: Kinds = KINDS) -> Blueprint:
     """The parameters of `config` as one of `world` ranks holds them.
 
     Gradients are summed in fp32 as soon as a step has more than one microbatch, whether one rank computes all of them
     or many ranks one each: a bf16 sum over ranks would lose what a bf16 sum over microbatches loses.
 
     expert_ranks  ranks that share one set of experts; divides `world` and the number of experts
+    kinds         of attention
     Raises:       ValueError when it does not.
     """
     c, train = config.model, config.train
@@ -23,7 +25,7 @@ def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1) -> Blu
             f"make_blueprint: expected expert_ranks that divides {world} ranks and {c.moe.num_experts} experts, got "
             f"{expert_ranks}; take a common divisor"
         )
-    specs, dims = model.specs(c), model.dims(c)
+    specs, dims = model.specs(c, kinds=kinds), model.dims(c, kinds=kinds)
     return Blueprint(
         specs=specs,
         dims=dims,

@@ -1,4 +1,4 @@
-"""The mixture's seam: dispatch rows to experts, run the experts, combine what comes back."""
+"""Routed experts: dispatch rows to experts, run the experts, combine their results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmoe.pure.core.tree import record
-from nmoe.pure.model.norm import wide
+from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.route import Routing
 
 
@@ -81,24 +81,23 @@ def combine(y: Tensor, rows: Rows, routing: Routing) -> Tensor:
     returns  [N D]   in the format of `y`
     """
     chosen = torch.empty_like(y).index_copy(0, rows.slot, y).unflatten(0, routing.weight.shape)
-    return (wide(chosen) * routing.weight[..., None]).sum(-2).to(y.dtype)
+    return (upcast(chosen) * routing.weight[..., None]).sum(-2).to(y.dtype)
 
 
-def mixture(
+def moe_experts(
     x: Tensor,
     routing: Routing,
     up: Tensor,
     down: Tensor,
     *,
-    dispatch: Callable[..., Rows] = dispatch,
     experts: Callable[[Rows, Tensor, Tensor], Tensor] = experts,
-    combine: Callable[[Tensor, Rows, Routing], Tensor] = combine,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the chosen experts' outputs: dispatch, experts, combine.
 
     x        [N D]
     up       [E D 2 F]
     down     [E F D]
+    experts  `experts` or another implementation of it
     returns  [N D] in the format of `x`, and the rows of each expert [E] i64
     """
     rows = dispatch(x, routing, num_experts=up.shape[0])

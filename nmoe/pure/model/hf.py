@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure.model.attention.mla import Mla, QueryUp
-from nmoe.pure.model.model import Block, Model, Moe, Shared
-
-LATENT_EPS = 1e-6
-"""Epsilon of their norms of the two latents, whatever `rms_norm_eps` says."""
+from nmoe.pure.model.attention import Hf, kind_of
+from nmoe.pure.model.model import Block, Moe, Shared, Transformer
 
 
 def settings(c: sections.Model) -> dict[str, Any]:
@@ -34,17 +30,7 @@ def settings(c: sections.Model) -> dict[str, Any]:
         "rms_norm_eps": c.norm_eps,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "num_attention_heads": c.attention.num_heads,
-        "num_key_value_heads": c.attention.num_heads,
-        "q_lora_rank": c.attention.q_lora_rank,
-        "kv_lora_rank": c.attention.kv_lora_rank,
-        "qk_nope_head_dim": c.attention.qk_nope_head_dim,
-        "qk_rope_head_dim": c.attention.qk_rope_head_dim,
-        "v_head_dim": c.attention.v_head_dim,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rope_interleave": True,
-        "rope_parameters": rotation(c.attention),
+        **_attention(c).settings(c.attention),
         "n_routed_experts": c.moe.num_experts,
         "num_experts_per_tok": c.moe.top_k,
         "n_shared_experts": c.moe.num_shared_experts,
@@ -60,23 +46,7 @@ def settings(c: sections.Model) -> dict[str, Any]:
     }
 
 
-def rotation(c: sections.Mla) -> dict[str, Any]:
-    """Their `rope_parameters`."""
-    if c.yarn is None:
-        return {"rope_type": "default", "rope_theta": c.rope_theta}
-    return {
-        "rope_type": "yarn",
-        "rope_theta": c.rope_theta,
-        "factor": c.yarn.factor,
-        "original_max_position_embeddings": c.yarn.original_positions,
-        "beta_fast": c.yarn.beta_fast,
-        "beta_slow": c.yarn.beta_slow,
-        "mscale": c.yarn.mscale,
-        "mscale_all_dim": c.yarn.mscale_all_dim,
-    }
-
-
-def state_dict(p: Model, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:
+def state_dict(p: Transformer, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:
     """Every parameter, and the router bias, under the names of `DeepseekV3ForCausalLM` in memory (transformers 5).
 
     What they have no setting for is folded into the weights: the scale of the embedding and of the logits, and an
@@ -101,34 +71,12 @@ def state_dict(p: Model, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:
 def block_tensors(p: Block, c: sections.Model) -> dict[str, Tensor]:
     """One layer."""
     ffn = moe_tensors(p.ffn) if isinstance(p.ffn, Moe) else mlp_tensors(p.ffn.up, p.ffn.down)
+    attention = _attention(c).tensors(p.attention, c.attention, eps=c.norm_eps)
     return {
         "input_layernorm.weight": p.attention_norm,
-        **{f"self_attn.{name}": tensor for name, tensor in attention_tensors(p.attention, c).items()},
+        **{f"self_attn.{name}": tensor for name, tensor in attention.items()},
         "post_attention_layernorm.weight": p.ffn_norm,
         **{f"mlp.{name}": tensor for name, tensor in ffn.items()},
-    }
-
-
-def attention_tensors(p: Mla, c: sections.Model) -> dict[str, Tensor]:
-    """Attention; `down` comes apart into the query's part and the part of keys and values."""
-    latent, rotated = c.attention.kv_lora_rank, c.attention.qk_rope_head_dim
-    query, keys, key = p.down.split((p.down.shape[1] - latent - rotated, latent, rotated), dim=1)
-    # rms_norm(x, e) = rms_norm(s x, s² e): scaling the latent turns our epsilon into theirs
-    factor = (LATENT_EPS / c.norm_eps) ** 0.5
-    if isinstance(p.query, QueryUp):
-        queries = {
-            "q_a_proj.weight": (query * factor).T,
-            "q_a_layernorm.weight": p.query.norm,
-            "q_b_proj.weight": p.query.up.flatten(1).T,
-        }
-    else:
-        queries = {"q_proj.weight": query.T}
-    return {
-        **queries,
-        "kv_a_proj_with_mqa.weight": torch.cat((keys * factor, key), dim=1).T,
-        "kv_a_layernorm.weight": p.norm,
-        "kv_b_proj.weight": p.up.flatten(1).T,
-        "o_proj.weight": p.out.flatten(0, 1).T,
     }
 
 
@@ -150,3 +98,13 @@ def moe_tensors(p: Moe) -> dict[str, Tensor]:
         "experts.down_proj": p.down.transpose(1, 2),
         **{f"shared_experts.{name}": tensor for name, tensor in shared.items()},
     }
+
+
+def _attention(c: sections.Model) -> Hf:
+    """The names of this kind of attention in `transformers`."""
+    names = kind_of(c.attention).hf
+    if names is None:
+        raise ValueError(
+            f"hf: expected an attention that transformers has, got {type(c.attention).__name__}; export another kind"
+        )
+    return names

@@ -14,10 +14,11 @@ from nmoe.pure.core.init import normal, ones, residual
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model import route
-from nmoe.pure.model.attention import mla
+from nmoe.pure.model.attention import KINDS, Kinds, kind_of
 from nmoe.pure.model.experts import mlp
 from nmoe.pure.model.ops import Env
-from nmoe.pure.model.rope import Rope, table
+from nmoe.pure.model.rope import Documents, documents
+from nmoe.pure.model.route import Routing
 
 
 @record
@@ -35,7 +36,7 @@ class Batch:
 
 @record
 class Dense:
-    """Gated MLP of a block before the first mixture."""
+    """Gated MLP of a block without experts."""
 
     up: Tensor = param("D 2 I", Role.MATRIX, normal("D"))
     down: Tensor = param("I D", Role.MATRIX, residual("I"))
@@ -51,9 +52,12 @@ class Shared:
 
 @record
 class Moe:
-    """Routed experts of one block, and the shared ones or ()."""
+    """Routed experts of one block, and the shared ones or ().
 
-    router: Tensor = param("D E", Role.ROUTER, normal("D"))
+    A script may put a record of its own in the place of `router`; its `Ops.route` reads it.
+    """
+
+    router: Any = param("D E", Role.ROUTER, normal("D"))
     up: Tensor = param("E D 2 F", Role.EXPERT, normal("D"))
     down: Tensor = param("E F D", Role.EXPERT, residual("F"))
     shared: Shared | tuple[()]
@@ -64,13 +68,13 @@ class Block:
     """One layer."""
 
     attention_norm: Tensor = param("D", Role.GAIN, ones)
-    attention: mla.Mla
+    attention: Any  # the record of the kind of attention
     ffn_norm: Tensor = param("D", Role.GAIN, ones)
     ffn: Dense | Moe
 
 
 @record
-class Model:
+class Transformer:
     """All parameters."""
 
     embed: Tensor = param("V D", Role.EMBED, normal("D"))
@@ -81,32 +85,36 @@ class Model:
 
 @record
 class RouterReport:
-    """What the routers did with a batch; one row a mixture layer once stacked."""
+    """What the routers did with a batch; one row an MoE layer once stacked."""
 
     load: Tensor  # [E] i64, tokens each expert was chosen by
     entropy: Tensor  # 0-d f32, nats
     imbalance: Tensor  # 0-d f32, sequence-wise imbalance summed over sequences; carries a gradient
+    routing: tuple[Routing, ...]  # choices and weights of each MoE layer, to be replayed
 
 
-def specs(c: sections.Model) -> Model:
+def specs(c: sections.Model, *, kinds: Kinds = KINDS) -> Transformer:
     """The model with a Spec where each parameter will be."""
+    kind = kind_of(c.attention, kinds)
 
     def ffn(layer: int) -> Dense | Moe:
         if layer < c.num_dense_layers:
             return spec_tree(Dense)
         return spec_tree(Moe, shared=spec_tree(Shared) if c.moe.num_shared_experts else ())
 
-    blocks = (spec_tree(Block, attention=mla.specs(c.attention), ffn=ffn(layer)) for layer in range(c.num_layers))
-    return spec_tree(Model, blocks=tuple(blocks))
+    blocks = (spec_tree(Block, attention=kind.specs(c.attention), ffn=ffn(layer)) for layer in range(c.num_layers))
+    return spec_tree(Transformer, blocks=tuple(blocks))
 
 
-def dims(c: sections.Model) -> dict[str, int]:
+def dims(c: sections.Model, *, kinds: Kinds = KINDS) -> dict[str, int]:
     """Size of every axis letter.
 
     V vocabulary · D width · L layers · I, F, S hidden widths of a dense MLP, an expert, the shared experts
-    E experts · attention's own letters: `attention.mla.dims`
+    E experts · the kind of attention's own letters: its `dims`
+
+    Raises:  ValueError when the attention gives one of these letters another meaning.
     """
-    return {
+    own = {
         "V": c.vocab_size,
         "D": c.hidden_size,
         "L": c.num_layers,
@@ -114,25 +122,29 @@ def dims(c: sections.Model) -> dict[str, int]:
         "E": c.moe.num_experts,
         "F": c.moe.intermediate_size,
         "S": c.moe.num_shared_experts * c.moe.intermediate_size,
-        **mla.dims(c.attention),
     }
+    attention = kind_of(c.attention, kinds).dims(c.attention)
+    if taken := sorted(own.keys() & attention.keys()):
+        raise ValueError(
+            f"dims: expected axis letters other than {', '.join(own)} from the attention, got {', '.join(taken)}; "
+            "rename them in its dims and specs"
+        )
+    return own | attention
 
 
-def rope_table(c: sections.Model, num_positions: int) -> Rope:
-    """The rotation table of this model's attention."""
-    return table(num_positions, c.attention.qk_rope_head_dim, theta=c.attention.rope_theta, yarn=c.attention.yarn)
-
-
-def moe(p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe) -> tuple[Tensor, RouterReport]:
+def moe(
+    p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe, recorded: Routing | Tensor | tuple[()] = ()
+) -> tuple[Tensor, RouterReport]:
     """Sum of the chosen experts' outputs and the shared experts'.
 
-    x        [B T D]   normed block input
-    bias     [E] f32   router bias of this layer
-    returns  [B T D] and what the router did
-    Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 12.
+    x         [B T D]   normed block input
+    bias      [E] f32   router bias of this layer
+    recorded  choices to take in the place of the router's
+    returns   [B T D] and what the router did
+    Source:   DeepSeek-V3 (arXiv:2412.19437) eq. 12.
     """
     flat = x.flatten(0, -2)
-    score, routing = env.ops.route(
+    routed = env.ops.route(
         flat,
         p.router,
         bias,
@@ -140,75 +152,129 @@ def moe(p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe) -> tuple[Ten
         num_groups=c.num_groups,
         top_k_groups=c.top_k_groups,
         scale=c.route_scale,
+        recorded=recorded,
     )
-    y, count = env.ops.mixture(flat, routing, p.up, p.down)
+    routing = routed.routing
+    y, count = env.ops.experts(flat, routing, p.up, p.down)
     y = y.view_as(x)
     if isinstance(p.shared, Shared):
         y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)
+    score, favoured = (by_token.unflatten(0, x.shape[:-1]) for by_token in (routed.score, routed.favoured))
     report = RouterReport(
         count,
-        route.entropy(score.detach()),
-        route.sequence_imbalance(score.unflatten(0, x.shape[:-1]), top_k=c.top_k, first=env.ops.first),
+        route.entropy(routed.score.detach()),
+        route.sequence_imbalance(score, favoured),
+        (Routing(routing.expert, routing.weight.detach()),),
     )
     return y, report
 
 
 def block(
-    p: Block, x: Tensor, bias: Tensor | tuple[()], env: Env, c: sections.Model, start: Tensor | tuple[()] = ()
+    p: Block,
+    x: Tensor,
+    bias: Tensor | tuple[()],
+    env: Env,
+    c: sections.Model,
+    documents: Documents | tuple[()] = (),
+    recorded: Routing | Tensor | tuple[()] = (),
 ) -> tuple[Tensor, RouterReport | tuple[()]]:
-    """One pre-norm layer: attention, then a dense MLP or a mixture.
+    """One pre-norm layer: attention, then a dense MLP or routed experts.
 
-    x        [B T D]
-    bias     [E] f32 of this layer, () for a dense one
-    start    [B T] i32 or ()   first token of each token's document
+    x          [B T D]
+    bias       [E] f32 of this layer, () for a dense one
+    documents  of the batch; (): rows are whole
+    recorded   choices of this layer to take in the place of its router's
+    Raises:    ValueError for a layer of experts without a router bias.
     """
-    y = env.ops.norm(x, p.attention_norm, eps=c.norm_eps)
     ops = env.ops
-    y = mla.mla(p.attention, y, env.rope, ops.norm, ops.rotate_mla, ops.attend_mla, c.attention, start, eps=c.norm_eps)
+    y = ops.norm(x, p.attention_norm, eps=c.norm_eps)
+    y = env.kind.apply(p.attention, y, env.tables, ops.norm, ops.attention, c.attention, documents, eps=c.norm_eps)
     x, y = ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
-        y, report = moe(p.ffn, y, bias, env, c.moe)
+        y, report = moe(p.ffn, y, bias, env, c.moe, recorded)
         return x + y, report
     if isinstance(p.ffn, Dense):
-        return x + mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()
-    raise ValueError("block: a mixture has a router bias, got (); pass the layer's row of the router bias")
+        return x + mlp(y, p.ffn.up, p.ffn.down, ops.swiglu), ()
+    raise ValueError("block: expected a router bias for a layer of experts, got (); pass the layer's row of it")
 
 
 def forward(
-    p: Model,
+    p: Transformer,
     tokens: Tensor,
     bias: Tensor,
     env: Env,
     c: sections.Model,
     start: Tensor | tuple[()] = (),
     *,
+    routing: tuple[Routing | Tensor, ...] = (),
     run: Callable[..., tuple[Tensor, Any]] = block,
 ) -> tuple[Tensor, RouterReport]:
     """The last hidden state, normed; multiply by `p.head` and `logit_scale` for logits.
 
     tokens   [B T] i64
-    bias     [L E] f32   router bias, one row a mixture layer
+    bias     [L E] f32   router bias, one row an MoE layer
     start    [B T] i32 or ()   first token of each token's document, as in Batch; (): rows are read whole
+    routing  choices to replay, one an MoE layer, as `RouterReport.routing` has them; experts alone [B·T K] i64 get
+             weights from this pass's scores, and gradients flow through them
     run      `block`, or a wrapper around it (compile, recompute)
-    returns  [B T D] and the reports of all mixture layers, stacked
+    returns  [B T D] and the reports of all MoE layers, stacked
+    Raises:  ValueError for tensors of other shapes.
     """
+    _check(tokens, bias, start, routing, c)
     x = F.embedding(tokens, p.embed) * c.embedding_scale
+    placed = documents(start)
     reports: list[RouterReport] = []
     for layer, parameters in enumerate(p.blocks):
-        row = bias[layer - c.num_dense_layers] if layer >= c.num_dense_layers else ()
-        x, report = run(parameters, x, row, env, c, start)
+        row = layer - c.num_dense_layers
+        layer_bias = bias[row] if row >= 0 else ()
+        x, report = run(parameters, x, layer_bias, env, c, placed, routing[row] if routing and row >= 0 else ())
         if isinstance(report, RouterReport):
             reports.append(report)
-    stacked = RouterReport(
+    return env.ops.norm(x, p.norm, eps=c.norm_eps), _stacked(reports, bias)
+
+
+def _stacked(reports: list[RouterReport], bias: Tensor) -> RouterReport:
+    """The reports of all MoE layers as one; no row for a dense model."""
+    if not reports:
+        nothing = bias.new_zeros(0)
+        return RouterReport(bias.new_zeros(bias.shape, dtype=torch.int64), nothing, nothing, ())
+    return RouterReport(
         torch.stack([report.load for report in reports]),
         torch.stack([report.entropy for report in reports]),
         torch.stack([report.imbalance for report in reports]),
+        tuple(layer for report in reports for layer in report.routing),
     )
-    return env.ops.norm(x, p.norm, eps=c.norm_eps), stacked
+
+
+def _check(
+    tokens: Tensor, bias: Tensor, start: Tensor | tuple[()], routing: tuple[Routing | Tensor, ...], c: sections.Model
+) -> None:
+    """Refuse what would broadcast silently or fail far from its cause."""
+    layers = c.num_layers - c.num_dense_layers
+    if tokens.ndim != 2 or tokens.dtype is not torch.int64:
+        raise ValueError(
+            f"forward: expected tokens [B T] in i64, got {list(tokens.shape)} in {tokens.dtype}; "
+            "pass a batch of sequences of ids"
+        )
+    if bias.shape != (layers, c.moe.num_experts):
+        raise ValueError(
+            f"forward: expected a router bias of shape [{layers}, {c.moe.num_experts}], got {list(bias.shape)}; "
+            "pass a row an MoE layer and a column an expert"
+        )
+    if isinstance(start, Tensor) and start.shape != tokens.shape:
+        raise ValueError(
+            f"forward: expected start of the shape of tokens {list(tokens.shape)}, got {list(start.shape)}; "
+            "pass one index a token"
+        )
+    if routing and len(routing) != layers:
+        raise ValueError(
+            f"forward: expected a routing for each of the {layers} MoE layers, got {len(routing)}; "
+            "pass what RouterReport.routing held"
+        )
 
 
 def objective(
-    p: Model,
+    p: Transformer,
     batch: Batch,
     bias: Tensor,
     env: Env,
@@ -218,6 +284,7 @@ def objective(
     num_sequences: int,
     chunk: int,
     z_loss: float = 0.0,
+    routing: tuple[Routing | Tensor, ...] = (),
     run: Callable[..., tuple[Tensor, Any]] = block,
 ) -> tuple[Tensor, Tensor, RouterReport]:
     """This batch's share of the mean over the global batch: what is differentiated, and what is read.
@@ -225,10 +292,16 @@ def objective(
     batch          [B T]
     num_targets    0-d   targets that count in the global batch
     num_sequences  sequences in the global batch
+    routing        choices to replay, as in `forward`
     returns        (loss, nll, report): loss = (nll + z-loss) / num_targets + balance · mean imbalance; nll is the sum
                    over this batch, without gradient
     """
-    x, report = forward(p, batch.tokens, bias, env, c, batch.start, run=run)
+    if batch.targets.shape != batch.tokens.shape:
+        raise ValueError(
+            f"objective: expected targets of the shape of tokens {list(batch.tokens.shape)}, got "
+            f"{list(batch.targets.shape)}; pass the token that follows each"
+        )
+    x, report = forward(p, batch.tokens, bias, env, c, batch.start, routing=routing, run=run)
     total, nll = env.ops.linear_cross_entropy(
         x.flatten(0, 1), p.head, batch.targets.flatten(), chunk=chunk, logit_scale=c.logit_scale, z_loss=z_loss
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """`x` in at least fp32: the format of reductions, probabilities and rotations."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
     returns  [... D] in the format of `x`; the mean is taken in fp32
     Source:  Zhang & Sennrich (arXiv:1910.07467) eq. 4.
     """
-    y = wide(x)
+    y = upcast(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * gain).to(x.dtype)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nmoe.config.sections import Yarn
 from nmoe.pure.core.tree import record
-from nmoe.pure.model.norm import wide
+from nmoe.pure.model.norm import upcast
 
 
 @record
@@ -58,9 +58,19 @@ def table(num_positions: int, dim: int, *, theta: float, yarn: Yarn | None) -> R
     return Rope((angle.cos() * scale).float(), (angle.sin() * scale).float())
 
 
-def document_positions(start: Tensor) -> Tensor:
-    """Position of each token in its document, [B T] i32, from the index in its row of the document's first token."""
-    return torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start
+@record
+class Documents:
+    """Where the document of each token is; made once a batch, read by every layer."""
+
+    start: Tensor  # [B T] i32, index in the row of the document's first token
+    position: Tensor  # [B T] i32, position of the token in its document
+
+
+def documents(start: Tensor | tuple[()]) -> Documents | tuple[()]:
+    """The documents of a batch from the index in its row of each one's first token; () for whole rows."""
+    if not isinstance(start, Tensor):
+        return ()
+    return Documents(start, torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start)
 
 
 def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:
@@ -73,5 +83,5 @@ def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:
     at = positions if isinstance(positions, Tensor) else slice(x.shape[1])
     shape = (-1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
     cos, sin = rope.cos[at].view(shape), rope.sin[at].view(shape)
-    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)

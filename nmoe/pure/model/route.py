@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nmoe.pure.core.tree import record
-from nmoe.pure.model.norm import wide
+from nmoe.pure.model.norm import upcast
 
 
 @record
@@ -29,7 +28,16 @@ class Routing:
     weight: Tensor  # [N K] f32, rows sum to the route scale
 
 
-def first(x: Tensor, num: int) -> Tensor:
+@record
+class Routed:
+    """What a router made of its tokens."""
+
+    routing: Routing
+    score: Tensor  # [N E] f32, carries the gradient
+    favoured: Tensor  # [N K] i64, experts of the largest scores without bias, for the balance loss
+
+
+def top_k(x: Tensor, num: int) -> Tensor:
     """Indices of the `num` largest entries of the last axis, ties to the lower index."""
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :num]
 
@@ -42,7 +50,18 @@ def scores(x: Tensor, router: Tensor) -> Tensor:
     returns  [N E] f32 in (0, 1)
     Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 15.
     """
-    return torch.sigmoid(wide(x) @ wide(router))
+    return torch.sigmoid(upcast(x) @ upcast(router))
+
+
+def gates(score: Tensor, expert: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Weights of the chosen experts: their scores without bias, normalised to a sum of `scale`.
+
+    score    [N E] f32
+    expert   [N K] i64
+    returns  [N K] f32
+    """
+    weight = score.gather(-1, expert)
+    return scale * weight / weight.sum(-1, keepdim=True)
 
 
 def route(
@@ -53,7 +72,7 @@ def route(
     num_groups: int = 1,
     top_k_groups: int = 1,
     scale: float = 1.0,
-    first: Callable[[Tensor, int], Tensor] = first,
+    select: Callable[[Tensor, int], Tensor] = top_k,
 ) -> Routing:
     """Choose `top_k` experts a token by biased score, weigh them by the unbiased one.
 
@@ -63,35 +82,80 @@ def route(
     score    [N E] f32
     bias     [E] f32   steers selection only; updated by `balance`
     scale    sum of a token's weights
-    first    `first` or a kernel that implements it
+    select   `top_k` or a kernel that implements it
+    Raises:  ValueError for a bias of another shape, or more choices than experts.
     Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 13-16, groups as in section 2.1.2.
     """
+    num_experts = score.shape[-1]
+    if bias.shape != (num_experts,):
+        raise ValueError(
+            f"route: expected a bias of shape [{num_experts}], got {list(bias.shape)}; pass one number an expert"
+        )
+    open_to_a_token = num_experts // num_groups * top_k_groups
+    if not 1 <= top_k <= open_to_a_token:
+        raise ValueError(
+            f"route: expected top_k from 1 to the {open_to_a_token} experts a token may choose from, got {top_k}; "
+            "lower top_k"
+        )
     choice = score.detach() + bias
     if num_groups > 1:
         grouped = choice.unflatten(-1, (num_groups, -1))
-        kept = first(grouped.topk(2, dim=-1).values.sum(-1), top_k_groups)
+        kept = select(grouped.topk(2, dim=-1).values.sum(-1), top_k_groups)
         member = (kept[..., None] == torch.arange(num_groups, device=kept.device)).any(-2)
         choice = grouped.masked_fill(~member[..., None], float("-inf")).flatten(-2)
-    expert = first(choice, top_k)
-    weight = score.gather(-1, expert)
-    return Routing(expert, scale * weight / weight.sum(-1, keepdim=True))
+    expert = select(choice, top_k)
+    return Routing(expert, gates(score, expert, scale=scale))
 
 
-def choose(
+def replay(score: Tensor, recorded: Routing | Tensor, *, top_k: int, scale: float = 1.0) -> Routing:
+    """Recorded choices again; without weights they get gates of these scores, through which gradients flow.
+
+    score     [N E] f32
+    recorded  a Routing, or experts alone [N K] i64
+    Raises:   ValueError for choices that do not fit the tokens.
+    """
+    expert, weight = (recorded, None) if isinstance(recorded, Tensor) else (recorded.expert, recorded.weight)
+    wanted = (score.shape[0], top_k)
+    for name, tensor in (("expert", expert), ("weight", expert if weight is None else weight)):
+        if tensor.shape != wanted:
+            raise ValueError(
+                f"replay: expected routing.{name} of shape {list(wanted)}, tokens by top_k, got {list(tensor.shape)}; "
+                "pass the routing that was recorded for these tokens"
+            )
+    if expert.dtype is not torch.int64:
+        raise ValueError(f"replay: expected routing.expert in i64, got {expert.dtype}; pass expert.long()")
+    return Routing(expert, gates(score, expert, scale=scale) if weight is None else weight)
+
+
+def route_tokens(
     x: Tensor,
     router: Tensor,
     bias: Tensor,
     *,
-    scores: Callable[[Tensor, Tensor], Tensor] = scores,
-    **how: Any,
-) -> tuple[Tensor, Routing]:
-    """Scores, and what `route` makes of them.
+    top_k: int,
+    num_groups: int = 1,
+    top_k_groups: int = 1,
+    scale: float = 1.0,
+    recorded: Routing | Tensor | tuple[()] = (),
+    score: Callable[[Tensor, Tensor], Tensor] = scores,
+    select: Callable[[Tensor, int], Tensor] = top_k,
+) -> Routed:
+    """Scores, what `route` makes of them, and what the balance loss needs.
 
-    scores   `scores` or a kernel that implements it
-    how      keywords of `route`
+    x         [N D]
+    router    [D E]
+    bias      [E] f32
+    recorded  choices to take in the place of the router's own, as in `replay`
+    score     `scores` or a kernel that implements it
+    select    `top_k` or a kernel that implements it
     """
-    score = scores(x, router)
-    return score, route(score, bias, **how)
+    affinity = score(x, router)
+    if isinstance(recorded, Routing | Tensor):
+        routing = replay(affinity, recorded, top_k=top_k, scale=scale)
+    else:
+        groups = {"num_groups": num_groups, "top_k_groups": top_k_groups}
+        routing = route(affinity, bias, top_k=top_k, scale=scale, select=select, **groups)
+    return Routed(routing, affinity, select(affinity.detach(), top_k))
 
 
 def load(expert: Tensor, num_experts: int) -> Tensor:
@@ -118,28 +182,28 @@ def balance(bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
 def health(load: Tensor) -> Health:
     """Evenness of the load of each layer.
 
-    load     [L E] i64, each row with a token at least
+    load     [L E] i64, each row with a token at least; no row for a dense model
     """
     rows = load.double()
     mean = rows.mean(-1)
+    if not load.shape[0]:
+        return Health(mean, mean, load.sum(-1))  # torch warns of the deviation of nothing
     return Health(rows.amax(-1) / mean, rows.std(-1, correction=0) / mean, (load == 0).sum(-1))
 
 
-def sequence_imbalance(score: Tensor, *, top_k: int, first: Callable[[Tensor, int], Tensor] = first) -> Tensor:
+def sequence_imbalance(score: Tensor, favoured: Tensor) -> Tensor:
     """The sequence-wise auxiliary loss, summed over sequences and not yet weighted.
 
     Per sequence, the share of tokens that would choose an expert by unbiased score times the mean share of its score:
     one when both are even.
 
-    score    [B T E] f32
-    first    `first` or a kernel that implements it
-    returns  scalar f32
-    Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 17-20.
+    score     [B T E] f32
+    favoured  [B T K] i64, experts of the largest scores
+    returns   scalar f32
+    Source:   DeepSeek-V3 (arXiv:2412.19437) eq. 17-20.
     """
-    num_experts = score.shape[-1]
-    chosen = first(score.detach(), top_k)
-    hot = torch.zeros_like(score.detach()).scatter(-1, chosen, 1.0)
-    fraction = hot.mean(-2) * (num_experts / top_k)
+    hot = torch.zeros_like(score.detach()).scatter(-1, favoured, 1.0)
+    fraction = hot.mean(-2) * (score.shape[-1] / favoured.shape[-1])
     share = (score / score.sum(-1, keepdim=True)).mean(-2)
     return (fraction * share).sum()
 

@@ -105,11 +105,11 @@ def lead_astray(what: str, rank: int) -> None:
 def mixtures(what: str, e: Any, where: torch.device) -> tuple[Mixture, Mixture]:
     """The mixture over ranks, and the one of a single rank."""
     if where.type == "cpu" and what != "kernels":
-        from nmoe.effects.device.ops import experts_grouped
+        from nmoe.effects.device.cpu import experts_grouped
         from nmoe.effects.parallel.exchange import host
 
         return partial(host.mixture, exchange=e, experts=experts_grouped), partial(
-            experts.mixture, experts=experts_grouped
+            experts.moe_experts, experts=experts_grouped
         )
     from nmoe.effects.kernels.moe.moe import Tiles, mixture
     from nmoe.effects.kernels.tile import Tile
@@ -145,7 +145,7 @@ def compare(
     up, down = draw(EXPERTS, hidden, 2, width) / hidden**0.5, draw(EXPERTS, width, hidden) / width**0.5
     score = torch.rand(count, EXPERTS, generator=generator)
     score[:, seed % EXPERTS] += seed % 2
-    expert = route.first(score, TOP_K).to(where).contiguous()
+    expert = route.top_k(score, TOP_K).to(where).contiguous()
 
     def graded(apply: Mixture, mine: slice, held: slice) -> list[Tensor]:
         leaves = [each.clone().requires_grad_() for each in (x[mine], weight[mine], up[held], down[held])]

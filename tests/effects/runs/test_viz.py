@@ -32,8 +32,8 @@ from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api, curves, experts, export, machine, mixture, views
 from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
-from nmoe.pure.watch import curve as thinning
 from nmoe.pure.data.order import turn, turns
+from nmoe.pure.watch import curve as thinning
 from tests.effects.runs import viz_runs as runs
 from tests.effects.runs.viz_server import Server, serving
 

@@ -42,7 +42,7 @@ def test_time_goes_to_the_innermost_name_and_in_the_backward_pass_to_the_op_it_b
             name=name, cpu_parent=parent, sequence_nr=number, self_cpu_time_total=cpu, kernels=(Kernel(duration=gpu),)
         )
 
-    router, attention = call("router"), call("attention")
+    router, attention = call("route"), call("attend")
     wide = call("aten::matmul", router, number=4, us=10)
     inner = call("dispatch", call("exchange plan", attention))
     node = call(f"{BACKWARD}: MmBackward0", number=4)
@@ -57,9 +57,9 @@ def test_time_goes_to_the_innermost_name_and_in_the_backward_pass_to_the_op_it_b
         call("aten::mm", call("experts", unnamed), us=100_000),
     ]
     found = {each.name: each for each in parts(events, tiny(), 2, 1e12, on_gpu=on_gpu)}
-    assert {name for name, each in found.items() if each.total_s()} == {"router", "dispatch", "experts", "rest"}
-    assert found["router"].forward_s == pytest.approx(110e-6 / 2)
-    assert found["router"].backward_s == pytest.approx(10_000e-6 / 2)
+    assert {name for name, each in found.items() if each.total_s()} == {"route", "dispatch", "experts", "rest"}
+    assert found["route"].forward_s == pytest.approx(110e-6 / 2)
+    assert found["route"].backward_s == pytest.approx(10_000e-6 / 2)
     assert found["dispatch"].forward_s == pytest.approx(1000e-6 / 2)
     assert found["experts"].backward_s == pytest.approx(100_000e-6 / 2)
     assert found["rest"].forward_s == pytest.approx(2000e-6 / 2)
@@ -78,22 +78,23 @@ def test_a_run_tells_where_its_time_goes(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     count = {name: sum(each.get("name") == name and each.get("ph") == "X" for each in events) for name in PARTS}
     # three blocks, of which two are mixtures; the head's loss is one call a chunk or one for all
-    assert [count[name] / STEPS for name in ("attention", "router", "dispatch", "experts", "combine")] == [
+    assert [count[name] / STEPS for name in ("attend", "route", "dispatch", "experts", "combine")] == [
         3,
         2,
         2,
         2,
         2,
     ]
-    assert count["head"] >= STEPS and count["optimizer"] >= STEPS
+    assert count["linear_cross_entropy"] >= STEPS and count["adamw_"] >= STEPS
 
     table = done.stdout[done.stdout.index("profile ") :]
-    rows = re.findall(r"^ +([a-z]+) +([\d.]+) ms +([\d.]+) ms +([\d.]+) %", table, re.MULTILINE)
+    rows = re.findall(r"^ +([a-z_]+) +([\d.]+) ms +([\d.]+) ms +([\d.]+) %", table, re.MULTILINE)
     times = {name: (float(forward), float(backward)) for name, forward, backward, _ in rows}
     assert set(times) == {*PARTS, "rest"}
-    assert all(times[name][0] > 0 for name in PARTS)
-    assert all(times[name][1] > 0 for name in PARTS if name != "optimizer"), "the backward pass is counted too"
-    assert times["optimizer"][1] == 0
+    # the tiny model's query has no low rank; its norms are quicker than the table's last digit
+    assert all(times[name][0] > 0 for name in ("attend", "experts", "linear_cross_entropy", "adamw_"))
+    assert all(times[name][1] > 0 for name in PARTS if name != "adamw_"), "the backward pass is counted too"
+    assert times["adamw_"][1] == 0
     step = re.search(r"a step took ([\d.]+) ms", table)
     idle = re.search(r"nothing runs +([\d.]+) ms", table)
     assert step is not None and idle is not None

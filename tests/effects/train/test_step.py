@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Config
-from nmoe.effects.device import buffers, ops
+from nmoe.effects.device import buffers, cpu, ops
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.train import resume
 from nmoe.effects.train.run import fresh
@@ -22,12 +22,12 @@ from nmoe.pure.formats import master
 from nmoe.pure.model import experts
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch, objective
-from nmoe.pure.model.ops import REFERENCE
 from nmoe.pure.model.route import Routing
 from nmoe.pure.optim import adamw as optim
 from nmoe.pure.optim import update
 from tests.effects.train.tiny import tiny
 from tests.kernels.exchange.nvshmem import experts_by_segment
+from tests.shapes import REFERENCE
 
 RT = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
 
@@ -257,7 +257,7 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_ones(counts: tuple[int, 
         return [y.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]
 
     truth = run(experts.experts, torch.float64)
-    plain, grouped = run(experts_by_segment, format_), run(ops.experts_grouped, format_)
+    plain, grouped = run(experts_by_segment, format_), run(cpu.experts_grouped, format_)
     for name, t, p, g in zip(("y", "dx", "dup", "ddown"), truth, plain, grouped, strict=True):
         assert (g - t).norm() <= 1.5 * (p - t).norm(), name
 
@@ -274,7 +274,7 @@ def test_the_pass_over_an_arena_is_the_reference(decay: float, shrink: float) ->
         gradient = torch.randn(1000, generator=generator, dtype=torch.float64)
         old = value
         value, kept = optim.adamw(value, gradient * shrink, kept, updates=torch.tensor(count), decay=decay, **numbers)
-        change = ops.adamw_(
+        change = cpu.adamw_(
             theirs,
             None,
             first,
@@ -296,7 +296,7 @@ def test_padded_attention_is_the_reference() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 9, 3, 12), (2, 9, 3, 15), (2, 9, 4))
     found: list[list[Tensor]] = []
-    for attend in (ops.attend_mla_padded, REFERENCE.attend_mla):
+    for attend in (cpu.attend_mla_padded, REFERENCE.attention.attend):
         generator.manual_seed(0)
         leaves = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
         o = attend(*leaves, scale=0.3)

@@ -37,7 +37,7 @@ def chosen(kind: str, tokens: int, experts: int, top_k: int) -> Tensor:
         score[:, : experts // 2] -= 2
     elif kind == "ties":
         score[:] = 0.5
-    return route.first(score, top_k).contiguous()
+    return route.top_k(score, top_k).contiguous()
 
 
 def case(

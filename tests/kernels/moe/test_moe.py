@@ -34,7 +34,7 @@ def chosen(kind: str, tokens: int, num_experts: int, top_k: int) -> Tensor:
     elif kind == "ties":
         score[:] = 0.5
     # as the router leaves it: a slice of wider rows, not rows of its own
-    return route.first(score, top_k)
+    return route.top_k(score, top_k)
 
 
 ROUTED = [
@@ -62,7 +62,7 @@ def test_near_the_truth(shape: tuple[int, ...], kind: str) -> None:
         return apply
 
     pulls = [normal(tokens, hidden, seed=4)]
-    ours, plain = by(partial(mixture, tiles=TILES)), by(experts.mixture)
+    ours, plain = by(partial(mixture, tiles=TILES)), by(experts.moe_experts)
     truth = graded(plain, inputs, pulls, torch.float64)
     check(graded(ours, inputs, pulls), graded(plain, inputs, pulls), truth, factor=2.0)
     _, count = mixture(inputs[0], Routing(expert, inputs[1]), *inputs[2:], tiles=TILES)

@@ -18,16 +18,16 @@ ODD = [0.0, -0.0, 1.0, -1.0, 0.5, float("inf"), float("-inf"), float("nan"), 1e-
 @pytest.mark.parametrize(("shape", "num"), [((37, 64), 6), ((2, 5, 9), 3), ((1, 1), 1), ((8, 40), 40)], ids=str)
 def test_the_first_are_those_of_a_stable_sort(shape: tuple[int, ...], num: int) -> None:
     x = normal(*shape)
-    assert torch.equal(router.first(x, num), route.first(x, num))
+    assert torch.equal(router.first(x, num), route.top_k(x, num))
     ties = (4 * x).round()
-    assert torch.equal(router.first(ties, num), route.first(ties, num))
+    assert torch.equal(router.first(ties, num), route.top_k(ties, num))
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(ODD), min_size=7, max_size=7), st.integers(1, 7))
 def test_the_first_of_odd_numbers(numbers: list[float], num: int) -> None:
     x = torch.tensor([numbers])
-    assert torch.equal(router.first(x, num), route.first(x, num))
+    assert torch.equal(router.first(x, num), route.top_k(x, num))
 
 
 def test_three_parts_are_the_whole() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nmoe.effects.device import ops
+from nmoe.effects.device import cpu
 from nmoe.effects.kernels.optim.adamw import NORM_TILE, TILE, adamw_, global_norm
 from nmoe.pure.formats import master
 from nmoe.pure.optim import adamw as optim
@@ -180,7 +180,7 @@ def test_it_is_the_op_it_replaces() -> None:
         theirs = {name: each.clone() for name, each in held.items()}
         high, low = master.split(theirs["value"])
         where = (high, low) if halves else (theirs["value"], None)
-        right = ops.adamw_(*where, theirs["first"], theirs["second"], theirs["gradient"], **told, **NUMBERS)
+        right = cpu.adamw_(*where, theirs["first"], theirs["second"], theirs["gradient"], **told, **NUMBERS)
         if halves:
             theirs["value"] = master.join(high, low)
         for name, each in theirs.items():

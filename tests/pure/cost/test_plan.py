@@ -21,8 +21,8 @@ from nmoe.pure.cost import flops
 from nmoe.pure.cost.plan import activation_bytes, plan
 from nmoe.pure.model import model
 from nmoe.pure.model.blueprint import make_blueprint
-from nmoe.pure.model.experts import mixture
-from nmoe.pure.model.ops import REFERENCE, Env
+from nmoe.pure.model.experts import moe_experts
+from nmoe.pure.model.ops import environment
 from tests.effects.train.tiny import tiny
 from tests.kernels.exchange.nvshmem import experts_by_segment
 
@@ -38,7 +38,9 @@ def test_flops_are_those_of_torchs_counter(q_lora_rank: int | None, shared: int,
     specs, dims = model.specs(c), model.dims(c)
     params = tree.map(lambda _, leaf: leaf.requires_grad_(), init(Key(0), specs, dims))
     # rows run through their own experts only, attention as two plain products
-    env = Env(attrs.evolve(REFERENCE, mixture=partial(mixture, experts=experts_by_segment)), model.rope_table(c, 24))
+    env = environment(c, 24)
+    by_segment = partial(moe_experts, experts=experts_by_segment)
+    env = attrs.evolve(env, ops=attrs.evolve(env.ops, experts=by_segment))
     tokens = torch.randint(c.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
     bias = torch.zeros(c.num_layers - dense, c.moe.num_experts)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -122,7 +124,7 @@ def test_activation_estimate_is_near_what_autograd_keeps(shape: str) -> None:
     )
     specs, dims = model.specs(c), model.dims(c)
     params = tree.map(lambda _, leaf: leaf.requires_grad_(), init(Key(0), specs, dims))
-    env = Env(ops.build(torch.device("cpu"), c), model.rope_table(c, 48))
+    env = environment(c, 48, ops.build(torch.device("cpu"), c))
     tokens = torch.randint(c.vocab_size, (4, 48), generator=torch.Generator().manual_seed(0))
     parameters = {leaf.untyped_storage().data_ptr() for _, leaf in tree.leaves(params)}
     kept: dict[int, int] = {}

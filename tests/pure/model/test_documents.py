@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nmoe.effects.device.ops import attend_mla_padded
+from nmoe.effects.device.cpu import attend_mla_padded
 from nmoe.pure.core import tree
 from nmoe.pure.data import order as mixture
 from nmoe.pure.model import model
 from nmoe.pure.model.attention.mla import attend_mla
-from nmoe.pure.model.ops import REFERENCE, Env
+from nmoe.pure.model.ops import Env
 from nmoe.pure.model.rope import Rope
 from tests import shapes
 
@@ -40,10 +40,12 @@ def starts(tokens: Tensor) -> Tensor:
     return torch.from_numpy(mixture.starts(tokens.numpy(), END))
 
 
-def logits(p: model.Model, tokens: Tensor, start: Tensor | tuple[()], c: Any, attend: Any = attend_mla) -> Tensor:
+def logits(p: model.Transformer, tokens: Tensor, start: Tensor | tuple[()], c: Any, attend: Any = attend_mla) -> Tensor:
     """[B T V] fp64, rotation included."""
-    table = model.rope_table(c, c.max_positions)
-    env = Env(attrs.evolve(REFERENCE, attend_mla=attend), Rope(table.cos.double(), table.sin.double()))
+    env = shapes.env(c)
+    table, ops = env.tables, env.ops
+    ops = attrs.evolve(ops, attention=attrs.evolve(ops.attention, attend=attend))
+    env = Env(ops, Rope(table.cos.double(), table.sin.double()), env.kind)
     x, _ = model.forward(p, tokens, shapes.router_bias(c), env, c, start)
     return x @ p.head
 

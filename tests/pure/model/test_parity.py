@@ -16,8 +16,8 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from nmoe.config import sections
 from nmoe.pure.core import tree
 from nmoe.pure.model import hf
-from nmoe.pure.model.model import Batch, Model, forward, objective, rope_table
-from nmoe.pure.model.ops import REFERENCE, Env
+from nmoe.pure.model.model import Batch, Transformer, forward, objective
+from nmoe.pure.model.ops import Env, environment
 from nmoe.pure.model.rope import Rope
 from tests import shapes
 
@@ -48,7 +48,7 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def theirs(c: sections.Model, p: Model, bias: Tensor) -> DeepseekV3ForCausalLM:
+def theirs(c: sections.Model, p: Transformer, bias: Tensor) -> DeepseekV3ForCausalLM:
     """Their model with our parameters, every name matched."""
     config = DeepseekV3Config(**hf.settings(c))
     config._attn_implementation = "eager"
@@ -94,7 +94,7 @@ def test_logits_loss_and_every_gradient(name: str) -> None:
     c = CONFIGS[name]
     p, bias, batch = shapes.parameters(c), shapes.router_bias(c), shapes.batch(c, positions=24)
     network = theirs(c, p, bias)
-    env = Env(REFERENCE, their_table(network, 24))
+    env = attrs.evolve(shapes.env(c), tables=their_table(network, 24))
 
     logits = network(batch.tokens).logits
     hidden, _ = forward(p, batch.tokens, bias, env, c)
@@ -117,7 +117,7 @@ def test_logits_loss_and_every_gradient(name: str) -> None:
 
 
 def our_gradients(
-    p: Model, batch: Batch, bias: Tensor, env: Env, c: sections.Model
+    p: Transformer, batch: Batch, bias: Tensor, env: Env, c: sections.Model
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss without the balance term and the gradient of every leaf."""
     c = attrs.evolve(c, moe=attrs.evolve(c.moe, sequence_balance=0.0))
@@ -143,7 +143,7 @@ def test_single_precision(name: str) -> None:
 def test_our_table_is_theirs_rounded_once(name: str) -> None:
     """Half an ulp of fp32 for values up to the table's scale."""
     c = CONFIGS[name]
-    ours = rope_table(c, 64)
+    ours = environment(c, 64).tables
     expected = their_table(theirs(c, shapes.parameters(c), shapes.router_bias(c)), 64)
     for mine, right in ((ours.cos, expected.cos), (ours.sin, expected.sin)):
         assert mine.dtype == torch.float32

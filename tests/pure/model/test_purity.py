@@ -16,13 +16,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from nmoe.config import load_valid, sections
 from nmoe.pure.core import tree
 from nmoe.pure.model import model
+from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention.mla import mla
 from nmoe.pure.model.model import Batch
-from nmoe.pure.model.ops import REFERENCE, Env, Ops
+from nmoe.pure.model.ops import Env
 from nmoe.pure.model.rope import Rope
 from nmoe.pure.model.route import Routing
 from nmoe.pure.optim.adamw import Moments, adamw
 from tests import shapes
+from tests.shapes import REFERENCE
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -39,16 +41,16 @@ def routing() -> Routing:
 
 def calls() -> dict[str, Call]:
     """Arguments for every operation."""
-    x = normal(6, 5)
+    x, angles = normal(6, 5), Rope(normal(6, 2), normal(6, 2))
     return {
         "norm": ((x, normal(5)), {"eps": 1e-6}),
         "add_norm": ((x, normal(6, 5, seed=1), normal(5)), {"eps": 1e-6}),
         "swiglu": ((normal(6, 2, 5),), {}),
-        "rotate_mla": ((normal(2, 6, 3, 8), normal(2, 6, 4), Rope(normal(6, 2), normal(6, 2))), {}),
-        "attend_mla": ((normal(2, 6, 3, 8), normal(2, 6, 3, 9), normal(2, 6, 4)), {"scale": 0.3}),
+        "project": ((normal(2, 6, 5), normal(5, 37), angles), {"num_heads": 3, "latent": 9}),
+        "query": ((normal(2, 6, 5), normal(5, 3, 8), normal(2, 6, 4), angles), {}),
+        "attend": ((normal(2, 6, 3, 8), normal(2, 6, 3, 9), normal(2, 6, 4)), {"scale": 0.3}),
         "route": ((x, normal(5, 4), normal(4)), {"top_k": 2}),
-        "first": ((normal(6, 4), 2), {}),
-        "mixture": ((x, routing(), normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
+        "experts": ((x, routing(), normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
         "linear_cross_entropy": (
             (x, normal(5, 9), torch.tensor([1, -1, 3, 0, 8, 2])),
             {"chunk": 4, "logit_scale": 0.5, "z_loss": 0.1},
@@ -64,7 +66,7 @@ def model_calls() -> dict[str, tuple[Callable[..., Any], Call]]:
     x = normal(2, 11, c.hidden_size)
     share = {"num_targets": torch.tensor(18), "num_sequences": 2, "chunk": 8, "z_loss": 1e-3}
     ops = env.ops
-    attention = (p.blocks[0].attention, x, env.rope, ops.norm, ops.rotate_mla, ops.attend_mla, c.attention)
+    attention = (p.blocks[0].attention, x, env.tables, ops.norm, ops.attention, c.attention)
     moments = Moments(normal(7), normal(7).abs())
     rates = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
     numbers = {"updates": torch.tensor(3), "lr": torch.tensor(0.1, dtype=torch.float64), **rates}
@@ -77,15 +79,24 @@ def model_calls() -> dict[str, tuple[Callable[..., Any], Call]]:
     }
 
 
+def functions(ops: Any) -> dict[str, Callable[..., Any]]:
+    """Every function of a record of ops and of the records in it."""
+    found: dict[str, Callable[..., Any]] = {}
+    for field in attrs.fields(type(ops)):
+        op = getattr(ops, field.name)
+        found |= functions(op) if attrs.has(type(op)) else {field.name: op}
+    return found
+
+
 def test_every_operation_is_here() -> None:
-    assert list(calls()) == [field.name for field in attrs.fields(Ops)]
+    assert list(calls()) == list(functions(REFERENCE))
 
 
 @pytest.mark.parametrize("name", [*calls(), *model_calls()])
 def test_inputs_and_random_state_are_left_alone(name: str) -> None:
     """Forward and backward."""
     if name in calls():
-        fn, (args, kwargs) = getattr(REFERENCE, name), calls()[name]
+        fn, (args, kwargs) = functions(REFERENCE)[name], calls()[name]
     else:
         fn, (args, kwargs) = model_calls()[name]
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -156,7 +167,7 @@ def test_shipped_models_trace_without_memory(path: Path) -> None:
         p,
         Batch(tokens, tokens, ()),
         torch.empty(mixtures, c.moe.num_experts, device="meta"),
-        Env(REFERENCE, Rope(half, half)),
+        Env(REFERENCE, Rope(half, half), KINDS[sections.Mla]),
         c,
         num_targets=torch.empty((), device="meta"),
         num_sequences=1,

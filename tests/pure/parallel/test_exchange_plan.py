@@ -24,7 +24,7 @@ def test_every_row_has_its_place_in_the_order_of_the_whole_batch(
     experts = ranks * local
     top_k = min(top_k, experts)
     generator = torch.Generator().manual_seed(seed)
-    chosen = [route.first(torch.rand(n, experts, generator=generator), top_k) for n in tokens]
+    chosen = [route.top_k(torch.rand(n, experts, generator=generator), top_k) for n in tokens]
     owners = [exchange.owners(each, ranks=ranks, experts=experts) for each in chosen]
     counts = torch.stack(
         [

@@ -20,7 +20,7 @@ from nmoe.effects.parallel.exchange.arena import Exchange, Field, PeerError, fit
 from nmoe.effects.parallel.exchange.opening import check
 from nmoe.pure.model import experts as reference
 from nmoe.pure.model.experts import Rows
-from nmoe.pure.model.norm import wide
+from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel import exchange_plan as planning
 
@@ -153,7 +153,7 @@ class Mixture(torch.autograd.Function):
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, weight, up, down, source)
         ctx.e, ctx.at, ctx.run = e, at, run
-        return (wide(chosen) * weight[..., None]).sum(-2).to(x.dtype), count
+        return (upcast(chosen) * weight[..., None]).sum(-2).to(x.dtype), count
 
     @staticmethod
     @once_differentiable
@@ -175,8 +175,8 @@ class Mixture(torch.autograd.Function):
             y = ctx.run(Rows(leaves[0], rows.source, rows.expert, rows.count, rows.slot), *leaves[1:])
             grad_output = view(e.raw, f.land_gradient)[source]
             gate = view(e.raw, f.gate)[: len(y), None]
-            dx, d_up, d_down = torch.autograd.grad(y, leaves, (wide(grad_output) * gate).to(y.dtype))
-            d_gate = (wide(grad_output) * wide(y.detach())).sum(-1)
+            dx, d_up, d_down = torch.autograd.grad(y, leaves, (upcast(grad_output) * gate).to(y.dtype))
+            d_gate = (upcast(grad_output) * upcast(y.detach())).sum(-1)
         with record_function("exchange return"):
             home = planning.homes(at.plan, len(y))
             put(e, f.back, *home, dx)
@@ -184,7 +184,7 @@ class Mixture(torch.autograd.Function):
             meet(e)
         d_rows = returned(e, f.back, at).unflatten(0, weight.shape)
         d_weight = returned(e, f.gate_gradient, at).view_as(weight)
-        return wide(d_rows).sum(-2).to(x.dtype), None, d_weight, d_up, d_down, None, None
+        return upcast(d_rows).sum(-2).to(x.dtype), None, d_weight, d_up, d_down, None, None
 
 
 def landed(e: Exchange, at: Sorted, source: Tensor) -> Rows:

@@ -19,7 +19,6 @@ import attrs
 from nmoe.effects import files
 from nmoe.errors import InputError
 
-
 METRICS = "metrics.rank0.jsonl"
 BLOCK = 1 << 20
 MARK_BYTES = 128

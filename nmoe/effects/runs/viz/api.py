@@ -14,7 +14,6 @@ from typing import Any
 import attrs
 import numpy as np
 
-
 Numbers = list[float | None]
 """JSON has no NaN: None stands for it."""
 

@@ -14,7 +14,6 @@ from nmoe.effects.runs.viz import api
 from nmoe.effects.runs.viz.index import Index, arrays, known, query, tags
 from nmoe.pure.watch import curve
 
-
 AXES = ("step", "tokens", "time", "flops")
 HOUR_S = 3600.0
 MAX_CELLS = 60_000

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nmoe.effects.data.store.format import Manifest, Receipt
-from nmoe.effects.data.store import shards
 from nmoe.effects.data import tokenizer
+from nmoe.effects.data.store import shards
+from nmoe.effects.data.store.format import Manifest, Receipt
 from nmoe.effects.runs.viz import api
 from nmoe.errors import InputError
-
 
 MANIFEST = "manifest.json"
 MAX_FOLDERS = 200

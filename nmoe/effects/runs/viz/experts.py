@@ -14,7 +14,6 @@ from nmoe.effects.runs.viz.index import Index, arrays, known, query
 from nmoe.errors import InputError
 from nmoe.pure.watch import curve
 
-
 MAX_COLUMNS = 240
 """Steps in a heat map over time."""
 

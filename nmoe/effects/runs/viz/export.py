@@ -10,7 +10,6 @@ from types import MappingProxyType
 from nmoe.effects.runs.viz.index import Index, known, query, quoted, tags
 from nmoe.errors import InputError
 
-
 MEDIA_TYPES = MappingProxyType({"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"})
 MAX_LINES = 1_000_000
 """Lines in a file that is made in memory."""

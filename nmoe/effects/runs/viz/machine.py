@@ -9,7 +9,6 @@ from typing import Any
 from nmoe.effects.runs.viz import api, curves
 from nmoe.effects.runs.viz.index import Index, known, query, tags
 
-
 LAST_LINES = 50
 """Logged steps in a mean of times."""
 

@@ -16,7 +16,6 @@ from nmoe.effects.runs.viz.views import config_of
 from nmoe.errors import InputError
 from nmoe.pure.data.stages import stages_of, windows_read
 
-
 MAX_SOURCES = 10_000
 MAX_WINDOWS = 1 << 62
 

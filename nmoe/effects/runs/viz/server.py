@@ -33,7 +33,6 @@ from nmoe.effects.runs.viz import api, curves, data, experts, export, machine, m
 from nmoe.effects.runs.viz.index import Index, Poll, poll
 from nmoe.errors import InputError
 
-
 COOKIE = "nmoe_viz"
 POLL_S = 1.0
 KEEP_ALIVE_S = 15.0

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nmoe.effects.terminal import table
 from nmoe.effects import files
 from nmoe.effects.runs import show as runs
 from nmoe.effects.runs.viz import curves, export, views
 from nmoe.effects.runs.viz.index import Index, open_index, poll
+from nmoe.effects.terminal import table
 from nmoe.errors import InputError
-
 
 COMPACTED = "metrics.parquet"
 SHOWN = ("status", "step", "tokens", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "mfu", "elapsed_s")

@@ -18,7 +18,6 @@ from nmoe.effects.runs.viz import api
 from nmoe.effects.runs.viz.curves import HOUR_S, Axis, chosen
 from nmoe.effects.runs.viz.index import Index, arrays, known, query, tags
 
-
 MAX_EVENTS = 2000
 MAX_FILE_BYTES = 4 << 20
 

@@ -1,1 +1,89 @@
-"""One file a kind of attention: its parameter record, its function, the reference of its kernel."""
+"""One file a kind of attention; `Kind` is what the model, the plan, the export and the shell ask it for.
+
+A new kind is a section class, a file here, a file of kernels, and a line in `KINDS`. A script passes its own:
+`kinds = {**KINDS, Section: Kind(...)}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from nmoe.config import sections
+from nmoe.pure.model.attention import mla
+
+
+@attrs.frozen(kw_only=True)
+class Hf:
+    """A kind of attention in the words of `transformers`."""
+
+    settings: Callable[[Any], dict[str, Any]]  # of the section
+    tensors: Callable[..., dict[str, Tensor]]  # of (parameters, section, *, eps)
+
+
+@attrs.frozen(kw_only=True)
+class Kind:
+    """The contract of a kind of attention; `c` is its section.
+
+    specs              (c) -> the parameter record of a block, a Spec where each tensor will be
+    dims               (c) -> size of each axis letter that only this kind has
+    tables             (c, num_positions) -> constant tensors, a record, or () for none
+    apply              (p, x [B T D], tables, norm, ops, c, documents, *, eps) -> [B T D]
+    flops              (c, *, sequence_length, causal) -> FLOPs a token and layer that are no product with a parameter
+    kept_bytes         (c, *, hidden, sequence_length, element, square) -> bytes a token and layer that autograd keeps
+    kernel_kept_bytes  (c) -> the same of the kernels, and the bytes of norms that train.recompute makes again
+    reference          record of ops in plain torch; a device gives its own record of the same class
+    tile_sizes         (c) -> the key of this kind in the table of tiles, () when its kernels have none
+    hf                 its settings and tensors in `transformers`; None: it has no such attention
+    """
+
+    specs: Callable[[Any], Any]
+    dims: Callable[[Any], dict[str, int]]
+    tables: Callable[[Any, int], Any]
+    apply: Callable[..., Tensor]
+    flops: Callable[..., int]
+    kept_bytes: Callable[..., int]
+    kernel_kept_bytes: Callable[[Any], tuple[int, int]]
+    reference: Any
+    tile_sizes: Callable[[Any], tuple[int, ...]] = lambda c: ()
+    hf: Hf | None = None
+
+
+Kinds = Mapping[type, Kind]
+"""Section class -> Kind."""
+
+KINDS: Kinds = MappingProxyType(
+    {
+        sections.Mla: Kind(
+            specs=mla.specs,
+            dims=mla.dims,
+            tables=mla.tables,
+            apply=mla.mla,
+            flops=mla.flops,
+            kept_bytes=mla.kept_bytes,
+            kernel_kept_bytes=mla.kernel_kept_bytes,
+            reference=mla.REFERENCE,
+            tile_sizes=lambda c: (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim),
+            hf=Hf(settings=mla.hf_settings, tensors=mla.hf_tensors),
+        ),
+    }
+)
+
+
+def kind_of(section: Any, kinds: Kinds = KINDS) -> Kind:
+    """The kind of a section.
+
+    Raises:  ValueError for a section class that `kinds` does not have.
+    """
+    if type(section) not in kinds:
+        known = ", ".join(known.__name__ for known in kinds)
+        name = type(section).__name__
+        raise ValueError(
+            f"model.attention: expected a section of one of the kinds {known}, got {name}; "
+            f"pass kinds={{**KINDS, {name}: Kind(...)}}"
+        )
+    return kinds[type(section)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
-from nmoe.pure.model.rope import Rope, document_positions, magnitude, rotate
+from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table
 
 
 @record
@@ -69,36 +70,43 @@ def scale(c: sections.Mla) -> float:
     return sharpen * (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
 
 
+@record
+class MlaOps:
+    """What a device implements of latent attention; a field has the signature of its reference."""
+
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    query: Callable[..., tuple[Tensor, Tensor]]
+    attend: Callable[..., Tensor]
+
+
 def mla(
     p: Mla,
     x: Tensor,
     rope: Rope,
     norm: Callable[..., Tensor],
-    turn: Callable[..., tuple[Tensor, Tensor]],
-    attend: Callable[..., Tensor],
+    ops: MlaOps,
     c: sections.Mla,
-    start: Tensor | tuple[()] = (),
+    documents: Documents | tuple[()] = (),
     *,
     eps: float,
 ) -> Tensor:
     """Causal latent attention of each sequence, or each of its documents, over itself.
 
-    x        [B T D]   normed block input
-    norm     `rms_norm` or a kernel that implements it
-    turn     `rotate_mla` or a kernel that implements it; it may take over the memory of its first argument
-    attend   `attend_mla` or a kernel that implements it
-    start    [B T] i32 or ()   as in `attend_mla`
-    returns  [B T D]
-    Source:  DeepSeek-V2 (arXiv:2405.04434) eq. 9-19, without the inference-time absorption.
+    x          [B T D]   normed block input
+    norm       `rms_norm` or a kernel that implements it
+    documents  which positions each token may see; (): rows are whole
+    returns    [B T D]
+    Source:    DeepSeek-V2 (arXiv:2405.04434) eq. 9-19, without the inference-time absorption.
     """
-    query_width = p.down.shape[1] - c.kv_lora_rank - c.qk_rope_head_dim
-    query, latent, k_rope = (x @ p.down).split((query_width, c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+    start, position = (documents.start, documents.position) if isinstance(documents, Documents) else ((), ())
     if isinstance(p.query, QueryUp):
-        query = norm(query, p.query.norm, eps=eps) @ p.query.up.flatten(1)
-    at = document_positions(start) if isinstance(start, Tensor) else ()
-    q, k_rope = turn(query.unflatten(-1, (c.num_heads, -1)), k_rope, rope, at)
+        widths = (p.query.norm.shape[0], c.kv_lora_rank, c.qk_rope_head_dim)
+        query, latent, key = (x @ p.down).split(widths, dim=-1)
+        q, k_rope = ops.query(norm(query, p.query.norm, eps=eps), p.query.up, key, rope, position)
+    else:
+        q, latent, k_rope = ops.project(x, p.down, rope, position, num_heads=c.num_heads, latent=c.kv_lora_rank)
     kv = (norm(latent, p.norm, eps=eps) @ p.up.flatten(1)).unflatten(-1, (c.num_heads, -1))
-    o = attend(q, kv, k_rope, start, scale=scale(c))
+    o = ops.attend(q, kv, k_rope, start, scale=scale(c))
     return o.flatten(-2) @ p.out.flatten(0, 1)
 
 
@@ -115,6 +123,39 @@ def rotate_mla(q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[
     return torch.cat((q_nope, rotate(q_rope, rope, positions)), dim=-1), rotate(k_rope, rope, positions)
 
 
+def project(
+    x: Tensor, down: Tensor, rope: Rope, positions: Tensor | tuple[()] = (), *, num_heads: int, latent: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, latent and shared key in one product; queries and key with their position.
+
+    The product is the op's own memory: a kernel rotates in it, and the arguments stay as they are.
+
+    x          [B T D]
+    down       [D A]     A = H·C of the query, `latent` channels, P of the shared key
+    positions  [B T]     as in `rotate_mla`
+    returns    q [B T H C], latent [B T R], k_rope [B T P]
+    """
+    rotated = 2 * rope.cos.shape[-1]
+    widths = (down.shape[1] - latent - rotated, latent, rotated)
+    query, low, key = (x @ down).split(widths, dim=-1)
+    q, k_rope = rotate_mla(query.unflatten(-1, (num_heads, -1)), key, rope, positions)
+    return q, low, k_rope
+
+
+def query(x: Tensor, up: Tensor, key: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> tuple[Tensor, Tensor]:
+    """Queries from their normed latent, and the shared key, both with their position.
+
+    The product is the op's own memory, as in `project`.
+
+    x          [B T Q]
+    up         [Q H C]
+    key        [B T P]
+    positions  [B T]     as in `rotate_mla`
+    returns    q [B T H C], k_rope [B T P]
+    """
+    return rotate_mla((x @ up.flatten(1)).unflatten(-1, up.shape[1:]), key, rope, positions)
+
+
 def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
     """Causal softmax attention; a head's key is its own part of `kv` beside the shared `k_rope`.
 
@@ -129,7 +170,7 @@ def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] 
     nope = q.shape[-1] - k_rope.shape[-1]
     k_nope, v = kv.split((nope, kv.shape[-1] - nope), dim=-1)
     k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)), dim=-1)
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    q, k, v = (heads_first.transpose(1, 2) for heads_first in (q, k, v))
     if isinstance(start, Tensor):
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(start)[:, None], scale=scale)
     else:
@@ -141,3 +182,102 @@ def visible(start: Tensor) -> Tensor:
     """Which keys each query sees: [B T T] bool, queries before keys, from `start` [B T]."""
     position = torch.arange(start.shape[1], device=start.device)
     return (start[:, :, None] <= position) & (position <= position[:, None])
+
+
+REFERENCE = MlaOps(project, query, attend_mla)
+
+
+def tables(c: sections.Mla, num_positions: int) -> Rope:
+    """The rotation table of the rotated channels."""
+    return table(num_positions, c.qk_rope_head_dim, theta=c.rope_theta, yarn=c.yarn)
+
+
+def flops(c: sections.Mla, *, sequence_length: int, causal: bool) -> int:
+    """FLOPs of scores and weighted values, a token of one layer: 2·(C + U) a head and visible key."""
+    doubled_keys = sequence_length + 1 if causal else 2 * sequence_length
+    return doubled_keys * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+
+
+def kept_bytes(c: sections.Mla, *, hidden: int, sequence_length: int, element: int, square: bool) -> int:
+    """Bytes a token that autograd keeps of the reference in one layer, its norm apart.
+
+    element  bytes of an activation
+    square   whether attention keeps its probabilities
+    """
+    upcast, sizes = 4, dims(c)
+    low = sizes.get("Q", 0) + sizes["R"]
+    return (
+        hidden * element  # input of `down`
+        + 2 * low * upcast  # the latents' norms: input in fp32, scaled input
+        + low * element
+        + sizes["H"] * (2 * sizes["C"] + sizes["U"]) * element  # q, k, v
+        + sizes["H"] * sizes["U"] * element * 2  # output, and its copy for `out`
+        + (sizes["H"] * sequence_length * element if square else sizes["H"] * upcast)
+    )
+
+
+def kernel_kept_bytes(c: sections.Mla) -> tuple[int, int]:
+    """Bytes a token that the kernels keep in one layer, bf16, and those of the norms that recompute makes again."""
+    upcast, element, sizes = 4, 2, dims(c)
+    kept = sizes["A"] + sizes["H"] * (sizes["C"] + sizes["Z"] + sizes["U"]) + sizes["P"]
+    return kept * element + sizes["H"] * upcast, (sizes.get("Q", 0) + sizes["R"]) * element
+
+
+def hf_settings(c: sections.Mla) -> dict[str, Any]:
+    """Keyword arguments of `transformers.DeepseekV3Config` that describe this attention."""
+    return {
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_heads,
+        "q_lora_rank": c.q_lora_rank,
+        "kv_lora_rank": c.kv_lora_rank,
+        "qk_nope_head_dim": c.qk_nope_head_dim,
+        "qk_rope_head_dim": c.qk_rope_head_dim,
+        "v_head_dim": c.v_head_dim,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_interleave": True,
+        "rope_parameters": hf_rotation(c),
+    }
+
+
+HF_EPS = 1e-6
+"""Epsilon of the two latents' norms in `transformers`, whatever `rms_norm_eps` says."""
+
+
+def hf_rotation(c: sections.Mla) -> dict[str, Any]:
+    """`rope_parameters` of `transformers`."""
+    if c.yarn is None:
+        return {"rope_type": "default", "rope_theta": c.rope_theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": c.rope_theta,
+        "factor": c.yarn.factor,
+        "original_max_position_embeddings": c.yarn.original_positions,
+        "beta_fast": c.yarn.beta_fast,
+        "beta_slow": c.yarn.beta_slow,
+        "mscale": c.yarn.mscale,
+        "mscale_all_dim": c.yarn.mscale_all_dim,
+    }
+
+
+def hf_tensors(p: Mla, c: sections.Mla, *, eps: float) -> dict[str, Tensor]:
+    """Names and tensors of `transformers`; `down` comes apart into the query's part and the part of keys and values."""
+    latent, rotated = c.kv_lora_rank, c.qk_rope_head_dim
+    query, keys, key = p.down.split((p.down.shape[1] - latent - rotated, latent, rotated), dim=1)
+    # rms_norm(x, e) = rms_norm(s x, s² e): scaling the latent turns our epsilon into theirs
+    factor = (HF_EPS / eps) ** 0.5
+    if isinstance(p.query, QueryUp):
+        queries = {
+            "q_a_proj.weight": (query * factor).T,
+            "q_a_layernorm.weight": p.query.norm,
+            "q_b_proj.weight": p.query.up.flatten(1).T,
+        }
+    else:
+        queries = {"q_proj.weight": query.T}
+    return {
+        **queries,
+        "kv_a_proj_with_mqa.weight": torch.cat((keys * factor, key), dim=1).T,
+        "kv_a_layernorm.weight": p.norm,
+        "kv_b_proj.weight": p.up.flatten(1).T,
+        "o_proj.weight": p.out.flatten(0, 1).T,
+    }

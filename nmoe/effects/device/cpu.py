@@ -1,0 +1,157 @@
+"""What a CPU runs in the place of the reference: attention and experts by torch's own kernels, AdamW in chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.profiler import record_function
+from torch.optim.adamw import adamw
+
+from nmoe.pure.formats import master
+from nmoe.pure.model.attention.mla import attend_mla
+from nmoe.pure.model.experts import Rows, combine, dispatch, swiglu
+from nmoe.pure.model.route import Routing
+from nmoe.pure.optim.update import Rule, rule
+
+CHUNK = 1 << 18
+"""Elements the optimizer handles at once, so that its temporaries stay in the cache."""
+
+
+def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
+    """`pure.model.attention.mla.attend_mla` with values padded to the width of the keys.
+
+    torch's fused attention on the CPU takes only equal widths; it halves the time of the plain one and keeps no
+    probabilities, which pays for the padding.
+    """
+    width = kv.shape[-1] - q.shape[-1] + k_rope.shape[-1]
+    return attend_mla(q, F.pad(kv, (0, q.shape[-1] - width)), k_rope, start, scale=scale)[..., :width]
+
+
+def experts_grouped(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
+    """`pure.model.experts.experts` with torch's grouped product; counts stay on the device.
+
+    rows.x   [M D]   bf16, or fp32 on a CPU
+    returns  [P D]   in the format of `rows.x`
+    """
+    ends = rows.count.cumsum(0).to(torch.int32)
+    x = rows.x.index_select(0, rows.source)
+    y = swiglu(F.grouped_mm(x, up.flatten(2), offs=ends).unflatten(-1, (2, -1)))
+    return F.grouped_mm(y, down, offs=ends)
+
+
+def moe_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """`pure.model.experts.moe_experts` by `experts_grouped`, each part in a profiler range."""
+    with record_function("dispatch"):
+        rows = dispatch(x, routing, num_experts=up.shape[0])
+    y = experts_grouped(rows, up, down)
+    with record_function("combine"):
+        return combine(y, rows, routing), rows.count
+
+
+@torch.no_grad()
+def adamw_(
+    value: Tensor,
+    remainder: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    gradient: Tensor,
+    *,
+    allowed: Tensor,
+    shrink: Tensor,
+    updates: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> Tensor:
+    """`pure.optim.adamw` on a stretch of an arena, where `allowed`; the norm of the change.
+
+    Without a remainder it is torch's own one-pass kernel; with one, the reference on the joined fp32 value.
+
+    allowed  0-d bool   false: nothing but `gradient` changes, whatever the gradient holds
+    shrink   0-d        factor on the gradient, from the clip
+    updates  0-d i64    number of updates this one makes it, counted from 1
+    lr       0-d f64
+
+    Writes:  value, remainder, first, second; `gradient` is zero afterwards.
+    """
+    if remainder is None:
+        old = value.clone()
+        gradient.mul_(shrink)
+        adamw(
+            [value],
+            [gradient],
+            [first],
+            [second],
+            [],
+            [(updates - 1).float()],
+            fused=True,
+            found_inf=torch.where(allowed, 0.0, 1.0),
+            amsgrad=False,
+            lr=lr.to(value.dtype),
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=decay,
+            maximize=False,
+        )
+        change = torch.linalg.vector_norm(value - old)
+    else:
+        return update_(
+            rule("adamw"),
+            value,
+            remainder,
+            first,
+            second,
+            gradient,
+            allowed=allowed,
+            shrink=shrink,
+            updates=updates,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            decay=decay,
+        )
+    gradient.zero_()
+    return change
+
+
+@torch.no_grad()
+def update_(
+    which: Rule,
+    value: Tensor,
+    remainder: Tensor | None,
+    *rest: Tensor,
+    allowed: Tensor,
+    shrink: Tensor,
+    **numbers: Any,
+) -> Tensor:
+    """A rule of `pure.optim.update` on a stretch of an arena, where `allowed`; the norm of the change.
+
+    rest     the rule's moments, then the gradient
+    allowed  0-d bool   false: nothing but the gradient changes
+    shrink   0-d        factor on the gradient, from the clip
+    numbers  updates, lr, decay and the settings of the rule
+
+    Writes:  value, remainder, moments; the gradient is zero afterwards.
+    """
+    *moments, gradient = rest
+    old = value if remainder is None else master.join(value, remainder)
+    new, after = which.update(old, gradient.to(old.dtype) * shrink, tuple(moments), **numbers)
+    new = torch.where(allowed, new, old)
+    change = torch.linalg.vector_norm(new - old)
+    if remainder is None:
+        value.copy_(new)
+    else:
+        high, low = master.split(new)
+        value.copy_(high)
+        remainder.copy_(low)
+    for stored, moment in zip(moments, after, strict=True):
+        torch.where(allowed, moment.to(stored.dtype), stored, out=stored)
+    gradient.zero_()
+    return change

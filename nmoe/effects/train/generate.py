@@ -12,7 +12,7 @@ from nmoe.config import load_valid
 from nmoe.config.sections import Model as ModelConfig
 from nmoe.effects.checkpoint import weights
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.device import gpu
+from nmoe.effects.device import gpu, ops
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key

@@ -70,14 +70,14 @@ def test_one_gpu_has_no_machine(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("gpus", "hosts", "experts", "machine", "mfu", "expected"),
     [
-        (256, 30, None, "h200", 0.4, ("--hosts: a divisor of the 256 GPUs, got 30; .*",)),
+        (256, 30, None, "h200", 0.4, ("--hosts: expected a divisor of the 256 GPUs, got 30; .*",)),
         (256, 0, None, "h200", 0.4, ("--hosts: .*, got 0; .*",)),
         (8, 16, None, "h200", 0.4, ("--hosts: .*, got 16; .*",)),
-        (12, None, None, "h200", 0.4, ("--gpus: a multiple of the 8 GPUs of a host, got 12; .*",)),
+        (12, None, None, "h200", 0.4, ("--gpus: expected a multiple of the 8 GPUs of a host, got 12; .*",)),
         (256, 32, 6, "h200", 0.4, (r"--experts: .* of 256 experts, .*, one of 1, 8, 16, .*, 256, got 6; .*",)),
         (256, 32, 0, "h200", 0.4, ("--experts: .*, got 0; .*",)),
         (256, 32, 512, "h200", 0.4, ("--experts: .*, got 512; .*",)),
-        (8, 1, None, "b200", 0.4, ("--machine: one of h100, h200, got b200; .*",)),
+        (8, 1, None, "b200", 0.4, ("--machine: expected one of h100, h200, got b200; .*",)),
         (0, 7, None, "a100", float("nan"), ("--gpus: .*", "--mfu: .*", "--machine: .*")),
         (8, -1, None, "h200", 1.5, ("--mfu: .*, got 1.5; .*", "--hosts: .*, got -1; .*")),
     ],
@@ -99,5 +99,5 @@ def test_the_command() -> None:
     assert json.loads(done.stdout)["machine"]["memory"] == 80e9
     refused(
         nmoe("plan", "configs/dsv3.toml", "--gpus", "256", "--hosts", "7"),
-        "--hosts: a divisor of the 256 GPUs, got 7; every host has as many GPUs as another",
+        "--hosts: expected a divisor of the 256 GPUs, got 7; every host has as many GPUs as another",
     )

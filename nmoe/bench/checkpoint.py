@@ -29,8 +29,8 @@ from nmoe.pure.checkpoint.digest import digests
 from nmoe.pure.checkpoint.pieces import Piece
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core.blueprint import Blueprint
-from nmoe.pure.cost.report import quantity
 from nmoe.pure.model.blueprint import make_blueprint
+from nmoe.pure.units import quantity
 
 BLOCK_BYTES = 1 << 24
 """What the plain write and read hand over at once; `dd bs=16M` does the same."""

@@ -24,10 +24,10 @@ from nmoe.effects.train.step import learning_rates
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import plan
-from nmoe.pure.cost.report import quantity
 from nmoe.pure.model import hf
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
+from nmoe.pure.units import quantity
 
 OTHERS = ("transformers",)
 WARMUP = 3

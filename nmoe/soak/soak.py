@@ -36,7 +36,7 @@ from nmoe.effects.train import run
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import share, whole
 from nmoe.pure.checkpoint.retention import Keep
-from nmoe.pure.cost.report import duration
+from nmoe.pure.units import duration
 from nmoe.soak import faults as worlds
 from nmoe.soak.forked import PATIENCE_S, forked, tail
 from nmoe.soak.plan import KINDS, Fault, plan

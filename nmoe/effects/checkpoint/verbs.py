@@ -17,8 +17,8 @@ from nmoe.effects.record.names import CHECKPOINTS
 from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
-from nmoe.pure.cost.report import quantity
 from nmoe.pure.model.blueprint import make_blueprint
+from nmoe.pure.units import quantity
 
 
 @attrs.frozen(kw_only=True)

@@ -15,8 +15,8 @@ from nmoe.effects.data.store.lazy import content_digest, split_problems
 from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
-from nmoe.pure.cost.report import quantity
 from nmoe.pure.data.stages import Ingredient, Recipe, Stream, identity, plan
+from nmoe.pure.units import quantity
 
 
 def main(config: Config, launch: Launch, *, as_json: bool) -> int:

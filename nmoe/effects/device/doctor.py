@@ -282,13 +282,13 @@ def see_gpus() -> tuple[tuple[Gpu, ...], tuple[tuple[int, int], ...], bool]:
     # Not at the top: doctor has something to say where torch cannot be imported.
     import torch
 
-    from nmoe.effects.device.gpu import SUPPORTED_GPUS
+    from nmoe.pure.cost.machines import PEAK_FLOPS
 
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     properties = [torch.cuda.get_device_properties(device) for device in devices]
     gpus = tuple(Gpu(name=p.name, memory_bytes=p.total_memory, capability=(p.major, p.minor)) for p in properties)
     peers = all(torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b)
-    return gpus, SUPPORTED_GPUS, peers
+    return gpus, tuple(PEAK_FLOPS), peers
 
 
 def probe(folder: Path) -> str | None:

@@ -9,10 +9,7 @@ import time
 import torch
 
 from nmoe.errors import InputError
-from nmoe.pure.cost.plan import PEAK_FLOPS
-
-SUPPORTED_GPUS = ((9, 0), (10, 0))
-"""Compute capabilities the kernels are written for: H100 and H200, B200."""
+from nmoe.pure.cost.machines import PEAK_FLOPS
 
 
 def device(name: str, index: int = 0, count: int = 1) -> torch.device:
@@ -34,8 +31,8 @@ def device(name: str, index: int = 0, count: int = 1) -> torch.device:
             "fewer, or look at CUDA_VISIBLE_DEVICES"
         )
     capability = torch.cuda.get_device_capability(index)
-    if capability not in SUPPORTED_GPUS:
-        known = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED_GPUS)
+    if capability not in PEAK_FLOPS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in PEAK_FLOPS)
         raise InputError(
             f"run.device: the GPU has a supported compute capability ({known}), got {capability[0]}.{capability[1]} "
             f'({torch.cuda.get_device_name(index)}); use one of those or device = "cpu"'
@@ -49,7 +46,7 @@ def peak_flops(where: torch.device) -> float:
     The CPU has no honest data sheet, so this multiplies two matrices for about a fifth of a second and takes the best.
     """
     if where.type == "cuda":
-        return PEAK_FLOPS if torch.cuda.get_device_capability(where) == (9, 0) else 2250e12
+        return PEAK_FLOPS[torch.cuda.get_device_capability(where)]
     size = 1024
     a = torch.ones(size, size)
     best = float("inf")

@@ -26,8 +26,8 @@ from nmoe.effects.train.report import Report
 from nmoe.effects.train.step import State
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
-from nmoe.pure.cost.report import duration
 from nmoe.pure.model.ops import Env
+from nmoe.pure.units import duration
 from nmoe.pure.watch.validations import Seen
 
 EXIT_NONFINITE = 5

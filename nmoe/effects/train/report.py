@@ -15,9 +15,9 @@ from nmoe.effects.record.monitor import Monitor
 from nmoe.effects.terminal import say
 from nmoe.effects.train.evaluate import Held
 from nmoe.effects.train.step import Metrics, State, learning_rates
-from nmoe.pure.cost.report import duration, quantity
 from nmoe.pure.data.stages import Stream
 from nmoe.pure.model.route import health
+from nmoe.pure.units import duration, quantity
 
 
 @attrs.frozen(kw_only=True)

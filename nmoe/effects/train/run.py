@@ -48,12 +48,13 @@ from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import Plan, plan
-from nmoe.pure.cost.report import quantity, render
+from nmoe.pure.cost.report import render
 from nmoe.pure.cost.traffic import expert_rows
 from nmoe.pure.model import model
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env, environment
+from nmoe.pure.units import quantity
 from nmoe.pure.watch.validations import Seen
 
 EXIT_UNSAVED = 6

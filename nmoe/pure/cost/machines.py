@@ -38,10 +38,14 @@ class Machine:
     network: Link  # between hosts, whoever sends
 
 
+PEAK_FLOPS: Mapping[tuple[int, int], float] = MappingProxyType({(9, 0): 989.5e12, (10, 0): 2250e12})
+"""Dense bf16 FLOP/s by compute capability, the unit of MFU: H100 and H200, B200 (NVIDIA's data sheets, without
+sparsity). The kernels are written for these capabilities and no others."""
+
 H200 = Machine(
     gpu="H200",
     memory=141e9,
-    peak_flops=989.5e12,
+    peak_flops=PEAK_FLOPS[9, 0],
     gpus_per_host=8,
     # 4096 rows of 4 KiB take 57 us with their signal, replayed from a CUDA graph; many of them 313 to 326 GB/s,
     # and 330 to 339 where rows have 14 KiB

@@ -16,9 +16,6 @@ from nmoe.pure.cost.traffic import Arena, arena, distinct_ranks, expert_rows
 from nmoe.pure.model.attention import KINDS, Kinds, kind_of
 from nmoe.pure.optim.update import rule
 
-PEAK_FLOPS = H200.peak_flops
-"""Dense bf16 FLOP/s of one H100 or H200, the unit of MFU on a GPU (NVIDIA's data sheet, without sparsity)."""
-
 CAPACITY = 2.0
 """Rows a rank has room for, over the mean, where a config does not say."""
 
@@ -151,7 +148,7 @@ def plan(
     blueprint: Blueprint,
     *,
     mfu: float,
-    peak_flops: float = PEAK_FLOPS,
+    peak_flops: float = H200.peak_flops,
     dedup: bool = False,
     capacity: float = CAPACITY,
     kinds: Kinds = KINDS,

@@ -1,45 +1,30 @@
-"""A plan as text."""
+"""A plan as text, for one rank and for a machine of many GPUs, and as numbers for a program."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import attrs
 
 from nmoe.config import Config
 from nmoe.pure.cost.plan import Plan
+from nmoe.pure.cost.scale import Scaled
+from nmoe.pure.cost.traffic import Traffic
+from nmoe.pure.units import duration, quantity, time_of
 
 Line = tuple[str, str]
 """What a line is about, and what it says."""
 
-PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
-
-def quantity(number: float, unit: str = "") -> str:
-    """A number with three digits and a decimal prefix, as in `6.93 GB`; a bare count of billions is `6.93 B`."""
-    for limit, prefix in PREFIXES:
-        if abs(number) >= limit:
-            scaled = number / limit
-            digits = f"{scaled:.3g}" if scaled < 999.5 else f"{scaled:.0f}"
-            return f"{digits} {'B' if prefix == 'G' and not unit else prefix + unit}"
-    return f"{number:.3g} {unit}".rstrip()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `h:mm:ss`, with days in front where there are any."""
-    whole = round(seconds)
-    days, rest = divmod(whole, 86400)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days} d {clock}" if days else clock
-
-
-def aligned(*lines: Line) -> str:
+def _aligned(*lines: Line) -> str:
     """Lines with what they are about in a column."""
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
 
 
 def render(config: Config, planned: Plan) -> str:
     """The plan of ranks that wait for nobody."""
-    return aligned(
-        *about(config, planned),
+    return _aligned(
+        *_about(config, planned),
         (
             "time",
             f"{duration(planned.seconds())} at {100 * planned.mfu:.0f} % of "
@@ -49,7 +34,7 @@ def render(config: Config, planned: Plan) -> str:
     )
 
 
-def about(config: Config, planned: Plan) -> tuple[Line, ...]:
+def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
     """What is trained, and what it takes of each rank."""
     c, train = config.model, config.train
     flops, memory = planned.flops, planned.memory
@@ -88,4 +73,184 @@ def about(config: Config, planned: Plan) -> tuple[Line, ...]:
             "rank's host memory",
         ),
         ("tokens", f"{quantity(planned.tokens)}  {train.steps} steps of {quantity(planned.tokens_per_step)}"),
+    )
+
+
+def numbers(taken: Scaled, candidates: tuple[Scaled, ...], bests: tuple[Scaled, ...]) -> dict[str, Any]:
+    """All of it, for a program: the plan that is taken, how it is arranged, and what it was compared with."""
+    return {
+        **attrs.asdict(taken.plan),
+        "tokens_per_second": taken.tokens_per_second(),
+        "seconds": taken.seconds(),
+        "machine": attrs.asdict(taken.machine),
+        "taken": _summary(taken),
+        "choices": [_summary(each) for each in candidates],
+        "sizes": [_summary(each) for each in bests],
+    }
+
+
+def _summary(s: Scaled) -> dict[str, Any]:
+    """One arrangement in numbers."""
+    values = attrs.asdict(s, filter=lambda field, _: field.name not in ("machine", "plan"))
+    return {
+        **values,
+        "memory": s.plan.memory.total(),
+        "fits": s.fits(),
+        "step_s": s.step_s(),
+        "mfu": s.mfu(),
+        "tokens_per_second": s.tokens_per_second(),
+        "seconds": s.seconds(),
+    }
+
+
+def screen(config: Config, taken: Scaled, candidates: tuple[Scaled, ...], bests: tuple[Scaled, ...]) -> str:
+    """Everything about a machine of several GPUs, on one screen."""
+    a, machine = taken.arrangement, taken.machine
+    where = (
+        f"{a.gpus} {machine.gpu} of {quantity(machine.memory, 'B')} on {_hosts_of(a.hosts)} of {a.per_host()}; "
+        "in the next table two values are without | with dedup"
+    )
+    return _aligned(
+        *_about(config, taken.plan),
+        ("machine", where),
+        *_table("experts over", _compared(candidates)),
+        *_in_detail(taken),
+        *_table("other sizes", _by_size(bests)),
+        *_assumed(taken),
+    )
+
+
+def _hosts_of(number: int) -> str:
+    """A number of hosts, in words."""
+    return "1 host" if number == 1 else f"{number} hosts"
+
+
+def _table(name: str, rows: tuple[str, ...]) -> tuple[Line, ...]:
+    """Rows with their name before the first."""
+    return tuple((name if place == 0 else "", row) for place, row in enumerate(rows))
+
+
+def _compared(candidates: tuple[Scaled, ...]) -> tuple[str, ...]:
+    """Ways to share out the experts: two candidates a line, without and with dedup."""
+    head = (
+        f"{'GPUs':>4} {'hosts':>5} {'memory a GPU':>15}      {'dispatch sends':>15} {'takes':>15} {'a step':>16} "
+        f"{'tokens/s':>15}"
+    )
+    rows = [head]
+    for both in zip(candidates[::2], candidates[1::2], strict=True):
+        a = both[0].arrangement
+        memory, sends, takes, step, speed = (
+            _pair(*(show(each) for each in both))
+            for show in (
+                lambda s: quantity(s.plan.memory.total(), "B"),
+                lambda s: quantity(_total(s.dispatch), "B"),
+                lambda s: time_of(s.dispatch_s),
+                lambda s: time_of(s.step_s()),
+                lambda s: quantity(s.tokens_per_second()),
+            )
+        )
+        fits = _pair(*("fits" if each.fits() else "no" for each in both))
+        rows.append(
+            f"{a.expert_ranks:>4} {a.expert_hosts():>5} {memory:>15} {fits:<4} {sends:>15} {takes:>15} {step:>16} "
+            f"{speed:>15}"
+        )
+    return tuple(rows)
+
+
+def _pair(left: str, right: str) -> str:
+    """Two values, without and with dedup; one where they read the same, one unit where they share it."""
+    if left == right:
+        return left
+    number, _, unit = left.partition(" ")
+    return f"{number if right.endswith(f' {unit}') else left} | {right}"
+
+
+def _total(traffic: Traffic) -> float:
+    """Bytes over both wires."""
+    return traffic.inside + traffic.between
+
+
+def _sent(traffic: Traffic) -> str:
+    """Bytes a GPU sends, by wire."""
+    near, far = quantity(traffic.inside, "B"), quantity(traffic.between, "B")
+    return f"{near} in its host, {far} to others" if traffic.between else f"{near} in its host"
+
+
+def _in_detail(s: Scaled) -> tuple[Line, ...]:
+    """One arrangement."""
+    a, planned, machine = s.arrangement, s.plan, s.machine
+    why = "the fastest that fits" if s.fits() else f"DOES NOT FIT into {quantity(machine.memory, 'B')}"
+    arena = planned.arena
+    rest = arena.gates + arena.indices + arena.counts + arena.flags
+    return (
+        (
+            "taken",
+            f"experts over {a.expert_ranks} of {a.gpus} GPUs on {_hosts_of(a.expert_hosts())}, "
+            f"{'with' if a.dedup else 'without'} dedup: {why}",
+        ),
+        (
+            "exchange",
+            f"dispatch {_sent(s.dispatch)}: {time_of(s.dispatch_s)}, {s.dispatches} a step; "
+            f"a token reaches {planned.distinct:.2f} GPUs on average",
+        ),
+        ("", f"combine {_sent(s.combine)}: {time_of(s.combine_s)}, {s.combines} a step"),
+        (
+            "",
+            f"symmetric memory {quantity(arena.total(), 'B')}: landing {quantity(arena.landing, 'B')}  combine "
+            f"{quantity(arena.combine, 'B')}  gates, indices, counts, flags {quantity(rest, 'B')}",
+        ),
+        ("gradients", f"reduce-scatter {_sent(s.reduce)}: {time_of(s.reduce_s)} a step"),
+        ("parameters", f"all-gather {_sent(s.gather)}: {time_of(s.gather_s)} a step"),
+        (
+            "a step",
+            f"{time_of(s.step_s())} = {time_of(s.compute_s)} compute + {time_of(s.exchange_s)} exchanges + "
+            f"{time_of(s.reduce_exposed_s)} gradients + {time_of(s.gather_exposed_s)} parameters, as far as not hidden",
+        ),
+        (
+            "time",
+            f"{duration(s.seconds())} at {quantity(s.tokens_per_second())} tokens/s, {100 * s.mfu():.1f} % MFU of "
+            f"{quantity(machine.peak_flops, 'FLOP/s')}; {duration(planned.seconds())} if everything were hidden",
+        ),
+    )
+
+
+def _by_size(bests: tuple[Scaled, ...]) -> tuple[str, ...]:
+    """Numbers of GPUs, each with its best arrangement."""
+    rows = [
+        f"{'GPUs':>4} {'hosts':>5} {'experts over':>12} {'memory a GPU':>12}      {'a step':>8} {'waits':>6} "
+        f"{'tokens/s':>9} {'a GPU':>8} {'days':>7} {'GPU hours':>10}"
+    ]
+    for each in bests:
+        a = each.arrangement
+        rows.append(
+            f"{a.gpus:>4} {a.hosts:>5} {a.expert_ranks:>12} {quantity(each.plan.memory.total(), 'B'):>12} "
+            f"{'fits' if each.fits() else 'no':<4} {time_of(each.step_s()):>8} "
+            f"{100 * (1 - each.compute_s / each.step_s()):>4.0f} % {quantity(each.tokens_per_second()):>9} "
+            f"{quantity(each.tokens_per_second() / a.gpus):>8} {each.seconds() / 86400:>7.1f} "
+            f"{quantity(each.seconds() / 3600 * a.gpus):>10}"
+        )
+    return tuple(rows)
+
+
+def _assumed(s: Scaled) -> tuple[Line, ...]:
+    """What the figures rest on."""
+    machine = s.machine
+    wires = (
+        ("rows in a host", machine.push),
+        ("NCCL in a host", machine.collective),
+        ("between hosts", machine.network),
+    )
+    used = wires if s.arrangement.hosts > 1 else wires[:2]
+    texts = (
+        f"{name}: {time_of(wire.alpha_s)} + bytes / {quantity(wire.bytes_per_s, 'B/s')}, {wire.source}"
+        for name, wire in used
+    )
+    return (
+        *_table("wires", tuple(texts)),
+        (
+            "assumed",
+            f"computing alone runs at {100 * s.plan.mfu:.0f} % MFU; routing is even; room for "
+            f"{s.arrangement.capacity:g} x the mean rows; exchanges hide behind",
+        ),
+        ("", "nothing; gradients hide behind a microbatch's backward pass, parameters behind its forward pass"),
     )

@@ -25,8 +25,8 @@ from nmoe.effects.parallel.exchange.opening import virtual
 from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
-from nmoe.pure.cost.traffic import expert_rows
 from nmoe.pure.model.route import Routing
+from nmoe.pure.parallel import exchange_arena
 
 PROGRAMS = (8, 16, 32, 64, 132, 264)
 """How many programs push."""
@@ -135,12 +135,13 @@ def rows(bench: Bench, cases: Cases) -> Iterator[str]:
 
 def sizes(bench: Bench, shape: Shape, *, dedup: bool, capacity: float) -> Sizes:
     """An arena's for a mixture. capacity: room for rows, over the mean."""
-    told = {"tokens": shape.tokens, "top_k": shape.top_k, "ranks": bench.ranks}
-    return Sizes(
-        **told,
+    return exchange_arena.sizes(
+        ranks=bench.ranks,
         experts=shape.experts,
+        top_k=shape.top_k,
         hidden_size=shape.hidden,
-        capacity=expert_rows(**told, num_experts=shape.experts, capacity=capacity),
+        tokens=shape.tokens,
+        capacity=capacity,
         dedup=dedup,
         dtype=bench.dtype,
     )

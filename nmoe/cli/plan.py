@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import attrs
@@ -15,6 +14,7 @@ from nmoe.pure.cost.machines import MACHINES, Machine
 from nmoe.pure.cost.report import Line, about, aligned, duration, quantity, render
 from nmoe.pure.cost.scale import Arrangement, Scaled, best, choices, scale
 from nmoe.pure.cost.traffic import Traffic
+from nmoe.pure.parallel.exchange_arena import Fields
 
 
 def main(
@@ -80,9 +80,7 @@ def scaled(
     return tuple(
         scale(
             config,
-            Arrangement(
-                gpus=gpus, hosts=hosts, expert_ranks=ranks, dedup=dedup, capacity=config.parallel.capacity or math.inf
-            ),
+            Arrangement(gpus=gpus, hosts=hosts, expert_ranks=ranks, dedup=dedup, capacity=config.parallel.room()),
             machine,
             mfu=mfu,
         )
@@ -210,12 +208,21 @@ def sent(traffic: Traffic) -> str:
     return f"{near} in its host, {far} to others" if traffic.between else f"{near} in its host"
 
 
+def symmetric_memory(arena: Fields | None) -> str:
+    """Bytes of the exchange's arena, by kind; none on a single rank."""
+    if arena is None:
+        return f"symmetric memory {quantity(0, 'B')}"
+    landing, combine = arena.land.size() + arena.land_gradient.size(), arena.back.size()
+    return (
+        f"symmetric memory {quantity(arena.allocated(), 'B')}: landing {quantity(landing, 'B')}  combine "
+        f"{quantity(combine, 'B')}  gates, indices, counts, flags {quantity(arena.size - landing - combine, 'B')}"
+    )
+
+
 def in_detail(s: Scaled) -> tuple[Line, ...]:
     """One arrangement."""
     a, planned, machine = s.arrangement, s.plan, s.machine
     why = "the fastest that fits" if s.fits() else f"DOES NOT FIT into {quantity(machine.memory, 'B')}"
-    arena = planned.arena
-    rest = arena.gates + arena.indices + arena.counts + arena.flags
     return (
         (
             "taken",
@@ -230,8 +237,7 @@ def in_detail(s: Scaled) -> tuple[Line, ...]:
         ("", f"combine {sent(s.combine)}: {time_of(s.combine_s)}, {s.combines} a step"),
         (
             "",
-            f"symmetric memory {quantity(arena.total(), 'B')}: landing {quantity(arena.landing, 'B')}  combine "
-            f"{quantity(arena.combine, 'B')}  gates, indices, counts, flags {quantity(rest, 'B')}",
+            symmetric_memory(planned.arena),
         ),
         ("gradients", f"reduce-scatter {sent(s.reduce)}: {time_of(s.reduce_s)} a step"),
         ("parameters", f"all-gather {sent(s.gather)}: {time_of(s.gather_s)} a step"),

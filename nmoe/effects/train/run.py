@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -49,10 +48,10 @@ from nmoe.pure.core.key import Key
 from nmoe.pure.core.layout import ArenaLayout, layout
 from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.report import quantity, render
-from nmoe.pure.cost.traffic import expert_rows
 from nmoe.pure.model import model
 from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env
+from nmoe.pure.parallel import exchange_arena
 from nmoe.pure.watch.validations import Seen
 
 EXIT_UNSAVED = 6
@@ -172,12 +171,13 @@ def exchanging(
     train, moe, parallel, group = config.train, config.model.moe, config.parallel, ranks.experts
     if group.handle is None:
         return nullcontext()
-    shape = {"ranks": group.size, "top_k": moe.top_k, "tokens": train.microbatch_size * train.sequence_length}
-    sizes = exchanges.Sizes(
-        **shape,
+    sizes = exchange_arena.sizes(
+        ranks=group.size,
         experts=moe.num_experts,
+        top_k=moe.top_k,
         hidden_size=config.model.hidden_size,
-        capacity=expert_rows(**shape, num_experts=moe.num_experts, capacity=parallel.capacity or math.inf),
+        tokens=train.microbatch_size * train.sequence_length,
+        capacity=parallel.room(),
         dedup=parallel.dedup,
         dtype=torch.bfloat16 if config.precision.compute == "bf16" else torch.float32,
     )
@@ -280,7 +280,7 @@ def _main(
         peak_flops=rt.peak_flops,
         expert_ranks=expert_ranks,
         dedup=parallel.dedup,
-        capacity=parallel.capacity or math.inf,
+        capacity=parallel.room(),
     )
     c = config.model
     layouts, dims = arena_layouts(config, ranks), model.dims(c)

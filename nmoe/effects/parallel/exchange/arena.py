@@ -6,70 +6,15 @@ Nothing here allocates an arena or waits for a peer: see `opening` and the two w
 
 from __future__ import annotations
 
-import math
-
 import attrs
 import torch
 from torch import Tensor
 
-FLAG_BYTES = 128
-"""Room of one flag: a cache line of its own, so that a rank polls nothing that another one writes beside it."""
-
-FIELD_BYTES = 256
-"""Where a field begins is a multiple of it; every row then is a multiple of 16 bytes, which stores of 16 bytes need."""
+from nmoe.pure.parallel.exchange_arena import Field, Fields, Sizes
 
 
 class PeerError(RuntimeError):
     """A rank of the exchange did not come."""
-
-
-@attrs.frozen(kw_only=True)
-class Sizes:
-    """What the arena is cut by; the same on every rank."""
-
-    ranks: int
-    experts: int  # of all ranks
-    top_k: int
-    hidden_size: int
-    tokens: int  # most tokens a rank sends at once
-    capacity: int  # rows a rank can hold for its experts
-    dedup: bool  # whether a token goes once to each rank that needs it
-    dtype: torch.dtype  # of the rows
-
-    def local(self) -> int:
-        """Experts a rank holds."""
-        return self.experts // self.ranks
-
-    def landing(self) -> int:
-        """Rows of a landing buffer.
-
-        With dedup at most every token of every rank lands, and each that does has a row: it can never be too small.
-        """
-        return min(self.ranks * self.tokens, self.capacity) if self.dedup else self.capacity
-
-
-@attrs.frozen(kw_only=True)
-class Field:
-    """A tensor in an arena."""
-
-    offset: int  # bytes
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@attrs.frozen(kw_only=True)
-class Fields:
-    """Where everything lies in an arena; whoever writes is named, the owner of the arena reads."""
-
-    arrived: Field  # [R FLAG] i64, source: epochs of each source, the first word of each line counts
-    counts: Field  # [R E+R] i32, source: its rows for each expert, then its tokens for each rank
-    source: Field  # [C] i32, sources: with dedup, row -> place in the landing buffer
-    gate: Field  # [C] f32, sources: row -> gate
-    gate_gradient: Field  # [N K] f32, holders of the experts: row in the order of the experts -> gradient of its gate
-    land: Field  # [landing D], sources: rows
-    land_gradient: Field  # [landing D], sources: rows of the output's gradient
-    back: Field  # [N K D], holders: rows that come back, in the order of the experts
-    size: int  # bytes of the arena
 
 
 @attrs.frozen(kw_only=True)
@@ -115,33 +60,9 @@ def fit(e: Exchange, x: Tensor, expert: Tensor, up: Tensor) -> None:
         )
 
 
-def fields(sizes: Sizes) -> Fields:
-    """Cut an arena up."""
-    pairs, width = sizes.tokens * sizes.top_k, sizes.hidden_size
-    words = FLAG_BYTES // 8
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "arrived": ((sizes.ranks, words), torch.int64),
-        "counts": ((sizes.ranks, sizes.experts + sizes.ranks), torch.int32),
-        "source": ((sizes.capacity if sizes.dedup else 0,), torch.int32),
-        "gate": ((sizes.capacity,), torch.float32),
-        "gate_gradient": ((pairs,), torch.float32),
-        "land": ((sizes.landing(), width), sizes.dtype),
-        "land_gradient": ((sizes.landing(), width), sizes.dtype),
-        "back": ((pairs, width), sizes.dtype),
-    }
-    found: dict[str, Field] = {}
-    offset = 0
-    for name, (shape, dtype) in shapes.items():
-        found[name] = Field(offset=offset, shape=shape, dtype=dtype)
-        size = math.prod(shape) * dtype.itemsize
-        offset += -(-size // FIELD_BYTES) * FIELD_BYTES
-    return Fields(**found, size=offset)
-
-
 def view(raw: Tensor, field: Field) -> Tensor:
     """A field of an arena.
 
     raw      [bytes] u8
     """
-    size = math.prod(field.shape) * field.dtype.itemsize
-    return raw[field.offset : field.offset + size].view(field.dtype).view(field.shape)
+    return raw[field.offset : field.offset + field.size()].view(field.dtype).view(field.shape)

@@ -23,8 +23,9 @@ from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
 from nmoe.effects.kernels.moe.moe import Tiles
-from nmoe.effects.parallel.exchange.arena import Exchange, Field, fit, view
+from nmoe.effects.parallel.exchange.arena import Exchange, fit, view
 from nmoe.pure.model.route import Routing
+from nmoe.pure.parallel.exchange_arena import Field
 
 T = TypeVar("T")
 Stretches = Generator[None, None, T]

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.profiler import record_function
 
-from nmoe.effects.parallel.exchange.arena import Exchange, Field, PeerError, fit, view
+from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, fit, view
 from nmoe.effects.parallel.exchange.opening import check
 from nmoe.pure.model import experts as reference
 from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.norm import wide
 from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel import exchange_plan as planning
+from nmoe.pure.parallel.exchange_arena import Field
 
 PAUSE_S = 20e-6
 """Time between two looks at a peer's flag."""

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nmoe.effects.parallel.exchange.arena import Exchange, Fields, PeerError, Sizes, fields, view
+from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, view
 from nmoe.errors import InputError
+from nmoe.pure.parallel.exchange_arena import Fields, Sizes, fields
 
 SHARED_MEMORY = Path("/dev/shm")
 

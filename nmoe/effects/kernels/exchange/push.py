@@ -1,4 +1,7 @@
-"""Rows and words written into the memory of other ranks, and the flags that say they are there.
+"""Push: store rows and words into the memory of other ranks; barrier: signal by flags, wait for the flags of all.
+
+W ranks · E experts of all ranks · N tokens · K choices of a token · D hidden size · C rows a rank can hold
+M rows or words pushed · P suffix of a size: padded to a power of two
 
 A peer is an address in a table; an arena's fields lie at the same offsets everywhere. Slots are known before anything
 is sent, so no kernel of this file counts with atomics, and what arrives first makes no difference. Where some rank
@@ -17,7 +20,7 @@ ROWS = 4
 """Rows a program of `push` moves at once."""
 
 WORDS = 256
-"""Words a program moves."""
+"""Words a program of `push_words_` moves."""
 
 
 @triton.jit
@@ -49,12 +52,14 @@ def barrier_kernel(
         rank = tl.arange(0, WP)
         base = tl.load(addresses + rank, mask=rank < W, other=0) + OFFSET
         flag = base.to(tl.pointer_type(tl.int64)) + ME * FLAG
+        # release, system scope: rows stored by earlier kernels of the stream are visible before the flag
         tl.atomic_xchg(flag, now, mask=rank < W, sem="release", scope="sys")
     if WAIT:
         begin = now
         if LIMIT > 0:
             begin = globaltimer()
         for rank in range(W):
+            # tl.load takes no memory order; adding 0 is an acquire at system scope
             seen = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
             while seen < now:
                 if LIMIT > 0:
@@ -78,6 +83,7 @@ def push_kernel(
         for first in range(0, D, BLOCK):
             column = first + tl.arange(0, BLOCK)
             inside = real[:, None] & (column < D)[None, :]
+            # read once, stored to each of its K destinations
             value = tl.load(x + item.to(tl.int64)[:, None] * D + column[None, :], mask=inside)
             for k in tl.static_range(K):
                 peer = tl.load(to + item * K + k, mask=real, other=W)
@@ -133,12 +139,12 @@ def bytes_kernel(crossing, sent, PAIR, PLACE, ROW, FIXED):
     added = tl.load(crossing).to(tl.int64) * PAIR + tl.load(crossing + 1).to(tl.int64) * PLACE
     added += tl.load(crossing + 2).to(tl.int64) * ROW + FIXED
     before = tl.load(sent)
-    tl.debug_barrier()
+    tl.debug_barrier()  # every thread has read `sent` before one writes it
     tl.store(sent, before + added)
 
 
 def push_counts_(count: Tensor, tokens: Tensor | None, addresses: Tensor, offset: int, rank: int) -> None:
-    """This rank's row of the matrix of counts, written to every rank.
+    """Push this rank's row of the matrix of counts to every rank.
 
     count      [E] i32     pairs of each expert
     tokens     [W+1] i32   tokens for each rank; None: zeros
@@ -166,9 +172,9 @@ def barrier_(
     wait: bool,
     limit_ns: int,
 ) -> None:
-    """Tell every rank that what was launched before is written; wait until every rank has said so. One program.
+    """Barrier in one program: signal every rank that earlier launches are written; wait for the signals of all.
 
-    epoch      [1] i64     phases told so far
+    epoch      [1] i64     barriers this rank has entered
     arrived    [W FLAG] i64   this rank's flags, a cache line each
     missing    [1] i32     on the host: gets the number of a rank that did not come, and one, before the device traps
     offset     bytes from an arena's beginning to its flags
@@ -186,14 +192,14 @@ def barrier_(
 def push_(
     x: Tensor, to: Tensor, at: Tensor, addresses: Tensor, offset: int, valid: Tensor, programs: int, *, back: bool
 ) -> None:
-    """Rows into a field of other ranks' arenas, 16 bytes at a time.
+    """Push rows into a field of other ranks' arenas, in stores of 16 bytes.
 
     x         [M D]       a row is read once and written to each of its places
     to        [M K] i32   rank for each place; no rank of the exchange: nowhere
     at        [M K] i32   place in the field
     addresses [W] i64     of the arenas
     offset    bytes from an arena's beginning to the field
-    valid      [3] i32     `exchange_plan.Plan.valid`
+    valid      [3] i32     `plan.Plan.valid`
     programs  that share the rows out
     back      whether these are rows that go back, of which the third of `valid` counts, or tokens
 
@@ -221,7 +227,7 @@ def push_words_(
     *,
     back: bool,
 ) -> None:
-    """Numbers of 4 bytes into a field of other ranks' arenas.
+    """Push words of 4 bytes into a field of other ranks' arenas.
 
     value  4 bytes each, counted through; so are `to` and `at`
     item   [M] i32   in which order to send them, so that neighbours are written side by side; None: as they are
@@ -253,7 +259,7 @@ def expand(x: Tensor, source: Tensor, valid: Tensor) -> Tensor:
 
 
 def pad_(x: Tensor, valid: Tensor, num: int) -> None:
-    """Zeros after the last row, so that a product over rows that reads past it meets numbers.
+    """Zero the rows after the last, so that a GEMM that sums over whole tiles of rows adds zeros, not NaN.
 
     x    [C D]
     num  rows to write
@@ -269,7 +275,7 @@ def count_bytes_(sent: Tensor, crossing: Tensor, *, pair: int, place: int, row: 
     """Add what crosses to other ranks: so many bytes for each pair, place and row, and some always.
 
     sent     [1] i64
-    crossing  [3] i32   `exchange_plan.Plan.crossing`
+    crossing  [3] i32   `plan.Plan.crossing`
 
     Writes:  sent.
     """

@@ -25,8 +25,8 @@ from nmoe.effects.parallel.exchange.opening import virtual
 from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
-from nmoe.pure.cost.traffic import expert_rows
 from nmoe.pure.model.route import Routing
+from nmoe.pure.parallel import exchange_arena
 
 PROGRAMS = (8, 16, 32, 64, 132, 264)
 """How many programs push."""
@@ -135,12 +135,13 @@ def rows(bench: Bench, cases: Cases) -> Iterator[str]:
 
 def sizes(bench: Bench, shape: Shape, *, dedup: bool, capacity: float) -> Sizes:
     """An arena's for a mixture. capacity: room for rows, over the mean."""
-    told = {"tokens": shape.tokens, "top_k": shape.top_k, "ranks": bench.ranks}
-    return Sizes(
-        **told,
+    return exchange_arena.sizes(
+        ranks=bench.ranks,
         experts=shape.experts,
+        top_k=shape.top_k,
         hidden_size=shape.hidden,
-        capacity=expert_rows(**told, num_experts=shape.experts, capacity=capacity),
+        tokens=shape.tokens,
+        capacity=capacity,
         dedup=dedup,
         dtype=bench.dtype,
     )
@@ -151,17 +152,17 @@ def push_rows(bench: Bench, count: int, hidden: int, programs: Sequence[int]) ->
     shape = Shape(tokens=count, hidden=hidden, width=8, experts=bench.ranks, top_k=1)
     exchanges = bench.open(sizes(bench, shape, dedup=False, capacity=math.inf))
     generator = torch.Generator().manual_seed(0)
-    ways: list[tuple[Tensor, Tensor]] = []
+    destinations: list[tuple[Tensor, Tensor]] = []
     for rank in bench.here:
         at = torch.randperm(count, generator=generator).to(bench.device, torch.int32)[:, None]
-        ways.append((torch.full_like(at, (rank + 1) % bench.ranks), at))
+        destinations.append((torch.full_like(at, (rank + 1) % bench.ranks), at))
     x = torch.randn(count, hidden, device=bench.device).to(bench.dtype)
-    live = torch.full((3,), count, dtype=torch.int32, device=bench.device)
+    valid = torch.full((3,), count, dtype=torch.int32, device=bench.device)
     num_bytes = x.nbytes * len(bench.here)
 
     def pushed(number: int) -> None:
-        for e, way in zip(exchanges, ways, strict=True):
-            moves.push(x, *way, e.addresses, e.fields.land.offset, live, number, home=False)
+        for e, way in zip(exchanges, destinations, strict=True):
+            moves.push_(x, *way, e.addresses, e.fields.land.offset, valid, number, back=False)
 
     def exchanged() -> Generator[None, None, None]:
         yield
@@ -172,10 +173,10 @@ def push_rows(bench: Bench, count: int, hidden: int, programs: Sequence[int]) ->
 
     def whole() -> None:
         pushed(programs[-1])
-        device.run(exchanges, [exchanged() for _ in exchanges])
+        device.run_(exchanges, [exchanged() for _ in exchanges])
 
-    yield line(f"push {count} rows x {hidden} and meet", bench.seconds(whole), num_bytes)
-    yield line("meet", bench.seconds(lambda: device.run(exchanges, [exchanged() for _ in exchanges])), 0)
+    yield line(f"push {count} rows x {hidden} and barrier", bench.seconds(whole), num_bytes)
+    yield line("barrier", bench.seconds(lambda: device.run_(exchanges, [exchanged() for _ in exchanges])), 0)
 
 
 def inputs(bench: Bench, shape: Shape, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,13 +194,13 @@ def round_trip_row(bench: Bench, shape: Shape, *, dedup: bool) -> str:
     given = [inputs(bench, shape, rank) for rank in bench.here]
 
     def trip(e: Exchange, x: Tensor, expert: Tensor, weight: Tensor) -> Generator[None, None, Tensor]:
-        kept, _ = yield from device.begin(e, expert)
-        kept = yield from device.dispatch(e, x, kept)
-        y = device.landed(e, e.fields.land, kept)
-        return (yield from device.combine(e, y, weight, kept))
+        kept, _ = yield from device.begin_(e, expert)
+        kept = yield from device.dispatch_(e, x, kept)
+        y = device.received(e, e.fields.land, kept)
+        return (yield from device.combine_(e, y, weight, kept))
 
     seconds = bench.seconds(
-        lambda: device.run(exchanges, [trip(e, *each) for e, each in zip(exchanges, given, strict=True)])
+        lambda: device.run_(exchanges, [trip(e, *each) for e, each in zip(exchanges, given, strict=True)])
     )
     how = "dedup" if dedup else "plain"
     return line(f"dispatch and combine {shape.tokens} x {shape.hidden}, top {shape.top_k}, {how}", seconds, 0)
@@ -213,11 +214,11 @@ def layer_rows(bench: Bench, shape: Shape) -> Iterator[str]:
     x, expert, weight = weights[bench.here[0]]
     leaves = [each.detach().requires_grad_() for each in (x, weight, up, down)]
 
-    def alone() -> object:
+    def single_rank() -> object:
         y, _ = mixtures.mixture(leaves[0], Routing(expert, leaves[1]), leaves[2], leaves[3], tiles=bench.tiles)
         return torch.autograd.grad(y, leaves, x)
 
-    plain = bench.seconds(alone)
+    plain = bench.seconds(single_rank)
     yield line(f"mixture of one GPU, {shape.tokens} x {shape.hidden}, forward and backward", plain, 0)
     local = shape.experts // bench.ranks
     for dedup in (False, True):
@@ -226,10 +227,10 @@ def layer_rows(bench: Bench, shape: Shape) -> Iterator[str]:
 
         def passes(exchanges: Sequence[Exchange] = exchanges, held: dict[int, slice] = held) -> None:
             ranks = list(zip(exchanges, bench.here, strict=True))
-            ahead = [device.forward(e, *weights[r], up[held[r]], down[held[r]], bench.tiles) for e, r in ranks]
-            out = device.run(exchanges, ahead)
+            ahead = [device.forward_(e, *weights[r], up[held[r]], down[held[r]], bench.tiles) for e, r in ranks]
+            out = device.run_(exchanges, ahead)
             back = [
-                device.backward(
+                device.backward_(
                     e,
                     weights[r][0],
                     weights[r][0],
@@ -241,7 +242,7 @@ def layer_rows(bench: Bench, shape: Shape) -> Iterator[str]:
                 )
                 for number, (e, r) in enumerate(ranks)
             ]
-            device.run(exchanges, back)
+            device.run_(exchanges, back)
 
         passes()
         sent = int(exchanges[0].sent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 from nmoe.config import Config, validate
 from nmoe.effects.terminal import say
@@ -78,9 +77,7 @@ def scaled(
     return tuple(
         scale(
             config,
-            Arrangement(
-                gpus=gpus, hosts=hosts, expert_ranks=ranks, dedup=dedup, capacity=config.parallel.capacity or math.inf
-            ),
+            Arrangement(gpus=gpus, hosts=hosts, expert_ranks=ranks, dedup=dedup, capacity=config.parallel.room()),
             machine,
             mfu=mfu,
         )

@@ -7,6 +7,7 @@ union. This file knows nothing of files, torch or the model's mathematics.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -270,6 +271,10 @@ class Parallel:
         low=1,
         identity=False,
     )
+
+    def room(self) -> float:
+        """`capacity`, decoded: infinity for 0."""
+        return self.capacity or math.inf
 
 
 @attrs.frozen(kw_only=True)

@@ -24,6 +24,7 @@ from nmoe.config import load
 from nmoe.config.data_mixture import load_mixture
 from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
+from nmoe.effects.parallel.launch import MULTICAST_OFF
 from nmoe.errors import InputError
 
 MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6)})
@@ -44,11 +45,6 @@ EXTRAS = MappingProxyType(
     }
 )
 """Packages of each optional extra."""
-
-MULTICAST_OFF = MappingProxyType(
-    {"NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-)
-"""NVLink multicast stays off; the libraries read these before the first allocation."""
 
 GIB = 2**30
 LITTLE_MEMORY, LITTLE_DISK = 4 * GIB, 4 * GIB

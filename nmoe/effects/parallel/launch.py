@@ -1,7 +1,7 @@
-"""Starting the ranks of a run on this machine and watching over them; and what a started one is told.
+"""Launcher: start the ranks of a run on this machine, watch their heartbeats; read the environment of a started rank.
 
-A launcher, ours or torchrun, tells a rank everything in its environment, which is read here and nowhere else. Ours
-knows nothing of torch: it starts processes, passes signals on, and ends all of them when one dies or none gets on.
+A launcher, ours or torchrun, passes a rank everything in its environment, which is read here and nowhere else. Ours
+imports no torch: it starts processes, forwards signals, and ends all when one dies or no heartbeat comes.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ MULTICAST_OFF = MappingProxyType(
 )
 """NVLink multicast can hang a whole machine, so it is off before any library looks."""
 
-PULSES = "NMOE_PULSES"
-"""Name of the variable that holds the file in which ranks tell our launcher that they get on."""
+HEARTBEATS = "NMOE_HEARTBEATS"
+"""Name of the variable that holds the file that ranks write their heartbeats to, for our launcher."""
 
-PULSE = struct.Struct("<qd")  # steps taken; monotonic seconds, which all processes of a machine share
+HEARTBEAT = struct.Struct("<qd")  # steps taken; monotonic seconds, which all processes of a machine share
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal a process gets when its parent dies."""
 
 POLL_S = 0.1
 ORDERLY_S = 10.0
-"""Seconds between the first orderly end of a rank and that of the last one."""
+"""Seconds between the first orderly end of a rank and that of the last."""
 
 STACKS_S = 2.0
 """Seconds all ranks have for writing their stacks, one after the other."""
@@ -59,7 +59,7 @@ EXIT_HUNG = 1
 
 @attrs.frozen(kw_only=True)
 class Launch:
-    """What the environment says of this process; read once."""
+    """This process as its environment describes it; read once."""
 
     rank: int
     world: int
@@ -71,7 +71,7 @@ class Launch:
     launched: bool  # whether a launcher started it
     hosts_store: bool  # whether this rank opens the meeting point
     restart: int  # of all ranks together, by a launcher
-    pulses: Path | None  # None: our launcher does not watch over this process
+    heartbeats: Path | None  # None: our launcher does not watch this process
     multicast: Mapping[str, str]  # the switches of MULTICAST_OFF
 
 
@@ -81,20 +81,22 @@ def from_environment(environ: Mapping[str, str]) -> Launch:
     Raises:  InputError for each that is no number, or does not fit the others.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-    told = {name: environ[name] for name in names if name in environ}
+    texts = {name: environ[name] for name in names if name in environ}
     if problems := [
-        f"{name}: a launcher sets it to a number, got {text!r}; unset it or start with a launcher"
-        for name, text in told.items()
+        f"{name}: expected a number from a launcher, got {text!r}; unset it or start with a launcher"
+        for name, text in texts.items()
         if not text.isdecimal()
     ]:
         raise InputError(*problems)
-    numbers = {name: int(text) for name, text in told.items()}
+    numbers = {name: int(text) for name, text in texts.items()}
     rank, world = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
     if rank >= world:
-        raise InputError(f"RANK: below WORLD_SIZE = {world}, got {rank}; unset both or start with a launcher")
+        raise InputError(
+            f"RANK: expected less than WORLD_SIZE = {world}, got {rank}; unset both or start with a launcher"
+        )
     if world > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]):
         raise InputError(
-            *(f"{name}: a launcher sets it with WORLD_SIZE = {world}, got nothing; use torchrun" for name in missing)
+            *(f"{name}: expected a value with WORLD_SIZE = {world}, got nothing; use torchrun" for name in missing)
         )
     return Launch(
         rank=rank,
@@ -107,58 +109,58 @@ def from_environment(environ: Mapping[str, str]) -> Launch:
         launched="WORLD_SIZE" in environ,
         hosts_store=rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         restart=numbers.get("TORCHELASTIC_RESTART_COUNT", 0),
-        pulses=Path(environ[PULSES]) if PULSES in environ else None,
+        heartbeats=Path(environ[HEARTBEATS]) if HEARTBEATS in environ else None,
         multicast={name: environ[name] for name in MULTICAST_OFF if name in environ},
     )
 
 
-class Pulse:
-    """Where one rank tells that it gets on: in a few bytes of a file that our launcher has mapped too.
+class RankHeartbeat:
+    """Heartbeat of one rank: its step and the time, in a few bytes of a file that our launcher maps too.
 
-    Without it, as under torchrun, the rank itself writes its stacks to stderr when it has not got on for too long.
+    Without a file, as under torchrun, the rank itself writes its stacks to stderr when no heartbeat comes for too long.
     """
 
     def __init__(self, memory: mmap.mmap | None, rank: int, alarm_s: float | None) -> None:
         """alarm_s: None: nobody waits for this rank."""
         self.step = 0
-        self._memory, self._at, self._alarm_s = memory, rank * PULSE.size, alarm_s
+        self._memory, self._at, self._alarm_s = memory, rank * HEARTBEAT.size, alarm_s
 
     def beat(self, step: int | None = None) -> None:
-        """Tell it now. Writes: steps taken, and the time, where the launcher looks."""
+        """Beat now. Writes: steps taken, and the time, to the shared memory."""
         self.step = self.step if step is None else step
-        self._tell(time.monotonic())
+        self._write(time.monotonic())
         if self._memory is None and self._alarm_s is not None:
             faulthandler.dump_traceback_later(self._alarm_s)
 
     def rest(self) -> None:
         """No step follows, and what does may take its time. Writes: as `beat`."""
-        self._tell(math.inf)
+        self._write(math.inf)
         faulthandler.cancel_dump_traceback_later()
 
-    def _tell(self, when: float) -> None:
+    def _write(self, when: float) -> None:
         if self._memory is not None:
-            self._memory[self._at : self._at + PULSE.size] = PULSE.pack(self.step, when)
+            self._memory[self._at : self._at + HEARTBEAT.size] = HEARTBEAT.pack(self.step, when)
 
 
 @contextmanager
-def open_pulse(launch: Launch, timeout_s: float) -> Iterator[Pulse]:
-    """The pulse of this process, until the block ends.
+def open_rank_heartbeat(launch: Launch, timeout_s: float) -> Iterator[RankHeartbeat]:
+    """The rank_heartbeat of this process, until the block ends.
 
     Meanwhile a rank among others writes its stacks to stderr when it gets `STACKS`, and gets SIGTERM when our launcher
     is killed.
     """
     if launch.world == 1:
-        yield Pulse(None, 0, None)
+        yield RankHeartbeat(None, 0, None)
         return
     faulthandler.register(STACKS, all_threads=True)
     try:
-        if launch.pulses is None:
-            yield Pulse(None, launch.rank, timeout_s)
+        if launch.heartbeats is None:
+            yield RankHeartbeat(None, launch.rank, timeout_s)
             return
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        with _mapped(launch.pulses) as memory:
-            yield Pulse(memory, launch.rank, timeout_s)
+        with _mapped(launch.heartbeats) as memory:
+            yield RankHeartbeat(memory, launch.rank, timeout_s)
     finally:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(STACKS)
@@ -195,15 +197,15 @@ class Rank:
 def start(ranks: int, arguments: Sequence[str], environ: Mapping[str, str], *, timeout_s: float, grace_s: float) -> int:
     """Run `nmoe` with these arguments as so many processes, and wait for all of them.
 
-    SIGINT, SIGTERM and SIGUSR1 are passed on to all. When one rank dies, the others are ended. When none has got on for
-    `timeout_s` since the first step, each writes its stacks, and all are ended.
+    SIGINT, SIGTERM and SIGUSR1 are forwarded to all. When one rank dies, the others are ended. When no heartbeat comes
+    for `timeout_s` after the first step, each writes its stacks, and all are ended.
 
     grace_s  seconds that ranks give themselves to end after SIGTERM or SIGUSR1
     returns  the exit code on which the ranks agree, or that of the first that died; 128 + the signal if one ended it
     """
     with tempfile.TemporaryDirectory(prefix="nmoe-") as folder:
-        pulses = Path(folder) / "pulses"
-        pulses.write_bytes(bytes(ranks * PULSE.size))
+        heartbeats = Path(folder) / "heartbeats"
+        heartbeats.write_bytes(bytes(ranks * HEARTBEAT.size))
         shared = {
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
             **environ,
@@ -212,7 +214,7 @@ def start(ranks: int, arguments: Sequence[str], environ: Mapping[str, str], *, t
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
-            PULSES: str(pulses),
+            HEARTBEATS: str(heartbeats),
         }
         asked: list[tuple[int, float]] = []
 
@@ -227,7 +229,7 @@ def start(ranks: int, arguments: Sequence[str], environ: Mapping[str, str], *, t
                 command = [sys.executable, "-m", "nmoe", *arguments]
                 # A session of its own, so that Ctrl-C reaches a rank once: through us.
                 started.append(Rank(number=number, process=subprocess.Popen(command, env=own, start_new_session=True)))
-            with _mapped(pulses) as memory:
+            with _mapped(heartbeats) as memory:
                 return _watch(started, memory, asked, timeout_s=timeout_s, grace_s=grace_s)
         finally:
             for rank in started:
@@ -240,7 +242,7 @@ def start(ranks: int, arguments: Sequence[str], environ: Mapping[str, str], *, t
 def _watch(
     ranks: Sequence[Rank], memory: mmap.mmap, asked: Sequence[tuple[int, float]], *, timeout_s: float, grace_s: float
 ) -> int:
-    """Wait until all have ended, or have to; tell why, and return the exit code."""
+    """Wait until all have ended, or have to; report why, and return the exit code."""
     passed_on = 0
     first: Rank | None = None
     since = math.inf
@@ -257,10 +259,10 @@ def _watch(
         if first is not None and (not first.is_orderly() or len(ended) == len(ranks) or now - since > ORDERLY_S):
             return _ended(ranks, first)
         if any(number != signal.SIGINT and now - when > grace_s + ORDERLY_S for number, when in asked):
-            return _hung(ranks, memory, f"ends within {grace_s:g} s after a signal (checkpoint.grace_s)")
-        beats = [_pulse(memory, rank)[1] for rank in ranks]
+            return _hung(ranks, memory, f"expected an end within {grace_s:g} s after a signal (checkpoint.grace_s)")
+        beats = [_last_heartbeat(memory, rank)[1] for rank in ranks]
         if first is None and min(beats) > 0 and now - max(beats) > timeout_s:
-            return _hung(ranks, memory, f"gets on within {timeout_s:g} s (parallel.timeout_s)")
+            return _hung(ranks, memory, f"expected a heartbeat within {timeout_s:g} s (parallel.timeout_s)")
         time.sleep(POLL_S)
 
 
@@ -272,7 +274,10 @@ def _ended(ranks: Sequence[Rank], first: Rank) -> int:
     if running or any(rank.code() != code for rank in ranks):
         others = f"; ended the others ({_numbers(running)})" if running else ""
         name = f" ({signal.Signals(-code).name})" if code < 0 else ""
-        _tell(f"rank {first.number}: ends with the others, got exit code {code}{name}{others}; see what it wrote above")
+        _report(
+            f"rank {first.number}: expected the end of all ranks together, got exit code {code}{name}{others}; "
+            "see what it wrote above"
+        )
     return code if code > 0 else 128 - code if code < 0 else int(bool(running))
 
 
@@ -281,16 +286,16 @@ def _hung(ranks: Sequence[Rank], memory: mmap.mmap, what: str) -> int:
     running = [rank for rank in ranks if rank.code() is None]
     stopped = [rank for rank in running if rank.is_stopped()]
     for rank in running:
-        _tell(f"rank {rank.number}: its stacks, after step {_pulse(memory, rank)[0]}")
+        _report(f"rank {rank.number}: its stacks, after step {_last_heartbeat(memory, rank)[0]}")
         rank.send(STACKS)
         rank.send(signal.SIGCONT)
         time.sleep(STACKS_S / len(running))
     _kill(running)
-    # Who waits beats once more when the waiting begins.
-    culprits = stopped or [min(running, key=lambda rank: _pulse(memory, rank)[1])]
-    step = _pulse(memory, culprits[0])[0]
-    why = "stopped by a signal" if stopped else "the longest without a sign"
-    _tell(f"rank {_numbers(culprits)}: {what}, got none after step {step} ({why}); ended all ranks, stacks are above")
+    # A rank that waits for another one beats when the wait begins, so the oldest heartbeat is the culprit's.
+    culprits = stopped or [min(running, key=lambda rank: _last_heartbeat(memory, rank)[1])]
+    step = _last_heartbeat(memory, culprits[0])[0]
+    why = "stopped by a signal" if stopped else "the longest without a heartbeat"
+    _report(f"rank {_numbers(culprits)}: {what}, got none after step {step} ({why}); ended all ranks, stacks are above")
     return EXIT_HUNG
 
 
@@ -301,9 +306,9 @@ def _kill(ranks: Sequence[Rank]) -> None:
         rank.process.wait()
 
 
-def _pulse(memory: mmap.mmap, rank: Rank) -> tuple[int, float]:
+def _last_heartbeat(memory: mmap.mmap, rank: Rank) -> tuple[int, float]:
     """Steps and time of a rank's last beat; 0 before the first."""
-    return PULSE.unpack_from(memory, rank.number * PULSE.size)
+    return HEARTBEAT.unpack_from(memory, rank.number * HEARTBEAT.size)
 
 
 @contextmanager
@@ -323,5 +328,5 @@ def _numbers(ranks: Sequence[Rank]) -> str:
     return ", ".join(str(rank.number) for rank in ranks)
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     print(f"nmoe: {text}", file=sys.stderr, flush=True)

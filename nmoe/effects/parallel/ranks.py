@@ -1,4 +1,4 @@
-"""The processes of a run: who is who, and what they do together. One process a GPU.
+"""The ranks of a run, one process a GPU: their process groups, and the collectives of the hosts.
 
 Ranks that share out the experts are neighbours and exchange rows; ranks at the same place among their neighbours hold
 the same experts. On a CPU torch's gloo carries everything, on GPUs NCCL what is computed, gloo what the hosts say.
@@ -47,8 +47,8 @@ class Group:
     handle: Any = None  # torch's process group; None: nobody else
 
 
-def alone(text: str) -> Sequence[str]:
-    """What every rank says, of one."""
+def single_rank(text: str) -> Sequence[str]:
+    """All-gather of texts on a single rank."""
     return [text]
 
 
@@ -60,8 +60,8 @@ class Ranks:
     experts: Group = Group()  # share out the experts
     replicas: Group = Group()  # hold the same experts
     host: Group = Group()  # all; for numbers of the host
-    exchange: Callable[[str], Sequence[str]] = alone  # the text of every rank, by rank
-    background: Callable[[str], Sequence[str]] = alone  # the same, for another thread
+    all_gather_text: Callable[[str], Sequence[str]] = single_rank  # all-gather: the text of every rank, by rank
+    background: Callable[[str], Sequence[str]] = single_rank  # the same, for another thread
 
     def sharing(self, layout: ArenaLayout) -> Group:
         """The ranks that hold the same arena."""
@@ -106,13 +106,15 @@ def on_all_ranks(ranks: Ranks, act: Callable[[], T]) -> T:
         if ranks.world.size == 1:
             raise
         cause = error
-    told = [json.loads(text) for text in ranks.exchange(json.dumps(None if cause is None else cause.problems))]
-    if all(each is None for each in told):
+    reports = [
+        json.loads(text) for text in ranks.all_gather_text(json.dumps(None if cause is None else cause.problems))
+    ]
+    if all(report is None for report in reports):
         return value  # pyright: ignore[reportReturnType]
     if ranks.world.rank:
         raise InputError() from cause
     by_problem: dict[str, list[int]] = {}
-    for rank, problems in enumerate(told):
+    for rank, problems in enumerate(reports):
         for problem in problems or ():
             by_problem.setdefault(problem, []).append(rank)
     everybody = list(range(ranks.world.size))
@@ -145,24 +147,24 @@ def check_machine(launch: Launch, expert_ranks: int, *, cuda: bool) -> None:
     problems: list[str] = []
     if expert_ranks > launch.local_world:
         problems.append(
-            f"parallel.experts: ranks of one host, of which there are {launch.local_world}, got {expert_ranks}; add "
+            f"parallel.experts: expected at most the {launch.local_world} ranks of one host, got {expert_ranks}; add "
             f"--parallel.experts={launch.local_world}, between hosts the exchange of rows is not tried"
         )
     elif launch.local_world % expert_ranks:
         problems.append(
-            f"parallel.experts: a divisor of the {launch.local_world} ranks of a host, got {expert_ranks}; choose one, "
-            "so that neighbours are on one host"
+            f"parallel.experts: expected a divisor of the {launch.local_world} ranks of a host, got {expert_ranks}; "
+            "choose one, so that neighbours are on one host"
         )
     if cuda and launch.world > 1:
         wrong = [f"{name}={value}" for name, value in MULTICAST_OFF.items() if launch.multicast.get(name) != value]
         if wrong:
             problems.append(
-                f"NVLink multicast: off in the environment of every rank, got it unset; export {' '.join(wrong)}, or "
-                "start with `nmoe run --gpus N`"
+                f"NVLink multicast: expected it off in the environment of every rank, got it unset; "
+                f"export {' '.join(wrong)}, or start with `nmoe run --gpus N`"
             )
         here, first = launch.local_rank, launch.local_rank - launch.local_rank % expert_ranks
         problems += [
-            f"GPU {here}: reaches GPU {other} directly (P2P), got a pair that does not; see `nvidia-smi topo -p2p r`, "
+            f"GPU {here}: expected direct access (P2P) to GPU {other}, got none; see `nvidia-smi topo -p2p r`, "
             "or add --parallel.experts=1"
             for other in range(first, first + expert_ranks)
             if other != here and not torch.cuda.can_device_access_peer(here, other)
@@ -186,12 +188,12 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
         return
     if not dist.is_gloo_available() or (device.type == "cuda" and not dist.is_nccl_available()):
         raise InputError(
-            'run.device: this build of torch has gloo and, for "cuda", NCCL, got one without; install another'
+            'run.device: expected a build of torch with gloo and, for "cuda", NCCL, got one without; install another'
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = _meet(launch, timeout_s)
-    waits = timedelta(seconds=timeout_s + (HEAD_START_S if launch.pulses else 0))
+    waits = timedelta(seconds=timeout_s + (HEAD_START_S if launch.heartbeats else 0))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -212,7 +214,7 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
         experts=_own(world, rows, waits),
         replicas=_own(world, columns, waits),
         host=attrs.evolve(world, handle=dist.new_group(backend="gloo", timeout=waits)),
-        exchange=_texts(setup, launch.world),
+        all_gather_text=_texts(setup, launch.world),
         background=_texts(saving, launch.world),
     )
     # Not when an error passes by: whom one waits for may be dead.
@@ -236,7 +238,9 @@ def _meet(launch: Launch, timeout_s: float) -> Any:
         if "EADDRINUSE" not in str(error):
             raise
         where = f"{launch.address}:{launch.port}"
-        raise InputError(f"MASTER_PORT: a free port, got {where}, which is in use; choose another one") from error
+        raise InputError(
+            f"MASTER_PORT: expected a free port, got {where}, which is in use; choose another one"
+        ) from error
     store = dist.PrefixStore(f"nmoe/{launch.restart}", store)  # pyright: ignore[reportPrivateImportUsage]
     if launch.hosts_store:
         end += MARGIN_S
@@ -268,7 +272,7 @@ def _await_listener(launch: Launch, end: float, timeout_s: float) -> None:
 def _absent(launch: Launch, missing: Sequence[int], timeout_s: float) -> InputError:
     """What to say of ranks that did not come."""
     return InputError(
-        f"parallel.ranks: all {launch.world} ranks meet at {launch.address}:{launch.port} within {timeout_s:g} s, "
+        f"parallel.ranks: expected all {launch.world} ranks at {launch.address}:{launch.port} within {timeout_s:g} s, "
         f"got none of {_named(missing)}; look why it did not start, or raise parallel.timeout_s"
     )
 
@@ -286,14 +290,14 @@ def _own(world: Group, groups: Sequence[range], timeout: timedelta) -> Group:
 
 
 def _texts(handle: Any, world: int) -> Callable[[str], Sequence[str]]:
-    """An exchange of texts in a process group."""
+    """All-gather of texts in a process group."""
 
-    def exchange(text: str) -> Sequence[str]:
+    def all_gather_text(text: str) -> Sequence[str]:
         found: list[Any] = [None] * world
         dist.all_gather_object(found, text, group=handle)
         return found
 
-    return exchange
+    return all_gather_text
 
 
 def _named(who: Sequence[int]) -> str:

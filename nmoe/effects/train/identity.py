@@ -77,7 +77,7 @@ def check_same(ranks: Ranks, facts: Mapping[str, str]) -> None:
 
     Raises:  InputError on every rank, with a line for each rank and fact that is not as on rank 0.
     """
-    told: list[dict[str, str]] = [json.loads(text) for text in ranks.exchange(json.dumps(facts))]
+    told: list[dict[str, str]] = [json.loads(text) for text in ranks.all_gather_text(json.dumps(facts))]
     problems = [
         f"rank {rank}: {name} as on rank 0, {told[0].get(name, 'nothing')}, got {theirs.get(name, 'nothing')}; start "
         "all ranks with the same code, config and data"

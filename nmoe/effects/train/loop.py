@@ -8,7 +8,7 @@ from nmoe.config import Config
 from nmoe.effects.device import gpu, signals
 from nmoe.effects.parallel import exchange as exchanges
 from nmoe.effects.parallel.exchange import Exchange
-from nmoe.effects.parallel.launch import Pulse
+from nmoe.effects.parallel.launch import RankHeartbeat
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.train.evaluate import Held
 from nmoe.effects.train.report import Report
@@ -29,7 +29,7 @@ def train_until(
     report: Report,
     clock: gpu.Clock,
     stop: signals.Stop,
-    pulse: Pulse,
+    rank_heartbeat: RankHeartbeat,
     ranks: Ranks,
     exchange: Exchange | None,
 ) -> tuple[State, Seen, bool]:
@@ -61,7 +61,7 @@ def train_until(
         batch = read(state.cursor)
         clock.mark("data")
         state, metrics = step(state, batch)
-        pulse.beat(state.step)
+        rank_heartbeat.beat(state.step)
         saver.poll()
         stopped, save = agreed(stop, ranks, saver.due(state.step))
         last = state.step == train.steps or stopped

@@ -114,7 +114,7 @@ def restore(
     """
     accepted: dict[str, tuple[Difference, ...]] = {}
     targets = pieces(blank, blueprint, ranks=ranks, shared=False)
-    told: dict[str, Any] = {"rank": ranks.world.rank, "exchange": ranks.exchange}
+    told: dict[str, Any] = {"rank": ranks.world.rank, "exchange": ranks.all_gather_text}
 
     def checked(manifest: Manifest) -> Sequence[Piece]:
         name = f"{where.folder}: the checkpoint of step {manifest.step}"

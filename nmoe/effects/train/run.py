@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -28,7 +27,7 @@ from nmoe.effects.data.prefetch import prefetching
 from nmoe.effects.device import buffers, gpu, graph, ops, process, recompute, signals
 from nmoe.effects.parallel import exchange as exchanges
 from nmoe.effects.parallel.exchange import Exchange
-from nmoe.effects.parallel.launch import from_environment, open_pulse
+from nmoe.effects.parallel.launch import from_environment, open_rank_heartbeat
 from nmoe.effects.parallel.ranks import Ranks, check_machine, on_all_ranks, open_ranks, with_rank_note
 from nmoe.effects.record import provenance
 from nmoe.effects.record.log import create_folder, open_log
@@ -49,11 +48,11 @@ from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.report import render
-from nmoe.pure.cost.traffic import expert_rows
 from nmoe.pure.model import model
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env, environment
+from nmoe.pure.parallel import exchange_arena
 from nmoe.pure.units import quantity
 from nmoe.pure.watch.validations import Seen
 
@@ -162,12 +161,13 @@ def exchanging(
     train, moe, parallel, group = config.train, config.model.moe, config.parallel, ranks.experts
     if group.handle is None:
         return nullcontext()
-    shape = {"ranks": group.size, "top_k": moe.top_k, "tokens": train.microbatch_size * train.sequence_length}
-    sizes = exchanges.Sizes(
-        **shape,
+    sizes = exchange_arena.sizes(
+        ranks=group.size,
         experts=moe.num_experts,
+        top_k=moe.top_k,
         hidden_size=config.model.hidden_size,
-        capacity=expert_rows(**shape, num_experts=moe.num_experts, capacity=parallel.capacity or math.inf),
+        tokens=train.microbatch_size * train.sequence_length,
+        capacity=parallel.room(),
         dedup=parallel.dedup,
         dtype=torch.bfloat16 if config.precision.compute == "bf16" else torch.float32,
     )
@@ -244,7 +244,7 @@ def _main(
             f"`nmoe run --gpus {config.parallel.ranks}`, or add --parallel.ranks={launch.world}"
         )
     expert_ranks = config.parallel.experts or launch.world
-    pulse = scope.enter_context(open_pulse(launch, config.parallel.timeout_s))
+    rank_heartbeat = scope.enter_context(open_rank_heartbeat(launch, config.parallel.timeout_s))
     if launch.rank:
         nothing = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
         scope.enter_context(redirect_stdout(nothing))
@@ -256,7 +256,7 @@ def _main(
         device=device, rank=launch.rank, world=launch.world, peak_flops=gpu.peak_flops(device), ranks=ranks
     )
     on_all_ranks(ranks, lambda: check_same(ranks, {**provenance.versions(), **facts(config)}))
-    name = ranks.exchange(config.run.name or f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}")[0]
+    name = ranks.all_gather_text(config.run.name or f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}")[0]
     folder = Path(config.run.root) / name
     origin = on_all_ranks(ranks, lambda: resume.origin(config.train.resume, folder))
     corpus = on_all_ranks(ranks, lambda: open_corpus(config, launch))
@@ -270,7 +270,7 @@ def _main(
         mfu=ASSUMED_MFU[device.type],
         peak_flops=rt.peak_flops,
         dedup=parallel.dedup,
-        capacity=parallel.capacity or math.inf,
+        capacity=parallel.room(),
     )
     c = config.model
     contents = {
@@ -340,7 +340,7 @@ def _main(
 
     def mark(name: str) -> None:
         clock.mark(name)
-        pulse.beat()
+        rank_heartbeat.beat()
 
     step = stepper(config, blueprint, env, rt, mark=mark, before_update=writer.staged, exchange=exchange)
     byte_lengths = _byte_lengths(corpus.tokenizer, c.vocab_size).to(device)
@@ -364,7 +364,7 @@ def _main(
     def held() -> Iterator[Batch]:
         for batch in batches:
             yield batch
-            pulse.beat()
+            rank_heartbeat.beat()
             if agreed(stop, ranks)[0]:
                 return
 
@@ -405,9 +405,9 @@ def _main(
     seen = Seen() if restored is None else restored.seen
     try:
         state, seen, finite = train_until(
-            config, state, seen, step, read, validate, saver, report, clock, stop, pulse, ranks, exchange
+            config, state, seen, step, read, validate, saver, report, clock, stop, rank_heartbeat, ranks, exchange
         )
-        pulse.rest()
+        rank_heartbeat.rest()
         if finite:
             # in whole milliseconds, for the rank that has the least
             left_s = (
@@ -424,7 +424,7 @@ def _main(
     except BaseException as error:
         saver.settle()
         log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
-        with with_rank_note(f"rank {rt.rank}, step {pulse.step}" if rt.world > 1 else ""):
+        with with_rank_note(f"rank {rt.rank}, step {rank_heartbeat.step}" if rt.world > 1 else ""):
             raise
 
 

@@ -1,7 +1,7 @@
-"""ZeRO-2 (arXiv:1910.02054): gradients are summed into, and updates come from, the part of an arena that a rank has.
+"""ZeRO-2 (arXiv:1910.02054): reduce-scatter of gradients, all-gather of updated values; a rank updates its shard.
 
 Each bucket is one reduce-scatter and one all-gather, in place. What is summed in which order follows from the layout
-and the number of ranks alone, never from who comes first.
+and the number of ranks alone, never from arrival order.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def owned(layouts: Sequence[ArenaLayout], flats: Sequence[Tensor], ranks: Ranks)
 def scattering_(
     layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], params: Any, ranks: Ranks
 ) -> Iterator[Callable[[], None]]:
-    """Sum the gradients over the ranks while the backward pass inside the block makes them.
+    """Reduce-scatter the gradients, in overlap with the backward pass inside the block.
 
-    A bucket is given away as soon as its last gradient is there. All ranks give buckets away in one order, that in
+    A bucket is reduced as soon as its last gradient is complete. All ranks reduce buckets in one order, that in
     which the backward pass completes them: by their first parameter in the order of the model, the last one first.
 
     yields  what to call after the backward pass: waits, on a GPU the stream and not the host
@@ -52,13 +52,13 @@ def scattering_(
         for low, high in described.buckets() if group.size > 1 else ():
             paths = [slot.path for slot in described.slots if low <= slot.offset < high]
             buckets.append((min(place[path] for path in paths), group, arena.gradient[low:high], paths))
-    buckets.sort(key=lambda each: -each[0])
+    buckets.sort(key=lambda bucket: -bucket[0])
 
     missing = [len(paths) for *_, paths in buckets]
     works: list[Any] = []
 
-    def give() -> None:
-        """Give away every bucket that is complete and has none before it that is not."""
+    def reduce() -> None:
+        """Start the reduce-scatter of every complete bucket that no incomplete one precedes."""
         while len(works) < len(buckets) and not missing[len(works)]:
             _, group, gradient, _ = buckets[len(works)]
             works.append(_reduce_scatter_(group, gradient))
@@ -66,13 +66,13 @@ def scattering_(
     def done(index: int) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
             missing[index] -= 1
-            give()
+            reduce()
 
         return hook
 
     def finish() -> None:
         missing[:] = [0] * len(buckets)  # a parameter without a gradient in this step has a sum as well
-        give()
+        reduce()
         for work in works:
             work.wait()
 
@@ -90,7 +90,7 @@ def scattering_(
 
 @torch.no_grad()
 def gather_(layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], ranks: Ranks) -> None:
-    """Bring the values that each rank answers for to the others.
+    """All-gather the values that each rank updated.
 
     Writes:  values of `arenas`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import attrs
+import torch
 
 from nmoe.config import sections
 from nmoe.config.sections import Config
@@ -12,9 +13,10 @@ from nmoe.pure.core.spec import Dims
 from nmoe.pure.cost import flops
 from nmoe.pure.cost.flops import Flops
 from nmoe.pure.cost.machines import H200
-from nmoe.pure.cost.traffic import Arena, arena, distinct_ranks, expert_rows
+from nmoe.pure.cost.traffic import distinct_ranks
 from nmoe.pure.model.attention import KINDS, Kinds, kind_of
 from nmoe.pure.optim.update import rule
+from nmoe.pure.parallel import exchange_arena
 
 CAPACITY = 2.0
 """Rows a rank has room for, over the mean, where a config does not say."""
@@ -45,7 +47,7 @@ class Plan:
     flops: Flops  # forward, a token, causal
     flops_executed: Flops  # forward, a token, as the reference executes them
     memory: Memory
-    arena: Arena
+    arena: exchange_arena.Fields | None  # None: a single rank exchanges nothing
     distinct: float  # ranks a token has to reach, on average
     staging: int  # bytes of host memory on one rank: the copy a checkpoint is written from
     checkpoint: int  # bytes of one checkpoint, all ranks
@@ -174,19 +176,17 @@ def plan(
         num_groups=c.moe.num_groups,
         top_k_groups=c.moe.top_k_groups,
     )
-    exchange = arena(
-        tokens=tokens,
-        top_k=c.moe.top_k,
-        num_experts=c.moe.num_experts,
-        hidden_size=c.hidden_size,
-        element=element,
+    sizes = exchange_arena.sizes(
         ranks=expert_ranks,
-        dedup=dedup,
+        experts=c.moe.num_experts,
+        top_k=c.moe.top_k,
+        hidden_size=c.hidden_size,
+        tokens=tokens,
         capacity=capacity,
+        dedup=dedup,
+        dtype=torch.float32 if element == 4 else torch.bfloat16,
     )
-    rows = expert_rows(
-        tokens=tokens, top_k=c.moe.top_k, num_experts=c.moe.num_experts, ranks=expert_ranks, capacity=capacity
-    )
+    arena, rows = exchange_arena.fields(sizes) if expert_ranks > 1 else None, sizes.capacity
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
     if config.run.device == "cuda":
         activations = kernel_activation_bytes(c, dims, tokens=tokens, rows=rows, recompute=train.recompute, kinds=kinds)
@@ -214,9 +214,9 @@ def plan(
             moments=sum(share * moment_bytes(each) for each, share in shares),
             activations=activations,
             logits=logits,
-            exchange=exchange.total(),
+            exchange=arena.allocated() if arena else 0,
         ),
-        arena=exchange,
+        arena=arena,
         distinct=distinct,
         staging=sum(share * saved_bytes(each) for each, share in shares),
         checkpoint=sum(

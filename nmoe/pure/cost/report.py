@@ -10,6 +10,7 @@ from nmoe.config import Config
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.cost.scale import Scaled
 from nmoe.pure.cost.traffic import Traffic
+from nmoe.pure.parallel.exchange_arena import Fields
 from nmoe.pure.units import duration, quantity, time_of
 
 Line = tuple[str, str]
@@ -180,8 +181,6 @@ def _in_detail(s: Scaled) -> tuple[Line, ...]:
     """One arrangement."""
     a, planned, machine = s.arrangement, s.plan, s.machine
     why = "the fastest that fits" if s.fits() else f"DOES NOT FIT into {quantity(machine.memory, 'B')}"
-    arena = planned.arena
-    rest = arena.gates + arena.indices + arena.counts + arena.flags
     return (
         (
             "taken",
@@ -196,8 +195,7 @@ def _in_detail(s: Scaled) -> tuple[Line, ...]:
         ("", f"combine {_sent(s.combine)}: {time_of(s.combine_s)}, {s.combines} a step"),
         (
             "",
-            f"symmetric memory {quantity(arena.total(), 'B')}: landing {quantity(arena.landing, 'B')}  combine "
-            f"{quantity(arena.combine, 'B')}  gates, indices, counts, flags {quantity(rest, 'B')}",
+            _symmetric_memory(planned.arena),
         ),
         ("gradients", f"reduce-scatter {_sent(s.reduce)}: {time_of(s.reduce_s)} a step"),
         ("parameters", f"all-gather {_sent(s.gather)}: {time_of(s.gather_s)} a step"),
@@ -253,4 +251,15 @@ def _assumed(s: Scaled) -> tuple[Line, ...]:
             f"{s.arrangement.capacity:g} x the mean rows; exchanges hide behind",
         ),
         ("", "nothing; gradients hide behind a microbatch's backward pass, parameters behind its forward pass"),
+    )
+
+
+def _symmetric_memory(arena: Fields | None) -> str:
+    """Bytes of the exchange's arena, by kind; none on a single rank."""
+    if arena is None:
+        return f"symmetric memory {quantity(0, 'B')}"
+    landing, combine = arena.land.size() + arena.land_gradient.size(), arena.back.size()
+    return (
+        f"symmetric memory {quantity(arena.allocated(), 'B')}: landing {quantity(landing, 'B')}  combine "
+        f"{quantity(combine, 'B')}  gates, indices, counts, flags {quantity(arena.size - landing - combine, 'B')}"
     )

@@ -15,12 +15,6 @@ import attrs
 
 from nmoe.pure.cost.machines import Machine
 
-GRANULARITY = 2 * 2**20
-"""Bytes; symmetric memory is allocated in multiples of it (CUDA's driver)."""
-
-FLAG_BYTES = 128
-"""Of one flag: a cache line of its own."""
-
 
 @attrs.frozen(kw_only=True)
 class Traffic:
@@ -28,22 +22,6 @@ class Traffic:
 
     inside: float  # to GPUs of its host
     between: float  # to other hosts
-
-
-@attrs.frozen(kw_only=True)
-class Arena:
-    """Bytes of symmetric memory that the exchange of one GPU needs, once for all layers."""
-
-    landing: int  # rows that come to the experts here, and gradients of what they made of them
-    combine: int  # rows that come back
-    gates: int  # routing weights that come, their gradients that come back
-    indices: int  # with dedup: which landed row a pair is of
-    counts: int  # pairs of each rank for each expert, tokens of each for each rank
-    flags: int  # a line a rank
-
-    def total(self) -> int:
-        """As it is allocated."""
-        return math.ceil(sum(attrs.astuple(self)) / GRANULARITY) * GRANULARITY
 
 
 def distinct_ranks(*, num_experts: int, top_k: int, ranks: int, num_groups: int = 1, top_k_groups: int = 1) -> float:
@@ -107,47 +85,3 @@ def collective(*, num_bytes: float, ranks_per_host: int, hosts: int) -> Traffic:
 def collective_seconds(traffic: Traffic, machine: Machine) -> float:
     """Of one collective that is cut into pieces, so that both wires are busy at once."""
     return max(machine.collective.seconds(traffic.inside), machine.network.seconds(traffic.between))
-
-
-def expert_rows(*, tokens: int, top_k: int, num_experts: int, ranks: int, capacity: float) -> int:
-    """(Token, expert) pairs a rank has room for; a rank alone has exactly its own.
-
-    tokens    of one rank, in one microbatch
-    capacity  room over the mean, or infinity; what can never come needs none
-    """
-    if ranks == 1:
-        return tokens * top_k
-    return math.ceil(min(ranks * tokens * min(top_k, num_experts // ranks), capacity * tokens * top_k))
-
-
-def arena(
-    *,
-    tokens: int,
-    top_k: int,
-    num_experts: int,
-    hidden_size: int,
-    element: int,
-    ranks: int,
-    dedup: bool,
-    capacity: float,
-) -> Arena:
-    """Symmetric memory of one rank.
-
-    With dedup a rank lands each token once, so never more than all tokens, nor than the pairs it has room for.
-
-    tokens    of one rank, in one microbatch
-    element   bytes of an element of a row
-    capacity  pairs a rank has room for, over the mean
-    """
-    if ranks == 1:
-        return Arena(landing=0, combine=0, gates=0, indices=0, counts=0, flags=0)
-    row, pairs = hidden_size * element, tokens * top_k
-    room = expert_rows(tokens=tokens, top_k=top_k, num_experts=num_experts, ranks=ranks, capacity=capacity)
-    return Arena(
-        landing=2 * (min(ranks * tokens, room) if dedup else room) * row,
-        combine=pairs * row,
-        gates=4 * (room + pairs),
-        indices=4 * room if dedup else 0,
-        counts=4 * ranks * (num_experts + ranks),
-        flags=ranks * FLAG_BYTES,
-    )

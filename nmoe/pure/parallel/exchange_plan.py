@@ -1,6 +1,6 @@
 """Where every row of an expert-parallel mixture goes, from counts that all ranks know; no row says where it is from.
 
-A rank holds the experts `rank * E / R` and the next ones. A *pair* is a token and one of its choices, a *row* a pair
+A rank holds the experts `rank * E / W` and the next ones. A *pair* is a token and one of its choices, a *row* a pair
 where its expert is held. The pairs of a rank are numbered by expert and, within one, by token; the rows of a rank by
 expert and, within one, by source rank and token, which is the order of the tokens of the whole batch.
 """
@@ -18,13 +18,13 @@ class Plan:
     """What one rank needs to know of an exchange. All zero where some rank would have to hold too much."""
 
     shift: Tensor  # [E] row of a pair, less its number; by its expert
-    token_shift: Tensor  # [R] place of a token in a landing buffer, less its number among those sent there; by rank
-    count: Tensor  # [E/R] rows of each expert held here
-    end: Tensor  # [E/R] one past its last row
-    home_end: Tensor  # [E/R·R] one past the last row of each expert held here and, within one, each source
-    home_shift: Tensor  # [E/R·R] number of the pair at its source, less its row here
-    live: Tensor  # [3] pairs of this rank, its tokens' places in landing buffers, rows held here
-    traffic: Tensor  # [3] of those, what crosses to another rank: pairs, places, and rows that came from another rank
+    token_shift: Tensor  # [W] place of a token in a landing buffer, less its number among those sent there; by rank
+    count: Tensor  # [E/W] rows of each expert held here
+    end: Tensor  # [E/W] one past its last row
+    origin_end: Tensor  # [E/W·W] one past the last row of each expert held here and, within one, each source
+    origin_shift: Tensor  # [E/W·W] number of the pair at its source, less its row here
+    valid: Tensor  # [3] pairs of this rank, its tokens' places in landing buffers, rows held here
+    crossing: Tensor  # [3] of those, what crosses to another rank: pairs, places, and rows that came from another rank
     needed: Tensor  # 0-d, 0, or the most rows a rank would have to hold where it cannot
 
 
@@ -42,7 +42,7 @@ def owners(expert: Tensor, *, ranks: int, experts: int) -> Tensor:
 def plan(counts: Tensor, *, rank: int, capacity: int) -> Plan:
     """Turn what every rank sends into where this rank's rows go and where those it holds came from.
 
-    counts    [R E+R]   of each rank its pairs for each expert, then its tokens for each rank
+    counts    [W E+W]   of each rank its pairs for each expert, then its tokens for each rank
     capacity  rows a rank can hold
     """
     counts = counts.long()
@@ -54,13 +54,13 @@ def plan(counts: Tensor, *, rank: int, capacity: int) -> Plan:
     most = held.sum(1).amax()
     fits = most <= capacity
     start = (held.cumsum(1) - held).flatten()  # first row of each expert at its holder
-    base = start + pairs.cumsum(0) - pairs  # [R E] first row of each source's run
-    number = pairs.cumsum(1) - pairs  # [R E] number of the first pair of each run, at its source
+    base = start + pairs.cumsum(0) - pairs  # [W E] first row of each source's run
+    number = pairs.cumsum(1) - pairs  # [W E] number of the first pair of each run, at its source
     mine = slice(rank * local, (rank + 1) * local)
     token_number = tokens.cumsum(1) - tokens
     token_base = tokens.cumsum(0) - tokens
-    runs, here = pairs[:, mine].T, base[:, mine].T  # [E/R R]
-    live = torch.stack([pairs[rank].sum(), tokens[rank].sum(), total[mine].sum()])
+    runs, here = pairs[:, mine].T, base[:, mine].T  # [E/W W]
+    valid = torch.stack([pairs[rank].sum(), tokens[rank].sum(), total[mine].sum()])
     stays = torch.stack([pairs[rank, mine].sum(), tokens[rank, rank], pairs[rank, mine].sum()])
     return Plan(
         (base[rank] - number[rank]) * fits,
@@ -69,19 +69,19 @@ def plan(counts: Tensor, *, rank: int, capacity: int) -> Plan:
         total[mine].cumsum(0) * fits,
         ((here + runs) * fits).flatten(),
         ((number[:, mine].T - here) * fits).flatten(),
-        live * fits,
-        (live - stays) * fits,
+        valid * fits,
+        (valid - stays) * fits,
         most * ~fits,
     )
 
 
-def homes(p: Plan, num_rows: int) -> tuple[Tensor, Tensor]:
+def origins(p: Plan, num_rows: int) -> tuple[Tensor, Tensor]:
     """Where each row came from: source rank and its number among that rank's pairs.
 
     num_rows  rows to tell of; those that are held are the first
     returns   [P], [P]
     """
-    row = p.home_end.new_ones(num_rows).cumsum(0) - 1
-    run = (p.home_end[None, :] <= row[:, None]).sum(1).clamp(max=p.home_end.shape[0] - 1)
-    ranks = p.home_end.shape[0] // p.count.shape[0]
-    return run % ranks, row + p.home_shift[run]
+    row = p.origin_end.new_ones(num_rows).cumsum(0) - 1
+    run = (p.origin_end[None, :] <= row[:, None]).sum(1).clamp(max=p.origin_end.shape[0] - 1)
+    ranks = p.origin_end.shape[0] // p.count.shape[0]
+    return run % ranks, row + p.origin_shift[run]

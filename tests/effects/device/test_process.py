@@ -25,7 +25,7 @@ def test_launch_reads_the_environment_it_is_given() -> None:
     alone = from_environment({"HOME": "/home/a"})
     assert (alone.rank, alone.world, alone.home) == (0, 1, Path("/home/a/.cache/nmoe"))
     assert from_environment({"HOME": "/home/a", "XDG_CACHE_HOME": "/x"}).home == Path("/x/nmoe")
-    with pytest.raises(InputError, match=r"^WORLD_SIZE: a launcher sets it to a number, got 'two'; "):
+    with pytest.raises(InputError, match=r"^WORLD_SIZE: expected a number from a launcher, got 'two'; "):
         from_environment({"WORLD_SIZE": "two"})
 
 

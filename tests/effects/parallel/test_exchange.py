@@ -67,7 +67,7 @@ def test_a_peer_that_is_gone_is_named_in_time(tmp_path: Path, how: signal.Signal
         processes[1].send_signal(how)
         found = ended(processes[0])
         assert time.monotonic() - begin < TIMEOUT_S + 5
-        told = f"PeerError: rank 0: every rank of the exchange comes within {TIMEOUT_S:g} s, got nothing from rank 1"
+        told = f"PeerError: rank 0: expected every rank of the exchange within {TIMEOUT_S:g} s, got nothing from rank 1"
         assert found["error"].startswith(told), found
         assert TIMEOUT_S <= found["seconds"] < TIMEOUT_S + 2
 
@@ -76,15 +76,18 @@ def test_too_many_rows_stop_every_rank_alike(tmp_path: Path) -> None:
     with running("overflow", 2, tmp_path) as processes:
         errors = [ended(process)["error"] for process in processes]
     assert errors[0] == errors[1]
-    assert errors[0].startswith("InputError: parallel.capacity: a rank holds 12 rows (0.33 x the mean), got ")
+    assert errors[0].startswith("InputError: parallel.capacity: expected at most 12 rows on a rank (0.33 x the mean)")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("astray", "each rank's first word is in its arena, got another one from rank"),
-        ("hosts", "parallel.experts: the ranks of an expert group are on one host, got rank 1 on host1 and rank 0 on"),
+        ("astray", "expected each rank's first word in its arena, got another one from rank"),
+        (
+            "hosts",
+            "parallel.experts: expected the ranks of an expert group on one host, got rank 1 on host1 and",
+        ),
     ],
 )
 def test_memory_that_is_not_shared_is_refused(tmp_path: Path, what: str, told: str) -> None:
@@ -97,9 +100,7 @@ def test_multicast_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         has_multicast_support = staticmethod(lambda kind, index: True)
 
     monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", Everywhere)
-    with pytest.raises(
-        InputError, match="multicast is off before ranks share memory, got it on; export TORCH_SYMM_MEM"
-    ):
+    with pytest.raises(InputError, match="multicast off before ranks share memory, got it on; export TORCH_SYMM_MEM"):
         opening._refuse_multicast(torch.device("cuda", 0))
 
 
@@ -107,5 +108,5 @@ def test_multicast_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_that_disagree_are_told_so(tmp_path: Path) -> None:
     with running("disagree", 2, tmp_path) as processes:
         errors = [ended(process)["error"] for process in processes]
-    assert "rank 0: sizes are the same on all ranks" in errors[0] and "experts=9" in errors[0]
+    assert "rank 0: expected the same sizes on all ranks" in errors[0] and "experts=9" in errors[0]
     assert "9 experts for 2 ranks" in errors[1]

@@ -1,39 +1,35 @@
-"""The plan's arena is the one that an exchange allocates."""
+"""The plan's arena is, to the byte, the one that a run of the same config allocates."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
+import attrs
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from nmoe.effects.parallel.exchange import Sizes
-from nmoe.effects.parallel.exchange.arena import fields
-from nmoe.pure.cost.traffic import arena, expert_rows
+from nmoe.effects.parallel.exchange.opening import virtual
+from nmoe.effects.parallel.ranks import Group, Ranks
+from nmoe.effects.train import run
+from nmoe.pure.cost.plan import plan
+from nmoe.pure.parallel.exchange_arena import GRANULARITY, Sizes
+from tests.effects.train.tiny import tiny
 
 
-@given(
-    ranks=st.sampled_from([2, 4, 8, 64]),
-    tokens=st.integers(1, 64).map(lambda n: 128 * n),
-    top_k=st.sampled_from([1, 6, 8]),
-    hidden_size=st.sampled_from([512, 2048, 7168]),
-    capacity=st.sampled_from([1.0, 1.25, 2.0, math.inf]),
-    dedup=st.booleans(),
-)
-def test_the_plan_is_within_a_percent_of_the_arena(
-    ranks: int, tokens: int, top_k: int, hidden_size: int, capacity: float, dedup: bool
-) -> None:
-    shape = {"ranks": ranks, "tokens": tokens, "top_k": top_k}
-    told = arena(**shape, num_experts=256, hidden_size=hidden_size, element=2, capacity=capacity, dedup=dedup)
-    sizes = Sizes(
-        **shape,
-        experts=256,
-        hidden_size=hidden_size,
-        capacity=expert_rows(**shape, num_experts=256, capacity=capacity),
-        dedup=dedup,
-        dtype=torch.bfloat16,
-    )
-    # the plan rounds to the 2 MiB that a GPU maps at once
-    assert told.total() == pytest.approx(fields(sizes).size, rel=0.01, abs=2**21)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("capacity", [0.0, 1.25, 2.0])
+@pytest.mark.parametrize("dedup", [False, True])
+def test_the_plan_is_the_arena(ranks: int, capacity: float, dedup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    parallel = attrs.evolve(config.parallel, ranks=ranks, capacity=capacity, dedup=dedup)
+    config = attrs.evolve(config, parallel=parallel)
+    opened: list[Sizes] = []
+    monkeypatch.setattr(run.exchanges, "open_exchange", lambda *, sizes, **rest: opened.append(sizes))
+    here: Any = Group(rank=0, size=ranks, handle=object())
+    run.exchanging(config, Ranks(world=here, experts=here), torch.device("cpu"))
+    (sizes,) = opened
+    planned = plan(config, ranks=ranks, mfu=0.4, expert_ranks=ranks, dedup=dedup, capacity=parallel.room())
+    assert planned.arena is not None
+    for e in virtual(sizes, torch.device("cpu")):
+        assert planned.arena == e.fields and planned.arena.size == e.raw.numel()
+    assert planned.memory.exchange == -(-planned.arena.size // GRANULARITY) * GRANULARITY

@@ -116,7 +116,9 @@ def test_a_dead_rank_ends_all_and_a_signal_to_the_launcher_saves_on_all(started:
     began = time.monotonic()
     assert first.wait() == 128 + signal.SIGKILL
     assert time.monotonic() - began < 10 and first.ranks() == []
-    assert first.last_line().startswith("nmoe: rank 1: ends with the others, got exit code -9 (SIGKILL); ")
+    assert first.last_line().startswith(
+        "nmoe: rank 1: expected the end of all ranks together, got exit code -9 (SIGKILL); "
+    )
 
     second = run(started, tmp_path)
     second.until(second.steps() + 3)
@@ -142,7 +144,9 @@ def test_a_stopped_rank_is_named_and_killed_with_the_stacks_of_all(
     began = time.monotonic()
     assert one.wait() == launch.EXIT_HUNG
     assert 5 < time.monotonic() - began < 6 + 5 and one.ranks() == []
-    assert one.last_line().startswith("nmoe: rank 1: gets on within 6 s (parallel.timeout_s), got none after step ")
+    assert one.last_line().startswith(
+        "nmoe: rank 1: expected a heartbeat within 6 s (parallel.timeout_s), got none after step "
+    )
     assert "(stopped by a signal)" in one.last_line()
     for rank in (0, 1):
         (stacks,) = [part for part in one.text().split("nmoe: rank ")[1:] if part.startswith(f"{rank}: its stacks")]
@@ -189,7 +193,7 @@ def test_what_a_launcher_says_is_read_once_and_has_to_fit() -> None:
     assert (alone.rank, alone.world, alone.launched) == (0, 1, False)
     for environ, says in (
         ({"RANK": "x", "WORLD_SIZE": "y"}, r"RANK: .* got 'x'; .*\nWORLD_SIZE: .* got 'y'"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: below WORLD_SIZE = 2, got 2"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: expected less than WORLD_SIZE = 2, got 2"),
         ({"WORLD_SIZE": "2"}, r"(?s)RANK: .*MASTER_ADDR: .*MASTER_PORT: "),
     ):
         with pytest.raises(InputError, match=says):

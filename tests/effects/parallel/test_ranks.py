@@ -169,7 +169,7 @@ def test_a_state_is_the_same_whoever_saves_it(alone: Path, sources: Path, tmp_pa
         def save_again(ranks: Ranks, root: Path = root, there: Path = there) -> None:
             blueprint, state, _ = state_of(config, ranks, bucket=2048)
             targets = resume.pieces(state, blueprint, ranks=ranks, shared=False)
-            told: dict[str, Any] = {"rank": ranks.world.rank, "exchange": ranks.exchange}
+            told: dict[str, Any] = {"rank": ranks.world.rank, "exchange": ranks.all_gather_text}
             manifest = reader.restore_(Disk(), root, lambda _: targets, report=print, **told)
             assert manifest is not None and manifest.step == STEPS
             keep = Keep(last=1)
@@ -236,7 +236,7 @@ def test_buckets_are_summed_while_the_backward_pass_makes_them(sources: Path, tm
     def check(ranks: Ranks) -> None:
         layouts, local, reduced, order = gradients(config, ranks, bucket=2048)
         assert len(order) > 8 and order[-1] == "backward", order
-        assert len(set(ranks.exchange(json.dumps(order)))) == 1, "all ranks give buckets away in one order"
+        assert len(set(ranks.all_gather_text(json.dumps(order)))) == 1, "all ranks give buckets away in one order"
         for described, mine, found in zip(layouts, local, reduced, strict=True):
             total = mine.clone()
             dist.all_reduce(total)
@@ -367,7 +367,7 @@ def test_a_rank_that_does_not_come_is_named(sources: Path, tmp_path: Path) -> No
             # torch may have a word of its own when the meeting point closes
             refused(
                 text.splitlines(keepends=True)[-1],
-                f"rank {rank}: parallel.ranks: all 3 ranks meet",
+                f"rank {rank}: parallel.ranks: expected all 3 ranks at",
                 f"within 1 s, got none of {missing}; ",
             )
 
@@ -384,7 +384,7 @@ def test_a_port_in_use_is_told(sources: Path, tmp_path: Path) -> None:
 
         ((code, text),) = on_ranks(2, tmp_path / "out", call, only=(0,), port=port)
     assert code == 2
-    refused(text, "rank 0: MASTER_PORT: a free port", f":{port}, which is in use")
+    refused(text, "rank 0: MASTER_PORT: expected a free port", f":{port}, which is in use")
 
 
 def test_multicast_and_hosts_are_looked_at_before_anybody_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,13 +394,15 @@ def test_multicast_and_hosts_are_looked_at_before_anybody_is_met(monkeypatch: py
     meeting.check_machine(told, 2, cuda=False)
     problems = problems_of(lambda: meeting.check_machine(told, 2, cuda=True))
     assert len(problems) == 2 and "export TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1" in problems[0]
-    assert "NCCL_NVLS_ENABLE=0" in problems[0] and problems[1].startswith("GPU 0: reaches GPU 1 directly")
+    assert "NCCL_NVLS_ENABLE=0" in problems[0] and problems[1].startswith(
+        "GPU 0: expected direct access (P2P) to GPU 1"
+    )
     on = from_environment({**two, **MULTICAST_OFF, "NCCL_NVLS_ENABLE": "1"})
     assert "NCCL_NVLS_ENABLE=0" in problems_of(lambda: meeting.check_machine(on, 1, cuda=True))[0]
     meeting.check_machine(from_environment({**two, **MULTICAST_OFF}), 1, cuda=True)
     hosts = from_environment({**environment(0, 16, free_port()), "LOCAL_WORLD_SIZE": "8"})
     assert "--parallel.experts=8" in problems_of(lambda: meeting.check_machine(hosts, 16, cuda=False))[0]
-    assert "a divisor of the 8 ranks" in problems_of(lambda: meeting.check_machine(hosts, 3, cuda=False))[0]
+    assert "expected a divisor of the 8 ranks" in problems_of(lambda: meeting.check_machine(hosts, 3, cuda=False))[0]
 
 
 def problems_of(act: Callable[[], None]) -> Sequence[str]:

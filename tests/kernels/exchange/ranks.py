@@ -65,7 +65,7 @@ def case(
     )
 
 
-def alone(c: Case, tiles: Tiles) -> list[Tensor]:
+def single_rank(c: Case, tiles: Tiles) -> list[Tensor]:
     """Output and gradients of x, weight, up, down by the kernels of one rank."""
     leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down)]
     y, _ = mixture(leaves[0], Routing(c.expert, leaves[1]), leaves[2], leaves[3], tiles=tiles)
@@ -94,14 +94,14 @@ def open_ranks(c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | No
 
 
 def shared(c: Case, exchanges: Sequence[Exchange], parts: Sequence[int], tiles: Tiles) -> list[Tensor]:
-    """The same as `alone`, by ranks that each have some of the tokens and of the experts."""
+    """The same as `single_rank`, by ranks that each have some of the tokens and of the experts."""
     x, expert, weight, grad_output = (each.split(list(parts)) for each in (c.x, c.expert, c.weight, c.grad_output))
     up, down = c.up.chunk(len(parts)), c.down.chunk(len(parts))
-    forward = [device.forward(e, x[r], expert[r], weight[r], up[r], down[r], tiles) for r, e in enumerate(exchanges)]
-    out = device.run(exchanges, forward)
+    forward = [device.forward_(e, x[r], expert[r], weight[r], up[r], down[r], tiles) for r, e in enumerate(exchanges)]
+    out = device.run_(exchanges, forward)
     backward = [
-        device.backward(e, grad_output[r], x[r], weight[r], up[r], down[r], *out[r][2:], tiles)
+        device.backward_(e, grad_output[r], x[r], weight[r], up[r], down[r], *out[r][2:], tiles)
         for r, e in enumerate(exchanges)
     ]
-    back = device.run(exchanges, backward)
+    back = device.run_(exchanges, backward)
     return [torch.cat([y for y, *_ in out]), *(torch.cat(each) for each in zip(*back, strict=True))]

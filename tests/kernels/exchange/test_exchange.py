@@ -22,7 +22,7 @@ from nmoe.effects.parallel.exchange.opening import virtual
 from nmoe.errors import InputError
 from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel import exchange_plan as reference
-from tests.kernels.exchange.ranks import Case, alone, case, open_ranks, shared
+from tests.kernels.exchange.ranks import Case, case, open_ranks, shared, single_rank
 
 SMALL = Tile(m=16, n=16, k=16, warps=4, stages=2)
 TILES = Tiles(
@@ -40,7 +40,7 @@ def differing(found: list[Tensor], wanted: list[Tensor]) -> list[str]:
 def plain() -> tuple[Case, list[Tensor]]:
     """A case of 24 tokens, and what one rank makes of it."""
     c = case("random", 24, 16, 16, 8, 3)
-    return c, alone(c, TILES)
+    return c, single_rank(c, TILES)
 
 
 LONG = pytest.mark.long
@@ -76,7 +76,7 @@ def test_the_same_bits_on_any_number_of_ranks(plain: tuple[Case, list[Tensor]], 
 def test_at_the_worst(kind: str, parts: tuple[int, ...], dedup: bool) -> None:
     """Ranks without tokens, ranks without rows, and all rows at one."""
     c = case(kind, sum(parts), 16, 16, 4, 2)
-    assert differing(shared(c, open_ranks(c, parts, dedup=dedup), parts, TILES), alone(c, TILES)) == []
+    assert differing(shared(c, open_ranks(c, parts, dedup=dedup), parts, TILES), single_rank(c, TILES)) == []
 
 
 def test_what_lies_beyond_the_last_row_changes_nothing(plain: tuple[Case, list[Tensor]]) -> None:
@@ -112,7 +112,7 @@ def test_too_many_rows(plain: tuple[Case, list[Tensor]], dedup: bool) -> None:
         for name in kept:
             if name != "land" or dedup:  # without dedup the tail of the landing buffer is this rank's to clear
                 assert (arena.view(e.raw, getattr(e.fields, name)) == 7).all(), name
-        with pytest.raises(InputError, match=rf"parallel.capacity: a rank holds {enough - 1} rows .* got {enough} for"):
+        with pytest.raises(InputError, match=rf"capacity: expected at most {enough - 1} rows .* got {enough} on"):
             exchange.check(e)
 
 
@@ -135,9 +135,9 @@ def test_the_plan_is_the_reference(data: st.DataObject) -> None:
     assert int(needed) == int(wanted.needed) == (most if most > capacity else 0)
     plans.plan_(torch.zeros_like(counts), needed, rank, capacity)
     assert int(needed) == int(wanted.needed), "what was once too much is forgotten"
-    home, rows = plans.homes(found, max(most, 1)), int(found.live[2])
-    to, at = reference.homes(wanted, rows)
-    assert torch.equal(home.to[:rows].long(), to) and torch.equal(home.at[:rows].long(), at)
+    origin, rows = plans.origins(found, max(most, 1)), int(found.valid[2])
+    to, at = reference.origins(wanted, rows)
+    assert torch.equal(origin.to[:rows].long(), to) and torch.equal(origin.at[:rows].long(), at)
 
 
 @given(tokens=st.integers(0, 40), top_k=st.integers(1, 6), seed=st.integers(0, 9))
@@ -176,7 +176,7 @@ def test_bytes_on_the_wire_are_counted_and_rows_lie_as_in_the_whole_batch() -> N
 def test_what_has_no_place_in_the_arena_is_refused(plain: tuple[Case, list[Tensor]]) -> None:
     c, _ = plain
     e = open_ranks(c, [12, 12], dedup=True)[0]
-    with pytest.raises(ValueError, match="at most 12 tokens, got 24; 4 experts on this rank, got 8; open"):
+    with pytest.raises(ValueError, match="at most 12 tokens, got 24; expected 4 experts on this rank, got 8; open"):
         device.mixture(c.x, Routing(c.expert, c.weight), c.up, c.down, exchange=e, tiles=TILES)
 
 
@@ -201,7 +201,7 @@ def test_the_bench_measures_every_line() -> None:
     cases = bench_exchange.Cases(pushes=((8, 16),), programs=(2,), round_trip=shape, layer=shape)
     told = [row.split("  ")[0] for row in bench_exchange.rows(bench, cases)]
     assert told == [
-        *("push 8 rows x 16, 2 programs", "push 8 rows x 16 and meet", "meet"),
+        *("push 8 rows x 16, 2 programs", "push 8 rows x 16 and barrier", "barrier"),
         *("dispatch and combine 4 x 16, top 2, plain", "dispatch and combine 4 x 16, top 2, dedup"),
         *("mixture of one GPU, 4 x 16, forward and backward", "mixture over 2 ranks, plain"),
         "mixture over 2 ranks, dedup",

@@ -30,9 +30,9 @@ def request(name: str, signature: str, sizes: str, constants: Mapping[str, int],
 def push(width: int, k: int) -> Request:
     return request(
         "exchange.push:push",
-        "x:*bf16 to:*i32 at:*i32 addresses:*i64 live:*i32 OFFSET:i64 D:i32 R:i32 PROGRAMS:i32",
+        "x:*bf16 to:*i32 at:*i32 addresses:*i64 valid:*i32 OFFSET:i64 D:i32 W:i32 PROGRAMS:i32",
         "OFFSET D",
-        {"LIVE": 0, "K": k, "ROWS": exchange.ROWS, "BLOCK": exchange._block(width)},
+        {"VALID": 0, "K": k, "ROWS": exchange.ROWS, "BLOCK": exchange._block(width)},
         warps=8,
     )
 
@@ -41,30 +41,30 @@ REQUESTS = {
     "push": push(2048, 6),
     "push 7168": push(7168, 8),
     "return": push(2048, 1),
-    "meet": request(
-        "exchange.push:meet",
+    "barrier": request(
+        "exchange.push:barrier",
         "epoch:*i64 addresses:*i64 arrived:*i64 missing:*i32 OFFSET:i64 ME:i32",
         "OFFSET",
-        {"R": 2, "RP": 2, "FLAG": 16, "TELL": 1, "WAIT": 1, "LIMIT": 10**10},
+        {"W": 2, "WP": 2, "FLAG": 16, "SIGNAL": 1, "WAIT": 1, "LIMIT": 10**10},
         warps=1,
     ),
     "plan": request(
         "exchange.plan:plan",
-        "counts:*i32 shift:*i32 token_shift:*i32 count:*i32 end:*i32 home_end:*i32 home_shift:*i32 live:*i32 "
-        "traffic:*i32 needed:*i32 ME:i32 CAPACITY:i32",
+        "counts:*i32 shift:*i32 token_shift:*i32 count:*i32 end:*i32 origin_end:*i32 origin_shift:*i32 valid:*i32 "
+        "crossing:*i32 needed:*i32 ME:i32 CAPACITY:i32",
         "",
-        {"R": 8, "RP": 8, "E": 256, "EP": 256},
+        {"W": 8, "WP": 8, "E": 256, "EP": 256},
         warps=8,
     ),
     "words": request(
         "exchange.push:words",
-        "value:*fp32 item:*i32 to:*i32 at:*i32 addresses:*i64 live:*i32 OFFSET:i64",
+        "value:*fp32 item:*i32 to:*i32 at:*i32 addresses:*i64 valid:*i32 OFFSET:i64",
         "OFFSET",
-        {"LIVE": 0, "INDIRECT": 1, "BLOCK": exchange.WORDS},
+        {"VALID": 0, "INDIRECT": 1, "BLOCK": exchange.WORDS},
     ),
     "expand": request(
         "exchange.push:expand",
-        "x:*bf16 source:*i32 out:*bf16 live:*i32 D:i32",
+        "x:*bf16 source:*i32 out:*bf16 valid:*i32 D:i32",
         "D",
         {"ROWS": exchange.ROWS, "BLOCK": 2048},
         warps=8,
@@ -92,7 +92,7 @@ def test_rows_leave_16_bytes_at_a_time(compiled: dict[str, Compiled]) -> None:
 
 
 def test_flags_are_released_to_and_acquired_from_the_whole_system(compiled: dict[str, Compiled]) -> None:
-    found = instructions(compiled["meet"].ptx)
+    found = instructions(compiled["barrier"].ptx)
     assert found["atom.global.sys.release.exch.b64"], found
     polls = [key for key in found if "acquire" in key]
     assert polls and all(".sys" in key for key in polls), found
@@ -101,4 +101,4 @@ def test_flags_are_released_to_and_acquired_from_the_whole_system(compiled: dict
 
 def test_nothing_spills_and_slots_are_not_drawn_by_atomics(compiled: dict[str, Compiled]) -> None:
     assert [problem for each in compiled.values() for problem in each.problems()] == []
-    assert [name for name, each in compiled.items() if each.atomics] == ["meet"]
+    assert [name for name, each in compiled.items() if each.atomics] == ["barrier"]

@@ -46,20 +46,20 @@ def passes(request: pytest.FixtureRequest) -> Iterator[tuple[list[Stretch], list
             log.append(("read", names[field.offset]))
         return read(raw, field)
 
-    def meeting(meet: Any, e: Any, **named: Any) -> Any:
-        if e is first and named["tell"]:
-            log.append(("meet", ""))
-        return meet(e, **named)
+    def meeting(barrier: Any, e: Any, **named: Any) -> Any:
+        if e is first and named["signal"]:
+            log.append(("barrier", ""))
+        return barrier(e, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("push", "push_words", "push_counts"):
+        for name in ("push_", "push_words_", "push_counts_"):
             patch.setattr(moves, name, partial(writing, getattr(moves, name)))
         patch.setattr(device, "view", partial(reading, device.view))
-        patch.setattr(device, "meet", partial(meeting, device.meet))
+        patch.setattr(device, "barrier_", partial(meeting, device.barrier_))
         shared(c, exchanges, [4, 4], TILES)
     stretches: list[list[tuple[str, str]]] = [[]]
     for each in log:
-        if each[0] == "meet":
+        if each[0] == "barrier":
             stretches.append([])
         else:
             stretches[-1].append(each)

@@ -27,14 +27,14 @@ def test_segment_puts_link_with_nvshmem(tmp_path: Path) -> None:
         Request(
             kernel=f"{kernels}:put_runs_kernel",
             signature={"source": "i64", "target": "i64", "end": "*i32", "shift": "*i32", "BYTES": "i32"}
-            | {"LOCAL": "i32", "R": "i32"},
-            constants={"HOME": False},
+            | {"LOCAL": "i32", "W": "i32"},
+            constants={"BACK": False},
             libraries={"nvshmem": library},
         ),
         Request(
-            kernel=f"{kernels}:tell_kernel",
+            kernel=f"{kernels}:signal_kernel",
             signature={"epoch": "*i64", "flag": "i64"},
-            constants={"R": 2, "SET": SET},
+            constants={"W": 2, "SET": SET},
             warps=1,
             libraries={"nvshmem": library},
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from fractions import Fraction
 
 import pytest
@@ -13,17 +12,15 @@ from hypothesis import strategies as st
 
 from nmoe.pure.cost.machines import H200, Link
 from nmoe.pure.cost.traffic import (
-    GRANULARITY,
     Traffic,
-    arena,
     collective,
     collective_seconds,
     distinct_ranks,
     exchange,
     exchange_seconds,
-    expert_rows,
 )
 from nmoe.pure.model.route import route
+from nmoe.pure.parallel.exchange_arena import expert_rows
 
 
 @pytest.mark.parametrize(
@@ -178,7 +175,7 @@ SHAPES = st.tuples(
 
 
 @given(SHAPES)
-def test_dedup_never_sends_or_lands_more(shape: tuple[int, int, int, int, int]) -> None:
+def test_dedup_never_sends_more(shape: tuple[int, int, int, int, int]) -> None:
     tokens, top_k, ranks, experts_a_rank, per_host = shape
     num_experts = max(ranks * experts_a_rank, 16)
     distinct = distinct_ranks(num_experts=num_experts, top_k=top_k, ranks=ranks)
@@ -190,21 +187,6 @@ def test_dedup_never_sends_or_lands_more(shape: tuple[int, int, int, int, int]) 
     assert once.inside <= each.inside and once.between <= each.between
     if ranks == 1:
         assert once == each == Traffic(inside=0.0, between=0.0)
-    memory = {
-        dedup: arena(
-            tokens=tokens,
-            top_k=top_k,
-            num_experts=num_experts,
-            hidden_size=64,
-            element=2,
-            ranks=ranks,
-            dedup=dedup,
-            capacity=2.0,
-        )
-        for dedup in (False, True)
-    }
-    assert memory[True].landing <= memory[False].landing
-    assert (memory[False].total() == 0) == (ranks == 1)
 
 
 @given(SHAPES)
@@ -237,37 +219,3 @@ def test_a_collective_of_one_says_nothing(num_bytes: float, per_host: int, hosts
     ranks = per_host * hosts
     assert found.inside + found.between == pytest.approx(num_bytes * (ranks - 1) / ranks)
     assert (collective_seconds(found, H200) == 0) == (ranks == 1)
-
-
-@pytest.mark.parametrize(
-    ("hidden", "ranks", "dedup", "capacity", "gigabytes"),
-    # the research notes' table of landing rooms, of which the arena has two
-    [
-        (2048, 8, False, math.inf, 2.0),
-        (2048, 2, False, math.inf, 0.5),
-        (2048, 64, False, math.inf, 2.0),  # one expert a rank: a token sends it one row at most
-        (2048, 8, False, 2.0, 0.5),
-        (2048, 8, True, math.inf, 0.25),
-        (2048, 2, True, math.inf, 0.0625),
-        (7168, 8, False, math.inf, 7.0),
-        (7168, 8, False, 2.0, 1.75),
-        (7168, 8, True, 2.0, 0.875),
-    ],
-)
-def test_landing_room_is_that_of_the_notes(
-    hidden: int, ranks: int, dedup: bool, capacity: float, gigabytes: float
-) -> None:
-    found = arena(
-        tokens=8192,
-        top_k=8,
-        num_experts=64,
-        hidden_size=hidden,
-        element=2,
-        ranks=ranks,
-        dedup=dedup,
-        capacity=capacity,
-    )
-    assert found.landing == 2 * gigabytes * 2**30
-    assert found.combine == 8192 * 8 * hidden * 2
-    parts = found.landing + found.combine + found.gates + found.indices + found.counts + found.flags
-    assert found.total() % GRANULARITY == 0 and 0 <= found.total() - parts < GRANULARITY

@@ -43,14 +43,14 @@ def test_every_row_has_its_place_in_the_order_of_the_whole_batch(
     most = max(map(len, wanted))
     plans = [exchange.plan(counts, rank=rank, capacity=most) for rank in range(ranks)]
     for holder, rows in enumerate(wanted):
-        to, at = exchange.homes(plans[holder], len(rows))
+        to, at = exchange.origins(plans[holder], len(rows))
         for row, (e, source, t) in enumerate(sorted(rows)):
             number = numbers[source][e, t]
             assert number + int(plans[source].shift[e]) == row
             assert (int(to[row]), int(at[row])) == (source, number)
         away = sum(source != holder for _, source, _ in rows)
-        assert plans[holder].live.tolist() == [tokens[holder] * top_k, int(counts[holder, experts:].sum()), len(rows)]
-        assert int(plans[holder].traffic[2]) == away and int(plans[holder].needed) == 0
+        assert plans[holder].valid.tolist() == [tokens[holder] * top_k, int(counts[holder, experts:].sum()), len(rows)]
+        assert int(plans[holder].crossing[2]) == away and int(plans[holder].needed) == 0
     # tokens that go to a rank: by source, in their order, each once
     for holder in range(ranks):
         at = 0
@@ -62,5 +62,5 @@ def test_every_row_has_its_place_in_the_order_of_the_whole_batch(
         for rank in range(ranks):
             over = exchange.plan(counts, rank=rank, capacity=most - 1)
             assert int(over.needed) == most
-            assert all(not getattr(over, name).any() for name in ("shift", "token_shift", "count", "end", "live"))
-            assert all(not getattr(over, name).any() for name in ("home_end", "home_shift", "traffic"))
+            assert all(not getattr(over, name).any() for name in ("shift", "token_shift", "count", "end", "valid"))
+            assert all(not getattr(over, name).any() for name in ("origin_end", "origin_shift", "crossing"))

@@ -1,4 +1,8 @@
-"""Where every row of an exchange goes: `pure.exchange` on the device."""
+"""Exchange plan: `pure.parallel.exchange_plan` on the device, so that the host waits for nothing.
+
+W ranks · E experts of all ranks · N tokens · K choices of a token · C rows a rank can hold
+P suffix of a size: padded to a power of two, as Triton needs
+"""
 
 from __future__ import annotations
 
@@ -9,36 +13,36 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 256
-"""Pairs or rows a program tells of."""
+"""Pairs or rows a program handles."""
 
 RUNS = 64
-"""Runs a program of `homes` looks through at once."""
+"""Runs that a program of `origins` compares with its rows at once: [RUNS BLOCK] in registers."""
 
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """`pure.exchange.Plan` as 32-bit integers on the device."""
+    """`exchange_plan.Plan` as 32-bit integers on the device."""
 
     shift: Tensor  # [E]
-    token_shift: Tensor  # [R]
-    count: Tensor  # [E/R]
-    end: Tensor  # [E/R]
-    home_end: Tensor  # [E/R·R]
-    home_shift: Tensor  # [E/R·R]
-    live: Tensor  # [3]
-    traffic: Tensor  # [3]
+    token_shift: Tensor  # [W]
+    count: Tensor  # [E/W]
+    end: Tensor  # [E/W]
+    origin_end: Tensor  # [E/W·W]
+    origin_shift: Tensor  # [E/W·W]
+    valid: Tensor  # [3]
+    crossing: Tensor  # [3]
 
 
 @attrs.frozen(kw_only=True)
-class Way:
-    """Where items go."""
+class Destination:
+    """Rank and place that each item goes to."""
 
     to: Tensor  # [M K] i32, rank; no rank of the exchange: nowhere
     at: Tensor  # [M K] i32, place in the field
 
 
 @triton.jit
-def owners_kernel(expert, owner, N, LOCAL, R, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
+def owners_kernel(expert, owner, N, LOCAL, W, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
     token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     choice = tl.arange(0, KP)[None, :]
     inside = (token < N) & (choice < K)
@@ -47,62 +51,63 @@ def owners_kernel(expert, owner, N, LOCAL, R, K: tl.constexpr, KP: tl.constexpr,
     for other in tl.static_range(K):
         its = tl.load(expert + token * K + other, mask=token < N, other=0).to(tl.int32) // LOCAL
         earlier += ((its == mine) & (choice > other)).to(tl.int32)
-    tl.store(owner + token * K + choice, tl.where(earlier > 0, R, mine), mask=inside)
+    tl.store(owner + token * K + choice, tl.where(earlier > 0, W, mine), mask=inside)
 
 
 @triton.jit
 def plan_kernel(
-    counts, shift, token_shift, count, end, home_end, home_shift, live, traffic, needed, ME, CAPACITY,
-    R: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    counts, shift, token_shift, count, end, origin_end, origin_shift, valid, crossing, needed, ME, CAPACITY,
+    W: tl.constexpr, WP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    LOCAL: tl.constexpr = E // R
-    rank = tl.arange(0, RP)[:, None]
+    LOCAL: tl.constexpr = E // W
+    rank = tl.arange(0, WP)[:, None]
     each = tl.arange(0, EP)
-    other = tl.arange(0, RP)[None, :]
-    at = counts + rank * (E + R)
-    pairs = tl.load(at + each[None, :], mask=(rank < R) & (each < E)[None, :], other=0)
-    tokens = tl.load(at + E + other, mask=(rank < R) & (other < R), other=0)
+    other = tl.arange(0, WP)[None, :]
+    at = counts + rank * (E + W)
+    pairs = tl.load(at + each[None, :], mask=(rank < W) & (each < E)[None, :], other=0)
+    tokens = tl.load(at + E + other, mask=(rank < W) & (other < W), other=0)
     total = tl.sum(pairs, 0)
-    held_by = (each // LOCAL)[None, :] == rank  # [RP EP]
-    held = tl.sum(tl.where(held_by, total[None, :], 0), 1)  # [RP]
+    held_by = (each // LOCAL)[None, :] == rank  # [WP EP]
+    held = tl.sum(tl.where(held_by, total[None, :], 0), 1)  # [WP]
     first = tl.cumsum(held, 0) - held
     start = tl.cumsum(total, 0) - total - tl.sum(tl.where(held_by, first[:, None], 0), 0)
     most = tl.max(held, 0)
+    # one rank over capacity zeroes the plan on every rank: all see the same counts, so none writes out of bounds
     fits = (most <= CAPACITY).to(tl.int32)
     base = start[None, :] + tl.cumsum(pairs, 0) - pairs
     number = tl.cumsum(pairs, 1) - pairs
     mine = rank == ME
     tl.store(shift + each, tl.sum(tl.where(mine, base - number, 0), 0) * fits, mask=each < E)
     skip = tl.cumsum(tokens, 0) - tl.cumsum(tokens, 1)
-    to = tl.arange(0, RP)
-    tl.store(token_shift + to, tl.sum(tl.where(mine, skip, 0), 0) * fits, mask=to < R)
+    to = tl.arange(0, WP)
+    tl.store(token_shift + to, tl.sum(tl.where(mine, skip, 0), 0) * fits, mask=to < W)
     here = each - ME * LOCAL
     local = (here >= 0) & (here < LOCAL)
     tl.store(count + here, total * fits, mask=local)
     tl.store(end + here, (start + total) * fits, mask=local)
-    run = here[None, :] * R + rank
-    inside = local[None, :] & (rank < R)
-    tl.store(home_end + run, (base + pairs) * fits, mask=inside)
-    tl.store(home_shift + run, (number - base) * fits, mask=inside)
+    run = here[None, :] * W + rank
+    inside = local[None, :] & (rank < W)
+    tl.store(origin_end + run, (base + pairs) * fits, mask=inside)
+    tl.store(origin_shift + run, (number - base) * fits, mask=inside)
     out = tl.sum(tl.sum(tl.where(mine, pairs, 0), 1), 0)
     places = tl.sum(tl.sum(tl.where(mine, tokens, 0), 1), 0)
     rows = tl.sum(tl.where(local, total, 0), 0)
     stay = tl.sum(tl.sum(tl.where(mine & local[None, :], pairs, 0), 1), 0)
     place = tl.sum(tl.sum(tl.where(mine & (other == ME), tokens, 0), 1), 0)
-    tl.store(live, out * fits)
-    tl.store(live + 1, places * fits)
-    tl.store(live + 2, rows * fits)
-    tl.store(traffic, (out - stay) * fits)
-    tl.store(traffic + 1, (places - place) * fits)
-    tl.store(traffic + 2, (rows - stay) * fits)
+    tl.store(valid, out * fits)
+    tl.store(valid + 1, places * fits)
+    tl.store(valid + 2, rows * fits)
+    tl.store(crossing, (out - stay) * fits)
+    tl.store(crossing + 1, (places - place) * fits)
+    tl.store(crossing + 2, (rows - stay) * fits)
     before = tl.load(needed)
-    tl.debug_barrier()
+    tl.debug_barrier()  # every thread has read `needed` before one writes it
     tl.store(needed, tl.maximum(before, most * (1 - fits)))
 
 
 @triton.jit
-def ways_kernel(
-    expert, place, shift, owner, token_place, token_shift, to, at, landing, N, LOCAL, R,
+def destinations_kernel(
+    expert, place, shift, owner, token_place, token_shift, to, at, landing, N, LOCAL, W,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, DEDUP: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
@@ -116,30 +121,32 @@ def ways_kernel(
     if DEDUP:
         found = tl.zeros((BLOCK, KP), tl.int32)
         for other in tl.static_range(K):
-            its = tl.load(owner + token * K + other, mask=token < N, other=R)
+            its = tl.load(owner + token * K + other, mask=token < N, other=W)
             there = tl.load(token_place + token * K + other, mask=token < N, other=0)
-            there += tl.load(token_shift + its, mask=its < R, other=0)
+            there += tl.load(token_shift + its, mask=its < W, other=0)
             found += tl.where(its == mine, there, 0)
         tl.store(landing + pair, found, mask=inside)
 
 
 @triton.jit
-def homes_kernel(home_end, home_shift, live, to, at, R, RUNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def origins_kernel(
+    origin_end, origin_shift, valid, to, at, W, RUNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.load(live + 2)
+    rows = tl.load(valid + 2)
     if tl.program_id(0) * BLOCK < rows:
         run = tl.zeros((BLOCK,), tl.int32)
         for begin in range(0, RUNS, CHUNK):
             each = begin + tl.arange(0, CHUNK)
-            ends = tl.load(home_end + each, mask=each < RUNS, other=2147483647)
+            ends = tl.load(origin_end + each, mask=each < RUNS, other=2147483647)  # beyond any row
             run += tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1)
         real = row < rows
-        tl.store(to + row, run % R, mask=real)
-        tl.store(at + row, row + tl.load(home_shift + run, mask=real, other=0), mask=real)
+        tl.store(to + row, run % W, mask=real)
+        tl.store(at + row, row + tl.load(origin_shift + run, mask=real, other=0), mask=real)
 
 
 def owners(expert: Tensor, ranks: int, experts: int) -> Tensor:
-    """`pure.exchange.owners`: the rank of each choice, `ranks` where an earlier choice goes there already.
+    """`exchange_plan.owners`: the rank of each choice, `ranks` where an earlier choice goes there already.
 
     expert   [N K] integers
     returns  [N K] i32
@@ -155,9 +162,9 @@ def owners(expert: Tensor, ranks: int, experts: int) -> Tensor:
 
 
 def plan_(counts: Tensor, needed: Tensor, rank: int, capacity: int) -> Plan:
-    """`pure.exchange.plan` in one program.
+    """`exchange_plan.plan` in one program.
 
-    counts   [R E+R] i32
+    counts   [W E+W] i32
     needed   [1] i32   the most rows a rank would have had to hold in this or an earlier plan, 0 if each fitted
 
     Writes:  needed.
@@ -174,21 +181,21 @@ def plan_(counts: Tensor, needed: Tensor, rank: int, capacity: int) -> Plan:
         token_shift=empty(ranks),
         count=empty(local),
         end=empty(local),
-        home_end=empty(experts),
-        home_shift=empty(experts),
-        live=empty(3),
-        traffic=empty(3),
+        origin_end=empty(experts),
+        origin_shift=empty(experts),
+        valid=empty(3),
+        crossing=empty(3),
     )
     plan_kernel[(1,)](
-        counts, p.shift, p.token_shift, p.count, p.end, p.home_end, p.home_shift, p.live, p.traffic, needed, rank,
+        counts, p.shift, p.token_shift, p.count, p.end, p.origin_end, p.origin_shift, p.valid, p.crossing, needed, rank,
         capacity, ranks, triton.next_power_of_2(ranks), experts, triton.next_power_of_2(experts), num_warps=8,
     )  # fmt: skip
     return p
 
 
-def ways(
+def destinations(
     expert: Tensor, place: Tensor, p: Plan, owner: Tensor | None, token_place: Tensor | None
-) -> tuple[Way, Tensor | None]:
+) -> tuple[Destination, Tensor | None]:
     """Where every pair has its row, and with dedup its token's place in that rank's landing buffer.
 
     expert       [N K] integers
@@ -204,19 +211,19 @@ def ways(
     if tokens:
         width = triton.next_power_of_2(k)
         block = BLOCK // width
-        ways_kernel[(triton.cdiv(tokens, block),)](
+        destinations_kernel[(triton.cdiv(tokens, block),)](
             expert, place, p.shift, owner, token_place, p.token_shift, to, at, landing, tokens,
             p.shift.shape[0] // ranks, ranks, k, width, block, owner is not None,
         )  # fmt: skip
-    return Way(to=to, at=at), landing
+    return Destination(to=to, at=at), landing
 
 
-def homes(p: Plan, capacity: int) -> Way:
-    """`pure.exchange.homes`: where each row this rank holds came from; undefined for those it does not hold."""
-    runs, ranks = p.home_end.shape[0], p.token_shift.shape[0]
-    to = torch.empty(capacity, dtype=torch.int32, device=p.live.device)
+def origins(p: Plan, capacity: int) -> Destination:
+    """`exchange_plan.origins`: where each row this rank holds came from; undefined for those it does not hold."""
+    runs, ranks = p.origin_end.shape[0], p.token_shift.shape[0]
+    to = torch.empty(capacity, dtype=torch.int32, device=p.valid.device)
     at = torch.empty_like(to)
-    homes_kernel[(triton.cdiv(capacity, BLOCK),)](
-        p.home_end, p.home_shift, p.live, to, at, ranks, runs, min(RUNS, triton.next_power_of_2(runs)), BLOCK
+    origins_kernel[(triton.cdiv(capacity, BLOCK),)](
+        p.origin_end, p.origin_shift, p.valid, to, at, ranks, runs, min(RUNS, triton.next_power_of_2(runs)), BLOCK
     )
-    return Way(to=to, at=at)
+    return Destination(to=to, at=at)

@@ -1,4 +1,7 @@
-"""Rows and words written into the memory of other ranks, and the flags that say they are there.
+"""Push: store rows and words into the memory of other ranks; barrier: signal by flags, wait for the flags of all.
+
+W ranks · E experts of all ranks · N tokens · K choices of a token · D hidden size · C rows a rank can hold
+M rows or words pushed · P suffix of a size: padded to a power of two
 
 A peer is an address in a table; an arena's fields lie at the same offsets everywhere. Slots are known before anything
 is sent, so no kernel of this file counts with atomics, and what arrives first makes no difference. Where some rank
@@ -17,44 +20,46 @@ ROWS = 4
 """Rows a program of `push` moves at once."""
 
 WORDS = 256
-"""Words a program moves."""
+"""Words a program of `push_words_` moves."""
 
 
 @triton.jit
 def counts_kernel(
-    count, tokens, addresses, OFFSET, ME, E: tl.constexpr, EP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    count, tokens, addresses, OFFSET, ME, E: tl.constexpr, EP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     DEDUP: tl.constexpr,
 ):  # fmt: skip
     peer = tl.program_id(0)
-    to = (tl.load(addresses + peer) + OFFSET).to(tl.pointer_type(tl.int32)) + ME * (E + R)
+    to = (tl.load(addresses + peer) + OFFSET).to(tl.pointer_type(tl.int32)) + ME * (E + W)
     each = tl.arange(0, EP)
     tl.store(to + each, tl.load(count + each, mask=each < E, other=0), mask=each < E)
-    rank = tl.arange(0, RP)
-    value = tl.zeros((RP,), tl.int32)
+    rank = tl.arange(0, WP)
+    value = tl.zeros((WP,), tl.int32)
     if DEDUP:
-        value = tl.load(tokens + rank, mask=rank < R, other=0)
-    tl.store(to + E + rank, value, mask=rank < R)
+        value = tl.load(tokens + rank, mask=rank < W, other=0)
+    tl.store(to + E + rank, value, mask=rank < W)
 
 
 @triton.jit
-def meet_kernel(
-    epoch, addresses, arrived, missing, OFFSET, ME, R: tl.constexpr, RP: tl.constexpr, FLAG: tl.constexpr,
-    TELL: tl.constexpr, WAIT: tl.constexpr, LIMIT: tl.constexpr,
+def barrier_kernel(
+    epoch, addresses, arrived, missing, OFFSET, ME, W: tl.constexpr, WP: tl.constexpr, FLAG: tl.constexpr,
+    SIGNAL: tl.constexpr, WAIT: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     now = tl.load(epoch)
-    if TELL:
+    if SIGNAL:
         now += 1
         tl.debug_barrier()  # every thread has read the epoch before one writes it
         tl.store(epoch, now)
-        rank = tl.arange(0, RP)
-        base = tl.load(addresses + rank, mask=rank < R, other=0) + OFFSET
+        rank = tl.arange(0, WP)
+        base = tl.load(addresses + rank, mask=rank < W, other=0) + OFFSET
         flag = base.to(tl.pointer_type(tl.int64)) + ME * FLAG
-        tl.atomic_xchg(flag, now, mask=rank < R, sem="release", scope="sys")
+        # release, system scope: rows stored by earlier kernels of the stream are visible before the flag
+        tl.atomic_xchg(flag, now, mask=rank < W, sem="release", scope="sys")
     if WAIT:
         begin = now
         if LIMIT > 0:
             begin = globaltimer()
-        for rank in range(R):
+        for rank in range(W):
+            # tl.load takes no memory order; adding 0 is an acquire at system scope
             seen = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
             while seen < now:
                 if LIMIT > 0:
@@ -68,20 +73,21 @@ def meet_kernel(
 
 @triton.jit
 def push_kernel(
-    x, to, at, addresses, live, OFFSET, D, R, PROGRAMS, LIVE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    x, to, at, addresses, valid, OFFSET, D, W, PROGRAMS, VALID: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    count = tl.load(live + LIVE) // K
+    count = tl.load(valid + VALID) // K
     for begin in range(tl.program_id(0) * ROWS, count, PROGRAMS * ROWS):
         item = begin + tl.arange(0, ROWS)
         real = item < count
         for first in range(0, D, BLOCK):
             column = first + tl.arange(0, BLOCK)
             inside = real[:, None] & (column < D)[None, :]
+            # read once, stored to each of its K destinations
             value = tl.load(x + item.to(tl.int64)[:, None] * D + column[None, :], mask=inside)
             for k in tl.static_range(K):
-                peer = tl.load(to + item * K + k, mask=real, other=R)
-                sent = peer < R
+                peer = tl.load(to + item * K + k, mask=real, other=W)
+                sent = peer < W
                 there = tl.load(at + item * K + k, mask=sent, other=0).to(tl.int64)
                 base = (tl.load(addresses + peer, mask=sent, other=0) + OFFSET).to(tl.pointer_type(x.dtype.element_ty))
                 # the cast loses what is known of the address: without this the stores are of two bytes
@@ -91,10 +97,10 @@ def push_kernel(
 
 @triton.jit
 def words_kernel(
-    value, item, to, at, addresses, live, OFFSET, LIVE: tl.constexpr, INDIRECT: tl.constexpr, BLOCK: tl.constexpr
+    value, item, to, at, addresses, valid, OFFSET, VALID: tl.constexpr, INDIRECT: tl.constexpr, BLOCK: tl.constexpr
 ):
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(live + LIVE)
+    count = tl.load(valid + VALID)
     if tl.program_id(0) * BLOCK < count:
         real = number < count
         which = number
@@ -107,8 +113,8 @@ def words_kernel(
 
 
 @triton.jit
-def expand_kernel(x, source, out, live, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows = tl.load(live + 2)
+def expand_kernel(x, source, out, valid, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.load(valid + 2)
     first = tl.program_id(0) * ROWS
     if first < rows:
         row = first + tl.arange(0, ROWS)
@@ -121,28 +127,28 @@ def expand_kernel(x, source, out, live, D, ROWS: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def pad_kernel(x, live, D, SIZE, BLOCK: tl.constexpr):
-    row = tl.load(live + 2) + tl.program_id(0)
+def pad_kernel(x, valid, D, SIZE, BLOCK: tl.constexpr):
+    row = tl.load(valid + 2) + tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     zero = tl.zeros((BLOCK,), x.dtype.element_ty)
     tl.store(x + row.to(tl.int64) * D + column, zero, mask=(column < D) & (row < SIZE))
 
 
 @triton.jit
-def bytes_kernel(traffic, sent, PAIR, PLACE, ROW, FIXED):
-    added = tl.load(traffic).to(tl.int64) * PAIR + tl.load(traffic + 1).to(tl.int64) * PLACE
-    added += tl.load(traffic + 2).to(tl.int64) * ROW + FIXED
+def bytes_kernel(crossing, sent, PAIR, PLACE, ROW, FIXED):
+    added = tl.load(crossing).to(tl.int64) * PAIR + tl.load(crossing + 1).to(tl.int64) * PLACE
+    added += tl.load(crossing + 2).to(tl.int64) * ROW + FIXED
     before = tl.load(sent)
-    tl.debug_barrier()
+    tl.debug_barrier()  # every thread has read `sent` before one writes it
     tl.store(sent, before + added)
 
 
-def push_counts(count: Tensor, tokens: Tensor | None, addresses: Tensor, offset: int, rank: int) -> None:
-    """This rank's row of the matrix of counts, written to every rank.
+def push_counts_(count: Tensor, tokens: Tensor | None, addresses: Tensor, offset: int, rank: int) -> None:
+    """Push this rank's row of the matrix of counts to every rank.
 
     count      [E] i32     pairs of each expert
-    tokens     [R+1] i32   tokens for each rank; None: zeros
-    addresses  [R] i64     of the arenas
+    tokens     [W+1] i32   tokens for each rank; None: zeros
+    addresses  [W] i64     of the arenas
     offset     bytes from an arena's beginning to the matrix
 
     Writes:  that row in every arena.
@@ -154,7 +160,7 @@ def push_counts(count: Tensor, tokens: Tensor | None, addresses: Tensor, offset:
     )  # fmt: skip
 
 
-def meet_(
+def barrier_(
     epoch: Tensor,
     arrived: Tensor,
     missing: Tensor,
@@ -162,14 +168,14 @@ def meet_(
     offset: int,
     rank: int,
     *,
-    tell: bool,
+    signal: bool,
     wait: bool,
     limit_ns: int,
 ) -> None:
-    """Tell every rank that what was launched before is written; wait until every rank has said so. One program.
+    """Barrier in one program: signal every rank that earlier launches are written; wait for the signals of all.
 
-    epoch      [1] i64     phases told so far
-    arrived    [R W] i64   this rank's flags, a cache line each
+    epoch      [1] i64     barriers this rank has entered
+    arrived    [W FLAG] i64   this rank's flags, a cache line each
     missing    [1] i32     on the host: gets the number of a rank that did not come, and one, before the device traps
     offset     bytes from an arena's beginning to its flags
     limit_ns   how long one is waited for; 0: for ever, which the interpreter needs
@@ -177,51 +183,51 @@ def meet_(
     Writes:  epoch and flags of every arena, or `missing`.
     """
     ranks, flag = arrived.shape
-    meet_kernel[(1,)](
-        epoch, addresses, arrived, missing, offset, rank, ranks, triton.next_power_of_2(ranks), flag, tell, wait,
+    barrier_kernel[(1,)](
+        epoch, addresses, arrived, missing, offset, rank, ranks, triton.next_power_of_2(ranks), flag, signal, wait,
         limit_ns, num_warps=1,
     )  # fmt: skip
 
 
-def push(
-    x: Tensor, to: Tensor, at: Tensor, addresses: Tensor, offset: int, live: Tensor, programs: int, *, home: bool
+def push_(
+    x: Tensor, to: Tensor, at: Tensor, addresses: Tensor, offset: int, valid: Tensor, programs: int, *, back: bool
 ) -> None:
-    """Rows into a field of other ranks' arenas, 16 bytes at a time.
+    """Push rows into a field of other ranks' arenas, in stores of 16 bytes.
 
     x         [M D]       a row is read once and written to each of its places
     to        [M K] i32   rank for each place; no rank of the exchange: nowhere
     at        [M K] i32   place in the field
-    addresses [R] i64     of the arenas
+    addresses [W] i64     of the arenas
     offset    bytes from an arena's beginning to the field
-    live      [3] i32     `exchange_plan.Plan.live`
+    valid      [3] i32     `plan.Plan.valid`
     programs  that share the rows out
-    home      whether these are rows that go back, of which the third of `live` counts, or tokens
+    back      whether these are rows that go back, of which the third of `valid` counts, or tokens
 
     Writes:  that field.
     """
-    k = 1 if home else to.shape[1]
+    k = 1 if back else to.shape[1]
     d = x.shape[1]
     if not x.shape[0]:
         return
     grid = min(programs, triton.cdiv(x.shape[0], ROWS))
     push_kernel[(grid,)](
-        x, to, at, addresses, live, offset, d, addresses.shape[0], grid, 2 if home else 0, k, ROWS, _block(d),
+        x, to, at, addresses, valid, offset, d, addresses.shape[0], grid, 2 if back else 0, k, ROWS, _block(d),
         num_warps=8,
     )  # fmt: skip
 
 
-def push_words(
+def push_words_(
     value: Tensor,
     item: Tensor | None,
     to: Tensor,
     at: Tensor,
     addresses: Tensor,
     offset: int,
-    live: Tensor,
+    valid: Tensor,
     *,
-    home: bool,
+    back: bool,
 ) -> None:
-    """Numbers of 4 bytes into a field of other ranks' arenas.
+    """Push words of 4 bytes into a field of other ranks' arenas.
 
     value  4 bytes each, counted through; so are `to` and `at`
     item   [M] i32   in which order to send them, so that neighbours are written side by side; None: as they are
@@ -232,11 +238,11 @@ def push_words(
     """
     if value.numel():
         words_kernel[(triton.cdiv(value.numel(), WORDS),)](
-            value, item, to, at, addresses, live, offset, 2 if home else 0, item is not None, WORDS
+            value, item, to, at, addresses, valid, offset, 2 if back else 0, item is not None, WORDS
         )
 
 
-def expand(x: Tensor, source: Tensor, live: Tensor) -> Tensor:
+def expand(x: Tensor, source: Tensor, valid: Tensor) -> Tensor:
     """Every row this rank holds, from the place where its token landed; undefined beyond those.
 
     x        [landing D]
@@ -247,13 +253,13 @@ def expand(x: Tensor, source: Tensor, live: Tensor) -> Tensor:
     out = torch.empty(capacity, d, dtype=x.dtype, device=x.device)
     block = _block(d)
     expand_kernel[(triton.cdiv(capacity, ROWS), triton.cdiv(d, block))](
-        x, source, out, live, d, ROWS, block, num_warps=8
+        x, source, out, valid, d, ROWS, block, num_warps=8
     )
     return out
 
 
-def pad_(x: Tensor, live: Tensor, num: int) -> None:
-    """Zeros after the last row, so that a product over rows that reads past it meets numbers.
+def pad_(x: Tensor, valid: Tensor, num: int) -> None:
+    """Zero the rows after the last, so that a GEMM that sums over whole tiles of rows adds zeros, not NaN.
 
     x    [C D]
     num  rows to write
@@ -262,18 +268,18 @@ def pad_(x: Tensor, live: Tensor, num: int) -> None:
     """
     capacity, d = x.shape
     block = _block(d)
-    pad_kernel[(num, triton.cdiv(d, block))](x, live, d, capacity, block)
+    pad_kernel[(num, triton.cdiv(d, block))](x, valid, d, capacity, block)
 
 
-def count_bytes_(sent: Tensor, traffic: Tensor, *, pair: int, place: int, row: int, fixed: int) -> None:
+def count_bytes_(sent: Tensor, crossing: Tensor, *, pair: int, place: int, row: int, fixed: int) -> None:
     """Add what crosses to other ranks: so many bytes for each pair, place and row, and some always.
 
     sent     [1] i64
-    traffic  [3] i32   `exchange_plan.Plan.traffic`
+    crossing  [3] i32   `plan.Plan.crossing`
 
     Writes:  sent.
     """
-    bytes_kernel[(1,)](traffic, sent, pair, place, row, fixed, num_warps=1)
+    bytes_kernel[(1,)](crossing, sent, pair, place, row, fixed, num_warps=1)
 
 
 def _block(width: int) -> int:

@@ -1,8 +1,11 @@
-"""The exchange in kernels: `kernels.mixture` with rows that cross to the ranks that hold their experts.
+"""Expert-parallel mixture in kernels: dispatch, grouped GEMMs and combine over symmetric memory.
 
-What a rank does between two meetings is a stretch of a generator, so that the same text runs one rank a process, or all
-ranks of an exchange in one, each stretch in turn. No size depends on what the router chose and nothing waits for the
-device, so that a CUDA graph can hold a step.
+A generator yields at every barrier, so the same code runs one rank a process, or all ranks of an exchange in one
+process, each up to the next barrier. No size depends on what the router chose and the host never synchronises with the
+device, so a CUDA graph can hold a step.
+
+W ranks · E experts of all ranks · N tokens of this rank · K choices of a token · P = N K pairs · D hidden size
+F width of an expert · C rows a rank can hold
 """
 
 from __future__ import annotations
@@ -23,17 +26,18 @@ from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
 from nmoe.effects.kernels.moe.moe import Tiles
-from nmoe.effects.parallel.exchange.arena import Exchange, Field, fit, view
+from nmoe.effects.parallel.exchange.arena import Exchange, fit, view
 from nmoe.pure.model.route import Routing
+from nmoe.pure.parallel.exchange_arena import Field
 
 T = TypeVar("T")
 Stretches = Generator[None, None, T]
-"""Work that yields where ranks meet."""
+"""Work that yields at every barrier."""
 
 
 @attrs.frozen(kw_only=True)
 class Kept:
-    """Where everything goes; the backward pass follows it too."""
+    """Destinations and origins of all rows; the backward pass uses them too."""
 
     slot: Tensor  # [P] i32, pair in the order of experts -> pair in the order of tokens
     place: Tensor  # [N K] i32, the other way
@@ -41,17 +45,17 @@ class Kept:
     row_at: Tensor  # [N K] i32, its row there
     token_to: Tensor  # [N K] i32, rank to send the token to for this choice; no rank if it goes there already
     token_at: Tensor  # [N K] i32, place in the landing buffer
-    home_to: Tensor  # [C] i32, rank a row came from
-    home_at: Tensor  # [C] i32, its pair there
+    origin_to: Tensor  # [C] i32, rank a row came from
+    origin_at: Tensor  # [C] i32, its pair there
     source: Tensor  # [C] i32, row -> place in the landing buffer
-    count: Tensor  # [E/R] i32
-    end: Tensor  # [E/R] i32
-    live: Tensor  # [3] i32
-    traffic: Tensor  # [3] i32
+    count: Tensor  # [E/W] i32
+    end: Tensor  # [E/W] i32
+    valid: Tensor  # [3] i32
+    crossing: Tensor  # [3] i32
 
 
-def run(exchanges: Sequence[Exchange], works: Sequence[Stretches[T]]) -> list[T]:
-    """What each rank's work returns; between stretches the ranks meet.
+def run_(exchanges: Sequence[Exchange], works: Sequence[Stretches[T]]) -> list[T]:
+    """Run each rank's work to its end, with a barrier at every yield; what each returned.
 
     exchanges  of the ranks in this process: one, or all of the exchange
 
@@ -66,27 +70,29 @@ def run(exchanges: Sequence[Exchange], works: Sequence[Stretches[T]]) -> list[T]
                 found.append(end.value)
         if found:
             return found
-        alone = len(exchanges) == 1
+        single = len(exchanges) == 1
         for e in exchanges:
-            meet(e, tell=True, wait=alone)
-        if not alone:
+            barrier_(e, signal=True, wait=single)
+        if not single:
             for e in exchanges:
-                meet(e, tell=False, wait=True)
+                barrier_(e, signal=False, wait=True)
 
 
-def meet(e: Exchange, *, tell: bool, wait: bool) -> None:
-    """`kernels.exchange.meet_` of one rank."""
+def barrier_(e: Exchange, *, signal: bool, wait: bool) -> None:
+    """Signal, wait, or both, for one rank. Writes: its flag in all arenas, `e.epoch`."""
     limit = int(e.timeout_s * 1e9) if e.raw.is_cuda else 0
     arrived = view(e.raw, e.fields.arrived)
     offset = e.fields.arrived.offset
     with record_function("exchange wait"):
-        moves.meet_(e.epoch, arrived, e.missing, e.addresses, offset, e.rank, tell=tell, wait=wait, limit_ns=limit)
+        moves.barrier_(
+            e.epoch, arrived, e.missing, e.addresses, offset, e.rank, signal=signal, wait=wait, limit_ns=limit
+        )
 
 
-def begin(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
-    """Sort this rank's pairs, tell every rank their counts, and plan; how many chose each expert [E] i64.
+def begin_(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
+    """Sort this rank's pairs, send every rank their counts, and plan; how many chose each expert [E] i64.
 
-    Needs nothing but the routing. With dedup the places where tokens land are on their way when it returns.
+    Needs nothing but the routing. With dedup the landing places of tokens are sent, not yet waited for.
 
     expert   [N K] integers
     """
@@ -95,15 +101,15 @@ def begin(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
         at = places.dispatch(expert, s.experts)
         owner = plans.owners(expert, s.ranks, s.experts) if s.dedup else None
         tokens = None if owner is None else places.dispatch(owner, s.ranks + 1)
-        moves.push_counts(at.count, None if tokens is None else tokens.count, e.addresses, f.counts.offset, e.rank)
+        moves.push_counts_(at.count, None if tokens is None else tokens.count, e.addresses, f.counts.offset, e.rank)
     yield
     with record_function("exchange plan"):
         plan = plans.plan_(view(e.raw, f.counts), e.needed, e.rank, s.capacity)
-        row, landing = plans.ways(expert, at.place, plan, owner, None if tokens is None else tokens.place)
-        token = row if owner is None or landing is None else plans.Way(to=owner, at=landing)
-        home = plans.homes(plan, s.capacity)
+        row, landing = plans.destinations(expert, at.place, plan, owner, None if tokens is None else tokens.place)
+        token = row if owner is None or landing is None else plans.Destination(to=owner, at=landing)
+        origin = plans.origins(plan, s.capacity)
         if landing is not None:
-            moves.push_words(landing, at.slot, row.to, row.at, e.addresses, f.source.offset, plan.live, home=False)
+            moves.push_words_(landing, at.slot, row.to, row.at, e.addresses, f.source.offset, plan.valid, back=False)
     kept = Kept(
         slot=at.slot,
         place=at.place,
@@ -111,63 +117,63 @@ def begin(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
         row_at=row.at,
         token_to=token.to,
         token_at=token.at,
-        home_to=home.to,
-        home_at=home.at,
+        origin_to=origin.to,
+        origin_at=origin.at,
         source=torch.arange(s.capacity, dtype=torch.int32, device=expert.device),
         count=plan.count,
         end=plan.end,
-        live=plan.live,
-        traffic=plan.traffic,
+        valid=plan.valid,
+        crossing=plan.crossing,
     )
     return kept, at.count.to(torch.int64)
 
 
-def dispatch(e: Exchange, x: Tensor, kept: Kept) -> Stretches[Kept]:
-    """Rows to the ranks that hold their experts; what is kept, with where each row landed.
+def dispatch_(e: Exchange, x: Tensor, kept: Kept) -> Stretches[Kept]:
+    """Dispatch: send rows to the ranks that hold their experts; what is kept, with where each row landed.
 
     x        [N D]
     """
     s = e.sizes
     with record_function("exchange dispatch"):
-        send(e, x, kept, e.fields.land)
+        send_(e, x, kept, e.fields.land)
         fixed = 4 * (s.ranks - 1) * (s.experts + s.ranks)
         count_bytes_(e, kept, times=1, words=4 if s.dedup else 0, back=0, fixed=fixed)
     yield
     return attrs.evolve(kept, source=view(e.raw, e.fields.source).clone()) if s.dedup else kept
 
 
-def combine(e: Exchange, y: Tensor, weight: Tensor, kept: Kept) -> Stretches[Tensor]:
-    """Rows back to where they came from, and the weighted sum of each token's.
+def combine_(e: Exchange, y: Tensor, weight: Tensor, kept: Kept) -> Stretches[Tensor]:
+    """Combine: send rows back to their origins, and sum each token's by weight.
 
     y        [C D]   of the rows held here
     weight   [N K]
     returns  [N D]
     """
     with record_function("exchange return"):
-        give_back(e, y, kept)
+        send_back_(e, y, kept)
     yield
     with record_function("exchange combine"):
-        return sums.combine(came_back(e, weight.shape[0]), kept.place, weight)
+        return sums.combine(returned(e, weight.shape[0]), kept.place, weight)
 
 
-def forward(
+def forward_(
     e: Exchange, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, t: Tiles
 ) -> Stretches[tuple[Tensor, Tensor, Kept, Tensor]]:
     """Output, how many chose each expert, and what to keep: plan and pre-activation [C 2 F]. Shapes as `mixture`."""
     capacity = e.sizes.capacity
-    kept, count = yield from begin(e, expert)
-    kept = yield from dispatch(e, x, kept)
+    kept, count = yield from begin_(e, expert)
+    kept = yield from dispatch_(e, x, kept)
     with record_function("experts"):
         cut = places.tiles(kept.count, capacity, t.up.m)
         h, a = experts.up(view(e.raw, e.fields.land), kept.source, up, kept.end, cut, t.up, t.group)
         cut = places.tiles(kept.count, capacity, t.down.m)
         y = experts.product(a, down, kept.end, cut, t.down, t.group, transposed=False)
         del a
-    out = yield from combine(e, y, weight, kept)
+    out = yield from combine_(e, y, weight, kept)
     return out, count, kept, h
 
 
-def backward(
+def backward_(
     e: Exchange,
     grad_output: Tensor,
     x: Tensor,
@@ -180,22 +186,24 @@ def backward(
 ) -> Stretches[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Gradients of x, weight, up and down, from the output's.
 
-    Rows of x are sent again rather than kept, while the experts are busy with the output's gradient, and rows of the
-    input's gradient go home beside the gradient of `down`; that of `up`, which reads what landed, comes last.
+    Overlap: rows of x are sent again, rather than kept, during the GEMMs on the output's gradient; rows of the input's
+    gradient are sent back during the gradient of `down`. That of `up`, which reads the landed x, comes last.
 
     grad_output  [N D]
     """
     s, f = e.sizes, e.fields
     with record_function("exchange dispatch"):
-        moves.push_words(weight, kept.slot, kept.row_to, kept.row_at, e.addresses, f.gate.offset, kept.live, home=False)
-        send(e, grad_output, kept, f.land_gradient)
+        moves.push_words_(
+            weight, kept.slot, kept.row_to, kept.row_at, e.addresses, f.gate.offset, kept.valid, back=False
+        )
+        send_(e, grad_output, kept, f.land_gradient)
         count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
     yield
     with record_function("exchange dispatch"), aside(e):
-        send(e, x, kept, f.land)
+        send_(e, x, kept, f.land)
     with record_function("experts"):
         each = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
-        pulls = landed(e, f.land_gradient, kept)
+        pulls = received(e, f.land_gradient, kept)
         cut = places.tiles(kept.count, s.capacity, t.activation.m)
         dh, a, part = experts.activation_backward(
             pulls, each, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, t.programs
@@ -205,29 +213,29 @@ def backward(
         cut = places.tiles(kept.count, s.capacity, t.input.m)
         dx = experts.product(dh, up.flatten(2), kept.end, cut, t.input, t.group, transposed=True)
     with record_function("exchange return"), aside(e):
-        give_back(e, dx, kept)
-        moves.push_words(
-            d_gate, None, kept.home_to, kept.home_at, e.addresses, f.gate_gradient.offset, kept.live, home=True
+        send_back_(e, dx, kept)
+        moves.push_words_(
+            d_gate, None, kept.origin_to, kept.origin_at, e.addresses, f.gate_gradient.offset, kept.valid, back=True
         )
     with record_function("experts"):
-        moves.pad_(a, kept.live, t.down_gradient.k)
+        moves.pad_(a, kept.valid, t.down_gradient.k)
         d_down = experts.weight_gradient(a, pulls, kept.end, kept.count, t.down_gradient, t.group)
     join(e)
     del a, part, pulls, dx, d_gate
     yield
     with record_function("exchange combine"):
-        d_x = sums.combine(came_back(e, x.shape[0]), kept.place, None)
+        d_x = sums.combine(returned(e, x.shape[0]), kept.place, None)
         d_weight = view(e.raw, f.gate_gradient)[kept.place.to(torch.int64)]
     with record_function("experts"):
-        rows = landed(e, f.land, kept)
-        moves.pad_(rows, kept.live, t.up_gradient.k)
+        rows = received(e, f.land, kept)
+        moves.pad_(rows, kept.valid, t.up_gradient.k)
         d_up = experts.weight_gradient(rows, dh, kept.end, kept.count, t.up_gradient, t.group).view_as(up)
     return d_x, d_weight, d_up, d_down
 
 
 @contextmanager
 def aside(e: Exchange) -> Iterator[None]:
-    """What is launched inside runs after what came before and beside what follows, until `join`.
+    """Overlap: launches inside the block go to the side stream, after earlier work, beside later work, until `join`.
 
     It allocates nothing, and what it reads lives until then.
     """
@@ -240,14 +248,14 @@ def aside(e: Exchange) -> Iterator[None]:
 
 
 def join(e: Exchange) -> None:
-    """What follows comes after all that was launched aside."""
+    """Later work waits for the side stream."""
     if e.stream is not None:
         torch.cuda.current_stream().wait_stream(e.stream)
 
 
-def send(e: Exchange, x: Tensor, kept: Kept, field: Field) -> None:
-    """Tokens to the ranks that hold their experts. Writes: a landing buffer of every arena."""
-    moves.push(x, kept.token_to, kept.token_at, e.addresses, field.offset, kept.live, e.programs, home=False)
+def send_(e: Exchange, x: Tensor, kept: Kept, field: Field) -> None:
+    """Send tokens to the ranks that hold their experts. Writes: a landing buffer of every arena."""
+    moves.push_(x, kept.token_to, kept.token_at, e.addresses, field.offset, kept.valid, e.programs, back=False)
 
 
 def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:
@@ -262,21 +270,21 @@ def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, 
     """
     row = e.sizes.hidden_size * e.sizes.dtype.itemsize
     pair, place = (words, times * row) if e.sizes.dedup else (words + times * row, 0)
-    moves.count_bytes_(e.sent, kept.traffic, pair=pair, place=place, row=row + back, fixed=fixed)
+    moves.count_bytes_(e.sent, kept.crossing, pair=pair, place=place, row=row + back, fixed=fixed)
 
 
-def give_back(e: Exchange, y: Tensor, kept: Kept) -> None:
-    """Rows to where they came from. Writes: `back` of every arena."""
-    moves.push(y, kept.home_to, kept.home_at, e.addresses, e.fields.back.offset, kept.live, e.programs, home=True)
+def send_back_(e: Exchange, y: Tensor, kept: Kept) -> None:
+    """Send rows back to their origins. Writes: `back` of every arena."""
+    moves.push_(y, kept.origin_to, kept.origin_at, e.addresses, e.fields.back.offset, kept.valid, e.programs, back=True)
 
 
-def landed(e: Exchange, field: Field, kept: Kept) -> Tensor:
+def received(e: Exchange, field: Field, kept: Kept) -> Tensor:
     """Rows by expert: the landing buffer itself, or with dedup a copy that has a token at each of its rows."""
     land = view(e.raw, field)
-    return moves.expand(land, kept.source, kept.live) if e.sizes.dedup else land
+    return moves.expand(land, kept.source, kept.valid) if e.sizes.dedup else land
 
 
-def came_back(e: Exchange, tokens: int) -> Tensor:
+def returned(e: Exchange, tokens: int) -> Tensor:
     """Rows by the number of their pair [N·K D]."""
     return view(e.raw, e.fields.back)[: tokens * e.sizes.top_k]
 
@@ -290,7 +298,7 @@ class Mixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
         x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
-        [(out, count, kept, h)] = run([e], [forward(e, x, expert, weight, up, down, t)])
+        [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, t)])
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, weight, up, down, h, *(getattr(kept, field.name) for field in attrs.fields(Kept)))
         ctx.e, ctx.t = e, t
@@ -303,8 +311,8 @@ class Mixture(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, up, down, h, *rest = ctx.saved_tensors
         kept = Kept(**{field.name: each for field, each in zip(attrs.fields(Kept), rest, strict=True)})
-        work = backward(ctx.e, outputs[0].contiguous(), x, weight, up, down, kept, h, ctx.t)
-        [(dx, d_weight, d_up, d_down)] = run([ctx.e], [work])
+        work = backward_(ctx.e, outputs[0].contiguous(), x, weight, up, down, kept, h, ctx.t)
+        [(dx, d_weight, d_up, d_down)] = run_([ctx.e], [work])
         return dx, None, d_weight, d_up, d_down, None, None
 
 
@@ -317,8 +325,8 @@ def mixture(
     a rank cannot hold its rows, the result has no meaning on any rank and `exchange.needed` says so.
 
     x        [N D]
-    up       [E/R D 2 F]   of this rank's experts
-    down     [E/R F D]
+    up       [E/W D 2 F]   of this rank's experts
+    down     [E/W F D]
     returns  [N D] in the format of `x`, and how many of this rank's tokens chose each expert [E] i64
     """
     return Mixture.apply(  # pyright: ignore[reportReturnType]

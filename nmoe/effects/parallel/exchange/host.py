@@ -1,6 +1,9 @@
 """The exchange between processes of one host that share memory, in plain torch: `pure.experts.mixture` over ranks.
 
-The protocol is that of the kernels (`device`); a process waits for another one by looking at a word in its own arena.
+The protocol is that of the kernels (`device`); a process waits for another by polling a word in its own arena.
+
+W ranks · E experts of all ranks · N tokens of this rank · K choices of a token · P = N K pairs · D hidden size
+F width of an expert · U tokens sent, counted once a rank with dedup
 """
 
 from __future__ import annotations
@@ -16,16 +19,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.profiler import record_function
 
-from nmoe.effects.parallel.exchange.arena import Exchange, Field, PeerError, fit, view
+from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, fit, view
 from nmoe.effects.parallel.exchange.opening import check
 from nmoe.pure.model import experts as reference
 from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel import exchange_plan as planning
+from nmoe.pure.parallel.exchange_arena import Field
 
 PAUSE_S = 20e-6
-"""Time between two looks at a peer's flag."""
+"""Time between two polls of the flags: a rank that waits leaves the core to the one it waits for."""
 
 
 @attrs.frozen(kw_only=True)
@@ -41,8 +45,8 @@ class Sorted:
     to: Tensor  # [U] the rank whose landing buffer it is
 
 
-def meet(e: Exchange) -> None:
-    """Tell every rank that this one's writes are done, and wait until each has said so.
+def barrier_(e: Exchange) -> None:
+    """Barrier: signal every rank that this one's writes are done, and wait for the signals of all.
 
     Writes:  the flags of all arenas, `e.epoch`.
     Raises:  PeerError naming who did not come within `e.timeout_s`.
@@ -60,10 +64,10 @@ def meet(e: Exchange) -> None:
             break
         if time.monotonic() > end:
             e.missing.fill_(late[0] + 1)
-            told = ", ".join(str(each) for each in late)
+            absent = ", ".join(str(rank) for rank in late)
             raise PeerError(
-                f"rank {e.rank}: every rank of the exchange comes within {e.timeout_s:g} s, got nothing from rank "
-                f"{told} in phase {epoch}; look at that rank's log, or raise parallel.timeout_s if it was only slow"
+                f"rank {e.rank}: expected every rank of the exchange within {e.timeout_s:g} s, got nothing from rank "
+                f"{absent} in phase {epoch}; look at that rank's log, or raise parallel.timeout_s if it was only slow"
             )
         time.sleep(PAUSE_S)
     fence()
@@ -80,8 +84,8 @@ def fence() -> None:
         lock.release()
 
 
-def begin(expert: Tensor, e: Exchange) -> tuple[Sorted, Tensor]:
-    """Sort this rank's pairs, tell every rank their counts, and plan.
+def begin_(expert: Tensor, e: Exchange) -> tuple[Sorted, Tensor]:
+    """Sort this rank's pairs, send every rank their counts, and plan.
 
     expert   [N K]
     returns  the plan, and this rank's pairs of each expert [E] i64
@@ -99,7 +103,7 @@ def begin(expert: Tensor, e: Exchange) -> tuple[Sorted, Tensor]:
     row = torch.cat([count, tokens]).int()
     for peer in e.peers:
         view(peer, e.fields.counts)[e.rank] = row
-    meet(e)
+    barrier_(e)
     plan = planning.plan(view(e.raw, e.fields.counts).clone(), rank=e.rank, capacity=s.capacity)
     e.needed.copy_(torch.maximum(e.needed, plan.needed.int()))
     check(e)
@@ -110,11 +114,11 @@ def begin(expert: Tensor, e: Exchange) -> tuple[Sorted, Tensor]:
     place = torch.arange(len(item)) + plan.token_shift[owner]
     landing = torch.full((s.ranks, len(expert)), -1)
     landing[owner, item // s.top_k] = place
-    put(e, e.fields.source, holder, at, landing[holder, slot // s.top_k].int())
+    put_(e, e.fields.source, holder, at, landing[holder, slot // s.top_k].int())
     return Sorted(plan=plan, slot=slot, row=at, holder=holder, token=item // s.top_k, place=place, to=owner), count
 
 
-def put(e: Exchange, field: Field, to: Tensor, at: Tensor, values: Tensor) -> None:
+def put_(e: Exchange, field: Field, to: Tensor, at: Tensor, values: Tensor) -> None:
     """Write values into a field of other ranks' arenas.
 
     to       [P] rank whose arena it is
@@ -138,17 +142,17 @@ class Mixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
         with record_function("exchange plan"):
-            at, count = begin(expert, e)
+            at, count = begin_(expert, e)
         with record_function("exchange dispatch"):
-            put(e, e.fields.land, at.to, at.place, x[at.token])
-            meet(e)
+            put_(e, e.fields.land, at.to, at.place, x[at.token])
+            barrier_(e)
         with record_function("experts"):
-            rows = torch.arange(int(at.plan.live[2]))
+            rows = torch.arange(int(at.plan.valid[2]))
             source = view(e.raw, e.fields.source)[: len(rows)].long() if e.sizes.dedup else rows
-            y = run(landed(e, at, source), up, down)
+            y = run(received(e, at, source), up, down)
         with record_function("exchange return"):
-            put(e, e.fields.back, *planning.homes(at.plan, len(y)), y)
-            meet(e)
+            put_(e, e.fields.back, *planning.origins(at.plan, len(y)), y)
+            barrier_(e)
         chosen = returned(e, e.fields.back, at).unflatten(0, weight.shape)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, weight, up, down, source)
@@ -165,12 +169,12 @@ class Mixture(torch.autograd.Function):
         at: Sorted = ctx.at
         f = e.fields
         with record_function("exchange dispatch"):
-            put(e, f.land, at.to, at.place, x[at.token])
-            put(e, f.land_gradient, at.to, at.place, outputs[0][at.token])
-            put(e, f.gate, at.holder, at.row, weight.flatten()[at.slot])
-            meet(e)
+            put_(e, f.land, at.to, at.place, x[at.token])
+            put_(e, f.land_gradient, at.to, at.place, outputs[0][at.token])
+            put_(e, f.gate, at.holder, at.row, weight.flatten()[at.slot])
+            barrier_(e)
         with record_function("experts"), torch.enable_grad():
-            rows = landed(e, at, source)
+            rows = received(e, at, source)
             leaves = [each.detach().requires_grad_() for each in (rows.x, up, down)]
             y = ctx.run(Rows(leaves[0], rows.source, rows.expert, rows.count, rows.slot), *leaves[1:])
             grad_output = view(e.raw, f.land_gradient)[source]
@@ -178,16 +182,16 @@ class Mixture(torch.autograd.Function):
             dx, d_up, d_down = torch.autograd.grad(y, leaves, (upcast(grad_output) * gate).to(y.dtype))
             d_gate = (upcast(grad_output) * upcast(y.detach())).sum(-1)
         with record_function("exchange return"):
-            home = planning.homes(at.plan, len(y))
-            put(e, f.back, *home, dx)
-            put(e, f.gate_gradient, *home, d_gate)
-            meet(e)
+            origin = planning.origins(at.plan, len(y))
+            put_(e, f.back, *origin, dx)
+            put_(e, f.gate_gradient, *origin, d_gate)
+            barrier_(e)
         d_rows = returned(e, f.back, at).unflatten(0, weight.shape)
         d_weight = returned(e, f.gate_gradient, at).view_as(weight)
         return upcast(d_rows).sum(-2).to(x.dtype), None, d_weight, d_up, d_down, None, None
 
 
-def landed(e: Exchange, at: Sorted, source: Tensor) -> Rows:
+def received(e: Exchange, at: Sorted, source: Tensor) -> Rows:
     """The rows this rank holds, each a copy of what landed."""
     row = torch.arange(len(source))
     expert = (at.plan.end[None, :] <= row[:, None]).sum(1)
@@ -214,8 +218,8 @@ def mixture(
     Every rank calls it and its backward in the same order. Gradients of `up` and `down` are sums over all tokens.
 
     x        [N D]
-    up       [E/R D 2 F]   of this rank's experts
-    down     [E/R F D]
+    up       [E/W D 2 F]   of this rank's experts
+    down     [E/W F D]
     returns  [N D] in the format of `x`, and how many of this rank's tokens chose each expert [E] i64
     Raises:  InputError on all ranks when a rank cannot hold its rows, PeerError when one does not come.
     """

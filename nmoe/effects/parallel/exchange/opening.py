@@ -1,4 +1,4 @@
-"""Arenas: allocated once, shown to all ranks, tried out, and taken down at the end."""
+"""Open an exchange: allocate the arena, exchange addresses with all ranks, test every mapping, release at the end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nmoe.effects.parallel.exchange.arena import Exchange, Fields, PeerError, Sizes, fields, view
+from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, view
 from nmoe.errors import InputError
+from nmoe.pure.parallel.exchange_arena import Fields, Sizes, fields
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -30,8 +31,9 @@ def check(e: Exchange) -> None:
         s = e.sizes
         mean = s.tokens * s.top_k
         raise InputError(
-            f"parallel.capacity: a rank holds {s.capacity} rows ({s.capacity / mean:.2f} x the mean), got {needed} for "
-            f"one rank; set it to {needed / mean + 0.005:.2f} or more, or to 0 for what can come at the worst"
+            f"parallel.capacity: expected at most {s.capacity} rows on a rank ({s.capacity / mean:.2f} x the "
+            f"mean), got {needed} "
+            f"on one; set it to {needed / mean + 0.005:.2f} or more, or to 0 for what can come at the worst"
         )
 
 
@@ -45,7 +47,7 @@ def open_exchange(
 
     group      whose ranks are all on one host
     timeout_s  how long a rank is waited for in each phase
-    programs   that push rows
+    programs   that push rows: 64 reach 284 GB/s over NVLink, 132 (all multiprocessors) 313 to 326 (docs/log.md)
 
     Raises:    InputError when ranks disagree about sizes, are on several hosts, or cannot reach each other's memory;
                PeerError, from what came first, when the time for a rank had run out.
@@ -62,7 +64,7 @@ def open_exchange(
             peers = ()
             raw, addresses = scope.enter_context(_symmetric(f.size, group, device))
         e = _exchange(rank, sizes, f, raw, tuple(peers), addresses, timeout_s, programs)
-        _shake_hands(e, group)
+        _shake_hands_(e, group)
         try:
             yield e
         except PeerError:
@@ -71,7 +73,7 @@ def open_exchange(
             late = int(e.missing)
             if late:
                 raise PeerError(
-                    f"rank {rank}: every rank of the exchange comes within {timeout_s:g} s, got nothing from rank "
+                    f"rank {rank}: expected every rank of the exchange within {timeout_s:g} s, got nothing from rank "
                     f"{late - 1}; look at that rank's log, or raise parallel.timeout_s if it was only slow"
                 ) from error
             raise
@@ -123,27 +125,33 @@ def _agree(sizes: Sizes, rank: int, ranks: int, group: dist.ProcessGroup) -> Non
     """Refuse what cannot work, before anything is allocated."""
     problems: list[str] = []
     if sizes.ranks != ranks:
-        problems.append(f"exchange: sizes are for the ranks of the group, {ranks}, got {sizes.ranks}; pass the group's")
+        problems.append(
+            f"exchange: expected sizes for the {ranks} ranks of the group, got {sizes.ranks}; pass the group's"
+        )
     if sizes.experts % sizes.ranks:
         problems.append(
-            f"model.moe.num_experts: the ranks of an expert group hold equally many, got {sizes.experts} experts for "
+            f"model.moe.num_experts: expected equally many on every rank of an expert group, got "
+            f"{sizes.experts} experts for "
             f"{sizes.ranks} ranks; take a number of ranks that divides it"
         )
     if sizes.hidden_size * sizes.dtype.itemsize % 16:
         problems.append(
-            f"model.hidden_size: a row is a multiple of 16 bytes, which a rank writes at once, got "
+            f"model.hidden_size: expected rows of a multiple of 16 bytes, the width of a store, got "
             f"{sizes.hidden_size * sizes.dtype.itemsize} bytes; take a multiple of {16 // sizes.dtype.itemsize}"
         )
-    told: list[Any] = [None] * ranks
-    dist.all_gather_object(told, (os.uname().nodename, sizes), group=group)
-    for other, (host, theirs) in enumerate(told):
-        if host != told[0][0]:
+    answers: list[Any] = [None] * ranks
+    dist.all_gather_object(answers, (os.uname().nodename, sizes), group=group)
+    for other, (host, theirs) in enumerate(answers):
+        if host != answers[0][0]:
             problems.append(
-                f"parallel.experts: the ranks of an expert group are on one host, got rank {other} on {host} and rank "
-                f"0 on {told[0][0]}; lower parallel.experts to the ranks of a host"
+                f"parallel.experts: expected the ranks of an expert group on one host, got rank {other} on "
+                f"{host} and rank "
+                f"0 on {answers[0][0]}; lower parallel.experts to the ranks of a host"
             )
         if theirs != sizes:
-            problems.append(f"rank {rank}: sizes are the same on all ranks, got {sizes} and on rank {other} {theirs}")
+            problems.append(
+                f"rank {rank}: expected the same sizes on all ranks, got {sizes} and on rank {other} {theirs}"
+            )
     if problems:
         raise InputError(*problems)
 
@@ -157,7 +165,7 @@ def _shared(size: int, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, ...]]
     free = found.f_bavail * found.f_frsize
     if free < size * ranks:
         raise InputError(
-            f"{folder}: the arenas of {ranks} ranks need {size * ranks} bytes there, got {free} free; "
+            f"{folder}: expected {size * ranks} free bytes for the arenas of {ranks} ranks, got {free}; "
             "make room, or lower parallel.capacity or train.microbatch_size"
         )
     names: list[Any] = [None] * ranks
@@ -189,7 +197,7 @@ def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Ite
     raw = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
     handle = symmetric.rendezvous(raw, group)
     if handle.multicast_ptr:
-        raise InputError("exchange: shared memory has no multicast address, got one; see docs/exchange.md")
+        raise InputError("exchange: expected shared memory without a multicast address, got one; see docs/exchange.md")
     before = raw.data_ptr() - handle.buffer_ptrs[handle.rank]
     raw.zero_()
     torch.cuda.synchronize(device)
@@ -208,7 +216,8 @@ def _refuse_multicast(device: torch.device) -> None:
 
     if _SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index):
         raise InputError(
-            "TORCH_SYMM_MEM_DISABLE_MULTICAST: NVLink multicast is off before ranks share memory, got it on; export "
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST: expected NVLink multicast off before ranks share memory, got "
+            "it on; export "
             "TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 NCCL_NVLS_ENABLE=0"
         )
 
@@ -221,12 +230,13 @@ def _refuse_unreachable(group: dist.ProcessGroup, device: torch.device) -> None:
     far = [each for each in seen if not torch.cuda.can_device_access_peer(device.index, each)]
     if far:
         raise InputError(
-            f"parallel.experts: GPUs of an expert group reach each other's memory, got GPU {device.index} that cannot "
+            f"parallel.experts: expected GPUs that reach each other's memory in an expert group, got GPU "
+            f"{device.index} that cannot "
             f"reach GPU {far[0]}; lower parallel.experts to GPUs that NVLink or PCIe peer access joins"
         )
 
 
-def _shake_hands(e: Exchange, group: dist.ProcessGroup) -> None:
+def _shake_hands_(e: Exchange, group: dist.ProcessGroup) -> None:
     """Write a word into every arena and look whether each rank's arrived in ours: a wrong mapping shows here.
 
     Writes:  the first word of this rank's row of counts in every arena.
@@ -244,7 +254,7 @@ def _shake_hands(e: Exchange, group: dist.ProcessGroup) -> None:
         from nmoe.effects.kernels.exchange import push as moves
 
         at = torch.full_like(each, e.rank * counts.shape[1])
-        moves.push_words(mine, None, each, at, e.addresses, counts.offset, torch.full_like(each, ranks), home=False)
+        moves.push_words_(mine, None, each, at, e.addresses, counts.offset, torch.full_like(each, ranks), back=False)
         torch.cuda.synchronize(e.raw.device)
     dist.barrier(group=group)
     got = view(e.raw, counts)[:, 0].tolist()
@@ -252,7 +262,8 @@ def _shake_hands(e: Exchange, group: dist.ProcessGroup) -> None:
     wrong = [other for other in range(ranks) if got[other] != wanted[other]]
     if wrong:
         raise InputError(
-            f"rank {e.rank}: each rank's first word is in its arena, got another one from rank {wrong[0]}; the memory "
-            "that ranks share is not what they were told: see docs/exchange.md"
+            f"rank {e.rank}: expected each rank's first word in its arena, got another one from rank "
+            f"{wrong[0]}; the memory "
+            "that ranks share is not the memory they agreed on: see docs/exchange.md"
         )
     dist.barrier(group=group)

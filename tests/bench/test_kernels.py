@@ -13,12 +13,12 @@ from nmoe.bench import kernels as kernel_bench
 from nmoe.bench.kernels import attention, loss, meter, moe
 from nmoe.bench.kernels.meter import Meter, Way
 from nmoe.effects.kernels.attention.mla import Tiles as AttentionTiles
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.tables import AttentionTile
 from tests.kernels.moe.test_moe import TILES
 
 CPU = torch.device("cpu")
 SMALL = moe.Case(tokens=96, hidden=32, width=16, experts=8, top_k=2, routing="natural")
-BLOCK = Tile(m=16, n=16, k=2, warps=4, stages=2)
+BLOCK = AttentionTile(block_m=16, block_n=16, heads=2, num_warps=4, num_stages=2)
 
 
 def ours(case: moe.Case) -> Way:
@@ -42,8 +42,8 @@ def test_a_right_kernel_has_a_small_error(way: Callable[[], Way]) -> None:
 
 
 def test_a_wrong_kernel_has_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = moe.ours
-    monkeypatch.setattr(moe, "ours", lambda *given, **told: tuple(each * 1.01 for each in right(*given, **told)))
+    right = moe.moe_experts
+    monkeypatch.setattr(moe, "moe_experts", lambda *given, **told: tuple(each * 1.01 for each in right(*given, **told)))
     error = ours(SMALL).error
     assert error is not None and error() == pytest.approx(0.01, rel=0.01)
 

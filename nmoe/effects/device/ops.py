@@ -78,11 +78,11 @@ def build(
     check(c)
     tiles = mixture_tiles(device, c.hidden_size, c.moe.intermediate_size)
     a = c.attention
-    attend = attention.attend_mla_cudnn
+    attend = attention.mla_attention_cudnn
     if deterministic or documents:
         forward = "triton" if documents else "cudnn"
         attend = partial(
-            attention.attend_mla,
+            attention.mla_attention,
             forward=forward,
             tiles=attention_tiles(device, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim),
         )
@@ -92,9 +92,9 @@ def build(
         swiglu=swiglu.swiglu,
         rotate_mla=rotate_mla_,
         attend_mla=named("attention", attend),
-        route=named("router", partial(choose, scores=router.scores, first=router.first)),
-        first=router.first,
-        mixture=partial(mixtures.mixture, tiles=tiles)
+        route=named("router", partial(choose, scores=router.scores, first=router.top_k)),
+        first=router.top_k,
+        mixture=partial(mixtures.moe_experts, tiles=tiles)
         if exchange is None
         else partial(exchanged.mixture, exchange=exchange, tiles=tiles),
         linear_cross_entropy=named("head", cross_entropy.linear_cross_entropy),
@@ -115,7 +115,7 @@ def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Til
     """How a mixture of these sizes is cut up on this GPU."""
     from nmoe.effects.kernels.moe import moe as mixtures
 
-    found = tuning.find(shipped(device), "mixture", hidden, width)
+    found = tuning.find(shipped(device), "moe", hidden, width)
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     return mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
 
@@ -133,15 +133,15 @@ def unmeasured(device: torch.device, c: Model) -> tuple[str, ...]:
         return ()
     a, table = c.attention, shipped(device)
     sizes = {
-        "mixture": (c.hidden_size, c.moe.intermediate_size),
+        "moe": (c.hidden_size, c.moe.intermediate_size),
         "attention": (a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim),
     }
-    told = {op: "x".join(map(str, size)) for op, size in sizes.items()}
+    found = {op: (tuning.find(table, op, *size), "x".join(map(str, size))) for op, size in sizes.items()}
     return tuple(
-        f"{op}: no measured tiles for {told[op]} in {table.where}, the default ones are used"
-        + (f"; `nmoe bench kernels --tune --size {told[op]}` finds better ones" if op == "mixture" else "")
-        for op, size in sizes.items()
-        if tuning.find(table, op, *size).size == tuning.DEFAULT
+        f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"
+        + (f"; `nmoe bench kernels --tune --size {size}` finds better ones" if op == "moe" else "")
+        for op, (entry, size) in found.items()
+        if not entry.measured
     )
 
 

@@ -1,4 +1,4 @@
-"""Causal latent attention: `pure.attention.mla.attend_mla` with a backward pass that is bitwise repeatable.
+"""Causal latent attention: `pure.model.attention.mla.attend_mla` with a backward pass that is bitwise repeatable.
 
 Forward is cuDNN's or our own; backward is two kernels of our own, one that owns queries and one that owns keys, so that
 every sum has one owner and one order. Keys are never assembled for our kernels: a head's own channels and the shared
@@ -16,9 +16,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nmoe.effects.kernels.attention import mla_assemble as assemble_mla
+from nmoe.effects.kernels.attention import mla_assemble
 from nmoe.effects.kernels.attention.mla_kernels import dkv_kernel, dq_kernel, forward_kernel
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.tables import AttentionTile
 from nmoe.errors import InputError
 
 
@@ -26,12 +26,12 @@ from nmoe.errors import InputError
 class Tiles:
     """m queries by n keys a step of each kernel; the programs of k heads run side by side, longest first."""
 
-    forward: Tile
-    dq: Tile
-    dkv: Tile
+    forward: AttentionTile
+    dq: AttentionTile
+    dkv: AttentionTile
 
 
-def attend_mla(
+def mla_attention(
     q: Tensor,
     kv: Tensor,
     k_rope: Tensor,
@@ -55,13 +55,15 @@ def attend_mla(
     Cost:    forward 2·(C + U), backward 2·(4·C + 3·U) FLOPs for each pair of query and visible key, times H.
     """
     check(q, kv, k_rope, start, scale=scale, forward=forward)
-    return Attend.apply(q, kv, k_rope, start, scale, forward, tiles)
+    return MlaAttention.apply(q, kv, k_rope, start, scale, forward, tiles)
 
 
-def attend_mla_cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
+def mla_attention_cudnn(
+    q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float
+) -> Tensor:
     """`attend_mla` with cuDNN's own backward pass, whose gradient of `q` differs from run to run in the last bits."""
     check(q, kv, k_rope, start, scale=scale, forward="cudnn")
-    return AttendCudnn.apply(q, kv, k_rope, scale)
+    return MlaAttentionCudnn.apply(q, kv, k_rope, scale)
 
 
 def check(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], *, scale: float, forward: str) -> None:
@@ -77,18 +79,18 @@ def check(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], *, s
     ]
     if len({q.dtype, kv.dtype, k_rope.dtype}) > 1 or (q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16)):
         problems.append(
-            f"attend_mla: q, kv and k_rope all in bf16 or all in fp16, got {q.dtype}, {kv.dtype}, {k_rope.dtype}; "
+            f"mla_attention: q, kv and k_rope all in bf16 or all in fp16, got {q.dtype}, {kv.dtype}, {k_rope.dtype}; "
             "use the reference for other formats"
         )
     if not scale > 0:
-        problems.append(f"attend_mla: scale > 0, got {scale}; negate q instead")
+        problems.append(f"mla_attention: scale > 0, got {scale}; negate q instead")
     if forward == "cudnn" and isinstance(start, Tensor):
-        problems.append("attend_mla: cuDNN's forward sees whole sequences, got start; pass forward='triton'")
+        problems.append("mla_attention: cuDNN's forward sees whole sequences, got start; pass forward='triton'")
     if problems:
         raise InputError(*problems)
 
 
-class Attend(torch.autograd.Function):
+class MlaAttention(torch.autograd.Function):
     """Ties a forward pass to our backward pass."""
 
     @staticmethod
@@ -122,7 +124,7 @@ class Attend(torch.autograd.Function):
         return dq, *dkv_pass(q, kv, k_rope, given, top, delta, do, ctx.scale, ctx.tiles.dkv), None, None, None, None
 
 
-class AttendCudnn(torch.autograd.Function):
+class MlaAttentionCudnn(torch.autograd.Function):
     """cuDNN both ways; whole keys are made again for the backward pass instead of being kept."""
 
     @staticmethod
@@ -138,19 +140,19 @@ class AttendCudnn(torch.autograd.Function):
         """Gradients of q, kv and k_rope."""
         q, kv, k_rope, o, lse, seed, offset = ctx.saved_tensors
         nope, length = q.shape[-1] - k_rope.shape[-1], q.shape[1]
-        k = assemble_mla.keys(kv, k_rope, nope)
+        k = mla_assemble.keys(kv, k_rope, nope)
         given = [each.transpose(1, 2) for each in (gradients[0], q, k, kv[..., nope:])]
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *given, o, lse, seed, offset, None, None, None, length, length, 0.0, True, scale=ctx.scale
         )
-        dkv, dk_rope = assemble_mla.gradients(dk.transpose(1, 2), dv.transpose(1, 2), k_rope.shape[-1])
+        dkv, dk_rope = mla_assemble.gradients(dk.transpose(1, 2), dv.transpose(1, 2), k_rope.shape[-1])
         return dq.transpose(1, 2), dkv, dk_rope, None
 
 
 def cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Any, ...]:
     """What torch's operator for cuDNN returns: the output [B H T U], the log-sums, and what its backward wants."""
     nope = q.shape[-1] - k_rope.shape[-1]
-    k = assemble_mla.keys(kv, k_rope, nope)
+    k = mla_assemble.keys(kv, k_rope, nope)
     operands = (each.transpose(1, 2) for each in (q, k, kv[..., nope:]))
     return torch.ops.aten._scaled_dot_product_cudnn_attention(*operands, None, True, 0.0, True, False, scale=scale)
 
@@ -162,22 +164,22 @@ def cudnn_forward(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[
 
 
 def triton_forward(
-    q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], scale: float, tile: Tile
+    q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], scale: float, tile: AttentionTile
 ) -> tuple[Tensor, Tensor]:
     """Our output [B T H U], and natural logarithms [B H T] of the sums of exponentials, in fp32."""
     batch, positions, heads, _ = q.shape
     nope = q.shape[-1] - k_rope.shape[-1]
     o = q.new_empty(batch, positions, heads, kv.shape[-1] - nope)
     lse = q.new_empty(batch, heads, positions, dtype=torch.float32)
-    forward_kernel[grid(q, tile.m)](
+    forward_kernel[grid(q, tile.block_m)](
         **operands(q, kv, k_rope, tile),
-        o=described(o, tile.m),
+        o=described(o, tile.block_m),
         lse=lse,
         start=start if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return o, lse
 
@@ -191,7 +193,7 @@ def dq_pass(
     lse: Tensor,
     do: Tensor,
     scale: float,
-    tile: Tile,
+    tile: AttentionTile,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of q, and what `dkv_pass` needs of each query.
 
@@ -203,12 +205,12 @@ def dq_pass(
     # Descriptors read rows that begin at multiples of 16 bytes.
     top, delta = lse.new_empty(2, batch * heads, -(-positions // 4) * 4)[..., :positions]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dq_kernel[grid(q, tile.m)](
+    dq_kernel[grid(q, tile.block_m)](
         **operands(q, kv, k_rope, tile),
-        o=described(o, tile.m),
-        do=described(do, tile.m),
-        dq=described(dq[..., :nope], tile.m),
-        dq_rope=described(dq[..., nope:], tile.m),
+        o=described(o, tile.block_m),
+        do=described(do, tile.block_m),
+        dq=described(dq[..., :nope], tile.block_m),
+        dq_rope=described(dq[..., nope:], tile.block_m),
         lse=lse.contiguous(),  # cuDNN lays it out [B T H] when it packs sequences
         top=top,
         delta=delta,
@@ -216,8 +218,8 @@ def dq_pass(
         start=start if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return dq, top, delta
 
@@ -231,26 +233,26 @@ def dkv_pass(
     delta: Tensor,
     do: Tensor,
     scale: float,
-    tile: Tile,
+    tile: AttentionTile,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of kv and k_rope; the latter is summed over heads in fp32 from one rounded part a head."""
     batch, positions, heads, _ = q.shape
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
     parts = q.new_empty(batch, heads, positions, rope)
-    dkv_kernel[grid(q, tile.n)](
+    dkv_kernel[grid(q, tile.block_n)](
         **operands(q, kv, k_rope, tile),
-        do=described(do, tile.m),
-        dk=described(dkv[..., :nope], tile.n),
-        dk_rope=described(parts.transpose(1, 2), tile.n),
-        dv=described(dkv[..., nope:], tile.n),
-        top=TensorDescriptor.from_tensor(top, [1, tile.m]),
-        delta=TensorDescriptor.from_tensor(delta, [1, tile.m]),
+        do=described(do, tile.block_m),
+        dk=described(dkv[..., :nope], tile.block_n),
+        dk_rope=described(parts.transpose(1, 2), tile.block_n),
+        dv=described(dkv[..., nope:], tile.block_n),
+        top=TensorDescriptor.from_tensor(top, [1, tile.block_m]),
+        delta=TensorDescriptor.from_tensor(delta, [1, tile.block_m]),
         end=ends(start) if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return dkv, parts.sum(1)
 
@@ -281,15 +283,15 @@ def box(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-def operands(q: Tensor, kv: Tensor, k_rope: Tensor, tile: Tile) -> dict[str, TensorDescriptor]:
+def operands(q: Tensor, kv: Tensor, k_rope: Tensor, tile: AttentionTile) -> dict[str, TensorDescriptor]:
     """What every kernel reads."""
     nope = q.shape[-1] - k_rope.shape[-1]
     return {
-        "q": described(q[..., :nope], tile.m),
-        "q_rope": described(q[..., nope:], tile.m),
-        "k": described(kv[..., :nope], tile.n),
-        "k_rope": described(k_rope[:, :, None], tile.n),
-        "v": described(kv[..., nope:], tile.n),
+        "q": described(q[..., :nope], tile.block_m),
+        "q_rope": described(q[..., nope:], tile.block_m),
+        "k": described(kv[..., :nope], tile.block_n),
+        "k_rope": described(k_rope[:, :, None], tile.block_n),
+        "v": described(kv[..., nope:], tile.block_n),
     }
 
 
@@ -298,13 +300,13 @@ def numbers(q: Tensor, scale: float) -> dict[str, Any]:
     return {"positions": q.shape[1], "heads": q.shape[2], "rows": q.shape[0] * q.shape[2], "scale": scale}
 
 
-def constants(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], tile: Tile) -> dict[str, Any]:
+def constants(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], tile: AttentionTile) -> dict[str, Any]:
     """What a kernel is compiled for."""
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     return {
-        "m_size": tile.m,
-        "n_size": tile.n,
-        "together": tile.k,
+        "block_m": tile.block_m,
+        "block_n": tile.block_n,
+        "heads_per_group": tile.heads,
         "nope": box(nope),
         "rope": box(rope),
         "value": box(kv.shape[-1] - nope),

@@ -174,10 +174,10 @@ def test_slices_of_wider_products_are_read_where_they_lie() -> None:
 @pytest.mark.parametrize(
     ("sizes", "change", "told"),
     [
-        ((22, 16, 8), {}, "model.attention.qk_nope_head_dim: a multiple of 4 .* got 14; write 16"),
-        ((24, 16, 6), {}, "model.attention.qk_rope_head_dim: a multiple of 4 .* got 6; write 8"),
+        ((22, 16, 8), {}, "model.attention.qk_nope_head_dim: expected a multiple of 4 .* got 14; write 16"),
+        ((24, 16, 6), {}, "model.attention.qk_rope_head_dim: expected a multiple of 4 .* got 6; write 8"),
         ((24, 260, 8), {}, "model.attention.v_head_dim: .* up to 256 .* got 260; write 256"),
-        ((24, 16, 8), {"scale": 0.0}, "mla_attention: scale > 0, got 0.0"),
+        ((24, 16, 8), {"scale": 0.0}, "mla_attention: expected scale > 0, got 0.0"),
         ((24, 16, 8), {"forward": "cudnn", "start": torch.zeros(1, 3)}, "got start; pass forward='triton'"),
     ],
 )

@@ -1,9 +1,12 @@
-"""Causal latent attention: `pure.model.attention.mla.attend_mla` with a backward pass that is bitwise repeatable.
+"""Causal flash attention for MLA: `pure.model.attention.mla.attend_mla`, with a bitwise repeatable backward pass.
 
-Forward is cuDNN's or our own; backward is two kernels of our own, one that owns queries and one that owns keys, so that
-every sum has one owner and one order. Keys are never assembled for our kernels: a head's own channels and the shared
-rotated ones are multiplied apart. Channels are read through descriptors, which fill with zeros what a block has beyond
-a sequence's or a head's end.
+Letters: B sequences, T positions, H heads, C channels of a query, P of them rotated, Z = C - P + U channels of `kv`,
+U channels of a value.
+
+The forward pass is cuDNN's or our own; the backward pass is two kernels of our own, one that owns queries and one that
+owns keys, so that every sum has one owner and one order. Keys are never assembled for our kernels: a head's own
+channels and the shared rotated ones are multiplied apart. Channels are read through descriptors, which fill with zeros
+what a block has beyond a sequence's or a head's end.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from nmoe.errors import InputError
 
 @attrs.frozen(kw_only=True)
 class Tiles:
-    """m queries by n keys a step of each kernel; the programs of k heads run side by side, longest first."""
+    """Tile sizes of the three kernels: forward, gradient of queries, gradient of keys and values."""
 
     forward: AttentionTile
     dq: AttentionTile
@@ -48,8 +51,9 @@ def mla_attention(
     k_rope   [B T P]         rotated key, shared by all heads
     start    [B T] i32 | ()  query i sees keys start[i]..i; must not decrease along T. (): all keys up to i
     scale    factor on the scores, positive
-    tiles    how each pass is cut up
-    forward  whose forward pass: cuDNN's is the faster one; it knows no `start`, and a single position is ours
+    tiles    block sizes of each pass
+    forward  forward pass: cuDNN's is faster (5.82 against 6.26 ms with backward, docs/log.md, 2026-11-24) but takes no
+             `start`; a single position is always ours
     returns  [B T H U]
     Raises:  InputError for formats and sizes that the kernels do not take.
     Cost:    forward 2·(C + U), backward 2·(4·C + 3·U) FLOPs for each pair of query and visible key, times H.
@@ -61,37 +65,43 @@ def mla_attention(
 def mla_attention_cudnn(
     q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float
 ) -> Tensor:
-    """`attend_mla` with cuDNN's own backward pass, whose gradient of `q` differs from run to run in the last bits."""
+    """`mla_attention` with cuDNN's own backward pass; the last bits of its gradient of `q` differ from run to run."""
     check(q, kv, k_rope, start, scale=scale, forward="cudnn")
     return MlaAttentionCudnn.apply(q, kv, k_rope, scale)
 
 
 def check(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], *, scale: float, forward: str) -> None:
-    """Refuse what the kernels would compute wrongly or not at all."""
+    """Refuse what the kernels would compute wrongly or not at all.
+
+    Raises:  InputError with each problem.
+    """
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     sizes = {"qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": kv.shape[-1] - nope}
     step = 16 // q.element_size()
     problems = [
-        f"model.attention.{key}: a multiple of {step} up to 256 for the attention kernels, got {size}; "
+        f"model.attention.{key}: expected a multiple of {step} up to 256 for the attention kernels, got {size}; "
         f"write {min(256, max(step, -(-size // step) * step))}"
         for key, size in sizes.items()
         if size < step or size % step or size > 256
     ]
     if len({q.dtype, kv.dtype, k_rope.dtype}) > 1 or (q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16)):
         problems.append(
-            f"mla_attention: q, kv and k_rope all in bf16 or all in fp16, got {q.dtype}, {kv.dtype}, {k_rope.dtype}; "
-            "use the reference for other formats"
+            f"mla_attention: expected q, kv and k_rope all in bf16 or all in fp16, "
+            f"got {q.dtype}, {kv.dtype}, {k_rope.dtype}; use the reference for other formats"
         )
     if not scale > 0:
-        problems.append(f"mla_attention: scale > 0, got {scale}; negate q instead")
+        problems.append(f"mla_attention: expected scale > 0, got {scale}; negate q instead")
     if forward == "cudnn" and isinstance(start, Tensor):
-        problems.append("mla_attention: cuDNN's forward sees whole sequences, got start; pass forward='triton'")
+        problems.append(
+            "mla_attention: expected no start for cuDNN's forward, which sees whole sequences, got start; "
+            "pass forward='triton'"
+        )
     if problems:
         raise InputError(*problems)
 
 
 class MlaAttention(torch.autograd.Function):
-    """Ties a forward pass to our backward pass."""
+    """cuDNN's or our forward pass with our backward pass."""
 
     @staticmethod
     def forward(
@@ -105,7 +115,7 @@ class MlaAttention(torch.autograd.Function):
         tiles: Tiles,
     ) -> Tensor:
         """Output, and the logarithm of each row's sum of exponentials kept for backward."""
-        q, kv, k_rope = (readable(each) for each in (q, kv, k_rope))
+        q, kv, k_rope = (readable(x) for x in (q, kv, k_rope))
         if forward == "cudnn" and q.shape[1] > 1:
             o, lse = cudnn_forward(q, kv, k_rope, scale)
         else:

@@ -23,9 +23,10 @@ class TopKTile:
 
     block_m: int  # rows a program chooses for
     num_warps: int
+    num_stages: int
 
 
-TILE = TopKTile(block_m=8, num_warps=4)
+TILE = TopKTile(block_m=8, num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def top_k(x: Tensor, num: int, tile: TopKTile = TILE) -> Tensor:
     out = torch.empty(*x.shape[:-1], num, dtype=torch.int64, device=x.device)
     padded = triton.next_power_of_2(columns)
     top_k_kernel[(triton.cdiv(rows, tile.block_m),)](
-        x, out, rows, columns, tile.block_m, padded, num, num_warps=tile.num_warps
+        x, out, rows, columns, tile.block_m, padded, num, num_warps=tile.num_warps, num_stages=tile.num_stages
     )
     return out
 

@@ -1,4 +1,7 @@
-"""The routed experts of one block as one differentiable function: `pure.experts.mixture`."""
+"""The routed experts of one block as one differentiable function: dispatch, grouped GEMMs, combine.
+
+Letters: N tokens, D hidden size, E experts, F expert width.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from nmoe.pure.model.route import Routing
 
 @attrs.frozen(kw_only=True)
 class Tiles:
-    """How each product of a mixture is cut up."""
+    """Tile sizes of each grouped GEMM of the experts."""
 
     up: GemmTile
     down: GemmTile
@@ -84,7 +87,7 @@ class MoeExperts(torch.autograd.Function):
 
 
 def moe_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor, *, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """`pure.experts.mixture`: the weighted sum of the chosen experts' outputs, and each expert's rows.
+    """Routed experts, as `pure.model.experts`: the weighted sum of the chosen experts' outputs, and each expert's rows.
 
     x        [N D]
     up       [E D 2 F]

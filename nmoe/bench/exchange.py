@@ -215,7 +215,7 @@ def layer_rows(bench: Bench, shape: Shape) -> Iterator[str]:
     leaves = [each.detach().requires_grad_() for each in (x, weight, up, down)]
 
     def single_rank() -> object:
-        y, _ = mixtures.mixture(leaves[0], Routing(expert, leaves[1]), leaves[2], leaves[3], tiles=bench.tiles)
+        y, _ = mixtures.moe_experts(leaves[0], Routing(expert, leaves[1]), leaves[2], leaves[3], tiles=bench.tiles)
         return torch.autograd.grad(y, leaves, x)
 
     plain = bench.seconds(single_rank)

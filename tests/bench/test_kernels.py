@@ -13,12 +13,13 @@ from nmoe.bench import kernels as kernel_bench
 from nmoe.bench.kernels import attention, loss, meter, moe
 from nmoe.bench.kernels.meter import Meter, Way
 from nmoe.effects.kernels.attention.mla import Tiles as AttentionTiles
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.tables import AttentionTile
+from nmoe.effects.terminal import table
 from tests.kernels.moe.test_moe import TILES
 
 CPU = torch.device("cpu")
 SMALL = moe.Case(tokens=96, hidden=32, width=16, experts=8, top_k=2, routing="natural")
-BLOCK = Tile(m=16, n=16, k=2, warps=4, stages=2)
+BLOCK = AttentionTile(block_m=16, block_n=16, heads=2, num_warps=4, num_stages=2)
 
 
 def ours(case: moe.Case) -> Way:
@@ -42,8 +43,8 @@ def test_a_right_kernel_has_a_small_error(way: Callable[[], Way]) -> None:
 
 
 def test_a_wrong_kernel_has_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = moe.ours
-    monkeypatch.setattr(moe, "ours", lambda *given, **told: tuple(each * 1.01 for each in right(*given, **told)))
+    right = moe.moe_experts
+    monkeypatch.setattr(moe, "moe_experts", lambda *given, **told: tuple(each * 1.01 for each in right(*given, **told)))
     error = ours(SMALL).error
     assert error is not None and error() == pytest.approx(0.01, rel=0.01)
 
@@ -82,9 +83,9 @@ def test_a_table_has_rates_shares_and_ratios() -> None:
     assert first.ratio == 2.0 and first.beside == "b" and second.ratio is None and second.beside is None
     assert first.share == SMALL.flop() / 1e15 / 0.002
     assert SMALL.flop() == 3 * 2 * 96 * 2 * (32 * 2 * 16 + 16 * 32), "two products forward, twice as much backward"
-    told = kernel_bench.line(first)
+    told = table(kernel_bench.HEAD, [kernel_bench.cells(row) for row in rows], left=1)
     assert "2.000 ms" in told and "3.0e-03" in told and "2.00 x" in told and " 0.50 GB" in told
-    assert all(len(kernel_bench.line(row)) <= 120 for row in rows) and len(kernel_bench.HEAD) <= 120
+    assert all(len(line) <= 120 for line in told.splitlines())
     assert math.isclose(
         meter.relative_error([torch.tensor([1.0, 2.2])], [torch.tensor([1.0, 2.0]).double()]),
         0.2 / 5**0.5,

@@ -30,13 +30,13 @@ SCALE = 192**-0.5
 
 def attend(*leaves: Tensor, **told: Any) -> Tensor:
     """Our kernels with the tiles that ship."""
-    return kernel.attend_mla(*leaves, tiles=ops.attention_tiles(torch.device("cuda"), 128, 64, 128), **told)
+    return kernel.mla_attention(*leaves, tiles=ops.attention_tiles(torch.device("cuda"), 128, 64, 128), **told)
 
 
 FORWARDS: dict[str, Callable[..., Tensor]] = {
     "triton": partial(attend, scale=SCALE, forward="triton"),
     "cudnn": partial(attend, scale=SCALE, forward="cudnn"),
-    "cudnn, its backward": partial(kernel.attend_mla_cudnn, scale=SCALE),
+    "cudnn, its backward": partial(kernel.mla_attention_cudnn, scale=SCALE),
 }
 
 

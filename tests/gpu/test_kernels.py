@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmoe.effects.kernels import loss as cross_entropy
-from nmoe.effects.kernels import norm as rms_norm
+from nmoe.effects.kernels import loss as loss_kernels
+from nmoe.effects.kernels import norm as norm_kernels
 from nmoe.effects.kernels.moe import router, swiglu
 from nmoe.effects.kernels.optim import adamw
 from nmoe.pure.formats import master
@@ -57,7 +57,7 @@ def test_loss(vocabulary: int, scale: float, z_loss: float, head_sum: torch.dtyp
     """Two and a half chunks; the last row has no target."""
     inputs = (normal(640, 512), normal(512, vocabulary, seed=1) / 16, targets(640, vocabulary))
     told = {"chunk": 256, "logit_scale": scale, "z_loss": z_loss}
-    ours = partial(cross_entropy.linear_cross_entropy, **told, head_sum=head_sum)
+    ours = partial(loss_kernels.linear_cross_entropy, **told, head_sum=head_sum)
     compared(ours, partial(loss.linear_cross_entropy, **told), inputs, [torch.tensor(1 / 512, device="cuda")])
 
 
@@ -68,7 +68,7 @@ def test_loss_with_offsets_beyond_32_bits() -> None:
     logits, losses = x @ head, torch.empty(2, rows, device="cuda")
     assert logits.numel() > 2**31
     near, near_losses = logits[-8:].clone(), torch.empty(2, 8, device="cuda")
-    run = partial(cross_entropy.turn_logits_, logit_scale=1.0, z_loss=0.0, wants_gradient=True)
+    run = partial(loss_kernels.logits_to_gradient_, logit_scale=1.0, z_loss=0.0, wants_gradient=True)
     run(logits, wanted, losses)
     run(near, wanted[-8:], near_losses)
     assert torch.equal(logits[-8:], near)
@@ -84,7 +84,7 @@ def test_loss_holds_no_more_than_it_says() -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        total, _ = cross_entropy.linear_cross_entropy(x, head, wanted, chunk=chunk, head_sum=head_sum)
+        total, _ = loss_kernels.linear_cross_entropy(x, head, wanted, chunk=chunk, head_sum=head_sum)
         forward = torch.cuda.max_memory_allocated() - before
         told = 2 * chunk * vocabulary + size * width * vocabulary + 2 * rows * width
         assert forward < told + 2**25, (forward, told)
@@ -98,8 +98,8 @@ def test_norms(shape: tuple[int, ...]) -> None:
     x, y, gain = normal(*shape), 2 * normal(*shape, seed=1), 1 + normal(shape[-1], seed=2).float() / 4
     pulls = [normal(*shape, seed=3), normal(*shape, seed=4)]
     told = {"eps": 1e-5}
-    compared(partial(rms_norm.rms_norm, **told), partial(norm.rms_norm, **told), (x, gain), pulls[:1])
-    compared(partial(rms_norm.add_rms_norm, **told), partial(norm.add_rms_norm, **told), (x, y, gain), pulls)
+    compared(partial(norm_kernels.rms_norm, **told), partial(norm.rms_norm, **told), (x, gain), pulls[:1])
+    compared(partial(norm_kernels.add_rms_norm, **told), partial(norm.add_rms_norm, **told), (x, y, gain), pulls)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2816), (2000, 2, 2816), (3, 100, 2, 11264), (77, 2, 100)], ids=str)
@@ -202,4 +202,4 @@ def test_router(num_experts: int) -> None:
     assert dx < 1.05 * ((plain - exact[1]).norm() / exact[1].norm()).item()
     assert all(torch.equal(a, b) for a, b in zip(found, graded(router.scores, [x, w], [grad_output]), strict=True))
     scores = (50 * router.scores(x, w)).round()
-    assert torch.equal(router.first(scores, 8), route.top_k(scores, 8))
+    assert torch.equal(router.top_k(scores, 8), route.top_k(scores, 8))

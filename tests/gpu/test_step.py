@@ -97,7 +97,7 @@ def test_a_mixture_with_offsets_beyond_32_bits() -> None:
     expert = route.top_k(score, top_k)
     weight = score.gather(-1, expert).requires_grad_()
     assert expert.numel() * hidden > 2**31
-    mixture = partial(mixtures.mixture, tiles=ops.mixture_tiles(torch.device("cuda"), hidden, width))
+    mixture = partial(mixtures.moe_experts, tiles=ops.mixture_tiles(torch.device("cuda"), hidden, width))
 
     def run(part: slice) -> list[Tensor]:
         leaves = [x[part].detach().requires_grad_(), weight[part].detach().requires_grad_()]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import attrs
 
-from nmoe.effects.kernels import loss as cross_entropy
-from nmoe.effects.kernels import norm as rms_norm
+from nmoe.effects.kernels import loss as loss_kernels
+from nmoe.effects.kernels import norm as norm_kernels
 from nmoe.effects.kernels.moe import router, swiglu
 from nmoe.effects.kernels.optim import adamw
-from nmoe.effects.kernels.tile import Tile
 from tests.kernels.aot import Request
 
 KERNELS = "nmoe.effects.kernels"
 
 
-def request(kernel: str, signature: str, tile: Tile, constants: Mapping[str, object], sizes: str = "") -> Request:
+def request(kernel: str, signature: str, tile: Any, constants: Mapping[str, object], sizes: str = "") -> Request:
     """signature: "name:type name:type"; sizes: integers that are multiples of 16."""
     types = dict(each.split(":") for each in signature.split())
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
@@ -25,26 +25,26 @@ def request(kernel: str, signature: str, tile: Tile, constants: Mapping[str, obj
         signature=types,
         constants=constants,
         aligned=[*pointers, *sizes.split()],
-        warps=tile.warps,
-        stages=tile.stages,
+        warps=tile.num_warps,
+        stages=tile.num_stages,
     )
 
 
 def loss(wants_gradient: bool) -> Request:
     """A vocabulary of 201,088."""
-    tile = cross_entropy.TILE
+    tile = loss_kernels.TILE
     return request(
-        "loss:logits_kernel",
+        "loss:cross_entropy_kernel",
         "logits:*bf16 target:*i64 losses:*fp32 stride:i32 losses_stride:i32 vocabulary:i32 scale:fp32 z_loss:fp32",
         tile,
-        {"wants_gradient": wants_gradient, "block": tile.n},
+        {"wants_gradient": wants_gradient, "block": tile.block_n},
         "stride losses_stride vocabulary",
     )
 
 
 def norm(name: str, adds: bool, width: int) -> Request:
     """Rows of a width that is a multiple of 16."""
-    tile = rms_norm.TILE
+    tile = norm_kernels.TILE
     if name == "forward":
         signature = (
             "x:*bf16 y:*bf16 gain:*fp32 total:*bf16 normed:*bf16 rstd:*fp32 rows:i32 width:i32 x_stride:i32 "
@@ -57,15 +57,15 @@ def norm(name: str, adds: bool, width: int) -> Request:
         )
     sizes = "rows width x_stride" + (" y_stride" if name == "forward" else "")
     block = 1 << (width - 1).bit_length()
-    tile = attrs.evolve(tile, warps=rms_norm.warps(width, tile))
-    return request(f"norm:{name}_kernel", signature, tile, {"adds": adds, "m": tile.m, "block": block}, sizes)
+    tile = attrs.evolve(tile, num_warps=norm_kernels.warps(width, tile))
+    return request(f"norm:{name}_kernel", signature, tile, {"adds": adds, "m": tile.block_m, "block": block}, sizes)
 
 
 def gate(name: str) -> Request:
     """The activation, forward or backward."""
     tile = swiglu.TILE
     arrays = "x:*bf16 y:*bf16" if name == "forward" else "x:*bf16 grad_output:*bf16 gradient:*bf16"
-    constants = {"m": tile.m, "n": tile.n}
+    constants = {"block_m": tile.block_m, "block_n": tile.block_n}
     return request(f"moe.swiglu:{name}_kernel", f"{arrays} rows:i32 width:i32", tile, constants, "rows width")
 
 
@@ -80,7 +80,7 @@ def update(value: str, gradient: str, moments: str, size: str = "i32") -> Reques
         tile,
         {
             **{"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1},
-            **{"has_remainder": value == "bf16", "block": tile.n, "times": tile.k},
+            **{"has_remainder": value == "bf16", "block": tile.block, "repeats": tile.repeats},
         },
         "size",
     )
@@ -93,7 +93,7 @@ def square_sum(gradient: str) -> Request:
         "optim.adamw:norm_kernel",
         f"x:*{gradient} partial:*fp32 size:i32",
         tile,
-        {"block": tile.n, "times": tile.k},
+        {"block": tile.block, "repeats": tile.repeats},
         "size",
     )
 
@@ -103,9 +103,9 @@ def choice(num_experts: int, top_k: int) -> Request:
     tile = router.TILE
     padded = 1 << (num_experts - 1).bit_length()
     return request(
-        "moe.router:first_kernel",
+        "moe.router:top_k_kernel",
         "x:*fp32 out:*i64 rows:i32 E:i32",
         tile,
-        {"M": tile.m, "EP": padded, "K": top_k},
+        {"M": tile.block_m, "EP": padded, "K": top_k},
         "rows E",
     )

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nmoe.effects.kernels import loss as cross_entropy
-from nmoe.effects.kernels.loss import TILE, linear_cross_entropy, turn_logits_
+from nmoe.effects.kernels.loss import TILE, linear_cross_entropy, logits_to_gradient_
 from nmoe.pure.model import loss
 from tests.kernels.truth import check, graded, normal
 
-SMALL = attrs.evolve(TILE, n=64)
+SMALL = attrs.evolve(TILE, block_n=64)
 
 
 def targets(rows: int, vocabulary: int, kept: float = 0.7) -> Tensor:
@@ -51,7 +51,7 @@ def test_a_row_without_a_target_is_not_read() -> None:
     logits = torch.full((3, 150), float("nan"))
     logits[1] = normal(150)
     losses = torch.full((2, 3), 7.0)
-    turn_logits_(
+    logits_to_gradient_(
         logits,
         torch.tensor([-1, 5, -100]),
         losses,
@@ -79,7 +79,7 @@ def test_a_logit_that_is_not_finite_shows_in_the_loss(bad: float, place: int) ->
     logits = normal(1, 150)
     logits[0, place] = bad
     losses = torch.zeros(2, 1)
-    turn_logits_(logits, torch.tensor([5]), losses, logit_scale=1.0, z_loss=0.0, wants_gradient=True, tile=SMALL)
+    logits_to_gradient_(logits, torch.tensor([5]), losses, logit_scale=1.0, z_loss=0.0, wants_gradient=True, tile=SMALL)
     assert not losses.isfinite().any()
 
 
@@ -94,7 +94,7 @@ def test_logits_in_half_precision() -> None:
     total = nll + 0.01 * torch.where(counted, square, 0)
     total.sum().backward()
     losses = torch.zeros(2, 6)
-    turn_logits_(logits, wanted, losses, logit_scale=0.5, z_loss=0.01, wants_gradient=True, tile=SMALL)
+    logits_to_gradient_(logits, wanted, losses, logit_scale=0.5, z_loss=0.01, wants_gradient=True, tile=SMALL)
     assert leaf.grad is not None
     torch.testing.assert_close(losses.double(), torch.stack([total, nll]).detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits, leaf.grad.half(), rtol=2 * torch.finfo(torch.float16).eps, atol=1e-7)
@@ -103,7 +103,7 @@ def test_logits_in_half_precision() -> None:
 def test_without_gradient_the_logits_are_left_alone() -> None:
     logits, losses = normal(4, 100), torch.zeros(2, 4)
     kept = logits.clone()
-    turn_logits_(logits, targets(4, 100), losses, logit_scale=1.0, z_loss=0.1, wants_gradient=False, tile=SMALL)
+    logits_to_gradient_(logits, targets(4, 100), losses, logit_scale=1.0, z_loss=0.1, wants_gradient=False, tile=SMALL)
     assert torch.equal(logits, kept)
     with torch.no_grad():
         total, nll = linear_cross_entropy(normal(4, 8), normal(8, 100), targets(4, 100), chunk=3, tile=SMALL)
@@ -137,7 +137,7 @@ def test_a_row_does_not_depend_on_its_place() -> None:
 
     def run(order: Tensor) -> tuple[Tensor, Tensor]:
         moved, losses = logits[order].contiguous(), torch.zeros(2, 8)
-        turn_logits_(moved, wanted[order], losses, logit_scale=1.0, z_loss=0.1, wants_gradient=True, tile=SMALL)
+        logits_to_gradient_(moved, wanted[order], losses, logit_scale=1.0, z_loss=0.1, wants_gradient=True, tile=SMALL)
         return moved, losses
 
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
@@ -156,7 +156,7 @@ def test_offsets_beyond_32_bits() -> None:
     logits.copy_(drawn)
     near, losses, near_losses = drawn.clone(), torch.zeros(2, 4), torch.zeros(2, 4)
     wanted = torch.tensor([1, 2, 3, 4])
-    run = partial(turn_logits_, logit_scale=1.0, z_loss=0.0, wants_gradient=True, tile=SMALL)
+    run = partial(logits_to_gradient_, logit_scale=1.0, z_loss=0.0, wants_gradient=True, tile=SMALL)
     run(logits, wanted, losses)
     run(near, wanted, near_losses)
     assert torch.equal(logits, near)
@@ -165,7 +165,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 def test_the_kernel_is_the_one_that_ships() -> None:
     """A row longer than a block at its real size, once."""
-    inputs = (normal(2, 4), normal(4, TILE.n + 17, seed=1), torch.tensor([TILE.n + 16, 3]))
+    inputs = (normal(2, 4), normal(4, TILE.block_n + 17, seed=1), torch.tensor([TILE.block_n + 16, 3]))
     plain = partial(loss.linear_cross_entropy, chunk=1)
     truth = graded(plain, inputs, [torch.ones(())], torch.float64)
     ours = graded(partial(cross_entropy.linear_cross_entropy, chunk=1), inputs, [torch.ones(())])

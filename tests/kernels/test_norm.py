@@ -11,20 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmoe.effects.kernels.norm import TILE, add_rms_norm, rms_norm
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.norm import TILE, NormTile, add_rms_norm, rms_norm
 from nmoe.pure.model import norm
 from tests.kernels.truth import check, graded, normal
 
 EPS = 1e-5
 SHAPES = [(1, 2048), (2, 3), (13, 48), (3, 5, 100), (40, 17)]
-TILES = [TILE, attrs.evolve(TILE, m=4, k=3)]
+TILES = [TILE, attrs.evolve(TILE, block_m=4, programs=3)]
 
 
 @pytest.mark.parametrize("tile", TILES, ids=["shipped", "other"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_near_the_truth_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype, tile: Tile) -> None:
+def test_as_near_the_truth_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype, tile: NormTile) -> None:
     x, y = normal(*shape, dtype=dtype), 2 * normal(*shape, seed=1, dtype=dtype)
     gain = 1 + normal(shape[-1], seed=2) / 4
     pulls = [normal(*shape, seed=3, dtype=dtype), normal(*shape, seed=4, dtype=dtype)]

@@ -14,15 +14,10 @@ from nmoe.bench.kernels import attention, loss, moe, optimizer, tuner
 from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Way, gpu_meter, measure
 from nmoe.effects import files
 from nmoe.effects.device import gpu, ops
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 
-__all__ = ["KINDS", "kernels", "tune"]
-
-HEAD = (
-    f"  {'':<26}{'forward':>11} {'both ways':>11}  {'rate, of the ceiling':<20}  {'least moved':>11} {'more held':>9}  "
-    f"{'error':<9} speed"
-)
+HEAD = ("", "forward", "both ways", "rate", "of peak", "least moved", "more held", "error", "speed")
 
 KINDS = ("moe", "attention", "loss", "optimizer")
 
@@ -46,7 +41,7 @@ def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
     )
     for kind in kinds:
         for title, rows in cases(kind, meter):
-            say("\n".join((f"\n{title}", HEAD, *(line(row) for row in rows))))
+            say(f"\n{title}\n{table(HEAD, [cells(row) for row in rows], left=1)}")
             if jsonl is not None:
                 with jsonl.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps({"machine": machine, **attrs.asdict(row)}) + "\n" for row in rows)
@@ -109,20 +104,23 @@ def rows(what: str, case: Any, ways: Iterator[Way], peer: str, meter: Meter) -> 
     return built
 
 
-def line(row: Row) -> str:
-    """One row as a line of at most 120 characters."""
-    forward = " " * 11 if row.forward_s is None else f"{1000 * row.forward_s:8.3f} ms"
+def cells(row: Row) -> tuple[str, ...]:
+    """One row of the table, in the order of `HEAD`."""
     if row.flop:
-        rate = f"{row.flop / row.both_s / 1e12:6.1f} TFLOP/s {100 * row.share:3.0f} %"
+        rate = f"{row.flop / row.both_s / 1e12:.1f} TFLOP/s"
     else:
-        rate = f"{row.moved_bytes / row.both_s / 1e9:6.0f} GB/s    {100 * row.share:3.0f} %"
-    error = "" if row.error is None else f"{row.error:.1e}"
-    ratio = "  (1)" if row.ratio is None else f"{row.ratio:.2f} x"
-    moved, extra = row.moved_bytes / 1e9, row.extra_bytes / 1e9
+        rate = f"{row.moved_bytes / row.both_s / 1e9:.0f} GB/s"
     return (
-        f"  {row.way:<26}{forward} {1000 * row.both_s:8.3f} ms  {rate}  {moved:8.1f} GB {extra:6.2f} GB  "
-        f"{error:<9} {ratio}"
-    ).rstrip()
+        row.way,
+        "" if row.forward_s is None else f"{1000 * row.forward_s:.3f} ms",
+        f"{1000 * row.both_s:.3f} ms",
+        rate,
+        f"{100 * row.share:.0f} %",
+        f"{row.moved_bytes / 1e9:.1f} GB",
+        f"{row.extra_bytes / 1e9:.2f} GB",
+        "" if row.error is None else f"{row.error:.1e}",
+        "(1)" if row.ratio is None else f"{row.ratio:.2f} x",
+    )
 
 
 def tune(sizes: Sequence[str]) -> int:

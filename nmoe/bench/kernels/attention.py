@@ -60,10 +60,10 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
 
     latent = (q, kv, k_rope)
     given: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
-        "cuDNN with assembly": (partial(attention.attend_mla_cudnn, scale=scale), latent),
-        "deterministic": (partial(attention.attend_mla, scale=scale, forward="cudnn", tiles=tiles), latent),
+        "cuDNN with assembly": (partial(attention.mla_attention_cudnn, scale=scale), latent),
+        "deterministic": (partial(attention.mla_attention, scale=scale, forward="cudnn", tiles=tiles), latent),
         "deterministic, own forward": (
-            partial(attention.attend_mla, scale=scale, forward="triton", tiles=tiles),
+            partial(attention.mla_attention, scale=scale, forward="triton", tiles=tiles),
             latent,
         ),
         PEER: (bare, (q, k, v)),

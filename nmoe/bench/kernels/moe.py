@@ -14,7 +14,7 @@ from torch import Tensor
 from nmoe.bench.kernels.meter import Way, draw, relative_error
 from nmoe.effects.device import cpu
 from nmoe.effects.kernels.moe.moe import Tiles
-from nmoe.effects.kernels.moe.moe import mixture as ours
+from nmoe.effects.kernels.moe.moe import moe_experts as fused_experts
 from nmoe.pure.model.experts import moe_experts
 from nmoe.pure.model.route import Routing
 
@@ -123,7 +123,7 @@ def ways(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Way]:
     plain = partial(moe_experts, experts=cpu.experts_grouped)
     truth = exact(operands)
     given: dict[str, Callable[[], Any]] = {
-        "ours": lambda: partial(ours, tiles=tiles),
+        "ours": lambda: partial(fused_experts, tiles=tiles),
         # a graph that compiles anew for every number of rows would measure the compiler
         PEER: lambda: torch.compile(plain, dynamic=False),
         "grouped_mm": lambda: plain,

@@ -14,10 +14,10 @@ import torch
 from nmoe.bench.kernels import attention, moe
 from nmoe.bench.kernels.meter import Way
 from nmoe.effects.device import ops
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.tables import AttentionTile, GemmTile
 
 PRODUCTS = tuple(
-    Tile(m=m, n=n, k=k, warps=8, stages=stages)
+    GemmTile(block_m=m, block_n=n, block_k=k, num_warps=8, num_stages=stages)
     for (m, n), k, stages in itertools.product(((128, 128), (128, 256), (256, 128)), (32, 64), (3, 4, 5))
 )
 """What is tried for a product of the mixture."""
@@ -47,12 +47,12 @@ def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) 
         names = [field.name for field in attrs.fields(type(shipped)) if field.name not in ("group", "programs")]
 
         found = best({name: PRODUCTS for name in names}, shipped, partial(moe.ways, case, operands), timed)
-        yield entry(f"mixture.{hidden}x{width}", found, names, group=found.group)
+        yield entry(f"moe.{hidden}x{width}", found, names, group=found.group)
     for case in attention.CASES:
         shipped = ops.attention_tiles(device, case.nope, case.rope, case.value)
         candidates = {
             name: tuple(
-                attrs.evolve(getattr(shipped, name), m=m, n=n, warps=warps, stages=stages)
+                attrs.evolve(getattr(shipped, name), block_m=m, block_n=n, num_warps=warps, num_stages=stages)
                 for (m, n), warps, stages in itertools.product(blocks, (4, 8), (2, 3))
             )
             for name, blocks in ATTENTION.items()
@@ -68,7 +68,10 @@ def own_attention(case: attention.Case, device: torch.device, tiles: Any) -> Ite
 
 
 def best(
-    candidates: Mapping[str, Sequence[Tile]], shipped: Any, ways: Callable[[Any], Iterator[Way]], timed: Timed
+    candidates: Mapping[str, Sequence[GemmTile | AttentionTile]],
+    shipped: Any,
+    ways: Callable[[Any], Iterator[Way]],
+    timed: Timed,
 ) -> Any:
     """The fastest tiles, starting from some that are good."""
     for name, tiles in candidates.items():
@@ -90,8 +93,8 @@ def attempt(way: Way, timed: Timed) -> float | None:
 
 def entry(key: str, found: object, names: Sequence[str], group: int | None = None) -> str:
     """An entry as the table has it."""
-    lines = [f"[{key}]", *([] if group is None else [f"group = {group}"])]
+    lines = [f"[{key}]", "measured = true", *([] if group is None else [f"group = {group}"])]
     for name in names:
-        tile: Tile = getattr(found, name)
-        lines.append(f"{name} = [{tile.m}, {tile.n}, {tile.k}, {tile.warps}, {tile.stages}]")
+        fields = attrs.asdict(getattr(found, name))
+        lines.append(f"{name} = {{ {', '.join(f'{field} = {value}' for field, value in fields.items())} }}")
     return "\n".join(lines)

@@ -75,8 +75,8 @@ def build(
             add_norm=rms_norm.add_rms_norm,
             swiglu=swiglu.swiglu,
             attention=_gpu_attention(device, kind, c.attention, deterministic, documents),
-            route=partial(route_tokens, score=router.scores, select=router.first),
-            experts=partial(mixtures.mixture, tiles=tiles)
+            route=partial(route_tokens, score=router.scores, select=router.top_k),
+            experts=partial(mixtures.moe_experts, tiles=tiles)
             if exchange is None
             else partial(exchanged.mixture, exchange=exchange, tiles=tiles),
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
@@ -98,10 +98,10 @@ def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool
     from nmoe.effects.kernels.attention import mla as attention
     from nmoe.effects.kernels.attention import project
 
-    attend = attention.attend_mla_cudnn
+    attend = attention.mla_attention_cudnn
     if deterministic or documents:
         forward = "triton" if documents else "cudnn"
-        attend = partial(attention.attend_mla, forward=forward, tiles=attention_tiles(device, *kind.tile_sizes(c)))
+        attend = partial(attention.mla_attention, forward=forward, tiles=attention_tiles(device, *kind.tile_sizes(c)))
     return MlaOps(project=project.project, query=project.query, attend=attend)
 
 
@@ -109,7 +109,7 @@ def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Til
     """How a mixture of these sizes is cut up on this GPU."""
     from nmoe.effects.kernels.moe import moe as mixtures
 
-    found = tuning.find(shipped(device), "mixture", hidden, width)
+    found = tuning.find(shipped(device), "moe", hidden, width)
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     return mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
 
@@ -126,13 +126,13 @@ def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS) -> tuple
     if device.type == "cpu":
         return ()
     table, attention = shipped(device), kind_of(c.attention, kinds).tile_sizes(c.attention)
-    sizes = {"mixture": (c.hidden_size, c.moe.intermediate_size)} | ({"attention": attention} if attention else {})
-    keys = {op: "x".join(map(str, size)) for op, size in sizes.items()}
+    sizes = {"moe": (c.hidden_size, c.moe.intermediate_size)} | ({"attention": attention} if attention else {})
+    entries = {op: (tuning.find(table, op, *size), "x".join(map(str, size))) for op, size in sizes.items()}
     return tuple(
-        f"{op}: no measured tiles for {keys[op]} in {table.where}, the default ones are used"
-        + (f"; `nmoe bench kernels --tune --size {keys[op]}` finds better ones" if op == "mixture" else "")
-        for op, size in sizes.items()
-        if tuning.find(table, op, *size).size == tuning.DEFAULT
+        f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"
+        + (f"; `nmoe bench kernels --tune --size {size}` finds better ones" if op == "moe" else "")
+        for op, (entry, size) in entries.items()
+        if not entry.measured
     )
 
 

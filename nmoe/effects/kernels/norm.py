@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nmoe.effects.kernels.tile import Tile
 
-TILE = Tile(m=1, n=1, k=1024, warps=4, stages=1)
-"""m: rows of a block; k: blocks of the backward pass, each of which leaves one row of partial sums; warps: for 2048
-columns, and more for wider rows."""
+@attrs.frozen(kw_only=True)
+class NormTile:
+    """Block sizes and launch options."""
+
+    block_m: int  # rows of a block
+    programs: int  # most programs of the backward pass; each leaves one row of partial sums
+    num_warps: int  # up to 2048 columns; wider rows get more
+    num_stages: int
+
+
+TILE = NormTile(block_m=1, programs=1024, num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -96,18 +104,18 @@ def table(x: Tensor) -> Tensor:
     return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
 
 
-def warps(width: int, tile: Tile) -> int:
+def warps(width: int, tile: NormTile) -> int:
     """Warps of a block, so that a thread has as many columns of a wide row as of a narrow one."""
-    return min(16, tile.warps * max(1, triton.next_power_of_2(width) // 2048))
+    return min(16, tile.num_warps * max(1, triton.next_power_of_2(width) // 2048))
 
 
-def forward(x: Tensor, y: Tensor | None, gain: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, y: Tensor | None, gain: Tensor, eps: float, tile: NormTile) -> tuple[Tensor, Tensor, Tensor]:
     """Sum, normed and reciprocal root mean square; the sum is `x` itself without `y`. All as tables."""
     rows, width = x.shape
     total = x if y is None else torch.empty((rows, width), dtype=x.dtype, device=x.device)
     normed = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    forward_kernel[(triton.cdiv(rows, tile.m),)](
+    forward_kernel[(triton.cdiv(rows, tile.block_m),)](
         x,
         x if y is None else y,
         gain,
@@ -120,21 +128,21 @@ def forward(x: Tensor, y: Tensor | None, gain: Tensor, eps: float, tile: Tile) -
         x.stride(0) if y is None else y.stride(0),
         eps,
         adds=y is not None,
-        m=tile.m,
+        m=tile.block_m,
         block=triton.next_power_of_2(width),
         num_warps=warps(width, tile),
-        num_stages=tile.stages,
+        num_stages=tile.num_stages,
     )
     return total, normed, rstd
 
 
 def backward(
-    x: Tensor, gain: Tensor, rstd: Tensor, grad_output: Tensor, residual: Tensor | None, tile: Tile
+    x: Tensor, gain: Tensor, rstd: Tensor, grad_output: Tensor, residual: Tensor | None, tile: NormTile
 ) -> tuple[Tensor, Tensor]:
     """Gradients of what was normed and of the gain. All as tables."""
     rows, width = x.shape
     gradient = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    programs = min(tile.k, triton.cdiv(rows, tile.m))
+    programs = min(tile.programs, triton.cdiv(rows, tile.block_m))
     partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     backward_kernel[(programs,)](
         x,
@@ -148,10 +156,10 @@ def backward(
         width,
         x.stride(0),
         adds=residual is not None,
-        m=tile.m,
+        m=tile.block_m,
         block=triton.next_power_of_2(width),
         num_warps=warps(width, tile),
-        num_stages=tile.stages,
+        num_stages=tile.num_stages,
     )
     return gradient, partial.sum(0).to(gain.dtype)
 
@@ -160,7 +168,7 @@ class RmsNorm(torch.autograd.Function):
     """`rms_norm` with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, tile: Tile) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, tile: NormTile) -> Tensor:
         rows = table(x)
         _, normed, rstd = forward(rows, None, gain, eps, tile)
         ctx.save_for_backward(rows, gain, rstd)
@@ -181,7 +189,7 @@ class AddRmsNorm(torch.autograd.Function):
     """`add_rms_norm` with its gradient; the same one for both summands."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor, eps: float, tile: NormTile) -> tuple[Tensor, Tensor]:
         total, normed, rstd = forward(table(x), table(y), gain, eps, tile)
         ctx.save_for_backward(total, gain, rstd)
         ctx.tile = tile
@@ -199,7 +207,7 @@ class AddRmsNorm(torch.autograd.Function):
         return summand, summand, gain_gradient, None, None
 
 
-def rms_norm(x: Tensor, gain: Tensor, *, eps: float, tile: Tile = TILE) -> Tensor:
+def rms_norm(x: Tensor, gain: Tensor, *, eps: float, tile: NormTile = TILE) -> Tensor:
     """`pure.norm.rms_norm`.
 
     x        [... D]   a slice of wider rows is read where it lies
@@ -210,7 +218,7 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float, tile: Tile = TILE) -> Tenso
     return RmsNorm.apply(x, gain, eps, tile)
 
 
-def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float, tile: Tile = TILE) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float, tile: NormTile = TILE) -> tuple[Tensor, Tensor]:
     """`pure.norm.add_rms_norm`: the sum, rounded to the format of `x`, and that sum normed.
 
     x, y     [... D]

@@ -111,16 +111,16 @@ def mixtures(what: str, e: Any, where: torch.device) -> tuple[Mixture, Mixture]:
         return partial(host.mixture, exchange=e, experts=experts_grouped), partial(
             experts.moe_experts, experts=experts_grouped
         )
-    from nmoe.effects.kernels.moe.moe import Tiles, mixture
-    from nmoe.effects.kernels.tile import Tile
+    from nmoe.effects.kernels.moe.moe import Tiles, moe_experts
+    from nmoe.effects.kernels.tables import GemmTile
     from nmoe.effects.parallel.exchange import device
 
     size = 16 if where.type == "cpu" else 64
-    tile = Tile(m=size, n=size, k=size, warps=4, stages=2)
+    tile = GemmTile(block_m=size, block_n=size, block_k=size, num_warps=4, num_stages=2)
     tiles = Tiles(
         up=tile, down=tile, activation=tile, down_gradient=tile, input=tile, up_gradient=tile, group=8, programs=16
     )
-    return partial(device.mixture, exchange=e, tiles=tiles), partial(mixture, tiles=tiles)
+    return partial(device.mixture, exchange=e, tiles=tiles), partial(moe_experts, tiles=tiles)
 
 
 def compare(

@@ -12,6 +12,7 @@ from nmoe.effects.parallel.exchange.opening import virtual
 from nmoe.effects.parallel.ranks import Group, Ranks
 from nmoe.effects.train import run
 from nmoe.pure.cost.plan import plan
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.parallel.exchange_arena import GRANULARITY, Sizes
 from tests.effects.train.tiny import tiny
 
@@ -28,7 +29,8 @@ def test_the_plan_is_the_arena(ranks: int, capacity: float, dedup: bool, monkeyp
     here: Any = Group(rank=0, size=ranks, handle=object())
     run.exchanging(config, Ranks(world=here, experts=here), torch.device("cpu"))
     (sizes,) = opened
-    planned = plan(config, ranks=ranks, mfu=0.4, expert_ranks=ranks, dedup=dedup, capacity=parallel.room())
+    blueprint = make_blueprint(config, ranks, ranks)
+    planned = plan(config, blueprint, mfu=0.4, dedup=dedup, capacity=parallel.room())
     assert planned.arena is not None
     for e in virtual(sizes, torch.device("cpu")):
         assert planned.arena == e.fields and planned.arena.size == e.raw.numel()

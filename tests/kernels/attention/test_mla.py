@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from nmoe.effects.kernels.attention import mla as kernel
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.tables import AttentionTile
 from nmoe.errors import InputError
 
-SMALL = Tile(m=16, n=16, k=2, warps=4, stages=1)
+SMALL = AttentionTile(block_m=16, block_n=16, heads=2, num_warps=4, num_stages=1)
 
 
-def tiles(m: int, n: int, k: int = 2) -> kernel.Tiles:
-    tile = attrs.evolve(SMALL, m=m, n=n, k=k)
+def tiles(m: int, n: int, heads: int = 2) -> kernel.Tiles:
+    tile = attrs.evolve(SMALL, block_m=m, block_n=n, heads=heads)
     return kernel.Tiles(forward=tile, dq=tile, dkv=tile)
 
 
@@ -68,7 +68,7 @@ def check(
     dtype = gate.dtype
     exact = differentiate(truth, operands, gate, torch.float64, start, scale=scale)
     plain = differentiate(truth, operands, gate, dtype, start, scale=scale)
-    ours = differentiate(kernel.attend_mla, operands, gate, dtype, start, scale=scale, tiles=tiles)
+    ours = differentiate(kernel.mla_attention, operands, gate, dtype, start, scale=scale, tiles=tiles)
     for name, right in exact.items():
         size = right.norm().item() * torch.finfo(dtype).eps
         error, allowed = ((each[name].double() - right).norm().item() for each in (ours, plain))
@@ -112,7 +112,7 @@ def test_documents_do_not_see_each_other(m: int, n: int, lengths: list[int]) -> 
 def test_every_split_of_heads_and_blocks_is_computed_once() -> None:
     operands, gate = sample(2, 20, 3, (24, 16, 8), dtype=torch.float32)
     found = [
-        differentiate(kernel.attend_mla, operands, gate, torch.float32, scale=0.3, tiles=tiles(16, 16, k))
+        differentiate(kernel.mla_attention, operands, gate, torch.float32, scale=0.3, tiles=tiles(16, 16, k))
         for k in (1, 4, 16)
     ]
     assert all(torch.equal(each[name], found[0][name]) for each in found for name in each)
@@ -147,12 +147,12 @@ def back_by_cudnn(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale
 def test_our_backward_takes_the_forward_of_cudnn() -> None:
     operands, gate = sample(2, 37, 3, (24, 16, 8), dtype=torch.float32)
     told = {"scale": 0.3, "tiles": tiles(16, 16)}
-    ours = differentiate(kernel.attend_mla, operands, gate, torch.float32, **told)
+    ours = differentiate(kernel.mla_attention, operands, gate, torch.float32, **told)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", by_cudnn)
         patch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", back_by_cudnn)
-        mixed = differentiate(kernel.attend_mla, operands, gate, torch.float32, forward="cudnn", **told)
-        theirs = differentiate(kernel.attend_mla_cudnn, operands, gate, torch.float32, scale=0.3)
+        mixed = differentiate(kernel.mla_attention, operands, gate, torch.float32, forward="cudnn", **told)
+        theirs = differentiate(kernel.mla_attention_cudnn, operands, gate, torch.float32, scale=0.3)
     for name, one in ours.items():
         torch.testing.assert_close(mixed[name], one, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(theirs[name], one, rtol=1e-4, atol=1e-5)
@@ -163,10 +163,10 @@ def test_slices_of_wider_products_are_read_where_they_lie() -> None:
     (q, kv, k_rope), _ = sample(2, 21, 2, (24, 16, 8), dtype=torch.float32)
     down = torch.cat((q.flatten(2), k_rope), -1).requires_grad_()
     sliced = down[..., :48].unflatten(-1, (2, 24)), kv, down[..., 48:]
-    o = kernel.attend_mla(*sliced, scale=0.3, tiles=tiles(16, 16))
+    o = kernel.mla_attention(*sliced, scale=0.3, tiles=tiles(16, 16))
     (found,) = torch.autograd.grad(o.sum(), down)
     gate = torch.ones(o.shape)
-    whole = differentiate(kernel.attend_mla, (q, kv, k_rope), gate, torch.float32, scale=0.3, tiles=tiles(16, 16))
+    whole = differentiate(kernel.mla_attention, (q, kv, k_rope), gate, torch.float32, scale=0.3, tiles=tiles(16, 16))
     assert torch.equal(o, whole["o"])
     assert torch.equal(found, torch.cat((whole["q"].flatten(2), whole["k_rope"]), -1))
 
@@ -174,10 +174,10 @@ def test_slices_of_wider_products_are_read_where_they_lie() -> None:
 @pytest.mark.parametrize(
     ("sizes", "change", "told"),
     [
-        ((22, 16, 8), {}, "model.attention.qk_nope_head_dim: a multiple of 4 .* got 14; write 16"),
-        ((24, 16, 6), {}, "model.attention.qk_rope_head_dim: a multiple of 4 .* got 6; write 8"),
+        ((22, 16, 8), {}, "model.attention.qk_nope_head_dim: expected a multiple of 4 .* got 14; write 16"),
+        ((24, 16, 6), {}, "model.attention.qk_rope_head_dim: expected a multiple of 4 .* got 6; write 8"),
         ((24, 260, 8), {}, "model.attention.v_head_dim: .* up to 256 .* got 260; write 256"),
-        ((24, 16, 8), {"scale": 0.0}, "attend_mla: scale > 0, got 0.0"),
+        ((24, 16, 8), {"scale": 0.0}, "mla_attention: expected scale > 0, got 0.0"),
         ((24, 16, 8), {"forward": "cudnn", "start": torch.zeros(1, 3)}, "got start; pass forward='triton'"),
     ],
 )
@@ -185,10 +185,10 @@ def test_what_the_kernels_do_not_take(sizes: Any, change: dict[str, Any], told: 
     operands, _ = sample(1, 3, 1, sizes, dtype=torch.float32)
     options: dict[str, Any] = {"scale": 0.3, "tiles": tiles(16, 16), **change}
     with pytest.raises(InputError, match=told):
-        kernel.attend_mla(*operands, **options)
+        kernel.mla_attention(*operands, **options)
 
 
 def test_formats_are_one() -> None:
     (q, kv, k_rope), _ = sample(1, 3, 1, (24, 16, 8), dtype=torch.float32)
     with pytest.raises(InputError, match="all in bf16 or all in fp16, got torch.float32, torch.float16"):
-        kernel.attend_mla(q, kv.half(), k_rope, scale=0.3, tiles=tiles(16, 16))
+        kernel.mla_attention(q, kv.half(), k_rope, scale=0.3, tiles=tiles(16, 16))

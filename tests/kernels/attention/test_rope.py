@@ -11,7 +11,7 @@ from nmoe.effects.kernels.attention import rope as kernel
 from nmoe.pure.model.attention.mla import rotate_mla
 from nmoe.pure.model.rope import Rope, table
 
-TILE = attrs.evolve(kernel.TILE, m=16)
+TILE = attrs.evolve(kernel.TILE, block_m=16)
 
 
 def sample(batch: int, length: int, heads: int, c: int, p: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Rope]:

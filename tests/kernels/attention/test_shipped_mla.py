@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from nmoe.effects.kernels import tables as tuning
-from nmoe.effects.kernels.attention import mla as attend_mla
-from nmoe.effects.kernels.attention import rope
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.attention import mla, rope
+from nmoe.effects.kernels.tables import AttentionTile
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
 
@@ -18,7 +17,7 @@ SIZES = {"nope": 128, "rope": 64, "value": 128}
 """Channels of every large preset's heads."""
 
 SHIPPED = {
-    target: attend_mla.Tiles(**tuning.find(tuning.load(capability), "attention", 128, 64, 128).tiles)
+    target: mla.Tiles(**tuning.find(tuning.load(capability), "attention", 128, 64, 128).tiles)
     for target, capability in {90: (9, 0), 100: (10, 0)}.items()
 }
 
@@ -33,9 +32,9 @@ def block(rows: int, part: str) -> str:
     return f"tensordesc<bf16[1,1,{rows},{SIZES[part]}]>"
 
 
-def request(name: str, tile: Tile, documents: bool) -> Request:
+def request(name: str, tile: AttentionTile, documents: bool) -> Request:
     """One of the three kernels, in bf16."""
-    m, n = tile.m, tile.n
+    m, n = tile.block_m, tile.block_n
     types = {"q": block(m, "nope"), "q_rope": block(m, "rope")}
     types |= {"k": block(n, "nope"), "k_rope": block(n, "rope"), "v": block(n, "value")}
     if name == "dkv":
@@ -47,7 +46,13 @@ def request(name: str, tile: Tile, documents: bool) -> Request:
     if name == "dq":
         types |= {"do": block(m, "value"), "dq": block(m, "nope"), "dq_rope": block(m, "rope")}
         types |= {"top": "*fp32", "delta": "*fp32", "padded": "i32"}
-    constants: dict[str, Any] = {"m_size": m, "n_size": n, "together": tile.k, "documents": documents, **SIZES}
+    constants: dict[str, Any] = {
+        "block_m": m,
+        "block_n": n,
+        "heads_per_group": tile.heads,
+        "documents": documents,
+        **SIZES,
+    }
     masks = "end" if name == "dkv" else "start"
     if documents:
         types[masks] = "*i32"
@@ -58,8 +63,8 @@ def request(name: str, tile: Tile, documents: bool) -> Request:
         kernel=f"nmoe.effects.kernels.attention.mla_kernels:{name}_kernel",
         signature=types,
         constants=constants,
-        warps=tile.warps,
-        stages=tile.stages,
+        warps=tile.num_warps,
+        stages=tile.num_stages,
     )
 
 
@@ -102,7 +107,9 @@ def test_what_is_too_large_is_seen(tmp_path_factory: pytest.TempPathFactory) -> 
     """The tile of sm_90 has no place in the shared memory that sm_100 leaves; 64 queries a step spill on sm_90."""
     large = request("dq", SHIPPED[90].dq, documents=False)
     assert aot.compile_all([large], tmp_path_factory.mktemp("triton"), targets=[100])[0].problems()
-    spilling = request("dkv", Tile(m=64, n=64, k=8, warps=4, stages=2), documents=False)
+    spilling = request(
+        "dkv", AttentionTile(block_m=64, block_n=64, heads=8, num_warps=4, num_stages=2), documents=False
+    )
     assert aot.compile_all([spilling], tmp_path_factory.mktemp("triton"), targets=[90])[0].problems()
 
 
@@ -111,14 +118,21 @@ def test_rotation(tmp_path_factory: pytest.TempPathFactory) -> None:
     strides = [f"{side}_{axis}" for side in "yx" for axis in ("batch", "position", "head")]
     types = {"y": "*bf16", "x": "*bf16", "cos": "*fp32", "sin": "*fp32", "tokens": "i32", "length": "i32"}
     types |= {each: "i32" for each in strides}
-    constants = {"channels": 64, "width": 64, "m_size": rope.TILE.m, "back": True, "placed": False, "positions": None}
+    constants = {
+        "channels": 64,
+        "width": 64,
+        "block_m": rope.TILE.block_m,
+        "inverse": True,
+        "placed": False,
+        "positions": None,
+    }
     asked = Request(
-        kernel="nmoe.effects.kernels.attention.rope:turn_kernel",
+        kernel="nmoe.effects.kernels.attention.rope:rotate_kernel",
         signature=types,
         constants=constants,
         aligned=["y", "x", "cos", "sin", *strides],
-        warps=rope.TILE.warps,
-        stages=rope.TILE.stages,
+        warps=rope.TILE.num_warps,
+        stages=rope.TILE.num_stages,
     )
     for each in aot.compile_all([asked], tmp_path_factory.mktemp("triton")):
         assert each.problems() == []

@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from nmoe.effects.kernels.moe.moe import Tiles, mixture
+from nmoe.effects.kernels.moe.moe import Tiles, moe_experts
 from nmoe.effects.parallel.exchange import Exchange, Sizes, device
 from nmoe.effects.parallel.exchange.opening import virtual
 from nmoe.pure.model import route
@@ -68,7 +68,7 @@ def case(
 def single_rank(c: Case, tiles: Tiles) -> list[Tensor]:
     """Output and gradients of x, weight, up, down by the kernels of one rank."""
     leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down)]
-    y, _ = mixture(leaves[0], Routing(c.expert, leaves[1]), leaves[2], leaves[3], tiles=tiles)
+    y, _ = moe_experts(leaves[0], Routing(c.expert, leaves[1]), leaves[2], leaves[3], tiles=tiles)
     return [y.detach(), *torch.autograd.grad(y, leaves, c.grad_output)]
 
 

@@ -15,7 +15,7 @@ from nmoe.bench import exchange as bench_exchange
 from nmoe.effects.kernels.exchange import plan as plans
 from nmoe.effects.kernels.moe import dispatch as sorting
 from nmoe.effects.kernels.moe.moe import Tiles
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.tables import GemmTile
 from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.exchange import arena, device
 from nmoe.effects.parallel.exchange.opening import virtual
@@ -24,7 +24,7 @@ from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel import exchange_plan as reference
 from tests.kernels.exchange.ranks import Case, case, open_ranks, shared, single_rank
 
-SMALL = Tile(m=16, n=16, k=16, warps=4, stages=2)
+SMALL = GemmTile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2)
 TILES = Tiles(
     up=SMALL, down=SMALL, activation=SMALL, down_gradient=SMALL, input=SMALL, up_gradient=SMALL, group=3, programs=5
 )

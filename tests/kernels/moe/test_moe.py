@@ -11,14 +11,14 @@ from torch import Tensor
 
 from nmoe.effects.kernels.moe import combine
 from nmoe.effects.kernels.moe import dispatch as sorting
-from nmoe.effects.kernels.moe import experts as products
-from nmoe.effects.kernels.moe.moe import Tiles, mixture
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.moe import experts as gemms
+from nmoe.effects.kernels.moe.moe import Tiles, moe_experts
+from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model import experts, route
 from nmoe.pure.model.route import Routing
 from tests.kernels.truth import check, graded, normal
 
-SMALL = Tile(m=16, n=16, k=32, warps=4, stages=2)
+SMALL = GemmTile(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=2)
 TILES = Tiles(
     up=SMALL, down=SMALL, activation=SMALL, down_gradient=SMALL, input=SMALL, up_gradient=SMALL, group=3, programs=5
 )
@@ -62,10 +62,10 @@ def test_near_the_truth(shape: tuple[int, ...], kind: str) -> None:
         return apply
 
     pulls = [normal(tokens, hidden, seed=4)]
-    ours, plain = by(partial(mixture, tiles=TILES)), by(experts.moe_experts)
+    ours, plain = by(partial(moe_experts, tiles=TILES)), by(experts.moe_experts)
     truth = graded(plain, inputs, pulls, torch.float64)
     check(graded(ours, inputs, pulls), graded(plain, inputs, pulls), truth, factor=2.0)
-    _, count = mixture(inputs[0], Routing(expert, inputs[1]), *inputs[2:], tiles=TILES)
+    _, count = moe_experts(inputs[0], Routing(expert, inputs[1]), *inputs[2:], tiles=TILES)
     assert torch.equal(count, route.load(expert, num_experts))
 
 
@@ -97,7 +97,7 @@ def test_twice_is_bitwise_the_same() -> None:
     inputs = [normal(30, 32), normal(30, 2, seed=1).abs(), normal(6, 32, 2, 16, seed=2), normal(6, 16, 32, seed=3)]
 
     def apply(x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return mixture(x, Routing(expert, weight), up, down, tiles=TILES)[0]
+        return moe_experts(x, Routing(expert, weight), up, down, tiles=TILES)[0]
 
     one, two = (graded(apply, inputs, [normal(30, 32, seed=4)]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
@@ -118,10 +118,10 @@ def test_rows_beyond_32_bits() -> None:
     up = normal(1, hidden, 2, width, seed=1, dtype=torch.float16)
     end = torch.tensor([far + rows], dtype=torch.int32)
     tile = (torch.zeros(1, dtype=torch.int32), torch.tensor([far], dtype=torch.int32))
-    y = products.product(spread, up.flatten(2), end, tile, SMALL, 1, transposed=False)
+    y = gemms.grouped_gemm(spread, up.flatten(2), end, tile, SMALL, 1, transposed=False)
     torch.testing.assert_close(y[far:], x @ up[0].flatten(1))
     source = torch.zeros(far + rows, dtype=torch.int32)
     source[far:] = torch.arange(rows)
-    h, a = products.up(x, source, up, end, tile, SMALL, 1)
+    h, a = gemms.gather_gemm_swiglu(x, source, up, end, tile, SMALL, 1)
     assert torch.equal(h[far:].flatten(1), y[far:])
     torch.testing.assert_close(a[far:], experts.swiglu(h[far:]))

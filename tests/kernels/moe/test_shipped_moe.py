@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nmoe.effects.kernels import tables as tuning
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.tables import GemmTile
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
 
@@ -24,58 +24,77 @@ def block(rows: int, columns: int) -> str:
 
 def requests(target: int) -> list[Request]:
     """The five kernels at hidden size 2048."""
-    entry = tuning.find(tuning.load(CAPABILITY[target]), "mixture", 2048, 1408)
+    entry = tuning.find(tuning.load(CAPABILITY[target]), "moe", 2048, 1408)
 
-    def request(name: str, tile: Tile, types: dict[str, str], constants: dict[str, Any], aligned: str) -> Request:
-        sizes = {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": entry.group, **constants}
+    def request(name: str, tile: GemmTile, types: dict[str, str], constants: dict[str, Any], aligned: str) -> Request:
+        sizes = {"M": tile.block_m, "N": tile.block_n, "K": tile.block_k, "GROUP": entry.group, **constants}
         pointers = [key for key, kind in types.items() if kind.startswith("*")]
         return Request(
             kernel=f"nmoe.effects.kernels.moe.experts:{name}_kernel",
             signature=types,
             constants=sizes,
             aligned=[*pointers, *aligned.split()],
-            warps=tile.warps,
-            stages=tile.stages,
+            warps=tile.num_warps,
+            stages=tile.num_stages,
         )
 
     up, down, back = entry.tiles["up"], entry.tiles["down"], entry.tiles["activation"]
     dx, dup = entry.tiles["input"], entry.tiles["up_gradient"]
     return [
         request(
-            "up",
+            "gather_gemm_swiglu",
             up,
-            {"x": "*bf16", "source": "*i32", "w": block(up.k, up.n), "h": "*bf16", "a": "*bf16", **TILED, "F": "i32"},
+            {
+                "x": "*bf16",
+                "source": "*i32",
+                "w": block(up.block_k, up.block_n),
+                "h": "*bf16",
+                "a": "*bf16",
+                **TILED,
+                "F": "i32",
+            },
             {"D": 2048},
             "F",
         ),
         request(
-            "product",
+            "grouped_gemm",
             down,
-            {"rows": block(down.m, down.k), "w": block(down.k, down.n), "out": "*bf16", **TILED}
+            {"rows": block(down.block_m, down.block_k), "w": block(down.block_k, down.block_n), "out": "*bf16", **TILED}
             | {"INNER": "i32", "OUTER": "i32"},
             {"TRANSPOSED": False},
             "INNER OUTER",
         ),
         request(
-            "product",
+            "grouped_gemm",
             dx,
-            {"rows": block(dx.m, dx.k), "w": block(dx.n, dx.k), "out": "*bf16", **TILED}
+            {"rows": block(dx.block_m, dx.block_k), "w": block(dx.block_n, dx.block_k), "out": "*bf16", **TILED}
             | {"INNER": "i32", "OUTER": "i32"},
             {"TRANSPOSED": True},
             "INNER OUTER",
         ),
         request(
-            "activation_backward",
+            "swiglu_backward_gemm",
             back,
-            {"rows": block(back.m, back.k), "w": block(back.n, back.k), "h": "*bf16", "weight": "*fp32"}
+            {
+                "rows": block(back.block_m, back.block_k),
+                "w": block(back.block_n, back.block_k),
+                "h": "*bf16",
+                "weight": "*fp32",
+            }
             | {"slot": "*i32", "dh": "*bf16", "a": "*bf16", "gate_part": "*fp32", **TILED, "F": "i32", "D": "i32"},
             {"PROGRAMS": 132},
             "F D",
         ),
         request(
-            "weight_gradient",
+            "grouped_weight_gradient",
             dup,
-            {"a": block(dup.k, dup.m), "b": block(dup.k, dup.n), "b_rows": "*bf16", "out": "*bf16", "end": "*i32"}
+            {
+                "a": block(dup.block_k, dup.block_m),
+                "b": block(dup.block_k, dup.block_n),
+                "b_rows": "*bf16",
+                "out": "*bf16",
+                "end": "*i32",
+            }
             | {"count": "*i32", "A": "i32", "B": "i32"},
             {},
             "A B",

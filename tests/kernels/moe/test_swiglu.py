@@ -6,18 +6,17 @@ import attrs
 import pytest
 import torch
 
-from nmoe.effects.kernels.moe.swiglu import TILE, swiglu
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.moe.swiglu import TILE, SwigluTile, swiglu
 from nmoe.pure.model import experts
 from tests.kernels.truth import check, graded, normal
 
-SMALL = attrs.evolve(TILE, m=4, n=16)
+SMALL = attrs.evolve(TILE, block_m=4, block_n=16)
 
 
 @pytest.mark.parametrize("tile", [TILE, SMALL], ids=["shipped", "other"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", [(1, 2, 1), (2, 8), (5, 2, 15), (6, 2, 16), (2, 3, 2, 17), (3, 2, 1025)], ids=str)
-def test_as_near_the_truth_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype, tile: Tile) -> None:
+def test_as_near_the_truth_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype, tile: SwigluTile) -> None:
     x, grad_output = 3 * normal(*shape, dtype=dtype), normal(*shape[:-2], shape[-1], seed=1, dtype=dtype)
     truth = graded(experts.swiglu, [x], [grad_output], torch.float64)
     check(graded(lambda x: swiglu(x, tile=tile), [x], [grad_output]), graded(experts.swiglu, [x], [grad_output]), truth)

@@ -18,7 +18,7 @@ from nmoe.pure.formats import master
 from nmoe.pure.optim import adamw as optim
 from tests.kernels.truth import normal
 
-SMALL = attrs.evolve(TILE, n=32, k=3)
+SMALL = attrs.evolve(TILE, block=32, repeats=3)
 NUMBERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
 
 
@@ -202,7 +202,7 @@ def test_neighbours_of_a_stretch_are_left_alone() -> None:
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
 def test_norm(size: int) -> None:
-    tile = attrs.evolve(NORM_TILE, n=16, k=4)
+    tile = attrs.evolve(NORM_TILE, block=16, repeats=4)
     gradients = [1e3 * normal(size), normal(3, seed=1).half(), torch.zeros(5)]
     truth = torch.cat([each.double() for each in gradients]).norm()
     found = global_norm(gradients, tile=tile)
@@ -216,4 +216,4 @@ def test_norm(size: int) -> None:
 def test_norm_of_what_is_not_finite(bad: float, place: int) -> None:
     gradients = [normal(100), normal(7, seed=1)]
     gradients[0][place] = bad
-    assert not global_norm(gradients, tile=attrs.evolve(NORM_TILE, n=16, k=4)).isfinite()
+    assert not global_norm(gradients, tile=attrs.evolve(NORM_TILE, block=16, repeats=4)).isfinite()

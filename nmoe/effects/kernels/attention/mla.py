@@ -1,9 +1,12 @@
-"""Causal latent attention: `pure.attention.mla.attend_mla` with a backward pass that is bitwise repeatable.
+"""Causal flash attention for MLA: `pure.model.attention.mla.attend_mla`, with a bitwise repeatable backward pass.
 
-Forward is cuDNN's or our own; backward is two kernels of our own, one that owns queries and one that owns keys, so that
-every sum has one owner and one order. Keys are never assembled for our kernels: a head's own channels and the shared
-rotated ones are multiplied apart. Channels are read through descriptors, which fill with zeros what a block has beyond
-a sequence's or a head's end.
+Letters: B sequences, T positions, H heads, C channels of a query, P of them rotated, Z = C - P + U channels of `kv`,
+U channels of a value.
+
+The forward pass is cuDNN's or our own; the backward pass is two kernels of our own, one that owns queries and one that
+owns keys, so that every sum has one owner and one order. Keys are never assembled for our kernels: a head's own
+channels and the shared rotated ones are multiplied apart. Channels are read through descriptors, which fill with zeros
+what a block has beyond a sequence's or a head's end.
 """
 
 from __future__ import annotations
@@ -16,22 +19,22 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nmoe.effects.kernels.attention import mla_assemble as assemble_mla
+from nmoe.effects.kernels.attention import mla_assemble
 from nmoe.effects.kernels.attention.mla_kernels import dkv_kernel, dq_kernel, forward_kernel
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.tables import AttentionTile
 from nmoe.errors import InputError
 
 
 @attrs.frozen(kw_only=True)
 class Tiles:
-    """m queries by n keys a step of each kernel; the programs of k heads run side by side, longest first."""
+    """Tile sizes of the three kernels: forward, gradient of queries, gradient of keys and values."""
 
-    forward: Tile
-    dq: Tile
-    dkv: Tile
+    forward: AttentionTile
+    dq: AttentionTile
+    dkv: AttentionTile
 
 
-def attend_mla(
+def mla_attention(
     q: Tensor,
     kv: Tensor,
     k_rope: Tensor,
@@ -48,48 +51,57 @@ def attend_mla(
     k_rope   [B T P]         rotated key, shared by all heads
     start    [B T] i32 | ()  query i sees keys start[i]..i; must not decrease along T. (): all keys up to i
     scale    factor on the scores, positive
-    tiles    how each pass is cut up
-    forward  whose forward pass: cuDNN's is the faster one; it knows no `start`, and a single position is ours
+    tiles    block sizes of each pass
+    forward  forward pass: cuDNN's is faster (5.82 against 6.26 ms with backward, docs/log.md, 2026-11-24) but takes no
+             `start`; a single position is always ours
     returns  [B T H U]
     Raises:  InputError for formats and sizes that the kernels do not take.
     Cost:    forward 2·(C + U), backward 2·(4·C + 3·U) FLOPs for each pair of query and visible key, times H.
     """
     check(q, kv, k_rope, start, scale=scale, forward=forward)
-    return Attend.apply(q, kv, k_rope, start, scale, forward, tiles)
+    return MlaAttention.apply(q, kv, k_rope, start, scale, forward, tiles)
 
 
-def attend_mla_cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
-    """`attend_mla` with cuDNN's own backward pass, whose gradient of `q` differs from run to run in the last bits."""
+def mla_attention_cudnn(
+    q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float
+) -> Tensor:
+    """`mla_attention` with cuDNN's own backward pass; the last bits of its gradient of `q` differ from run to run."""
     check(q, kv, k_rope, start, scale=scale, forward="cudnn")
-    return AttendCudnn.apply(q, kv, k_rope, scale)
+    return MlaAttentionCudnn.apply(q, kv, k_rope, scale)
 
 
 def check(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], *, scale: float, forward: str) -> None:
-    """Refuse what the kernels would compute wrongly or not at all."""
+    """Refuse what the kernels would compute wrongly or not at all.
+
+    Raises:  InputError with each problem.
+    """
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     sizes = {"qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": kv.shape[-1] - nope}
     step = 16 // q.element_size()
     problems = [
-        f"model.attention.{key}: a multiple of {step} up to 256 for the attention kernels, got {size}; "
+        f"model.attention.{key}: expected a multiple of {step} up to 256 for the attention kernels, got {size}; "
         f"write {min(256, max(step, -(-size // step) * step))}"
         for key, size in sizes.items()
         if size < step or size % step or size > 256
     ]
     if len({q.dtype, kv.dtype, k_rope.dtype}) > 1 or (q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16)):
         problems.append(
-            f"attend_mla: q, kv and k_rope all in bf16 or all in fp16, got {q.dtype}, {kv.dtype}, {k_rope.dtype}; "
-            "use the reference for other formats"
+            f"mla_attention: expected q, kv and k_rope all in bf16 or all in fp16, "
+            f"got {q.dtype}, {kv.dtype}, {k_rope.dtype}; use the reference for other formats"
         )
     if not scale > 0:
-        problems.append(f"attend_mla: scale > 0, got {scale}; negate q instead")
+        problems.append(f"mla_attention: expected scale > 0, got {scale}; negate q instead")
     if forward == "cudnn" and isinstance(start, Tensor):
-        problems.append("attend_mla: cuDNN's forward sees whole sequences, got start; pass forward='triton'")
+        problems.append(
+            "mla_attention: expected no start for cuDNN's forward, which sees whole sequences, got start; "
+            "pass forward='triton'"
+        )
     if problems:
         raise InputError(*problems)
 
 
-class Attend(torch.autograd.Function):
-    """Ties a forward pass to our backward pass."""
+class MlaAttention(torch.autograd.Function):
+    """cuDNN's or our forward pass with our backward pass."""
 
     @staticmethod
     def forward(
@@ -103,7 +115,7 @@ class Attend(torch.autograd.Function):
         tiles: Tiles,
     ) -> Tensor:
         """Output, and the logarithm of each row's sum of exponentials kept for backward."""
-        q, kv, k_rope = (readable(each) for each in (q, kv, k_rope))
+        q, kv, k_rope = (readable(x) for x in (q, kv, k_rope))
         if forward == "cudnn" and q.shape[1] > 1:
             o, lse = cudnn_forward(q, kv, k_rope, scale)
         else:
@@ -122,7 +134,7 @@ class Attend(torch.autograd.Function):
         return dq, *dkv_pass(q, kv, k_rope, given, top, delta, do, ctx.scale, ctx.tiles.dkv), None, None, None, None
 
 
-class AttendCudnn(torch.autograd.Function):
+class MlaAttentionCudnn(torch.autograd.Function):
     """cuDNN both ways; whole keys are made again for the backward pass instead of being kept."""
 
     @staticmethod
@@ -138,19 +150,19 @@ class AttendCudnn(torch.autograd.Function):
         """Gradients of q, kv and k_rope."""
         q, kv, k_rope, o, lse, seed, offset = ctx.saved_tensors
         nope, length = q.shape[-1] - k_rope.shape[-1], q.shape[1]
-        k = assemble_mla.keys(kv, k_rope, nope)
+        k = mla_assemble.keys(kv, k_rope, nope)
         given = [each.transpose(1, 2) for each in (gradients[0], q, k, kv[..., nope:])]
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *given, o, lse, seed, offset, None, None, None, length, length, 0.0, True, scale=ctx.scale
         )
-        dkv, dk_rope = assemble_mla.gradients(dk.transpose(1, 2), dv.transpose(1, 2), k_rope.shape[-1])
+        dkv, dk_rope = mla_assemble.gradients(dk.transpose(1, 2), dv.transpose(1, 2), k_rope.shape[-1])
         return dq.transpose(1, 2), dkv, dk_rope, None
 
 
 def cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Any, ...]:
     """What torch's operator for cuDNN returns: the output [B H T U], the log-sums, and what its backward wants."""
     nope = q.shape[-1] - k_rope.shape[-1]
-    k = assemble_mla.keys(kv, k_rope, nope)
+    k = mla_assemble.keys(kv, k_rope, nope)
     operands = (each.transpose(1, 2) for each in (q, k, kv[..., nope:]))
     return torch.ops.aten._scaled_dot_product_cudnn_attention(*operands, None, True, 0.0, True, False, scale=scale)
 
@@ -162,22 +174,22 @@ def cudnn_forward(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[
 
 
 def triton_forward(
-    q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], scale: float, tile: Tile
+    q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], scale: float, tile: AttentionTile
 ) -> tuple[Tensor, Tensor]:
     """Our output [B T H U], and natural logarithms [B H T] of the sums of exponentials, in fp32."""
     batch, positions, heads, _ = q.shape
     nope = q.shape[-1] - k_rope.shape[-1]
     o = q.new_empty(batch, positions, heads, kv.shape[-1] - nope)
     lse = q.new_empty(batch, heads, positions, dtype=torch.float32)
-    forward_kernel[grid(q, tile.m)](
+    forward_kernel[grid(q, tile.block_m)](
         **operands(q, kv, k_rope, tile),
-        o=described(o, tile.m),
+        o=described(o, tile.block_m),
         lse=lse,
         start=start if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return o, lse
 
@@ -191,7 +203,7 @@ def dq_pass(
     lse: Tensor,
     do: Tensor,
     scale: float,
-    tile: Tile,
+    tile: AttentionTile,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of q, and what `dkv_pass` needs of each query.
 
@@ -203,12 +215,12 @@ def dq_pass(
     # Descriptors read rows that begin at multiples of 16 bytes.
     top, delta = lse.new_empty(2, batch * heads, -(-positions // 4) * 4)[..., :positions]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dq_kernel[grid(q, tile.m)](
+    dq_kernel[grid(q, tile.block_m)](
         **operands(q, kv, k_rope, tile),
-        o=described(o, tile.m),
-        do=described(do, tile.m),
-        dq=described(dq[..., :nope], tile.m),
-        dq_rope=described(dq[..., nope:], tile.m),
+        o=described(o, tile.block_m),
+        do=described(do, tile.block_m),
+        dq=described(dq[..., :nope], tile.block_m),
+        dq_rope=described(dq[..., nope:], tile.block_m),
         lse=lse.contiguous(),  # cuDNN lays it out [B T H] when it packs sequences
         top=top,
         delta=delta,
@@ -216,8 +228,8 @@ def dq_pass(
         start=start if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return dq, top, delta
 
@@ -231,26 +243,26 @@ def dkv_pass(
     delta: Tensor,
     do: Tensor,
     scale: float,
-    tile: Tile,
+    tile: AttentionTile,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of kv and k_rope; the latter is summed over heads in fp32 from one rounded part a head."""
     batch, positions, heads, _ = q.shape
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
     parts = q.new_empty(batch, heads, positions, rope)
-    dkv_kernel[grid(q, tile.n)](
+    dkv_kernel[grid(q, tile.block_n)](
         **operands(q, kv, k_rope, tile),
-        do=described(do, tile.m),
-        dk=described(dkv[..., :nope], tile.n),
-        dk_rope=described(parts.transpose(1, 2), tile.n),
-        dv=described(dkv[..., nope:], tile.n),
-        top=TensorDescriptor.from_tensor(top, [1, tile.m]),
-        delta=TensorDescriptor.from_tensor(delta, [1, tile.m]),
+        do=described(do, tile.block_m),
+        dk=described(dkv[..., :nope], tile.block_n),
+        dk_rope=described(parts.transpose(1, 2), tile.block_n),
+        dv=described(dkv[..., nope:], tile.block_n),
+        top=TensorDescriptor.from_tensor(top, [1, tile.block_m]),
+        delta=TensorDescriptor.from_tensor(delta, [1, tile.block_m]),
         end=ends(start) if isinstance(start, Tensor) else None,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return dkv, parts.sum(1)
 
@@ -281,15 +293,15 @@ def box(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-def operands(q: Tensor, kv: Tensor, k_rope: Tensor, tile: Tile) -> dict[str, TensorDescriptor]:
+def operands(q: Tensor, kv: Tensor, k_rope: Tensor, tile: AttentionTile) -> dict[str, TensorDescriptor]:
     """What every kernel reads."""
     nope = q.shape[-1] - k_rope.shape[-1]
     return {
-        "q": described(q[..., :nope], tile.m),
-        "q_rope": described(q[..., nope:], tile.m),
-        "k": described(kv[..., :nope], tile.n),
-        "k_rope": described(k_rope[:, :, None], tile.n),
-        "v": described(kv[..., nope:], tile.n),
+        "q": described(q[..., :nope], tile.block_m),
+        "q_rope": described(q[..., nope:], tile.block_m),
+        "k": described(kv[..., :nope], tile.block_n),
+        "k_rope": described(k_rope[:, :, None], tile.block_n),
+        "v": described(kv[..., nope:], tile.block_n),
     }
 
 
@@ -298,13 +310,13 @@ def numbers(q: Tensor, scale: float) -> dict[str, Any]:
     return {"positions": q.shape[1], "heads": q.shape[2], "rows": q.shape[0] * q.shape[2], "scale": scale}
 
 
-def constants(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], tile: Tile) -> dict[str, Any]:
+def constants(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()], tile: AttentionTile) -> dict[str, Any]:
     """What a kernel is compiled for."""
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     return {
-        "m_size": tile.m,
-        "n_size": tile.n,
-        "together": tile.k,
+        "block_m": tile.block_m,
+        "block_n": tile.block_n,
+        "heads_per_group": tile.heads,
         "nope": box(nope),
         "rope": box(rope),
         "value": box(kv.shape[-1] - nope),

@@ -1,7 +1,11 @@
-"""The three kernels of `kernels.attend_mla`: output of a block of queries, its gradient, gradient of a block of keys.
+"""The three kernels of flash attention for MLA: forward, gradient of queries, gradient of keys and values.
+
+Letters: b sequence, h head, m first query of a block of `block_m`, n first key of a block of `block_n`; `nope`, `rope`,
+`value` are the padded channels of a head's own key, the shared rotated key and the value.
 
 Channels are read through descriptors [B H T channels], which fill with zeros what a block has beyond a sequence's or a
-head's end. Programs of some heads run side by side, those with most to do first.
+head's end. Programs of `heads_per_group` heads run side by side, those with most to do first. No atomics: every sum has
+one owner and one order, so that gradients are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -9,52 +13,59 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Score of a masked pair: finite, as (-inf) - (-inf) of a row whose first blocks are all masked would be NaN.
 HIDDEN = tl.constexpr(-1e30)
+# exp2 and log2 are single instructions, exp and log are not: softmax is computed to base 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def place(blocks, rows, together: tl.constexpr):
-    """Block and (sequence, head) of this program: first blocks of `together` heads, then their second ones, ...
+def schedule(blocks, rows, heads_per_group: tl.constexpr):
+    """Program order: block and (sequence, head) of this program.
 
-    Together they stay within the cache; the long ones come first, so that no long one is alone at the end.
+    First blocks of `heads_per_group` heads, then their second blocks, and so on: their keys stay in the L2 cache, and
+    the longest programs start first, so that none is left alone at the end. dQ with four heads a group: 1.98 ms on an
+    H200, docs/log.md, 2026-11-24.
     """
-    per_group = blocks * together
+    per_group = blocks * heads_per_group
     group = tl.program_id(0) // per_group
     within = tl.program_id(0) % per_group
-    width = tl.minimum(rows - group * together, together)
-    return within // width, group * together + within % width
+    width = tl.minimum(rows - group * heads_per_group, heads_per_group)
+    return within // width, group * heads_per_group + within % width
 
 
 @triton.jit
-def block(x, b, h, t, size: tl.constexpr, channels: tl.constexpr):
+def load_block(x, b, h, t, size: tl.constexpr, channels: tl.constexpr):
     return tl.reshape(x.load([b, h, t, 0]), (size, channels))
 
 
 @triton.jit
-def put_(x, b, h, t, value, size: tl.constexpr, channels: tl.constexpr):
+def store_block_(x, b, h, t, value, size: tl.constexpr, channels: tl.constexpr):
     x.store([b, h, t, 0], tl.reshape(value.to(x.dtype), (1, 1, size, channels)))
 
 
 @triton.jit
-def visible(queries, keys, first, documents: tl.constexpr):
+def visible(queries, keys, first_key, documents: tl.constexpr):
     """Where a query sees a key; the three broadcast."""
     seen = queries >= keys
     if documents:
-        seen = seen & (first <= keys)
+        seen = seen & (first_key <= keys)
     return seen
 
 
 @triton.jit
-def key_ranges(start, b, m, positions, m_size: tl.constexpr, n_size: tl.constexpr, documents: tl.constexpr):
-    """Keys of a block of queries: from where to where every query sees all, and the whole."""
-    diagonal = m // n_size * n_size
-    until = tl.minimum(m + m_size, positions)
+def key_ranges(start, b, m, positions, block_m: tl.constexpr, block_n: tl.constexpr, documents: tl.constexpr):
+    """Key ranges of a block of queries: begin, full, diagonal, until.
+
+    begin..full is masked by documents, full..diagonal is not masked, diagonal..until is masked causally.
+    """
+    diagonal = m // block_n * block_n
+    until = tl.minimum(m + block_m, positions)
     if documents:
         at = start + b.to(tl.int64) * positions
-        begin = tl.load(at + m) // n_size * n_size
-        full = tl.minimum(tl.cdiv(tl.load(at + until - 1), n_size) * n_size, diagonal)
+        begin = tl.load(at + m) // block_n * block_n
+        full = tl.minimum(tl.cdiv(tl.load(at + until - 1), block_n) * block_n, diagonal)
     else:
         begin = 0
         full = 0
@@ -63,140 +74,92 @@ def key_ranges(start, b, m, positions, m_size: tl.constexpr, n_size: tl.constexp
 
 @triton.jit
 def forward_range(
-    acc,
-    total,
-    top,
-    q,
-    q_rope,
-    queries,
-    first,
-    k,
-    k_rope,
-    v,
-    b,
-    h,
-    begin,
-    end,
-    scale2,
-    n_size: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    masked: tl.constexpr,
+    acc, row_sum, row_max, q, q_rope, queries, first_key, k, k_rope, v, b, h, begin, end, scale2,
+    block_n: tl.constexpr, nope: tl.constexpr, rope: tl.constexpr, value: tl.constexpr, masked: tl.constexpr,
     documents: tl.constexpr,
-):
-    for n in tl.range(begin, end, n_size):
-        s = tl.dot(q, block(k, b, h, n, n_size, nope).T)
-        s = tl.dot(q_rope, block(k_rope, b, 0, n, n_size, rope).T, s)
+):  # fmt: skip
+    """Online softmax over keys begin..end: rescales the accumulator whenever a row's maximum grows."""
+    for n in tl.range(begin, end, block_n):
+        # Own and shared channels are multiplied apart: whole keys are never assembled, 0.1 ms and a copy less.
+        s = tl.dot(q, load_block(k, b, h, n, block_n, nope).T)
+        s = tl.dot(q_rope, load_block(k_rope, b, 0, n, block_n, rope).T, s)
         if masked:
             # Scaled before the comparison: a hidden score minus itself must be exactly zero.
-            keys = n + tl.arange(0, n_size)
-            s = tl.where(visible(queries[:, None], keys[None, :], first[:, None], documents), s * scale2, HIDDEN)
-            higher = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - higher[:, None])
+            keys = n + tl.arange(0, block_n)
+            s = tl.where(visible(queries[:, None], keys[None, :], first_key[:, None], documents), s * scale2, HIDDEN)
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            p = tl.exp2(s - new_max[:, None])
         else:
-            higher = tl.maximum(top, tl.max(s, 1) * scale2)
-            p = tl.exp2(s * scale2 - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(q.dtype), block(v, b, h, n, n_size, value), acc * shrink[:, None])
-        top = higher
-    return acc, total, top
+            # scale > 0 (checked by the caller), so the maximum may be taken before scaling: one pass less over s.
+            new_max = tl.maximum(row_max, tl.max(s, 1) * scale2)
+            p = tl.exp2(s * scale2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(q.dtype), load_block(v, b, h, n, block_n, value), acc * rescale[:, None])
+        row_max = new_max
+    return acc, row_sum, row_max
 
 
 @triton.jit
 def forward_kernel(
-    q,
-    q_rope,
-    k,
-    k_rope,
-    v,
-    o,
-    lse,
-    start,
-    positions,
-    heads,
-    rows,
-    scale,
-    m_size: tl.constexpr,
-    n_size: tl.constexpr,
-    together: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    documents: tl.constexpr,
-):
+    q, q_rope, k, k_rope, v, o, lse, start, positions, heads, rows, scale,
+    block_m: tl.constexpr, block_n: tl.constexpr, heads_per_group: tl.constexpr, nope: tl.constexpr,
+    rope: tl.constexpr, value: tl.constexpr, documents: tl.constexpr,
+):  # fmt: skip
     """Output of one block of queries of one head."""
-    blocks = tl.cdiv(positions, m_size)
-    index, row = place(blocks, rows, together)
+    blocks = tl.cdiv(positions, block_m)
+    index, row = schedule(blocks, rows, heads_per_group)
     b = row // heads
     h = row % heads
-    m = (blocks - 1 - index) * m_size
-    queries = m + tl.arange(0, m_size)
-    first = queries
+    m = (blocks - 1 - index) * block_m
+    queries = m + tl.arange(0, block_m)
+    first_key = queries
     if documents:
-        first = tl.load(start + b.to(tl.int64) * positions + queries, mask=queries < positions, other=0)
-    tile = block(q, b, h, m, m_size, nope)
-    tile_rope = block(q_rope, b, h, m, m_size, rope)
+        first_key = tl.load(start + b.to(tl.int64) * positions + queries, mask=queries < positions, other=0)
+    tile = load_block(q, b, h, m, block_m, nope)
+    tile_rope = load_block(q_rope, b, h, m, block_m, rope)
     scale2 = scale * LOG2_E
-    acc = tl.zeros([m_size, value], tl.float32)
-    total = tl.zeros([m_size], tl.float32)
-    top = tl.full([m_size], float("-inf"), tl.float32)
-    begin, full, diagonal, until = key_ranges(start, b, m, positions, m_size, n_size, documents)
+    # 128 x 128, 8 warps, 2 stages: 1.51 ms forward at 8 x 4096 x 16 heads on an H200, docs/log.md, 2026-11-24.
+    acc = tl.zeros([block_m, value], tl.float32)
+    row_sum = tl.zeros([block_m], tl.float32)
+    row_max = tl.full([block_m], float("-inf"), tl.float32)
+    begin, full, diagonal, until = key_ranges(start, b, m, positions, block_m, block_n, documents)
     if documents:
-        acc, total, top = forward_range(
-            acc, total, top, tile, tile_rope, queries, first, k, k_rope, v, b, h, begin, full, scale2,
-            n_size, nope, rope, value, True, documents,
+        acc, row_sum, row_max = forward_range(
+            acc, row_sum, row_max, tile, tile_rope, queries, first_key, k, k_rope, v, b, h, begin, full, scale2,
+            block_n, nope, rope, value, True, documents,
         )  # fmt: skip
-    acc, total, top = forward_range(
-        acc, total, top, tile, tile_rope, queries, first, k, k_rope, v, b, h, full, diagonal, scale2,
-        n_size, nope, rope, value, False, documents,
+    acc, row_sum, row_max = forward_range(
+        acc, row_sum, row_max, tile, tile_rope, queries, first_key, k, k_rope, v, b, h, full, diagonal, scale2,
+        block_n, nope, rope, value, False, documents,
     )  # fmt: skip
-    acc, total, top = forward_range(
-        acc, total, top, tile, tile_rope, queries, first, k, k_rope, v, b, h, diagonal, until, scale2,
-        n_size, nope, rope, value, True, documents,
+    acc, row_sum, row_max = forward_range(
+        acc, row_sum, row_max, tile, tile_rope, queries, first_key, k, k_rope, v, b, h, diagonal, until, scale2,
+        block_n, nope, rope, value, True, documents,
     )  # fmt: skip
-    put_(o, b, h, m, acc / total[:, None], m_size, value)
+    store_block_(o, b, h, m, acc / row_sum[:, None], block_m, value)
     at = lse + row.to(tl.int64) * positions + queries
-    tl.store(at, (top + tl.log2(total)) * LN_2, mask=queries < positions)
+    tl.store(at, (row_max + tl.log2(row_sum)) * LN_2, mask=queries < positions)
 
 
 @triton.jit
 def dq_range(
-    acc,
-    acc_rope,
-    q,
-    q_rope,
-    do,
-    lse2,
-    delta,
-    queries,
-    first,
-    k,
-    k_rope,
-    v,
-    b,
-    h,
-    begin,
-    end,
-    scale2,
-    n_size: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    masked: tl.constexpr,
+    acc, acc_rope, q, q_rope, do, lse2, delta, queries, first_key, k, k_rope, v, b, h, begin, end, scale2,
+    block_n: tl.constexpr, nope: tl.constexpr, rope: tl.constexpr, value: tl.constexpr, masked: tl.constexpr,
     documents: tl.constexpr,
-):
-    for n in tl.range(begin, end, n_size):
-        keys = block(k, b, h, n, n_size, nope)
-        keys_rope = block(k_rope, b, 0, n, n_size, rope)
+):  # fmt: skip
+    """Gradient of queries over keys begin..end; probabilities are recomputed from the log-sum-exp."""
+    for n in tl.range(begin, end, block_n):
+        keys = load_block(k, b, h, n, block_n, nope)
+        keys_rope = load_block(k_rope, b, 0, n, block_n, rope)
         s = tl.dot(q, keys.T)
         s = tl.dot(q_rope, keys_rope.T, s)
-        dp = tl.dot(do, block(v, b, h, n, n_size, value).T)
+        dp = tl.dot(do, load_block(v, b, h, n, block_n, value).T)
         p = tl.exp2(s * scale2 - lse2[:, None])
         if masked:
-            at = n + tl.arange(0, n_size)
-            p = tl.where(visible(queries[:, None], at[None, :], first[:, None], documents), p, 0.0)
+            at = n + tl.arange(0, block_n)
+            p = tl.where(visible(queries[:, None], at[None, :], first_key[:, None], documents), p, 0.0)
+        # Rounded to the input format for the tensor cores, as P is: error 2.4e-3 against fp64, that of cuDNN.
         ds = (p * (dp - delta[:, None])).to(q.dtype)
         acc = tl.dot(ds, keys, acc)
         acc_rope = tl.dot(ds, keys_rope, acc_rope)
@@ -205,117 +168,75 @@ def dq_range(
 
 @triton.jit
 def dq_kernel(
-    q,
-    q_rope,
-    k,
-    k_rope,
-    v,
-    o,
-    do,
-    dq,
-    dq_rope,
-    lse,
-    top,
-    delta,
-    padded,
-    start,
-    positions,
-    heads,
-    rows,
-    scale,
-    m_size: tl.constexpr,
-    n_size: tl.constexpr,
-    together: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    documents: tl.constexpr,
-):
+    q, q_rope, k, k_rope, v, o, do, dq, dq_rope, lse, top, delta, padded, start, positions, heads, rows, scale,
+    block_m: tl.constexpr, block_n: tl.constexpr, heads_per_group: tl.constexpr, nope: tl.constexpr,
+    rope: tl.constexpr, value: tl.constexpr, documents: tl.constexpr,
+):  # fmt: skip
     """Gradient of one block of queries of one head, and for `dkv_kernel` what softmax takes off each of its rows."""
-    blocks = tl.cdiv(positions, m_size)
-    index, row = place(blocks, rows, together)
+    blocks = tl.cdiv(positions, block_m)
+    index, row = schedule(blocks, rows, heads_per_group)
     b = row // heads
     h = row % heads
-    m = (blocks - 1 - index) * m_size
-    queries = m + tl.arange(0, m_size)
+    m = (blocks - 1 - index) * block_m
+    queries = m + tl.arange(0, block_m)
     inside = queries < positions
-    first = queries
+    first_key = queries
     if documents:
-        first = tl.load(start + b.to(tl.int64) * positions + queries, mask=inside, other=0)
-    gradient = block(do, b, h, m, m_size, value)
-    off = tl.sum(gradient.to(tl.float32) * block(o, b, h, m, m_size, value).to(tl.float32), 1)
+        first_key = tl.load(start + b.to(tl.int64) * positions + queries, mask=inside, other=0)
+    gradient = load_block(do, b, h, m, block_m, value)
+    # delta = sum(dO * O) = sum(dP * P): the term that softmax subtracts from each row, without a pass of its own.
+    off = tl.sum(gradient.to(tl.float32) * load_block(o, b, h, m, block_m, value).to(tl.float32), 1)
     lse2 = tl.load(lse + row.to(tl.int64) * positions + queries, mask=inside, other=0.0) * LOG2_E
     at = row.to(tl.int64) * padded + queries
     tl.store(top + at, lse2, mask=inside)
     tl.store(delta + at, off, mask=inside)
-    tile = block(q, b, h, m, m_size, nope)
-    tile_rope = block(q_rope, b, h, m, m_size, rope)
+    tile = load_block(q, b, h, m, block_m, nope)
+    tile_rope = load_block(q_rope, b, h, m, block_m, rope)
     scale2 = scale * LOG2_E
-    acc = tl.zeros([m_size, nope], tl.float32)
-    acc_rope = tl.zeros([m_size, rope], tl.float32)
-    begin, full, diagonal, until = key_ranges(start, b, m, positions, m_size, n_size, documents)
+    acc = tl.zeros([block_m, nope], tl.float32)
+    acc_rope = tl.zeros([block_m, rope], tl.float32)
+    begin, full, diagonal, until = key_ranges(start, b, m, positions, block_m, block_n, documents)
     if documents:
         acc, acc_rope = dq_range(
-            acc, acc_rope, tile, tile_rope, gradient, lse2, off, queries, first, k, k_rope, v, b, h, begin, full,
-            scale2, n_size, nope, rope, value, True, documents,
+            acc, acc_rope, tile, tile_rope, gradient, lse2, off, queries, first_key, k, k_rope, v, b, h, begin, full,
+            scale2, block_n, nope, rope, value, True, documents,
         )  # fmt: skip
     acc, acc_rope = dq_range(
-        acc, acc_rope, tile, tile_rope, gradient, lse2, off, queries, first, k, k_rope, v, b, h, full, diagonal,
-        scale2, n_size, nope, rope, value, False, documents,
+        acc, acc_rope, tile, tile_rope, gradient, lse2, off, queries, first_key, k, k_rope, v, b, h, full, diagonal,
+        scale2, block_n, nope, rope, value, False, documents,
     )  # fmt: skip
     acc, acc_rope = dq_range(
-        acc, acc_rope, tile, tile_rope, gradient, lse2, off, queries, first, k, k_rope, v, b, h, diagonal, until,
-        scale2, n_size, nope, rope, value, True, documents,
+        acc, acc_rope, tile, tile_rope, gradient, lse2, off, queries, first_key, k, k_rope, v, b, h, diagonal, until,
+        scale2, block_n, nope, rope, value, True, documents,
     )  # fmt: skip
-    put_(dq, b, h, m, acc * scale, m_size, nope)
-    put_(dq_rope, b, h, m, acc_rope * scale, m_size, rope)
+    store_block_(dq, b, h, m, acc * scale, block_m, nope)
+    store_block_(dq_rope, b, h, m, acc_rope * scale, block_m, rope)
 
 
 @triton.jit
 def dkv_range(
-    acc,
-    acc_rope,
-    acc_v,
-    keys,
-    keys_rope,
-    values,
-    at,
-    last,
-    q,
-    q_rope,
-    do,
-    top,
-    delta,
-    row,
-    b,
-    h,
-    begin,
-    end,
-    scale2,
-    m_size: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    masked: tl.constexpr,
+    acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, begin, end, scale2,
+    block_m: tl.constexpr, nope: tl.constexpr, rope: tl.constexpr, value: tl.constexpr, masked: tl.constexpr,
     documents: tl.constexpr,
-):
-    for m in tl.range(begin, end, m_size):
-        tile = block(q, b, h, m, m_size, nope)
-        tile_rope = block(q_rope, b, h, m, m_size, rope)
-        gradient = block(do, b, h, m, m_size, value)
+):  # fmt: skip
+    """Gradients of keys and values over queries begin..end."""
+    for m in tl.range(begin, end, block_m):
+        tile = load_block(q, b, h, m, block_m, nope)
+        tile_rope = load_block(q_rope, b, h, m, block_m, rope)
+        gradient = load_block(do, b, h, m, block_m, value)
         # Computed transposed: Triton 3.6 gets the transpose of a product wrong on sm_90.
         dp = tl.dot(values, gradient.T)
         s = tl.dot(keys, tile.T)
         s = tl.dot(keys_rope, tile_rope.T, s)
-        p = tl.exp2(s * scale2 - tl.reshape(top.load([row, m]), (1, m_size)))
+        p = tl.exp2(s * scale2 - tl.reshape(top.load([row, m]), (1, block_m)))
         if masked:
-            queries = m + tl.arange(0, m_size)
+            queries = m + tl.arange(0, block_m)
             seen = queries[None, :] >= at[:, None]
             if documents:
                 seen = seen & (queries[None, :] < last[:, None])
             p = tl.where(seen, p, 0.0)
         acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v)
-        ds = (p * (dp - tl.reshape(delta.load([row, m]), (1, m_size)))).to(tile.dtype)
+        ds = (p * (dp - tl.reshape(delta.load([row, m]), (1, block_m)))).to(tile.dtype)
         acc = tl.dot(ds, tile, acc)
         acc_rope = tl.dot(ds, tile_rope, acc_rope)
     return acc, acc_rope, acc_v
@@ -323,66 +244,48 @@ def dkv_range(
 
 @triton.jit
 def dkv_kernel(
-    q,
-    q_rope,
-    k,
-    k_rope,
-    v,
-    do,
-    dk,
-    dk_rope,
-    dv,
-    top,
-    delta,
-    end,
-    positions,
-    heads,
-    rows,
-    scale,
-    m_size: tl.constexpr,
-    n_size: tl.constexpr,
-    together: tl.constexpr,
-    nope: tl.constexpr,
-    rope: tl.constexpr,
-    value: tl.constexpr,
-    documents: tl.constexpr,
-):
+    q, q_rope, k, k_rope, v, do, dk, dk_rope, dv, top, delta, end, positions, heads, rows, scale,
+    block_m: tl.constexpr, block_n: tl.constexpr, heads_per_group: tl.constexpr, nope: tl.constexpr,
+    rope: tl.constexpr, value: tl.constexpr, documents: tl.constexpr,
+):  # fmt: skip
     """Gradient of one block of keys and values of one head."""
-    index, row = place(tl.cdiv(positions, n_size), rows, together)
+    # Blocks in ascending order: early keys are seen by most queries, so these are the long programs.
+    index, row = schedule(tl.cdiv(positions, block_n), rows, heads_per_group)
     b = row // heads
     h = row % heads
-    n = index * n_size
-    at = n + tl.arange(0, n_size)
-    keys = block(k, b, h, n, n_size, nope)
-    keys_rope = block(k_rope, b, 0, n, n_size, rope)
-    values = block(v, b, h, n, n_size, value)
+    n = index * block_n
+    at = n + tl.arange(0, block_n)
+    keys = load_block(k, b, h, n, block_n, nope)
+    keys_rope = load_block(k_rope, b, 0, n, block_n, rope)
+    values = load_block(v, b, h, n, block_n, value)
     scale2 = scale * LOG2_E
-    acc = tl.zeros([n_size, nope], tl.float32)
-    acc_rope = tl.zeros([n_size, rope], tl.float32)
-    acc_v = tl.zeros([n_size, value], tl.float32)
-    begin = n // m_size * m_size
-    full = tl.cdiv(n + n_size - 1, m_size) * m_size
+    acc = tl.zeros([block_n, nope], tl.float32)
+    acc_rope = tl.zeros([block_n, rope], tl.float32)
+    acc_v = tl.zeros([block_n, value], tl.float32)
+    # 32 queries by 64 keys, 4 warps, 3 stages: 2.77 ms on an H200 (2 stages: 2.94); 64 queries spill on sm_90.
+    begin = n // block_m * block_m
+    full = tl.cdiv(n + block_n - 1, block_m) * block_m
     until = positions
     split = positions
     last = at
     if documents:
         end += b.to(tl.int64) * positions
         last = tl.load(end + at, mask=at < positions, other=0)
-        until = tl.load(end + tl.minimum(n + n_size, positions) - 1)
-        split = tl.maximum(tl.load(end + n) // m_size * m_size, full)
+        until = tl.load(end + tl.minimum(n + block_n, positions) - 1)
+        split = tl.maximum(tl.load(end + n) // block_m * block_m, full)
     acc, acc_rope, acc_v = dkv_range(
         acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, begin,
-        tl.minimum(full, until), scale2, m_size, nope, rope, value, True, documents,
+        tl.minimum(full, until), scale2, block_m, nope, rope, value, True, documents,
     )  # fmt: skip
     acc, acc_rope, acc_v = dkv_range(
         acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, full,
-        split, scale2, m_size, nope, rope, value, False, documents,
+        split, scale2, block_m, nope, rope, value, False, documents,
     )  # fmt: skip
     if documents:
         acc, acc_rope, acc_v = dkv_range(
             acc, acc_rope, acc_v, keys, keys_rope, values, at, last, q, q_rope, do, top, delta, row, b, h, split,
-            until, scale2, m_size, nope, rope, value, True, documents,
+            until, scale2, block_m, nope, rope, value, True, documents,
         )  # fmt: skip
-    put_(dk, b, h, n, acc * scale, n_size, nope)
-    put_(dk_rope, b, h, n, acc_rope * scale, n_size, rope)
-    put_(dv, b, h, n, acc_v, n_size, value)
+    store_block_(dk, b, h, n, acc * scale, block_n, nope)
+    store_block_(dk_rope, b, h, n, acc_rope * scale, block_n, rope)
+    store_block_(dv, b, h, n, acc_v, block_n, value)

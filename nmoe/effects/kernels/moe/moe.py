@@ -1,4 +1,7 @@
-"""The routed experts of one block as one differentiable function: `pure.experts.mixture`."""
+"""The routed experts of one block as one differentiable function: dispatch, grouped GEMMs, combine.
+
+Letters: N tokens, D hidden size, E experts, F expert width.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,25 @@ from torch.autograd.profiler import record_function
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
-from nmoe.effects.kernels.tile import Tile
+from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model.route import Routing
 
 
 @attrs.frozen(kw_only=True)
 class Tiles:
-    """How each product of a mixture is cut up."""
+    """Tile sizes of each grouped GEMM of the experts."""
 
-    up: Tile
-    down: Tile
-    activation: Tile
-    down_gradient: Tile
-    input: Tile
-    up_gradient: Tile
+    up: GemmTile
+    down: GemmTile
+    activation: GemmTile
+    down_gradient: GemmTile
+    input: GemmTile
+    up_gradient: GemmTile
     group: int  # row tiles next to each other in the order of work
     programs: int  # multiprocessors of the device
 
 
-class Mixture(torch.autograd.Function):
+class MoeExperts(torch.autograd.Function):
     """Keeps the input, the pre-activation and indices; the activation is recomputed, no row's output is kept."""
 
     @staticmethod
@@ -43,9 +46,11 @@ class Mixture(torch.autograd.Function):
         with record_function("dispatch"):
             at = places.dispatch(expert, up.shape[0])
         with record_function("experts"):
-            h, a = experts.up(x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.m), t.up, t.group)
-            cut = places.tiles(at.count, pairs, t.down.m)
-            y = experts.product(a, down, at.end, cut, t.down, t.group, transposed=False)
+            h, a = experts.gather_gemm_swiglu(
+                x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.block_m), t.up, t.group
+            )
+            cut = places.tiles(at.count, pairs, t.down.block_m)
+            y = experts.grouped_gemm(a, down, at.end, cut, t.down, t.group, transposed=False)
         with record_function("combine"):
             out = sums.combine(y, at.place, weight)
         count = at.count.to(torch.int64)
@@ -65,28 +70,28 @@ class Mixture(torch.autograd.Function):
         with record_function("combine"):
             rows = places.spread(outputs[0].contiguous(), place)
         with record_function("experts"):
-            cut = places.tiles(count, pairs, t.activation.m)
-            dh, a, part = experts.activation_backward(
+            cut = places.tiles(count, pairs, t.activation.block_m)
+            dh, a, part = experts.swiglu_backward_gemm(
                 rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs
             )
             dh = dh.flatten(1)
             d_weight = part.sum(-1)[place.to(torch.int64)]
-            d_down = experts.weight_gradient(a, rows, end, count, t.down_gradient, t.group)
+            d_down = experts.grouped_weight_gradient(a, rows, end, count, t.down_gradient, t.group)
             del a, part, rows
-            d_up = experts.weight_gradient(places.spread(x, place), dh, end, count, t.up_gradient, t.group)
-            cut = places.tiles(count, pairs, t.input.m)
-            dx = experts.product(dh, up.flatten(2), end, cut, t.input, t.group, transposed=True)
+            d_up = experts.grouped_weight_gradient(places.spread(x, place), dh, end, count, t.up_gradient, t.group)
+            cut = places.tiles(count, pairs, t.input.block_m)
+            dx = experts.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
         return d_input, None, d_weight, d_up.view_as(up), d_down, None
 
 
-def mixture(x: Tensor, routing: Routing, up: Tensor, down: Tensor, *, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """`pure.experts.mixture`: the weighted sum of the chosen experts' outputs, and each expert's rows.
+def moe_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor, *, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Routed experts, as `pure.model.experts`: the weighted sum of the chosen experts' outputs, and each expert's rows.
 
     x        [N D]
     up       [E D 2 F]
     down     [E F D]
     returns  [N D] in the format of `x`, [E] i64
     """
-    return Mixture.apply(x, routing.expert, routing.weight, up, down, tiles)  # pyright: ignore[reportReturnType]
+    return MoeExperts.apply(x, routing.expert, routing.weight, up, down, tiles)  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""The router on a GPU: `pure.route.scores` on the tensor cores with factors in full fp32, and `pure.route.first`.
+"""The router on a GPU: `pure.route.scores` on the tensor cores with factors in full fp32, and `pure.model.route.first`.
 
 A number in fp32 is the sum of three in bf16, to the last bit. Tokens are in bf16 already, so a product with the three
 parts, summed in fp32, is the product in fp32, but for how sums are rounded: tensor cores cut off. Measured on an H200,
@@ -9,20 +9,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nmoe.effects.kernels.tile import Tile
 
-TILE = Tile(m=8, n=1, k=1, warps=4, stages=1)
-"""m: rows one program chooses for."""
+@attrs.frozen(kw_only=True)
+class TopKTile:
+    """Block size and launch option of the top-k kernel."""
+
+    block_m: int  # rows a program chooses for
+    num_warps: int
+    num_stages: int
+
+
+TILE = TopKTile(block_m=8, num_warps=4, num_stages=1)
 
 
 @triton.jit
-def first_kernel(x, out, rows, E, M: tl.constexpr, EP: tl.constexpr, K: tl.constexpr):
+def top_k_kernel(x, out, rows, E, M: tl.constexpr, EP: tl.constexpr, K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     column = tl.arange(0, EP)
     inside = (row < rows)[:, None] & (column < E)[None, :]
@@ -40,7 +48,7 @@ def first_kernel(x, out, rows, E, M: tl.constexpr, EP: tl.constexpr, K: tl.const
         key = tl.where(key == best[:, None], -0x8000000000000000, key)
 
 
-def first(x: Tensor, num: int, tile: Tile = TILE) -> Tensor:
+def top_k(x: Tensor, num: int, tile: TopKTile = TILE) -> Tensor:
     """Indices of the `num` largest entries of the last axis, ties to the lower index.
 
     x        [... E] f32
@@ -51,11 +59,13 @@ def first(x: Tensor, num: int, tile: Tile = TILE) -> Tensor:
     rows = x.numel() // columns
     out = torch.empty(*x.shape[:-1], num, dtype=torch.int64, device=x.device)
     padded = triton.next_power_of_2(columns)
-    first_kernel[(triton.cdiv(rows, tile.m),)](x, out, rows, columns, tile.m, padded, num, num_warps=tile.warps)
+    top_k_kernel[(triton.cdiv(rows, tile.block_m),)](
+        x, out, rows, columns, tile.block_m, padded, num, num_warps=tile.num_warps, num_stages=tile.num_stages
+    )
     return out
 
 
-def thirds(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_bf16x3(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Three bf16 tensors whose sum is `x`, in f32, exactly, as long as the smallest of them is a normal number."""
     high = x.to(torch.bfloat16)
     rest = x - high.float()
@@ -63,20 +73,20 @@ def thirds(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return high, middle, (rest - middle.float()).to(torch.bfloat16)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of bf16 factors, summed and returned in fp32."""
     # torch has the product with a wider result for GPUs only
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def by_thirds(x: Tensor, w: Tensor) -> Tensor:
+def matmul_bf16x3(x: Tensor, w: Tensor) -> Tensor:
     """x @ w for x in bf16 and w in fp32, in fp32.
 
     x        [N D]
     w        [D E]
     returns  [N E]
     """
-    return product(x, torch.cat(thirds(w), -1)).unflatten(-1, (3, -1)).sum(-2)
+    return matmul_fp32(x, torch.cat(split_bf16x3(w), -1)).unflatten(-1, (3, -1)).sum(-2)
 
 
 class Scores(torch.autograd.Function):
@@ -84,7 +94,7 @@ class Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
-        score = torch.sigmoid(by_thirds(x, router))
+        score = torch.sigmoid(matmul_bf16x3(x, router))
         ctx.save_for_backward(x, router, score)
         return score
 
@@ -95,11 +105,11 @@ class Scores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x, router, score = ctx.saved_tensors
         d = outputs[0] * score * (1 - score)
-        high, middle, _ = thirds(d)
-        w_high, w_middle, _ = thirds(router)
+        high, middle, _ = split_bf16x3(d)
+        w_high, w_middle, _ = split_bf16x3(router)
         # sixteen bits of each factor: the sum is rounded to the eight of bf16
         dx = torch.cat((high, high, middle), -1) @ torch.cat((w_high, w_middle, w_high), -1).T
-        return dx, by_thirds(x.T, d)
+        return dx, matmul_bf16x3(x.T, d)
 
 
 def scores(x: Tensor, router: Tensor) -> Tensor:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nmoe.effects.kernels.tile import Tile
 
-TILE = Tile(m=1, n=1024, k=1, warps=4, stages=1)
-"""m: rows of a block; n: columns of each half."""
+@attrs.frozen(kw_only=True)
+class SwigluTile:
+    """Block sizes and launch options."""
+
+    block_m: int  # rows
+    block_n: int  # columns of each half
+    num_warps: int
+    num_stages: int
+
+
+TILE = SwigluTile(block_m=1, block_n=1024, num_warps=4, num_stages=1)
 
 
 @triton.jit
-def forward_kernel(x, y, rows, width, m: tl.constexpr, n: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * m + tl.arange(0, m)
-    column = tl.program_id(1) * n + tl.arange(0, n)
+def forward_kernel(x, y, rows, width, block_m: tl.constexpr, block_n: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * block_m + tl.arange(0, block_m)
+    column = tl.program_id(1) * block_n + tl.arange(0, block_n)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     gate_at = row[:, None] * (2 * width) + column[None, :]
     gate = tl.load(x + gate_at, mask=inside, other=0.0).to(tl.float32)
@@ -29,9 +38,9 @@ def forward_kernel(x, y, rows, width, m: tl.constexpr, n: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(x, grad_output, gradient, rows, width, m: tl.constexpr, n: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * m + tl.arange(0, m)
-    column = tl.program_id(1) * n + tl.arange(0, n)
+def backward_kernel(x, grad_output, gradient, rows, width, block_m: tl.constexpr, block_n: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * block_m + tl.arange(0, block_m)
+    column = tl.program_id(1) * block_n + tl.arange(0, block_n)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     gate_at = row[:, None] * (2 * width) + column[None, :]
     gate = tl.load(x + gate_at, mask=inside, other=0.0).to(tl.float32)
@@ -47,12 +56,19 @@ class Swiglu(torch.autograd.Function):
     """The activation with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tile: Tile) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tile: SwigluTile) -> Tensor:
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-2], x.shape[-1]))
         rows, width = x[..., 0, 0].numel(), x.shape[-1]
-        forward_kernel[(triton.cdiv(rows, tile.m), triton.cdiv(width, tile.n))](
-            x, y, rows, width, m=tile.m, n=tile.n, num_warps=tile.warps, num_stages=tile.stages
+        forward_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(width, tile.block_n))](
+            x,
+            y,
+            rows,
+            width,
+            block_m=tile.block_m,
+            block_n=tile.block_n,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
         ctx.save_for_backward(x)
         ctx.tile = tile
@@ -66,13 +82,21 @@ class Swiglu(torch.autograd.Function):
         (x,), tile = ctx.saved_tensors, ctx.tile
         grad_output, gradient = grad_output.contiguous(), torch.empty_like(x)
         rows, width = x[..., 0, 0].numel(), x.shape[-1]
-        backward_kernel[(triton.cdiv(rows, tile.m), triton.cdiv(width, tile.n))](
-            x, grad_output, gradient, rows, width, m=tile.m, n=tile.n, num_warps=tile.warps, num_stages=tile.stages
+        backward_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(width, tile.block_n))](
+            x,
+            grad_output,
+            gradient,
+            rows,
+            width,
+            block_m=tile.block_m,
+            block_n=tile.block_n,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
         return gradient, None
 
 
-def swiglu(x: Tensor, *, tile: Tile = TILE) -> Tensor:
+def swiglu(x: Tensor, *, tile: SwigluTile = TILE) -> Tensor:
     """`pure.experts.swiglu`, rounded once.
 
     x        [... 2 F]   gate, then value

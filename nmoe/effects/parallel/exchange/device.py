@@ -164,10 +164,10 @@ def forward_(
     kept, count = yield from begin_(e, expert)
     kept = yield from dispatch_(e, x, kept)
     with record_function("experts"):
-        cut = places.tiles(kept.count, capacity, t.up.m)
-        h, a = experts.up(view(e.raw, e.fields.land), kept.source, up, kept.end, cut, t.up, t.group)
-        cut = places.tiles(kept.count, capacity, t.down.m)
-        y = experts.product(a, down, kept.end, cut, t.down, t.group, transposed=False)
+        cut = places.tiles(kept.count, capacity, t.up.block_m)
+        h, a = experts.gather_gemm_swiglu(view(e.raw, e.fields.land), kept.source, up, kept.end, cut, t.up, t.group)
+        cut = places.tiles(kept.count, capacity, t.down.block_m)
+        y = experts.grouped_gemm(a, down, kept.end, cut, t.down, t.group, transposed=False)
         del a
     out = yield from combine_(e, y, weight, kept)
     return out, count, kept, h
@@ -204,22 +204,22 @@ def backward_(
     with record_function("experts"):
         each = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
         pulls = received(e, f.land_gradient, kept)
-        cut = places.tiles(kept.count, s.capacity, t.activation.m)
-        dh, a, part = experts.activation_backward(
+        cut = places.tiles(kept.count, s.capacity, t.activation.block_m)
+        dh, a, part = experts.swiglu_backward_gemm(
             pulls, each, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, t.programs
         )
         dh = dh.flatten(1)
         d_gate = part.sum(-1)
-        cut = places.tiles(kept.count, s.capacity, t.input.m)
-        dx = experts.product(dh, up.flatten(2), kept.end, cut, t.input, t.group, transposed=True)
+        cut = places.tiles(kept.count, s.capacity, t.input.block_m)
+        dx = experts.grouped_gemm(dh, up.flatten(2), kept.end, cut, t.input, t.group, transposed=True)
     with record_function("exchange return"), aside(e):
         send_back_(e, dx, kept)
         moves.push_words_(
             d_gate, None, kept.origin_to, kept.origin_at, e.addresses, f.gate_gradient.offset, kept.valid, back=True
         )
     with record_function("experts"):
-        moves.pad_(a, kept.valid, t.down_gradient.k)
-        d_down = experts.weight_gradient(a, pulls, kept.end, kept.count, t.down_gradient, t.group)
+        moves.pad_(a, kept.valid, t.down_gradient.block_k)
+        d_down = experts.grouped_weight_gradient(a, pulls, kept.end, kept.count, t.down_gradient, t.group)
     join(e)
     del a, part, pulls, dx, d_gate
     yield
@@ -228,8 +228,8 @@ def backward_(
         d_weight = view(e.raw, f.gate_gradient)[kept.place.to(torch.int64)]
     with record_function("experts"):
         rows = received(e, f.land, kept)
-        moves.pad_(rows, kept.valid, t.up_gradient.k)
-        d_up = experts.weight_gradient(rows, dh, kept.end, kept.count, t.up_gradient, t.group).view_as(up)
+        moves.pad_(rows, kept.valid, t.up_gradient.block_k)
+        d_up = experts.grouped_weight_gradient(rows, dh, kept.end, kept.count, t.up_gradient, t.group).view_as(up)
     return d_x, d_weight, d_up, d_down
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -31,7 +30,7 @@ from nmoe.effects.checkpoint.manifest import DTYPES, Manifest
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.store import shard_writer
 from nmoe.effects.record.names import CHECKPOINTS
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import run
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import share, whole
@@ -79,7 +78,7 @@ def main(hours: float, seed: int, steps: int, faults: int) -> int:
         say(f"faults         {sum(outcome.struck.values())} of {len(outcome.struck)} kinds: {kinds}")
         say(f"seed {seed}  {outcome.attempts} attempts  {duration(outcome.seconds)}  digest {outcome.digest}")
         for problem in outcome.problems:
-            print(f"nmoe: seed {seed}: {problem}", file=sys.stderr)
+            warn(f"nmoe: seed {seed}: {problem}")
         if outcome.problems:
             return 1
         say("held           weights, state and metrics are those of the training without faults, bit for bit")

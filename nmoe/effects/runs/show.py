@@ -6,8 +6,6 @@ without its line end is one being written, and is left out.
 
 from __future__ import annotations
 
-from nmoe.effects.terminal import table
-
 import csv
 import difflib
 import io
@@ -25,6 +23,7 @@ import attrs
 
 from nmoe.effects import files
 from nmoe.effects.runs import status as run_status
+from nmoe.effects.terminal import say, sparkline, table
 from nmoe.errors import InputError
 
 
@@ -32,7 +31,6 @@ EVENTS, METRICS, PROVENANCE = "events.jsonl", "metrics.rank0.jsonl", "provenance
 GOING = ("starting", "running")
 FOLLOW_S = 0.5
 SPARKLINE_WIDTH = 60
-BARS = "▁▂▃▄▅▆▇█"
 
 
 @attrs.frozen(kw_only=True)
@@ -80,10 +78,10 @@ def list_runs(root: Path) -> int:
     found.sort(key=lambda each: _age(each[0], each[1]))
     head = ("name", "status", "step", "loss", "val loss", "bits/byte", "tokens", "started (UTC)", "duration")
     lines = table(head, [_row(folder, run) for folder, run, _ in found], left=2).splitlines()
-    print(lines[0])
+    say(lines[0])
     for line, (_, _, problems) in zip(lines[1:], found, strict=True):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        print(f"{line}  ! {problems[0]}{more}" if problems else line)
+        say(f"{line}  ! {problems[0]}{more}" if problems else line)
     return 0
 
 
@@ -150,13 +148,13 @@ def show(root: Path, name: str) -> int:
         parts.append(("validation", f"{at}  at step {_count(number(validated, 'step'))}"))
     if end and "error" in end.fields:
         parts.append(("error", str(end.fields["error"])))
-    print("\n".join(f"{label:<12}{text}" for label, text in parts))
+    say("\n".join(f"{label:<12}{text}" for label, text in parts))
     if trained and "experts" in trained.fields:
         experts = _experts(trained)
         rows = [tuple(f"{float(value):.4g}" for value in row) for row in zip(*list(experts.values())[1:], strict=True)]
         layers = [str(layer) for layer in experts["layer"]]
-        print(f"\nexperts at step {_count(number(trained, 'step'))}")
-        print(table(tuple(experts), [(layer, *row) for layer, row in zip(layers, rows, strict=True)], left=0))
+        say(f"\nexperts at step {_count(number(trained, 'step'))}")
+        say(table(tuple(experts), [(layer, *row) for layer, row in zip(layers, rows, strict=True)], left=0))
     return 0
 
 
@@ -206,7 +204,7 @@ def tail(root: Path, name: str, count: int, follow: bool) -> int:
             shown[file] = len(found)
         lines.sort(key=lambda line: str(line.fields.get("time", "")))
         for line in lines[len(lines) - min(count, len(lines)) :] if first else lines:
-            print(_told(line), flush=True)
+            say(_told(line))
         if not going:
             return 0
         first = False
@@ -395,23 +393,6 @@ def flatten(line: Line) -> dict[str, Any]:
     return flat
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """`values` as at most `width` bars, each the mean of its share; `x` where one of them is not finite."""
-    count = min(width, len(values))
-    edges = [index * len(values) // count for index in range(count + 1)]
-    means = [
-        math.fsum(values[a:b]) / (b - a) if all(map(math.isfinite, values[a:b])) else math.nan
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
-    finite = [mean for mean in means if math.isfinite(mean)]
-    low = min(finite, default=0.0)
-    span = (max(finite, default=0.0) - low) or 1.0
-    top = len(BARS) - 1
-    return "".join(BARS[round((mean - low) / span * top)] if math.isfinite(mean) else "x" for mean in means)
-
-
-
-
 def _experts(line: Line) -> dict[str, list[Any]]:
     """The health of each mixture: quantity -> one value a layer, `layer` first."""
     experts: Any = line.fields["experts"]
@@ -440,9 +421,7 @@ def _time(line: Line) -> datetime:
     try:
         return datetime.fromisoformat(line.fields["time"]).astimezone(UTC)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{line.where}: time is in ISO 8601, got {line.fields.get('time')!r}; fix the line"
-        ) from error
+        raise InputError(f"{line.where}: time is in ISO 8601, got {line.fields.get('time')!r}; fix the line") from error
 
 
 def _age(folder: Path, run: Run | None) -> tuple[bool, float, str]:

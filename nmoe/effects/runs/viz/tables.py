@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nmoe.effects.terminal import table
+from nmoe.effects.terminal import say, table
 from nmoe.effects import files
 from nmoe.effects.runs import show as runs
 from nmoe.effects.runs.viz import curves, export, views
@@ -40,7 +40,7 @@ def compare(root: Path, names: Sequence[str]) -> int:
             for row in views.configs(index, names).rows
             if row.differs and not row.key.startswith("provenance.")
         ]
-    print(table(("", *names), rows, left=1))
+    say(table(("", *names), rows, left=1))
     return 0
 
 
@@ -90,7 +90,7 @@ def export_parquet(root: Path, name: str, to: Path) -> int:
         except OSError as error:
             raise InputError(f"{to}: the export can be written, got {error.strerror}; choose another file") from error
     size = sum(file.stat().st_size for file in folder.glob("metrics.rank*.jsonl"))
-    print(f"{to}  {os.path.getsize(to):,} bytes, from {size:,} bytes of JSON lines")
+    say(f"{to}  {os.path.getsize(to):,} bytes, from {size:,} bytes of JSON lines")
     return 0
 
 

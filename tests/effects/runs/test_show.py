@@ -231,8 +231,8 @@ def test_any_other_bad_line_is_named(tmp_path: Path, bad: bytes, read: str) -> N
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
-        (b"{", ["3.2500", "a line holds one JSON object, got b'{'; fix or delete the line"]),
-        (b"\0\0\0", ["3.2500", "a line holds one JSON object, got b'\\x00\\x00\\x00'; fix or delete the line"]),
+        (b"{", ["3.2500", "expected one JSON object, got b'{'; fix or delete the line"]),
+        (b"\0\0\0", ["3.2500", "expected one JSON object, got b'\\x00\\x00\\x00'; fix or delete the line"]),
         (b"{\n[]", ["3.2500", "b'{'; fix or delete the line (and 1 more)"]),
         (b'{"loss": "high"}', ["unreadable", "loss is a number, got 'high'; fix or delete the line"]),
     ],
@@ -268,7 +268,7 @@ def test_experts_that_fit_no_layers_are_named(tmp_path: Path, experts: Any) -> N
 def test_a_bad_event_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = run_folder(tmp_path, "a", ({**START, **change},))
     assert problem(runs.show, tmp_path, "a").startswith(
-        f"{folder / 'events.jsonl'}:1: {'a start event' if 'pid' in change else next(iter(change))}"
+        f"{folder / 'events.jsonl'}:1: {'expected the pid' if 'pid' in change else next(iter(change))}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nmoe.effects.terminal import say, table
 from nmoe.effects import files
+from nmoe.effects.record.names import ALL_METRICS
 from nmoe.effects.runs import show as runs
 from nmoe.effects.runs.viz import curves, export, views
 from nmoe.effects.runs.viz.index import Index, open_index, poll
@@ -89,7 +90,7 @@ def export_parquet(root: Path, name: str, to: Path) -> int:
                 export.write_(temporary, index, [name], "parquet")
         except OSError as error:
             raise InputError(f"{to}: the export can be written, got {error.strerror}; choose another file") from error
-    size = sum(file.stat().st_size for file in folder.glob("metrics.rank*.jsonl"))
+    size = sum(file.stat().st_size for file in folder.glob(ALL_METRICS))
     say(f"{to}  {os.path.getsize(to):,} bytes, from {size:,} bytes of JSON lines")
     return 0
 

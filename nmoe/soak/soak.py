@@ -36,6 +36,7 @@ from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import share, whole
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.cost.report import duration
+from nmoe.pure.watch.metrics import is_timed
 from nmoe.soak import faults as worlds
 from nmoe.soak.forked import PATIENCE_S, forked, tail
 from nmoe.soak.plan import KINDS, Fault, plan
@@ -43,9 +44,6 @@ from nmoe.soak.plan import KINDS, Fault, plan
 VOCAB = 300
 KEEP = 3
 REPORT_S = 10.0
-
-UNTIMED = ("time", "attempt", "elapsed_s", "tokens_per_s", "mfu", "memory_bytes", "step_s")
-"""Fields of a line of metrics that differ from run to run; those that begin with `time/` do too."""
 
 
 @attrs.frozen(kw_only=True)
@@ -301,10 +299,7 @@ def differences(calm: Path, rough: Path) -> list[str]:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics without what a clock measured."""
     lines = [json.loads(line) for line in (folder / "metrics.rank0.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in UNTIMED and not key.startswith("time/")}
-        for line in lines
-    ]
+    return [{key: value for key, value in line.items() if not is_timed(key)} for line in lines]
 
 
 def newest(folder: Path) -> Manifest:

@@ -37,9 +37,7 @@ METRICS = (
     Metric("nonfinite_steps", "steps", "count", "skipped steps so far"),
     Metric("tokens_per_s", "tokens/s", "time", "throughput of all ranks, mean since the previous line"),
     Metric("mfu", "1", "time", "model FLOPs over peak FLOPs, mean since the previous line"),
-    Metric(
-        "memory_bytes", "B", "time", "most memory this process has held, of the GPU or else of the host"
-    ),
+    Metric("memory_bytes", "B", "time", "most memory this process has held, of the GPU or else of the host"),
     Metric("step_s", "s", "time", "a step without validation, mean since the previous line"),
     Metric("time/*_s", "s", "time", "a part of a step, mean since the previous line"),
     Metric("exchange/bytes", "B/step", "value", "written into the memory of other ranks, mean of the attempt"),

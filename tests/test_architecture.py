@@ -162,6 +162,33 @@ def shares_no_mutable_state(source: str, module: str) -> list[str]:
     return problems + [f"{line}: {name}" for line, name in imports(source, module) if name == "functools.cache"]
 
 
+def prints_in_one_place(source: str, module: str) -> list[str]:
+    """What a person reads goes through `terminal`, where one line decides how; the command line may print itself."""
+    if within(module, "nmoe.effects.terminal", "nmoe.cli"):
+        return []
+    calls = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.Name) and x.id == "print"]
+    return [f"{call.lineno}: print" for call in calls]
+
+
+def rebinds_no_global(source: str, module: str) -> list[str]:
+    """What a module binds stays."""
+    return [f"{node.lineno}: global" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Global)]
+
+
+def moves_to_no_device(source: str, module: str) -> list[str]:
+    """Pure computes where its arguments lie; `.to` changes a dtype alone."""
+    problems: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to"):
+            continue
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
+        strings = [x for value in values for x in ast.walk(value) if isinstance(x, ast.Constant)]
+        named = any("device" in names(value) for value in values) or any(x.arg == "device" for x in node.keywords)
+        if named or any(isinstance(x.value, str) for x in strings):
+            problems.append(f"{node.lineno}: {ast.unparse(node)[:40]}")
+    return problems
+
+
 def outside_functions(node: ast.AST) -> Iterator[ast.stmt | ast.NamedExpr]:
     """Statements that run at import and bind names of the module."""
     for child in ast.iter_child_nodes(node):
@@ -204,6 +231,9 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (asserts_nothing, "nmoe"),
     (swallows_nothing, "nmoe"),
     (computes_only, "nmoe.pure"),
+    (moves_to_no_device, "nmoe.pure"),
+    (prints_in_one_place, "nmoe"),
+    (rebinds_no_global, "nmoe"),
     (shares_no_mutable_state, "nmoe"),
     (reads_no_pickle, "nmoe"),
     (is_documented, "nmoe.pure"),
@@ -331,6 +361,19 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
         )
     ),
     *(
+        (moves_to_no_device, "nmoe.pure.x", text)
+        for text in (
+            "x.to(device)",
+            "x.to(y.device, y.dtype)",
+            "x.to('cuda')",
+            "x.to(device=d)",
+            "x.to(torch.device(d))",
+        )
+    ),
+    (prints_in_one_place, "nmoe.effects.train.run", "def f():\n    print(x)"),
+    (prints_in_one_place, "nmoe.effects.train.run", "say = print"),
+    (rebinds_no_global, "nmoe.x", "x = 1\ndef f():\n    global x\n    x = 2"),
+    *(
         (reads_no_pickle, "nmoe.x", text)
         for text in (
             *("import pickle", "from pickle import loads", "import shelve as s", "def f():\n    import joblib"),
@@ -392,6 +435,11 @@ GOOD: tuple[tuple[Rule, str, str], ...] = (
         "__all__ = ['A']\nA = MappingProxyType({})\nB = (1, 2)\nclass C:\n    x = []\n"
         "C = frozenset({1})\n@lru_cache(8)\ndef f():\n    x = []",
     ),
+    (moves_to_no_device, "nmoe.pure.x", "x.to(y.dtype)\nx.to(torch.int16)\nx.to(dtype=torch.float32)"),
+    (prints_in_one_place, "nmoe.effects.terminal", "def say(x):\n    print(x)"),
+    (prints_in_one_place, "nmoe.cli.plan", "print(x)"),
+    (prints_in_one_place, "nmoe.x", "say(x)\nconsole.print(x)"),
+    (rebinds_no_global, "nmoe.x", "x = 1\ndef f():\n    x = 2"),
     (reads_no_pickle, "nmoe.x", "from safetensors.torch import load\nnp.load(f, allow_pickle=False)\nself.load(x)"),
     (is_documented, "nmoe.pure.x", '"""Doc."""\ndef _f(): ...\nclass _C:\n    def f(self): ...'),
     (is_documented, "nmoe.pure", ""),

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 
+from nmoe.effects.terminal import warn
 from nmoe.errors import InputError
 
 PATIENCE_S = 120.0
@@ -68,7 +69,7 @@ def _alone(call: Callable[[], int], output: Path) -> NoReturn:
         torch.set_num_threads(1)
         code = call()
     except InputError as error:
-        print(*(f"nmoe: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        warn("\n".join(f"nmoe: {problem}" for problem in error.problems))
         code = 2
     except KeyboardInterrupt:
         code = 130

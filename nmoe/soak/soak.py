@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -31,12 +30,13 @@ from nmoe.effects.checkpoint.manifest import DTYPES, Manifest
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.store import shard_writer
 from nmoe.effects.record.names import CHECKPOINTS
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import run
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import share, whole
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.units import duration
+from nmoe.pure.watch.metrics import is_timed
 from nmoe.soak import faults as worlds
 from nmoe.soak.forked import PATIENCE_S, forked, tail
 from nmoe.soak.plan import KINDS, Fault, plan
@@ -44,9 +44,6 @@ from nmoe.soak.plan import KINDS, Fault, plan
 VOCAB = 300
 KEEP = 3
 REPORT_S = 10.0
-
-UNTIMED = ("time", "attempt", "elapsed_s", "tokens_per_s", "mfu", "memory_bytes", "step_s")
-"""Fields of a line of metrics that differ from run to run; those that begin with `time/` do too."""
 
 
 @attrs.frozen(kw_only=True)
@@ -79,7 +76,7 @@ def main(hours: float, seed: int, steps: int, faults: int) -> int:
         say(f"faults         {sum(outcome.struck.values())} of {len(outcome.struck)} kinds: {kinds}")
         say(f"seed {seed}  {outcome.attempts} attempts  {duration(outcome.seconds)}  digest {outcome.digest}")
         for problem in outcome.problems:
-            print(f"nmoe: seed {seed}: {problem}", file=sys.stderr)
+            warn(f"nmoe: seed {seed}: {problem}")
         if outcome.problems:
             return 1
         say("held           weights, state and metrics are those of the training without faults, bit for bit")
@@ -302,10 +299,7 @@ def differences(calm: Path, rough: Path) -> list[str]:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics without what a clock measured."""
     lines = [json.loads(line) for line in (folder / "metrics.rank0.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in UNTIMED and not key.startswith("time/")}
-        for line in lines
-    ]
+    return [{key: value for key, value in line.items() if not is_timed(key)} for line in lines]
 
 
 def newest(folder: Path) -> Manifest:

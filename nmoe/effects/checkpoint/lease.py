@@ -16,6 +16,7 @@ from pathlib import Path
 import attrs
 
 from nmoe.effects.checkpoint.fs import Fs, read_into, write_all
+from nmoe.effects.record.alive import process_runs, process_start
 from nmoe.errors import InputError
 
 FILE = "LEASE"
@@ -48,22 +49,15 @@ def this_process() -> Holder:
     """The process that asks."""
     pid = os.getpid()
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return Holder(
-        host=platform.node(), boot=boot.read_text().strip() if boot.exists() else "", pid=pid, started=_started(pid)
-    )
+    named = boot.read_text().strip() if boot.exists() else ""
+    return Holder(host=platform.node(), boot=named, pid=pid, started=process_start(pid))
 
 
 def is_alive(holder: Holder, me: Holder) -> bool:
     """Whether a process of this host still runs; `me` says which host and which start of it this is."""
     if (holder.host, holder.boot) != (me.host, me.boot):
         return False
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return holder.started == _started(holder.pid)
-    return holder.started == _started(holder.pid)
+    return process_runs(holder.pid, holder.started)
 
 
 @contextmanager
@@ -171,11 +165,3 @@ def _who(fs: Fs, path: Path) -> str:
     finally:
         fs.close(handle)
     return "another process" if holder is None else f"process {holder.pid} of {holder.host}"
-
-
-def _started(pid: int) -> str:
-    """When a process was started, in clock ticks after boot."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
-        return ""

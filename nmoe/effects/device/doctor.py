@@ -25,6 +25,7 @@ from nmoe.config.data_mixture import load_mixture
 from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
 from nmoe.effects.parallel.launch import MULTICAST_OFF
+from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 
 MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6)})
@@ -107,12 +108,12 @@ def main(as_json: bool) -> int:
     """
     lines = judge(gather())
     if as_json:
-        print(json.dumps([attrs.asdict(line) for line in lines], indent=2))
+        say(json.dumps([attrs.asdict(line) for line in lines], indent=2))
     else:
         width = max(len(line.what) for line in lines)
         for line in lines:
             advice = f" -> {line.advice}" if line.advice else ""
-            print(f"{line.level:<4}  {line.what:<{width}}  {line.value}{advice}")
+            say(f"{line.level:<4}  {line.what:<{width}}  {line.value}{advice}")
     return int(any(line.level == "FAIL" for line in lines))
 
 

@@ -25,7 +25,7 @@ from types import FrameType, MappingProxyType
 
 import attrs
 
-from nmoe.effects import files
+from nmoe.effects import files, terminal
 from nmoe.errors import InputError
 
 STACKS = signal.SIGUSR2
@@ -329,4 +329,4 @@ def _numbers(ranks: Sequence[Rank]) -> str:
 
 
 def _report(text: str) -> None:
-    print(f"nmoe: {text}", file=sys.stderr, flush=True)
+    terminal.warn(f"nmoe: {text}")

@@ -11,17 +11,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-BARS = "▁▂▃▄▅▆▇█"
+from nmoe.effects.terminal import sparkline
+
 WIDTH = 40
 EVENTS = 3
-
-
-def sparkline(values: tuple[float, ...]) -> str:
-    """Finite values as bars from the least to the largest; others as x."""
-    finite = [value for value in values if abs(value) < float("inf")]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((v - low) * scale)] if abs(v) < float("inf") else "x" for v in values)
 
 
 class Footer:
@@ -48,7 +41,7 @@ class Footer:
         filled = round(WIDTH * share)
         lines = [
             f"{'━' * filled}{'─' * (WIDTH - filled)}  {100 * share:5.1f} %  step {self._step}/{self._steps}",
-            f"{sparkline(tuple(self._losses)):<{WIDTH}}  loss {self._losses[-1]:.4f}" if self._losses else "",
+            f"{sparkline(tuple(self._losses), WIDTH):<{WIDTH}}  loss {self._losses[-1]:.4f}" if self._losses else "",
             *self._events,
         ]
         return Text("\n".join(lines), style="dim", overflow="ellipsis", no_wrap=True)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.effects import files
-
-FILE = "run.json"
+from nmoe.effects.record.names import RUN
 
 
 class Heart:
@@ -35,7 +34,7 @@ class Heart:
         with self._lock:
             facts = dict(self._facts)
         # outside the lock: a slow disk must not hold the trainer, who tells
-        files.write_text(folder / FILE, json.dumps({**facts, "heartbeat": self._now()}) + "\n")
+        files.write_text(folder / RUN, json.dumps({**facts, "heartbeat": self._now()}) + "\n")
 
 
 @contextmanager
@@ -51,7 +50,7 @@ def beating(folder: Path, heart: Heart, every_s: float, failed: Callable[[str], 
             heart.beat(folder)
         except OSError as error:
             if not told:
-                failed(f"{FILE}: can be written, got {error.strerror}; free space or fix permissions")
+                failed(f"{RUN}: expected to be written, got {error.strerror}; free space or fix permissions")
             return True
         return False
 

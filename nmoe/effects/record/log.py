@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import attrs
 
 from nmoe.effects import files
+from nmoe.effects.record import names
 from nmoe.errors import InputError
 
 
@@ -113,6 +114,6 @@ def create_folder(root: Path, name: str, contents: Mapping[str, str]) -> Path:
 def open_log(folder: Path, attempt: int, rank: int = 0) -> Iterator[Log]:
     """Open the append-only files of a run folder: a rank's own metrics, and on the first rank the events."""
     with ExitStack() as scope:
-        metrics = scope.enter_context(open(folder / f"metrics.rank{rank}.jsonl", "a", encoding="utf-8"))
-        events = None if rank else scope.enter_context(open(folder / "events.jsonl", "a", encoding="utf-8"))
+        metrics = scope.enter_context(open(folder / names.metrics(rank), "a", encoding="utf-8"))
+        events = None if rank else scope.enter_context(open(folder / names.EVENTS, "a", encoding="utf-8"))
         yield Log(folder=folder, attempt=attempt, metrics_file=metrics, events_file=events)

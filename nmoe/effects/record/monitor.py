@@ -15,12 +15,12 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import Config
-from nmoe.effects.record import alert_command as hook
-from nmoe.effects.record import footer, heartbeat, telemetry
+from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
+from nmoe.effects.record.alive import process_start
 from nmoe.effects.record.log import Log, now
+from nmoe.effects.record.names import ARRAYS, TELEMETRY
 from nmoe.pure.watch.alerts import History, Limits, Seen, judge
 
-ARRAYS = "arrays.rank0.jsonl"
 GB = 1e9
 
 
@@ -47,7 +47,7 @@ class Monitor:
         self._history = History(nonfinite_steps=skipped)
         self._reports = 0
         self._disk_bytes = float("inf")  # until telemetry tells
-        self._hooks: list[threading.Thread] = []
+        self._commands: list[threading.Thread] = []
         self._limits = Limits(
             spike=config.log.alert_spike,
             dead=config.log.alert_dead,
@@ -98,7 +98,7 @@ class Monitor:
 
         Raises:  OSError when the loads could not be written.
         """
-        for thread in self._hooks:
+        for thread in self._commands:
             thread.join()
         self._written()
 
@@ -120,9 +120,9 @@ class Monitor:
         def failed(problem: str) -> None:
             self.log.event("alert_command_failed", error=problem)
 
-        self._hooks = [thread for thread in self._hooks if thread.is_alive()]
+        self._commands = [thread for thread in self._commands if thread.is_alive()]
         told = {"event": "alert", "run": self.log.folder.name, **alert}
-        self._hooks.append(hook.start(command, told, self._config.log.alert_timeout_s, failed))
+        self._commands.append(alert_command.start(command, told, self._config.log.alert_timeout_s, failed))
 
     def _hear(self, event: Mapping[str, Any]) -> None:
         self._foot.event(event)
@@ -147,6 +147,7 @@ def watching(
             "status": "starting",
             "attempt": log.attempt,
             "pid": os.getpid(),
+            "process_start": process_start(os.getpid()),
             "host": platform.node(),
             "step": step,
             "steps": config.train.steps,
@@ -163,7 +164,7 @@ def watching(
     )
     with ExitStack() as scope:
         arrays = scope.enter_context(open(log.folder / ARRAYS, "a", encoding="utf-8"))
-        readings = scope.enter_context(open(log.folder / telemetry.FILE, "a", encoding="utf-8"))
+        readings = scope.enter_context(open(log.folder / TELEMETRY, "a", encoding="utf-8"))
         foot = scope.enter_context(footer.shown(config.train.steps, wanted=settings.footer))
         aside = scope.enter_context(ThreadPoolExecutor(1, thread_name_prefix="loads"))
         monitor = Monitor(config, log, heart, foot, arrays, aside, skipped)

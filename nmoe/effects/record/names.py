@@ -1,5 +1,34 @@
-"""Names of the files and folders of a run folder."""
+"""Names of the files and folders of a run folder, for whoever writes and whoever reads them."""
 
 from __future__ import annotations
 
+CONFIG = "config.toml"
+SOURCES = "sources.toml"
+PROVENANCE = "provenance.toml"
+TOKENIZER = "tokenizer.json"
+RUN = "run.json"
+EVENTS = "events.jsonl"
+ARRAYS = "arrays.rank0.jsonl"
+TELEMETRY = "telemetry.rank0.jsonl"
 CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights.safetensors"
+ATTEMPTS = "attempts"
+"""Folder of what config.toml and the like were in each attempt before the newest."""
+
+TRACK = "track"
+"""Folder of how far each target of `nmoe track` has come."""
+
+ALL_METRICS = "metrics.rank*.jsonl"
+"""Pattern of the metrics of every rank."""
+
+OF_STEPS = ("metrics.rank", "arrays.rank")
+"""First part of the names of files whose lines belong to a step."""
+
+
+def metrics(rank: int) -> str:
+    """The file of a rank's metrics."""
+    return f"metrics.rank{rank}.jsonl"
+
+
+METRICS = metrics(0)
+"""The metrics that all ranks have in common."""

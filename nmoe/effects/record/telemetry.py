@@ -12,8 +12,6 @@ from typing import Any
 
 import psutil
 
-FILE = "telemetry.rank0.jsonl"
-
 Append = Callable[[Mapping[str, Any]], None]
 
 

@@ -22,23 +22,15 @@ from typing import Any
 import attrs
 
 from nmoe.effects import files
+from nmoe.effects.record import lines
+from nmoe.effects.record.lines import Line
+from nmoe.effects.record.names import CONFIG, EVENTS, METRICS, PROVENANCE
 from nmoe.effects.runs import status as run_status
-from nmoe.effects.terminal import table
+from nmoe.effects.terminal import say, sparkline, table
 from nmoe.errors import InputError
 
-EVENTS, METRICS, PROVENANCE = "events.jsonl", "metrics.rank0.jsonl", "provenance.toml"
-GOING = ("starting", "running")
 FOLLOW_S = 0.5
 SPARKLINE_WIDTH = 60
-BARS = "▁▂▃▄▅▆▇█"
-
-
-@attrs.frozen(kw_only=True)
-class Line:
-    """One line of an append-only file."""
-
-    where: str  # file:line
-    fields: Mapping[str, Any]
 
 
 @attrs.frozen(kw_only=True)
@@ -77,11 +69,11 @@ def list_runs(root: Path) -> int:
         found.append((folder, run, problems))
     found.sort(key=lambda each: _age(each[0], each[1]))
     head = ("name", "status", "step", "loss", "val loss", "bits/byte", "tokens", "started (UTC)", "duration")
-    lines = table(head, [_row(folder, run) for folder, run, _ in found], left=2).splitlines()
-    print(lines[0])
-    for line, (_, _, problems) in zip(lines[1:], found, strict=True):
+    texts = table(head, [_row(folder, run) for folder, run, _ in found], left=2).splitlines()
+    say(texts[0])
+    for line, (_, _, problems) in zip(texts[1:], found, strict=True):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        print(f"{line}  ! {problems[0]}{more}" if problems else line)
+        say(f"{line}  ! {problems[0]}{more}" if problems else line)
     return 0
 
 
@@ -148,13 +140,13 @@ def show(root: Path, name: str) -> int:
         parts.append(("validation", f"{at}  at step {_count(number(validated, 'step'))}"))
     if end and "error" in end.fields:
         parts.append(("error", str(end.fields["error"])))
-    print("\n".join(f"{label:<12}{text}" for label, text in parts))
+    say("\n".join(f"{label:<12}{text}" for label, text in parts))
     if trained and "experts" in trained.fields:
         experts = _experts(trained)
         rows = [tuple(f"{float(value):.4g}" for value in row) for row in zip(*list(experts.values())[1:], strict=True)]
         layers = [str(layer) for layer in experts["layer"]]
-        print(f"\nexperts at step {_count(number(trained, 'step'))}")
-        print(table(tuple(experts), [(layer, *row) for layer, row in zip(layers, rows, strict=True)], left=0))
+        say(f"\nexperts at step {_count(number(trained, 'step'))}")
+        say(table(tuple(experts), [(layer, *row) for layer, row in zip(layers, rows, strict=True)], left=0))
     return 0
 
 
@@ -196,15 +188,15 @@ def tail(root: Path, name: str, count: int, follow: bool) -> int:
     first = True
     while True:
         # Asked before reading: what a run writes last is there once it counts as ended.
-        going = follow and status(folder, read_lines(folder / EVENTS), host) in GOING
-        lines: list[Line] = []
+        going = follow and run_status.of(folder, read_lines(folder / EVENTS), host) in run_status.GOING
+        fresh: list[Line] = []
         for file, seen in shown.items():
             found = read_lines(folder / file)
-            lines += found[seen:]
+            fresh += found[seen:]
             shown[file] = len(found)
-        lines.sort(key=lambda line: str(line.fields.get("time", "")))
-        for line in lines[len(lines) - min(count, len(lines)) :] if first else lines:
-            print(_told(line), flush=True)
+        fresh.sort(key=lambda line: str(line.fields.get("time", "")))
+        for line in fresh[len(fresh) - min(count, len(fresh)) :] if first else fresh:
+            say(_told(line))
         if not going:
             return 0
         first = False
@@ -243,7 +235,7 @@ def run_folders(root: Path) -> tuple[Path, ...]:
     Raises:  InputError when there are none.
     """
     try:
-        found = tuple(path for path in sorted(root.iterdir()) if (path / "config.toml").is_file())
+        found = tuple(path for path in sorted(root.iterdir()) if (path / CONFIG).is_file())
     except FileNotFoundError:
         found = ()
     except OSError as error:
@@ -274,11 +266,7 @@ def find(root: Path, name: str) -> Path:
     return root / name
 
 
-def _refuse(problem: str) -> None:
-    raise InputError(problem)
-
-
-def read_run(folder: Path, damaged: Callable[[str], None] = _refuse) -> Run:
+def read_run(folder: Path, damaged: Callable[[str], None] = lines.refuse) -> Run:
     """Everything a run folder tells.
 
     damaged  takes what is wrong with a line that is no JSON object; the line is left out when it returns
@@ -299,7 +287,7 @@ def read_run(folder: Path, damaged: Callable[[str], None] = _refuse) -> Run:
     steps = number(start, "steps") if start else None
     return Run(
         folder=folder,
-        status=status(folder, events, host),
+        status=run_status.of(folder, events, host),
         events=events,
         metrics=metrics,
         provenance=provenance,
@@ -314,44 +302,9 @@ def read_run(folder: Path, damaged: Callable[[str], None] = _refuse) -> Run:
     )
 
 
-def status(folder: Path, events: Sequence[Line], host: str) -> str:
-    """What became of the last attempt: as its end event says, else running, crashed, lost, or unknown on another host.
-
-    host     where the run was started
-    """
-    last = next((line for line in reversed(events) if line.fields.get("event") in ("start", "end")), None)
-    if last is not None and last.fields["event"] == "start":
-        pid = last.fields.get("pid")
-        if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
-            raise InputError(f"{last.where}: a start event holds the pid of its process, got {pid!r}; fix the line")
-    return run_status.status(run_status.read(folder), last.fields if last else None, host, datetime.now(UTC))
-
-
-def read_lines(path: Path, damaged: Callable[[str], None] = _refuse) -> tuple[Line, ...]:
-    """The whole lines of a file with one JSON object a line; none when the file is not there yet.
-
-    damaged  takes file and line of each that is no JSON object
-
-    Raises:  InputError when the file cannot be read, and what `damaged` raises.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return ()
-    except OSError as error:
-        raise InputError(f"{path}: can be read, got {error.strerror}; fix its permissions") from error
-    lines: list[Line] = []
-    for index, line in enumerate(content.split(b"\n")[:-1], 1):
-        where = f"{path}:{index}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError):
-            fields = None
-        if isinstance(fields, dict):
-            lines.append(Line(where=where, fields=fields))
-        else:
-            damaged(f"{where}: a line holds one JSON object, got {line[:60]!r}; fix or delete the line")
-    return tuple(lines)
+def read_lines(path: Path, damaged: Callable[[str], None] = lines.refuse) -> tuple[Line, ...]:
+    """The whole lines of a file with one JSON object a line; none when the file is not there yet."""
+    return tuple(lines.read(path, damaged))
 
 
 def read_provenance(path: Path) -> Mapping[str, Any]:
@@ -391,21 +344,6 @@ def flatten(line: Line) -> dict[str, Any]:
                     f"experts/{key}/layer_{layer:02d}": v for layer, v in zip(experts["layer"], values, strict=True)
                 }
     return flat
-
-
-def sparkline(values: Sequence[float], width: int) -> str:
-    """`values` as at most `width` bars, each the mean of its share; `x` where one of them is not finite."""
-    count = min(width, len(values))
-    edges = [index * len(values) // count for index in range(count + 1)]
-    means = [
-        math.fsum(values[a:b]) / (b - a) if all(map(math.isfinite, values[a:b])) else math.nan
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
-    finite = [mean for mean in means if math.isfinite(mean)]
-    low = min(finite, default=0.0)
-    span = (max(finite, default=0.0) - low) or 1.0
-    top = len(BARS) - 1
-    return "".join(BARS[round((mean - low) / span * top)] if math.isfinite(mean) else "x" for mean in means)
 
 
 def _experts(line: Line) -> dict[str, list[Any]]:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-FILE = "run.json"
-MISSED = 3
-"""Heartbeats that may fail to come before a run counts as lost."""
+from nmoe.effects.record import names
+from nmoe.effects.record.alive import heart_stopped, process_runs
+from nmoe.effects.record.lines import Line
+from nmoe.errors import InputError
 
-GRACE_S = 5.0
+GOING = ("starting", "running")
+"""Words for a run from which more will come."""
 
 
 def read(folder: Path) -> Mapping[str, Any]:
     """What `run.json` holds; nothing when there is none, or none that is whole."""
     try:
-        found = json.loads((folder / FILE).read_bytes())
+        found = json.loads((folder / names.RUN).read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -39,44 +40,39 @@ def status(record: Mapping[str, Any], last: Mapping[str, Any] | None, host: str,
         ended = str(last.get("status", "ended"))
         told = record.get("status")
         # A resumed run writes run.json before its start event, and an end has the attempt that ended.
-        if told not in ("starting", "running") or _integer(record.get("attempt")) <= _integer(last.get("attempt")):
+        if told not in GOING or _integer(record.get("attempt")) <= _integer(last.get("attempt")):
             return ended
     told = record.get("status")
     if told is None and last is None:
         return "not started"
-    if told is not None and told not in ("starting", "running"):
+    if told is not None and told not in GOING:
         return str(told)
     pid = record.get("pid") if told is not None else (last or {}).get("pid")
     here = str(record.get("host") or host) == platform.node()
     if here and isinstance(pid, int) and not isinstance(pid, bool) and 0 < pid < 1 << 31:
-        if not alive(pid):
+        started = record.get("process_start")
+        if not process_runs(pid, started if isinstance(started, str) else None):
             return "crashed"
     elif told is None:
         return f"unknown, on {host}"
-    age = heartbeat_age_s(record, now)
-    every = record.get("heartbeat_every_s")
-    if age is not None and isinstance(every, int | float) and age > MISSED * every + GRACE_S:
+    if heart_stopped(record, now):
         return "lost"
     return str(told or "running")
 
 
-def heartbeat_age_s(record: Mapping[str, Any], now: datetime) -> float | None:
-    """Seconds since a run's last heartbeat; None when it has told none."""
-    try:
-        return (now - datetime.fromisoformat(str(record["heartbeat"])).astimezone(UTC)).total_seconds()
-    except (KeyError, ValueError):
-        return None
+def of(folder: Path, events: Sequence[Line], host: str) -> str:
+    """What became of the last attempt at the run in a folder, as `status` says it.
 
+    host     where the run was started
 
-def alive(pid: int) -> bool:
-    """Whether a process of this host has this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    Raises:  InputError when a start event has no process.
+    """
+    last = next((line for line in reversed(events) if line.fields.get("event") in ("start", "end")), None)
+    if last is not None and last.fields["event"] == "start":
+        pid = last.fields.get("pid")
+        if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
+            raise InputError(f"{last.where}: expected the pid of a process in a start event, got {pid!r}; fix the line")
+    return status(read(folder), last.fields if last else None, host, datetime.now(UTC))
 
 
 def _integer(value: Any) -> int:

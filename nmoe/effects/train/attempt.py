@@ -6,45 +6,18 @@ therefore cut off, and so is a last line it did not finish. Events are history a
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import attrs
 
 from nmoe.effects import files
+from nmoe.effects.record.lines import read
+from nmoe.effects.record.names import ATTEMPTS, OF_STEPS
 from nmoe.errors import InputError
 
-ARCHIVE = "attempts"
-"""Folder in a run folder: what config.toml and the like were in each attempt before the newest."""
-
-EVENTS = "events.jsonl"
 VALIDATION = "validation/loss"
 """Field of a line of metrics that tells a validation."""
-
-OF_STEPS = ("metrics.rank", "arrays.rank")
-"""First part of the names of files whose lines belong to a step."""
-
-
-@attrs.frozen(kw_only=True)
-class Line:
-    """One whole line of an append-only file."""
-
-    where: str  # file:line
-    end: int  # bytes of the file up to the next line
-    fields: Mapping[str, Any]
-
-
-def next_number(folder: Path) -> int:
-    """1 + the number of the last attempt that started in this run folder.
-
-    Raises:  InputError with file and line of what cannot be read.
-    """
-    numbers = [line.fields.get("attempt", 0) for line in _lines(folder / EVENTS)]
-    return 1 + max((each for each in numbers if isinstance(each, int)), default=0)
 
 
 def fix(folder: Path, step: int, *, validated: bool = True) -> None:
@@ -70,7 +43,7 @@ def record(folder: Path, attempt: int, contents: Mapping[str, str]) -> None:
 
     Writes:   files of `folder` and `folder/attempts`, each whole or not at all.
     """
-    archive = folder / ARCHIVE / str(attempt - 1)
+    archive = folder / ATTEMPTS / str(attempt - 1)
     archive.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
         # What is there already was put there by a start that ended before its first event, under the same number.
@@ -83,36 +56,12 @@ def record(folder: Path, attempt: int, contents: Mapping[str, str]) -> None:
 def _good_length(path: Path, step: int, validated: bool) -> int:
     """Bytes of a file up to its first line of a later step, or else of its whole lines."""
     length = 0
-    for line in _lines(path):
+    for line in read(path):
         if path.name.startswith(OF_STEPS):
             at = line.fields.get("step")
             if not isinstance(at, int):
-                raise InputError(f"{line.where}: step is a number, got {at!r}; fix or delete the line")
+                raise InputError(f"{line.where}: expected a number as step, got {at!r}; fix or delete the line")
             if at > step or (at == step and VALIDATION in line.fields and not validated):
                 break
         length = line.end
     return length
-
-
-def _lines(path: Path) -> Iterator[Line]:
-    """The whole lines of a file; none when it is not there.
-
-    Raises:  InputError with file and line of the first that is no JSON object.
-    """
-    if not path.exists():
-        return
-    end = 0
-    with open(path, "rb") as file:
-        for number, text in enumerate(file, 1):
-            if not text.endswith(b"\n"):
-                return
-            end += len(text)
-            try:
-                fields = json.loads(text)
-            except ValueError:
-                fields = None
-            if not isinstance(fields, dict):
-                raise InputError(
-                    f"{path}:{number}: a line holds one JSON object, got {text[:60]!r}; fix or delete the line"
-                )
-            yield Line(where=f"{path}:{number}", end=end, fields=fields)

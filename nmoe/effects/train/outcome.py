@@ -5,7 +5,6 @@ Every rank computes what is told; the first one tells it.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 
@@ -19,7 +18,7 @@ from nmoe.effects.device import signals
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.names import CHECKPOINTS
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import resume, zero
 from nmoe.effects.train.generate import extend
 from nmoe.effects.train.report import Report
@@ -75,7 +74,7 @@ def end(
         )
         log.event("end", status="failed", step=state.step, exit_code=EXIT_NONFINITE, error=message)
         if ranks.world.rank == 0:
-            print(f"nmoe: {message}", file=sys.stderr)
+            warn(f"nmoe: {message}")
         return EXIT_NONFINITE
     if seen.last is not None and seen.at(config.train.steps):
         say(

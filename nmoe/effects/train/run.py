@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
@@ -33,7 +32,7 @@ from nmoe.effects.record import provenance
 from nmoe.effects.record.log import create_folder, open_log
 from nmoe.effects.record.monitor import watching
 from nmoe.effects.record.names import CHECKPOINTS
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import attempt, resume
 from nmoe.effects.train.evaluate import Held, evaluate, even
 from nmoe.effects.train.identity import Identity, check_same, facts
@@ -419,7 +418,7 @@ def _main(
     except SaveError as error:
         log.event("end", status="failed", exit_code=EXIT_UNSAVED, error=str(error))
         if rt.rank == 0:
-            print(f"nmoe: {error}", file=sys.stderr)
+            warn(f"nmoe: {error}")
         return EXIT_UNSAVED
     except BaseException as error:
         saver.settle()

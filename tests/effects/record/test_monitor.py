@@ -15,10 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from nmoe.effects.record import alert_command as hook
-from nmoe.effects.record import footer, heartbeat, telemetry
+from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
 from nmoe.effects.record.log import open_log
-from nmoe.effects.record.monitor import ARRAYS, watching
+from nmoe.effects.record.monitor import watching
+from nmoe.effects.record.names import ARRAYS, RUN, TELEMETRY
 from tests.effects.train.tiny import tiny
 
 
@@ -44,7 +44,7 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
             for step in (1, 2, 3):
                 monitor.step(fields(step, experts={"layer": [1, 2], "dead": [0, int(step == 3)]}), load)
             monitor.log.event("end", status="finished", step=3)
-    beat = json.loads((tmp_path / heartbeat.FILE).read_text())
+    beat = json.loads((tmp_path / RUN).read_text())
     assert (beat["status"], beat["step"], beat["steps"], beat["layers"]) == ("finished", 3, 10, [1, 2])
     assert (beat["num_experts"], beat["top_k"], beat["tokens_per_step"], beat["flops_per_token"]) == (8, 2, 32, 7)
     arrays = lines(tmp_path / ARRAYS)
@@ -56,7 +56,7 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
     assert (events["alert"]["rule"], events["alert"]["step"], events["alert"]["attempt"]) == ("dead_experts", 3, 4)
     assert events["alert_command_failed"]["error"] == "log.alert_command: exits with 0, got 3: oh"
     assert json.loads((tmp_path / "told").read_text())["rule"] == "dead_experts"
-    (reading, *_) = lines(tmp_path / telemetry.FILE)
+    (reading, *_) = lines(tmp_path / TELEMETRY)
     assert reading["attempt"] == 4 and reading["gpus"] == [] and reading["host"]["disk_free_bytes"] > 0
 
 
@@ -118,7 +118,7 @@ def test_a_heartbeat_on_a_slow_disk_holds_nobody(tmp_path: Path, monkeypatch: py
 def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None:
     problems: list[str] = []
     begin = time.monotonic()
-    thread = hook.start(f"(sleep 2; touch {tmp_path}/late) & wait", {}, 0.2, problems.append)
+    thread = alert_command.start(f"(sleep 2; touch {tmp_path}/late) & wait", {}, 0.2, problems.append)
     assert time.monotonic() - begin < 0.1
     thread.join()
     assert problems == ["log.alert_command: ends within 0.2 s, got none; it was killed"]
@@ -206,7 +206,7 @@ def test_a_heartbeat_that_cannot_be_written_is_told_and_stops_nothing(tmp_path: 
     heart = heartbeat.Heart({"status": "running"}, lambda: "now")
     with heartbeat.beating(tmp_path / "gone", heart, 0.01, problems.append):
         time.sleep(0.2)
-    assert problems[0].startswith("run.json: can be written, got No such file")
+    assert problems[0].startswith("run.json: expected to be written, got No such file")
     assert len(problems) == 2, "once for all beats in a row, and once for the last"
 
 

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe.effects.runs import show as runs
+from nmoe.effects.terminal import sparkline
 from nmoe.errors import InputError
 
 START = {
@@ -159,7 +160,7 @@ def test_show_of_a_run_that_has_told_nothing_yet(tmp_path: Path, capsys: pytest.
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.integers(1, 80))
 def test_sparkline_shows_the_order_of_the_means(values: list[float], width: int) -> None:
-    bars = runs.sparkline(values, width)
+    bars = sparkline(values, width)
     assert len(bars) == min(width, len(values)) and set(bars) <= set("▁▂▃▄▅▆▇█")
     if len(values) <= width:
         ranked = [bar for _, bar in sorted(zip(values, bars, strict=True))]
@@ -167,9 +168,9 @@ def test_sparkline_shows_the_order_of_the_means(values: list[float], width: int)
 
 
 def test_sparkline_marks_what_is_not_finite_and_averages_the_rest() -> None:
-    assert runs.sparkline([0.0, float("nan"), 7.0, float("inf")], 4) == "▁x█x"
-    assert runs.sparkline([0.0, 8.0, 6.0, 8.0, 3.0, 5.0], 3) == "▁█▁"
-    assert runs.sparkline([5.0, 5.0], 9) == "▁▁"
+    assert sparkline([0.0, float("nan"), 7.0, float("inf")], 4) == "▁x█x"
+    assert sparkline([0.0, 8.0, 6.0, 8.0, 3.0, 5.0], 3) == "▁█▁"
+    assert sparkline([5.0, 5.0], 9) == "▁▁"
 
 
 def test_export_writes_the_scalars_and_one_column_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,8 +231,8 @@ def test_any_other_bad_line_is_named(tmp_path: Path, bad: bytes, read: str) -> N
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
-        (b"{", ["3.2500", "a line holds one JSON object, got b'{'; fix or delete the line"]),
-        (b"\0\0\0", ["3.2500", "a line holds one JSON object, got b'\\x00\\x00\\x00'; fix or delete the line"]),
+        (b"{", ["3.2500", "expected one JSON object, got b'{'; fix or delete the line"]),
+        (b"\0\0\0", ["3.2500", "expected one JSON object, got b'\\x00\\x00\\x00'; fix or delete the line"]),
         (b"{\n[]", ["3.2500", "b'{'; fix or delete the line (and 1 more)"]),
         (b'{"loss": "high"}', ["unreadable", "loss is a number, got 'high'; fix or delete the line"]),
     ],
@@ -267,7 +268,7 @@ def test_experts_that_fit_no_layers_are_named(tmp_path: Path, experts: Any) -> N
 def test_a_bad_event_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = run_folder(tmp_path, "a", ({**START, **change},))
     assert problem(runs.show, tmp_path, "a").startswith(
-        f"{folder / 'events.jsonl'}:1: {'a start event' if 'pid' in change else next(iter(change))}"
+        f"{folder / 'events.jsonl'}:1: {'expected the pid' if 'pid' in change else next(iter(change))}"
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import subprocess
 import sys
 import threading
@@ -17,6 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing import event_file_loader
 
+from nmoe.effects.record.alive import process_start
+from nmoe.effects.runs import status
 from nmoe.effects.runs.track import sinks
 from nmoe.effects.runs.track.follow import Position, ended, follow, new_lines, numbers
 from nmoe.errors import InputError
@@ -151,13 +155,27 @@ def test_killed_again_and_again_nothing_is_lost_or_doubled(run: Path) -> None:
 
 
 def test_a_follower_ends_when_the_run_has(run: Path) -> None:
-    assert ended(run) == "has no run.json"
+    assert ended(run) == "not started"
     beat(run, "running")
     assert ended(run) is None
-    beat(run, "running", age_s=11)
-    assert str(ended(run)).startswith("dead: no heartbeat for 11 s")
     beat(run, "failed")
     assert ended(run) == "failed"
+
+
+@pytest.mark.parametrize(("age_s", "word"), [(7.0, "running"), (9.0, "lost")])
+def test_a_follower_and_the_list_of_runs_call_the_same_run_dead(run: Path, age_s: float, word: str) -> None:
+    beat(run, "running", age_s)
+    assert status.of(run, (), "another host") == word
+    assert ended(run) == (None if word in status.GOING else word)
+
+
+def test_a_process_that_only_has_the_id_of_the_dead_one_is_not_taken_for_it(run: Path) -> None:
+    beat(run, "running")
+    record = json.loads((run / "run.json").read_text()) | {"pid": os.getpid(), "host": platform.node()}
+    (run / "run.json").write_text(json.dumps(record | {"process_start": process_start(os.getpid())}))
+    assert ended(run) is None
+    (run / "run.json").write_text(json.dumps(record | {"process_start": "1"}))
+    assert ended(run) == "crashed"
 
 
 def test_a_follower_goes_on_while_the_run_does(run: Path) -> None:
@@ -184,7 +202,7 @@ def test_a_follower_goes_on_while_the_run_does(run: Path) -> None:
 
 def test_a_whole_line_that_is_none_is_refused(run: Path) -> None:
     (run / "metrics.rank0.jsonl").write_text(line(1) + "{}\n")
-    with pytest.raises(InputError, match="in line 2; fix or remove it"):
+    with pytest.raises(InputError, match=r"jsonl:2: expected time, step and attempt"):
         new_lines(run / "metrics.rank0.jsonl", Position())
 
 

@@ -22,7 +22,8 @@ from nmoe.effects.checkpoint import reader, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.device.process import Runtime
-from nmoe.effects.train import attempt, resume, run
+from nmoe.effects.record.names import ATTEMPTS
+from nmoe.effects.train import resume, run
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core import tree
@@ -142,7 +143,7 @@ def test_a_stopped_run_goes_on_in_its_folder(
         json.loads(line)["attempt"] for line in (folder(config) / "metrics.rank0.jsonl").read_text().split("\n")[:-1]
     ]
     assert attempts == sorted(attempts) and set(attempts) == {1, 2}
-    assert (folder(config) / attempt.ARCHIVE / "1" / "config.toml").is_file()
+    assert (folder(config) / ATTEMPTS / "1" / "config.toml").is_file()
 
 
 def test_a_finished_run_may_have_more_steps(whole: Config, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.store import shard_writer
 from nmoe.effects.record import log
 from nmoe.errors import InputError
+from nmoe.pure.watch import metrics as schema
 from tests.effects.train.tiny import tiny
 
 ROOT = Path(__file__).parents[3]
@@ -109,6 +110,7 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
     assert provenance["tokenizer"] == tokenizers.load(corpus).identity
 
     metrics = lines(folder / "metrics.rank0.jsonl")
+    assert {name for line in metrics for name in schema.names(line) if schema.metric(name) is None} == set()
     steps = [line["step"] for line in metrics if "loss" in line]
     assert steps == [1, 3, 6, 9, 12]
     assert [line["step"] for line in metrics if "validation/loss" in line] == [5, 10, 12]

@@ -10,25 +10,21 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
 
 from nmoe.effects import files
+from nmoe.effects.record import lines as jsonl
+from nmoe.effects.record.names import CONFIG, EVENTS, METRICS, TRACK
+from nmoe.effects.runs import status
 from nmoe.errors import InputError
 
-METRICS = "metrics.rank0.jsonl"
 BLOCK = 1 << 20
-MARK_BYTES = 128
-"""What is remembered of the end of the last line, to know the file again."""
-
 TRIES = 6
 """Times lines are given to a target that fails, each twice as long after the one before."""
-
-STALE = 10
-"""Heartbeats missed before a run counts as dead."""
 
 
 @attrs.frozen(kw_only=True)
@@ -103,28 +99,25 @@ def new_lines(path: Path, position: Position) -> list[Line]:
 
     Raises:  InputError when a whole line is not one of a run's.
     """
-    with open(path, "rb") as file:
-        file.seek(position.offset)
-        block = file.read(BLOCK)
-        while block and b"\n" not in block and (more := file.read(BLOCK)):
-            block += more
-    lines: list[Line] = []
-    for raw in block[: block.rfind(b"\n") + 1].splitlines(keepends=True):
-        line = _line(path, raw, position)
+    begin, lines = position.offset, list[Line]()
+    for raw in jsonl.read(path, offset=position.offset, number=position.line):
+        line = _line(raw, position)
         position = after(position, line)
         lines.append(line)
+        if line.end - begin >= BLOCK:
+            break
     return lines
 
 
-def _line(path: Path, raw: bytes, position: Position) -> Line:
+def _line(raw: jsonl.Line, position: Position) -> Line:
     """The line at a position."""
+    fields = raw.fields
     try:
-        fields = json.loads(raw)
         return Line(
             index=position.index(),
             line=position.line,
-            end=position.offset + len(raw),
-            mark=raw[-MARK_BYTES:].decode("latin-1"),
+            end=raw.end,
+            mark=raw.mark.decode("latin-1"),
             time=datetime.fromisoformat(fields["time"]).timestamp(),
             step=fields["step"],
             attempt=fields["attempt"],
@@ -133,8 +126,7 @@ def _line(path: Path, raw: bytes, position: Position) -> Line:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path}: one JSON object a line with time, step and attempt, got {raw[:60]!r} in line "
-            f"{position.line + 1}; fix or remove it"
+            f"{raw.where}: expected time, step and attempt, got {str(dict(fields))[:60]}; fix or remove the line"
         ) from error
 
 
@@ -148,32 +140,23 @@ def found_again(path: Path, position: Position) -> Position:
 
     Raises:  InputError when a whole line is not one of a run's.
     """
-    mark = position.mark.encode("latin-1")
-    with open(path, "rb") as file:
-        file.seek(position.offset - len(mark))
-        if file.read(len(mark)) == mark:
-            return position
-        file.seek(0)
-        here = Position(target=position.target)
-        for raw in file:
-            if not raw.endswith(b"\n") or (line := _line(path, raw, here)).attempt > position.attempt:
-                break
-            here = after(here, line)
+    if jsonl.is_same(path, position.offset, position.mark.encode("latin-1")):
+        return position
+    here = Position(target=position.target)
+    for raw in jsonl.read(path):
+        line = _line(raw, here)
+        if line.attempt > position.attempt:
+            break
+        here = after(here, line)
     kept = tuple(cut for cut in position.cuts if cut[0] < here.line)
     lost = position.index() - here.line - sum(gone for _, gone in kept)
     return attrs.evolve(here, cuts=(*kept, (here.line, lost)))
 
 
 def ended(folder: Path) -> str | None:
-    """Why no more lines will come: how the run ended, or that its heart stands still; None while it may go on."""
-    try:
-        beat = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "has no run.json"
-    if beat["status"] not in ("starting", "running"):
-        return beat["status"]
-    age = (datetime.now(UTC) - datetime.fromisoformat(beat["heartbeat"])).total_seconds()
-    return f"dead: no heartbeat for {age:.0f} s" if age > STALE * beat["heartbeat_every_s"] else None
+    """Why no more lines will come, in the words of `nmoe runs list`; None while the run may write more."""
+    word = status.of(folder, tuple(jsonl.read(folder / EVENTS)), "another host")
+    return None if word in status.GOING else word
 
 
 def _load(path: Path) -> Position:
@@ -218,9 +201,9 @@ def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bo
     once   stop at the last line there is
     Raises:  InputError when the folder is not a run's, a line is not a line, or the target goes on failing.
     """
-    if not (folder / "config.toml").is_file():
+    if not (folder / CONFIG).is_file():
         raise InputError(f"RUN: the folder of a run, got {folder}, which has no config.toml; see `nmoe runs list`")
-    record = folder / "track" / f"{name}.json"
+    record = folder / TRACK / f"{name}.json"
     record.parent.mkdir(exist_ok=True)
     position = _load(record)
     with open_sink(folder, position) as sink:

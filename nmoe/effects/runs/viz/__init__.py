@@ -6,9 +6,8 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from nmoe.effects.terminal import say
 from nmoe.errors import InputError
-
-__all__ = ["serve"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -46,4 +45,4 @@ def serve(root: Path, data: Sequence[Path], home: Path, *, host: str, port: int,
             hosts=tuple(dict.fromkeys(each if ":" not in each else f"[{each}]" for each in (*LOOPBACK, host))),
             token=token,
         )
-        return server.serve(settings, host, port, lambda text: print(f"viz            {text}", flush=True))
+        return server.serve(settings, host, port, lambda text: say(f"viz            {text}"))

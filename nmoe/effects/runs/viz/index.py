@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from nmoe.effects.record.lines import MARK_BYTES, is_same, whole
+from nmoe.effects.record.names import CONFIG
 from nmoe.effects.runs.viz import ingest
 from nmoe.effects.runs.viz.ingest import CHUNK_BYTES, LINE_BYTES
 from nmoe.errors import InputError
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
 FORMAT = 2
 MAX_FILES = 256
 """Files taken in at a time."""
-
-MARK_BYTES = 128
-"""What is remembered of the end of what was read, to know the file again: a resumed run cuts its files and goes on."""
 
 FILES = re.compile(r"(metrics|arrays|telemetry)\.rank(\d{1,6})\.jsonl|events\.jsonl")
 
@@ -155,7 +154,7 @@ def run_folders(root: Path) -> tuple[Path, ...]:
         found = [
             (entry.stat().st_mtime, entry.name)
             for entry in os.scandir(root)
-            if not entry.name.startswith(".") and os.path.isfile(f"{entry.path}/config.toml")
+            if not entry.name.startswith(".") and os.path.isfile(f"{entry.path}/{CONFIG}")
         ]
     except FileNotFoundError:
         return ()
@@ -310,9 +309,7 @@ def _goes_on(path: Path, size: int, known: Known) -> bool:
     if size <= known.offset:
         return size == known.offset
     try:
-        with open(path, "rb") as file:
-            file.seek(known.offset - len(known.mark))
-            return file.read(len(known.mark)) == known.mark
+        return is_same(path, known.offset, known.mark)
     except OSError:
         return True
 
@@ -365,7 +362,7 @@ def _whole_lines(tail: Tail, limit: int) -> tuple[memoryview, str | None]:
             content = file.read(min(limit, tail.size - tail.offset))
     except OSError as error:
         return memoryview(b""), f"{tail.path}: can be read, got {error.strerror}; fix its permissions"
-    length = content.rfind(b"\n") + 1
+    length = whole(content)
     problem = None
     if not length and len(content) >= LINE_BYTES:
         problem = f"{tail.path}: lines of at most {LINE_BYTES} bytes, got a longer one; nothing after it is shown"

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.effects import files
+from nmoe.effects.record.names import ALL_METRICS
 from nmoe.effects.runs import show as runs
 from nmoe.effects.runs.viz import curves, export, views
 from nmoe.effects.runs.viz.index import Index, open_index, poll
-from nmoe.effects.terminal import table
+from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 
 COMPACTED = "metrics.parquet"
@@ -39,7 +40,7 @@ def compare(root: Path, names: Sequence[str]) -> int:
             for row in views.configs(index, names).rows
             if row.differs and not row.key.startswith("provenance.")
         ]
-    print(table(("", *names), rows, left=1))
+    say(table(("", *names), rows, left=1))
     return 0
 
 
@@ -88,8 +89,8 @@ def export_parquet(root: Path, name: str, to: Path) -> int:
                 export.write_(temporary, index, [name], "parquet")
         except OSError as error:
             raise InputError(f"{to}: the export can be written, got {error.strerror}; choose another file") from error
-    size = sum(file.stat().st_size for file in folder.glob("metrics.rank*.jsonl"))
-    print(f"{to}  {os.path.getsize(to):,} bytes, from {size:,} bytes of JSON lines")
+    size = sum(file.stat().st_size for file in folder.glob(ALL_METRICS))
+    say(f"{to}  {os.path.getsize(to):,} bytes, from {size:,} bytes of JSON lines")
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nmoe.effects.record.names import CONFIG, PROVENANCE
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api
 from nmoe.effects.runs.viz.curves import HOUR_S, Axis, chosen
@@ -59,7 +60,7 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
         keys |= dict.fromkeys(config)
         record = run_status.read(folder)
         began, start, last = told_events.get(run, (None, {}, None))
-        host = str(config_of(folder, "provenance.toml").get("hardware.host", "another host"))
+        host = str(config_of(folder, PROVENANCE).get("hardware.host", "another host"))
         rows.append(
             api.Run(
                 name=name,
@@ -198,7 +199,7 @@ def configs(index: Index, names: Sequence[str]) -> api.Configs:
     """The configs of some runs side by side: what differs first, and where the runs come from."""
     folders = [index.root / name for name in known(index, names).values()]
     tables = [
-        {**config_of(folder), **{f"provenance.{k}": v for k, v in config_of(folder, "provenance.toml").items()}}
+        {**config_of(folder), **{f"provenance.{k}": v for k, v in config_of(folder, PROVENANCE).items()}}
         for folder in folders
     ]
     rows = [
@@ -213,7 +214,7 @@ def configs(index: Index, names: Sequence[str]) -> api.Configs:
     return api.Configs(runs=list(names), rows=rows)
 
 
-def config_of(folder: Path, file: str = "config.toml") -> Mapping[str, Any]:
+def config_of(folder: Path, file: str = CONFIG) -> Mapping[str, Any]:
     """The keys of a TOML file of a run with dots between; empty when it cannot be read."""
     try:
         stat = (folder / file).stat()

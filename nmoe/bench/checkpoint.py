@@ -22,7 +22,7 @@ from nmoe.effects.checkpoint.writer import Writer, open_writer
 from nmoe.effects.device import gpu, process
 from nmoe.effects.terminal import say
 from nmoe.effects.train import resume
-from nmoe.effects.train.run import fresh, stepper
+from nmoe.effects.train.build import fresh, stepper
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.digest import digests

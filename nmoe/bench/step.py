@@ -19,7 +19,7 @@ from nmoe.config import Config
 from nmoe.effects import files
 from nmoe.effects.device import gpu, process
 from nmoe.effects.terminal import say
-from nmoe.effects.train.run import fresh, stepper
+from nmoe.effects.train.build import fresh, stepper
 from nmoe.effects.train.step import learning_rates
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key

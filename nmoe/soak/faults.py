@@ -20,7 +20,7 @@ import attrs
 import torch
 
 from nmoe.effects.checkpoint.fs import Buffer, Disk
-from nmoe.effects.train.run import World
+from nmoe.effects.train.world import World
 from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env
 from nmoe.soak.plan import Fault

@@ -15,7 +15,7 @@ import torch
 
 from nmoe.effects.data.loader import open_loader
 from nmoe.effects.device.process import Runtime
-from nmoe.effects.train.run import fresh
+from nmoe.effects.train.build import fresh
 from nmoe.effects.train.step import make_step
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key

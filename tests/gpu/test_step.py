@@ -17,7 +17,7 @@ from nmoe.bench.kernels import moe, optimizer
 from nmoe.config.sections import Config
 from nmoe.effects.device import cpu, gpu, ops, process
 from nmoe.effects.kernels.moe import moe as mixtures
-from nmoe.effects.train.run import fresh, stepper
+from nmoe.effects.train.build import fresh, stepper
 from nmoe.effects.train.step import Metrics, State
 from nmoe.pure.core import tree
 from nmoe.pure.model import experts, route

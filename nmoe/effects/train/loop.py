@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from nmoe.config import Config
-from nmoe.effects.device import gpu, signals
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.device import signals
 from nmoe.effects.parallel import exchange as exchanges
-from nmoe.effects.parallel.exchange import Exchange
-from nmoe.effects.parallel.launch import RankHeartbeat
 from nmoe.effects.parallel.ranks import Ranks
-from nmoe.effects.train.evaluate import Held
-from nmoe.effects.train.report import Report
-from nmoe.effects.train.save import Saver
-from nmoe.effects.train.step import Metrics, State
+from nmoe.effects.train.evaluate import Held, evaluate, even
+from nmoe.effects.train.session import Session
+from nmoe.effects.train.step import State
 from nmoe.pure.model.model import Batch
 from nmoe.pure.watch.validations import Seen, validated
 
 
-def train_until(
-    config: Config,
-    state: State,
-    seen: Seen,
-    step: Callable[[State, Batch], tuple[State, Metrics]],
-    read: Callable[[int], Batch],
-    validate: Callable[[State], Held | None],
-    saver: Saver,
-    report: Report,
-    clock: gpu.Clock,
-    stop: signals.Stop,
-    rank_heartbeat: RankHeartbeat,
-    ranks: Ranks,
-    exchange: Exchange | None,
-) -> tuple[State, Seen, bool]:
+def train_until(session: Session, state: State, seen: Seen) -> tuple[State, Seen, bool]:
     """Take steps until the last one, a signal, or too many non-finite steps.
 
-    What decides how it goes on, a signal and the time to save, is agreed on by all ranks.
+    Signals and the time to save are agreed on by all ranks, so that all take the same branch.
 
-    validate  None when a signal came meanwhile
-    returns   the state, its validations, and whether the steps were finite
+    returns  the state, its validations, and whether the steps were finite
     """
-    train = config.train
+    config, train, ranks = session.config, session.config.train, session.runtime.ranks
+    clock, report, saver, stop = session.clock, session.report, session.saver, session.stop
+    validate = _validator(session)
     reported, skipped = state.step, int(state.skipped.item())
     clock.mark("start")
     while True:
-        # At the head of the loop, so that a run that goes on makes up for what its last attempt did not come to.
+        # Once in a while: a validation. At the head, so that a resumed run makes up for one its last attempt missed.
         due = state.step > 0 and (state.step % config.validation.every == 0 or state.step >= train.steps)
         if due and not seen.at(state.step) and not agreed(stop, ranks)[0]:
             held = validate(state)
@@ -52,17 +40,23 @@ def train_until(
                 report.validation(state.step, held)
                 seen = validated(seen, state.step, held.loss, held.bits_per_byte)
             clock.mark("validation")
+
+        # Once in a while: a checkpoint.
         stopped, save = agreed(stop, ranks, saver.due(state.step))
         if state.step >= train.steps or stopped:
             return state, seen, True
         if save:
             saver.save(state, seen)
             clock.mark("checkpoint")
-        batch = read(state.cursor)
+
+        # Every step.
+        batch = session.read(state.cursor)
         clock.mark("data")
-        state, metrics = step(state, batch)
-        rank_heartbeat.beat(state.step)
+        state, metrics = session.step(state, batch)
+        session.heartbeat.beat(state.step)
         saver.poll()
+
+        # Once in a while: a line of metrics, the only place that waits for the device.
         stopped, save = agreed(stop, ranks, saver.due(state.step))
         last = state.step == train.steps or stopped
         # A state that no step changes any more is not worth a checkpoint.
@@ -71,13 +65,48 @@ def train_until(
             before = skipped
             skipped, in_row = report.step(state, metrics, clock.split(), state.step - reported)
             reported = state.step
-            if exchange is not None:
-                exchanges.check(exchange)
+            if session.exchange is not None:
+                exchanges.check(session.exchange)
             if skipped > before:
-                report.log.event("nonfinite", step=state.step, new=skipped - before, in_row=in_row)
+                session.log.event("nonfinite", step=state.step, new=skipped - before, in_row=in_row)
             if in_row >= train.max_nonfinite_steps:
                 return state, seen, False
             clock.mark("log")
+
+
+def _validator(session: Session) -> Callable[[State], Held | None]:
+    """Loss on the validation split; None when a signal came meanwhile."""
+    config, ranks, stop = session.config, session.runtime.ranks, session.stop
+    batches = even(session.corpus.held, ranks)
+    byte_lengths = _byte_lengths(session.corpus.tokenizer, config.model.vocab_size).to(session.runtime.device)
+
+    def held() -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            session.heartbeat.beat()
+            if agreed(stop, ranks)[0]:
+                return
+
+    def validate(state: State) -> Held | None:
+        result = evaluate(
+            state.params,
+            state.router_bias,
+            session.env,
+            config.model,
+            held(),
+            byte_lengths,
+            chunk=config.train.loss_chunk,
+            ranks=ranks,
+        )
+        return None if agreed(stop, ranks)[0] else result
+
+    return validate
+
+
+def _byte_lengths(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Tensor:
+    """Bytes of each id the model has; ids the tokenizer does not know never occur."""
+    known = tokenizers.byte_lengths(tokenizer)
+    return torch.from_numpy(np.pad(known, (0, vocab_size - len(known))).astype(np.int64))
 
 
 def agreed(stop: signals.Stop, ranks: Ranks, *wishes: bool) -> list[bool]:

@@ -15,15 +15,13 @@ from nmoe.effects.checkpoint import weights
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.corpus import Corpus
 from nmoe.effects.device import signals
-from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.names import CHECKPOINTS
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import resume, zero
 from nmoe.effects.train.generate import extend
-from nmoe.effects.train.report import Report
+from nmoe.effects.train.session import Session
 from nmoe.effects.train.step import State
-from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
 from nmoe.pure.model.ops import Env
 from nmoe.pure.units import duration
@@ -49,22 +47,14 @@ def tell_origin(log: Log, step: int, restored: resume.Restored | None, damaged: 
             say(f"accepted       {path}: {left} -> {right}")
 
 
-def end(
-    config: Config,
-    corpus: Corpus,
-    state: State,
-    seen: Seen,
-    finite: bool,
-    env: Env,
-    report: Report,
-    stop: signals.Stop,
-    blueprint: Blueprint,
-    ranks: Ranks,
-) -> int:
-    """Keep the weights, say how it went, and with which exit code."""
-    log = report.log
+def end(session: Session, state: State, seen: Seen, finite: bool, stop: signals.Stop) -> int:
+    """Keep the weights, say how it went, and with which exit code.
+
+    stop  how the run was asked to end, as all ranks see it
+    """
+    config, corpus, log, ranks = session.config, session.corpus, session.log, session.runtime.ranks
     if not stop.preempted():
-        params = zero.whole(blueprint.layouts, state.params, ranks)
+        params = zero.whole(session.blueprint.layouts, state.params, ranks)
         if ranks.world.rank == 0:
             weights.save(log.folder, params, state.router_bias)
     if not finite:
@@ -81,14 +71,14 @@ def end(
             f"validation     {seen.last.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram "
             f"{corpus.bigram:.4f}; {seen.last.bits_per_byte:.4f} bits/byte"
         )
-        text = sample(config, corpus, state, env)
+        text = sample(config, corpus, state, session.env)
         log.event("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
         say(f"sample         {SAMPLE_PROMPT!r} continued:\n{text}")
     status = "finished" if stop.signal is None else "interrupted"
     why = {} if stop.signal is None else {"signal": stop.signal.name}
     log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), **why)
     left = CHECKPOINTS if stop.preempted() else weights.FILE
-    say(f"{status:<14} {state.step} steps in {duration(time.monotonic() - report.began)}  {log.folder / left}")
+    say(f"{status:<14} {state.step} steps in {duration(time.monotonic() - session.report.began)}  {log.folder / left}")
     return stop.exit_code()
 
 

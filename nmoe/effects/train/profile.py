@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity
 from nmoe.config import Config
 from nmoe.effects.device import gpu
 from nmoe.effects.terminal import say
-from nmoe.effects.train.run import World
+from nmoe.effects.train.world import World
 from nmoe.errors import InputError
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.model.blueprint import make_blueprint

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nmoe.effects.device import process
-from nmoe.effects.train.run import fresh, stepper
+from nmoe.effects.train.build import fresh, stepper
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 from tests.effects.train.tiny import tiny

@@ -16,7 +16,8 @@ from nmoe.config.sections import Config
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.parallel.launch import from_environment
 from nmoe.effects.parallel.ranks import Ranks, open_ranks
-from nmoe.effects.train import run
+from nmoe.effects.train import build, run
+from nmoe.effects.train.world import World
 from nmoe.pure.core.layout import layout
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.soak.forked import _alone
@@ -80,7 +81,7 @@ def as_world(config: Config, world: int, **parallel: Any) -> Config:
 
 
 def train(
-    config: Config, work: Path, worlds: Mapping[int, run.World] | None = None, **changes: Config
+    config: Config, work: Path, worlds: Mapping[int, World] | None = None, **changes: Config
 ) -> list[tuple[int, str]]:
     """Exit code and output of each rank of one attempt, as `nmoe run` makes it.
 
@@ -124,5 +125,5 @@ def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
     )
     blueprint = attrs.evolve(blueprint, layouts=layouts)
     rt = Runtime(device=torch.device("cpu"), rank=ranks.world.rank, world=ranks.world.size, peak_flops=1.0, ranks=ranks)
-    state, env = run.fresh(config, blueprint, rt)
+    state, env = build.fresh(config, blueprint, rt)
     return blueprint, state, (env, rt)

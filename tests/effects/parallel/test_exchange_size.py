@@ -10,7 +10,7 @@ import torch
 
 from nmoe.effects.parallel.exchange.opening import virtual
 from nmoe.effects.parallel.ranks import Group, Ranks
-from nmoe.effects.train import run
+from nmoe.effects.train import build
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.parallel.exchange_arena import GRANULARITY, Sizes
@@ -25,9 +25,9 @@ def test_the_plan_is_the_arena(ranks: int, capacity: float, dedup: bool, monkeyp
     parallel = attrs.evolve(config.parallel, ranks=ranks, capacity=capacity, dedup=dedup)
     config = attrs.evolve(config, parallel=parallel)
     opened: list[Sizes] = []
-    monkeypatch.setattr(run.exchanges, "open_exchange", lambda *, sizes, **rest: opened.append(sizes))
+    monkeypatch.setattr(build.exchanges, "open_exchange", lambda *, sizes, **rest: opened.append(sizes))
     here: Any = Group(rank=0, size=ranks, handle=object())
-    run.exchanging(config, Ranks(world=here, experts=here), torch.device("cpu"))
+    build.exchanging(config, Ranks(world=here, experts=here), torch.device("cpu"))
     (sizes,) = opened
     blueprint = make_blueprint(config, ranks, ranks)
     planned = plan(config, blueprint, mfu=0.4, dedup=dedup, capacity=parallel.room())

@@ -21,7 +21,7 @@ from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.data.loader import open_loader
 from nmoe.effects.device.process import Runtime
-from nmoe.effects.train import resume, run
+from nmoe.effects.train import build, resume
 from nmoe.effects.train.identity import Identity
 from nmoe.effects.train.step import make_step
 from nmoe.pure.checkpoint.pieces import share
@@ -64,7 +64,7 @@ def main(rank: int, folder: Path) -> None:
         world=1,
         key=Key(0).fold("data"),
     )
-    state, env = run.fresh(config, blueprint, rt)
+    state, env = build.fresh(config, blueprint, rt)
     step = make_step(config, blueprint, env, rt, mark=lambda name: None)
     root = folder / "checkpoints"
     losses: list[str] = []
@@ -79,7 +79,7 @@ def main(rank: int, folder: Path) -> None:
 
     for entry in reader.entries(Disk(), root)[1:]:
         assert entry.manifest is not None and len(entry.manifest.files) == WORLD
-        again, _ = run.blank(config, blueprint, rt)
+        again, _ = build.blank(config, blueprint, rt)
         targets = resume.pieces(again, blueprint)
         reader.load_(Disk(), root / entry.name, entry.manifest, targets, rank=rank, exchange=exchange)
         again = attrs.evolve(again, step=entry.manifest.step, cursor=entry.manifest.meta["cursor"])

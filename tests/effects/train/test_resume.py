@@ -23,7 +23,7 @@ from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.record.names import ATTEMPTS
-from nmoe.effects.train import resume, run
+from nmoe.effects.train import build, resume, run
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core import tree
@@ -405,7 +405,7 @@ def test_a_warm_start_has_the_weights_and_nothing_else(whole: Config, tmp_path: 
     exact = weights.of_path(Disk(), checkpoint(whole, STEPS), blueprint)
     for path in (folder(whole), checkpoint(whole, STEPS), folder(whole) / weights.FILE):
         start = weights.of_path(Disk(), path, blueprint)
-        state, _ = run.fresh(whole, blueprint, rt)
+        state, _ = build.fresh(whole, blueprint, rt)
         resume.put_(state, blueprint, start)
         for (name, ours), (_, theirs) in zip(tree.leaves(state.params), tree.leaves(exact.params), strict=True):
             assert torch.equal(ours.detach(), theirs), name
@@ -426,8 +426,8 @@ def test_a_bf16_state_comes_back_with_its_low_halves(tmp_path: Path, sources: Pa
     config = tiny(compute="bf16", vocab_size=304)
     rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
     blueprint = make_blueprint(config)
-    state, _ = run.fresh(config, blueprint, rt)
-    blank, _ = run.blank(config, blueprint, rt)
+    state, _ = build.fresh(config, blueprint, rt)
+    blank, _ = build.blank(config, blueprint, rt)
     names = {piece.name: piece for piece in resume.pieces(state, blueprint)}
     assert {"router_bias", "updates", "skipped", "skipped_in_row"} < set(names)
     assert names["param/blocks.1.ffn.up/remainder"].tensor.dtype is torch.int16
@@ -442,10 +442,10 @@ def test_a_warm_start_in_bf16_has_the_low_halves(tmp_path: Path) -> None:
     config = tiny(compute="bf16", vocab_size=304)
     rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
     blueprint = make_blueprint(config)
-    old, _ = run.fresh(config, blueprint, rt)
+    old, _ = build.fresh(config, blueprint, rt)
     with open_writer(Disk(), tmp_path / "checkpoints", keep=Keep()) as saving:
         saving.save(resume.pieces(old, blueprint), step=1, meta={})
-    new, _ = run.blank(config, blueprint, rt)
+    new, _ = build.blank(config, blueprint, rt)
     resume.put_(new, blueprint, weights.of_path(Disk(), tmp_path, blueprint))
     before, after = ({each.name: each.tensor for each in resume.pieces(one, blueprint)} for one in (old, new))
     assert before["param/embed/remainder"].any(), "there is something to lose"

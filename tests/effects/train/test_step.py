@@ -13,7 +13,7 @@ from nmoe.config.sections import Config
 from nmoe.effects.device import buffers, cpu, ops
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.train import resume
-from nmoe.effects.train.run import fresh
+from nmoe.effects.train.build import fresh
 from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step
 from nmoe.pure.core import tree
 from nmoe.pure.core.layout import ArenaLayout

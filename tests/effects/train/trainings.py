@@ -11,6 +11,7 @@ import attrs
 
 from nmoe.config.sections import Config
 from nmoe.effects.train import run
+from nmoe.effects.train.world import World
 from nmoe.soak import soak
 from nmoe.soak.forked import forked, tail
 
@@ -27,7 +28,7 @@ def changed(config: Config, **train: Any) -> Config:
     return attrs.evolve(config, train=attrs.evolve(config.train, **train))
 
 
-def train(config: Config, *, accept: Sequence[str] = (), world: run.World | None = None) -> tuple[int, str]:
+def train(config: Config, *, accept: Sequence[str] = (), world: World | None = None) -> tuple[int, str]:
     """Exit code and the last lines of an attempt."""
     folder = Path(config.run.root)
     folder.mkdir(exist_ok=True, parents=True)

@@ -1,0 +1,144 @@
+"""From a config and a Blueprint to what trains: state, ops, step, exchange, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import attrs
+import torch
+
+from nmoe.config import Checkpoint, Config
+from nmoe.effects.device import buffers, graph, ops, process, recompute
+from nmoe.effects.parallel import exchange as exchanges
+from nmoe.effects.parallel.exchange import Exchange
+from nmoe.effects.parallel.ranks import Ranks
+from nmoe.effects.train.step import Metrics, State, make_step
+from nmoe.errors import InputError
+from nmoe.pure.checkpoint.retention import Keep
+from nmoe.pure.core.blueprint import Blueprint
+from nmoe.pure.core.key import Key
+from nmoe.pure.cost.plan import Plan
+from nmoe.pure.model import model
+from nmoe.pure.model.model import Batch
+from nmoe.pure.model.ops import Env, environment
+from nmoe.pure.parallel import exchange_arena
+from nmoe.pure.units import quantity
+
+
+def fresh(
+    config: Config, blueprint: Blueprint, rt: process.Runtime, exchange: Exchange | None = None
+) -> tuple[State, Env]:
+    """The state before the first step, and what the model needs besides it."""
+    state, env = blank(config, blueprint, rt, exchange)
+    initialise_(config, blueprint, state, rt)
+    return state, env
+
+
+def initialise_(config: Config, blueprint: Blueprint, state: State, rt: process.Runtime) -> None:
+    """Draw the initial values. Writes: the parameters of `state`."""
+    key = Key(config.run.seed).fold("init")
+    buffers.initialise_(state.arenas, blueprint, key, ranks=rt.ranks)
+
+
+def blank(
+    config: Config, blueprint: Blueprint, rt: process.Runtime, exchange: Exchange | None = None
+) -> tuple[State, Env]:
+    """A state of zeros at step 0, and what the model needs besides it."""
+    c = config.model
+    arenas = buffers.allocate(blueprint, rt.device)
+    state = State(
+        buffers.bind(blueprint, arenas),
+        arenas,
+        torch.zeros(c.num_layers - c.num_dense_layers, c.moe.num_experts, device=rt.device),
+        torch.zeros((), dtype=torch.int64, device=rt.device),
+        torch.zeros((), dtype=torch.int64, device=rt.device),
+        torch.zeros((), dtype=torch.int64, device=rt.device),
+        0,
+        0,
+    )
+    train = config.train
+    built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask, exchange=exchange)
+    env = environment(c, train.sequence_length, built)
+    return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))
+
+
+def stepper(
+    config: Config,
+    blueprint: Blueprint,
+    env: Env,
+    rt: process.Runtime,
+    *,
+    mark: Callable[[str], None],
+    before_update: Callable[[], None] = lambda: None,
+    exchange: Exchange | None = None,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """`make_step` as the config wants it: what is recomputed, and whether it is replayed.
+
+    mark           called with the name of each part of a step when it ends; a replayed step is one part
+    before_update  called before anything but gradients is written; of a replayed step, before all of it
+    """
+    block: Callable[..., Any] = model.block
+    if config.train.recompute == "full":
+        block = recompute.full()
+    elif config.train.recompute == "cheap":
+        cheap, block = recompute.cheap(env.ops)
+        env = attrs.evolve(env, ops=cheap)
+    if not config.train.graph:
+        return make_step(
+            config, blueprint, env, rt, mark=mark, before_update=before_update, exchange=exchange, run=block
+        )
+    replayed = make_step(
+        config, blueprint, env, rt, mark=lambda name: None, exchange=exchange, run=block, wrap=graph.replaying
+    )
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        before_update()
+        after = replayed(state, batch)
+        mark("step")
+        return after
+
+    return step
+
+
+def exchanging(
+    config: Config, ranks: Ranks, device: torch.device
+) -> AbstractContextManager[Exchange] | AbstractContextManager[None]:
+    """The exchange of rows with the ranks that hold the other experts, if there are others."""
+    train, moe, parallel, group = config.train, config.model.moe, config.parallel, ranks.experts
+    if group.handle is None:
+        return nullcontext()
+    sizes = exchange_arena.sizes(
+        ranks=group.size,
+        experts=moe.num_experts,
+        top_k=moe.top_k,
+        hidden_size=config.model.hidden_size,
+        tokens=train.microbatch_size * train.sequence_length,
+        capacity=parallel.room(),
+        dedup=parallel.dedup,
+        dtype=torch.bfloat16 if config.precision.compute == "bf16" else torch.float32,
+    )
+    return exchanges.open_exchange(device=device, group=group.handle, sizes=sizes, timeout_s=parallel.timeout_s)
+
+
+def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
+    """Refuse what the GPU has no room for, before anything is allocated.
+
+    Raises:  InputError with the settings that would make it fit.
+    """
+    if device.type == "cpu":
+        return
+    wanted, there = planned.memory.total(), torch.cuda.get_device_properties(device).total_memory
+    if wanted > there:
+        train = config.train
+        raise InputError(
+            f"train.microbatch_size: what a step needs fits the GPU's {quantity(there, 'B')}, got "
+            f"{quantity(wanted, 'B')} for {train.microbatch_size} sequences of {train.sequence_length}; lower "
+            'microbatch_size, write train.recompute = "cheap" or "full", or precision.moments = "bf16"'
+        )
+
+
+def keep(settings: Checkpoint) -> Keep:
+    """What the config keeps of the checkpoints."""
+    return Keep(last=settings.keep_last, every=settings.keep_every, best=int(settings.keep_best))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from nmoe.soak import soak
 from tests.kernels import interpreter
 
 # The first call of a torch function takes far longer than the second, which hypothesis would call flaky.
@@ -35,3 +37,28 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 patch.delenv(name)
         patch.setenv("NMOE_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+OF_THE_INTERPRETER = (
+    # numpy's view of how Triton 3.6 reads the bounds of a loop
+    "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning",
+    # numpy warns of what a GPU does without a word: infinity less infinity, exp beyond the range
+    "ignore::RuntimeWarning:triton.runtime.interpreter",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the interpreter warns of, itself, is no error where kernels run in it."""
+    folders = [Path(__file__).parent / name for name in ("kernels", "bench")]
+    for item in items:
+        if any(item.path.is_relative_to(folder) for folder in folders):
+            for text in OF_THE_INTERPRETER:
+                item.add_marker(pytest.mark.filterwarnings(text))
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This package's own sources as shards, with a tokenizer of 300 trained on them."""
+    folder = tmp_path_factory.mktemp("sources") / "shards"
+    soak.write_corpus(folder)
+    return folder

@@ -380,7 +380,7 @@ RULES = [
         1,
         "model.moe.top_k: at most the 2 experts in top_k_groups = 1 groups, got 3; ",
     ),
-    ("model.num_dense_layers=4", 1, "model.num_dense_layers: below num_layers = 4, got 4; "),
+    ("model.num_dense_layers=5", 1, "model.num_dense_layers: at most num_layers = 4, got 5; "),
     ("model.max_positions=255", 1, "train.sequence_length: at most model.max_positions = 255, got 256; "),
     (
         "model.attention.yarn={factor = 1.5, original_positions = 128}",

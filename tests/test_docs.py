@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import nmoe
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,15 +20,37 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_compose_runs_in_under_thirty_lines() -> None:
+def test_compose_trains_saves_and_is_shown(tmp_path: Path) -> None:
+    """As written: a plan, a loss that falls, weights that read back, a run folder that `nmoe runs show` reads."""
     (program,) = blocks("docs/compose.md", "python")
-    assert len([line for line in program.splitlines() if line.strip()]) < 30
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert len([line for line in program.splitlines() if line.strip()]) < 60
+    check = """
+again, again_bias = weights.load(folder, specs, dims)
+same = all(torch.equal(a, b) for (_, a), (_, b) in zip(nmoe.tree.leaves(again), nmoe.tree.leaves(params), strict=True))
+print("read back", same and torch.equal(again_bias, bias))
+"""
+    done = run("-c", program + check, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    found = re.fullmatch(r"loss (\S+), load \[\[(.*)\]\], router gradient (\S+)\n", done.stdout)
-    assert found is not None, done.stdout
-    assert sum(map(int, found[2].split(","))) == 36 * 2, "each of the 36 tokens chose two experts"
-    assert 4 < float(found[1]) < 8 and float(found[3]) > 0
+    assert done.stdout.startswith("Memory(") and done.stdout.endswith("read back True\n")
+    lines = (tmp_path / "composed" / "metrics.rank0.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert len(losses) == 50 and losses[-1] < losses[0] / 2
+    shown = run("-m", "nmoe", "runs", "show", "composed", "--root", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert "finished" in shown.stdout and "step 50" in shown.stdout
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """One thread, so that tests beside each other do not wait for each other."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, check=False)
+
+
+def test_public_names_are_shown_and_there() -> None:
+    assert set(nmoe.__all__) <= set(dir(nmoe))
+    assert all(hasattr(nmoe, name) for name in nmoe.__all__)
+    assert nmoe.config.Model.__name__ not in nmoe.__all__, "the parameters are a Transformer, Model is the section"
 
 
 def links(page: Path) -> list[str]:

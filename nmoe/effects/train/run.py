@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import attrs
+import torch
 
 from nmoe.config import Config, dump, identity
 from nmoe.effects.checkpoint import weights
@@ -337,6 +338,7 @@ def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:
             render(config, planned),
             f"data           {quantity(train_tokens)} training tokens ({planned.tokens / train_tokens:.2f} passes)  "
             f"tokenizer {corpus.tokenizer.name} {corpus.tokenizer.identity[:12]} ({corpus.tokenizer.size} ids)",
+            f"threads        {torch.get_num_threads()} on the CPU, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}",
             f"yardstick      unigram {corpus.unigram:.4f} nats  bigram {corpus.bigram:.4f} nats on the validation "
             "tokens",
         )

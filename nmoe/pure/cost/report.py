@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import torch
 
 from nmoe.config import Config
 from nmoe.pure.cost.plan import Plan
@@ -80,7 +81,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
 def numbers(taken: Scaled, candidates: tuple[Scaled, ...], bests: tuple[Scaled, ...]) -> dict[str, Any]:
     """All of it, for a program: the plan that is taken, how it is arranged, and what it was compared with."""
     return {
-        **attrs.asdict(taken.plan),
+        **attrs.asdict(taken.plan, value_serializer=_plain),
         "tokens_per_second": taken.tokens_per_second(),
         "seconds": taken.seconds(),
         "machine": attrs.asdict(taken.machine),
@@ -88,6 +89,11 @@ def numbers(taken: Scaled, candidates: tuple[Scaled, ...], bests: tuple[Scaled, 
         "choices": [_summary(each) for each in candidates],
         "sizes": [_summary(each) for each in bests],
     }
+
+
+def _plain(owner: Any, field: Any, value: Any) -> Any:
+    """A dtype by its name; everything else as it is."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _summary(s: Scaled) -> dict[str, Any]:

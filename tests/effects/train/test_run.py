@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import tomli
@@ -81,6 +82,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def config_for(corpus: Path, **change: Any) -> Config:
     return tiny(vocab_size=VOCAB + 4, source=Shards(path=str(corpus)), **change)
+
+
+def test_a_dense_model_trains_plans_and_is_continued(corpus: Path, workplace: Path) -> None:
+    config = config_for(corpus, steps=4)
+    path = write(workplace, attrs.evolve(config, model=attrs.evolve(config.model, num_dense_layers=3)))
+    done = nmoe("run", path, "--run.name=dense", "--log.every=1", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "bal" not in done.stdout and "Warning" not in done.stderr
+    done = nmoe("run", path, "--run.name=dense", "--train.steps=6", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert len(lines(workplace / "runs" / "dense" / "metrics.rank0.jsonl")) >= 5
+    planned = nmoe("plan", path, cwd=workplace)
+    assert planned.returncode == 0 and "(3 dense, 0 mixture)" in planned.stdout
 
 
 def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nmoe.pure.cost import flops, plan
     from nmoe.pure.model import attention, experts, loss, norm, rope, route
     from nmoe.pure.model.attention import KINDS, Hf, Kind, kind_of
+    from nmoe.pure.model.blueprint import make_blueprint
     from nmoe.pure.model.model import (
         Batch,
         Block,
@@ -74,6 +75,7 @@ __all__ = [
     "labelled",
     "layout",
     "loss",
+    "make_blueprint",
     "moe",
     "norm",
     "normal",
@@ -106,6 +108,7 @@ _HOME = MappingProxyType(
         **dict.fromkeys(("Key",), "nmoe.pure.core.key"),
         **dict.fromkeys(("Env", "Ops", "environment", "labelled", "reference"), "nmoe.pure.model.ops"),
         **dict.fromkeys(("POLICY", "Role", "Spec", "spec_tree"), "nmoe.pure.core.spec"),
+        "make_blueprint": "nmoe.pure.model.blueprint",
         **dict.fromkeys(("param", "record"), "nmoe.pure.core.tree"),
         **dict.fromkeys(
             (

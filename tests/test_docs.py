@@ -25,7 +25,7 @@ def test_compose_trains_saves_and_is_shown(tmp_path: Path) -> None:
     (program,) = blocks("docs/compose.md", "python")
     assert len([line for line in program.splitlines() if line.strip()]) < 60
     check = """
-again, again_bias = weights.load(folder, specs, dims)
+again, again_bias = weights.load(folder, attrs.evolve(blueprint, specs=specs))
 same = all(torch.equal(a, b) for (_, a), (_, b) in zip(nmoe.tree.leaves(again), nmoe.tree.leaves(params), strict=True))
 print("read back", same and torch.equal(again_bias, bias))
 """

@@ -70,7 +70,7 @@ def test_signals_are_noted_and_the_second_interrupt_is_at_once(first: signal.Sig
 STUCK = """
 import os, signal, sys, time
 import torch
-from nmoe.effects import runtime
+from nmoe.effects.device import signals
 
 with signals.stop_on_signals(0.5, lambda: os.write(1, b"overdue")):
     os.kill(os.getpid(), signal.SIGTERM)

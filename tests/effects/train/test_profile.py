@@ -93,7 +93,9 @@ def test_a_run_tells_where_its_time_goes(tmp_path: Path) -> None:
     assert set(times) == {*PARTS, "rest"}
     # the tiny model's query has no low rank; its norms are quicker than the table's last digit
     assert all(times[name][0] > 0 for name in ("attend", "experts", "linear_cross_entropy", "adamw_"))
-    assert all(times[name][1] > 0 for name in PARTS if name != "adamw_"), "the backward pass is counted too"
+    assert all(times[name][1] > 0 for name in ("project", "attend", "experts", "linear_cross_entropy")), (
+        "the backward pass is counted too"
+    )
     assert times["adamw_"][1] == 0
     step = re.search(r"a step took ([\d.]+) ms", table)
     idle = re.search(r"nothing runs +([\d.]+) ms", table)

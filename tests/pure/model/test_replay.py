@@ -97,7 +97,7 @@ ROUTING = torch.zeros(22, 3, dtype=torch.int64)
     ],
 )
 def test_wrong_arguments_are_refused(change: dict[str, Any], error: str) -> None:
-    given = {"tokens": shapes.batch(C).tokens, "bias": shapes.router_bias(C)} | change
+    given: dict[str, Any] = {"tokens": shapes.batch(C).tokens, "bias": shapes.router_bias(C)} | change
     with pytest.raises(ValueError, match=error):
         model.forward(shapes.parameters(C), env=shapes.env(C), c=C, **given)
 

@@ -66,6 +66,7 @@ class Compiled:
     wide: int  # global loads and stores of 16 bytes or more a thread, bulk copies included
     narrow: int  # all others
     atomics: int
+    races: list[str]  # buffers that one warp may overwrite before another has read them
     ptx: str = attrs.field(repr=False)
     sass: str = attrs.field(repr=False)
 
@@ -80,6 +81,7 @@ class Compiled:
             found.append(f"{self.spills} spill instructions, limit {spills}")
         if tensor_cores and not (self.wgmma if self.target < 100 else self.tcgen05):
             found.append("no tensor-core instruction of its generation")
+        found.extend(self.races)
         return [f"{self.kernel} on sm_{self.target}: {problem}" for problem in found]
 
 
@@ -148,10 +150,61 @@ def compile_one(request: Request, target: int) -> Compiled:
         shared=metadata.shared,
         tensor=getattr(metadata, "tmem_size", 0) or 0,
         scratch=metadata.global_scratch_size,
+        races=races(built.asm["ttgir"]),
         ptx=built.asm["ptx"],
         sass=sass,
         **counts(sass),
     )
+
+
+def races(ttgir: str) -> list[str]:
+    """Stores that nothing orders after the loads of the same buffer by other threads.
+
+    A program that loads a buffer in one layout and stores into it in another has elements that one thread reads and
+    another writes. What is stored orders them when it was computed from the load, because the layouts are converted on
+    the way; so does a barrier between. A constant has neither: AdamW lost gradients that way (docs/log.md, 2026-11-28).
+    """
+    buffers: dict[str, str] = {}  # value that is a pointer -> argument it points into
+    sources: dict[str, set[str]] = {}  # value -> buffers whose loads it was computed from
+    layouts: dict[str, set[str]] = {}  # buffer -> layouts it was loaded in since the last barrier
+    found: list[str] = []
+    for line in ttgir.splitlines():
+        if "tt.func" in line:
+            buffers.update((name, name) for name in re.findall(r"(%\w+): !tt\.ptr", line))
+            continue
+        results = re.match(r"\s*((?:%\w+(?::\d+)?(?:, )?)+) = ", line)
+        operands = re.findall(r"%\w+", line[results.end() :] if results else line)
+        for inner, outer in re.findall(r"(%\w+) = (%\w+)(?=[,)])", line) if "iter_args" in line else ():
+            sources.setdefault(inner, set()).update(sources.get(outer, set()))
+            if outer in buffers:
+                buffers[inner] = buffers[outer]
+        layout = re.findall(r"tensor<[^>]*!tt\.ptr<[^>]*>, ([^>]+)>", line)
+        if "barrier" in line:
+            layouts.clear()
+        elif "tt.load" in line or "async_copy_global_to_local" in line:
+            buffer = next((buffers[name] for name in operands if name in buffers), None)
+            if buffer is not None and layout:
+                layouts.setdefault(buffer, set()).add(layout[0] if "tt.load" in line else "asynchronous copy")
+                for name in re.findall(r"%\w+", results[1]) if results else ():
+                    sources[name] = {buffer}
+                continue
+        elif "tt.store" in line:
+            pointer, value = operands[:2]
+            buffer = buffers.get(pointer)
+            if buffer is not None and layout and layouts.get(buffer, set()) - {layout[0]}:
+                if buffer not in sources.get(value, set()):
+                    found.append(
+                        f"{buffer} is read in another layout than it is overwritten in, and nothing orders them"
+                    )
+        if results:
+            names = re.findall(r"%\w+", results[1])
+            derived = set().union(*(sources.get(name, set()) for name in operands))
+            points = next((buffers[name] for name in operands[:1] if name in buffers), None)
+            for name in names:
+                sources[name] = derived
+                if points is not None and "!tt.ptr" in line:
+                    buffers[name] = points
+    return sorted(set(found))
 
 
 def read(*command: str | Path) -> str:

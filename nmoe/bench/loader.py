@@ -37,7 +37,7 @@ def bench(config: Config, launch: Launch, *, steps: int, pause_s: float) -> int:
     device, train = gpu.device(config.run.device), config.train
     began = time.perf_counter()
     corpus = open_corpus(config, launch)
-    say(f"opened     in {time.perf_counter() - began:.2f} s, yardsticks included")
+    say(f"opened     in {time.perf_counter() - began:.2f} s, n-gram baselines included")
     for depth in dict.fromkeys((0, config.data.prefetch)):
         with prefetching(corpus.read, batch_size=train.batch_size, depth=depth, device=device) as read:
             waits: list[float] = []

@@ -48,7 +48,7 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
     q = draw(device, *shape, case.heads, case.nope + case.rope, name="q")
     kv = draw(device, *shape, case.heads, case.nope + case.value, name="kv")
     k_rope = draw(device, *shape, case.rope, name="k_rope")
-    grad_output = draw(device, *shape, case.heads, case.value, name="pull").detach()
+    grad_output = draw(device, *shape, case.heads, case.value, name="grad_output").detach()
     with torch.no_grad():
         keys = torch.cat((kv[..., : case.nope], k_rope[:, :, None].expand(-1, -1, case.heads, -1)), -1)
         k, v = (each.contiguous().requires_grad_() for each in (keys, kv[..., case.nope :]))

@@ -77,7 +77,7 @@ class Operands:
             weight=chosen.weight,
             up=draw(device, case.experts, case.hidden, 2, case.width, name="up", scale=case.hidden**-0.5),
             down=draw(device, case.experts, case.width, case.hidden, name="down", scale=case.width**-0.5),
-            grad_output=draw(device, case.tokens, case.hidden, name="pull").detach(),
+            grad_output=draw(device, case.tokens, case.hidden, name="grad_output").detach(),
         )
 
     def leaves(self) -> tuple[Tensor, ...]:

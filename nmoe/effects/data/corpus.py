@@ -1,4 +1,4 @@
-"""What a run reads: corpus, tokenizer, held-out batches, and the yardsticks a model has to beat."""
+"""What a run reads: corpus, tokenizer, held-out batches, and the n-gram baselines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nmoe.pure.data import stages as stream
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 
-YARDSTICK_TOKENS = 10_000_000
+NGRAM_TOKENS = 10_000_000
 """Training tokens the unigram and bigram models count at most."""
 
 
@@ -66,7 +66,7 @@ def open_corpus(config: Config, launch: Launch) -> Corpus:
     tokenizer = tokenizers.load(folder)
     shape["end_of_text"] = tokenizer.end_of_text if train.document_mask else None
     held = held_out(held_split, num_tokens=config.validation.tokens, **shape)
-    seen = shards.read(train_split, 0, min(train_split.num_tokens, YARDSTICK_TOKENS))
+    seen = shards.read(train_split, 0, min(train_split.num_tokens, NGRAM_TOKENS))
     told = shards.read(held_split, 0, _num_held(held_split, config.validation.tokens, train.sequence_length) + 1)
     return Corpus(
         identity=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
@@ -106,7 +106,7 @@ def planned_blend(config: Config, source: Mixture) -> Blend:
 
 
 def _mixed(config: Config, blend: Blend, shape: dict[str, Any]) -> Corpus:
-    """The corpus of a mixture; validation and yardsticks take each source in the parts that training does."""
+    """The corpus of a mixture; validation and n-gram baselines take each source in the parts that training does."""
     train, vocab_size = config.train, config.model.vocab_size
     tokenizer = tokenizers.load(blend.folders[0])
     shape = {**shape, "end_of_text": tokenizer.end_of_text if train.document_mask else None}
@@ -124,7 +124,7 @@ def _mixed(config: Config, blend: Blend, shape: dict[str, Any]) -> Corpus:
     ]
     seen = [
         _first(splits[index], num)
-        for index, num in zip(used, _shares(YARDSTICK_TOKENS, [parts[index] for index in used]), strict=True)
+        for index, num in zip(used, _shares(NGRAM_TOKENS, [parts[index] for index in used]), strict=True)
     ]
     return Corpus(
         identity=stream.identity(blend.stream),

@@ -259,7 +259,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         steps=config.train.steps,
         parameters=job.plan.parameters.total,
         active_parameters=job.plan.parameters.active,
-        yardstick={"unigram": corpus.unigram, "bigram": corpus.bigram},
+        ngram_baseline={"unigram": corpus.unigram, "bigram": corpus.bigram},
     )
     tell_origin(log, step, start.restored, start.damaged)
     report = Report(
@@ -339,7 +339,7 @@ def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:
             f"data           {quantity(train_tokens)} training tokens ({planned.tokens / train_tokens:.2f} passes)  "
             f"tokenizer {corpus.tokenizer.name} {corpus.tokenizer.identity[:12]} ({corpus.tokenizer.size} ids)",
             f"threads        {torch.get_num_threads()} on the CPU, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}",
-            f"yardstick      unigram {corpus.unigram:.4f} nats  bigram {corpus.bigram:.4f} nats on the validation "
+            f"n-grams        unigram {corpus.unigram:.4f} nats  bigram {corpus.bigram:.4f} nats on the validation "
             "tokens",
         )
     )

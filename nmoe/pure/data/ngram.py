@@ -1,4 +1,4 @@
-"""Losses of models that only count: the yardsticks a trained model has to beat."""
+"""Losses of n-gram models, the baselines of a validation loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bigram_loss(train: NDArray[Any], held_out: NDArray[Any], vocab_size: int) ->
     """Mean loss, in nats a token, of predicting each held-out token but the first from the one before it.
 
     Token b after a has probability (c(a, b) + m·p(b)) / (c(a) + m): counts of `train`, backed off to the unigram p. The
-    weight m is the best of a small grid *for the held-out tokens*: a favour that makes the yardstick harder to beat.
+    weight m is the best of a small grid *for the held-out tokens*: which favours the baseline.
 
     train, held_out  [any length >= 1, >= 2] integers in 0..vocab_size - 1
 

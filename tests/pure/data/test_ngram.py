@@ -1,4 +1,4 @@
-"""The yardsticks, against a case done by hand and against counting one by one."""
+"""The n-gram baselines, against a case done by hand and against counting one by one."""
 
 from __future__ import annotations
 

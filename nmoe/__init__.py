@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from nmoe.pure.model.rope import Documents
     from nmoe.pure.model.route import Routed, Routing
     from nmoe.pure.optim import adamw, schedule
+    from nmoe.pure.optim.update import tree_state, tree_update
 
 __all__ = [
     "Batch",
@@ -92,6 +93,8 @@ __all__ = [
     "spec_tree",
     "specs",
     "tree",
+    "tree_state",
+    "tree_update",
 ]
 
 _MODULES = MappingProxyType(
@@ -109,6 +112,7 @@ _HOME = MappingProxyType(
         **dict.fromkeys(("Env", "Ops", "environment", "labelled", "reference"), "nmoe.pure.model.ops"),
         **dict.fromkeys(("POLICY", "Role", "Spec", "spec_tree"), "nmoe.pure.core.spec"),
         "make_blueprint": "nmoe.pure.model.blueprint",
+        **dict.fromkeys(("tree_state", "tree_update"), "nmoe.pure.optim.update"),
         **dict.fromkeys(("param", "record"), "nmoe.pure.core.tree"),
         **dict.fromkeys(
             (

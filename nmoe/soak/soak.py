@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from nmoe.config import sections as s
-from nmoe.effects.checkpoint import reader, weights, writer
+from nmoe.effects.checkpoint import reader, writer
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.manifest import DTYPES, Manifest
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.store import shard_writer
-from nmoe.effects.record.names import CHECKPOINTS
+from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import run
 from nmoe.errors import InputError
@@ -276,8 +276,8 @@ def differences(calm: Path, rough: Path) -> list[str]:
     ]
     if (one.step, one.meta) != (other.step, other.meta):
         problems.append(f"the checkpoints say the same of themselves, got {one.meta} and {other.meta}")
-    if (calm / weights.FILE).read_bytes() != (rough / weights.FILE).read_bytes():
-        problems.append(f"{weights.FILE} is the same, got other bytes")
+    if (calm / WEIGHTS).read_bytes() != (rough / WEIGHTS).read_bytes():
+        problems.append(f"{WEIGHTS} is the same, got other bytes")
     lines, rough_lines = metrics(calm), metrics(rough)
     steps = [line["step"] for line in rough_lines if "loss" in line]
     if steps != list(range(1, one.step + 1)):

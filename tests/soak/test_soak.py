@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from nmoe.effects.checkpoint import weights
 from nmoe.effects.checkpoint.manifest import FILE
+from nmoe.effects.record.names import WEIGHTS
 from nmoe.soak import soak
 from nmoe.soak.faults import Journal
 from tests.effects.train import trainings
@@ -68,10 +68,10 @@ def test_another_position_is_seen(calm: Path, rough: Path) -> None:
 
 
 def test_other_weights_are_seen(calm: Path, rough: Path) -> None:
-    content = bytearray((rough / weights.FILE).read_bytes())
+    content = bytearray((rough / WEIGHTS).read_bytes())
     content[-1] ^= 1
-    (rough / weights.FILE).write_bytes(content)
-    assert soak.differences(calm, rough) == [f"{weights.FILE} is the same, got other bytes"]
+    (rough / WEIGHTS).write_bytes(content)
+    assert soak.differences(calm, rough) == [f"{WEIGHTS} is the same, got other bytes"]
 
 
 def test_a_line_twice_or_never_is_seen(calm: Path, rough: Path) -> None:

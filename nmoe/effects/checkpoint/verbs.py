@@ -13,7 +13,7 @@ from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader, weights, writer
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.manifest import Manifest
-from nmoe.effects.record.names import CHECKPOINTS
+from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
 from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
@@ -165,7 +165,7 @@ def export_weights(path: Path, to: Path | None) -> int:
         weights.save(folder, read.params, read.router_bias)
     except OSError as error:
         raise InputError(f"{folder}: weights can be written, got {error.strerror}; choose another --to") from error
-    say(f"{folder / weights.FILE}  step {found.manifest().step}")
+    say(f"{folder / WEIGHTS}  step {found.manifest().step}")
     return 0
 
 

@@ -16,13 +16,13 @@ from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Fs
 from nmoe.effects.checkpoint.manifest import Manifest
+from nmoe.effects.record.names import WEIGHTS
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import whole
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.formats import master
 
-FILE = "weights.safetensors"
 ROUTER_BIAS = "router_bias"
 
 
@@ -32,7 +32,7 @@ def save(folder: Path, params: Any, router_bias: Tensor) -> None:
     Writes:  `folder/weights.safetensors`, whole or not at all.
     """
     tensors = {path: leaf.detach().contiguous() for path, leaf in tree.leaves(params)}
-    with files.replacing(folder / FILE) as temporary:
+    with files.replacing(folder / WEIGHTS) as temporary:
         save_file({**tensors, ROUTER_BIAS: router_bias}, temporary)
 
 
@@ -42,7 +42,7 @@ def load(folder: Path, blueprint: Blueprint) -> tuple[Any, Tensor]:
     returns  parameter tree and router bias
     Raises:  InputError when the file is missing, damaged, or of another model.
     """
-    path = folder / FILE
+    path = folder / WEIGHTS
     if not path.is_file():
         raise InputError(f"{path}: a finished run holds its weights, got no such file; let the run end first")
     try:
@@ -127,8 +127,8 @@ def of_path(fs: Fs, path: Path, blueprint: Blueprint) -> Weights:
     if found:
         folder = path / "checkpoints" / found[0].name
         return of_checkpoint(fs, folder, manifests.read(fs, folder), blueprint)
-    folder = path.parent if path.name == FILE else path
-    if not (folder / FILE).is_file():
-        raise InputError(f"train.warm_start: a run, a checkpoint or {FILE}, got {path}; fix the path")
+    folder = path.parent if path.name == WEIGHTS else path
+    if not (folder / WEIGHTS).is_file():
+        raise InputError(f"train.warm_start: a run, a checkpoint or {WEIGHTS}, got {path}; fix the path")
     params, router_bias = load(folder, blueprint)
     return Weights(params=params, remainders={}, router_bias=router_bias)

@@ -16,7 +16,7 @@ from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.corpus import Corpus
 from nmoe.effects.device import signals
 from nmoe.effects.record.log import Log
-from nmoe.effects.record.names import CHECKPOINTS
+from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import resume, zero
 from nmoe.effects.train.generate import extend
@@ -77,7 +77,7 @@ def end(session: Session, state: State, seen: Seen, finite: bool, stop: signals.
     status = "finished" if stop.signal is None else "interrupted"
     why = {} if stop.signal is None else {"signal": stop.signal.name}
     log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), **why)
-    left = CHECKPOINTS if stop.preempted() else weights.FILE
+    left = CHECKPOINTS if stop.preempted() else WEIGHTS
     say(f"{status:<14} {state.step} steps in {duration(time.monotonic() - session.report.began)}  {log.folder / left}")
     return stop.exit_code()
 

@@ -25,7 +25,7 @@ from nmoe.effects.parallel.ranks import check_machine, on_all_ranks, open_ranks,
 from nmoe.effects.record import provenance
 from nmoe.effects.record.log import create_folder, open_log
 from nmoe.effects.record.monitor import watching
-from nmoe.effects.record.names import CHECKPOINTS
+from nmoe.effects.record.names import CHECKPOINTS, CONFIG, PROVENANCE, SOURCES
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import attempt, resume
 from nmoe.effects.train.build import blank, check_memory, exchanging, initialise_, keep, stepper
@@ -183,9 +183,9 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
     """Create or continue the run folder, and open the writer of its checkpoints."""
     config, folder, ranks = request.config, job.folder, rt.ranks
     contents = {
-        "config.toml": dump(config),
-        "sources.toml": "".join(f'"{path}" = {_quoted(source)}\n' for path, source in request.sources.items()),
-        "provenance.toml": provenance.describe(
+        CONFIG: dump(config),
+        SOURCES: "".join(f'"{path}" = {_quoted(source)}\n' for path, source in request.sources.items()),
+        PROVENANCE: provenance.describe(
             rt.device,
             request.command,
             config=identity(config),
@@ -289,7 +289,6 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         corpus=corpus,
         env=env,
         exchange=start.exchange,
-        writer=writer,
         log=log,
         step=step_,
         read=read,

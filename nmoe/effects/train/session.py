@@ -8,7 +8,6 @@ from pathlib import Path
 import attrs
 
 from nmoe.config import Config
-from nmoe.effects.checkpoint.writer import Writer
 from nmoe.effects.data.corpus import Corpus
 from nmoe.effects.device import gpu, process, signals
 from nmoe.effects.parallel.exchange import Exchange
@@ -67,7 +66,6 @@ class Session:
     corpus: Corpus
     env: Env
     exchange: Exchange | None
-    writer: Writer
     log: Log
     step: Callable[[State, Batch], tuple[State, Metrics]]
     read: Callable[[int], Batch]

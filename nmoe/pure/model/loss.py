@@ -10,9 +10,6 @@ from torch import Tensor
 
 from nmoe.pure.model.norm import upcast
 
-IGNORED = -1
-"""A target that does not count. Any negative one is ignored."""
-
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b, in the format of `total`."""

@@ -11,7 +11,7 @@ import pytest
 
 from nmoe.config.sections import Config
 from nmoe.effects.checkpoint import verbs as ckpt
-from nmoe.effects.checkpoint import weights
+from nmoe.effects.record.names import WEIGHTS
 from nmoe.errors import InputError
 from tests.effects.train import trainings
 from tests.effects.train.trainings import folder, train
@@ -92,13 +92,13 @@ def test_prune_keeps_what_it_is_told(run: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_exported_weights_are_those_the_run_wrote(run: Path, tmp_path: Path) -> None:
-    written = (run / weights.FILE).read_bytes()
+    written = (run / WEIGHTS).read_bytes()
     assert ckpt.export_weights(run, tmp_path / "out") == 0
-    assert (tmp_path / "out" / weights.FILE).read_bytes() == written
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == written
     assert ckpt.export_weights(run / "checkpoints" / names(run)[0], tmp_path / "first") == 0
-    assert (tmp_path / "first" / weights.FILE).read_bytes() != written
-    os.remove(run / weights.FILE)
-    assert ckpt.export_weights(run, None) == 0 and (run / weights.FILE).read_bytes() == written
+    assert (tmp_path / "first" / WEIGHTS).read_bytes() != written
+    os.remove(run / WEIGHTS)
+    assert ckpt.export_weights(run, None) == 0 and (run / WEIGHTS).read_bytes() == written
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="weights can be written, got "):
         ckpt.export_weights(run, tmp_path / "file" / "x")

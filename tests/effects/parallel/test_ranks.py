@@ -23,6 +23,7 @@ from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.parallel import ranks as meeting
 from nmoe.effects.parallel.launch import MULTICAST_OFF, from_environment
 from nmoe.effects.parallel.ranks import Ranks
+from nmoe.effects.record.names import WEIGHTS
 from nmoe.effects.train import resume, run, zero
 from nmoe.effects.train.identity import Identity
 from nmoe.errors import InputError
@@ -94,7 +95,7 @@ def test_two_ranks_with_half_the_batch_are_one_rank_bit_for_bit(alone: Path, sou
     two = trained(config, 2)
     for step in range(1, STEPS + 1):
         assert digests(two, step) == digests(alone, step), step
-    assert (two / weights.FILE).read_bytes() == (alone / weights.FILE).read_bytes()
+    assert (two / WEIGHTS).read_bytes() == (alone / WEIGHTS).read_bytes()
     assert losses(two) == losses(alone)
     for mine, its in zip(lines(two), lines(alone), strict=True):
         # fp32 norms of parts, squared and added in fp64, against one fp32 norm of all

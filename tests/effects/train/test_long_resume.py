@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from nmoe.effects.checkpoint import weights
+from nmoe.effects.record.names import WEIGHTS
 from nmoe.soak import soak
 from tests.effects.train import trainings
 from tests.effects.train.trainings import changed, folder, train
@@ -34,7 +34,7 @@ def test_from_every_step_of_a_run(sources: Path, tmp_path: Path) -> None:
         assert code == 0, told
         assert soak.metrics(folder(again)) == [line for line in lines if line["step"] > step], step
         assert soak.newest(folder(again)).tensors == end.tensors, step
-        assert (folder(again) / weights.FILE).read_bytes() == (folder(whole) / weights.FILE).read_bytes()
+        assert (folder(again) / WEIGHTS).read_bytes() == (folder(whole) / WEIGHTS).read_bytes()
 
 
 def test_from_every_step_of_a_run_that_two_processes_save(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from nmoe.effects.checkpoint import reader, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.device.process import Runtime
-from nmoe.effects.record.names import ATTEMPTS
+from nmoe.effects.record.names import ATTEMPTS, WEIGHTS
 from nmoe.effects.train import build, resume, run
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
@@ -62,7 +62,7 @@ def same_end(config: Config, whole: Config, after: int = 0) -> None:
         name: each.digest for name, each in two.tensors.items()
     }
     assert one.meta["cursor"] == two.meta["cursor"] and one.meta["validations"] == two.meta["validations"]
-    assert (folder(config) / weights.FILE).read_bytes() == (folder(whole) / weights.FILE).read_bytes()
+    assert (folder(config) / WEIGHTS).read_bytes() == (folder(whole) / WEIGHTS).read_bytes()
     lines = [line for line in soak.metrics(folder(whole)) if line["step"] > after]
     assert soak.metrics(folder(config)) == lines
 
@@ -403,7 +403,7 @@ def test_a_warm_start_has_the_weights_and_nothing_else(whole: Config, tmp_path: 
     blueprint = make_blueprint(whole)
     rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
     exact = weights.of_path(Disk(), checkpoint(whole, STEPS), blueprint)
-    for path in (folder(whole), checkpoint(whole, STEPS), folder(whole) / weights.FILE):
+    for path in (folder(whole), checkpoint(whole, STEPS), folder(whole) / WEIGHTS):
         start = weights.of_path(Disk(), path, blueprint)
         state, _ = build.fresh(whole, blueprint, rt)
         resume.put_(state, blueprint, start)

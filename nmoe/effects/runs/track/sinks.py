@@ -19,7 +19,6 @@ from typing import Any
 from nmoe.effects.runs.track.follow import Line, Open, Position, Sink
 from nmoe.errors import InputError
 
-SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
 EVENTS = "track/tensorboard/events.out.tfevents.0.nmoe"
 
 

@@ -100,8 +100,9 @@ def test_a_dense_model_trains_plans_and_is_continued(corpus: Path, workplace: Pa
 def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> None:
     config = config_for(corpus, steps=12, batch_size=4, microbatch_size=2, lr=3e-3)
     path = write(workplace, config)
-    # Steps of a few milliseconds: whether one waits for its data or is slower than the last is the machine's affair.
-    quiet = ("--log.alert_wait=1.0", "--log.alert_drop=1.0")
+    # Alerts are not this test's: whether an expert of the tiny model gets no token depends on the corpus, which is this
+    # package's own text, and whether a step waits for data or is slower than the last on the machine.
+    quiet = ("--log.alert_dead=1.0", "--log.alert_wait=1.0", "--log.alert_drop=1.0")
     done = nmoe("run", path, "--run.name=first", "--log.every=3", "--validation.every=5", *quiet, cwd=workplace)
     assert done.returncode == 0, done.stderr
     folder = workplace / "runs" / "first"

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.store.format import Manifest, Receipt, SplitReceipt, sizes, stem
-from nmoe.effects.data.store.lazy import dtype_of
+from nmoe.effects.data.store.format import Manifest, Receipt, SplitReceipt, dtype_of, sizes, stem
 from nmoe.effects.data.store.records import to_text, write_record
 
 VALIDATION_TOKENS = 100_000

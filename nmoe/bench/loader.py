@@ -12,9 +12,9 @@ from nmoe.config import Config
 from nmoe.config.data_mixture import load_mixture
 from nmoe.effects.data.corpus import open_corpus
 from nmoe.effects.data.loader import open_stream
-from nmoe.effects.data.mixture import plan_blend
+from nmoe.effects.data.mixture import plan_mixture
 from nmoe.effects.data.prefetch import prefetching
-from nmoe.effects.data.store import lazy
+from nmoe.effects.data.store.shards import open_split
 from nmoe.effects.device import gpu
 from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
@@ -33,7 +33,7 @@ def bench(config: Config, launch: Launch, *, steps: int, pause_s: float) -> int:
     Raises:  InputError for no steps, for a pause below 0, and for data that can not be read.
     """
     if steps < 1 or not pause_s >= 0:
-        raise InputError(f"--steps, --pause: at least 1 and 0, got {steps} and {pause_s}; raise them")
+        raise InputError(f"--steps, --pause: expected at least 1 and 0, got {steps} and {pause_s}; raise them")
     device, train = gpu.device(config.run.device), config.train
     began = time.perf_counter()
     corpus = open_corpus(config, launch)
@@ -62,12 +62,12 @@ def bench_scale() -> int:
     with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
         path = write_empty_mixture(Path(name), sources=20, shards=500, tokens=10**9, flow_tokens=10**13)
         began = time.perf_counter()
-        blend = plan_blend(load_mixture(path), "full_train", sequence_length=4096, active_parameters=0)
+        data = plan_mixture(load_mixture(path), "full_train", sequence_length=4096, active_parameters=0)
         planned = time.perf_counter()
-        pairs = zip(blend.folders, blend.manifests, strict=True)
-        splits = [lazy.open_lazily(folder, manifest, "train") for folder, manifest in pairs]
+        pairs = zip(data.folders, data.manifests, strict=True)
+        splits = [open_split(folder, manifest, "train") for folder, manifest in pairs]
         sizes = {"batch_size": 1024, "microbatch_size": 8, "sequence_length": 4096, "rank": 3, "world": 128}
-        open_stream(splits, blend.stream, key=Key(0), **sizes)
+        open_stream(splits, data.stream, key=Key(0), **sizes)
         opened = time.perf_counter()
     say(f"planned    10 T tokens in 10,000 shards in {planned - began:.2f} s, opened in {opened - planned:.2f} s")
     return 0

@@ -85,7 +85,7 @@ class Rest:
 
 
 @attrs.frozen(kw_only=True)
-class Mixture:
+class DataMixture:
     """A whole mixture file.
 
     parts  by name, in the order of the file
@@ -97,7 +97,7 @@ class Mixture:
     flows: Flows
 
 
-def load_mixture(path: Path) -> Mixture:
+def load_mixture(path: Path) -> DataMixture:
     """The mixture of a TOML file, checked.
 
     Raises:  InputError with everything that is wrong, each with file, line and key.
@@ -120,7 +120,7 @@ def load_mixture(path: Path) -> Mixture:
         faults += _flows(rest.flows)
     if faults or isinstance(rest, tuple):
         raise InputError(*(f"{place(fault.path)}: {dotted(fault.path)}: {fault.text}" for fault in faults))
-    return Mixture(path=path, parts=parts, stages=rest.stages, flows=rest.flows)
+    return DataMixture(path=path, parts=parts, stages=rest.stages, flows=rest.flows)
 
 
 def _parts(tables: Any) -> tuple[dict[str, Part], list[Fault]]:
@@ -130,6 +130,9 @@ def _parts(tables: Any) -> tuple[dict[str, Part], list[Fault]]:
     parts: dict[str, Part] = {}
     faults: list[Fault] = []
     for name, table in cast("dict[str, Any]", tables).items():
+        if not name:
+            # the order of an unnamed source is that of a source that stands alone
+            faults.append(Fault(("sources",), 'a name for every source, got ""; write [sources.NAME]'))
         part = structure(table, Part)
         if isinstance(part, tuple):
             faults += [Fault(("sources", name, *fault.path), fault.text) for fault in part]

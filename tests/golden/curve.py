@@ -13,12 +13,13 @@ import attrs
 import numpy as np
 import torch
 
-from nmoe.effects.data.loader import open_loader
+from nmoe.effects.data.loader import open_stream
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.train.build import fresh
 from nmoe.effects.train.step import make_step
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
+from nmoe.pure.data.stages import single_source
 from nmoe.pure.model.blueprint import make_blueprint
 from tests.effects.train.tiny import tiny
 
@@ -49,8 +50,11 @@ def curve(compute: str) -> dict[str, object]:
     rt = Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
     blueprint = make_blueprint(config)
     state, env = fresh(config, blueprint, rt)
-    read = open_loader(
-        text(config.model.vocab_size),
+    source = text(config.model.vocab_size)
+    windows = (source.num_tokens - 1) // config.train.sequence_length
+    read = open_stream(
+        [source],
+        single_source(windows, 4 * STEPS, content=""),
         batch_size=4,
         microbatch_size=2,
         sequence_length=config.train.sequence_length,

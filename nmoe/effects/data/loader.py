@@ -1,4 +1,4 @@
-"""Batches: the windows that `pure.mixture` and `pure.stream` name, cut from the tokens of splits.
+"""Batches: the windows that `pure.data.stages` chooses, cut from the tokens of splits.
 
 The only state is the cursor, the number of sequences all ranks together have consumed; the caller keeps it.
 """
@@ -16,7 +16,7 @@ import torch
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
-from nmoe.pure.data import order as mixture
+from nmoe.pure.data import order
 from nmoe.pure.data.stages import Stream, choose
 from nmoe.pure.model.model import Batch
 
@@ -27,46 +27,9 @@ class Source(Protocol):
     @property
     def where(self) -> str: ...
     @property
-    def tokens(self) -> Sequence[mixture.Tokens]: ...
+    def tokens(self) -> Sequence[order.Tokens]: ...
     @property
     def num_tokens(self) -> int: ...
-
-
-def open_loader(
-    split: Source,
-    *,
-    batch_size: int,
-    microbatch_size: int,
-    sequence_length: int,
-    rank: int,
-    world: int,
-    key: Key,
-    end_of_text: int | None = None,
-) -> Callable[[int], Batch]:
-    """A function from the cursor to this rank's part of the global batch that begins there.
-
-    The global batch is the next `batch_size` windows of the shuffled stream; rank r of `world` reads the r-th of as
-    many equal parts, cut into M microbatches of B = `microbatch_size`. Window j holds tokens j·T to j·T + T, both
-    included: its targets are its tokens one further on. All world sizes read the same stream.
-
-    batch_size   sequences a step, over all ranks
-    end_of_text  closes a document; None: documents are not told apart
-    returns      read(cursor) -> Batch: tokens, targets [M B T] i64; start [M B T] i32 with `end_of_text`, else ()
-
-    Raises:  InputError when the sizes do not divide or the split is shorter than one window.
-    """
-    problems = _share_problems(batch_size, microbatch_size, world) + _length_problems(split, sequence_length)
-    if problems:
-        raise InputError(*problems)
-    count = _num_windows(split, sequence_length)
-    share = batch_size // world
-    cut = _cutter(split, sequence_length)
-
-    def read(cursor: int) -> Batch:
-        chosen = mixture.windows(cursor + rank * share, share, count, key)
-        return _batch(np.stack([cut(int(window)) for window in chosen]), microbatch_size, end_of_text)
-
-    return read
 
 
 def open_stream(
@@ -81,15 +44,25 @@ def open_stream(
     key: Key,
     end_of_text: int | None = None,
 ) -> Callable[[int], Batch]:
-    """As `open_loader`, for a mixture: the global batch is the next `batch_size` windows of the planned stream.
+    """A function from the cursor to this rank's part of the global batch that begins there.
 
-    splits   one for each of the stream's ingredients
-    returns  read(cursor) -> Batch as there; it raises InputError when the stream ends within the batch
+    The global batch is the next `batch_size` windows of the stream; rank r of `world` reads the r-th of as many equal
+    parts, cut into M microbatches of B = `microbatch_size`. Window j of a split holds its tokens j·T to j·T + T, both
+    included: the targets are the tokens one further on. All world sizes read the same stream.
+
+    splits       one for each of the stream's ingredients
+    batch_size   sequences a step, over all ranks
+    end_of_text  closes a document; None: documents are not kept apart
+    returns      read(cursor) -> Batch: tokens, targets [M B T] i64; start [M B T] i32 with `end_of_text`, else ();
+                 read raises InputError when the stream ends within the batch
 
     Raises:  InputError when the sizes do not divide.
     """
-    if problems := _share_problems(batch_size, microbatch_size, world):
-        raise InputError(*problems)
+    if batch_size % (world * microbatch_size):
+        raise InputError(
+            f"train.batch_size: expected a multiple of ranks x microbatch_size = {world} x {microbatch_size}, got "
+            f"{batch_size}; change one of them"
+        )
     share = batch_size // world
     cuts = [_cutter(split, sequence_length) for split in splits]
 
@@ -118,12 +91,15 @@ def held_out(
     All ranks together hold each window once: as many as fit into `num_tokens` targets and the split, at least one. A
     rank beyond the number of windows holds none.
 
-    returns  Batches with tokens, targets [B T] i64, start as in `open_loader`; the last may have fewer sequences
+    returns  Batches with tokens, targets [B T] i64, start as in `open_stream`; the last may have fewer sequences
 
     Raises:  InputError when the split is shorter than one window.
     """
-    if problems := _length_problems(split, sequence_length):
-        raise InputError(*problems)
+    if _num_windows(split, sequence_length) < 1:
+        raise InputError(
+            f"{split.where}: expected at least {sequence_length + 1} tokens, one window, got {split.num_tokens}; "
+            "lower train.sequence_length or prepare more text"
+        )
     count = num_held_out(split, num_tokens=num_tokens, sequence_length=sequence_length)
     end = count * (rank + 1) // world
     cut = _cutter(split, sequence_length)
@@ -148,7 +124,7 @@ def _cutter(split: Source, sequence_length: int) -> Callable[[int], np.ndarray]:
         first = bisect_right(ends, start)
         last = bisect_right(ends, start + sequence_length)
         before = ends[first - 1] if first else 0
-        return mixture.stretch(split.tokens[first : last + 1], start - before, sequence_length + 1)
+        return order.stretch(split.tokens[first : last + 1], start - before, sequence_length + 1)
 
     return cut
 
@@ -160,29 +136,9 @@ def _batch(rows: np.ndarray, microbatch_size: int, end_of_text: int | None) -> B
     targets = torch.from_numpy(rows[:, 1:].astype(np.int64)).view(shape)
     if end_of_text is None:
         return Batch(tokens, targets, ())
-    return Batch(tokens, targets, torch.from_numpy(mixture.starts(rows[:, :-1], end_of_text)).view(shape))
-
-
-def _share_problems(batch_size: int, microbatch_size: int, world: int) -> list[str]:
-    """A line when the ranks can not have equal parts."""
-    if batch_size % (world * microbatch_size) == 0:
-        return []
-    return [
-        f"train.batch_size: a multiple of ranks x microbatch_size = {world} x {microbatch_size}, got {batch_size}; "
-        "change one of them"
-    ]
+    return Batch(tokens, targets, torch.from_numpy(order.starts(rows[:, :-1], end_of_text)).view(shape))
 
 
 def _num_windows(split: Source, sequence_length: int) -> int:
     """Windows of `sequence_length` tokens that have a target for each."""
     return (split.num_tokens - 1) // sequence_length
-
-
-def _length_problems(split: Source, sequence_length: int) -> list[str]:
-    """A line when the split is shorter than one window."""
-    if _num_windows(split, sequence_length) >= 1:
-        return []
-    return [
-        f"{split.where}: at least {sequence_length + 1} tokens, one window, got {split.num_tokens}; "
-        "lower train.sequence_length or prepare more text"
-    ]

@@ -159,9 +159,11 @@ def stretch(arrays: Sequence[Tokens], start: int, count: int) -> NDArray[Any]:
     """Elements `start` to `start` + `count` of 1-D arrays laid end to end, as a copy."""
     pieces: list[NDArray[Any]] = []
     for array in arrays:
-        pieces.append(array[max(start, 0) : max(start + count, 0)])
+        # an array outside the stretch is not touched: slicing a shard for the first time reads and hashes it
+        if start < len(array) and start + count > 0:
+            pieces.append(array[max(start, 0) : start + count])
         start -= len(array)
-    return np.concatenate(pieces)
+    return np.concatenate(pieces or [arrays[0][:0]])
 
 
 def starts(tokens: NDArray[Any], end_of_text: int) -> NDArray[np.int32]:

@@ -11,7 +11,7 @@ import attrs
 
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
-from nmoe.pure.data import order as mixture
+from nmoe.pure.data import order
 from nmoe.pure.data.order import Turns
 
 
@@ -19,6 +19,7 @@ from nmoe.pure.data.order import Turns
 class Ingredient:
     """A source, as far as the plan has to know it.
 
+    name        within its data mixture; "" for a source that stands alone
     windows     windows of one pass
     max_passes  passes at most; None: as many as asked for
     content     digest of the tokens
@@ -113,12 +114,21 @@ def plan(ingredients: Sequence[Ingredient], recipes: Sequence[Recipe]) -> Stream
                 f"stage {recipe.name}: sources that hold its {recipe.windows} windows with their limits on passes and "
                 f"shares, got {held}; lower the tokens of the flow, raise max_passes or max_share, or add data"
             )
-        quotas = mixture.quotas(weights, recipe.windows, limits)
+        quotas = order.quotas(weights, recipe.windows, limits)
         named.append((recipe.name, quotas))
         before = tuple(read + quota for read, quota in zip(before, quotas, strict=True))
     if not named:
         raise InputError("flow: a stage of one window at least, got none; raise the tokens of the flow")
     return Stream(ingredients=tuple(ingredients), stages=stages_of(named))
+
+
+def single_source(windows: int, length: int, content: str) -> Stream:
+    """The stream of one source that stands alone, a mixture of one: `length` windows, in as many passes as that takes.
+
+    windows  of one pass
+    """
+    source = Ingredient(name="", windows=windows, max_passes=None, content=content)
+    return plan([source], [Recipe(name="train", windows=length, weights=(1.0,))])
 
 
 def stages_of(named: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Stage, ...]:
@@ -129,7 +139,7 @@ def stages_of(named: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Stage, ...]
     stages: list[Stage] = []
     before, first = (0,) * len(named[0][1]) if named else (), 0
     for name, quotas in named:
-        stages.append(Stage(name=name, first=first, quotas=quotas, before=before, turns=mixture.turns(quotas)))
+        stages.append(Stage(name=name, first=first, quotas=quotas, before=before, turns=order.turns(quotas)))
         before = tuple(read + quota for read, quota in zip(before, quotas, strict=True))
         first += sum(quotas)
     return tuple(stages)
@@ -138,9 +148,7 @@ def stages_of(named: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Stage, ...]
 def windows_read(stages: Sequence[Stage], position: int) -> tuple[tuple[int, ...], ...]:
     """How many of the stream's first `position` windows each stage took from each source: stage by stage."""
     return tuple(
-        mixture.taken(
-            stage.turns, min(max(position - stage.first, 0), stage.turns.count), num_sources=len(stage.quotas)
-        )
+        order.taken(stage.turns, min(max(position - stage.first, 0), stage.turns.count), num_sources=len(stage.quotas))
         for stage in stages
     )
 
@@ -160,14 +168,16 @@ def choose(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]
     reads: list[tuple[int, int, int]] = []
     for stage in stream.stages:
         for position in range(max(first, stage.first), min(first + num, stage.end())):
-            source, earlier = mixture.turn(stage.turns, position - stage.first)
+            source, earlier = order.turn(stage.turns, position - stage.first)
             reads.append((source, stage.before[source] + earlier, position - first))
     chosen: list[Chosen] = []
     for source, group in groupby(sorted(reads), key=lambda read: read[0]):
         # a source's windows of a stretch are consecutive in its own order
         _, indices, places = zip(*group, strict=True)
-        each = stream.ingredients[source]
-        windows = mixture.windows(indices[0], len(indices), each.windows, key.fold(each.name))
+        ingredient = stream.ingredients[source]
+        # one source alone takes the key as it is: the order that checkpoints of such runs hold a position in
+        own = key.fold(ingredient.name) if ingredient.name else key
+        windows = order.windows(indices[0], len(indices), ingredient.windows, own)
         chosen.append(Chosen(source=source, places=places, windows=tuple(map(int, windows))))
     return tuple(chosen)
 

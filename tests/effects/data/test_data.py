@@ -24,11 +24,15 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nmoe.config.sections import Shards
 from nmoe.effects.data import stdlib, tokenizer
+from nmoe.effects.data.mixture import plan_data, read_manifests
 from nmoe.effects.data.store import shard_writer, shards
-from nmoe.effects.data.store import shard_writer as sink
+from nmoe.effects.data.store.format import read_manifest
 from nmoe.errors import InputError
+from nmoe.pure.data.order import stretch
 from nmoe.pure.data.prep import split_of
+from tests.effects.train.tiny import tiny
 
 SIZE = 400
 
@@ -70,11 +74,17 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "copy"))
 
 
+def whole(folder: Path, split: str) -> np.ndarray:
+    """Every token of a split, verified as a training verifies them."""
+    (manifest,) = read_manifests([folder])
+    opened = shards.open_split(folder, manifest, split)
+    return stretch(opened.tokens, 0, opened.num_tokens)
+
+
 def documents(folder: Path, split: str) -> list[str]:
     """The texts of a split, cut at end of text."""
     known = tokenizer.load(folder)
-    opened = shards.open_split(folder, split, known.size)
-    ids = shards.read(opened, 0, opened.num_tokens)
+    ids = whole(folder, split)
     ends = np.flatnonzero(ids == known.end_of_text) + 1
     run = tokenizer.encoding(known)
     return [run.decode(part[:-1].tolist()) for part in np.split(ids, ends)[:-1]]
@@ -187,13 +197,14 @@ def test_shards_are_one_stream_of_documents(
     folder = tmp_path_factory.mktemp("shards") / "corpus"
     known = invented(300)
     shard_writer.write(folder, known, {"train": (np.array(t, np.uint32) for t in texts)}, tokens_per_shard=limit)
-    split = shards.open_split(folder, "train", 300)
+    manifest = read_manifest(folder)
+    receipt, split = manifest.splits["train"], shards.open_split(folder, manifest, "train")
     stream = [token for text in texts for token in [*text, 299]]
-    assert (split.num_tokens, split.num_documents) == (len(stream), len(texts))
-    assert split.num_bytes == sum(1 if token < 256 else 2 for text in texts for token in text)
+    assert (split.num_tokens, receipt.documents) == (len(stream), len(texts))
+    assert receipt.bytes == sum(1 if token < 256 else 2 for text in texts for token in text)
     start = data.draw(st.integers(0, len(stream)))
     count = data.draw(st.integers(0, len(stream) - start))
-    assert shards.read(split, start, count).tolist() == stream[start : start + count]
+    assert stretch(split.tokens, start, count).tolist() == stream[start : start + count]
     arrays = [np.load(path) for path in sorted((folder / "train").glob("shard-?????.npy"))]
     assert np.concatenate(arrays).tolist() == stream
     for index, array in enumerate(arrays):
@@ -210,8 +221,8 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, size: int, dtyp
     path = tmp_path / "corpus" / "train" / "shard-00000.npy"
     np.save(tmp_path / "oracle.npy", np.array([size - 2, 5, size - 1], dtype))
     assert path.read_bytes() == (tmp_path / "oracle.npy").read_bytes()
-    split = shards.open_split(tmp_path / "corpus", "train", size)
-    assert shards.read(split, 1, 2).tolist() == [5, size - 1]
+    split = shards.open_split(tmp_path / "corpus", read_manifest(tmp_path / "corpus"), "train")
+    assert stretch(split.tokens, 1, 2).tolist() == [5, size - 1]
 
 
 def test_bad_documents_leave_nothing_that_could_be_read(tmp_path: Path) -> None:
@@ -297,11 +308,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "split gone": (
         edited("manifest.json", lambda v: v["splits"].pop("train")),
-        "train: one of the splits validation, test, got train; ",
+        "expected documents in the split train, got them in validation, test; ",
     ),
     "split empty": (
         edited("manifest.json", lambda v: v["splits"].update(train=dict(tokens=0, documents=0, bytes=0, shards=[]))),
-        "train: at least one document, got none; ",
+        "expected documents in the split train, got them in validation, test; ",
     ),
 }
 
@@ -309,27 +320,35 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_refused_with_its_damage(copy: Path, name: str) -> None:
     damage, message = DAMAGES[name]
-    shards.open_split(copy, "train", SIZE)
+    whole(copy, "train")
     damage(copy)
     with pytest.raises(InputError, match=message):
-        shards.open_split(copy, "train", SIZE)
+        whole(copy, "train")
 
 
 def test_several_problems_are_named_at_once(copy: Path) -> None:
     os.truncate(copy / SHARD, 1000)
     (copy / "train/shard-00000.json").unlink()
     with pytest.raises(InputError) as caught:
-        shards.open_split(copy, "train", SIZE - 1)
+        whole(copy, "train")
     heads = [problem.split(": ")[0].removeprefix(f"{copy}/train/") for problem in caught.value.problems]
-    assert heads == ["model.vocab_size", "shard-00000.json", "shard-00000.npy"]
-    assert "at least the tokenizer's 400, got 399; " in caught.value.problems[0]
+    assert heads == ["shard-00000.json", "shard-00000.npy"]
 
 
-def test_a_stretch_outside_the_split_is_refused(prepared: Path) -> None:
-    split = shards.open_split(prepared, "test", SIZE)
-    for start, count in [(-1, 1), (0, split.num_tokens + 1), (split.num_tokens, 1), (0, -1)]:
-        with pytest.raises(InputError, match=f"within its {split.num_tokens} tokens, got {count} from {start}; "):
-            shards.read(split, start, count)
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(copy: Path) -> None:
+    config = tiny(vocab_size=SIZE - 1)
+    config = attrs.evolve(config, data=attrs.evolve(config.data, source=Shards(path=str(copy))))
+    with pytest.raises(InputError, match=f"model.vocab_size: expected at least the tokenizer's {SIZE}, got {SIZE - 1}"):
+        plan_data(config, copy)
+
+
+def test_a_training_on_one_folder_is_planned_as_long_as_it_is(copy: Path) -> None:
+    """The identity is the manifest's, whatever the steps: a run that goes on for longer resumes."""
+    config = tiny(vocab_size=SIZE, batch_size=8, steps=70_000)
+    config = attrs.evolve(config, data=attrs.evolve(config.data, source=Shards(path=str(copy))))
+    data = plan_data(config, copy)
+    assert data.stream.windows() == 8 * 70_000
+    assert data.identity == hashlib.sha256((copy / "manifest.json").read_bytes()).hexdigest()
 
 
 def test_every_file_is_in_one_split_and_nothing_else_is(library: Path, prepared: Path) -> None:
@@ -341,9 +360,9 @@ def test_every_file_is_in_one_split_and_nothing_else_is(library: Path, prepared:
     assert all(texts.values()) and len(texts["train"]) > 0.9 * len(expected)
     for text in set(expected):
         assert sum(text in split for split in texts.values()) == 1
-    opened = shards.open_split(prepared, "validation", SIZE)
-    assert opened.num_documents == len(texts["validation"])
-    assert opened.num_bytes == sum(len(text.encode()) for text in texts["validation"])
+    receipt = read_manifest(prepared).splits["validation"]
+    assert receipt.documents == len(texts["validation"])
+    assert receipt.bytes == sum(len(text.encode()) for text in texts["validation"])
 
 
 def test_files_fall_into_splits_by_content_the_same_everywhere() -> None:
@@ -441,7 +460,7 @@ def test_a_failed_build_leaves_the_cache_as_it_was(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sink, "write_record", full)
+    monkeypatch.setattr(shard_writer, "write_record", full)
     with pytest.raises(OSError, match="No space left"):
         stdlib.prepare_folder(library, tmp_path, SIZE, quiet)
     assert os.listdir(tmp_path) == [".lock"]
@@ -501,9 +520,9 @@ def test_the_standard_library_of_this_python(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(socket, "socket", None)
     folder = stdlib.prepare(tmp_path, 512, quiet)
     assert folder.parent == tmp_path / "stdlib"
-    opened = {split: shards.open_split(folder, split, 512) for split in ("train", "validation", "test")}
-    assert sum(split.num_bytes for split in opened.values()) > 5_000_000
-    assert opened["validation"].num_tokens > 10_000
-    texts = {text for split in opened for text in documents(folder, split)}
+    splits = read_manifest(folder).splits
+    assert sum(receipt.bytes for receipt in splits.values()) > 5_000_000
+    assert splits["validation"].tokens > 10_000
+    texts = {text for split in splits for text in documents(folder, split)}
     assert Path(tarfile.__file__).read_text(encoding="utf-8") in texts
     assert Path(pytest.__file__).read_text(encoding="utf-8") not in texts

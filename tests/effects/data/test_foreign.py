@@ -28,7 +28,9 @@ from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.store import foreign as convert
 from nmoe.effects.data.store import shard_writer as sink
 from nmoe.effects.data.store import shards
+from nmoe.effects.data.store.format import read_manifest
 from nmoe.errors import InputError
+from nmoe.pure.data.order import stretch
 from nmoe.pure.data.prep import plan
 
 SIZE = 300
@@ -55,6 +57,14 @@ def corpus(folder: Path, size: int = SIZE) -> list[list[int]]:
     return documents
 
 
+def whole(folder: Path) -> np.ndarray:
+    """Every token of the training split, verified."""
+    manifest = read_manifest(folder)
+    if problems := shards.split_problems(folder, manifest, "train"):
+        raise InputError(*problems)
+    return stretch(shards.open_split(folder, manifest, "train").tokens, 0, manifest.splits["train"].tokens)
+
+
 @pytest.mark.parametrize("size", [SIZE, 70_000])
 @pytest.mark.parametrize("kind", convert.FORMATS)
 def test_documents_survive_the_way_there_and_back(tmp_path: Path, kind: str, size: int) -> None:
@@ -63,9 +73,9 @@ def test_documents_survive_the_way_there_and_back(tmp_path: Path, kind: str, siz
     assert main(["data", "convert", str(tmp_path / "corpus"), str(tmp_path / "there"), "--to", kind]) == 0
     back = ["data", "convert", str(tmp_path / "there"), str(tmp_path / "back"), "--from", kind]
     assert main([*back, "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
-    left, right = (shards.open_split(tmp_path / name, "train", size) for name in ("corpus", "back"))
-    assert shards.read(left, 0, left.num_tokens).tolist() == shards.read(right, 0, right.num_tokens).tolist()
-    assert left.num_documents == right.num_documents == 60
+    left, right = (whole(tmp_path / name) for name in ("corpus", "back"))
+    assert left.tolist() == right.tolist()
+    assert [read_manifest(tmp_path / name).splits["train"].documents for name in ("corpus", "back")] == [60, 60]
 
 
 def test_foreign_files_are_what_their_trainers_read(tmp_path: Path) -> None:
@@ -206,8 +216,7 @@ def foreign(kind: str, name: str) -> Callable[[Path], object]:
 
 def opened(folder: Path) -> object:
     inspect.head(folder / "in", "train", 0, 100, 50, quiet)
-    split = shards.open_split(folder / "in", "train", SIZE)
-    return shards.read(split, 0, split.num_tokens)
+    return whole(folder / "in")
 
 
 def seeds(folder: Path) -> dict[str, Callable[[Path], object]]:

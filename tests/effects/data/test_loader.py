@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import attrs
 import numpy as np
 import pytest
 import torch
 
-from nmoe.effects.data.loader import held_out, open_loader
+from nmoe.effects.data.loader import held_out, open_stream
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
+from nmoe.pure.data.stages import single_source
 
 T = 8
 KEY = Key(3).fold("data")
@@ -32,20 +34,16 @@ def source(num_tokens: int) -> Tokens:
     return Tokens(tokens=tuple(np.split(whole, [num_tokens // 5, num_tokens // 2])), num_tokens=num_tokens)
 
 
+def reader(split: Tokens, batch_size: int, microbatch_size: int, rank: int = 0, world: int = 1) -> Callable:
+    """The stream of a source that stands alone, a thousand windows long."""
+    stream = single_source((split.num_tokens - 1) // T, 1000, content="")
+    sizes = {"batch_size": batch_size, "microbatch_size": microbatch_size, "sequence_length": T}
+    return open_stream([split], stream, rank=rank, world=world, key=KEY, **sizes)
+
+
 def streamed(split: Tokens, world: int, *, steps: int, batch_size: int = 16, microbatch_size: int = 2) -> bytes:
     """SHA-256 of `steps` global batches, ranks laid side by side."""
-    readers = [
-        open_loader(
-            split,
-            batch_size=batch_size,
-            microbatch_size=microbatch_size,
-            sequence_length=T,
-            rank=rank,
-            world=world,
-            key=KEY,
-        )
-        for rank in range(world)
-    ]
+    readers = [reader(split, batch_size, microbatch_size, rank, world) for rank in range(world)]
     digest = hashlib.sha256()
     for step in range(steps):
         for read in readers:
@@ -68,19 +66,14 @@ def test_all_world_sizes_read_the_same_stream() -> None:
 
 def test_the_cursor_is_all_there_is_to_resume_from() -> None:
     split = source(400)
-
-    def reader(batch_size: int):
-        return open_loader(split, batch_size=batch_size, microbatch_size=2, sequence_length=T, rank=0, world=1, key=KEY)
-
-    first, second, both = reader(4)(20), reader(4)(24), reader(8)(20)
+    first, second, both = reader(split, 4, 2)(20), reader(split, 4, 2)(24), reader(split, 8, 2)(20)
     assert torch.equal(torch.cat([first.tokens, second.tokens]), both.tokens)
     assert not torch.equal(first.tokens, second.tokens)
 
 
 def test_one_epoch_reads_every_window_of_the_source_once() -> None:
     split = source(30 * T + 1)
-    read = open_loader(split, batch_size=30, microbatch_size=10, sequence_length=T, rank=0, world=1, key=KEY)
-    batch = read(0)
+    batch = reader(split, 30, 10)(0)
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
     assert torch.equal(batch.targets, batch.tokens + 1)
     rows = batch.tokens.reshape(-1, T)
@@ -93,21 +86,24 @@ def test_a_source_needs_one_window_and_the_target_of_its_last_token(num_tokens: 
     split = source(num_tokens)
     sizes = {"microbatch_size": 1, "sequence_length": T, "rank": 0, "world": 1}
     if fits:
-        assert open_loader(split, batch_size=2, key=KEY, **sizes)(5).targets[1, 0, -1] == T
+        assert reader(split, 2, 1)(5).targets[1, 0, -1] == T
         assert held_out(split, num_tokens=1, **sizes)[0].targets[0, -1] == T
     else:
-        message = f"corpus/train: at least {T + 1} tokens, one window, got {T}; "
-        with pytest.raises(InputError, match=message):
-            open_loader(split, batch_size=2, key=KEY, **sizes)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=f"corpus/train: expected at least {T + 1} tokens, one window, got {T}; "):
             held_out(split, num_tokens=100, **sizes)
 
 
-def test_sizes_that_do_not_divide_and_a_short_source_are_named_together() -> None:
-    with pytest.raises(InputError) as caught:
-        open_loader(source(3), batch_size=12, microbatch_size=4, sequence_length=T, rank=0, world=2, key=KEY)
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["train.batch_size", "corpus/train"]
-    assert "2 x 4, got 12; " in caught.value.problems[0]
+def test_sizes_that_do_not_divide_are_named() -> None:
+    with pytest.raises(InputError, match="train.batch_size: expected a multiple of .* = 2 x 4, got 12; "):
+        reader(source(30), 12, 4, rank=0, world=2)
+
+
+def test_the_order_of_a_source_that_stands_alone_is_that_of_the_plain_key() -> None:
+    """The literal windows: a checkpoint holds a position in this order; another order repeats and skips windows."""
+    split = source(61 * T + 5)
+    batch = reader(split, 16, 2)(7 * 16)
+    first = batch.tokens.reshape(-1, T)[:, 0] // T
+    assert first.tolist() == [18, 26, 58, 1, 52, 13, 17, 48, 43, 25, 47, 20, 6, 56, 4, 44]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

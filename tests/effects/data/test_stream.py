@@ -16,13 +16,14 @@ import torch
 
 from nmoe.config.data_mixture import load_mixture
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.loader import open_loader, open_stream
-from nmoe.effects.data.mixture import Blend, plan_blend
+from nmoe.effects.data.loader import open_stream
+from nmoe.effects.data.mixture import DataPlan, plan_folder, plan_mixture
 from nmoe.effects.data.prefetch import prefetching
-from nmoe.effects.data.store import lazy, shard_writer, shards
+from nmoe.effects.data.store import shard_writer, shards
 from nmoe.effects.data.store.format import read_manifest
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
+from nmoe.pure.data.order import stretch
 from nmoe.pure.model.model import Batch
 
 T = 16
@@ -92,16 +93,16 @@ def folder(tmp_path: Path, tokenizer: tokenizers.Tokenizer) -> Path:
     return tmp_path
 
 
-def blended(folder: Path) -> Blend:
-    return plan_blend(load_mixture(folder / "mix.toml"), "dev", sequence_length=T, active_parameters=0)
+def planned(folder: Path) -> DataPlan:
+    return plan_mixture(load_mixture(folder / "mix.toml"), "dev", sequence_length=T, active_parameters=0)
 
 
-def reader(blend: Blend, rank: int, world: int, batch_size: int = 24, microbatch_size: int = 1) -> Callable:
+def reader(data: DataPlan, rank: int, world: int, batch_size: int = 24, microbatch_size: int = 1) -> Callable:
     splits = [
-        lazy.open_lazily(path, manifest, "train") for path, manifest in zip(blend.folders, blend.manifests, strict=True)
+        shards.open_split(path, manifest, "train") for path, manifest in zip(data.folders, data.manifests, strict=True)
     ]
     sizes = {"batch_size": batch_size, "microbatch_size": microbatch_size, "sequence_length": T}
-    return open_stream(splits, blend.stream, rank=rank, world=world, key=KEY, end_of_text=279, **sizes)
+    return open_stream(splits, data.stream, rank=rank, world=world, key=KEY, end_of_text=279, **sizes)
 
 
 def told(batches: Sequence[Batch]) -> bytes:
@@ -121,8 +122,8 @@ STEPS = 64
 @pytest.mark.parametrize("depth", [0, 3])
 def test_the_stream_is_the_same_for_any_ranks_and_prefetch(folder: Path, depth: int) -> None:
     """64 steps of 24 windows over three stages, also with the ranks changed on the way: 1, 2, 4, then 1 again."""
-    blend = blended(folder)
-    whole = told([reader(blend, 0, 1)(24 * step) for step in range(STEPS)])
+    data = planned(folder)
+    whole = told([reader(data, 0, 1)(24 * step) for step in range(STEPS)])
 
     def read(world: Callable[[int], int]) -> bytes:
         batches: list[Batch] = []
@@ -133,7 +134,7 @@ def test_the_stream_is_the_same_for_any_ranks_and_prefetch(folder: Path, depth: 
 
     worlds = (1, 2, 3, 4, 8)
     stacks = {
-        (w, r): prefetching(reader(blend, r, w), batch_size=24, depth=depth, device=CPU)
+        (w, r): prefetching(reader(data, r, w), batch_size=24, depth=depth, device=CPU)
         for w in worlds
         for r in range(w)
     }
@@ -150,31 +151,31 @@ def test_the_stream_is_the_same_for_any_ranks_and_prefetch(folder: Path, depth: 
 
 def test_a_resumed_stream_goes_on_where_it_was(folder: Path) -> None:
     """At each of 64 steps, with nothing but the cursor."""
-    blend = blended(folder)
-    batches = [reader(blend, 0, 1)(24 * step) for step in range(STEPS)]
+    data = planned(folder)
+    batches = [reader(data, 0, 1)(24 * step) for step in range(STEPS)]
     for step in range(STEPS):
-        with prefetching(reader(blend, 0, 1), batch_size=24, depth=2, device=CPU) as read:
+        with prefetching(reader(data, 0, 1), batch_size=24, depth=2, device=CPU) as read:
             rest = [read(24 * at) for at in range(step, min(step + 3, STEPS))]
         assert told(rest) == told(batches[step : step + 3])
 
 
 def test_the_stream_holds_what_the_plan_says(folder: Path) -> None:
     """Every window is one of its source's, as often as planned, and targets are what comes next."""
-    blend = blended(folder)
+    data = planned(folder)
     windows: dict[bytes, str] = {}
-    for path, manifest in zip(blend.folders, blend.manifests, strict=True):
-        split = shards.open_split(path, "train", 300)
+    for path, manifest in zip(data.folders, data.manifests, strict=True):
+        split = shards.open_split(path, manifest, "train")
         for window in range((manifest.splits["train"].tokens - 1) // T):
-            windows[shards.read(split, window * T, T + 1).astype(np.int64).tobytes()] = f"{path.name} {window}"
-    total = blend.stream.windows()
+            windows[stretch(split.tokens, window * T, T + 1).astype(np.int64).tobytes()] = f"{path.name} {window}"
+    total = data.stream.windows()
     assert total == 26_000 // T
-    read = reader(blend, 0, 1, batch_size=1)
+    read = reader(data, 0, 1, batch_size=1)
     found = [read(at) for at in range(total)]
     names = [
         windows[torch.cat([batch.tokens.flatten(), batch.targets.flatten()[-1:]]).numpy().tobytes()] for batch in found
     ]
     begin = 0
-    for stage, share in zip(blend.stream.stages, (0.6, 0.3, 0.1), strict=True):
+    for stage, share in zip(data.stream.stages, (0.6, 0.3, 0.1), strict=True):
         assert abs(sum(stage.quotas) - share * total) < 1
         part = [name.split()[0] for name in names[begin : begin + sum(stage.quotas)]]
         assert [part.count(name) for name in SIZES] == list(stage.quotas)
@@ -194,13 +195,13 @@ def test_a_source_that_may_not_repeat_enough_is_an_error(folder: Path) -> None:
     text = MIXTURE.replace('path = "code"', 'path = "code"\nmax_passes = 1.5')
     (folder / "mix.toml").write_text(text)
     with pytest.raises(InputError, match="stage long: sources that hold its 163 windows .* got 0; lower the tokens"):
-        blended(folder)
+        planned(folder)
 
 
 def test_nothing_is_read_after_the_end(folder: Path) -> None:
-    blend = blended(folder)
-    total = blend.stream.windows()
-    read = reader(blend, 0, 1, batch_size=2)
+    data = planned(folder)
+    total = data.stream.windows()
+    read = reader(data, 0, 1, batch_size=2)
     read(total - 2)
     with pytest.raises(InputError, match=f"a stream of {total + 1} windows, got {total}; lower train.steps"):
         read(total - 1)
@@ -209,12 +210,12 @@ def test_nothing_is_read_after_the_end(folder: Path) -> None:
 
 
 def test_a_flipped_bit_stops_the_run_before_a_token_of_the_shard_is_used(folder: Path) -> None:
-    blend = blended(folder)
+    data = planned(folder)
     path = folder / "code" / "train" / "shard-00002.npy"
     content = bytearray(path.read_bytes())
     content[-7] ^= 4
     path.write_bytes(content)
-    read = reader(blend, 0, 1)
+    read = reader(data, 0, 1)
     with prefetching(read, batch_size=24, depth=2, device=CPU) as ahead:
         with pytest.raises(InputError, match="shard-00002.npy: content with sha256"):
             for step in range(STEPS):
@@ -244,8 +245,8 @@ def test_another_tokenizer_is_named(folder: Path) -> None:
         path.unlink() if path.is_file() else path.rmdir()
     shard_writer.write(folder / "code", other, {"train": documents(500, 1), "validation": documents(90, 2)})
     first = read_manifest(folder / "books").tokenizer_identity[:12]
-    with pytest.raises(InputError, match=f"code: the tokenizer of .*books, {first}, got {other.identity[:12]}; prep"):
-        blended(folder)
+    with pytest.raises(InputError, match=f"code: expected the tok.* of .*books, {first}, got {other.identity[:12]}; "):
+        planned(folder)
 
 
 def test_missing_and_superfluous_shards_are_all_named(folder: Path) -> None:
@@ -254,7 +255,7 @@ def test_missing_and_superfluous_shards_are_all_named(folder: Path) -> None:
     with open(folder / "small" / "train" / "shard-00000.npy", "ab") as file:
         file.write(b"x")
     with pytest.raises(InputError) as caught:
-        blended(folder)
+        planned(folder)
     assert [problem.split(": ")[0].split("/")[-3:] for problem in caught.value.problems] == [
         ["books", "train", "shard-00001.npy"],
         ["code", "train", "shard-00099.npy"],
@@ -273,16 +274,18 @@ def test_an_id_beyond_the_vocabulary_is_found_when_the_shard_is_read(folder: Pat
     receipt["sha256"] = hashlib.sha256(content[128:]).hexdigest()
     (folder / "code" / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     (folder / "code" / "train" / "shard-00000.json").write_text(json.dumps(receipt, indent=1) + "\n")
-    split = lazy.open_lazily(folder / "code", read_manifest(folder / "code"), "train")
+    split = shards.open_split(folder / "code", read_manifest(folder / "code"), "train")
     with pytest.raises(InputError, match="shard-00000.npy: ids below the tokenizer's 280, got 5000"):
         split.tokens[0][:1]
 
 
 def test_documents_of_one_source_are_told_apart_by_end_of_text(folder: Path) -> None:
-    split = shards.open_split(folder / "books", "train", 300)
+    data = plan_folder(folder / "books", sequence_length=T, windows=4)
+    splits = [shards.open_split(folder / "books", data.manifests[0], "train")]
     sizes: dict[str, Any] = {"batch_size": 4, "microbatch_size": 2, "sequence_length": T, "rank": 0, "world": 1}
     sizes["key"] = KEY
-    plain, masked = open_loader(split, **sizes)(0), open_loader(split, end_of_text=279, **sizes)(0)
+    plain = open_stream(splits, data.stream, **sizes)(0)
+    masked = open_stream(splits, data.stream, end_of_text=279, **sizes)(0)
     assert plain.start == () and isinstance(masked.start, torch.Tensor)
     assert torch.equal(plain.tokens, masked.tokens) and masked.start.dtype == torch.int32
     for tokens, starts in zip(masked.tokens.reshape(-1, T).tolist(), masked.start.reshape(-1, T).tolist(), strict=True):
@@ -299,6 +302,7 @@ WRONG = (
     ('at_end = "stop"', 'at_end = "stop"\nmax_passes = 2.0', "sources.small.max_passes: at most 1 when at_end"),
     ("mid = 3.0\n", "", "sources.code.mid: a weight for every source or for none"),
     ("mid = 3.0\n", "mid = -3.0\n", "sources.code.mid: at least 0, got -3.0"),
+    ("[sources.small]", '[sources.""]', 'sources: a name for every source, got "";'),
     ('path = "code"', 'paht = "code"', "sources.code.paht: a known key"),
 )
 
@@ -314,8 +318,8 @@ def test_a_wrong_mixture_file_is_told_by_file_line_and_key(folder: Path, old: st
 
 def test_a_flow_that_is_not_there_and_sources_that_are_not(folder: Path) -> None:
     mixture = load_mixture(folder / "mix.toml")
-    with pytest.raises(InputError, match="one of the flows dev of .*, got proxy; choose one"):
-        plan_blend(mixture, "proxy", sequence_length=T, active_parameters=0)
+    with pytest.raises(InputError, match="expected one of the flows dev of .*, got proxy; choose one"):
+        plan_mixture(mixture, "proxy", sequence_length=T, active_parameters=0)
     (folder / "mix.toml").write_text("[flows.dev]\ntokens = 5\n")
     with pytest.raises(InputError, match="sources: a table a source, got a table; write"):
         load_mixture(folder / "mix.toml")
@@ -331,7 +335,7 @@ def test_tokens_a_parameter_temperature_and_share(folder: Path) -> None:
     def quotas(words: str = "") -> tuple[int, ...]:
         (folder / "mix.toml").write_text(text.replace("max_share = 0.52", words))
         mixture = load_mixture(folder / "mix.toml")
-        stream = plan_blend(mixture, "proxy", sequence_length=T, active_parameters=8_000).stream
+        stream = plan_mixture(mixture, "proxy", sequence_length=T, active_parameters=8_000).stream
         assert stream.windows() == 160_000 // T
         return stream.stages[0].quotas
 
@@ -345,15 +349,15 @@ def test_tokens_a_parameter_temperature_and_share(folder: Path) -> None:
 def test_the_plan_changes_with_what_it_reads_and_not_with_where_it_lies(folder: Path) -> None:
     from nmoe.pure.data.stages import identity
 
-    first = identity(blended(folder).stream)
+    first = identity(planned(folder).stream)
     moved = folder / "elsewhere"
     moved.mkdir()
     for name in (*SIZES, "mix.toml"):
         (folder / name).rename(moved / name)
-    assert identity(blended(moved).stream) == first
+    assert identity(planned(moved).stream) == first
     (moved / "mix.toml").write_text(MIXTURE.replace("mid = 3.0", "mid = 2.0"))
-    assert identity(blended(moved).stream) != first
-    changed = blended(moved)
+    assert identity(planned(moved).stream) != first
+    changed = planned(moved)
     other = attrs.evolve(changed.stream.ingredients[0], content="0" * 64)
     assert identity(attrs.evolve(changed.stream, ingredients=(other, *changed.stream.ingredients[1:]))) != identity(
         changed.stream

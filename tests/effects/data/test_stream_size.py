@@ -10,8 +10,8 @@ import pytest
 from nmoe.bench.empty_mixture import write_empty_mixture
 from nmoe.config.data_mixture import load_mixture
 from nmoe.effects.data.loader import open_stream
-from nmoe.effects.data.mixture import plan_blend
-from nmoe.effects.data.store import lazy
+from nmoe.effects.data.mixture import plan_mixture
+from nmoe.effects.data.store.shards import open_split
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.data.order import taken
@@ -24,17 +24,17 @@ def test_ten_trillion_tokens(tmp_path: Path) -> None:
     mixture = write_empty_mixture(tmp_path, sources=SOURCES, shards=SHARDS, tokens=TOKENS, flow_tokens=10**13)
 
     began = time.process_time()
-    blend = plan_blend(load_mixture(mixture), "full_train", sequence_length=4096, active_parameters=0)
+    data = plan_mixture(load_mixture(mixture), "full_train", sequence_length=4096, active_parameters=0)
     planned = time.process_time()
     opened_splits = [
-        lazy.open_lazily(path, each, "train") for path, each in zip(blend.folders, blend.manifests, strict=True)
+        open_split(path, manifest, "train") for path, manifest in zip(data.folders, data.manifests, strict=True)
     ]
     sizes_ = {"batch_size": 1024, "microbatch_size": 8, "sequence_length": 4096}
-    read = open_stream(opened_splits, blend.stream, rank=3, world=128, key=Key(0), **sizes_)
+    read = open_stream(opened_splits, data.stream, rank=3, world=128, key=Key(0), **sizes_)
     opened = time.process_time()
 
     assert planned - began < 2 and opened - began < 5
-    (stage,) = blend.stream.stages
+    (stage,) = data.stream.stages
     assert stage.turns.count == sum(stage.quotas) == 10**13 // 4096
     counts = taken(stage.turns, 10**9, SOURCES)
     assert max(abs(c - 10**9 * q / stage.turns.count) for c, q in zip(counts, stage.quotas, strict=True)) < 1.7

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
-from nmoe.effects.data.loader import open_loader
+from nmoe.effects.data.loader import open_stream
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.train import build, resume
 from nmoe.effects.train.identity import Identity
@@ -27,6 +27,7 @@ from nmoe.effects.train.step import make_step
 from nmoe.pure.checkpoint.pieces import share
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core.key import Key
+from nmoe.pure.data.stages import single_source
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.watch.validations import Seen
 from tests.effects.train.tiny import tiny
@@ -55,8 +56,10 @@ def main(rank: int, folder: Path) -> None:
     blueprint = make_blueprint(config)
     this = Identity(config=config, tokenizer="t", data="d")
     length = config.train.sequence_length
-    read = open_loader(
-        text(config.model.vocab_size),
+    source = text(config.model.vocab_size)
+    read = open_stream(
+        [source],
+        single_source((source.num_tokens - 1) // length, 4 * STEPS, content=""),
         batch_size=4,
         microbatch_size=2,
         sequence_length=length,

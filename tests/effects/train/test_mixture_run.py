@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nmoe.config import dump
-from nmoe.config.sections import Mixture
+from nmoe.config.sections import Mixture, Shards
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.store import shard_writer
 from nmoe.effects.runs.viz import mixture
@@ -90,7 +90,7 @@ def test_more_steps_than_the_flow_has_tokens_for(folder: Path) -> None:
         done = nmoe(*verb, "tiny.toml", "--train.steps=51", cwd=folder)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith(
-            "nmoe: train.steps: at most 50, which flow dev of mix.toml has tokens for, got 51; "
+            "nmoe: train.steps: expected at most 50, which flow dev of mix.toml has tokens for, got 51; "
         )
 
 
@@ -100,6 +100,18 @@ def test_a_plan_reads_as_a_table(folder: Path) -> None:
     assert head.split() == ["stage", "source", "tokens", "share", "passes"]
     assert [row.split()[:2] for row in rows[:3]] == [["pretrain", name] for name in SOURCES]
     assert "40 steps of 4 x 32 tokens, 80.0 % of 6.4 k planned; 50 steps read them" in done.stdout
+
+
+def test_one_folder_is_planned_and_read_as_a_mixture_of_one(folder: Path) -> None:
+    config = tiny(vocab_size=304, batch_size=4, steps=3, sequence_length=32, source=Shards(path="code"))
+    (folder / "one.toml").write_text(dump(config))
+    planned = nmoe("data", "plan", "one.toml", "--json", cwd=folder)
+    assert planned.returncode == 0, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert [(row["source"], row["tokens"], row["share"]) for row in plan["reads"]] == [("shards", 3 * 4 * 32, 1.0)]
+    done = nmoe("run", "one.toml", "--run.name=one", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert plan["identity"] in (folder / "runs" / "one" / "provenance.toml").read_text()
 
 
 def test_the_loader_is_timed_with_and_without_reading_ahead(folder: Path) -> None:

@@ -82,3 +82,19 @@ def test_a_stretch_of_several_arrays_is_a_slice_of_their_concatenation(lengths: 
     count = data.draw(st.integers(0, len(whole) - start))
     found = stretch(arrays, start, count)
     assert found.dtype == np.uint16 and np.array_equal(found, whole[start : start + count])
+
+
+def test_a_stretch_touches_no_array_outside_it() -> None:
+    """A shard is read and hashed when it is first sliced, so that one too many costs a second a gigabyte."""
+
+    class Untouchable:
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, part: slice, /) -> np.ndarray:
+            raise AssertionError("sliced")
+
+    arrays = [Untouchable(), np.arange(5, 9), np.arange(9, 12), Untouchable()]
+    assert stretch(arrays, 6, 5).tolist() == [6, 7, 8, 9, 10]
+    assert stretch(arrays, 5, 7).tolist() == [5, 6, 7, 8, 9, 10, 11]
+    assert stretch([np.arange(3)], 3, 0).tolist() == []

@@ -1,22 +1,39 @@
-"""A split of a prepared folder: verified when opened, read as one stream of tokens."""
+"""A split of a prepared folder as one stream of tokens; a shard is verified when it is first read."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import attrs
 import numpy as np
 
-from nmoe.effects.data.store.format import (
-    content_problems,
-    dtype_of,
-    mapped,
-    read_manifest,
-    size_problems,
-    stem,
-)
+from nmoe.effects.data.store.format import Manifest, Receipt, content_problems, dtype_of, mapped, size_problems, stem
 from nmoe.errors import InputError
-from nmoe.pure.data import order as mixture
+
+
+class Shard:
+    """The tokens of one shard, as a 1-D array that is mapped when it is first sliced."""
+
+    def __init__(self, where: Path, index: int, receipt: Receipt, tokenizer_size: int) -> None:
+        self._where, self._index, self._receipt, self._size = where, index, receipt, tokenizer_size
+        self._array: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self._receipt.tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Some tokens.
+
+        Raises:  InputError when the shard is not what its receipt says.
+        Cost:    the first time, reads and hashes the shard, about 1 GB/s.
+        """
+        if self._array is None:
+            if problems := content_problems(self._where, self._index, self._receipt, self._size):
+                raise InputError(*problems)
+            path = self._where / f"{stem(self._index)}.npy"
+            self._array = mapped(path, dtype_of(self._size), self._receipt.tokens)
+        return self._array[part]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -24,68 +41,38 @@ class Split:
     """The tokens of one split as one stream, memory-mapped shard by shard."""
 
     where: str
-    tokens: tuple[np.ndarray, ...]
+    tokens: tuple[Shard, ...]
     num_tokens: int
-    num_documents: int
-    num_bytes: int
-    tokenizer_identity: str
 
 
-def open_split(folder: Path, split: str, vocab_size: int) -> Split:
-    """Open one split for a model with `vocab_size` embeddings, verified byte by byte.
+def open_split(folder: Path, manifest: Manifest, split: str) -> Split:
+    """Open one split of a folder whose manifest was read; `split_problems` lists what may be wrong with the files.
 
-    Raises:  InputError, one line a problem: manifest or tokenizer absent or broken, no such split, vocabulary smaller
-             than the tokenizer's, shard files missing, superfluous, truncated or altered.
-    Cost:    reads and hashes every shard once, about 1 GB/s; nothing stays in memory.
+    Cost:    nothing is read.
     """
-    manifest = read_manifest(folder)
-    where = folder / split
-    problems: list[str] = []
-    if vocab_size < manifest.tokenizer_size:
-        problems.append(
-            f"model.vocab_size: at least the tokenizer's {manifest.tokenizer_size}, got {vocab_size}; "
-            f"set it to {manifest.tokenizer_size} or more"
-        )
-    if split not in manifest.splits:
-        names = ", ".join(manifest.splits) or "none"
-        problems.append(
-            f"{where}: one of the splits {names}, got {split}; choose one of them or prepare the data again"
-        )
-    elif not manifest.splits[split].shards:
-        problems.append(f"{where}: at least one document, got none; prepare the data with more text")
-    else:
-        problems += size_problems(folder, manifest, split)
-    if problems:
-        raise InputError(*problems)
-
-    receipt = manifest.splits[split]
-    problems = [
-        problem
-        for index, shard in enumerate(receipt.shards)
-        for problem in content_problems(where, index, shard, manifest.tokenizer_size)
-    ]
-    if problems:
-        raise InputError(*problems)
+    where, size = folder / split, manifest.tokenizer_size
+    receipts = manifest.splits[split].shards
     return Split(
         where=str(where),
-        tokens=tuple(
-            mapped(where / f"{stem(index)}.npy", dtype_of(manifest.tokenizer_size), shard.tokens)
-            for index, shard in enumerate(receipt.shards)
-        ),
-        num_tokens=receipt.tokens,
-        num_documents=receipt.documents,
-        num_bytes=receipt.bytes,
-        tokenizer_identity=manifest.tokenizer_identity,
+        tokens=tuple(Shard(where, index, receipt, size) for index, receipt in enumerate(receipts)),
+        num_tokens=manifest.splits[split].tokens,
     )
 
 
-def read(split: Split, start: int, count: int) -> np.ndarray:
-    """Tokens `start` to `start` + `count` of the stream, across shard borders: [count] u2 or u4, a copy.
+def split_problems(folder: Path, manifest: Manifest, split: str) -> list[str]:
+    """One line for each reason not to open a split: absent, empty, or shard files missing, superfluous or truncated.
 
-    Raises:  InputError when the stretch does not lie within the split.
+    Cost:    looks at names and sizes only, about 30 microseconds a shard.
     """
-    if start < 0 or count < 0 or start + count > split.num_tokens:
-        raise InputError(
-            f"{split.where}: a stretch within its {split.num_tokens} tokens, got {count} from {start}; read less"
-        )
-    return mixture.stretch(split.tokens, start, count)
+    if split not in manifest.splits or not manifest.splits[split].shards:
+        filled = ", ".join(name for name, receipt in manifest.splits.items() if receipt.shards) or "none"
+        return [
+            f"{folder}: expected documents in the split {split}, got them in {filled}; prepare the data with more text"
+        ]
+    return size_problems(folder, manifest, split)
+
+
+def content_digest(manifest: Manifest, split: str) -> str:
+    """SHA-256, in hex, of which tokens a split holds, and of which tokenizer; where the folder lies does not matter."""
+    digests = (shard.sha256 for shard in manifest.splits[split].shards)
+    return hashlib.sha256("\n".join((manifest.tokenizer_identity, *digests)).encode()).hexdigest()

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nmoe.effects.data import tokenizer
-from nmoe.effects.data.store import shards
-from nmoe.effects.data.store.format import Manifest, Receipt
+from nmoe.effects.data.store.format import Manifest, Receipt, read_manifest, size_problems
 from nmoe.effects.runs.viz import api
 from nmoe.errors import InputError
 
@@ -82,7 +81,7 @@ def _folder(number: int, path: Path, root: Path) -> api.Folder:
         return api.Folder(
             number=number, path=str(path), tokenizer="", tokenizer_size=None, splits=[], problems=list(error.problems)
         )
-    problems = [problem for split in manifest.splits for problem in shards.size_problems(path, manifest, split)]
+    problems = [problem for split in manifest.splits for problem in size_problems(path, manifest, split)]
     return api.Folder(
         number=number,
         path=str(path),
@@ -101,7 +100,7 @@ def _manifest(path: Path, root: Path) -> Manifest:
             raise InputError(
                 f"{path / name}: at most {MAX_MANIFEST_BYTES} bytes to be shown, got {file.stat().st_size}; use the CLI"
             )
-    return shards.read_manifest(path)
+    return read_manifest(path)
 
 
 def _shard(split: Path, root: Path, place: int, receipt: Receipt) -> api.Shard:

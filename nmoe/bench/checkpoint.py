@@ -22,8 +22,8 @@ from nmoe.effects.checkpoint.writer import Writer, open_writer
 from nmoe.effects.device import gpu, process
 from nmoe.effects.terminal import say
 from nmoe.effects.train import resume
-from nmoe.effects.train.build import fresh, stepper
-from nmoe.effects.train.step import State
+from nmoe.effects.train.build import fresh
+from nmoe.effects.train.step import State, make_step
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.digest import digests
 from nmoe.pure.checkpoint.pieces import Piece
@@ -122,7 +122,7 @@ def _stalls(
 ) -> None:
     """How much longer steps take when a save is made before the first of them and goes on beside them."""
     batch = random_batch(config, rt.device)
-    take = stepper(config, blueprint, env, rt, mark=lambda name: None, before_update=writer.staged)
+    take = make_step(config, blueprint, env, rt, mark=lambda name: None, before_update=writer.staged)
     held = state
     alone, beside, calls = ([] for _ in range(3))  # seconds
 

@@ -19,8 +19,8 @@ from nmoe.config import Config
 from nmoe.effects import files
 from nmoe.effects.device import gpu, process
 from nmoe.effects.terminal import say
-from nmoe.effects.train.build import fresh, stepper
-from nmoe.effects.train.step import learning_rates
+from nmoe.effects.train.build import fresh
+from nmoe.effects.train.step import learning_rates, make_step
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import plan
@@ -157,7 +157,7 @@ def our_step(config: Config, rt: process.Runtime, batch: Batch) -> Callable[[], 
     """A call takes one step and returns its loss."""
     blueprint = make_blueprint(config)
     state, env = fresh(config, blueprint, rt)
-    take = stepper(config, blueprint, env, rt, mark=lambda name: None)
+    take = make_step(config, blueprint, env, rt, mark=lambda name: None)
 
     def one() -> Tensor:
         nonlocal state

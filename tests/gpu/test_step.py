@@ -17,8 +17,8 @@ from nmoe.bench.kernels import moe, optimizer
 from nmoe.config.sections import Config
 from nmoe.effects.device import cpu, gpu, ops, process
 from nmoe.effects.kernels.moe import moe as mixtures
-from nmoe.effects.train.build import fresh, stepper
-from nmoe.effects.train.step import Metrics, State
+from nmoe.effects.train.build import fresh
+from nmoe.effects.train.step import Metrics, State, make_step
 from nmoe.pure.core import tree
 from nmoe.pure.model import experts, route
 from nmoe.pure.model.blueprint import make_blueprint
@@ -53,7 +53,7 @@ def train(c: Config, steps: int, mode: str | int = "default") -> tuple[State, li
     rt = process.Runtime(device=gpu.device("cuda"), rank=0, world=1, peak_flops=1.0)
     blueprint = make_blueprint(c)
     state, env = fresh(c, blueprint, rt)
-    step = stepper(c, blueprint, env, rt, mark=lambda name: None)
+    step = make_step(c, blueprint, env, rt, mark=lambda name: None)
     data = batch(c)
     state, first = step(state, data)  # libraries initialise, and may wait, in the first step
     found = [first]
@@ -158,7 +158,7 @@ def test_a_replayed_step_is_the_eager_one_bit_for_bit() -> None:
     for c in (eager, replayed):
         blueprint = make_blueprint(c)
         state, env = fresh(c, blueprint, rt)
-        step = stepper(c, blueprint, env, rt, mark=lambda name: None)
+        step = make_step(c, blueprint, env, rt, mark=lambda name: None)
         generator = torch.Generator().manual_seed(3)
         losses: list[float] = []
         for _ in range(12):

@@ -1,27 +1,23 @@
-"""From a config and a Blueprint to what trains: state, ops, step, exchange, and whether it fits."""
+"""From a config and a Blueprint to what trains: state, ops, exchange, and whether it fits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import attrs
 import torch
 
 from nmoe.config import Checkpoint, Config
-from nmoe.effects.device import buffers, graph, ops, process, recompute
+from nmoe.effects.device import buffers, ops, process
 from nmoe.effects.parallel import exchange as exchanges
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.ranks import Ranks
-from nmoe.effects.train.step import Metrics, State, make_step
+from nmoe.effects.train.step import State
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import Plan
-from nmoe.pure.model import model
-from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env, environment
 from nmoe.pure.parallel import exchange_arena
 from nmoe.pure.units import quantity
@@ -62,44 +58,6 @@ def blank(
     built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask, exchange=exchange)
     env = environment(c, train.sequence_length, built)
     return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))
-
-
-def stepper(
-    config: Config,
-    blueprint: Blueprint,
-    env: Env,
-    rt: process.Runtime,
-    *,
-    mark: Callable[[str], None],
-    before_update: Callable[[], None] = lambda: None,
-    exchange: Exchange | None = None,
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """`make_step` as the config wants it: what is recomputed, and whether it is replayed.
-
-    mark           called with the name of each part of a step when it ends; a replayed step is one part
-    before_update  called before anything but gradients is written; of a replayed step, before all of it
-    """
-    block: Callable[..., Any] = model.block
-    if config.train.recompute == "full":
-        block = recompute.full()
-    elif config.train.recompute == "cheap":
-        cheap, block = recompute.cheap(env.ops)
-        env = attrs.evolve(env, ops=cheap)
-    if not config.train.graph:
-        return make_step(
-            config, blueprint, env, rt, mark=mark, before_update=before_update, exchange=exchange, run=block
-        )
-    replayed = make_step(
-        config, blueprint, env, rt, mark=lambda name: None, exchange=exchange, run=block, wrap=graph.replaying
-    )
-
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        before_update()
-        after = replayed(state, batch)
-        mark("step")
-        return after
-
-    return step
 
 
 def exchanging(

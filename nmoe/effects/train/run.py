@@ -28,13 +28,14 @@ from nmoe.effects.record.monitor import watching
 from nmoe.effects.record.names import CHECKPOINTS, CONFIG, PROVENANCE, SOURCES
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import attempt, resume
-from nmoe.effects.train.build import blank, check_memory, exchanging, initialise_, keep, stepper
+from nmoe.effects.train.build import blank, check_memory, exchanging, initialise_, keep
 from nmoe.effects.train.identity import Identity, check_same, facts
 from nmoe.effects.train.loop import settled, train_until
 from nmoe.effects.train.outcome import end, tell_origin
 from nmoe.effects.train.report import Report
 from nmoe.effects.train.save import Saver
 from nmoe.effects.train.session import Connected, Job, Session, Start
+from nmoe.effects.train.step import make_step
 from nmoe.effects.train.world import World
 from nmoe.errors import InputError
 from nmoe.pure.cost.plan import Plan, plan
@@ -238,7 +239,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         clock.mark(name)
         connected.heartbeat.beat()
 
-    step_ = stepper(config, job.blueprint, env, rt, mark=mark, before_update=writer.staged, exchange=start.exchange)
+    step_ = make_step(config, job.blueprint, env, rt, mark=mark, before_update=writer.staged, exchange=start.exchange)
     began = time.monotonic()
     log = scope.enter_context(open_log(job.folder, attempt=writer.attempt, rank=rt.rank))
     flops, monitor = job.plan.flops.training(), None

@@ -1,4 +1,8 @@
-"""One optimizer step: accumulate, clip, update, balance."""
+"""One optimizer step: accumulate, clip, update, balance; what is recomputed in it, and whether it is replayed.
+
+L = layers with experts, E = routed experts, M = microbatches of a step, B = sequences of a microbatch, T = tokens of a
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Config
-from nmoe.effects.device import ops
+from nmoe.effects.device import graph, ops, recompute
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.ranks import all_reduce_sum
@@ -37,7 +41,7 @@ class State:
 
     params: Transformer  # views of the arenas
     arenas: tuple[Any, ...]
-    router_bias: Tensor  # [L E] f32, one row a mixture layer
+    router_bias: Tensor  # [L E] f32, one row a layer with experts
     updates: Tensor  # 0-d i64, optimizer updates made
     skipped: Tensor  # 0-d i64, non-finite steps so far
     skipped_in_row: Tensor  # 0-d i64, of these, the last ones in a row
@@ -48,7 +52,7 @@ class State:
         """Reached only for a field that `donate` took away."""
         if name in DONATED:
             raise SpentStateError(
-                f"State at step {self.step}: a donated state is spent, got a read of '{name}'; "
+                f"State at step {self.step}: expected one that is not donated, got a read of '{name}'; "
                 "use the State that step() returned"
             )
         raise AttributeError(name)
@@ -60,7 +64,7 @@ DONATED = tuple(field.name for field in attrs.fields(State) if field.name != "st
 
 @record
 class Metrics:
-    """What a step tells; 0-d device tensors unless said otherwise, read at the log's cadence."""
+    """What a step returns; 0-d device tensors unless said otherwise, read at the log's cadence."""
 
     loss: Tensor  # nats a target
     auxiliary_loss: Tensor  # weighted sequence-wise balance loss
@@ -81,7 +85,27 @@ class Rates:
     router: Tensor
 
 
-Compute = Callable[[State, Batch, Rates], tuple[State, Metrics]]
+@attrs.frozen(kw_only=True)
+class Setup:
+    """What every step of a training has in common.
+
+    env            with the ops that recompute, where the config wants that
+    passes         of the optimizer over an arena
+    run            `block`, or the wrapper around it that recomputes
+    mark           called with the name of each part of a step when it ends
+    before_update  called before anything but gradients is written
+    exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
+    """
+
+    config: Config
+    blueprint: Blueprint
+    env: Env
+    rt: Runtime
+    passes: ops.ArenaOps
+    run: Callable[..., tuple[Tensor, Any]]
+    mark: Callable[[str], None]
+    before_update: Callable[[], None]
+    exchange: Exchange | None
 
 
 def donate(state: State) -> State:
@@ -121,8 +145,6 @@ def make_step(
     mark: Callable[[str], None],
     before_update: Callable[[], None] = lambda: None,
     exchange: Exchange | None = None,
-    run: Callable[..., tuple[Tensor, Any]] = block,
-    wrap: Callable[[Compute], Compute] = lambda compute: compute,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`step(state, batch) -> (state, metrics)`. It consumes its state: the storages are reused.
 
@@ -130,133 +152,171 @@ def make_step(
     `train.max_nonfinite_steps` of them in a row no step changes anything more, so that whoever reads the metrics late
     finds the state as it was. Nothing in a step waits for the device.
 
-    mark           called with the name of each part when it ends
-    before_update  called before anything but gradients is written
+    mark           called with the name of each part of a step when it ends; a replayed step is one part
+    before_update  called before anything but gradients is written; of a replayed step, before all of it
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
-    run            `block`, or a wrapper around it
-    wrap           what replays a step, given the function that computes it
     """
-    passes, ranks, layouts = ops.arena_ops(rt.device), rt.ranks, blueprint.layouts
-    update_of = {described.name: passes.update_(described.policy.optimizer) for described in layouts}
-    c, train, clip = config.model, config.train, config.optim.clip_norm
+    # What the backward pass computes again in the place of keeping it.
+    run: Callable[..., tuple[Tensor, Any]] = block
+    if config.train.recompute == "full":
+        run = recompute.full()
+    elif config.train.recompute == "cheap":
+        cheap, run = recompute.cheap(env.ops)
+        env = attrs.evolve(env, ops=cheap)
+    setup = Setup(
+        config=config,
+        blueprint=blueprint,
+        env=env,
+        rt=rt,
+        passes=ops.arena_ops(rt.device),
+        run=run,
+        mark=mark,
+        before_update=before_update,
+        exchange=exchange,
+    )
 
-    def accumulate_(state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Add the gradient of the mean loss over the global batch, and sum it over the ranks.
+    # Launched kernel by kernel, or recorded once and replayed: then the host calls nothing between its kernels.
+    if not config.train.graph:
+        return lambda state, batch: compute(setup, donate(state), batch, place_rates(config, state.step, rt.device))
+    recorded = attrs.evolve(setup, mark=lambda name: None, before_update=lambda: None)
+    replayed = graph.replaying(lambda state, batch, rates: compute(recorded, state, batch, rates))
 
-        returns  targets of the global batch; this rank's part of the loss, the auxiliary loss, load and entropy
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        before_update()
+        after = replayed(donate(state), batch, place_rates(config, state.step, rt.device))
+        mark("step")
+        return after
 
-        Writes:  gradients of the arenas; what this rank owns of them is complete.
-        """
-        (num_targets,) = all_reduce_sum(ranks.world, [(batch.targets >= 0).sum()])
-        num_targets = num_targets.clamp(min=1)
-        nll = torch.zeros((), device=rt.device)
-        auxiliary = torch.zeros((), device=rt.device)
-        load = torch.zeros(state.router_bias.shape, dtype=torch.int64, device=rt.device)
-        entropy = torch.zeros(state.router_bias.shape[0], device=rt.device)
-        count = batch.tokens.shape[0]
-        for index in range(count):
-            loss, part, report = objective(
-                state.params,
-                microbatch(batch, index),
-                state.router_bias,
-                env,
-                c,
-                num_targets=num_targets,
-                num_sequences=train.batch_size,
-                chunk=train.loss_chunk,
-                z_loss=train.z_loss,
-                run=run,
-            )
-            if index == count - 1:
-                with zero.scattering_(layouts, state.arenas, state.params, ranks) as finish:
-                    loss.backward()
-                    mark("forward_backward")
-                    finish()
-            else:
+    return step
+
+
+def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[State, Metrics]:
+    """One step on a batch [M B T].
+
+    Writes:  the arenas of `state`; the State returned has them.
+    """
+    config, ranks, exchange, layouts = setup.config, setup.rt.ranks, setup.exchange, setup.blueprint.layouts
+    num_targets, nll, auxiliary, load, entropy = accumulate_(setup, state, batch)
+    with torch.no_grad():
+        # All-reduce of what was summed over the microbatches, and of the square of the gradient norm.
+        owned = zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks)
+        norm = setup.passes.global_norm(owned)
+        overflow = norm.new_zeros(()) if exchange is None else (exchange.needed[0] > 0).float()
+        nll, auxiliary, load, entropy, square, overflow = all_reduce_sum(
+            ranks.world, (nll, auxiliary, load, entropy, norm.double().square(), overflow)
+        )
+        loss, norm = nll / num_targets, square.sqrt().to(norm.dtype)
+        if ranks.world.size > 1:
+            setup.mark("reduce")
+
+        # Clip and update, unless something is not finite: decided on the device, so that the host does not wait.
+        setup.before_update()
+        finite = torch.isfinite(loss) & torch.isfinite(norm) & (overflow == 0)
+        allowed = finite & (state.skipped_in_row < config.train.max_nonfinite_steps)
+        updates = state.updates + allowed
+        shrink = clip_scale(norm, config.optim.clip_norm)
+        change = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1))
+        (square,) = all_reduce_sum(ranks.world, [change.double().square()])
+        change = square.sqrt().to(change.dtype)
+
+        # Balance the load of the experts.
+        bias = route.balance(state.router_bias, load, rate=config.model.moe.bias_update_rate)
+        bias = torch.where(allowed, bias, state.router_bias)
+        skipped = state.skipped + ~allowed
+        skipped_in_row = torch.where(allowed, 0, state.skipped_in_row + 1)
+        setup.mark("optimizer")
+
+        # All-gather of the parameters that the ranks updated.
+        if ranks.world.size > 1:
+            zero.gather_(layouts, state.arenas, ranks)
+            setup.mark("reduce_gather")
+    after = attrs.evolve(
+        state,
+        router_bias=bias,
+        updates=updates,
+        skipped=skipped,
+        skipped_in_row=skipped_in_row,
+        cursor=state.cursor + config.train.batch_size,
+        step=state.step + 1,
+    )
+    return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row)
+
+
+def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Add the gradient of the mean loss over the global batch, and reduce-scatter it.
+
+    returns  targets of the global batch; this rank's part of the loss, the auxiliary loss, load and entropy
+
+    Writes:  gradients of the arenas; what this rank owns of them is complete.
+    """
+    c, train, ranks, device = setup.config.model, setup.config.train, setup.rt.ranks, setup.rt.device
+    (num_targets,) = all_reduce_sum(ranks.world, [(batch.targets >= 0).sum()])
+    num_targets = num_targets.clamp(min=1)
+    nll = torch.zeros((), device=device)
+    auxiliary = torch.zeros((), device=device)
+    load = torch.zeros(state.router_bias.shape, dtype=torch.int64, device=device)
+    entropy = torch.zeros(state.router_bias.shape[0], device=device)
+    count = batch.tokens.shape[0]
+    for index in range(count):
+        loss, part, report = objective(
+            state.params,
+            microbatch(batch, index),
+            state.router_bias,
+            setup.env,
+            c,
+            num_targets=num_targets,
+            num_sequences=train.batch_size,
+            chunk=train.loss_chunk,
+            z_loss=train.z_loss,
+            run=setup.run,
+        )
+        if index == count - 1:
+            with zero.scattering_(setup.blueprint.layouts, state.arenas, state.params, ranks) as finish:
                 loss.backward()
-            nll = nll + part
-            load = load + report.load
-            entropy = entropy + report.entropy / (count * ranks.world.size)
-            auxiliary = auxiliary + report.imbalance.detach().sum() * (c.moe.sequence_balance / train.batch_size)
-        return num_targets, nll, auxiliary, load, entropy
+                setup.mark("forward_backward")
+                finish()
+        else:
+            loss.backward()
+        nll = nll + part
+        load = load + report.load
+        entropy = entropy + report.entropy / (count * ranks.world.size)
+        auxiliary = auxiliary + report.imbalance.detach().sum() * (c.moe.sequence_balance / train.batch_size)
+    return num_targets, nll, auxiliary, load, entropy
 
-    def update_(state: State, rates: Rates, allowed: Tensor, shrink: Tensor, updates: Tensor) -> Tensor:
-        """The update of what this rank owns of every arena, where allowed; the norm of the change.
 
-        Writes:  the arenas; gradients are zero afterwards.
-        """
-        changes: list[Tensor] = []
-        for described, arena, begin, end, at in chunks(state):
-            group = getattr(config.optim, described.policy.group)
+def update_(setup: Setup, state: State, rates: Rates, allowed: Tensor, shrink: Tensor, updates: Tensor) -> Tensor:
+    """Update what this rank owns of every arena, where allowed; return the norm of the change.
+
+    Writes:  the arenas; gradients are zero afterwards.
+    """
+    passes, ranks, optim = setup.passes, setup.rt.ranks, setup.config.optim
+    changes: list[Tensor] = []
+    for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
+        update, group = passes.update_(layout.policy.optimizer), layout.policy.group
+        for begin, end, at in _chunks(layout, ranks.sharing(layout).rank, passes.chunk):
             part, held = slice(begin, end), slice(at, at + end - begin)
             changes.append(
-                update_of[described.name](
+                update(
                     arena.value[part],
-                    arena.remainder[held] if described.has_remainder() else None,
+                    arena.remainder[held] if layout.has_remainder() else None,
                     *(moment[held] for moment in arena.moments),
                     arena.gradient[part],
                     allowed=allowed,
                     shrink=shrink,
                     updates=updates,
-                    lr=getattr(rates, described.policy.group),
-                    **settings(group),
-                    decay=config.optim.weight_decay if described.policy.decay else 0.0,
+                    lr=getattr(rates, group),
+                    **settings(getattr(optim, group)),
+                    decay=optim.weight_decay if layout.policy.decay else 0.0,
                 )
             )
-        for described, arena in zip(layouts, state.arenas, strict=True):
-            if described.parts > 1:
-                arena.gradient.zero_()  # what others own, of which this rank had a part
-        return torch.linalg.vector_norm(torch.stack(changes))
+    for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
+        if layout.parts > 1:
+            arena.gradient.zero_()  # what others own, of which this rank had a part
+    return torch.linalg.vector_norm(torch.stack(changes))
 
-    def chunks(state: State) -> Iterator[tuple[ArenaLayout, Any, int, int, int]]:
-        """What this rank owns, in pieces the optimizer takes: from where to where in an arena, and in what is held."""
-        for described, arena in zip(layouts, state.arenas, strict=True):
-            for each in described.stretches(ranks.sharing(described).rank):
-                for begin in range(each.begin, each.end, passes.chunk):
-                    yield described, arena, begin, min(begin + passes.chunk, each.end), begin - each.begin + each.at
 
-    def compute(state: State, batch: Batch, rates: Rates) -> tuple[State, Metrics]:
-        num_targets, nll, auxiliary, load, entropy = accumulate_(state, batch)
-        with torch.no_grad():
-            norm = passes.global_norm(zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks))
-            overflow = norm.new_zeros(()) if exchange is None else (exchange.needed[0] > 0).float()
-            nll, auxiliary, load, entropy, square, overflow = all_reduce_sum(
-                ranks.world, (nll, auxiliary, load, entropy, norm.double().square(), overflow)
-            )
-            loss, norm = nll / num_targets, square.sqrt().to(norm.dtype)
-            if ranks.world.size > 1:
-                mark("reduce")
-            before_update()
-            finite = torch.isfinite(loss) & torch.isfinite(norm) & (overflow == 0)
-            allowed = finite & (state.skipped_in_row < train.max_nonfinite_steps)
-            updates = state.updates + allowed
-            change = update_(state, rates, allowed, clip_scale(norm, clip), updates.clamp(min=1))
-            (square,) = all_reduce_sum(ranks.world, [change.double().square()])
-            change = square.sqrt().to(change.dtype)
-            bias = route.balance(state.router_bias, load, rate=c.moe.bias_update_rate)
-            bias = torch.where(allowed, bias, state.router_bias)
-            skipped = state.skipped + ~allowed
-            skipped_in_row = torch.where(allowed, 0, state.skipped_in_row + 1)
-            mark("optimizer")
-            if ranks.world.size > 1:
-                zero.gather_(layouts, state.arenas, ranks)
-                mark("reduce_gather")
-        after = State(
-            state.params,
-            state.arenas,
-            bias,
-            updates,
-            skipped,
-            skipped_in_row,
-            state.cursor + train.batch_size,
-            state.step + 1,
-        )
-        return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row)
-
-    wrapped = wrap(compute)
-
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        state = donate(state)
-        return wrapped(state, batch, place_rates(config, state.step, rt.device))
-
-    return step
+def _chunks(layout: ArenaLayout, rank: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """What a rank owns of an arena, in chunks for the optimizer: begin, end, and place among what it owns."""
+    for stretch in layout.stretches(rank):
+        for begin in range(stretch.begin, stretch.end, size):
+            yield begin, min(begin + size, stretch.end), begin - stretch.begin + stretch.at

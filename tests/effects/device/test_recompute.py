@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nmoe.effects.device import process
-from nmoe.effects.train.build import fresh, stepper
+from nmoe.effects.train.build import fresh
+from nmoe.effects.train.step import make_step
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 from tests.effects.train.tiny import tiny
@@ -31,7 +32,7 @@ def trained(policy: Any, *, compute: str, steps: int = 3) -> tuple[list[torch.Te
         return env.ops.norm(*arguments, **options)
 
     counted = attrs.evolve(env, ops=attrs.evolve(env.ops, norm=norm))
-    step = stepper(config, blueprint, counted, RT, mark=lambda name: None)
+    step = make_step(config, blueprint, counted, RT, mark=lambda name: None)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         tokens = torch.randint(61, (1, 2, 17), generator=generator)

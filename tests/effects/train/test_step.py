@@ -139,7 +139,7 @@ def test_a_donated_state_is_spent() -> None:
     state, step = start(config)
     after, _ = step(state, batches(config, 1)[0])
     for name in ("params", "arenas", "router_bias", "cursor", "skipped"):
-        with pytest.raises(SpentStateError, match="step 0: a donated state is spent"):
+        with pytest.raises(SpentStateError, match="step 0: expected one that is not donated"):
             getattr(state, name)
     assert after.step == 1 and after.cursor == config.train.batch_size
     with pytest.raises(SpentStateError):

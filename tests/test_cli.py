@@ -107,10 +107,10 @@ def test_bad_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "command line: a verb, one of run, .*, got nothing; see `nmoe --help`"),
-        (("rnu", "x.toml"), r"command line: a verb, one of run, .*, got rnu; did you mean nmoe run\?"),
-        (("config", "chekc"), r"config: a verb, one of show, check, .*, got chekc; did you mean nmoe config check\?"),
-        (("config",), "config: a verb, one of show, check, diff, schema, got nothing; see `nmoe config --help`"),
+        ((), "command line: expected a verb, one of run, .*, got nothing; see `nmoe --help`"),
+        (("rnu", "x.toml"), r"command line: expected a verb, one of run, .*, got rnu; did you mean nmoe run\?"),
+        (("config", "chekc"), r"config: expected a verb, .*, got chekc; did you mean nmoe config check\?"),
+        (("config",), "config: expected a verb, one of show, .*, schema, got nothing; see `nmoe config --help`"),
         (("run",), "run: the following arguments are required: CONFIG; see `nmoe run --help`"),
         (("plan", QUICKSTART, "--train.steps", "10"), "--train.steps: .*; write --train.steps=10"),
         (("plan", "--train.steps", "10", QUICKSTART), "--train.steps: .*; write --train.steps=10"),
@@ -122,7 +122,7 @@ def test_bad_files(tmp_path: Path) -> None:
             "plan: argument --gpus: invalid int value: 'two'; see `nmoe plan --help`",
         ),
         (("plan", QUICKSTART, "--gpus", "0"), "--gpus: .*"),
-        (("doctor", "--train.steps=10"), "doctor: no overrides, got --train.steps=10; remove it"),
+        (("doctor", "--train.steps=10"), "doctor: expected no overrides, got --train.steps=10; remove it"),
         (("config", "diff", QUICKSTART), "config diff: the following arguments are required: B; see .*"),
     ],
     ids=lambda each: " ".join(map(str, each))[:40] if isinstance(each, tuple) else "",

@@ -30,12 +30,12 @@ from nmoe.pure.model.model import Batch
 from nmoe.pure.units import quantity
 
 OTHERS = ("transformers",)
+
 WARMUP = 3
 """Steps before the clock starts: kernels load, allocators fill."""
 
-
 ROUNDS = 3
-"""How often each trainer has its turn: a machine that is slower for a while is so for both."""
+"""Rounds, in each of which the trainers take turns: a machine that is slower for a while is so for both."""
 
 
 @attrs.frozen(kw_only=True)
@@ -59,19 +59,19 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
     Raises:  InputError when the device or `transformers` is not there, or `jsonl` cannot be written.
     """
     if steps < 1:
-        raise InputError(f"--steps: at least 1, got {steps}; 20 is a good start")
+        raise InputError(f"--steps: expected at least 1, got {steps}; 20 is a good start")
     if against is not None and against not in OTHERS:
-        raise InputError(f"--against: one of {', '.join(OTHERS)}, got {against!r}; name one, or leave it out")
+        raise InputError(f"--against: expected one of {', '.join(OTHERS)}, got {against!r}; name one, or leave it out")
     device = gpu.device(config.run.device)
     peak_flops = gpu.peak_flops(device)
     if jsonl is not None:
         files.new_file(jsonl, "--jsonl")
     names = ("nmoe",) if against is None else (against, "nmoe")
-    parts: dict[str, list[Timing]] = {name: [] for name in names}
+    rounds: dict[str, list[Timing]] = {name: [] for name in names}
     for _ in range(ROUNDS):
         for name in names:
-            parts[name].append(apart(config, name, steps))
-    timings = {name: on_all_ranks(parts[name]) for name in reversed(names)}
+            rounds[name].append(in_fresh_process(config, name, steps))
+    timings = {name: merged(rounds[name]) for name in reversed(names)}
     flops = plan(config, make_blueprint(config), mfu=1.0, peak_flops=peak_flops).flops.training()
     tokens = config.train.batch_size * config.train.sequence_length
     for name, timing in timings.items():
@@ -90,7 +90,7 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
     return 0
 
 
-def apart(config: Config, name: str, steps: int) -> Timing:
+def in_fresh_process(config: Config, name: str, steps: int) -> Timing:
     """`timed` in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(timed, config, name, steps).result()
@@ -112,12 +112,12 @@ def timed(config: Config, name: str, steps: int) -> Timing:
     return attrs.evolve(timing, memory_bytes=gpu.memory_bytes(device) - held)
 
 
-def on_all_ranks(rounds: Sequence[Timing]) -> Timing:
-    """All rounds as one."""
+def merged(rounds: Sequence[Timing]) -> Timing:
+    """Merge the rounds of a trainer."""
     return Timing(
-        seconds=tuple(seconds for each in rounds for seconds in each.seconds),
+        seconds=tuple(seconds for timing in rounds for seconds in timing.seconds),
         loss=rounds[0].loss,
-        memory_bytes=max(each.memory_bytes for each in rounds),
+        memory_bytes=max(timing.memory_bytes for timing in rounds),
     )
 
 
@@ -131,7 +131,7 @@ def random_batch(config: Config, device: torch.device) -> Batch:
 
 
 def measure(one: Callable[[], Tensor], steps: int, device: torch.device) -> Timing:
-    """Call `one` until warm, then time `steps` calls; the device is waited for at the end only."""
+    """Call `one` for warm-up, then time `steps` calls; waits for the device at the end only."""
     losses = [one() for _ in range(WARMUP)]
     clock = gpu.Clock(device)
     clock.mark("start")
@@ -173,7 +173,7 @@ def their_classes() -> tuple[Any, Any]:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError as error:
         raise InputError(
-            f'--against: "transformers" needs the extra `hf`, got {error}; pip install "nmoe[hf]"'
+            f'--against: expected the extra `hf` for "transformers", got {error}; pip install "nmoe[hf]"'
         ) from error
     return DeepseekV3Config, DeepseekV3ForCausalLM
 

@@ -65,9 +65,11 @@ def _call(arguments: Sequence[str]) -> int:
         return int(done.code or 0)
     if unknown:
         known = "its own arguments and --section.key=value" if args.takes_overrides else "its own arguments"
-        raise InputError(*(f"{args.verb}: {known}, got {each}; see `nmoe {args.verb} --help`" for each in unknown))
+        raise InputError(
+            *(f"{args.verb}: expected {known}, got {argument}; see `nmoe {args.verb} --help`" for argument in unknown)
+        )
     if overrides and not args.takes_overrides:
-        raise InputError(*(f"{args.verb}: no overrides, got {each}; remove it" for each in overrides))
+        raise InputError(*(f"{args.verb}: expected no overrides, got {override}; remove it" for override in overrides))
     args.overrides, args.command = overrides, ("nmoe", *arguments)
     return args.call(args)
 
@@ -95,7 +97,9 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             rest.append(argument)
         elif match[2] is None:
             value = following if following and not following.startswith("--") else "VALUE"
-            problems.append(f"{argument}: --section.key=value in one argument, got no value; write {argument}={value}")
+            problems.append(
+                f"{argument}: expected --section.key=value in one argument, got no value; write {argument}={value}"
+            )
         else:
             overrides.append(argument)
     if problems:
@@ -116,7 +120,7 @@ def _check_verb(arguments: Sequence[str], verbs: Mapping[str, Sequence[str]]) ->
             near = difflib.get_close_matches(word, known, n=1)
             remedy = f"did you mean {said} {near[0]}?" if near else f"see `{said} --help`"
             where = said.removeprefix("nmoe").strip() or "command line"
-            raise InputError(f"{where}: a verb, one of {', '.join(known)}, got {word or 'nothing'}; {remedy}")
+            raise InputError(f"{where}: expected a verb, one of {', '.join(known)}, got {word or 'nothing'}; {remedy}")
         said, known = f"{said} {word}", tuple(verbs.get(word, ()))
 
 

@@ -62,9 +62,9 @@ def _prep(args: argparse.Namespace) -> int:
     share = (0, 1) if args.worker is None else _share(args.worker)
     workers = args.workers if args.workers is not None else (1 if args.worker else len(os.sched_getaffinity(0)))
     if workers < 1:
-        raise InputError(f"--workers: at least 1, got {workers}; raise it")
+        raise InputError(f"--workers: expected at least 1, got {workers}; raise it")
     if args.dask is not None and (args.worker or args.workers):
-        raise InputError("--dask: without --worker and --workers, got both; leave those to the cluster")
+        raise InputError("--dask: expected it without --worker and --workers, got both; leave those to the cluster")
     source = load_source(args.source)
     known = vocabulary.resolve(source.tokenizer, files.home(os.environ), args.source.parent)
     with open_pool(workers=workers, dask=args.dask) as pool:
@@ -78,7 +78,7 @@ def _share(text: str) -> tuple[int, int]:
     """`i/n` as two numbers."""
     first, _, count = text.partition("/")
     if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
-        raise InputError(f"--worker: I/N with 0 <= I < N, got {text}; write 0/4 to 3/4 for four workers")
+        raise InputError(f"--worker: expected I/N with 0 <= I < N, got {text}; write 0/4 to 3/4 for four workers")
     return int(first), int(count)
 
 
@@ -109,7 +109,7 @@ def _convert(args: argparse.Namespace) -> int:
         convert.to_foreign(args.source, args.split, args.to, args.out, _say)
         return 0
     if args.tokenizer is None:
-        raise InputError("--tokenizer: a name or path with --from, got none; say what the tokens are")
+        raise InputError("--tokenizer: expected a name or path with --from, got none; say what the tokens are")
     tokens = vocabulary.resolve(args.tokenizer, files.home(os.environ), Path())
     convert.from_foreign(args.source, args.origin, tokens, args.out, args.split, _say)
     return 0

@@ -58,7 +58,7 @@ def _runs_tail(args: argparse.Namespace) -> int:
     from nmoe.effects.runs import show as runs
 
     if args.lines < 0:
-        raise InputError(f"--lines: at least 0, got {args.lines}; raise it")
+        raise InputError(f"--lines: expected at least 0, got {args.lines}; raise it")
     return runs.tail(args.root, args.name, args.lines, args.follow)
 
 

@@ -58,17 +58,18 @@ def _run(args: argparse.Namespace) -> int:
     from nmoe.effects.parallel import launch
     from nmoe.effects.parallel.launch import from_environment
 
-    told = from_environment(os.environ)
-    if told.launched and args.gpus not in (None, told.world):
+    started = from_environment(os.environ)
+    if started.launched and args.gpus not in (None, started.world):
         raise InputError(
-            f"--gpus: the {told.world} ranks that a launcher started, got {args.gpus}; leave it to the launcher"
+            f"--gpus: expected the {started.world} ranks that a launcher started, got {args.gpus}; leave it to the "
+            "launcher"
         )
-    ranks = told.world if told.launched else args.gpus
+    ranks = started.world if started.launched else args.gpus
     if ranks is not None:
         args.overrides.append(f"--parallel.ranks={ranks}")
     loaded = load(args)
     config = loaded.config
-    if config.parallel.ranks > 1 and not told.launched:
+    if config.parallel.ranks > 1 and not started.launched:
         patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}
         return launch.start(config.parallel.ranks, args.command[1:], os.environ, **patience)
     from nmoe.effects.train import run

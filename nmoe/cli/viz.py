@@ -26,7 +26,7 @@ def verbs(root: Verbs) -> None:
 
 def _viz(args: argparse.Namespace) -> int:
     if not 0 <= args.port < 65536:
-        raise InputError(f"--port: a number from 0 to 65535, got {args.port}; choose another")
+        raise InputError(f"--port: expected a number from 0 to 65535, got {args.port}; choose another")
     from nmoe.effects import files
     from nmoe.effects.runs import viz
 

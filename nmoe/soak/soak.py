@@ -32,6 +32,7 @@ from nmoe.effects.data.store import shard_writer
 from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import run
+from nmoe.effects.train.outcome import EXIT_UNSAVED
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import share, whole
 from nmoe.pure.checkpoint.retention import Keep
@@ -168,7 +169,7 @@ def allowed(struck: Sequence[Fault]) -> set[int]:
         elif fault.kind == "loader error":
             codes.add(1)
         elif fault.kind in ("disk full", "short write", "failed fsync"):
-            codes.add(run.EXIT_UNSAVED)
+            codes.add(EXIT_UNSAVED)
     return codes
 
 

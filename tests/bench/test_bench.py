@@ -73,11 +73,11 @@ def test_what_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     ours = iter((0.2, 0.1, 0.9))
     theirs = iter((0.3, 0.3, 0.2))
 
-    def apart(_: Config, name: str, steps: int) -> bench.Timing:
+    def in_fresh_process(_: Config, name: str, steps: int) -> bench.Timing:
         seconds = next(ours if name == "nmoe" else theirs)
         return bench.Timing(seconds=(seconds,) * steps, loss=4.5, memory_bytes=10**8 if name == "nmoe" else 5 * 10**9)
 
-    monkeypatch.setattr(bench, "apart", apart)
+    monkeypatch.setattr(bench, "in_fresh_process", in_fresh_process)
     assert bench.step(tiny(), "transformers", 3) == 0
     nmoe, transformers, ratio = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
@@ -109,8 +109,8 @@ def test_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("against", "steps", "message"),
     [
-        (None, 0, "--steps: at least 1, got 0; "),
-        ("nanochat", 3, "--against: one of transformers, got 'nanochat'; "),
+        (None, 0, "--steps: expected at least 1, got 0; "),
+        ("nanochat", 3, "--against: expected one of transformers, got 'nanochat'; "),
     ],
 )
 def test_refusals(against: str | None, steps: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +121,6 @@ def test_refusals(against: str | None, steps: int, message: str, capsys: pytest.
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match=r'^--against: "transformers" needs the extra `hf`, got .*; pip install'):
+    with pytest.raises(InputError, match=r'^--against: expected the extra `hf` for "transformers", got .*; pip'):
         bench.timed(tiny(), "transformers", 3)
     assert capsys.readouterr().out == ""

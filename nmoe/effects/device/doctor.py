@@ -1,6 +1,6 @@
-"""`nmoe doctor`: whether this machine can do what nmoe is for, and what to do where it cannot.
+"""`nmoe doctor`: check that this machine can run nmoe, and advise where it cannot.
 
-`gather` looks, `judge` decides: a function of what was seen alone.
+`gather` collects the facts, `judge` is a function of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -25,27 +25,14 @@ from nmoe.config.data_mixture import load_mixture
 from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
 from nmoe.effects.parallel.launch import MULTICAST_OFF
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 
 MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6)})
 """Oldest version of each that nmoe works with."""
 
-EXTRAS = MappingProxyType(
-    {
-        "data": ("datasketch", "pyarrow", "tokenizers", "zstandard"),
-        "hub": ("datasets",),
-        "cluster": ("distributed",),
-        "viz": ("starlette", "uvicorn", "duckdb"),
-        "hf": ("transformers",),
-        "telemetry": ("nvidia-ml-py",),
-        "tensorboard": ("tensorboard",),
-        "wandb": ("wandb",),
-        "trackio": ("trackio",),
-        "mlflow": ("mlflow-skinny",),
-    }
-)
-"""Packages of each optional extra."""
+REQUIREMENT = re.compile(r"([\w.-]+).*extra == [\"'](\w+)")
+"""A package of an extra, as metadata has it: `name>=1.0; extra == "viz"`."""
 
 GIB = 2**30
 LITTLE_MEMORY, LITTLE_DISK = 4 * GIB, 4 * GIB
@@ -79,6 +66,7 @@ class Facts:
     python: str
     system: str
     packages: Mapping[str, str]  # version of each installed package
+    extras: Mapping[str, tuple[str, ...]]  # packages of each optional extra; none when nmoe is not installed
     broken: Mapping[str, str]  # what happened when torch or triton was imported
     cpus: int
     memory_bytes: int
@@ -110,10 +98,8 @@ def main(as_json: bool) -> int:
     if as_json:
         say(json.dumps([attrs.asdict(line) for line in lines], indent=2))
     else:
-        width = max(len(line.what) for line in lines)
-        for line in lines:
-            advice = f" -> {line.advice}" if line.advice else ""
-            say(f"{line.level:<4}  {line.what:<{width}}  {line.value}{advice}")
+        rows = [(line.level, line.what, f"{line.value} -> {line.advice}".removesuffix(" -> ")) for line in lines]
+        say(table(("level", "checked", "result"), rows, left=3))
     return int(any(line.level == "FAIL" for line in lines))
 
 
@@ -140,7 +126,10 @@ def _software(facts: Facts) -> Iterator[Line]:
         else:
             advice = f"pip install --upgrade '{package}>={_dotted(MINIMUM[package])}'"
             yield _version(package, facts.packages[package], advice)
-    for extra, packages in EXTRAS.items():
+    if not facts.extras:
+        value = "unknown, nmoe runs from a checkout that is not installed"
+        yield Line(level="warn", what="extras", value=value, advice="pip install -e .")
+    for extra, packages in facts.extras.items():
         value = ", ".join(f"{package} {facts.packages.get(package, 'absent')}" for package in packages)
         if all(package in facts.packages for package in packages):
             yield Line(level="ok", what=f"extra {extra}", value=value)
@@ -219,11 +208,11 @@ def _preset(preset: Preset, facts: Facts) -> Iterator[Line]:
         yield Line(level="ok", what=preset.path, value="this machine has what it needs")
 
 
-def _version(what: str, found: str, advice: str) -> Line:
+def _version(what: str, installed: str, advice: str) -> Line:
     """A version against the oldest that works."""
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) >= MINIMUM[what]:
-        return Line(level="ok", what=what, value=found)
-    return Line(level="FAIL", what=what, value=f"{found}, older than {_dotted(MINIMUM[what])}", advice=advice)
+    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) >= MINIMUM[what]:
+        return Line(level="ok", what=what, value=installed)
+    return Line(level="FAIL", what=what, value=f"{installed}, older than {_dotted(MINIMUM[what])}", advice=advice)
 
 
 def _dotted(parts: tuple[int, int]) -> str:
@@ -239,11 +228,13 @@ def gather() -> Facts:
     names = ("torch", *(["triton"] if system == "Linux" else []))
     broken = {name: problem for name in names if (problem := import_problem(name)) is not None}
     gpus, supported, peers = ((), (), True) if "torch" in broken else see_gpus()
-    wanted = ("torch", "triton", *(package for packages in EXTRAS.values() for package in packages))
+    extras = read_extras()
+    wanted = ("torch", "triton", *(package for packages in extras.values() for package in packages))
     return Facts(
         python=platform.python_version(),
         system=system,
-        packages={package: found for package in wanted if (found := installed(package)) is not None},
+        packages={package: number for package in wanted if (number := installed(package)) is not None},
+        extras=extras,
         broken=broken,
         cpus=os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -255,6 +246,18 @@ def gather() -> Facts:
         runs_problem=probe(Path("runs")),
         presets=tuple(read_preset(path) for path in sorted(Path("configs").glob("*.toml"))),
     )
+
+
+def read_extras() -> dict[str, tuple[str, ...]]:
+    """Packages of each optional extra by nmoe's own metadata, but those of development; none when it is not "
+    "installed."""
+    try:
+        lines = requires("nmoe") or []
+    except PackageNotFoundError:
+        return {}
+    pairs = [match.groups() for line in lines if (match := REQUIREMENT.match(line))]
+    names = dict.fromkeys(extra for _, extra in pairs if extra != "dev")
+    return {name: tuple(package for package, extra in pairs if extra == name) for name in names}
 
 
 def installed(package: str) -> str | None:
@@ -305,7 +308,7 @@ def probe(folder: Path) -> str | None:
             read = (final / "config.toml").read_text(encoding="utf-8")
     except OSError as error:
         return f"{error.strerror} at {error.filename or place}"
-    return None if read == "written" else f"a renamed file holds what was written, got {read!r} in {place}"
+    return None if read == "written" else f"expected a renamed file to hold what was written, got {read!r} in {place}"
 
 
 def read_preset(path: Path) -> Preset:

@@ -23,25 +23,25 @@ def device(name: str, index: int = 0, count: int = 1) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError(
-            'run.device: "cuda" needs a GPU that torch can use, got none; write device = "cpu" or fix the driver'
+            'run.device: expected a GPU that torch can use for "cuda", got none; write device = "cpu" or fix the driver'
         )
     if 1 < count and torch.cuda.device_count() < count:
         raise InputError(
-            f"parallel.ranks: a GPU for each of the {count} ranks of this host, got {torch.cuda.device_count()}; start "
-            "fewer, or look at CUDA_VISIBLE_DEVICES"
+            f"parallel.ranks: expected a GPU for each of the {count} ranks of this host, got "
+            f"{torch.cuda.device_count()}; start fewer, or look at CUDA_VISIBLE_DEVICES"
         )
     capability = torch.cuda.get_device_capability(index)
     if capability not in PEAK_FLOPS:
         known = ", ".join(f"{major}.{minor}" for major, minor in PEAK_FLOPS)
         raise InputError(
-            f"run.device: the GPU has a supported compute capability ({known}), got {capability[0]}.{capability[1]} "
-            f'({torch.cuda.get_device_name(index)}); use one of those or device = "cpu"'
+            f"run.device: expected a GPU of a supported compute capability ({known}), got "
+            f'{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(index)}); use one of those or device = "cpu"'
         )
     return torch.device("cuda", index)
 
 
 def peak_flops(where: torch.device) -> float:
-    """FLOP/s that count as 100 % MFU: the data sheet's for a GPU, a measured fp32 product for a CPU.
+    """FLOP/s that count as 100 % MFU: the data sheet's for a GPU, a measured fp32 GEMM for a CPU.
 
     The CPU has no honest data sheet, so this multiplies two matrices for about a fifth of a second and takes the best.
     """
@@ -65,7 +65,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def synchronize(where: torch.device) -> None:
-    """Wait for everything the device was given to do."""
+    """Wait for everything the device was given."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)
 

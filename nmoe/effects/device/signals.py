@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_PREEMPTED = 75
-"""Exit code of a run that was told to end and can go on: EX_TEMPFAIL, which schedulers may be told to requeue."""
+"""Exit code of a preempted run, which can be resumed: EX_TEMPFAIL, on which schedulers can requeue it."""
 
 
 class Stop:
-    """Whether somebody asked the run to end, how, and when."""
+    """The signal that asks the run to end, and when it came."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -29,7 +29,7 @@ class Stop:
         self.signal = signal.Signals(number)
 
     def exit_code(self) -> int:
-        """0 when nobody asked; 130 for an interrupt, as a shell reports it; 75 for who wants the run to go on later."""
+        """Exit code: 0 without a signal; 130 for an interrupt, as a shell reports it; 75 for a preemption."""
         if self.signal is None:
             return 0
         return 128 + self.signal if self.signal == signal.SIGINT else EXIT_PREEMPTED
@@ -70,7 +70,7 @@ def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Sto
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         if number != signal.SIGINT and not timers:
-            # a thread, because the main one may be deep inside a product of matrices
+            # a thread, because the main one may be deep inside a GEMM
             timers.append(threading.Timer(grace_s, end_now))
             timers[0].daemon = True
             timers[0].start()

@@ -91,7 +91,7 @@ def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
     if wanted > there:
         train = config.train
         raise InputError(
-            f"train.microbatch_size: what a step needs fits the GPU's {quantity(there, 'B')}, got "
+            f"train.microbatch_size: expected a step that fits the GPU's {quantity(there, 'B')}, got "
             f"{quantity(wanted, 'B')} for {train.microbatch_size} sequences of {train.sequence_length}; lower "
             'microbatch_size, write train.recompute = "cheap" or "full", or precision.moments = "bf16"'
         )

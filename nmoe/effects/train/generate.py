@@ -35,9 +35,9 @@ def extend(
     temperature: float,
     key: Key,
 ) -> list[int]:
-    """`tokens` and `num_tokens` more, drawn one by one from the model.
+    """Sample `num_tokens` more tokens after `tokens`, one by one, without a cache of keys and values.
 
-    The model sees the last `max_positions` tokens and is run anew for each: for reading samples, not for serving.
+    The model sees the last `max_positions` tokens and runs again for every token: for samples, not for serving.
 
     vocab_size   ids the tokenizer knows; the model may have more rows
     temperature  divisor of the logits; 0 takes the most likely token
@@ -53,19 +53,19 @@ def extend(
         if temperature == 0:
             tokens.append(int(logits.argmax().item()))
         else:
-            share = torch.softmax(logits / temperature, -1)
-            tokens.append(int(torch.multinomial(share, 1, generator=generator).item()))
+            probability = torch.softmax(logits / temperature, -1)
+            tokens.append(int(torch.multinomial(probability, 1, generator=generator).item()))
     return tokens
 
 
 def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> int:
-    """Print `prompt` and its continuation by the run in `folder`."""
+    """Print `prompt` and its continuation by the weights of the run in `folder`."""
     if not (folder / "config.toml").is_file():
-        raise InputError(f"{folder}: a run folder holds config.toml, got none; `nmoe runs list` shows the runs")
+        raise InputError(f"{folder}: expected config.toml of a run, got none; `nmoe runs list` shows the runs")
     if num_tokens < 1:
-        raise InputError(f"--tokens: at least 1, got {num_tokens}; ask for more")
+        raise InputError(f"--tokens: expected at least 1, got {num_tokens}; ask for more")
     if not 0 <= temperature < float("inf"):
-        raise InputError(f"--temperature: 0 or more, got {temperature}; 0 takes the most likely token")
+        raise InputError(f"--temperature: expected 0 or more, got {temperature}; 0 takes the most likely token")
     config = load_valid(folder / "config.toml", {}, ()).config
     c = config.model
     tokenizer = tokenizers.load(folder)

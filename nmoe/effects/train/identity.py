@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: what makes it this run, compared key by key."""
+"""Resume compatibility: the identity of a run compared with that of a checkpoint, and of a rank with that of rank 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENIZER, DATA = "tokenizer.identity", "data.identity"
 
 @attrs.frozen(kw_only=True)
 class Identity:
-    """What makes a run this run: what the config says, which tokenizer, which data."""
+    """What a checkpoint must agree on with a run that resumes from it: config, tokenizer, data."""
 
     config: Config
     tokenizer: str
@@ -28,14 +28,14 @@ class Identity:
 
 
 def values(identity: Identity) -> dict[str, Any]:
-    """Every key of the identity with its value, for a checkpoint to hold."""
+    """Every key of the identity with its value, as a checkpoint holds it."""
     return {**identity_values(identity.config), TOKENIZER: identity.tokenizer, DATA: identity.data}
 
 
 def accepted(
     where: str, stored: Mapping[str, Any], identity: Identity, accept: Sequence[str]
 ) -> tuple[Difference, ...]:
-    """The keys on which a checkpoint and this run do not agree, all of which the user accepts.
+    """Compare the identity of a checkpoint with that of this run; the differences, all of which the user accepts.
 
     where    names the checkpoint
     stored   what `values` gave when it was saved
@@ -54,13 +54,15 @@ def accepted(
         ),
     )
     problems = [
-        f"--accept: a key of the identity, got {key}; {_hint(key, known)}" for key in accept if key not in known
+        f"--accept: expected a key of the identity, got {key}; {_hint(key, known)}"
+        for key in accept
+        if key not in known
     ]
     problems += [
-        f"{each.path}: {_text(each.left)} in {where}, got {_text(each.right)}; set it back, train under another "
-        f"run.name, or add --accept {each.path} to go on knowingly"
-        for each in differences
-        if each.path not in accept
+        f"{difference.path}: expected {_text(difference.left)} as in {where}, got {_text(difference.right)}; set it "
+        f"back, train under another run.name, or add --accept {difference.path} to resume all the same"
+        for difference in differences
+        if difference.path not in accept
     ]
     if problems:
         raise InputError(*problems)
@@ -73,17 +75,17 @@ def facts(config: Config) -> dict[str, str]:
 
 
 def check_same(ranks: Ranks, facts: Mapping[str, str]) -> None:
-    """Refuse ranks that do not have the same facts.
+    """All-gather the facts of the ranks, and refuse any that differ from rank 0's.
 
     Raises:  InputError on every rank, with a line for each rank and fact that is not as on rank 0.
     """
-    told: list[dict[str, str]] = [json.loads(text) for text in ranks.all_gather_text(json.dumps(facts))]
+    by_rank: list[dict[str, str]] = [json.loads(text) for text in ranks.all_gather_text(json.dumps(facts))]
     problems = [
-        f"rank {rank}: {name} as on rank 0, {told[0].get(name, 'nothing')}, got {theirs.get(name, 'nothing')}; start "
-        "all ranks with the same code, config and data"
-        for rank, theirs in enumerate(told)
-        for name in dict.fromkeys((*told[0], *theirs))
-        if theirs.get(name) != told[0].get(name)
+        f"rank {rank}: expected {name} as on rank 0, {by_rank[0].get(name, 'nothing')}, got "
+        f"{theirs.get(name, 'nothing')}; start all ranks with the same code, config and data"
+        for rank, theirs in enumerate(by_rank)
+        for name in dict.fromkeys((*by_rank[0], *theirs))
+        if theirs.get(name) != by_rank[0].get(name)
     ]
     if problems:
         raise InputError(*problems)

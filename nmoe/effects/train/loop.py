@@ -1,4 +1,7 @@
-"""The loop of a training: validate, save, read, step, report, and what all ranks have to agree on meanwhile."""
+"""The loop of a training: validate, save, read, step, report; and what happens at its end.
+
+V = ids of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.checkpoint.writer import SaveError
+from nmoe.effects.data.tokenizer import Tokenizer, byte_lengths
 from nmoe.effects.device import signals
 from nmoe.effects.parallel import exchange as exchanges
-from nmoe.effects.parallel.ranks import Ranks
+from nmoe.effects.parallel.ranks import Ranks, with_rank_note
+from nmoe.effects.terminal import warn
 from nmoe.effects.train.evaluate import Held, evaluate, even
-from nmoe.effects.train.session import Session
+from nmoe.effects.train.outcome import EXIT_UNSAVED, end
+from nmoe.effects.train.session import Session, Start
 from nmoe.effects.train.step import State
 from nmoe.pure.model.model import Batch
-from nmoe.pure.watch.validations import Seen, validated
+from nmoe.pure.watch.validations import Validations, validated
+
+FOREVER_S = 1e9
+"""Stands for no limit among the grace times that ranks compare, in seconds: in milliseconds it fits an i64."""
 
 
-def train_until(session: Session, state: State, seen: Seen) -> tuple[State, Seen, bool]:
+def train(session: Session, start: Start) -> int:
+    """Take the steps, save the last state, save the weights; whatever ends the run, the log has an event of it.
+
+    returns  exit code
+    """
+    rt, log, saver, stop = session.runtime, session.log, session.saver, session.stop
+    validations = Validations() if start.restored is None else start.restored.validations
+    try:
+        state, validations, finite = train_until(session, start.state, validations)
+
+        # At the end.
+        session.heartbeat.rest()
+        if finite:
+            # in whole milliseconds, of the rank that has the least
+            left_ms = int(1000 * min(stop.left_s(session.config.checkpoint.grace_s), FOREVER_S))
+            saver.finish(state, validations, -rt.ranks.all_reduce_max([-left_ms])[0] / 1000)
+        saver.settle()
+        return end(session, state, validations, finite, settled(stop, rt.ranks))
+    except SaveError as error:
+        log.event("end", status="failed", exit_code=EXIT_UNSAVED, error=str(error))
+        if rt.rank == 0:
+            warn(f"nmoe: {error}")
+        return EXIT_UNSAVED
+    except BaseException as error:
+        saver.settle()
+        log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
+        with with_rank_note(f"rank {rt.rank}, step {session.heartbeat.step}" if rt.world > 1 else ""):
+            raise
+
+
+def train_until(session: Session, state: State, validations: Validations) -> tuple[State, Validations, bool]:
     """Take steps until the last one, a signal, or too many non-finite steps.
 
-    Signals and the time to save are agreed on by all ranks, so that all take the same branch.
+    All ranks agree on signals and on the time to save, so that all take the same branch.
 
     returns  the state, its validations, and whether the steps were finite
     """
@@ -34,19 +73,19 @@ def train_until(session: Session, state: State, seen: Seen) -> tuple[State, Seen
     while True:
         # Once in a while: a validation. At the head, so that a resumed run makes up for one its last attempt missed.
         due = state.step > 0 and (state.step % config.validation.every == 0 or state.step >= train.steps)
-        if due and not seen.at(state.step) and not agreed(stop, ranks)[0]:
+        if due and not validations.at(state.step) and not agreed(stop, ranks)[0]:
             held = validate(state)
             if held is not None:
                 report.validation(state.step, held)
-                seen = validated(seen, state.step, held.loss, held.bits_per_byte)
+                validations = validated(validations, state.step, held.loss, held.bits_per_byte)
             clock.mark("validation")
 
         # Once in a while: a checkpoint.
         stopped, save = agreed(stop, ranks, saver.due(state.step))
         if state.step >= train.steps or stopped:
-            return state, seen, True
+            return state, validations, True
         if save:
-            saver.save(state, seen)
+            saver.save(state, validations)
             clock.mark("checkpoint")
 
         # Every step.
@@ -70,7 +109,7 @@ def train_until(session: Session, state: State, seen: Seen) -> tuple[State, Seen
             if skipped > before:
                 session.log.event("nonfinite", step=state.step, new=skipped - before, in_row=in_row)
             if in_row >= train.max_nonfinite_steps:
-                return state, seen, False
+                return state, validations, False
             clock.mark("log")
 
 
@@ -78,9 +117,9 @@ def _validator(session: Session) -> Callable[[State], Held | None]:
     """Loss on the validation split; None when a signal came meanwhile."""
     config, ranks, stop = session.config, session.runtime.ranks, session.stop
     batches = even(session.corpus.held, ranks)
-    byte_lengths = _byte_lengths(session.corpus.tokenizer, config.model.vocab_size).to(session.runtime.device)
+    lengths = _byte_lengths(session.corpus.tokenizer, config.model.vocab_size).to(session.runtime.device)
 
-    def held() -> Iterator[Batch]:
+    def unless_stopped() -> Iterator[Batch]:
         for batch in batches:
             yield batch
             session.heartbeat.beat()
@@ -88,41 +127,41 @@ def _validator(session: Session) -> Callable[[State], Held | None]:
                 return
 
     def validate(state: State) -> Held | None:
-        result = evaluate(
+        held = evaluate(
             state.params,
             state.router_bias,
             session.env,
             config.model,
-            held(),
-            byte_lengths,
+            unless_stopped(),
+            lengths,
             chunk=config.train.loss_chunk,
             ranks=ranks,
         )
-        return None if agreed(stop, ranks)[0] else result
+        return None if agreed(stop, ranks)[0] else held
 
     return validate
 
 
-def _byte_lengths(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> Tensor:
-    """Bytes of each id the model has; ids the tokenizer does not know never occur."""
-    known = tokenizers.byte_lengths(tokenizer)
+def _byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """[V] i64: bytes of each id of the model; ids the tokenizer does not know never occur and have 0."""
+    known = byte_lengths(tokenizer)
     return torch.from_numpy(np.pad(known, (0, vocab_size - len(known))).astype(np.int64))
 
 
 def agreed(stop: signals.Stop, ranks: Ranks, *wishes: bool) -> list[bool]:
-    """Whether any rank was asked to end, which all of them know from now on; and whether any has each wish.
+    """All-reduce (max) of signal and wishes: whether any rank got a signal, and whether any has each wish.
 
-    Writes: `stop`.
+    Writes: `stop`, which has the signal on every rank from now on.
     """
-    found = ranks.all_reduce_max([stop.signal or 0, *wishes])
-    if found[0] and ranks.world.size > 1:
-        stop.hear(found[0])
-    return [bool(each) for each in found]
+    signal, *wanted = ranks.all_reduce_max([stop.signal or 0, *wishes])
+    if signal and ranks.world.size > 1:
+        stop.hear(signal)
+    return [bool(signal), *map(bool, wanted)]
 
 
 def settled(stop: signals.Stop, ranks: Ranks) -> signals.Stop:
-    """How the run was asked to end, as all ranks see it; a signal that comes later changes nothing any more."""
-    found = signals.Stop()
+    """The signal that ended the run, as all ranks see it; one that comes later changes nothing any more."""
+    final = signals.Stop()
     if number := ranks.all_reduce_max([stop.signal or 0])[0]:
-        found.hear(number)
-    return found
+        final.hear(number)
+    return final

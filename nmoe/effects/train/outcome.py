@@ -1,12 +1,11 @@
-"""How a run begins and ends in words: what it goes on from, how it went, and a sample of what it has learned.
+"""What a run reports at its ends: the checkpoint it resumes from; at the end its status, exit code and a sample.
 
-Every rank computes what is told; the first one tells it.
+Every rank computes it; the first one prints it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import attrs
 
@@ -25,32 +24,35 @@ from nmoe.effects.train.step import State
 from nmoe.pure.core.key import Key
 from nmoe.pure.model.ops import Env
 from nmoe.pure.units import duration
-from nmoe.pure.watch.validations import Seen
+from nmoe.pure.watch.validations import Validations
 
 EXIT_NONFINITE = 5
 """Exit code of a run that stopped after too many non-finite steps."""
+
+EXIT_UNSAVED = 6
+"""Exit code of a run that ended because its state could not be saved."""
 
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 96
 
 
-def tell_origin(log: Log, step: int, restored: resume.Restored | None, damaged: Sequence[str]) -> None:
-    """Say what this attempt goes on from, and what it passed over."""
-    for each in damaged:
-        log.event("checkpoint_damaged", problem=each)
-        say(f"damaged        {each}")
-    if restored is not None:
-        changed = {each.path: [each.left, each.right] for each in restored.accepted}
-        log.event("resume", step=step, **{"from": restored.origin}, accepted=changed)
-        say(f"resume         at step {step} from {restored.origin}")
-        for path, (left, right) in changed.items():
-            say(f"accepted       {path}: {left} -> {right}")
+def report_origin(log: Log, restored: resume.Restored) -> None:
+    """Report the checkpoint this attempt resumes from, and the damaged ones that were passed over."""
+    for problem in restored.damaged:
+        log.event("checkpoint_damaged", problem=problem)
+        say(f"damaged        {problem}")
+    step, checkpoint = restored.state.step, str(restored.checkpoint)
+    changed = {difference.path: [difference.left, difference.right] for difference in restored.accepted}
+    log.event("resume", step=step, **{"from": checkpoint}, accepted=changed)
+    say(f"resume         at step {step} from {checkpoint}")
+    for path, (left, right) in changed.items():
+        say(f"accepted       {path}: {left} -> {right}")
 
 
-def end(session: Session, state: State, seen: Seen, finite: bool, stop: signals.Stop) -> int:
-    """Keep the weights, say how it went, and with which exit code.
+def end(session: Session, state: State, validations: Validations, finite: bool, stop: signals.Stop) -> int:
+    """Save the weights, report the status, and choose the exit code.
 
-    stop  how the run was asked to end, as all ranks see it
+    stop  the signal that ended the run, as all ranks see it
     """
     config, corpus, log, ranks = session.config, session.corpus, session.log, session.runtime.ranks
     if not stop.preempted():
@@ -59,17 +61,18 @@ def end(session: Session, state: State, seen: Seen, finite: bool, stop: signals.
             weights.save(log.folder, params, state.router_bias)
     if not finite:
         message = (
-            f"step {state.step}: loss and gradient norm are finite, got {config.train.max_nonfinite_steps} steps in a "
-            "row that were not; lower optim.*.lr or lengthen schedule.warmup_tokens, weights are those before them"
+            f"step {state.step}: expected a finite loss and gradient norm, got {config.train.max_nonfinite_steps} "
+            "steps in a row that were not; lower optim.*.lr or lengthen schedule.warmup_tokens, weights are those "
+            "before them"
         )
         log.event("end", status="failed", step=state.step, exit_code=EXIT_NONFINITE, error=message)
         if ranks.world.rank == 0:
             warn(f"nmoe: {message}")
         return EXIT_NONFINITE
-    if seen.last is not None and seen.at(config.train.steps):
+    if validations.last is not None and validations.at(config.train.steps):
         say(
-            f"validation     {seen.last.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram "
-            f"{corpus.bigram:.4f}; {seen.last.bits_per_byte:.4f} bits/byte"
+            f"validation     {validations.last.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram "
+            f"{corpus.bigram:.4f}; {validations.last.bits_per_byte:.4f} bits/byte"
         )
         text = sample(config, corpus, state, session.env)
         log.event("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
@@ -83,7 +86,7 @@ def end(session: Session, state: State, seen: Seen, finite: bool, stop: signals.
 
 
 def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:
-    """A short text by the trained model."""
+    """Sample a short text from the trained model."""
     encoding = tokenizers.encoding(corpus.tokenizer)
     limit = config.train.sequence_length
     tokens = extend(

@@ -1,4 +1,4 @@
-"""`nmoe run --profile`: a trace of a few steps, and what their time went to, beside what the device could do."""
+"""`nmoe run --profile`: a trace of a few steps, and the time of each part beside its FLOPs at the device's peak."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 
 from nmoe.config import Config
 from nmoe.effects.device import gpu
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, table
 from nmoe.effects.train.world import World
 from nmoe.errors import InputError
 from nmoe.pure.cost.plan import plan
@@ -24,7 +24,7 @@ from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
 
 FIRST = 3
-"""Steps that go before: kernels are built, memory is taken."""
+"""Steps before the trace: kernels are built, memory is allocated."""
 
 STEPS = 3
 """Steps that are traced."""
@@ -46,7 +46,7 @@ BACKWARD = "autograd::engine::evaluate_function"
 
 @attrs.frozen(kw_only=True)
 class Part:
-    """What one name took, in a step."""
+    """Time of one part of a step."""
 
     name: str
     forward_s: float
@@ -60,7 +60,7 @@ class Part:
 
 @contextmanager
 def profiling(path: Path, config: Config) -> Iterator[World]:
-    """The world of a run that is watched; when steps enough were seen, the trace is written and the times are told.
+    """Profile a run in the World yielded; after enough steps write the trace and print the times.
 
     path     of the trace, which must not exist yet; Chrome and Perfetto open it
 
@@ -77,7 +77,8 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
         watch.end()
     if watch.steps == 0:
         raise InputError(
-            f"--profile: a run of more than {FIRST} steps, got {watch.seen}; raise train.steps, or start a new run"
+            f"--profile: expected a run of more than {FIRST} steps, got {watch.reads}; raise train.steps, or start a "
+            "new run"
         )
     beside = path.with_name(f".{path.name}.part")
     profiler.export_chrome_trace(str(beside))
@@ -93,65 +94,69 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
 
 
 def check(path: Path, config: Config) -> None:
-    """Refuse what would not end in a trace."""
+    """Refuse a run that would not end in a trace."""
     problems: list[str] = []
     if path.exists():
-        problems.append(f"--profile: a file that is not there yet, got {path}; move it or name another")
+        problems.append(f"--profile: expected a file that is not there yet, got {path}; move it or name another")
     elif not path.parent.is_dir():
-        problems.append(f"--profile: a file in an existing folder, got {path}; make {path.parent}")
+        problems.append(f"--profile: expected a file in an existing folder, got {path}; make {path.parent}")
     if config.train.graph:
-        problems.append("--profile: steps that are not replayed, got train.graph = true; add --train.graph=false")
+        problems.append(
+            "--profile: expected steps that are not replayed, got train.graph = true; add --train.graph=false"
+        )
     if config.parallel.ranks > 1:
-        problems.append(f"--profile: one rank, got {config.parallel.ranks}; add --gpus 1")
+        problems.append(f"--profile: expected one rank, got {config.parallel.ranks}; add --gpus 1")
     if config.train.steps <= FIRST:
-        problems.append(f"--profile: a run of more than {FIRST} steps, got {config.train.steps}; raise train.steps")
+        problems.append(
+            f"--profile: expected a run of more than {FIRST} steps, got {config.train.steps}; raise train.steps"
+        )
     if problems:
         raise InputError(*problems)
 
 
 @attrs.define
 class Watch:
-    """Turns the profiler on and off at the head of a step, where a run reads its next batch."""
+    """Starts and stops the profiler at the head of a step, where a run reads its next batch."""
 
     profiler: Any
     on_gpu: bool
-    seen: int = 0  # steps begun
+    reads: int = 0  # batches read, one a step
     steps: int = 0  # of these, traced to their end
     seconds: float = 0.0  # that they took
     began: float | None = None
 
     def reading(self, read: Callable[[int], Batch]) -> Callable[[int], Batch]:
-        """A `read` that notices."""
+        """`read`, counted: it starts and stops the profiler."""
 
-        def noticing(cursor: int) -> Batch:
-            if self.began is not None and self.seen == FIRST + STEPS:
+        def counted(cursor: int) -> Batch:
+            if self.began is not None and self.reads == FIRST + STEPS:
                 self.end()
-            if self.seen == FIRST:
+            if self.reads == FIRST:
                 self.wait()
                 self.profiler.start()
                 self.began = time.perf_counter()
-            self.seen += 1
+            self.reads += 1
             return read(cursor)
 
-        return noticing
+        return counted
 
     def end(self) -> None:
-        """Stop, if it is on."""
+        """Stop the profiler, if it runs."""
         if self.began is None:
             return
         self.wait()
         self.seconds, self.began = time.perf_counter() - self.began, None
         self.profiler.stop()
-        self.steps = self.seen - FIRST
+        self.steps = self.reads - FIRST
 
     def wait(self) -> None:
-        """For the device, so that a step's work is counted in that step."""
+        """Synchronize with the device, so that the work of a step is counted in that step."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
 
 def parts(events: Sequence[Any], config: Config, steps: int, peak_flops: float, *, on_gpu: bool) -> tuple[Part, ...]:
-    """What each name took, longest first; the last one is all that has no name.
+    """Attribute the time of events to parts, longest first; the last part, `rest`, is all that has no name.
 
     An event belongs to the innermost name around it; in the backward pass, where there is none, to the name around the
     forward op of the same sequence number.
@@ -210,24 +215,30 @@ def time_of(event: Any, on_gpu: bool) -> float:
     return sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
 
 
-def breakdown(found: Sequence[Part], step_s: float) -> str:
-    """The times of a step as a table.
+def breakdown(times: Sequence[Part], step_s: float) -> str:
+    """Format the times of a step as a table.
 
-    step_s   of a step, as the clock has it
+    step_s   of a step, by the clock
     """
-    lines = [f"profile        {'':<20} {'forward':>9} {'backward':>9} {'share':>7} {'at best':>9} {'of it':>7}"]
-    for each in found:
-        floor, reached = "", ""
-        if each.floor_s is not None and each.total_s():
-            floor, reached = f"{1e3 * each.floor_s:.2f} ms", f"{100 * each.floor_s / each.total_s():.1f} %"
-        lines.append(
-            f"{'':<14} {each.name:<20} {1e3 * each.forward_s:>6.2f} ms {1e3 * each.backward_s:>6.2f} ms "
-            f"{100 * each.total_s() / step_s:>5.1f} % {floor:>9} {reached:>7}"
-        )
-    busy = sum(each.total_s() for each in found)
-    idle = max(0.0, step_s - busy)
-    lines.append(f"{'':<14} {'nothing runs':<20} {1e3 * idle:>6.2f} ms {'':>12} {100 * idle / step_s:>5.1f} %")
-    lines.append(
-        f"{'':<14} a step took {1e3 * step_s:.2f} ms while it was watched; at best: FLOPs at the device's peak"
-    )
-    return "\n".join(lines)
+    rows = [_row(part, step_s) for part in times]
+    idle_s = max(0.0, step_s - sum(part.total_s() for part in times))
+    rows.append(("nothing runs", _ms(idle_s), "", _percent(idle_s, step_s), "", ""))
+    head = ("profile", "forward", "backward", "share", "at best", "of it")
+    note = f"a step took {_ms(step_s)} with the profiler on; at best: its FLOPs at the device's peak"
+    return f"{table(head, rows, left=1)}\n{note}"
+
+
+def _row(part: Part, step_s: float) -> tuple[str, ...]:
+    """The cells of one part."""
+    best, reached = "", ""
+    if part.floor_s is not None and part.total_s():
+        best, reached = _ms(part.floor_s), _percent(part.floor_s, part.total_s())
+    return part.name, _ms(part.forward_s), _ms(part.backward_s), _percent(part.total_s(), step_s), best, reached
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %"

@@ -15,7 +15,7 @@ import torch
 
 from nmoe.config import Config, dump, identity
 from nmoe.effects.checkpoint import weights
-from nmoe.effects.checkpoint.writer import SaveError, Writer, open_writer
+from nmoe.effects.checkpoint.writer import Writer, open_writer
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.corpus import Corpus, open_corpus
 from nmoe.effects.data.prefetch import prefetching
@@ -26,12 +26,12 @@ from nmoe.effects.record import provenance
 from nmoe.effects.record.log import create_folder, open_log
 from nmoe.effects.record.monitor import watching
 from nmoe.effects.record.names import CHECKPOINTS, CONFIG, PROVENANCE, SOURCES
-from nmoe.effects.terminal import say, warn
+from nmoe.effects.terminal import say
 from nmoe.effects.train import attempt, resume
 from nmoe.effects.train.build import blank, check_memory, exchanging, initialise_, keep
 from nmoe.effects.train.identity import Identity, check_same, facts
-from nmoe.effects.train.loop import settled, train_until
-from nmoe.effects.train.outcome import end, tell_origin
+from nmoe.effects.train.loop import train
+from nmoe.effects.train.outcome import report_origin
 from nmoe.effects.train.report import Report
 from nmoe.effects.train.save import Saver
 from nmoe.effects.train.session import Connected, Job, Session, Start
@@ -42,13 +42,6 @@ from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.report import render
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.units import quantity
-from nmoe.pure.watch.validations import Seen
-
-EXIT_UNSAVED = 6
-"""Exit code of a run that ended because its state could not be saved."""
-
-FOREVER_S = 1e9
-"""Stands for no limit among the grace times that ranks compare, in seconds: it fits an integer of milliseconds."""
 
 ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": 0.15})
 """What the estimate before the first step assumes: about what docs/log.md has of each device."""
@@ -62,7 +55,7 @@ class Request:
     command  the argument vector, for the record
     label    first part of the run folder's name when the config gives none
     accept   keys of the identity that may differ from the checkpoint's
-    world    what is met outside
+    world    its disk, reader of batches and ops
     """
 
     config: Config
@@ -83,7 +76,7 @@ def main(
 ) -> int:
     """Train `config`, from the start or from where an earlier attempt was saved. The arguments are those of `Request`.
 
-    returns  exit code: 0 finished, 5 too many non-finite steps, 6 a state that could not be saved, 75 told to end by
+    returns  exit code: 0 finished, 5 too many non-finite steps, 6 a state that could not be saved, 75 ended by
              SIGTERM or SIGUSR1, 130 interrupted
     """
     request = Request(
@@ -105,8 +98,8 @@ def connect(config: Config, scope: ExitStack) -> Connected:
     launch = from_environment(os.environ)
     if launch.world != config.parallel.ranks:
         raise InputError(
-            f"parallel.ranks: as many as a launcher started, {launch.world}, got {config.parallel.ranks}; start with "
-            f"`nmoe run --gpus {config.parallel.ranks}`, or add --parallel.ranks={launch.world}"
+            f"parallel.ranks: expected as many as a launcher started, {launch.world}, got {config.parallel.ranks}; "
+            f"start with `nmoe run --gpus {config.parallel.ranks}`, or add --parallel.ranks={launch.world}"
         )
     expert_ranks = config.parallel.experts or launch.world
     heartbeat = scope.enter_context(open_rank_heartbeat(launch, config.parallel.timeout_s))
@@ -153,7 +146,6 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
     """
     config, blueprint, ranks = request.config, job.blueprint, rt.ranks
     exchange = on_all_ranks(ranks, lambda: scope.enter_context(exchanging(config, ranks, rt.device)))
-    damaged: list[str] = []
 
     def restore_or_initialise() -> Start:
         check_memory(config, job.plan, rt.device)
@@ -161,7 +153,7 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
         restored = None
         if job.origin is not None:
             restored = resume.restore(
-                request.world.fs, job.origin, state, blueprint, job.identity, request.accept, damaged.append, ranks
+                request.world.fs, job.origin, state, blueprint, job.identity, request.accept, ranks
             )
         if restored is not None:
             state = restored.state
@@ -172,10 +164,10 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
                 resume.put_(state, blueprint, start, ranks)
         if state.step > config.train.steps:
             raise InputError(
-                f"train.steps: at least the {state.step} steps taken, got {config.train.steps}; raise it, or name an "
-                "earlier checkpoint as train.resume"
+                f"train.steps: expected at least the {state.step} steps taken, got {config.train.steps}; raise it, "
+                "or name an earlier checkpoint as train.resume"
             )
-        return Start(state=state, env=env, exchange=exchange, restored=restored, damaged=damaged)
+        return Start(state=state, env=env, exchange=exchange, restored=restored)
 
     return on_all_ranks(ranks, restore_or_initialise)
 
@@ -214,7 +206,7 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
 
     def prepare() -> None:
         if not is_new:
-            attempt.fix(folder, step, validated=restored is not None and restored.seen.at(step))
+            attempt.fix(folder, step, validated=restored is not None and restored.validations.at(step))
             attempt.record(folder, writer.attempt, contents)
         tokenizers.save(job.corpus.tokenizer, folder)
 
@@ -262,7 +254,8 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         active_parameters=job.plan.parameters.active,
         ngram_baseline={"unigram": corpus.unigram, "bigram": corpus.bigram},
     )
-    tell_origin(log, step, start.restored, start.damaged)
+    if start.restored is not None:
+        report_origin(log, start.restored)
     report = Report(
         config=config,
         rt=rt,
@@ -280,7 +273,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         writer,
         log,
         pieces=lambda state: resume.pieces(state, job.blueprint, ranks=rt.ranks),
-        meta=lambda state, seen: resume.meta(state, seen, job.identity),
+        meta=lambda state, validations: resume.meta(state, validations, job.identity),
         saved_step=step,
     )
     return Session(
@@ -301,34 +294,6 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
     )
 
 
-def train(session: Session, start: Start) -> int:
-    """Take the steps, save the last state, keep the weights. Whatever ends it, the log says how.
-
-    returns  exit code
-    """
-    rt, log, saver, stop = session.runtime, session.log, session.saver, session.stop
-    seen = Seen() if start.restored is None else start.restored.seen
-    try:
-        state, seen, finite = train_until(session, start.state, seen)
-        session.heartbeat.rest()
-        if finite:
-            # in whole milliseconds, for the rank that has the least
-            mine = int(1000 * min(stop.left_s(session.config.checkpoint.grace_s), FOREVER_S))
-            saver.finish(state, seen, -rt.ranks.all_reduce_max([-mine])[0] / 1000)
-        saver.settle()
-        return end(session, state, seen, finite, settled(stop, rt.ranks))
-    except SaveError as error:
-        log.event("end", status="failed", exit_code=EXIT_UNSAVED, error=str(error))
-        if rt.rank == 0:
-            warn(f"nmoe: {error}")
-        return EXIT_UNSAVED
-    except BaseException as error:
-        saver.settle()
-        log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
-        with with_rank_note(f"rank {rt.rank}, step {session.heartbeat.step}" if rt.world > 1 else ""):
-            raise
-
-
 def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:
     """What is about to happen, before step 0."""
     train_tokens = corpus.num_tokens
@@ -339,8 +304,7 @@ def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:
             f"data           {quantity(train_tokens)} training tokens ({planned.tokens / train_tokens:.2f} passes)  "
             f"tokenizer {corpus.tokenizer.name} {corpus.tokenizer.identity[:12]} ({corpus.tokenizer.size} ids)",
             f"threads        {torch.get_num_threads()} on the CPU, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}",
-            f"n-grams        unigram {corpus.unigram:.4f} nats  bigram {corpus.bigram:.4f} nats on the validation "
-            "tokens",
+            f"n-grams        unigram {corpus.unigram:.4f} nats  bigram {corpus.bigram:.4f} nats on validation tokens",
         )
     )
 

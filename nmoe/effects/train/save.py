@@ -13,7 +13,7 @@ from nmoe.effects.record.log import Log
 from nmoe.effects.terminal import say
 from nmoe.effects.train.step import State
 from nmoe.pure.checkpoint.pieces import Piece
-from nmoe.pure.watch.validations import Seen
+from nmoe.pure.watch.validations import Validations
 
 
 class Saver:
@@ -30,7 +30,7 @@ class Saver:
         log: Log,
         *,
         pieces: Callable[[State], Sequence[Piece]],
-        meta: Callable[[State, Seen], Mapping[str, Any]],
+        meta: Callable[[State, Validations], Mapping[str, Any]],
         saved_step: int,
     ) -> None:
         """saved_step: the step of the checkpoint this attempt goes on from, 0 without one."""
@@ -57,7 +57,7 @@ class Saver:
         """Wait for the save that is being written, and tell what became of it."""
         self._collect(self._writer.wait)
 
-    def save(self, state: State, seen: Seen) -> None:
+    def save(self, state: State, validations: Validations) -> None:
         """Save the state, in the background when the config says so.
 
         Waits for a save that is still being written.
@@ -69,11 +69,11 @@ class Saver:
         self._collect(self._writer.wait)
         self._raise_failure()
         self._log.sync()
-        score = seen.last.loss if seen.last is not None and seen.at(state.step) else math.nan
+        score = validations.last.loss if validations.last is not None and validations.at(state.step) else math.nan
         self._writer.save(
             self._pieces(state),
             step=state.step,
-            meta=self._meta(state, seen),
+            meta=self._meta(state, validations),
             score=score if math.isfinite(score) else None,
         )
         self._saved_step, self._since, self._stall_s = state.step, began, time.monotonic() - began
@@ -81,7 +81,7 @@ class Saver:
             self._collect(self._writer.wait)
             self._raise_failure()
 
-    def finish(self, state: State, seen: Seen, within_s: float) -> None:
+    def finish(self, state: State, validations: Validations, within_s: float) -> None:
         """Save the state, if it is not saved, and wait until it is committed.
 
         within_s  time there is for it; a save that last took longer is not begun, what was committed before stays
@@ -96,7 +96,7 @@ class Saver:
                 say(f"checkpoint     not saved: it takes {self._seconds:.0f} s, {within_s:.0f} s are left")
                 return
             self._failure = None
-            self.save(state, seen)
+            self.save(state, validations)
             self._collect(self._writer.wait)
         if self._failure is not None and self._failure.saved is None:
             raise self._failure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -38,7 +38,7 @@ class Job:
     """What is trained, on which data, in which folder, and what it will take."""
 
     folder: Path
-    origin: resume.Origin | None  # checkpoints to continue from
+    origin: resume.Origin | None  # checkpoints to resume from
     corpus: Corpus
     identity: Identity
     blueprint: Blueprint
@@ -53,7 +53,6 @@ class Start:
     env: Env
     exchange: Exchange | None
     restored: resume.Restored | None
-    damaged: Sequence[str]  # checkpoints that were passed over, and why
 
 
 @attrs.frozen(kw_only=True)

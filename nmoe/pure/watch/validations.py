@@ -1,4 +1,4 @@
-"""What a run knows besides its State: its validations. Saved and restored with it."""
+"""The last and the best validation of a run: saved and restored with its State."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Validation:
 
 
 @attrs.frozen(kw_only=True)
-class Seen:
+class Validations:
     """The last validation of a run and the one with the lowest loss; None before the first."""
 
     last: Validation | None = None
@@ -32,38 +32,37 @@ class Seen:
         return self.last is not None and self.last.step == step
 
 
-def validated(seen: Seen, step: int, loss: float, bits_per_byte: float) -> Seen:
-    """`seen` after one more validation; the earlier one stays the best when they are equal, a NaN never is."""
+def validated(validations: Validations, step: int, loss: float, bits_per_byte: float) -> Validations:
+    """`validations` after one more validation; the earlier one stays the best when they are equal, a NaN never is."""
     last = Validation(step=step, loss=loss, bits_per_byte=bits_per_byte)
-    better = not math.isnan(loss) and (seen.best is None or loss < seen.best.loss)
-    return Seen(last=last, best=last if better else seen.best)
+    better = not math.isnan(loss) and (validations.best is None or loss < validations.best.loss)
+    return Validations(last=last, best=last if better else validations.best)
 
 
-def dumped(seen: Seen) -> dict[str, Any]:
-    """`seen` as JSON, with numbers that are not finite as strings."""
+def dumped(validations: Validations) -> dict[str, Any]:
+    """`validations` as JSON, with numbers that are not finite as strings."""
 
-    def plain(each: Validation | None) -> dict[str, Any] | None:
-        if each is None:
+    def plain(validation: Validation | None) -> dict[str, Any] | None:
+        if validation is None:
             return None
-        return {key: value if math.isfinite(value) else str(value) for key, value in attrs.asdict(each).items()}
+        return {key: value if math.isfinite(value) else str(value) for key, value in attrs.asdict(validation).items()}
 
-    return {"last": plain(seen.last), "best": plain(seen.best)}
+    return {"last": plain(validations.last), "best": plain(validations.best)}
 
 
-def parse(where: str, values: Mapping[str, Any]) -> Seen:
-    """A `Seen` from what `dumped` made of one.
+def parse(where: str, values: Mapping[str, Any]) -> Validations:
+    """Parse what `dumped` returned.
 
-    Raises:  InputError when it is none.
+    Raises:  InputError for anything else.
     """
 
-    def one(each: Mapping[str, Any] | None) -> Validation | None:
-        if each is None:
+    def one(fields: Mapping[str, Any] | None) -> Validation | None:
+        if fields is None:
             return None
-        return Validation(step=int(each["step"]), loss=float(each["loss"]), bits_per_byte=float(each["bits_per_byte"]))
+        loss, bits_per_byte = float(fields["loss"]), float(fields["bits_per_byte"])
+        return Validation(step=int(fields["step"]), loss=loss, bits_per_byte=bits_per_byte)
 
     try:
-        return Seen(last=one(values["last"]), best=one(values["best"]))
+        return Validations(last=one(values["last"]), best=one(values["best"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{where}: a checkpoint holds the run's validations, got {values!r}; use another checkpoint"
-        ) from error
+        raise InputError(f"{where}: expected the run's validations, got {values!r}; use another checkpoint") from error

@@ -19,13 +19,15 @@ from nmoe.effects.device.doctor import Facts, Gpu, Line, Preset
 REPOSITORY = Path(__file__).resolve().parents[3]
 H100 = Gpu(name="NVIDIA H100", memory_bytes=80 * 2**30, capability=(9, 0))
 A100 = Gpu(name="NVIDIA A100", memory_bytes=40 * 2**30, capability=(8, 0))
-PACKAGES = {package: "1.0" for packages in doctor.EXTRAS.values() for package in packages}
+EXTRAS = {"data": ("pyarrow", "tokenizers"), "hf": ("transformers",)}
+PACKAGES = {package: "1.0" for packages in EXTRAS.values() for package in packages}
 OFF = {"NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 GOOD = Facts(
     python="3.12.1",
     system="Linux",
     packages={"torch": "2.11.0+cu130", "triton": "3.6.0", **PACKAGES},
+    extras=EXTRAS,
     broken={},
     cpus=16,
     memory_bytes=128 * 2**30,
@@ -41,7 +43,7 @@ GOOD = Facts(
 
 def without(package: str) -> dict[str, str]:
     """The packages of a good machine but one."""
-    return {name: found for name, found in GOOD.packages.items() if name != package}
+    return {name: version for name, version in GOOD.packages.items() if name != package}
 
 
 def finding(facts: Facts, what: str) -> Line:
@@ -50,7 +52,7 @@ def finding(facts: Facts, what: str) -> Line:
     return line
 
 
-def test_a_good_machine_has_nothing_to_mend() -> None:
+def test_a_good_machine_has_nothing_to_fix() -> None:
     for facts in (GOOD, attrs.evolve(GOOD, gpus=(), environ={}, presets=(Preset(path="c", device="cpu"),))):
         assert {(line.level, line.advice) for line in doctor.judge(facts)} == {("ok", "")}
 
@@ -68,6 +70,7 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
         ({"broken": {"triton": "ImportError: libtriton.so"}}, "triton", "FAIL", "libtriton.so"),
         ({"packages": without("pyarrow")}, "extra data", "warn", "pip install 'nmoe[data]'"),
         ({"packages": without("transformers")}, "extra hf", "warn", "transformers absent"),
+        ({"extras": {}}, "extras", "warn", "pip install -e ."),
         ({"memory_bytes": 2 * 2**30}, "cpu and memory", "warn", "2.0 GiB"),
         ({"free_bytes": 2**29}, "free disk", "warn", "0.5 GiB"),
         ({"runs_problem": "Permission denied at runs"}, "folder runs", "FAIL", "Permission denied at runs"),
@@ -119,7 +122,7 @@ def test_versions_and_extras_are_those_of_the_project() -> None:
         name: tuple(p.split(">=")[0] for p in packages) for name, packages in project["optional-dependencies"].items()
     }
     del extras["dev"]
-    assert dict(doctor.EXTRAS) == extras
+    assert doctor.read_extras() == extras
 
 
 def test_probe_leaves_nothing(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_this_machine(tmp_path: Path) -> None:
     (configs / "bad.toml").write_text(quickstart.replace("num_layers", "num_layer"))
     done = doctor_in(tmp_path)
     assert done.returncode == 1
-    levels = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()}
+    levels = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()[1:]}
     assert levels["configs/bad.toml"] == "FAIL" and levels["configs/shards.toml"] == "ok"
 
 

@@ -31,7 +31,7 @@ from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core import tree
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch, objective
-from nmoe.pure.watch.validations import Seen
+from nmoe.pure.watch.validations import Validations
 from tests.effects.parallel.rank_runs import as_world, environment, free_port, in_group, on_ranks, state_of, train
 from tests.effects.train.tiny import tiny
 
@@ -177,7 +177,7 @@ def test_a_state_is_the_same_whoever_saves_it(alone: Path, sources: Path, tmp_pa
             where: dict[str, Any] = {"rank": ranks.world.rank, "world": ranks.world.size, "exchange": ranks.background}
             with open_writer(Disk(), there, keep=keep, **where) as writer:
                 pieces = resume.pieces(state, blueprint, ranks=ranks)
-                writer.save(pieces, step=STEPS, meta=resume.meta(state, Seen(), this))
+                writer.save(pieces, step=STEPS, meta=resume.meta(state, Validations(), this))
                 writer.wait()
 
         in_group(as_world(config, world, experts=experts), tmp_path / f"{world}.out", save_again)
@@ -328,7 +328,8 @@ def test_ranks_with_different_configs_are_refused_by_name(sources: Path, tmp_pat
     told = train(config, tmp_path / "out", rank1=other)
     assert [code for code, _ in told] == [2, 2] and told[1][1].strip() == ""
     assert told[0][1] == (
-        "nmoe: rank 1: train.z_loss as on rank 0, 0.0, got 0.5; start all ranks with the same code, config and data\n"
+        "nmoe: rank 1: expected train.z_loss as on rank 0, 0.0, got 0.5; start all ranks with the same code, config "
+        "and data\n"
     )
     assert not (tmp_path / "runs").exists()
 

@@ -29,7 +29,7 @@ from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core.key import Key
 from nmoe.pure.data.stages import single_source
 from nmoe.pure.model.blueprint import make_blueprint
-from nmoe.pure.watch.validations import Seen
+from nmoe.pure.watch.validations import Validations
 from tests.effects.train.tiny import tiny
 from tests.golden.curve import text
 
@@ -76,7 +76,7 @@ def main(rank: int, folder: Path) -> None:
             state, metrics = step(state, read(state.cursor))
             losses.append(float(metrics.loss).hex())
             pieces = [share(piece, rank, WORLD) for piece in resume.pieces(state, blueprint)]
-            writer.save(pieces, step=state.step, meta=resume.meta(state, Seen(), this))
+            writer.save(pieces, step=state.step, meta=resume.meta(state, Validations(), this))
         writer.wait()
     end = [piece.tensor.clone() for piece in resume.pieces(state, blueprint)]
 

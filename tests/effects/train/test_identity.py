@@ -60,10 +60,10 @@ def test_run_fields_may_change_and_the_rest_may_not() -> None:
         "data.identity",
     ]
     assert told[0] == (
-        "optim.clip_norm: 1.0 in step-7, got 2.0; set it back, train under another run.name, or add --accept "
-        "optim.clip_norm to go on knowingly"
+        "optim.clip_norm: expected 1.0 as in step-7, got 2.0; set it back, train under another run.name, or add "
+        "--accept optim.clip_norm to resume all the same"
     )
-    assert "q_lora_rank: 12 in step-7, got nothing; " in told[2]
+    assert "q_lora_rank: expected 12 as in step-7, got nothing; " in told[2]
 
 
 def test_what_is_accepted_is_told_and_nothing_else_is() -> None:
@@ -77,7 +77,7 @@ def test_what_is_accepted_is_told_and_nothing_else_is() -> None:
     ]
     assert accepted("step-7", stored(other), other, ("optim.clip_norm",)) == (), "the same command again"
     assert problems(kept, of(BASE), "optim.clip_nrm") == (
-        "--accept: a key of the identity, got optim.clip_nrm; did you mean optim.clip_norm?",
+        "--accept: expected a key of the identity, got optim.clip_nrm; did you mean optim.clip_norm?",
     )
 
 
@@ -87,7 +87,7 @@ def test_a_key_that_was_not_known_then_has_its_default() -> None:
     assert [line.partition(":")[0] for line in problems(kept, of(BASE))] == ["data.identity"]
     scaled = attrs.evolve(BASE.model, moe=attrs.evolve(BASE.model.moe, route_scale=2.0))
     told = problems(kept, of(attrs.evolve(BASE, model=scaled)), "data.identity")
-    assert told[0].startswith("model.moe.route_scale: nothing in step-7, got 2.0; ")
+    assert told[0].startswith("model.moe.route_scale: expected nothing as in step-7, got 2.0; ")
     assert problems({**kept, "model.gone": 3}, of(BASE), "data.identity")[0].startswith(
-        "model.gone: 3 in step-7, got n"
+        "model.gone: expected 3 as in step-7, got n"
     )

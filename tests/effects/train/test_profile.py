@@ -88,7 +88,7 @@ def test_a_run_tells_where_its_time_goes(tmp_path: Path) -> None:
     assert count["linear_cross_entropy"] >= STEPS and count["adamw_"] >= STEPS
 
     table = done.stdout[done.stdout.index("profile ") :]
-    rows = re.findall(r"^ +([a-z_]+) +([\d.]+) ms +([\d.]+) ms +([\d.]+) %", table, re.MULTILINE)
+    rows = re.findall(r"^([a-z_]+) +([\d.]+) ms +([\d.]+) ms +([\d.]+) %", table, re.MULTILINE)
     times = {name: (float(forward), float(backward)) for name, forward, backward, _ in rows}
     assert set(times) == {*PARTS, "rest"}
     # the tiny model's query has no low rank; its norms are quicker than the table's last digit
@@ -105,8 +105,8 @@ def test_a_run_tells_where_its_time_goes(tmp_path: Path) -> None:
 
     refused(
         nmoe(*arguments, "trace.json", "--train.steps=3", cwd=tmp_path),
-        "--profile: a file that is not there yet, got trace.json; .*",
-        "--profile: a run of more than 3 steps, got 3; .*",
+        "--profile: expected a file that is not there yet, got trace.json; .*",
+        "--profile: expected a run of more than 3 steps, got 3; .*",
     )
 
 
@@ -115,7 +115,7 @@ def test_what_would_not_end_in_a_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error, profile.profiling(tmp_path / "absent" / "trace.json", replayed):
         raise RuntimeError("it has begun")
     folder, graph = error.value.problems
-    assert re.fullmatch(r"--profile: a file in an existing folder, got .*; make .*/absent", folder)
+    assert re.fullmatch(r"--profile: expected a file in an existing folder, got .*; make .*/absent", folder)
     assert re.fullmatch(r"--profile: .* not replayed, got train.graph = true; add --train.graph=false", graph)
     with (
         pytest.raises(InputError, match="a run of more than 3 steps, got 0; raise train.steps"),

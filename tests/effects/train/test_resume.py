@@ -24,6 +24,7 @@ from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.record.names import ATTEMPTS, WEIGHTS
 from nmoe.effects.train import build, resume, run
+from nmoe.effects.train.outcome import EXIT_UNSAVED
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core import tree
@@ -154,7 +155,7 @@ def test_a_finished_run_may_have_more_steps(whole: Config, tmp_path: Path) -> No
     assert lines == [line for line in soak.metrics(folder(whole)) if "loss" in line]
     before = content(folder(config))
     code, told = train(config)
-    assert code == 2 and f"train.steps: at least the {STEPS} steps taken, got {STEPS - 4}; " in told
+    assert code == 2 and f"train.steps: expected at least the {STEPS} steps taken, got {STEPS - 4}; " in told
     assert content(folder(config)) == before
     assert train(changed(config, steps=STEPS))[0] == 0, "nothing is left to do"
     assert [line for line in soak.metrics(folder(config)) if "loss" in line] == lines
@@ -166,7 +167,7 @@ def test_what_resume_says_is_what_happens(whole: Config, tmp_path: Path) -> None
     before = content(folder(config))
     for value, says in (
         ("never", 'a new run folder with train.resume = "never", got '),
-        (str(tmp_path / "nowhere"), "train.resume: a run folder or a checkpoint, got "),
+        (str(tmp_path / "nowhere"), "train.resume: expected a run folder or a checkpoint, got "),
     ):
         code, told = train(changed(config, resume=value))
         assert code == 2 and says in told
@@ -206,7 +207,8 @@ def test_another_run_is_refused_key_by_key(whole: Config, tmp_path: Path, source
     wide = attrs.evolve(config.model, moe=attrs.evolve(config.model.moe, top_k=3))
     code, told = train(attrs.evolve(config, model=wide, run=attrs.evolve(config.run, seed=5)))
     assert code == 2
-    assert "nmoe: model.moe.top_k: 2 in " in told and "got 3; set it back" in told and "nmoe: run.seed: 0 in " in told
+    assert "nmoe: model.moe.top_k: expected 2 as in " in told and "got 3; set it back" in told
+    assert "nmoe: run.seed: expected 0 as in " in told
     assert content(folder(config)) == before, "a refused run leaves everything as it was"
 
     longer = changed(config, steps=4)
@@ -287,11 +289,11 @@ def test_a_disk_that_cannot_be_written(whole: Config, tmp_path: Path, number: in
     """Two files a save: the second and third save fail."""
     stop = attrs.evolve(other(whole, tmp_path, "stop"), checkpoint=attrs.evolve(whole.checkpoint, every=4))
     code, told = train(stop, world=run.World(fs=Full(files=2, number=number)))
-    assert code == run.EXIT_UNSAVED, told
+    assert code == EXIT_UNSAVED, told
     assert f"nmoe: {folder(stop)}/checkpoints: the save of step 8" in told and os.strerror(number) in told
     steps = [line["step"] for line in soak.metrics(folder(stop)) if "loss" in line]
     assert steps[-1] == 12, "it trains on to the next save point"
-    assert events(stop, "end")[-1]["exit_code"] == run.EXIT_UNSAVED
+    assert events(stop, "end")[-1]["exit_code"] == EXIT_UNSAVED
     code, told = train(stop)
     assert code == 0, told
     same_end(stop, whole)
@@ -309,7 +311,7 @@ def test_a_state_that_is_never_saved_is_no_success(whole: Config, tmp_path: Path
     settings = attrs.evolve(whole.checkpoint, every=0, on_error="continue")
     config = attrs.evolve(changed(other(whole, tmp_path, "last"), steps=3), checkpoint=settings)
     code, told = train(config, world=run.World(fs=Full(files=0)))
-    assert code == run.EXIT_UNSAVED and "No space left" in told
+    assert code == EXIT_UNSAVED and "No space left" in told
 
 
 @attrs.frozen(kw_only=True)

@@ -18,7 +18,7 @@ from nmoe.effects.record import log
 from nmoe.effects.train.save import Saver
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError
-from nmoe.pure.watch.validations import Seen, Validation, dumped, parse, validated
+from nmoe.pure.watch.validations import Validation, Validations, dumped, parse, validated
 
 
 class Told:
@@ -64,7 +64,7 @@ def saver(opened: log.Log, writer: Told, saved_step: int = 0, **settings: Any) -
         writer,  # pyright: ignore[reportArgumentType]
         opened,
         pieces=lambda state: (),
-        meta=lambda state, seen: {},
+        meta=lambda state, validations: {},
         saved_step=saved_step,
     )
 
@@ -77,14 +77,14 @@ def events(opened: log.Log) -> list[tuple[str, int]]:
 def test_due_by_steps_and_by_time(opened: log.Log) -> None:
     each = saver(opened, Told(), every=4, saved_step=8)
     assert [step for step in range(17) if each.due(step)] == [4, 12, 16], "what it goes on from is saved"
-    each.save(at(12), Seen())
+    each.save(at(12), Validations())
     assert not each.due(12) and each.due(16)
     assert not any(saver(opened, Told(), every=0).due(step) for step in range(99))
     timed = saver(opened, Told(), every=0, minutes=0.05 / 60)
     assert not timed.due(5)
     time.sleep(0.06)
     assert timed.due(5) and not timed.due(0)
-    timed.save(at(5), Seen())
+    timed.save(at(5), Validations())
     assert not timed.due(6)
     time.sleep(0.06)
     assert timed.due(6)
@@ -93,23 +93,23 @@ def test_due_by_steps_and_by_time(opened: log.Log) -> None:
 def test_a_failure_is_told_at_once_and_raised_at_the_next_save_point(opened: log.Log) -> None:
     writer = Told("the disk is full")
     each = saver(opened, writer, every=4)
-    each.save(at(4), Seen())
+    each.save(at(4), Validations())
     assert events(opened) == []
     each.poll()
     assert events(opened) == [("checkpoint_failed", 4)]
     each.poll()
     with pytest.raises(SaveError, match="full"):
-        each.save(at(8), Seen())
+        each.save(at(8), Validations())
     assert [step for step, _ in writer.saves] == [4]
 
 
 def test_or_the_next_save_is_tried(opened: log.Log) -> None:
     writer = Told("the disk is full")
     each = saver(opened, writer, every=4, on_error="continue")
-    each.save(at(4), Seen())
-    each.save(at(8), Seen())
+    each.save(at(4), Validations())
+    each.save(at(8), Validations())
     each.poll()
-    each.finish(at(8), Seen(), 10.0)
+    each.finish(at(8), Validations(), 10.0)
     assert [step for step, _ in writer.saves] == [4, 8]
     assert events(opened) == [("checkpoint_failed", 4), ("checkpoint", 8)]
 
@@ -117,16 +117,16 @@ def test_or_the_next_save_is_tried(opened: log.Log) -> None:
 def test_without_the_background_a_save_point_raises_its_own_failure(opened: log.Log) -> None:
     each = saver(opened, Told("the disk is full"), every=4, asynchronous=False)
     with pytest.raises(SaveError, match="full"):
-        each.save(at(4), Seen())
-    each.save(at(8), Seen())
+        each.save(at(4), Validations())
+    each.save(at(8), Validations())
     assert events(opened) == [("checkpoint_failed", 4), ("checkpoint", 8)]
 
 
 def test_a_save_that_was_committed_is_no_failure_at_the_end(opened: log.Log) -> None:
     writer = Told(SaveError("an old one stays", saved=saved(4)))
     each = saver(opened, writer, every=4)
-    each.save(at(4), Seen())
-    each.finish(at(4), Seen(), 10.0)
+    each.save(at(4), Validations())
+    each.finish(at(4), Validations(), 10.0)
     assert [step for step, _ in writer.saves] == [4]
     assert events(opened) == [("checkpoint_failed", 4), ("checkpoint", 4)]
 
@@ -135,33 +135,33 @@ def test_a_save_that_was_committed_is_no_failure_at_the_end(opened: log.Log) -> 
 def test_the_last_save_is_tried_again_and_then_raised(opened: log.Log, on_error: str) -> None:
     writer = Told("full", "still full", "full")
     each = saver(opened, writer, every=4, on_error=on_error)
-    each.save(at(4), Seen())
+    each.save(at(4), Validations())
     with pytest.raises(SaveError, match="still full"):
-        each.finish(at(4), Seen(), 10.0)
+        each.finish(at(4), Validations(), 10.0)
     each = saver(opened, writer, every=4, on_error=on_error)
-    each.save(at(8), Seen())
-    each.finish(at(8), Seen(), 10.0)
+    each.save(at(8), Validations())
+    each.finish(at(8), Validations(), 10.0)
     assert [step for step, _ in writer.saves] == [4, 4, 8, 8]
 
 
 def test_with_too_little_time_nothing_is_begun(opened: log.Log) -> None:
     writer = Told()
     each = saver(opened, writer, every=4)
-    each.save(at(4), Seen())
-    each.finish(at(6), Seen(), 1.9)
+    each.save(at(4), Validations())
+    each.finish(at(6), Validations(), 1.9)
     assert [step for step, _ in writer.saves] == [4]
     assert events(opened) == [("checkpoint", 4), ("checkpoint_skipped", 6)]
-    each.finish(at(6), Seen(), 2.1)
+    each.finish(at(6), Validations(), 2.1)
     assert [step for step, _ in writer.saves] == [4, 6]
 
 
 def test_only_the_validation_of_its_own_step_scores_a_checkpoint(opened: log.Log) -> None:
     writer = Told()
     each = saver(opened, writer, every=1)
-    seen = validated(Seen(), 4, 3.5, 1.5)
-    each.save(at(4), seen)
-    each.save(at(5), seen)
-    each.save(at(6), validated(seen, 6, float("nan"), 1.0))
+    validations = validated(Validations(), 4, 3.5, 1.5)
+    each.save(at(4), validations)
+    each.save(at(5), validations)
+    each.save(at(6), validated(validations, 6, float("nan"), 1.0))
     assert writer.saves == [(4, 3.5), (5, None), (6, None)]
 
 
@@ -172,19 +172,23 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_is_begun(
     monkeypatch.setattr(log.os, "fsync", lambda handle: order.append("sync"))
     writer = Told()
     monkeypatch.setattr(writer, "save", lambda pieces, **named: order.append("save"))
-    saver(opened, writer, every=1).save(at(1), Seen())
+    saver(opened, writer, every=1).save(at(1), Validations())
     assert order == ["sync", "sync", "save"], "both files, then the copy"
 
 
 def test_what_a_run_has_seen_comes_back() -> None:
-    seen = validated(validated(validated(Seen(), 1, 3.0, 1.0), 2, 2.0, 0.9), 3, 2.0, 0.9)
-    assert seen.best == Validation(step=2, loss=2.0, bits_per_byte=0.9) and seen.at(3) and not seen.at(2)
-    assert parse("x", json.loads(json.dumps(dumped(seen), allow_nan=False))) == seen
-    worse = validated(seen, 4, float("nan"), float("inf"))
+    validations = validated(validated(validated(Validations(), 1, 3.0, 1.0), 2, 2.0, 0.9), 3, 2.0, 0.9)
+    assert (
+        validations.best == Validation(step=2, loss=2.0, bits_per_byte=0.9)
+        and validations.at(3)
+        and not validations.at(2)
+    )
+    assert parse("x", json.loads(json.dumps(dumped(validations), allow_nan=False))) == validations
+    worse = validated(validations, 4, float("nan"), float("inf"))
     again = parse("x", json.loads(json.dumps(dumped(worse), allow_nan=False)))
-    assert again.best == seen.best and attrs.asdict(again)["last"]["bits_per_byte"] == float("inf")
-    assert validated(Seen(), 1, float("nan"), 1.0).best is None
-    assert parse("x", dumped(Seen())) == Seen()
+    assert again.best == validations.best and attrs.asdict(again)["last"]["bits_per_byte"] == float("inf")
+    assert validated(Validations(), 1, float("nan"), 1.0).best is None
+    assert parse("x", dumped(Validations())) == Validations()
     for wrong in ({}, {"last": {"step": 1}, "best": None}, {"last": 3, "best": None}):
-        with pytest.raises(InputError, match="x: a checkpoint holds the run's validations, got "):
+        with pytest.raises(InputError, match="x: expected the run's validations, got "):
             parse("x", wrong)

@@ -641,7 +641,7 @@ def test_dask_writes_the_same_bytes_with_a_worker_killed(
 
 def test_a_cluster_that_is_not_there_is_named(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "prep", str(corpus / "source.toml"), str(corpus / "out"), "--worker", "2/2"]) == 2
-    assert "--worker: I/N with 0 <= I < N, got 2/2; " in capfd.readouterr().err
+    assert "--worker: expected I/N with 0 <= I < N, got 2/2; " in capfd.readouterr().err
     assert main(["data", "prep", str(corpus / "source.toml"), str(corpus / "out"), "--workers", "0"]) == 2
     assert "--workers: at least 1, got 0; " in capfd.readouterr().err
 

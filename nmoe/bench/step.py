@@ -18,6 +18,7 @@ from torch import Tensor
 from nmoe.config import Config
 from nmoe.effects import files
 from nmoe.effects.device import gpu, process
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.terminal import say
 from nmoe.effects.train.build import fresh
 from nmoe.effects.train.step import learning_rates, make_step
@@ -156,8 +157,9 @@ def line(name: str, timing: Timing, tokens: int, flops: int, peak_flops: float) 
 def our_step(config: Config, rt: process.Runtime, batch: Batch) -> Callable[[], Tensor]:
     """A call takes one step and returns its loss."""
     blueprint = make_blueprint(config)
-    state, env = fresh(config, blueprint, rt)
-    take = make_step(config, blueprint, env, rt, mark=lambda name: None)
+    accumulator = Accumulator()
+    state, env = fresh(config, blueprint, rt, accumulator=accumulator)
+    take = make_step(config, blueprint, env, rt, mark=lambda name: None, accumulator=accumulator)
 
     def one() -> Tensor:
         nonlocal state

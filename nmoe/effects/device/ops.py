@@ -15,6 +15,7 @@ from torch.autograd.profiler import record_function
 from nmoe.config.sections import Model
 from nmoe.effects.device import cpu
 from nmoe.effects.kernels import tables as tuning
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange, host
 from nmoe.errors import InputError
 from nmoe.pure.core.tree import record
@@ -37,6 +38,7 @@ def build(
     deterministic: bool = True,
     documents: bool = False,
     exchange: Exchange | None = None,
+    accumulator: Accumulator | None = None,
     kinds: Kinds = KINDS,
 ) -> Ops:
     """The ops of a device for a model.
@@ -45,6 +47,7 @@ def build(
 
     documents  whether attention keeps inside documents, which cuDNN's kernels cannot
     exchange   with the ranks that hold the other experts; None: all are here
+    accumulator  takes the weight gradients that kernels write themselves; a CPU leaves all to autograd
     kinds      of attention
 
     Raises:  InputError for sizes that a kernel does not take.
@@ -76,9 +79,9 @@ def build(
             swiglu=swiglu.swiglu,
             attention=_gpu_attention(device, kind, c.attention, deterministic, documents),
             route=partial(route_tokens, score=router.scores, select=router.top_k),
-            experts=partial(mixtures.moe_experts, tiles=tiles)
+            experts=partial(mixtures.moe_experts, tiles=tiles, accumulator=accumulator)
             if exchange is None
-            else partial(exchanged.mixture, exchange=exchange, tiles=tiles),
+            else partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator),
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
         )
     )

@@ -9,12 +9,14 @@ import torch
 
 from nmoe.config import Checkpoint, Config
 from nmoe.effects.device import buffers, ops, process
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel import exchange as exchanges
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
+from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import Plan
@@ -24,10 +26,14 @@ from nmoe.pure.units import quantity
 
 
 def fresh(
-    config: Config, blueprint: Blueprint, rt: process.Runtime, exchange: Exchange | None = None
+    config: Config,
+    blueprint: Blueprint,
+    rt: process.Runtime,
+    exchange: Exchange | None = None,
+    accumulator: Accumulator | None = None,
 ) -> tuple[State, Env]:
     """The state before the first step, and what the model needs besides it."""
-    state, env = blank(config, blueprint, rt, exchange)
+    state, env = blank(config, blueprint, rt, exchange, accumulator)
     initialise_(config, blueprint, state, rt)
     return state, env
 
@@ -39,9 +45,16 @@ def initialise_(config: Config, blueprint: Blueprint, state: State, rt: process.
 
 
 def blank(
-    config: Config, blueprint: Blueprint, rt: process.Runtime, exchange: Exchange | None = None
+    config: Config,
+    blueprint: Blueprint,
+    rt: process.Runtime,
+    exchange: Exchange | None = None,
+    accumulator: Accumulator | None = None,
 ) -> tuple[State, Env]:
-    """A state of zeros at step 0, and what the model needs besides it."""
+    """A state of zeros at step 0, and what the model needs besides it.
+
+    Writes:  buffers of `accumulator`: the gradients of this state.
+    """
     c = config.model
     arenas = buffers.allocate(blueprint, rt.device)
     state = State(
@@ -54,8 +67,19 @@ def blank(
         0,
         0,
     )
+    if accumulator is not None:
+        accumulator.buffers = {
+            leaf.data_ptr(): leaf.grad for _, leaf in tree.leaves(state.params) if leaf.grad is not None
+        }
     train = config.train
-    built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask, exchange=exchange)
+    built = ops.build(
+        rt.device,
+        c,
+        deterministic=train.deterministic,
+        documents=train.document_mask,
+        exchange=exchange,
+        accumulator=accumulator,
+    )
     env = environment(c, train.sequence_length, built)
     return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))
 

@@ -20,6 +20,7 @@ from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.corpus import Corpus, open_corpus
 from nmoe.effects.data.prefetch import prefetching
 from nmoe.effects.device import gpu, ops, process, signals
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.launch import from_environment, open_rank_heartbeat
 from nmoe.effects.parallel.ranks import check_machine, on_all_ranks, open_ranks, with_rank_note
 from nmoe.effects.record import provenance
@@ -149,7 +150,8 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
 
     def restore_or_initialise() -> Start:
         check_memory(config, job.plan, rt.device)
-        state, env = blank(config, blueprint, rt, exchange)
+        accumulator = Accumulator()
+        state, env = blank(config, blueprint, rt, exchange, accumulator)
         restored = None
         if job.origin is not None:
             restored = resume.restore(
@@ -167,7 +169,7 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
                 f"train.steps: expected at least the {state.step} steps taken, got {config.train.steps}; raise it, "
                 "or name an earlier checkpoint as train.resume"
             )
-        return Start(state=state, env=env, exchange=exchange, restored=restored)
+        return Start(state=state, env=env, exchange=exchange, accumulator=accumulator, restored=restored)
 
     return on_all_ranks(ranks, restore_or_initialise)
 
@@ -231,7 +233,16 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         clock.mark(name)
         connected.heartbeat.beat()
 
-    step_ = make_step(config, job.blueprint, env, rt, mark=mark, before_update=writer.staged, exchange=start.exchange)
+    step_ = make_step(
+        config,
+        job.blueprint,
+        env,
+        rt,
+        mark=mark,
+        before_update=writer.staged,
+        exchange=start.exchange,
+        accumulator=start.accumulator,
+    )
     began = time.monotonic()
     log = scope.enter_context(open_log(job.folder, attempt=writer.attempt, rank=rt.rank))
     flops, monitor = job.plan.flops.training(), None

@@ -20,6 +20,7 @@ from nmoe.config.sections import Config, Shards
 from nmoe.effects.checkpoint import reader, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel import ranks as meeting
 from nmoe.effects.parallel.launch import MULTICAST_OFF, from_environment
 from nmoe.effects.parallel.ranks import Ranks
@@ -222,7 +223,7 @@ def gradients(
         arena.gradient.zero_()
     zero._reduce_scatter_ = noting
     try:
-        with zero.scattering_(layouts, state.arenas, state.params, ranks) as finish:
+        with zero.scattering_(layouts, state.arenas, state.params, Accumulator(), ranks) as finish:
             backward()
             order.append("backward")
             finish()

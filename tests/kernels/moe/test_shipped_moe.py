@@ -23,7 +23,7 @@ def block(rows: int, columns: int) -> str:
 
 
 def requests(target: int) -> list[Request]:
-    """The five kernels at hidden size 2048."""
+    """The five kernels at hidden size 2048, weight gradients into arenas of both formats."""
     entry = tuning.find(tuning.load(CAPABILITY[target]), "moe", 2048, 1408)
 
     def request(name: str, tile: GemmTile, types: dict[str, str], constants: dict[str, Any], aligned: str) -> Request:
@@ -85,19 +85,16 @@ def requests(target: int) -> list[Request]:
             {"PROGRAMS": 132},
             "F D",
         ),
-        request(
-            "grouped_weight_gradient",
-            dup,
-            {
-                "a": block(dup.block_k, dup.block_m),
-                "b": block(dup.block_k, dup.block_n),
-                "b_rows": "*bf16",
-                "out": "*bf16",
-                "end": "*i32",
-            }
-            | {"count": "*i32", "A": "i32", "B": "i32"},
-            {},
-            "A B",
+        *(
+            request(
+                "grouped_weight_gradient",
+                dup,
+                {"a": block(dup.block_k, dup.block_m), "b": block(dup.block_k, dup.block_n), "b_rows": "*bf16"}
+                | {"out": out, "end": "*i32", "count": "*i32", "A": "i32", "B": "i32"},
+                {"ADD": add},
+                "A B",
+            )
+            for out, add in (("*bf16", False), ("*bf16", True), ("*fp32", False), ("*fp32", True))
         ),
     ]
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.kernels.tables import GemmTile
 
 
@@ -133,8 +134,9 @@ def grouped_gemm_kernel(
 
 @triton.jit
 def grouped_weight_gradient_kernel(
-    a, b, b_rows, out, end, count, A, B, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr
-):
+    a, b, b_rows, out, end, count, A, B, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
     num_m, num_n = tl.cdiv(A, M), tl.cdiv(B, N)
     expert = tl.program_id(0) // (num_m * num_n)
     m, n = _swizzle(tl.program_id(0) % (num_m * num_n), num_n, num_m, GROUP)
@@ -154,8 +156,29 @@ def grouped_weight_gradient_kernel(
         column = tl.max_contiguous(tl.multiple_of(tl.where(bn < B, bn, 0), 8), 8)
         last = tl.load(b_rows + row.to(tl.int64)[:, None] * B + column[None, :], mask=(row < stop)[:, None], other=0.0)
         acc = tl.dot(a.load([whole, m * M]).T, last, acc)
-    to = out + (expert.to(tl.int64) * A + am.to(tl.int64)[:, None]) * B + bn[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=(am < A)[:, None] & (bn < B)[None, :])
+    to = out + (expert.to(tl.int64) * A + am.to(tl.int64)[:, None]) * B
+    if ADD:
+        # a quarter of the columns at a time: what is stored already, beside the whole accumulator, spills
+        left, right = tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
+        _add_columns(left, to, n * N, am < A, B, N // 2)
+        _add_columns(right, to, n * N + N // 2, am < A, B, N // 2)
+    else:
+        tl.store(to + bn[None, :], acc.to(out.dtype.element_ty), mask=(am < A)[:, None] & (bn < B)[None, :])
+
+
+@triton.jit
+def _add_columns(acc, to, first, real, B, N: tl.constexpr):
+    """Epilogue: add N columns, from `first` on, to what is stored; in two halves."""
+    left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, N // 2)), (0, 2, 1)))
+    _add(left, to, first + tl.arange(0, N // 2), real, B)
+    _add(right, to, first + N // 2 + tl.arange(0, N // 2), real, B)
+
+
+@triton.jit
+def _add(acc, to, column, real, B):
+    inside = real[:, None] & (column < B)[None, :]
+    before = tl.load(to + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(to + column[None, :], (before + acc).to(to.dtype.element_ty), mask=inside)
 
 
 def gather_gemm_swiglu(
@@ -253,20 +276,48 @@ def grouped_gemm(
     return out
 
 
-def grouped_weight_gradient(a: Tensor, b: Tensor, end: Tensor, count: Tensor, tile: GemmTile, group: int) -> Tensor:
-    """Grouped weight gradient: out[e] = a[e].T @ b[e], one launch.
+def weight_gradient(
+    a: Tensor,
+    b: Tensor,
+    end: Tensor,
+    count: Tensor,
+    tile: GemmTile,
+    group: int,
+    *,
+    parameter: Tensor,
+    accumulator: Accumulator | None,
+) -> Tensor | None:
+    """Grouped weight gradient of a parameter [E A B]: for autograd, or None when it went into the parameter's buffer.
 
+    Writes:  the buffer that `accumulator` has for the parameter.
+    """
+    buffer = None if accumulator is None else accumulator.buffers.get(parameter.data_ptr())
+    if accumulator is None or buffer is None:
+        out = torch.empty_like(parameter, dtype=a.dtype)
+        grouped_weight_gradient_(out.view(end.shape[0], a.shape[1], b.shape[1]), a, b, end, count, tile, group)
+        return out
+    out = buffer.view(end.shape[0], a.shape[1], b.shape[1])
+    grouped_weight_gradient_(out, a, b, end, count, tile, group, add=not accumulator.first)
+    accumulator.added(parameter)
+    return None
+
+
+def grouped_weight_gradient_(
+    out: Tensor, a: Tensor, b: Tensor, end: Tensor, count: Tensor, tile: GemmTile, group: int, *, add: bool = False
+) -> None:
+    """Grouped weight gradient: out[e] = a[e].T @ b[e], or added to what `out` holds; one launch, one rounding.
+
+    out      [E A B] bf16 or f32; zeros for an expert without rows, where nothing is added
     a        [P A]
     b        [P B]
     tile     `m` cuts A, `n` B, `k` the rows summed over
-    returns  [E A B] in the format of `a`; zeros for an expert without rows
+
+    Writes:  out.
     """
-    experts, width, other = end.shape[0], a.shape[1], b.shape[1]
-    out = torch.empty(experts, width, other, dtype=a.dtype, device=a.device)
+    experts, width, other = out.shape
     grouped_weight_gradient_kernel[(experts * triton.cdiv(width, tile.block_m) * triton.cdiv(other, tile.block_n),)](
         TensorDescriptor.from_tensor(a, [tile.block_k, tile.block_m]),
         TensorDescriptor.from_tensor(b, [tile.block_k, tile.block_n]),
-        b, out, end, count, width, other,
-        tile.block_m, tile.block_n, tile.block_k, group, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        b, out, end, count, width, other, tile.block_m, tile.block_n, tile.block_k, group, add,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return out

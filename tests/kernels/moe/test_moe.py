@@ -105,7 +105,9 @@ def test_rows_are_sorted_as_the_reference_sorts_them(kind: str) -> None:
 
 def test_tiles_cover_every_row_once_and_no_two_experts() -> None:
     count = torch.tensor([0, 5, 16, 0, 33, 1, 0], dtype=torch.int32)
-    expert, row = sorting.tiles(count, 55, 16)
+    cut = sorting.tiles(count, 55, 16)
+    expert, row = cut.expert, cut.row
+    assert cut.needed.tolist() == [int((expert >= 0).sum())]
     assert len(expert) == 4 + 7
     ends = count.cumsum(0)
     covered: list[int] = []
@@ -141,7 +143,11 @@ def test_rows_beyond_32_bits() -> None:
 
     up = normal(1, hidden, 2, width, seed=1, dtype=torch.float16)
     end = torch.tensor([far + rows], dtype=torch.int32)
-    tile = (torch.zeros(1, dtype=torch.int32), torch.tensor([far], dtype=torch.int32))
+    tile = sorting.RowTiles(
+        expert=torch.zeros(1, dtype=torch.int32),
+        row=torch.tensor([far], dtype=torch.int32),
+        needed=torch.ones(1, dtype=torch.int32),
+    )
     y = gemms.grouped_gemm(spread, up.flatten(2), end, tile, SMALL, 1, transposed=False)
     torch.testing.assert_close(y[far:], x @ up[0].flatten(1))
     source = torch.zeros(far + rows, dtype=torch.int32)

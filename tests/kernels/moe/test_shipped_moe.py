@@ -81,7 +81,15 @@ def requests(target: int) -> list[Request]:
                 "h": "*bf16",
                 "weight": "*fp32",
             }
-            | {"slot": "*i32", "dh": "*bf16", "a": "*bf16", "gate_part": "*fp32", **TILED, "F": "i32", "D": "i32"},
+            | {
+                "slot": "*i32",
+                "dh": "*bf16",
+                "a": "*bf16",
+                "gate_part": "*fp32",
+                "tile_expert": "*i32",
+                "tile_row": "*i32",
+            }
+            | {"num_needed": "*i32", "end": "*i32", "F": "i32", "D": "i32"},
             {"PROGRAMS": 132},
             "F D",
         ),

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.effects.kernels.accumulate import Accumulator
+from nmoe.effects.kernels.moe.dispatch import RowTiles
 from nmoe.effects.kernels.tables import GemmTile
 
 
@@ -87,18 +88,19 @@ def _swiglu_backward_epilogue(da, first, row, real, share, h, dh, a, F, N: tl.co
 
 @triton.jit
 def swiglu_backward_gemm_kernel(
-    rows, w, h, weight, slot, dh, a, gate_part, tile_expert, tile_row, end, NUM_M, F, D,
+    rows, w, h, weight, slot, dh, a, gate_part, tile_expert, tile_row, num_needed, end, F, D,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(F, N)
-    # persistent and flattened, 5 stages: 2.61 ms on an H200, one tile a program 2.66, docs/log.md, 2026-11-24
-    for pid in tl.range(tl.program_id(0), NUM_M * columns, PROGRAMS, flatten=True):
-        tile, column = _swizzle(pid, columns, NUM_M, GROUP)
-        needed = tl.load(tile_expert + tile) >= 0
-        expert = tl.maximum(tl.load(tile_expert + tile), 0)
+    num_m = tl.load(num_needed)
+    # Persistent and flattened, 5 stages: 2.61 ms on an H200, one tile a program 2.66 (docs/log.md, 2026-11-24). The
+    # loop ends at the last tile needed: over tiles of all the rows that an exchange has room for it took twice as long.
+    for pid in tl.range(tl.program_id(0), num_m * columns, PROGRAMS, flatten=True):
+        tile, column = _swizzle(pid, columns, num_m, GROUP)
+        expert = tl.load(tile_expert + tile)
         first = tl.load(tile_row + tile)
         row = first + tl.arange(0, M)
-        real = (row < tl.load(end + expert)) & needed
+        real = row < tl.load(end + expert)
         da = tl.zeros((M, N), tl.float32)
         for k in range(0, D, K):
             da = tl.dot(rows.load([first, k]), w.load([expert * F + column * N, k]).T, da)
@@ -182,7 +184,7 @@ def _add(acc, to, column, real, B):
 
 
 def gather_gemm_swiglu(
-    x: Tensor, source: Tensor, weight: Tensor, end: Tensor, tiles: tuple[Tensor, Tensor], tile: GemmTile, group: int
+    x: Tensor, source: Tensor, weight: Tensor, end: Tensor, tiles: RowTiles, tile: GemmTile, group: int
 ) -> tuple[Tensor, Tensor]:
     """Pre-activation and activation of every row.
 
@@ -198,9 +200,9 @@ def gather_gemm_swiglu(
     h = torch.empty(pairs, 2, f, dtype=x.dtype, device=x.device)
     a = torch.empty(pairs, f, dtype=x.dtype, device=x.device)
     w = TensorDescriptor.from_tensor(weight.view(experts * d, 2 * f), [tile.block_k, tile.block_n])
-    num = tiles[0].shape[0]
+    num = tiles.expert.shape[0]
     gather_gemm_swiglu_kernel[(num * triton.cdiv(f, tile.block_n),)](
-        x, source, w, h, a, *tiles, end, num, f, d, tile.block_m, tile.block_n, tile.block_k, group,
+        x, source, w, h, a, tiles.expert, tiles.row, end, num, f, d, tile.block_m, tile.block_n, tile.block_k, group,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return h, a
@@ -213,7 +215,7 @@ def swiglu_backward_gemm(
     down: Tensor,
     h: Tensor,
     end: Tensor,
-    tiles: tuple[Tensor, Tensor],
+    tiles: RowTiles,
     tile: GemmTile,
     group: int,
     programs: int,
@@ -234,11 +236,11 @@ def swiglu_backward_gemm(
     a = torch.empty(pairs, f, dtype=h.dtype, device=h.device)
     columns = triton.cdiv(f, tile.block_n)
     part = torch.empty(pairs, columns, dtype=torch.float32, device=h.device)
-    num = tiles[0].shape[0]
+    num = tiles.expert.shape[0]
     swiglu_backward_gemm_kernel[(min(programs, num * columns),)](
         TensorDescriptor.from_tensor(rows, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(down.view(experts * f, d), [tile.block_n, tile.block_k]),
-        h, weight, slot, dh, a, part, *tiles, end, num, f, d,
+        h, weight, slot, dh, a, part, tiles.expert, tiles.row, tiles.needed, end, f, d,
         tile.block_m, tile.block_n, tile.block_k, group, min(programs, num * columns),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -249,7 +251,7 @@ def grouped_gemm(
     rows: Tensor,
     weight: Tensor,
     end: Tensor,
-    tiles: tuple[Tensor, Tensor],
+    tiles: RowTiles,
     tile: GemmTile,
     group: int,
     *,
@@ -266,11 +268,11 @@ def grouped_gemm(
     outer = weight.shape[1] if transposed else weight.shape[2]
     out = torch.empty(rows.shape[0], outer, dtype=rows.dtype, device=rows.device)
     block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-    num = tiles[0].shape[0]
+    num = tiles.expert.shape[0]
     grouped_gemm_kernel[(num * triton.cdiv(outer, tile.block_n),)](
         TensorDescriptor.from_tensor(rows, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight.view(experts * weight.shape[1], weight.shape[2]), block),
-        out, *tiles, end, num, inner, outer, transposed,
+        out, tiles.expert, tiles.row, end, num, inner, outer, transposed,
         tile.block_m, tile.block_n, tile.block_k, group, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out

@@ -211,7 +211,7 @@ def backward_(
         send_(e, x, kept, f.land, SIDE_PROGRAMS)
     with record_function("experts"):
         # One tile a program, not persistent: of persistent programs those whose multiprocessor pushes rows begin late
-        # with an equal share of tiles, 5.3 ms in the place of 2.8 on two H200 (docs/log.md, 2026-11-28).
+        # with an equal share of the tiles.
         each = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
         pulls = received(e, f.land_gradient, kept)
         cut = places.tiles(kept.count, s.capacity, t.activation.block_m)
@@ -324,6 +324,10 @@ class Mixture(torch.autograd.Function):
         accumulator: Accumulator | None,
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
+        if e.raw.is_cuda:
+            # Made on another stream, perhaps, whose allocator would hand them out again while this one reads.
+            for tensor in (x, expert, weight):
+                tensor.record_stream(torch.cuda.current_stream())
         x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
         [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, t)])
         ctx.mark_non_differentiable(count)

@@ -21,7 +21,7 @@ from nmoe.errors import InputError
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.attention import KINDS, Kind, Kinds, kind_of
 from nmoe.pure.model.attention.mla import MlaOps
-from nmoe.pure.model.ops import Ops, in_turn, labelled, reference
+from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import route_tokens
 from nmoe.pure.optim.clip import global_norm
 from nmoe.pure.optim.update import rule
@@ -83,24 +83,8 @@ def build(
             if exchange is None
             else partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator),
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
-            both=in_turn if exchange is None else partial(overlapped, torch.cuda.Stream(device)),
         )
     )
-
-
-def overlapped(stream: torch.cuda.Stream, first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    """Run `first` on a side stream beside `second`; the backward pass of each goes to the stream it was called on.
-
-    Rows of the exchange cross NVLink while the shared experts' GEMMs run: 12 of 281 ms a step of two H200 are rows that
-    nothing else hides (docs/log.md, 2026-11-28). What `first` keeps of tensors made outside, it records on its stream.
-    """
-    main = torch.cuda.current_stream()
-    stream.wait_stream(main)
-    with torch.cuda.stream(stream):
-        a = first()
-    b = second()
-    main.wait_stream(stream)
-    return a, b
 
 
 def _cpu_attention(kind: Kind) -> Any:

@@ -155,16 +155,10 @@ def moe(
         recorded=recorded,
     )
     routing = routed.routing
-
-    def routed_experts() -> tuple[Tensor, Tensor]:
-        return env.ops.experts(flat, routing, p.up, p.down)
-
-    if isinstance(shared := p.shared, Shared):
-        (y, count), z = env.ops.both(routed_experts, lambda: mlp(x, shared.up, shared.down, env.ops.swiglu))
-        y = y.view_as(x) + z
-    else:
-        y, count = routed_experts()
-        y = y.view_as(x)
+    y, count = env.ops.experts(flat, routing, p.up, p.down)
+    y = y.view_as(x)
+    if isinstance(p.shared, Shared):
+        y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)
     score, favoured = (by_token.unflatten(0, x.shape[:-1]) for by_token in (routed.score, routed.favoured))
     report = RouterReport(
         count,

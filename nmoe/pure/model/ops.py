@@ -20,11 +20,6 @@ from nmoe.pure.model.attention import KINDS, Kind, Kinds, kind_of
 from nmoe.pure.model.route import Routed
 
 
-def in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    """Call both; neither needs the other's result, so that an implementation may run them at the same time."""
-    return first(), second()
-
-
 @record
 class Ops:
     """One function a field; each has the signature of its reference and leaves its arguments alone."""
@@ -36,7 +31,6 @@ class Ops:
     route: Callable[..., Routed]
     experts: Callable[..., tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
-    both: Callable[[Callable[[], Any], Callable[[], Any]], tuple[Any, Any]]
 
 
 def reference(kind: Kind) -> Ops:
@@ -49,7 +43,6 @@ def reference(kind: Kind) -> Ops:
         route.route_tokens,
         experts.moe_experts,
         loss.linear_cross_entropy,
-        in_turn,
     )
 
 

@@ -324,10 +324,6 @@ class Mixture(torch.autograd.Function):
         accumulator: Accumulator | None,
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
-        if e.raw.is_cuda:
-            # Made on another stream, perhaps, whose allocator would hand them out again while this one reads.
-            for tensor in (x, expert, weight):
-                tensor.record_stream(torch.cuda.current_stream())
         x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
         [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, t)])
         ctx.mark_non_differentiable(count)

@@ -120,7 +120,7 @@ def _exchange(
         needed=word(torch.int32),
         sent=word(torch.int64),
         missing=torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
-        stream=torch.cuda.Stream(device) if device.type == "cuda" else None,
+        stream=torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None,
         timeout_s=timeout_s,
         programs=programs,
     )

@@ -36,3 +36,18 @@ def launches_are_checked() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", checked)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def masked_loads_are_poisoned() -> Iterator[None]:
+    """Where a mask keeps a load from memory and no value is given instead, a GPU promises nothing: here it is NaN."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load = InterpreterBuilder.create_masked_load
+
+    def poisoned(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
+        return load(self, ptrs, mask, interpreter.poison(ptrs) if other is None else other, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_masked_load", poisoned)
+        yield

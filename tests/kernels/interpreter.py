@@ -55,6 +55,20 @@ def check_arguments(arguments: tuple[Any, ...]) -> None:
             )
 
 
+def poison(pointers: Any) -> Any:
+    """What a masked load of the interpreter finds where it may not read: NaN, or the largest integer.
+
+    pointers  handle of the pointers that are loaded from
+    """
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+    kind = pointers.get_element_ty()
+    dtype: Any = np.zeros(0, _get_np_dtype(kind)).dtype
+    value = np.nan if dtype.kind == "f" else np.iinfo(dtype).max if dtype.kind in "iu" else True
+    return TensorHandle(np.full_like(pointers.data, value, dtype=dtype), kind)
+
+
 def overlapping(arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names of arguments that lie in the same memory, element for element: neighbours in one tensor do not."""
     tensors = {name: x if isinstance(x, torch.Tensor) else getattr(x, "base", None) for name, x in arguments.items()}

@@ -92,3 +92,17 @@ def add_one(x, block: tl.constexpr):
     """The same thread reads and writes."""
     at = tl.arange(0, block)
     tl.store(x + at, tl.load(x + at) + 1.0)
+
+
+@triton.jit
+def forget_last(x, y, size, block: tl.constexpr):
+    """Leaves the last element of `y` as it was."""
+    at = tl.arange(0, block)
+    tl.store(y + at, tl.load(x + at, mask=at < size, other=0), mask=at < size - 1)
+
+
+@triton.jit
+def sum_beyond(x, y, size, block: tl.constexpr):
+    """Adds up what a mask kept it from reading, too."""
+    at = tl.arange(0, block)
+    tl.store(y, tl.sum(tl.load(x + at, mask=at < size), 0))

@@ -26,7 +26,10 @@ ORDER = (
 
 FLOOR = MappingProxyType({room: level for level, rooms in enumerate(ORDER) for room in rooms.split()})
 
-KERNELS_MAY = ("__future__", "collections", "typing", "types", "tomllib", "pathlib", "attrs", "torch", "triton", "nmoe")
+KERNELS_MAY = (
+    *("__future__", "collections", "functools", "typing", "types", "tomllib", "pathlib", "attrs", "torch", "triton"),
+    "nmoe",
+)
 """What a file of kernels may import."""
 
 PICKLES = ("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
@@ -237,6 +240,19 @@ def borrows_records_alone(source: str, module: str) -> list[str]:
     ]
 
 
+def refuses_second_derivatives(source: str, module: str) -> list[str]:
+    """A backward pass by kernels has no derivative, and says so when it is asked for one."""
+    return [
+        f"{node.lineno}: {node.name}.{method.name} without first_order"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).endswith("autograd.Function") for base in node.bases)
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name in ("backward", "vjp", "jvp")
+        if "first_order" not in (ast.unparse(x) for x in method.decorator_list)
+    ]
+
+
 def acts_when_called(source: str, module: str) -> list[str]:
     """Importing binds names and does nothing else: no call for its effect, no loop, no attribute of another module."""
     allowed = (
@@ -308,6 +324,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (starts_processes_in_few_places, "nmoe"),
     (acts_when_called, "nmoe"),
     (borrows_records_alone, "nmoe.effects.kernels"),
+    (refuses_second_derivatives, "nmoe.effects"),
     (raises_what_it_catches, "nmoe.effects.kernels"),
     (raises_what_it_catches, "nmoe.effects.device.ops"),
     (raises_what_it_catches, "nmoe.pure.model"),
@@ -493,6 +510,14 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
         )
     ),
     *(
+        (
+            refuses_second_derivatives,
+            "nmoe.effects.kernels.x",
+            f"class F(torch.autograd.Function):\n    @staticmethod\n    {decorator}\n    def backward(ctx, *g): ...",
+        )
+        for decorator in ("", "@once_differentiable")
+    ),
+    *(
         (acts_when_called, "nmoe.effects.x", text)
         for text in (
             *("triton.set_allocator(f)", "import triton\ntriton.knobs.compilation.x = 1", "os.environ['A'] = 'b'"),
@@ -583,6 +608,11 @@ GOOD: tuple[tuple[Rule, str, str], ...] = (
         borrows_records_alone,
         "nmoe.effects.kernels.x",
         "from nmoe.pure.model.route import Routing\nfrom nmoe.effects.kernels import norm",
+    ),
+    (
+        refuses_second_derivatives,
+        "nmoe.effects.kernels.x",
+        "class F(torch.autograd.Function):\n    @staticmethod\n    @first_order\n    def backward(ctx, *g): ...",
     ),
     (
         acts_when_called,

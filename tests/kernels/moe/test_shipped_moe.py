@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from nmoe.effects.kernels import tables as tuning
 from nmoe.effects.kernels.tables import GemmTile
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
+from tests.kernels.shipped import SAME
 
 CAPABILITY = {90: (9, 0), 100: (10, 0)}
 
@@ -26,7 +27,14 @@ def requests(target: int) -> list[Request]:
     """The five kernels at hidden size 2048, weight gradients into arenas of both formats."""
     entry = tuning.find(tuning.load(CAPABILITY[target]), "moe", 2048, 1408)
 
-    def request(name: str, tile: GemmTile, types: dict[str, str], constants: dict[str, Any], aligned: str) -> Request:
+    def request(
+        name: str,
+        tile: GemmTile,
+        types: dict[str, str],
+        constants: dict[str, Any],
+        aligned: str,
+        same: Mapping[str, str] | None = None,
+    ) -> Request:
         sizes = {"M": tile.block_m, "N": tile.block_n, "K": tile.block_k, "GROUP": entry.group, **constants}
         pointers = [key for key, kind in types.items() if kind.startswith("*")]
         return Request(
@@ -36,6 +44,7 @@ def requests(target: int) -> list[Request]:
             aligned=[*pointers, *aligned.split()],
             warps=tile.num_warps,
             stages=tile.num_stages,
+            same=same or {},
         )
 
     up, down, back = entry.tiles["up"], entry.tiles["down"], entry.tiles["activation"]
@@ -101,6 +110,7 @@ def requests(target: int) -> list[Request]:
                 | {"out": out, "end": "*i32", "count": "*i32", "A": "i32", "B": "i32"},
                 {"ADD": add},
                 "A B",
+                SAME["moe.experts:grouped_weight_gradient_kernel"],
             )
             for out, add in (("*bf16", False), ("*bf16", True), ("*fp32", False), ("*fp32", True))
         ),

@@ -10,10 +10,10 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.profiler import record_function
 
 from nmoe.effects.kernels.accumulate import Accumulator
+from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
@@ -68,7 +68,7 @@ class MoeExperts(torch.autograd.Function):
         return out, count
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.profiler import record_function
 
 from nmoe.effects.kernels.accumulate import Accumulator
+from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.exchange import plan as plans
 from nmoe.effects.kernels.exchange import push as moves
 from nmoe.effects.kernels.moe import combine as sums
@@ -332,7 +332,7 @@ class Mixture(torch.autograd.Function):
         return out, count
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -51,8 +51,9 @@ def blank(
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
-        0,
-        0,
+        cursor=0,
+        tokens=0,
+        step=0,
     )
     train = config.train
     built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask, exchange=exchange)

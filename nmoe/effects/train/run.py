@@ -167,6 +167,14 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
                 f"train.steps: expected at least the {state.step} steps taken, got {config.train.steps}; raise it, "
                 "or name an earlier checkpoint as train.resume"
             )
+        stream = job.corpus.stream
+        needed = state.cursor + (config.train.steps - state.step) * config.train.batch_size
+        if stream is not None and needed > stream.windows():
+            raise InputError(
+                f"train.steps: expected at most the {stream.windows()} sequences of the data mixture, of which "
+                f"{state.cursor} are read, got {needed}; lower train.steps or train.batch_size, or raise the tokens of "
+                "the flow"
+            )
         return Start(state=state, env=env, exchange=exchange, restored=restored)
 
     return on_all_ranks(ranks, restore_or_initialise)
@@ -256,6 +264,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
     )
     if start.restored is not None:
         report_origin(log, start.restored)
+    first_tokens = () if start.restored is None else start.restored.tokens_by_rank
     report = Report(
         config=config,
         rt=rt,
@@ -263,6 +272,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         flops=flops,
         began=began,
         first_step=step,
+        first_tokens=first_tokens,
         monitor=monitor,
         exchange=start.exchange,
     )
@@ -273,7 +283,9 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         writer,
         log,
         pieces=lambda state: resume.pieces(state, job.blueprint, ranks=rt.ranks),
-        meta=lambda state, validations: resume.meta(state, validations, job.identity),
+        meta=lambda state, validations: resume.meta(
+            state, resume.count_tokens(first_tokens, state.tokens, rt.world), validations, job.identity
+        ),
         saved_step=step,
     )
     return Session(

@@ -45,10 +45,10 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Stop]:
-    """SIGINT, SIGTERM and SIGUSR1 are noted, so that the step in progress ends and the state is saved.
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 are noted, so that the step in progress ends and the state is saved.
 
     A second SIGINT interrupts at once. Other signals after the first change nothing. When the grace time after the
-    first SIGTERM or SIGUSR1 is over, the process ends with exit code 75 whatever it is doing: what was committed stays.
+    first of the others is over, the process ends with exit code 75 whatever it is doing: what was committed stays.
 
     grace_s  seconds from the signal to the end of the process at the latest
     overdue  called just before that
@@ -75,7 +75,7 @@ def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Sto
             timers[0].daemon = True
             timers[0].start()
 
-    with _handlers(note, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    with _handlers(note, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         try:
             yield stop
         finally:
@@ -86,7 +86,7 @@ def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Sto
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the process at once with exit code 75: for the time when there is nothing to save yet.
+    """SIGTERM, SIGHUP and SIGUSR1 end the process at once with exit code 75, while there is nothing to save yet.
 
     Writes:  the process's handlers, put back at the end.
     """
@@ -94,7 +94,7 @@ def exit_on_signals() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(EXIT_PREEMPTED)
 
-    with _handlers(leave, signal.SIGTERM, signal.SIGUSR1):
+    with _handlers(leave, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         yield
 
 
@@ -104,6 +104,9 @@ def _handlers(handler: Callable[[int, FrameType | None], None], *numbers: signal
     before: dict[signal.Signals, Callable[..., object] | int | None] = {}
     try:
         for number in numbers:
+            # nohup ignores it for a command that is to outlive its terminal
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             before[number] = signal.signal(number, handler)
         yield
     finally:

@@ -132,6 +132,11 @@ class Report:
         num_bytes = self.exchange.sent.item() / (state.step - self.first_step)
         return {"exchange/bytes": num_bytes, "exchange/bandwidth": num_bytes / step_s}
 
+    def settle(self) -> None:
+        """Wait for what is written aside. Raises: InputError when it could not be written."""
+        if self.monitor is not None:
+            self.monitor.settle()
+
     def validation(self, step: int, held: Held) -> None:
         """Report a validation."""
         if self.monitor is None:

@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 
 from nmoe.config import Difference
+from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Fs
@@ -81,7 +82,7 @@ def origin(resume: str, run_folder: Path) -> Origin | None:
         return None
     if resume == "auto":
         return Origin(folder=own, single=False) if run_folder.exists() else None
-    named = _named(Path(resume))
+    named = _named(files.expanded(resume))
     is_own = run_folder.resolve() in named.folder.resolve().parents
     if not is_own and own.is_dir() and any(manifests.name_fields(path.name) for path in own.iterdir()):
         return Origin(folder=own, single=False)

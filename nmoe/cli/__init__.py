@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -33,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP reads this when torch is imported. Threads that spin while they wait hold the cores against everybody else:
     # 585 tokens/s instead of 4,610 on two busy cores, the same bits (docs/log.md, 2026-11-28).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # What a terminal's encoding cannot print is shown as its escape: a sample of another script ends no run.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _call(arguments)
         sys.stdout.flush()

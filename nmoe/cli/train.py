@@ -55,6 +55,13 @@ def verbs(root: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from nmoe.effects.device import signals
+
+    with signals.leave_on_signals():
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     from nmoe.effects.parallel import launch
     from nmoe.effects.parallel.launch import from_environment
 

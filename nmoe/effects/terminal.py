@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
 
 BARS = "▁▂▃▄▅▆▇█"
 UNBOUNDED = 1_000_000
@@ -20,6 +23,47 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print lines about what went wrong. Writes: standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+class _Output:
+    """A stream whose reader may go: from then on what is written is dropped."""
+
+    def __init__(self, stream: TextIO, gone: Callable[[], None]) -> None:
+        self._stream, self._gone = stream, gone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._unless_gone(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._unless_gone(self._stream.flush)
+
+    def _unless_gone(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError:
+            # what is buffered has to go somewhere, or every later flush fails again, the interpreter's last one too
+            with open(os.devnull, "w", encoding="utf-8") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._gone()
+
+
+@contextmanager
+def until_closed(gone: Callable[[], None]) -> Iterator[None]:
+    """Standard output and error that a closed pipe, a terminal that hung up or a full disk does not make fail.
+
+    gone  called when standard output can no longer be written
+    """
+    with ExitStack() as scope:
+        # None: closed before the start, and print() drops what it gets
+        if sys.stdout is not None:
+            scope.enter_context(redirect_stdout(_Output(sys.stdout, gone)))  # pyright: ignore[reportArgumentType]
+        if sys.stderr is not None:
+            scope.enter_context(redirect_stderr(_Output(sys.stderr, lambda: None)))  # pyright: ignore[reportArgumentType]
+        yield
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:

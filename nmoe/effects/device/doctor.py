@@ -331,6 +331,9 @@ def read_preset(path: Path) -> Preset:
 def _data_folders(source: Stdlib | Shards | Mixture) -> list[Path]:
     """The folders that a config wants prepared."""
     if isinstance(source, Mixture):
-        path = Path(source.path)
-        return [Path(os.path.normpath(path.parent / part.path)) for part in load_mixture(path).parts.values()]
-    return [Path(source.path)] if isinstance(source, Shards) else []
+        path = files.expanded(source.path)
+        return [
+            Path(os.path.normpath(path.parent / files.expanded(part.path)))
+            for part in load_mixture(path).parts.values()
+        ]
+    return [files.expanded(source.path)] if isinstance(source, Shards) else []

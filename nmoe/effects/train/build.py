@@ -64,8 +64,9 @@ def blank(
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
-        0,
-        0,
+        cursor=0,
+        tokens=0,
+        step=0,
     )
     if accumulator is not None:
         accumulator.buffers = {

@@ -42,6 +42,8 @@ def extend(
     vocab_size   ids the tokenizer knows; the model may have more rows
     temperature  divisor of the logits; 0 takes the most likely token
     key          of the draws
+
+    Raises:  InputError when a logit is not finite.
     """
     device = router_bias.device
     generator = key.generator(device)
@@ -50,6 +52,11 @@ def extend(
         context = torch.tensor([tokens[-c.max_positions :]], device=device)
         x, _ = model.forward(p, context, router_bias, env, c)
         logits = (x[0, -1] @ p.head)[:vocab_size].float() * c.logit_scale
+        if not torch.isfinite(logits).all():
+            raise InputError(
+                "weights: expected finite logits, got some that are not; use the weights of a training that did not "
+                "diverge"
+            )
         if temperature == 0:
             tokens.append(int(logits.argmax().item()))
         else:

@@ -46,6 +46,7 @@ class State:
     skipped: Tensor  # 0-d i64, non-finite steps so far
     skipped_in_row: Tensor  # 0-d i64, of these, the last ones in a row
     cursor: int  # sequences read, all ranks
+    tokens: int  # tokens read, all ranks
     step: int  # steps taken, skipped ones included
 
     def __getattr__(self, name: str) -> Any:
@@ -126,15 +127,20 @@ def microbatch(batch: Batch, index: int) -> Batch:
     return tree.map(lambda path, leaf: leaf[index], batch)
 
 
-def learning_rates(config: Config, step: int) -> dict[str, float]:
-    """Learning rate of each optimizer group in the step after `step` steps."""
-    share = factor((step + 1) * config.train.batch_size * config.train.sequence_length, config.schedule)
+def tokens_per_step(config: Config) -> int:
+    """Tokens that all ranks read in a step."""
+    return config.train.batch_size * config.train.sequence_length
+
+
+def learning_rates(config: Config, tokens: int) -> dict[str, float]:
+    """Learning rate of each optimizer group in the step that brings the run to `tokens` tokens."""
+    share = factor(tokens, config.schedule)
     return {group: share * getattr(config.optim, group).lr for group in ("dense", "expert", "router")}
 
 
-def place_rates(config: Config, step: int, device: torch.device) -> Rates:
-    """`learning_rates` on the device, without a copy that would wait for it."""
-    rates = learning_rates(config, step)
+def place_rates(config: Config, state: State, device: torch.device) -> Rates:
+    """`learning_rates` of the step after `state`, on the device, without a copy that would wait for it."""
+    rates = learning_rates(config, state.tokens + tokens_per_step(config))
     return Rates(**{group: torch.full((), rate, dtype=torch.float64, device=device) for group, rate in rates.items()})
 
 
@@ -182,13 +188,19 @@ def make_step(
 
     # Launched kernel by kernel, or recorded once and replayed: then the host calls nothing between its kernels.
     if not config.train.graph:
-        return lambda state, batch: compute(setup, donate(state), batch, place_rates(config, state.step, rt.device))
+
+        def eager(state: State, batch: Batch) -> tuple[State, Metrics]:
+            rates = place_rates(config, state, rt.device)
+            return compute(setup, donate(state), batch, rates)
+
+        return eager
     recorded = attrs.evolve(setup, mark=lambda name: None, before_update=lambda: None)
     replayed = graph.replaying(lambda state, batch, rates: compute(recorded, state, batch, rates))
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         before_update()
-        after = replayed(donate(state), batch, place_rates(config, state.step, rt.device))
+        rates = place_rates(config, state, rt.device)
+        after = replayed(donate(state), batch, rates)
         mark("step")
         return after
 
@@ -243,6 +255,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         skipped=skipped,
         skipped_in_row=skipped_in_row,
         cursor=state.cursor + config.train.batch_size,
+        tokens=state.tokens + tokens_per_step(config),
         step=state.step + 1,
     )
     return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row)

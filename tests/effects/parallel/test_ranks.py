@@ -178,7 +178,7 @@ def test_a_state_is_the_same_whoever_saves_it(alone: Path, sources: Path, tmp_pa
             where: dict[str, Any] = {"rank": ranks.world.rank, "world": ranks.world.size, "exchange": ranks.background}
             with open_writer(Disk(), there, keep=keep, **where) as writer:
                 pieces = resume.pieces(state, blueprint, ranks=ranks)
-                writer.save(pieces, step=STEPS, meta=resume.meta(state, Validations(), this))
+                writer.save(pieces, step=STEPS, meta=resume.meta(state, (0,), Validations(), this))
                 writer.wait()
 
         in_group(as_world(config, world, experts=experts), tmp_path / f"{world}.out", save_again)

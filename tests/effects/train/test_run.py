@@ -270,6 +270,8 @@ def test_a_run_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
         write_text(path, text)
 
     monkeypatch.setattr(files, "write_text", full)
-    with pytest.raises(InputError, match="^run.root: run folders can be written, got No space left on device"):
+    with pytest.raises(
+        InputError, match="^run.root: expected a folder with room for run folders, got No space left on device"
+    ):
         log.create_folder(tmp_path, "x", {"a": "1", "b": "2"})
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from nmoe.effects.device import buffers, cpu, ops
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.train import resume
 from nmoe.effects.train.build import fresh
-from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step
+from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step, tokens_per_step
 from nmoe.pure.core import tree
 from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.spec import POLICY
@@ -70,7 +70,7 @@ def test_steps_are_those_of_torch_adamw_with_clip(microbatch: int) -> None:
     specs = [spec for _, spec in tree.leaves(_specs(config))]
     names = iter(leaves)
     theirs = tree.map(lambda path, _: next(names), state.params)
-    rates = learning_rates(config, 0)
+    rates = learning_rates(config, tokens_per_step(config))
     optimizer = torch.optim.AdamW(
         [
             {
@@ -96,7 +96,7 @@ def test_steps_are_those_of_torch_adamw_with_clip(microbatch: int) -> None:
             chunk=64,
         )
         for group, spec in zip(optimizer.param_groups, specs, strict=True):
-            group["lr"] = learning_rates(config, index)[POLICY[spec.role].group]
+            group["lr"] = learning_rates(config, (index + 1) * tokens_per_step(config))[POLICY[spec.role].group]
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(leaves, 0.5)
@@ -353,7 +353,9 @@ def test_a_second_optimizer_is_a_rule_and_a_policy(monkeypatch: pytest.MonkeyPat
             ]
             change = state.params.head.detach() - before
             assert velocity.any()
-            torch.testing.assert_close(change, -learning_rates(config, 0)["dense"] * velocity, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(
+                change, -learning_rates(config, tokens_per_step(config))["dense"] * velocity, rtol=1e-3, atol=1e-7
+            )
     assert losses[-1] < losses[0] - 0.3, losses
     with pytest.raises(ValueError, match="expected one of adamw, momentum, got 'sgd'"):
         ops.arena_ops(RT.device).update_("sgd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import types
 import typing
 from pathlib import Path
@@ -482,3 +483,38 @@ def test_problems_of_rules_have_places() -> None:
         InputError, match=rf"^{re.escape(str(path))}:\d+: model.moe.num_experts: a multiple of the 5 ranks"
     ):
         load_valid(path, {}, (), world=5)
+
+
+LINES = 10_000
+UNKNOWN = (ROOT / "configs" / "quickstart.toml").read_text() + "".join(f"[trian{i}]\n" for i in range(LINES))
+LONG_WORD = (ROOT / "configs" / "quickstart.toml").read_text().replace('"cpu"', f'"{"cpu" * 500_000}"')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = [\n" + "1,\n" * LINES + "]\n",
+        "x = [\n" + '\'a\',\n"b\\"", # ]\n' * LINES + "]\n",
+        'x = """\n' + "a # [\n" * LINES + '"""\n',
+        "".join(f"x{i} = [\n1,\n]\n" for i in range(LINES)),
+        "".join(f"[a{i}]\nb = 1\n" for i in range(LINES)),
+        UNKNOWN,
+        LONG_WORD,
+    ],
+    ids=["array", "strings", "multi-line", "arrays", "tables", "unknown tables", "long word"],
+)
+def test_reading_takes_time_in_proportion_to_the_text(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(text)
+    began = time.process_time()
+    assert len(problems(file)) > 0
+    # 0.1 to 0.5 s of a quiet core; the array took 1,000 s when every line parsed its statement so far, the tables 60 s
+    assert time.process_time() - began < 3
+
+
+def test_a_hundred_faults_are_enough(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(UNKNOWN)
+    *faults, last = problems(file)
+    assert len(faults) == 100 and "did you mean train?" in faults[0]
+    assert "fix those above first" in last

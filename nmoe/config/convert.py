@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal, TypeVar, cast
 
 import attrs
@@ -13,6 +14,9 @@ from cattrs.gen import make_dict_structure_fn
 
 from nmoe.config.fields import KeyPath, is_table, keys, kind, kinds, members
 from nmoe.config.toml import closest, dotted, shown
+
+MOST_FAULTS = 100
+"""Faults said at once: looking for what was meant by 10,000 unknown keys takes a minute."""
 
 Section = TypeVar("Section")
 Hook = Callable[[Any, Any], Any]
@@ -38,11 +42,15 @@ class Mismatch(TypeError):
 
 
 def structure(tables: dict[str, Any], section: type[Section]) -> Section | tuple[Fault, ...]:
-    """A section from nested tables, or all that is wrong with them."""
+    """A section from nested tables, or what is wrong with them: all of it, up to `MOST_FAULTS`."""
     try:
         return _converter().structure(tables, section)
     except (ClassValidationError, Mismatch) as error:
-        return tuple(_faults(error, (), section, section))
+        faults = tuple(islice(_faults(error, (), section, section), MOST_FAULTS + 1))
+        if len(faults) > MOST_FAULTS:
+            last = Fault(faults[-1].path, f"at most {MOST_FAULTS} faults, got more; fix those above first")
+            return (*faults[:-1], last)
+        return faults
 
 
 def _converter() -> Converter:

@@ -80,19 +80,19 @@ def read(path: Path) -> Document:
     except FileNotFoundError as error:
         near = closest(path.stem, [other.stem for other in path.parent.glob("*.toml")])
         hint = f"did you mean {path.with_name(f'{near}.toml')}?" if near else "check the path"
-        raise InputError(f"{path}: an existing file, got none; {hint}") from error
+        raise InputError(f"{path}: expected an existing file, got none; {hint}") from error
     except IsADirectoryError as error:
-        raise InputError(f"{path}: a TOML file, got a directory; name a file in it") from error
+        raise InputError(f"{path}: expected a TOML file, got a directory; name a file in it") from error
     except OSError as error:
         raise InputError(
-            f"{path}: a readable file, got {error.strerror}; check the path and its permissions"
+            f"{path}: expected a readable file, got {error.strerror}; check the path and its permissions"
         ) from error
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}:{line}: text in UTF-8, got the byte 0x{content[error.start]:02x}; save the file as UTF-8"
+            f"{path}:{line}: expected text in UTF-8, got the byte 0x{content[error.start]:02x}; save the file as UTF-8"
         ) from error
     return Document(tables=_parse(text, path), lines=lines(text))
 
@@ -103,9 +103,9 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     except tomli.TOMLDecodeError as error:
         line = text.replace("\r\n", "\n").split("\n")[error.lineno - 1]
         hint = "TOML uses true/false" if re.search(r"=\s*(True|False)\b", line) else f"fix column {error.colno}"
-        raise InputError(f"{path}:{error.lineno}: TOML, got {_lowered(error.msg)}; {hint}") from error
+        raise InputError(f"{path}:{error.lineno}: expected TOML, got {_lowered(error.msg)}; {hint}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: TOML that can be read, got {_lowered(str(error))}; shorten it") from error
+        raise InputError(f"{path}: expected TOML that can be read, got {_lowered(str(error))}; shorten it") from error
 
 
 def _lowered(message: str) -> str:

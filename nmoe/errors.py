@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input. Every problem reads `<where>: <what holds>, got <value>; <what to do>`."""
+    """Bad input. Every problem reads `<where>: expected <what>, got <value>; <what to do>`."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))

@@ -40,7 +40,7 @@ def _config_show(args: argparse.Namespace) -> int:
 def _config_check(args: argparse.Namespace) -> int:
     from nmoe.config import identity
 
-    config = load(args).config
+    config = load(args, to_run=True).config
     print(f"{args.config}: valid for {config.parallel.ranks} rank(s), identity {identity(config)[:12]}")
     return 0
 

@@ -62,10 +62,10 @@ def group(verbs: Verbs, name: str, about: str) -> Verbs:
     return parser.add_subparsers(metavar="VERB", required=True)
 
 
-def load(args: argparse.Namespace, world: int | None = None) -> Loaded:
+def load(args: argparse.Namespace, world: int | None = None, *, to_run: bool = False) -> Loaded:
     from nmoe.config import load_valid
 
-    return load_valid(args.config, os.environ, args.overrides, world)
+    return load_valid(args.config, os.environ, args.overrides, world, to_run=to_run)
 
 
 def under(parser: argparse.ArgumentParser) -> tuple[str, ...]:

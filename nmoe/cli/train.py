@@ -74,7 +74,7 @@ def _train(args: argparse.Namespace) -> int:
     ranks = started.world if started.launched else args.gpus
     if ranks is not None:
         args.overrides.append(f"--parallel.ranks={ranks}")
-    loaded = load(args)
+    loaded = load(args, to_run=True)
     config = loaded.config
     if config.parallel.ranks > 1 and not started.launched:
         patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
+from nmoe.config.check import kernel_sizes
 from nmoe.config.sections import Model
 from nmoe.effects.device import cpu
 from nmoe.effects.kernels import tables as tuning
@@ -70,7 +71,8 @@ def build(
     from nmoe.effects.kernels.moe import router, swiglu
     from nmoe.effects.parallel.exchange import device as exchanged
 
-    check(c)
+    if problems := tuple(kernel_sizes(c, device="cuda", compute="bf16")):
+        raise InputError(*problems)
     tiles = mixture_tiles(device, c.hidden_size, c.moe.intermediate_size)
     return labelled(
         Ops(
@@ -179,19 +181,3 @@ def _updating(kernels: Mapping[str, Callable[..., Tensor]]) -> Callable[[str], C
         return _ranged(f"{name}_", kernels.get(name, partial(cpu.update_, rule(name))))
 
     return update
-
-
-def check(c: Model) -> None:
-    """Refuse what the kernels do not take.
-
-    Raises:  InputError with each size that is wrong.
-    """
-    sizes = {"model.hidden_size": c.hidden_size, "model.moe.intermediate_size": c.moe.intermediate_size}
-    problems = [
-        f'{key}: on device "cuda" a multiple of 8, because kernels read 16 bytes at once, got {size}; '
-        f"take {-(-size // 8) * 8}"
-        for key, size in sizes.items()
-        if size % 8
-    ]
-    if problems:
-        raise InputError(*problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import attrs
@@ -106,17 +107,18 @@ def exchanging(
 
 
 def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
-    """Refuse what the GPU has no room for, before anything is allocated.
+    """Refuse what the device has no room for, before anything is allocated.
 
     Raises:  InputError with the settings that would make it fit.
     """
     if device.type == "cpu":
-        return
-    wanted, there = planned.memory.total(), torch.cuda.get_device_properties(device).total_memory
+        there, whose = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "machine"
+    else:
+        there, whose = torch.cuda.get_device_properties(device).total_memory, "GPU"
+    wanted, train = planned.memory.total(), config.train
     if wanted > there:
-        train = config.train
         raise InputError(
-            f"train.microbatch_size: expected a step that fits the GPU's {quantity(there, 'B')}, got "
+            f"train.microbatch_size: expected a step that fits the {whose}'s {quantity(there, 'B')}, got "
             f"{quantity(wanted, 'B')} for {train.microbatch_size} sequences of {train.sequence_length}; lower "
             'microbatch_size, write train.recompute = "cheap" or "full", or precision.moments = "bf16"'
         )

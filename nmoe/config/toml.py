@@ -13,7 +13,7 @@ import tomli
 import tomli_w
 
 from nmoe.config.fields import KeyPath, flat
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 
 LONGEST = 80
 """Characters of a value that a message shows at most."""
@@ -30,11 +30,6 @@ class Document:
 def closest(word: str, possibilities: Sequence[str]) -> str | None:
     """The possibility a mistyped word probably means."""
     return next(iter(difflib.get_close_matches(word, possibilities, n=1)), None)
-
-
-def printable(text: str) -> str:
-    """Text on one line: characters that are no print become their escapes."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def shown(value: Any) -> str:

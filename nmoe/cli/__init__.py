@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from nmoe.cli import bench, ckpt, config, data, runs, soak, track, train, viz
 from nmoe.cli.parser import Parser, under
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 
 __all__ = ["main"]
 
@@ -43,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        from nmoe.config.toml import printable
-
         for problem in error.problems:
             print(f"nmoe: {printable(problem)}", file=sys.stderr)
         return EXIT_INPUT

@@ -15,8 +15,8 @@ from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import Fault, structure
 from nmoe.config.fields import KeyPath
 from nmoe.config.sections import MOST_TOKENS, setting
-from nmoe.config.toml import dotted, printable, read, shown
-from nmoe.errors import InputError
+from nmoe.config.toml import dotted, read, shown
+from nmoe.errors import InputError, printable
 
 STAGES = ("pretrain", "mid", "long")
 """Stages, in the order they are read."""

@@ -15,8 +15,8 @@ from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import structure
 from nmoe.config.fields import table
 from nmoe.config.sections import setting
-from nmoe.config.toml import dotted, printable, read
-from nmoe.errors import InputError
+from nmoe.config.toml import dotted, read
+from nmoe.errors import InputError, printable
 
 MOST_BYTES = 2**40
 """More than one file, document or shard has."""

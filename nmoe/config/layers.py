@@ -23,8 +23,8 @@ from nmoe.config.check import unrunnable, validate
 from nmoe.config.convert import structure
 from nmoe.config.fields import KeyPath, flat, table
 from nmoe.config.sections import Config
-from nmoe.config.toml import Document, dotted, literal, printable, read, shown
-from nmoe.errors import InputError
+from nmoe.config.toml import Document, dotted, literal, read, shown
+from nmoe.errors import InputError, printable
 
 DEFAULT = "default"
 PREFIX = "NMOE_"

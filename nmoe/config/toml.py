@@ -13,7 +13,7 @@ import tomli
 import tomli_w
 
 from nmoe.config.fields import KeyPath, flat
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 
 LONGEST = 80
 """Characters of a value that a message shows at most."""
@@ -32,11 +32,6 @@ def closest(word: str, possibilities: Sequence[str]) -> str | None:
     if len(word) > LONGEST:  # comparing takes time in proportion to its length, 2 s for 1.5 MB
         return None
     return next(iter(difflib.get_close_matches(word, possibilities, n=1)), None)
-
-
-def printable(text: str) -> str:
-    """Text on one line: characters that are no print become their escapes."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def shown(value: Any) -> str:

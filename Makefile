@@ -20,7 +20,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH)
 
 run: .venv/.run
-	@$(BIN)/nmoe run configs/quickstart.toml
+	@$(BIN)/nmoe run quickstart
 
 test: check chromium
 	@$(BIN)/python -m pytest
@@ -43,7 +43,7 @@ gpu-test:
 	@$(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 bench: .venv/.dev
-	@$(BIN)/nmoe bench step configs/quickstart.toml --against transformers
+	@$(BIN)/nmoe bench step quickstart --against transformers
 
 # Each stamp is newer than what it was made from; `rm -r .venv` starts anew.
 .venv/.run: pyproject.toml constraints.txt

@@ -110,7 +110,7 @@ def test_bad_files(tmp_path: Path) -> None:
         ((), "command line: expected a verb, one of run, .*, got nothing; see `nmoe --help`"),
         (("rnu", "x.toml"), r"command line: expected a verb, one of run, .*, got rnu; did you mean nmoe run\?"),
         (("config", "chekc"), r"config: expected a verb, .*, got chekc; did you mean nmoe config check\?"),
-        (("config",), "config: expected a verb, one of show, .*, schema, got nothing; see `nmoe config --help`"),
+        (("config",), "config: expected a verb, one of list, show, .*, schema, got nothing; see `nmoe config --help`"),
         (("run",), "run: the following arguments are required: CONFIG; see `nmoe run --help`"),
         (("plan", QUICKSTART, "--train.steps", "10"), "--train.steps: .*; write --train.steps=10"),
         (("plan", "--train.steps", "10", QUICKSTART), "--train.steps: .*; write --train.steps=10"),
@@ -143,6 +143,20 @@ def test_a_plan_for_more_gpus_is_checked_for_them() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"), [("quickstrat", r"did you mean quickstart\?"), ("foo", r"a file of that name is \./foo")]
+)
+def test_an_unknown_preset_is_refused(text: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / text).write_text(QUICKSTART.read_text())
+    presets = "dsv2, dsv3, moonlet, moonlight, quickstart"
+    refused(
+        nmoe("config", "check", text, cwd=tmp_path),
+        f"config check: argument CONFIG: expected a TOML file or a preset, one of {presets}, got '{text}'; {remedy}; "
+        "see `nmoe config check --help`",
+    )
+    assert nmoe("config", "check", f"./{text}", cwd=tmp_path).returncode == 0
+
+
 def test_bad_environment() -> None:
     done = nmoe("config", "check", QUICKSTART, NMOE_TRAIN__STEP="1", NMOE_HOME="/nowhere")
     refused(done, r"environment NMOE_TRAIN__STEP: train.step: .*; did you mean train.steps\?")
@@ -166,7 +180,7 @@ def test_config_diff() -> None:
     other = nmoe("config", "diff", "configs/moonlet.toml", "configs/moonlight.toml", NMOE_MODEL__NUM_LAYERS="5")
     assert other.returncode == 1
     assert "model.num_layers: 12 -> 27" in other.stdout.splitlines()
-    kinds = nmoe("config", "diff", QUICKSTART, "configs/moonlight.toml")
+    kinds = nmoe("config", "diff", QUICKSTART, "moonlight")
     assert 'data.source.kind: "stdlib" -> "shards"' in kinds.stdout.splitlines()
     assert 'data.source.path: absent -> "data/pretrain"' in kinds.stdout.splitlines()
 
@@ -178,7 +192,13 @@ def test_config_schema_is_the_committed_file() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("--version",), ("config", "show", str(QUICKSTART)), ("runs", "list", "--root", ".")],
+    [
+        ("--help",),
+        ("--version",),
+        ("config", "show", "quickstart"),
+        ("config", "list"),
+        ("runs", "list", "--root", "."),
+    ],
     ids=str,
 )
 def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], tmp_path: Path) -> None:

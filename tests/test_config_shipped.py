@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 from nmoe.config import Config, diff, dump, load, schema
 from tests.configs import ROOT, at_line, problems
 
-SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
+SHIPPED = sorted([*(ROOT / "configs").glob("*.toml"), *(ROOT / "configs" / "examples").glob("*.toml")])
 NAMES = [path.stem for path in SHIPPED]
 Where = tuple[str, ...]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import tomli
 
-from nmoe.config import dump, load, schema
+from nmoe.config import Shards, dump, load, schema
+from tests.effects.train.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
@@ -214,6 +215,37 @@ def test_each_verb_has_help_with_an_example(verb: str) -> None:
     done = nmoe(*verb.split(), "--help")
     assert done.returncode == 0
     assert f"example: nmoe {verb} " in done.stdout
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_how_threads_wait_is_the_users_choice(given: dict[str, str], kept: str) -> None:
+    program = "import os; from nmoe.cli import main; main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
+    environ = {name: value for name, value in ENVIRON.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ, check=False)
+    assert done.stdout.splitlines()[-1] == kept, done
+
+
+@pytest.mark.long
+def test_how_threads_wait_changes_no_bit(sources: Path, tmp_path: Path) -> None:
+    source = Shards(path=str(sources))
+    config = tiny(vocab_size=300, batch_size=16, microbatch_size=16, sequence_length=64, steps=2, source=source)
+    (tmp_path / "tiny.toml").write_text(dump(config))
+    weights: list[bytes] = []
+    for policy in ("passive", "active"):
+        chosen = {} if policy == "passive" else {"OMP_WAIT_POLICY": policy}
+        environ = {name: value for name, value in (ENVIRON | chosen).items() if name != "OMP_WAIT_POLICY" or chosen}
+        done = subprocess.run(
+            [sys.executable, "-m", "nmoe", "run", "tiny.toml", f"--run.name={policy}"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environ | {"OMP_NUM_THREADS": "2"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"threads        2 on the CPU, OMP_WAIT_POLICY={policy}" in done.stdout.splitlines()
+        weights.append((tmp_path / "runs" / policy / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 def test_interrupted_while_reading(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nmoe.config import Config, diff, dump, load, load_valid, schema
 from nmoe.config.check import unrunnable
 from tests.configs import ROOT, at_line, problems
 
-SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
+SHIPPED = sorted([*(ROOT / "configs").glob("*.toml"), *(ROOT / "configs" / "examples").glob("*.toml")])
 NAMES = [path.stem for path in SHIPPED]
 Where = tuple[str, ...]
 

@@ -132,7 +132,7 @@ def _parser() -> tuple[Parser, Mapping[str, Sequence[str]]]:
     root = Parser(
         prog="nmoe",
         description="Train Mixture-of-Experts language models.",
-        epilog="`nmoe VERB --help` shows an example. CONFIG is a TOML file; --section.key=value sets one of its keys.",
+        epilog="`nmoe VERB --help` shows an example. CONFIG: a TOML file or a preset; --section.key=value sets a key.",
         allow_abbrev=False,
     )
     root.add_argument("--version", action="store_true", help="print the version")

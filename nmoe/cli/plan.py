@@ -16,16 +16,18 @@ from nmoe.pure.cost.scale import Arrangement, Scaled, best, choices, scale
 
 
 def main(
-    config: Config, gpus: int, hosts: int | None, experts: int | None, machine: str, mfu: float, as_json: bool
+    config: Config, gpus: int, hosts: int | None, experts: int | None, machine: str, mfu: float | None, as_json: bool
 ) -> int:
     """Print the plan of `config` on GPUs of a kind.
 
+    mfu      of the computation alone; None: what was measured on such a GPU
     hosts    they are in; None: as few as the kind's hosts allow
     experts  GPUs that share out one set of experts; None: the fastest number that fits
     Raises:  InputError with everything that is wrong with the options.
     """
     check(config, gpus, hosts, experts, machine, mfu)
     kind = MACHINES[machine]
+    mfu = kind.mfu if mfu is None else mfu
     hosts = hosts or -(-gpus // kind.gpus_per_host)
     candidates = scaled(config, kind, gpus=gpus, hosts=hosts, mfu=mfu)
     wanted = candidates if experts is None else scaled(config, kind, gpus=gpus, hosts=hosts, mfu=mfu, experts=experts)
@@ -47,13 +49,13 @@ def main(
     return 0
 
 
-def check(config: Config, gpus: int, hosts: int | None, experts: int | None, machine: str, mfu: float) -> None:
+def check(config: Config, gpus: int, hosts: int | None, experts: int | None, machine: str, mfu: float | None) -> None:
     """Refuse options that make no sense, all of them at once."""
     problems: list[str] = []
     if gpus < 1:
         problems.append(f"--gpus: expected at least 1, got {gpus}; say how many ranks to plan for")
-    if not 0 < mfu <= 1:
-        problems.append(f"--mfu: expected a share above 0 and at most 1, got {mfu}; 0.4 is a good start")
+    if mfu is not None and not 0 < mfu <= 1:
+        problems.append(f"--mfu: expected a share above 0 and at most 1, got {mfu}; leave it out for what was measured")
     if machine not in MACHINES:
         problems.append(f"--machine: expected one of {', '.join(MACHINES)}, got {machine}; write one of them")
     if hosts is not None and (hosts < 1 or gpus % hosts):

@@ -36,7 +36,7 @@ def verbs(root: Verbs) -> None:
         "--experts", type=int, metavar="N", help="GPUs that share out one set of experts (default: the best number)"
     )
     plan.add_argument("--machine", default="h200", metavar="GPU", help="h100 or h200 (default: %(default)s)")
-    plan.add_argument("--mfu", type=float, default=0.4, help="MFU of the computation alone (default: %(default)s)")
+    plan.add_argument("--mfu", type=float, metavar="X", help="MFU of the computation alone (default: measured)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     doctor = add(root, "doctor", _doctor, "what this machine can do", "--json")

@@ -41,12 +41,13 @@ from nmoe.effects.train.session import Connected, Job, Session, Start
 from nmoe.effects.train.step import make_step
 from nmoe.effects.train.world import World
 from nmoe.errors import InputError
+from nmoe.pure.cost.machines import H100
 from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.report import render
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.units import quantity
 
-ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": 0.15})
+ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": H100.mfu})
 """What the estimate before the first step assumes: about what docs/log.md has of each device."""
 
 

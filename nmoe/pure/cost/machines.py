@@ -32,6 +32,7 @@ class Machine:
     gpu: str
     memory: float  # bytes of one GPU
     peak_flops: float  # dense bf16 FLOP/s of one GPU, the unit of MFU
+    mfu: float  # that one GPU reaches with a model of its own, computation alone
     gpus_per_host: int  # where nothing else is said
     push: Link  # rows written into the memory of a GPU of the same host
     collective: Link  # NCCL inside a host
@@ -46,6 +47,7 @@ H200 = Machine(
     gpu="H200",
     memory=141e9,
     peak_flops=PEAK_FLOPS[9, 0],
+    mfu=0.50,  # measured: 49.9 % with configs/moonlet.toml, natural routing, docs/log.md, 2026-11-24
     gpus_per_host=8,
     # 4096 rows of 4 KiB take 57 us with their signal, replayed from a CUDA graph; many of them 313 to 326 GB/s,
     # and 330 to 339 where rows have 14 KiB
@@ -57,8 +59,9 @@ H200 = Machine(
     network=Link(alpha_s=400e-6, bytes_per_s=45e9, source="assumed: 90 % of 400 Gbit/s a GPU, sends by the host"),
 )
 
-H100 = attrs.evolve(H200, gpu="H100", memory=80e9)
-"""The same chip and NVLink as the H200, with less memory; its links were not measured."""
+H100 = attrs.evolve(H200, gpu="H100", memory=80e9, mfu=0.46)
+"""The same chip and NVLink as the H200, with less and slower memory; 45.8 % measured with six layers of moonlet, its links
+not."""
 
 MACHINES: Mapping[str, Machine] = MappingProxyType({"h100": H100, "h200": H200})
 """By the name a user gives."""

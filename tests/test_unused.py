@@ -14,7 +14,6 @@ from tests.test_architecture import imports, modules, within
 KEPT = (
     ("nmoe.__main__", "python -m nmoe"),
     ("nmoe.effects.kernels.exchange.nvshmem", "puts between hosts: compiled, and no exchange opens with them yet"),
-    ("nmoe.pure.model.loss.setup_context", "torch calls it"),
 )
 """What nothing of nmoe names, and why it is there."""
 
@@ -35,10 +34,20 @@ def reached(node: ast.AST) -> Iterator[str]:
             yield from re.split(r"[.:]", part.value)
 
 
-def defined(tree: ast.Module) -> Iterator[tuple[str, ast.AST | None]]:
-    """Names of functions, classes and methods, with their texts, and of the module's constants."""
+def defined(tree: ast.Module, module: str) -> Iterator[tuple[str, ast.AST | None]]:
+    """Names of functions, classes and methods, with their texts, and of the module's constants.
+
+    A method of a class that extends a library's is left out: the library calls it.
+    """
+    others = [
+        name for _, name in imports(ast.unparse(tree), module) if not within(name, "nmoe", "abc", "enum", "typing")
+    ]
+    foreign = {name.rpartition(".")[2] for name in others}
+    called_by_others: set[ast.AST] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(x).split(".")[0] in foreign for x in node.bases):
+            called_by_others.update(node.body)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node not in called_by_others:
             yield node.name, node
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -60,7 +69,7 @@ def unused(texts: Mapping[str, str]) -> list[str]:
         f"{module}.{name}"
         for module, tree in trees.items()
         for own in (Counter(named(tree)),)
-        for name, inside in defined(tree)
+        for name, inside in defined(tree, module)
         if not name.startswith("__") and own[name] + mentions[name] <= within_itself(name, inside)
     ]
     packages = {module.rpartition(".")[0] for module in texts}
@@ -83,6 +92,8 @@ PACKAGE = {
 
 def test_what_is_used_is_left_alone() -> None:
     assert unused({**PACKAGE, "p.c": "from p import a"}) == ["p.c"]
+    library = "from asyncio import Protocol\nclass A(Protocol):\n    def data_received(self): ...\nA()"
+    assert unused({**PACKAGE, "p.c": library + "\nfrom p import a"}) == ["p.c"]
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def integers(names: str, kind: str = "i32") -> str:
     return " ".join(f"{name}:{kind}" for name in names.split())
 
 
-def of_dispatch(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
+def of_dispatch(num_experts: int, top_k: int = 6) -> dict[str, Request]:
     """The counting sort, and rows brought to their experts and back."""
     experts = {"E": num_experts, "EP": 1 << (num_experts - 1).bit_length()}
     stretch = {"STRETCH": dispatch.STRETCH, **experts}
@@ -162,7 +162,7 @@ def of_dispatch(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
             "moe.dispatch:place_kernel",
             "expert:*i64 " + integers("before count source slot place end", "*i32") + " P:i32 K:i32",
             Launch(8),
-            stretch,
+            {**stretch, "CHUNK": dispatch.CHUNK},
         ),
         "tiles": request(
             "moe.dispatch:tiles_kernel",
@@ -220,7 +220,8 @@ def of_assembly() -> dict[str, Request]:
 
 def of_exchange(ranks: int = 8, num_experts: int = 256, top_k: int = 8) -> dict[str, Request]:
     """What of the exchange moves no rows."""
-    choices = {"K": top_k, "KP": top_k, "BLOCK": plan_kernels.BLOCK // top_k}
+    padded = 1 << (top_k - 1).bit_length()
+    choices = {"K": top_k, "KP": padded, "BLOCK": plan_kernels.BLOCK // padded}
     counts = {"E": num_experts, "EP": num_experts, "W": ranks, "WP": ranks}
     pushed = "count:*i32 tokens:*i32 addresses:*i64 OFFSET:i64 ME:i32"
     planned = integers("place shift owner token_place token_shift to at landing", "*i32")
@@ -238,7 +239,7 @@ def of_exchange(ranks: int = 8, num_experts: int = 256, top_k: int = 8) -> dict[
             "exchange.plan:origins_kernel",
             integers("origin_end origin_shift valid to at", "*i32") + " W:i32",
             Launch(),
-            {"RUNS": num_experts, "CHUNK": min(plan_kernels.RUNS, num_experts), "BLOCK": plan_kernels.BLOCK},
+            {"RUNS": num_experts, "HALF": num_experts // 2, "BLOCK": plan_kernels.BLOCK},
         ),
         "counts": request("exchange.push:counts_kernel", pushed, Launch(), {**counts, "DEDUP": True}),
         "counts: plain": request(

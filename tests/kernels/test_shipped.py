@@ -50,6 +50,9 @@ WIDE = {"choice": 1}
 SCALARS = 6
 """Loads and stores that are not of arrays: a target, a loss, a factor, a partial sum."""
 
+NARROW = {"choice of 256": 8}
+"""More of them: the choices of a row are found one after another, and stored so."""
+
 
 def problems(chosen: dict[str, Callable[[], Request]], factory: pytest.TempPathFactory) -> list[str]:
     compiled = aot.compile_all([each() for each in chosen.values()], factory.mktemp("triton"))
@@ -57,15 +60,18 @@ def problems(chosen: dict[str, Callable[[], Request]], factory: pytest.TempPathF
     return [
         f"{name}: {problem}"
         for name, each in zip(list(chosen) * len(aot.TARGETS), compiled, strict=True)
-        for problem in (*each.problems(spills=SPILLS.get(name, 0)), *slow(each, WIDE.get(name, 2)))
+        for problem in (
+            *each.problems(spills=SPILLS.get(name, 0)),
+            *slow(each, WIDE.get(name, 2), NARROW.get(name, SCALARS)),
+        )
     ]
 
 
-def slow(each: Compiled, wide: int) -> list[str]:
+def slow(each: Compiled, wide: int, narrow: int) -> list[str]:
     """Why a kernel that only moves memory would not reach its bandwidth."""
     found: list[str] = []
-    if each.narrow > SCALARS:
-        found.append(f"{each.narrow} accesses below 16 bytes, limit {SCALARS}")
+    if each.narrow > narrow:
+        found.append(f"{each.narrow} accesses below 16 bytes, limit {narrow}")
     if each.wide < wide:
         found.append(f"{each.wide} accesses of 16 bytes, at least {wide}")
     if each.atomics or each.scratch:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import pytest
+import torch
 
+from nmoe.effects.device import ops
 from nmoe.effects.kernels import tables
+from nmoe.errors import InputError
 
 
 def test_no_entry_claims_a_measurement_on_a_b200() -> None:
@@ -19,6 +24,29 @@ def test_a_size_without_an_entry_is_not_measured() -> None:
     assert tables.find(table, "moe", 2048, 1408).measured and tables.find(table, "attention", 128, 64, 128).measured
     other = tables.find(table, "moe", 64, 64)
     assert not other.measured and other.size == tables.DEFAULT and other.group == 8
+
+
+def test_each_device_gets_the_tiles_of_its_own_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host with one GPU of each; what is asked is this device, never the current one or the first."""
+    capabilities = {0: (9, 0), 1: (10, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=100 + device.index)
+    )
+    chosen: list[tuple[Any, Any]] = []
+    for index, capability in capabilities.items():
+        table, device = tables.load(capability), torch.device("cuda", index)
+        moe, attention = ops.mixture_tiles(device, 2048, 1408), ops.attention_tiles(device, 128, 64, 128)
+        entry = tables.find(table, "moe", 2048, 1408)
+        assert {name: getattr(moe, name) for name in entry.tiles} == dict(entry.tiles)
+        assert (moe.group, moe.programs) == (entry.group, 100 + index)
+        assert attrs.asdict(attention, recurse=False) == dict(tables.find(table, "attention", 128, 64, 128).tiles)
+        chosen.append((moe, attention))
+    (moe, attention), (other_moe, other_attention) = chosen
+    assert attention != other_attention or attrs.evolve(moe, programs=0) != attrs.evolve(other_moe, programs=0)
+    capabilities[1] = (8, 0)
+    with pytest.raises(InputError, match=r"sm_80\.toml: expected a table of tiles"):
+        ops.mixture_tiles(torch.device("cuda", 1), 2048, 1408)
 
 
 GEMM = {"block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 2}

@@ -5,7 +5,6 @@ from __future__ import annotations
 CONFIG = "config.toml"
 SOURCES = "sources.toml"
 PROVENANCE = "provenance.toml"
-TOKENIZER = "tokenizer.json"
 RUN = "run.json"
 EVENTS = "events.jsonl"
 ARRAYS = "arrays.rank0.jsonl"

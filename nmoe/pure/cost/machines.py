@@ -60,8 +60,8 @@ H200 = Machine(
 )
 
 H100 = attrs.evolve(H200, gpu="H100", memory=80e9, mfu=0.46)
-"""The same chip and NVLink as the H200, with less and slower memory; 45.8 % measured with six layers of moonlet, its links
-not."""
+"""The same chip and NVLink as the H200, with less and slower memory; 45.8 % measured with six layers of moonlet, its
+links not."""
 
 MACHINES: Mapping[str, Machine] = MappingProxyType({"h100": H100, "h200": H200})
 """By the name a user gives."""

@@ -275,3 +275,20 @@ def test_a_reader_that_has_gone_ends_it_quietly(unbuffered: str) -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environ, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_command_in_a_config_from_elsewhere_is_said_before_the_first_step(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        text = with_line(QUICKSTART.read_text(), r"^\[log\]", '[log]\nalert_command = "curl evil"')
+        (folder / "x.toml").write_text(text)
+    done = nmoe("run", there / "x.toml", "--train.resume=absent", cwd=here)
+    assert done.returncode == 2
+    assert f"{there / 'x.toml'}:" in done.stdout and 'has each alert run "curl evil"' in done.stdout
+    done = nmoe("run", "x.toml", "--train.resume=absent", cwd=here)
+    assert done.returncode == 2 and "curl" not in done.stdout
+    refused(
+        nmoe("run", "x.toml", "--no-commands", cwd=here),
+        r'x.toml:\d+: log.alert_command: expected no command with --no-commands, got "curl evil"; remove the key',
+    )

@@ -23,6 +23,8 @@ from nmoe.config.convert import structure
 from nmoe.config.data_mixture import Part, Rest
 from nmoe.config.data_source import Source
 from nmoe.config.fields import Key, is_table, keys, members
+from nmoe.config.run_name import is_run_name, label
+from nmoe.config.secrets import masked, masked_arguments
 from nmoe.config.sections import Mla, Yarn
 from nmoe.config.toml import lines, literal
 from nmoe.errors import InputError
@@ -133,7 +135,6 @@ def test_the_last_of_two_overrides_holds() -> None:
         ({}, ("--train.steps=1\n2",), r".*: train.steps: expected an integer, got .*"),
         ({}, ("--model.top_k=3",), r".*: model.top_k: .*; did you mean model.moe.top_k\?"),
         ({}, ("--train=3",), r"command line --train=3: train: expected a table, got 3; .*"),
-        ({}, ("--run.name=7",), r"command line --run.name=7: run.name: expected a string, got 7; put it in quotes"),
         ({}, ("--run.root=\udcff",), r".*: run.root: expected a string of printable characters, got .*"),
         ({}, ("--train.steps",), r"command line --train.steps: expected --section.key=value, got --train.steps; .*"),
         ({}, ('--extends="a.toml"',), r"command line .*: extends: expected a known key, got .*"),
@@ -620,3 +621,87 @@ def test_what_kernels_do_not_take_is_wrong_in_the_config(key: str, device: str) 
     found = problems(ROOT / "configs" / "moonlet.toml", f"--model.{key}=130", f"--run.device={device}", valid=True)
     wrong = [problem for problem in found if f": model.{key}: expected a multiple of 8" in problem]
     assert len(wrong) == (device == "cuda" or "attention" not in key)
+
+
+@pytest.mark.parametrize("text", ["1234567", "007", "2026-11-28", "true", ".001", "1,000", "inf", "[1]", "x", '"x"'])
+def test_a_key_of_text_takes_what_the_shell_gives(text: str) -> None:
+    path = ROOT / "configs" / "quickstart.toml"
+    wanted = text.strip('"')
+    assert load(path, {}, (f"--run.root={text}",)).config.run.root == wanted
+    assert load(path, {"NMOE_RUN__NAME": text}, ()).config.run.name == wanted
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("optim.dense.lr=.001", "write 0.001"),
+        ("optim.dense.lr=1,000.5", "write 1000.5"),
+        ("train.steps=1,000", "write 1000"),
+        ("train.steps=2026-11-28", "write a whole number without quotes"),
+        ("train.graph=yes", "TOML uses true/false"),
+    ],
+)
+def test_remedies_help_where_they_are_read(override: str, remedy: str) -> None:
+    (problem,) = problems(ROOT / "configs" / "quickstart.toml", f"--{override}")
+    assert problem.endswith(f"; {remedy}"), problem
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("lr = .001", "write a digit before the point"),
+        ("steps = 1,000", "write the number without commas, or with _ in their place"),
+        ("root = runs", "put text in quotes"),
+        ("root = ~/runs", "put text in quotes"),
+        ("graph = True", "TOML uses true/false"),
+    ],
+)
+def test_a_line_that_is_no_toml_gets_its_own_remedy(line: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(f"[train]\n{line}\n")
+    (problem,) = problems(tmp_path / "x.toml")
+    assert problem.startswith(f"{tmp_path / 'x.toml'}:2: ") and problem.endswith(f"; {remedy}"), problem
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    text = (ROOT / "configs" / "quickstart.toml").read_bytes()
+    (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbf" + text)
+    assert load(tmp_path / "x.toml", {}, ()).config == load(ROOT / "configs" / "quickstart.toml", {}, ()).config
+    (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbf\n# caf\xe9\n")
+    (problem,) = problems(tmp_path / "x.toml")
+    assert problem.startswith(f"{tmp_path / 'x.toml'}:2: expected text in UTF-8, got the byte 0xe9")
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["a" * 240, ".quick", "line\nbreak", "a\u2028b", "\udcff", "", "...", "-x", "mod\u00e8le v2", "quickstart"],
+    ids=ascii,
+)
+def test_a_run_named_by_its_config_obeys_the_rule_for_names(stem: str) -> None:
+    assert is_run_name(f"{label(stem)}-20261128-070435")
+    assert (label(stem) == stem) == (stem == "quickstart")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--log.alert_command=curl https://hooks.example/T0/secretpath", "--log.alert_command=***"),
+        ("--run.name=x", "--run.name=x"),
+        ("--train.steps=10", "--train.steps=10"),
+        ("--data.source.tokenizer_size=4096", "--data.source.tokenizer_size=4096"),
+        ("--schedule.hold_tokens=5", "--schedule.hold_tokens=5"),
+        ("--run.root=https://me:pw@host/x", "--run.root=https://***@host/x"),
+        ("curl -H 'Authorization: Bearer abc.def'", "curl -H 'Authorization: Bearer ***'"),
+        ("WANDB_API_KEY=abc run", "WANDB_API_KEY=*** run"),
+        ("hf_abcdefghijkl", "hf_***"),
+    ],
+)
+def test_secrets_are_masked(text: str, expected: str) -> None:
+    assert masked(text) == expected
+
+
+def test_a_secret_in_an_argument_of_its_own_is_masked() -> None:
+    assert masked_arguments(("nmoe", "viz", "--token", "abc", "--port", "1")) == (
+        "nmoe", "viz", "--token", "***", "--port", "1",
+    )  # fmt: skip
+    sources = load(ROOT / "configs" / "quickstart.toml", {}, ("--log.alert_command=curl secret",)).sources
+    assert sources["log.alert_command"] == "command line --log.alert_command=***"

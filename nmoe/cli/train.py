@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nmoe.cli.parser import Verbs, add, load
 from nmoe.errors import InputError
+
+if TYPE_CHECKING:
+    from nmoe.config import Loaded
 
 
 def verbs(root: Verbs) -> None:
@@ -21,6 +25,7 @@ def verbs(root: Verbs) -> None:
         help="go on from a checkpoint although this key of its identity differs, such as optim.dense.lr",
     )
 
+    run.add_argument("--no-commands", action="store_true", help="refuse a config that names a command to run")
     run.add_argument("--gpus", type=int, metavar="N", help="processes to start, one a GPU (default: parallel.ranks)")
     run.add_argument(
         "--profile",
@@ -74,17 +79,43 @@ def _train(args: argparse.Namespace) -> int:
         args.overrides.append(f"--parallel.ranks={ranks}")
     loaded = load(args, to_run=True)
     config = loaded.config
+    if started.rank == 0:
+        _look_at_command(loaded, args.no_commands)
     if config.parallel.ranks > 1 and not started.launched:
         patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}
         return launch.start(config.parallel.ranks, args.command[1:], os.environ, **patience)
+    from nmoe.config.run_name import label
+    from nmoe.config.secrets import masked_arguments
     from nmoe.effects.train import run
 
+    command, name = masked_arguments(args.command), label(args.config.stem)
     if args.profile is not None:
         from nmoe.effects.train.profile import profiling
 
         with profiling(args.profile, config) as world:
-            return run.main(config, loaded.sources, args.command, args.config.stem, args.accept, world)
-    return run.main(config, loaded.sources, args.command, args.config.stem, args.accept)
+            return run.main(config, loaded.sources, command, name, args.accept, world)
+    return run.main(config, loaded.sources, command, name, args.accept)
+
+
+def _look_at_command(loaded: Loaded, refuse: bool) -> None:
+    """Say which command a config from elsewhere names, before anything can call it.
+
+    Raises:  InputError for any command where `refuse`.
+    """
+    from nmoe.config.toml import shown
+    from nmoe.effects.terminal import say
+
+    command, place = loaded.config.log.alert_command, loaded.sources.get("log.alert_command", "")
+    if command is None:
+        return
+    if refuse:
+        raise InputError(
+            f"{place}: log.alert_command: expected no command with --no-commands, got {shown(command)}; remove the key"
+        )
+    file = Path(place.rpartition(":")[0])
+    if file.suffix == ".toml" and not file.resolve().is_relative_to(Path.cwd()):
+        say(f"command        {place} is not in this folder, and has each alert run {shown(command)}")
+        say(f"{'':<15}through a shell; --no-commands refuses it")
 
 
 def _plan(args: argparse.Namespace) -> int:

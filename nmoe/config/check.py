@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
 
 from nmoe.config.fields import Key, KeyPath, walk
+from nmoe.config.run_name import RULE, is_run_name
 from nmoe.config.sections import MOST_TOKENS, Config, Model, Moe, Stdlib
 from nmoe.config.toml import dotted, shown
 
@@ -223,8 +223,5 @@ def _run(config: Config, world: int) -> Iterator[str]:
             f"data.source.tokenizer_size: expected at most model.vocab_size = {c.vocab_size}, got "
             f"{source.tokenizer_size}; raise vocab_size or lower tokenizer_size"
         )
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
-        yield (
-            "run.name: expected up to 128 letters, digits, '.', '_' and '-', the first a letter or digit, "
-            f"got {shown(name)}; rename it"
-        )
+    if name is not None and not is_run_name(name):
+        yield f"run.name: expected {RULE}, got {shown(name)}; rename it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -84,15 +85,23 @@ def _integer(value: Any, _: Any) -> int:
     if type(value) is float and value.is_integer() and abs(value) < 2**63:
         raise _refused("an integer", value, f"write {int(value):_}")
     if type(value) is not int:
-        raise _refused("an integer", value, "write a whole number without quotes")
+        raise _refused("an integer", value, _as_number(value) or "write a whole number without quotes")
     if not -(2**63) <= value < 2**63:
         raise _refused("an integer of 64 bits", value, "lower it")
     return value
 
 
+def _as_number(value: Any) -> str | None:
+    """How TOML writes the number that a text means: 1000 for "1,000", 0.001 for ".001"; None when it means none."""
+    plain = value.strip().replace(",", "") if isinstance(value, str) and len(value) < 20 else ""
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", plain):
+        return None
+    return f"write {int(plain) if plain.isdecimal() else float(plain)}"
+
+
 def _number(value: Any, _: Any) -> float:
     if type(value) not in (int, float):
-        raise _refused("a number", value, "write a number without quotes")
+        raise _refused("a number", value, _as_number(value) or "write a number without quotes")
     if type(value) is int and not -(2**63) <= value < 2**63:
         raise _refused("an integer of 64 bits or a float", value, "lower it")
     if not math.isfinite(value):

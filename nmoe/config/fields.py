@@ -26,6 +26,7 @@ class Key:
     high: float | None
     above: float | None
     identity: bool
+    shapes: bool
 
     def required(self) -> bool:
         """Whether a config without this key is incomplete."""
@@ -46,6 +47,7 @@ def keys(section: type) -> tuple[Key, ...]:
             high=field.metadata.get("high"),
             above=field.metadata.get("above"),
             identity=field.metadata.get("identity", True),
+            shapes=field.metadata.get("shapes", False),
         )
         for field in attrs.fields(section)
     )

@@ -21,7 +21,8 @@ import attrs
 
 from nmoe.config.check import unrunnable, validate
 from nmoe.config.convert import structure
-from nmoe.config.fields import KeyPath, flat, table
+from nmoe.config.fields import KeyPath, flat, is_table, keys, members, table
+from nmoe.config.secrets import masked
 from nmoe.config.sections import Config
 from nmoe.config.toml import Document, dotted, literal, read, shown
 from nmoe.errors import InputError, printable
@@ -166,10 +167,23 @@ def _command_line(overrides: Sequence[str]) -> Iterator[Layer]:
             yield _override(tuple(match[1].split(".")), match[2], f"command line {override}")
 
 
+def _holds_text(key: KeyPath) -> bool:
+    """Whether a key of the config may hold any text."""
+    sections: list[Any] = [Config]
+    for depth, name in enumerate(key, 1):
+        types = [tp for section in sections for each in keys(section) if each.name == name for tp in members(each.type)]
+        if depth == len(key):
+            return str in types
+        sections = [tp for tp in types if is_table(tp)]
+    return False
+
+
 def _override(key: KeyPath, text: str, where: str) -> Layer:
-    """A layer of one key."""
-    tables: dict[str, Any] = {key[-1]: literal(text)}
+    """A layer of one key. One that holds text takes it as it is, quoted or not: the shell takes quotes away, and
+    $SLURM_JOB_ID is a number."""
+    value = literal(text)
+    tables: dict[str, Any] = {key[-1]: text if not isinstance(value, str) and _holds_text(key) else value}
     for name in reversed(key[:-1]):
         tables = {name: tables}
-    place = printable(where)
+    place = printable(masked(where))
     return Layer(tables=tables, where={key: place} | {path: place for path, _ in flat(tables)})

@@ -36,6 +36,7 @@ def setting(
     high: float | None = None,
     above: float | None = None,
     identity: bool = True,
+    shapes: bool = False,
 ) -> Any:
     """One key of a section.
 
@@ -44,8 +45,9 @@ def setting(
     unit      what the number counts
     low, high inclusive bounds; above: exclusive lower bound
     identity  whether a run with another value is another run (else it may change on resume)
+    shapes    whether the tensors of a checkpoint are others with another value: no resume can accept it
     """
-    about = {"doc": doc, "unit": unit, "low": low, "high": high, "above": above, "identity": identity}
+    about = {"doc": doc, "unit": unit, "low": low, "high": high, "above": above, "identity": identity, "shapes": shapes}
     return attrs.field(
         default=default, metadata={key: value for key, value in about.items() if value not in (None, "")}
     )
@@ -71,14 +73,18 @@ class Mla:
 
     kind: ClassVar[str] = "mla"
 
-    num_heads: int = setting("attention heads", low=1, high=WIDEST)
+    num_heads: int = setting("attention heads", low=1, high=WIDEST, shapes=True)
     q_lora_rank: int | None = setting(
-        "low rank of the query; absent: a plain projection", default=None, low=1, high=WIDEST
+        "low rank of the query; absent: a plain projection", default=None, low=1, high=WIDEST, shapes=True
     )
-    kv_lora_rank: int = setting("low rank of keys and values", low=1, high=WIDEST)
-    qk_nope_head_dim: int = setting("channels of a head's query and key without position", low=1, high=WIDEST)
-    qk_rope_head_dim: int = setting("channels of a head's query and key that are rotated; even", low=2, high=WIDEST)
-    v_head_dim: int = setting("channels of a head's value", low=1, high=WIDEST)
+    kv_lora_rank: int = setting("low rank of keys and values", low=1, high=WIDEST, shapes=True)
+    qk_nope_head_dim: int = setting(
+        "channels of a head's query and key without position", low=1, high=WIDEST, shapes=True
+    )
+    qk_rope_head_dim: int = setting(
+        "channels of a head's query and key that are rotated; even", low=2, high=WIDEST, shapes=True
+    )
+    v_head_dim: int = setting("channels of a head's value", low=1, high=WIDEST, shapes=True)
     rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
     yarn: Yarn | None = setting("position range extension; absent: none", default=None)
 
@@ -87,10 +93,12 @@ class Mla:
 class Moe:
     """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437)."""
 
-    num_experts: int = setting("routed experts", low=2, high=2**16)
+    num_experts: int = setting("routed experts", low=2, high=2**16, shapes=True)
     top_k: int = setting("routed experts a token", low=1, high=2**16)
-    num_shared_experts: int = setting("experts that see each token, as one wide MLP", default=0, low=0, high=2**10)
-    intermediate_size: int = setting("hidden width of one expert", low=1, high=WIDEST)
+    num_shared_experts: int = setting(
+        "experts that see each token, as one wide MLP", default=0, low=0, high=2**10, shapes=True
+    )
+    intermediate_size: int = setting("hidden width of one expert", low=1, high=WIDEST, shapes=True)
     num_groups: int = setting("groups the experts fall into", default=1, low=1, high=2**16)
     top_k_groups: int = setting("groups a token may choose from", default=1, low=1, high=2**16)
     route_scale: float = setting("factor on the normalised routing weights", default=1.0, low=1e-6, high=1e6)
@@ -105,14 +113,14 @@ class Model:
     """Shape of the network."""
 
     vocab_size: int = setting(
-        "rows of the embedding; at least the tokenizer's", unit="tokens", low=2, high=WIDEST * 2**4
+        "rows of the embedding; at least the tokenizer's", unit="tokens", low=2, high=WIDEST * 2**4, shapes=True
     )
-    hidden_size: int = setting("width of the residual stream", low=1, high=WIDEST)
-    num_layers: int = setting("blocks, dense and mixture together", low=1, high=1000)
+    hidden_size: int = setting("width of the residual stream", low=1, high=WIDEST, shapes=True)
+    num_layers: int = setting("blocks, dense and mixture together", low=1, high=1000, shapes=True)
     num_dense_layers: int = setting(
-        "leading blocks with a dense MLP; num_layers: a dense model", default=1, low=0, high=1000
+        "leading blocks with a dense MLP; num_layers: a dense model", default=1, low=0, high=1000, shapes=True
     )
-    intermediate_size: int = setting("hidden width of a dense MLP", low=1, high=WIDEST)
+    intermediate_size: int = setting("hidden width of a dense MLP", low=1, high=WIDEST, shapes=True)
     max_positions: int = setting(
         "longest sequence the rotation table serves", unit="positions", low=1, high=MOST_POSITIONS
     )
@@ -127,8 +135,12 @@ class Model:
 class Precision:
     """Number formats."""
 
-    compute: Literal["fp32", "bf16"] = setting("format of weights and activations; bf16 keeps an exact fp32 master")
-    moments: Literal["fp32", "bf16"] = setting("format of the moments of what is stored in bf16", default="fp32")
+    compute: Literal["fp32", "bf16"] = setting(
+        "format of weights and activations; bf16 keeps an exact fp32 master", shapes=True
+    )
+    moments: Literal["fp32", "bf16"] = setting(
+        "format of the moments of what is stored in bf16", default="fp32", shapes=True
+    )
 
 
 @attrs.frozen(kw_only=True)

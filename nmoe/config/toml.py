@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,14 @@ from nmoe.errors import InputError, printable
 
 LONGEST = 80
 """Characters of a value that a message shows at most."""
+
+HINTS = (
+    (r"=\s*(True|False)\b", "TOML uses true/false"),
+    (r"=\s*[+-]?\.\d", "write a digit before the point"),
+    (r"=\s*[+-]?\d+(,\d{3})+\b", "write the number without commas, or with _ in their place"),
+    (r"=\s*[A-Za-z/~.$]", "put text in quotes"),
+)
+"""What to say of a line that is no TOML, by what it looks like."""
 
 
 @attrs.frozen(kw_only=True)
@@ -83,11 +92,11 @@ def read(path: Path) -> Document:
             f"{path}: expected a readable file, got {error.strerror}; check the path and its permissions"
         ) from error
     try:
-        text = content.decode()
+        text = content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
         raise InputError(
-            f"{path}:{line}: expected text in UTF-8, got the byte 0x{content[error.start]:02x}; save the file as UTF-8"
+            f"{path}:{line}: expected text in UTF-8, got the byte 0x{byte:02x}; save the file as UTF-8"
         ) from error
     return Document(tables=_parse(text, path), lines=lines(text))
 
@@ -97,7 +106,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         return tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         line = text.replace("\r\n", "\n").split("\n")[error.lineno - 1]
-        hint = "TOML uses true/false" if re.search(r"=\s*(True|False)\b", line) else f"fix column {error.colno}"
+        hint = next((hint for pattern, hint in HINTS if re.search(pattern, line)), f"fix column {error.colno}")
         raise InputError(f"{path}:{error.lineno}: expected TOML, got {_lowered(error.msg)}; {hint}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected TOML that can be read, got {_lowered(str(error))}; shorten it") from error

@@ -12,6 +12,8 @@ import io
 import json
 import math
 import time
+import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import attrs
 
+from nmoe.config.toml import printable
 from nmoe.effects import files
 from nmoe.effects.record import lines
 from nmoe.effects.record.lines import Line
@@ -57,29 +60,32 @@ def list_runs(root: Path) -> int:
     returns  exit code 0
     Raises:  InputError when there are none.
     """
-    found: list[tuple[Path, Run | None, list[str]]] = []
-    for folder in run_folders(root):
-        problems: list[str] = []
-        try:
-            run = read_run(folder, problems.append)
-        except InputError as error:
-            run = None
-            problems += error.problems
-        found.append((folder, run, problems))
-    found.sort(key=lambda each: _age(each[0], each[1]))
+    listed = sorted((_listed(folder) for folder in run_folders(root)), key=lambda entry: entry[0])
     head = ("name", "status", "step", "loss", "val loss", "bits/byte", "tokens", "started (UTC)", "duration")
-    texts = table(head, [_row(folder, run) for folder, run, _ in found], left=2).splitlines()
+    texts = table(head, [row for _, row, _ in listed], left=2).splitlines()
     say(texts[0])
-    for line, (_, _, problems) in zip(texts[1:], found, strict=True):
+    for line, (_, _, problems) in zip(texts[1:], listed, strict=True):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         say(f"{line}  ! {printable(problems[0])}{more}" if problems else line)
     return 0
 
 
-def _row(folder: Path, run: Run | None) -> tuple[str, ...]:
-    """A run in the list; None: one that cannot be read."""
-    if run is None:
-        return (folder.name, "unreadable", *"-------")
+def _listed(folder: Path) -> tuple[tuple[bool, float, str], tuple[str, ...], list[str]]:
+    """What a run is sorted by, its row in the list, and what of it cannot be read: nothing a folder holds takes down
+    the list of all."""
+    problems: list[str] = []
+    try:
+        run = read_run(folder, problems.append)
+        return _age(folder, run), tuple(map(printable, _row(folder, run))), problems
+    except InputError as error:
+        problems += error.problems
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        problems.append(f"{folder}: expected what `nmoe run` writes, got {type(error).__name__}: {error}; move it away")
+    return _age(folder, None), (printable(folder.name), "unreadable", *"-------"), problems
+
+
+def _row(folder: Path, run: Run) -> tuple[str, ...]:
+    """A run in the list."""
     return (
         folder.name,
         run.status,
@@ -183,16 +189,21 @@ def tail(root: Path, name: str, count: int, follow: bool) -> int:
     """
     folder = find(root, name)
     host = str(read_provenance(folder / PROVENANCE).get("hardware", {}).get("host", ""))
-    shown = {EVENTS: 0, METRICS: 0}
+    printed: Counter[tuple[str, float | None]] = Counter()  # lines of a file and attempt
     first = True
     while True:
         # Asked before reading: what a run writes last is there once it counts as ended.
         going = follow and run_status.of(folder, read_lines(folder / EVENTS), host) in run_status.GOING
         fresh: list[Line] = []
-        for file, seen in shown.items():
-            found = read_lines(folder / file)
-            fresh += found[seen:]
-            shown[file] = len(found)
+        for file in (EVENTS, METRICS):
+            # A resumed attempt cuts the lines of those before it, and appends its own: places in the file do not last.
+            there: Counter[tuple[str, float | None]] = Counter()
+            for line in read_lines(folder / file):
+                key = (file, number(line, "attempt"))
+                there[key] += 1
+                if there[key] > printed[key]:
+                    fresh.append(line)
+            printed |= there
         fresh.sort(key=lambda line: str(line.fields.get("time", "")))
         for line in fresh[len(fresh) - min(count, len(fresh)) :] if first else fresh:
             say(printable(_told(line)))
@@ -234,7 +245,7 @@ def run_folders(root: Path) -> tuple[Path, ...]:
     Raises:  InputError when there are none.
     """
     try:
-        found = tuple(path for path in sorted(root.iterdir()) if (path / CONFIG).is_file())
+        found = tuple(path for path in sorted(root.iterdir()) if _is_run(path))
     except FileNotFoundError:
         found = ()
     except OSError as error:
@@ -246,6 +257,14 @@ def run_folders(root: Path) -> tuple[Path, ...]:
             f"{root}: holds run folders, got none; start one with `nmoe run CONFIG` or pass another --root"
         )
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's; one that cannot be looked into may be, and whoever reads it says why not."""
+    try:
+        return (folder / CONFIG).is_file()
+    except OSError:
+        return True
 
 
 def find(root: Path, name: str) -> Path:

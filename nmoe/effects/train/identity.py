@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from nmoe.config import Config, Difference, identity_diff, identity_values
-from nmoe.config.fields import flat, table
+from nmoe.config.fields import flat, table, walk
 from nmoe.config.toml import closest, dotted, shown
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.errors import InputError
@@ -58,12 +58,15 @@ def accepted(
         for key in accept
         if key not in known
     ]
-    problems += [
-        f"{difference.path}: expected {_text(difference.left)} as in {where}, got {_text(difference.right)}; set it "
-        f"back, train under another run.name, or add --accept {difference.path} to resume all the same"
-        for difference in differences
-        if difference.path not in accept
-    ]
+    fixed = {dotted(path) for path, key, _ in walk(identity.config) if key.shapes}
+    for difference in differences:
+        path, remedy = difference.path, "set it back, or train under another run.name"
+        if path not in fixed:
+            remedy = f"{remedy.replace(', or', ',')}, or add --accept {path} to resume all the same"
+        if path in fixed or path not in accept:
+            problems.append(
+                f"{path}: expected {_text(difference.left)} as in {where}, got {_text(difference.right)}; {remedy}"
+            )
     if problems:
         raise InputError(*problems)
     return differences

@@ -297,3 +297,63 @@ def test_a_path_is_no_name(tmp_path: Path, name: str) -> None:
     run_folder(tmp_path, "outside")
     run_folder(tmp_path / "root", "a")
     assert "write the name alone" in problem(runs.export, tmp_path / "root", name, None)
+
+
+STRANGE = {
+    "line\nbreak": b"",
+    "paragraph\u2028separator": b"",
+    "escape\x1b[2J": b"",
+    "number": b"hardware = 3",
+    "huge": b"[hardware]\nhost = 1e999",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_one_strange_folder_does_not_take_down_the_list(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path, "good", metrics=(trained(10, 4.5),))
+    folder = run_folder(tmp_path, name)
+    if STRANGE[name]:
+        (folder / "provenance.toml").write_bytes(STRANGE[name])
+    assert runs.list_runs(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 3 and out.replace("\n", "").isprintable()
+    assert "good" in out and name.split("\n")[0][:4] in out
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {**trained(10, 4.5), "elapsed_s": 1e300},
+        {**trained(10, 4.5), "step": "inf"},
+        {**trained(10, 4.5), "attempt": [1]},
+        {**trained(10, 4.5), "loss": 10**400},
+    ],
+    ids=["elapsed", "step", "attempt", "loss"],
+)
+def test_one_strange_line_does_not_take_down_the_list(
+    metrics: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path, "good", metrics=(trained(10, 4.5),))
+    run_folder(tmp_path, "strange", ({**START, "steps": 10**400}, FINISHED), metrics=(metrics,))
+    assert runs.list_runs(tmp_path) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["good", "strange"]
+
+
+def test_tail_follows_through_a_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 to 25 of an attempt, of which the next one keeps 20: its own 21 to 25 are shown, the kept not again."""
+    first = [trained(step, 4.5) for step in range(1, 26)]
+    folder = run_folder(tmp_path, "a", ({**START, "pid": os.getpid()},), tuple(first))
+    again = [*first[:20], *(trained(step, 4.0, attempt=2) for step in range(21, 26))]
+
+    def resume(_: float) -> None:
+        (folder / "metrics.rank0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in again))
+        (folder / "events.jsonl").write_text(json.dumps(START) + "\n" + json.dumps(FINISHED) + "\n")
+
+    monkeypatch.setattr(runs.time, "sleep", resume)
+    assert runs.tail(tmp_path, "a", 3, follow=True) == 0
+    steps = [line.split()[3] for line in capsys.readouterr().out.splitlines() if line.split()[2] == "step"]
+    assert steps == ["23", "24", "25", "21", "22", "23", "24", "25"]

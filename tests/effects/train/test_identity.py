@@ -9,8 +9,12 @@ import attrs
 
 from nmoe.config import Config
 from nmoe.config import sections as s
+from nmoe.config.convert import structure
+from nmoe.config.fields import table, walk
 from nmoe.effects.train.identity import Identity, accepted, values
 from nmoe.errors import InputError
+from nmoe.pure.core import tree
+from nmoe.pure.model import model
 from tests.effects.train.tiny import tiny
 
 
@@ -91,3 +95,33 @@ def test_a_key_that_was_not_known_then_has_its_default() -> None:
     assert problems({**kept, "model.gone": 3}, of(BASE), "data.identity")[0].startswith(
         "model.gone: expected 3 as in step-7, got n"
     )
+
+
+def test_no_remedy_that_cannot_work_is_offered() -> None:
+    """Every key that the tensors of a checkpoint depend on, and none else, is refused whether accepted or not."""
+    kept = stored(of(BASE))
+    size = attrs.evolve(BASE, model=attrs.evolve(BASE.model, hidden_size=64, norm_eps=1e-5))
+    expected = "model.hidden_size: expected 32 as in step-7, got 64; set it back, or train under another run.name"
+    assert problems(kept, of(size))[0] == expected
+    assert problems(kept, of(size), "model.hidden_size", "model.norm_eps") == (expected,)
+    for path, key, value in walk(BASE):
+        if not isinstance(value, bool) and isinstance(value, int) and path[0] == "model":
+            model = structure(changed_table(BASE, path, value + 2), s.Config)
+            assert isinstance(model, s.Config), path
+            same = shapes(BASE) == shapes(model)
+            assert same != key.shapes, path
+
+
+def changed_table(config: Config, path: tuple[str, ...], value: int) -> dict[str, Any]:
+    tables = table(config)
+    inner = tables
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    return tables
+
+
+def shapes(config: Config) -> Any:
+    """Path and shape of every tensor."""
+    specs, dims = model.specs(config.model), model.dims(config.model)
+    return [(path, spec.shape(dims)) for path, spec in tree.leaves(specs)]

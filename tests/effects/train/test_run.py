@@ -228,7 +228,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus: Path, workplace: Path)
             ("run.device", "expected a GPU"),
         ),
         ((f"--model.vocab_size={VOCAB - 1}",), (str(VOCAB - 1), str(VOCAB))),
-        (("--gpus", "2"), ("batch_size: a multiple of ranks", "2 * 2")),
+        (("--gpus", "2"), ("batch_size: expected a multiple of ranks", "2 * 2")),
         ((f"--data.source.path={workplace / 'nowhere'}",), ("nowhere",)),
         (("--train.sequence_length=60000", "--model.max_positions=60000"), ("sequence_length",)),
     ]

@@ -163,7 +163,7 @@ def test_config_verbs() -> None:
 def test_config_diff() -> None:
     same = nmoe("config", "diff", QUICKSTART, QUICKSTART)
     assert (same.returncode, same.stdout) == (0, "")
-    other = nmoe("config", "diff", "configs/moonlet.toml", "configs/moonlight.toml", NMOE_MODEL__NUM_LAYERS="5")
+    other = nmoe("config", "diff", "configs/moonlet.toml", "configs/moonlet-16b.toml", NMOE_MODEL__NUM_LAYERS="5")
     assert other.returncode == 1
     assert "model.num_layers: 12 -> 27" in other.stdout.splitlines()
     kinds = nmoe("config", "diff", QUICKSTART, "configs/moonlight.toml")

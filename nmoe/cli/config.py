@@ -22,7 +22,7 @@ def verbs(root: Verbs) -> None:
         "diff",
         _config_diff,
         "compare two files, without the environment; exit code 1 when they differ",
-        "configs/moonlet.toml configs/moonlight.toml",
+        "configs/moonlet.toml configs/moonlet-16b.toml",
     )
     diff.add_argument("left", type=Path, metavar="A")
     diff.add_argument("right", type=Path, metavar="B")

@@ -151,7 +151,7 @@ def test_a_plan_for_more_gpus_is_checked_for_them() -> None:
 )
 def test_an_unknown_preset_is_refused(text: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / text).write_text(QUICKSTART.read_text())
-    presets = "dsv2, dsv3, moonlet, moonlight, quickstart"
+    presets = "dsv2, dsv3, moonlet, moonlet-16b, moonlight, quickstart"
     refused(
         nmoe("config", "check", text, cwd=tmp_path),
         f"config check: argument CONFIG: expected a TOML file or a preset, one of {presets}, got '{text}'; {remedy}; "
@@ -180,7 +180,7 @@ def test_config_verbs() -> None:
 def test_config_diff() -> None:
     same = nmoe("config", "diff", QUICKSTART, QUICKSTART)
     assert (same.returncode, same.stdout) == (0, "")
-    other = nmoe("config", "diff", "configs/moonlet.toml", "configs/moonlight.toml", NMOE_MODEL__NUM_LAYERS="5")
+    other = nmoe("config", "diff", "configs/moonlet.toml", "configs/moonlet-16b.toml", NMOE_MODEL__NUM_LAYERS="5")
     assert other.returncode == 1
     assert "model.num_layers: 12 -> 27" in other.stdout.splitlines()
     kinds = nmoe("config", "diff", QUICKSTART, "moonlight")

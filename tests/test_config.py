@@ -406,6 +406,11 @@ RULES = [
         1,
         "model.moe.top_k: expected at most the 2 experts in top_k_groups = 1 groups, got 3; ",
     ),
+    (
+        "model.moe.top_k=1",
+        1,
+        "model.moe.normalize: expected false when top_k is 1, got true; ",
+    ),
     ("model.num_dense_layers=5", 1, "model.num_dense_layers: expected at most num_layers = 4, got 5; "),
     ("model.max_positions=255", 1, "train.sequence_length: expected at most model.max_positions = 255, got 256; "),
     (
@@ -467,6 +472,8 @@ def rules_config(*overrides: str) -> Config:
     "override",
     [
         "model.moe={num_groups = 8, top_k_groups = 1, top_k = 2}",
+        "model.moe={top_k = 1, normalize = false}",
+        "model={num_dense_layers = 4, moe = {top_k = 1}}",
         "model.attention.yarn={factor = 2, original_positions = 128}",
         "run.name=9.A_b-c",
         f"run.name={'a' * 128}",

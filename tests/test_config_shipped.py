@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 
 from nmoe.config import Config, diff, dump, load, load_valid, schema
 from nmoe.config.check import unrunnable
+from nmoe.pure.model.hf import settings
 from tests.configs import ROOT, at_line, problems
 
 SHIPPED = sorted([*(ROOT / "configs").glob("*.toml"), *(ROOT / "configs" / "examples").glob("*.toml")])
@@ -204,6 +205,36 @@ def test_committed_schema_is_the_generated_one() -> None:
     assert (ROOT / "configs" / "nmoe.schema.json").read_text() == json.dumps(schema(), indent=2) + "\n"
 
 
-def test_moonlight_is_moonlet_with_more_layers() -> None:
-    moonlet, moonlight = (load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("moonlet", "moonlight"))
-    assert [each.path for each in diff(moonlet, moonlight) if each.path.startswith("model")] == ["model.num_layers"]
+def test_moonlet_16b_is_moonlet_with_more_layers() -> None:
+    small, large = (load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("moonlet", "moonlet-16b"))
+    assert [each.path for each in diff(small, large) if each.path.startswith("model")] == ["model.num_layers"]
+
+
+def test_moonlight_is_the_published_model() -> None:
+    """The values of config.json of moonshotai/Moonlight-16B-A3B, under the names of `transformers`."""
+    found = settings(load(ROOT / "configs" / "moonlight.toml", {}, ()).config.model)
+    published = {
+        "vocab_size": 163840,
+        "hidden_size": 2048,
+        "num_hidden_layers": 27,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 11264,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 1408,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.446,
+    }
+    assert {name: found.get(name, "absent") for name in published} == published

@@ -20,7 +20,7 @@ def verbs(root: Verbs) -> None:
         "diff",
         _config_diff,
         "compare two configs, without the environment; exit code 1 when they differ",
-        "moonlet my.toml",
+        "moonlet moonlet-16b",
     )
     diff.add_argument("left", type=config_path, metavar="A")
     diff.add_argument("right", type=config_path, metavar="B")

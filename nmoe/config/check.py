@@ -87,6 +87,11 @@ def _model(c: Model) -> Iterator[str]:
             f"model.num_dense_layers: expected at most num_layers = {c.num_layers}, got {c.num_dense_layers}; "
             "write num_layers for a dense model"
         )
+    if c.num_dense_layers < c.num_layers and c.moe.top_k == 1 and c.moe.normalize:
+        yield (
+            "model.moe.normalize: expected false when top_k is 1, got true; write normalize = false, the "
+            "normalised weight of a single expert is a constant and trains no router"
+        )
 
 
 def _moe(c: Moe) -> Iterator[str]:

@@ -101,7 +101,10 @@ class Moe:
     intermediate_size: int = setting("hidden width of one expert", low=1, high=WIDEST, shapes=True)
     num_groups: int = setting("groups the experts fall into", default=1, low=1, high=2**16)
     top_k_groups: int = setting("groups a token may choose from", default=1, low=1, high=2**16)
-    route_scale: float = setting("factor on the normalised routing weights", default=1.0, low=1e-6, high=1e6)
+    route_scale: float = setting("factor on the routing weights", default=1.0, low=1e-6, high=1e6)
+    normalize: bool = setting(
+        "whether a token's routing weights sum to route_scale; false: each is its score times route_scale", default=True
+    )
     bias_update_rate: float = setting(
         "step of the router bias that evens out expert load", default=0.001, low=0, high=1e3
     )

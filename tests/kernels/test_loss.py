@@ -67,6 +67,15 @@ def test_a_row_without_a_target_is_not_read() -> None:
     assert logits[1].sum().abs() < 1e-5
 
 
+def test_an_ignored_row_that_is_not_finite_leaves_the_gradients_alone() -> None:
+    x, head, target = normal(9, 16), normal(16, 70, seed=1), targets(9, 70)
+    bad = torch.where(target[:, None] >= 0, x, torch.nan)
+    fn = partial(linear_cross_entropy, chunk=4, tile=SMALL)
+    zero = torch.where(target[:, None] >= 0, x, 0)
+    ours, right = (graded(fn, (each, head, target), [torch.ones(())]) for each in (bad, zero))
+    assert all(torch.equal(a, b) for a, b in zip(ours, right, strict=True))
+
+
 def test_all_targets_ignored() -> None:
     inputs = (normal(5, 8), normal(8, 70, seed=1), torch.full((5,), -1))
     for each in graded(partial(linear_cross_entropy, chunk=2, z_loss=0.1, tile=SMALL), inputs, [torch.ones(())]):

@@ -165,7 +165,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             if wants_x:
                 torch.mm(here, head.T, out=x_gradient[part])
             if wants_head:
-                add_product_(head_gradient, rows.T, here, beta=1)
+                # an ignored row's gradient is zero, but NaN * 0 is NaN
+                counted = torch.where(target[part, None] >= 0, rows, 0)
+                add_product_(head_gradient, counted.T, here, beta=1)
         ctx.save_for_backward(x_gradient, head_gradient, head)
         total, nll = losses.sum(-1).unbind()
         ctx.mark_non_differentiable(nll)

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -21,7 +20,6 @@ from typing import Any
 
 import attrs
 
-from nmoe.config.toml import printable
 from nmoe.effects import files
 from nmoe.effects.record import lines
 from nmoe.effects.record.lines import Line

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import attrs
 
 from nmoe.config import Config
-from nmoe.config.toml import printable
 from nmoe.effects.checkpoint import weights
 from nmoe.effects.checkpoint.writer import SaveError
 from nmoe.effects.data import tokenizer as tokenizers
@@ -25,7 +24,7 @@ from nmoe.effects.train import resume, zero
 from nmoe.effects.train.generate import extend
 from nmoe.effects.train.session import Session
 from nmoe.effects.train.step import State
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 from nmoe.pure.core.key import Key
 from nmoe.pure.model.ops import Env
 from nmoe.pure.units import duration

@@ -159,7 +159,8 @@ def make_step(
 
     A step whose loss or gradient norm is not finite changes no parameter, moment or bias, and is counted; after
     `train.max_nonfinite_steps` of them in a row no step changes anything more, so that whoever reads the metrics late
-    finds the state as it was. Nothing in a step waits for the device.
+    finds the state as it was. A step without a target changes none of them either: the balance loss alone is no reason
+    for an update. Nothing in a step waits for the device.
 
     mark           called with the name of each part of a step when it ends; a replayed step is one part
     before_update  called before anything but gradients is written; of a replayed step, before all of it
@@ -222,14 +223,15 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         nll, auxiliary, load, entropy, square, overflow = all_reduce_sum(
             ranks.world, (nll, auxiliary, load, entropy, norm.double().square(), overflow)
         )
-        loss, norm = nll / num_targets, square.sqrt().to(norm.dtype)
+        loss, norm = nll / num_targets.clamp(min=1), square.sqrt().to(norm.dtype)
         if ranks.world.size > 1:
             setup.mark("reduce")
 
         # Clip and update, unless something is not finite: decided on the device, so that the host does not wait.
         setup.before_update()
         finite = torch.isfinite(loss) & torch.isfinite(norm) & (overflow == 0)
-        allowed = finite & (state.skipped_in_row < config.train.max_nonfinite_steps)
+        sound = finite & (state.skipped_in_row < config.train.max_nonfinite_steps)
+        allowed = sound & (num_targets > 0)
         updates = state.updates + allowed
         shrink = clip_scale(norm, config.optim.clip_norm)
         change, gathers = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1))
@@ -239,8 +241,8 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         # Balance the load of the experts.
         bias = route.balance(state.router_bias, load, rate=config.model.moe.bias_update_rate)
         bias = torch.where(allowed, bias, state.router_bias)
-        skipped = state.skipped + ~allowed
-        skipped_in_row = torch.where(allowed, 0, state.skipped_in_row + 1)
+        skipped = state.skipped + ~sound
+        skipped_in_row = torch.where(sound, 0, state.skipped_in_row + 1)
         setup.mark("optimizer")
 
         # All-gather of the parameters that the ranks updated, in overlap with the updates of later buckets.
@@ -271,7 +273,6 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
     c, train, ranks, device = setup.config.model, setup.config.train, setup.rt.ranks, setup.rt.device
     layouts = setup.blueprint.layouts
     (num_targets,) = all_reduce_sum(ranks.world, [(batch.targets >= 0).sum()])
-    num_targets = num_targets.clamp(min=1)
     nll = torch.zeros((), device=device)
     auxiliary = torch.zeros((), device=device)
     load = torch.zeros(state.router_bias.shape, dtype=torch.int64, device=device)
@@ -285,7 +286,7 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
             state.router_bias,
             setup.env,
             c,
-            num_targets=num_targets,
+            num_targets=num_targets.clamp(min=1),
             num_sequences=train.batch_size,
             chunk=train.loss_chunk,
             z_loss=train.z_loss,

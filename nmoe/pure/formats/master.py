@@ -5,17 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+QUIET_NAN = 0x7FC00000
+
 
 def split(value: Tensor) -> tuple[Tensor, Tensor]:
     """An fp32 tensor as its bf16 rounding, halves away from zero, and the 16 bits that restore it.
 
+    A NaN becomes the quiet one without payload: rounding up the payload of all ones, which NVIDIA's hardware makes,
+    would carry into the sign and give -0.
+
     returns  bf16 and int16 of the shape of `value`
     """
-    bits = value.view(torch.int32)
+    bits = torch.where(value.isnan(), QUIET_NAN, value.view(torch.int32))
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 
 
 def join(rounded: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 tensor that `split` took apart, bit for bit."""
+    """The fp32 tensor that `split` took apart, bit for bit but for the payload of a NaN."""
     return ((rounded.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)

@@ -37,7 +37,7 @@ def settings(c: sections.Model) -> dict[str, Any]:
         "moe_intermediate_size": c.moe.intermediate_size,
         "n_group": c.moe.num_groups,
         "topk_group": c.moe.top_k_groups,
-        "norm_topk_prob": True,
+        "norm_topk_prob": c.moe.normalize,
         "routed_scaling_factor": c.moe.route_scale,
         "num_nextn_predict_layers": 0,
         "pad_token_id": None,

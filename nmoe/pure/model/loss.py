@@ -46,11 +46,11 @@ def _gradients(
     of_x: list[Tensor] = []
     of_head = torch.zeros_like(head, dtype=upcast(x[:0]).dtype)
     for rows, wanted in zip(x.split(chunk), target.split(chunk), strict=True):
-        rows = rows * logit_scale
+        counted = (wanted >= 0)[:, None]
+        rows = torch.where(counted, rows * logit_scale, 0)
         gradient = _chunk(rows, head, wanted, z_loss)[2]()
-        weight = (wanted >= 0)[:, None].to(x.dtype)
-        of_x.append(gradient @ head.T * (weight * logit_scale))
-        of_head = _accumulate(of_head, (rows * weight).T, gradient)
+        of_x.append(torch.where(counted, gradient @ head.T * logit_scale, 0))
+        of_head = _accumulate(of_head, rows.T, gradient)
     return torch.cat(of_x), of_head.to(head.dtype)
 
 
@@ -77,18 +77,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         x_gradients: list[Tensor] = []
         head_gradient = torch.zeros_like(head, dtype=total.dtype) if wants_head else head.new_empty(0)
         for rows, wanted in zip(x.split(chunk), target.split(chunk), strict=True):
-            rows = rows * logit_scale
-            picked, partition, make = _chunk(rows, head, wanted, z_loss)
             counted = wanted >= 0
+            # ignored rows are zero in every product, whatever they hold: NaN * 0 is NaN
+            rows = torch.where(counted[:, None], rows * logit_scale, 0)
+            picked, partition, make = _chunk(rows, head, wanted, z_loss)
+            loss = z_loss * partition.square() - picked if z_loss else -picked  # 0 * infinity is NaN
             nll = nll - torch.where(counted, picked, 0).sum()
-            total = total + torch.where(counted, z_loss * partition.square() - picked, 0).sum()
+            total = total + torch.where(counted, loss, 0).sum()
             if wants_x or wants_head:
                 gradient = make()
                 # ignored rows drop out of the narrow factors, which spares a pass over the wide one
-                weight = counted[:, None].to(x.dtype)
-                x_gradients.append(gradient @ head.T * (weight * logit_scale))
+                x_gradients.append(torch.where(counted[:, None], gradient @ head.T * logit_scale, 0))
                 if wants_head:
-                    head_gradient = _accumulate(head_gradient, (rows * weight).T, gradient)
+                    head_gradient = _accumulate(head_gradient, rows.T, gradient)
         x_gradient = torch.cat(x_gradients) if x_gradients else x.new_empty(0)
         return total, nll, x_gradient, head_gradient.to(head.dtype)
 

@@ -152,6 +152,7 @@ def moe(
         num_groups=c.num_groups,
         top_k_groups=c.top_k_groups,
         scale=c.route_scale,
+        normalize=c.normalize,
         recorded=recorded,
     )
     routing = routed.routing

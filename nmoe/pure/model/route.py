@@ -25,7 +25,7 @@ class Routing:
     """Where each token goes."""
 
     expert: Tensor  # [N K] i64, no expert twice in a row
-    weight: Tensor  # [N K] f32, rows sum to the route scale
+    weight: Tensor  # [N K] f32, rows of normalised ones sum to the route scale
 
 
 @record
@@ -53,15 +53,36 @@ def scores(x: Tensor, router: Tensor) -> Tensor:
     return torch.sigmoid(upcast(x) @ upcast(router))
 
 
-def gates(score: Tensor, expert: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Weights of the chosen experts: their scores without bias, normalised to a sum of `scale`.
+VANISHING = 2.0**-64
+"""Sum of scores below which they are filled up: all logits are then below -44. The gradient of a share, up to 1 / sum,
+stays far inside fp32."""
 
-    score    [N E] f32
-    expert   [N K] i64
-    returns  [N K] f32
+
+def shares(score: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Scores over their sum, times `scale`.
+
+    Sigmoids of finite logits can all be zero in fp32 (logits below -89). The rule for a sum below `VANISHING`: every
+    entry gets an equal part of what the sum lacks. The result is finite, sums to `scale`, depends continuously on the
+    scores, and is even where all of them are zero; a larger sum gives the bits of `scale * score / sum`.
+
+    score    [... K], not negative
+    returns  [... K]
+    """
+    total = score.sum(-1, keepdim=True)
+    lacking = (VANISHING - total).clamp(min=0)
+    return scale * (score + lacking / score.shape[-1]) / (total + lacking)
+
+
+def gates(score: Tensor, expert: Tensor, *, scale: float = 1.0, normalize: bool = True) -> Tensor:
+    """Weights of the chosen experts, from their scores without bias.
+
+    score      [N E] f32
+    expert     [N K] i64
+    normalize  True: `shares` of the chosen scores, which sum to `scale`; False: each score times `scale`
+    returns    [N K] f32
     """
     weight = score.gather(-1, expert)
-    return scale * weight / weight.sum(-1, keepdim=True)
+    return shares(weight, scale=scale) if normalize else scale * weight
 
 
 def route(
@@ -72,6 +93,7 @@ def route(
     num_groups: int = 1,
     top_k_groups: int = 1,
     scale: float = 1.0,
+    normalize: bool = True,
     select: Callable[[Tensor, int], Tensor] = top_k,
 ) -> Routing:
     """Choose `top_k` experts a token by biased score, weigh them by the unbiased one.
@@ -79,12 +101,12 @@ def route(
     With groups, a token first keeps the groups whose two best experts have the largest biased sum, then chooses
     among their experts.
 
-    score    [N E] f32
-    bias     [E] f32   steers selection only; updated by `balance`
-    scale    sum of a token's weights
-    select   `top_k` or a kernel that implements it
-    Raises:  ValueError for a bias of another shape, or more choices than experts.
-    Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 13-16, groups as in section 2.1.2.
+    score             [N E] f32
+    bias              [E] f32   steers selection only; updated by `balance`
+    scale, normalize  of the weights, as in `gates`
+    select            `top_k` or a kernel that implements it
+    Raises:           ValueError for a bias of another shape, or more choices than experts.
+    Source:           DeepSeek-V3 (arXiv:2412.19437) eq. 13-16, groups as in section 2.1.2.
     """
     num_experts = score.shape[-1]
     if bias.shape != (num_experts,):
@@ -104,10 +126,12 @@ def route(
         member = (kept[..., None] == torch.arange(num_groups, device=kept.device)).any(-2)
         choice = grouped.masked_fill(~member[..., None], float("-inf")).flatten(-2)
     expert = select(choice, top_k)
-    return Routing(expert, gates(score, expert, scale=scale))
+    return Routing(expert, gates(score, expert, scale=scale, normalize=normalize))
 
 
-def replay(score: Tensor, recorded: Routing | Tensor, *, top_k: int, scale: float = 1.0) -> Routing:
+def replay(
+    score: Tensor, recorded: Routing | Tensor, *, top_k: int, scale: float = 1.0, normalize: bool = True
+) -> Routing:
     """Recorded choices again; without weights they get gates of these scores, through which gradients flow.
 
     score     [N E] f32
@@ -124,7 +148,9 @@ def replay(score: Tensor, recorded: Routing | Tensor, *, top_k: int, scale: floa
             )
     if expert.dtype is not torch.int64:
         raise ValueError(f"replay: expected routing.expert in i64, got {expert.dtype}; pass expert.long()")
-    return Routing(expert, gates(score, expert, scale=scale) if weight is None else weight)
+    if weight is None:
+        weight = gates(score, expert, scale=scale, normalize=normalize)
+    return Routing(expert, weight)
 
 
 def route_tokens(
@@ -136,6 +162,7 @@ def route_tokens(
     num_groups: int = 1,
     top_k_groups: int = 1,
     scale: float = 1.0,
+    normalize: bool = True,
     recorded: Routing | Tensor | tuple[()] = (),
     score: Callable[[Tensor, Tensor], Tensor] = scores,
     select: Callable[[Tensor, int], Tensor] = top_k,
@@ -151,10 +178,10 @@ def route_tokens(
     """
     affinity = score(x, router)
     if isinstance(recorded, Routing | Tensor):
-        routing = replay(affinity, recorded, top_k=top_k, scale=scale)
+        routing = replay(affinity, recorded, top_k=top_k, scale=scale, normalize=normalize)
     else:
         groups = {"num_groups": num_groups, "top_k_groups": top_k_groups}
-        routing = route(affinity, bias, top_k=top_k, scale=scale, select=select, **groups)
+        routing = route(affinity, bias, top_k=top_k, scale=scale, normalize=normalize, select=select, **groups)
     return Routed(routing, affinity, select(affinity.detach(), top_k))
 
 
@@ -169,14 +196,17 @@ def load(expert: Tensor, num_experts: int) -> Tensor:
 
 
 def balance(bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
-    """Nudge the bias of under-loaded experts up and of over-loaded ones down.
+    """Move the bias of under-loaded experts up and of over-loaded ones down, by steps that sum to zero.
+
+    Selection does not depend on a shift common to all experts. Without centring, a load whose busy experts are few
+    shifts all biases up, step after step, until they have no digits left for their differences.
 
     bias     [... E] f32
-    load     [... E] i64   tokens of the whole step, all ranks
-    Source:  Wang et al. (arXiv:2408.15664) algorithm 1.
+    load     [... E] i64   tokens of the whole step, all ranks; compared in integers, exact for any load
+    Source:  Wang et al. (arXiv:2408.15664) algorithm 1; the centring is ours.
     """
-    rows = load.to(bias.dtype)
-    return bias + rate * torch.sign(rows.mean(-1, keepdim=True) - rows)
+    sign = torch.sign(load.sum(-1, keepdim=True) - load.shape[-1] * load).to(bias.dtype)
+    return bias + rate * (sign - sign.mean(-1, keepdim=True))
 
 
 def health(load: Tensor) -> Health:
@@ -204,7 +234,7 @@ def sequence_imbalance(score: Tensor, favoured: Tensor) -> Tensor:
     """
     hot = torch.zeros_like(score.detach()).scatter(-1, favoured, 1.0)
     fraction = hot.mean(-2) * (score.shape[-1] / favoured.shape[-1])
-    share = (score / score.sum(-1, keepdim=True)).mean(-2)
+    share = shares(score).mean(-2)
     return (fraction * share).sum()
 
 
@@ -213,5 +243,5 @@ def entropy(score: Tensor) -> Tensor:
 
     score    [N E] f32
     """
-    share = score / score.sum(-1, keepdim=True)
+    share = shares(score)
     return -torch.special.xlogy(share, share).sum(-1).mean()

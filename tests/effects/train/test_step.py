@@ -179,6 +179,22 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted(compute: str) -> None:
     assert int(state.updates) == 2 and not same(kept[:-3], snapshot(state)[:-3])
 
 
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_step_without_a_target_changes_nothing(compute: str) -> None:
+    """Its only gradient is the balance loss's, which Adam would scale to a whole step. It is not a non-finite step."""
+    config = tiny(compute=compute)
+    first, empty, last = batches(config, 3)
+    state, step = start(config)
+    state, _ = step(state, first)
+    kept = snapshot(state)
+    state, metrics = step(state, attrs.evolve(empty, targets=torch.full_like(empty.targets, -1)))
+    assert same(kept, snapshot(state)), "parameters, moments, bias and counters stay"
+    assert (float(metrics.loss), float(metrics.update_norm)) == (0.0, 0.0)
+    assert (state.step, state.cursor) == (2, 2 * config.train.batch_size)
+    state, metrics = step(state, last)
+    assert float(metrics.update_norm) > 0
+
+
 def poisoned(state: State, step: Any, batch: Batch) -> tuple[State, Any]:
     """A step whose gradient is not a number: one gradient element is, before the step adds to it."""
     state.arenas[0].gradient[3] = float("nan")

@@ -75,6 +75,15 @@ def updated(
     return mine, change
 
 
+def test_a_nan_with_all_payload_bits_stays_one() -> None:
+    """NVIDIA's hardware makes this NaN; rounded up to bf16 by its bits it would be -0."""
+    held = arena(3)
+    held["gradient"] = torch.full((3,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    high, low = master.split(held["value"])
+    adamw_(high, low, held["first"], held["second"], held["gradient"], **scalars(), **NUMBERS, tile=SMALL)
+    assert high.isnan().all()
+
+
 def check(
     ours: dict[str, Tensor],
     right: dict[str, Tensor],

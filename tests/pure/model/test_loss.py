@@ -50,6 +50,31 @@ def test_loss_and_both_gradients(chunk: int, logit_scale: float, z_loss: float) 
     assert gradients[0][target < 0].abs().max() == 0
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["forward", "recomputed"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_ignored_row_may_hold_anything(bad: float, again: bool) -> None:
+    """Loss and both gradients are those of a zero row in its place, by either way to the gradients."""
+    x, head, target = problem()
+    rows = x.detach().clone()
+    rows[target < 0] = bad
+    clean = torch.where(target[:, None] >= 0, rows, 0)
+    results: list[tuple[Tensor, ...]] = []
+    for each in (rows.requires_grad_(), clean.requires_grad_()):
+        total, nll = linear_cross_entropy(each, head, target, chunk=4)
+        results.append((total, nll, *torch.autograd.grad(total, (each, head), create_graph=again)))
+    for ours, right in zip(*results, strict=True):
+        assert torch.equal(ours, right)
+    assert torch.equal(results[0][2][target < 0], torch.zeros(int((target < 0).sum()), WIDTH, dtype=torch.float64))
+
+
+def test_no_z_loss_of_a_log_partition_whose_square_overflows() -> None:
+    """1e20 squared is infinite in fp32, and zero times that is not a number."""
+    head = torch.tensor([[1e20, 0.0]], requires_grad=True)
+    total, nll = linear_cross_entropy(torch.ones(1, 1), head, torch.tensor([0]), chunk=1)
+    assert (total.item(), nll.item()) == (0.0, 0.0)
+    assert torch.autograd.grad(total, head)[0].tolist() == [[0.0, 0.0]]
+
+
 def test_gradients_by_finite_differences() -> None:
     x, head, target = problem(tokens=9)
     assert torch.autograd.gradcheck(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nmoe.pure.model.route import balance, entropy, health, load, route, scores, sequence_imbalance, top_k
+from nmoe.pure.model.route import balance, entropy, health, load, replay, route, scores, sequence_imbalance, top_k
 
 
 def uniform(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -143,10 +143,11 @@ def test_load_counts(rows: list[list[int]]) -> None:
 
 
 def test_balance_moves_each_bias_by_one_step_towards_even_load() -> None:
+    """Signs 1, -1, 1, 0 less their mean, 1/4."""
     bias = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]])
     rows = torch.tensor([[0, 10, 2, 4], [3, 3, 3, 3]])
     moved = balance(bias, rows, rate=0.25)
-    assert moved.tolist() == [[0.75, 0.25, 0.75, 0.5], [0.0, 0.0, 0.0, 0.0]]
+    assert moved.tolist() == [[0.6875, 0.1875, 0.6875, 0.4375], [0.0, 0.0, 0.0, 0.0]]
 
 
 def test_balance_of_loads_beyond_fp32_integers() -> None:
@@ -204,3 +205,82 @@ def test_gradient_of_imbalance() -> None:
 def test_entropy() -> None:
     assert entropy(torch.full((3, 8), 0.2)).item() == pytest.approx(math.log(8))
     assert entropy(torch.tensor([[1.0, 0.0], [0.3, 0.3]])).item() == pytest.approx(math.log(2) / 2)
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=9),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.data(),
+)
+def test_weights_of_any_finite_logits(logits: list[float], dtype: torch.dtype, data: st.DataObject) -> None:
+    """Weights sum to the scale; entropy, imbalance and the gradient are finite."""
+    logit = torch.tensor([logits]).to(dtype).clamp(-3.0e38, 3.0e38).requires_grad_()
+    check_finite(logit, top_k=data.draw(st.integers(1, len(logits))))
+
+
+def check_finite(logit: Tensor, *, top_k: int) -> None:
+    """What must hold of a router's results whatever its logits [N E] are."""
+    score = torch.sigmoid(logit.float())
+    routing = route(score, torch.zeros(score.shape[-1]), top_k=top_k, scale=2.5)
+    torch.testing.assert_close(routing.weight.detach().sum(-1), torch.full((len(score),), 2.5), rtol=1e-6, atol=0)
+    assert torch.isfinite(routing.weight).all()
+    spread, uneven = entropy(score), imbalance(score[None], top_k)
+    assert torch.isfinite(spread) and torch.isfinite(uneven)
+    ramp = torch.arange(1.0, top_k + 1)
+    (gradient,) = torch.autograd.grad((routing.weight * ramp).sum() + uneven, logit)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("logit", [-30.0, -44.0, -45.0, -80.0, -87.5, -88.8, -90.0, -103.0, -104.0, -3.0e38])
+def test_weights_where_all_scores_vanish(logit: float) -> None:
+    """Below -89 the sigmoid of fp32 is 0: the choices weigh the same, a router without an opinion."""
+    logits = torch.full((2, 6), logit, requires_grad=True)
+    check_finite(logits, top_k=3)
+    score = torch.sigmoid(logits.detach())
+    assert route(score, torch.zeros(6), top_k=3, scale=3.0).weight.tolist() == [[1.0] * 3] * 2
+    assert entropy(score).item() == pytest.approx(math.log(6))
+    assert imbalance(score[None], 3).item() == pytest.approx(1.0)
+
+
+def test_one_score_among_vanished_ones_keeps_its_weight() -> None:
+    score = torch.sigmoid(torch.tensor([[-40.0, -95.0, -100.0]]))
+    assert route(score, torch.zeros(3), top_k=2).weight[0].tolist() == pytest.approx([1.0, 0.0], abs=1e-20)
+
+
+def test_weights_are_the_plain_quotient_bit_for_bit() -> None:
+    """Down to the rule's threshold, so that no run changes."""
+    generator = torch.Generator().manual_seed(3)
+    score = torch.sigmoid(40 * torch.rand(500, 8, generator=generator) - 41)
+    routing = route(score, torch.zeros(8), top_k=3, scale=2.446)
+    chosen = score.gather(-1, routing.expert)
+    assert torch.equal(routing.weight, 2.446 * chosen / chosen.sum(-1, keepdim=True))
+
+
+def test_without_normalisation_a_weight_is_the_scaled_score() -> None:
+    """With one choice its derivative is the score's; that of a normalised weight is zero and trains no router."""
+    score = torch.tensor([[0.25, 0.5, 0.125]], requires_grad=True)
+    routing = route(score, torch.zeros(3), top_k=1, scale=2.0, normalize=False)
+    assert routing.weight.tolist() == [[1.0]]
+    assert torch.autograd.grad(routing.weight.sum(), score)[0].tolist() == [[0.0, 2.0, 0.0]]
+    again = replay(score, routing.expert, top_k=1, scale=2.0, normalize=False)
+    assert again.weight.tolist() == [[1.0]]
+    normalised = route(score, torch.zeros(3), top_k=1, scale=2.0)
+    assert torch.autograd.grad(normalised.weight.sum(), score)[0].abs().max() == 0
+
+
+def test_balance_does_not_shift_all_biases() -> None:
+    """One busy expert of eight: uncentred, 1,000 steps of 0.01 add 7.5 to the mean."""
+    bias = torch.zeros(2, 8)
+    rows = torch.tensor([[100, 1, 1, 1, 1, 1, 1, 1], [3, 3, 3, 3, 3, 3, 3, 3]])
+    for _ in range(1000):
+        bias = balance(bias, rows, rate=0.01)
+    assert bias.mean(-1).abs().max() < 1e-3
+    assert bias[0, 1] - bias[0, 0] == pytest.approx(20.0, rel=1e-4)
+    assert bias[1].abs().max() == 0
+
+
+def test_balance_sees_one_row_of_two_to_the_25() -> None:
+    """In fp32 2**25 + 1 is 2**25."""
+    rows = torch.full((4,), 2**25)
+    rows[2] += 1
+    assert balance(torch.zeros(4), rows, rate=1.0).sign().tolist() == [1.0, 1.0, -1.0, 1.0]

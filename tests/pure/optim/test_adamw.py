@@ -113,11 +113,13 @@ def halves_of(low: Tensor | int) -> Tensor:
 
 
 def check_halves(value: Tensor) -> None:
-    """`join` restores every bit; the bf16 half is a nearest one wherever the value is a number."""
+    """`join` restores every bit but a NaN's payload; the bf16 half is a nearest one wherever the value is a number."""
     rounded, remainder = split(value)
     assert rounded.dtype == torch.bfloat16
     assert remainder.dtype == torch.int16
-    assert torch.equal(join(rounded, remainder).view(torch.int32), value.view(torch.int32))
+    restored, none = join(rounded, remainder), value.isnan()
+    assert torch.equal(restored[~none].view(torch.int32), value[~none].view(torch.int32))
+    assert torch.equal(rounded.isnan(), none) and torch.equal(restored.isnan(), none)
 
     # Torch's rounding is to nearest, ties to even: another tie is as far away, and nothing else is
     number = value.abs() <= torch.finfo(torch.bfloat16).max

@@ -95,7 +95,8 @@ def update_kernel(
             tl.store(first + at, new_first.to(first.dtype.element_ty), mask=inside)
             tl.store(second + at, new_second.to(second.dtype.element_ty), mask=inside)
             if has_remainder:
-                bits = new.to(tl.int32, bitcast=True)
+                # a NaN's payload of all ones would round to -0
+                bits = tl.where(new != new, 0x7FC00000, new.to(tl.int32, bitcast=True))
                 rounded = (bits + 0x8000) >> 16
                 tl.store(value + at, rounded.to(tl.int16), mask=inside)
                 tl.store(remainder + at, (bits - (rounded << 16)).to(tl.int16), mask=inside)

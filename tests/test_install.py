@@ -143,3 +143,29 @@ def test_an_installed_wheel_knows_presets_by_name(site: Path, tmp_path: Path) ->
     assert checked.startswith(f"{site}/nmoe/config/presets/quickstart.toml: valid for 1 rank(s)")
     assert "2.65 M" in python(site, tmp_path, "-m", "nmoe", "plan", "quickstart")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tests_of_the_gpu_refuse_other_versions() -> None:
+    command = ["make", "gpu-test", f"GPU_PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    here, wanted = pins("constraints.txt")["torch"], pins("constraints-gpu.txt")["torch"]
+    assert done.returncode != 0
+    assert f"expected torch=={wanted}, got {here}; install constraints-gpu.txt" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("ci", "counted", "code"), [({}, "1 skipped", 0), ({"CI": "true"}, "1 error", 1)], ids=["user", "CI"]
+)
+def test_without_a_browser_the_page_counts_as_not_tested(ci: dict[str, str], counted: str, code: int) -> None:
+    page = "tests/effects/runs/test_viz_page.py::test_the_table_shows_what_the_files_say"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", page],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "CI"} | ci | {"PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, counted in done.stdout.splitlines()[-1]) == (code, True), done.stdout
+    assert "did NOT run: no Chromium is installed; apt-get install chromium" in done.stdout

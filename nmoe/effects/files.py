@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +18,14 @@ def home(environ: Mapping[str, str]) -> Path:
     """The folder of what nmoe makes once and keeps: `NMOE_HOME`, or one in the user's cache folder."""
     cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "."), ".cache")
     return Path(environ.get("NMOE_HOME") or os.path.join(cache, "nmoe"))
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file; a pipe or a device, whose reader may wait or read for ever, is an OSError."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return about.st_size
 
 
 def sync_folder(folder: Path) -> None:

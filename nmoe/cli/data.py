@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nmoe.cli import tokenizer
 from nmoe.cli.parser import Verbs, add, group, load
+from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 
 
@@ -44,6 +45,9 @@ def verbs(root: Verbs) -> None:
     way.add_argument("--to", choices=formats, help="write this format from a prepared folder")
     way.add_argument("--from", dest="origin", choices=formats, help="write a prepared folder from this format")
     convert.add_argument("--split", default="train", help="split to read or to write (default: %(default)s)")
+    convert.add_argument(
+        "--dtype", choices=("u16", "u32"), help="of nanogpt and olmo tokens (default: the one the tokenizer needs)"
+    )
     convert.add_argument("--tokenizer", metavar="NAME", help="with --from: name or path of the tokenizer it is in")
 
     plan = add(data, "plan", _plan, "print what a config will read", "quickstart", config=True)
@@ -55,9 +59,9 @@ def verbs(root: Verbs) -> None:
 def _prep(args: argparse.Namespace) -> int:
     from nmoe.config.data_source import load_source
     from nmoe.effects import files
-    from nmoe.effects.data import tokenizers as vocabulary
     from nmoe.effects.data.prepare.execute import open_pool
     from nmoe.effects.data.prepare.prep import prepare, report_lines
+    from nmoe.effects.data.tokenizers import resolve
 
     share = (0, 1) if args.worker is None else _share(args.worker)
     workers = args.workers if args.workers is not None else (1 if args.worker else len(os.sched_getaffinity(0)))
@@ -66,11 +70,11 @@ def _prep(args: argparse.Namespace) -> int:
     if args.dask is not None and (args.worker or args.workers):
         raise InputError("--dask: expected it without --worker and --workers, got both; leave those to the cluster")
     source = load_source(args.source)
-    known = vocabulary.resolve(source.tokenizer, files.home(os.environ), args.source.parent)
+    known = resolve(source.tokenizer, files.home(os.environ), args.source.parent)
     with open_pool(workers=workers, dask=args.dask) as pool:
-        report = prepare(source, known, args.source.parent.resolve(), args.out.resolve(), pool, _say, share)
+        report = prepare(source, known, args.source.parent.resolve(), args.out.resolve(), pool, say, share)
     if report is not None:
-        _say("\n".join(report_lines(report)))
+        say("\n".join(report_lines(report)))
     return 0
 
 
@@ -85,33 +89,35 @@ def _share(text: str) -> tuple[int, int]:
 def _verify(args: argparse.Namespace) -> int:
     from nmoe.effects.data import inspect
 
-    return inspect.verify(args.folders, _say)
+    return inspect.verify(args.folders, say)
 
 
 def _info(args: argparse.Namespace) -> int:
     from nmoe.effects.data import inspect
 
-    return inspect.info(args.folder, args.json, _say)
+    return inspect.info(args.folder, args.json, say)
 
 
 def _head(args: argparse.Namespace) -> int:
     from nmoe.effects.data import inspect
 
-    return inspect.head(args.folder, args.split, args.skip, args.documents, args.chars, _say)
+    return inspect.head(args.folder, args.split, args.skip, args.documents, args.chars, say)
 
 
 def _convert(args: argparse.Namespace) -> int:
     from nmoe.effects import files
-    from nmoe.effects.data import tokenizers as vocabulary
-    from nmoe.effects.data.store import foreign as convert
+    from nmoe.effects.data.store.foreign import from_foreign, to_foreign
+    from nmoe.effects.data.tokenizers import resolve
 
     if args.to is not None:
-        convert.to_foreign(args.source, args.split, args.to, args.out, _say)
+        if args.dtype is not None:
+            raise InputError(f"--dtype: expected it with --from only, got {args.dtype}; leave it out")
+        to_foreign(args.source, args.split, args.to, args.out, say)
         return 0
     if args.tokenizer is None:
         raise InputError("--tokenizer: expected a name or path with --from, got none; say what the tokens are")
-    tokens = vocabulary.resolve(args.tokenizer, files.home(os.environ), Path())
-    convert.from_foreign(args.source, args.origin, tokens, args.out, args.split, _say)
+    tokenizer = resolve(args.tokenizer, files.home(os.environ), Path())
+    from_foreign(args.source, args.origin, tokenizer, args.out, args.split, say, args.dtype)
     return 0
 
 
@@ -121,7 +127,3 @@ def _plan(args: argparse.Namespace) -> int:
     from nmoe.effects.parallel.launch import from_environment
 
     return reading.main(loaded.config, from_environment(os.environ), as_json=args.json)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +45,14 @@ def refusing(where: Path, what: str, remedy: str = "free space or fix permission
         raise InputError(
             f"{error.filename or where}: expected {what}, got {error.strerror or error}; {remedy}"
         ) from error
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file; a pipe or a device, whose reader may wait or read for ever, is an OSError."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return about.st_size
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import cattrs
-import numpy as np
 
-from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.prepare.prep import REPORT, Report, report_lines
+from nmoe.effects.data import tokenizer
+from nmoe.effects.data.prepare.prep import FORMAT, REPORT, Report, report_lines
 from nmoe.effects.data.store.format import (
+    MAX_TOKENS,
     REMEDY,
     Manifest,
-    content_problems,
-    dtype_of,
-    mapped,
     read_manifest,
+    shard_problems,
     size_problems,
-    stem,
 )
 from nmoe.effects.data.store.records import read_record
-from nmoe.errors import InputError
+from nmoe.effects.data.store.shards import documents
+from nmoe.errors import InputError, printable
 
 PROGRESS_EVERY_S = 2.0
 
@@ -48,12 +47,12 @@ def verify(folders: Sequence[Path], say: Callable[[str], None]) -> int:
 def info(folder: Path, as_json: bool, say: Callable[[str], None]) -> int:
     """Say what a prepared folder holds, and what it was made from where that is known."""
     manifest = read_manifest(folder)
-    report = read_record(folder / REPORT, Report, version=1) if (folder / REPORT).exists() else None
+    report = _report(folder)
     if as_json:
         whole: dict[str, Any] = cattrs.Converter().unstructure(manifest)
         say(json.dumps({**whole, "report": cattrs.Converter().unstructure(report)}, indent=1))
         return 0
-    name = tokenizers.load(folder).name
+    name = tokenizer.load(folder).name
     say(f"tokenizer  {name}, {manifest.tokenizer_size} ids, identity {manifest.tokenizer_identity}")
     for split, about in manifest.splits.items():
         per_token = f", {about.bytes / about.tokens:.2f} bytes a token" if about.tokens else ""
@@ -62,79 +61,89 @@ def info(folder: Path, as_json: bool, say: Callable[[str], None]) -> int:
             f"{len(about.shards)} shards{per_token}"
         )
     if report is not None:
-        say(f"source     {report.source}")
-        say("\n".join(report_lines(report)))
+        say(f"source     {printable(report.source)}")
+        say("\n".join(map(printable, report_lines(report))))
     return 0
 
 
 def head(folder: Path, split: str, skip: int, count: int, chars: int, say: Callable[[str], None]) -> int:
-    """Print the beginnings of some documents."""
-    manifest = read_manifest(folder)
-    if split not in manifest.splits:
-        raise InputError(f"{folder}: one of the splits {', '.join(manifest.splits)}, got {split}; choose one of them")
-    if problems := size_problems(folder, manifest, split):
-        raise InputError(*problems)
+    """Print the beginnings of some documents, control characters as escapes; each shard is verified before."""
     if min(skip, count, chars) < 0:
-        raise InputError(f"--skip, --documents, --chars: at least 0, got {skip}, {count}, {chars}; raise them")
-    tokenizer = tokenizers.load(folder)
-    encoding = tokenizers.encoding(tokenizer)
-    for number, tokens in enumerate(documents(folder, manifest, split)):
-        if number < skip:
-            continue
-        if number >= skip + count:
-            break
-        if len(tokens) and (highest := int(tokens.max())) >= len(tokenizer.ranks):
+        raise InputError(f"--skip, --documents, --chars: expected at least 0, got {skip}, {count}, {chars}; raise them")
+    manifest, stored = read_manifest(folder), tokenizer.load(folder)
+    encoding = tokenizer.encoding(stored)
+    first, last = min(skip, MAX_TOKENS), min(skip + count, MAX_TOKENS)
+    for number, tokens in islice(enumerate(documents(folder, manifest, stored, split)), first, last):
+        if len(tokens) and (highest := int(tokens.max())) >= len(stored.ranks):
             raise InputError(
-                f"{folder / split}: ids below {len(tokenizer.ranks)} in document {number}, got {highest}; {REMEDY}"
+                f"{folder / split}: expected ids below {len(stored.ranks)} in document {number}, got {highest}; "
+                f"{REMEDY}"
             )
         # A token is a byte at least, and a character four at most.
         text = encoding.decode(tokens[: 4 * chars].tolist())[:chars]
-        say(f"--- {split} document {number}, {len(tokens)} tokens\n{text}")
+        lines = "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+        say(f"--- {split} document {number}, {len(tokens)} tokens\n{lines}")
     return 0
-
-
-def documents(folder: Path, manifest: Manifest, split: str) -> Iterator[np.ndarray]:
-    """The documents of a split in order, without end of text: [n] u2 or u4, views of the files."""
-    for index, receipt in enumerate(manifest.splits[split].shards):
-        tokens = mapped(folder / split / f"{stem(index)}.npy", dtype_of(manifest.tokenizer_size), receipt.tokens)
-        ends = mapped(folder / split / f"{stem(index)}.ends.npy", np.dtype("<i8"), receipt.documents)
-        begin = 0
-        for end in ends.tolist():
-            if not begin < end <= len(tokens):
-                raise InputError(f"{folder / split / stem(index)}.ends.npy: rising ends, got {begin}, {end}; {REMEDY}")
-            yield tokens[begin : end - 1]
-            begin = end
 
 
 def _verify(folder: Path, say: Callable[[str], None]) -> list[str]:
     """Everything that is wrong with one folder."""
-    manifest = read_manifest(folder)
-    end_of_text = tokenizers.load(folder).end_of_text
-    problems = [line for split in manifest.splits for line in size_problems(folder, manifest, split)]
+    manifest, stored = read_manifest(folder), tokenizer.load(folder)
+    problems = [
+        *_unnamed_problems(folder, manifest),
+        *_report_problems(folder, manifest),
+        *(line for split in manifest.splits for line in size_problems(folder, manifest, split)),
+    ]
     if problems:
         return problems
-    total = sum(about.tokens for about in manifest.splits.values())
-    began = spoken = time.monotonic()
-    through = 0
-    for split, about in manifest.splits.items():
-        for index, receipt in enumerate(about.shards):
-            problems += content_problems(folder / split, index, receipt, manifest.tokenizer_size)
-            tokens = mapped(folder / split / f"{stem(index)}.npy", dtype_of(manifest.tokenizer_size), receipt.tokens)
-            ends = mapped(folder / split / f"{stem(index)}.ends.npy", np.dtype("<i8"), receipt.documents)
-            marks = np.flatnonzero(tokens == end_of_text) + 1
-            if not np.array_equal(marks, ends):
-                problems.append(
-                    f"{folder / split / stem(index)}.ends.npy: the place behind each end of text, got others; {REMEDY}"
-                )
-            through += receipt.tokens
-            now = time.monotonic()
-            if now - spoken >= PROGRESS_EVERY_S:
-                spoken = now
-                took = now - began
-                say(
-                    f"{folder}: {through / 1e6:.1f} of {total / 1e6:.1f} M tokens, {through / took / 1e6:.1f} M/s, "
-                    f"about {took * (total - through) / through:.0f} s left"
-                )
+    total = sum(receipt.tokens for receipt in manifest.splits.values())
+    began = reported = time.monotonic()
+    done = 0
+    shards = [
+        (folder / split, index, receipt)
+        for split, whole in manifest.splits.items()
+        for index, receipt in enumerate(whole.shards)
+    ]
+    for where, index, receipt in shards:
+        problems += shard_problems(where, index, receipt, stored)
+        done += receipt.tokens
+        now = time.monotonic()
+        if now - reported >= PROGRESS_EVERY_S:
+            reported, took = now, now - began
+            say(
+                f"{folder}: {done / 1e6:.1f} of {total / 1e6:.1f} M tokens, {done / took / 1e6:.1f} M/s, "
+                f"about {took * (total - done) / done:.0f} s left"
+            )
     if not problems:
-        say(f"{folder}: whole, {total} tokens in {sum(len(s.shards) for s in manifest.splits.values())} shards")
+        say(f"{folder}: whole, {total} tokens in {len(shards)} shards")
     return problems
+
+
+def _unnamed_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """A line for each folder of shards that the manifest does not name."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and any(path.glob("shard-*")))
+    except OSError as error:
+        return [f"{folder}: expected a readable folder, got {error.strerror}; {REMEDY}"]
+    return [
+        f"{folder / name}: expected no shards, the manifest has no split {name}, got some; {REMEDY}"
+        for name in names
+        if name not in manifest.splits
+    ]
+
+
+def _report_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """A line when the report, where there is one, and the manifest disagree about what was written."""
+    report = _report(folder)
+    if report is None:
+        return []
+    written = {split: (tokens, report.documents_out.get(split)) for split, tokens in report.tokens_out.items()}
+    held = {split: (receipt.tokens, receipt.documents) for split, receipt in manifest.splits.items()}
+    if written == held:
+        return []
+    return [f"{folder / REPORT}: expected tokens and documents {held} of the manifest, got {written}; {REMEDY}"]
+
+
+def _report(folder: Path) -> Report | None:
+    """What preparation reported; None of a folder that was made otherwise."""
+    return read_record(folder / REPORT, Report, version=FORMAT) if (folder / REPORT).exists() else None

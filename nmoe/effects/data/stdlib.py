@@ -19,8 +19,8 @@ import attrs
 import numpy as np
 
 from nmoe.effects import files
-from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.store import shard_writer as sink
+from nmoe.effects.data import tokenizer
+from nmoe.effects.data.store import shard_writer
 from nmoe.effects.data.store.format import read_manifest, size_problems
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import MILLION, split_of
@@ -71,7 +71,7 @@ def prepare_folder(root: Path, cache: Path, tokenizer_size: int, say: Callable[[
     sources = _read_sources(root)
     folder = cache / _identity(sources, tokenizer_size)
     if not folder.exists():
-        with _alone(cache, say):
+        with _locked(cache, say):
             if not folder.exists():
                 _build(sources, folder, tokenizer_size, say)
     _check(folder)
@@ -83,18 +83,22 @@ def _read_sources(root: Path) -> list[_Source]:
     sources: list[_Source] = []
     problems: list[str] = []
     for path in paths(root):
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            problems.append(f"{path}: expected a readable file, got {error.strerror}; reinstall Python")
+            continue
         try:
             text = content.decode(tokenize.detect_encoding(io.BytesIO(content).readline)[0])
         except UnicodeDecodeError as error:
             problems.append(
-                f"{path}: text in {error.encoding}, got byte {content[error.start]:#04x} at {error.start}; "
+                f"{path}: expected text in {error.encoding}, got byte {content[error.start]:#04x} at {error.start}; "
                 "fix the file or reinstall Python"
             )
         except (SyntaxError, LookupError) as error:
             problems.append(
-                f"{path}: a known encoding in its first two lines, got {error} ({_first_beyond_utf8(content)}); "
-                "fix the file or reinstall Python"
+                f"{path}: expected a known encoding in its first two lines, got {error} "
+                f"({_first_beyond_utf8(content)}); fix the file or reinstall Python"
             )
         else:
             if text:
@@ -104,20 +108,30 @@ def _read_sources(root: Path) -> list[_Source]:
         raise InputError(*problems)
     if not sources:
         raise InputError(
-            f"{root}: Python files with text, got none; run a Python that has its standard library as files"
+            f"{root}: expected Python files with text, got none; run a Python that has its standard library as files"
         )
     return sources
 
 
 def paths(root: Path) -> list[Path]:
-    """The Python files below `root` that belong to the corpus, by relative path."""
-    found: list[Path] = []
-    for folder, names, file_names in os.walk(root):
+    """The Python files below `root` that belong to the corpus, by relative path.
+
+    Raises:  InputError when a folder can not be looked into.
+    """
+    matching: list[Path] = []
+    problems: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{error.filename}: expected a readable folder, got {error.strerror}; reinstall Python")
+
+    for folder, names, file_names in os.walk(root, onerror=unreadable):
         names[:] = [name for name in names if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)]
-        found += [
+        matching += [
             Path(folder, name) for name in file_names if name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES)
         ]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    if problems:
+        raise InputError(*problems)
+    return sorted(matching, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _first_beyond_utf8(content: bytes) -> str:
@@ -134,7 +148,7 @@ def _identity(sources: Sequence[_Source], tokenizer_size: int) -> str:
     made_from = [
         FORMAT,
         [VALIDATION, TEST],
-        tokenizers.PATTERN,
+        tokenizer.PATTERN,
         tokenizer_size,
         [source.digest.hex() for source in sources],
     ]
@@ -154,19 +168,19 @@ def _build(sources: Sequence[_Source], folder: Path, tokenizer_size: int, say: C
         parts[split_of(source.digest, validation=VALIDATION, test=TEST)].append(source)
     if empty := [split for split, part in parts.items() if not part]:
         raise InputError(
-            f"{folder.parent}: a file for each split, got none of {len(sources)} for {', '.join(empty)}; "
+            f"{folder.parent}: expected a file for each split, got none of {len(sources)} for {', '.join(empty)}; "
             "give more files"
         )
-    trained = tokenizers.train(_told(parts["train"], "tokenizer", say), tokenizer_size, say)
-    encoding = tokenizers.encoding(trained)
+    trained = tokenizer.train(_with_progress(parts["train"], "tokenizer", say), tokenizer_size, say)
+    encoding = tokenizer.encoding(trained)
 
     def documents(split: str) -> Iterator[np.ndarray]:
-        for text in _told(parts[split], split, say):
-            yield encoding.encode_to_numpy(text, disallowed_special=())
+        for text in _with_progress(parts[split], split, say):
+            yield tokenizer.encode(encoding, text)
 
     temporary = folder.with_name(f".{folder.name}.building")
     try:
-        manifest = sink.write(temporary, trained, {split: documents(split) for split in parts})
+        manifest = shard_writer.write(temporary, trained, {split: documents(split) for split in parts})
         os.rename(temporary, folder)
         files.sync_folder(folder.parent)
     finally:
@@ -176,16 +190,16 @@ def _build(sources: Sequence[_Source], folder: Path, tokenizer_size: int, say: C
     say(f"{folder}: {totals} tokens, prepared in {time.monotonic() - began:.1f} s")
 
 
-def _told(sources: Sequence[_Source], what: str, say: Callable[[str], None]) -> Iterator[str]:
+def _with_progress(sources: Sequence[_Source], what: str, say: Callable[[str], None]) -> Iterator[str]:
     """The texts, with a line of progress every few seconds."""
-    began = spoken = time.monotonic()
+    began = reported = time.monotonic()
     total, done = sum(source.num_bytes for source in sources), 0
     for num, source in enumerate(sources, 1):
         yield source.text
         done += source.num_bytes
         now = time.monotonic()
-        if now - spoken >= PROGRESS_EVERY_S:
-            spoken, took = now, now - began
+        if now - reported >= PROGRESS_EVERY_S:
+            reported, took = now, now - began
             say(
                 f"{what}: {num} of {len(sources)} files, {done / 1e6:.1f} of {total / 1e6:.1f} MB, {took:.0f} s, "
                 f"about {took * (total - done) / done:.0f} s left"
@@ -193,7 +207,7 @@ def _told(sources: Sequence[_Source], what: str, say: Callable[[str], None]) -> 
 
 
 @contextmanager
-def _alone(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the cache's lock, which the system lets go when its process ends, however it ends.
 
     Writes:  `cache` and the lock file in it, which stay.
@@ -202,7 +216,9 @@ def _alone(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
         cache.mkdir(parents=True, exist_ok=True)
         lock = open(cache / ".lock", "a")
     except OSError as error:
-        raise InputError(f"{cache}: a folder to write to, got {error.strerror}; choose another home") from error
+        raise InputError(
+            f"{cache}: expected a folder to write to, got {error.strerror}; choose another home"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -219,5 +235,5 @@ def _check(folder: Path) -> None:
         if problems := [line for split in manifest.splits for line in size_problems(folder, manifest, split)]:
             raise InputError(*problems)
     except InputError as error:
-        remedy = f"{folder}: a whole folder, got the damage above; delete it to have it made again"
+        remedy = f"{folder}: expected a whole folder, got the damage above; delete it to have it made again"
         raise InputError(*error.problems, remedy) from error

@@ -16,10 +16,17 @@ import tiktoken
 
 from nmoe.effects.data.store.records import read_record, write_record
 from nmoe.errors import InputError
+from nmoe.pure.data.text import pieces
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
 FORMAT = 2
+MAX_SIZE = 1 << 24
+"""Ids of a tokenizer; published ones have up to 262,144. A table of lengths has this many entries."""
+MAX_PIECE_CHARS = 1 << 20
+"""Characters tokenized at once. A longer document is cut after a line break, which bounds what the tokenizer holds."""
+MIN_PIECE_CHARS = 1 << 12
+"""Characters on which no pattern of an honest tokenizer runs out of stack; a million blanks do with o200k's."""
 
 # Made for source code. A line break (blank lines included) and the indentation after it are one piece, so that a block
 # costs one token a line; the break is no part of the punctuation before it, so that a prompt may end in ":". A word
@@ -67,13 +74,13 @@ def train(texts: Iterable[str], size: int, say: Callable[[str], None]) -> Tokeni
     Cost:    about 3 s for 11 MB and 4096 tokens on two cores.
     """
     if size < 257:
-        raise InputError(f"tokenizer_size: at least 257 (256 bytes and end of text), got {size}; raise it")
+        raise InputError(f"tokenizer_size: expected at least 257 (256 bytes and end of text), got {size}; raise it")
     try:
         from tokenizers import Regex, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Trainable
     except ImportError as error:
         raise InputError(
-            "tokenizer: the package tokenizers is installed, got none; install it with: pip install 'nmoe[data]'"
+            "tokenizer: expected the package tokenizers, got none; install it with: pip install 'nmoe[data]'"
         ) from error
 
     began = time.monotonic()
@@ -109,7 +116,7 @@ def train(texts: Iterable[str], size: int, say: Callable[[str], None]) -> Tokeni
     merges = [bytes(byte_of[letter] for letter in letters) for letters, _ in in_order if len(letters) > 1]
     if len(merges) != size - 257:
         raise InputError(
-            f"tokenizer_size: at most {len(merges) + 257} tokens can be learnt from these texts, got {size}; "
+            f"tokenizer_size: expected at most {len(merges) + 257} tokens, which these texts give, got {size}; "
             "lower it or give more text"
         )
     say(f"tokenizer: {size} tokens learnt in {time.monotonic() - began:.1f} s")
@@ -147,31 +154,69 @@ def load(folder: Path) -> Tokenizer:
     try:
         tokens = [base64.b64decode(token, validate=True) for token in stored.tokens]
     except (binascii.Error, ValueError) as error:
-        raise InputError(f"{path}: tokens in base64, got {error}; prepare the data again") from error
-    if not len(tokens) <= stored.end_of_text < stored.size:
+        raise InputError(f"{path}: expected tokens in base64, got {error}; prepare the data again") from error
+    if not len(tokens) <= stored.end_of_text < stored.size <= MAX_SIZE:
         raise InputError(
-            f"{path}: {len(tokens)} tokens <= end_of_text < size, got {stored.end_of_text} and {stored.size}; "
-            "restore the file"
+            f"{path}: expected {len(tokens)} tokens <= end_of_text < size <= {MAX_SIZE}, got {stored.end_of_text} and "
+            f"{stored.size}; restore the file"
         )
-    found = make(stored.name, stored.pattern, tokens, end_of_text=stored.end_of_text, size=stored.size)
-    if found.identity != stored.identity:
+    distinct = set(tokens)
+    if len(distinct) < len(tokens) or b"" in distinct or not all(bytes([byte]) in distinct for byte in range(256)):
         raise InputError(
-            f"{path}: a tokenizer with identity {stored.identity}, got {found.identity}; prepare the data again"
+            f"{path}: expected tokens that differ, none empty, the 256 bytes among them, got others; restore the file"
         )
-    return found
+    if not stored.name.isprintable():
+        raise InputError(f"{path}: expected a printable name, got {stored.name[:80]!r}; restore the file")
+    loaded = make(stored.name, stored.pattern, tokens, end_of_text=stored.end_of_text, size=stored.size)
+    if loaded.identity != stored.identity:
+        raise InputError(
+            f"{path}: expected a tokenizer with identity {stored.identity[:80]}, got {loaded.identity}; "
+            "prepare the data again"
+        )
+    return loaded
 
 
 def encoding(tokenizer: Tokenizer) -> tiktoken.Encoding:
     """The tokenizer ready to run; building it costs milliseconds, so keep it.
 
-    Use `encode_ordinary` or `disallowed_special=()` for text that is not ours: `<|endoftext|>` in it is then text.
+    Use `encode` for text that is not ours: `<|endoftext|>` in it is then text.
+
+    Raises:  InputError when the pattern is no regular expression.
     """
-    return tiktoken.Encoding(
-        tokenizer.name,
-        pat_str=tokenizer.pattern,
-        mergeable_ranks=dict(tokenizer.ranks),
-        special_tokens={END_OF_TEXT: tokenizer.end_of_text},
-    )
+    try:
+        return tiktoken.Encoding(
+            tokenizer.name,
+            pat_str=tokenizer.pattern,
+            mergeable_ranks=dict(tokenizer.ranks),
+            special_tokens={END_OF_TEXT: tokenizer.end_of_text},
+        )
+    except ValueError as error:
+        raise InputError(
+            f"tokenizer {tokenizer.name}: expected a regular expression as pattern, got {str(error)[:160]}; "
+            "choose another tokenizer"
+        ) from error
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The tokens of a document: [n] u32. `<|endoftext|>` in it is ordinary text.
+
+    Raises:  InputError when the pattern runs out of stack, or leaves a part of the text out.
+    """
+    tokens = [part for piece in pieces(text, MAX_PIECE_CHARS) for part in _encoded(encoding, piece)]
+    return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+
+
+def _encoded(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
+    """The tokens of a piece; of one on which the pattern runs out of stack, those of its halves."""
+    try:
+        return [encoding.encode_to_numpy(text, disallowed_special=())]
+    except ValueError as error:
+        if len(text) <= MIN_PIECE_CHARS:
+            raise InputError(
+                f"tokenizer {encoding.name}: expected a pattern that cuts any {len(text)} characters, got "
+                f"{str(error)[:160]}; choose another tokenizer"
+            ) from error
+    return [part for half in pieces(text, (len(text) + 1) // 2) for part in _encoded(encoding, half)]
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

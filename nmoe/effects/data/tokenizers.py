@@ -7,7 +7,6 @@ import binascii
 import gzip
 import hashlib
 import io
-import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +17,12 @@ import attrs
 
 from nmoe.config.data_source import Source
 from nmoe.effects import files
-from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data import tokenizer
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.survey import cleaned, reporting, works_of
+from nmoe.effects.data.store.format import NAME
 from nmoe.effects.data.tokenizer import Tokenizer
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 from nmoe.pure.data.prep import MILLION, split_of
 
 FOLDER = "tokenizers"
@@ -70,36 +70,40 @@ def resolve(said: str, home: Path, base: Path) -> Tokenizer:
     """
     if "/" in said or said.endswith(".json"):
         path = base / files.expanded(said)
-        return tokenizers.load(path.parent if path.name == tokenizers.FILE else path)
+        return tokenizer.load(path.parent if path.name == tokenizer.FILE else path)
     folder = home / FOLDER / said
-    if not (folder / tokenizers.FILE).exists():
-        names = ", ".join(sorted(each.name for each in (home / FOLDER).glob("*") if each.is_dir())) or "none"
+    if not (folder / tokenizer.FILE).exists():
+        names = ", ".join(sorted(path.name for path in (home / FOLDER).glob("*") if path.is_dir())) or "none"
         how = "add it with `nmoe data tokenizer add`" if said in KNOWN else "train it with `nmoe data tokenizer train`"
-        raise InputError(f"tokenizer {said}: one of those in {home / FOLDER}: {names}, got another; {how}")
-    return tokenizers.load(folder)
+        raise InputError(f"tokenizer {said}: expected one of those in {home / FOLDER}: {names}, got another; {how}")
+    return tokenizer.load(folder)
 
 
-def install(tokenizer: Tokenizer, name: str, home: Path) -> Path:
+def install(made: Tokenizer, name: str, home: Path) -> Path:
     """Keep a tokenizer under a name.
 
     Writes:  `home`/tokenizers/<name>; one with another identity is never replaced.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise InputError(f"tokenizer {name}: up to 64 letters, digits, '.', '_' and '-', got another name; rename it")
+    if not NAME.fullmatch(name):
+        raise InputError(
+            f"tokenizer {name}: expected up to 64 letters, digits, '.', '_' and '-', got another name; rename it"
+        )
     folder = home / FOLDER / name
-    if (folder / tokenizers.FILE).exists():
-        found = tokenizers.load(folder)
-        if found.identity != tokenizer.identity:
+    if (folder / tokenizer.FILE).exists():
+        present = tokenizer.load(folder)
+        if present.identity != made.identity:
             raise InputError(
-                f"tokenizer {name}: a name that is free or of {tokenizer.identity[:12]}, got {found.identity[:12]} "
-                f"under it; choose another name, or delete {folder}"
+                f"tokenizer {name}: expected a name that is free or of {made.identity[:12]}, got "
+                f"{present.identity[:12]} under it; choose another name, or delete {folder}"
             )
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizers.save(attrs.evolve(tokenizer, name=name), folder)
+        tokenizer.save(attrs.evolve(made, name=name), folder)
     except OSError as error:
-        raise InputError(f"{folder}: a folder to write to, got {error.strerror}; set NMOE_HOME to another") from error
+        raise InputError(
+            f"{folder}: expected a folder to write to, got {error.strerror}; set NMOE_HOME to another"
+        ) from error
     return folder
 
 
@@ -109,25 +113,27 @@ def add(name: str, path: Path, known: Mapping[str, Known] = KNOWN) -> Tokenizer:
     Raises:  InputError when the name is not known, the file can not be read, or is another than the published one.
     """
     if name not in known:
-        raise InputError(f"tokenizer {name}: one of {', '.join(known)}, got another; train one instead")
+        raise InputError(f"tokenizer {name}: expected one of {', '.join(known)}, got another; train one instead")
     about = known[name]
     try:
-        raw = path.read_bytes() if path.stat().st_size <= LARGEST else b""
+        raw = path.read_bytes() if files.regular_size(path) <= LARGEST else b""
         if raw[:2] == b"\x1f\x8b":
             raw = _unzipped(raw)
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: a file that can be read, got {error}; give another") from error
-    if (found := hashlib.sha256(raw).hexdigest()) != about.sha256:
+        raise InputError(f"{path}: expected a file that can be read, got {error}; give another") from error
+    if (actual := hashlib.sha256(raw).hexdigest()) != about.sha256:
         raise InputError(
-            f"{path}: the ranks of {name} with sha256 {about.sha256}, got {found}; give the published file"
+            f"{path}: expected the ranks of {name} with sha256 {about.sha256}, got {actual}; give the published file"
         )
     try:
         lines = [line.split() for line in raw.splitlines() if line]
         ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
         tokens = [ranks[rank] for rank in range(len(lines))]
     except (ValueError, KeyError, binascii.Error) as error:
-        raise InputError(f"{path}: lines of base64 and rank from 0 on, got {error}; give the published file") from error
-    return tokenizers.make(name, about.pattern, tokens, end_of_text=about.end_of_text, size=about.size)
+        raise InputError(
+            f"{path}: expected lines of base64 and rank from 0 on, got {error}; give the published file"
+        ) from error
+    return tokenizer.make(name, about.pattern, tokens, end_of_text=about.end_of_text, size=about.size)
 
 
 def learn(
@@ -147,31 +153,41 @@ def learn(
     validation, test = round(source.splits.validation * MILLION), round(source.splits.test * MILLION)
 
     def texts() -> Iterator[str]:
-        began = spoken = time.monotonic()
+        began = reported = time.monotonic()
         for number, work in enumerate(works, 1):
-            for each in cleaned(work):
-                digest = hashlib.sha256(each.text.encode("utf-8")).digest()
+            for entry in cleaned(work):
+                digest = hashlib.sha256(entry.text.encode("utf-8")).digest()
                 split = split_of(digest, validation=validation, test=test)
-                if each.reason is None and split == "train" and int.from_bytes(digest[:4], "big") < share * 2**32:
-                    yield each.text
-            if (now := time.monotonic()) - spoken >= PROGRESS_EVERY_S or number == len(works):
-                spoken, took = now, now - began
-                through = total * number / len(works)
+                if entry.reason is None and split == "train" and int.from_bytes(digest[:4], "big") < share * 2**32:
+                    yield entry.text
+            if (now := time.monotonic()) - reported >= PROGRESS_EVERY_S or number == len(works):
+                reported, took = now, now - began
+                done = total * number / len(works)
                 say(
                     f"tokenizer: {number} of {len(works)} tasks read, {share:.0%} of their text learnt from, "
-                    f"{through / took / 1e6:.1f} MB/s, about {took * (len(works) - number) / number:.0f} s left"
+                    f"{done / took / 1e6:.1f} MB/s, about {took * (len(works) - number) / number:.0f} s left"
                 )
 
     with reporting(folder):
-        return tokenizers.train(texts(), size, say)
+        return tokenizer.train(texts(), size, say)
 
 
 def list_tokenizers(home: Path, say: Callable[[str], None]) -> int:
-    """Name, size and identity of every tokenizer of this machine."""
-    folders = sorted(each.parent for each in (home / FOLDER).glob(f"*/{tokenizers.FILE}"))
+    """Print name, size and identity of every tokenizer of this machine; a damaged one costs its own line only.
+
+    Raises:  InputError with the damaged ones, after the others were printed.
+    """
+    folders = sorted(path.parent for path in (home / FOLDER).glob(f"*/{tokenizer.FILE}"))
+    problems: list[str] = []
     for folder in folders:
-        tokenizer = tokenizers.load(folder)
-        say(f"{folder.name:<24} {tokenizer.size:>7} tokens  identity {tokenizer.identity}")
+        try:
+            stored = tokenizer.load(folder)
+        except InputError as error:
+            problems += error.problems
+        else:
+            say(f"{printable(folder.name):<24} {stored.size:>7} tokens  identity {stored.identity}")
+    if problems:
+        raise InputError(*problems)
     if not folders:
         say(f"{home / FOLDER}: no tokenizers; train one with `nmoe data tokenizer train`")
     return 0

@@ -49,10 +49,13 @@ def pieces(text: str, most: int) -> Iterator[str]:
 
 
 def shingles(text: str, words: int) -> Iterator[str]:
-    """Every run of `words` words of the text, in lower case, words alone; a shorter text is one shingle."""
-    found = WORD.findall(text.lower())
-    for start in range(max(1, len(found) - words + 1)):
-        yield " ".join(found[start : start + words])
+    """Every run of `words` words of the text, in lower case, words alone; a shorter text is one shingle.
+
+    A text without a word has none: by an empty one all such texts, of signs or emoji, would equal each other.
+    """
+    in_order = WORD.findall(text.lower())
+    for start in range(max(1, len(in_order) - words + 1) if in_order else 0):
+        yield " ".join(in_order[start : start + words])
 
 
 def _repeated(text: str) -> int:

@@ -105,9 +105,9 @@ def test_merges_are_learnt_in_order_of_frequency() -> None:
     assert merges == {"\u00e9".encode(): 256, b"zx": 257, b"zxa": 258}
     assert (learnt.end_of_text, learnt.size) == (259, 260)
     assert tokenizer.byte_lengths(learnt)[-5:].tolist() == [1, 2, 2, 3, 0]
-    with pytest.raises(InputError, match="tokenizer_size: at most 260 tokens .*, got 261; "):
+    with pytest.raises(InputError, match="tokenizer_size: expected at most 260 tokens, .*, got 261; "):
         tokenizer.train([text], 261, quiet)
-    with pytest.raises(InputError, match="tokenizer_size: at least 257 .*, got 256; "):
+    with pytest.raises(InputError, match="tokenizer_size: expected at least 257 .*, got 256; "):
         tokenizer.train([text], 256, quiet)
 
 
@@ -234,7 +234,7 @@ def test_bad_documents_leave_nothing_that_could_be_read(tmp_path: Path) -> None:
         assert not list(folder.rglob("*shard*")) and not list(folder.rglob("manifest*"))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").write_text("keep")
-    with pytest.raises(InputError, match="used: an empty folder to write to"):
+    with pytest.raises(InputError, match="used: expected an empty folder to write to"):
         shard_writer.write(tmp_path / "used", invented(300), {})
 
 
@@ -272,39 +272,60 @@ def id_too_high(folder: Path) -> None:
 
 SHARD = "train/shard-00000.npy"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda f: os.truncate(f / SHARD, 1000), rf"{SHARD}: \d+ bytes, got 1000; restore"),
-    "longer": (lambda f: os.truncate(f / SHARD, 10**6), rf"{SHARD}: (\d+) bytes, got (?!\1)\d+; restore"),
-    "bit": (patched(SHARD, 200), rf"{SHARD}: content with sha256 (\w{{64}}), got (?!\1)\w{{64}}; restore"),
-    "last bit": (patched(SHARD, -1), f"{SHARD}: content with sha256"),
-    "header": (patched(SHARD, 20), f"{SHARD}: header"),
-    "ends": (patched("train/shard-00000.ends.npy", 130), "shard-00000.ends.npy: content with sha256"),
-    "receipt": (patched("train/shard-00000.json", 15), "shard-00000.json: the receipt in the manifest, got another"),
-    "id": (id_too_high, f"{SHARD}: ids below the tokenizer's 400, got 400; "),
-    "missing": (lambda f: (f / SHARD).unlink(), f"{SHARD}: a file, got none; restore"),
-    "extra": (lambda f: shutil.copy(f / SHARD, f / "train/shard-00001.npy"), "shard-00001.npy: no file, .*; remove it"),
-    "no split folder": (lambda f: shutil.rmtree(f / "train"), f"{SHARD}: a file, got none; restore"),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json: a readable file, got No such file"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: a readable file, got No such file"),
-    "other tokenizer": (lambda f: tokenizer.save(invented(400), f), "tokenizer.json: identity and size .*, got "),
-    "no folder": (shutil.rmtree, "manifest.json: a readable file, got No such file"),
-    "half JSON": (lambda f: os.truncate(f / "manifest.json", 99), "manifest.json: a JSON file, got "),
-    "a list": (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json: a JSON object, got list; "),
-    "version": (edited("manifest.json", lambda v: v.update(format=2)), "manifest.json: format 1, got 2; "),
+    "truncated": (lambda f: os.truncate(f / SHARD, 1000), rf"{SHARD}: expected \d+ bytes, got 1000; restore"),
+    "longer": (lambda f: os.truncate(f / SHARD, 10**6), rf"{SHARD}: expected (\d+) bytes, got (?!\1)\d+; restore"),
+    "bit": (patched(SHARD, 200), rf"{SHARD}: expected content with sha256 (\w{{64}}), got (?!\1)\w{{64}}; restore"),
+    "last bit": (patched(SHARD, -1), f"{SHARD}: expected content with sha256"),
+    "header": (patched(SHARD, 20), f"{SHARD}: expected header"),
+    "ends": (patched("train/shard-00000.ends.npy", 130), "shard-00000.ends.npy: expected content with sha256"),
+    "receipt": (
+        patched("train/shard-00000.json", 15),
+        "shard-00000.json: expected the receipt in the manifest",
+    ),
+    "id": (id_too_high, f"{SHARD}: expected ids below the tokenizer's 400, got 400; "),
+    "missing": (lambda f: (f / SHARD).unlink(), f"{SHARD}: expected a file, got none; restore"),
+    "extra": (
+        lambda f: shutil.copy(f / SHARD, f / "train/shard-00001.npy"),
+        "00001.npy: expected no file, .*; remove it",
+    ),
+    "no split folder": (lambda f: shutil.rmtree(f / "train"), f"{SHARD}: expected a file, got none; restore"),
+    "no manifest": (
+        lambda f: (f / "manifest.json").unlink(),
+        "manifest.json: expected a readable file, got No such",
+    ),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        "tokenizer.json: expected a readable file, got No such",
+    ),
+    "other tokenizer": (
+        lambda f: tokenizer.save(invented(400), f),
+        "tokenizer.json: expected identity and size ",
+    ),
+    "no folder": (shutil.rmtree, "manifest.json: expected a readable file, got No such"),
+    "half JSON": (lambda f: os.truncate(f / "manifest.json", 99), "manifest.json: expected JSON, got "),
+    "a list": (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json: expected a JSON object, got list; "),
+    "version": (edited("manifest.json", lambda v: v.update(format=2)), "manifest.json: expected format 1, got 2; "),
     "no field": (
         edited("manifest.json", lambda v: v.pop("tokenizer_size")),
         "manifest.json: .*missing.*tokenizer_size",
     ),
     "new field": (edited("manifest.json", lambda v: v.update(color=1)), "manifest.json: .*color"),
     "type": (edited("manifest.json", lambda v: v.update(tokenizer_size="400")), "manifest.json: .*another type"),
-    "no table": (edited("manifest.json", lambda v: v.update(splits=[])), "manifest.json: the fields of format 1, got"),
+    "no table": (
+        edited("manifest.json", lambda v: v.update(splits=[])),
+        "manifest.json: expected the fields of format 1, got",
+    ),
     "shard type": (
         edited("manifest.json", lambda v: v["splits"]["train"].update(shards=[7])),
-        "manifest.json: the fields of format 1, got",
+        "manifest.json: expected the fields of format 1, got",
     ),
-    "totals": (edited("manifest.json", lambda v: v["splits"]["test"].update(tokens=1)), "test has .1, .*, got "),
+    "totals": (
+        edited("manifest.json", lambda v: v["splits"]["test"].update(tokens=1)),
+        "in the shards of test, got ",
+    ),
     "shard's tokenizer": (
         edited("manifest.json", lambda v: v["splits"]["test"]["shards"][0].update(tokenizer_identity="x")),
-        r"manifest.json: test shard 0 has tokenizer \w+, got x; ",
+        r"manifest.json: expected tokenizer \w+ for test shard 0, got x; ",
     ),
     "split gone": (
         edited("manifest.json", lambda v: v["splits"].pop("train")),
@@ -476,7 +497,7 @@ def test_files_that_can_not_be_decoded_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         stdlib.prepare_folder(root, tmp_path / "cache", SIZE, quiet)
     first, second, third = caught.value.problems
-    assert first.startswith(f"{root}/a.py: text in utf-8, got byte 0xe9 at 17; ")
+    assert first.startswith(f"{root}/a.py: expected text in utf-8, got byte 0xe9 at 17; ")
     assert second.startswith(f"{root}/b.py: ") and "byte 0xff at 1 " in second
     assert third.startswith(f"{root}/c.py: ") and "unknown encoding: latin-99" in third
     assert not (tmp_path / "cache").exists()
@@ -485,13 +506,13 @@ def test_files_that_can_not_be_decoded_are_all_named(tmp_path: Path) -> None:
 def test_too_little_text_and_a_cache_that_can_not_be_made_are_named(library: Path, tmp_path: Path) -> None:
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "empty.py").write_text("")
-    with pytest.raises(InputError, match="few: Python files with text, got none; "):
+    with pytest.raises(InputError, match="few: expected Python files with text, got none; "):
         stdlib.prepare_folder(tmp_path / "few", tmp_path / "cache", SIZE, quiet)
     (tmp_path / "few" / "one.py").write_text("one = 1\n")
-    with pytest.raises(InputError, match="cache: a file for each split, got none of 1 for .*validation|test.*; "):
+    with pytest.raises(InputError, match="cache: expected a file for each split, got none of 1 for .*; "):
         stdlib.prepare_folder(tmp_path / "few", tmp_path / "cache", SIZE, quiet)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file: a folder to write to, got .*; choose another home"):
+    with pytest.raises(InputError, match="file: expected a folder to write to, got .*; choose another home"):
         stdlib.prepare_folder(library, tmp_path / "file", SIZE, quiet)
 
 

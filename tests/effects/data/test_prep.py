@@ -27,12 +27,12 @@ from hypothesis import strategies as st
 from nmoe.cli import main
 from nmoe.config.data_source import load_source
 from nmoe.effects.data import tokenizer as tokenizers
-from nmoe.effects.data.inspect import documents
 from nmoe.effects.data.prepare.execute import open_pool
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.prep import Report, _stage, prepare
 from nmoe.effects.data.prepare.survey import cleaned, works_of
 from nmoe.effects.data.store.format import read_manifest
+from nmoe.effects.data.store.shards import documents
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item, plan, split_of
 
@@ -81,9 +81,11 @@ def prepared(home: Path, text: str, out: str = "out", workers: int = 1) -> Repor
 
 def texts(folder: Path) -> dict[str, list[str]]:
     """The documents of each split."""
-    manifest, run = read_manifest(folder), tokenizers.encoding(tokenizers.load(folder))
+    manifest, known = read_manifest(folder), tokenizers.load(folder)
+    run = tokenizers.encoding(known)
     return {
-        split: [run.decode(each.tolist()) for each in documents(folder, manifest, split)] for split in manifest.splits
+        split: [run.decode(each.tolist()) for each in documents(folder, manifest, known, split)]
+        for split in manifest.splits
     }
 
 
@@ -303,34 +305,42 @@ def refused(home: Path, text: str, *messages: str, out: str = "out") -> None:
 
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {
-    "not UTF-8": ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "a.jsonl: UTF-8, got byte 0xe9 at 30; "),
+    "not UTF-8": (
+        "a.jsonl",
+        b'{"text": "fine"}\n{"text": "caf\xe9"}\n',
+        "a.jsonl: expected UTF-8, got byte 0xe9 at 30",
+    ),
     "not JSON": (
         "a.jsonl",
         b'{"text": "fine"}\n{"text": \n',
-        "a.jsonl: a line of JSON at byte 17, got Expecting value",
+        "a.jsonl: expected a line of JSON at byte 17, got Expecting value",
     ),
-    "deep": ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl: a line of JSON at byte 0, got "),
-    "no object": ("a.jsonl", b'{"text": "fine"}\n[1]\n', "a.jsonl: a JSON object at byte 17, got list; "),
-    "no field": ("a.jsonl", b'{"txt": "fine"}\n', "a.jsonl: a text in text at byte 0, got nothing; "),
-    "number": ("a.jsonl", b'{"text": 3}\n', "a.jsonl: a text in text at byte 0, got int; "),
+    "deep": ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl: expected a line of JSON at byte 0, got "),
+    "no object": ("a.jsonl", b'{"text": "fine"}\n[1]\n', "a.jsonl: expected a JSON object at byte 17, got list; "),
+    "no field": ("a.jsonl", b'{"txt": "fine"}\n', "a.jsonl: expected a text in text at byte 0, got nothing; "),
+    "number": ("a.jsonl", b'{"text": 3}\n', "a.jsonl: expected a text in text at byte 0, got int; "),
     "surrogate": (
         "a.jsonl",
         b'{"text": "\\ud800"}\n',
-        "a.jsonl: Unicode in text at byte 0, got the lone surrogate U+D800",
+        "a.jsonl: expected Unicode in text at byte 0, got the lone surrogate U+D800",
     ),
     "gzip": (
         "a.jsonl.gz",
         gzip.compress(b'{"text": "fine"}\n' * 99)[:-9],
-        "a.jsonl.gz: a file that can be read to its end",
+        "a.jsonl.gz: expected a file that can be read to its end",
     ),
-    "no gzip": ("a.jsonl.gz", b"plain", "a.jsonl.gz: a file that can be read to its end, got Not a gzipped file"),
+    "no gzip": (
+        "a.jsonl.gz",
+        b"plain",
+        "a.jsonl.gz: expected a file that can be read to its end, got Not ",
+    ),
     "zstd": (
         "a.jsonl.zst",
         zstandard.ZstdCompressor().compress(b'{"text": "fine"}\n' * 99)[:-3],
-        "a.jsonl.zst: whole zstd frames, got an end inside one at byte ",
+        "a.jsonl.zst: expected whole zstd frames, got an end inside one at byte ",
     ),
-    "no zstd": ("a.jsonl.zst", b"plain text", "a.jsonl.zst: zstd data up to byte 10, got "),
-    "ending": ("a.json.bz2", b"x", "a.json.bz2: an ending of .jsonl.gz, "),
+    "no zstd": ("a.jsonl.zst", b"plain text", "a.jsonl.zst: expected zstd data up to byte 10, got "),
+    "ending": ("a.json.bz2", b"x", "a.json.bz2: expected an ending of .jsonl.gz, "),
 }
 
 
@@ -370,7 +380,7 @@ def test_a_damaged_file_in_the_middle_costs_nothing_that_is_done(home: Path) -> 
     (home / "in" / "2.jsonl").write_bytes(good[:-5] + b"\xff" + good[-4:])
     stamp = os.stat(home / "in" / "2.jsonl").st_mtime_ns
     body = "task_bytes = 1\n[input]\nkind = 'files'\npaths = ['in']\n"
-    refused(home, body, "in/2.jsonl: UTF-8, got byte 0xff at ")
+    refused(home, body, "in/2.jsonl: expected UTF-8, got byte 0xff at ")
     done = sorted(path.name for path in (home / "out" / ".work" / "survey").iterdir())
     assert done == [f"task-{number:05d}" for number in (0, 1, 3, 4)]
     (home / "in" / "2.jsonl").write_bytes(good)
@@ -394,7 +404,7 @@ def test_ids_that_repeat_are_named_with_both_places(home: Path) -> None:
     refused(
         home,
         "task_bytes = 100\n[input]\nkind = 'jsonl'\npaths = ['in']\nid_field = 'id'\n",
-        f"in/b.jsonl at 29: an id of its own, got that of in/a.jsonl at {second}; ",
+        f"in/b.jsonl at 29: expected an id of its own, got that of in/a.jsonl at {second}; ",
     )
 
 
@@ -406,17 +416,17 @@ def test_what_the_folder_holds_is_never_replaced(home: Path, known: tokenizers.T
     before = digests(home / "out")
     assert prepared(home, body) == report
     assert not (home / "out" / ".work").exists()
-    refused(home, body + "[filter]\nmin_chars = 3\n", "out: prepared with source ")
+    refused(home, body + "[filter]\nmin_chars = 3\n", "out: expected a folder prepared with source ")
     (home / "in" / "b.jsonl").write_bytes(jsonl(rows(1)))
-    refused(home, body, "out: prepared with input files of sha256 ")
+    refused(home, body, "out: expected a folder prepared with input files of sha256 ")
     (home / "in" / "b.jsonl").unlink()
     other = tokenizers.train([sentences(number) for number in range(300)], 310, quiet)
     tokenizers.save(other, home / "known")
-    refused(home, body, f"out: prepared with tokenizer {other.identity}, got a folder of {known.identity}; ")
+    refused(home, body, f"out: expected a folder prepared with tokenizer {other.identity}, got {known.identity}; ")
     assert digests(home / "out") == before
     (home / "mine").mkdir()
     (home / "mine" / "notes").write_text("keep")
-    refused(home, body, "mine: an empty folder, got notes in it; ", out="mine")
+    refused(home, body, "mine: expected an empty folder, got notes in it; ", out="mine")
     assert sorted(path.name for path in (home / "mine").iterdir()) == ["notes"]
 
 
@@ -426,8 +436,8 @@ def test_another_plan_in_a_begun_folder_is_refused(home: Path) -> None:
     body = "[input]\nkind = 'jsonl'\npaths = ['in']\n"
     refused(home, body, "got int")
     (home / "in" / "a.jsonl").write_bytes(b'{"text": "fine"}\n')
-    refused(home, body, "out: the input files it was begun with, got 1 others, in/a.jsonl the first of them; ")
-    refused(home, body + "[filter]\nmin_chars = 3\n", "out: begun with the source ", "out: the input files")
+    refused(home, body, "out: expected the input files it was begun with, got 1 others, in/a.jsonl the first; ")
+    refused(home, body + "[filter]\nmin_chars = 3\n", "out: expected source ", "out: expected the input files")
 
 
 def test_links_loops_and_other_things_in_a_folder(home: Path) -> None:
@@ -440,12 +450,15 @@ def test_links_loops_and_other_things_in_a_folder(home: Path) -> None:
     report = prepared(home, body)
     assert everything(home / "out") == ["one text"] and report.dropped["empty"] == 1
     (home / "in" / "self").symlink_to("self")
-    refused(home, body, "in/self: a file that can be read, got Too many levels of symbolic links; ", out="2")
+    refused(home, body, "in/self: expected a file that can be read, got Too many levels of symbolic links; ", out="2")
     (home / "in" / "self").unlink()
     os.mkfifo(home / "in" / "pipe")
-    refused(home, body, "in/pipe: a regular file, got another kind; ", out="3")
+    refused(home, body, "in/pipe: expected a regular file, got another kind; ", out="3")
     refused(
-        home, "[input]\nkind = 'files'\npaths = ['nowhere', 'in']\n", "nowhere: a file or folder, got none", out="4"
+        home,
+        "[input]\nkind = 'files'\npaths = ['nowhere', 'in']\n",
+        "nowhere: expected a file or folder",
+        out="4",
     )
 
 
@@ -645,7 +658,7 @@ def test_a_cluster_that_is_not_there_is_named(corpus: Path, capfd: pytest.Captur
     assert main(["data", "prep", str(corpus / "source.toml"), str(corpus / "out"), "--worker", "2/2"]) == 2
     assert "--worker: expected I/N with 0 <= I < N, got 2/2; " in capfd.readouterr().err
     assert main(["data", "prep", str(corpus / "source.toml"), str(corpus / "out"), "--workers", "0"]) == 2
-    assert "--workers: at least 1, got 0; " in capfd.readouterr().err
+    assert "--workers: expected at least 1, got 0; " in capfd.readouterr().err
 
 
 def test_two_preparations_of_one_folder_do_not_meet(corpus: Path) -> None:
@@ -654,7 +667,7 @@ def test_two_preparations_of_one_folder_do_not_meet(corpus: Path) -> None:
     (corpus / "out" / ".work").mkdir(parents=True)
     with open(corpus / "out" / ".work" / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(corpus, CORPUS, "out: no other process preparing it, got one; ")
+        refused(corpus, CORPUS, "out: expected no other process preparing it, got one; ")
 
 
 def test_normal_form_is_the_only_change_to_a_text_without_control_characters(home: Path) -> None:

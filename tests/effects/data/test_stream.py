@@ -217,7 +217,7 @@ def test_a_flipped_bit_stops_the_run_before_a_token_of_the_shard_is_used(folder:
     path.write_bytes(content)
     read = reader(data, 0, 1)
     with prefetching(read, batch_size=24, depth=2, device=CPU) as ahead:
-        with pytest.raises(InputError, match="shard-00002.npy: content with sha256"):
+        with pytest.raises(InputError, match="shard-00002.npy: expected content with sha256"):
             for step in range(STEPS):
                 batch = ahead(24 * step)
                 assert batch.tokens.shape == (24, 1, T)
@@ -275,7 +275,7 @@ def test_an_id_beyond_the_vocabulary_is_found_when_the_shard_is_read(folder: Pat
     (folder / "code" / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     (folder / "code" / "train" / "shard-00000.json").write_text(json.dumps(receipt, indent=1) + "\n")
     split = shards.open_split(folder / "code", read_manifest(folder / "code"), "train")
-    with pytest.raises(InputError, match="shard-00000.npy: ids below the tokenizer's 280, got 5000"):
+    with pytest.raises(InputError, match="shard-00000.npy: expected ids below the tokenizer's 280, got 5000"):
         split.tokens[0][:1]
 
 

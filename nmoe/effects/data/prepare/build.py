@@ -12,22 +12,18 @@ import numpy as np
 import tiktoken
 
 from nmoe.effects import files
-from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data import tokenizer
 from nmoe.effects.data.prepare.match import dropped
 from nmoe.effects.data.prepare.survey import FORMAT, Work, cleaned, reporting
 from nmoe.effects.data.store.format import Receipt
 from nmoe.effects.data.store.records import read_record, write_record
 from nmoe.effects.data.store.shard_writer import Sink
-from nmoe.effects.data.tokenizer import Tokenizer
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import MILLION, split_of
-from nmoe.pure.data.text import pieces
 
 RECORD = "built.json"
 SPLITS = ("train", "validation", "test")
 NAMES = MappingProxyType({"exact": "duplicate", "near": "near duplicate"})
-PIECE_CHARS = 1 << 20
-"""Characters tokenized at once. A longer document is cut after a line break, which bounds what the tokenizer holds."""
 
 
 @attrs.frozen(kw_only=True)
@@ -45,7 +41,7 @@ def built_folder(work: Work) -> Path:
 
 
 def build(work: Work) -> Built:
-    """Write the shards of one task, or tell what was written when that is done already.
+    """Write the shards of one task, or read what was written when that is done already.
 
     Writes:  one folder, whole or not at all.
     Raises:  InputError when a file is not what it was in the survey, or something can not be read or written.
@@ -58,43 +54,46 @@ def build(work: Work) -> Built:
         return read_record(done / RECORD, Built, version=FORMAT)
 
 
-def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """The tokens of a document: [n] u32. `<|endoftext|>` in it is ordinary text."""
-    tokens = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text, PIECE_CHARS)]
-    return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
-
-
 def _write_shards(work: Work, folder: Path) -> None:
     """Write the files of one task, the record last."""
-    tokenizer, encoding = _tokenizer(work.folder)
-    gone = dropped(work) if work.buckets else {}
+    stored, encoding = _tokenizer(work.folder)
+    lengths = tokenizer.byte_lengths(stored)
+    repeated = dropped(work) if work.buckets else {}
     shares = work.source.splits
     validation, test = round(shares.validation * MILLION), round(shares.test * MILLION)
     digests = np.load(work.done() / "digests.npy", mmap_mode="r")
-    sinks = {split: Sink(folder / split, tokenizer, work.source.tokens_per_shard) for split in SPLITS}
+    sinks = {split: Sink(folder / split, stored, work.source.tokens_per_shard) for split in SPLITS}
     number = 0
-    for each in cleaned(work):
-        if each.reason is not None:
+    for entry in cleaned(work):
+        if entry.reason is not None:
             continue
-        digest = hashlib.sha256(each.text.encode("utf-8")).digest()
+        raw = entry.text.encode("utf-8")
+        digest = hashlib.sha256(raw).digest()
+        where = f"{work.items[entry.item].name} at {entry.document.position}"
         if number >= len(digests) or digests[number].tobytes() != digest:
             raise InputError(
-                f"{work.items[each.item].name}: at {each.document.position} the text of the survey, got another; "
-                "start again in an empty folder, and leave the files alone until it ends"
+                f"{where}: expected the text of the survey, got another; start again in an empty folder, and leave the "
+                "files alone until it ends"
             )
-        if not any(number in numbers for numbers in gone.values()):
-            sinks[split_of(digest, validation=validation, test=test)].add(encode(encoding, each.text))
+        if not any(number in numbers for numbers in repeated.values()):
+            tokens = tokenizer.encode(encoding, entry.text)
+            if (covered := int(lengths[tokens].sum())) != len(raw):
+                raise InputError(
+                    f"{where}: expected tokens of all {len(raw)} bytes, got {covered}, the pattern of tokenizer "
+                    f"{stored.name} leaves characters out; choose another tokenizer"
+                )
+            sinks[split_of(digest, validation=validation, test=test)].add(tokens)
         number += 1
     record = Built(
         format=FORMAT,
         shards={split: sink.close() for split, sink in sinks.items()},
-        dropped={NAMES[reason]: len(numbers) for reason, numbers in gone.items()},
+        dropped={NAMES[reason]: len(numbers) for reason, numbers in repeated.items()},
     )
     write_record(folder / RECORD, record)
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> tuple[Tokenizer, tiktoken.Encoding]:
+def _tokenizer(folder: Path) -> tuple[tokenizer.Tokenizer, tiktoken.Encoding]:
     """The tokenizer beside the plan, which does not change while a folder is prepared; a second to load when large."""
-    tokenizer = tokenizers.load(folder)
-    return tokenizer, tokenizers.encoding(tokenizer)
+    stored = tokenizer.load(folder)
+    return stored, tokenizer.encoding(stored)

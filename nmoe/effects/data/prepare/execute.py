@@ -54,7 +54,8 @@ def open_pool(*, workers: int, dask: str | None) -> Iterator[Pool]:
             yield Pool(executor=executor, in_flight=2 * workers)
         except BrokenProcessPool as error:
             raise InputError(
-                "a worker process: it ends when its work is done, got its sudden end, most often for lack of memory; "
+                "a worker process: expected its end when its work is done, got a sudden one, most often for lack of "
+                "memory; "
                 "start again with fewer --workers or a smaller task_bytes, what is done is kept"
             ) from error
         finally:
@@ -62,7 +63,7 @@ def open_pool(*, workers: int, dask: str | None) -> Iterator[Pool]:
 
 
 def run(function: Callable[[W], R], works: Sequence[W], pool: Pool) -> Iterator[tuple[W, R]]:
-    """Call `function` on every work, and hand out each with its result as it ends, in any order.
+    """Call `function` on every work, and yield each with its result as it ends, in any order.
 
     The next work is submitted when one has ended, so that an executor never holds a long queue.
 
@@ -106,13 +107,13 @@ def _dask(address: str) -> Iterator[Pool]:
         raise extra("distributed", "--dask", "nmoe[cluster]") from error
     try:
         with distributed.Client(address, timeout=20, set_as_default=False) as client:
-            threads = sum(each["nthreads"] for each in client.scheduler_info(n_workers=-1)["workers"].values())
+            threads = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
             if not threads:
-                raise InputError(f"--dask {address}: a scheduler with workers, got none; start workers")
+                raise InputError(f"--dask {address}: expected a scheduler with workers, got none; start workers")
             yield Pool(executor=client.get_executor(pure=False), in_flight=2 * threads)
     except (OSError, TimeoutError, distributed.KilledWorker, concurrent.futures.CancelledError) as error:
         raise InputError(
-            f"--dask {address}: a cluster that stays, got {one_line(error)}; start again, what is done is kept"
+            f"--dask {address}: expected a cluster that stays, got {one_line(error)}; start again, what is done is kept"
         ) from error
 
 

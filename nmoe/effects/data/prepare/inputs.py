@@ -23,29 +23,35 @@ ENDINGS: tuple[tuple[str, Form], ...] = (
 KNOWN = ", ".join(ending for ending, _ in ENDINGS)
 
 
-def find(source: Input, base: Path, *, skip_unreadable: bool, say: Callable[[str], None]) -> tuple[Item, ...]:
+def find(
+    source: Input, base: Path, *, out: Path | None = None, skip_unreadable: bool, say: Callable[[str], None]
+) -> tuple[Item, ...]:
     """Every file of a source, ordered by name.
 
     base             folder that relative paths start from
+    out              folder that is written, no file of which is an input; None: nothing is written
     skip_unreadable  leave out what can not be opened, and say so
 
-    Raises:  InputError, one line a problem: nothing found, a file that can not be read, an ending that says nothing,
-             Parquet without `pyarrow`, a data set without `datasets`.
+    Raises:  InputError, one line a problem: nothing found, a file or folder that can not be read, an ending that says
+             nothing, Parquet without `pyarrow`, a data set without `datasets`.
     """
+    items: list[Item] = []
+    problems: list[str] = []
     if isinstance(source, Library):
         root = Path(sysconfig.get_path("stdlib"))
         named = [(path.relative_to(root).as_posix(), str(path)) for path in stdlib.paths(root)]
     elif isinstance(source, Hub):
         named = _hub_files(source)
     else:
-        named = _matching(source.paths, source.exclude, base)
-    items: list[Item] = []
-    problems: list[str] = []
+        named = _matching(source.paths, source.exclude, base, problems)
+    if out is not None:
+        within = _lies_within(out)
+        named = [(name, path) for name, path in named if not within(path)]
     for name, path in sorted(named):
         try:
             items.append(_item(name, path, _form(source, name)))
         except OSError as error:
-            problems.append(f"{name}: a file that can be read, got {error.strerror}; restore or exclude it")
+            problems.append(f"{name}: expected a file that can be read, got {error.strerror}; restore or exclude it")
         except InputError as error:
             problems += error.problems
     if problems and not skip_unreadable:
@@ -53,36 +59,72 @@ def find(source: Input, base: Path, *, skip_unreadable: bool, say: Callable[[str
     for problem in problems:
         say(f"left out: {problem}")
     if not items:
-        raise InputError(f"{base}: files for the source, got none; fix input.paths")
+        raise InputError(f"{base}: expected files for the source, got none; fix input.paths")
     return tuple(items)
 
 
 def extra(package: str, what: str, name: str) -> InputError:
     """The error of a package that is not installed."""
-    return InputError(f"{what}: the package {package} is installed, got none; install it with: pip install '{name}'")
+    return InputError(f"{what}: expected the package {package}, got none; install it with: pip install '{name}'")
 
 
-def _matching(patterns: Sequence[str], exclude: Sequence[str], base: Path) -> list[tuple[str, str]]:
-    """Name and path of each file that a pattern matches, once; the name is relative to `base`."""
-    found: dict[str, str] = {}
+def _matching(
+    patterns: Sequence[str], exclude: Sequence[str], base: Path, unreadable: list[str]
+) -> list[tuple[str, str]]:
+    """Name and path of each file that a pattern matches, once; the name is relative to `base`.
+
+    unreadable  receives a line for each folder that can not be looked into
+    """
+    paths: dict[str, str] = {}
     problems: list[str] = []
     for pattern in patterns:
         whole = os.path.join(base, os.path.expanduser(pattern))
-        before = len(found)
-        roots = [whole] if os.path.lexists(whole) else glob.glob(whole, recursive=True, include_hidden=False)
+        before, known = len(paths), len(unreadable)
+        if os.path.lexists(whole):
+            roots = [whole]
+        else:
+            roots = glob.glob(whole, recursive=True, include_hidden=False)
+            for folder in sorted(_searched(whole)):
+                _entries(folder, base, unreadable)
         for root in roots:
-            for path in _files(root) if os.path.isdir(root) else (root,):
+            for path in _files(root, base, unreadable) if os.path.isdir(root) else (root,):
                 name = Path(os.path.relpath(path, base)).as_posix()
-                if not any(fnmatch.fnmatch(name, each) for each in exclude):
-                    found[name] = path
-        if len(found) == before and not any(os.path.lexists(root) for root in roots):
-            problems.append(f"{whole}: a file or folder, got none; fix input.paths")
+                if not any(fnmatch.fnmatch(name, excluded) for excluded in exclude):
+                    paths[name] = path
+        if (len(paths), len(unreadable)) == (before, known) and not any(os.path.lexists(root) for root in roots):
+            problems.append(f"{whole}: expected a file or folder, got none; fix input.paths")
     if problems:
         raise InputError(*problems)
-    return list(found.items())
+    return list(paths.items())
 
 
-def _files(root: str) -> Iterator[str]:
+def _searched(pattern: str) -> set[str]:
+    """The folders that `glob` looks into for a pattern; it passes over those that it can not read without a word."""
+    parts = pattern.split(os.sep)
+    folders: set[str] = set()
+    for place, part in enumerate(parts):
+        if glob.has_magic(part):
+            above = os.path.join(os.sep.join(parts[:place]), "")
+            folders.update(glob.glob(above, recursive=True))
+            if part == "**":
+                folders.update(glob.glob(os.path.join(above, "**", ""), recursive=True))
+    return folders
+
+
+def _entries(folder: str, base: Path, unreadable: list[str]) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name; nothing, and a line in `unreadable`, when it can not be looked into."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        name = Path(os.path.relpath(folder, base)).as_posix()
+        line = f"{name}: expected a folder that can be read, got {error.strerror}; restore or exclude it"
+        if line not in unreadable:
+            unreadable.append(line)
+        return []
+
+
+def _files(root: str, base: Path, unreadable: list[str]) -> Iterator[str]:
     """Every file below a folder that is not hidden. Links to folders are followed once, so that loops end."""
     seen: set[tuple[int, int]] = set()
     waiting = [root]
@@ -92,14 +134,27 @@ def _files(root: str) -> Iterator[str]:
         if (about.st_dev, about.st_ino) in seen:
             continue
         seen.add((about.st_dev, about.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda each: each.name):
-                if entry.name.startswith("."):
-                    continue
-                if os.path.isdir(entry.path):
-                    waiting.append(entry.path)
-                else:
-                    yield entry.path
+        for entry in _entries(folder, base, unreadable):
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):
+                waiting.append(entry.path)
+            else:
+                yield entry.path
+
+
+def _lies_within(folder: Path) -> Callable[[str], bool]:
+    """Whether a file lies in a folder or below, links followed."""
+    root = os.path.realpath(folder)
+    known: dict[str, bool] = {}
+
+    def within(path: str) -> bool:
+        parent = os.path.dirname(path)
+        if parent not in known:
+            known[parent] = Path(os.path.realpath(parent)).is_relative_to(root)
+        return known[parent]
+
+    return within
 
 
 def _form(source: Input, name: str) -> Form:
@@ -113,7 +168,7 @@ def _form(source: Input, name: str) -> Form:
             isinstance(source, Hub) or (form == "parquet") == isinstance(source, Parquet)
         ):
             return form
-    raise InputError(f"{name}: an ending of {_endings(source)}, got another; rename or exclude it")
+    raise InputError(f"{name}: expected an ending of {_endings(source)}, got another; rename or exclude it")
 
 
 def _endings(source: Input) -> str:
@@ -126,7 +181,7 @@ def _item(name: str, path: str, form: Form) -> Item:
     """A file with its sizes. What is no regular file is refused: a pipe would wait for ever."""
     about = os.stat(path)
     if not os.path.isfile(path):
-        raise InputError(f"{name}: a regular file, got another kind; exclude it")
+        raise InputError(f"{name}: expected a regular file, got another kind; exclude it")
     with open(path, "rb"):
         sizes = _row_group_bytes(name, path) if form == "parquet" else (about.st_size,)
     return Item(name=name, path=os.path.abspath(path), form=form, sizes=sizes, modified_ns=about.st_mtime_ns)
@@ -143,7 +198,7 @@ def _row_group_bytes(name: str, path: str) -> tuple[int, ...]:
             about = file.metadata
             return tuple(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{name}: a Parquet file, got {one_line(error)}; restore or exclude it") from error
+        raise InputError(f"{name}: expected a Parquet file, got {one_line(error)}; restore or exclude it") from error
 
 
 def one_line(error: Exception) -> str:
@@ -162,12 +217,16 @@ def _hub_files(source: Hub) -> list[tuple[str, str]]:
         builder = datasets.load_dataset_builder(source.dataset, source.subset)
         files = dict(builder.config.data_files or {})
     except (OSError, ValueError) as error:
-        raise InputError(f"{where}: a data set that can be found, got {one_line(error)}; check its name") from error
+        raise InputError(
+            f"{where}: expected a data set that can be found, got {one_line(error)}; check its name"
+        ) from error
     if source.split not in files:
-        raise InputError(f"{where}: one of the splits {', '.join(files) or 'none'}, got {source.split}; choose another")
-    remote = [str(each) for each in files[source.split]]
+        raise InputError(
+            f"{where}: expected one of the splits {', '.join(files) or 'none'}, got {source.split}; choose another"
+        )
+    remote = [str(file) for file in files[source.split]]
     try:
         local = datasets.DownloadManager(dataset_name=source.dataset).download(remote)
     except (OSError, ValueError) as error:
-        raise InputError(f"{where}: files that can be fetched, got {one_line(error)}; try again") from error
+        raise InputError(f"{where}: expected files that can be fetched, got {one_line(error)}; try again") from error
     return list(zip(remote, map(str, local), strict=True))

@@ -45,7 +45,7 @@ def match(bucket: Match) -> None:
         with files.new_folder(bucket.done()) as folder:
             for first, again in _pairs(_gathered(bucket, "id")):
                 raise InputError(
-                    f"{_place(bucket, again)}: an id of its own, got that of {_place(bucket, first)}; "
+                    f"{_place(bucket, again)}: expected an id of its own, got that of {_place(bucket, first)}; "
                     "fix the ids, or leave input.id_field out"
                 )
             exact = [again for _, again in _pairs(_gathered(bucket, "exact"))]
@@ -55,13 +55,13 @@ def match(bucket: Match) -> None:
 
 def dropped(work: Work) -> dict[str, set[int]]:
     """The documents of one task that repeat earlier ones, by reason."""
-    found: dict[str, set[int]] = {"exact": set(), "near": set()}
+    repeated: dict[str, set[int]] = {"exact": set(), "near": set()}
     for folder in (work.folder / "match" / f"bucket-{index:05d}" for index in range(work.buckets)):
-        for reason, documents in found.items():
+        for reason, documents in repeated.items():
             rows = np.load(folder / f"{reason}.npy")
             documents.update(rows[rows[:, 0] == work.index, 1].tolist())
-    found["near"] -= found["exact"]
-    return found
+    repeated["near"] -= repeated["exact"]
+    return repeated
 
 
 def _gathered(bucket: Match, kind: str) -> np.ndarray:
@@ -90,7 +90,7 @@ def _groups(rows: np.ndarray) -> Iterator[list[tuple[int, int]]]:
 def _pairs(rows: np.ndarray) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     """The first document of each key, with every later one."""
     for first, *rest in _groups(rows):
-        yield from ((first, each) for each in rest)
+        yield from ((first, again) for again in rest)
 
 
 def _near(bucket: Match) -> list[tuple[int, int]]:
@@ -106,16 +106,16 @@ def _near(bucket: Match) -> list[tuple[int, int]]:
             signatures[task] = np.load(path, mmap_mode="r")
         return signatures[task][document]
 
-    found: list[tuple[int, int]] = []
+    repeated: list[tuple[int, int]] = []
     for places in _groups(_gathered(bucket, "near")):
         stay: list[np.ndarray] = []
         for place in places:
             own = signature(place)
             if any(float(np.mean(own == other)) >= bucket.near for other in stay):
-                found.append(place)
+                repeated.append(place)
             else:
                 stay.append(own)
-    return found
+    return repeated
 
 
 def _place(bucket: Match, place: tuple[int, int]) -> str:

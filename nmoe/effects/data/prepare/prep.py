@@ -28,16 +28,15 @@ import attrs
 
 from nmoe.config.data_source import Source, canonical
 from nmoe.effects import files
-from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data import tokenizer
 from nmoe.effects.data.prepare.build import SPLITS, build, built_folder
 from nmoe.effects.data.prepare.execute import Pool, run
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.match import Match, match
-from nmoe.effects.data.prepare.survey import Work, survey, works_of
+from nmoe.effects.data.prepare.survey import Work, reporting, survey, works_of
 from nmoe.effects.data.store.format import MANIFEST, Receipt, stem
 from nmoe.effects.data.store.records import read_record, write_record
 from nmoe.effects.data.store.shard_writer import commit
-from nmoe.effects.data.tokenizer import Tokenizer
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item
 
@@ -84,7 +83,7 @@ R = TypeVar("R")
 
 def prepare(
     source: Source,
-    tokenizer: Tokenizer,
+    stored: tokenizer.Tokenizer,
     base: Path,
     out: Path,
     pool: Pool,
@@ -100,9 +99,9 @@ def prepare(
     Writes:  `out`, which must be absent, empty, or of the same plan.
     Raises:  InputError, one line a problem; tasks that are done stay so.
     """
-    items = find(source.input, base, skip_unreadable=source.clean.unreadable == "skip", say=say)
-    planned = Plan(format=FORMAT, tokenizer=tokenizer.identity, source=canonical(source), items=items)
-    with _claimed(out, tokenizer, planned, shared=share[1] > 1) as finished:
+    items = find(source.input, base, out=out, skip_unreadable=source.clean.unreadable == "skip", say=say)
+    planned = Plan(format=FORMAT, tokenizer=stored.identity, source=canonical(source), items=items)
+    with reporting(out), _claimed(out, stored, planned, shared=share[1] > 1) as finished:
         if finished is not None:
             say(f"{out}: prepared already, nothing to do")
             return finished
@@ -119,7 +118,7 @@ def prepare(
         if share[0] != 0:
             say(f"{out}: worker {share[0]} of {share[1]} is done; worker 0 finishes the folder")
             return None
-        return _fold(out, tokenizer, planned, works)
+        return _fold(out, stored, planned, works)
 
 
 def report_lines(report: Report) -> list[str]:
@@ -133,9 +132,9 @@ def report_lines(report: Report) -> list[str]:
         lines.append(f"replaced   bytes that are not UTF-8 in {report.documents_with_replaced_bytes} documents")
     lines.append(f"kept       {kept} documents, {sum(report.tokens_out.values())} tokens")
     for split in SPLITS:
-        tokens, size = report.tokens_out[split], report.bytes_out[split]
+        tokens, size = report.tokens_out.get(split, 0), report.bytes_out.get(split, 0)
         ratio = f", {size / tokens:.2f} bytes a token" if tokens else ""
-        lines.append(f"{split:<10} {report.documents_out[split]} documents, {tokens} tokens{ratio}")
+        lines.append(f"{split:<10} {report.documents_out.get(split, 0)} documents, {tokens} tokens{ratio}")
     lines.append(f"tokenizer  {report.tokenizer} {report.tokenizer_identity[:12]}")
     return lines
 
@@ -168,30 +167,29 @@ def _stage(
     missing = [work for work in works[share[0] :: share[1]] if not done(work).exists()]
     if end.exists():
         return
-    total, through = sum(sizes[work.index] for work in missing), 0
-    began = spoken = time.monotonic()
+    total, done_bytes = sum(sizes[work.index] for work in missing), 0
+    began = reported = time.monotonic()
     for number, (work, _) in enumerate(run(function, missing, pool), 1):
-        through += sizes[work.index]
+        done_bytes += sizes[work.index]
         now = time.monotonic()
-        if now - spoken >= PROGRESS_EVERY_S or number == len(missing):
-            spoken, took = now, now - began
+        if now - reported >= PROGRESS_EVERY_S or number == len(missing):
+            reported, took = now, now - began
             if total:
-                left = (
-                    f", {through / took / 1e6:.1f} MB/s, about {took * (total - through) / max(through, 1):.0f} s left"
-                )
+                left_s = took * (total - done_bytes) / max(done_bytes, 1)
+                left = f", {done_bytes / took / 1e6:.1f} MB/s, about {left_s:.0f} s left"
             else:
                 left = f", about {took * (len(missing) - number) / number:.0f} s left"
-            size = f", {through / 1e6:.1f} of {total / 1e6:.1f} MB" if total else ""
+            size = f", {done_bytes / 1e6:.1f} of {total / 1e6:.1f} MB" if total else ""
             say(f"{name}: {number} of {len(missing)} tasks{size}, {took:.0f} s{left}")
-    spoken = time.monotonic()
+    reported = time.monotonic()
     while (others := sum(not done(work).exists() for work in works)) and not end.exists():
-        if time.monotonic() - spoken >= WAITING_EVERY_S:
-            spoken = time.monotonic()
+        if time.monotonic() - reported >= WAITING_EVERY_S:
+            reported = time.monotonic()
             say(f"{name}: waiting for {others} tasks of other workers")
         time.sleep(0.2)
 
 
-def _fold(out: Path, tokenizer: Tokenizer, planned: Plan, works: Sequence[Work]) -> Report:
+def _fold(out: Path, stored: tokenizer.Tokenizer, planned: Plan, works: Sequence[Work]) -> Report:
     """Move every shard to its place in the order of the tasks, then write report and manifest.
 
     A shard that an interrupted fold has moved is in its place already.
@@ -213,8 +211,8 @@ def _fold(out: Path, tokenizer: Tokenizer, planned: Plan, works: Sequence[Work])
         dropped.update(each.dropped)
     report = Report(
         format=FORMAT,
-        tokenizer=tokenizer.name,
-        tokenizer_identity=tokenizer.identity,
+        tokenizer=stored.name,
+        tokenizer_identity=stored.identity,
         source=planned.source,
         inputs_sha256=_inputs(planned.items),
         files=len(planned.items),
@@ -227,9 +225,9 @@ def _fold(out: Path, tokenizer: Tokenizer, planned: Plan, works: Sequence[Work])
         bytes_out={split: sum(each.bytes for each in placed) for split, placed in receipts.items()},
     )
     write_record(out / WORK / REPORT, report)
-    commit(out / WORK, tokenizer, receipts)
+    commit(out / WORK, stored, receipts)
     # Made beside the plan and moved, so that a crash leaves nothing half written outside.
-    for name in (tokenizers.FILE, REPORT, MANIFEST):
+    for name in (tokenizer.FILE, REPORT, MANIFEST):
         os.replace(out / WORK / name, out / name)
         files.sync_folder(out)
     shutil.rmtree(out / WORK)
@@ -237,23 +235,19 @@ def _fold(out: Path, tokenizer: Tokenizer, planned: Plan, works: Sequence[Work])
 
 
 @contextmanager
-def _claimed(out: Path, tokenizer: Tokenizer, planned: Plan, *, shared: bool) -> Iterator[Report | None]:
+def _claimed(out: Path, stored: tokenizer.Tokenizer, planned: Plan, *, shared: bool) -> Iterator[Report | None]:
     """The folder for this plan alone, locked while the block runs; the report where it is prepared already.
 
     shared   whether other workers may have it at the same time
 
     Writes:  `out`, its plan and its tokenizer.
     """
-    try:
-        (out / WORK).mkdir(parents=True, exist_ok=True)
-        lock = open(out / WORK / ".lock", "a")
-    except OSError as error:
-        raise InputError(f"{out}: a folder to write to, got {error.strerror}; choose another") from error
-    with lock:
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    with open(out / WORK / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{out}: no other process preparing it, got one; wait for its end") from error
+            raise InputError(f"{out}: expected no other process preparing it, got one; wait for its end") from error
         if (out / MANIFEST).exists():
             try:
                 report = _finished(out, planned)
@@ -264,27 +258,27 @@ def _claimed(out: Path, tokenizer: Tokenizer, planned: Plan, *, shared: bool) ->
         path = out / WORK / PLAN
         if path.exists():
             _same_plan(path, planned)
-        elif others := sorted(each.name for each in out.iterdir() if each.name != WORK):
+        elif others := sorted(path.name for path in out.iterdir() if path.name != WORK):
             shutil.rmtree(out / WORK)
-            raise InputError(f"{out}: an empty folder, got {', '.join(others[:3])} in it; choose another")
+            raise InputError(f"{out}: expected an empty folder, got {', '.join(others[:3])} in it; choose another")
         else:
             write_record(path, planned)
         if not shared:
             for dead in (out / WORK).glob("*/.*.tmp"):
                 shutil.rmtree(dead)
-        if not (out / WORK / tokenizers.FILE).exists():
-            tokenizers.save(tokenizer, out / WORK)
+        if not (out / WORK / tokenizer.FILE).exists():
+            tokenizer.save(stored, out / WORK)
         yield None
 
 
 def _finished(out: Path, planned: Plan) -> Report:
     """The report of a prepared folder, which must be of this plan."""
     report = read_record(out / REPORT, Report, version=FORMAT)
-    said = (report.tokenizer_identity, report.source, report.inputs_sha256)
-    wanted = (planned.tokenizer, planned.source, _inputs(planned.items))
+    before = (report.tokenizer_identity, report.source, report.inputs_sha256)
+    now = (planned.tokenizer, planned.source, _inputs(planned.items))
     problems = [
-        f"{out}: prepared with {what} {new}, got a folder of {old}; choose another folder"
-        for what, old, new in zip(("tokenizer", "source", "input files of sha256"), said, wanted, strict=True)
+        f"{out}: expected a folder prepared with {what} {new}, got {old}; choose another folder"
+        for what, old, new in zip(("tokenizer", "source", "input files of sha256"), before, now, strict=True)
         if old != new
     ]
     if problems:
@@ -298,14 +292,18 @@ def _same_plan(path: Path, planned: Plan) -> None:
     where, problems = path.parent.parent, list[str]()
     if begun.tokenizer != planned.tokenizer:
         problems.append(
-            f"{where}: begun with tokenizer {begun.tokenizer}, got {planned.tokenizer}; use that one or another folder"
+            f"{where}: expected tokenizer {begun.tokenizer}, which it was begun with, got {planned.tokenizer}; use "
+            "that one or another folder"
         )
     if begun.source != planned.source:
-        problems.append(f"{where}: begun with the source {begun.source}, got {planned.source}; choose another folder")
+        problems.append(
+            f"{where}: expected source {begun.source}, which it was begun with, got {planned.source}; choose another "
+            "folder"
+        )
     before, now = set(begun.items), set(planned.items)
     if changed := sorted({item.name for item in before ^ now}):
         problems.append(
-            f"{where}: the input files it was begun with, got {len(changed)} others, {changed[0]} the first of them; "
+            f"{where}: expected the input files it was begun with, got {len(changed)} others, {changed[0]} the first; "
             "restore them or choose another folder"
         )
     if problems:

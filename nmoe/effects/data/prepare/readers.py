@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import tokenize
 import zlib
 from collections.abc import Iterator
@@ -18,9 +19,15 @@ from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item, Range
 
 CHUNK_BYTES = 1 << 20
+MAX_BYTES_A_BYTE = 6
+"""JSON bytes that a byte of text can take: \\u0000."""
+OTHER_FIELDS_BYTES = 1 << 26
+"""Bytes of a line of JSON beside its text; a longer line is passed over unread."""
 ZSTD_CHUNK_BYTES = 1 << 12
 """A compressed chunk can grow by any factor; a small one keeps what it grows to small."""
 ROWS = 64
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a pair that JSON can write and UTF-8 can not."""
 
 
 @attrs.frozen(kw_only=True)
@@ -41,7 +48,7 @@ class Document:
 
 
 def read(item: Item, part: Range, source: Source) -> Iterator[Document]:
-    """The documents of part of a file, in order.
+    """The documents of part of a file, in order; of one longer than `filter.max_bytes` without its text.
 
     Raises:  InputError at the first that can not be read, with file and position; where the source says `skip` it
              yields one without text instead, and goes on behind it where the file can be read behind it.
@@ -58,7 +65,7 @@ def read(item: Item, part: Range, source: Source) -> Iterator[Document]:
             document = next(records, None)
         except (OSError, EOFError, zlib.error, MemoryError) as error:
             document = InputError(
-                f"{item.name}: a file that can be read to its end, got {one_line(error)} behind "
+                f"{item.name}: expected a file that can be read to its end, got {one_line(error)} behind "
                 f'{position}; restore it, or write clean.unreadable = "skip"'
             )
         except InputError as error:
@@ -71,7 +78,15 @@ def read(item: Item, part: Range, source: Source) -> Iterator[Document]:
             yield Document(text=None, position=position, reason="unreadable")
             return
         position = document.position
-        yield document
+        yield _shortened(document, source.filter.max_bytes)
+
+
+def _shortened(document: Document, max_bytes: int) -> Document:
+    """The document, its text left out where it has more than `max_bytes` bytes of UTF-8, in any form of file."""
+    text = document.text
+    if text is None or 4 * len(text) <= max_bytes or len(text.encode("utf-8")) <= max_bytes:
+        return document
+    return Document(text=None, position=document.position, reason="long")
 
 
 def _decoded(raw: bytes, name: str, position: int, source: Source) -> tuple[str, bool]:
@@ -82,8 +97,8 @@ def _decoded(raw: bytes, name: str, position: int, source: Source) -> tuple[str,
         if source.clean.invalid_utf8 == "replace":
             return raw.decode("utf-8", "replace"), True
         raise InputError(
-            f"{name}: UTF-8, got byte {raw[error.start]:#04x} at {position + error.start}; fix the file, or write "
-            'clean.invalid_utf8 = "replace"'
+            f"{name}: expected UTF-8, got byte {raw[error.start]:#04x} at {position + error.start}; fix the file, or "
+            'write clean.invalid_utf8 = "replace"'
         ) from error
 
 
@@ -105,7 +120,9 @@ def _python(raw: bytes, name: str) -> str:
     try:
         return raw.decode(tokenize.detect_encoding(io.BytesIO(raw).readline)[0])
     except (UnicodeDecodeError, SyntaxError, LookupError) as error:
-        raise InputError(f"{name}: Python in the encoding it names, got {one_line(error)}; fix the file") from error
+        raise InputError(
+            f"{name}: expected Python in the encoding it names, got {one_line(error)}; fix the file"
+        ) from error
 
 
 def _lines(item: Item, part: Range, source: Source) -> Iterator[Document]:
@@ -125,7 +142,8 @@ def _lines(item: Item, part: Range, source: Source) -> Iterator[Document]:
 
 def _records(chunks: Iterator[bytes], begin: int, part: Range | None, item: Item, source: Source) -> Iterator[Document]:
     """The documents of lines of JSON; `part` says which lines count."""
-    for position, line in _cut(chunks, begin, source.filter.max_bytes):
+    longest = MAX_BYTES_A_BYTE * source.filter.max_bytes + OTHER_FIELDS_BYTES
+    for position, line in _cut(chunks, begin, longest):
         if part is not None and position >= part.end:
             return
         if part is not None and position < part.start:
@@ -147,12 +165,14 @@ def _record(line: bytes, position: int, name: str, source: Source) -> Document:
     remedy = 'fix the line, or write clean.unreadable = "skip"'
     decoded, replaced = _decoded(line, name, position, source)
     try:
-        found: Any = json.loads(decoded)
+        record: Any = json.loads(decoded)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: a line of JSON at byte {position}, got {one_line(error)}; {remedy}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{name}: a JSON object at byte {position}, got {type(found).__name__}; {remedy}")
-    return _checked(found.get, position, f"at byte {position}", replaced, name, source, remedy)
+        raise InputError(
+            f"{name}: expected a line of JSON at byte {position}, got {one_line(error)}; {remedy}"
+        ) from error
+    if not isinstance(record, dict):
+        raise InputError(f"{name}: expected a JSON object at byte {position}, got {type(record).__name__}; {remedy}")
+    return _checked(record.get, position, f"at byte {position}", replaced, name, source, remedy)
 
 
 def _checked(get: Any, position: int, place: str, replaced: bool, name: str, source: Source, remedy: str) -> Document:
@@ -163,24 +183,31 @@ def _checked(get: Any, position: int, place: str, replaced: bool, name: str, sou
     text = get(fields.text_field)
     if not isinstance(text, str):
         raise InputError(
-            f"{name}: a text in {fields.text_field} {place}, got {'nothing' if text is None else type(text).__name__}; "
-            f"{remedy}"
+            f"{name}: expected a text in {fields.text_field} {place}, got "
+            f"{'nothing' if text is None else type(text).__name__}; {remedy}"
         )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
+    if surrogate := SURROGATE.search(text):
         if source.clean.invalid_utf8 == "error":
             raise InputError(
-                f"{name}: Unicode in {fields.text_field} {place}, got the lone surrogate "
-                f"U+{ord(text[error.start]):04X}; {remedy}"
-            ) from error
-        text, replaced = text.encode("utf-8", "replace").decode("utf-8"), True
-    identifier = None if fields.id_field is None else get(fields.id_field)
-    if fields.id_field is not None and (isinstance(identifier, bool) or not isinstance(identifier, str | int)):
+                f"{name}: expected Unicode in {fields.text_field} {place}, got the lone surrogate "
+                f"U+{ord(surrogate[0]):04X}; {remedy}"
+            )
+        text, replaced = SURROGATE.sub("?", text), True
+    if fields.id_field is None:
+        return Document(text=text, position=position, replaced=replaced)
+    identifier = get(fields.id_field)
+    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise InputError(
-            f"{name}: a text or integer in {fields.id_field} {place}, got {type(identifier).__name__}; {remedy}"
+            f"{name}: expected a text or integer in {fields.id_field} {place}, got {type(identifier).__name__}; "
+            f"{remedy}"
         )
-    return Document(text=text, position=position, id=None if identifier is None else str(identifier), replaced=replaced)
+    # never replaced: two ids that differ would become one
+    if surrogate := SURROGATE.search(str(identifier)):
+        raise InputError(
+            f"{name}: expected Unicode in {fields.id_field} {place}, got the lone surrogate "
+            f"U+{ord(surrogate[0]):04X}; {remedy}"
+        )
+    return Document(text=text, position=position, id=str(identifier), replaced=replaced)
 
 
 def _chunks(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
@@ -206,9 +233,11 @@ def _zstd_chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
             if unpacked:
                 yield unpacked
     except zstandard.ZstdError as error:
-        raise InputError(f"{name}: zstd data up to byte {file.tell()}, got {one_line(error)}; restore it") from error
+        raise InputError(
+            f"{name}: expected zstd data up to byte {file.tell()}, got {one_line(error)}; restore it"
+        ) from error
     if frame is not None:
-        raise InputError(f"{name}: whole zstd frames, got an end inside one at byte {file.tell()}; restore it")
+        raise InputError(f"{name}: expected whole zstd frames, got an end inside one at byte {file.tell()}; restore it")
 
 
 def _cut(chunks: Iterator[bytes], begin: int, most: int) -> Iterator[tuple[int, bytes | None]]:
@@ -246,9 +275,16 @@ def _rows(item: Item, part: Range, source: Source) -> Iterator[Document]:
         with pyarrow.parquet.ParquetFile(item.path) as file:
             if absent := [name for name in columns if name not in file.schema_arrow.names]:
                 raise InputError(
-                    f"{item.name}: a column {', '.join(absent)}, got {', '.join(file.schema_arrow.names)[:200]}; "
-                    "set input.text_field and input.id_field"
+                    f"{item.name}: expected a column {', '.join(absent)}, got "
+                    f"{', '.join(file.schema_arrow.names)[:200]}; set input.text_field and input.id_field"
                 )
+            for name in columns:
+                # of other types the values may have no Python object: a time beyond the year 9999
+                if not _is_text_or_integer(file.schema_arrow.field(name).type, pyarrow.types):
+                    raise InputError(
+                        f"{item.name}: expected texts or integers in column {name}, got "
+                        f"{str(file.schema_arrow.field(name).type)[:80]}; set input.text_field and input.id_field"
+                    )
             row = sum(file.metadata.row_group(index).num_rows for index in range(part.start))
             groups = list(range(part.start, part.end))
             for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=columns):
@@ -256,7 +292,19 @@ def _rows(item: Item, part: Range, source: Source) -> Iterator[Document]:
                     yield _row(record, row, item.name, source)
                     row += 1
     except pyarrow.ArrowException as error:
-        raise InputError(f"{item.name}: Parquet, got {one_line(error)}; {remedy}") from error
+        raise InputError(f"{item.name}: expected Parquet, got {one_line(error)}; {remedy}") from error
+
+
+def _is_text_or_integer(column: Any, types: Any) -> bool:
+    """Whether a column of this Arrow type holds texts, bytes or integers, plain or by dictionary; one of nulls does."""
+    value = column.value_type if types.is_dictionary(column) else column
+    return any(
+        matches(value)
+        for matches in (
+            *(types.is_string, types.is_large_string, types.is_binary, types.is_large_binary),
+            *(types.is_integer, types.is_null),
+        )
+    )
 
 
 def _plain(batch: Any, pyarrow: Any) -> Iterator[dict[str, Any]]:
@@ -280,8 +328,6 @@ def _row(record: dict[str, Any], row: int, name: str, source: Source) -> Documen
             if isinstance(value, bytes):
                 value, changed = _decoded(value, f"{name}: row {row}", 0, source)
                 replaced = replaced or changed
-            if isinstance(value, str) and len(value.encode("utf-8")) > source.filter.max_bytes:
-                return Document(text=None, position=row, reason="long")
             texts[field] = value
         return _checked(texts.get, row, f"in row {row}", replaced, name, source, remedy)
     except InputError:

@@ -88,19 +88,19 @@ def works_of(source: Source, items: Sequence[Item], folder: Path) -> tuple[Work,
             Work(
                 folder=folder,
                 index=index,
-                items=tuple(items[each] for each in used),
+                items=tuple(items[file] for file in used),
                 ranges=tuple(attrs.evolve(part, file=used.index(part.file)) for part in ranges),
                 source=source,
                 buckets=buckets,
             )
         )
     if not works:
-        raise InputError(f"{items[0].name}: files with something in them, got only empty ones; fix input.paths")
+        raise InputError(f"{items[0].name}: expected files that are not empty, got only empty ones; fix input.paths")
     return tuple(works)
 
 
 def survey(work: Work) -> Survey:
-    """Survey one task, or tell what was found when that is done already.
+    """Survey one task, or read its record when that is done already.
 
     digests.npy     [n 32] u1   SHA-256 of each document that stays, in order
     places.npy      [n 2] i64   its item and position
@@ -126,7 +126,9 @@ def cleaned(work: Work) -> Iterator[Cleaned]:
     for part in work.ranges:
         item = work.items[part.file]
         if os.stat(item.path).st_mtime_ns != item.modified_ns:
-            raise InputError(f"{item.name}: a file that stays as it is, got a change; start again in an empty folder")
+            raise InputError(
+                f"{item.name}: expected a file that stays as it is, got a change; start again in an empty folder"
+            )
         for document in readers.read(item, part, work.source):
             text, reason = document.text or "", document.reason
             if reason is None:
@@ -145,10 +147,13 @@ def reporting(folder: Path) -> Iterator[None]:
     """A block whose failures to read or write become InputErrors."""
     try:
         yield
+    except BrokenPipeError:
+        # of standard output, and the command line's to handle
+        raise
     except OSError as error:
         where = error.filename or folder
         raise InputError(
-            f"{where}: room and permission to read and write, got {error.strerror or one_line(error)}; "
+            f"{where}: expected room and permission to read and write, got {error.strerror or one_line(error)}; "
             "fix that and start again, what is done is kept"
         ) from error
 
@@ -163,22 +168,22 @@ def _write_survey(work: Work, folder: Path) -> None:
     dropped: Counter[str] = Counter()
     sign = None if rules.near is None else _signer(rules, rules.near)
     documents = kept = num_bytes = replaced = 0
-    for each in cleaned(work):
+    for entry in cleaned(work):
         documents += 1
-        replaced += each.document.replaced
-        if each.reason is not None:
-            dropped[each.reason] += 1
+        replaced += entry.document.replaced
+        if entry.reason is not None:
+            dropped[entry.reason] += 1
             continue
-        raw = each.text.encode("utf-8")
+        raw = entry.text.encode("utf-8")
         digest = hashlib.sha256(raw).digest()
         digests += digest
-        places.extend((each.item, each.document.position))
+        places.extend((entry.item, entry.document.position))
         if rules.exact:
             keys["exact"].extend((*_words(digest), kept))
         if has_ids:
-            keys["id"].extend((*_words(hashlib.sha256(str(each.document.id).encode("utf-8")).digest()), kept))
+            keys["id"].extend((*_words(hashlib.sha256(str(entry.document.id).encode("utf-8")).digest()), kept))
         if sign is not None:
-            signature, bands = sign(each.text)
+            signature, bands = sign(entry.text)
             signatures += signature
             for band, key in enumerate(bands):
                 keys["near"].extend((key, band, kept))
@@ -186,8 +191,8 @@ def _write_survey(work: Work, folder: Path) -> None:
         kept += 1
     np.save(folder / "digests.npy", np.frombuffer(digests, dtype="u1").reshape(kept, 32))
     np.save(folder / "places.npy", np.frombuffer(places, dtype="<i8").reshape(kept, 2))
-    for kind, found in keys.items():
-        _save_keys(folder, kind, np.frombuffer(found, dtype="<u8").reshape(-1, 3), work.buckets)
+    for kind, rows in keys.items():
+        _save_keys(folder, kind, np.frombuffer(rows, dtype="<u8").reshape(-1, 3), work.buckets)
     if sign is not None:
         np.save(folder / "signatures.npy", np.frombuffer(signatures, dtype="<u4").reshape(kept, rules.permutations))
     record = Survey(
@@ -215,13 +220,30 @@ def _save_keys(folder: Path, kind: str, keys: np.ndarray, buckets: int) -> None:
     np.save(folder / f"{kind}-ends.npy", np.cumsum(counts).astype("<i8"))
 
 
-def _signer(rules: Deduplicate, threshold: float) -> Callable[[str], tuple[bytes, list[int]]]:
-    """A function from a text to its MinHash, as bytes, and the key of each band of it."""
+def _bands(threshold: float, permutations: int) -> tuple[int, int]:
+    """Number and length of the bands that a MinHash is cut into, so that similar documents share one.
+
+    datasketch balances what is missed against what is compared in vain, and refuses where that gives a single band: two
+    find more of the similar ones.
+    """
     try:
         import datasketch
     except ImportError as error:
         raise extra("datasketch", "deduplicate.near", "nmoe[data]") from error
-    lsh = datasketch.MinHashLSH(threshold=threshold, num_perm=rules.permutations)
+    try:
+        lsh = datasketch.MinHashLSH(threshold=threshold, num_perm=permutations)
+    except ValueError:
+        return 2, permutations // 2
+    return lsh.b, lsh.r
+
+
+def _signer(rules: Deduplicate, threshold: float) -> Callable[[str], tuple[bytes, list[int]]]:
+    """A function from a text to its MinHash, as bytes, and the key of each band; a text without a word has none."""
+    try:
+        import datasketch
+    except ImportError as error:
+        raise extra("datasketch", "deduplicate.near", "nmoe[data]") from error
+    count, width = _bands(threshold, rules.permutations)
     empty = datasketch.MinHash(num_perm=rules.permutations, seed=1, scheme="affine32")
 
     def sign(text: str) -> tuple[bytes, list[int]]:
@@ -233,7 +255,9 @@ def _signer(rules: Deduplicate, threshold: float) -> Callable[[str], tuple[bytes
                 batch = []
         minhash.update_batch(batch)
         values = np.asarray(minhash.hashvalues, dtype="<u4")
-        bands = [values[at * lsh.r : (at + 1) * lsh.r].tobytes() for at in range(lsh.b)]
+        if minhash.is_empty():
+            return values.tobytes(), []
+        bands = [values[at * width : (at + 1) * width].tobytes() for at in range(count)]
         return values.tobytes(), [
             int.from_bytes(hashlib.blake2b(band, digest_size=8).digest(), "little") for band in bands
         ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data import tokenizer
 from nmoe.effects.data.store.records import read_record, to_text
 from nmoe.errors import InputError
 
@@ -27,6 +28,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 HEADER_BYTES = 128
 REMEDY = "restore the file or prepare the data again"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Names of splits and tokenizers, which are names of folders: none leads out of the folder it is in."""
+MAX_TOKENS = 1 << 62
 
 
 @attrs.frozen(kw_only=True)
@@ -70,25 +74,57 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     manifest = read_record(path, Manifest, version=FORMAT)
     problems: list[str] = []
-    tokenizer = tokenizers.load(folder)
-    said = (manifest.tokenizer_identity, manifest.tokenizer_size)
-    if said != (found := (tokenizer.identity, tokenizer.size)):
-        problems.append(f"{folder / tokenizers.FILE}: identity and size {said} of the manifest, got {found}; {REMEDY}")
+    stored = tokenizer.load(folder)
+    named = (manifest.tokenizer_identity, manifest.tokenizer_size)
+    if named != (actual := (stored.identity, stored.size)):
+        problems.append(
+            f"{folder / tokenizer.FILE}: expected identity and size {named} as in the manifest, got {actual}; {REMEDY}"
+        )
     for name, split in manifest.splits.items():
-        said = (split.tokens, split.documents, split.bytes)
-        if said != (total := totals(split.shards)):
+        problems += name_problems(path, name)
+        named = (split.tokens, split.documents, split.bytes)
+        if named != (total := totals(split.shards)):
             problems.append(
-                f"{path}: {name} has {said} tokens, documents and bytes, got {total} in its shards; {REMEDY}"
+                f"{path}: expected {named} tokens, documents and bytes in the shards of {name}, got {total}; {REMEDY}"
             )
-        problems += [
-            f"{path}: {name} shard {index} has tokenizer {manifest.tokenizer_identity}, got "
-            f"{shard.tokenizer_identity}; prepare the data again"
-            for index, shard in enumerate(split.shards)
-            if shard.tokenizer_identity != manifest.tokenizer_identity
-        ]
+        for index, shard in enumerate(split.shards):
+            if shard.tokenizer_identity != manifest.tokenizer_identity:
+                problems.append(
+                    f"{path}: expected tokenizer {manifest.tokenizer_identity} for {name} shard {index}, got "
+                    f"{shard.tokenizer_identity[:80]}; prepare the data again"
+                )
+            if not (1 <= shard.documents <= shard.tokens <= MAX_TOKENS and shard.bytes >= 0):
+                problems.append(
+                    f"{path}: expected 1 <= documents <= tokens and 0 <= bytes in {name} shard {index}, got "
+                    f"{shard.documents}, {shard.tokens}, {shard.bytes}; {REMEDY}"
+                )
     if problems:
         raise InputError(*problems)
     return manifest
+
+
+def name_problems(where: Path | str, split: str) -> list[str]:
+    """A line when a split's name is none: it becomes the name of a folder."""
+    if NAME.fullmatch(split):
+        return []
+    return [
+        f"{where}: expected a split named with up to 64 letters, digits, '.', '_' and '-', got {split[:80]!r}; "
+        "rename the split"
+    ]
+
+
+def split_of(folder: Path, manifest: Manifest, split: str) -> SplitReceipt:
+    """What a split holds.
+
+    Raises:  InputError when the folder has none of this name, or its files have other names or sizes than they should.
+    """
+    if split not in manifest.splits:
+        raise InputError(
+            f"{folder}: expected one of the splits {', '.join(manifest.splits)}, got {split}; choose one of them"
+        )
+    if problems := size_problems(folder, manifest, split):
+        raise InputError(*problems)
+    return manifest.splits[split]
 
 
 def size_problems(folder: Path, manifest: Manifest, split: str) -> list[str]:
@@ -101,19 +137,23 @@ def size_problems(folder: Path, manifest: Manifest, split: str) -> list[str]:
     for index, receipt in enumerate(manifest.splits[split].shards):
         expected |= sizes(index, receipt, dtype)
     # names, not paths: a large folder has tens of thousands
-    found: dict[str, int] = {}
-    if where.is_dir():
+    actual: dict[str, int] = {}
+    try:
         with os.scandir(where) as entries:
-            found = {entry.name: entry.stat().st_size for entry in entries if entry.name.startswith("shard-")}
-    problems = [f"{where / name}: a file, got none; {REMEDY}" for name in expected if name not in found]
+            actual = {entry.name: entry.stat().st_size for entry in entries if entry.name.startswith("shard-")}
+    except FileNotFoundError:
+        actual = {}
+    except OSError as error:
+        return [f"{where}: expected a readable folder of files, got {error.strerror}; {REMEDY}"]
+    problems = [f"{where / name}: expected a file, got none; {REMEDY}" for name in expected if name not in actual]
     problems += [
-        f"{where / name}: no file, the manifest does not name it, got one; remove it"
-        for name in sorted(found.keys() - expected.keys())
+        f"{where / name}: expected no file, the manifest does not name it, got one; remove it"
+        for name in sorted(actual.keys() - expected.keys())
     ]
     problems += [
-        f"{where / name}: {size} bytes, got {found[name]}; {REMEDY}"
+        f"{where / name}: expected {size} bytes, got {actual[name]}; {REMEDY}"
         for name, size in expected.items()
-        if name in found and found[name] != size
+        if name in actual and actual[name] != size
     ]
     return problems
 
@@ -122,27 +162,48 @@ def content_problems(where: Path, index: int, receipt: Receipt, tokenizer_size: 
     """One line for each way in which the content of a shard's files, of the right sizes, differs from its receipt."""
     dtype = dtype_of(tokenizer_size)
     path, ends_path = where / f"{stem(index)}.npy", where / f"{stem(index)}.ends.npy"
-    problems = [
-        *_array_problems(path, header(dtype, receipt.tokens), receipt.sha256),
-        *_array_problems(ends_path, header(np.dtype("<i8"), receipt.documents), receipt.ends_sha256),
-    ]
-    if (where / f"{stem(index)}.json").read_bytes() != to_text(receipt).encode("ascii"):
-        problems.append(f"{where / stem(index)}.json: the receipt in the manifest, got another; {REMEDY}")
-    if (highest := int(mapped(path, dtype, receipt.tokens).max())) >= tokenizer_size:
-        problems.append(f"{path}: ids below the tokenizer's {tokenizer_size}, got {highest}; prepare the data again")
+    try:
+        problems = [
+            *_array_problems(path, header(dtype, receipt.tokens), receipt.sha256),
+            *_array_problems(ends_path, header(np.dtype("<i8"), receipt.documents), receipt.ends_sha256),
+        ]
+        if (where / f"{stem(index)}.json").read_bytes() != to_text(receipt).encode("ascii"):
+            problems.append(f"{where / stem(index)}.json: expected the receipt in the manifest, got another; {REMEDY}")
+        highest = int(mapped(path, dtype, receipt.tokens).max())
+    except OSError as error:
+        return [f"{where / stem(index)}: expected readable files, got {error.strerror}; {REMEDY}"]
+    if highest >= tokenizer_size:
+        problems.append(
+            f"{path}: expected ids below the tokenizer's {tokenizer_size}, got {highest}; prepare the data again"
+        )
     return problems
+
+
+def shard_problems(where: Path, index: int, receipt: Receipt, stored: tokenizer.Tokenizer) -> list[str]:
+    """Lines as of `content_problems`; of a shard without, one when its documents do not end at its ends of text."""
+    if problems := content_problems(where, index, receipt, stored.size):
+        return problems
+    tokens = mapped(where / f"{stem(index)}.npy", dtype_of(stored.size), receipt.tokens)
+    ends = mapped(where / f"{stem(index)}.ends.npy", np.dtype("<i8"), receipt.documents)
+    if np.array_equal(np.flatnonzero(tokens == stored.end_of_text) + 1, ends) and ends[-1] == receipt.tokens:
+        return []
+    return [
+        f"{where / stem(index)}.ends.npy: expected the position behind each end of text, got others; {REMEDY}",
+    ]
 
 
 def _array_problems(path: Path, header: bytes, sha256: str) -> list[str]:
     """One line each for another header and another digest than given."""
     with open(path, "rb") as file:
-        found_header = file.read(HEADER_BYTES)
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        actual_header = file.read(HEADER_BYTES)
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
     problems: list[str] = []
-    if found_header != header:
-        problems.append(f"{path}: header {header[10:].strip()!r}, got {found_header[10:].strip()!r}; {REMEDY}")
-    if found != sha256:
-        problems.append(f"{path}: content with sha256 {sha256}, got {found}; {REMEDY}")
+    if actual_header != header:
+        problems.append(
+            f"{path}: expected header {header[10:].strip()!r}, got {actual_header[10:].strip()!r}; {REMEDY}"
+        )
+    if actual != sha256:
+        problems.append(f"{path}: expected content with sha256 {sha256[:80]}, got {actual}; {REMEDY}")
     return problems
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import cattrs
@@ -13,6 +13,11 @@ from nmoe.effects import files
 from nmoe.errors import InputError
 
 T = TypeVar("T", bound=attrs.AttrsInstance)
+
+MAX_BYTES = 1 << 30
+"""Bytes of a record: the manifest of 10,000 shards has 4 MB, the plan of a million files 200 MB."""
+MAX_PROBLEMS = 20
+"""Problems of one file that are listed; a damaged manifest may have one a shard."""
 
 
 def to_text(value: attrs.AttrsInstance) -> str:
@@ -36,25 +41,47 @@ def read_record(path: Path, kind: type[T], *, version: int) -> T:
 
     Raises:  InputError when the file is absent, not JSON, of another version or not exactly of this shape.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: a readable file, got {error.strerror}; prepare the data") from error
-    except ValueError as error:
-        raise InputError(f"{path}: a JSON file, got {error}; prepare the data again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: a JSON object, got {type(found).__name__}; prepare the data again")
-    if found.get("format") != version:
+    fields = read_object(path)
+    if fields.get("format") != version:
         raise InputError(
-            f"{path}: format {version}, got {found.get('format', 'none')}; prepare the data with this version of nmoe"
+            f"{path}: expected format {version}, got {str(fields.get('format', 'none'))[:80]}; "
+            "prepare the data with this version of nmoe"
         )
     try:
-        value = cattrs.Converter(forbid_extra_keys=True).structure(found, kind)
+        value = cattrs.Converter(forbid_extra_keys=True).structure(fields, kind)
+        same = json.loads(to_text(value)) == fields
     except cattrs.BaseValidationError as error:
         problems = cattrs.transform_error(error)
         raise InputError(
-            *(f"{path}: the fields of format {version}, got {p}; prepare the data again" for p in problems)
+            *(
+                f"{path}: expected the fields of format {version}, got {problem[:200]}; prepare the data again"
+                for problem in problems[:MAX_PROBLEMS]
+            )
         ) from error
-    if json.loads(to_text(value)) != found:
-        raise InputError(f"{path}: numbers and texts as they were written, got another type; prepare the data again")
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{path}: expected the fields of format {version}, got {type(error).__name__}; prepare the data again"
+        ) from error
+    if not same:
+        raise InputError(
+            f"{path}: expected numbers and texts as they were written, got another type; prepare the data again"
+        )
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:  InputError when the file is absent, no regular file, larger than `MAX_BYTES` or not a JSON object.
+    """
+    try:
+        if (size := files.regular_size(path)) > MAX_BYTES:
+            raise InputError(f"{path}: expected at most {MAX_BYTES} bytes, got {size}; prepare the data again")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, got {error.strerror}; prepare the data") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got {str(error)[:200]}; prepare the data again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}; prepare the data again")
     return value

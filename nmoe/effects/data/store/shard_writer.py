@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from nmoe.effects import files
-from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.store.format import (
     FORMAT,
     HEADER_BYTES,
@@ -19,11 +18,12 @@ from nmoe.effects.data.store.format import (
     SplitReceipt,
     dtype_of,
     header,
+    name_problems,
     stem,
     totals,
 )
 from nmoe.effects.data.store.records import write_record
-from nmoe.effects.data.tokenizer import Tokenizer
+from nmoe.effects.data.tokenizer import Tokenizer, byte_lengths, save
 from nmoe.errors import InputError
 
 
@@ -40,15 +40,17 @@ def write(
     Tokens go to disk as they come; memory holds one document. The manifest is written last.
 
     Writes:  `folder`, which must be empty or absent.
-    Raises:  InputError when `folder` is not empty, `tokens_per_shard` < 1, or a document holds an id outside the
-             tokenizer's ordinary ones.
+    Raises:  InputError when `folder` is not empty, a split's name is none, `tokens_per_shard` < 1, or a document holds
+             an id outside the tokenizer's ordinary ones.
     """
     if tokens_per_shard < 1:
-        raise InputError(f"tokens_per_shard: at least 1, got {tokens_per_shard}; raise it")
+        raise InputError(f"tokens_per_shard: expected at least 1, got {tokens_per_shard}; raise it")
+    if problems := [line for split in splits for line in name_problems(folder, split)]:
+        raise InputError(*problems)
     if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: an empty folder to write to, got files in it; choose another folder")
+        raise InputError(f"{folder}: expected an empty folder to write to, got files in it; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizers.save(tokenizer, folder)
+    save(tokenizer, folder)
     receipts: dict[str, tuple[Receipt, ...]] = {}
     for split, documents in splits.items():
         sink = Sink(folder / split, tokenizer, tokens_per_shard)
@@ -115,7 +117,7 @@ def _shard(
 
     Writes:  the three files of the shard; the receipt last.
     """
-    dtype, lengths, digest = dtype_of(tokenizer.size), tokenizers.byte_lengths(tokenizer), hashlib.sha256()
+    dtype, lengths, digest = dtype_of(tokenizer.size), byte_lengths(tokenizer), hashlib.sha256()
     ends: list[int] = []
     num_tokens = num_bytes = 0
     document: np.ndarray | None = first
@@ -124,7 +126,7 @@ def _shard(
         while document is not None and (not ends or num_tokens + len(document) + 1 <= limit):
             if len(document) and not 0 <= document.min() <= document.max() < len(tokenizer.ranks):
                 raise InputError(
-                    f"{where}: documents with ids in 0..{len(tokenizer.ranks) - 1}, got {document.min()} to "
+                    f"{where}: expected documents with ids in 0..{len(tokenizer.ranks) - 1}, got {document.min()} to "
                     f"{document.max()} in document {len(ends)} of shard {index}; encode them with {tokenizer.name}"
                 )
             payload = np.append(document, tokenizer.end_of_text).astype(dtype).tobytes()

@@ -239,7 +239,7 @@ def reshard(root: Path, world: int) -> int:
     failures: list[BaseException] = []
 
     def rank(index: int) -> None:
-        def exchange(text: str) -> list[str]:
+        def all_gather_text(text: str) -> list[str]:
             texts[index] = text
             barrier.wait()
             found = list(texts)
@@ -248,7 +248,13 @@ def reshard(root: Path, world: int) -> int:
 
         try:
             with writer.open_writer(
-                Disk(), root, keep=Keep(last=KEEP), rank=index, world=world, exchange=exchange, parent=manifest
+                Disk(),
+                root,
+                keep=Keep(last=KEEP),
+                rank=index,
+                world=world,
+                all_gather_text=all_gather_text,
+                parent=manifest,
             ) as saver:
                 pieces = [share(whole(name, each), index, world) for name, each in read.items()]
                 saver.save(pieces, step=manifest.step, meta=manifest.meta, score=manifest.score)

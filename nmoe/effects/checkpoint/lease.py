@@ -76,6 +76,10 @@ def hold(fs: Fs, root: Path, taken: Iterable[int]) -> Iterator[Lease]:
             f"{root}: one trainer at a time writes checkpoints here, got a second one while {_who(fs, path)} runs; "
             "wait for it, or choose another run.name"
         ) from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a file to lock, got {error.strerror or error}; delete it, or fix its permissions or disk"
+        ) from error
     try:
         attempt = _next(fs, handle, path, me, taken)
         lease = Lease(path=path, handle=handle, attempt=attempt, holder=me)

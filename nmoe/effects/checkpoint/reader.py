@@ -22,7 +22,8 @@ from torch import Tensor
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint.fs import Fs, read_into
 from nmoe.effects.checkpoint.manifest import DTYPES, FileEntry, Manifest, NewerFormatError, name_fields, stored
-from nmoe.effects.checkpoint.writer import TEMPORARY, TRASH, Exchange, alone
+from nmoe.effects.checkpoint.writer import TEMPORARY, TRASH
+from nmoe.effects.parallel.ranks import AllGatherText, single_rank
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.digest import digest, to_text
 from nmoe.pure.checkpoint.pieces import Copy, Piece, copies, gaps
@@ -50,21 +51,22 @@ def entries(fs: Fs, root: Path) -> tuple[Entry, ...]:
     returns  none when `root` is absent
     Raises:  InputError when the folder cannot be read.
     """
-    try:
-        names = [
-            (name_fields(name), name)
-            for name in fs.names(root)
-            if not name.startswith((TEMPORARY, TRASH)) and (name_fields(name) or _has_manifest(fs, root / name))
-        ]
-    except FileNotFoundError:
-        return ()
-    except OSError as error:
-        raise InputError(
-            f"{root}: a folder of checkpoints, got {error.strerror or error}; fix its permissions or its disk"
-        ) from error
-    # One that somebody renamed may be the newest, so it is looked at first and told.
-    found = [(fields[1:] if fields else (math.inf, 0), _entry(fs, root / name)) for fields, name in names]
-    return tuple(entry for _, entry in sorted(found, key=lambda each: (each[0], each[1].name), reverse=True))
+    found: list[tuple[tuple[float, int], Entry]] = []
+    for name in _names(fs, root):
+        if fields := name_fields(name):
+            found.append((fields[1:], entry(fs, root / name)))
+        elif renamed := _renamed(fs, root / name):
+            # It may be the newest, so it is looked at first and reported.
+            found.append(((math.inf, 0), renamed))
+    return tuple(one for _, one in sorted(found, key=lambda pair: (pair[0], pair[1].name), reverse=True))
+
+
+def has_any(fs: Fs, root: Path) -> bool:
+    """Whether a folder has anything that `entries` would list, without reading all of it.
+
+    Raises:  InputError when the folder cannot be read.
+    """
+    return any(name_fields(name) or _renamed(fs, root / name) for name in _names(fs, root))
 
 
 def verify(
@@ -105,7 +107,7 @@ def restore_(
     *,
     report: Callable[[str], None],
     rank: int = 0,
-    exchange: Exchange = alone,
+    all_gather_text: AllGatherText = single_rank,
 ) -> Manifest | None:
     """Load the newest valid checkpoint of a folder, the same one on every rank.
 
@@ -132,15 +134,15 @@ def restore_(
                 choice = _choice(root, found, place, passed)
             except InputError as error:
                 choice = {"error": error.problems}
-        choice = json.loads(exchange(json.dumps(choice))[0])
+        choice = json.loads(all_gather_text(json.dumps(choice))[0])
         if "error" in choice:
             raise InputError(*choice["error"])
         if "name" not in choice:
             return None
         folder = root / choice["name"]
-        manifest, problems = _agreed(fs, folder, choice["sha256"], exchange)
+        manifest, problems = _agreed(fs, folder, choice["sha256"], all_gather_text)
         if manifest is not None:
-            problems = _load_(fs, folder, manifest, targets(manifest), rank, exchange, partial=False)
+            problems = _load_(fs, folder, manifest, targets(manifest), rank, all_gather_text, partial=False)
         if manifest is not None and not problems:
             return manifest
         passed += problems
@@ -155,7 +157,7 @@ def load_(
     targets: Sequence[Piece],
     *,
     rank: int = 0,
-    exchange: Exchange = alone,
+    all_gather_text: AllGatherText = single_rank,
     partial: bool = False,
 ) -> None:
     """Load one checkpoint, verified.
@@ -164,7 +166,7 @@ def load_(
     Writes:  the targets, which hold anything when this raises.
     Raises:  InputError when the checkpoint is damaged or the targets are not those it holds.
     """
-    if problems := _load_(fs, folder, manifest, targets, rank, exchange, partial=partial):
+    if problems := _load_(fs, folder, manifest, targets, rank, all_gather_text, partial=partial):
         raise InputError(*problems)
 
 
@@ -174,7 +176,7 @@ def _load_(
     manifest: Manifest,
     targets: Sequence[Piece],
     rank: int,
-    exchange: Exchange,
+    all_gather_text: AllGatherText,
     *,
     partial: bool,
 ) -> list[str]:
@@ -221,7 +223,7 @@ def _load_(
     with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(lambda piece: int(digest(piece.tensor.detach(), piece.begin)), targets)
         sums = [[each.name, each.begin, each.end(), value] for each, value in zip(targets, found, strict=True)]
-    answers = [json.loads(answer) for answer in exchange(json.dumps({"problems": problems, "sums": sums}))]
+    answers = [json.loads(answer) for answer in all_gather_text(json.dumps({"problems": problems, "sums": sums}))]
     damage = [problem for answer in answers for problem in answer["problems"]]
     return damage or _wrong_tensors(folder, manifest, [each for answer in answers for each in answer["sums"]])
 
@@ -245,7 +247,12 @@ def _scan(
     try:
         handle = fs.open(folder / file.name)
     except OSError as error:
-        return [(f"{folder / file.name}: can be read, got {error.strerror or error}; {manifests.DAMAGED}", None)]
+        return [
+            (
+                f"{folder / file.name}: expected to read it, got {error.strerror or error}; {manifests.remedy(error)}",
+                None,
+            )
+        ]
 
     def one(index: int) -> tuple[str, list[tuple[str, int]] | None]:
         begin = index * file.chunk_bytes
@@ -260,7 +267,7 @@ def _scan(
             found = f"{got} bytes" if got < size else "others"
             return f"{where} are as they were written, got {found}; {manifests.DAMAGED}", None
         except OSError as error:
-            return f"{where} can be read, got {error.strerror or error}; {manifests.DAMAGED}", None
+            return f"{where} expected to read it, got {error.strerror or error}; {manifests.remedy(error)}", None
         finally:
             buffers.put(buffer)
 
@@ -340,7 +347,7 @@ def _kind(dtype: torch.dtype, shape: Sequence[int]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def _entry(fs: Fs, folder: Path) -> Entry:
+def entry(fs: Fs, folder: Path) -> Entry:
     """A checkpoint as its manifest and the sizes of its files tell."""
     try:
         manifest = manifests.read(fs, folder)
@@ -362,18 +369,44 @@ def _wrong_files(fs: Fs, folder: Path, manifest: Manifest) -> tuple[str, ...]:
             finally:
                 fs.close(handle)
         except OSError as error:
-            problems.append(f"{folder / file.name}: can be read, got {error.strerror or error}; {manifests.DAMAGED}")
+            problems.append(
+                f"{folder / file.name}: expected to read it, got {error.strerror or error}; {manifests.remedy(error)}"
+            )
             continue
         if size != file.bytes:
             problems.append(f"{folder / file.name}: has {file.bytes} bytes, got {size}; {manifests.DAMAGED}")
     return tuple(problems)
 
 
-def _has_manifest(fs: Fs, folder: Path) -> bool:
+def _names(fs: Fs, root: Path) -> list[str]:
+    """What is in a folder of checkpoints, without what was never committed; nothing when `root` is absent.
+
+    Raises:  InputError when the folder cannot be read.
+    """
     try:
-        return manifests.FILE in fs.names(folder)
-    except NotADirectoryError:
-        return False
+        names = [] if fs.kind(root) == "absent" else fs.names(root)
+    except OSError as error:
+        raise InputError(
+            f"{root}: expected a folder of checkpoints, got {error.strerror or error}; fix its permissions, its "
+            "link or its disk"
+        ) from error
+    return [name for name in names if not name.startswith((TEMPORARY, TRASH))]
+
+
+def _renamed(fs: Fs, folder: Path) -> Entry | None:
+    """A checkpoint whose folder has another name, or a folder that may be one; None: what lies there is none.
+
+    A link, such as `latest`, leads to a checkpoint that is looked at under its own name.
+    """
+    try:
+        if fs.kind(folder) != "folder" or manifests.FILE not in fs.names(folder):
+            return None
+    except FileNotFoundError:  # deleted since its name was read
+        return None
+    except OSError as error:
+        problem = f"{folder}: expected a folder to look into, got {error.strerror or error}; {manifests.remedy(error)}"
+        return Entry(name=folder.name, manifest=None, problems=(problem,), newer=False)
+    return entry(fs, folder)
 
 
 def _choice(root: Path, found: Sequence[Entry], place: int, passed: Sequence[str]) -> dict[str, Any]:
@@ -403,7 +436,7 @@ def _choice(root: Path, found: Sequence[Entry], place: int, passed: Sequence[str
     return {}
 
 
-def _agreed(fs: Fs, folder: Path, sha256: str, exchange: Exchange) -> tuple[Manifest | None, list[str]]:
+def _agreed(fs: Fs, folder: Path, sha256: str, all_gather_text: AllGatherText) -> tuple[Manifest | None, list[str]]:
     """The manifest that rank 0 chose, when every rank reads the same one; else what is wrong."""
     manifest: Manifest | None = None
     problems: list[str] = []
@@ -413,7 +446,7 @@ def _agreed(fs: Fs, folder: Path, sha256: str, exchange: Exchange) -> tuple[Mani
             problems = [f"{folder}: every rank reads the same manifest, got another; mount the same folder everywhere"]
     except InputError as error:
         problems = list(error.problems)
-    answers = [json.loads(answer) for answer in exchange(json.dumps(problems))]
+    answers = [json.loads(answer) for answer in all_gather_text(json.dumps(problems))]
     problems = [problem for answer in answers for problem in answer]
     return (None if problems else manifest), problems
 

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from nmoe.config import load
+from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader, weights, writer
 from nmoe.effects.checkpoint.fs import Disk
@@ -104,7 +105,7 @@ def show(path: Path) -> int:
     parts += [(key, str(value)) for key, value in meta.items() if not isinstance(value, Mapping)]
     parts += [(f"{key}.{name}", str(value)) for key, table in _tables(meta) for name, value in table.items()]
     width = max(len(label) for label, _ in parts)
-    say("\n".join(f"{label:<{width}}  {text}" for label, text in parts))
+    say("\n".join(f"{manifests.shown(label):<{width}}  {manifests.shown(text)}" for label, text in parts))
     return 0
 
 
@@ -174,7 +175,7 @@ def _all(path: Path) -> tuple[Found, ...]:
 
     Raises:  InputError when there are none.
     """
-    root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    root = path / CHECKPOINTS if files.is_folder(path / CHECKPOINTS) else path
     found = tuple(Found(root=root, entry=entry) for entry in reader.entries(Disk(), root))
     if not found:
         raise InputError(f"{path}: a run with checkpoints, got none in it; name a run folder, see `nmoe runs list`")
@@ -183,9 +184,8 @@ def _all(path: Path) -> tuple[Found, ...]:
 
 def _one(path: Path) -> Found:
     """A checkpoint, or the newest of a run."""
-    if not (path / manifests.FILE).exists():
-        return _all(path)[0]
-    return next(each for each in _all(path.resolve().parent) if each.entry.name == path.resolve().name)
+    folder = manifests.find(path)
+    return Found(root=folder.parent, entry=reader.entry(Disk(), folder)) if folder else _all(path)[0]
 
 
 def _tables(meta: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -113,7 +113,7 @@ def test_a_trainer_that_lost_its_lease_commits_nothing(root: Path, how: str) -> 
     save(root, 1)
     path = root / lease.FILE
     with (
-        pytest.raises(SaveError, match="this trainer, attempt 2, holds the folder") as caught,
+        pytest.raises(SaveError, match="this trainer, attempt 2, holds the folder"),
         open_writer(Disk(), root, keep=Keep(), parent=manifest_in(Disk(), root)) as writer,
     ):
         text = path.read_text()
@@ -125,7 +125,6 @@ def test_a_trainer_that_lost_its_lease_commits_nothing(root: Path, how: str) -> 
             path.write_text(text)
         writer.save(pieces(values(2)), step=2, meta={"number": 2})
         writer.wait()
-    assert caught.value.saved is None
     assert number_in(Disk(), root) == 1
     assert not [name for name in os.listdir(root) if name.startswith(".")]
 

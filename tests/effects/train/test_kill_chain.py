@@ -14,7 +14,6 @@ from tests.effects.train import trainings
 from tests.effects.train.kill_chain import chain
 from tests.effects.train.trainings import folder
 
-
 EVERY = {"inside": 1, "between": 3}  # steps between two saves
 
 

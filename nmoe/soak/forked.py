@@ -46,7 +46,7 @@ def forked(
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                raise RuntimeError(f"an attempt ends within {patience_s:.0f} s, got none:\n{tail(output)}")
+                raise RuntimeError(f"expected an attempt to end within {patience_s:.0f} s, got none:\n{tail(output)}")
             time.sleep(0.005)
         elif os.WIFSTOPPED(status):
             try:

@@ -93,7 +93,7 @@ def verify(
         done += file.bytes
         progress(done)
     problems += [
-        f"{folder}: tensor '{name}' has digest {tensor.digest}, got {to_text(sums[name])}; {manifests.DAMAGED}"
+        f"{folder}: expected digest {tensor.digest} of tensor '{name}', got {to_text(sums[name])}; {manifests.DAMAGED}"
         for name, tensor in manifest.tensors.items()
         if to_text(sums[name]) != tensor.digest and not problems
     ]
@@ -264,10 +264,10 @@ def _scan(
             got = read_into(fs, handle, view, begin)
             if got == size and hashlib.sha256(view).hexdigest() == file.chunks[index]:
                 return "", use(buffer[:size], begin)
-            found = f"{got} bytes" if got < size else "others"
-            return f"{where} are as they were written, got {found}; {manifests.DAMAGED}", None
+            reason = f"{got} bytes" if got < size else "others"
+            return f"{where}: expected what was written, got {reason}; {manifests.DAMAGED}", None
         except OSError as error:
-            return f"{where} expected to read it, got {error.strerror or error}; {manifests.remedy(error)}", None
+            return f"{where}: expected to read them, got {error.strerror or error}; {manifests.remedy(error)}", None
         finally:
             buffers.put(buffer)
 
@@ -317,7 +317,7 @@ def _wrong_tensors(folder: Path, manifest: Manifest, sums: Sequence[Any]) -> lis
             values.add("different ones on different ranks")
         if not gaps(size, spans) and values != {tensor.digest}:
             problems.append(
-                f"{folder}: tensor '{name}' has digest {tensor.digest}, got {', '.join(sorted(values))}; "
+                f"{folder}: expected digest {tensor.digest} of tensor '{name}', got {', '.join(sorted(values))}; "
                 f"{manifests.DAMAGED}"
             )
     return problems
@@ -330,16 +330,18 @@ def _unfit(folder: Path, manifest: Manifest, targets: Sequence[Piece], partial: 
         tensor = manifest.tensors.get(piece.name)
         wanted = (piece.tensor.dtype, piece.shape)
         if tensor is None:
-            problems.append(f"{folder}: holds '{piece.name}', got nothing by that name")
+            problems.append(f"{folder}: expected '{piece.name}', got nothing by that name")
         elif wanted != (DTYPES[tensor.dtype], tensor.shape):
             problems.append(
-                f"{folder}: '{piece.name}' is {_kind(*wanted)}, got {_kind(DTYPES[tensor.dtype], tensor.shape)}"
+                f"{folder}: expected '{piece.name}' as {_kind(*wanted)}, got "
+                f"{_kind(DTYPES[tensor.dtype], tensor.shape)}"
             )
         elif piece.begin < 0 or piece.end() > math.prod(piece.shape):
-            problems.append(f"{folder}: '{piece.name}' has {math.prod(piece.shape)} elements, got up to {piece.end()}")
+            size = math.prod(piece.shape)
+            problems.append(f"{folder}: expected {size} elements of '{piece.name}', got up to {piece.end()}")
     if not partial:
         names = {piece.name for piece in targets}
-        problems += [f"{folder}: holds nothing else, got '{name}'" for name in manifest.tensors if name not in names]
+        problems += [f"{folder}: expected nothing else, got '{name}'" for name in manifest.tensors if name not in names]
     return [f"{problem}; use the config it was saved with" for problem in problems]
 
 
@@ -374,7 +376,7 @@ def _wrong_files(fs: Fs, folder: Path, manifest: Manifest) -> tuple[str, ...]:
             )
             continue
         if size != file.bytes:
-            problems.append(f"{folder / file.name}: has {file.bytes} bytes, got {size}; {manifests.DAMAGED}")
+            problems.append(f"{folder / file.name}: expected {file.bytes} bytes, got {size}; {manifests.DAMAGED}")
     return tuple(problems)
 
 
@@ -418,7 +420,7 @@ def _choice(root: Path, found: Sequence[Entry], place: int, passed: Sequence[str
     if len(lineages) > 1:
         return {
             "error": [
-                f"{root}: holds the checkpoints of one run, got those of {len(lineages)}: "
+                f"{root}: expected the checkpoints of one run, got those of {len(lineages)}: "
                 f"{', '.join(sorted(lineages.values()))}; move the others away"
             ]
         }
@@ -429,7 +431,7 @@ def _choice(root: Path, found: Sequence[Entry], place: int, passed: Sequence[str
         return {
             "error": [
                 *passed,
-                f"{root}: holds a valid checkpoint, got {len(found)} damaged ones; restore one from a copy, or move "
+                f"{root}: expected a valid checkpoint, got {len(found)} damaged ones; restore one from a copy, or move "
                 "all away to start anew",
             ]
         }
@@ -443,7 +445,9 @@ def _agreed(fs: Fs, folder: Path, sha256: str, all_gather_text: AllGatherText) -
     try:
         manifest = manifests.read(fs, folder)
         if manifests.sha256(manifest) != sha256:
-            problems = [f"{folder}: every rank reads the same manifest, got another; mount the same folder everywhere"]
+            problems = [
+                f"{folder}: expected the same manifest on every rank, got another; mount the same folder everywhere"
+            ]
     except InputError as error:
         problems = list(error.problems)
     answers = [json.loads(answer) for answer in all_gather_text(json.dumps(problems))]

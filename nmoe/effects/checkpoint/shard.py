@@ -56,12 +56,12 @@ def plan_shard(pieces: Sequence[Piece]) -> Shard:
     ordered = sorted(pieces, key=lambda p: (-p.tensor.element_size(), p.name))
     names = {dtype: name for name, dtype in DTYPES.items()}
     problems = [
-        f"checkpoint: '{p.name}' has a format of {', '.join(DTYPES)}, got {p.tensor.dtype}; convert it"
+        f"checkpoint: expected '{p.name}' in a format of {', '.join(DTYPES)}, got {p.tensor.dtype}; convert it"
         for p in ordered
         if p.tensor.dtype not in names
     ]
     problems += [
-        f"checkpoint: a rank has one piece of '{name}', got {count}; name them apart"
+        f"checkpoint: expected one piece of '{name}' on a rank, got {count}; give them other names"
         for name, count in Counter(p.name for p in ordered).items()
         if count > 1
     ]
@@ -107,8 +107,8 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
         code = int(_cuda().cudaHostRegister(data.data_ptr(), size, 0))
         if code:
             raise InputError(
-                f"checkpoint: {size} bytes of pinned host memory for the copy a save is written from, got CUDA error "
-                f"{code}; free memory, or raise the limit that `ulimit -l` shows"
+                f"checkpoint: expected {size} bytes of pinned host memory for the copy a save is written from, got "
+                f"CUDA error {code}; free memory, or raise the limit that `ulimit -l` shows"
             )
     return data
 

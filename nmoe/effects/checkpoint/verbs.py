@@ -138,7 +138,7 @@ def prune(run: Path, last: int, every: int, best: int) -> int:
     Raises:  InputError when the run is being trained.
     """
     problems = [
-        f"--{name}: at least {low}, got {value}; raise it"
+        f"--{name}: expected at least {low}, got {value}; raise it"
         for name, value, low in (("last", last, 1), ("every", every, 0), ("best", best, 0))
         if value < low
     ]
@@ -165,7 +165,7 @@ def export_weights(path: Path, to: Path | None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         weights.save(folder, read.params, read.router_bias)
     except OSError as error:
-        raise InputError(f"{folder}: weights can be written, got {error.strerror}; choose another --to") from error
+        raise InputError(f"{folder}: expected to write weights, got {error.strerror}; choose another --to") from error
     say(f"{folder / WEIGHTS}  step {found.manifest().step}")
     return 0
 
@@ -178,7 +178,9 @@ def _all(path: Path) -> tuple[Found, ...]:
     root = path / CHECKPOINTS if files.is_folder(path / CHECKPOINTS) else path
     found = tuple(Found(root=root, entry=entry) for entry in reader.entries(Disk(), root))
     if not found:
-        raise InputError(f"{path}: a run with checkpoints, got none in it; name a run folder, see `nmoe runs list`")
+        raise InputError(
+            f"{path}: expected a run with checkpoints, got none in it; name a run folder, see `nmoe runs list`"
+        )
     return found
 
 

@@ -335,7 +335,7 @@ def _leading(place: Place, *, fresh: bool) -> Iterator[Place]:
             present = [name for name in place.fs.names(place.root) if name_fields(name)]
             if fresh and present:
                 raise InputError(
-                    f"{place.root}: a run that starts anew has no checkpoints yet, got {present[-1]}; continue from it "
+                    f"{place.root}: expected no checkpoints of a new run, got {present[-1]}; continue from it "
                     "or choose another run.name"
                 )
             held.append(stack.enter_context(leases.hold(place.fs, place.root, _attempts(place.fs, place.root))))
@@ -381,7 +381,10 @@ def _merge(answers: Sequence[Any]) -> dict[str, Any]:
         for name, (dtype, shape, value) in answer["tensors"].items():
             kind = (names[dtype], tuple(shape))
             if kinds.setdefault(name, kind) != kind:
-                raise InputError(f"checkpoint: '{name}' is {kinds[name]} on every rank, got {kind} on rank {rank}")
+                raise InputError(
+                    f"checkpoint: expected '{name}' as {kinds[name]} on every rank, got {kind} on rank "
+                    f"{rank}; report it"
+                )
             sums[name] = sums.get(name, 0) + value
     return {
         "tensors": {

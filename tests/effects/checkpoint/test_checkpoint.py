@@ -117,7 +117,7 @@ def test_a_fresh_run_does_not_write_over_another(tmp_path: Path) -> None:
     with open_writer(Disk(), root, keep=Keep()) as writer:
         writer.save(pieces(values(1)), step=1, meta={"number": 1})
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"has no checkpoints yet, got step-00000001.0001-0001"):
+    with pytest.raises(InputError, match=r"expected no checkpoints of a new run, got step-00000001.0001-0001"):
         with open_writer(Disk(), root, keep=Keep()):
             pass
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
@@ -155,8 +155,8 @@ def test_a_damaged_one_is_not_counted_and_not_deleted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ([whole("a", torch.zeros(2)), whole("a", torch.ones(2))], "one piece of 'a', got 2"),
-        ([whole("a", torch.zeros(2, dtype=torch.complex64))], "'a' has a format of F64"),
+        ([whole("a", torch.zeros(2)), whole("a", torch.ones(2))], "one piece of 'a' on a rank, got 2"),
+        ([whole("a", torch.zeros(2, dtype=torch.complex64))], "expected 'a' in a format of F64"),
     ],
 )
 def test_pieces_that_cannot_be_saved_are_told_at_once(wrong: list[Piece], told: str) -> None:
@@ -265,9 +265,9 @@ def test_a_part_is_loaded_alone(tmp_path: Path) -> None:
     found = whole("param/gain/value", torch.zeros(7))
     load_(fs, folder, manifest, [found], partial=True)
     assert torch.equal(found.tensor, values(1)["param/gain/value"])
-    with pytest.raises(InputError, match="holds nothing else, got 'param/up/first'"):
+    with pytest.raises(InputError, match="expected nothing else, got 'param/up/first'"):
         load_(fs, folder, manifest, [found])
-    with pytest.raises(InputError, match="holds 'x', got nothing"):
+    with pytest.raises(InputError, match="expected 'x', got nothing"):
         load_(fs, folder, manifest, [whole("x", torch.zeros(7))], partial=True)
 
 

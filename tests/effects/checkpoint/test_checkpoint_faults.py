@@ -170,6 +170,6 @@ def test_a_loader_that_refuses_is_heard() -> None:
 
     with pytest.raises(InputError, match="hidden_size"):
         restore_(fs, ROOT, refuse, report=pytest.fail)
-    with pytest.raises(InputError, match=r"'updates' is int64 \[3\], got int64 \[\]"):
+    with pytest.raises(InputError, match=r"expected 'updates' as int64 \[3\], got int64 \[\]"):
         tensors = values(0) | {"updates": values(0)["updates"].repeat(3)}
         restore_(fs, ROOT, lambda _: [whole(*each) for each in tensors.items()], report=pytest.fail)

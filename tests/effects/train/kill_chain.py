@@ -25,7 +25,12 @@ from nmoe.soak.forked import call_and_exit, tail
 from tests.effects.parallel.rank_runs import environment, free_port
 from tests.effects.train.trainings import folder
 
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
+"""Most seconds of an attempt: the last one of a long chain on a machine of load 10 takes minutes."""
+
+LATEST = {"inside": 2, "between": 4}
+"""Saves, or lines of metrics, after which an attempt is killed at the latest, unless that one is missed."""
+
 INSIDE = ("folder", "tensors", "manifest")
 """How far a save has come when it is killed."""
 
@@ -49,7 +54,7 @@ def chain(config: Config, work: Path, where: Literal["inside", "between"], kills
     hit = late = attempts = 0
     while hit < kills:
         attempts += 1
-        count, moment = chance.randint(1, 3), chance.choice(INSIDE)
+        count, moment = chance.randint(1, LATEST[where]), chance.choice(INSIDE)
         if where == "inside":
             reached = _saving(checkpoints, count, moment)
         else:

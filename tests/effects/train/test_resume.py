@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(whole: Config, tmp_path: 
         os.truncate(path, path.stat().st_size - 1)
     before = content(folder(config))
     code, told = train(changed(config, steps=STEPS + 1))
-    assert code == 2 and "holds a valid checkpoint, got " in told, "never silently from zero"
+    assert code == 2 and "expected a valid checkpoint, got " in told, "never silently from zero"
     assert content(folder(config)) == before
 
 

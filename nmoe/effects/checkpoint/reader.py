@@ -51,14 +51,14 @@ def entries(fs: Fs, root: Path) -> tuple[Entry, ...]:
     returns  none when `root` is absent
     Raises:  InputError when the folder cannot be read.
     """
-    found: list[tuple[tuple[float, int], Entry]] = []
+    ranked: list[tuple[tuple[float, int], Entry]] = []
     for name in _names(fs, root):
         if fields := name_fields(name):
-            found.append((fields[1:], entry(fs, root / name)))
+            ranked.append((fields[1:], entry(fs, root / name)))
         elif renamed := _renamed(fs, root / name):
             # It may be the newest, so it is looked at first and reported.
-            found.append(((math.inf, 0), renamed))
-    return tuple(one for _, one in sorted(found, key=lambda pair: (pair[0], pair[1].name), reverse=True))
+            ranked.append(((math.inf, 0), renamed))
+    return tuple(one for _, one in sorted(ranked, key=lambda pair: (pair[0], pair[1].name), reverse=True))
 
 
 def has_any(fs: Fs, root: Path) -> bool:
@@ -86,9 +86,9 @@ def verify(
         def add(chunk: Tensor, begin: int, file: FileEntry = file) -> list[tuple[str, int]]:
             return _chunk_digests(manifest, file, chunk, begin)
 
-        for problem, found in _scan(fs, folder, file, range(len(file.chunks)), add, pinned=False):
+        for problem, digests in _scan(fs, folder, file, range(len(file.chunks)), add, pinned=False):
             problems += [problem] if problem else []
-            for name, value in found or ():
+            for name, value in digests or ():
                 sums[name] += value
         done += file.bytes
         progress(done)
@@ -118,20 +118,20 @@ def restore_(
     Writes:  the targets, which hold anything when this raises.
     Raises:  InputError when there are checkpoints but no valid one, one is of a newer format, or of two runs.
     """
-    found: tuple[Entry, ...] = ()
+    candidates: tuple[Entry, ...] = ()
     passed: list[str] = []
     place = -1
     while True:
         choice: dict[str, Any] = {}
         if rank == 0:
             try:
-                found = found or entries(fs, root)
+                candidates = candidates or entries(fs, root)
                 place += 1
-                while place < len(found) and found[place].problems and not found[place].newer:
-                    passed += found[place].problems
-                    _report(report, found[place].problems)
+                while place < len(candidates) and candidates[place].problems and not candidates[place].newer:
+                    passed += candidates[place].problems
+                    _report(report, candidates[place].problems)
                     place += 1
-                choice = _choice(root, found, place, passed)
+                choice = _choice(root, candidates, place, passed)
             except InputError as error:
                 choice = {"error": error.problems}
         choice = json.loads(all_gather_text(json.dumps(choice))[0])
@@ -194,7 +194,7 @@ def _load_(
             jobs[copy.file].append((piece, copy))
     pinned = any(piece.tensor.device.type == "cuda" for piece in targets)
     for file in manifest.files if not problems else ():
-        job = sorted(jobs[file.name], key=lambda each: each[1].offset)
+        job = sorted(jobs[file.name], key=lambda pair: pair[1].offset)
         spans = [(copy.offset, copy.offset + copy.size) for _, copy in job]
         if rank == 0 and not partial:
             # What is in no tensor, the header, is looked at by one.
@@ -219,13 +219,13 @@ def _load_(
                 _deliver_(piece.tensor, copy, chunk, begin)
             return []
 
-        problems += [each for each, _ in _scan(fs, folder, file, chunks, deliver, pinned=pinned) if each]
+        problems += [problem for problem, _ in _scan(fs, folder, file, chunks, deliver, pinned=pinned) if problem]
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda piece: int(digest(piece.tensor.detach(), piece.begin)), targets)
-        sums = [[each.name, each.begin, each.end(), value] for each, value in zip(targets, found, strict=True)]
+        digests = pool.map(lambda piece: int(digest(piece.tensor.detach(), piece.begin)), targets)
+        sums = [[piece.name, piece.begin, piece.end(), value] for piece, value in zip(targets, digests, strict=True)]
     answers = [json.loads(answer) for answer in all_gather_text(json.dumps({"problems": problems, "sums": sums}))]
     damage = [problem for answer in answers for problem in answer["problems"]]
-    return damage or _wrong_tensors(folder, manifest, [each for answer in answers for each in answer["sums"]])
+    return damage or _wrong_tensors(folder, manifest, [entry for answer in answers for entry in answer["sums"]])
 
 
 def _scan(
@@ -287,15 +287,15 @@ def _deliver_(tensor: Tensor, copy: Copy, chunk: Tensor, begin: int) -> None:
 
 def _chunk_digests(manifest: Manifest, file: FileEntry, chunk: Tensor, begin: int) -> list[tuple[str, int]]:
     """What a chunk adds to the digest of each tensor. A digest counts bytes, so a cut inside an element is fine."""
-    found: list[tuple[str, int]] = []
+    digests: list[tuple[str, int]] = []
     for piece in file.pieces:
         itemsize = DTYPES[manifest.tensors[piece.name].dtype].itemsize
         end = piece.offset + (piece.end - piece.begin) * itemsize
         low, high = max(piece.offset, begin), min(end, begin + len(chunk))
         if low < high:
             start = piece.begin * itemsize + low - piece.offset
-            found.append((piece.name, int(digest(chunk[low - begin : high - begin], start))))
-    return found
+            digests.append((piece.name, int(digest(chunk[low - begin : high - begin], start))))
+    return digests
 
 
 def _wrong_tensors(folder: Path, manifest: Manifest, sums: Sequence[Any]) -> list[str]:
@@ -307,17 +307,17 @@ def _wrong_tensors(folder: Path, manifest: Manifest, sums: Sequence[Any]) -> lis
     for name, begin, end, value in sums:
         parts.setdefault(name, {}).setdefault((begin, end), set()).add(value)
     problems: list[str] = []
-    for name, found in parts.items():
+    for name, pieces in parts.items():
         tensor = manifest.tensors[name]
         size = math.prod(tensor.shape)
-        whole = found.get((0, size))
-        spans = {(0, size): whole} if whole else found
-        values = {to_text(sum(max(each) for each in spans.values()))}
-        if any(len(each) > 1 for each in found.values()):
-            values.add("different ones on different ranks")
-        if not gaps(size, spans) and values != {tensor.digest}:
+        whole = pieces.get((0, size))
+        spans = {(0, size): whole} if whole else pieces
+        digests = {to_text(sum(max(values) for values in spans.values()))}
+        if any(len(values) > 1 for values in pieces.values()):
+            digests.add("different ones on different ranks")
+        if not gaps(size, spans) and digests != {tensor.digest}:
             problems.append(
-                f"{folder}: expected digest {tensor.digest} of tensor '{name}', got {', '.join(sorted(values))}; "
+                f"{folder}: expected digest {tensor.digest} of tensor '{name}', got {', '.join(sorted(digests))}; "
                 f"{manifests.DAMAGED}"
             )
     return problems
@@ -411,12 +411,12 @@ def _renamed(fs: Fs, folder: Path) -> Entry | None:
     return entry(fs, folder)
 
 
-def _choice(root: Path, found: Sequence[Entry], place: int, passed: Sequence[str]) -> dict[str, Any]:
-    """What rank 0 tells the others: a name and the digest of its manifest, an error, or nothing."""
-    newer = [problem for entry in found if entry.newer for problem in entry.problems]
+def _choice(root: Path, candidates: Sequence[Entry], place: int, passed: Sequence[str]) -> dict[str, Any]:
+    """What rank 0 broadcasts: a name and the digest of its manifest, an error, or nothing."""
+    newer = [problem for entry in candidates if entry.newer for problem in entry.problems]
     if newer:
         return {"error": newer}
-    lineages: Mapping[str, str] = {entry.manifest.lineage: entry.name for entry in found if entry.manifest}
+    lineages: Mapping[str, str] = {entry.manifest.lineage: entry.name for entry in candidates if entry.manifest}
     if len(lineages) > 1:
         return {
             "error": [
@@ -424,15 +424,15 @@ def _choice(root: Path, found: Sequence[Entry], place: int, passed: Sequence[str
                 f"{', '.join(sorted(lineages.values()))}; move the others away"
             ]
         }
-    if place < len(found):
-        manifest = found[place].manifest
-        return {"name": found[place].name, "sha256": manifests.sha256(manifest)} if manifest else {}
-    if found:
+    if place < len(candidates):
+        manifest = candidates[place].manifest
+        return {"name": candidates[place].name, "sha256": manifests.sha256(manifest)} if manifest else {}
+    if candidates:
         return {
             "error": [
                 *passed,
-                f"{root}: expected a valid checkpoint, got {len(found)} damaged ones; restore one from a copy, or move "
-                "all away to start anew",
+                f"{root}: expected a valid checkpoint, got {len(candidates)} damaged ones; restore one from a copy, or "
+                "move all away to start anew",
             ]
         }
     return {}

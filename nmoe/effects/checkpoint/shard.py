@@ -154,15 +154,15 @@ def stage(shard: Shard, data: Tensor, streams: tuple[Any, Any] | None) -> Staged
             place.view(piece.tensor.dtype).copy_(piece.tensor.detach().view(-1), non_blocking=True)
     with torch.cuda.stream(digesting), torch.no_grad():
         values = digests([(piece.tensor.detach(), piece.begin) for piece in shard.pieces])
-        found = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
-        found.copy_(values, non_blocking=True)
+        copied = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
+        copied.copy_(values, non_blocking=True)
     copying.wait_stream(digesting)
     ready = torch.cuda.Event()
     ready.record(copying)
 
     def awaited() -> list[int]:
         ready.synchronize()
-        return found.tolist()
+        return copied.tolist()
 
     return Staged(shard=shard, data=data, digests=awaited, ready=ready)
 
@@ -190,7 +190,7 @@ def write(fs: Fs, path: Path, staged: Staged, chunk_bytes: int) -> tuple[FileEnt
             for begin in range(0, len(data), chunk_bytes):
                 end = write_all(fs, handle, data[begin : begin + chunk_bytes], end)
             fs.sync(handle)
-            chunks = tuple(each.result() for each in sums)
+            chunks = tuple(future.result() for future in sums)
     finally:
         fs.close(handle)
     entry = FileEntry(
@@ -214,9 +214,9 @@ def _cuda() -> Any:
 
 def _sha256(header: bytes, data: memoryview, begin: int, end: int) -> str:
     """The digest of bytes `begin` to `end` of the file that `header` and `data` make."""
-    found = hashlib.sha256(header[begin:end])
-    found.update(data[max(begin - len(header), 0) : max(end - len(header), 0)])
-    return found.hexdigest()
+    digest = hashlib.sha256(header[begin:end])
+    digest.update(data[max(begin - len(header), 0) : max(end - len(header), 0)])
+    return digest.hexdigest()
 
 
 def _local_shape(piece: Piece) -> list[int]:

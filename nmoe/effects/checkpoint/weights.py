@@ -33,7 +33,9 @@ Format = tuple[str, tuple[int, ...]]
 
 def formats(blueprint: Blueprint) -> dict[str, Format]:
     """Number format and shape of every tensor of the weights: the parameters by path, and the router bias."""
-    compute = next((each.storage for each in blueprint.layouts if each.policy.storage == "compute"), torch.float32)
+    compute = next(
+        (layout.storage for layout in blueprint.layouts if layout.policy.storage == "compute"), torch.float32
+    )
     names = {dtype: name for name, dtype in manifests.DTYPES.items()}
     parameters = dict(tree.leaves(blueprint.specs))
     # a layer with experts is their parent in the tree
@@ -126,8 +128,8 @@ def of_path(fs: Fs, path: Path, blueprint: Blueprint) -> Weights:
     Raises:  InputError when there are none, or they are damaged or of another model.
     """
     folder = manifests.find(path)
-    if folder is None and (found := reader.entries(fs, path / CHECKPOINTS)):
-        folder = path / CHECKPOINTS / found[0].name
+    if folder is None and (entries := reader.entries(fs, path / CHECKPOINTS)):
+        folder = path / CHECKPOINTS / entries[0].name
     if folder is not None:
         return of_checkpoint(fs, folder, manifests.read(fs, folder), blueprint)
     folder = path.parent if path.name == WEIGHTS else path

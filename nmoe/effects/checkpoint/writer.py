@@ -307,11 +307,11 @@ def retire(fs: Fs, root: Path, keep: Keep) -> tuple[str, ...]:
         if name_fields(name) is None:
             continue
         try:
-            found = manifests.read(fs, root / name)
+            manifest = manifests.read(fs, root / name)
         except InputError:
             continue
-        committed.append((found.attempt, found.serial, Kept(name=name, step=found.step, score=found.score)))
-    newest_first = [kept for _, _, kept in sorted(committed, key=lambda each: each[:2], reverse=True)]
+        committed.append((manifest.attempt, manifest.serial, Kept(name=name, step=manifest.step, score=manifest.score)))
+    newest_first = [kept for _, _, kept in sorted(committed, key=lambda entry: entry[:2], reverse=True)]
     removed = superfluous(newest_first, keep)
     for name in removed:
         fs.rename(root / name, root / f"{TRASH}{name}")
@@ -409,5 +409,5 @@ def _discard(fs: Fs, temporary: Path) -> str:
 
 def _attempts(fs: Fs, root: Path) -> list[int]:
     """The attempts that left something in the folder, finished or not."""
-    found = [name_fields(name.removeprefix(TEMPORARY).removeprefix(TRASH)) for name in fs.names(root)]
-    return [fields[1] for fields in found if fields is not None]
+    parts = [name_fields(name.removeprefix(TEMPORARY).removeprefix(TRASH)) for name in fs.names(root)]
+    return [fields[1] for fields in parts if fields is not None]

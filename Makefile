@@ -1,49 +1,67 @@
-# Needs python3 (3.11 or newer), make and a C compiler. Everything else is set up in .venv from nothing, once.
-#   make run       train the quickstart config on this machine's CPU
-#   make test      set up, check, then every test that needs no GPU
-#   make test-long the tests that take minutes
-#   make check     formatting, lint, types
-#   make gpu-test  the GPU's tests, in an environment that has a CUDA build of torch: GPU_PYTHON, not .venv
-#   make bench     one training step against transformers
+# Needs python3 (3.11 or newer), make and a C compiler, and no rights of an administrator. Everything else is set up in
+# .venv from nothing, once.
+#   make run          train the quickstart config on this machine's CPU
+#   make test         set up, check, then every test that needs no GPU; those of the dashboard's page need a Chromium
+#   make test-kernels the tests of the kernels with the Triton of constraints-gpu.txt
+#   make test-long    the tests that take minutes
+#   make check        formatting, lint, types
+#   make gpu-test     the GPU's tests with the versions of constraints-gpu.txt: in .venv-gpu, or in that of GPU_PYTHON
+#   make bench        one training step against transformers
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: run test test-long check gpu-test bench chromium
+.PHONY: run test test-kernels test-long check gpu-test bench
 
 PYTHON ?= python3
-GPU_PYTHON ?= python3
+GPU_PYTHON ?= .venv-gpu/bin/python
 BIN := .venv/bin
+PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 # The version in the command, not only in the constraints: a range would look at every newer build first.
 TORCH := $(shell grep '^torch==' constraints.txt)
-INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH)
+GPU_PAIR := $(shell grep -v '^\#' constraints-gpu.txt)
+GPU_TRITON := $(filter triton==%,$(GPU_PAIR))
+INSTALL := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt $(TORCH)
+
+# `python - PIN ...` ends with a word where another version is imported.
+define SAME_VERSIONS
+import sys
+from importlib.metadata import version
+for pin in sys.argv[1:]:
+    name, _, wanted = pin.partition("==")
+    if (found := version(name).partition("+")[0]) != wanted:
+        sys.exit(f"make: {sys.executable}: expected {pin}, got {found}; install constraints-gpu.txt, or start pytest yourself")
+endef
+export SAME_VERSIONS
 
 run: .venv/.run
-	@$(BIN)/nmoe run configs/quickstart.toml
+	@$(BIN)/nmoe run quickstart
 
-test: check chromium
-	@$(BIN)/python -m pytest
+test: check test-kernels
+	@$(BIN)/python -m pytest --durations=15 --durations-min=5
 
-test-long: .venv/.dev chromium
+# 95 s on two quiet cores; a kernel that hangs ends after ten times that.
+test-kernels: .venv/.triton
+	@export PYTHONPATH=$(CURDIR)/.venv/triton
+	$(BIN)/python -c "$$SAME_VERSIONS" $(GPU_TRITON)
+	echo "the tests of the kernels with $(GPU_TRITON)"
+	timeout 950 $(BIN)/python -m pytest tests/kernels
+
+test-long: .venv/.dev
 	@$(BIN)/python -m pytest -m long
-
-# The tests of the dashboard's page run in Debian's Chromium.
-chromium:
-	@command -v chromium > /dev/null && exit
-	echo "installing chromium for the tests of the dashboard"
-	{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes chromium; } > /dev/null
 
 check: .venv/.dev
 	@$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-gpu-test:
-	@$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+gpu-test: $(if $(filter .venv-gpu/bin/python,$(GPU_PYTHON)),.venv-gpu/.test)
+	@$(GPU_PYTHON) -c "$$SAME_VERSIONS" $(GPU_PAIR)
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 bench: .venv/.dev
-	@$(BIN)/nmoe bench step configs/quickstart.toml --against transformers
+	@$(BIN)/nmoe bench step quickstart --against transformers
 
 # Each stamp is newer than what it was made from; `rm -r .venv` starts anew.
 .venv/.run: pyproject.toml constraints.txt
@@ -59,3 +77,16 @@ bench: .venv/.dev
 	$(INSTALL) --editable '.[data,hub,cluster,viz,hf,dev]'
 	touch $@
 	echo "set up in $$SECONDS s"
+
+# A second Triton beside the first, put before it on the path: torch is not installed twice.
+.venv/.triton: constraints-gpu.txt .venv/.dev
+	@echo "setting up $(GPU_TRITON) beside .venv's own: 0.7 GB"
+	rm -rf .venv/triton
+	$(BIN)/python $(PIP_INSTALL) --no-deps --target .venv/triton $(GPU_TRITON)
+	touch $@
+
+.venv-gpu/.test: pyproject.toml constraints-gpu.txt
+	@echo "setting up .venv-gpu: $(GPU_PAIR) and what the GPU's tests need"
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python $(PIP_INSTALL) --constraint constraints-gpu.txt $(GPU_PAIR) --editable '.[data]' hypothesis pytest
+	touch $@

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Text on one line: what is no print, as escapes, controls of direction and lone surrogates, becomes its escape."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 class InputError(ValueError):
-    """Bad input. Every problem reads `<where>: <what holds>, got <value>; <what to do>`."""
+    """Bad input. Every problem reads `<where>: expected <what>, got <value>; <what to do>`."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))

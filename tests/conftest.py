@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# As the command line does, before torch is imported: threads that spin take the cores from what runs beside.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from hypothesis import settings
 
 from nmoe.soak import soak
 from tests.kernels import interpreter
+from tests.poison import poison_everything_
 
 # The first call of a torch function takes far longer than the second, which hypothesis would call flaky.
 settings.register_profile("nmoe", settings.default, deadline=None)
@@ -39,6 +43,21 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where kernels run, what they do not write shows: outputs and workspaces are full of NaN before."""
+    with pytest.MonkeyPatch.context() as patch:
+        if of_kernels(request.path):
+            poison_everything_(patch)
+        yield
+
+
+def of_kernels(path: Path) -> bool:
+    """Whether the tests of a file launch kernels."""
+    folders = [Path(__file__).parent / name for name in ("kernels", "gpu", "bench")]
+    return any(path.is_relative_to(folder) for folder in folders)
+
+
 OF_THE_INTERPRETER = (
     # numpy's view of how Triton 3.6 reads the bounds of a loop
     "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning",
@@ -49,9 +68,8 @@ OF_THE_INTERPRETER = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What the interpreter warns of, itself, is no error where kernels run in it."""
-    folders = [Path(__file__).parent / name for name in ("kernels", "bench")]
     for item in items:
-        if any(item.path.is_relative_to(folder) for folder in folders):
+        if of_kernels(item.path):
             for text in OF_THE_INTERPRETER:
                 item.add_marker(pytest.mark.filterwarnings(text))
 

@@ -6,12 +6,11 @@ A rule is trusted because it bites: `BAD` holds a text for each clause of each r
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -27,7 +26,10 @@ ORDER = (
 
 FLOOR = MappingProxyType({room: level for level, rooms in enumerate(ORDER) for room in rooms.split()})
 
-KERNELS_MAY = ("__future__", "collections", "typing", "types", "tomllib", "pathlib", "attrs", "torch", "triton", "nmoe")
+KERNELS_MAY = (
+    *("__future__", "collections", "functools", "typing", "types", "tomllib", "pathlib", "attrs", "torch", "triton"),
+    "nmoe",
+)
 """What a file of kernels may import."""
 
 PICKLES = ("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
@@ -35,6 +37,19 @@ NEVER_IN_PURE = (
     *("nmoe.effects", "nmoe.cli", "triton", "torch.distributed", "os", "sys", "time", "logging", "threading"),
     *("pathlib", "io"),
 )
+
+STARTERS = (
+    *("nmoe.effects.parallel.launch", "nmoe.effects.record.alert_command", "nmoe.effects.record.provenance"),
+    *("nmoe.effects.data.prepare.execute", "nmoe.bench", "nmoe.soak"),
+)
+"""Who starts processes: ranks, an alert's command, git once a run, workers that prepare data, measurements."""
+
+PROCESSES = (
+    *("subprocess", "multiprocessing", "concurrent.futures.ProcessPoolExecutor", "pty"),
+    *(f"os.{name}" for name in ("system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp")),
+    *(f"os.{verb}{how}" for verb in ("exec", "spawn") for how in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
+)
+"""What starts one."""
 
 Rule = Callable[[str, str], list[str]]
 
@@ -172,19 +187,90 @@ def prints_in_one_place(source: str, module: str) -> list[str]:
 
 def rebinds_no_global(source: str, module: str) -> list[str]:
     """What a module binds stays."""
-    return [f"{node.lineno}: global" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Global)]
+    nodes = list(ast.walk(ast.parse(source)))
+    problems = [f"{node.lineno}: global" for node in nodes if isinstance(node, ast.Global)]
+    parts = [x for x in nodes if isinstance(x, ast.Subscript | ast.Attribute) and ast.unparse(x.value) == "globals()"]
+    return problems + [f"{part.lineno}: {ast.unparse(part)}" for part in parts]
 
 
 def moves_to_no_device(source: str, module: str) -> list[str]:
-    """Pure computes where its arguments lie; `.to` changes a dtype alone."""
+    """Pure computes where its arguments lie; `.to` changes a dtype alone, and says so in the call."""
     problems: list[str] = []
     for node in ast.walk(ast.parse(source)):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to"):
-            continue
-        values = [*node.args, *(keyword.value for keyword in node.keywords)]
-        strings = [x for value in values for x in ast.walk(value) if isinstance(x, ast.Constant)]
-        named = any("device" in names(value) for value in values) or any(x.arg == "device" for x in node.keywords)
-        if named or any(isinstance(x.value, str) for x in strings):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+            values = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if len(values) != 1 or not is_dtype(values[0]):
+                problems.append(f"{node.lineno}: {ast.unparse(node)[:40]}")
+    return problems
+
+
+def is_dtype(node: ast.expr) -> bool:
+    """`x.dtype`, `torch.float32` and its kin, or a promotion; a name could be a device or a tensor."""
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func) == "torch.promote_types"
+    return isinstance(node, ast.Attribute) and (node.attr == "dtype" or hasattr(np, node.attr.removeprefix("b")))
+
+
+def starts_processes_in_few_places(source: str, module: str) -> list[str]:
+    """A process costs 10 ms and its output is nobody's: who starts one is listed."""
+    if within(module, *STARTERS):
+        return []
+    problems = [f"{line}: imports {name}" for line, name in imports(source, module) if within(name, *PROCESSES)]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and within(ast.unparse(node), *PROCESSES):
+            problems.append(f"{node.lineno}: {ast.unparse(node)}")
+    return problems
+
+
+def raises_what_it_catches(source: str, module: str) -> list[str]:
+    """A kernel that fails, fails: no handler puts something else in its place."""
+    return [
+        f"{node.lineno}: except {ast.unparse(node.type) if node.type else ''} that goes on"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ExceptHandler) and not isinstance(node.body[-1], ast.Raise)
+    ]
+
+
+def borrows_records_alone(source: str, module: str) -> list[str]:
+    """A kernel takes records of the reference, never its functions: it does not compute by it."""
+    return [
+        f"{line}: imports {name}"
+        for line, name in imports(source, module)
+        if within(name, "nmoe.pure") and not name.rpartition(".")[2][0].isupper()
+    ]
+
+
+def refuses_second_derivatives(source: str, module: str) -> list[str]:
+    """A backward pass by kernels has no derivative, and says so when it is asked for one."""
+    return [
+        f"{node.lineno}: {node.name}.{method.name} without first_order"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).endswith("autograd.Function") for base in node.bases)
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name in ("backward", "vjp", "jvp")
+        if "first_order" not in (ast.unparse(x) for x in method.decorator_list)
+    ]
+
+
+def acts_when_called(source: str, module: str) -> list[str]:
+    """Importing binds names and does nothing else: no call for its effect, no loop, no attribute of another module."""
+    allowed = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+    )
+    problems: list[str] = []
+    for node in ast.parse(source).body if not within(module, "nmoe.__main__") else ():
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if not (isinstance(node, allowed) or is_constant(node) or for_types):
+            problems.append(f"{node.lineno}: {ast.unparse(node)[:40]}")
+        elif any(isinstance(target, ast.Attribute | ast.Subscript) for target in targets):
             problems.append(f"{node.lineno}: {ast.unparse(node)[:40]}")
     return problems
 
@@ -235,6 +321,13 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (prints_in_one_place, "nmoe"),
     (rebinds_no_global, "nmoe"),
     (shares_no_mutable_state, "nmoe"),
+    (starts_processes_in_few_places, "nmoe"),
+    (acts_when_called, "nmoe"),
+    (borrows_records_alone, "nmoe.effects.kernels"),
+    (refuses_second_derivatives, "nmoe.effects"),
+    (raises_what_it_catches, "nmoe.effects.kernels"),
+    (raises_what_it_catches, "nmoe.effects.device.ops"),
+    (raises_what_it_catches, "nmoe.pure.model"),
     (reads_no_pickle, "nmoe"),
     (is_documented, "nmoe.pure"),
     (is_read_in_one_sitting, "nmoe"),
@@ -368,11 +461,70 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
             "x.to('cuda')",
             "x.to(device=d)",
             "x.to(torch.device(d))",
+            "cos.to(where)",
+            "x.to(y)",
+            "x.to(other=y)",
+            "x.to(torch.float32, non_blocking=True)",
+            "x.to(y.device)",
+            "x.to(torch.get_default_device())",
+            "x.to()",
         )
     ),
     (prints_in_one_place, "nmoe.effects.train.run", "def f():\n    print(x)"),
     (prints_in_one_place, "nmoe.effects.train.run", "say = print"),
-    (rebinds_no_global, "nmoe.x", "x = 1\ndef f():\n    global x\n    x = 2"),
+    *(
+        (rebinds_no_global, "nmoe.effects.x", text)
+        for text in (
+            "x = 1\ndef f():\n    global x\n    x = 2",
+            "global x\nx = 1",
+            "globals()['x'] = 1",
+            "globals().update(x=1)",
+        )
+    ),
+    *(
+        (starts_processes_in_few_places, "nmoe.effects.record.telemetry", text)
+        for text in (
+            *("import subprocess", "from subprocess import run", "def f():\n    from subprocess import Popen as P"),
+            *("import os\nos.system('nvidia-smi')", "from os import popen", "os.execvp('a', [])", "os.fork()"),
+            *("import multiprocessing.pool", "from concurrent.futures import ProcessPoolExecutor"),
+            "import concurrent.futures\nconcurrent.futures.ProcessPoolExecutor()",
+        )
+    ),
+    *(
+        (raises_what_it_catches, "nmoe.effects.kernels.x", f"def f():\n    try:\n        k()\n    except {rest}")
+        for rest in (
+            "RuntimeError:\n        return pure(x)",
+            "(KeyError, OSError) as error:\n        x = pure(x)",
+            "OSError:\n        if a:\n            raise",
+        )
+    ),
+    *(
+        (borrows_records_alone, "nmoe.effects.kernels.x", text)
+        for text in (
+            *(
+                "from nmoe.pure.model.norm import rms_norm",
+                "from nmoe.pure.model import norm",
+                "import nmoe.pure.model.norm",
+            ),
+            "def f():\n    from nmoe.pure.model.route import Routing, top_k",
+        )
+    ),
+    *(
+        (
+            refuses_second_derivatives,
+            "nmoe.effects.kernels.x",
+            f"class F(torch.autograd.Function):\n    @staticmethod\n    {decorator}\n    def backward(ctx, *g): ...",
+        )
+        for decorator in ("", "@once_differentiable")
+    ),
+    *(
+        (acts_when_called, "nmoe.effects.x", text)
+        for text in (
+            *("triton.set_allocator(f)", "import triton\ntriton.knobs.compilation.x = 1", "os.environ['A'] = 'b'"),
+            *("for x in y:\n    f(x)", "with a:\n    x = 1", "if x:\n    f()", "torch.x.y: int = 1", "x += 1"),
+            "try:\n    import pynvml\nexcept ImportError:\n    pynvml = None",
+        )
+    ),
     *(
         (reads_no_pickle, "nmoe.x", text)
         for text in (
@@ -435,11 +587,42 @@ GOOD: tuple[tuple[Rule, str, str], ...] = (
         "__all__ = ['A']\nA = MappingProxyType({})\nB = (1, 2)\nclass C:\n    x = []\n"
         "C = frozenset({1})\n@lru_cache(8)\ndef f():\n    x = []",
     ),
-    (moves_to_no_device, "nmoe.pure.x", "x.to(y.dtype)\nx.to(torch.int16)\nx.to(dtype=torch.float32)"),
+    (
+        moves_to_no_device,
+        "nmoe.pure.x",
+        "x.to(y.dtype)\nx.to(torch.int16)\nx.to(dtype=torch.float32)\nx.to(torch.bfloat16)\n"
+        "x.to(torch.promote_types(x.dtype, torch.float32))",
+    ),
+    (starts_processes_in_few_places, "nmoe.effects.record.provenance", "import subprocess"),
+    (
+        starts_processes_in_few_places,
+        "nmoe.x",
+        "from concurrent.futures import ThreadPoolExecutor\nimport os\nos.open(p, 0)",
+    ),
+    (
+        raises_what_it_catches,
+        "nmoe.effects.kernels.x",
+        "try:\n    f()\nexcept OSError as e:\n    g()\n    raise E from e",
+    ),
+    (
+        borrows_records_alone,
+        "nmoe.effects.kernels.x",
+        "from nmoe.pure.model.route import Routing\nfrom nmoe.effects.kernels import norm",
+    ),
+    (
+        refuses_second_derivatives,
+        "nmoe.effects.kernels.x",
+        "class F(torch.autograd.Function):\n    @staticmethod\n    @first_order\n    def backward(ctx, *g): ...",
+    ),
+    (
+        acts_when_called,
+        "nmoe.x",
+        "'Doc.'\nfrom a import b\nif TYPE_CHECKING:\n    import c\nA: int = f()\n'What it is.'\ndef f():\n    g()",
+    ),
     (prints_in_one_place, "nmoe.effects.terminal", "def say(x):\n    print(x)"),
     (prints_in_one_place, "nmoe.cli.plan", "print(x)"),
     (prints_in_one_place, "nmoe.x", "say(x)\nconsole.print(x)"),
-    (rebinds_no_global, "nmoe.x", "x = 1\ndef f():\n    x = 2"),
+    (rebinds_no_global, "nmoe.x", "x = 1\ndef f():\n    x = 2\n    return sorted(globals())"),
     (reads_no_pickle, "nmoe.x", "from safetensors.torch import load\nnp.load(f, allow_pickle=False)\nself.load(x)"),
     (is_documented, "nmoe.pure.x", '"""Doc."""\ndef _f(): ...\nclass _C:\n    def f(self): ...'),
     (is_documented, "nmoe.pure", ""),
@@ -450,124 +633,3 @@ GOOD: tuple[tuple[Rule, str, str], ...] = (
 @pytest.mark.parametrize(("rule", "module", "text"), GOOD)
 def test_rule_lets_the_rest_be(rule: Rule, module: str, text: str) -> None:
     assert rule(text, module) == []
-
-
-IMPORT_WATCHED = """
-import ast, contextlib, importlib, io, logging, os, random, signal, sys, threading, warnings
-from pathlib import Path
-
-root, package = Path(sys.argv[1]), sys.argv[2]
-sys.path.insert(0, str(root))
-names = []
-for path in sorted((root / package).rglob("*.py")):
-    parts = path.relative_to(root).with_suffix("").parts
-    if parts[-1] == "__main__":
-        continue
-    names.append(".".join(parts).removesuffix(".__init__"))
-    for node in ast.parse(path.read_text()).body:  # what others do when they are imported is not ours to answer for
-        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
-            of = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-            if not any(name.split(".")[0] in (package, "__future__") for name in of):
-                exec(ast.unparse(node))
-import numpy, torch
-
-FORBIDDEN = ("os.", "shutil.", "socket.", "subprocess.", "tempfile.", "urllib.", "_thread.start", "pty.", "fcntl.")
-HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
-seen, watching = [], False
-
-def watch(event, arguments):
-    if not watching:
-        return
-    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    if writes or (event.startswith(FORBIDDEN) and event not in HARMLESS):
-        seen.append(f"{event} {arguments[:2]}")
-
-def state():
-    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
-    return {
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-        "import path": sys.path[:],
-        "signal handlers": [signal.getsignal(number) for number in signal.valid_signals()],
-        "threads": threading.active_count(),
-        "warning filters": warnings.filters[:],
-        "loggers": [(x.name, x.level, list(x.handlers)) for x in loggers if x.handlers or x.level],
-        "random state": random.getstate(),
-        "random state of numpy": str(numpy.random.get_state()),
-        "random state of torch": torch.get_rng_state().tolist(),
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "gradient mode": torch.is_grad_enabled(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "threads of torch": torch.get_num_threads(),
-    }
-
-sys.addaudithook(watch)
-for name in names:
-    seen, before, out = [], state(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        watching = True
-        importlib.import_module(name)
-        watching = False
-    after = state()
-    seen += [f"changed {key}" for key in before if before[key] != after[key]]
-    seen += [f"printed {line}" for line in out.getvalue().splitlines()]
-    print(*(f"{name}: {effect}\\n" for effect in seen), sep="", end="")
-"""
-
-
-def effects_at_import(root: Path, package: str) -> list[str]:
-    """What importing each module of a package does to the process and the machine."""
-    command = [sys.executable, "-B", "-c", IMPORT_WATCHED, str(root), package]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.splitlines()
-
-
-def test_importing_does_nothing() -> None:
-    assert effects_at_import(REPOSITORY, "nmoe") == []
-
-
-def test_an_effect_at_import_is_seen(tmp_path: Path) -> None:
-    effects = (
-        ("open('x', 'w').close()", "open ('x', 'w')"),
-        ("import os\nos.makedirs('y')", "os.mkdir"),
-        ("import os\nos.environ['A'] = 'b'", "changed environment"),
-        ("import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()", "changed threads"),
-        ("import socket\nsocket.socket().close()", "socket.__new__"),
-        ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
-        ("import logging\nlogging.basicConfig()", "changed loggers"),
-        ("import logging\nlogging.getLogger('a').addHandler(logging.NullHandler())", "changed loggers"),
-        ("import torch\ntorch.set_default_dtype(torch.float64)", "changed default dtype"),
-        ("import torch\ntorch.manual_seed(1)", "changed random state of torch"),
-        ("import numpy as np\nnp.random.seed(1)", "changed random state of numpy"),
-        ("import signal\nsignal.signal(signal.SIGUSR1, signal.SIG_IGN)", "changed signal handlers"),
-        ("print('hello')", "printed hello"),
-    )
-    (tmp_path / "sample").mkdir()
-    for index, (text, _) in enumerate(effects):
-        (tmp_path / "sample" / f"m{index:02d}.py").write_text(text)
-    (tmp_path / "sample" / "harmless.py").write_text("x = open(__file__).read()")
-    seen = effects_at_import(tmp_path, "sample")
-    for index, (_, told) in enumerate(effects):
-        assert any(line.startswith(f"sample.m{index:02d}: {told}") for line in seen), told
-    assert not any("harmless" in line for line in seen)
-
-
-def imports_torch(module: str) -> bool:
-    """Whether importing a module brings torch along."""
-    command = [sys.executable, "-c", f"import sys, {module}; print('torch' in sys.modules)"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    return done.stdout == "True\n"
-
-
-@pytest.mark.parametrize(
-    "module", ["nmoe", "nmoe.cli", "nmoe.config", "nmoe.effects.runs.show", "nmoe.effects.device.doctor"]
-)
-def test_starts_without_torch(module: str) -> None:
-    assert not imports_torch(module)
-
-
-def test_torch_is_seen_where_it_is_imported() -> None:
-    assert imports_torch("nmoe.pure.model.norm")

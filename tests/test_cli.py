@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import tomli
 
-from nmoe.config import dump, load, schema
+from nmoe.config import Shards, dump, load, schema
+from tests.effects.train.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
@@ -53,35 +54,35 @@ BAD_CONFIGS = {
     "unknown key": (
         r"^\[train\]",
         "[train]\nzebra = 1",
-        [r"x.toml:\d+: train.zebra: a known key, got \"zebra\"; known keys: .*"],
+        [r"x.toml:\d+: train.zebra: expected a known key, got \"zebra\"; known keys: .*"],
     ),
     "misspelt key": (
         r"^sequence_length =",
         "sequence_lenght =",
         [
-            r"x.toml:\d+: train.sequence_length: a value, got nothing; add it .*",
-            r"x.toml:\d+: train.sequence_lenght: a known key, .*; did you mean train.sequence_length\?",
+            r"x.toml:\d+: train.sequence_length: expected a value, got nothing; add it .*",
+            r"x.toml:\d+: train.sequence_lenght: expected a known key, .*; did you mean train.sequence_length\?",
         ],
     ),
     "wrong type": (
         r"^sequence_length = .*",
         'sequence_length = "256"',
-        [r"x.toml:\d+: train.sequence_length: an integer, .*"],
+        [r"x.toml:\d+: train.sequence_length: expected an integer, .*"],
     ),
-    "syntax": (r"^sequence_length = .*", "sequence_length 256", [r"x.toml:\d+: TOML, got .*; fix column \d+"]),
+    "syntax": (r"^sequence_length = .*", "sequence_length 256", [r"x.toml:\d+: expected TOML, got .*; fix column \d+"]),
     "impossible sizes": (
         r"^top_k = .*",
-        "top_k = 1_000_000\nnum_groups = -1",
+        "top_k = 60_000\nnum_groups = -1",
         [
-            r"x.toml:\d+: model.moe.num_groups: at least 1, got -1; raise it",
-            r"x.toml:\d+: model.moe.top_k: at most num_experts = \d+, got 1000000; lower top_k",
-            r"x.toml: model.moe.top_k_groups: at most num_groups = -1, got 1; .*",
+            r"x.toml:\d+: model.moe.num_groups: expected at least 1, got -1; raise it",
+            r"x.toml:\d+: model.moe.top_k: expected at most num_experts = \d+, got 60000; lower top_k",
+            r"x.toml: model.moe.top_k_groups: expected at most num_groups = -1, got 1; .*",
         ],
     ),
     "unknown attention": (
         r'^kind = "mla"',
         'kind = "flash"',
-        [r'x.toml:\d+: model.attention.kind: one of "mla", got "flash"; .*'],
+        [r'x.toml:\d+: model.attention.kind: expected one of "mla", got "flash"; .*'],
     ),
 }
 
@@ -97,10 +98,12 @@ def test_bad_configs(verb: str, name: str, tmp_path: Path) -> None:
 
 def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"# caf\xe9\n")
-    refused(nmoe("run", "absent.toml", cwd=tmp_path), "absent.toml: an existing file, got none; check the path")
-    refused(nmoe("run", ".", cwd=tmp_path), r"\.: a TOML file, got a directory; name a file in it")
-    refused(nmoe("run", "latin.toml", cwd=tmp_path), "latin.toml:1: text in UTF-8, got the byte 0xe9; .*")
-    refused(nmoe("run", "new\nline.toml", cwd=tmp_path), r"new\\nline.toml: an existing file, got none; .*")
+    refused(
+        nmoe("run", "absent.toml", cwd=tmp_path), "absent.toml: expected an existing file, got none; check the path"
+    )
+    refused(nmoe("run", ".", cwd=tmp_path), r"\.: expected a TOML file, got a directory; name a file in it")
+    refused(nmoe("run", "latin.toml", cwd=tmp_path), "latin.toml:1: expected text in UTF-8, got the byte 0xe9; .*")
+    refused(nmoe("run", "new\nline.toml", cwd=tmp_path), r"new\\nline.toml: expected an existing file, got none; .*")
     assert [path.name for path in tmp_path.iterdir()] == ["latin.toml"]
 
 
@@ -110,7 +113,7 @@ def test_bad_files(tmp_path: Path) -> None:
         ((), "command line: expected a verb, one of run, .*, got nothing; see `nmoe --help`"),
         (("rnu", "x.toml"), r"command line: expected a verb, one of run, .*, got rnu; did you mean nmoe run\?"),
         (("config", "chekc"), r"config: expected a verb, .*, got chekc; did you mean nmoe config check\?"),
-        (("config",), "config: expected a verb, one of show, .*, schema, got nothing; see `nmoe config --help`"),
+        (("config",), "config: expected a verb, one of list, show, .*, schema, got nothing; see `nmoe config --help`"),
         (("run",), "run: the following arguments are required: CONFIG; see `nmoe run --help`"),
         (("plan", QUICKSTART, "--train.steps", "10"), "--train.steps: .*; write --train.steps=10"),
         (("plan", "--train.steps", "10", QUICKSTART), "--train.steps: .*; write --train.steps=10"),
@@ -138,9 +141,23 @@ def test_bad_arguments(arguments: tuple[str | Path, ...], expected: str) -> None
 def test_a_plan_for_more_gpus_is_checked_for_them() -> None:
     refused(
         nmoe("plan", "configs/dsv3.toml", "--gpus", "3"),
-        r"configs/dsv3.toml:\d+: model.moe.num_experts: a multiple of the 3 ranks, got 256; .*",
-        r"configs/dsv3.toml:\d+: train.batch_size: a multiple of ranks \* microbatch_size = 3 \* 1, got 256; .*",
+        r"configs/dsv3.toml:\d+: model.moe.num_experts: expected a multiple of the 3 ranks, got 256; .*",
+        r"configs/dsv3.toml:\d+: train.batch_size: expected a multiple of ranks \* microbatch_size = 3 \* 1, got .*",
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"), [("quickstrat", r"did you mean quickstart\?"), ("foo", r"a file of that name is \./foo")]
+)
+def test_an_unknown_preset_is_refused(text: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / text).write_text(QUICKSTART.read_text())
+    presets = "dsv2, dsv3, moonlet, moonlight, quickstart"
+    refused(
+        nmoe("config", "check", text, cwd=tmp_path),
+        f"config check: argument CONFIG: expected a TOML file or a preset, one of {presets}, got '{text}'; {remedy}; "
+        "see `nmoe config check --help`",
+    )
+    assert nmoe("config", "check", f"./{text}", cwd=tmp_path).returncode == 0
 
 
 def test_bad_environment() -> None:
@@ -166,7 +183,7 @@ def test_config_diff() -> None:
     other = nmoe("config", "diff", "configs/moonlet.toml", "configs/moonlight.toml", NMOE_MODEL__NUM_LAYERS="5")
     assert other.returncode == 1
     assert "model.num_layers: 12 -> 27" in other.stdout.splitlines()
-    kinds = nmoe("config", "diff", QUICKSTART, "configs/moonlight.toml")
+    kinds = nmoe("config", "diff", QUICKSTART, "moonlight")
     assert 'data.source.kind: "stdlib" -> "shards"' in kinds.stdout.splitlines()
     assert 'data.source.path: absent -> "data/pretrain"' in kinds.stdout.splitlines()
 
@@ -178,7 +195,13 @@ def test_config_schema_is_the_committed_file() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("--version",), ("config", "show", str(QUICKSTART)), ("runs", "list", "--root", ".")],
+    [
+        ("--help",),
+        ("--version",),
+        ("config", "show", "quickstart"),
+        ("config", "list"),
+        ("runs", "list", "--root", "."),
+    ],
     ids=str,
 )
 def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], tmp_path: Path) -> None:
@@ -194,6 +217,37 @@ def test_each_verb_has_help_with_an_example(verb: str) -> None:
     done = nmoe(*verb.split(), "--help")
     assert done.returncode == 0
     assert f"example: nmoe {verb} " in done.stdout
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_how_threads_wait_is_the_users_choice(given: dict[str, str], kept: str) -> None:
+    program = "import os; from nmoe.cli import main; main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
+    environ = {name: value for name, value in ENVIRON.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ, check=False)
+    assert done.stdout.splitlines()[-1] == kept, done
+
+
+@pytest.mark.long
+def test_how_threads_wait_changes_no_bit(sources: Path, tmp_path: Path) -> None:
+    source = Shards(path=str(sources))
+    config = tiny(vocab_size=300, batch_size=16, microbatch_size=16, sequence_length=64, steps=2, source=source)
+    (tmp_path / "tiny.toml").write_text(dump(config))
+    weights: list[bytes] = []
+    for policy in ("passive", "active"):
+        chosen = {} if policy == "passive" else {"OMP_WAIT_POLICY": policy}
+        environ = {name: value for name, value in (ENVIRON | chosen).items() if name != "OMP_WAIT_POLICY" or chosen}
+        done = subprocess.run(
+            [sys.executable, "-m", "nmoe", "run", "tiny.toml", f"--run.name={policy}"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environ | {"OMP_NUM_THREADS": "2"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"threads        2 on the CPU, OMP_WAIT_POLICY={policy}" in done.stdout.splitlines()
+        weights.append((tmp_path / "runs" / policy / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 def test_interrupted_while_reading(tmp_path: Path) -> None:

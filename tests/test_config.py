@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +20,9 @@ from hypothesis import strategies as st
 
 from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
 from nmoe.config.convert import structure
+from nmoe.config.data_mixture import Part, Rest
+from nmoe.config.data_source import Source
+from nmoe.config.fields import Key, is_table, keys, members
 from nmoe.config.sections import Mla, Yarn
 from nmoe.config.toml import lines, literal
 from nmoe.errors import InputError
@@ -93,8 +98,8 @@ def test_override_of_a_table_merges_and_of_a_kind_does_not_forget() -> None:
     after = load(path, {}, ("--model.moe={top_k = 3, route_scale = 2}",)).config
     assert after.model.moe == attrs.evolve(before.model.moe, top_k=3, route_scale=2.0)
     (stale, missing) = sorted(problems(path, "--data.source.kind=shards"), key=lambda text: "got nothing" in text)
-    assert 'data.source.tokenizer_size: a known key of kind "shards", got "tokenizer_size"' in stale
-    assert ": data.source.path: a value, got nothing" in missing
+    assert 'data.source.tokenizer_size: expected a known key of kind "shards", got "tokenizer_size"' in stale
+    assert ": data.source.path: expected a value, got nothing" in missing
     assert 'one of "mla", got "kda"' in problems(path, "--model.attention.kind=kda")[0]
 
 
@@ -108,21 +113,37 @@ def test_the_last_of_two_overrides_holds() -> None:
     [
         ({"NMOE_TRAIN__STEP": "3"}, (), r"environment NMOE_TRAIN__STEP: train.step: .*did you mean train.steps\?"),
         ({"NMOE_TOP_K__X": "3"}, (), r"environment NMOE_TOP_K__X: top_k: .*did you mean model.moe.top_k\?"),
-        ({"NMOE_train__steps": "3"}, (), r"environment NMOE_train__steps: upper case, .*write NMOE_TRAIN__STEPS"),
-        ({"NMOE_TRAIN__": "3"}, (), r'environment NMOE_TRAIN__: train."": a known key, got ""; known keys: steps, .*'),
-        ({}, ("--train.steps=ten",), r'command line --train.steps=ten: train.steps: an integer, got "ten"; .*'),
+        (
+            {"NMOE_train__steps": "3"},
+            (),
+            r"environment NMOE_train__steps: expected upper case, .*write NMOE_TRAIN__STEPS",
+        ),
+        (
+            {"NMOE_TRAIN__": "3"},
+            (),
+            r'environment NMOE_TRAIN__: train."": expected a known key, got ""; known keys: steps, .*',
+        ),
+        (
+            {},
+            ("--train.steps=ten",),
+            r'command line --train.steps=ten: train.steps: expected an integer, got "ten"; .*',
+        ),
         ({}, ("--train.steps=1e3",), r"command line --train.steps=1e3: train.steps: .* got 1000.0; write 1_000"),
-        ({}, ("--train.steps=True",), r'.*: train.steps: an integer, got "True"; TOML uses true/false'),
-        ({}, ("--train.steps=1\n2",), r".*: train.steps: an integer, got .*"),
+        ({}, ("--train.steps=True",), r'.*: train.steps: expected an integer, got "True"; TOML uses true/false'),
+        ({}, ("--train.steps=1\n2",), r".*: train.steps: expected an integer, got .*"),
         ({}, ("--model.top_k=3",), r".*: model.top_k: .*; did you mean model.moe.top_k\?"),
-        ({}, ("--train=3",), r"command line --train=3: train: a table, got 3; .*"),
-        ({}, ("--run.name=7",), r"command line --run.name=7: run.name: a string, got 7; put it in quotes"),
-        ({}, ("--run.root=\udcff",), r".*: run.root: a string of printable characters, got .*"),
-        ({}, ("--train.steps",), r"command line --train.steps: --section.key=value, got --train.steps; .*"),
-        ({}, ('--extends="a.toml"',), r"command line .*: extends: a known key, got .*"),
-        ({}, (f"--train.steps={2**63}",), r".*: train.steps: an integer of 64 bits, got 9223372036854775808; .*"),
-        ({}, ("--optim.dense.lr=1e999",), r".*: optim.dense.lr: a finite number, got inf; .*"),
-        ({}, ("--optim.dense.lr=nan",), r".*: optim.dense.lr: a finite number, got nan; .*"),
+        ({}, ("--train=3",), r"command line --train=3: train: expected a table, got 3; .*"),
+        ({}, ("--run.name=7",), r"command line --run.name=7: run.name: expected a string, got 7; put it in quotes"),
+        ({}, ("--run.root=\udcff",), r".*: run.root: expected a string of printable characters, got .*"),
+        ({}, ("--train.steps",), r"command line --train.steps: expected --section.key=value, got --train.steps; .*"),
+        ({}, ('--extends="a.toml"',), r"command line .*: extends: expected a known key, got .*"),
+        (
+            {},
+            (f"--train.steps={2**63}",),
+            r".*: train.steps: expected an integer of 64 bits, got 9223372036854775808; .*",
+        ),
+        ({}, ("--optim.dense.lr=1e999",), r".*: optim.dense.lr: expected a finite number, got inf; .*"),
+        ({}, ("--optim.dense.lr=nan",), r".*: optim.dense.lr: expected a finite number, got nan; .*"),
         ({}, (f"--optim.dense.lr={10**400}",), r".*: optim.dense.lr: .* 64 bits .*, got an integer of 1329 bits; .*"),
     ],
     ids=lambda each: repr(each)[:40],
@@ -135,16 +156,16 @@ def test_wrong_overrides(environ: dict[str, str], overrides: tuple[str, ...], ex
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"[model]\nvocab_size = \n", r"x.toml:2: TOML, got invalid value; fix column \d+"),
-        (b"[model]\nx = True\n", r"x.toml:2: TOML, got invalid value; TOML uses true/false"),
-        (b"a = 1\na = 2", r"x.toml:2: TOML, got cannot overwrite a value; fix column \d+"),
-        (b"\n\n# caf\xe9\n", r"x.toml:3: text in UTF-8, got the byte 0xe9; save the file as UTF-8"),
-        (b"x = " + b"9" * 5000, r"x.toml: TOML that can be read, got .*; shorten it"),
-        (b"x = " + b"[" * 5000, r"x.toml: TOML that can be read, got .*; shorten it"),
-        (b"extends = 3", r"x.toml:1: extends: the path of a TOML file, got 3; put it in quotes"),
-        (b'extends = "a\\u0000b"', r"x.toml:1: extends: the path of a TOML file, got .*"),
-        (b'extends = "absent.toml"', r"x.toml:1: extends: absent.toml: an existing file, got none; .*"),
-        (b'\nextends = "x.toml"', r'x.toml:2: extends: one level, got a base that extends "x.toml" .*'),
+        (b"[model]\nvocab_size = \n", r"x.toml:2: expected TOML, got invalid value; fix column \d+"),
+        (b"[model]\nx = True\n", r"x.toml:2: expected TOML, got invalid value; TOML uses true/false"),
+        (b"a = 1\na = 2", r"x.toml:2: expected TOML, got cannot overwrite a value; fix column \d+"),
+        (b"\n\n# caf\xe9\n", r"x.toml:3: expected text in UTF-8, got the byte 0xe9; save the file as UTF-8"),
+        (b"x = " + b"9" * 5000, r"x.toml: expected TOML that can be read, got .*; shorten it"),
+        (b"x = " + b"[" * 5000, r"x.toml: expected TOML that can be read, got .*; shorten it"),
+        (b"extends = 3", r"x.toml:1: extends: expected the path of a TOML file, got 3; put it in quotes"),
+        (b'extends = "a\\u0000b"', r"x.toml:1: extends: expected the path of a TOML file, got .*"),
+        (b'extends = "absent.toml"', r"x.toml:1: extends: absent.toml: expected an existing file, got none; .*"),
+        (b'\nextends = "x.toml"', r'x.toml:2: extends: expected one level, got a base that extends "x.toml" .*'),
     ],
     ids=lambda each: repr(each)[:30],
 )
@@ -162,7 +183,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path / "quikstart.toml")
     assert problem.endswith(f"an existing file, got none; did you mean {tmp_path / 'quickstart.toml'}?")
     (problem,) = problems(tmp_path)
-    assert problem == f"{tmp_path}: a TOML file, got a directory; name a file in it"
+    assert problem == f"{tmp_path}: expected a TOML file, got a directory; name a file in it"
     (problem,) = problems(tmp_path / "quickstart.toml" / "x.toml")
     assert "got Not a directory" in problem
 
@@ -243,14 +264,14 @@ def test_a_new_kind_is_one_more_class_in_the_union() -> None:
     faults = structure({"attention": {"kind": "windw", "size": 3}, "mode": 1}, Layer)
     assert isinstance(faults, tuple)
     assert [(".".join(fault.path), fault.text) for fault in faults] == [
-        ("attention.kind", 'one of "mla", "window", got "windw"; did you mean "window"?'),
-        ("mode", 'one of "a", "b", got 1; choose one of them'),
+        ("attention.kind", 'expected one of "mla", "window", got "windw"; did you mean "window"?'),
+        ("mode", 'expected one of "a", "b", got 1; choose one of them'),
     ]
     faults = structure({"attention": {"kind": "window", "size": True, "causal": "False"}}, Layer)
     assert isinstance(faults, tuple)
     assert [fault.text for fault in faults] == [
-        "an integer, got true; write a whole number without quotes",
-        'true or false, got "False"; TOML uses true/false',
+        "expected an integer, got true; write a whole number without quotes",
+        'expected true or false, got "False"; TOML uses true/false',
     ]
 
 
@@ -266,7 +287,7 @@ def anything(tp: Any) -> st.SearchStrategy[Any]:
     return {
         bool: st.booleans(),
         int: st.integers(-(2**63), 2**63 - 1),
-        float: st.floats(allow_nan=False, allow_infinity=False),
+        float: st.just(0.0) | st.floats(1e-30, 1e30) | st.floats(-1e30, -1e-30),
         str: st.text().filter(str.isprintable),
         types.NoneType: st.none(),
     }[tp]
@@ -370,36 +391,56 @@ def test_diff_names_what_differs() -> None:
 
 
 RULES = [
-    ("model.attention.qk_rope_head_dim=15", 1, "model.attention.qk_rope_head_dim: an even number, got 15; write 16, "),
-    ("model.moe.top_k=17", 1, "model.moe.top_k: at most num_experts = 16, got 17; "),
-    ("model.moe.num_groups=3", 1, "model.moe.num_groups: a divisor of num_experts = 16, got 3; "),
-    ("model.moe.num_groups=16", 1, "model.moe.num_groups: groups of two experts at least, got 16 "),
-    ("model.moe.top_k_groups=2", 1, "model.moe.top_k_groups: at most num_groups = 1, got 2; "),
+    (
+        "model.attention.qk_rope_head_dim=15",
+        1,
+        "model.attention.qk_rope_head_dim: expected an even number, got 15; write 16, ",
+    ),
+    ("model.moe.top_k=17", 1, "model.moe.top_k: expected at most num_experts = 16, got 17; "),
+    ("model.moe.num_groups=3", 1, "model.moe.num_groups: expected a divisor of num_experts = 16, got 3; "),
+    ("model.moe.num_groups=16", 1, "model.moe.num_groups: expected groups of two experts at least, got 16 "),
+    ("model.moe.top_k_groups=2", 1, "model.moe.top_k_groups: expected at most num_groups = 1, got 2; "),
     (
         "model.moe={num_groups = 8, top_k = 3}",
         1,
-        "model.moe.top_k: at most the 2 experts in top_k_groups = 1 groups, got 3; ",
+        "model.moe.top_k: expected at most the 2 experts in top_k_groups = 1 groups, got 3; ",
     ),
-    ("model.num_dense_layers=5", 1, "model.num_dense_layers: at most num_layers = 4, got 5; "),
-    ("model.max_positions=255", 1, "train.sequence_length: at most model.max_positions = 255, got 256; "),
+    ("model.num_dense_layers=5", 1, "model.num_dense_layers: expected at most num_layers = 4, got 5; "),
+    ("model.max_positions=255", 1, "train.sequence_length: expected at most model.max_positions = 255, got 256; "),
     (
         "model.attention.yarn={factor = 1.5, original_positions = 128}",
         1,
-        "model.attention.yarn.factor: original_positions * factor at least max_positions = 256, got 128 * 1.5; ",
+        "model.attention.yarn.factor: expected original_positions * factor at least max_positions = 256, got 128 * 1.5",
     ),
     (
         "model.attention.yarn={factor = 2, original_positions = 128, beta_slow = 32}",
         1,
-        "model.attention.yarn.beta_slow: below beta_fast = 32.0, got 32.0; ",
+        "model.attention.yarn.beta_slow: expected below beta_fast = 32.0, got 32.0; ",
     ),
-    ("train.batch_size=24", 1, "train.batch_size: a multiple of ranks * microbatch_size = 1 * 16, got 24; "),
+    ("train.batch_size=24", 1, "train.batch_size: expected a multiple of ranks * microbatch_size = 1 * 16, got 24; "),
     (
         "train={batch_size = 36, microbatch_size = 12}",
         2,
-        "train.batch_size: a multiple of ranks * microbatch_size = 2 * 12, ",
+        "train.batch_size: expected a multiple of ranks * microbatch_size = 2 * 12, ",
     ),
-    ("train={batch_size = 3, microbatch_size = 1}", 3, "model.moe.num_experts: a multiple of the 3 ranks, got 16; "),
-    ("data.source.tokenizer_size=4097", 1, "data.source.tokenizer_size: at most model.vocab_size = 4096, got 4097; "),
+    (
+        "train={batch_size = 3, microbatch_size = 1}",
+        3,
+        "model.moe.num_experts: expected a multiple of the 3 ranks, got 16; ",
+    ),
+    (
+        "data.source.tokenizer_size=4097",
+        1,
+        "data.source.tokenizer_size: expected at most model.vocab_size = 4096, got 4097; ",
+    ),
+    (
+        "train={steps = 1_000_000_000, batch_size = 1_048_576, microbatch_size = 1}",
+        1,
+        "train.steps: expected at most 2**53 tokens in all, ",
+    ),
+    ("schedule={hold_tokens = 0, decay_tokens = 0, floor = 0}", 1, "schedule.floor: expected above 0 when "),
+    ("model.hidden_size=126", 1, "model.hidden_size: expected a multiple of 4 in fp32, "),
+    ("model.moe.intermediate_size=126", 1, "model.moe.intermediate_size: expected a multiple of 4 in fp32, "),
     ("run.name=.hidden", 1, "run.name: "),
     ("run.name=a/b", 1, "run.name: "),
     ("run.name=", 1, "run.name: "),
@@ -445,14 +486,14 @@ def test_ranks_share_out_the_experts_evenly() -> None:
 
     assert found(8) == found(8, "parallel.experts=4") == found(6, "parallel.experts=2") == ()
     (problem,) = found(6)
-    assert problem.startswith("model.moe.num_experts: a multiple of the 6 ranks, got 16; ")
+    assert problem.startswith("model.moe.num_experts: expected a multiple of the 6 ranks, got 16; ")
     assert "parallel.experts" in problem
     (problem,) = found(3, "parallel.experts=3")
-    assert problem.startswith("parallel.experts: a divisor of model.moe.num_experts = 16, got 3; ")
+    assert problem.startswith("parallel.experts: expected a divisor of model.moe.num_experts = 16, got 3; ")
     (problem,) = found(6, "parallel.experts=4")
-    assert problem.startswith("parallel.experts: a divisor of the 6 ranks, got 4; ")
+    assert problem.startswith("parallel.experts: expected a divisor of the 6 ranks, got 4; ")
     (problem,) = found(2, "parallel.capacity=0.9")
-    assert problem.startswith("parallel.capacity: 0 or at least 1, got 0.9; ")
+    assert problem.startswith("parallel.capacity: expected 0 or at least 1, got 0.9; ")
 
 
 def test_zeros_break_their_bounds_only() -> None:
@@ -470,15 +511,112 @@ def test_a_nan_breaks_bounds() -> None:
     yarn = Yarn(factor=math.nan, original_positions=256)
     attention = attrs.evolve(config.model.attention, yarn=yarn)
     found = validate(attrs.evolve(config, model=attrs.evolve(config.model, attention=attention)), 1)
-    assert "model.attention.yarn.factor: above 1, got nan; raise it" in found
+    assert "model.attention.yarn.factor: expected above 1, got nan; raise it" in found
 
 
 def test_problems_of_rules_have_places() -> None:
     path = ROOT / "configs" / "quickstart.toml"
     (top_k, ranks) = problems(path, "--model.moe.top_k=99", "--parallel.ranks=0", valid=True)[::-1]
-    assert top_k.startswith("command line --model.moe.top_k=99: model.moe.top_k: at most num_experts")
-    assert ranks.startswith("command line --parallel.ranks=0: parallel.ranks: at least 1, got 0")
+    assert top_k.startswith("command line --model.moe.top_k=99: model.moe.top_k: expected at most num_experts")
+    assert ranks.startswith("command line --parallel.ranks=0: parallel.ranks: expected at least 1, got 0")
     with pytest.raises(
-        InputError, match=rf"^{re.escape(str(path))}:\d+: model.moe.num_experts: a multiple of the 5 ranks"
+        InputError, match=rf"^{re.escape(str(path))}:\d+: model.moe.num_experts: expected a multiple of the 5 ranks"
     ):
         load_valid(path, {}, (), world=5)
+
+
+LINES = 10_000
+UNKNOWN = (ROOT / "configs" / "quickstart.toml").read_text() + "".join(f"[trian{i}]\n" for i in range(LINES))
+LONG_WORD = (ROOT / "configs" / "quickstart.toml").read_text().replace('"cpu"', f'"{"cpu" * 500_000}"')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = [\n" + "1,\n" * LINES + "]\n",
+        "x = [\n" + '\'a\',\n"b\\"", # ]\n' * LINES + "]\n",
+        'x = """\n' + "a # [\n" * LINES + '"""\n',
+        "".join(f"x{i} = [\n1,\n]\n" for i in range(LINES)),
+        "".join(f"[a{i}]\nb = 1\n" for i in range(LINES)),
+        UNKNOWN,
+        LONG_WORD,
+    ],
+    ids=["array", "strings", "multi-line", "arrays", "tables", "unknown tables", "long word"],
+)
+def test_reading_takes_time_in_proportion_to_the_text(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(text)
+    began = time.process_time()
+    assert len(problems(file)) > 0
+    # 0.1 to 0.5 s of a quiet core; the array took 1,000 s when every line parsed its statement so far, the tables 60 s
+    assert time.process_time() - began < 3
+
+
+def test_a_hundred_faults_are_enough(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(UNKNOWN)
+    *faults, last = problems(file)
+    assert len(faults) == 100 and "did you mean train?" in faults[0]
+    assert "fix those above first" in last
+
+
+def numbers(section: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Key]]:
+    """Every key of a section class, and of the tables in it, that holds a number."""
+    for key in keys(section):
+        for member in members(key.type):
+            if is_table(member):
+                yield from numbers(member, (*path, key.name))
+            elif member in (int, float):
+                yield ".".join((*path, key.name)), key
+
+
+@pytest.mark.parametrize("section", [Config, Source, Part, Rest])
+def test_every_number_has_a_smallest_and_a_largest_value(section: type) -> None:
+    lacking = {name for name, key in numbers(section) if key.high is None or (key.low is None and key.above is None)}
+    assert lacking == ({"run.seed"} if section is Config else set())  # any integer of 64 bits
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.norm_eps", "1e-46"),
+        ("optim.dense.eps", "1e-46"),
+        ("optim.dense.lr", "1e-46"),
+        ("optim.weight_decay", "1e-46"),
+        ("model.moe.route_scale", "1e39"),
+        ("train.z_loss", "1e39"),
+        *((f"parallel.{key}", "1e12") for key in ("timeout_s", "capacity")),
+        *((f"log.{key}", "1e12") for key in ("telemetry_every_s", "heartbeat_every_s", "alert_timeout_s")),
+        *((f"checkpoint.{key}", "1e12") for key in ("minutes", "grace_s")),
+        *((f"model.{key}", str(2**62)) for key in ("hidden_size", "intermediate_size", "vocab_size", "max_positions")),
+        *((f"model.attention.{key}", str(2**62)) for key in ("num_heads", "kv_lora_rank", "v_head_dim")),
+        *((f"model.moe.{key}", str(2**62)) for key in ("num_experts", "intermediate_size", "num_shared_experts")),
+        *((f"train.{key}", str(2**62)) for key in ("steps", "sequence_length", "microbatch_size", "loss_chunk")),
+        ("train.batch_size", str(2**40)),
+        ("model.num_layers", "20_000"),
+        ("parallel.ranks", str(2**40)),
+    ],
+)
+def test_numbers_that_nothing_could_use(key: str, value: str) -> None:
+    began = time.process_time()
+    found = problems(ROOT / "configs" / "quickstart.toml", f"--{key}={value}", valid=True)
+    assert any(f"--{key}={value}: {key}: expected " in problem for problem in found), found
+    assert time.process_time() - began < 1
+
+
+def test_experts_over_several_hosts_are_planned_and_not_run() -> None:
+    path = ROOT / "configs" / "dsv3.toml"
+    with pytest.raises(
+        InputError, match=r"dsv3.toml: parallel.experts: expected at most the 8 GPUs of a host, got 256"
+    ):
+        load_valid(path, {}, (), to_run=True)
+    load_valid(path, {}, ())
+    load_valid(path, {}, ("--parallel.experts=8",), to_run=True)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("key", ["hidden_size", "moe.intermediate_size", "attention.v_head_dim"])
+def test_what_kernels_do_not_take_is_wrong_in_the_config(key: str, device: str) -> None:
+    found = problems(ROOT / "configs" / "moonlet.toml", f"--model.{key}=130", f"--run.device={device}", valid=True)
+    wrong = [problem for problem in found if f": model.{key}: expected a multiple of 8" in problem]
+    assert len(wrong) == (device == "cuda" or "attention" not in key)

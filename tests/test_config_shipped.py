@@ -15,10 +15,11 @@ import tomli
 import tomli_w
 from jsonschema import Draft202012Validator
 
-from nmoe.config import Config, diff, dump, load, schema
+from nmoe.config import Config, diff, dump, load, load_valid, schema
+from nmoe.config.check import unrunnable
 from tests.configs import ROOT, at_line, problems
 
-SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
+SHIPPED = sorted([*(ROOT / "configs").glob("*.toml"), *(ROOT / "configs" / "examples").glob("*.toml")])
 NAMES = [path.stem for path in SHIPPED]
 Where = tuple[str, ...]
 
@@ -93,7 +94,11 @@ def required(section: type, path: Where = ()) -> Iterator[Where]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
 def test_shipped_configs_are_valid(path: Path) -> None:
-    assert problems(path, valid=True) == []
+    config = load_valid(path, {}, ()).config
+    # their experts are shared out over several hosts, which `nmoe plan` costs and `nmoe run` does not do yet
+    refused = [problem.partition(",")[0] for problem in unrunnable(config, config.parallel.ranks)]
+    planned_only = ["parallel.experts: expected at most the 8 GPUs of a host"] if path.stem in ("dsv2", "dsv3") else []
+    assert refused == planned_only
     tables = tomli.loads(path.read_text())
     assert [error.message for error in Draft202012Validator(schema()).iter_errors(tables)] == []
 
@@ -182,7 +187,8 @@ def test_bounds_are_checked_and_in_the_schema(path: Path, bound: str, beyond: in
     for where, about in list(described(schema(), schema(), tables)):
         if bound in about:
             table = at(tables, where)
-            table[where[-1]] = type(table[where[-1]])(about[bound] + beyond)
+            value = about[bound] + beyond * max(1, abs(about[bound]) if isinstance(table[where[-1]], float) else 1)
+            table[where[-1]] = type(table[where[-1]])(value)
             tried.append(where)
     assert tried
     found = problems(written(tmp_path, tables), valid=True)

@@ -96,27 +96,50 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         packed = {name: file.read(name) for name in file.namelist() if ".dist-info/" not in name}
     tracked = subprocess.run(["git", "ls-files", "nmoe"], cwd=ROOT, capture_output=True, text=True, check=True)
-    names = tracked.stdout.splitlines()
-    assert len(names) > 200
+    link = "nmoe/config/presets"
+    presets = [f"{link}/{path.name}" for path in (ROOT / "configs").iterdir() if path.is_file()]
+    names = [*(name for name in tracked.stdout.splitlines() if name != link), *presets]
+    assert len(names) > 200 and f"{link}/quickstart.toml" in names
     assert sorted(packed) == sorted(names)
     assert all(packed[name] == (ROOT / name).read_bytes() for name in names)
 
 
-def test_an_installed_wheel_loads_every_file(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed, outside the repository."""
+    folder = tmp_path_factory.mktemp("site")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    target = tmp_path / "site"
-    subprocess.run([*install, "--target", str(target), str(wheel)], check=True)
-    # The dependencies of this environment, without what makes its editable nmoe importable: a folder on PYTHONPATH is
-    # searched, its .pth files are not read.
-    path = os.pathsep.join((str(target), sysconfig.get_paths()["purelib"]))
+    subprocess.run([*install, "--target", str(folder), str(wheel)], check=True)
+    return folder
+
+
+def python(site: Path, folder: Path, *arguments: str) -> str:
+    """What Python prints in a folder, with the installed wheel.
+
+    The dependencies are those of this environment, without what makes its editable nmoe importable: a folder on
+    PYTHONPATH is searched, its .pth files are not read.
+    """
     done = subprocess.run(
-        [sys.executable, "-S", "-c", LOADS],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-S", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(site), sysconfig.get_paths()["purelib"]))},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    assert answer["root"] == str(target / "nmoe") and answer["page"] > 20
+    return done.stdout
+
+
+def test_an_installed_wheel_loads_every_file(site: Path, tmp_path: Path) -> None:
+    answer = json.loads(python(site, tmp_path, "-c", LOADS))
+    assert answer["root"] == str(site / "nmoe") and answer["page"] > 20
+
+
+def test_an_installed_wheel_knows_presets_by_name(site: Path, tmp_path: Path) -> None:
+    listed = [line.split()[0] for line in python(site, tmp_path, "-m", "nmoe", "config", "list").splitlines()[1:]]
+    assert listed == sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
+    checked = python(site, tmp_path, "-m", "nmoe", "config", "check", "quickstart")
+    assert checked.startswith(f"{site}/nmoe/config/presets/quickstart.toml: valid for 1 rank(s)")
+    assert "2.65 M" in python(site, tmp_path, "-m", "nmoe", "plan", "quickstart")
+    assert list(tmp_path.iterdir()) == []

@@ -18,9 +18,10 @@ from torch import Tensor
 from nmoe.config import Config
 from nmoe.effects import files
 from nmoe.effects.device import gpu, process
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.terminal import say
 from nmoe.effects.train.build import fresh
-from nmoe.effects.train.step import learning_rates, make_step
+from nmoe.effects.train.step import learning_rates, make_step, tokens_per_step
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import plan
@@ -156,8 +157,9 @@ def line(name: str, timing: Timing, tokens: int, flops: int, peak_flops: float) 
 def our_step(config: Config, rt: process.Runtime, batch: Batch) -> Callable[[], Tensor]:
     """A call takes one step and returns its loss."""
     blueprint = make_blueprint(config)
-    state, env = fresh(config, blueprint, rt)
-    take = make_step(config, blueprint, env, rt, mark=lambda name: None)
+    accumulator = Accumulator()
+    state, env = fresh(config, blueprint, rt, accumulator=accumulator)
+    take = make_step(config, blueprint, env, rt, mark=lambda name: None, accumulator=accumulator)
 
     def one() -> Tensor:
         nonlocal state
@@ -196,7 +198,7 @@ def their_step(config: Config, network: Any, batch: Batch) -> Callable[[], Tenso
     Parameters and moments have the format of the parameters: in bf16 less is stored, and less is read, than by a
     trainer that keeps an fp32 master. Decay is for everything, and the router bias does not move.
     """
-    rates = learning_rates(config, 0)
+    rates = learning_rates(config, tokens_per_step(config))
     group = config.optim.dense
     optimizer = torch.optim.AdamW(
         network.parameters(),

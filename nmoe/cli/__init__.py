@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from nmoe.cli import bench, ckpt, config, data, runs, soak, track, train, viz
 from nmoe.cli.parser import Parser, under
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 
 __all__ = ["main"]
 
@@ -33,13 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP reads this when torch is imported. Threads that spin while they wait hold the cores against everybody else:
     # 585 tokens/s instead of 4,610 on two busy cores, the same bits (docs/log.md, 2026-11-28).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # What a terminal's encoding cannot print is shown as its escape: a sample of another script ends no run.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _call(arguments)
         sys.stdout.flush()
         return code
     except InputError as error:
-        from nmoe.config.toml import printable
-
         for problem in error.problems:
             print(f"nmoe: {printable(problem)}", file=sys.stderr)
         return EXIT_INPUT
@@ -129,7 +132,7 @@ def _parser() -> tuple[Parser, Mapping[str, Sequence[str]]]:
     root = Parser(
         prog="nmoe",
         description="Train Mixture-of-Experts language models.",
-        epilog="`nmoe VERB --help` shows an example. CONFIG is a TOML file; --section.key=value sets one of its keys.",
+        epilog="`nmoe VERB --help` shows an example. CONFIG: a TOML file or a preset; --section.key=value sets a key.",
         allow_abbrev=False,
     )
     root.add_argument("--version", action="store_true", help="print the version")

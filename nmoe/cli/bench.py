@@ -28,7 +28,7 @@ def verbs(root: Verbs) -> None:
         "step",
         _bench_step,
         "time a config's step on random tokens",
-        "configs/quickstart.toml --against transformers",
+        "quickstart --against transformers",
         config=True,
     )
     step.add_argument("--against", choices=("transformers",), help="time the same model there too")
@@ -51,7 +51,7 @@ def verbs(root: Verbs) -> None:
         "loader",
         _bench_loader,
         "time how long a step waits for its batch",
-        "configs/quickstart.toml",
+        "quickstart",
         config=True,
     )
     loader.add_argument("--steps", type=int, default=200, metavar="N", help="batches to time (default: %(default)s)")
@@ -63,7 +63,7 @@ def verbs(root: Verbs) -> None:
         "log",
         _bench_log,
         "time what a logged step writes",
-        "configs/quickstart.toml --model.num_layers=61 --model.moe.num_experts=256",
+        "quickstart --model.num_layers=61 --model.moe.num_experts=256",
         config=True,
     )
     log.add_argument("--steps", type=int, default=1000, metavar="N", help="reports to time (default: %(default)s)")
@@ -72,7 +72,7 @@ def verbs(root: Verbs) -> None:
         "data",
         _bench_data,
         "time preparation, batches of 8 x 4096 tokens, and the planning of a large mixture",
-        "configs/quickstart.toml --megabytes 200",
+        "quickstart --megabytes 200",
         config=True,
     )
     data.add_argument("--megabytes", type=int, default=64, metavar="N", help="text to prepare (default: %(default)s)")
@@ -88,7 +88,7 @@ def verbs(root: Verbs) -> None:
         "checkpoint",
         _bench_checkpoint,
         "time a save and a load of a config's state, and what a save costs the steps beside it",
-        "configs/quickstart.toml --to /data",
+        "quickstart --to /data",
         config=True,
     )
     save.add_argument(

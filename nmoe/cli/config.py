@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
-from nmoe.cli.parser import Verbs, add, group, load
+from nmoe.cli.parser import Verbs, add, config_path, group, load
 
 
 def verbs(root: Verbs) -> None:
     """Look at a config."""
     config = group(root, "config", "look at a config")
-    show = add(
-        config, "show", _config_show, "print a config with every key", "configs/dsv2.toml --sources", config=True
-    )
+    add(config, "list", _config_list, "list the presets", "")
+    show = add(config, "show", _config_show, "print a config with every key", "dsv2 --sources", config=True)
     show.add_argument("--sources", action="store_true", help="say where each value came from")
-    add(config, "check", _config_check, "say everything that is wrong with a config", "configs/dsv2.toml", config=True)
+    add(config, "check", _config_check, "say everything that is wrong with a config", "dsv2", config=True)
     diff = add(
         config,
         "diff",
         _config_diff,
-        "compare two files, without the environment; exit code 1 when they differ",
-        "configs/moonlet.toml configs/moonlight.toml",
+        "compare two configs, without the environment; exit code 1 when they differ",
+        "moonlet my.toml",
     )
-    diff.add_argument("left", type=Path, metavar="A")
-    diff.add_argument("right", type=Path, metavar="B")
+    diff.add_argument("left", type=config_path, metavar="A")
+    diff.add_argument("right", type=config_path, metavar="B")
     add(config, "schema", _config_schema, "print the JSON Schema of config files", "> nmoe.schema.json")
+
+
+def _config_list(args: argparse.Namespace) -> int:
+    from nmoe.config import load, preset
+    from nmoe.effects.terminal import say, table
+
+    runs = {name: load(preset.path_of(name), {}, ()).config for name in preset.names()}
+    rows = [(name, config.run.device, str(config.parallel.ranks), preset.about(name)) for name, config in runs.items()]
+    say(table(("preset", "device", "ranks", "about"), rows, left=4))
+    return 0
 
 
 def _config_show(args: argparse.Namespace) -> int:
@@ -40,7 +48,7 @@ def _config_show(args: argparse.Namespace) -> int:
 def _config_check(args: argparse.Namespace) -> int:
     from nmoe.config import identity
 
-    config = load(args).config
+    config = load(args, to_run=True).config
     print(f"{args.config}: valid for {config.parallel.ranks} rank(s), identity {identity(config)[:12]}")
     return 0
 

@@ -46,7 +46,7 @@ def verbs(root: Verbs) -> None:
     convert.add_argument("--split", default="train", help="split to read or to write (default: %(default)s)")
     convert.add_argument("--tokenizer", metavar="NAME", help="with --from: name or path of the tokenizer it is in")
 
-    plan = add(data, "plan", _plan, "print what a config will read", "configs/quickstart.toml", config=True)
+    plan = add(data, "plan", _plan, "print what a config will read", "quickstart", config=True)
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     tokenizer.verbs(data)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -48,7 +50,7 @@ def add(
     parser.set_defaults(call=call, verb=verb, takes_overrides=config)
     if config:
         parser.usage = f"{parser.prog} CONFIG [options] [--section.key=value ...]"
-        parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+        parser.add_argument("config", type=config_path, metavar="CONFIG", help="TOML file, or name of a preset")
     if run:
         parser.add_argument("name", metavar="NAME", help="name of the run folder")
     return parser
@@ -62,10 +64,26 @@ def group(verbs: Verbs, name: str, about: str) -> Verbs:
     return parser.add_subparsers(metavar="VERB", required=True)
 
 
-def load(args: argparse.Namespace, world: int | None = None) -> Loaded:
+def load(args: argparse.Namespace, world: int | None = None, *, to_run: bool = False) -> Loaded:
     from nmoe.config import load_valid
 
-    return load_valid(args.config, os.environ, args.overrides, world)
+    return load_valid(args.config, os.environ, args.overrides, world, to_run=to_run)
+
+
+def config_path(text: str) -> Path:
+    """The file of an argument CONFIG: a plain word is the name of a preset, everything else is a path."""
+    if not re.fullmatch(r"[\w-]+", text):
+        return Path(text)
+    from nmoe.config import preset
+
+    known = preset.names()
+    if text in known:
+        return preset.path_of(text)
+    near = difflib.get_close_matches(text, known, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"a file of that name is ./{text}"
+    raise argparse.ArgumentTypeError(
+        f"expected a TOML file or a preset, one of {', '.join(known)}, got {text!r}; {remedy}"
+    )
 
 
 def under(parser: argparse.ArgumentParser) -> tuple[str, ...]:

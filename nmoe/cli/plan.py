@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import attrs
+
 from nmoe.config import Config, validate
+from nmoe.config.check import unrunnable
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.cost.machines import MACHINES, Machine
@@ -38,6 +41,9 @@ def main(
         say(render(config, taken.plan))
     else:
         say(screen(config, taken, candidates, bests))
+    as_planned = attrs.evolve(config.parallel, experts=taken.arrangement.expert_ranks)
+    for problem in () if as_json else unrunnable(attrs.evolve(config, parallel=as_planned), gpus):
+        say("planned only   " + problem.replace("; ", f"\n{'':<15}"))
     return 0
 
 

@@ -12,7 +12,7 @@ from nmoe.errors import InputError
 
 def verbs(root: Verbs) -> None:
     """Train a model, and what goes before and after."""
-    run = add(root, "run", _run, "train a config", "configs/quickstart.toml --train.steps=100", config=True)
+    run = add(root, "run", _run, "train a config", "quickstart --train.steps=100", config=True)
     run.add_argument(
         "--accept",
         action="append",
@@ -29,9 +29,7 @@ def verbs(root: Verbs) -> None:
         help="write a trace of three steps there, and say what their time went to",
     )
 
-    plan = add(
-        root, "plan", _plan, "say what a config will cost", "configs/dsv3.toml --gpus 256 --hosts 32", config=True
-    )
+    plan = add(root, "plan", _plan, "say what a config will cost", "dsv3 --gpus 256 --hosts 32", config=True)
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
     plan.add_argument("--hosts", type=int, metavar="N", help="hosts they are in (default: as few as hold 8 each)")
     plan.add_argument(
@@ -55,6 +53,13 @@ def verbs(root: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from nmoe.effects.device import signals
+
+    with signals.leave_on_signals():
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     from nmoe.effects.parallel import launch
     from nmoe.effects.parallel.launch import from_environment
 
@@ -67,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     ranks = started.world if started.launched else args.gpus
     if ranks is not None:
         args.overrides.append(f"--parallel.ranks={ranks}")
-    loaded = load(args)
+    loaded = load(args, to_run=True)
     config = loaded.config
     if config.parallel.ranks > 1 and not started.launched:
         patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}

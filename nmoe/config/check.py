@@ -4,23 +4,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 from nmoe.config.fields import Key, KeyPath, walk
-from nmoe.config.sections import Config, Model, Moe, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Model, Moe, Stdlib
 from nmoe.config.toml import dotted, shown
+
+GPUS_PER_HOST = 8
+"""Of every host with H100, H200 or B200 that is sold."""
+
+ITEM_BYTES = MappingProxyType({"fp32": 4, "bf16": 2})
 
 
 def validate(config: Config, world: int) -> tuple[str, ...]:
-    """Everything that is wrong with a config for `world` ranks, each `<path>: <what holds>, got <value>; <remedy>`."""
+    """What is wrong with a config for `world` ranks, each `<path>: expected <what>, got <value>; <remedy>`."""
     return (
         *(f"{dotted(path)}: {text}" for path, text in out_of_bounds(config)),
         *_model(config.model),
         *_moe(config.model.moe),
         *_parallel(config, world),
         *_attention(config.model),
+        *kernel_sizes(config.model, device=config.run.device, compute=config.precision.compute),
         *_precision(config),
+        *_length(config),
         *_run(config, world),
+    )
+
+
+def unrunnable(config: Config, world: int) -> tuple[str, ...]:
+    """What `nmoe plan` can say the cost of and `nmoe run` refuses, on `world` ranks, in the form of `validate`."""
+    experts = config.parallel.experts or world
+    if config.run.device != "cuda" or experts <= GPUS_PER_HOST:
+        return ()
+    return (
+        f"parallel.experts: expected at most the {GPUS_PER_HOST} GPUs of a host, got {experts}; "
+        f"`nmoe run` exchanges rows within a host: write {GPUS_PER_HOST} or less where `nmoe plan "
+        f"--experts={GPUS_PER_HOST}` says that it fits",
     )
 
 
@@ -34,12 +54,13 @@ def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
 def _precision(config: Config) -> Iterator[str]:
     if config.precision.compute == "fp32" and config.run.device == "cuda":
         yield (
-            'precision.compute: "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16" or device = "cpu"'
+            'precision.compute: expected "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16" or '
+            'device = "cpu"'
         )
     if config.precision.compute == "fp32" and config.precision.moments == "bf16":
         yield (
-            'precision.moments: "fp32" when precision.compute is "fp32", got "bf16"; write moments = "fp32" or '
-            'compute = "bf16"'
+            'precision.moments: expected "fp32" when precision.compute is "fp32", got "bf16"; write moments = "fp32" '
+            'or compute = "bf16"'
         )
 
 
@@ -47,11 +68,11 @@ def _bounds(key: Key, value: float) -> str | None:
     """What the value of one key breaks; a NaN breaks every bound."""
     got = f"got {shown(value)}"
     if key.low is not None and not value >= key.low:
-        return f"at least {key.low}, {got}; raise it"
+        return f"expected at least {key.low}, {got}; raise it"
     if key.above is not None and not value > key.above:
-        return f"above {key.above}, {got}; raise it"
+        return f"expected above {key.above}, {got}; raise it"
     if key.high is not None and not value <= key.high:
-        return f"at most {key.high}, {got}; lower it"
+        return f"expected at most {key.high}, {got}; lower it"
     return None
 
 
@@ -63,7 +84,7 @@ def _divides(part: int, whole: int) -> bool:
 def _model(c: Model) -> Iterator[str]:
     if c.num_dense_layers > c.num_layers:
         yield (
-            f"model.num_dense_layers: at most num_layers = {c.num_layers}, got {c.num_dense_layers}; "
+            f"model.num_dense_layers: expected at most num_layers = {c.num_layers}, got {c.num_dense_layers}; "
             "write num_layers for a dense model"
         )
 
@@ -71,23 +92,26 @@ def _model(c: Model) -> Iterator[str]:
 def _moe(c: Moe) -> Iterator[str]:
     size = c.num_experts // max(c.num_groups, 1)
     if c.top_k > c.num_experts:
-        yield f"model.moe.top_k: at most num_experts = {c.num_experts}, got {c.top_k}; lower top_k"
+        yield f"model.moe.top_k: expected at most num_experts = {c.num_experts}, got {c.top_k}; lower top_k"
     if not _divides(c.num_groups, c.num_experts):
         yield (
-            f"model.moe.num_groups: a divisor of num_experts = {c.num_experts}, got {c.num_groups}; "
+            f"model.moe.num_groups: expected a divisor of num_experts = {c.num_experts}, got {c.num_groups}; "
             "choose groups of the same size"
         )
     elif c.num_groups > 1 and size < 2:
         yield (
-            f"model.moe.num_groups: groups of two experts at least, got {c.num_groups} for num_experts = "
+            f"model.moe.num_groups: expected groups of two experts at least, got {c.num_groups} for num_experts = "
             f"{c.num_experts}; lower num_groups, the two best experts of a group rank it"
         )
     if c.top_k_groups > c.num_groups:
-        yield f"model.moe.top_k_groups: at most num_groups = {c.num_groups}, got {c.top_k_groups}; lower top_k_groups"
+        yield (
+            f"model.moe.top_k_groups: expected at most num_groups = {c.num_groups}, got {c.top_k_groups}; lower "
+            "top_k_groups"
+        )
     elif c.num_groups > 1 and size > 1 and c.top_k_groups * size < c.top_k <= c.num_experts:
         yield (
-            f"model.moe.top_k: at most the {c.top_k_groups * size} experts in top_k_groups = {c.top_k_groups} groups, "
-            f"got {c.top_k}; lower top_k or raise top_k_groups"
+            f"model.moe.top_k: expected at most the {c.top_k_groups * size} experts in top_k_groups = {c.top_k_groups} "
+            f"groups, got {c.top_k}; lower top_k or raise top_k_groups"
         )
 
 
@@ -95,23 +119,24 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
     experts, num_experts = config.parallel.experts, config.model.moe.num_experts
     if experts is None and not _divides(world, num_experts):
         yield (
-            f"model.moe.num_experts: a multiple of the {world} ranks, got {num_experts}; choose parallel.ranks so that "
+            f"model.moe.num_experts: expected a multiple of the {world} ranks, got {num_experts}; choose "
+            "parallel.ranks so that "
             "each holds the same number of experts, or fewer that share them out as parallel.experts"
         )
     if 0 < config.parallel.capacity < 1:
         yield (
-            f"parallel.capacity: 0 or at least 1, got {shown(config.parallel.capacity)}; below the mean some rank "
-            "always has too many rows"
+            f"parallel.capacity: expected 0 or at least 1, got {shown(config.parallel.capacity)}; below the mean some "
+            "rank always has too many rows"
         )
     if experts is not None and not _divides(experts, num_experts):
         yield (
-            f"parallel.experts: a divisor of model.moe.num_experts = {num_experts}, got {experts}; choose one, so that "
-            "each rank holds the same number of experts"
+            f"parallel.experts: expected a divisor of model.moe.num_experts = {num_experts}, got {experts}; choose "
+            "one, so that each rank holds the same number of experts"
         )
     if experts is not None and not _divides(experts, world):
         yield (
-            f"parallel.experts: a divisor of the {world} ranks, got {experts}; choose one, so that every expert is "
-            "held equally often"
+            f"parallel.experts: expected a divisor of the {world} ranks, got {experts}; choose one, so that every "
+            "expert is held equally often"
         )
 
 
@@ -119,48 +144,87 @@ def _attention(c: Model) -> Iterator[str]:
     rotated, yarn = c.attention.qk_rope_head_dim, c.attention.yarn
     if rotated % 2:
         yield (
-            f"model.attention.qk_rope_head_dim: an even number, got {rotated}; "
+            f"model.attention.qk_rope_head_dim: expected an even number, got {rotated}; "
             f"write {rotated + 1}, channels are rotated in pairs"
         )
     if yarn is None:
         return
     if yarn.original_positions * yarn.factor < c.max_positions:
         yield (
-            f"model.attention.yarn.factor: original_positions * factor at least max_positions = {c.max_positions}, "
+            "model.attention.yarn.factor: expected original_positions * factor at least max_positions = "
+            f"{c.max_positions}, "
             f"got {yarn.original_positions} * {shown(yarn.factor)}; raise factor or lower max_positions"
         )
     if yarn.beta_slow >= yarn.beta_fast:
         yield (
-            f"model.attention.yarn.beta_slow: below beta_fast = {shown(yarn.beta_fast)}, got {shown(yarn.beta_slow)}; "
-            "lower beta_slow"
+            f"model.attention.yarn.beta_slow: expected below beta_fast = {shown(yarn.beta_fast)}, got "
+            f"{shown(yarn.beta_slow)}; lower beta_slow"
         )
+
+
+def _length(config: Config) -> Iterator[str]:
+    c, train = config.schedule, config.train
+    tokens = train.steps * train.batch_size * train.sequence_length
+    if tokens > MOST_TOKENS and min(train.steps, train.batch_size, train.sequence_length) > 0:
+        yield (
+            f"train.steps: expected at most 2**53 tokens in all, steps * batch_size * sequence_length, got {tokens}; "
+            "lower one of the three"
+        )
+    if not c.hold_tokens and not c.decay_tokens and not c.floor:
+        yield (
+            "schedule.floor: expected above 0 when hold_tokens and decay_tokens are 0, got 0.0; the learning rate "
+            "would be 0 after the warm-up, raise one of the three"
+        )
+
+
+def kernel_sizes(c: Model, *, device: str, compute: str) -> Iterator[str]:
+    """Which sizes the kernels of a device do not take, in the form of `validate`."""
+    step = 16 // ITEM_BYTES[compute]
+    sizes = {"model.hidden_size": c.hidden_size, "model.moe.intermediate_size": c.moe.intermediate_size}
+    for key, size in sizes.items():
+        if size % step:
+            yield (
+                f"{key}: expected a multiple of {step} in {compute}, because grouped GEMMs and exchange move 16 bytes "
+                f"at once, got {size}; write {-(-size // step) * step}"
+            )
+    if device == "cpu":
+        return
+    for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        size = getattr(c.attention, key, step)  # a script's own kind of attention may have none of them
+        if size % step or not step <= size <= 256:
+            yield (
+                f"model.attention.{key}: expected a multiple of {step} up to 256 for the attention kernels, got "
+                f"{size}; write {min(256, max(step, -(-size // step) * step))}"
+            )
 
 
 def _run(config: Config, world: int) -> Iterator[str]:
     c, train, source, name = config.model, config.train, config.data.source, config.run.name
     if not train.resume.strip():
-        yield f'train.resume: "auto", "never" or a path, got {shown(train.resume)}; write one of them'
+        yield f'train.resume: expected "auto", "never" or a path, got {shown(train.resume)}; write one of them'
     if train.warm_start is not None and not train.warm_start.strip():
-        yield f"train.warm_start: a path, got {shown(train.warm_start)}; write it or remove the key"
+        yield f"train.warm_start: expected a path, got {shown(train.warm_start)}; write it or remove the key"
     if train.sequence_length > c.max_positions:
         yield (
-            f"train.sequence_length: at most model.max_positions = {c.max_positions}, got {train.sequence_length}; "
-            "shorten the sequences or raise max_positions"
+            f"train.sequence_length: expected at most model.max_positions = {c.max_positions}, got "
+            f"{train.sequence_length}; shorten the sequences or raise max_positions"
         )
     if not _divides(world * train.microbatch_size, train.batch_size):
         yield (
-            f"train.batch_size: a multiple of ranks * microbatch_size = {world} * {train.microbatch_size}, "
+            f"train.batch_size: expected a multiple of ranks * microbatch_size = {world} * {train.microbatch_size}, "
             f"got {train.batch_size}; change one of the three"
         )
     if train.graph and config.run.device != "cuda":
-        yield f'train.graph: false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
+        yield (
+            f'train.graph: expected false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
+        )
     if isinstance(source, Stdlib) and source.tokenizer_size > c.vocab_size:
         yield (
-            f"data.source.tokenizer_size: at most model.vocab_size = {c.vocab_size}, got {source.tokenizer_size}; "
-            "raise vocab_size or lower tokenizer_size"
+            f"data.source.tokenizer_size: expected at most model.vocab_size = {c.vocab_size}, got "
+            f"{source.tokenizer_size}; raise vocab_size or lower tokenizer_size"
         )
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
         yield (
-            "run.name: up to 128 letters, digits, '.', '_' and '-', the first a letter or digit, "
+            "run.name: expected up to 128 letters, digits, '.', '_' and '-', the first a letter or digit, "
             f"got {shown(name)}; rename it"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal, TypeVar, cast
 
 import attrs
@@ -14,13 +15,19 @@ from cattrs.gen import make_dict_structure_fn
 from nmoe.config.fields import KeyPath, is_table, keys, kind, kinds, members
 from nmoe.config.toml import closest, dotted, shown
 
+FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""Every number reaches a tensor in fp32 sooner or later, where 1e-46 is 0 and 1e39 is infinity."""
+
+MOST_FAULTS = 100
+"""Faults said at once: looking for what was meant by 10,000 unknown keys takes a minute."""
+
 Section = TypeVar("Section")
 Hook = Callable[[Any, Any], Any]
 
 
 @attrs.frozen
 class Fault:
-    """Why a key cannot be converted: `<what holds>, got <value>; <what to do>`."""
+    """Why a key cannot be converted: `expected <what>, got <value>; <what to do>`."""
 
     path: KeyPath
     text: str
@@ -38,11 +45,15 @@ class Mismatch(TypeError):
 
 
 def structure(tables: dict[str, Any], section: type[Section]) -> Section | tuple[Fault, ...]:
-    """A section from nested tables, or all that is wrong with them."""
+    """A section from nested tables, or what is wrong with them: all of it, up to `MOST_FAULTS`."""
     try:
         return _converter().structure(tables, section)
     except (ClassValidationError, Mismatch) as error:
-        return tuple(_faults(error, (), section, section))
+        faults = tuple(islice(_faults(error, (), section, section), MOST_FAULTS + 1))
+        if len(faults) > MOST_FAULTS:
+            last = Fault(faults[-1].path, f"expected at most {MOST_FAULTS} faults, got more; fix those above first")
+            return (*faults[:-1], last)
+        return faults
 
 
 def _converter() -> Converter:
@@ -60,7 +71,7 @@ def _converter() -> Converter:
 def _refused(what: str, value: Any, remedy: str) -> Mismatch:
     if value in ("True", "False"):
         remedy = "TOML uses true/false"
-    return Mismatch(f"{what}, got {shown(value)}; {remedy}")
+    return Mismatch(f"expected {what}, got {shown(value)}; {remedy}")
 
 
 def _boolean(value: Any, _: Any) -> bool:
@@ -86,6 +97,10 @@ def _number(value: Any, _: Any) -> float:
         raise _refused("an integer of 64 bits or a float", value, "lower it")
     if not math.isfinite(value):
         raise _refused("a finite number", value, "write one")
+    if value and not FP32_SMALLEST <= abs(value) <= FP32_LARGEST:
+        raise _refused(
+            f"0 or a number between {FP32_SMALLEST:.1e} and {FP32_LARGEST:.1e}, as fp32 has", value, "write one"
+        )
     return float(value)
 
 
@@ -113,7 +128,7 @@ def _choice(value: Any, tp: Any) -> Any:
 def _not_one_of(choices: Sequence[str], value: Any, key: KeyPath = ()) -> Mismatch:
     near = closest(value, choices) if isinstance(value, str) else None
     remedy = f"did you mean {shown(near)}?" if near else "choose one of them"
-    return Mismatch(f"one of {', '.join(map(shown, choices))}, got {shown(value)}; {remedy}", key)
+    return Mismatch(f"expected one of {', '.join(map(shown, choices))}, got {shown(value)}; {remedy}", key)
 
 
 def _plain_or_tagged(tp: Any, converter: Converter) -> Hook:
@@ -138,7 +153,7 @@ def _plain_or_tagged(tp: Any, converter: Converter) -> Hook:
         if not choices:
             return build[tp](table, tp)
         if "kind" not in table:
-            raise Mismatch(f"one of {', '.join(map(shown, choices))}, got nothing; add it", ("kind",))
+            raise Mismatch(f"expected one of {', '.join(map(shown, choices))}, got nothing; add it", ("kind",))
         chosen = table["kind"]
         if type(chosen) is not str or chosen not in choices:
             raise _not_one_of(tuple(choices), chosen, ("kind",))
@@ -167,7 +182,7 @@ def _faults(error: Exception, path: KeyPath, section: type, root: type) -> Itera
         yield Fault((*path, *error.key), str(error))
     elif isinstance(error, KeyError):
         doc = next(key.doc for key in keys(section) if key.name == path[-1])
-        yield Fault(path, f"a value, got nothing; add it ({doc})")
+        yield Fault(path, f"expected a value, got nothing; add it ({doc})")
     else:
         raise error
 
@@ -184,7 +199,7 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
         hint = f"did you mean {dotted(next(each for each in everywhere if each[-1] == elsewhere))}?"
     else:
         hint = f"known keys: {', '.join((*(['kind'] if of_kind else []), *here))}"
-    return f"a known key{of_kind}, got {shown(name)}; {hint}"
+    return f"expected a known key{of_kind}, got {shown(name)}; {hint}"
 
 
 def _paths(section: type, path: KeyPath = ()) -> Iterator[KeyPath]:

@@ -14,9 +14,9 @@ import attrs
 from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import Fault, structure
 from nmoe.config.fields import KeyPath
-from nmoe.config.sections import setting
-from nmoe.config.toml import dotted, printable, read, shown
-from nmoe.errors import InputError
+from nmoe.config.sections import MOST_TOKENS, setting
+from nmoe.config.toml import dotted, read, shown
+from nmoe.errors import InputError, printable
 
 STAGES = ("pretrain", "mid", "long")
 """Stages, in the order they are read."""
@@ -31,17 +31,21 @@ class Part:
         "when all is read: again, in another order, or no more; what is missing comes from the others",
         default="repeat",
     )
-    max_passes: float | None = setting("passes over the source at most; absent: any number", default=None, above=0)
-    pretrain: float | None = setting("weight in this stage; absent: its number of tokens", default=None, low=0)
-    mid: float | None = setting("weight in this stage; absent: its number of tokens", default=None, low=0)
-    long: float | None = setting("weight in this stage; absent: its number of tokens", default=None, low=0)
+    max_passes: float | None = setting(
+        "passes over the source at most; absent: any number", default=None, above=0, high=1e9
+    )
+    pretrain: float | None = setting(
+        "weight in this stage; absent: its number of tokens", default=None, low=0, high=1e18
+    )
+    mid: float | None = setting("weight in this stage; absent: its number of tokens", default=None, low=0, high=1e18)
+    long: float | None = setting("weight in this stage; absent: its number of tokens", default=None, low=0, high=1e18)
 
 
 @attrs.frozen(kw_only=True)
 class Stage:
     """How weights become parts of a stage."""
 
-    temperature: float = setting("weights count as weight**(1 / temperature)", default=1.0, above=0)
+    temperature: float = setting("weights count as weight**(1 / temperature)", default=1.0, low=0.01, high=100)
     max_share: float = setting("largest part of the stage that one source has", default=1.0, above=0, high=1)
 
 
@@ -58,11 +62,11 @@ class Stages:
 class Flow:
     """How many tokens are read, and their parts by stage."""
 
-    tokens: int | None = setting("tokens", unit="tokens", default=None, low=1)
-    tokens_per_parameter: float | None = setting("tokens a parameter that is active", default=None, above=0)
-    pretrain: float = setting("weight of this stage", default=1.0, low=0)
-    mid: float = setting("weight of this stage", default=0.0, low=0)
-    long: float = setting("weight of this stage", default=0.0, low=0)
+    tokens: int | None = setting("tokens", unit="tokens", default=None, low=1, high=MOST_TOKENS)
+    tokens_per_parameter: float | None = setting("tokens a parameter that is active", default=None, above=0, high=1e9)
+    pretrain: float = setting("weight of this stage", default=1.0, low=0, high=1e18)
+    mid: float = setting("weight of this stage", default=0.0, low=0, high=1e18)
+    long: float = setting("weight of this stage", default=0.0, low=0, high=1e18)
 
 
 @attrs.frozen(kw_only=True)
@@ -126,20 +130,21 @@ def load_mixture(path: Path) -> DataMixture:
 def _parts(tables: Any) -> tuple[dict[str, Part], list[Fault]]:
     """The sources, and what is wrong with them."""
     if not isinstance(tables, dict) or not tables:
-        return {}, [Fault(("sources",), f"a table a source, got {shown(tables)}; write [sources.NAME]")]
+        return {}, [Fault(("sources",), f"expected a table a source, got {shown(tables)}; write [sources.NAME]")]
     parts: dict[str, Part] = {}
     faults: list[Fault] = []
     for name, table in cast("dict[str, Any]", tables).items():
         if not name:
             # the order of an unnamed source is that of a source that stands alone
-            faults.append(Fault(("sources",), 'a name for every source, got ""; write [sources.NAME]'))
+            faults.append(Fault(("sources",), 'expected a name for every source, got ""; write [sources.NAME]'))
         part = structure(table, Part)
         if isinstance(part, tuple):
             faults += [Fault(("sources", name, *fault.path), fault.text) for fault in part]
             continue
         faults += [Fault(("sources", name, *key), text) for key, text in out_of_bounds(part)]
         if part.at_end == "stop" and part.max_passes is not None and part.max_passes > 1:
-            text = f'at most 1 when at_end is "stop", got {part.max_passes:g}; lower it or write at_end = "repeat"'
+            got = f"{part.max_passes:g}"
+            text = f'expected at most 1 when at_end is "stop", got {got}; lower it or write at_end = "repeat"'
             faults.append(Fault(("sources", name, "max_passes"), text))
         parts[name] = part
     for stage in STAGES:
@@ -147,7 +152,7 @@ def _parts(tables: Any) -> tuple[dict[str, Part], list[Fault]]:
         # a number of tokens and a weight of somebody's choice do not compare
         if any(weights) and None in weights:
             without = next(name for name, part in parts.items() if getattr(part, stage) is None)
-            text = "a weight for every source or for none, got none here; write one, 0 for never"
+            text = "expected a weight for every source or for none, got none here; write one, 0 for never"
             faults.append(Fault(("sources", without, stage), text))
     return parts, faults
 
@@ -159,6 +164,6 @@ def _flows(flows: Flows) -> Iterator[Fault]:
             continue
         if (flow.tokens is None) == (flow.tokens_per_parameter is None):
             got = "none" if flow.tokens is None else "both"
-            yield Fault(("flows", field.name), f"one of tokens and tokens_per_parameter, got {got}; write one")
+            yield Fault(("flows", field.name), f"expected one of tokens and tokens_per_parameter, got {got}; write one")
         if not flow.pretrain + flow.mid + flow.long:
-            yield Fault(("flows", field.name), "a stage of weight above 0, got none; raise one")
+            yield Fault(("flows", field.name), "expected a stage of weight above 0, got none; raise one")

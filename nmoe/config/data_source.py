@@ -15,8 +15,11 @@ from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import structure
 from nmoe.config.fields import table
 from nmoe.config.sections import setting
-from nmoe.config.toml import dotted, printable, read
-from nmoe.errors import InputError
+from nmoe.config.toml import dotted, read
+from nmoe.errors import InputError, printable
+
+MOST_BYTES = 2**40
+"""More than one file, document or shard has."""
 
 
 @attrs.frozen(kw_only=True)
@@ -94,9 +97,13 @@ class Clean:
 class Filter:
     """Which documents stay. Empty ones never do."""
 
-    min_chars: int = setting("shortest document", unit="characters", default=1, low=1)
+    min_chars: int = setting("shortest document", unit="characters", default=1, low=1, high=MOST_BYTES)
     max_bytes: int = setting(
-        "longest document; a longer one is passed over unread", unit="bytes", default=100_000_000, low=1
+        "longest document; a longer one is passed over unread",
+        unit="bytes",
+        default=100_000_000,
+        low=1,
+        high=MOST_BYTES,
     )
     max_repetition: float = setting(
         "largest share of characters in lines that the document had before", default=1.0, low=0, high=1
@@ -134,9 +141,15 @@ class Source:
     """A whole source."""
 
     tokenizer: str = setting("name of a tokenizer (`nmoe data tokenizer list`), or the path of a tokenizer.json")
-    tokens_per_shard: int = setting("tokens a shard holds at most", unit="tokens", default=100_000_000, low=1)
+    tokens_per_shard: int = setting(
+        "tokens a shard holds at most", unit="tokens", default=100_000_000, low=1, high=MOST_BYTES
+    )
     task_bytes: int = setting(
-        "input that one task reads, the unit of work that a crash can lose", unit="bytes", default=64 << 20, low=1
+        "input that one task reads, the unit of work that a crash can lose",
+        unit="bytes",
+        default=64 << 20,
+        low=1,
+        high=MOST_BYTES,
     )
     input: Files | Jsonl | Parquet | Hub | Library = setting("what is read; `kind` chooses the table's keys")
     clean: Clean = setting("what is done to a text", default=attrs.Factory(Clean))
@@ -163,7 +176,7 @@ def load_source(path: Path) -> Source:
         raise InputError(*(f"{place(fault.path)}: {dotted(fault.path)}: {fault.text}" for fault in source))
     problems = [f"{place(key)}: {dotted(key)}: {text}" for key, text in out_of_bounds(source)]
     if not isinstance(source.input, Hub | Library) and not source.input.paths:
-        problems.append(f"{place(('input', 'paths'))}: input.paths: at least one path, got none; name one")
+        problems.append(f"{place(('input', 'paths'))}: input.paths: expected at least one path, got none; name one")
     if problems:
         raise InputError(*problems)
     return source

@@ -19,12 +19,12 @@ from typing import Any, cast
 
 import attrs
 
-from nmoe.config.check import validate
+from nmoe.config.check import unrunnable, validate
 from nmoe.config.convert import structure
 from nmoe.config.fields import KeyPath, flat, table
 from nmoe.config.sections import Config
-from nmoe.config.toml import Document, dotted, literal, printable, read, shown
-from nmoe.errors import InputError
+from nmoe.config.toml import Document, dotted, literal, read, shown
+from nmoe.errors import InputError, printable
 
 DEFAULT = "default"
 PREFIX = "NMOE_"
@@ -71,16 +71,20 @@ def load(path: Path, environ: Mapping[str, str], overrides: Sequence[str]) -> Lo
     return Loaded(config=config, sources=sources)
 
 
-def load_valid(path: Path, environ: Mapping[str, str], overrides: Sequence[str], world: int | None = None) -> Loaded:
+def load_valid(
+    path: Path, environ: Mapping[str, str], overrides: Sequence[str], world: int | None = None, *, to_run: bool = False
+) -> Loaded:
     """As `load`, and checked by `validate`.
 
     world    ranks it has to fit; None: as many as the config is meant for
+    to_run   whether `unrunnable` may have nothing against it either
 
     Raises:  InputError with everything that is wrong, each with its place.
     """
     loaded = load(path, environ, overrides)
     problems: list[str] = []
-    for problem in validate(loaded.config, loaded.config.parallel.ranks if world is None else world):
+    world = loaded.config.parallel.ranks if world is None else world
+    for problem in (*validate(loaded.config, world), *(unrunnable(loaded.config, world) if to_run else ())):
         source = loaded.sources.get(problem.partition(":")[0], DEFAULT)
         problems.append(f"{path if source == DEFAULT else source}: {problem}")
     if problems:
@@ -114,7 +118,9 @@ def _files(path: Path) -> Iterator[Layer]:
     if extends is not None:
         place = f"{path}:{document.lines[('extends',)]}"
         if not isinstance(extends, str) or not extends.isprintable():
-            raise InputError(f"{place}: extends: the path of a TOML file, got {shown(extends)}; put it in quotes")
+            raise InputError(
+                f"{place}: extends: expected the path of a TOML file, got {shown(extends)}; put it in quotes"
+            )
         base = path.parent / extends
         try:
             below = read(base)
@@ -122,7 +128,7 @@ def _files(path: Path) -> Iterator[Layer]:
             raise InputError(*(f"{place}: extends: {problem}" for problem in error.problems)) from error
         if "extends" in below.tables:
             raise InputError(
-                f"{base}:{below.lines[('extends',)]}: extends: one level, got a base that extends "
+                f"{base}:{below.lines[('extends',)]}: extends: expected one level, got a base that extends "
                 f"{shown(below.tables['extends'])} and is extended by {path}; write its keys out"
             )
         yield _layer_of(base, below)
@@ -140,7 +146,9 @@ def _environment(environ: Mapping[str, str]) -> Iterator[Layer]:
     """One layer a variable, by name."""
     names = sorted(name for name in environ if name.startswith(PREFIX) and "__" in name.removeprefix(PREFIX))
     if wrong := [name for name in names if name != name.upper()]:
-        raise InputError(*(f"environment {name}: upper case, got {name}; write {name.upper()}" for name in wrong))
+        raise InputError(
+            *(f"environment {name}: expected upper case, got {name}; write {name.upper()}" for name in wrong)
+        )
     for name in names:
         key = tuple(name.removeprefix(PREFIX).lower().split("__"))
         yield _override(key, environ[name], f"environment {name}")
@@ -150,7 +158,9 @@ def _command_line(overrides: Sequence[str]) -> Iterator[Layer]:
     """One layer an argument, in order."""
     parsed = [(override, re.fullmatch(r"--([^=]+)=(.*)", override, re.DOTALL)) for override in overrides]
     if wrong := [override for override, match in parsed if match is None]:
-        raise InputError(*(f"command line {each}: --section.key=value, got {each}; write it so" for each in wrong))
+        raise InputError(
+            *(f"command line {each}: expected --section.key=value, got {each}; write it so" for each in wrong)
+        )
     for override, match in parsed:
         if match is not None:
             yield _override(tuple(match[1].split(".")), match[2], f"command line {override}")

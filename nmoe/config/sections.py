@@ -12,6 +12,20 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 
+MOST_POSITIONS = 2**24
+"""Positions are exact in fp32 up to here."""
+
+MOST_TOKENS = 2**53
+"""Counts of tokens are exact in fp64, as JSON is read, up to here."""
+
+MOST_STEPS = 10**9
+MOST_SEQUENCES = 2**20
+WIDEST = 2**20
+"""Channels, and whatever else is one side of a matrix: a hundred times what anybody trains."""
+
+MOST_SECONDS = 7 * 86_400.0
+"""Threads cannot wait longer than 292 years; who waits longer than a week for a rank waits in vain."""
+
 
 def setting(
     doc: str,
@@ -41,12 +55,14 @@ def setting(
 class Yarn:
     """Position range extension (YaRN, arXiv:2309.00071) as DeepSeek-V2/V3 use it."""
 
-    factor: float = setting("extended range / original range", above=1)
-    original_positions: int = setting("position range of the model before extension", unit="positions", low=1)
-    beta_fast: float = setting("rotations above which a frequency is kept", default=32.0, above=0)
-    beta_slow: float = setting("rotations below which a frequency is interpolated", default=1.0, above=0)
-    mscale: float = setting("magnitude coefficient of the rotation table", default=1.0, above=0)
-    mscale_all_dim: float = setting("magnitude coefficient of the attention scale", default=1.0, above=0)
+    factor: float = setting("extended range / original range", above=1, high=1e6)
+    original_positions: int = setting(
+        "position range of the model before extension", unit="positions", low=1, high=MOST_POSITIONS
+    )
+    beta_fast: float = setting("rotations above which a frequency is kept", default=32.0, low=1e-6, high=1e6)
+    beta_slow: float = setting("rotations below which a frequency is interpolated", default=1.0, low=1e-6, high=1e6)
+    mscale: float = setting("magnitude coefficient of the rotation table", default=1.0, low=1e-3, high=1e2)
+    mscale_all_dim: float = setting("magnitude coefficient of the attention scale", default=1.0, low=1e-3, high=1e2)
 
 
 @attrs.frozen(kw_only=True)
@@ -55,13 +71,15 @@ class Mla:
 
     kind: ClassVar[str] = "mla"
 
-    num_heads: int = setting("attention heads", low=1)
-    q_lora_rank: int | None = setting("low rank of the query; absent: a plain projection", default=None, low=1)
-    kv_lora_rank: int = setting("low rank of keys and values", low=1)
-    qk_nope_head_dim: int = setting("channels of a head's query and key without position", low=1)
-    qk_rope_head_dim: int = setting("channels of a head's query and key that are rotated; even", low=2)
-    v_head_dim: int = setting("channels of a head's value", low=1)
-    rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1)
+    num_heads: int = setting("attention heads", low=1, high=WIDEST)
+    q_lora_rank: int | None = setting(
+        "low rank of the query; absent: a plain projection", default=None, low=1, high=WIDEST
+    )
+    kv_lora_rank: int = setting("low rank of keys and values", low=1, high=WIDEST)
+    qk_nope_head_dim: int = setting("channels of a head's query and key without position", low=1, high=WIDEST)
+    qk_rope_head_dim: int = setting("channels of a head's query and key that are rotated; even", low=2, high=WIDEST)
+    v_head_dim: int = setting("channels of a head's value", low=1, high=WIDEST)
+    rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
     yarn: Yarn | None = setting("position range extension; absent: none", default=None)
 
 
@@ -69,30 +87,38 @@ class Mla:
 class Moe:
     """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437)."""
 
-    num_experts: int = setting("routed experts", low=2)
-    top_k: int = setting("routed experts a token", low=1)
-    num_shared_experts: int = setting("experts that see each token, as one wide MLP", default=0, low=0)
-    intermediate_size: int = setting("hidden width of one expert", low=1)
-    num_groups: int = setting("groups the experts fall into", default=1, low=1)
-    top_k_groups: int = setting("groups a token may choose from", default=1, low=1)
-    route_scale: float = setting("factor on the normalised routing weights", default=1.0, above=0)
-    bias_update_rate: float = setting("step of the router bias that evens out expert load", default=0.001, low=0)
-    sequence_balance: float = setting("weight of the sequence-wise auxiliary loss", default=0.0001, low=0)
+    num_experts: int = setting("routed experts", low=2, high=2**16)
+    top_k: int = setting("routed experts a token", low=1, high=2**16)
+    num_shared_experts: int = setting("experts that see each token, as one wide MLP", default=0, low=0, high=2**10)
+    intermediate_size: int = setting("hidden width of one expert", low=1, high=WIDEST)
+    num_groups: int = setting("groups the experts fall into", default=1, low=1, high=2**16)
+    top_k_groups: int = setting("groups a token may choose from", default=1, low=1, high=2**16)
+    route_scale: float = setting("factor on the normalised routing weights", default=1.0, low=1e-6, high=1e6)
+    bias_update_rate: float = setting(
+        "step of the router bias that evens out expert load", default=0.001, low=0, high=1e3
+    )
+    sequence_balance: float = setting("weight of the sequence-wise auxiliary loss", default=0.0001, low=0, high=1e3)
 
 
 @attrs.frozen(kw_only=True)
 class Model:
     """Shape of the network."""
 
-    vocab_size: int = setting("rows of the embedding; at least the tokenizer's", unit="tokens", low=2)
-    hidden_size: int = setting("width of the residual stream", low=1)
-    num_layers: int = setting("blocks, dense and mixture together", low=1)
-    num_dense_layers: int = setting("leading blocks with a dense MLP; num_layers: a dense model", default=1, low=0)
-    intermediate_size: int = setting("hidden width of a dense MLP", low=1)
-    max_positions: int = setting("longest sequence the rotation table serves", unit="positions", low=1)
-    norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, above=0)
-    embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, above=0)
-    logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, above=0)
+    vocab_size: int = setting(
+        "rows of the embedding; at least the tokenizer's", unit="tokens", low=2, high=WIDEST * 2**4
+    )
+    hidden_size: int = setting("width of the residual stream", low=1, high=WIDEST)
+    num_layers: int = setting("blocks, dense and mixture together", low=1, high=1000)
+    num_dense_layers: int = setting(
+        "leading blocks with a dense MLP; num_layers: a dense model", default=1, low=0, high=1000
+    )
+    intermediate_size: int = setting("hidden width of a dense MLP", low=1, high=WIDEST)
+    max_positions: int = setting(
+        "longest sequence the rotation table serves", unit="positions", low=1, high=MOST_POSITIONS
+    )
+    norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, low=1e-20, high=1)
+    embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, low=1e-6, high=1e6)
+    logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
     attention: Mla = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
 
@@ -112,7 +138,7 @@ class Stdlib:
     kind: ClassVar[str] = "stdlib"
 
     tokenizer_size: int = setting(
-        "vocabulary of the tokenizer, end-of-text included", unit="tokens", default=4096, low=257
+        "vocabulary of the tokenizer, end-of-text included", unit="tokens", default=4096, low=257, high=WIDEST * 2**4
     )
 
 
@@ -151,10 +177,10 @@ class Data:
 class Group:
     """AdamW for one group of parameters."""
 
-    lr: float = setting("peak learning rate", above=0)
+    lr: float = setting("peak learning rate", low=1e-30, high=1e30)
     beta1: float = setting("decay of the first moment", default=0.9, low=0, high=0.9999)
     beta2: float = setting("decay of the second moment", default=0.95, low=0, high=0.999999)
-    eps: float = setting("added to the root of the second moment", default=1e-8, above=0)
+    eps: float = setting("added to the root of the second moment", default=1e-8, low=1e-20, high=1)
 
 
 @attrs.frozen(kw_only=True)
@@ -164,17 +190,17 @@ class Optim:
     dense: Group = setting("embedding, attention, norms, dense and shared MLPs, head")
     expert: Group = setting("routed experts")
     router: Group = setting("router matrices")
-    weight_decay: float = setting("decoupled decay of the parameters that decay", default=0.1, low=0)
-    clip_norm: float = setting("largest global gradient norm", default=1.0, above=0)
+    weight_decay: float = setting("decoupled decay of the parameters that decay", default=0.1, low=0, high=1e3)
+    clip_norm: float = setting("largest global gradient norm", default=1.0, low=1e-20, high=1e20)
 
 
 @attrs.frozen(kw_only=True)
 class Schedule:
     """Learning rate over tokens: linear warm-up, constant, cosine decay, then the floor."""
 
-    warmup_tokens: int = setting("length of the linear warm-up", unit="tokens", default=0, low=0)
-    hold_tokens: int = setting("length at the peak", unit="tokens", low=0)
-    decay_tokens: int = setting("length of the cosine decay", unit="tokens", low=0)
+    warmup_tokens: int = setting("length of the linear warm-up", unit="tokens", default=0, low=0, high=MOST_TOKENS)
+    hold_tokens: int = setting("length at the peak", unit="tokens", low=0, high=MOST_TOKENS)
+    decay_tokens: int = setting("length of the cosine decay", unit="tokens", low=0, high=MOST_TOKENS)
     floor: float = setting("last learning rate / peak", default=0.1, low=0, high=1)
 
 
@@ -182,14 +208,16 @@ class Schedule:
 class Train:
     """The step."""
 
-    steps: int = setting("optimizer steps", low=1, identity=False)
-    batch_size: int = setting("sequences a step, over all ranks", unit="sequences", low=1)
-    microbatch_size: int = setting("sequences a rank holds at once", unit="sequences", low=1, identity=False)
-    sequence_length: int = setting("tokens a sequence", unit="tokens", low=1)
-    loss_chunk: int = setting(
-        "tokens whose logits are held at once", unit="tokens", default=1024, low=1, identity=False
+    steps: int = setting("optimizer steps", low=1, high=MOST_STEPS, identity=False)
+    batch_size: int = setting("sequences a step, over all ranks", unit="sequences", low=1, high=MOST_SEQUENCES)
+    microbatch_size: int = setting(
+        "sequences a rank holds at once", unit="sequences", low=1, high=MOST_SEQUENCES, identity=False
     )
-    z_loss: float = setting("weight of the squared log-partition", default=0.0, low=0)
+    sequence_length: int = setting("tokens a sequence", unit="tokens", low=1, high=MOST_POSITIONS)
+    loss_chunk: int = setting(
+        "tokens whose logits are held at once", unit="tokens", default=1024, low=1, high=MOST_POSITIONS, identity=False
+    )
+    z_loss: float = setting("weight of the squared log-partition", default=0.0, low=0, high=1e3)
     document_mask: bool = setting(
         "attention sees only its own document, positions count from the document's start", default=False
     )
@@ -204,7 +232,9 @@ class Train:
         identity=False,
     )
     graph: bool = setting("replay the step as one CUDA graph", default=False, identity=False)
-    max_nonfinite_steps: int = setting("non-finite steps in a row that stop the run", default=3, low=1, identity=False)
+    max_nonfinite_steps: int = setting(
+        "non-finite steps in a row that stop the run", default=3, low=1, high=MOST_STEPS, identity=False
+    )
     resume: str = setting(
         '"auto": go on in the run folder of this name; "never": a new folder; else the run or checkpoint to go on from',
         default="auto",
@@ -221,19 +251,30 @@ class Train:
 class Validation:
     """Loss on held-out documents."""
 
-    every: int = setting("steps between validations; one more at the end", unit="steps", low=1, identity=False)
-    tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, identity=False)
+    every: int = setting(
+        "steps between validations; one more at the end", unit="steps", low=1, high=MOST_STEPS, identity=False
+    )
+    tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, high=MOST_TOKENS, identity=False)
 
 
 @attrs.frozen(kw_only=True)
 class Checkpoint:
     """When the state is saved, and what is kept. One more is saved at the end and at a stop."""
 
-    every: int = setting("steps between saves; 0: not by steps", default=500, unit="steps", low=0, identity=False)
-    minutes: float = setting("time between saves; 0: not by time", default=0.0, unit="minutes", low=0, identity=False)
-    keep_last: int = setting("newest checkpoints kept", default=2, low=1, identity=False)
+    every: int = setting(
+        "steps between saves; 0: not by steps", default=500, unit="steps", low=0, high=MOST_STEPS, identity=False
+    )
+    minutes: float = setting(
+        "time between saves; 0: not by time", default=0.0, unit="minutes", low=0, high=MOST_SECONDS / 60, identity=False
+    )
+    keep_last: int = setting("newest checkpoints kept", default=2, low=1, high=MOST_STEPS, identity=False)
     keep_every: int = setting(
-        "checkpoints at multiples of it are kept for good; 0: none", default=0, unit="steps", low=0, identity=False
+        "checkpoints at multiples of it are kept for good; 0: none",
+        default=0,
+        unit="steps",
+        low=0,
+        high=MOST_STEPS,
+        identity=False,
     )
     keep_best: bool = setting("whether the one of the lowest validation loss is kept", default=True, identity=False)
     on_error: Literal["stop", "continue"] = setting(
@@ -243,7 +284,12 @@ class Checkpoint:
     )
     asynchronous: bool = setting("whether training goes on while a checkpoint is written", default=True, identity=False)
     grace_s: float = setting(
-        "time from SIGTERM or SIGUSR1 to the end of the process", default=30.0, unit="seconds", above=0, identity=False
+        "time from SIGTERM or SIGUSR1 to the end of the process",
+        default=30.0,
+        unit="seconds",
+        above=0,
+        high=MOST_SECONDS,
+        identity=False,
     )
 
 
@@ -251,14 +297,15 @@ class Checkpoint:
 class Parallel:
     """How many processes, one a GPU, and how they share the work."""
 
-    ranks: int = setting("processes; `nmoe run` starts so many", default=1, low=1, identity=False)
+    ranks: int = setting("processes; `nmoe run` starts so many", default=1, low=1, high=2**16, identity=False)
     experts: int | None = setting(
-        "neighbouring ranks that share out the experts; absent: all", default=None, low=1, identity=False
+        "neighbouring ranks that share out the experts; absent: all", default=None, low=1, high=2**16, identity=False
     )
     capacity: float = setting(
         "rows the experts of a rank can take, over the mean; more end the run; 0: the worst that can come",
         default=2.0,
         low=0,
+        high=1e6,
         identity=False,
     )
     dedup: bool = setting(
@@ -269,6 +316,7 @@ class Parallel:
         default=300.0,
         unit="s",
         low=1,
+        high=MOST_SECONDS,
         identity=False,
     )
 
@@ -281,19 +329,29 @@ class Parallel:
 class Log:
     """What is printed and written, and when."""
 
-    every: int = setting("steps between logged steps", default=10, unit="steps", low=1, identity=False)
+    every: int = setting("steps between logged steps", default=10, unit="steps", low=1, high=MOST_STEPS, identity=False)
     arrays_every: int = setting(
-        "logged steps between loads of every expert", default=10, unit="logged steps", low=1, identity=False
+        "logged steps between loads of every expert",
+        default=10,
+        unit="logged steps",
+        low=1,
+        high=MOST_STEPS,
+        identity=False,
     )
     telemetry_every_s: float = setting(
-        "time between readings of GPUs and host", default=5.0, unit="s", low=0.1, identity=False
+        "time between readings of GPUs and host", default=5.0, unit="s", low=0.1, high=MOST_SECONDS, identity=False
     )
     heartbeat_every_s: float = setting(
-        "time between replacements of run.json", default=5.0, unit="s", low=0.1, identity=False
+        "time between replacements of run.json", default=5.0, unit="s", low=0.1, high=MOST_SECONDS, identity=False
     )
     footer: bool = setting("a live footer under the lines when they go to a terminal", default=True, identity=False)
     alert_spike: float = setting(
-        "loss above the recent median that is an alert", default=8.0, unit="deviations", above=0.0, identity=False
+        "loss above the recent median that is an alert",
+        default=8.0,
+        unit="deviations",
+        above=0.0,
+        high=1e6,
+        identity=False,
     )
     alert_dead: float = setting(
         "share of a layer's experts without a token that is an alert", default=0.1, low=0.0, high=1.0, identity=False
@@ -304,11 +362,15 @@ class Log:
     alert_wait: float = setting(
         "share of a step waiting for data that is an alert", default=0.2, low=0.0, high=1.0, identity=False
     )
-    alert_disk_gb: float = setting("free disk that is an alert", default=5.0, unit="GB", low=0.0, identity=False)
+    alert_disk_gb: float = setting(
+        "free disk that is an alert", default=5.0, unit="GB", low=0.0, high=1e9, identity=False
+    )
     alert_command: str | None = setting(
         "shell command run for each alert, JSON on its standard input; absent: none", default=None, identity=False
     )
-    alert_timeout_s: float = setting("time the command may take", default=30.0, unit="s", above=0.0, identity=False)
+    alert_timeout_s: float = setting(
+        "time the command may take", default=30.0, unit="s", above=0.0, high=MOST_SECONDS, identity=False
+    )
 
 
 @attrs.frozen(kw_only=True)

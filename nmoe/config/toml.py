@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import tomli
 import tomli_w
 
 from nmoe.config.fields import KeyPath, flat
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 
 LONGEST = 80
 """Characters of a value that a message shows at most."""
@@ -28,13 +28,10 @@ class Document:
 
 
 def closest(word: str, possibilities: Sequence[str]) -> str | None:
-    """The possibility a mistyped word probably means."""
+    """The possibility a mistyped word probably means; none for a word longer than a message shows."""
+    if len(word) > LONGEST:  # comparing takes time in proportion to its length, 2 s for 1.5 MB
+        return None
     return next(iter(difflib.get_close_matches(word, possibilities, n=1)), None)
-
-
-def printable(text: str) -> str:
-    """Text on one line: characters that are no print become their escapes."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def shown(value: Any) -> str:
@@ -45,6 +42,8 @@ def shown(value: Any) -> str:
         return "an array"
     if isinstance(value, int) and value.bit_length() > 4 * LONGEST:
         return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str):
+        value = value[: LONGEST + 1]
     text = printable(tomli_w.dumps({"value": value}).removeprefix("value = ").strip())
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
@@ -76,19 +75,19 @@ def read(path: Path) -> Document:
     except FileNotFoundError as error:
         near = closest(path.stem, [other.stem for other in path.parent.glob("*.toml")])
         hint = f"did you mean {path.with_name(f'{near}.toml')}?" if near else "check the path"
-        raise InputError(f"{path}: an existing file, got none; {hint}") from error
+        raise InputError(f"{path}: expected an existing file, got none; {hint}") from error
     except IsADirectoryError as error:
-        raise InputError(f"{path}: a TOML file, got a directory; name a file in it") from error
+        raise InputError(f"{path}: expected a TOML file, got a directory; name a file in it") from error
     except OSError as error:
         raise InputError(
-            f"{path}: a readable file, got {error.strerror}; check the path and its permissions"
+            f"{path}: expected a readable file, got {error.strerror}; check the path and its permissions"
         ) from error
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}:{line}: text in UTF-8, got the byte 0x{content[error.start]:02x}; save the file as UTF-8"
+            f"{path}:{line}: expected text in UTF-8, got the byte 0x{content[error.start]:02x}; save the file as UTF-8"
         ) from error
     return Document(tables=_parse(text, path), lines=lines(text))
 
@@ -99,9 +98,9 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     except tomli.TOMLDecodeError as error:
         line = text.replace("\r\n", "\n").split("\n")[error.lineno - 1]
         hint = "TOML uses true/false" if re.search(r"=\s*(True|False)\b", line) else f"fix column {error.colno}"
-        raise InputError(f"{path}:{error.lineno}: TOML, got {_lowered(error.msg)}; {hint}") from error
+        raise InputError(f"{path}:{error.lineno}: expected TOML, got {_lowered(error.msg)}; {hint}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: TOML that can be read, got {_lowered(str(error))}; shorten it") from error
+        raise InputError(f"{path}: expected TOML that can be read, got {_lowered(str(error))}; shorten it") from error
 
 
 def _lowered(message: str) -> str:
@@ -109,39 +108,47 @@ def _lowered(message: str) -> str:
 
 
 def lines(text: str) -> dict[KeyPath, int]:
-    """The line each key and table of a TOML text is first named on, counted from 1.
-
-    A statement is as many lines as it takes for TOML to parse them alone. Text that is not TOML gives what was found
-    before the fault.
-    """
-    found: dict[KeyPath, int] = {}
+    """The line each key and table of a TOML text is first named on, counted from 1; all keys of one statement are on
+    the line it begins on."""
+    places: dict[KeyPath, int] = {}
     header: KeyPath = ()
-    statement: list[str] = []
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
-        statement.append(line)
-        try:
-            parsed = tomli.loads("\n".join(statement))
-        except (ValueError, RecursionError):
-            continue
-        begin = number - len(statement) + 1
-        is_header = statement[0].lstrip().startswith("[")
-        statement = []
+    for number, statement in _statements(text.replace("\r\n", "\n")):
+        parsed = tomli.loads(statement)
+        is_header = statement.lstrip().startswith("[")
         if is_header:
             header = _header(parsed)
         for path in (header,) if is_header else ((*header, *path) for path, _ in flat(parsed)):
-            for depth in range(1, len(path) + 1):
-                found.setdefault(path[:depth], begin)
-    return found
+            while path and path not in places:
+                places[path] = number
+                path = path[:-1]
+    return places
+
+
+_TOKEN = re.compile(
+    r""""{3}(?:\\.|[^\\])*?"{3,5}|'{3}.*?'{3,5}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*|[\[\]{}\n]""", re.DOTALL
+)
+"""What decides where a statement of TOML ends: brackets, line ends, and strings and comments around others of them."""
+
+
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """The statements of a TOML text, each with the line it begins on: a line end outside of brackets ends one."""
+    depth, begin, number = 0, 0, 1
+    for token in _TOKEN.finditer(f"{text}\n"):
+        depth += (token[0] in ("[", "{")) - (token[0] in ("]", "}"))
+        if token[0] == "\n" and not depth:
+            statement = text[begin : token.start()]
+            yield number, statement
+            begin, number = token.end(), number + statement.count("\n") + 1
 
 
 def _header(parsed: dict[str, Any]) -> KeyPath:
     """Path of the one table in the parsed text of `[a.b]` or `[[a.b]]`."""
-    path: KeyPath = ()
+    path: list[str] = []
     inner: Any = parsed
     while inner:
         if isinstance(inner, list):
             inner = cast("list[Any]", inner)[0]
         else:
             name, inner = next(iter(cast("dict[str, Any]", inner).items()))
-            path = (*path, name)
-    return path
+            path.append(name)
+    return tuple(path)

@@ -19,6 +19,33 @@ def home(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("NMOE_HOME") or os.path.join(cache, "nmoe"))
 
 
+def expanded(path: str) -> Path:
+    """A path as a user writes it in a config: `~` and `~name` are home folders.
+
+    Raises:  InputError when there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: expected the home folder of a user, got none; write the path in full") from error
+
+
+@contextmanager
+def refusing(where: Path, what: str, remedy: str = "free space or fix permissions") -> Iterator[None]:
+    """Raise what the disk refuses in the block as an InputError.
+
+    where   which file or folder, if the system does not say
+    what    expected of it
+    remedy  what to do
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or where}: expected {what}, got {error.strerror or error}; {remedy}"
+        ) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable.
 

@@ -1,11 +1,16 @@
-"""The terminal: the only place that prints; tables and sparklines as text."""
+"""The terminal: the only place that prints, which makes text from files printable; tables and sparklines as text."""
 
 from __future__ import annotations
 
 import io
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
+
+from nmoe.errors import printable
 
 BARS = "▁▂▃▄▅▆▇█"
 UNBOUNDED = 1_000_000
@@ -14,16 +19,66 @@ UNBOUNDED = 1_000_000
 
 def say(text: str) -> None:
     """Print lines for the person at the terminal, at once. Writes: standard output."""
-    print(text, flush=True)
+    _print(text, sys.stdout)
 
 
 def warn(text: str) -> None:
     """Print lines about what went wrong. Writes: standard error."""
-    print(text, file=sys.stderr, flush=True)
+    _print(text, sys.stderr)
+
+
+def _print(text: str, file: TextIO | None) -> None:
+    """Print lines that cannot steer a terminal, with an escape for what its encoding lacks."""
+    if file is None:  # closed before the start
+        return
+    lines = "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+    encoding = file.encoding or "utf-8"
+    print(lines.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
+class _Output:
+    """A stream whose reader may go: from then on what is written is dropped."""
+
+    def __init__(self, stream: TextIO, gone: Callable[[], None]) -> None:
+        self._stream, self._gone = stream, gone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._unless_gone(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._unless_gone(self._stream.flush)
+
+    def _unless_gone(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError:
+            # what is buffered has to go somewhere, or every later flush fails again, the interpreter's last one too
+            with open(os.devnull, "w", encoding="utf-8") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._gone()
+
+
+@contextmanager
+def until_closed(gone: Callable[[], None]) -> Iterator[None]:
+    """Standard output and error that a closed pipe, a terminal that hung up or a full disk does not make fail.
+
+    gone  called when standard output can no longer be written
+    """
+    with ExitStack() as scope:
+        # None: closed before the start, and print() drops what it gets
+        if sys.stdout is not None:
+            scope.enter_context(redirect_stdout(_Output(sys.stdout, gone)))  # pyright: ignore[reportArgumentType]
+        if sys.stderr is not None:
+            scope.enter_context(redirect_stderr(_Output(sys.stderr, lambda: None)))  # pyright: ignore[reportArgumentType]
+        yield
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """Aligned columns as text: the first `left` flush left, the others flush right; cells are taken literally."""
+    """Aligned columns as text: the first `left` flush left, the others flush right; a cell takes one line."""
     # here: importing rich takes 30 ms, and most commands print no table
     from rich.console import Console
     from rich.table import Table
@@ -31,11 +86,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> s
 
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
     for place, name in enumerate(head):
-        grid.add_column(Text(name), justify="left" if place < left else "right", no_wrap=True)
+        grid.add_column(Text(printable(name)), justify="left" if place < left else "right", no_wrap=True)
     for row in rows:
         if len(row) != len(head):
             raise ValueError(f"table: expected {len(head)} cells in a row, got {len(row)}")
-        grid.add_row(*map(Text, row))
+        grid.add_row(*(Text(printable(cell)) for cell in row))
     page = io.StringIO()
     Console(file=page, width=UNBOUNDED, color_system=None, legacy_windows=False).print(grid)
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())

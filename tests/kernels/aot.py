@@ -1,4 +1,4 @@
-"""What ptxas makes of a kernel for a GPU that is not here: registers, spills, memory, instructions.
+"""What the compiler makes of a kernel for a GPU that is not here: registers, spills, memory, instructions, data races.
 
 `compile_all` starts one process without the interpreter for all kernels it is given. To look at a kernel by hand, give
 the same requests as JSON: `python -m tests.kernels.aot < requests.json`.
@@ -19,6 +19,8 @@ from typing import Any
 
 import attrs
 
+from tests.kernels.races import races
+
 TARGETS = (90, 100)
 """Compute capabilities that nmoe supports, times ten."""
 
@@ -37,6 +39,7 @@ class Request:
     signature  type of every run-time argument: "*bf16", "*fp32", "i32", "fp32", "tensordesc<bf16[128,64]>"
     constants  value of every constexpr argument, and of arguments that are None or 1
     aligned    arguments that are multiples of 16: pointers and strides; None: every pointer
+    same       argument -> argument, where the kernel is launched with one tensor, or its stride, as both
     """
 
     kernel: str
@@ -46,6 +49,7 @@ class Request:
     warps: int = 4
     stages: int = 3
     libraries: Mapping[str, str] = attrs.field(factory=dict)  # name and path of bitcode to link with
+    same: Mapping[str, str] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True)
@@ -66,13 +70,13 @@ class Compiled:
     wide: int  # global loads and stores of 16 bytes or more a thread, bulk copies included
     narrow: int  # all others
     atomics: int
-    races: list[str]  # buffers that one warp may overwrite before another has read them
+    races: list[str]  # buffers read and written in no order, tests/kernels/races.py
     ptx: str = attrs.field(repr=False)
     sass: str = attrs.field(repr=False)
 
     def problems(self, *, spills: int = 0, tensor_cores: bool = False) -> list[str]:
-        """Why the kernel must not ship: memory beyond the target's, spills over a number, no tensor cores used."""
-        found: list[str] = []
+        """Why the kernel must not ship: races, memory beyond the target's, spills over a number, no tensor cores."""
+        found = [f"data race: {race}" for race in self.races]
         if self.shared > SHARED_LIMIT:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT}")
         if self.tensor > TENSOR_LIMIT:
@@ -81,7 +85,6 @@ class Compiled:
             found.append(f"{self.spills} spill instructions, limit {spills}")
         if tensor_cores and not (self.wgmma if self.target < 100 else self.tcgen05):
             found.append("no tensor-core instruction of its generation")
-        found.extend(self.races)
         return [f"{self.kernel} on sm_{self.target}: {problem}" for problem in found]
 
 
@@ -150,61 +153,11 @@ def compile_one(request: Request, target: int) -> Compiled:
         shared=metadata.shared,
         tensor=getattr(metadata, "tmem_size", 0) or 0,
         scratch=metadata.global_scratch_size,
-        races=races(built.asm["ttgir"]),
+        races=races(built.asm["ttgir"], request.same),
         ptx=built.asm["ptx"],
         sass=sass,
         **counts(sass),
     )
-
-
-def races(ttgir: str) -> list[str]:
-    """Stores that nothing orders after the loads of the same buffer by other threads.
-
-    A program that loads a buffer in one layout and stores into it in another has elements that one thread reads and
-    another writes. What is stored orders them when it was computed from the load, because the layouts are converted on
-    the way; so does a barrier between. A constant has neither: AdamW lost gradients that way (docs/log.md, 2026-11-28).
-    """
-    buffers: dict[str, str] = {}  # value that is a pointer -> argument it points into
-    sources: dict[str, set[str]] = {}  # value -> buffers whose loads it was computed from
-    layouts: dict[str, set[str]] = {}  # buffer -> layouts it was loaded in since the last barrier
-    found: list[str] = []
-    for line in ttgir.splitlines():
-        if "tt.func" in line:
-            buffers.update((name, name) for name in re.findall(r"(%\w+): !tt\.ptr", line))
-            continue
-        results = re.match(r"\s*((?:%\w+(?::\d+)?(?:, )?)+) = ", line)
-        operands = re.findall(r"%\w+", line[results.end() :] if results else line)
-        for inner, outer in re.findall(r"(%\w+) = (%\w+)(?=[,)])", line) if "iter_args" in line else ():
-            sources.setdefault(inner, set()).update(sources.get(outer, set()))
-            if outer in buffers:
-                buffers[inner] = buffers[outer]
-        layout = re.findall(r"tensor<[^>]*!tt\.ptr<[^>]*>, ([^>]+)>", line)
-        if "barrier" in line:
-            layouts.clear()
-        elif "tt.load" in line or "async_copy_global_to_local" in line:
-            buffer = next((buffers[name] for name in operands if name in buffers), None)
-            if buffer is not None and layout:
-                layouts.setdefault(buffer, set()).add(layout[0] if "tt.load" in line else "asynchronous copy")
-                for name in re.findall(r"%\w+", results[1]) if results else ():
-                    sources[name] = {buffer}
-                continue
-        elif "tt.store" in line:
-            pointer, value = operands[:2]
-            buffer = buffers.get(pointer)
-            if buffer is not None and layout and layouts.get(buffer, set()) - {layout[0]}:
-                if buffer not in sources.get(value, set()):
-                    found.append(
-                        f"{buffer} is read in another layout than it is overwritten in, and nothing orders them"
-                    )
-        if results:
-            names = re.findall(r"%\w+", results[1])
-            derived = set().union(*(sources.get(name, set()) for name in operands))
-            points = next((buffers[name] for name in operands[:1] if name in buffers), None)
-            for name in names:
-                sources[name] = derived
-                if points is not None and "!tt.ptr" in line:
-                    buffers[name] = points
-    return sorted(set(found))
 
 
 def read(*command: str | Path) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -51,3 +53,42 @@ def check_arguments(arguments: tuple[Any, ...]) -> None:
                 f"argument {place} of an interpreted kernel: fp32 or fp16, got bf16, which the interpreter computes "
                 "wrongly; test bf16 in tests/gpu"
             )
+
+
+def poison(pointers: Any) -> Any:
+    """What a masked load of the interpreter finds where it may not read: NaN, or the largest integer.
+
+    pointers  handle of the pointers that are loaded from
+    """
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+    kind = pointers.get_element_ty()
+    dtype: Any = np.zeros(0, _get_np_dtype(kind)).dtype
+    value = np.nan if dtype.kind == "f" else np.iinfo(dtype).max if dtype.kind in "iu" else True
+    return TensorHandle(np.full_like(pointers.data, value, dtype=dtype), kind)
+
+
+def overlapping(arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names of arguments that lie in the same memory, element for element: neighbours in one tensor do not."""
+    tensors = {name: x if isinstance(x, torch.Tensor) else getattr(x, "base", None) for name, x in arguments.items()}
+    return [
+        (one, other)
+        for (one, a), (other, b) in combinations(tensors.items(), 2)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _meet(a, b)
+    ]
+
+
+def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors share a byte."""
+    if not a.numel() or not b.numel() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    touched = torch.zeros(a.untyped_storage().nbytes(), dtype=torch.bool)
+    _bytes(touched, a).fill_(True)
+    return bool(_bytes(touched, b).any())
+
+
+def _bytes(storage: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """View of a byte a place of storage, as `x` lies in it."""
+    size = x.element_size()
+    return storage.as_strided((*x.shape, size), (*(step * size for step in x.stride()), 1), x.storage_offset() * size)

@@ -26,3 +26,83 @@ def matmul(a, b, c, k_size, m: tl.constexpr, n: tl.constexpr, k: tl.constexpr):
 @triton.jit
 def add_into(x, total, block: tl.constexpr):
     tl.atomic_add(total, tl.sum(tl.load(x + tl.arange(0, block))))
+
+
+@triton.jit
+def shift(x, block: tl.constexpr, ordered: tl.constexpr):
+    """Each thread writes what another one reads: its value depends on its own load only."""
+    at = tl.arange(0, block)
+    value = tl.load(x + at + 1)
+    if ordered:
+        tl.debug_barrier()
+    tl.store(x + at, value)
+
+
+@triton.jit
+def reverse_by_scratch(x, scratch, y, block: tl.constexpr, ordered: tl.constexpr):
+    """Written by one thread, then read by another."""
+    at = tl.arange(0, block)
+    tl.store(scratch + at, tl.load(x + at))
+    if ordered:
+        tl.debug_barrier()
+    tl.store(y + at, tl.load(scratch + (block - 1 - at)))
+
+
+@triton.jit
+def count_up(counter, ordered: tl.constexpr):
+    """Every thread reads a scalar, one writes it."""
+    number = tl.load(counter)
+    if ordered:
+        tl.debug_barrier()
+    tl.store(counter, number + 1)
+
+
+@triton.jit
+def move(x, y, block: tl.constexpr):
+    """No race, but when both are one tensor."""
+    at = tl.arange(0, block)
+    tl.store(y + at + 1, tl.load(x + at))
+
+
+@triton.jit
+def carried(x, y, total, number, chosen, block: tl.constexpr):
+    """Reads through a pointer that an `if` chose and a loop carries; clears one of the two it may point into."""
+    at = tl.arange(0, block)
+    pointer = x + at
+    if chosen > 0:
+        pointer = y + at
+    summed = tl.zeros((block,), tl.float32)
+    for _ in range(number):
+        summed += tl.load(pointer)
+        pointer += block
+    tl.store(total + at, summed)
+    tl.store(y + at, tl.zeros((block,), tl.float32))
+
+
+@triton.jit
+def max_in_place(x, block: tl.constexpr):
+    """A reduction over all warps is a barrier: every element is read before the first is written."""
+    at = tl.arange(0, block)
+    most = tl.max(tl.load(x + at), 0)
+    tl.store(x + (block - 1 - at), tl.zeros((block,), tl.float32) + most)
+
+
+@triton.jit
+def add_one(x, block: tl.constexpr):
+    """The same thread reads and writes."""
+    at = tl.arange(0, block)
+    tl.store(x + at, tl.load(x + at) + 1.0)
+
+
+@triton.jit
+def forget_last(x, y, size, block: tl.constexpr):
+    """Leaves the last element of `y` as it was."""
+    at = tl.arange(0, block)
+    tl.store(y + at, tl.load(x + at, mask=at < size, other=0), mask=at < size - 1)
+
+
+@triton.jit
+def sum_beyond(x, y, size, block: tl.constexpr):
+    """Adds up what a mask kept it from reading, too."""
+    at = tl.arange(0, block)
+    tl.store(y, tl.sum(tl.load(x + at, mask=at < size), 0))

@@ -9,14 +9,42 @@ import attrs
 
 from nmoe.effects.kernels import loss as loss_kernels
 from nmoe.effects.kernels import norm as norm_kernels
-from nmoe.effects.kernels.moe import router, swiglu
+from nmoe.effects.kernels.attention import mla_assemble
+from nmoe.effects.kernels.exchange import plan as plan_kernels
+from nmoe.effects.kernels.moe import combine, dispatch, router, swiglu
 from nmoe.effects.kernels.optim import adamw
 from tests.kernels.aot import Request
 
 KERNELS = "nmoe.effects.kernels"
 
+SAME: Mapping[str, Mapping[str, str]] = {
+    "attention.rope:rotate_kernel": {"y": "x"},
+    "exchange.push:counts_kernel": {"tokens": "count"},
+    "moe.combine:combine_kernel": {"weight": "y"},
+    "moe.experts:grouped_weight_gradient_kernel": {"b_rows": "b"},
+    "norm:backward_kernel": {"residual": "grad_output"},
+    "norm:forward_kernel": {"y": "x", "total": "x"},
+    "optim.adamw:update_kernel": {"remainder": "value"},
+}
+"""Arguments to which some caller gives the memory of another one: held complete by tests/kernels/conftest.py."""
 
-def request(kernel: str, signature: str, tile: Any, constants: Mapping[str, object], sizes: str = "") -> Request:
+
+@attrs.frozen
+class Launch:
+    """Options of a launch without a record of tile sizes."""
+
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def request(
+    kernel: str,
+    signature: str,
+    tile: Any,
+    constants: Mapping[str, object],
+    sizes: str = "",
+    same: Mapping[str, str] | None = None,
+) -> Request:
     """signature: "name:type name:type"; sizes: integers that are multiples of 16."""
     types = dict(each.split(":") for each in signature.split())
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
@@ -27,6 +55,7 @@ def request(kernel: str, signature: str, tile: Any, constants: Mapping[str, obje
         aligned=[*pointers, *sizes.split()],
         warps=tile.num_warps,
         stages=tile.num_stages,
+        same=same or {},
     )
 
 
@@ -58,7 +87,9 @@ def norm(name: str, adds: bool, width: int) -> Request:
     sizes = "rows width x_stride" + (" y_stride" if name == "forward" else "")
     block = 1 << (width - 1).bit_length()
     tile = attrs.evolve(tile, num_warps=norm_kernels.warps(width, tile))
-    return request(f"norm:{name}_kernel", signature, tile, {"adds": adds, "m": tile.block_m, "block": block}, sizes)
+    constants = {"adds": adds, "m": tile.block_m, "block": block}
+    same = {} if adds else SAME[f"norm:{name}_kernel"]
+    return request(f"norm:{name}_kernel", signature, tile, constants, sizes, same)
 
 
 def gate(name: str) -> Request:
@@ -83,6 +114,7 @@ def update(value: str, gradient: str, moments: str, size: str = "i32") -> Reques
             **{"has_remainder": value == "bf16", "block": tile.block, "repeats": tile.repeats},
         },
         "size",
+        SAME["optim.adamw:update_kernel"] if value == "fp32" else {},
     )
 
 
@@ -109,3 +141,115 @@ def choice(num_experts: int, top_k: int) -> Request:
         {"M": tile.block_m, "EP": padded, "K": top_k},
         "rows E",
     )
+
+
+def integers(names: str, kind: str = "i32") -> str:
+    """Arguments of one type, as a part of a signature."""
+    return " ".join(f"{name}:{kind}" for name in names.split())
+
+
+def of_dispatch(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
+    """The counting sort, and rows brought to their experts and back."""
+    experts = {"E": num_experts, "EP": 1 << (num_experts - 1).bit_length()}
+    stretch = {"STRETCH": dispatch.STRETCH, **experts}
+    rows = {"K": top_k, "BLOCK": combine.COLUMNS}
+    return {
+        "count": request("moe.dispatch:count_kernel", "expert:*i64 histogram:*i32 P:i32", Launch(8), stretch),
+        "scan": request(
+            "moe.dispatch:scan_kernel", integers("histogram count", "*i32") + " S:i32 E:i32", Launch(), {"BLOCK": 1024}
+        ),
+        "place": request(
+            "moe.dispatch:place_kernel",
+            "expert:*i64 " + integers("before count source slot place end", "*i32") + " P:i32 K:i32",
+            Launch(8),
+            stretch,
+        ),
+        "tiles": request(
+            "moe.dispatch:tiles_kernel",
+            integers("count tile_expert tile_row", "*i32") + " T:i32",
+            Launch(),
+            {"M": 128, **experts, "BLOCK": dispatch.TILES},
+        ),
+        "spread": request(
+            "moe.dispatch:spread_kernel",
+            "x:*bf16 place:*i32 out:*bf16 D:i32",
+            Launch(8),
+            {"K": top_k, "BLOCK": 2048},
+            "D",
+        ),
+        "combine": request(
+            "moe.combine:combine_kernel",
+            "y:*bf16 place:*i32 weight:*fp32 out:*bf16 D:i32",
+            Launch(),
+            {**rows, "WEIGHTED": True},
+            "D",
+        ),
+        "combine: sum": request(
+            "moe.combine:combine_kernel",
+            "y:*bf16 place:*i32 weight:*bf16 out:*bf16 D:i32",
+            Launch(),
+            {**rows, "WEIGHTED": False},
+            "D",
+            SAME["moe.combine:combine_kernel"],
+        ),
+    }
+
+
+def of_assembly() -> dict[str, Request]:
+    """Whole keys for an attention of a library, and their gradients."""
+    sizes = {"NOPE": 128, "ROPE": 64, "NOPE_BOX": 128, "ROPE_BOX": 64, "HEADS": mla_assemble.HEADS}
+    key_strides = "kv_batch kv_position kv_head rope_batch rope_position"
+    gradient_strides = "dk_batch dk_position dk_head dv_batch dv_position dv_head"
+    return {
+        "keys": request(
+            "attention.mla_assemble:keys_kernel",
+            "kv:*bf16 k_rope:*bf16 k:*bf16 " + integers(f"length {key_strides} heads"),
+            Launch(),
+            sizes,
+            key_strides,
+        ),
+        "gradients": request(
+            "attention.mla_assemble:gradients_kernel",
+            "dk:*bf16 dv:*bf16 dkv:*bf16 dk_rope:*bf16 " + integers(f"length {gradient_strides} heads"),
+            Launch(),
+            {**sizes, "VALUE": 128, "VALUE_BOX": 128},
+            gradient_strides,
+        ),
+    }
+
+
+def of_exchange(ranks: int = 8, num_experts: int = 256, top_k: int = 8) -> dict[str, Request]:
+    """What of the exchange moves no rows."""
+    choices = {"K": top_k, "KP": top_k, "BLOCK": plan_kernels.BLOCK // top_k}
+    counts = {"E": num_experts, "EP": num_experts, "W": ranks, "WP": ranks}
+    pushed = "count:*i32 tokens:*i32 addresses:*i64 OFFSET:i64 ME:i32"
+    planned = integers("place shift owner token_place token_shift to at landing", "*i32")
+    return {
+        "owners": request(
+            "exchange.plan:owners_kernel", "expert:*i64 owner:*i32 N:i32 LOCAL:i32 W:i32", Launch(), choices
+        ),
+        "destinations": request(
+            "exchange.plan:destinations_kernel",
+            f"expert:*i64 {planned} N:i32 LOCAL:i32 W:i32",
+            Launch(),
+            {**choices, "DEDUP": True},
+        ),
+        "origins": request(
+            "exchange.plan:origins_kernel",
+            integers("origin_end origin_shift valid to at", "*i32") + " W:i32",
+            Launch(),
+            {"RUNS": num_experts, "CHUNK": min(plan_kernels.RUNS, num_experts), "BLOCK": plan_kernels.BLOCK},
+        ),
+        "counts": request("exchange.push:counts_kernel", pushed, Launch(), {**counts, "DEDUP": True}),
+        "counts: plain": request(
+            "exchange.push:counts_kernel",
+            pushed,
+            Launch(),
+            {**counts, "DEDUP": False},
+            same=SAME["exchange.push:counts_kernel"],
+        ),
+        "pad": request("exchange.push:pad_kernel", "x:*bf16 valid:*i32 D:i32 SIZE:i32", Launch(), {"BLOCK": 2048}, "D"),
+        "bytes": request(
+            "exchange.push:bytes_kernel", "crossing:*i32 sent:*i64 " + integers("PAIR PLACE ROW FIXED"), Launch(1), {}
+        ),
+    }

@@ -86,30 +86,3 @@ def test_children_of_this_process_compile() -> None:
     interpreter.turn_on()  # a second time: nothing to do
     text = "import triton; print(triton.knobs.runtime.interpret)"
     assert subprocess.run([sys.executable, "-c", text], capture_output=True, text=True).stdout == "False\n"
-
-
-LOADS = """
-  tt.func public @clears(%x: !tt.ptr<f32> {tt.divisibility = 16 : i32}, %y: !tt.ptr<f32>) {
-    %zero = arith.constant dense<0.0> : tensor<1024xf32, #four>
-    %0 = tt.splat %x : !tt.ptr<f32> -> tensor<1024x!tt.ptr<f32>, #eight>
-    %1 = tt.addptr %0, %at : tensor<1024x!tt.ptr<f32>, #eight>, tensor<1024xi32, #eight>
-    %2 = tt.load %1 : tensor<1024x!tt.ptr<f32>, #eight>
-    %3 = arith.addf %2, %2 : tensor<1024xf32, #eight>
-    %4 = ttg.convert_layout %3 : tensor<1024xf32, #eight> -> tensor<1024xf32, #four>
-    %5 = ttg.convert_layout %1 : tensor<1024x!tt.ptr<f32>, #eight> -> tensor<1024x!tt.ptr<f32>, #four>
-"""
-CLEAR = "    tt.store %5, %zero : tensor<1024x!tt.ptr<f32>, #four>\n"
-
-
-@pytest.mark.parametrize(
-    ("rest", "is_race"),
-    [
-        (CLEAR, True),
-        ("    gpu.barrier\n" + CLEAR, False),
-        ("    tt.store %5, %4 : tensor<1024x!tt.ptr<f32>, #four>\n", False),  # computed from the load
-        ("    tt.store %1, %same : tensor<1024x!tt.ptr<f32>, #eight>\n", False),  # in the layout of the load
-    ],
-    ids=["cleared", "barrier", "computed", "same layout"],
-)
-def test_a_store_that_nothing_orders_after_the_load_is_seen(rest: str, is_race: bool) -> None:
-    assert bool(aot.races(LOADS + rest)) == is_race

@@ -25,7 +25,7 @@ import torch
 
 from nmoe.effects import files
 from nmoe.effects.checkpoint.fs import Fs, read_bytes
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 from nmoe.pure.checkpoint.pieces import Stored, gaps
 
 FORMAT = 1
@@ -147,9 +147,8 @@ def name_fields(name: str) -> tuple[int, int, int] | None:
 
 
 def shown(text: str) -> str:
-    """As much of a text from a file as a person reads, with every character printable."""
-    text = text if len(text) <= 300 else f"{text[:300]} ..."
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    """As much of a text from a file as a person reads, on one line."""
+    return printable(text if len(text) <= 300 else f"{text[:300]} ...")
 
 
 def remedy(error: OSError) -> str:

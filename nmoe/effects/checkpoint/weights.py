@@ -50,10 +50,18 @@ def save(folder: Path, params: Any, router_bias: Tensor) -> None:
     """Write the weights.
 
     Writes:  `folder/weights.safetensors`, whole or not at all.
+    Raises:  InputError when there is no room for it.
     """
     tensors = {path: leaf.detach().contiguous() for path, leaf in tree.leaves(params)}
-    with files.replacing(folder / WEIGHTS) as temporary:
-        save_file({**tensors, ROUTER_BIAS: router_bias}, temporary)
+    try:
+        with files.replacing(folder / WEIGHTS) as temporary:
+            save_file({**tensors, ROUTER_BIAS: router_bias}, temporary)
+    except (OSError, SafetensorError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{folder / WEIGHTS}: expected room for the weights, got {problem}; free space, then take them from the "
+            f"last checkpoint with `nmoe ckpt export-weights {folder} --to FOLDER`"
+        ) from error
 
 
 def load(folder: Path, blueprint: Blueprint) -> tuple[Any, Tensor]:

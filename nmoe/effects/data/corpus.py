@@ -17,11 +17,14 @@ from nmoe.effects.data.store.shards import open_split
 from nmoe.effects.parallel.launch import Launch
 from nmoe.pure.core.key import Key
 from nmoe.pure.data import ngram, order
-from nmoe.pure.data.stages import Stream
+from nmoe.pure.data.stages import Recipe, Stream, plan
 from nmoe.pure.model.model import Batch
 
 # Training tokens that the n-gram baselines count at most; they are read, and their shards hashed, before step 1.
 NGRAM_TOKENS = 10_000_000
+
+ENDLESS = 1 << 62
+"""Windows of a stream that does not end; the most that `order.windows` takes."""
 
 
 @attrs.frozen(kw_only=True)
@@ -84,7 +87,11 @@ def open_corpus(config: Config, launch: Launch) -> Corpus:
         identity=data.identity,
         tokenizer=tokenizer,
         read=open_stream(
-            splits, data.stream, batch_size=train.batch_size, key=Key(config.run.seed).fold("data"), **shape
+            splits,
+            _read_stream(config, data.stream),
+            batch_size=train.batch_size,
+            key=Key(config.run.seed).fold("data"),
+            **shape,
         ),
         stream=data.stream if isinstance(config.data.source, Mixture) else None,
         held=tuple(held),
@@ -92,6 +99,13 @@ def open_corpus(config: Config, launch: Launch) -> Corpus:
         unigram=ngram.unigram_loss(np.concatenate(counted), np.concatenate(judged), vocab_size),
         bigram=ngram.bigram_loss(np.concatenate(counted), np.concatenate(judged), vocab_size),
     )
+
+
+def _read_stream(config: Config, stream: Stream) -> Stream:
+    """What is read: one source without an end, because the cursor of a resumed run was counted with other batches."""
+    if isinstance(config.data.source, Mixture):
+        return stream
+    return plan(stream.ingredients, [Recipe(name="train", windows=ENDLESS, weights=(1.0,))])
 
 
 def _shares(total: int, parts: Sequence[int]) -> tuple[int, ...]:

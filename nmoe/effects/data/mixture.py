@@ -11,6 +11,7 @@ import attrs
 from nmoe.config import Config
 from nmoe.config.data_mixture import STAGES, DataMixture, Flow, load_mixture
 from nmoe.config.sections import Mixture, Stdlib
+from nmoe.effects import files
 from nmoe.effects.data import stdlib
 from nmoe.effects.data.store.format import Manifest, read_manifest
 from nmoe.effects.data.store.shards import content_digest, split_problems
@@ -43,13 +44,17 @@ def plan_data(config: Config, home: Path) -> DataPlan:
     source, train, vocab_size = config.data.source, config.train, config.model.vocab_size
     if isinstance(source, Mixture):
         data = plan_mixture(
-            load_mixture(Path(source.path)),
+            load_mixture(files.expanded(source.path)),
             source.flow,
             sequence_length=train.sequence_length,
             active_parameters=make_blueprint(config).parameters.active,
         )
     else:
-        folder = stdlib.prepare(home, source.tokenizer_size, say) if isinstance(source, Stdlib) else Path(source.path)
+        folder = (
+            stdlib.prepare(home, source.tokenizer_size, say)
+            if isinstance(source, Stdlib)
+            else files.expanded(source.path)
+        )
         data = plan_folder(folder, sequence_length=train.sequence_length, windows=train.steps * train.batch_size)
     problems: list[str] = []
     if vocab_size < (size := data.manifests[0].tokenizer_size):
@@ -95,7 +100,7 @@ def plan_mixture(mixture: DataMixture, flow: str, *, sequence_length: int, activ
         raise InputError(
             f"data.source.flow: expected one of the flows {has or 'none'} of {mixture.path}, got {flow}; choose one"
         )
-    folders = tuple(mixture.path.parent / part.path for part in mixture.parts.values())
+    folders = tuple(mixture.path.parent / files.expanded(part.path) for part in mixture.parts.values())
     manifests = _long_enough(folders, sequence_length)
     ingredients = tuple(
         Ingredient(

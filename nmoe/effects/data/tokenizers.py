@@ -17,6 +17,7 @@ from types import MappingProxyType
 import attrs
 
 from nmoe.config.data_source import Source
+from nmoe.effects import files
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.survey import cleaned, reporting, works_of
@@ -68,7 +69,7 @@ def resolve(said: str, home: Path, base: Path) -> Tokenizer:
     Raises:  InputError when there is none, or it is damaged.
     """
     if "/" in said or said.endswith(".json"):
-        path = base / Path(said).expanduser()
+        path = base / files.expanded(said)
         return tokenizers.load(path.parent if path.name == tokenizers.FILE else path)
     folder = home / FOLDER / said
     if not (folder / tokenizers.FILE).exists():

@@ -24,10 +24,10 @@ def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tup
     """`pure.model.attention.mla.attend_mla` with values padded to the width of the keys.
 
     torch's fused attention on the CPU takes only equal widths; it halves the time of the plain one and keeps no
-    probabilities, which pays for the padding.
+    probabilities, which pays for the padding. Values wider than the keys take the plain one.
     """
     width = kv.shape[-1] - q.shape[-1] + k_rope.shape[-1]
-    return attend_mla(q, F.pad(kv, (0, q.shape[-1] - width)), k_rope, start, scale=scale)[..., :width]
+    return attend_mla(q, F.pad(kv, (0, max(0, q.shape[-1] - width))), k_rope, start, scale=scale)[..., :width]
 
 
 def experts_grouped(rows: Rows, up: Tensor, down: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Literal
 
 import attrs
 
-from nmoe.config import load
+from nmoe.config import load, preset
 from nmoe.config.data_mixture import load_mixture
 from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
@@ -30,6 +30,9 @@ from nmoe.errors import InputError
 
 MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6)})
 """Oldest version of each that nmoe works with."""
+
+TESTED = MappingProxyType({"2.13.0": "3.7.1", "2.11.0": "3.6.0"})
+"""Triton by the torch it was tested with: the pins of constraints.txt and constraints-gpu.txt."""
 
 REQUIREMENT = re.compile(r"([\w.-]+).*extra == [\"'](\w+)")
 """A package of an extra, as metadata has it: `name>=1.0; extra == "viz"`."""
@@ -49,9 +52,9 @@ class Gpu:
 
 @attrs.frozen(kw_only=True)
 class Preset:
-    """What one file of configs/ asks of a machine."""
+    """What a preset asks of a machine."""
 
-    path: str
+    name: str
     problems: tuple[str, ...] = ()  # why it cannot be read; the rest is then unset
     device: str = ""
     ranks: int = 1
@@ -126,6 +129,8 @@ def _software(facts: Facts) -> Iterator[Line]:
         else:
             advice = f"pip install --upgrade '{package}>={_dotted(MINIMUM[package])}'"
             yield _version(package, facts.packages[package], advice)
+    if {"torch", "triton"} <= facts.packages.keys():
+        yield _pair(facts.packages["torch"].partition("+")[0], facts.packages["triton"])
     if not facts.extras:
         value = "unknown, nmoe runs from a checkout that is not installed"
         yield Line(level="warn", what="extras", value=value, advice="pip install -e .")
@@ -189,7 +194,7 @@ def _gpus(facts: Facts) -> Iterator[Line]:
 
 
 def _preset(preset: Preset, facts: Facts) -> Iterator[Line]:
-    yield from (Line(level="FAIL", what=preset.path, value=problem) for problem in preset.problems)
+    yield from (Line(level="FAIL", what=preset.name, value=problem) for problem in preset.problems)
     if preset.problems:
         return
     able = sum(gpu.capability in facts.supported for gpu in facts.gpus)
@@ -203,9 +208,22 @@ def _preset(preset: Preset, facts: Facts) -> Iterator[Line]:
         lacks.append((f"no manifest.json in {preset.data}", "prepare data there, or set data.source.path"))
     if lacks:
         values, advice = zip(*lacks, strict=True)
-        yield Line(level="warn", what=preset.path, value="; ".join(values), advice="; ".join(advice))
+        yield Line(level="warn", what=preset.name, value="; ".join(values), advice="; ".join(advice))
     else:
-        yield Line(level="ok", what=preset.path, value="this machine has what it needs")
+        yield Line(level="ok", what=preset.name, value="this machine has what it needs")
+
+
+def _pair(torch: str, triton: str) -> Line:
+    """Whether the versions are a pair that the tests ran with: each torch is built against one triton."""
+    value = f"torch {torch} with triton {triton}"
+    if TESTED.get(torch) == triton:
+        return Line(level="ok", what="torch and triton", value=f"{value}, a pair that is tested")
+    if torch in TESTED:
+        advice = f"pip install triton=={TESTED[torch]}, which this torch is tested with"
+    else:
+        tested = " or ".join(f"torch=={a} triton=={b}" for a, b in TESTED.items())
+        advice = f"pip install {tested}, or run the tests of the kernels first"
+    return Line(level="warn", what="torch and triton", value=f"{value}, a pair that is not tested", advice=advice)
 
 
 def _version(what: str, installed: str, advice: str) -> Line:
@@ -244,7 +262,7 @@ def gather() -> Facts:
         peers=peers,
         environ={name: os.environ[name] for name in MULTICAST_OFF if name in os.environ},
         runs_problem=probe(Path("runs")),
-        presets=tuple(read_preset(path) for path in sorted(Path("configs").glob("*.toml"))),
+        presets=tuple(map(read_preset, preset.names())),
     )
 
 
@@ -311,16 +329,16 @@ def probe(folder: Path) -> str | None:
     return None if read == "written" else f"expected a renamed file to hold what was written, got {read!r} in {place}"
 
 
-def read_preset(path: Path) -> Preset:
-    """What a config asks for, and whether its data is there."""
+def read_preset(name: str) -> Preset:
+    """What a preset asks for, and whether its data is there."""
+    config = load(preset.path_of(name), {}, ()).config
     try:
-        config = load(path, {}, ()).config
         folders = _data_folders(config.data.source)
     except InputError as error:
-        return Preset(path=str(path), problems=error.problems)
+        return Preset(name=name, problems=error.problems)
     missing = [folder for folder in folders if not (folder / "manifest.json").is_file()]
     return Preset(
-        path=str(path),
+        name=name,
         device=config.run.device,
         ranks=config.parallel.ranks,
         data=str((missing or folders)[0]) if folders else None,
@@ -331,6 +349,9 @@ def read_preset(path: Path) -> Preset:
 def _data_folders(source: Stdlib | Shards | Mixture) -> list[Path]:
     """The folders that a config wants prepared."""
     if isinstance(source, Mixture):
-        path = Path(source.path)
-        return [Path(os.path.normpath(path.parent / part.path)) for part in load_mixture(path).parts.values()]
-    return [Path(source.path)] if isinstance(source, Shards) else []
+        path = files.expanded(source.path)
+        return [
+            Path(os.path.normpath(path.parent / files.expanded(part.path)))
+            for part in load_mixture(path).parts.values()
+        ]
+    return [files.expanded(source.path)] if isinstance(source, Shards) else []

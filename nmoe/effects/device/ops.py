@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
+from nmoe.config.check import kernel_sizes
 from nmoe.config.sections import Model
 from nmoe.effects.device import cpu
 from nmoe.effects.kernels import tables as tuning
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange, host
 from nmoe.errors import InputError
 from nmoe.pure.core.tree import record
@@ -37,6 +39,7 @@ def build(
     deterministic: bool = True,
     documents: bool = False,
     exchange: Exchange | None = None,
+    accumulator: Accumulator | None = None,
     kinds: Kinds = KINDS,
 ) -> Ops:
     """The ops of a device for a model.
@@ -45,6 +48,7 @@ def build(
 
     documents  whether attention keeps inside documents, which cuDNN's kernels cannot
     exchange   with the ranks that hold the other experts; None: all are here
+    accumulator  takes the weight gradients that kernels write themselves; a CPU leaves all to autograd
     kinds      of attention
 
     Raises:  InputError for sizes that a kernel does not take.
@@ -67,7 +71,8 @@ def build(
     from nmoe.effects.kernels.moe import router, swiglu
     from nmoe.effects.parallel.exchange import device as exchanged
 
-    check(c)
+    if problems := tuple(kernel_sizes(c, device="cuda", compute="bf16")):
+        raise InputError(*problems)
     tiles = mixture_tiles(device, c.hidden_size, c.moe.intermediate_size)
     return labelled(
         Ops(
@@ -76,9 +81,9 @@ def build(
             swiglu=swiglu.swiglu,
             attention=_gpu_attention(device, kind, c.attention, deterministic, documents),
             route=partial(route_tokens, score=router.scores, select=router.top_k),
-            experts=partial(mixtures.moe_experts, tiles=tiles)
+            experts=partial(mixtures.moe_experts, tiles=tiles, accumulator=accumulator)
             if exchange is None
-            else partial(exchanged.mixture, exchange=exchange, tiles=tiles),
+            else partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator),
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
         )
     )
@@ -176,19 +181,3 @@ def _updating(kernels: Mapping[str, Callable[..., Tensor]]) -> Callable[[str], C
         return _ranged(f"{name}_", kernels.get(name, partial(cpu.update_, rule(name))))
 
     return update
-
-
-def check(c: Model) -> None:
-    """Refuse what the kernels do not take.
-
-    Raises:  InputError with each size that is wrong.
-    """
-    sizes = {"model.hidden_size": c.hidden_size, "model.moe.intermediate_size": c.moe.intermediate_size}
-    problems = [
-        f'{key}: on device "cuda" a multiple of 8, because kernels read 16 bytes at once, got {size}; '
-        f"take {-(-size // 8) * 8}"
-        for key, size in sizes.items()
-        if size % 8
-    ]
-    if problems:
-        raise InputError(*problems)

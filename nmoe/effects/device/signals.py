@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+from nmoe.effects.parallel.launch import STOPPING, handling
 
 EXIT_PREEMPTED = 75
 """Exit code of a preempted run, which can be resumed: EX_TEMPFAIL, on which schedulers can requeue it."""
@@ -45,10 +48,10 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Stop]:
-    """SIGINT, SIGTERM and SIGUSR1 are noted, so that the step in progress ends and the state is saved.
+    """SIGINT, SIGTERM, SIGUSR1 and SIGHUP are noted, so that the step in progress ends and the state is saved.
 
     A second SIGINT interrupts at once. Other signals after the first change nothing. When the grace time after the
-    first SIGTERM or SIGUSR1 is over, the process ends with exit code 75 whatever it is doing: what was committed stays.
+    first of the others is over, the process ends with exit code 75 whatever it is doing: what was committed stays.
 
     grace_s  seconds from the signal to the end of the process at the latest
     overdue  called just before that
@@ -75,7 +78,7 @@ def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Sto
             timers[0].daemon = True
             timers[0].start()
 
-    with _handlers(note, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    with handling(note, signal.SIGINT, *STOPPING):
         try:
             yield stop
         finally:
@@ -86,7 +89,7 @@ def stop_on_signals(grace_s: float, overdue: Callable[[], None]) -> Iterator[Sto
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the process at once with exit code 75: for the time when there is nothing to save yet.
+    """SIGTERM, SIGUSR1 and SIGHUP end the process with exit code 75: for the time when there is nothing to save yet.
 
     Writes:  the process's handlers, put back at the end.
     """
@@ -94,18 +97,16 @@ def exit_on_signals() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(EXIT_PREEMPTED)
 
-    with _handlers(leave, signal.SIGTERM, signal.SIGUSR1):
+    with handling(leave, *STOPPING):
         yield
 
 
 @contextmanager
-def _handlers(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
-    """One handler for these signals, and what was there before put back at the end."""
-    before: dict[signal.Signals, Callable[..., object] | int | None] = {}
-    try:
-        for number in numbers:
-            before[number] = signal.signal(number, handler)
+def leave_on_signals() -> Iterator[None]:
+    """The same without a clean-up: for the time of the imports, in which an exception may be swallowed."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        os._exit(EXIT_PREEMPTED)
+
+    with handling(leave, *STOPPING):
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from nmoe.effects.kernels.derivative import first_order
 
 
 @attrs.frozen(kw_only=True)
@@ -171,7 +172,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total, nll
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:

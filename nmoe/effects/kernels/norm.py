@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from nmoe.effects.kernels.derivative import first_order
 
 
 @attrs.frozen(kw_only=True)
@@ -176,7 +177,7 @@ class RmsNorm(torch.autograd.Function):
         return normed.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -196,7 +197,7 @@ class AddRmsNorm(torch.autograd.Function):
         return total.view(x.shape), normed.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, residual: Tensor, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:

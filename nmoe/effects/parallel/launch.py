@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -37,12 +37,16 @@ MULTICAST_OFF = MappingProxyType(
 """NVLink multicast can hang a whole machine, so it is off before any library looks."""
 
 HEARTBEATS = "NMOE_HEARTBEATS"
-"""Name of the variable that holds the file that ranks write their heartbeats to, for our launcher."""
+"""Name of the variable with the descriptor, open in every rank, of the memory for heartbeats to our launcher."""
 
 HEARTBEAT = struct.Struct("<qd")  # steps taken; monotonic seconds, which all processes of a machine share
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal a process gets when its parent dies."""
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals after which a run saves and ends with exit code 75. Between its fork and its first handler a rank holds them
+back: their default would end it with 128 + the number instead."""
 
 POLL_S = 0.1
 ORDERLY_S = 10.0
@@ -55,6 +59,8 @@ ORDERLY = (0, 2, 5, 6, 75, 130)
 """Exit codes of a rank that ended as it should: the others do too (docs/architecture.md)."""
 
 EXIT_HUNG = 1
+EXIT_ORPHAN = 75
+"""Of a rank whose launcher died while it forked: the same command goes on."""
 
 
 @attrs.frozen(kw_only=True)
@@ -71,7 +77,7 @@ class Launch:
     launched: bool  # whether a launcher started it
     hosts_store: bool  # whether this rank opens the meeting point
     restart: int  # of all ranks together, by a launcher
-    heartbeats: Path | None  # None: our launcher does not watch this process
+    heartbeats: int | None  # descriptor; None: our launcher does not watch this process
     multicast: Mapping[str, str]  # the switches of MULTICAST_OFF
 
 
@@ -80,7 +86,8 @@ def from_environment(environ: Mapping[str, str]) -> Launch:
 
     Raises:  InputError for each that is no number, or does not fit the others.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    world_names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    names = (*world_names, "TORCHELASTIC_RESTART_COUNT", HEARTBEATS)
     texts = {name: environ[name] for name in names if name in environ}
     if problems := [
         f"{name}: expected a number from a launcher, got {text!r}; unset it or start with a launcher"
@@ -109,7 +116,7 @@ def from_environment(environ: Mapping[str, str]) -> Launch:
         launched="WORLD_SIZE" in environ,
         hosts_store=rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         restart=numbers.get("TORCHELASTIC_RESTART_COUNT", 0),
-        heartbeats=Path(environ[HEARTBEATS]) if HEARTBEATS in environ else None,
+        heartbeats=numbers.get(HEARTBEATS),
         multicast={name: environ[name] for name in MULTICAST_OFF if name in environ},
     )
 
@@ -144,10 +151,9 @@ class RankHeartbeat:
 
 @contextmanager
 def open_rank_heartbeat(launch: Launch, timeout_s: float) -> Iterator[RankHeartbeat]:
-    """The rank_heartbeat of this process, until the block ends.
+    """The heartbeat of this process, until the block ends.
 
-    Meanwhile a rank among others writes its stacks to stderr when it gets `STACKS`, and gets SIGTERM when our launcher
-    is killed.
+    Meanwhile a rank among others writes its stacks to stderr when it gets `STACKS`.
     """
     if launch.world == 1:
         yield RankHeartbeat(None, 0, None)
@@ -157,9 +163,7 @@ def open_rank_heartbeat(launch: Launch, timeout_s: float) -> Iterator[RankHeartb
         if launch.heartbeats is None:
             yield RankHeartbeat(None, launch.rank, timeout_s)
             return
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        with _mapped(launch.heartbeats) as memory:
+        with mmap.mmap(launch.heartbeats, 0) as memory:
             yield RankHeartbeat(memory, launch.rank, timeout_s)
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -197,15 +201,22 @@ class Rank:
 def start(ranks: int, arguments: Sequence[str], environ: Mapping[str, str], *, timeout_s: float, grace_s: float) -> int:
     """Run `nmoe` with these arguments as so many processes, and wait for all of them.
 
-    SIGINT, SIGTERM and SIGUSR1 are forwarded to all. When one rank dies, the others are ended. When no heartbeat comes
-    for `timeout_s` after the first step, each writes its stacks, and all are ended.
+    SIGINT, SIGTERM and SIGUSR1 are forwarded to all, SIGHUP as SIGTERM. When one rank dies, the others are ended. When
+    no heartbeat comes for `timeout_s` after the first step, each writes its stacks, and all are ended. When this
+    process dies, each rank gets SIGTERM, from its fork on.
 
     grace_s  seconds that ranks give themselves to end after SIGTERM or SIGUSR1
     returns  the exit code on which the ranks agree, or that of the first that died; 128 + the signal if one ended it
     """
-    with tempfile.TemporaryDirectory(prefix="nmoe-") as folder:
-        heartbeats = Path(folder) / "heartbeats"
-        heartbeats.write_bytes(bytes(ranks * HEARTBEAT.size))
+    asked: list[tuple[int, float]] = []
+    started: list[Rank] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append((signal.SIGTERM if number == signal.SIGHUP else number, time.monotonic()))
+
+    # An open file without a name: nothing stays behind, however this process ends.
+    with tempfile.TemporaryFile() as file, handling(note, signal.SIGINT, *STOPPING):
+        file.truncate(ranks * HEARTBEAT.size)
         shared = {
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
             **environ,
@@ -214,29 +225,55 @@ def start(ranks: int, arguments: Sequence[str], environ: Mapping[str, str], *, t
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
-            HEARTBEATS: str(heartbeats),
+            HEARTBEATS: str(file.fileno()),
         }
-        asked: list[tuple[int, float]] = []
-
-        def note(number: int, frame: FrameType | None) -> None:
-            asked.append((number, time.monotonic()))
-
-        started: list[Rank] = []
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        launcher = os.getpid()
         try:
             for number in range(ranks):
-                own = {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}
-                command = [sys.executable, "-m", "nmoe", *arguments]
-                # A session of its own, so that Ctrl-C reaches a rank once: through us.
-                started.append(Rank(number=number, process=subprocess.Popen(command, env=own, start_new_session=True)))
-            with _mapped(heartbeats) as memory:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "nmoe", *arguments],
+                    env={**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
+                    pass_fds=(file.fileno(),),
+                    start_new_session=True,  # so that Ctrl-C reaches a rank once: through us
+                    preexec_fn=lambda: _tie_to(launcher),  # safe: this process has one thread
+                )
+                started.append(Rank(number=number, process=process))
+            with mmap.mmap(file.fileno(), 0) as memory:
                 return _watch(started, memory, asked, timeout_s=timeout_s, grace_s=grace_s)
         finally:
             for rank in started:
                 rank.send(signal.SIGKILL)
                 rank.process.wait()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+def _tie_to(launcher: int) -> None:
+    """Have this process, a fork of the launcher, get SIGTERM when the launcher dies, also before its first import.
+
+    Writes: the signal of the parent's death and the mask of signals, which both outlast exec; ends an orphan.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != launcher:  # it died before the request: no signal comes
+        os._exit(EXIT_ORPHAN)
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """One handler for these signals, what was there before put back at the end; SIGHUP stays ignored under nohup.
+
+    Writes:  the process's handlers; signals that the launcher had held back arrive now.
+    """
+    before: dict[signal.Signals, Callable[..., object] | int | None] = {}
+    try:
+        for number in numbers:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _watch(
@@ -309,12 +346,6 @@ def _kill(ranks: Sequence[Rank]) -> None:
 def _last_heartbeat(memory: mmap.mmap, rank: Rank) -> tuple[int, float]:
     """Steps and time of a rank's last beat; 0 before the first."""
     return HEARTBEAT.unpack_from(memory, rank.number * HEARTBEAT.size)
-
-
-@contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-        yield memory
 
 
 def _free_port() -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from nmoe.effects.record.reading import utc
 
 MISSED = 3
 """Heartbeats that may fail to come before a run counts as lost: a slow disk delays one, seldom three."""
@@ -40,7 +42,7 @@ def process_runs(pid: int, started: str | None) -> bool:
 def heartbeat_age_s(record: Mapping[str, Any], now: datetime) -> float | None:
     """Seconds since the last heartbeat in a `run.json`; None when it has none."""
     try:
-        return (now - datetime.fromisoformat(str(record["heartbeat"])).astimezone(UTC)).total_seconds()
+        return (now - utc(record["heartbeat"])).total_seconds()
     except (KeyError, ValueError):
         return None
 

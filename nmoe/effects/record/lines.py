@@ -5,14 +5,17 @@ A last line without its line end is one being written, or torn by a kill: it is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from nmoe.effects.record.reading import json_object, open_regular
 from nmoe.errors import InputError
+
+LINE_BYTES = 8 << 20
+"""The longest line that is read."""
 
 MARK_BYTES = 128
 """What is remembered of the end of what was read, to know the file again: a resumed run cuts its files and appends."""
@@ -41,7 +44,7 @@ def whole(content: bytes) -> int:
 
 def is_same(path: Path, offset: int, mark: bytes) -> bool:
     """Whether a file still holds `mark` before `offset`. Raises: OSError."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(offset - len(mark))
         return file.read(len(mark)) == mark
 
@@ -55,27 +58,21 @@ def read(path: Path, damaged: Callable[[str], None] = refuse, *, offset: int = 0
     Raises:  InputError when the file cannot be read, and what `damaged` raises.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(offset)
-            for count, text in enumerate(file, number + 1):
-                if not text.endswith(b"\n"):
-                    return
+            while (text := file.readline(LINE_BYTES)).endswith(b"\n"):
+                number += 1
                 offset += len(text)
-                where = f"{path}:{count}"
-                fields = _object(text)
-                if fields is None:
+                where = f"{path}:{number}"
+                try:
+                    fields = json_object(text)
+                except ValueError:
                     damaged(f"{where}: expected one JSON object, got {text[:-1][:60]!r}; fix or delete the line")
                 else:
-                    yield Line(where=where, number=count, end=offset, mark=text[-MARK_BYTES:], fields=fields)
+                    yield Line(where=where, number=number, end=offset, mark=text[-MARK_BYTES:], fields=fields)
+            if len(text) == LINE_BYTES:
+                damaged(f"{path}:{number + 1}: expected at most {LINE_BYTES} bytes, got more; delete the line")
     except FileNotFoundError:
         return
     except OSError as error:
-        raise InputError(f"{path}: expected a file to read, got {error.strerror}; fix its permissions") from error
-
-
-def _object(text: bytes) -> dict[str, Any] | None:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) else None
+        raise InputError(f"{path}: expected a file to read, got {error.strerror}; fix or remove it") from error

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 import attrs
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch import Tensor
 from nmoe.config import Config
 from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
 from nmoe.effects.record.alive import process_start
-from nmoe.effects.record.log import Log, now
+from nmoe.effects.record.log import LineFile, Log, now, open_lines
 from nmoe.effects.record.names import ARRAYS, TELEMETRY
+from nmoe.effects.terminal import warn
+from nmoe.errors import InputError
 from nmoe.pure.watch.alerts import History, Limits, Seen, judge
 
 GB = 1e9
@@ -33,7 +35,7 @@ class Monitor:
         log: Log,
         heart: heartbeat.Heart,
         foot: footer.Footer,
-        arrays: TextIO,
+        arrays: LineFile,
         aside: Executor,
         skipped: int,
     ) -> None:
@@ -62,7 +64,7 @@ class Monitor:
         fields  what its line of metrics holds
         load    [L E] i64, on the host
 
-        Raises:  OSError when the loads before could not be written.
+        Raises:  InputError when the loads before could not be written.
         """
         step, settings = fields["step"], self._config.log
         self._heart.tell(step=step, status="running")
@@ -88,7 +90,7 @@ class Monitor:
         for alert in alerts:
             self._alert({"rule": alert.rule, "step": step, "message": alert.message, "severity": alert.severity})
 
-    def reading(self, file: TextIO, fields: Mapping[str, Any]) -> None:
+    def reading(self, file: LineFile, fields: Mapping[str, Any]) -> None:
         """Take one reading of the machine. Writes: telemetry.rank0.jsonl."""
         self._disk_bytes = fields["host"]["disk_free_bytes"]
         self.log.append(file, fields)
@@ -96,20 +98,27 @@ class Monitor:
     def settle(self) -> None:
         """Wait for the loads being written and the alert commands that still run; each has its timeout.
 
-        Raises:  OSError when the loads could not be written.
+        Raises:  InputError when the loads could not be written, once.
         """
         for thread in self._commands:
             thread.join()
         self._written()
 
     def _written(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _whole(self, fields: Mapping[str, Any], load: Tensor) -> None:
         # counts are finite integers: no need to look at each for one that JSON cannot hold
-        self._arrays.write(json.dumps({**fields, "load": load.tolist()}) + "\n")
-        self._arrays.flush()
+        self._arrays.append(json.dumps({**fields, "load": load.tolist()}))
+
+    def notice(self, name: str, **fields: Any) -> None:
+        """Append an event about the watching itself: where it cannot be written either, a warning is all."""
+        try:
+            self.log.event(name, **fields)
+        except InputError as error:
+            warn(f"nmoe: {name}: {fields.get('error', '')}; {error}")
 
     def _alert(self, alert: Mapping[str, Any]) -> None:
         self.log.event("alert", **alert)
@@ -118,7 +127,7 @@ class Monitor:
             return
 
         def failed(problem: str) -> None:
-            self.log.event("alert_command_failed", error=problem)
+            self.notice("alert_command_failed", error=problem)
 
         self._commands = [thread for thread in self._commands if thread.is_alive()]
         told = {"event": "alert", "run": self.log.folder.name, **alert}
@@ -163,8 +172,8 @@ def watching(
         now,
     )
     with ExitStack() as scope:
-        arrays = scope.enter_context(open(log.folder / ARRAYS, "a", encoding="utf-8"))
-        readings = scope.enter_context(open(log.folder / TELEMETRY, "a", encoding="utf-8"))
+        arrays = scope.enter_context(open_lines(log.folder / ARRAYS))
+        readings = scope.enter_context(open_lines(log.folder / TELEMETRY))
         foot = scope.enter_context(footer.shown(config.train.steps, wanted=settings.footer))
         aside = scope.enter_context(ThreadPoolExecutor(1, thread_name_prefix="loads"))
         monitor = Monitor(config, log, heart, foot, arrays, aside, skipped)
@@ -174,12 +183,10 @@ def watching(
             monitor.reading(readings, fields)
 
         def failed(problem: str) -> None:
-            monitor.log.event("heartbeat_failed", error=problem)
+            monitor.notice("heartbeat_failed", error=problem)
 
         scope.enter_context(heartbeat.beating(log.folder, heart, settings.heartbeat_every_s, failed))
         scope.enter_context(
-            telemetry.sampling(
-                log.folder, settings.telemetry_every_s, cuda=cuda, append=append, event=monitor.log.event
-            )
+            telemetry.sampling(log.folder, settings.telemetry_every_s, cuda=cuda, append=append, event=monitor.notice)
         )
         yield monitor

@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from nmoe.errors import InputError
+
 Append = Callable[[Mapping[str, Any]], None]
 
 
@@ -96,7 +98,7 @@ def sampling(folder: Path, every_s: float, *, cuda: bool, append: Append, event:
 
     def loop() -> None:
         nvml, told = _nvml(event) if cuda else None, ""
-        failures = (OSError, psutil.Error) if nvml is None else (OSError, psutil.Error, nvml.NVMLError)
+        failures = (OSError, InputError, psutil.Error, *(() if nvml is None else (nvml.NVMLError,)))
         while True:
             try:
                 readings = [] if nvml is None else gpus(nvml)

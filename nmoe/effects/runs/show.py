@@ -11,11 +11,9 @@ import difflib
 import io
 import json
 import math
-import sys
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,10 @@ from nmoe.effects import files
 from nmoe.effects.record import lines
 from nmoe.effects.record.lines import Line
 from nmoe.effects.record.names import CONFIG, EVENTS, METRICS, PROVENANCE
+from nmoe.effects.record.reading import MAX_ATTEMPT, MAX_SECONDS, MAX_STEP, toml_table, utc
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.terminal import say, sparkline, table
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 
 FOLLOW_S = 0.5
 SPARKLINE_WIDTH = 60
@@ -73,7 +72,7 @@ def list_runs(root: Path) -> int:
     say(texts[0])
     for line, (_, _, problems) in zip(texts[1:], found, strict=True):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        say(f"{line}  ! {problems[0]}{more}" if problems else line)
+        say(f"{line}  ! {printable(problems[0])}{more}" if problems else line)
     return 0
 
 
@@ -140,7 +139,7 @@ def show(root: Path, name: str) -> int:
         parts.append(("validation", f"{at}  at step {_count(number(validated, 'step'))}"))
     if end and "error" in end.fields:
         parts.append(("error", str(end.fields["error"])))
-    say("\n".join(f"{label:<12}{text}" for label, text in parts))
+    say("\n".join(f"{label:<12}{printable(text)}" for label, text in parts))
     if trained and "experts" in trained.fields:
         experts = _experts(trained)
         rows = [tuple(f"{float(value):.4g}" for value in row) for row in zip(*list(experts.values())[1:], strict=True)]
@@ -167,7 +166,7 @@ def export(root: Path, name: str, to: Path | None) -> int:
     writer.writeheader()
     writer.writerows(rows)
     if to is None:
-        sys.stdout.write(text.getvalue())
+        say(text.getvalue().removesuffix("\n"))
         return 0
     try:
         files.write_text(to, text.getvalue())
@@ -196,7 +195,7 @@ def tail(root: Path, name: str, count: int, follow: bool) -> int:
             shown[file] = len(found)
         fresh.sort(key=lambda line: str(line.fields.get("time", "")))
         for line in fresh[len(fresh) - min(count, len(fresh)) :] if first else fresh:
-            say(_told(line))
+            say(printable(_told(line)))
         if not going:
             return 0
         first = False
@@ -282,9 +281,10 @@ def read_run(folder: Path, damaged: Callable[[str], None] = lines.refuse) -> Run
     )
     longest: dict[float | None, float] = {}
     for line in metrics:
-        attempt = number(line, "attempt")
-        longest[attempt] = max(longest.get(attempt, 0.0), number(line, "elapsed_s") or 0.0)
-    steps = number(start, "steps") if start else None
+        attempt = _below(line, "attempt", MAX_ATTEMPT)
+        longest[attempt] = max(longest.get(attempt, 0.0), _below(line, "elapsed_s", MAX_SECONDS) or 0.0)
+        _below(line, "step", MAX_STEP)
+    steps = _below(start, "steps", MAX_STEP) if start else None
     return Run(
         folder=folder,
         status=run_status.of(folder, events, host),
@@ -313,11 +313,13 @@ def read_provenance(path: Path) -> Mapping[str, Any]:
     Raises:  InputError when the file is missing or no TOML.
     """
     try:
-        return tomllib.loads(path.read_bytes().decode())
+        return toml_table(path)
     except OSError as error:
-        raise InputError(f"{path}: each run folder has one, got {error.strerror}; move the folder elsewhere") from error
+        raise InputError(
+            f"{path}: expected in each run folder, got {error.strerror}; move the folder elsewhere"
+        ) from error
     except ValueError as error:
-        raise InputError(f"{path}: is TOML in UTF-8, got {error}; fix the file") from error
+        raise InputError(f"{path}: expected TOML in UTF-8, got {error}; fix the file") from error
 
 
 def number(line: Line, key: str) -> float | None:
@@ -331,6 +333,16 @@ def number(line: Line, key: str) -> float | None:
     if value in ("nan", "inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
         return float(value)
     raise InputError(f"{line.where}: {key} is a number, got {value!r}; fix or delete the line")
+
+
+def _below(line: Line, key: str, limit: float) -> float | None:
+    """A number of a line from 0 to below `limit`; None when the line has none by that name. Raises: InputError."""
+    value = number(line, key)
+    if value is not None and not 0 <= value < limit:
+        raise InputError(
+            f"{line.where}: {key}: expected from 0 to below {limit:g}, got {value}; fix or delete the line"
+        )
+    return value
 
 
 def flatten(line: Line) -> dict[str, Any]:
@@ -372,9 +384,9 @@ def _newest(lines: Sequence[Line], key: str) -> float | None:
 
 def _time(line: Line) -> datetime:
     try:
-        return datetime.fromisoformat(line.fields["time"]).astimezone(UTC)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{line.where}: time is in ISO 8601, got {line.fields.get('time')!r}; fix the line") from error
+        return utc(line.fields.get("time"))
+    except ValueError as error:
+        raise InputError(f"{line.where}: time: {error}; fix the line") from error
 
 
 def _age(folder: Path, run: Run | None) -> tuple[bool, float, str]:

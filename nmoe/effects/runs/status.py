@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Any
 from nmoe.effects.record import names
 from nmoe.effects.record.alive import heart_stopped, process_runs
 from nmoe.effects.record.lines import Line
+from nmoe.effects.record.reading import json_object, read_bytes
 from nmoe.errors import InputError
 
 GOING = ("starting", "running")
@@ -21,10 +21,9 @@ GOING = ("starting", "running")
 def read(folder: Path) -> Mapping[str, Any]:
     """What `run.json` holds; nothing when there is none, or none that is whole."""
     try:
-        found = json.loads((folder / names.RUN).read_bytes())
+        return json_object(read_bytes(folder / names.RUN))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def status(record: Mapping[str, Any], last: Mapping[str, Any] | None, host: str, now: datetime) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import attrs
@@ -9,12 +10,14 @@ import torch
 
 from nmoe.config import Checkpoint, Config
 from nmoe.effects.device import buffers, ops, process
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel import exchange as exchanges
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
+from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import Plan
@@ -24,10 +27,14 @@ from nmoe.pure.units import quantity
 
 
 def fresh(
-    config: Config, blueprint: Blueprint, rt: process.Runtime, exchange: Exchange | None = None
+    config: Config,
+    blueprint: Blueprint,
+    rt: process.Runtime,
+    exchange: Exchange | None = None,
+    accumulator: Accumulator | None = None,
 ) -> tuple[State, Env]:
     """The state before the first step, and what the model needs besides it."""
-    state, env = blank(config, blueprint, rt, exchange)
+    state, env = blank(config, blueprint, rt, exchange, accumulator)
     initialise_(config, blueprint, state, rt)
     return state, env
 
@@ -39,9 +46,16 @@ def initialise_(config: Config, blueprint: Blueprint, state: State, rt: process.
 
 
 def blank(
-    config: Config, blueprint: Blueprint, rt: process.Runtime, exchange: Exchange | None = None
+    config: Config,
+    blueprint: Blueprint,
+    rt: process.Runtime,
+    exchange: Exchange | None = None,
+    accumulator: Accumulator | None = None,
 ) -> tuple[State, Env]:
-    """A state of zeros at step 0, and what the model needs besides it."""
+    """A state of zeros at step 0, and what the model needs besides it.
+
+    Writes:  buffers of `accumulator`: the gradients of this state.
+    """
     c = config.model
     arenas = buffers.allocate(blueprint, rt.device)
     state = State(
@@ -51,11 +65,23 @@ def blank(
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
-        0,
-        0,
+        cursor=0,
+        tokens=0,
+        step=0,
     )
+    if accumulator is not None:
+        accumulator.buffers = {
+            leaf.data_ptr(): leaf.grad for _, leaf in tree.leaves(state.params) if leaf.grad is not None
+        }
     train = config.train
-    built = ops.build(rt.device, c, deterministic=train.deterministic, documents=train.document_mask, exchange=exchange)
+    built = ops.build(
+        rt.device,
+        c,
+        deterministic=train.deterministic,
+        documents=train.document_mask,
+        exchange=exchange,
+        accumulator=accumulator,
+    )
     env = environment(c, train.sequence_length, built)
     return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))
 
@@ -81,17 +107,18 @@ def exchanging(
 
 
 def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
-    """Refuse what the GPU has no room for, before anything is allocated.
+    """Refuse what the device has no room for, before anything is allocated.
 
     Raises:  InputError with the settings that would make it fit.
     """
     if device.type == "cpu":
-        return
-    wanted, there = planned.memory.total(), torch.cuda.get_device_properties(device).total_memory
+        there, whose = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "machine"
+    else:
+        there, whose = torch.cuda.get_device_properties(device).total_memory, "GPU"
+    wanted, train = planned.memory.total(), config.train
     if wanted > there:
-        train = config.train
         raise InputError(
-            f"train.microbatch_size: expected a step that fits the GPU's {quantity(there, 'B')}, got "
+            f"train.microbatch_size: expected a step that fits the {whose}'s {quantity(there, 'B')}, got "
             f"{quantity(wanted, 'B')} for {train.microbatch_size} sequences of {train.sequence_length}; lower "
             'microbatch_size, write train.recompute = "cheap" or "full", or precision.moments = "bf16"'
         )

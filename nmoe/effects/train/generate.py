@@ -42,6 +42,8 @@ def extend(
     vocab_size   ids the tokenizer knows; the model may have more rows
     temperature  divisor of the logits; 0 takes the most likely token
     key          of the draws
+
+    Raises:  InputError when a logit is not finite.
     """
     device = router_bias.device
     generator = key.generator(device)
@@ -50,6 +52,11 @@ def extend(
         context = torch.tensor([tokens[-c.max_positions :]], device=device)
         x, _ = model.forward(p, context, router_bias, env, c)
         logits = (x[0, -1] @ p.head)[:vocab_size].float() * c.logit_scale
+        if not torch.isfinite(logits).all():
+            raise InputError(
+                "weights: expected finite logits, got some that are not; use the weights of a training that did not "
+                "diverge"
+            )
         if temperature == 0:
             tokens.append(int(logits.argmax().item()))
         else:
@@ -64,15 +71,17 @@ def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: i
         raise InputError(f"{folder}: expected config.toml of a run, got none; `nmoe runs list` shows the runs")
     if num_tokens < 1:
         raise InputError(f"--tokens: expected at least 1, got {num_tokens}; ask for more")
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"--temperature: expected 0 or more, got {temperature}; 0 takes the most likely token")
+    if temperature and not 1e-4 <= temperature <= 1e4:  # logits / 1e-40 is infinite in fp32
+        raise InputError(
+            f"--temperature: expected 0 or a number from 1e-4 to 1e4, got {temperature}; 0 takes the most likely token"
+        )
     config = load_valid(folder / "config.toml", {}, ()).config
     c = config.model
     tokenizer = tokenizers.load(folder)
     encoding = tokenizers.encoding(tokenizer)
     params, router_bias = weights.load(folder, make_blueprint(config))
-    env = environment(c, c.max_positions, ops.build(gpu.device("cpu"), c))
     start = encoding.encode_ordinary(prompt) or [tokenizer.end_of_text]
+    env = environment(c, min(c.max_positions, len(start) + num_tokens), ops.build(gpu.device("cpu"), c))
     tokens = extend(
         params,
         router_bias,

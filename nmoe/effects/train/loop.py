@@ -18,7 +18,7 @@ from nmoe.effects.parallel import exchange as exchanges
 from nmoe.effects.parallel.ranks import Ranks, with_rank_note
 from nmoe.effects.terminal import warn
 from nmoe.effects.train.evaluate import Held, evaluate, even
-from nmoe.effects.train.outcome import EXIT_UNSAVED, end
+from nmoe.effects.train.outcome import EXIT_UNSAVED, end, record_failure
 from nmoe.effects.train.session import Session, Start
 from nmoe.effects.train.step import State
 from nmoe.pure.model.model import Batch
@@ -33,7 +33,7 @@ def train(session: Session, start: Start) -> int:
 
     returns  exit code
     """
-    rt, log, saver, stop = session.runtime, session.log, session.saver, session.stop
+    rt, saver, stop = session.runtime, session.saver, session.stop
     validations = Validations() if start.restored is None else start.restored.validations
     try:
         state, validations, finite = train_until(session, start.state, validations)
@@ -47,13 +47,12 @@ def train(session: Session, start: Start) -> int:
         saver.settle()
         return end(session, state, validations, finite, settled(stop, rt.ranks))
     except SaveError as error:
-        log.event("end", status="failed", exit_code=EXIT_UNSAVED, error=str(error))
+        record_failure(session, error)
         if rt.rank == 0:
             warn(f"nmoe: {error}")
         return EXIT_UNSAVED
     except BaseException as error:
-        saver.settle()
-        log.event("end", status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")
+        record_failure(session, error)
         with with_rank_note(f"rank {rt.rank}, step {session.heartbeat.step}" if rt.world > 1 else ""):
             raise
 

@@ -6,11 +6,15 @@ Every rank computes it; the first one prints it.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import attrs
 
 from nmoe.config import Config
+from nmoe.config.toml import printable
 from nmoe.effects.checkpoint import weights
+from nmoe.effects.checkpoint.writer import SaveError
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.corpus import Corpus
 from nmoe.effects.device import signals
@@ -21,16 +25,26 @@ from nmoe.effects.train import resume, zero
 from nmoe.effects.train.generate import extend
 from nmoe.effects.train.session import Session
 from nmoe.effects.train.step import State
+from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.model.ops import Env
 from nmoe.pure.units import duration
-from nmoe.pure.watch.validations import Validations
+from nmoe.pure.watch.validations import Validation, Validations
+
+EXIT_INPUT = 2
+"""Exit code of a run that ended by an error a person can fix."""
+
+EXIT_INTERRUPTED = 130
+"""Exit code of a run that a second SIGINT ended."""
 
 EXIT_NONFINITE = 5
 """Exit code of a run that stopped after too many non-finite steps."""
 
 EXIT_UNSAVED = 6
 """Exit code of a run that ended because its state could not be saved."""
+
+SHOWING = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
+"""What weights, tokenizers, terminals and disks raise while something is shown."""
 
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 96
@@ -54,7 +68,7 @@ def end(session: Session, state: State, validations: Validations, finite: bool, 
 
     stop  the signal that ended the run, as all ranks see it
     """
-    config, corpus, log, ranks = session.config, session.corpus, session.log, session.runtime.ranks
+    config, log, ranks = session.config, session.log, session.runtime.ranks
     if not stop.preempted():
         params = zero.whole(session.blueprint.layouts, state.params, ranks)
         if ranks.world.rank == 0:
@@ -65,24 +79,78 @@ def end(session: Session, state: State, validations: Validations, finite: bool, 
             "steps in a row that were not; lower optim.*.lr or lengthen schedule.warmup_tokens, weights are those "
             "before them"
         )
-        log.event("end", status="failed", step=state.step, exit_code=EXIT_NONFINITE, error=message)
+        with reported("the end in events.jsonl"):
+            log.event("end", status="failed", step=state.step, exit_code=EXIT_NONFINITE, error=message)
         if ranks.world.rank == 0:
             warn(f"nmoe: {message}")
         return EXIT_NONFINITE
     if validations.last is not None and validations.at(config.train.steps):
-        say(
-            f"validation     {validations.last.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram "
-            f"{corpus.bigram:.4f}; {validations.last.bits_per_byte:.4f} bits/byte"
-        )
-        text = sample(config, corpus, state, session.env)
-        log.event("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
-        say(f"sample         {SAMPLE_PROMPT!r} continued:\n{text}")
+        with reported("the sample"):
+            show(session, state, validations.last)
+    with reported("the last loads of experts"):
+        session.report.settle()
     status = "finished" if stop.signal is None else "interrupted"
     why = {} if stop.signal is None else {"signal": stop.signal.name}
-    log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), **why)
+    with reported("the end in events.jsonl"):
+        log.event("end", status=status, step=state.step, exit_code=stop.exit_code(), **why)
     left = CHECKPOINTS if stop.preempted() else WEIGHTS
     say(f"{status:<14} {state.step} steps in {duration(time.monotonic() - session.report.began)}  {log.folder / left}")
     return stop.exit_code()
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """All is saved: what fails in the block is reported in one line, and decides nothing.
+
+    what  is shown or written in it
+    """
+    try:
+        yield
+    except SHOWING as error:
+        problem = printable(str(error).partition("\n")[0])
+        warn(f"nmoe: end of the run: expected {what}, got {type(error).__name__}: {problem}; all is saved, go on")
+
+
+def show(session: Session, state: State, last: Validation) -> None:
+    """Print the last validation beside the n-gram baselines, and a sample."""
+    corpus = session.corpus
+    say(
+        f"validation     {last.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram "
+        f"{corpus.bigram:.4f}; {last.bits_per_byte:.4f} bits/byte"
+    )
+    text = sample(session.config, corpus, state, session.env)
+    session.log.event("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
+    say(f"sample         {SAMPLE_PROMPT!r} continued:\n{text}")
+
+
+def record_failure(session: Session, error: BaseException) -> None:
+    """Record that `error` ends the run, with the exit code that the process will have.
+
+    Writes:  events, and notes of `error` about what could not be written.
+    """
+    code = exit_code(error)
+    status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+    text = f"{type(error).__name__}: {error}"
+    for act in (
+        session.saver.settle,
+        session.report.settle,
+        lambda: session.log.event("end", status=status, exit_code=code, error=text),
+    ):
+        try:
+            act()
+        except InputError as problem:
+            error.add_note(str(problem))
+
+
+def exit_code(error: BaseException) -> int:
+    """Exit code of a process that this error ends."""
+    if isinstance(error, SaveError):
+        return EXIT_UNSAVED
+    if isinstance(error, InputError):
+        return EXIT_INPUT
+    if isinstance(error, SystemExit):
+        return int(error.code or 0)
+    return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
 def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -13,8 +13,9 @@ from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.monitor import Monitor
 from nmoe.effects.terminal import say
+from nmoe.effects.train import resume
 from nmoe.effects.train.evaluate import Held
-from nmoe.effects.train.step import Metrics, State, learning_rates
+from nmoe.effects.train.step import Metrics, State, learning_rates, tokens_per_step
 from nmoe.pure.data.stages import Stream
 from nmoe.pure.model.route import health
 from nmoe.pure.units import duration, quantity
@@ -31,6 +32,7 @@ class Report:
     began: float  # monotonic seconds
     monitor: Monitor | None  # None: not the first rank, which tells what all have in common
     first_step: int  # steps taken before this attempt
+    first_tokens: Sequence[int]  # tokens read by each rank before this attempt
     exchange: Exchange | None = None
 
     def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
@@ -39,13 +41,12 @@ class Report:
         returns  (non-finite steps in all, in a row)
         """
         train = self.config.train
-        tokens = train.batch_size * train.sequence_length
         busy = sum(value for name, value in seconds.items() if name != "validation") / steps
-        rate = tokens / busy
+        rate = tokens_per_step(self.config) / busy
         mfu = rate * self.flops / (self.rt.world * self.rt.peak_flops)
         if self.monitor is None:
             return self._own(state, metrics, seconds, steps)
-        rates = learning_rates(self.config, state.step - 1)
+        rates = learning_rates(self.config, state.tokens)
         loss, norm = metrics.loss.item(), metrics.grad_norm.item()
         load = metrics.load.cpu()
         shape = health(load)
@@ -56,8 +57,8 @@ class Report:
         fields = dict(
             step=state.step,
             elapsed_s=elapsed,
-            tokens_global=state.step * tokens,
-            tokens_local=state.step * tokens // self.rt.world,
+            tokens_global=state.tokens,
+            tokens_local=self._tokens_local(state),
             loss=loss,
             auxiliary_loss=metrics.auxiliary_loss.item(),
             **{f"lr/{group}": value for group, value in rates.items()},
@@ -107,13 +108,12 @@ class Report:
 
     def _own(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
         """What this rank alone knows. Writes: its metrics."""
-        tokens = state.step * self.config.train.batch_size * self.config.train.sequence_length
         parts = {f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"}
         busy = sum(parts.values())
         self.log.metrics(
             step=state.step,
             elapsed_s=time.monotonic() - self.began,
-            tokens_local=tokens // self.rt.world,
+            tokens_local=self._tokens_local(state),
             memory_bytes=gpu.memory_bytes(self.rt.device),
             **self._sent(state, busy),
             step_s=busy,
@@ -121,12 +121,21 @@ class Report:
         )
         return int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
 
+    def _tokens_local(self, state: State) -> int:
+        """Tokens this rank has read, in all attempts."""
+        return resume.count_tokens(self.first_tokens, state.tokens, self.rt.world)[self.rt.rank]
+
     def _sent(self, state: State, step_s: float) -> dict[str, float]:
         """Bytes this rank wrote into the memory of others, a step of this attempt, and that over the time of a step."""
         if self.exchange is None:
             return {}
         num_bytes = self.exchange.sent.item() / (state.step - self.first_step)
         return {"exchange/bytes": num_bytes, "exchange/bandwidth": num_bytes / step_s}
+
+    def settle(self) -> None:
+        """Wait for what is written aside. Raises: InputError when it could not be written."""
+        if self.monitor is not None:
+            self.monitor.settle()
 
     def validation(self, step: int, held: Held) -> None:
         """Report a validation."""

@@ -37,6 +37,9 @@ ROUTER_BIAS = "router_bias"
 COUNTERS = ("updates", "skipped", "skipped_in_row")
 """Fields of a State that are 0-d tensors."""
 
+TOKENS = "tokens_by_rank"
+"""Entry of a checkpoint's meta: tokens read by every rank that ever took part."""
+
 
 @attrs.frozen(kw_only=True)
 class Origin:
@@ -51,6 +54,7 @@ class Restored:
     """A checkpoint that was loaded."""
 
     state: State
+    tokens_by_rank: tuple[int, ...]  # read until then, by every rank that ever took part
     validations: Validations
     manifest: Manifest
     checkpoint: Path
@@ -79,7 +83,7 @@ def origin(resume: str, run_folder: Path) -> Origin | None:
         return None
     if resume == "auto":
         return Origin(folder=own, single=False) if exists else None
-    named = _named(Path(resume))
+    named = _named(files.expanded(resume))
     is_own = run_folder.resolve() in named.folder.resolve().parents
     if not is_own and reader.has_any(Disk(), own):
         return Origin(folder=own, single=False)
@@ -127,8 +131,10 @@ def restore(
     if manifest is None:
         return None
     zero.gather_(blueprint.layouts, blank.arenas, ranks)
+    counts = _tokens_by_rank(manifest)
     return Restored(
-        state=attrs.evolve(blank, cursor=_entry(manifest, "cursor", int), step=manifest.step),
+        state=attrs.evolve(blank, cursor=_entry(manifest, "cursor", int), tokens=sum(counts), step=manifest.step),
+        tokens_by_rank=counts,
         validations=parse(str(origin.folder), _entry(manifest, "validations", dict)),
         manifest=manifest,
         checkpoint=origin.folder if origin.single else origin.folder / manifest.name(),
@@ -137,16 +143,26 @@ def restore(
     )
 
 
-def meta(state: State, validations: Validations, identity: Identity) -> dict[str, Any]:
+def meta(state: State, tokens_by_rank: Sequence[int], validations: Validations, identity: Identity) -> dict[str, Any]:
     """What a checkpoint holds beside tensors; `restore` reads it."""
-    train = identity.config.train
     return {
         "cursor": state.cursor,
-        # of the stream, and so of the learning-rate schedule
-        "tokens": state.step * train.batch_size * train.sequence_length,
+        # counted: batch size, sequence length and ranks may be others after a resume
+        TOKENS: list(tokens_by_rank),
         "validations": dumped(validations),
         "identity": values(identity),
     }
+
+
+def count_tokens(earlier: Sequence[int], tokens: int, world: int) -> tuple[int, ...]:
+    """Tokens read by every rank that ever took part; the ranks of one attempt read equally many.
+
+    earlier  the same when the attempt began
+    tokens   read by all ranks so far
+    """
+    share = (tokens - sum(earlier)) // world
+    counts = (*earlier, *[0] * (world - len(earlier)))
+    return tuple(count + share if rank < world else count for rank, count in enumerate(counts))
 
 
 def pieces(state: State, blueprint: Blueprint, *, ranks: Ranks = SINGLE_RANK, shared: bool = True) -> tuple[Piece, ...]:
@@ -181,6 +197,22 @@ def _entry(manifest: Manifest, name: str, kind: type) -> Any:
             "`nmoe run` wrote"
         )
     return value
+
+
+def _tokens_by_rank(manifest: Manifest) -> tuple[int, ...]:
+    """The tokens that each rank had read.
+
+    Raises:  InputError when a checkpoint does not say so: a count that is computed from the config is wrong as soon as
+             batch size or sequence length have changed, and the learning rate with it.
+    """
+    counts = manifest.meta.get(TOKENS)
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+        raise InputError(
+            f"step {manifest.step}: expected '{TOKENS}' in the checkpoint of a training, got {counts!r}; it is of an "
+            "older nmoe, which did not count tokens: finish the run with that, or start a new one from its weights "
+            "with train.warm_start"
+        )
+    return tuple(counts)
 
 
 def put_(state: State, blueprint: Blueprint, start: Weights, ranks: Ranks = SINGLE_RANK) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
@@ -14,19 +15,21 @@ import attrs
 import torch
 
 from nmoe.config import Config, dump, identity
+from nmoe.effects import files
 from nmoe.effects.checkpoint import weights
 from nmoe.effects.checkpoint.writer import Writer, open_writer
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.corpus import Corpus, open_corpus
 from nmoe.effects.data.prefetch import prefetching
 from nmoe.effects.device import gpu, ops, process, signals
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.launch import from_environment, open_rank_heartbeat
 from nmoe.effects.parallel.ranks import check_machine, on_all_ranks, open_ranks, with_rank_note
 from nmoe.effects.record import provenance
 from nmoe.effects.record.log import create_folder, open_log
 from nmoe.effects.record.monitor import watching
 from nmoe.effects.record.names import CHECKPOINTS, CONFIG, PROVENANCE, SOURCES
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, until_closed
 from nmoe.effects.train import attempt, resume
 from nmoe.effects.train.build import blank, check_memory, exchanging, initialise_, keep
 from nmoe.effects.train.identity import Identity, check_same, facts
@@ -77,7 +80,7 @@ def main(
     """Train `config`, from the start or from where an earlier attempt was saved. The arguments are those of `Request`.
 
     returns  exit code: 0 finished, 5 too many non-finite steps, 6 a state that could not be saved, 75 ended by
-             SIGTERM or SIGUSR1, 130 interrupted
+             SIGTERM, SIGHUP, SIGUSR1 or a closed standard output, 130 interrupted
     """
     request = Request(
         config=config, sources=sources, command=command, label=label, accept=accept, world=world or World()
@@ -122,7 +125,7 @@ def open_data(request: Request, connected: Connected) -> Job:
     config, rt = request.config, connected.runtime
     ranks, parallel = rt.ranks, config.parallel
     name = ranks.all_gather_text(config.run.name or f"{request.label}-{datetime.now(UTC):%Y%m%d-%H%M%S}")[0]
-    folder = Path(config.run.root) / name
+    folder = files.expanded(config.run.root) / name
     origin = on_all_ranks(ranks, lambda: resume.origin(config.train.resume, folder))
     corpus = on_all_ranks(ranks, lambda: open_corpus(config, connected.launch))
     this = Identity(config=config, tokenizer=corpus.tokenizer.identity, data=corpus.identity)
@@ -149,7 +152,8 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
 
     def restore_or_initialise() -> Start:
         check_memory(config, job.plan, rt.device)
-        state, env = blank(config, blueprint, rt, exchange)
+        accumulator = Accumulator()
+        state, env = blank(config, blueprint, rt, exchange, accumulator)
         restored = None
         if job.origin is not None:
             restored = resume.restore(
@@ -160,14 +164,22 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
         else:
             initialise_(config, blueprint, state, rt)
             if config.train.warm_start is not None:
-                start = weights.of_path(request.world.fs, Path(config.train.warm_start), blueprint)
+                start = weights.of_path(request.world.fs, files.expanded(config.train.warm_start), blueprint)
                 resume.put_(state, blueprint, start, ranks)
         if state.step > config.train.steps:
             raise InputError(
                 f"train.steps: expected at least the {state.step} steps taken, got {config.train.steps}; raise it, "
                 "or name an earlier checkpoint as train.resume"
             )
-        return Start(state=state, env=env, exchange=exchange, restored=restored)
+        stream = job.corpus.stream
+        needed = state.cursor + (config.train.steps - state.step) * config.train.batch_size
+        if stream is not None and needed > stream.windows():
+            raise InputError(
+                f"train.steps: expected at most the {stream.windows()} sequences of the data mixture, of which "
+                f"{state.cursor} are read, got {needed}; lower train.steps or train.batch_size, or raise the tokens of "
+                "the flow"
+            )
+        return Start(state=state, env=env, exchange=exchange, accumulator=accumulator, restored=restored)
 
     return on_all_ranks(ranks, restore_or_initialise)
 
@@ -205,10 +217,11 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
     )
 
     def prepare() -> None:
-        if not is_new:
-            attempt.fix(folder, step, validated=restored is not None and restored.validations.at(step))
-            attempt.record(folder, writer.attempt, contents)
-        tokenizers.save(job.corpus.tokenizer, folder)
+        with files.refusing(folder, "a run folder one may write"):
+            if not is_new:
+                attempt.fix(folder, step, validated=restored is not None and restored.validations.at(step))
+                attempt.record(folder, writer.attempt, contents)
+            tokenizers.save(job.corpus.tokenizer, folder)
 
     on_all_ranks(ranks, lambda: rt.rank or prepare())
     on_all_ranks(ranks, lambda: writer.reserve(resume.pieces(start.state, job.blueprint, ranks=ranks)))
@@ -219,8 +232,19 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
     """Open what writes and reads while the training runs, and say what is about to happen."""
     config, corpus, rt, step = request.config, job.corpus, connected.runtime, start.state.step
     writer = open_folder(request, job, start, rt, scope)
-    lines = (banner(config, job.plan, corpus, job.folder), *ops.unmeasured(rt.device, config.model))
-    say("\n".join(lines))
+    log = scope.enter_context(open_log(job.folder, attempt=writer.attempt, rank=rt.rank))
+
+    def overdue() -> None:
+        log.event("end", status="interrupted", exit_code=signals.EXIT_PREEMPTED, error="the grace time was over")
+
+    def closed() -> None:
+        if stop.signal is None:
+            stop.hear(signal.SIGPIPE)
+
+    # From here on there is something to save, whatever ends the run.
+    stop = scope.enter_context(signals.stop_on_signals(config.checkpoint.grace_s, overdue))
+    scope.enter_context(until_closed(closed))
+    say("\n".join((banner(config, job.plan, corpus, job.folder), *ops.unmeasured(rt.device, config.model))))
 
     env = request.world.env(start.env)
     ahead = prefetching(corpus.read, batch_size=config.train.batch_size, depth=config.data.prefetch, device=rt.device)
@@ -231,9 +255,17 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         clock.mark(name)
         connected.heartbeat.beat()
 
-    step_ = make_step(config, job.blueprint, env, rt, mark=mark, before_update=writer.staged, exchange=start.exchange)
+    step_ = make_step(
+        config,
+        job.blueprint,
+        env,
+        rt,
+        mark=mark,
+        before_update=writer.staged,
+        exchange=start.exchange,
+        accumulator=start.accumulator,
+    )
     began = time.monotonic()
-    log = scope.enter_context(open_log(job.folder, attempt=writer.attempt, rank=rt.rank))
     flops, monitor = job.plan.flops.training(), None
     if rt.rank == 0:
         skipped, on_gpu = int(start.state.skipped.item()), rt.device.type == "cuda"
@@ -242,10 +274,6 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         )
         log = monitor.log
 
-    def overdue() -> None:
-        log.event("end", status="interrupted", exit_code=signals.EXIT_PREEMPTED, error="the grace time was over")
-
-    stop = scope.enter_context(signals.stop_on_signals(config.checkpoint.grace_s, overdue))
     log.event(
         "start",
         pid=os.getpid(),
@@ -256,6 +284,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
     )
     if start.restored is not None:
         report_origin(log, start.restored)
+    first_tokens = () if start.restored is None else start.restored.tokens_by_rank
     report = Report(
         config=config,
         rt=rt,
@@ -263,6 +292,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         flops=flops,
         began=began,
         first_step=step,
+        first_tokens=first_tokens,
         monitor=monitor,
         exchange=start.exchange,
     )
@@ -273,7 +303,9 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         writer,
         log,
         pieces=lambda state: resume.pieces(state, job.blueprint, ranks=rt.ranks),
-        meta=lambda state, validations: resume.meta(state, validations, job.identity),
+        meta=lambda state, validations: resume.meta(
+            state, resume.count_tokens(first_tokens, state.tokens, rt.world), validations, job.identity
+        ),
         saved_step=step,
     )
     return Session(

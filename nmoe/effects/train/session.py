@@ -10,6 +10,7 @@ import attrs
 from nmoe.config import Config
 from nmoe.effects.data.corpus import Corpus
 from nmoe.effects.device import gpu, process, signals
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.launch import Launch, RankHeartbeat
 from nmoe.effects.record.log import Log
@@ -52,6 +53,7 @@ class Start:
     state: State
     env: Env
     exchange: Exchange | None
+    accumulator: Accumulator
     restored: resume.Restored | None
 
 

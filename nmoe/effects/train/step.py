@@ -16,12 +16,12 @@ from torch import Tensor
 from nmoe.config.sections import Config
 from nmoe.effects.device import graph, ops, recompute
 from nmoe.effects.device.process import Runtime
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.ranks import all_reduce_sum
 from nmoe.effects.train import zero
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
-from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
 from nmoe.pure.model.model import Batch, Transformer, block, objective
@@ -46,6 +46,7 @@ class State:
     skipped: Tensor  # 0-d i64, non-finite steps so far
     skipped_in_row: Tensor  # 0-d i64, of these, the last ones in a row
     cursor: int  # sequences read, all ranks
+    tokens: int  # tokens read, all ranks
     step: int  # steps taken, skipped ones included
 
     def __getattr__(self, name: str) -> Any:
@@ -95,6 +96,7 @@ class Setup:
     mark           called with the name of each part of a step when it ends
     before_update  called before anything but gradients is written
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
+    accumulator    of the weight gradients that kernels write themselves
     """
 
     config: Config
@@ -106,6 +108,7 @@ class Setup:
     mark: Callable[[str], None]
     before_update: Callable[[], None]
     exchange: Exchange | None
+    accumulator: Accumulator
 
 
 def donate(state: State) -> State:
@@ -124,15 +127,20 @@ def microbatch(batch: Batch, index: int) -> Batch:
     return tree.map(lambda path, leaf: leaf[index], batch)
 
 
-def learning_rates(config: Config, step: int) -> dict[str, float]:
-    """Learning rate of each optimizer group in the step after `step` steps."""
-    share = factor((step + 1) * config.train.batch_size * config.train.sequence_length, config.schedule)
+def tokens_per_step(config: Config) -> int:
+    """Tokens that all ranks read in a step."""
+    return config.train.batch_size * config.train.sequence_length
+
+
+def learning_rates(config: Config, tokens: int) -> dict[str, float]:
+    """Learning rate of each optimizer group in the step that brings the run to `tokens` tokens."""
+    share = factor(tokens, config.schedule)
     return {group: share * getattr(config.optim, group).lr for group in ("dense", "expert", "router")}
 
 
-def place_rates(config: Config, step: int, device: torch.device) -> Rates:
-    """`learning_rates` on the device, without a copy that would wait for it."""
-    rates = learning_rates(config, step)
+def place_rates(config: Config, state: State, device: torch.device) -> Rates:
+    """`learning_rates` of the step after `state`, on the device, without a copy that would wait for it."""
+    rates = learning_rates(config, state.tokens + tokens_per_step(config))
     return Rates(**{group: torch.full((), rate, dtype=torch.float64, device=device) for group, rate in rates.items()})
 
 
@@ -145,6 +153,7 @@ def make_step(
     mark: Callable[[str], None],
     before_update: Callable[[], None] = lambda: None,
     exchange: Exchange | None = None,
+    accumulator: Accumulator | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`step(state, batch) -> (state, metrics)`. It consumes its state: the storages are reused.
 
@@ -155,6 +164,7 @@ def make_step(
     mark           called with the name of each part of a step when it ends; a replayed step is one part
     before_update  called before anything but gradients is written; of a replayed step, before all of it
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
+    accumulator    the one that the ops of `env` write weight gradients through, if they do
     """
     # What the backward pass computes again in the place of keeping it.
     run: Callable[..., tuple[Tensor, Any]] = block
@@ -173,17 +183,24 @@ def make_step(
         mark=mark,
         before_update=before_update,
         exchange=exchange,
+        accumulator=accumulator or Accumulator(),
     )
 
     # Launched kernel by kernel, or recorded once and replayed: then the host calls nothing between its kernels.
     if not config.train.graph:
-        return lambda state, batch: compute(setup, donate(state), batch, place_rates(config, state.step, rt.device))
+
+        def eager(state: State, batch: Batch) -> tuple[State, Metrics]:
+            rates = place_rates(config, state, rt.device)
+            return compute(setup, donate(state), batch, rates)
+
+        return eager
     recorded = attrs.evolve(setup, mark=lambda name: None, before_update=lambda: None)
     replayed = graph.replaying(lambda state, batch, rates: compute(recorded, state, batch, rates))
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         before_update()
-        after = replayed(donate(state), batch, place_rates(config, state.step, rt.device))
+        rates = place_rates(config, state, rt.device)
+        after = replayed(donate(state), batch, rates)
         mark("step")
         return after
 
@@ -215,7 +232,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         allowed = finite & (state.skipped_in_row < config.train.max_nonfinite_steps)
         updates = state.updates + allowed
         shrink = clip_scale(norm, config.optim.clip_norm)
-        change = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1))
+        change, gathers = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1))
         (square,) = all_reduce_sum(ranks.world, [change.double().square()])
         change = square.sqrt().to(change.dtype)
 
@@ -226,9 +243,10 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         skipped_in_row = torch.where(allowed, 0, state.skipped_in_row + 1)
         setup.mark("optimizer")
 
-        # All-gather of the parameters that the ranks updated.
+        # All-gather of the parameters that the ranks updated, in overlap with the updates of later buckets.
         if ranks.world.size > 1:
-            zero.gather_(layouts, state.arenas, ranks)
+            for work in gathers:
+                work.wait()
             setup.mark("reduce_gather")
     after = attrs.evolve(
         state,
@@ -237,6 +255,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         skipped=skipped,
         skipped_in_row=skipped_in_row,
         cursor=state.cursor + config.train.batch_size,
+        tokens=state.tokens + tokens_per_step(config),
         step=state.step + 1,
     )
     return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row)
@@ -250,6 +269,7 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
     Writes:  gradients of the arenas; what this rank owns of them is complete.
     """
     c, train, ranks, device = setup.config.model, setup.config.train, setup.rt.ranks, setup.rt.device
+    layouts = setup.blueprint.layouts
     (num_targets,) = all_reduce_sum(ranks.world, [(batch.targets >= 0).sum()])
     num_targets = num_targets.clamp(min=1)
     nll = torch.zeros((), device=device)
@@ -258,6 +278,7 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
     entropy = torch.zeros(state.router_bias.shape[0], device=device)
     count = batch.tokens.shape[0]
     for index in range(count):
+        setup.accumulator.first = index == 0
         loss, part, report = objective(
             state.params,
             microbatch(batch, index),
@@ -271,7 +292,7 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
             run=setup.run,
         )
         if index == count - 1:
-            with zero.scattering_(setup.blueprint.layouts, state.arenas, state.params, ranks) as finish:
+            with zero.scattering_(layouts, state.arenas, state.params, setup.accumulator, ranks) as finish:
                 loss.backward()
                 setup.mark("forward_backward")
                 finish()
@@ -284,39 +305,46 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
     return num_targets, nll, auxiliary, load, entropy
 
 
-def update_(setup: Setup, state: State, rates: Rates, allowed: Tensor, shrink: Tensor, updates: Tensor) -> Tensor:
-    """Update what this rank owns of every arena, where allowed; return the norm of the change.
+def update_(
+    setup: Setup, state: State, rates: Rates, allowed: Tensor, shrink: Tensor, updates: Tensor
+) -> tuple[Tensor, list[Any]]:
+    """Update what this rank owns of every arena, where allowed, and start the all-gather of each bucket behind it.
+
+    returns  norm of the change; the all-gathers to wait for
 
     Writes:  the arenas; gradients are zero afterwards.
     """
     passes, ranks, optim = setup.passes, setup.rt.ranks, setup.config.optim
     changes: list[Tensor] = []
+    gathers: list[Any] = []
     for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
-        update, group = passes.update_(layout.policy.optimizer), layout.policy.group
-        for begin, end, at in _chunks(layout, ranks.sharing(layout).rank, passes.chunk):
-            part, held = slice(begin, end), slice(at, at + end - begin)
-            changes.append(
-                update(
-                    arena.value[part],
-                    arena.remainder[held] if layout.has_remainder() else None,
-                    *(moment[held] for moment in arena.moments),
-                    arena.gradient[part],
-                    allowed=allowed,
-                    shrink=shrink,
-                    updates=updates,
-                    lr=getattr(rates, group),
-                    **settings(getattr(optim, group)),
-                    decay=optim.weight_decay if layout.policy.decay else 0.0,
+        update, name, sharing = passes.update_(layout.policy.optimizer), layout.policy.group, ranks.sharing(layout)
+        for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.rank), strict=True):
+            for begin, end in _chunks(own.begin, own.end, passes.chunk):
+                part, held = slice(begin, end), slice(begin - own.begin + own.at, end - own.begin + own.at)
+                changes.append(
+                    update(
+                        arena.value[part],
+                        arena.remainder[held] if layout.has_remainder() else None,
+                        *(moment[held] for moment in arena.moments),
+                        arena.gradient[part],
+                        allowed=allowed,
+                        shrink=shrink,
+                        updates=updates,
+                        lr=getattr(rates, name),
+                        **settings(getattr(optim, name)),
+                        decay=optim.weight_decay if layout.policy.decay else 0.0,
+                    )
                 )
-            )
-    for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
-        if layout.parts > 1:
-            arena.gradient.zero_()  # what others own, of which this rank had a part
-    return torch.linalg.vector_norm(torch.stack(changes))
+            if sharing.size > 1:
+                gathers.append(zero.all_gather_(sharing, arena.value[low:high]))
+                # what others own, of which this rank had a part; the update cleared its own
+                arena.gradient[low : own.begin].zero_()
+                arena.gradient[own.end : high].zero_()
+    return torch.linalg.vector_norm(torch.stack(changes)), gathers
 
 
-def _chunks(layout: ArenaLayout, rank: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """What a rank owns of an arena, in chunks for the optimizer: begin, end, and place among what it owns."""
-    for stretch in layout.stretches(rank):
-        for begin in range(stretch.begin, stretch.end, size):
-            yield begin, min(begin + size, stretch.end), begin - stretch.begin + stretch.at
+def _chunks(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """A stretch in chunks for the optimizer."""
+    for first in range(begin, end, size):
+        yield first, min(first + size, end)

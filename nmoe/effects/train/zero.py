@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nmoe.effects.device.buffers import Arena
+from nmoe.effects.kernels.accumulate import Accumulator, nobody
 from nmoe.effects.parallel.ranks import Group, Ranks
 from nmoe.pure.core import tree
 from nmoe.pure.core.layout import ArenaLayout
@@ -30,12 +31,14 @@ def owned(layouts: Sequence[ArenaLayout], flats: Sequence[Tensor], ranks: Ranks)
 
 @contextmanager
 def scattering_(
-    layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], params: Any, ranks: Ranks
+    layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], params: Any, accumulator: Accumulator, ranks: Ranks
 ) -> Iterator[Callable[[], None]]:
     """Reduce-scatter the gradients, in overlap with the backward pass inside the block.
 
     A bucket is reduced as soon as its last gradient is complete. All ranks reduce buckets in one order, that in
     which the backward pass completes them: by their first parameter in the order of the model, the last one first.
+
+    accumulator  says which parameters' gradients the ops have written, the others autograd's hooks say
 
     yields  what to call after the backward pass: waits, on a GPU the stream and not the host
 
@@ -54,6 +57,7 @@ def scattering_(
             buckets.append((min(place[path] for path in paths), group, arena.gradient[low:high], paths))
     buckets.sort(key=lambda bucket: -bucket[0])
 
+    waiting = {leaves[path].data_ptr(): index for index, (*_, paths) in enumerate(buckets) for path in paths}
     missing = [len(paths) for *_, paths in buckets]
     works: list[Any] = []
 
@@ -63,12 +67,11 @@ def scattering_(
             _, group, gradient, _ = buckets[len(works)]
             works.append(_reduce_scatter_(group, gradient))
 
-    def done(index: int) -> Callable[[Tensor], None]:
-        def hook(leaf: Tensor) -> None:
+    def added(leaf: Tensor) -> None:
+        """The gradient of a parameter is complete."""
+        if (index := waiting.get(leaf.data_ptr())) is not None:
             missing[index] -= 1
             reduce()
-
-        return hook
 
     def finish() -> None:
         missing[:] = [0] * len(buckets)  # a parameter without a gradient in this step has a sum as well
@@ -76,14 +79,12 @@ def scattering_(
         for work in works:
             work.wait()
 
-    hooks = [
-        leaves[path].register_post_accumulate_grad_hook(done(index))
-        for index, (*_, paths) in enumerate(buckets)
-        for path in paths
-    ]
+    hooks = [leaves[path].register_post_accumulate_grad_hook(added) for *_, paths in buckets for path in paths]
+    accumulator.added = added
     try:
         yield finish
     finally:
+        accumulator.added = nobody
         for hook in hooks:
             hook.remove()
 
@@ -98,7 +99,7 @@ def gather_(layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], ranks: Rank
     for described, arena in zip(layouts, arenas, strict=True):
         group = ranks.sharing(described)
         for low, high in described.buckets() if group.size > 1 else ():
-            works.append(_all_gather_(group, arena.value[low:high]))
+            works.append(all_gather_(group, arena.value[low:high]))
     for work in works:
         work.wait()
 
@@ -114,7 +115,7 @@ def whole(layouts: Sequence[ArenaLayout], params: Any, ranks: Ranks) -> Any:
             return leaf
         flat = leaf.new_empty(group.size, *leaf.shape)
         flat[group.rank].copy_(leaf)
-        _all_gather_(group, flat.view(-1)).wait()
+        all_gather_(group, flat.view(-1)).wait()
         return flat.flatten(0, 1).cpu()
 
     return tree.map(gathered, params)
@@ -132,7 +133,8 @@ def _reduce_scatter_(group: Group, flat: Tensor) -> Any:
     return group.handle._reduce_scatter_base(_part(group, flat), flat)
 
 
-def _all_gather_(group: Group, flat: Tensor) -> Any:
+def all_gather_(group: Group, flat: Tensor) -> Any:
+    """Start the all-gather of a flat tensor, of which each rank of the group has its part; what to wait for."""
     # as bytes: gloo and NCCL know no i16, and no format matters
     raw = flat.view(torch.uint8)
     return group.handle._allgather_base(raw, _part(group, raw))

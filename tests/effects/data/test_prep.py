@@ -477,14 +477,16 @@ def test_a_source_says_all_that_is_wrong_with_it(home: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_source(path)
     told = "\n".join(caught.value.problems)
-    assert "source.toml:3: input.paths: a value, got nothing" in told or "input.paths" in told
-    assert ":5: input.path: a known key" in told and "did you mean input.paths?" in told
-    assert ":7: filter.min_chars: an integer, got" in told
+    assert "source.toml:3: input.paths: expected a value, got nothing" in told or "input.paths" in told
+    assert ":5: input.path: expected a known key" in told and "did you mean input.paths?" in told
+    assert ":7: filter.min_chars: expected an integer, got" in told
     path = write_source(home, "task_bytes = 0\n[input]\nkind = 'jsonl'\npaths = []\n[deduplicate]\nnear = 1.5\n")
-    with pytest.raises(InputError, match=r":2: task_bytes: at least 1, got 0;[^$]*:7: deduplicate.near: at most 0.99"):
+    with pytest.raises(
+        InputError, match=r":2: task_bytes: expected at least 1, got 0;[^$]*:7: deduplicate.near: expected at"
+    ):
         load_source(path)
     path = write_source(home, "[input]\nkind = 'jsonl'\npaths = 'in'\n")
-    with pytest.raises(InputError, match="input.paths: an array of strings, got"):
+    with pytest.raises(InputError, match="input.paths: expected an array of strings, got"):
         load_source(path)
 
 
@@ -641,7 +643,7 @@ def test_dask_writes_the_same_bytes_with_a_worker_killed(
 
 def test_a_cluster_that_is_not_there_is_named(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "prep", str(corpus / "source.toml"), str(corpus / "out"), "--worker", "2/2"]) == 2
-    assert "--worker: I/N with 0 <= I < N, got 2/2; " in capfd.readouterr().err
+    assert "--worker: expected I/N with 0 <= I < N, got 2/2; " in capfd.readouterr().err
     assert main(["data", "prep", str(corpus / "source.toml"), str(corpus / "out"), "--workers", "0"]) == 2
     assert "--workers: at least 1, got 0; " in capfd.readouterr().err
 

@@ -294,16 +294,20 @@ def test_documents_of_one_source_are_told_apart_by_end_of_text(folder: Path) -> 
 
 
 WRONG = (
-    ("tokens = 26_000", "tokens = 26_000\ntokens_per_parameter = 2.0", "flows.dev: one of tokens and tokens_per_p"),
-    ("tokens = 26_000", "", "flows.dev: one of tokens and tokens_per_parameter, got none"),
-    ("tokens = 26_000", "tokens = 0", "flows.dev.tokens: at least 1, got 0"),
-    ("pretrain = 0.6\nmid = 0.3\nlong = 0.1", "pretrain = 0", "flows.dev: a stage of weight above 0"),
-    ('at_end = "stop"', 'at_end = "wrap"', 'sources.small.at_end: one of "repeat", "stop", got "wrap"'),
-    ('at_end = "stop"', 'at_end = "stop"\nmax_passes = 2.0', "sources.small.max_passes: at most 1 when at_end"),
-    ("mid = 3.0\n", "", "sources.code.mid: a weight for every source or for none"),
-    ("mid = 3.0\n", "mid = -3.0\n", "sources.code.mid: at least 0, got -3.0"),
-    ("[sources.small]", '[sources.""]', 'sources: a name for every source, got "";'),
-    ('path = "code"', 'paht = "code"', "sources.code.paht: a known key"),
+    ("tokens = 26_000", "tokens = 26_000\ntokens_per_parameter = 2.0", "flows.dev: expected one of tokens and "),
+    ("tokens = 26_000", "", "flows.dev: expected one of tokens and tokens_per_parameter, got none"),
+    ("tokens = 26_000", "tokens = 0", "flows.dev.tokens: expected at least 1, got 0"),
+    ("pretrain = 0.6\nmid = 0.3\nlong = 0.1", "pretrain = 0", "flows.dev: expected a stage of weight above 0"),
+    ('at_end = "stop"', 'at_end = "wrap"', 'sources.small.at_end: expected one of "repeat", "stop", got "wrap"'),
+    (
+        'at_end = "stop"',
+        'at_end = "stop"\nmax_passes = 2.0',
+        "sources.small.max_passes: expected at most 1 when",
+    ),
+    ("mid = 3.0\n", "", "sources.code.mid: expected a weight for every source or for none"),
+    ("mid = 3.0\n", "mid = -3.0\n", "sources.code.mid: expected at least 0, got -3.0"),
+    ("[sources.small]", '[sources.""]', 'sources: expected a name for every source, got "";'),
+    ('path = "code"', 'paht = "code"', "sources.code.paht: expected a known key"),
 )
 
 
@@ -321,7 +325,7 @@ def test_a_flow_that_is_not_there_and_sources_that_are_not(folder: Path) -> None
     with pytest.raises(InputError, match="expected one of the flows dev of .*, got proxy; choose one"):
         plan_mixture(mixture, "proxy", sequence_length=T, active_parameters=0)
     (folder / "mix.toml").write_text("[flows.dev]\ntokens = 5\n")
-    with pytest.raises(InputError, match="sources: a table a source, got a table; write"):
+    with pytest.raises(InputError, match="sources: expected a table a source, got a table; write"):
         load_mixture(folder / "mix.toml")
 
 

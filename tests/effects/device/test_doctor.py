@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -37,13 +38,18 @@ GOOD = Facts(
     peers=True,
     environ=OFF,
     runs_problem=None,
-    presets=(Preset(path="configs/a.toml", device="cuda", ranks=2, data="data/pretrain"),),
+    presets=(Preset(name="a", device="cuda", ranks=2, data="data/pretrain"),),
 )
 
 
 def without(package: str) -> dict[str, str]:
     """The packages of a good machine but one."""
     return {name: version for name, version in GOOD.packages.items() if name != package}
+
+
+def pair(torch: str, triton: str) -> dict[str, Any]:
+    """What changes of a good machine with these versions."""
+    return {"packages": {**GOOD.packages, "torch": torch, "triton": triton}}
 
 
 def finding(facts: Facts, what: str) -> Line:
@@ -53,7 +59,7 @@ def finding(facts: Facts, what: str) -> Line:
 
 
 def test_a_good_machine_has_nothing_to_fix() -> None:
-    for facts in (GOOD, attrs.evolve(GOOD, gpus=(), environ={}, presets=(Preset(path="c", device="cpu"),))):
+    for facts in (GOOD, attrs.evolve(GOOD, gpus=(), environ={}, presets=(Preset(name="c", device="cpu"),))):
         assert {(line.level, line.advice) for line in doctor.judge(facts)} == {("ok", "")}
 
 
@@ -64,6 +70,9 @@ def test_a_good_machine_has_nothing_to_fix() -> None:
         ({"packages": {**GOOD.packages, "torch": "2.9.1"}}, "torch", "FAIL", "torch>=2.11"),
         ({"packages": {**GOOD.packages, "torch": "10.0"}}, "torch", "ok", "10.0"),
         ({"packages": {**GOOD.packages, "triton": "3.5.1"}}, "triton", "FAIL", "older than 3.6"),
+        (pair("2.13.0+cpu", "3.7.1"), "torch and triton", "ok", "torch 2.13.0 with triton 3.7.1"),
+        (pair("2.13.0", "3.6.0"), "torch and triton", "warn", "pip install triton==3.7.1"),
+        (pair("2.12.0", "3.7.1"), "torch and triton", "warn", "pip install torch==2.13.0 triton==3.7.1 or torch=="),
         ({"packages": without("torch")}, "torch", "FAIL", "pip install torch"),
         ({"packages": without("triton")}, "triton", "FAIL", "absent"),
         ({"packages": without("triton"), "system": "Darwin"}, "triton", "ok", "not needed on Darwin"),
@@ -79,9 +88,9 @@ def test_a_good_machine_has_nothing_to_fix() -> None:
         ({"peers": False}, "gpu to gpu", "warn", "NVLink"),
         ({"environ": OFF | {"NCCL_NVLS_ENABLE": "1"}}, "NCCL_NVLS_ENABLE", "warn", "export NCCL_NVLS_ENABLE=0"),
         ({"environ": {}}, "NVSHMEM_DISABLE_NVLS", "warn", "unset"),
-        ({"gpus": (H100,)}, "configs/a.toml", "warn", "meant for 2 GPUs, this machine has 1"),
-        ({"gpus": (H100, A100)}, "configs/a.toml", "warn", "has 1 to use"),
-        ({"gpus": ()}, "configs/a.toml", "warn", "has none to use"),
+        ({"gpus": (H100,)}, "a", "warn", "meant for 2 GPUs, this machine has 1"),
+        ({"gpus": (H100, A100)}, "a", "warn", "has 1 to use"),
+        ({"gpus": ()}, "a", "warn", "has none to use"),
     ],
 )
 def test_each_lack_is_told_with_its_remedy(change: dict[str, Any], what: str, level: str, told: str) -> None:
@@ -94,10 +103,10 @@ def test_each_lack_is_told_with_its_remedy(change: dict[str, Any], what: str, le
 @pytest.mark.parametrize(
     ("preset", "level", "told"),
     [
-        (Preset(path="p", device="cuda", data="d", data_found=False), "warn", "no manifest.json in d"),
-        (Preset(path="p", problems=("p:3: model.hidden_size: ...",)), "FAIL", "p:3: model.hidden_size"),
-        (Preset(path="p", device="cpu"), "warn", "pip install 'nmoe[data]'"),
-        (Preset(path="p", device="cpu", data="d"), "ok", "has what it needs"),
+        (Preset(name="p", device="cuda", data="d", data_found=False), "warn", "no manifest.json in d"),
+        (Preset(name="p", problems=("p:3: model.hidden_size: ...",)), "FAIL", "p:3: model.hidden_size"),
+        (Preset(name="p", device="cpu"), "warn", "pip install 'nmoe[data]'"),
+        (Preset(name="p", device="cpu", data="d"), "ok", "has what it needs"),
     ],
 )
 def test_each_preset_says_what_it_lacks(preset: Preset, level: str, told: str) -> None:
@@ -123,6 +132,13 @@ def test_versions_and_extras_are_those_of_the_project() -> None:
     }
     del extras["dev"]
     assert doctor.read_extras() == extras
+
+
+def test_tested_pairs_are_the_pins() -> None:
+    files = [(REPOSITORY / name).read_text() for name in ("constraints.txt", "constraints-gpu.txt")]
+    assert list(doctor.TESTED.items()) == [
+        match.groups() for text in files for match in re.finditer(r"^torch==(.+)\n(?:.+\n)*?triton==(.+)$", text, re.M)
+    ]
 
 
 def test_probe_leaves_nothing(tmp_path: Path) -> None:
@@ -163,26 +179,18 @@ def doctor_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def test_this_machine(tmp_path: Path) -> None:
-    configs = tmp_path / "configs"
-    configs.mkdir()
-    quickstart = (REPOSITORY / "configs" / "quickstart.toml").read_text()
-    shards = 'kind = "shards"\npath = "data/here"'
-    (configs / "good.toml").write_text(quickstart)
-    (configs / "shards.toml").write_text(quickstart.replace('kind = "stdlib"\ntokenizer_size = 4096', shards))
-    (tmp_path / "data" / "here").mkdir(parents=True)
     done = doctor_in(tmp_path, "--json")
     lines = {line["what"]: line for line in json.loads(done.stdout)}
     assert (done.returncode, done.stderr) == (0, "")
     assert lines["python"]["value"] == sys.version.split()[0]
-    assert lines["configs/good.toml"]["level"] == "ok"
-    assert "no manifest.json in data/here" in lines["configs/shards.toml"]["value"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["configs", "data"]
-    (tmp_path / "data" / "here" / "manifest.json").write_text("{}")
-    (configs / "bad.toml").write_text(quickstart.replace("num_layers", "num_layer"))
+    assert lines["quickstart"]["level"] == lines["torch and triton"]["level"] == "ok"
+    assert "no manifest.json in data/pretrain" in lines["moonlet"]["value"]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "data" / "pretrain").mkdir(parents=True)
+    (tmp_path / "data" / "pretrain" / "manifest.json").write_text("{}")
     done = doctor_in(tmp_path)
-    assert done.returncode == 1
-    levels = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()[1:]}
-    assert levels["configs/bad.toml"] == "FAIL" and levels["configs/shards.toml"] == "ok"
+    (line,) = (line for line in done.stdout.splitlines() if line.split()[1] == "moonlet")
+    assert "meant for 1 GPU" in line and "manifest" not in line
 
 
 def test_a_runs_folder_that_is_no_folder_fails(tmp_path: Path) -> None:

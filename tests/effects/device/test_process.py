@@ -47,10 +47,12 @@ def test_an_unsupported_gpu_is_refused_with_the_list(monkeypatch: pytest.MonkeyP
 
 
 ROOT = Path(__file__).parents[3]
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-@pytest.mark.parametrize(("first", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("first", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+)
 def test_signals_are_noted_and_the_second_interrupt_is_at_once(first: signal.Signals, code: int) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with signals.stop_on_signals(60, lambda: None) as stop:
@@ -88,7 +90,7 @@ def test_when_the_grace_time_is_over_the_process_ends_whatever_it_does() -> None
     assert time.monotonic() - began < 15
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_with_nothing_to_save_a_signal_ends_it_at_once(number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
     with pytest.raises(SystemExit) as caught, signals.exit_on_signals():
@@ -96,6 +98,17 @@ def test_with_nothing_to_save_a_signal_ends_it_at_once(number: signal.Signals) -
         time.sleep(1)
     assert caught.value.code == 75
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_under_nohup_a_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.stop_on_signals(60, lambda: None) as stop, signals.exit_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_clock_splits_time_by_name_and_starts_anew() -> None:

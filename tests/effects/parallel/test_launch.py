@@ -169,6 +169,35 @@ def test_torchrun_starts_all_again_from_the_last_checkpoint(started: list[Starte
     assert told == list(range(1, 61)), "each step once, on every rank"
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
+def test_ranks_do_not_outlive_a_launcher_that_ends_while_they_start(
+    started: list[Started], tmp_path: Path, number: signal.Signals
+) -> None:
+    one = run(started, tmp_path)
+    end = time.monotonic() + PATIENCE_S
+    while len(one.ranks()) < 2:
+        assert one.process.poll() is None and time.monotonic() < end, one.text()
+        time.sleep(0.005)
+    os.kill(one.process.pid, number)
+    assert one.wait(15) == (-number if number == signal.SIGKILL else 75), one.text()
+    end = time.monotonic() + 15
+    while one.ranks():
+        assert time.monotonic() < end, "ranks train unwatched"
+        time.sleep(0.05)
+    assert not one.folder.exists(), one.text()
+
+
+def test_a_rank_whose_launcher_is_gone_before_it_asked_for_the_signal_does_not_begin() -> None:
+    """The launcher dies between the fork and the request: no signal will come, so the parent is looked at."""
+    code = (
+        "import os, signal, sys; from nmoe.effects.parallel import launch\n"
+        "launch._tie_to(os.getppid() + (sys.argv[1] == 'gone')); os.write(1, b'begins')"
+    )
+    for parent, said, ended in (("here", b"begins", 0), ("gone", b"", launch.EXIT_ORPHAN)):
+        done = subprocess.run([sys.executable, "-c", code, parent], cwd=ROOT, capture_output=True, check=False)
+        assert (done.stdout, done.returncode) == (said, ended), done.stderr
+
+
 @pytest.mark.long
 def test_ranks_whose_launcher_was_killed_save_and_end(started: list[Started], tmp_path: Path) -> None:
     one = run(started, tmp_path)

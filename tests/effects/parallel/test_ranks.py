@@ -20,6 +20,7 @@ from nmoe.config.sections import Config, Shards
 from nmoe.effects.checkpoint import reader, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel import ranks as meeting
 from nmoe.effects.parallel.launch import MULTICAST_OFF, from_environment
 from nmoe.effects.parallel.ranks import Ranks
@@ -177,7 +178,7 @@ def test_a_state_is_the_same_whoever_saves_it(alone: Path, sources: Path, tmp_pa
             where: dict[str, Any] = {"rank": ranks.world.rank, "world": ranks.world.size, "exchange": ranks.background}
             with open_writer(Disk(), there, keep=keep, **where) as writer:
                 pieces = resume.pieces(state, blueprint, ranks=ranks)
-                writer.save(pieces, step=STEPS, meta=resume.meta(state, Validations(), this))
+                writer.save(pieces, step=STEPS, meta=resume.meta(state, (0,), Validations(), this))
                 writer.wait()
 
         in_group(as_world(config, world, experts=experts), tmp_path / f"{world}.out", save_again)
@@ -222,7 +223,7 @@ def gradients(
         arena.gradient.zero_()
     zero._reduce_scatter_ = noting
     try:
-        with zero.scattering_(layouts, state.arenas, state.params, ranks) as finish:
+        with zero.scattering_(layouts, state.arenas, state.params, Accumulator(), ranks) as finish:
             backward()
             order.append("backward")
             finish()

@@ -78,7 +78,7 @@ def main(rank: int, folder: Path) -> None:
             state, metrics = step(state, read(state.cursor))
             losses.append(float(metrics.loss).hex())
             pieces = [share(piece, rank, WORLD) for piece in resume.pieces(state, blueprint)]
-            writer.save(pieces, step=state.step, meta=resume.meta(state, Validations(), this))
+            writer.save(pieces, step=state.step, meta=resume.meta(state, (state.tokens,), Validations(), this))
         writer.wait()
     end = [piece.tensor.clone() for piece in resume.pieces(state, blueprint)]
 
@@ -87,7 +87,9 @@ def main(rank: int, folder: Path) -> None:
         again, _ = build.blank(config, blueprint, rt)
         targets = resume.pieces(again, blueprint)
         reader.load_(Disk(), root / entry.name, entry.manifest, targets, rank=rank, all_gather_text=all_gather_text)
-        again = attrs.evolve(again, step=entry.manifest.step, cursor=entry.manifest.meta["cursor"])
+        meta = entry.manifest.meta
+        (tokens,) = meta[resume.TOKENS]
+        again = attrs.evolve(again, step=entry.manifest.step, cursor=meta["cursor"], tokens=tokens)
         while again.step < STEPS:
             again, metrics = step(again, read(again.cursor))
             assert float(metrics.loss).hex() == losses[again.step - 1], (entry.name, again.step)

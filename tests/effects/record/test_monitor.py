@@ -19,6 +19,7 @@ from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
 from nmoe.effects.record.log import open_log
 from nmoe.effects.record.monitor import watching
 from nmoe.effects.record.names import ARRAYS, RUN, TELEMETRY
+from nmoe.errors import InputError
 from tests.effects.train.tiny import tiny
 
 
@@ -87,7 +88,10 @@ def test_loads_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
     (tmp_path / ARRAYS).symlink_to("/dev/full")
     config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, arrays_every=1))
     reached = 0
-    with pytest.raises(OSError, match="No space left"), open_log(tmp_path, attempt=1) as opened:
+    with (
+        pytest.raises(InputError, match="expected room for one more line, got No space left"),
+        open_log(tmp_path, attempt=1) as opened,
+    ):
         with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
             for reached in range(1, 9):
                 monitor.step(fields(reached), torch.zeros(2, 8, dtype=torch.int64))
@@ -135,7 +139,7 @@ def test_a_full_disk_is_an_alert_once_telemetry_tells(tmp_path: Path) -> None:
             while not lines(tmp_path / "telemetry.rank0.jsonl") and time.monotonic() < until:
                 time.sleep(0.01)
             for step, free in ((1, 6e9), (2, 4e9)):
-                monitor.reading(io.StringIO(), {"host": {"disk_free_bytes": free}})
+                monitor.reading(opened.metrics_file, {"host": {"disk_free_bytes": free}})
                 monitor.step(fields(step), torch.zeros(2, 8, dtype=torch.int64))
     alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
     assert ("disk", 2) in [(line["rule"], line["step"]) for line in alerts]

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing import event_file_loader
 
+from nmoe.effects import files
 from nmoe.effects.record.alive import process_start
 from nmoe.effects.runs import status
 from nmoe.effects.runs.track import sinks
@@ -34,7 +35,9 @@ def line(step: int, attempt: int = 1, **fields: Any) -> str:
 
 def beat(folder: Path, status: str, age_s: float = 0.0) -> None:
     moment = datetime.fromtimestamp(time.time() - age_s, UTC).isoformat(timespec="milliseconds")
-    (folder / "run.json").write_text(json.dumps({"status": status, "heartbeat": moment, "heartbeat_every_s": 1.0}))
+    # whole or not at all, as a run writes it: a follower reads it meanwhile
+    record = {"status": status, "heartbeat": moment, "heartbeat_every_s": 1.0}
+    files.write_text(folder / "run.json", json.dumps(record))
 
 
 @pytest.fixture

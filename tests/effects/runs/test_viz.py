@@ -280,7 +280,6 @@ def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: st
         {"stages": [{"name": "a", "windows": [0, 0, 0]}]},
         {"stages": [{"name": "a", "windows": [1, -1, 1]}]},
         {"stages": [{"name": "a", "windows": [1, 2, "x"]}]},
-        {"stages": [{"name": "a", "windows": [1, 1, 1 << 70]}]},
         {"stages": [{"name": "a", "windows": [1, 1, 1]}] * 5000},
         {"stages": 5},
         {"sources": [{"name": "a", "windows": 0}] * 3},
@@ -617,7 +616,7 @@ def test_the_stream_tells_of_a_new_line_within_two_seconds(tmp_path: Path) -> No
         assert time.monotonic() - began < 2
         # What cannot be read is told, and the next look that can takes it back.
         (folder / "metrics.rank1.jsonl").mkdir()
-        assert "metrics.rank1.jsonl: can be read, got Is a directory" in next_message(stream)["problems"][0]
+        assert "metrics.rank1.jsonl: expected a regular file, got another" in next_message(stream)["problems"][0]
         (folder / "metrics.rank1.jsonl").rmdir()
         assert next_message(stream)["problems"] == []
         folder.rename(tmp_path / "b")

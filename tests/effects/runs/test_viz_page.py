@@ -31,10 +31,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium; `make test` installs it."""
-    found = shutil.which("chromium")
+    """An installed Chromium. Without one the tests of the page do not run, and are counted so; in CI they fail."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
     if found is None:
-        pytest.fail("chromium is installed for the tests of the page; install it with: apt-get install chromium")
+        lacks = "the tests of the page did NOT run: no Chromium is installed; apt-get install chromium"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(lacks)
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield opened

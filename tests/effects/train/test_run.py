@@ -151,6 +151,9 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
     told = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "3", cwd=workplace)
     again = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "3", cwd=workplace)
     assert told.returncode == 0 and told.stdout == again.stdout and told.stdout.startswith("def ")
+    # logits / 1e-40 is infinite in fp32
+    cold = nmoe("generate", folder, "--prompt", "x", "--temperature", "1e-40", cwd=workplace)
+    refused(cold, "--temperature: expected")
     other = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "4", cwd=workplace)
     assert other.stdout != told.stdout
 
@@ -220,7 +223,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus: Path, workplace: Path)
     shard = next((broken / "train").glob("*.npy"))
     content = shard.read_bytes()
     cases: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-        (("--run.device=cuda", "--precision.compute=bf16"), ("run.device", "expected a GPU")),
+        (
+            ("--run.device=cuda", "--precision.compute=bf16", "--model.attention.qk_rope_head_dim=8"),
+            ("run.device", "expected a GPU"),
+        ),
         ((f"--model.vocab_size={VOCAB - 1}",), (str(VOCAB - 1), str(VOCAB))),
         (("--gpus", "2"), ("batch_size: a multiple of ranks", "2 * 2")),
         ((f"--data.source.path={workplace / 'nowhere'}",), ("nowhere",)),
@@ -270,6 +276,8 @@ def test_a_run_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
         write_text(path, text)
 
     monkeypatch.setattr(files, "write_text", full)
-    with pytest.raises(InputError, match="^run.root: run folders can be written, got No space left on device"):
+    with pytest.raises(
+        InputError, match="^run.root: expected a folder with room for run folders, got No space left on device"
+    ):
         log.create_folder(tmp_path, "x", {"a": "1", "b": "2"})
     assert list(tmp_path.iterdir()) == []

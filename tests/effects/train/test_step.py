@@ -13,11 +13,13 @@ from nmoe.config.sections import Config
 from nmoe.effects.device import buffers, cpu, ops
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.train import resume
-from nmoe.effects.train.build import fresh
-from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step
+from nmoe.effects.train.build import check_memory, fresh
+from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step, tokens_per_step
+from nmoe.errors import InputError
 from nmoe.pure.core import tree
 from nmoe.pure.core.layout import ArenaLayout
 from nmoe.pure.core.spec import POLICY
+from nmoe.pure.cost.plan import plan
 from nmoe.pure.formats import master
 from nmoe.pure.model import experts
 from nmoe.pure.model.blueprint import make_blueprint
@@ -70,7 +72,7 @@ def test_steps_are_those_of_torch_adamw_with_clip(microbatch: int) -> None:
     specs = [spec for _, spec in tree.leaves(_specs(config))]
     names = iter(leaves)
     theirs = tree.map(lambda path, _: next(names), state.params)
-    rates = learning_rates(config, 0)
+    rates = learning_rates(config, tokens_per_step(config))
     optimizer = torch.optim.AdamW(
         [
             {
@@ -96,7 +98,7 @@ def test_steps_are_those_of_torch_adamw_with_clip(microbatch: int) -> None:
             chunk=64,
         )
         for group, spec in zip(optimizer.param_groups, specs, strict=True):
-            group["lr"] = learning_rates(config, index)[POLICY[spec.role].group]
+            group["lr"] = learning_rates(config, (index + 1) * tokens_per_step(config))[POLICY[spec.role].group]
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(leaves, 0.5)
@@ -292,9 +294,10 @@ def test_the_pass_over_an_arena_is_the_reference(decay: float, shrink: float) ->
     torch.testing.assert_close(second, kept.second, rtol=1e-11, atol=0)
 
 
-def test_padded_attention_is_the_reference() -> None:
+@pytest.mark.parametrize("value_channels", [7, 12, 20], ids=["narrower", "equal", "wider"])
+def test_padded_attention_is_the_reference(value_channels: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 9, 3, 12), (2, 9, 3, 15), (2, 9, 4))
+    shapes = ((2, 9, 3, 12), (2, 9, 3, 8 + value_channels), (2, 9, 4))
     found: list[list[Tensor]] = []
     for attend in (cpu.attend_mla_padded, REFERENCE.attention.attend):
         generator.manual_seed(0)
@@ -304,6 +307,15 @@ def test_padded_attention_is_the_reference() -> None:
         found.append([o.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
     for ours, reference in zip(*found, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-11, atol=1e-12)
+
+
+def test_a_machine_without_the_memory_is_said_before_anything_is_allocated() -> None:
+    config = tiny()
+    config = attrs.evolve(config, model=attrs.evolve(config.model, intermediate_size=2**20, hidden_size=2**20))
+    blueprint = make_blueprint(config)
+    planned = plan(config, blueprint, mfu=0.4, peak_flops=1e12, dedup=True, capacity=2.0)
+    with pytest.raises(InputError, match=r"train.microbatch_size: expected a step that fits the machine's"):
+        check_memory(config, planned, torch.device("cpu"))
 
 
 def test_place_keeps_the_structure() -> None:
@@ -353,7 +365,9 @@ def test_a_second_optimizer_is_a_rule_and_a_policy(monkeypatch: pytest.MonkeyPat
             ]
             change = state.params.head.detach() - before
             assert velocity.any()
-            torch.testing.assert_close(change, -learning_rates(config, 0)["dense"] * velocity, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(
+                change, -learning_rates(config, tokens_per_step(config))["dense"] * velocity, rtol=1e-3, atol=1e-7
+            )
     assert losses[-1] < losses[0] - 0.3, losses
     with pytest.raises(ValueError, match="expected one of adamw, momentum, got 'sgd'"):
         ops.arena_ops(RT.device).update_("sgd")

@@ -12,6 +12,7 @@ from nmoe.effects.kernels.attention import mla, rope
 from nmoe.effects.kernels.tables import AttentionTile
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
+from tests.kernels.shipped import SAME
 
 SIZES = {"nope": 128, "rope": 64, "value": 128}
 """Channels of every large preset's heads."""
@@ -113,28 +114,34 @@ def test_what_is_too_large_is_seen(tmp_path_factory: pytest.TempPathFactory) -> 
     assert aot.compile_all([spilling], tmp_path_factory.mktemp("triton"), targets=[90])[0].problems()
 
 
-def test_rotation(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Channels move 16 bytes at a time when every stride is a multiple of 16."""
-    strides = [f"{side}_{axis}" for side in "yx" for axis in ("batch", "position", "head")]
+def rotation(inverse: bool) -> Request:
+    """In place, as both passes rotate q; strides are multiples of 16."""
+    axes = ("batch", "position", "head")
+    strides = [f"{side}_{axis}" for side in "yx" for axis in axes]
     types = {"y": "*bf16", "x": "*bf16", "cos": "*fp32", "sin": "*fp32", "tokens": "i32", "length": "i32"}
-    types |= {each: "i32" for each in strides}
+    types |= {stride: "i32" for stride in strides}
     constants = {
         "channels": 64,
         "width": 64,
         "block_m": rope.TILE.block_m,
-        "inverse": True,
+        "inverse": inverse,
         "placed": False,
         "positions": None,
     }
-    asked = Request(
+    return Request(
         kernel="nmoe.effects.kernels.attention.rope:rotate_kernel",
         signature=types,
         constants=constants,
         aligned=["y", "x", "cos", "sin", *strides],
         warps=rope.TILE.num_warps,
         stages=rope.TILE.num_stages,
+        same={**SAME["attention.rope:rotate_kernel"], **{f"y_{axis}": f"x_{axis}" for axis in axes}},
     )
-    for each in aot.compile_all([asked], tmp_path_factory.mktemp("triton")):
+
+
+def test_rotation(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Channels move 16 bytes at a time when every stride is a multiple of 16."""
+    for each in aot.compile_all([rotation(inverse=True)], tmp_path_factory.mktemp("triton")):
         assert each.problems() == []
         assert each.narrow == 0
         assert each.wide > 0

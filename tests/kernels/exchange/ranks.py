@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from nmoe.effects.kernels.moe.moe import Tiles, moe_experts
-from nmoe.effects.parallel.exchange import Exchange, Sizes, device
+from nmoe.effects.parallel.exchange import Exchange, Sizes, arena, device
 from nmoe.effects.parallel.exchange.opening import virtual
 from nmoe.pure.model import route
 from nmoe.pure.model.route import Routing
 from tests.kernels.truth import normal
+from tests.poison import poison_
 
 
 @attrs.frozen(kw_only=True)
@@ -73,7 +74,7 @@ def single_rank(c: Case, tiles: Tiles) -> list[Tensor]:
 
 
 def open_ranks(c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | None = None) -> tuple[Exchange, ...]:
-    """Virtual ranks for a case.
+    """Virtual ranks for a case, their arenas poisoned but for the flags.
 
     parts     tokens of each rank
     capacity  rows a rank holds; None: the most any rank gets
@@ -90,7 +91,12 @@ def open_ranks(c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | No
         dedup=dedup,
         dtype=c.x.dtype,
     )
-    return virtual(sizes, c.x.device, programs=2 if c.x.device.type == "cpu" else 64)
+    exchanges = virtual(sizes, c.x.device, programs=2 if c.x.device.type == "cpu" else 64)
+    for e in exchanges:
+        for field in attrs.fields(arena.Fields):
+            if field.name not in ("arrived", "size"):
+                poison_(arena.view(e.raw, getattr(e.fields, field.name)))
+    return exchanges
 
 
 def shared(c: Case, exchanges: Sequence[Exchange], parts: Sequence[int], tiles: Tiles) -> list[Tensor]:

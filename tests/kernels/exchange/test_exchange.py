@@ -80,19 +80,11 @@ def test_at_the_worst(kind: str, parts: tuple[int, ...], dedup: bool) -> None:
 
 
 def test_what_lies_beyond_the_last_row_changes_nothing(plain: tuple[Case, list[Tensor]]) -> None:
-    """Arenas and fresh memory full of what is not a number, and more capacity than rows."""
+    """More capacity than rows: arenas and fresh memory are poisoned, as everywhere here."""
     c, wanted = plain
     for dedup in (False, True):
         exchanges = open_ranks(c, [12, 12], dedup=dedup, capacity=70)
-        for e in exchanges:
-            for field in (e.fields.land, e.fields.land_gradient, e.fields.back, e.fields.gate):
-                arena.view(e.raw, field).fill_(float("nan"))
-        torch.use_deterministic_algorithms(True)  # fresh memory is filled with what is not a number
-        try:
-            found = shared(c, exchanges, [12, 12], TILES)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        assert differing(found, wanted) == []
+        assert differing(shared(c, exchanges, [12, 12], TILES), wanted) == []
 
 
 @pytest.mark.parametrize("dedup", [False, pytest.param(True, marks=LONG)])

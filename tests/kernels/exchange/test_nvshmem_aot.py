@@ -11,6 +11,28 @@ from nmoe.effects.kernels.exchange.nvshmem import LIBRARY, SET
 from tests.kernels import aot
 from tests.kernels.aot import Request
 
+KERNELS = "nmoe.effects.kernels.exchange.nvshmem"
+
+
+def requests(library: str) -> list[Request]:
+    """Both kernels, linked with NVSHMEM's device functions at a path."""
+    return [
+        Request(
+            kernel=f"{KERNELS}:put_runs_kernel",
+            signature={"source": "i64", "target": "i64", "end": "*i32", "shift": "*i32", "BYTES": "i32"}
+            | {"LOCAL": "i32", "W": "i32"},
+            constants={"BACK": False},
+            libraries={"nvshmem": library},
+        ),
+        Request(
+            kernel=f"{KERNELS}:signal_kernel",
+            signature={"epoch": "*i64", "flag": "i64"},
+            constants={"W": 2, "SET": SET},
+            warps=1,
+            libraries={"nvshmem": library},
+        ),
+    ]
+
 
 @pytest.mark.long
 def test_segment_puts_link_with_nvshmem(tmp_path: Path) -> None:
@@ -22,25 +44,9 @@ def test_segment_puts_link_with_nvshmem(tmp_path: Path) -> None:
             "nvidia-nvshmem-cu13"
         )
     library = next(str(each.locate()) for each in files if each.name == LIBRARY)
-    kernels = "nmoe.effects.kernels.exchange.nvshmem"
-    requests = [
-        Request(
-            kernel=f"{kernels}:put_runs_kernel",
-            signature={"source": "i64", "target": "i64", "end": "*i32", "shift": "*i32", "BYTES": "i32"}
-            | {"LOCAL": "i32", "W": "i32"},
-            constants={"BACK": False},
-            libraries={"nvshmem": library},
-        ),
-        Request(
-            kernel=f"{kernels}:signal_kernel",
-            signature={"epoch": "*i64", "flag": "i64"},
-            constants={"W": 2, "SET": SET},
-            warps=1,
-            libraries={"nvshmem": library},
-        ),
-    ]
-    puts, tells = aot.compile_all(requests, tmp_path, targets=[90])
-    for each in (puts, tells):
+    puts, signals = aot.compile_all(requests(library), tmp_path, targets=[90])
+    for each in (puts, signals):
+        assert each.races == []
         assert "nvshmemi_device_state_d" in each.ptx, "NVSHMEM's state is not there: its functions were not linked in"
         assert ".extern .func" not in each.ptx, "a function is declared and not there"
-    assert puts.registers > 0 and tells.registers > 0
+    assert puts.registers > 0 and signals.registers > 0

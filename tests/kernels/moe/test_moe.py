@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.kernels.moe import combine
 from nmoe.effects.kernels.moe import dispatch as sorting
 from nmoe.effects.kernels.moe import experts as gemms
@@ -69,6 +70,29 @@ def test_near_the_truth(shape: tuple[int, ...], kind: str) -> None:
     assert torch.equal(count, route.load(expert, num_experts))
 
 
+def test_weight_gradients_go_into_their_buffers() -> None:
+    """Stored by the first microbatch, whatever was there, and added by the second: the bits that autograd sums."""
+    tokens, hidden, width, num_experts, top_k = 33, 40, 24, 6, 2
+    up = (normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5).requires_grad_()
+    down = (normal(num_experts, width, hidden, seed=3) / width**0.5).requires_grad_()
+    buffers = {leaf.data_ptr(): torch.full_like(leaf, torch.nan) for leaf in (up, down)}
+    complete: list[int] = []
+    accumulator = Accumulator(buffers=buffers, added=lambda leaf: complete.append(leaf.data_ptr()))
+    for index in range(2):
+        routing = Routing(chosen("some have none", tokens, num_experts, top_k), normal(tokens, top_k, seed=1).abs())
+        x, pulls = normal(tokens, hidden, seed=10 + index), normal(tokens, hidden, seed=20 + index)
+        accumulator.first = index == 0
+        moe_experts(x, routing, up, down, tiles=TILES, accumulator=accumulator)[0].backward(pulls)
+        assert up.grad is None and down.grad is None and len(complete) == 2 * (index + 1)
+    for index in range(2):
+        routing = Routing(chosen("some have none", tokens, num_experts, top_k), normal(tokens, top_k, seed=1).abs())
+        x, pulls = normal(tokens, hidden, seed=10 + index), normal(tokens, hidden, seed=20 + index)
+        moe_experts(x, routing, up, down, tiles=TILES)[0].backward(pulls)
+    for leaf in (up, down):
+        assert leaf.grad is not None and torch.equal(buffers[leaf.data_ptr()], leaf.grad)
+    assert complete[:2] == [down.data_ptr(), up.data_ptr()]
+
+
 @pytest.mark.parametrize("kind", ["random", "all to one", "ties"])
 def test_rows_are_sorted_as_the_reference_sorts_them(kind: str) -> None:
     expert = chosen(kind, 700, 9, 4)
@@ -81,7 +105,9 @@ def test_rows_are_sorted_as_the_reference_sorts_them(kind: str) -> None:
 
 def test_tiles_cover_every_row_once_and_no_two_experts() -> None:
     count = torch.tensor([0, 5, 16, 0, 33, 1, 0], dtype=torch.int32)
-    expert, row = sorting.tiles(count, 55, 16)
+    cut = sorting.tiles(count, 55, 16)
+    expert, row = cut.expert, cut.row
+    assert cut.needed.tolist() == [int((expert >= 0).sum())]
     assert len(expert) == 4 + 7
     ends = count.cumsum(0)
     covered: list[int] = []
@@ -117,7 +143,11 @@ def test_rows_beyond_32_bits() -> None:
 
     up = normal(1, hidden, 2, width, seed=1, dtype=torch.float16)
     end = torch.tensor([far + rows], dtype=torch.int32)
-    tile = (torch.zeros(1, dtype=torch.int32), torch.tensor([far], dtype=torch.int32))
+    tile = sorting.RowTiles(
+        expert=torch.zeros(1, dtype=torch.int32),
+        row=torch.tensor([far], dtype=torch.int32),
+        needed=torch.ones(1, dtype=torch.int32),
+    )
     y = gemms.grouped_gemm(spread, up.flatten(2), end, tile, SMALL, 1, transposed=False)
     torch.testing.assert_close(y[far:], x @ up[0].flatten(1))
     source = torch.zeros(far + rows, dtype=torch.int32)

@@ -30,6 +30,26 @@ def test_the_first_of_odd_numbers(numbers: list[float], num: int) -> None:
     assert torch.equal(router.top_k(x, num), route.top_k(x, num))
 
 
+@pytest.mark.parametrize("num", [0, 6, 7])
+def test_more_choices_than_there_are_is_refused(num: int) -> None:
+    """It was index 7 of 5."""
+    with pytest.raises(ValueError, match=f"from 1 to 5 entries of 5, got {num}; lower top_k"):
+        router.top_k(normal(2, 5), num)
+
+
+@pytest.mark.parametrize("logits", [(-120.0, -120.0, -120.0), (-95.0, -110.0, -3e38), (-88.0, -104.0, 0.0)], ids=str)
+def test_scores_that_vanish_have_weights(logits: tuple[float, ...]) -> None:
+    """Sigmoid is 0 in fp32 below -103, and the weights of chosen zeros were 0/0; their gradients are finite, too."""
+    x = torch.eye(3, dtype=torch.bfloat16)[:1].expand(2, 3).requires_grad_()
+    w = torch.zeros(3, 3).index_copy(0, torch.tensor([0]), torch.tensor([logits])).requires_grad_()
+    told = route.route_tokens(
+        x, w, torch.zeros(3), top_k=2, scale=2.5, score=router.scores, select=router.top_k
+    ).routing
+    assert torch.allclose(told.weight.sum(-1), torch.tensor(2.5), rtol=1e-6)
+    found = torch.autograd.grad(told.weight, [x, w], normal(2, 2))
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
 def test_three_parts_are_the_whole() -> None:
     """To the last bit, in fp64, where their sum is exact."""
     x = torch.cat((normal(4096), normal(4096, seed=1) * 1e20, normal(4096, seed=2) * 1e-20, torch.zeros(1)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from nmoe.effects.kernels import tables as tuning
 from nmoe.effects.kernels.tables import GemmTile
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
+from tests.kernels.shipped import SAME
 
 CAPABILITY = {90: (9, 0), 100: (10, 0)}
 
@@ -23,10 +24,17 @@ def block(rows: int, columns: int) -> str:
 
 
 def requests(target: int) -> list[Request]:
-    """The five kernels at hidden size 2048."""
+    """The five kernels at hidden size 2048, weight gradients into arenas of both formats."""
     entry = tuning.find(tuning.load(CAPABILITY[target]), "moe", 2048, 1408)
 
-    def request(name: str, tile: GemmTile, types: dict[str, str], constants: dict[str, Any], aligned: str) -> Request:
+    def request(
+        name: str,
+        tile: GemmTile,
+        types: dict[str, str],
+        constants: dict[str, Any],
+        aligned: str,
+        same: Mapping[str, str] | None = None,
+    ) -> Request:
         sizes = {"M": tile.block_m, "N": tile.block_n, "K": tile.block_k, "GROUP": entry.group, **constants}
         pointers = [key for key, kind in types.items() if kind.startswith("*")]
         return Request(
@@ -36,6 +44,7 @@ def requests(target: int) -> list[Request]:
             aligned=[*pointers, *aligned.split()],
             warps=tile.num_warps,
             stages=tile.num_stages,
+            same=same or {},
         )
 
     up, down, back = entry.tiles["up"], entry.tiles["down"], entry.tiles["activation"]
@@ -81,23 +90,29 @@ def requests(target: int) -> list[Request]:
                 "h": "*bf16",
                 "weight": "*fp32",
             }
-            | {"slot": "*i32", "dh": "*bf16", "a": "*bf16", "gate_part": "*fp32", **TILED, "F": "i32", "D": "i32"},
+            | {
+                "slot": "*i32",
+                "dh": "*bf16",
+                "a": "*bf16",
+                "gate_part": "*fp32",
+                "tile_expert": "*i32",
+                "tile_row": "*i32",
+            }
+            | {"num_needed": "*i32", "end": "*i32", "F": "i32", "D": "i32"},
             {"PROGRAMS": 132},
             "F D",
         ),
-        request(
-            "grouped_weight_gradient",
-            dup,
-            {
-                "a": block(dup.block_k, dup.block_m),
-                "b": block(dup.block_k, dup.block_n),
-                "b_rows": "*bf16",
-                "out": "*bf16",
-                "end": "*i32",
-            }
-            | {"count": "*i32", "A": "i32", "B": "i32"},
-            {},
-            "A B",
+        *(
+            request(
+                "grouped_weight_gradient",
+                dup,
+                {"a": block(dup.block_k, dup.block_m), "b": block(dup.block_k, dup.block_n), "b_rows": "*bf16"}
+                | {"out": out, "end": "*i32", "count": "*i32", "A": "i32", "B": "i32"},
+                {"ADD": add},
+                "A B",
+                SAME["moe.experts:grouped_weight_gradient_kernel"],
+            )
+            for out, add in (("*bf16", False), ("*bf16", True), ("*fp32", False), ("*fp32", True))
         ),
     ]
 

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.effects.kernels.attention import mla_assemble
 from nmoe.effects.kernels.attention.mla_kernels import dkv_kernel, dq_kernel, forward_kernel
+from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import AttentionTile
 from nmoe.errors import InputError
 
@@ -125,6 +126,7 @@ class MlaAttention(torch.autograd.Function):
         return o
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, kv and k_rope."""
         q, kv, k_rope, o, lse, *start = ctx.saved_tensors
@@ -146,6 +148,7 @@ class MlaAttentionCudnn(torch.autograd.Function):
         return o.transpose(1, 2)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, kv and k_rope."""
         q, kv, k_rope, o, lse, seed, offset = ctx.saved_tensors

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmoe.effects.kernels.derivative import first_order
 from nmoe.pure.model.rope import Rope
 
 
@@ -29,9 +30,7 @@ TILE = RopeTile(block_m=16, num_warps=4, num_stages=1)
 def rotate_mla_(
     q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[()] = (), *, tile: RopeTile = TILE
 ) -> tuple[Tensor, Tensor]:
-    """`rotate_mla` on the memory of `q`, in both directions.
-
-    The gradient is rotated inverse in the memory in which it arrives: nothing else may use the rotated q's gradient.
+    """`rotate_mla` on the memory of `q`; gradients get memory of their own, as a hook may hold those that arrive.
 
     q          [B T H C]       neighbouring pairs of its last P channels are rotated
     k_rope     [B T P]         all its channels are rotated, into new memory: others keep what lies beside it
@@ -60,16 +59,19 @@ class RotateMla(torch.autograd.Function):
         return q, rotated
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q and k_rope."""
         cos, sin, *positions = ctx.saved_tensors
         given = (*positions, ())[0]
         dq, dk = gradients
-        rotated = torch.empty(dk.shape, dtype=dk.dtype, device=dk.device)
-        part = dq[..., dq.shape[-1] - dk.shape[-1] :]
-        rotate_(part, part, cos, sin, given, ctx.tile, inverse=True)
-        rotate_(rotated[:, :, None], dk[:, :, None], cos, sin, given, ctx.tile, inverse=True)
-        return dq, rotated, None, None, None, None
+        nope = dq.shape[-1] - dk.shape[-1]
+        turned_q = torch.empty(dq.shape, dtype=dq.dtype, device=dq.device)
+        turned_k = torch.empty(dk.shape, dtype=dk.dtype, device=dk.device)
+        turned_q[..., :nope] = dq[..., :nope]
+        rotate_(turned_q[..., nope:], dq[..., nope:], cos, sin, given, ctx.tile, inverse=True)
+        rotate_(turned_k[:, :, None], dk[:, :, None], cos, sin, given, ctx.tile, inverse=True)
+        return turned_q, turned_k, None, None, None, None
 
 
 def rotate_(
@@ -79,6 +81,7 @@ def rotate_(
 
     Writes:  y, which may be x.
     """
+    x = x if x.stride(-1) == 1 else x.contiguous()  # the gradient of a sum is one number, expanded
     batch, length, heads, channels = x.shape
     rotate_kernel[(triton.cdiv(batch * length, tile.block_m), heads)](
         y,

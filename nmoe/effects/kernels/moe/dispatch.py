@@ -78,7 +78,7 @@ def place_kernel(
 
 @triton.jit
 def tiles_kernel(
-    count, tile_expert, tile_row, T, M: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr
+    count, tile_expert, tile_row, num_needed, T, M: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr
 ):
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     each = tl.arange(0, EP)
@@ -89,7 +89,10 @@ def tiles_kernel(
     expert = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)
     mine = each[None, :] == expert[:, None]
     row = tl.sum(tl.where(mine, first[None, :] + (tile[:, None] - (ends - needed)[None, :]) * M, 0), 1)
-    real = tile < tl.sum(needed, 0)
+    total = tl.sum(needed, 0)
+    if tl.program_id(0) == 0:
+        tl.store(num_needed, total)
+    real = tile < total
     tl.store(tile_expert + tile, tl.where(real, expert, -1), mask=tile < T)
     tl.store(tile_row + tile, tl.where(real, row, 0), mask=tile < T)
 
@@ -102,6 +105,15 @@ def spread_kernel(x, place, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
     for k in tl.static_range(K):
         row = tl.load(place + token * K + k).to(tl.int64)
         tl.store(out + row * D + column, value, mask=column < D)
+
+
+@attrs.frozen(kw_only=True)
+class RowTiles:
+    """Which rows each tile of a grouped GEMM has, T = ceil(P / tile) + E tiles at most; those needed come first."""
+
+    expert: Tensor  # [T] i32, -1: not needed
+    row: Tensor  # [T] i32, first of the tile
+    needed: Tensor  # [1] i32
 
 
 def dispatch(expert: Tensor, num_experts: int) -> Places:
@@ -128,19 +140,19 @@ def dispatch(expert: Tensor, num_experts: int) -> Places:
     return Places(source=source, slot=slot, place=place, count=count, end=end)
 
 
-def tiles(count: Tensor, pairs: int, m: int) -> tuple[Tensor, Tensor]:
+def tiles(count: Tensor, pairs: int, m: int) -> RowTiles:
     """Which rows each tile of `m` has: as many tiles as there can ever be, those not needed marked by expert -1.
 
     count    [E] i32
-    returns  expert and first row of each tile, [ceil(pairs / m) + E] i32
     """
     experts = count.shape[0]
     num = triton.cdiv(pairs, m) + experts
     expert = torch.empty(num, dtype=torch.int32, device=count.device)
     row = torch.empty(num, dtype=torch.int32, device=count.device)
+    needed = torch.empty(1, dtype=torch.int32, device=count.device)
     padded = max(16, triton.next_power_of_2(experts))
-    tiles_kernel[(triton.cdiv(num, TILES),)](count, expert, row, num, m, experts, padded, TILES)
-    return expert, row
+    tiles_kernel[(triton.cdiv(num, TILES),)](count, expert, row, needed, num, m, experts, padded, TILES)
+    return RowTiles(expert=expert, row=row, needed=needed)
 
 
 def spread(x: Tensor, place: Tensor) -> Tensor:

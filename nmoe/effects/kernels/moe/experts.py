@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nmoe.effects.kernels.accumulate import Accumulator
+from nmoe.effects.kernels.moe.dispatch import RowTiles
 from nmoe.effects.kernels.tables import GemmTile
 
 
@@ -86,18 +88,19 @@ def _swiglu_backward_epilogue(da, first, row, real, share, h, dh, a, F, N: tl.co
 
 @triton.jit
 def swiglu_backward_gemm_kernel(
-    rows, w, h, weight, slot, dh, a, gate_part, tile_expert, tile_row, end, NUM_M, F, D,
+    rows, w, h, weight, slot, dh, a, gate_part, tile_expert, tile_row, num_needed, end, F, D,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(F, N)
-    # persistent and flattened, 5 stages: 2.61 ms on an H200, one tile a program 2.66, docs/log.md, 2026-11-24
-    for pid in tl.range(tl.program_id(0), NUM_M * columns, PROGRAMS, flatten=True):
-        tile, column = _swizzle(pid, columns, NUM_M, GROUP)
-        needed = tl.load(tile_expert + tile) >= 0
-        expert = tl.maximum(tl.load(tile_expert + tile), 0)
+    num_m = tl.load(num_needed)
+    # Persistent and flattened, 5 stages: 2.61 ms on an H200, one tile a program 2.66 (docs/log.md, 2026-11-24). The
+    # loop ends at the last tile needed: over tiles of all the rows that an exchange has room for it took twice as long.
+    for pid in tl.range(tl.program_id(0), num_m * columns, PROGRAMS, flatten=True):
+        tile, column = _swizzle(pid, columns, num_m, GROUP)
+        expert = tl.load(tile_expert + tile)
         first = tl.load(tile_row + tile)
         row = first + tl.arange(0, M)
-        real = (row < tl.load(end + expert)) & needed
+        real = row < tl.load(end + expert)
         da = tl.zeros((M, N), tl.float32)
         for k in range(0, D, K):
             da = tl.dot(rows.load([first, k]), w.load([expert * F + column * N, k]).T, da)
@@ -133,8 +136,9 @@ def grouped_gemm_kernel(
 
 @triton.jit
 def grouped_weight_gradient_kernel(
-    a, b, b_rows, out, end, count, A, B, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr
-):
+    a, b, b_rows, out, end, count, A, B, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
     num_m, num_n = tl.cdiv(A, M), tl.cdiv(B, N)
     expert = tl.program_id(0) // (num_m * num_n)
     m, n = _swizzle(tl.program_id(0) % (num_m * num_n), num_n, num_m, GROUP)
@@ -154,12 +158,33 @@ def grouped_weight_gradient_kernel(
         column = tl.max_contiguous(tl.multiple_of(tl.where(bn < B, bn, 0), 8), 8)
         last = tl.load(b_rows + row.to(tl.int64)[:, None] * B + column[None, :], mask=(row < stop)[:, None], other=0.0)
         acc = tl.dot(a.load([whole, m * M]).T, last, acc)
-    to = out + (expert.to(tl.int64) * A + am.to(tl.int64)[:, None]) * B + bn[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=(am < A)[:, None] & (bn < B)[None, :])
+    to = out + (expert.to(tl.int64) * A + am.to(tl.int64)[:, None]) * B
+    if ADD:
+        # a quarter of the columns at a time: what is stored already, beside the whole accumulator, spills
+        left, right = tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
+        _add_columns(left, to, n * N, am < A, B, N // 2)
+        _add_columns(right, to, n * N + N // 2, am < A, B, N // 2)
+    else:
+        tl.store(to + bn[None, :], acc.to(out.dtype.element_ty), mask=(am < A)[:, None] & (bn < B)[None, :])
+
+
+@triton.jit
+def _add_columns(acc, to, first, real, B, N: tl.constexpr):
+    """Epilogue: add N columns, from `first` on, to what is stored; in two halves."""
+    left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, N // 2)), (0, 2, 1)))
+    _add(left, to, first + tl.arange(0, N // 2), real, B)
+    _add(right, to, first + N // 2 + tl.arange(0, N // 2), real, B)
+
+
+@triton.jit
+def _add(acc, to, column, real, B):
+    inside = real[:, None] & (column < B)[None, :]
+    before = tl.load(to + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(to + column[None, :], (before + acc).to(to.dtype.element_ty), mask=inside)
 
 
 def gather_gemm_swiglu(
-    x: Tensor, source: Tensor, weight: Tensor, end: Tensor, tiles: tuple[Tensor, Tensor], tile: GemmTile, group: int
+    x: Tensor, source: Tensor, weight: Tensor, end: Tensor, tiles: RowTiles, tile: GemmTile, group: int
 ) -> tuple[Tensor, Tensor]:
     """Pre-activation and activation of every row.
 
@@ -175,9 +200,9 @@ def gather_gemm_swiglu(
     h = torch.empty(pairs, 2, f, dtype=x.dtype, device=x.device)
     a = torch.empty(pairs, f, dtype=x.dtype, device=x.device)
     w = TensorDescriptor.from_tensor(weight.view(experts * d, 2 * f), [tile.block_k, tile.block_n])
-    num = tiles[0].shape[0]
+    num = tiles.expert.shape[0]
     gather_gemm_swiglu_kernel[(num * triton.cdiv(f, tile.block_n),)](
-        x, source, w, h, a, *tiles, end, num, f, d, tile.block_m, tile.block_n, tile.block_k, group,
+        x, source, w, h, a, tiles.expert, tiles.row, end, num, f, d, tile.block_m, tile.block_n, tile.block_k, group,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return h, a
@@ -190,7 +215,7 @@ def swiglu_backward_gemm(
     down: Tensor,
     h: Tensor,
     end: Tensor,
-    tiles: tuple[Tensor, Tensor],
+    tiles: RowTiles,
     tile: GemmTile,
     group: int,
     programs: int,
@@ -211,11 +236,11 @@ def swiglu_backward_gemm(
     a = torch.empty(pairs, f, dtype=h.dtype, device=h.device)
     columns = triton.cdiv(f, tile.block_n)
     part = torch.empty(pairs, columns, dtype=torch.float32, device=h.device)
-    num = tiles[0].shape[0]
+    num = tiles.expert.shape[0]
     swiglu_backward_gemm_kernel[(min(programs, num * columns),)](
         TensorDescriptor.from_tensor(rows, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(down.view(experts * f, d), [tile.block_n, tile.block_k]),
-        h, weight, slot, dh, a, part, *tiles, end, num, f, d,
+        h, weight, slot, dh, a, part, tiles.expert, tiles.row, tiles.needed, end, f, d,
         tile.block_m, tile.block_n, tile.block_k, group, min(programs, num * columns),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -226,7 +251,7 @@ def grouped_gemm(
     rows: Tensor,
     weight: Tensor,
     end: Tensor,
-    tiles: tuple[Tensor, Tensor],
+    tiles: RowTiles,
     tile: GemmTile,
     group: int,
     *,
@@ -243,30 +268,58 @@ def grouped_gemm(
     outer = weight.shape[1] if transposed else weight.shape[2]
     out = torch.empty(rows.shape[0], outer, dtype=rows.dtype, device=rows.device)
     block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-    num = tiles[0].shape[0]
+    num = tiles.expert.shape[0]
     grouped_gemm_kernel[(num * triton.cdiv(outer, tile.block_n),)](
         TensorDescriptor.from_tensor(rows, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight.view(experts * weight.shape[1], weight.shape[2]), block),
-        out, *tiles, end, num, inner, outer, transposed,
+        out, tiles.expert, tiles.row, end, num, inner, outer, transposed,
         tile.block_m, tile.block_n, tile.block_k, group, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
 
 
-def grouped_weight_gradient(a: Tensor, b: Tensor, end: Tensor, count: Tensor, tile: GemmTile, group: int) -> Tensor:
-    """Grouped weight gradient: out[e] = a[e].T @ b[e], one launch.
+def weight_gradient(
+    a: Tensor,
+    b: Tensor,
+    end: Tensor,
+    count: Tensor,
+    tile: GemmTile,
+    group: int,
+    *,
+    parameter: Tensor,
+    accumulator: Accumulator | None,
+) -> Tensor | None:
+    """Grouped weight gradient of a parameter [E A B]: for autograd, or None when it went into the parameter's buffer.
 
+    Writes:  the buffer that `accumulator` has for the parameter.
+    """
+    buffer = None if accumulator is None else accumulator.buffers.get(parameter.data_ptr())
+    if accumulator is None or buffer is None:
+        out = torch.empty_like(parameter, dtype=a.dtype)
+        grouped_weight_gradient_(out.view(end.shape[0], a.shape[1], b.shape[1]), a, b, end, count, tile, group)
+        return out
+    out = buffer.view(end.shape[0], a.shape[1], b.shape[1])
+    grouped_weight_gradient_(out, a, b, end, count, tile, group, add=not accumulator.first)
+    accumulator.added(parameter)
+    return None
+
+
+def grouped_weight_gradient_(
+    out: Tensor, a: Tensor, b: Tensor, end: Tensor, count: Tensor, tile: GemmTile, group: int, *, add: bool = False
+) -> None:
+    """Grouped weight gradient: out[e] = a[e].T @ b[e], or added to what `out` holds; one launch, one rounding.
+
+    out      [E A B] bf16 or f32; zeros for an expert without rows, where nothing is added
     a        [P A]
     b        [P B]
     tile     `m` cuts A, `n` B, `k` the rows summed over
-    returns  [E A B] in the format of `a`; zeros for an expert without rows
+
+    Writes:  out.
     """
-    experts, width, other = end.shape[0], a.shape[1], b.shape[1]
-    out = torch.empty(experts, width, other, dtype=a.dtype, device=a.device)
+    experts, width, other = out.shape
     grouped_weight_gradient_kernel[(experts * triton.cdiv(width, tile.block_m) * triton.cdiv(other, tile.block_n),)](
         TensorDescriptor.from_tensor(a, [tile.block_k, tile.block_m]),
         TensorDescriptor.from_tensor(b, [tile.block_k, tile.block_n]),
-        b, out, end, count, width, other,
-        tile.block_m, tile.block_n, tile.block_k, group, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        b, out, end, count, width, other, tile.block_m, tile.block_n, tile.block_k, group, add,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return out

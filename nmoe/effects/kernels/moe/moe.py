@@ -10,9 +10,10 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.profiler import record_function
 
+from nmoe.effects.kernels.accumulate import Accumulator
+from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
@@ -39,7 +40,14 @@ class MoeExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, t: Tiles
+        ctx: Any,
+        x: Tensor,
+        expert: Tensor,
+        weight: Tensor,
+        up: Tensor,
+        down: Tensor,
+        t: Tiles,
+        accumulator: Accumulator | None,
     ) -> tuple[Tensor, Tensor]:
         x, weight = x.contiguous(), weight.contiguous()
         pairs = expert.numel()
@@ -56,16 +64,17 @@ class MoeExperts(torch.autograd.Function):
         count = at.count.to(torch.int64)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, h, weight, up, down, at.slot, at.place, at.count, at.end)
-        ctx.t = t
+        ctx.t, ctx.accumulator = t, accumulator
         return out, count
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, h, weight, up, down, slot, place, count, end = ctx.saved_tensors
         t: Tiles = ctx.t
+        accumulator: Accumulator | None = ctx.accumulator
         pairs = place.numel()
         with record_function("combine"):
             rows = places.spread(outputs[0].contiguous(), place)
@@ -76,22 +85,39 @@ class MoeExperts(torch.autograd.Function):
             )
             dh = dh.flatten(1)
             d_weight = part.sum(-1)[place.to(torch.int64)]
-            d_down = experts.grouped_weight_gradient(a, rows, end, count, t.down_gradient, t.group)
+            d_down = experts.weight_gradient(
+                a, rows, end, count, t.down_gradient, t.group, parameter=down, accumulator=accumulator
+            )
             del a, part, rows
-            d_up = experts.grouped_weight_gradient(places.spread(x, place), dh, end, count, t.up_gradient, t.group)
+            rows = places.spread(x, place)
+            d_up = experts.weight_gradient(
+                rows, dh, end, count, t.up_gradient, t.group, parameter=up, accumulator=accumulator
+            )
+            del rows
             cut = places.tiles(count, pairs, t.input.block_m)
             dx = experts.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
-        return d_input, None, d_weight, d_up.view_as(up), d_down, None
+        return d_input, None, d_weight, d_up, d_down, None, None
 
 
-def moe_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor, *, tiles: Tiles) -> tuple[Tensor, Tensor]:
+def moe_experts(
+    x: Tensor,
+    routing: Routing,
+    up: Tensor,
+    down: Tensor,
+    *,
+    tiles: Tiles,
+    accumulator: Accumulator | None = None,
+) -> tuple[Tensor, Tensor]:
     """Routed experts, as `pure.model.experts`: the weighted sum of the chosen experts' outputs, and each expert's rows.
 
     x        [N D]
     up       [E D 2 F]
     down     [E F D]
+    accumulator  takes the gradients of `up` and `down` that it has buffers for
     returns  [N D] in the format of `x`, [E] i64
     """
-    return MoeExperts.apply(x, routing.expert, routing.weight, up, down, tiles)  # pyright: ignore[reportReturnType]
+    return MoeExperts.apply(  # pyright: ignore[reportReturnType]
+        x, routing.expert, routing.weight, up, down, tiles, accumulator
+    )

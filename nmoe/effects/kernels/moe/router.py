@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from nmoe.effects.kernels.derivative import first_order
 
 
 @attrs.frozen(kw_only=True)
@@ -27,6 +28,9 @@ class TopKTile:
 
 
 TILE = TopKTile(block_m=8, num_warps=4, num_stages=1)
+
+TINY = torch.finfo(torch.float32).tiny
+"""The smallest score: the weights of tokens whose scores all vanish are equal, and sum to the scale."""
 
 
 @triton.jit
@@ -53,9 +57,12 @@ def top_k(x: Tensor, num: int, tile: TopKTile = TILE) -> Tensor:
 
     x        [... E] f32
     returns  [... num] i64
+    Raises:  ValueError for more entries than there are: the kernel would name columns that are not there.
     """
-    x = x.contiguous()
     columns = x.shape[-1]
+    if not 1 <= num <= columns:
+        raise ValueError(f"router.top_k: expected from 1 to {columns} entries of {columns}, got {num}; lower top_k")
+    x = x.contiguous()
     rows = x.numel() // columns
     out = torch.empty(*x.shape[:-1], num, dtype=torch.int64, device=x.device)
     padded = triton.next_power_of_2(columns)
@@ -94,12 +101,13 @@ class Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
-        score = torch.sigmoid(matmul_bf16x3(x, router))
+        # sigmoid is 0 below a logit of -103 (-87 where tiny numbers are flushed), and weights of chosen zeros are 0/0
+        score = torch.sigmoid(matmul_bf16x3(x, router)).clamp_min(TINY)
         ctx.save_for_backward(x, router, score)
         return score
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor, Tensor]:

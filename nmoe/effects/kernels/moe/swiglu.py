@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from nmoe.effects.kernels.derivative import first_order
 
 
 @attrs.frozen(kw_only=True)
@@ -75,7 +76,7 @@ class Swiglu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor, None]:

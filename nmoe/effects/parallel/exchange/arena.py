@@ -35,7 +35,7 @@ class Exchange:
     missing: Tensor  # [1] i32 in memory that the host can read when the device is gone: a missing rank + 1, or 0
     stream: torch.cuda.Stream | None  # side stream, for rows sent in overlap with GEMMs; None on a CPU
     timeout_s: float
-    programs: int  # how many programs push rows; fewer leave multiprocessors to other work
+    programs: int  # that push rows when nothing else runs
 
 
 def fit(e: Exchange, x: Tensor, expert: Tensor, up: Tensor) -> None:

@@ -10,6 +10,7 @@ F width of an expert · C rows a rank can hold
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,9 +18,10 @@ from typing import Any, TypeVar
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.profiler import record_function
 
+from nmoe.effects.kernels.accumulate import Accumulator
+from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.exchange import plan as plans
 from nmoe.effects.kernels.exchange import push as moves
 from nmoe.effects.kernels.moe import combine as sums
@@ -31,6 +33,11 @@ from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel.exchange_arena import Field
 
 T = TypeVar("T")
+
+SIDE_PROGRAMS = 32
+"""Most programs that push rows beside GEMMs: 278 to 341 GB/s of 346, and three quarters of an H100's multiprocessors
+stay with the GEMM (docs/log.md, 2026-11-28)."""
+
 Stretches = Generator[None, None, T]
 """Work that yields at every barrier."""
 
@@ -183,7 +190,8 @@ def backward_(
     kept: Kept,
     h: Tensor,
     t: Tiles,
-) -> Stretches[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    accumulator: Accumulator | None = None,
+) -> Stretches[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """Gradients of x, weight, up and down, from the output's.
 
     Overlap: rows of x are sent again, rather than kept, during the GEMMs on the output's gradient; rows of the input's
@@ -200,26 +208,30 @@ def backward_(
         count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
     yield
     with record_function("exchange dispatch"), aside(e):
-        send_(e, x, kept, f.land)
+        send_(e, x, kept, f.land, SIDE_PROGRAMS)
     with record_function("experts"):
+        # One tile a program, not persistent: of persistent programs those whose multiprocessor pushes rows begin late
+        # with an equal share of the tiles.
         each = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
         pulls = received(e, f.land_gradient, kept)
         cut = places.tiles(kept.count, s.capacity, t.activation.block_m)
         dh, a, part = experts.swiglu_backward_gemm(
-            pulls, each, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, t.programs
+            pulls, each, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, sys.maxsize
         )
         dh = dh.flatten(1)
         d_gate = part.sum(-1)
         cut = places.tiles(kept.count, s.capacity, t.input.block_m)
         dx = experts.grouped_gemm(dh, up.flatten(2), kept.end, cut, t.input, t.group, transposed=True)
     with record_function("exchange return"), aside(e):
-        send_back_(e, dx, kept)
+        send_back_(e, dx, kept, SIDE_PROGRAMS)
         moves.push_words_(
             d_gate, None, kept.origin_to, kept.origin_at, e.addresses, f.gate_gradient.offset, kept.valid, back=True
         )
     with record_function("experts"):
         moves.pad_(a, kept.valid, t.down_gradient.block_k)
-        d_down = experts.grouped_weight_gradient(a, pulls, kept.end, kept.count, t.down_gradient, t.group)
+        d_down = experts.weight_gradient(
+            a, pulls, kept.end, kept.count, t.down_gradient, t.group, parameter=down, accumulator=accumulator
+        )
     join(e)
     del a, part, pulls, dx, d_gate
     yield
@@ -229,7 +241,9 @@ def backward_(
     with record_function("experts"):
         rows = received(e, f.land, kept)
         moves.pad_(rows, kept.valid, t.up_gradient.block_k)
-        d_up = experts.grouped_weight_gradient(rows, dh, kept.end, kept.count, t.up_gradient, t.group).view_as(up)
+        d_up = experts.weight_gradient(
+            rows, dh, kept.end, kept.count, t.up_gradient, t.group, parameter=up, accumulator=accumulator
+        )
     return d_x, d_weight, d_up, d_down
 
 
@@ -253,9 +267,13 @@ def join(e: Exchange) -> None:
         torch.cuda.current_stream().wait_stream(e.stream)
 
 
-def send_(e: Exchange, x: Tensor, kept: Kept, field: Field) -> None:
-    """Send tokens to the ranks that hold their experts. Writes: a landing buffer of every arena."""
-    moves.push_(x, kept.token_to, kept.token_at, e.addresses, field.offset, kept.valid, e.programs, back=False)
+def send_(e: Exchange, x: Tensor, kept: Kept, field: Field, most: int = sys.maxsize) -> None:
+    """Send tokens to the ranks that hold their experts, with at most so many programs.
+
+    Writes:  a landing buffer of every arena.
+    """
+    programs = min(e.programs, most)
+    moves.push_(x, kept.token_to, kept.token_at, e.addresses, field.offset, kept.valid, programs, back=False)
 
 
 def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:
@@ -273,9 +291,10 @@ def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, 
     moves.count_bytes_(e.sent, kept.crossing, pair=pair, place=place, row=row + back, fixed=fixed)
 
 
-def send_back_(e: Exchange, y: Tensor, kept: Kept) -> None:
-    """Send rows back to their origins. Writes: `back` of every arena."""
-    moves.push_(y, kept.origin_to, kept.origin_at, e.addresses, e.fields.back.offset, kept.valid, e.programs, back=True)
+def send_back_(e: Exchange, y: Tensor, kept: Kept, most: int = sys.maxsize) -> None:
+    """Send rows back to their origins, with at most so many programs. Writes: `back` of every arena."""
+    programs, offset = min(e.programs, most), e.fields.back.offset
+    moves.push_(y, kept.origin_to, kept.origin_at, e.addresses, offset, kept.valid, programs, back=True)
 
 
 def received(e: Exchange, field: Field, kept: Kept) -> Tensor:
@@ -294,30 +313,45 @@ class Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, e: Exchange, t: Tiles
+        ctx: Any,
+        x: Tensor,
+        expert: Tensor,
+        weight: Tensor,
+        up: Tensor,
+        down: Tensor,
+        e: Exchange,
+        t: Tiles,
+        accumulator: Accumulator | None,
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
         x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
         [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, t)])
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, weight, up, down, h, *(getattr(kept, field.name) for field in attrs.fields(Kept)))
-        ctx.e, ctx.t = e, t
+        ctx.e, ctx.t, ctx.accumulator = e, t, accumulator
         return out, count
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, weight, up, down, h, *rest = ctx.saved_tensors
         kept = Kept(**{field.name: each for field, each in zip(attrs.fields(Kept), rest, strict=True)})
-        work = backward_(ctx.e, outputs[0].contiguous(), x, weight, up, down, kept, h, ctx.t)
+        work = backward_(ctx.e, outputs[0].contiguous(), x, weight, up, down, kept, h, ctx.t, ctx.accumulator)
         [(dx, d_weight, d_up, d_down)] = run_([ctx.e], [work])
-        return dx, None, d_weight, d_up, d_down, None, None
+        return dx, None, d_weight, d_up, d_down, None, None, None
 
 
 def mixture(
-    x: Tensor, routing: Routing, up: Tensor, down: Tensor, *, exchange: Exchange, tiles: Tiles
+    x: Tensor,
+    routing: Routing,
+    up: Tensor,
+    down: Tensor,
+    *,
+    exchange: Exchange,
+    tiles: Tiles,
+    accumulator: Accumulator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`pure.experts.mixture` of this rank's tokens, with experts that all ranks of the exchange hold together.
 
@@ -330,5 +364,5 @@ def mixture(
     returns  [N D] in the format of `x`, and how many of this rank's tokens chose each expert [E] i64
     """
     return Mixture.apply(  # pyright: ignore[reportReturnType]
-        x, routing.expert, routing.weight, up, down, exchange, tiles
+        x, routing.expert, routing.weight, up, down, exchange, tiles, accumulator
     )

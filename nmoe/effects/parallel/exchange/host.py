@@ -16,9 +16,9 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.profiler import record_function
 
+from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, fit, view
 from nmoe.effects.parallel.exchange.opening import check
 from nmoe.pure.model import experts as reference
@@ -160,7 +160,7 @@ class Mixture(torch.autograd.Function):
         return (upcast(chosen) * weight[..., None]).sum(-2).to(x.dtype), count
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -37,9 +37,14 @@ def check(e: Exchange) -> None:
         )
 
 
+PROGRAMS = 264
+"""Programs that push rows: two a multiprocessor of an H100 reach 311 GB/s over NVLink with 4,096 rows of 2,048, 64
+reach 301; 346 and 343 with 16,384 rows (docs/log.md, 2026-11-28)."""
+
+
 @contextmanager
 def open_exchange(
-    *, device: torch.device, group: dist.ProcessGroup, sizes: Sizes, timeout_s: float, programs: int = 64
+    *, device: torch.device, group: dist.ProcessGroup, sizes: Sizes, timeout_s: float, programs: int = PROGRAMS
 ) -> Iterator[Exchange]:
     """This process's part in an exchange among the ranks of `group`: on a CPU over shared memory, else P2P over NVLink.
 
@@ -47,7 +52,7 @@ def open_exchange(
 
     group      whose ranks are all on one host
     timeout_s  how long a rank is waited for in each phase
-    programs   that push rows: 64 reach 284 GB/s over NVLink, 132 (all multiprocessors) 313 to 326 (docs/log.md)
+    programs   that push rows
 
     Raises:    InputError when ranks disagree about sizes, are on several hosts, or cannot reach each other's memory;
                PeerError, from what came first, when the time for a rank had run out.
@@ -79,7 +84,7 @@ def open_exchange(
             raise
 
 
-def virtual(sizes: Sizes, device: torch.device, *, programs: int = 64) -> tuple[Exchange, ...]:
+def virtual(sizes: Sizes, device: torch.device, *, programs: int = PROGRAMS) -> tuple[Exchange, ...]:
     """All ranks of an exchange in this process, on one device: for tests, and to measure with one GPU."""
     f = fields(sizes)
     arenas = [torch.zeros(f.size, dtype=torch.uint8, device=device) for _ in range(sizes.ranks)]
@@ -115,7 +120,7 @@ def _exchange(
         needed=word(torch.int32),
         sent=word(torch.int64),
         missing=torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
-        stream=torch.cuda.Stream(device) if device.type == "cuda" else None,
+        stream=torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None,
         timeout_s=timeout_s,
         programs=programs,
     )

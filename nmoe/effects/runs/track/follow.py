@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ import attrs
 from nmoe.effects import files
 from nmoe.effects.record import lines as jsonl
 from nmoe.effects.record.names import CONFIG, EVENTS, METRICS, TRACK
+from nmoe.effects.record.reading import json_object, read_bytes, utc
 from nmoe.effects.runs import status
 from nmoe.errors import InputError
 
@@ -118,7 +118,7 @@ def _line(raw: jsonl.Line, position: Position) -> Line:
             line=position.line,
             end=raw.end,
             mark=raw.mark.decode("latin-1"),
-            time=datetime.fromisoformat(fields["time"]).timestamp(),
+            time=utc(fields["time"]).timestamp(),
             step=fields["step"],
             attempt=fields["attempt"],
             new_attempt=fields["attempt"] != position.attempt,
@@ -140,8 +140,11 @@ def found_again(path: Path, position: Position) -> Position:
 
     Raises:  InputError when a whole line is not one of a run's.
     """
-    if jsonl.is_same(path, position.offset, position.mark.encode("latin-1")):
-        return position
+    try:
+        if jsonl.is_same(path, position.offset, position.mark.encode("latin-1")):
+            return position
+    except OSError as error:
+        raise InputError(f"{path}: expected a file to read, got {error.strerror}; fix or remove it") from error
     here = Position(target=position.target)
     for raw in jsonl.read(path):
         line = _line(raw, here)
@@ -164,12 +167,12 @@ def _load(path: Path) -> Position:
     if not path.exists():
         return Position()
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        told = json_object(read_bytes(path))
         told["cuts"] = tuple((at, lost) for at, lost in told["cuts"])
         return Position(**told)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{path}: a position of `nmoe track`, got {error}; remove the track folder to begin anew"
+            f"{path}: expected a position of `nmoe track`, got {error}; remove the track folder to begin anew"
         ) from error
 
 

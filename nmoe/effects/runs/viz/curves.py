@@ -19,6 +19,9 @@ HOUR_S = 3600.0
 MAX_CELLS = 60_000
 """Cells of all runs of a chart together."""
 
+MAX_PLACE = 1e150
+"""Of a point on an axis: the product of two must be finite, for a logarithmic grid."""
+
 MAX_NONFINITE = 500
 """Places of a curve that are marked as not finite."""
 
@@ -102,7 +105,7 @@ def _points(axis: Axis, column: str) -> str:
     return (
         f"select * from (select m.run, m.step, {place(axis)} as x, {column} as y {CHOSEN} "
         f"where m.rank = 0 and m.step < v.until and {column} is not null) "
-        f"where isfinite(x){' and x > 0' if axis.log_x else ''}"
+        f"where x between 0 and {MAX_PLACE}{' and x > 0' if axis.log_x else ''}"
     )
 
 

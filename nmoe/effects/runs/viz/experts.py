@@ -52,7 +52,8 @@ def layers(index: Index, name: str, tag: str, axis: curves.Axis) -> api.Layers:
         index,
         f"select x, step, unnest(q) as y, generate_subscripts(q, 1) as place from "
         f"(select {curves.place(axis)} as x, m.step, m.experts[?] as q {curves.CHOSEN} "
-        "where m.rank = 0 and m.step < v.until and m.experts is not null) where x is not null order by step",
+        f"where m.rank = 0 and m.step < v.until and m.experts is not null) "
+        f"where x between 0 and {curves.MAX_PLACE} order by step",
         tag,
         *curves.chosen(index, numbers, axis),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,17 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from nmoe.effects.record.lines import MARK_BYTES, is_same, whole
+from nmoe.effects.record.lines import LINE_BYTES, MARK_BYTES, is_same, whole
 from nmoe.effects.record.names import CONFIG
+from nmoe.effects.record.reading import open_regular
 from nmoe.effects.runs.viz import ingest
-from nmoe.effects.runs.viz.ingest import CHUNK_BYTES, LINE_BYTES
-from nmoe.errors import InputError
+from nmoe.effects.runs.viz.ingest import CHUNK_BYTES
+from nmoe.errors import InputError, printable
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 
-FORMAT = 2
+FORMAT = 3
 MAX_FILES = 256
 """Files taken in at a time."""
 
@@ -145,20 +147,27 @@ def index_file(home: Path, root: Path) -> Path:
     return home / "viz" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.duckdb"
 
 
-def run_folders(root: Path) -> tuple[Path, ...]:
-    """The run folders under `root`, newest first; none when there is no such folder.
+def run_folders(root: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The run folders under `root`, newest first, none when there is no such folder; and what is wrong with others.
 
     A name with a leading dot is a run folder still being made.
     """
+    problems: list[str] = []
+    found: list[tuple[float, str]] = []
     try:
-        found = [
-            (entry.stat().st_mtime, entry.name)
-            for entry in os.scandir(root)
-            if not entry.name.startswith(".") and os.path.isfile(f"{entry.path}/{CONFIG}")
-        ]
+        entries = list(os.scandir(root))
     except FileNotFoundError:
-        return ()
-    return tuple(root / name for _, name in sorted(found, reverse=True))
+        return (), ()
+    for entry in entries:
+        try:
+            if not entry.name.startswith(".") and os.path.isfile(f"{entry.path}/{CONFIG}"):
+                entry.name.encode()
+                found.append((entry.stat().st_mtime, entry.name))
+        except UnicodeEncodeError:
+            problems.append(f"{printable(repr(entry.name))}: expected a name in UTF-8, got other bytes; rename it")
+        except OSError as error:
+            problems.append(f"{entry.path}: expected a run folder, got {error.strerror}; move it elsewhere")
+    return tuple(root / name for _, name in sorted(found, reverse=True)), tuple(problems)
 
 
 def poll(index: Index, budget_bytes: int = CHUNK_BYTES, names: Sequence[str] | None = None) -> Poll:
@@ -173,19 +182,21 @@ def poll(index: Index, budget_bytes: int = CHUNK_BYTES, names: Sequence[str] | N
     Raises:  OSError when a file cannot be read, duckdb.Error when the index cannot be written.
     """
     with index.writing:
-        folders = tuple(each for each in run_folders(index.root) if names is None or each.name in names)
+        present, unusable = run_folders(index.root)
+        folders = tuple(folder for folder in present if names is None or folder.name in names)
         gone = _forget_missing_(index, folders)
         known = _register_(index, folders)
         read: dict[int, dict[str, Known]] = {}
         for run, file, inode, offset, mark in query(index, 'select run, file, inode, "offset", mark from files'):
             read.setdefault(run, {})[file] = Known(inode=inode, offset=offset, mark=mark)
         runs = [(folder, known[folder.name]) for folder in folders]
-        waiting = [tail for folder, run in runs for tail in _tails_(index, folder, run, read.get(run, {}))]
+        tails = [_tails_(index, folder, run, read.get(run, {})) for folder, run in runs]
+        waiting = [tail for grown, _ in tails for tail in grown]
         taken, problems, left = _take_(index, waiting, budget_bytes)
         return Poll(
             grown=tuple(dict.fromkeys(tail.name for tail in waiting if tail.path in taken)),
             gone=gone,
-            problems=problems,
+            problems=(*unusable, *(problem for _, lost in tails for problem in lost), *problems),
             read_bytes=sum(taken.values()),
             left_bytes=left,
         )
@@ -274,10 +285,12 @@ def _register_(index: Index, folders: tuple[Path, ...]) -> dict[str, int]:
     return known
 
 
-def _tails_(index: Index, folder: Path, run: int, known: Mapping[str, Known]) -> list[Tail]:
-    """The files of a run that have grown; a run with a file that was cut or replaced is taken in anew."""
-    found = sorted(entry.name for entry in os.scandir(folder) if FILES.fullmatch(entry.name))
-    stats = {name: (folder / name).stat() for name in found}
+def _tails_(index: Index, folder: Path, run: int, known: Mapping[str, Known]) -> tuple[list[Tail], tuple[str, ...]]:
+    """The files of a run that have grown, and what is wrong with others.
+
+    A run with a file that was cut or replaced is taken in anew.
+    """
+    stats, problems = _stats(folder)
     if any(
         name not in stats or stats[name].st_ino != file.inode or not _goes_on(folder / name, stats[name].st_size, file)
         for name, file in known.items()
@@ -287,18 +300,40 @@ def _tails_(index: Index, folder: Path, run: int, known: Mapping[str, Known]) ->
                 cursor.execute(f"delete from {name} where run = ?", [run])
         known = {}
     offsets = {name: known[name].offset if name in known else 0 for name in stats}
-    return [
+    grown = [
         Tail(
             run=run,
             name=folder.name,
             path=folder / name,
-            inode=stat.st_ino,
+            inode=result.st_ino,
             offset=offsets[name],
-            size=stat.st_size,
+            size=result.st_size,
         )
-        for name, stat in stats.items()
-        if stat.st_size > offsets[name]
+        for name, result in stats.items()
+        if result.st_size > offsets[name]
     ]
+    return grown, problems
+
+
+def _stats(folder: Path) -> tuple[dict[str, os.stat_result], tuple[str, ...]]:
+    """The files of a run by name, and what is wrong with others."""
+    found: dict[str, os.stat_result] = {}
+    problems: list[str] = []
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if FILES.fullmatch(entry.name))
+    except OSError as error:
+        return {}, (f"{folder}: expected a run folder, got {error.strerror}; fix or remove it",)
+    for name in names:
+        try:
+            result = (folder / name).stat()
+        except OSError as error:
+            problems.append(f"{folder / name}: expected a file to read, got {error.strerror}; fix or remove it")
+            continue
+        if stat.S_ISREG(result.st_mode):
+            found[name] = result
+        else:
+            problems.append(f"{folder / name}: expected a regular file, got another; remove it")
+    return found, tuple(problems)
 
 
 def _goes_on(path: Path, size: int, known: Known) -> bool:
@@ -357,15 +392,15 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
 def _whole_lines(tail: Tail, limit: int) -> tuple[memoryview, str | None]:
     """The whole lines of a file that the index does not know, at most `limit` bytes, and a problem with them."""
     try:
-        with open(tail.path, "rb") as file:
+        with open_regular(tail.path) as file:
             file.seek(tail.offset)
             content = file.read(min(limit, tail.size - tail.offset))
     except OSError as error:
-        return memoryview(b""), f"{tail.path}: can be read, got {error.strerror}; fix its permissions"
+        return memoryview(b""), f"{tail.path}: expected a file to read, got {error.strerror}; fix or remove it"
     length = whole(content)
     problem = None
     if not length and len(content) >= LINE_BYTES:
-        problem = f"{tail.path}: lines of at most {LINE_BYTES} bytes, got a longer one; nothing after it is shown"
+        problem = f"{tail.path}: expected lines of at most {LINE_BYTES} bytes, got a longer one; delete it"
     return memoryview(content)[:length], problem
 
 

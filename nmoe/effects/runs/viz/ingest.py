@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
+
+from nmoe.effects.record import lines
+from nmoe.effects.record.lines import LINE_BYTES
+from nmoe.effects.record.reading import MAX_ATTEMPT, MAX_INTEGER, MAX_SECONDS, MAX_STEP, utc
+from nmoe.effects.runs.viz.api import number
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-
-LINE_BYTES = 8 << 20
-"""The longest line that is read."""
 
 CHUNK_BYTES = 256 << 20
 """Bytes of one file taken in at a time: a quarter of it takes twice as long in all."""
@@ -43,7 +48,22 @@ OWN_TAGS = MappingProxyType({"step": -1, "tokens_global": -2, "time": -3})
 OPTIONS = f"ignore_errors=true, filename=true, maximum_object_size={LINE_BYTES}"
 READ = f"read_json(?, format='newline_delimited', columns=?, {OPTIONS})"
 OBJECTS = f"read_ndjson_objects(?, {OPTIONS})"
-SECONDS = "epoch(try_cast(time as timestamptz))"
+
+FIRST_TIME = datetime(1, 1, 2, tzinfo=UTC).timestamp()
+LAST_TIME = datetime(9999, 12, 30, tzinfo=UTC).timestamp()
+FOUND_BY = f"step between 0 and {MAX_STEP - 1} and attempt between 1 and {MAX_ATTEMPT - 1}"
+"""What holds for the place of a line; another line is a bad one."""
+
+
+def _seconds(text: str) -> str:
+    """A text in ISO 8601 as seconds since 1970; null outside the years that Python knows."""
+    time = f"epoch(try_cast({text} as timestamptz))"
+    return f"case when {time} between {FIRST_TIME} and {LAST_TIME} then {time} end"
+
+
+def _bounded(column: str, limit: float) -> str:
+    """A column from 0 to `limit`; null where it lies elsewhere."""
+    return f"case when {column} between 0 and {limit} then {column} end as {column}"
 
 
 @attrs.frozen(kw_only=True)
@@ -84,9 +104,10 @@ def _metrics_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
     # By position, so that no tag's name is part of the SQL.
     places = "".join(f", #{len(TYPED) + place} as {column}" for place, column in enumerate(columns.values(), 1))
     cursor.execute(
-        f"create or replace temp table chunk as select filename, step is not null as whole, "
-        f"coalesce(attempt, 1) as attempt, step, {SECONDS} as time_s, elapsed_s, tokens_global as tokens, "
-        f"experts{places} from {READ}",
+        f"create or replace temp table chunk as select filename, coalesce({FOUND_BY}, false) as whole, "
+        f"attempt, step, {_seconds('time')} as time_s, elapsed_s, tokens_global as tokens, "
+        f"experts{places} from (select * replace (coalesce(attempt, 1) as attempt, "
+        f"{_bounded('elapsed_s', MAX_SECONDS)}, {_bounded('tokens_global', MAX_INTEGER)}) from {READ})",
         [files, {**TYPED, **dict.fromkeys(columns, "DOUBLE")}],
     )
     cursor.execute(
@@ -171,8 +192,9 @@ def _loads_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
     types |= {"layers": "INTEGER[]", "load": "BIGINT[][]"}
     cursor.execute(
         "create or replace temp table chunk as select filename, "
-        "coalesce(step is not null and len(layers) = len(load), false) as whole, "
-        f"coalesce(attempt, 1) as attempt, step, tokens_global as tokens, layers, load from {READ}",
+        f"coalesce({FOUND_BY} and len(layers) = len(load), false) as whole, "
+        "attempt, step, tokens_global as tokens, layers, load from (select * replace "
+        f"(coalesce(attempt, 1) as attempt, {_bounded('tokens_global', MAX_INTEGER)}) from {READ})",
         [files, types],
     )
     cursor.execute(
@@ -204,16 +226,45 @@ def _events_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
 
 def _lines_(cursor: DuckDBPyConnection, files: list[str]) -> None:
     """Read whole lines, with what they are found by. Writes: table chunk."""
+    rows = [row for file in files for row in _rows(file)]
+    types = ("varchar", "boolean", "integer", "bigint", "double", "double", "varchar", "varchar")
+    names = ("filename", "whole", "attempt", "step", "time_s", "elapsed_s", "event", "line")
+    columns = ", ".join(f"unnest(?::{kind}[]) as {name}" for kind, name in zip(types, names, strict=True))
     cursor.execute(
-        "create or replace temp table chunk as select filename, "
-        "coalesce(json_type(json) = 'OBJECT', false) as whole, "
-        "coalesce(try_cast(json->>'$.attempt' as integer), 1) as attempt, "
-        "try_cast(json->>'$.step' as bigint) as step, "
-        "epoch(try_cast(json->>'$.time' as timestamptz)) as time_s, "
-        "try_cast(json->>'$.elapsed_s' as double) as elapsed_s, "
-        f"json->>'$.event' as event, json::varchar as line from {OBJECTS}",
-        [files],
+        f"create or replace temp table chunk as select {columns}",
+        [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in names],
     )
+
+
+def _rows(file: str) -> list[tuple[Any, ...]]:
+    """The lines of a piece as rows of table chunk; read here, not by DuckDB, for here what they hold is read again."""
+    rows: list[tuple[Any, ...]] = []
+
+    def damaged(problem: str) -> None:
+        rows.append((file, False, None, None, None, None, None, None))
+
+    for line in lines.read(Path(file), damaged):
+        fields = line.fields
+        attempt, step, elapsed_s = fields.get("attempt", 1), fields.get("step"), number(fields.get("elapsed_s"))
+        if not _is_place(attempt, 1, MAX_ATTEMPT) or (isinstance(step, int) and not _is_place(step, 0, MAX_STEP)):
+            damaged(line.where)
+            continue
+        try:
+            time_s = utc(fields.get("time")).timestamp()
+        except ValueError:
+            time_s = None
+        if elapsed_s is not None and not 0 <= elapsed_s <= MAX_SECONDS:
+            elapsed_s = None
+        event = fields.get("event")
+        # An event's name may hold half of a surrogate pair, which is no UTF-8.
+        event = event.encode("utf-8", "backslashreplace").decode() if isinstance(event, str) else None
+        step = step if _is_place(step, 0, MAX_STEP) else None
+        rows.append((file, True, attempt, step, time_s, elapsed_s, event, json.dumps(fields)))
+    return rows
+
+
+def _is_place(value: Any, low: int, limit: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < limit
 
 
 KINDS: Mapping[str, Callable[[DuckDBPyConnection, list[str]], list[str]]] = MappingProxyType(

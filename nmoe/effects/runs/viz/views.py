@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from nmoe.effects.record.names import CONFIG, PROVENANCE
+from nmoe.effects.record.reading import toml_table
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api
 from nmoe.effects.runs.viz.curves import HOUR_S, Axis, chosen
 from nmoe.effects.runs.viz.index import Index, arrays, known, query, tags
 
 MAX_EVENTS = 2000
-MAX_FILE_BYTES = 4 << 20
 
 
 def runs(index: Index, columns: Sequence[str]) -> api.Runs:
@@ -139,7 +138,7 @@ def _event_place(
         return float(np.interp(step, *at)) if at is not None and len(at[0]) else None
     per_step, flops = rates
     factor = per_step if axis.x == "tokens" else None if per_step is None or flops is None else per_step * flops
-    return None if factor is None else step * factor
+    return None if factor is None or not math.isfinite(step * factor) else step * factor
 
 
 def _times(index: Index, numbers: list[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -225,10 +224,8 @@ def config_of(folder: Path, file: str = CONFIG) -> Mapping[str, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _flat(path: Path, changed_ns: int, size: int) -> Mapping[str, Any]:
-    if size > MAX_FILE_BYTES:
-        return {}
     try:
-        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        return flatten(toml_table(path))
     except (OSError, ValueError) as error:
         return {"(unreadable)": f"{path.name}: {error}"}
 

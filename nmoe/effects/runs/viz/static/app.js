@@ -178,7 +178,7 @@ function RunList({ state, set, runs, selected, places, toggle, filter }) {
 
 function NoRuns({ root }) {
   return html`<div class="empty"><h2>No runs yet</h2><p>There is no run folder in <code>${root}</code>.</p>
-    <p>Start one, and it appears here by itself:</p><pre>nmoe run configs/quickstart.toml</pre></div>`;
+    <p>Start one, and it appears here by itself:</p><pre>nmoe run quickstart</pre></div>`;
 }
 
 function Keys({ close }) {

@@ -1,0 +1,123 @@
+"""No shipped kernel has threads that read and write one buffer in no order; each kind of race is seen in a kernel."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from nmoe.effects import kernels
+from nmoe.effects.kernels.optim import adamw
+from tests.kernels import aot, shipped, test_shipped
+from tests.kernels.aot import Request
+from tests.kernels.attention import test_shipped_mla as attention
+from tests.kernels.exchange import test_exchange_aot, test_nvshmem_aot
+from tests.kernels.moe import test_shipped_moe as moe
+
+OTHERS = {**shipped.of_dispatch(), **shipped.of_assembly(), **shipped.of_exchange()}
+"""What ships and no other test compiles."""
+
+
+def sample(name: str, pointers: str, *, same: Mapping[str, str] | None = None, **constants: Any) -> Request:
+    integers = {"carried": {"number": "i32", "chosen": "i32"}}.get(name, {})
+    return Request(
+        kernel=f"tests.kernels.samples:{name}",
+        signature={**dict.fromkeys(pointers.split(), "*fp32"), **integers},
+        constants={"block": 1024, **constants} if name != "count_up" else constants,
+        same=same or {},
+    )
+
+
+MATMUL = Request(
+    kernel="tests.kernels.samples:matmul",
+    signature={"a": "*bf16", "b": "*bf16", "c": "*bf16", "k_size": "i32"},
+    constants={"m": 64, "n": 64, "k": 64},
+    aligned=["a", "b", "c", "k_size"],
+    same={"c": "a"},
+)
+"""In place: asynchronous copies of `a` are in flight, and no barrier says that they are over for every thread."""
+
+SAMPLES: dict[str, tuple[Request, list[str]]] = {
+    "shifted": (sample("shift", "x", ordered=False), ["x"]),
+    "shifted, ordered": (sample("shift", "x", ordered=True), []),
+    "scratch": (sample("reverse_by_scratch", "x scratch y", ordered=False), ["scratch"]),
+    "scratch, ordered": (sample("reverse_by_scratch", "x scratch y", ordered=True), []),
+    "scalar": (sample("count_up", "counter", ordered=False), ["counter"]),
+    "scalar, ordered": (sample("count_up", "counter", ordered=True), []),
+    "two arguments": (sample("move", "x y"), []),
+    "two arguments, one tensor": (sample("move", "x y", same={"y": "x"}), ["x"]),
+    "carried by a loop": (sample("carried", "x y total"), ["y"]),
+    "reduced": (sample("max_in_place", "x"), []),
+    "one thread": (sample("add_one", "x"), []),
+    "asynchronous": (MATMUL, ["a"]),
+}
+"""A kernel, and the buffers that race."""
+
+
+def before_the_barrier(folder: Path) -> Request:
+    """AdamW as it was until 2026-11-28: the gradient is cleared with no barrier after it is read."""
+    source = Path(str(adamw.__file__)).read_text()
+    barrier = "            tl.debug_barrier()\n"
+    assert source.count(barrier) == 1
+    (folder / "adamw_before.py").write_text(source.replace(barrier, ""))
+    return attrs.evolve(shipped.update("bf16", "fp32", "bf16"), kernel="adamw_before:update_kernel")
+
+
+@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
+def test_kernels_that_no_other_test_compiles(tmp_path: Path, target: int) -> None:
+    compiled = aot.compile_all([*OTHERS.values()], tmp_path, targets=[target])
+    assert {name: kernel.races for name, kernel in zip(OTHERS, compiled, strict=True) if kernel.races} == {}
+
+
+def test_each_kind_of_race_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    requests = [*(request for request, _ in SAMPLES.values()), before_the_barrier(tmp_path)]
+    *samples, old = aot.compile_all(requests, tmp_path / "triton", targets=[90])
+    racing = {name: sorted({race.split(":")[0] for race in c.races}) for name, c in zip(SAMPLES, samples, strict=True)}
+    assert racing == {name: expected for name, (_, expected) in SAMPLES.items()}
+    assert [race.split(":")[0] for race in old.races] == ["gradient"], old.races
+    assert any("data race: gradient" in problem for problem in old.problems())
+
+
+def requests() -> list[Request]:
+    """Every request of this folder's tests."""
+    attended = [
+        attention.request(name, getattr(tiles, name), documents)
+        for tiles in attention.SHIPPED.values()
+        for name in attention.PRODUCTS
+        for documents in (False, True)
+    ]
+    return [
+        *(make() for make in (*test_shipped.QUICK.values(), *test_shipped.REST.values())),
+        *OTHERS.values(),
+        *attended,
+        attention.rotation(inverse=True),
+        *(request for target in aot.TARGETS for request in moe.requests(target)),
+        *test_exchange_aot.REQUESTS.values(),
+        *test_nvshmem_aot.requests(""),
+    ]
+
+
+def test_every_kernel_is_compiled_ahead_of_time() -> None:
+    shipping: set[str] = set()
+    for package in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(package.name)
+        names = {name for name, value in vars(module).items() if launched(name, value, package.name)}
+        shipping |= {f"{package.name}:{name}" for name in names}
+    assert len(shipping) > 25
+    assert shipping == {request.kernel for request in requests()}
+
+
+def launched(name: str, value: Any, module: str) -> bool:
+    return name.endswith("_kernel") and getattr(getattr(value, "fn", None), "__module__", None) == module
+
+
+def test_every_launch_with_one_tensor_twice_is_compiled_so() -> None:
+    compiled = {(r.kernel.removeprefix(f"{shipped.KERNELS}."), *pair) for r in requests() for pair in r.same.items()}
+    listed = {(kernel, *pair) for kernel, pairs in shipped.SAME.items() for pair in pairs.items()}
+    assert listed <= compiled

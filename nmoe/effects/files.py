@@ -137,3 +137,38 @@ def new_folder(folder: Path) -> Iterator[Path]:
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file, or a link to one, lies at a path.
+
+    Raises:  InputError when that cannot be looked at, which is another answer than no.
+    """
+    mode = _mode(path)
+    return mode is not None and stat.S_ISREG(mode)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder, or a link to one, lies at a path.
+
+    Raises:  InputError when that cannot be looked at, which is another answer than no.
+    """
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def _mode(path: Path) -> int | None:
+    """The mode of what lies at a path; None: nothing does. `Path.exists` and the like say no to a link that leads
+    nowhere, as one to a disk that is not mounted.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not os.path.lexists(path):
+            return None
+        reason, cause = f"a link to nothing: {os.readlink(path)}", error
+    except OSError as error:
+        reason, cause = str(error.strerror), error
+    raise InputError(
+        f"{path}: expected to look at it, got {reason}; fix its permissions, its link or its disk"
+    ) from cause

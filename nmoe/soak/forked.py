@@ -38,7 +38,7 @@ def forked(
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _alone(call, output)
+        call_and_exit(call, output)
     deadline = time.monotonic() + patience_s
     while True:
         found, status = os.waitpid(child, os.WUNTRACED | os.WNOHANG)
@@ -46,7 +46,7 @@ def forked(
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                raise RuntimeError(f"an attempt ends within {patience_s:.0f} s, got none:\n{tail(output)}")
+                raise RuntimeError(f"expected an attempt to end within {patience_s:.0f} s, got none:\n{tail(output)}")
             time.sleep(0.005)
         elif os.WIFSTOPPED(status):
             try:
@@ -57,7 +57,7 @@ def forked(
             return os.waitstatus_to_exitcode(status)
 
 
-def _alone(call: Callable[[], int], output: Path) -> NoReturn:
+def call_and_exit(call: Callable[[], int], output: Path) -> NoReturn:
     """What the forked process does: it ends here, whatever happens."""
     code = 1
     try:

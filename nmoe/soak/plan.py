@@ -35,7 +35,8 @@ def plan(*, steps: int, faults: int, seed: int, kinds: Sequence[str] = KINDS) ->
     places = range(2, steps - 1)
     if faults > len(places):
         raise ValueError(
-            f"faults: at most one a step, {len(places)} in {steps} steps, got {faults}; take more steps or fewer faults"
+            f"faults: expected at most one a step, {len(places)} in {steps} steps, got {faults}; take more steps or "
+            "fewer faults"
         )
     order = [kinds[index % len(kinds)] for index in range(faults)]
     chance.shuffle(order)

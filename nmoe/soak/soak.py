@@ -64,9 +64,11 @@ def main(hours: float, seed: int, steps: int, faults: int) -> int:
     returns  exit code 0, or 1 when a round did not end where it should have
     Raises:  InputError for arguments out of range.
     """
-    problems = [f"--hours: at least 0, got {hours}; 0 is one round"] if hours < 0 else []
+    problems = [f"--hours: expected at least 0, got {hours}; 0 is one round"] if hours < 0 else []
     if not 1 <= faults <= steps - 3:
-        problems.append(f"--faults: 1 to {steps - 3}, at most one a step, got {faults}; lower it or raise --steps")
+        problems.append(
+            f"--faults: expected 1 to {steps - 3}, at most one a step, got {faults}; lower it or raise --steps"
+        )
     if problems:
         raise InputError(*problems)
     began = time.monotonic()
@@ -233,13 +235,13 @@ def reshard(root: Path, world: int) -> int:
 
     manifest = reader.restore_(Disk(), root, targets, report=say)
     if manifest is None:
-        raise RuntimeError(f"{root}: holds a checkpoint, got none")
+        raise RuntimeError(f"{root}: expected a checkpoint, got none")
     texts: list[str] = [""] * world
     barrier = threading.Barrier(world)
     failures: list[BaseException] = []
 
     def rank(index: int) -> None:
-        def exchange(text: str) -> list[str]:
+        def all_gather_text(text: str) -> list[str]:
             texts[index] = text
             barrier.wait()
             found = list(texts)
@@ -248,7 +250,13 @@ def reshard(root: Path, world: int) -> int:
 
         try:
             with writer.open_writer(
-                Disk(), root, keep=Keep(last=KEEP), rank=index, world=world, exchange=exchange, parent=manifest
+                Disk(),
+                root,
+                keep=Keep(last=KEEP),
+                rank=index,
+                world=world,
+                all_gather_text=all_gather_text,
+                parent=manifest,
             ) as saver:
                 pieces = [share(whole(name, each), index, world) for name, each in read.items()]
                 saver.save(pieces, step=manifest.step, meta=manifest.meta, score=manifest.score)
@@ -271,29 +279,29 @@ def differences(calm: Path, rough: Path) -> list[str]:
     problems: list[str] = []
     one, other = newest(calm), newest(rough)
     problems += [
-        f"tensor {name} has the digest {each.digest}, got {other.tensors[name].digest}"
+        f"tensor {name}: expected the digest {each.digest}, got {other.tensors[name].digest}"
         for name, each in one.tensors.items()
         if other.tensors[name].digest != each.digest
     ]
     if (one.step, one.meta) != (other.step, other.meta):
-        problems.append(f"the checkpoints say the same of themselves, got {one.meta} and {other.meta}")
+        problems.append(f"expected checkpoints with the same meta, got {one.meta} and {other.meta}")
     if (calm / WEIGHTS).read_bytes() != (rough / WEIGHTS).read_bytes():
-        problems.append(f"{WEIGHTS} is the same, got other bytes")
+        problems.append(f"expected the same {WEIGHTS}, got other bytes")
     lines, rough_lines = metrics(calm), metrics(rough)
     steps = [line["step"] for line in rough_lines if "loss" in line]
     if steps != list(range(1, one.step + 1)):
         doubled = sorted(step for step, count in Counter(steps).items() if count > 1)
         missing = sorted(set(range(1, one.step + 1)) - set(steps))
-        problems.append(f"metrics tell each step once, got {doubled} more than once and {missing} never")
+        problems.append(f"expected every step once in the metrics, got {doubled} more than once and {missing} never")
     elif lines != rough_lines:
         pairs = zip(lines, rough_lines, strict=False)
         one_line, other_line = next((a, b) for a, b in pairs if a != b)
         keys = [key for key in (one_line | other_line) if one_line.get(key) != other_line.get(key)]
-        told = ", ".join(f"{key} {one_line.get(key)} and {other_line.get(key)}" for key in keys)
-        problems.append(f"metrics are the same, got at step {one_line['step']}: {told}")
+        values = ", ".join(f"{key} {one_line.get(key)} and {other_line.get(key)}" for key in keys)
+        problems.append(f"expected the same metrics, got at step {one_line['step']}: {values}")
     names = [path.name for path in (rough / CHECKPOINTS).iterdir() if not path.name.startswith("step-")]
     if sorted(names) != ["LEASE"]:
-        problems.append(f"nothing is left beside the checkpoints, got {names}")
+        problems.append(f"expected nothing beside the checkpoints, got {names}")
     return problems
 
 
@@ -307,7 +315,7 @@ def newest(folder: Path) -> Manifest:
     """The newest checkpoint of a run."""
     entries = reader.entries(Disk(), folder / CHECKPOINTS)
     if not entries or entries[0].manifest is None:
-        raise RuntimeError(f"{folder}: the newest checkpoint is whole, got {entries[:1]}")
+        raise RuntimeError(f"{folder}: expected a whole newest checkpoint, got {entries[:1]}")
     return entries[0].manifest
 
 
@@ -378,4 +386,4 @@ def _while_stopped(config: s.Config, struck: Sequence[Fault], work: Path) -> Non
         return
     code = forked(lambda: run.main(config, {}, ("nmoe", "soak"), "soak"), work / "second.txt")
     if code != 2:
-        raise RuntimeError(f"a second trainer is refused with 2, got {code}:\n{tail(work / 'second.txt')}")
+        raise RuntimeError(f"expected exit code 2 of a second trainer, got {code}:\n{tail(work / 'second.txt')}")

@@ -58,39 +58,43 @@ def test_a_copy_is_the_same(calm: Path, rough: Path) -> None:
 def test_another_tensor_is_seen(calm: Path, rough: Path) -> None:
     edit(rough, lambda m: m["tensors"]["router_bias"].update(digest="0" * 16))
     (problem,) = soak.differences(calm, rough)
-    assert problem.startswith("tensor router_bias has the digest ") and problem.endswith(f"got {'0' * 16}")
+    assert problem.startswith("tensor router_bias: expected the digest ") and problem.endswith(f"got {'0' * 16}")
 
 
 def test_another_position_is_seen(calm: Path, rough: Path) -> None:
     edit(rough, lambda m: m["meta"].update(cursor=7))
     (problem,) = soak.differences(calm, rough)
-    assert problem.startswith("the checkpoints say the same of themselves, got ")
+    assert problem.startswith("expected checkpoints with the same meta, got ")
 
 
 def test_other_weights_are_seen(calm: Path, rough: Path) -> None:
     content = bytearray((rough / WEIGHTS).read_bytes())
     content[-1] ^= 1
     (rough / WEIGHTS).write_bytes(content)
-    assert soak.differences(calm, rough) == [f"{WEIGHTS} is the same, got other bytes"]
+    assert soak.differences(calm, rough) == [f"expected the same {WEIGHTS}, got other bytes"]
 
 
 def test_a_line_twice_or_never_is_seen(calm: Path, rough: Path) -> None:
     lines(rough, lambda found: found.insert(1, found[1]))
-    assert soak.differences(calm, rough) == ["metrics tell each step once, got [2] more than once and [] never"]
+    assert soak.differences(calm, rough) == [
+        "expected every step once in the metrics, got [2] more than once and [] never"
+    ]
     lines(rough, lambda found: [found.remove(found[1]), found.remove(found[1])])
-    assert soak.differences(calm, rough) == ["metrics tell each step once, got [] more than once and [2] never"]
+    assert soak.differences(calm, rough) == [
+        "expected every step once in the metrics, got [] more than once and [2] never"
+    ]
 
 
 def test_another_loss_is_seen(calm: Path, rough: Path) -> None:
     lines(rough, lambda found: found[2].update(loss=1.0))
     (problem,) = soak.differences(calm, rough)
-    assert problem.startswith("metrics are the same, got at step 3: loss ") and problem.endswith(" and 1.0")
+    assert problem.startswith("expected the same metrics, got at step 3: loss ") and problem.endswith(" and 1.0")
 
 
 def test_what_is_left_beside_the_checkpoints_is_seen(calm: Path, rough: Path) -> None:
     (rough / "checkpoints" / ".tmp-step-00000009.0001-0009").mkdir()
     (problem,) = soak.differences(calm, rough)
-    assert problem.startswith("nothing is left beside the checkpoints, got ")
+    assert problem.startswith("expected nothing beside the checkpoints, got ")
 
 
 def test_an_end_that_no_fault_explains_is_told(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,18 @@ Nothing outside `Disk` touches a file of a checkpoint. The functions below it ar
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 Buffer = bytes | bytearray | memoryview
 """Bytes in memory."""
+
+Kind = Literal["absent", "file", "folder", "link", "other"]
+"""What lies at a path; a link is a link, wherever it leads."""
 
 COPY_BYTES = 1 << 27
 """Most bytes one call writes; Linux writes at most 2 GiB at once."""
@@ -19,6 +24,10 @@ COPY_BYTES = 1 << 27
 
 class Fs(Protocol):
     """File operations as POSIX has them: each raises OSError, and reading or writing may do less than asked."""
+
+    def kind(self, path: Path) -> Kind:
+        """What lies at a path; absent only when it is known that nothing does."""
+        ...
 
     def names(self, folder: Path) -> list[str]:
         """What is in a folder, sorted."""
@@ -37,7 +46,7 @@ class Fs(Protocol):
         ...
 
     def open(self, path: Path) -> int:
-        """A file to read."""
+        """A regular file to read: a pipe or a device, whose reader may wait or read for ever, is an OSError."""
         ...
 
     def lock(self, path: Path) -> int:
@@ -87,6 +96,14 @@ class Fs(Protocol):
 class Disk:
     """The file system of this machine."""
 
+    def kind(self, path: Path) -> Kind:
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return "absent"
+        names: dict[int, Kind] = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
+        return names.get(stat.S_IFMT(mode), "other")
+
     def names(self, folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
 
@@ -112,10 +129,10 @@ class Disk:
         return handle
 
     def open(self, path: Path) -> int:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return _regular(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
 
     def lock(self, path: Path) -> int:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = _regular(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -153,6 +170,17 @@ class Disk:
 
     def remove_folder(self, folder: Path) -> None:
         os.rmdir(folder)
+
+
+def _regular(handle: int) -> int:
+    """The handle of a regular file, which was opened without waiting.
+
+    Raises:  OSError, the handle closed, when it is that of something else.
+    """
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "no regular file")
+    return handle
 
 
 def write_all(fs: Fs, handle: int, data: Buffer, offset: int) -> int:
@@ -202,11 +230,14 @@ def read_bytes(fs: Fs, path: Path, *, limit: int) -> bytes:
         fs.close(handle)
 
 
-def remove_tree(fs: Fs, folder: Path) -> None:
-    """Take away a folder of files.
+def remove_tree(fs: Fs, path: Path) -> None:
+    """Delete a folder with everything in it; of a link the link, never what it leads to.
 
-    Writes:  removes `folder`, its files first.
+    Writes:  removes `path`, what is in it first.
     """
-    for name in fs.names(folder):
-        fs.remove(folder / name)
-    fs.remove_folder(folder)
+    if fs.kind(path) != "folder":
+        fs.remove(path)
+        return
+    for name in fs.names(path):
+        remove_tree(fs, path / name)
+    fs.remove_folder(path)

@@ -73,8 +73,12 @@ def hold(fs: Fs, root: Path, taken: Iterable[int]) -> Iterator[Lease]:
         handle = fs.lock(path)
     except BlockingIOError as error:
         raise InputError(
-            f"{root}: one trainer at a time writes checkpoints here, got a second one while {_who(fs, path)} runs; "
-            "wait for it, or choose another run.name"
+            f"{root}: expected one trainer at a time to write checkpoints here, got a second while "
+            f"{_who(fs, path)} runs; wait for it, or choose another run.name"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a file to lock, got {error.strerror or error}; delete it, or fix its permissions or disk"
         ) from error
     try:
         attempt = _next(fs, handle, path, me, taken)
@@ -97,8 +101,8 @@ def check(fs: Fs, lease: Lease) -> None:
     """
     if not fs.is_at(lease.handle, lease.path) or _read(fs, lease.handle) != (lease.holder, lease.attempt, False):
         raise InputError(
-            f"{lease.path}: this trainer, attempt {lease.attempt}, holds the folder, got a file that somebody else "
-            "removed or wrote; end the other trainer and start this one again"
+            f"{lease.path}: expected the lease of this trainer, attempt {lease.attempt}, got a file that another "
+            "process removed or wrote; end the other trainer and start this one again"
         )
 
 
@@ -111,13 +115,13 @@ def _next(fs: Fs, handle: int, path: Path, me: Holder, taken: Iterable[int]) -> 
     if last is not None and last != me and not released:
         if last.host != me.host:
             raise InputError(
-                f"{path}: the last trainer gave the folder back, got none from process {last.pid} of {last.host}; "
-                "when it is dead, delete this file"
+                f"{path}: expected the last trainer to have released the folder, got process {last.pid} of "
+                f"{last.host}, which did not; when it is dead, delete this file"
             )
         if is_alive(last, me):
             raise InputError(
-                f"{path}: one trainer at a time writes checkpoints here, got process {last.pid} of this host, which "
-                "runs and whose lock was taken away; end it first"
+                f"{path}: expected one trainer at a time to write checkpoints here, got process {last.pid} of this "
+                "host, which runs and whose lock was removed; end it first"
             )
     return max([attempt, *taken]) + 1
 
@@ -135,7 +139,8 @@ def _release(fs: Fs, lease: Lease) -> None:
             fs.close(lease.handle)
     except OSError as error:
         raise InputError(
-            f"{lease.path}: says that the folder is free, got {error.strerror or error}; another host has to delete it"
+            f"{lease.path}: expected to release the folder, got {error.strerror or error}; delete this file before "
+            "another host trains here"
         ) from error
 
 

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -21,8 +23,9 @@ import attrs
 import cattrs
 import torch
 
+from nmoe.effects import files
 from nmoe.effects.checkpoint.fs import Fs, read_bytes
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 from nmoe.pure.checkpoint.pieces import Stored, gaps
 
 FORMAT = 1
@@ -47,8 +50,18 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 """Number formats by the names safetensors gives them."""
 
+CHUNK_BYTES = 1 << 28
+"""Most bytes of a file that one digest covers; a reader holds a few such chunks in memory."""
+
+SIZE = 1 << 63
+"""No file or axis is as long: torch and the system count in 64 bits."""
+
+PROBLEMS = 10
+"""Contradictions of one manifest that are reported; a person reads no more."""
+
 NAME = re.compile(r"step-(\d{8,})\.(\d{4,})-(\d{4,})")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SHA256 = re.compile("[0-9a-f]{64}")
 DAMAGED = "delete the folder or restore it from a copy"
 
 
@@ -133,6 +146,32 @@ def name_fields(name: str) -> tuple[int, int, int] | None:
     return step, attempt, serial
 
 
+def shown(text: str) -> str:
+    """As much of a text from a file as a person reads, on one line."""
+    return printable(text if len(text) <= 300 else f"{text[:300]} ...")
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a file that cannot be read: one that is there, behind a closed door, is not damaged."""
+    damage = (None, errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ENXIO, errno.ELOOP)
+    return DAMAGED if error.errno in damage else "fix its permissions or its disk"
+
+
+def find(path: Path) -> Path | None:
+    """The folder of the checkpoint at a path a user wrote, in full; None when no checkpoint lies there.
+
+    A link by another name than a checkpoint's, such as `latest`, is followed until there is one by such a name.
+
+    Raises:  InputError when that cannot be looked at.
+    """
+    if not files.is_file(path / FILE):
+        return None
+    path = Path(os.path.abspath(path))
+    while name_fields(path.name) is None and path.is_symlink():
+        path = path.parent / path.readlink()
+    return path
+
+
 def root_digest(chunks: Sequence[str]) -> str:
     """The digest of a file, from those of its chunks."""
     return hashlib.sha256("".join(chunks).encode()).hexdigest()
@@ -158,25 +197,35 @@ def parse(data: bytes, where: Path) -> Manifest:
     path = where / FILE
     line, _, digest = data.partition(b"\n")
     if digest != hashlib.sha256(line).hexdigest().encode() + b"\n":
-        raise InputError(f"{path}: ends with the digest of its content, got another or none; {DAMAGED}")
+        raise InputError(f"{path}: expected the digest of its content at its end, got another or none; {DAMAGED}")
     try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}: a line of JSON, got {error}; {DAMAGED}") from error
-    version = found.get("format") if isinstance(found, dict) else None
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a line of JSON, got {shown(str(error))}; {DAMAGED}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: expected a JSON object, got {shown(str(fields))}; {DAMAGED}")
+    version = fields.get("format")
     if isinstance(version, int) and version > FORMAT:
-        raise NewerFormatError(f"{path}: format {FORMAT} or older, got {version}; continue with a newer nmoe")
+        number = shown(str(version)) if version < 10**9 else "a larger number"
+        raise NewerFormatError(f"{path}: expected format {FORMAT} or older, got {number}; continue with a newer nmoe")
     try:
-        manifest = _converter().structure(found, Manifest)
+        manifest = _converter().structure(fields, Manifest)
     except cattrs.BaseValidationError as error:
-        problems = cattrs.transform_error(error)
+        problems = cattrs.transform_error(error)[:PROBLEMS]
         raise InputError(
-            *(f"{path}: the fields of format {FORMAT}, got {each}; {DAMAGED}" for each in problems)
+            *(
+                f"{path}: expected the fields of format {FORMAT}, got {shown(problem)}; {DAMAGED}"
+                for problem in problems
+            )
         ) from error
-    if version != FORMAT or _line(manifest) != line:
-        raise InputError(f"{path}: format {FORMAT} as nmoe writes it, got another spelling; {DAMAGED}")
+    try:
+        is_same = version == FORMAT and _line(manifest) == line
+    except (ValueError, RecursionError):  # NaN, or nested too deeply
+        is_same = False
+    if not is_same:
+        raise InputError(f"{path}: expected format {FORMAT} as nmoe writes it, got another spelling; {DAMAGED}")
     if problems := _impossible(manifest):
-        raise InputError(*(f"{path}: {each}; {DAMAGED}" for each in problems))
+        raise InputError(*(f"{path}: expected {shown(problem)}; {DAMAGED}" for problem in problems[:PROBLEMS]))
     return manifest
 
 
@@ -188,20 +237,24 @@ def read(fs: Fs, folder: Path) -> Manifest:
     try:
         data = read_bytes(fs, folder / FILE, limit=LIMIT_BYTES)
     except OSError as error:
-        raise InputError(f"{folder / FILE}: a readable manifest, got {error.strerror or error}; {DAMAGED}") from error
+        raise InputError(
+            f"{folder / FILE}: expected a manifest to read, got {error.strerror or error}; {remedy(error)}"
+        ) from error
     manifest = parse(data, folder)
     if manifest.name() != folder.name:
-        raise InputError(f"{folder}: has the name its manifest says, got that of {manifest.name()}; rename it back")
+        raise InputError(
+            f"{folder}: expected the folder by the name in its manifest, {manifest.name()}; rename it back"
+        )
     return manifest
 
 
 def stored(manifest: Manifest) -> dict[str, list[Stored]]:
     """Where each tensor lies, by name."""
-    found: dict[str, list[Stored]] = {name: [] for name in manifest.tensors}
+    places: dict[str, list[Stored]] = {name: [] for name in manifest.tensors}
     for file in manifest.files:
         for piece in file.pieces:
-            found[piece.name].append(Stored(file=file.name, begin=piece.begin, end=piece.end, offset=piece.offset))
-    return found
+            places[piece.name].append(Stored(file=file.name, begin=piece.begin, end=piece.end, offset=piece.offset))
+    return places
 
 
 def _line(manifest: Manifest) -> bytes:
@@ -215,26 +268,32 @@ def _impossible(manifest: Manifest) -> list[str]:
     parts: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest.tensors}
     names = [file.name for file in manifest.files]
     if len(set(names)) != len(names):
-        problems.append(f"each file has its own name, got {names}")
+        problems.append(f"a name of its own for every file, got {names}")
     for name, tensor in manifest.tensors.items():
-        if tensor.dtype not in DTYPES or any(size < 0 for size in tensor.shape):
-            problems.append(f"tensor '{name}' has a known format and shape, got {tensor.dtype} {tensor.shape}")
+        if not name or not name.isprintable():
+            problems.append(f"a printable name of a tensor, got {name!r}")
+        if tensor.dtype not in DTYPES or any(not 0 <= size < SIZE for size in tensor.shape):
+            problems.append(f"tensor '{name}' of a known format and shape, got {tensor.dtype} {tensor.shape}")
     if problems:
         return problems
     for file in manifest.files:
         if not FILE_NAME.fullmatch(file.name) or file.name == FILE:
-            problems.append(f"a file has a plain name, got {file.name!r}")
-        if file.chunk_bytes < 1 or len(file.chunks) != -(-file.bytes // file.chunk_bytes):
-            problems.append(f"{file.name} has a digest for each {file.chunk_bytes} bytes, got {len(file.chunks)}")
-        elif file.sha256 != root_digest(file.chunks):
-            problems.append(f"{file.name} has the digest of its chunks, got {file.sha256}")
+            problems.append(f"a plain name of a file, got {file.name!r}")
+        if not 1 <= file.chunk_bytes <= CHUNK_BYTES:
+            problems.append(f"chunks of 1 to {CHUNK_BYTES} bytes of {file.name}, got {file.chunk_bytes}")
+        elif not 0 <= file.bytes < SIZE or len(file.chunks) != -(-file.bytes // file.chunk_bytes):
+            problems.append(
+                f"a digest of every {file.chunk_bytes} of the {file.bytes} bytes of {file.name}, got {len(file.chunks)}"
+            )
+        elif not all(map(SHA256.fullmatch, file.chunks)) or file.sha256 != root_digest(file.chunks):
+            problems.append(f"the digest of its chunks for {file.name}, got {file.sha256}")
         places: list[tuple[int, int]] = []
         for piece in file.pieces:
             if piece.name not in parts:
-                problems.append(f"{file.name} holds known tensors, got '{piece.name}'")
+                problems.append(f"known tensors in {file.name}, got {piece.name!r}")
                 continue
             if piece.begin < 0 or piece.end < piece.begin:
-                problems.append(f"{file.name} holds elements in order, got {piece.begin} to {piece.end}")
+                problems.append(f"elements in order in {file.name}, got {piece.begin} to {piece.end}")
                 continue
             parts[piece.name].append((piece.begin, piece.end))
             size = (piece.end - piece.begin) * DTYPES[manifest.tensors[piece.name].dtype].itemsize
@@ -242,10 +301,10 @@ def _impossible(manifest: Manifest) -> list[str]:
         places.sort()
         ends = [0, *(end for _, end in places)]
         if any(begin < end for (begin, _), end in zip(places, ends, strict=False)) or ends[-1] > file.bytes:
-            problems.append(f"{file.name} holds its pieces side by side, got {places}")
+            problems.append(f"pieces side by side in {file.name}, got {places}")
     for name, tensor in manifest.tensors.items():
         missing = gaps(prod(tensor.shape), parts[name])
-        problems += [f"tensor '{name}' is there exactly once, got: {each}" for each in missing]
+        problems += [f"every element of tensor '{name}' once, got: {gap}" for gap in missing]
     return problems
 
 

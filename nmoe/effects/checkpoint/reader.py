@@ -22,7 +22,8 @@ from torch import Tensor
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint.fs import Fs, read_into
 from nmoe.effects.checkpoint.manifest import DTYPES, FileEntry, Manifest, NewerFormatError, name_fields, stored
-from nmoe.effects.checkpoint.writer import TEMPORARY, TRASH, Exchange, alone
+from nmoe.effects.checkpoint.writer import TEMPORARY, TRASH
+from nmoe.effects.parallel.ranks import AllGatherText, single_rank
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.digest import digest, to_text
 from nmoe.pure.checkpoint.pieces import Copy, Piece, copies, gaps
@@ -50,21 +51,22 @@ def entries(fs: Fs, root: Path) -> tuple[Entry, ...]:
     returns  none when `root` is absent
     Raises:  InputError when the folder cannot be read.
     """
-    try:
-        names = [
-            (name_fields(name), name)
-            for name in fs.names(root)
-            if not name.startswith((TEMPORARY, TRASH)) and (name_fields(name) or _has_manifest(fs, root / name))
-        ]
-    except FileNotFoundError:
-        return ()
-    except OSError as error:
-        raise InputError(
-            f"{root}: a folder of checkpoints, got {error.strerror or error}; fix its permissions or its disk"
-        ) from error
-    # One that somebody renamed may be the newest, so it is looked at first and told.
-    found = [(fields[1:] if fields else (math.inf, 0), _entry(fs, root / name)) for fields, name in names]
-    return tuple(entry for _, entry in sorted(found, key=lambda each: (each[0], each[1].name), reverse=True))
+    ranked: list[tuple[tuple[float, int], Entry]] = []
+    for name in _names(fs, root):
+        if fields := name_fields(name):
+            ranked.append((fields[1:], entry(fs, root / name)))
+        elif renamed := _renamed(fs, root / name):
+            # It may be the newest, so it is looked at first and reported.
+            ranked.append(((math.inf, 0), renamed))
+    return tuple(one for _, one in sorted(ranked, key=lambda pair: (pair[0], pair[1].name), reverse=True))
+
+
+def has_any(fs: Fs, root: Path) -> bool:
+    """Whether a folder has anything that `entries` would list, without reading all of it.
+
+    Raises:  InputError when the folder cannot be read.
+    """
+    return any(name_fields(name) or _renamed(fs, root / name) for name in _names(fs, root))
 
 
 def verify(
@@ -84,14 +86,14 @@ def verify(
         def add(chunk: Tensor, begin: int, file: FileEntry = file) -> list[tuple[str, int]]:
             return _chunk_digests(manifest, file, chunk, begin)
 
-        for problem, found in _scan(fs, folder, file, range(len(file.chunks)), add, pinned=False):
+        for problem, digests in _scan(fs, folder, file, range(len(file.chunks)), add, pinned=False):
             problems += [problem] if problem else []
-            for name, value in found or ():
+            for name, value in digests or ():
                 sums[name] += value
         done += file.bytes
         progress(done)
     problems += [
-        f"{folder}: tensor '{name}' has digest {tensor.digest}, got {to_text(sums[name])}; {manifests.DAMAGED}"
+        f"{folder}: expected digest {tensor.digest} of tensor '{name}', got {to_text(sums[name])}; {manifests.DAMAGED}"
         for name, tensor in manifest.tensors.items()
         if to_text(sums[name]) != tensor.digest and not problems
     ]
@@ -105,7 +107,7 @@ def restore_(
     *,
     report: Callable[[str], None],
     rank: int = 0,
-    exchange: Exchange = alone,
+    all_gather_text: AllGatherText = single_rank,
 ) -> Manifest | None:
     """Load the newest valid checkpoint of a folder, the same one on every rank.
 
@@ -116,31 +118,31 @@ def restore_(
     Writes:  the targets, which hold anything when this raises.
     Raises:  InputError when there are checkpoints but no valid one, one is of a newer format, or of two runs.
     """
-    found: tuple[Entry, ...] = ()
+    candidates: tuple[Entry, ...] = ()
     passed: list[str] = []
     place = -1
     while True:
         choice: dict[str, Any] = {}
         if rank == 0:
             try:
-                found = found or entries(fs, root)
+                candidates = candidates or entries(fs, root)
                 place += 1
-                while place < len(found) and found[place].problems and not found[place].newer:
-                    passed += found[place].problems
-                    _report(report, found[place].problems)
+                while place < len(candidates) and candidates[place].problems and not candidates[place].newer:
+                    passed += candidates[place].problems
+                    _report(report, candidates[place].problems)
                     place += 1
-                choice = _choice(root, found, place, passed)
+                choice = _choice(root, candidates, place, passed)
             except InputError as error:
                 choice = {"error": error.problems}
-        choice = json.loads(exchange(json.dumps(choice))[0])
+        choice = json.loads(all_gather_text(json.dumps(choice))[0])
         if "error" in choice:
             raise InputError(*choice["error"])
         if "name" not in choice:
             return None
         folder = root / choice["name"]
-        manifest, problems = _agreed(fs, folder, choice["sha256"], exchange)
+        manifest, problems = _agreed(fs, folder, choice["sha256"], all_gather_text)
         if manifest is not None:
-            problems = _load_(fs, folder, manifest, targets(manifest), rank, exchange, partial=False)
+            problems = _load_(fs, folder, manifest, targets(manifest), rank, all_gather_text, partial=False)
         if manifest is not None and not problems:
             return manifest
         passed += problems
@@ -155,7 +157,7 @@ def load_(
     targets: Sequence[Piece],
     *,
     rank: int = 0,
-    exchange: Exchange = alone,
+    all_gather_text: AllGatherText = single_rank,
     partial: bool = False,
 ) -> None:
     """Load one checkpoint, verified.
@@ -164,7 +166,7 @@ def load_(
     Writes:  the targets, which hold anything when this raises.
     Raises:  InputError when the checkpoint is damaged or the targets are not those it holds.
     """
-    if problems := _load_(fs, folder, manifest, targets, rank, exchange, partial=partial):
+    if problems := _load_(fs, folder, manifest, targets, rank, all_gather_text, partial=partial):
         raise InputError(*problems)
 
 
@@ -174,7 +176,7 @@ def _load_(
     manifest: Manifest,
     targets: Sequence[Piece],
     rank: int,
-    exchange: Exchange,
+    all_gather_text: AllGatherText,
     *,
     partial: bool,
 ) -> list[str]:
@@ -192,7 +194,7 @@ def _load_(
             jobs[copy.file].append((piece, copy))
     pinned = any(piece.tensor.device.type == "cuda" for piece in targets)
     for file in manifest.files if not problems else ():
-        job = sorted(jobs[file.name], key=lambda each: each[1].offset)
+        job = sorted(jobs[file.name], key=lambda pair: pair[1].offset)
         spans = [(copy.offset, copy.offset + copy.size) for _, copy in job]
         if rank == 0 and not partial:
             # What is in no tensor, the header, is looked at by one.
@@ -217,13 +219,13 @@ def _load_(
                 _deliver_(piece.tensor, copy, chunk, begin)
             return []
 
-        problems += [each for each, _ in _scan(fs, folder, file, chunks, deliver, pinned=pinned) if each]
+        problems += [problem for problem, _ in _scan(fs, folder, file, chunks, deliver, pinned=pinned) if problem]
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda piece: int(digest(piece.tensor.detach(), piece.begin)), targets)
-        sums = [[each.name, each.begin, each.end(), value] for each, value in zip(targets, found, strict=True)]
-    answers = [json.loads(answer) for answer in exchange(json.dumps({"problems": problems, "sums": sums}))]
+        digests = pool.map(lambda piece: int(digest(piece.tensor.detach(), piece.begin)), targets)
+        sums = [[piece.name, piece.begin, piece.end(), value] for piece, value in zip(targets, digests, strict=True)]
+    answers = [json.loads(answer) for answer in all_gather_text(json.dumps({"problems": problems, "sums": sums}))]
     damage = [problem for answer in answers for problem in answer["problems"]]
-    return damage or _wrong_tensors(folder, manifest, [each for answer in answers for each in answer["sums"]])
+    return damage or _wrong_tensors(folder, manifest, [entry for answer in answers for entry in answer["sums"]])
 
 
 def _scan(
@@ -245,7 +247,12 @@ def _scan(
     try:
         handle = fs.open(folder / file.name)
     except OSError as error:
-        return [(f"{folder / file.name}: can be read, got {error.strerror or error}; {manifests.DAMAGED}", None)]
+        return [
+            (
+                f"{folder / file.name}: expected to read it, got {error.strerror or error}; {manifests.remedy(error)}",
+                None,
+            )
+        ]
 
     def one(index: int) -> tuple[str, list[tuple[str, int]] | None]:
         begin = index * file.chunk_bytes
@@ -257,10 +264,10 @@ def _scan(
             got = read_into(fs, handle, view, begin)
             if got == size and hashlib.sha256(view).hexdigest() == file.chunks[index]:
                 return "", use(buffer[:size], begin)
-            found = f"{got} bytes" if got < size else "others"
-            return f"{where} are as they were written, got {found}; {manifests.DAMAGED}", None
+            reason = f"{got} bytes" if got < size else "others"
+            return f"{where}: expected what was written, got {reason}; {manifests.DAMAGED}", None
         except OSError as error:
-            return f"{where} can be read, got {error.strerror or error}; {manifests.DAMAGED}", None
+            return f"{where}: expected to read them, got {error.strerror or error}; {manifests.remedy(error)}", None
         finally:
             buffers.put(buffer)
 
@@ -280,15 +287,15 @@ def _deliver_(tensor: Tensor, copy: Copy, chunk: Tensor, begin: int) -> None:
 
 def _chunk_digests(manifest: Manifest, file: FileEntry, chunk: Tensor, begin: int) -> list[tuple[str, int]]:
     """What a chunk adds to the digest of each tensor. A digest counts bytes, so a cut inside an element is fine."""
-    found: list[tuple[str, int]] = []
+    digests: list[tuple[str, int]] = []
     for piece in file.pieces:
         itemsize = DTYPES[manifest.tensors[piece.name].dtype].itemsize
         end = piece.offset + (piece.end - piece.begin) * itemsize
         low, high = max(piece.offset, begin), min(end, begin + len(chunk))
         if low < high:
             start = piece.begin * itemsize + low - piece.offset
-            found.append((piece.name, int(digest(chunk[low - begin : high - begin], start))))
-    return found
+            digests.append((piece.name, int(digest(chunk[low - begin : high - begin], start))))
+    return digests
 
 
 def _wrong_tensors(folder: Path, manifest: Manifest, sums: Sequence[Any]) -> list[str]:
@@ -300,17 +307,17 @@ def _wrong_tensors(folder: Path, manifest: Manifest, sums: Sequence[Any]) -> lis
     for name, begin, end, value in sums:
         parts.setdefault(name, {}).setdefault((begin, end), set()).add(value)
     problems: list[str] = []
-    for name, found in parts.items():
+    for name, pieces in parts.items():
         tensor = manifest.tensors[name]
         size = math.prod(tensor.shape)
-        whole = found.get((0, size))
-        spans = {(0, size): whole} if whole else found
-        values = {to_text(sum(max(each) for each in spans.values()))}
-        if any(len(each) > 1 for each in found.values()):
-            values.add("different ones on different ranks")
-        if not gaps(size, spans) and values != {tensor.digest}:
+        whole = pieces.get((0, size))
+        spans = {(0, size): whole} if whole else pieces
+        digests = {to_text(sum(max(values) for values in spans.values()))}
+        if any(len(values) > 1 for values in pieces.values()):
+            digests.add("different ones on different ranks")
+        if not gaps(size, spans) and digests != {tensor.digest}:
             problems.append(
-                f"{folder}: tensor '{name}' has digest {tensor.digest}, got {', '.join(sorted(values))}; "
+                f"{folder}: expected digest {tensor.digest} of tensor '{name}', got {', '.join(sorted(digests))}; "
                 f"{manifests.DAMAGED}"
             )
     return problems
@@ -323,16 +330,18 @@ def _unfit(folder: Path, manifest: Manifest, targets: Sequence[Piece], partial: 
         tensor = manifest.tensors.get(piece.name)
         wanted = (piece.tensor.dtype, piece.shape)
         if tensor is None:
-            problems.append(f"{folder}: holds '{piece.name}', got nothing by that name")
+            problems.append(f"{folder}: expected '{piece.name}', got nothing by that name")
         elif wanted != (DTYPES[tensor.dtype], tensor.shape):
             problems.append(
-                f"{folder}: '{piece.name}' is {_kind(*wanted)}, got {_kind(DTYPES[tensor.dtype], tensor.shape)}"
+                f"{folder}: expected '{piece.name}' as {_kind(*wanted)}, got "
+                f"{_kind(DTYPES[tensor.dtype], tensor.shape)}"
             )
         elif piece.begin < 0 or piece.end() > math.prod(piece.shape):
-            problems.append(f"{folder}: '{piece.name}' has {math.prod(piece.shape)} elements, got up to {piece.end()}")
+            size = math.prod(piece.shape)
+            problems.append(f"{folder}: expected {size} elements of '{piece.name}', got up to {piece.end()}")
     if not partial:
         names = {piece.name for piece in targets}
-        problems += [f"{folder}: holds nothing else, got '{name}'" for name in manifest.tensors if name not in names]
+        problems += [f"{folder}: expected nothing else, got '{name}'" for name in manifest.tensors if name not in names]
     return [f"{problem}; use the config it was saved with" for problem in problems]
 
 
@@ -340,7 +349,7 @@ def _kind(dtype: torch.dtype, shape: Sequence[int]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def _entry(fs: Fs, folder: Path) -> Entry:
+def entry(fs: Fs, folder: Path) -> Entry:
     """A checkpoint as its manifest and the sizes of its files tell."""
     try:
         manifest = manifests.read(fs, folder)
@@ -362,58 +371,86 @@ def _wrong_files(fs: Fs, folder: Path, manifest: Manifest) -> tuple[str, ...]:
             finally:
                 fs.close(handle)
         except OSError as error:
-            problems.append(f"{folder / file.name}: can be read, got {error.strerror or error}; {manifests.DAMAGED}")
+            problems.append(
+                f"{folder / file.name}: expected to read it, got {error.strerror or error}; {manifests.remedy(error)}"
+            )
             continue
         if size != file.bytes:
-            problems.append(f"{folder / file.name}: has {file.bytes} bytes, got {size}; {manifests.DAMAGED}")
+            problems.append(f"{folder / file.name}: expected {file.bytes} bytes, got {size}; {manifests.DAMAGED}")
     return tuple(problems)
 
 
-def _has_manifest(fs: Fs, folder: Path) -> bool:
+def _names(fs: Fs, root: Path) -> list[str]:
+    """What is in a folder of checkpoints, without what was never committed; nothing when `root` is absent.
+
+    Raises:  InputError when the folder cannot be read.
+    """
     try:
-        return manifests.FILE in fs.names(folder)
-    except NotADirectoryError:
-        return False
+        names = [] if fs.kind(root) == "absent" else fs.names(root)
+    except OSError as error:
+        raise InputError(
+            f"{root}: expected a folder of checkpoints, got {error.strerror or error}; fix its permissions, its "
+            "link or its disk"
+        ) from error
+    return [name for name in names if not name.startswith((TEMPORARY, TRASH))]
 
 
-def _choice(root: Path, found: Sequence[Entry], place: int, passed: Sequence[str]) -> dict[str, Any]:
-    """What rank 0 tells the others: a name and the digest of its manifest, an error, or nothing."""
-    newer = [problem for entry in found if entry.newer for problem in entry.problems]
+def _renamed(fs: Fs, folder: Path) -> Entry | None:
+    """A checkpoint whose folder has another name, or a folder that may be one; None: what lies there is none.
+
+    A link, such as `latest`, leads to a checkpoint that is looked at under its own name.
+    """
+    try:
+        if fs.kind(folder) != "folder" or manifests.FILE not in fs.names(folder):
+            return None
+    except FileNotFoundError:  # deleted since its name was read
+        return None
+    except OSError as error:
+        problem = f"{folder}: expected a folder to look into, got {error.strerror or error}; {manifests.remedy(error)}"
+        return Entry(name=folder.name, manifest=None, problems=(problem,), newer=False)
+    return entry(fs, folder)
+
+
+def _choice(root: Path, candidates: Sequence[Entry], place: int, passed: Sequence[str]) -> dict[str, Any]:
+    """What rank 0 broadcasts: a name and the digest of its manifest, an error, or nothing."""
+    newer = [problem for entry in candidates if entry.newer for problem in entry.problems]
     if newer:
         return {"error": newer}
-    lineages: Mapping[str, str] = {entry.manifest.lineage: entry.name for entry in found if entry.manifest}
+    lineages: Mapping[str, str] = {entry.manifest.lineage: entry.name for entry in candidates if entry.manifest}
     if len(lineages) > 1:
         return {
             "error": [
-                f"{root}: holds the checkpoints of one run, got those of {len(lineages)}: "
+                f"{root}: expected the checkpoints of one run, got those of {len(lineages)}: "
                 f"{', '.join(sorted(lineages.values()))}; move the others away"
             ]
         }
-    if place < len(found):
-        manifest = found[place].manifest
-        return {"name": found[place].name, "sha256": manifests.sha256(manifest)} if manifest else {}
-    if found:
+    if place < len(candidates):
+        manifest = candidates[place].manifest
+        return {"name": candidates[place].name, "sha256": manifests.sha256(manifest)} if manifest else {}
+    if candidates:
         return {
             "error": [
                 *passed,
-                f"{root}: holds a valid checkpoint, got {len(found)} damaged ones; restore one from a copy, or move "
-                "all away to start anew",
+                f"{root}: expected a valid checkpoint, got {len(candidates)} damaged ones; restore one from a copy, or "
+                "move all away to start anew",
             ]
         }
     return {}
 
 
-def _agreed(fs: Fs, folder: Path, sha256: str, exchange: Exchange) -> tuple[Manifest | None, list[str]]:
+def _agreed(fs: Fs, folder: Path, sha256: str, all_gather_text: AllGatherText) -> tuple[Manifest | None, list[str]]:
     """The manifest that rank 0 chose, when every rank reads the same one; else what is wrong."""
     manifest: Manifest | None = None
     problems: list[str] = []
     try:
         manifest = manifests.read(fs, folder)
         if manifests.sha256(manifest) != sha256:
-            problems = [f"{folder}: every rank reads the same manifest, got another; mount the same folder everywhere"]
+            problems = [
+                f"{folder}: expected the same manifest on every rank, got another; mount the same folder everywhere"
+            ]
     except InputError as error:
         problems = list(error.problems)
-    answers = [json.loads(answer) for answer in exchange(json.dumps(problems))]
+    answers = [json.loads(answer) for answer in all_gather_text(json.dumps(problems))]
     problems = [problem for answer in answers for problem in answer]
     return (None if problems else manifest), problems
 

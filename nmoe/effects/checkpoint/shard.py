@@ -56,12 +56,12 @@ def plan_shard(pieces: Sequence[Piece]) -> Shard:
     ordered = sorted(pieces, key=lambda p: (-p.tensor.element_size(), p.name))
     names = {dtype: name for name, dtype in DTYPES.items()}
     problems = [
-        f"checkpoint: '{p.name}' has a format of {', '.join(DTYPES)}, got {p.tensor.dtype}; convert it"
+        f"checkpoint: expected '{p.name}' in a format of {', '.join(DTYPES)}, got {p.tensor.dtype}; convert it"
         for p in ordered
         if p.tensor.dtype not in names
     ]
     problems += [
-        f"checkpoint: a rank has one piece of '{name}', got {count}; name them apart"
+        f"checkpoint: expected one piece of '{name}' on a rank, got {count}; give them other names"
         for name, count in Counter(p.name for p in ordered).items()
         if count > 1
     ]
@@ -107,8 +107,8 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
         code = int(_cuda().cudaHostRegister(data.data_ptr(), size, 0))
         if code:
             raise InputError(
-                f"checkpoint: {size} bytes of pinned host memory for the copy a save is written from, got CUDA error "
-                f"{code}; free memory, or raise the limit that `ulimit -l` shows"
+                f"checkpoint: expected {size} bytes of pinned host memory for the copy a save is written from, got "
+                f"CUDA error {code}; free memory, or raise the limit that `ulimit -l` shows"
             )
     return data
 
@@ -154,15 +154,15 @@ def stage(shard: Shard, data: Tensor, streams: tuple[Any, Any] | None) -> Staged
             place.view(piece.tensor.dtype).copy_(piece.tensor.detach().view(-1), non_blocking=True)
     with torch.cuda.stream(digesting), torch.no_grad():
         values = digests([(piece.tensor.detach(), piece.begin) for piece in shard.pieces])
-        found = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
-        found.copy_(values, non_blocking=True)
+        copied = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
+        copied.copy_(values, non_blocking=True)
     copying.wait_stream(digesting)
     ready = torch.cuda.Event()
     ready.record(copying)
 
     def awaited() -> list[int]:
         ready.synchronize()
-        return found.tolist()
+        return copied.tolist()
 
     return Staged(shard=shard, data=data, digests=awaited, ready=ready)
 
@@ -190,7 +190,7 @@ def write(fs: Fs, path: Path, staged: Staged, chunk_bytes: int) -> tuple[FileEnt
             for begin in range(0, len(data), chunk_bytes):
                 end = write_all(fs, handle, data[begin : begin + chunk_bytes], end)
             fs.sync(handle)
-            chunks = tuple(each.result() for each in sums)
+            chunks = tuple(future.result() for future in sums)
     finally:
         fs.close(handle)
     entry = FileEntry(
@@ -214,9 +214,9 @@ def _cuda() -> Any:
 
 def _sha256(header: bytes, data: memoryview, begin: int, end: int) -> str:
     """The digest of bytes `begin` to `end` of the file that `header` and `data` make."""
-    found = hashlib.sha256(header[begin:end])
-    found.update(data[max(begin - len(header), 0) : max(end - len(header), 0)])
-    return found.hexdigest()
+    digest = hashlib.sha256(header[begin:end])
+    digest.update(data[max(begin - len(header), 0) : max(end - len(header), 0)])
+    return digest.hexdigest()
 
 
 def _local_shape(piece: Piece) -> list[int]:

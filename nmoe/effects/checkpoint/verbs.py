@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from nmoe.config import load
+from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader, weights, writer
 from nmoe.effects.checkpoint.fs import Disk
@@ -22,7 +23,7 @@ from nmoe.pure.units import quantity
 
 
 @attrs.frozen(kw_only=True)
-class Found:
+class Checkpoint:
     """One checkpoint on disk."""
 
     root: Path  # folder of the run's checkpoints
@@ -58,7 +59,7 @@ def list_checkpoints(run: Path) -> int:
             "-" if entry.manifest is None else str(len(entry.manifest.files)),
             "-" if entry.manifest is None else quantity(entry.manifest.num_bytes(), "B"),
         )
-        for entry in (each.entry for each in _all(run))
+        for entry in (checkpoint.entry for checkpoint in _all(run))
     ]
     say(table(head, rows, left=2))
     return 0
@@ -70,10 +71,10 @@ def verify(path: Path, everything: bool) -> int:
     returns  exit code 0, or 1 when something is damaged
     """
     damaged = 0
-    for found in _all(path) if everything else (_one(path),):
-        problems = found.entry.problems or reader.verify(Disk(), found.folder(), found.manifest())
+    for checkpoint in _all(path) if everything else (_one(path),):
+        problems = checkpoint.entry.problems or reader.verify(Disk(), checkpoint.folder(), checkpoint.manifest())
         damaged += bool(problems)
-        say(f"{found.folder()}  {'damaged' if problems else 'whole'}")
+        say(f"{checkpoint.folder()}  {'damaged' if problems else 'whole'}")
         for problem in problems:
             say(f"  {problem}")
     return 1 if damaged else 0
@@ -84,8 +85,8 @@ def show(path: Path) -> int:
 
     returns  exit code 0
     """
-    found = _one(path)
-    manifest = found.manifest()
+    checkpoint = _one(path)
+    manifest = checkpoint.manifest()
     kinds: dict[str, list[int]] = {}
     for name, entry in manifest.tensors.items():
         count, elements = kinds.setdefault(name.rpartition("/")[2], [0, 0])
@@ -94,7 +95,7 @@ def show(path: Path) -> int:
             size *= axis
         kinds[name.rpartition("/")[2]] = [count + 1, elements + size]
     parts = [
-        ("checkpoint", str(found.folder())),
+        ("checkpoint", str(checkpoint.folder())),
         ("step", f"{manifest.step:,}  attempt {manifest.attempt}  save {manifest.serial} of it"),
         ("lineage", f"{manifest.lineage}  after {manifest.parent.name if manifest.parent else 'nothing'}"),
         ("bytes", f"{quantity(manifest.num_bytes(), 'B')} in {len(manifest.files)} files"),
@@ -104,7 +105,7 @@ def show(path: Path) -> int:
     parts += [(key, str(value)) for key, value in meta.items() if not isinstance(value, Mapping)]
     parts += [(f"{key}.{name}", str(value)) for key, table in _tables(meta) for name, value in table.items()]
     width = max(len(label) for label, _ in parts)
-    say("\n".join(f"{label:<{width}}  {text}" for label, text in parts))
+    say("\n".join(f"{manifests.shown(label):<{width}}  {manifests.shown(text)}" for label, text in parts))
     return 0
 
 
@@ -137,7 +138,7 @@ def prune(run: Path, last: int, every: int, best: int) -> int:
     Raises:  InputError when the run is being trained.
     """
     problems = [
-        f"--{name}: at least {low}, got {value}; raise it"
+        f"--{name}: expected at least {low}, got {value}; raise it"
         for name, value, low in (("last", last, 1), ("every", every, 0), ("best", best, 0))
         if value < low
     ]
@@ -156,36 +157,37 @@ def export_weights(path: Path, to: Path | None) -> int:
     returns  exit code 0
     Raises:  InputError when the checkpoint is damaged, or `to` cannot be written.
     """
-    found = _one(path)
-    config = load(found.root.parent / "config.toml", {}, ()).config
-    read = weights.of_checkpoint(Disk(), found.folder(), found.manifest(), make_blueprint(config))
-    folder = found.root.parent if to is None else to
+    checkpoint = _one(path)
+    config = load(checkpoint.root.parent / "config.toml", {}, ()).config
+    read = weights.of_checkpoint(Disk(), checkpoint.folder(), checkpoint.manifest(), make_blueprint(config))
+    folder = checkpoint.root.parent if to is None else to
     try:
         folder.mkdir(parents=True, exist_ok=True)
         weights.save(folder, read.params, read.router_bias)
     except OSError as error:
-        raise InputError(f"{folder}: weights can be written, got {error.strerror}; choose another --to") from error
-    say(f"{folder / WEIGHTS}  step {found.manifest().step}")
+        raise InputError(f"{folder}: expected to write weights, got {error.strerror}; choose another --to") from error
+    say(f"{folder / WEIGHTS}  step {checkpoint.manifest().step}")
     return 0
 
 
-def _all(path: Path) -> tuple[Found, ...]:
+def _all(path: Path) -> tuple[Checkpoint, ...]:
     """The checkpoints of a run, newest first.
 
     Raises:  InputError when there are none.
     """
-    root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    found = tuple(Found(root=root, entry=entry) for entry in reader.entries(Disk(), root))
-    if not found:
-        raise InputError(f"{path}: a run with checkpoints, got none in it; name a run folder, see `nmoe runs list`")
-    return found
+    root = path / CHECKPOINTS if files.is_folder(path / CHECKPOINTS) else path
+    checkpoints = tuple(Checkpoint(root=root, entry=entry) for entry in reader.entries(Disk(), root))
+    if not checkpoints:
+        raise InputError(
+            f"{path}: expected a run with checkpoints, got none in it; name a run folder, see `nmoe runs list`"
+        )
+    return checkpoints
 
 
-def _one(path: Path) -> Found:
+def _one(path: Path) -> Checkpoint:
     """A checkpoint, or the newest of a run."""
-    if not (path / manifests.FILE).exists():
-        return _all(path)[0]
-    return next(each for each in _all(path.resolve().parent) if each.entry.name == path.resolve().name)
+    folder = manifests.find(path)
+    return Checkpoint(root=folder.parent, entry=reader.entry(Disk(), folder)) if folder else _all(path)[0]
 
 
 def _tables(meta: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

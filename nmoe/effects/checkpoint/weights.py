@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,33 @@ from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Fs
 from nmoe.effects.checkpoint.manifest import Manifest
-from nmoe.effects.record.names import WEIGHTS
+from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import whole
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
+from nmoe.pure.core.spec import POLICY, Role
 from nmoe.pure.formats import master
 
 ROUTER_BIAS = "router_bias"
+
+Format = tuple[str, tuple[int, ...]]
+"""Number format by the name safetensors gives it, and shape."""
+
+
+def formats(blueprint: Blueprint) -> dict[str, Format]:
+    """Number format and shape of every tensor of the weights: the parameters by path, and the router bias."""
+    compute = next(
+        (layout.storage for layout in blueprint.layouts if layout.policy.storage == "compute"), torch.float32
+    )
+    names = {dtype: name for name, dtype in manifests.DTYPES.items()}
+    parameters = dict(tree.leaves(blueprint.specs))
+    # a layer with experts is their parent in the tree
+    layers = {path.rpartition(".")[0] for path, spec in parameters.items() if spec.role is Role.EXPERT}
+    return {
+        path: (names[compute if POLICY[spec.role].storage == "compute" else torch.float32], spec.shape(blueprint.dims))
+        for path, spec in parameters.items()
+    } | {ROUTER_BIAS: ("F32", (len(layers), blueprint.dims["E"]))}
 
 
 def save(folder: Path, params: Any, router_bias: Tensor) -> None:
@@ -51,28 +71,23 @@ def load(folder: Path, blueprint: Blueprint) -> tuple[Any, Tensor]:
     Raises:  InputError when the file is missing, damaged, or of another model.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{path}: a finished run holds its weights, got no such file; let the run end first")
+    if not files.is_file(path):
+        raise InputError(f"{path}: expected the weights of a finished run, got no such file; let the run end first")
+    wanted = formats(blueprint)
     try:
         with safe_open(path, framework="pt") as file:
-            found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            present = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            # before a tensor is read: what a file claims to hold need not fit into memory
+            if problems := _differences(str(path), wanted, present):
+                raise InputError(*(f"{problem}; use the run's own config" for problem in problems))
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        reason = manifests.shown(str(getattr(error, "strerror", None) or error))
         raise InputError(
-            f"{path}: weights are a whole safetensors file, got {error}; restore or train again"
+            f"{path}: expected a whole safetensors file, got {reason}; restore it or train again"
         ) from error
-    wanted = {name: spec.shape(blueprint.dims) for name, spec in tree.leaves(blueprint.specs)}
-    problems = [f"{path}: holds '{name}', got nothing by that name" for name in wanted if name not in found]
-    problems += [
-        f"{path}: '{name}' has the config's shape {shape}, got {tuple(found[name].shape)}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name].shape) != shape
-    ]
-    problems += [f"{path}: holds nothing else, got '{name}'" for name in found if name not in (*wanted, ROUTER_BIAS)]
-    if ROUTER_BIAS not in found:
-        problems.append(f"{path}: holds '{ROUTER_BIAS}', got nothing by that name")
-    if problems:
-        raise InputError(*(f"{problem}; use the run's own config" for problem in problems))
-    return tree.map(lambda name, _: found[name], blueprint.specs), found[ROUTER_BIAS].to(torch.float32)
+    return tree.map(lambda name, _: tensors[name], blueprint.specs), tensors[ROUTER_BIAS]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -93,33 +108,24 @@ def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, blueprint: Blueprint
 
     Raises:  InputError when the checkpoint is damaged or of another model.
     """
-    shapes = {path: spec.shape(blueprint.dims) for path, spec in tree.leaves(blueprint.specs)}
-    stored = {name: entry for name, entry in manifest.tensors.items() if name.endswith(("/value", "/remainder"))}
-    wanted = {f"param/{path}/value" for path in shapes}
-    missing = sorted(wanted - set(stored)) + sorted(
-        name for name in stored if name.rpartition("/")[0] not in {each.rpartition("/")[0] for each in wanted}
-    )
-    problems = [f"{folder}: holds the parameters of this model, got a difference in {name}" for name in missing]
-    problems += [
-        f"{folder}: {name} has the config's shape {shapes[path]}, got {entry.shape}"
-        for name, entry in stored.items()
-        if (path := name.split("/")[1]) in shapes and entry.shape != shapes[path]
-    ]
-    if problems:
-        raise InputError(*(f"{problem}; use a checkpoint of the same [model]" for problem in problems))
-    tensors = {name: torch.empty(entry.shape, dtype=manifests.DTYPES[entry.dtype]) for name, entry in stored.items()}
-    bias = torch.empty(manifest.tensors["router_bias"].shape)
-    reader.load_(
-        fs,
-        folder,
-        manifest,
-        [whole(name, each) for name, each in {**tensors, "router_bias": bias}.items()],
-        partial=True,
-    )
+    wanted: dict[str, Format] = {}
+    for name, (dtype, shape) in formats(blueprint).items():
+        wanted[name if name == ROUTER_BIAS else f"param/{name}/value"] = dtype, shape
+        if dtype == "BF16":
+            wanted[f"param/{name}/remainder"] = "I16", shape
+    present = {
+        name: (entry.dtype, entry.shape)
+        for name, entry in manifest.tensors.items()
+        if name == ROUTER_BIAS or name.endswith(("/value", "/remainder"))
+    }
+    if problems := _differences(str(folder), wanted, present):
+        raise InputError(*(f"{problem}; use the run's own config" for problem in problems))
+    tensors = {name: torch.empty(shape, dtype=manifests.DTYPES[dtype]) for name, (dtype, shape) in wanted.items()}
+    reader.load_(fs, folder, manifest, [whole(*named) for named in tensors.items()], partial=True)
     return Weights(
         params=tree.map(lambda path, _: tensors[f"param/{path}/value"], blueprint.specs),
-        remainders={name.split("/")[1]: each for name, each in tensors.items() if name.endswith("/remainder")},
-        router_bias=bias,
+        remainders={name.split("/")[1]: low for name, low in tensors.items() if name.endswith("/remainder")},
+        router_bias=tensors[ROUTER_BIAS],
     )
 
 
@@ -129,14 +135,25 @@ def of_path(fs: Fs, path: Path, blueprint: Blueprint) -> Weights:
 
     Raises:  InputError when there are none, or they are damaged or of another model.
     """
-    if (path / manifests.FILE).is_file():
-        return of_checkpoint(fs, path, manifests.read(fs, path), blueprint)
-    found = reader.entries(fs, path / "checkpoints") if path.is_dir() else ()
-    if found:
-        folder = path / "checkpoints" / found[0].name
+    folder = manifests.find(path)
+    if folder is None and (entries := reader.entries(fs, path / CHECKPOINTS)):
+        folder = path / CHECKPOINTS / entries[0].name
+    if folder is not None:
         return of_checkpoint(fs, folder, manifests.read(fs, folder), blueprint)
     folder = path.parent if path.name == WEIGHTS else path
-    if not (folder / WEIGHTS).is_file():
-        raise InputError(f"train.warm_start: a run, a checkpoint or {WEIGHTS}, got {path}; fix the path")
+    if not files.is_file(folder / WEIGHTS):
+        raise InputError(f"train.warm_start: expected a run, a checkpoint or {WEIGHTS}, got {path}; fix the path")
     params, router_bias = load(folder, blueprint)
     return Weights(params=params, remainders={}, router_bias=router_bias)
+
+
+def _differences(where: str, wanted: Mapping[str, Format], present: Mapping[str, Format]) -> list[str]:
+    """What is missing, too much, or of another format or shape."""
+    problems = [f"{where}: expected '{name}', got nothing by that name" for name in wanted if name not in present]
+    problems += [
+        f"{where}: expected '{name}' as {kind[0]} {list(kind[1])}, got {present[name][0]} {list(present[name][1])}"
+        for name, kind in wanted.items()
+        if name in present and present[name] != kind
+    ]
+    others = [name for name in present if name not in wanted]
+    return problems + [f"{where}: expected nothing else, got '{manifests.shown(name)}'" for name in others[:10]]

@@ -28,6 +28,7 @@ from nmoe.effects.checkpoint.fs import Fs, remove_tree, write_all
 from nmoe.effects.checkpoint.lease import Lease
 from nmoe.effects.checkpoint.manifest import DTYPES, FORMAT, FileEntry, Manifest, Parent, TensorEntry, name_fields
 from nmoe.effects.checkpoint.shard import Staged, free_host, host_memory, num_bytes, plan_shard, stage, write
+from nmoe.effects.parallel.ranks import AllGatherText, single_rank
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.digest import to_text
 from nmoe.pure.checkpoint.pieces import Piece
@@ -39,16 +40,9 @@ CHUNK_BYTES = 1 << 24
 TEMPORARY, TRASH = ".tmp-", ".trash-"
 """First letters of folders that are being written, and that are being deleted."""
 
-Exchange = Callable[[str], Sequence[str]]
-"""Every rank's text, by rank. It is called in the background, so it needs a process group of its own."""
-
 
 class SaveError(InputError):
-    """A save failed. `saved`: it was committed all the same, and only deleting older ones failed."""
-
-    def __init__(self, *problems: str, saved: Saved | None = None) -> None:
-        super().__init__(*problems)
-        self.saved = saved
+    """A save failed: nothing was committed."""
 
 
 @attrs.frozen(kw_only=True)
@@ -61,6 +55,7 @@ class Saved:
     bytes: int  # over all ranks
     seconds: float  # from the copy to the commit
     removed: tuple[str, ...]  # older checkpoints deleted after it
+    undeleted: tuple[str, ...] = ()  # what kept others from being deleted; the next save tries again
 
 
 @attrs.frozen(kw_only=True)
@@ -71,17 +66,12 @@ class Place:
     root: Path
     rank: int
     world: int
-    exchange: Exchange
+    all_gather_text: AllGatherText
     keep: Keep
     chunk_bytes: int
     lease: Lease | None  # rank 0 has it
     attempt: int
     lineage: str
-
-
-def alone(text: str) -> Sequence[str]:
-    """The exchange of a single rank."""
-    return [text]
 
 
 class Writer:
@@ -165,12 +155,8 @@ class Writer:
             return None
         futures.wait([self._flight])  # may be interrupted, and is then in flight still
         flight, self._flight, self._staged = self._flight, None, None
-        try:
-            saved = flight.result()
-        except SaveError as error:
-            self._parent = _as_parent(error.saved) or self._parent
-            raise
-        self._parent = _as_parent(saved)
+        saved = flight.result()
+        self._parent = Parent(name=saved.name, sha256=saved.sha256)
         return saved
 
     def poll(self) -> Saved | None:
@@ -190,12 +176,14 @@ def open_writer(
     parent: Manifest | None = None,
     rank: int = 0,
     world: int = 1,
-    exchange: Exchange = alone,
+    all_gather_text: AllGatherText = single_rank,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[Writer]:
     """The one writer of a folder of checkpoints; when the block ends, the save in flight is awaited.
 
-    parent   what the run goes on from, as `restore_` returned it; None: from nothing, in a folder without checkpoints
+    parent           what the run resumes from, as `restore_` returned it; None: from nothing, in a folder without
+                     checkpoints
+    all_gather_text  called in the background, so it needs a process group of its own
     Writes:  `root`, made when absent, and the lease in it.
     Raises:  InputError when another trainer writes there, or `parent` is None and there are checkpoints.
              SaveError, at the end, when the save in flight failed.
@@ -205,7 +193,7 @@ def open_writer(
         root=root,
         rank=rank,
         world=world,
-        exchange=exchange,
+        all_gather_text=all_gather_text,
         keep=keep,
         chunk_bytes=chunk_bytes,
         lease=None,
@@ -231,10 +219,16 @@ def prune(fs: Fs, root: Path, keep: Keep) -> tuple[str, ...]:
     """Delete the checkpoints that nothing keeps, and what unfinished saves and deletions left.
 
     returns  names of the deleted checkpoints
-    Raises:  InputError when a trainer writes there.
+    Raises:  InputError when a trainer writes there, or something cannot be deleted.
     """
-    with leases.hold(fs, root, _attempts(fs, root)):
-        return retire(fs, root, keep)
+    try:
+        with leases.hold(fs, root, _attempts(fs, root)):
+            return retire(fs, root, keep)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or root}: expected to delete it, got {error.strerror or error}; fix its permissions or "
+            "its disk, then prune again"
+        ) from error
 
 
 def commit(place: Place, staged: Staged, manifest: Manifest, began: float) -> Saved:
@@ -281,18 +275,18 @@ def commit(place: Place, staged: Staged, manifest: Manifest, began: float) -> Sa
         return retire(fs, root, place.keep) if place.rank == 0 else None
 
     try:
-        _together(place, make, where)
-        answers = _together(place, put, where)
-        told = _together(place, publish, where)[0]
+        _on_all_ranks(place, make, where)
+        answers = _on_all_ranks(place, put, where)
+        committed = _on_all_ranks(place, publish, where)[0]
     except SaveError as error:
         if place.rank == 0 and (left := _discard(fs, temporary)):
             raise SaveError(*error.problems, left) from error
         raise
-    saved = Saved(name=name, step=manifest.step, removed=(), **told)
+    saved = Saved(name=name, step=manifest.step, removed=(), **committed)
     try:
-        removed = _together(place, clean, f"{root}: deleting what step {manifest.step} replaces")[0]
+        removed = _on_all_ranks(place, clean, f"{root}: deleting what step {manifest.step} replaces")[0]
     except SaveError as error:
-        raise SaveError(*error.problems, saved=saved) from error
+        return attrs.evolve(saved, undeleted=error.problems)
     return attrs.evolve(saved, removed=tuple(removed))
 
 
@@ -313,11 +307,11 @@ def retire(fs: Fs, root: Path, keep: Keep) -> tuple[str, ...]:
         if name_fields(name) is None:
             continue
         try:
-            found = manifests.read(fs, root / name)
+            manifest = manifests.read(fs, root / name)
         except InputError:
             continue
-        committed.append((found.attempt, found.serial, Kept(name=name, step=found.step, score=found.score)))
-    newest_first = [kept for _, _, kept in sorted(committed, key=lambda each: each[:2], reverse=True)]
+        committed.append((manifest.attempt, manifest.serial, Kept(name=name, step=manifest.step, score=manifest.score)))
+    newest_first = [kept for _, _, kept in sorted(committed, key=lambda entry: entry[:2], reverse=True)]
     removed = superfluous(newest_first, keep)
     for name in removed:
         fs.rename(root / name, root / f"{TRASH}{name}")
@@ -341,17 +335,17 @@ def _leading(place: Place, *, fresh: bool) -> Iterator[Place]:
             present = [name for name in place.fs.names(place.root) if name_fields(name)]
             if fresh and present:
                 raise InputError(
-                    f"{place.root}: a run that starts anew has no checkpoints yet, got {present[-1]}; continue from it "
+                    f"{place.root}: expected no checkpoints of a new run, got {present[-1]}; continue from it "
                     "or choose another run.name"
                 )
             held.append(stack.enter_context(leases.hold(place.fs, place.root, _attempts(place.fs, place.root))))
             return held[0].attempt
 
-        attempt = _together(place, take, f"{place.root}: taking the folder")[0]
+        attempt = _on_all_ranks(place, take, f"{place.root}: taking the folder")[0]
         yield attrs.evolve(place, lease=held[0] if held else None, attempt=attempt)
 
 
-def _together(place: Place, act: Callable[[], Any], where: str) -> list[Any]:
+def _on_all_ranks(place: Place, act: Callable[[], Any], where: str) -> list[Any]:
     """What `act` returned on every rank, by rank, when it went well on all of them.
 
     Raises:  SaveError on every rank, with the problems of each.
@@ -362,12 +356,13 @@ def _together(place: Place, act: Callable[[], Any], where: str) -> list[Any]:
     except InputError as error:
         cause, mine = error, {"problems": list(error.problems)}
     except OSError as error:
-        reason = f"{where} ends well, got {error.strerror or error} on rank {place.rank}; fix the disk"
+        reason = f"{where}: expected it to end well, got {error.strerror or error} on rank {place.rank}; fix the disk"
         cause, mine = error, {"problems": [reason]}
     except BaseException as error:
-        place.exchange(json.dumps({"problems": [f"{where} ends well, got {error!r} on rank {place.rank}; report it"]}))
+        problem = f"{where}: expected it to end well, got {error!r} on rank {place.rank}; report it"
+        place.all_gather_text(json.dumps({"problems": [problem]}))
         raise
-    answers = [json.loads(answer) for answer in place.exchange(json.dumps(mine))]
+    answers = [json.loads(answer) for answer in place.all_gather_text(json.dumps(mine))]
     problems = [problem for answer in answers for problem in answer.get("problems", ())]
     if problems:
         raise SaveError(*problems) from cause
@@ -386,7 +381,10 @@ def _merge(answers: Sequence[Any]) -> dict[str, Any]:
         for name, (dtype, shape, value) in answer["tensors"].items():
             kind = (names[dtype], tuple(shape))
             if kinds.setdefault(name, kind) != kind:
-                raise InputError(f"checkpoint: '{name}' is {kinds[name]} on every rank, got {kind} on rank {rank}")
+                raise InputError(
+                    f"checkpoint: expected '{name}' as {kinds[name]} on every rank, got {kind} on rank "
+                    f"{rank}; report it"
+                )
             sums[name] = sums.get(name, 0) + value
     return {
         "tensors": {
@@ -398,20 +396,18 @@ def _merge(answers: Sequence[Any]) -> dict[str, Any]:
 
 
 def _discard(fs: Fs, temporary: Path) -> str:
-    """Take a failed save away; what kept that from happening, or nothing."""
+    """Delete a failed save; what kept that from happening, or nothing."""
     try:
         if temporary.name in fs.names(temporary.parent):
             remove_tree(fs, temporary)
     except OSError as error:
-        return f"{temporary}: can be removed, got {error.strerror or error}; the next save that succeeds removes it"
+        return (
+            f"{temporary}: expected to delete it, got {error.strerror or error}; the next save that succeeds deletes it"
+        )
     return ""
 
 
 def _attempts(fs: Fs, root: Path) -> list[int]:
     """The attempts that left something in the folder, finished or not."""
-    found = [name_fields(name.removeprefix(TEMPORARY).removeprefix(TRASH)) for name in fs.names(root)]
-    return [fields[1] for fields in found if fields is not None]
-
-
-def _as_parent(saved: Saved | None) -> Parent | None:
-    return None if saved is None else Parent(name=saved.name, sha256=saved.sha256)
+    parts = [name_fields(name.removeprefix(TEMPORARY).removeprefix(TRASH)) for name in fs.names(root)]
+    return [fields[1] for fields in parts if fields is not None]

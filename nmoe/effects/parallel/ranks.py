@@ -47,6 +47,10 @@ class Group:
     handle: Any = None  # torch's process group; None: nobody else
 
 
+AllGatherText = Callable[[str], Sequence[str]]
+"""All-gather of texts: that of every rank, by rank."""
+
+
 def single_rank(text: str) -> Sequence[str]:
     """All-gather of texts on a single rank."""
     return [text]
@@ -60,8 +64,8 @@ class Ranks:
     experts: Group = Group()  # share out the experts
     replicas: Group = Group()  # hold the same experts
     host: Group = Group()  # all; for numbers of the host
-    all_gather_text: Callable[[str], Sequence[str]] = single_rank  # all-gather: the text of every rank, by rank
-    background: Callable[[str], Sequence[str]] = single_rank  # the same, for another thread
+    all_gather_text: AllGatherText = single_rank
+    background: AllGatherText = single_rank  # the same, for another thread
 
     def sharing(self, layout: ArenaLayout) -> Group:
         """The ranks that hold the same arena."""

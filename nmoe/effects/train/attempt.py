@@ -30,7 +30,9 @@ def fix(folder: Path, step: int, *, validated: bool = True) -> None:
     Writes:  every `*.jsonl` in `folder`: without a torn last line, and of what belongs to steps without later ones.
     Raises:  InputError with file and line of what cannot be read.
     """
-    lengths = {path: _good_length(path, step, validated) for path in sorted(folder.glob("*.jsonl"))}
+    lengths = {
+        path: _good_length(path, step, validated) for path in sorted(folder.iterdir()) if path.suffix == ".jsonl"
+    }
     for path, length in lengths.items():
         if length < path.stat().st_size:
             os.truncate(path, length)

@@ -17,7 +17,7 @@ from nmoe.config import Difference
 from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
-from nmoe.effects.checkpoint.fs import Fs
+from nmoe.effects.checkpoint.fs import Disk, Fs
 from nmoe.effects.checkpoint.manifest import Manifest
 from nmoe.effects.checkpoint.weights import Weights
 from nmoe.effects.device import buffers
@@ -68,33 +68,34 @@ def origin(resume: str, run_folder: Path) -> Origin | None:
     Raises:  InputError when `run_folder` is not a run's, exists with "never", or a path holds no run and no checkpoint.
     """
     own = run_folder / CHECKPOINTS
-    if run_folder.exists() and not (run_folder / "config.toml").is_file():
+    exists = files.is_folder(run_folder) or files.is_file(run_folder)
+    if exists and not files.is_file(run_folder / "config.toml"):
         raise InputError(
             f"run.name: expected a new name, or that of a run, got {run_folder}, which exists and holds no "
             "config.toml; choose another name"
         )
     if resume == "never":
-        if run_folder.exists():
+        if exists:
             raise InputError(
                 f'run.name: expected a new run folder with train.resume = "never", got {run_folder}, which exists; '
                 'choose another name, or train.resume = "auto" to go on'
             )
         return None
     if resume == "auto":
-        return Origin(folder=own, single=False) if run_folder.exists() else None
+        return Origin(folder=own, single=False) if exists else None
     named = _named(files.expanded(resume))
     is_own = run_folder.resolve() in named.folder.resolve().parents
-    if not is_own and own.is_dir() and any(manifests.name_fields(path.name) for path in own.iterdir()):
+    if not is_own and reader.has_any(Disk(), own):
         return Origin(folder=own, single=False)
     return named
 
 
 def _named(path: Path) -> Origin:
     """The checkpoints at a path a user wrote: a run folder, its folder of checkpoints, or one of these."""
-    if (path / manifests.FILE).is_file():
-        return Origin(folder=path, single=True)
+    if folder := manifests.find(path):
+        return Origin(folder=folder, single=True)
     for folder in (path / CHECKPOINTS, path):
-        if folder.is_dir() and any((entry / manifests.FILE).is_file() for entry in folder.iterdir()):
+        if reader.has_any(Disk(), folder):
             return Origin(folder=folder, single=False)
     raise InputError(f"train.resume: expected a run folder or a checkpoint, got {path}, which holds none; fix the path")
 
@@ -114,7 +115,7 @@ def restore(
     damaged: list[str] = []
     differences: tuple[Difference, ...] = ()
     targets = pieces(blank, blueprint, ranks=ranks, shared=False)
-    place: dict[str, Any] = {"rank": ranks.world.rank, "exchange": ranks.all_gather_text}
+    place: dict[str, Any] = {"rank": ranks.world.rank, "all_gather_text": ranks.all_gather_text}
 
     def checked(manifest: Manifest) -> Sequence[Piece]:
         nonlocal differences

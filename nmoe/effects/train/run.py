@@ -212,7 +212,7 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
                 parent=None if restored is None else restored.manifest,
                 rank=rt.rank,
                 world=rt.world,
-                exchange=ranks.background,
+                all_gather_text=ranks.background,
             )
         ),
     )

@@ -89,8 +89,7 @@ class Saver:
         Raises:  SaveError when the state, or the one saved before it, is not committed.
         """
         self._collect(self._writer.wait)
-        lost = self._failure is not None and self._failure.saved is None
-        if lost or state.step not in (0, self._saved_step):
+        if self._failure is not None or state.step not in (0, self._saved_step):
             if self._seconds > within_s:
                 self._log.event("checkpoint_skipped", step=state.step, takes_s=self._seconds, within_s=within_s)
                 say(f"checkpoint     not saved: it takes {self._seconds:.0f} s, {within_s:.0f} s are left")
@@ -98,20 +97,21 @@ class Saver:
             self._failure = None
             self.save(state, validations)
             self._collect(self._writer.wait)
-        if self._failure is not None and self._failure.saved is None:
+        if self._failure is not None:
             raise self._failure
 
     def _collect(self, result: Callable[[], Saved | None]) -> None:
-        """Tell what became of a save. Writes: events, and whether one failed."""
+        """Report what became of a save. Writes: events, and whether one failed."""
         try:
             saved = result()
         except SaveError as error:
-            # It may be committed all the same, when only the deletion of older ones failed.
-            self._failure, saved = error, error.saved
-            step, committed = self._saved_step, saved is not None
-            self._log.event("checkpoint_failed", step=step, committed=committed, error="; ".join(error.problems))
-            say(f"checkpoint     of step {step} failed: {'; '.join(error.problems)}")
+            self._failure, saved = error, None
+            self._log.event("checkpoint_failed", step=self._saved_step, error="; ".join(error.problems))
+            say(f"checkpoint     of step {self._saved_step} failed: {'; '.join(error.problems)}")
         if saved is not None:
+            for problem in saved.undeleted:
+                self._log.event("checkpoint_undeleted", step=saved.step, error=problem)
+                say(f"checkpoint     of step {saved.step} is saved, an older one stays: {problem}")
             self._seconds = saved.seconds
             stall_s = self._stall_s if self._settings.asynchronous else time.monotonic() - self._since
             numbers = {"step": saved.step, "bytes": saved.bytes, "seconds": saved.seconds, "stall_s": stall_s}

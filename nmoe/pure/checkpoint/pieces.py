@@ -72,14 +72,14 @@ def arena_pieces(
     part         which of the ranks that share out the moments
     returns      pieces named `param/<path>/<kind>`, maybe empty; padding between parameters is in none of them
     """
-    found: list[Piece] = []
+    pieces: list[Piece] = []
     for slot in layout.slots:
         mine = layout.share(slot, part)
         size = mine.end - mine.begin
         first = rank * slot.size() if layout.policy.shard and world > 1 else 0
         for kind, flat in tensors.items():
             start = mine.begin if flat.numel() == layout.size else mine.at
-            found.append(
+            pieces.append(
                 Piece(
                     name=f"param/{slot.path}/{kind}",
                     shape=slot.spec.shape(dims),
@@ -87,7 +87,7 @@ def arena_pieces(
                     tensor=flat[start : start + size],
                 )
             )
-    return tuple(found)
+    return tuple(pieces)
 
 
 def gaps(size: int, parts: Iterable[tuple[int, int]]) -> tuple[str, ...]:
@@ -113,11 +113,11 @@ def copies(begin: int, end: int, itemsize: int, stored: Sequence[Stored]) -> tup
     stored   covers the tensor exactly once, in any order
     returns  copies in the order of their destination, which they fill without gap or overlap
     """
-    found: list[Copy] = []
-    for part in sorted(stored, key=lambda each: each.begin):
+    parts: list[Copy] = []
+    for part in sorted(stored, key=lambda part: part.begin):
         low, high = max(begin, part.begin), min(end, part.end)
         if low < high:
-            found.append(
+            parts.append(
                 Copy(
                     file=part.file,
                     offset=part.offset + (low - part.begin) * itemsize,
@@ -125,4 +125,4 @@ def copies(begin: int, end: int, itemsize: int, stored: Sequence[Stored]) -> tup
                     to=(low - begin) * itemsize,
                 )
             )
-    return tuple(found)
+    return tuple(parts)

@@ -30,8 +30,8 @@ def superfluous(committed: Sequence[Kept], keep: Keep) -> tuple[str, ...]:
 
     committed  newest first; the newest is never among the result
     """
-    scored = [(each.score, place, each.name) for place, each in enumerate(committed) if each.score is not None]
-    stay = {each.name for each in committed[: max(keep.last, 1)]}
+    scored = [(kept.score, place, kept.name) for place, kept in enumerate(committed) if kept.score is not None]
+    stay = {kept.name for kept in committed[: max(keep.last, 1)]}
     stay |= {name for _, _, name in sorted(scored)[: keep.best]}
-    stay |= {each.name for each in committed if keep.every and each.step % keep.every == 0}
-    return tuple(each.name for each in reversed(committed) if each.name not in stay)
+    stay |= {kept.name for kept in committed if keep.every and kept.step % keep.every == 0}
+    return tuple(kept.name for kept in reversed(committed) if kept.name not in stay)

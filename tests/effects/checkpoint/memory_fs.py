@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nmoe.effects.checkpoint.fs import Kind
+
 BLOCK = 512
 """Bytes of a write that survive or are lost together: a sector, so that small files are torn too."""
 
@@ -21,7 +23,7 @@ Operation = tuple[Any, ...]
 inode), gone (folder, name), sync (inode), said (anything the test marks)."""
 
 WRITES = ("make_folder", "sync_folder", "create", "lock", "write", "sync", "close", "rename", "remove", "remove_folder")
-READS = ("names", "open", "is_at", "size", "read")
+READS = ("kind", "names", "open", "is_at", "size", "read")
 
 
 class MemoryFs:
@@ -40,6 +42,13 @@ class MemoryFs:
         self.mutex = threading.RLock()
 
     # What the protocol asks for.
+
+    def kind(self, path: Path) -> Kind:
+        self.begin("kind")
+        try:
+            return "file" if self.inode(path) in self.files else "folder"
+        except (FileNotFoundError, NotADirectoryError):
+            return "absent"
 
     def names(self, folder: Path) -> list[str]:
         self.begin("names")

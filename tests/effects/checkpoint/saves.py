@@ -13,7 +13,7 @@ from torch import Tensor
 from nmoe.effects.checkpoint.fs import Fs
 from nmoe.effects.checkpoint.manifest import Manifest
 from nmoe.effects.checkpoint.reader import restore_
-from nmoe.effects.checkpoint.writer import Exchange, alone
+from nmoe.effects.parallel.ranks import AllGatherText, single_rank
 from nmoe.pure.checkpoint.pieces import Piece, share, whole
 
 ROOT = Path("/checkpoints")
@@ -63,13 +63,13 @@ def manifest_in(fs: Fs, root: Path = ROOT) -> Manifest | None:
 
 
 class Ranks:
-    """As many ranks as asked for, each a thread of this process, and how they exchange texts."""
+    """As many ranks as asked for, each a thread of this process, and their all-gather of texts."""
 
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world, timeout=30)
         self.texts = [""] * world
 
-    def exchange(self, rank: int) -> Exchange:
+    def all_gather_text(self, rank: int) -> AllGatherText:
         def give(text: str) -> Sequence[str]:
             self.texts[rank] = text
             self.barrier.wait()
@@ -80,16 +80,16 @@ class Ranks:
         return give
 
 
-def on_ranks(world: int, act: Callable[[int, Exchange], object]) -> list[object]:
+def on_ranks(world: int, act: Callable[[int, AllGatherText], object]) -> list[object]:
     """What `act` returned, or the exception it raised, on each of `world` ranks at once."""
     if world == 1:
-        return [act(0, alone)]
+        return [act(0, single_rank)]
     ranks = Ranks(world)
     results: list[object] = [None] * world
 
     def run(rank: int) -> None:
         try:
-            results[rank] = act(rank, ranks.exchange(rank))
+            results[rank] = act(rank, ranks.all_gather_text(rank))
         except Exception as error:
             results[rank] = error
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nmoe.effects.checkpoint.reader import entries
-from nmoe.effects.checkpoint.writer import Exchange, SaveError, open_writer
+from nmoe.effects.checkpoint.writer import SaveError, open_writer
+from nmoe.effects.parallel.ranks import AllGatherText
 from nmoe.pure.checkpoint.retention import Keep
 from tests.effects.checkpoint.memory_fs import MemoryFs, Operation, image
 from tests.effects.checkpoint.saves import ROOT, manifest_in, number_in, on_ranks, pieces, values
@@ -22,9 +23,16 @@ def saves(fs: MemoryFs, numbers: Sequence[int], keep: Keep, world: int = 1, resu
     """One attempt: a save a number, each told when it is committed. The step is the tenth of the number."""
     parent = manifest_in(fs) if resume else None
 
-    def attempt(rank: int, exchange: Exchange) -> None:
+    def attempt(rank: int, all_gather_text: AllGatherText) -> None:
         with open_writer(
-            fs, ROOT, keep=keep, parent=parent, rank=rank, world=world, exchange=exchange, chunk_bytes=4096
+            fs,
+            ROOT,
+            keep=keep,
+            parent=parent,
+            rank=rank,
+            world=world,
+            all_gather_text=all_gather_text,
+            chunk_bytes=4096,
         ) as writer:
             for number in numbers:
                 mine = pieces(values(number), rank, world)

@@ -52,9 +52,9 @@ def save(root: Path, number: int) -> None:
 def test_a_second_trainer_is_refused_and_a_dead_one_replaced(root: Path) -> None:
     with start(root) as first:
         before = sorted(root.iterdir())
-        with pytest.raises(InputError, match=rf"got a second one while process {first.pid} of"):
+        with pytest.raises(InputError, match=rf"got a second while process {first.pid} of"):
             save(root, 1)
-        with pytest.raises(InputError, match="a second one"):
+        with pytest.raises(InputError, match="got a second while "):
             prune(Disk(), root, Keep())
         assert sorted(root.iterdir()) == before
         first.send_signal(signal.SIGKILL)
@@ -83,7 +83,7 @@ def test_another_host_may_still_write(root: Path) -> None:
     for change, refused in (({"released": True}, False), ({"released": False}, True)):
         (root / lease.FILE).write_text(json.dumps(fields | {"host": "elsewhere"} | change))
         if refused:
-            with pytest.raises(InputError, match=r"got none from process \d+ of elsewhere; when it is dead"):
+            with pytest.raises(InputError, match=r"got process \d+ of elsewhere, which did not; when it is dead"):
                 save(root, 1)
         else:
             save(root, 1)
@@ -113,7 +113,7 @@ def test_a_trainer_that_lost_its_lease_commits_nothing(root: Path, how: str) -> 
     save(root, 1)
     path = root / lease.FILE
     with (
-        pytest.raises(SaveError, match="this trainer, attempt 2, holds the folder") as caught,
+        pytest.raises(SaveError, match="expected the lease of this trainer, attempt 2"),
         open_writer(Disk(), root, keep=Keep(), parent=manifest_in(Disk(), root)) as writer,
     ):
         text = path.read_text()
@@ -125,7 +125,6 @@ def test_a_trainer_that_lost_its_lease_commits_nothing(root: Path, how: str) -> 
             path.write_text(text)
         writer.save(pieces(values(2)), step=2, meta={"number": 2})
         writer.wait()
-    assert caught.value.saved is None
     assert number_in(Disk(), root) == 1
     assert not [name for name in os.listdir(root) if name.startswith(".")]
 

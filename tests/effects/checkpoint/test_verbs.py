@@ -80,7 +80,10 @@ def test_diff(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_prune_keeps_what_it_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = names(run)
-    for arguments, says in (((0, 0, 0), "--last: at least 1, got 0"), ((1, -1, 0), "--every: at least 0, got -1")):
+    for arguments, says in (
+        ((0, 0, 0), "--last: expected at least 1, got 0"),
+        ((1, -1, 0), "--every: expected at least 0, got -1"),
+    ):
         with pytest.raises(InputError, match=says):
             ckpt.prune(run, *arguments)
     assert names(run) == before
@@ -100,7 +103,7 @@ def test_exported_weights_are_those_the_run_wrote(run: Path, tmp_path: Path) -> 
     os.remove(run / WEIGHTS)
     assert ckpt.export_weights(run, None) == 0 and (run / WEIGHTS).read_bytes() == written
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="weights can be written, got "):
+    with pytest.raises(InputError, match="expected to write weights, got "):
         ckpt.export_weights(run, tmp_path / "file" / "x")
 
 

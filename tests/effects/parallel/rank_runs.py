@@ -20,7 +20,7 @@ from nmoe.effects.train import build, run
 from nmoe.effects.train.world import World
 from nmoe.pure.core.layout import layout
 from nmoe.pure.model.blueprint import make_blueprint
-from nmoe.soak.forked import _alone
+from nmoe.soak.forked import call_and_exit
 
 PATIENCE_S = 90.0
 
@@ -56,7 +56,7 @@ def on_ranks(
 
         pid = os.fork()
         if pid == 0:
-            _alone(rank_call, work / f"rank{rank}.txt")
+            call_and_exit(rank_call, work / f"rank{rank}.txt")
         pids[rank] = pid
     codes: dict[int, int] = {}
     end = time.monotonic() + PATIENCE_S

@@ -46,7 +46,7 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=100))
     group = dist.new_group(backend="gloo")
 
-    def exchange(said: str) -> Sequence[str]:
+    def all_gather_text(said: str) -> Sequence[str]:
         texts: list[Any] = [None] * WORLD
         dist.all_gather_object(texts, said, group=group)
         return texts
@@ -71,7 +71,9 @@ def main(rank: int, folder: Path) -> None:
     step = make_step(config, blueprint, env, rt, mark=lambda name: None)
     root = folder / "checkpoints"
     losses: list[str] = []
-    with open_writer(Disk(), root, keep=Keep(last=STEPS), rank=rank, world=WORLD, exchange=exchange) as writer:
+    with open_writer(
+        Disk(), root, keep=Keep(last=STEPS), rank=rank, world=WORLD, all_gather_text=all_gather_text
+    ) as writer:
         for _ in range(STEPS):
             state, metrics = step(state, read(state.cursor))
             losses.append(float(metrics.loss).hex())
@@ -84,7 +86,7 @@ def main(rank: int, folder: Path) -> None:
         assert entry.manifest is not None and len(entry.manifest.files) == WORLD
         again, _ = build.blank(config, blueprint, rt)
         targets = resume.pieces(again, blueprint)
-        reader.load_(Disk(), root / entry.name, entry.manifest, targets, rank=rank, exchange=exchange)
+        reader.load_(Disk(), root / entry.name, entry.manifest, targets, rank=rank, all_gather_text=all_gather_text)
         meta = entry.manifest.meta
         (tokens,) = meta[resume.TOKENS]
         again = attrs.evolve(again, step=entry.manifest.step, cursor=meta["cursor"], tokens=tokens)

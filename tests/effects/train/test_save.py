@@ -24,7 +24,7 @@ from nmoe.pure.watch.validations import Validation, Validations, dumped, parse, 
 class Told:
     """A writer whose saves end as the test says, in order; those it does not speak of succeed."""
 
-    def __init__(self, *ends: str | SaveError) -> None:
+    def __init__(self, *ends: str | Saved) -> None:
         self.saves: list[tuple[int, float | None]] = []
         self.ends = [SaveError(end) if isinstance(end, str) else end for end in ends]
         self.flight: Saved | SaveError | None = None
@@ -122,13 +122,15 @@ def test_without_the_background_a_save_point_raises_its_own_failure(opened: log.
     assert events(opened) == [("checkpoint_failed", 4), ("checkpoint", 8)]
 
 
-def test_a_save_that_was_committed_is_no_failure_at_the_end(opened: log.Log) -> None:
-    writer = Told(SaveError("an old one stays", saved=saved(4)))
+def test_an_older_one_that_stays_is_no_failed_save(opened: log.Log) -> None:
+    """With `on_error = "stop"`: neither the next save point nor the end stops for it, and nothing is saved twice."""
+    writer = Told(*(attrs.evolve(saved(step), undeleted=("an old one stays",)) for step in (4, 8)))
     each = saver(opened, writer, every=4)
     each.save(at(4), Validations())
-    each.finish(at(4), Validations(), 10.0)
-    assert [step for step, _ in writer.saves] == [4]
-    assert events(opened) == [("checkpoint_failed", 4), ("checkpoint", 4)]
+    each.save(at(8), Validations())
+    each.finish(at(8), Validations(), 10.0)
+    assert [step for step, _ in writer.saves] == [4, 8]
+    assert events(opened) == [(name, step) for step in (4, 8) for name in ("checkpoint_undeleted", "checkpoint")]
 
 
 @pytest.mark.parametrize("on_error", ["stop", "continue"])

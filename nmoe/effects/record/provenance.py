@@ -95,7 +95,7 @@ def describe(device: torch.device, command: Sequence[str], **facts: Any) -> str:
 
 
 def _packages() -> dict[str, str]:
-    """Version of every installed package, by its name as PyPI writes it; of several on the path the first, which is the one imported."""
+    """Version of every installed package, by its name as PyPI has it; of several on the path the one imported."""
     found: dict[str, str] = {}
     for package in distributions():
         found.setdefault(re.sub(r"[-_.]+", "-", package.name).lower(), package.version)

@@ -5,6 +5,8 @@ from __future__ import annotations
 CONFIG = "config.toml"
 SOURCES = "sources.toml"
 PROVENANCE = "provenance.toml"
+DIFF = "code.diff"
+"""What the checkout differed in from the commit in PROVENANCE; empty where it did not."""
 RUN = "run.json"
 EVENTS = "events.jsonl"
 ARRAYS = "arrays.rank0.jsonl"

@@ -4,52 +4,65 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
+import attrs
 import tomli_w
 import torch
 
-PACKAGES = ("nmoe", "torch", "triton", "numpy", "attrs", "cattrs", "safetensors", "tiktoken", "tokenizers")
+CHECKOUT = Path(__file__).parents[3]
+"""The folder this package lies in; a git checkout unless it was installed."""
+
+DIFF_BYTES = 1_000_000
+"""Most that is kept of what a checkout differs in from its commit."""
 
 
-def installed(package: str) -> str:
-    """Version of an installed package, or "absent"."""
+@attrs.frozen(kw_only=True)
+class Code:
+    """What is computed with.
+
+    commit   or why it is not known
+    changed  files that differ from it, new ones too
+    diff     of the files that git knows, its first `DIFF_BYTES`
+    """
+
+    commit: str
+    changed: tuple[str, ...] = ()
+    diff: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """The same as a table, without the diff."""
+        return {"commit": self.commit, "dirty": bool(self.changed), "changed_files": list(self.changed)}
+
+
+def code(checkout: Path = CHECKOUT) -> Code:
+    """The commit of a checkout, and what differs from it."""
+    if not (checkout / ".git").exists():
+        return Code(commit="unknown: not a git checkout")
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
-
-
-def git(*arguments: str) -> str | None:
-    """Output of git in the checkout this package lies in; None where it is no checkout or git is not there."""
-    folder = Path(__file__).parents[3]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+        commit = _git(checkout, "rev-parse", "HEAD").decode().strip()
+        status = _git(checkout, "status", "--porcelain", "-z")
+        return Code(commit=commit, changed=_changed(status), diff=_cut(_git(checkout, "diff", "HEAD")))
     except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def code() -> dict[str, Any]:
-    """Commit and dirtiness of the checkout."""
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    if commit is None or status is None:
-        return {"commit": "not a git checkout"}
-    return {"commit": commit, "dirty": bool(status), "changed_files": sorted(line[3:] for line in status.splitlines())}
+        return Code(commit="unknown: git is not installed")
+    except subprocess.CalledProcessError as error:
+        return Code(commit=f"unknown: {error.stderr.decode(errors='replace').strip().partition(chr(10))[0]}")
 
 
 def versions() -> dict[str, str]:
     """What computes: the code of nmoe, and torch."""
-    commit = git("rev-parse", "HEAD") or "not a git checkout"
-    return {"nmoe's version": f"{installed('nmoe')} {commit}", "torch's version": installed("torch")}
+    try:
+        installed = version("nmoe")
+    except PackageNotFoundError:
+        installed = "not installed"
+    return {"nmoe's version": f"{installed} {code().commit}", "torch's version": version("torch")}
 
 
 def describe(device: torch.device, command: Sequence[str], **facts: Any) -> str:
@@ -74,8 +87,44 @@ def describe(device: torch.device, command: Sequence[str], **facts: Any) -> str:
             "command": shlex.join(command),
             "python": sys.version.split()[0],
             **facts,
-            "code": code(),
-            "versions": {package: installed(package) for package in PACKAGES},
+            "code": code().facts(),
+            "versions": _packages(),
             "hardware": hardware,
         }
     )
+
+
+def _packages() -> dict[str, str]:
+    """Version of every installed package, by its name as PyPI has it; of several on the path the one imported."""
+    found: dict[str, str] = {}
+    for package in distributions():
+        found.setdefault(re.sub(r"[-_.]+", "-", package.name).lower(), package.version)
+    return dict(sorted(found.items()))
+
+
+def _changed(status: bytes) -> tuple[str, ...]:
+    """The files in `git status --porcelain -z`: `XY path`, where X or Y is R or C followed by the path it had."""
+    entries = iter(status.decode(errors="replace").split("\0")[:-1])
+    changed: list[str] = []
+    for entry in entries:
+        changed.append(entry[3:])
+        if "R" in entry[:2] or "C" in entry[:2]:
+            next(entries)
+    return tuple(sorted(changed))
+
+
+def _cut(diff: bytes) -> str:
+    """A diff as text, of one that is too long the first part and a line that says so."""
+    text = diff[:DIFF_BYTES].decode(errors="replace")
+    return text if len(diff) <= DIFF_BYTES else f"{text}\n[the first {DIFF_BYTES} bytes of {len(diff)}]\n"
+
+
+def _git(checkout: Path, *arguments: str) -> bytes:
+    """What git says of a checkout.
+
+    Raises:  FileNotFoundError without git, CalledProcessError when it refuses.
+    """
+    # Named in full, because GIT_DIR in the environment, as in a hook, would mean another repository.
+    where = (f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}")
+    command = ["git", "--no-optional-locks", *where, *arguments]
+    return subprocess.run(command, cwd=checkout, capture_output=True, check=True).stdout

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nmoe.effects import files
 from nmoe.effects.record.lines import read
-from nmoe.effects.record.names import ATTEMPTS, OF_STEPS
+from nmoe.effects.record.names import ATTEMPTS, OF_STEPS, WEIGHTS
 from nmoe.errors import InputError
 
 VALIDATION = "validation/loss"
@@ -43,7 +43,8 @@ def record(folder: Path, attempt: int, contents: Mapping[str, str]) -> None:
 
     contents  text of each file by name
 
-    Writes:   files of `folder` and `folder/attempts`, each whole or not at all.
+    Writes:   files of `folder` and `folder/attempts`, each whole or not at all. Weights move as well: they are those
+              of an earlier step, and nobody is to take them for this attempt's.
     """
     archive = folder / ATTEMPTS / str(attempt - 1)
     archive.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,8 @@ def record(folder: Path, attempt: int, contents: Mapping[str, str]) -> None:
             with files.replacing(archive / name) as temporary:
                 shutil.copyfile(folder / name, temporary)
         files.write_text(folder / name, text)
+    if (folder / WEIGHTS).exists():
+        os.replace(folder / WEIGHTS, archive / WEIGHTS)
 
 
 def _good_length(path: Path, step: int, validated: bool) -> int:

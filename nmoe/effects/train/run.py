@@ -28,7 +28,7 @@ from nmoe.effects.parallel.ranks import check_machine, on_all_ranks, open_ranks,
 from nmoe.effects.record import provenance
 from nmoe.effects.record.log import create_folder, open_log
 from nmoe.effects.record.monitor import watching
-from nmoe.effects.record.names import CHECKPOINTS, CONFIG, PROVENANCE, SOURCES
+from nmoe.effects.record.names import CHECKPOINTS, CONFIG, DIFF, PROVENANCE, SOURCES
 from nmoe.effects.terminal import say, until_closed
 from nmoe.effects.train import attempt, resume
 from nmoe.effects.train.build import blank, check_memory, exchanging, initialise_, keep
@@ -191,6 +191,7 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
     contents = {
         CONFIG: dump(config),
         SOURCES: "".join(f'"{path}" = {_quoted(source)}\n' for path, source in request.sources.items()),
+        DIFF: provenance.code().diff,
         PROVENANCE: provenance.describe(
             rt.device,
             request.command,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -144,6 +146,26 @@ def test_a_full_disk_is_an_alert_once_telemetry_tells(tmp_path: Path) -> None:
     alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
     assert ("disk", 2) in [(line["rule"], line["step"]) for line in alerts]
     assert ("disk", 1) not in [(line["rule"], line["step"]) for line in alerts]
+
+
+def test_a_reading_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readings are taken all along, beside a trainer whose memory a fork would share."""
+
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError(f"a process was started: {arguments}")
+
+    for place, name in ((subprocess, "Popen"), (os, "system"), (os, "fork"), (os, "posix_spawn")):
+        monkeypatch.setattr(place, name, refuse)
+    taken = threading.Event()
+    readings: list[Any] = []
+
+    def append(fields: Any) -> None:
+        readings.append(fields)
+        taken.set()
+
+    with telemetry.sampling(tmp_path, 1000.0, cuda=False, append=append, event=refuse):
+        assert taken.wait(10)
+    assert readings[0]["host"]["memory_total_bytes"] > 0
 
 
 def test_what_a_gpu_does_not_have_is_null_and_the_rest_is_told() -> None:

@@ -79,6 +79,13 @@ def test_what_an_earlier_attempt_was_started_with_is_kept(tmp_path: Path) -> Non
     assert (tmp_path / "attempts" / "2" / "config.toml").read_text() == "again"
 
 
+def test_weights_of_an_earlier_step_are_moved_out_of_the_way(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"of step 8")
+    attempt.record(tmp_path, 2, {"config.toml": "second"})
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert (tmp_path / "attempts" / "1" / "weights.safetensors").read_bytes() == b"of step 8"
+
+
 def test_a_validation_the_checkpoint_does_not_know_is_told_again_and_once(tmp_path: Path) -> None:
     """Killed after the line and before the next save: the run goes on from before its validation."""
     told = [{"step": 4, "loss": 2.0}, {"step": 4, "validation/loss": 1.9}]

@@ -22,7 +22,7 @@ from nmoe.config import dump
 from nmoe.config.sections import Config
 from nmoe.effects.record import log
 from nmoe.effects.record.names import WEIGHTS
-from nmoe.effects.train import outcome, run
+from nmoe.effects.train import generate, outcome, run
 from nmoe.errors import InputError
 from nmoe.soak import soak
 from tests.effects.train import trainings
@@ -257,6 +257,28 @@ def test_an_encoding_that_cannot_print_the_sample(
     assert done.returncode == 0, done.stderr
     assert b"\\u03bb x" in done.stdout and events(config, "sample")[-1]["text"] == "\u03bb x"
     assert events(config, "end")[-1]["status"] == "finished"
+
+
+def test_no_text_is_generated_with_the_weights_of_an_earlier_step(sources: Path, tmp_path: Path) -> None:
+    """Trained to step 3, resumed, killed after step 5: `generate` refuses, and the weights of step 3 are kept."""
+    config = config_of(sources, tmp_path)
+    assert train(config)[0] == 0
+    before = (folder(config) / WEIGHTS).read_bytes()
+
+    def killed(inner: Any) -> Any:
+        def read(cursor: int) -> Any:
+            if cursor == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(cursor)
+
+        return read
+
+    assert train(changed(config, steps=8), world=run.World(read=killed))[0] == -signal.SIGKILL
+    with pytest.raises(InputError, match=r"weights.safetensors: .*got no such file"):
+        generate.main(folder(config), "def ", 1, 0.0, 0)
+    assert (folder(config) / "attempts" / "1" / WEIGHTS).read_bytes() == before
+    assert train(changed(config, steps=8))[0] == 0
+    assert generate.main(folder(config), "def ", 1, 0.0, 0) == 0
 
 
 def test_a_second_interrupt_is_recorded_as_the_process_ends(sources: Path, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
         "config.toml",
         "sources.toml",
         "provenance.toml",
+        "code.diff",
         "tokenizer.json",
         "metrics.rank0.jsonl",
         "arrays.rank0.jsonl",

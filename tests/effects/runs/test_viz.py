@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import http.client
@@ -12,6 +13,8 @@ import platform
 import random
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +22,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -701,3 +704,65 @@ def test_a_hundred_thousand_hostile_requests(server: Server) -> None:
     codes = bombard(server, 100_000, 2)
     assert codes[200] > 5000 and codes[400] > 5000, codes
     assert len(server.json("/api/runs")["runs"]) == 6
+
+
+def _requested(server: Server, text: bytes) -> socket.socket:
+    opened = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    opened.sendall(text)
+    return opened
+
+
+def test_half_a_request_is_not_waited_for_and_connections_are_bounded(tmp_path: Path) -> None:
+    runs.folder(tmp_path, "a")
+    whole = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with serving(tmp_path) as server, ExitStack() as scope:
+        halves = [scope.enter_context(_requested(server, text)) for text in (b"", b"GET / HT", whole + b"GET / HT")]
+        stream = _requested(server, whole.replace(b"/ ", b"/api/stream "))
+        scope.enter_context(stream)
+        began = time.monotonic()
+        for half in halves:
+            while half.recv(1 << 16):
+                continue
+        assert time.monotonic() - began < 10
+        assert b"200 OK" in stream.recv(1 << 16), "a stream is an answer"
+        stream.setblocking(False)
+        time.sleep(2)
+        with contextlib.suppress(BlockingIOError):
+            assert stream.recv(1 << 16), "a stream goes on when the time for a request is over"
+        many = [scope.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(300)]
+        many[-1].settimeout(2)
+        with contextlib.suppress(ConnectionResetError):
+            assert many[-1].recv(1) == b"", "more than the bound are closed at once"
+
+
+@pytest.mark.parametrize(("first", "pause_s"), [(signal.SIGINT, 0.0), (signal.SIGINT, 0.15), (signal.SIGTERM, 0.0)])
+def test_two_quick_signals_end_it_in_order_while_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: signal.Signals, pause_s: float
+) -> None:
+    """Also with a page that listens and a thread that reads: no abort, no traceback, nothing left behind."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    folder = runs.folder(tmp_path / "runs", "a")
+    (folder / "metrics.rank0.jsonl").write_text((json.dumps(runs.metrics(1)) + "\n") * 4000)
+    with serving(tmp_path / "runs") as server:
+        with _requested(server, b"GET /api/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n") as stream:
+            assert stream.recv(1 << 16)
+            with _requested(server, b"GET /api/runs HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"):
+                time.sleep(0.1)
+                server.process.send_signal(first)
+                time.sleep(pause_s)
+                server.process.send_signal(signal.SIGINT)
+                assert server.process.wait(20) == 128 + first
+        assert list((tmp_path / "tmp").glob("nmoe-*")) == []
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    runs.folder(tmp_path / "runs", "a")
+    file = tmp_path / "home" / "index"
+    for _ in range(2):
+        with open_index(tmp_path / "runs", file) as index:
+            assert list(index.work.iterdir()) == []
+            (index.work / "left").write_text("x")
+            shutil.copytree(index.work, tmp_path / "kept", dirs_exist_ok=True)
+        assert not index.work.exists()
+        shutil.copytree(tmp_path / "kept", index.work)

@@ -17,7 +17,7 @@ def serve(root: Path, data: Sequence[Path], home: Path, *, host: str, port: int,
 
     home     folder of caches, where the index is kept
     token    what a browser must show; None: none on loopback, a fresh one elsewhere
-    returns  exit code 0
+    returns  128 + the signal that ended it
     Raises:  InputError when the extra is not installed, `root` is no folder, or the port is taken.
     """
     try:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import math
-import sys
+import signal
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from urllib.parse import parse_qs
 
-import anyio.to_thread
 import attrs
 import duckdb
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -28,7 +31,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from nmoe.effects.parallel.launch import handling
 from nmoe.effects.runs.viz import api, curves, data, experts, export, machine, mixture, views
 from nmoe.effects.runs.viz.index import Index, Poll, poll
 from nmoe.errors import InputError
@@ -36,6 +41,12 @@ from nmoe.errors import InputError
 COOKIE = "nmoe_viz"
 POLL_S = 1.0
 KEEP_ALIVE_S = 15.0
+REQUEST_S = 5.0
+"""Seconds a client has for the head of a request, from the start of the connection or the answer before."""
+
+MAX_CONNECTIONS = 256
+"""A browser opens six to a host."""
+
 MAX_RUNS = 500
 MAX_TEXT = 4000
 STATIC = Path(__file__).parent / "static"
@@ -78,6 +89,7 @@ class Watch:
     rate: float = 0.0  # bytes a second
     number: int = 0
     last: dict[str, Any] = attrs.field(factory=dict)
+    ended: bool = False  # the server ends, and its streams with it
     changed: asyncio.Condition = attrs.field(factory=asyncio.Condition)
     polling: asyncio.Lock = attrs.field(factory=asyncio.Lock)
 
@@ -278,7 +290,7 @@ def _answer(answer: Callable[[Ask], Any], settings: Settings) -> Callable[[Reque
         await _freshen(settings, request.app.state.watch)
         try:
             ask = _ask(request)
-            content = await anyio.to_thread.run_sync(lambda: api.to_json(answer(ask)))
+            content = await asyncio.to_thread(lambda: api.to_json(answer(ask)))
         except InputError as error:
             return _problem(400, *error.problems)
         return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
@@ -295,7 +307,7 @@ def _export(settings: Settings) -> Callable[[Request], Awaitable[Response]]:
         try:
             ask = _ask(request)
             runs, kind = ask.runs(), ask.text("format")
-            content = await anyio.to_thread.run_sync(lambda: export.export(settings.index, runs, kind))
+            content = await asyncio.to_thread(export.export, settings.index, runs, kind)
         except InputError as error:
             return _problem(400, *error.problems)
         headers = {"content-disposition": f'attachment; filename="metrics.{kind}"', "cache-control": "no-store"}
@@ -317,7 +329,7 @@ async def _poll_once(settings: Settings, watch: Watch) -> None:
             return
         began = time.monotonic()
         try:
-            found = await anyio.to_thread.run_sync(poll, settings.index)
+            found = await asyncio.to_thread(poll, settings.index)
         except (OSError, duckdb.Error) as error:
             found = Poll(grown=(), gone=(), problems=(f"reading the runs failed: {error}",), read_bytes=0, left_bytes=0)
         watch.polled, watch.left_bytes = time.monotonic(), found.left_bytes
@@ -354,7 +366,7 @@ async def _stream(request: Request) -> Response:
         try:
             told = watch.number
             yield b"retry: 2000\n\n" + _sse(watch.last)
-            while True:
+            while not watch.ended:
                 async with watch.changed:
                     try:
                         await asyncio.wait_for(watch.changed.wait_for(_is_news(watch, told)), KEEP_ALIVE_S)
@@ -370,7 +382,7 @@ async def _stream(request: Request) -> Response:
 
 
 def _is_news(watch: Watch, told: int) -> Callable[[], bool]:
-    return lambda: watch.number != told
+    return lambda: watch.ended or watch.number != told
 
 
 def _sse(message: Mapping[str, Any]) -> bytes:
@@ -394,15 +406,73 @@ async def _http_problem(request: Request, error: Exception) -> Response:
     return _problem(code, f"address: one of this server's, got another ({code}); open /")
 
 
-def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) -> int:
-    """Serve until interrupted.
+class Connection(H11Protocol):
+    """One connection of a client: closed when there are too many, or when no whole request comes in time.
 
+    uvicorn itself waits for ever for the end of a request's head.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection. Writes: the connections of the server."""
+        super().connection_made(transport)
+        self._late: asyncio.TimerHandle | None = None
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+        self._expect_request()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of a request."""
+        super().data_received(data)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request."""
+        super().on_response_complete()
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    def _expect_request(self) -> None:
+        """Close the connection in `REQUEST_S` seconds unless a request is whole by then."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif not answering and self._late is None:
+            self._late = self.loop.call_later(REQUEST_S, self.transport.abort)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, whose signals are those of `serve`, and whose streams end with it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to `serve`, which holds them until no thread reads the index any more."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the streams, then the connections."""
+        application: Any = self.config.app
+        watch: Watch = application.state.watch
+        async with watch.changed:
+            watch.ended = True
+            watch.changed.notify_all()
+        # What is still asked for is cancelled after a second, which is no error.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) -> int:
+    """Serve until SIGINT, SIGTERM or SIGHUP; another one meanwhile changes nothing.
+
+    returns  128 + the signal
     Raises:  InputError when the port cannot be listened to.
     """
-    import socket
-
-    import uvicorn
-
+    signals: list[int] = []
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named, else asyncio leaves Nagle's algorithm on and each answer waits 40 ms.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
@@ -412,13 +482,12 @@ def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) 
             listening.listen()
         except OSError as error:
             raise InputError(
-                f"--port: a free port of {host}, got {port} ({error.strerror}); choose another, or 0 for any"
+                f"--port: expected a free port of {host}, got {port} ({error.strerror}); choose another, or 0 for any"
             ) from error
-        bound = listening.getsockname()[1]
-        name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        say(f"http://{name}:{bound}/" + (f"?token={settings.token}" if settings.token else ""))
         config = uvicorn.Config(
             application(settings),
+            http=Connection,
+            ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -426,6 +495,16 @@ def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) 
             timeout_graceful_shutdown=1,
             lifespan="on",
         )
-        uvicorn.Server(config).run(sockets=[listening])
-    sys.stdout.flush()
-    return 0
+        server = Server(config)
+
+        def end(number: int, frame: FrameType | None) -> None:
+            signals.append(number)
+            server.should_exit = True
+
+        # Until the event loop is closed, which waits for the threads that read the index.
+        with handling(end, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            bound = listening.getsockname()[1]
+            name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+            say(f"http://{name}:{bound}/" + (f"?token={settings.token}" if settings.token else ""))
+            server.run(sockets=[listening])
+    return 128 + signals[0] if signals else 0

@@ -37,6 +37,7 @@ from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, t
 from nmoe.errors import InputError
 from nmoe.pure.data.order import turn, turns
 from nmoe.pure.watch import curve as thinning
+from nmoe.pure.watch import metrics as schema
 from tests.effects.runs import viz_runs as runs
 from tests.effects.runs.viz_server import Server, serving
 
@@ -105,6 +106,20 @@ def test_columns_of_the_table_are_config_keys_and_tags(index: Index) -> None:
     rows = {run.name: run.columns for run in answer.runs}
     assert rows["resumed"] == {"optim.peak_lr": 0.002, "grad_norm": runs.metrics(150)["grad_norm"], "no such": None}
     assert "optim.peak_lr" in answer.keys and "loss" in answer.tags
+
+
+def test_the_page_knows_metrics_from_the_schema_that_the_server_sends(index: Index) -> None:
+    answer = views.runs(index, [])
+    metrics = {metric.name: metric for metric in answer.metrics}
+    assert [metrics[tag].name for tag in answer.tags] == answer.tags and set(answer.tags) == set(tags(index))
+    assert answer.tags[:4] == ["loss", "lr/dense", "grad_norm", "tokens_per_s"], "in the order of the schema"
+    assert answer.tags[-1] == "exchange/bytes_per_s", "what the schema does not know is last"
+    assert (metrics["loss"].unit, metrics["mfu"].format, metrics["lr/dense"].kind) == ("nats/token", "percent", "value")
+    assert (metrics["tokens_per_s"].format, metrics["exchange/bytes_per_s"].format) == ("count", "number")
+    assert metrics["experts/cv"].doc == schema.metric("experts/cv").doc  # type: ignore[union-attr]
+    assert all(hasattr(answer.runs[0], column.name) for column in answer.shown)
+    page = "".join(path.read_text() for path in STATIC.glob("*.js"))
+    assert [entry.name for entry in schema.METRICS if f'"{entry.name}"' in page and entry.kind != "place"] == []
 
 
 def test_a_resumed_run_is_one_curve_of_the_newest_attempt(index: Index) -> None:

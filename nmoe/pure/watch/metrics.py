@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Literal
 
 import attrs
@@ -10,6 +12,13 @@ import attrs
 Kind = Literal["place", "count", "value", "time", "layers"]
 """place: which line this is; count: a running total; value: what the training computed; time: what depends on the
 machine and differs from run to run; layers: a table with one entry a mixture layer."""
+
+
+Format = Literal["number", "count", "bytes", "percent"]
+FORMATS = MappingProxyType[str, Format](
+    {"B": "bytes", "B/s": "bytes", "B/step": "bytes", "tokens": "count", "tokens/s": "count", "steps": "count"}
+)
+"""Of the units whose numbers are shown with a prefix, as kilo or kibi."""
 
 
 @attrs.frozen
@@ -20,6 +29,10 @@ class Metric:
     unit: str
     kind: Kind
     doc: str
+
+    def format(self) -> Format:
+        """How a person reads it."""
+        return "percent" if self.name == "mfu" else FORMATS.get(self.unit, "number")
 
 
 METRICS = (
@@ -57,6 +70,15 @@ METRICS = (
 def metric(name: str) -> Metric | None:
     """The entry of a name; None for a name outside the schema."""
     return next((entry for entry in METRICS if fnmatchcase(name, entry.name)), None)
+
+
+def described(names: Iterable[str]) -> tuple[Metric, ...]:
+    """Names with what the schema says of each, in its order; names outside the schema, as of an evaluation, last."""
+    place = {entry: number for number, entry in enumerate(METRICS)}
+    entries = [(metric(name), name) for name in names]
+    entries.sort(key=lambda pair: len(place) if pair[0] is None else place[pair[0]])
+    unknown = Metric("", "", "value", "")
+    return tuple(attrs.evolve(entry or unknown, name=name) for entry, name in entries)
 
 
 def names(fields: dict[str, Any]) -> tuple[str, ...]:

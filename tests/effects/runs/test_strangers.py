@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -12,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from nmoe.effects.record import lines as lines_of
 from nmoe.effects.runs import show
+from nmoe.effects.runs.track import follow
 from nmoe.effects.runs.viz import api, curves, experts, export, machine, mixture, tables, views
 from nmoe.effects.runs.viz.index import Index, open_index, poll
 from nmoe.errors import InputError
@@ -24,13 +29,13 @@ DEEP = '{"a": ' * 100_000 + "1" + "}" * 100_000
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    """Whatever a test opens answers within ten seconds."""
+    """Whatever a test opens answers within 30 seconds."""
 
     def late(*_: object) -> None:
-        raise TimeoutError("ten seconds without an answer")
+        raise TimeoutError("30 seconds without an answer")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(10)
+    signal.alarm(30)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -279,3 +284,78 @@ def test_a_name_that_is_no_text_is_left_out_by_the_dashboard_and_shown_by_the_li
         (problem,) = poll(index).problems
         assert problem.startswith("'bad\\udcff': expected a name in UTF-8")
         assert [run.name for run in views.runs(index, []).runs] == ["good"]
+
+
+VALUES = (
+    *("null", "true", "[]", "{}", '""', "-1", "0", "1e308", "-1e308", "1e-320", "1e999", "NaN", '"nan"', '"-inf"'),
+    *(str(1 << 31), str(1 << 40), str(1 << 63), str((1 << 63) - 1), "9" * 400, DIGITS, "[" * 200 + "]" * 200),
+    *('"\\ud800"', '"\\u0000"', '"\\u001b[2J"', '"9999-12-31T23:59:59-14:00"', '"infinity"', '[["a"], 1e300, {}]'),
+)
+"""What takes the place of a value."""
+
+
+def mutated(line: str, source: random.Random) -> bytes:
+    """A line with some values or keys replaced, or some bytes flipped, taken out or doubled."""
+    if source.random() < 0.6:
+        parts = re.split(r'("[^"]*"|-?\d[\d.e+-]*|true|null)', line)
+        for place in source.sample(range(1, len(parts), 2), k=min(len(parts) // 2, source.randint(1, 3))):
+            is_key = place + 1 < len(parts) and parts[place + 1].startswith(":")
+            parts[place] = (
+                source.choice([part for part in parts[1::2] if part[0] == '"'])
+                if is_key
+                else (source.choice([*VALUES, *parts[1::2]]))
+            )
+        return "".join(parts).encode()
+    content = bytearray(line.encode())
+    for _ in range(source.randint(1, 4)):
+        place = source.randrange(len(content))
+        action = source.randrange(3)
+        if action == 0:
+            content[place] ^= 1 << source.randrange(8)
+        elif action == 1:
+            del content[place : place + source.randint(1, 40)]
+        else:
+            content[place:place] = content[place : place + source.randint(1, 40)]
+        content = content or bytearray(b"{")
+    return bytes(content).replace(b"\n", b" ")
+
+
+def check_mutants(root: Path, seed: int, count: int) -> None:
+    """Mutate `count` lines of a run's files, two thirds of them its lines of JSON; read all in every way there is."""
+    source = random.Random(seed)
+    runs.finished(root, "good", steps=50)
+    folder = runs.finished(root, "bad", steps=50)
+    names = [file for file in sorted(os.listdir(folder)) if file.endswith(".jsonl")]
+    whole = {name: (folder / name).read_text().splitlines() for name in names}
+    for name in names:
+        lines = [mutated(source.choice(whole[name]), source) for _ in range(count // (len(names) + 3))]
+        (folder / name).write_bytes(b"\n".join([whole[name][0].encode(), *lines, whole[name][-1].encode(), b""]))
+    with open_index(root, None, threads=1) as index:
+        assert not [problem for problem in poll(index).problems if "tags" not in problem]
+        ask_everything(index, "good")
+        ask_everything(index, "bad")
+        assert {run.name: run.step for run in views.runs(index, []).runs}["good"] == 50
+        files = {name: (folder / name).read_text() for name in ("run.json", "provenance.toml", "config.toml")}
+        for name, text in files.items():
+            for _ in range(count // (len(names) + 3)):
+                (folder / name).write_bytes(mutated(text, source))
+                views.runs(index, ["optim.peak_lr"])
+                views.configs(index, ["bad", "good"])
+                experts.experts(index, "bad")
+            (folder / name).write_text(text)
+    problems: list[str] = []
+    show.list_runs(root)
+    for name in names:
+        list(lines_of.read(folder / name, problems.append))
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: show.show(root, "bad"),
+        lambda: show.tail(root, "bad", 100, False),
+        lambda: follow.new_lines(folder / "metrics.rank0.jsonl", follow.Position()),
+    )
+    for call in calls:
+        with contextlib.suppress(InputError):
+            call()
+
+
+def test_mutated_run_folders_answer_or_say_what_is_wrong(tmp_path: Path) -> None:
+    check_mutants(tmp_path, seed=20261128, count=110)

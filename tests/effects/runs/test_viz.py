@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import http.client
@@ -12,6 +13,8 @@ import platform
 import random
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +22,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, t
 from nmoe.errors import InputError
 from nmoe.pure.data.order import turn, turns
 from nmoe.pure.watch import curve as thinning
+from nmoe.pure.watch import metrics as schema
 from tests.effects.runs import viz_runs as runs
 from tests.effects.runs.viz_server import Server, serving
 
@@ -102,6 +106,20 @@ def test_columns_of_the_table_are_config_keys_and_tags(index: Index) -> None:
     rows = {run.name: run.columns for run in answer.runs}
     assert rows["resumed"] == {"optim.peak_lr": 0.002, "grad_norm": runs.metrics(150)["grad_norm"], "no such": None}
     assert "optim.peak_lr" in answer.keys and "loss" in answer.tags
+
+
+def test_the_page_knows_metrics_from_the_schema_that_the_server_sends(index: Index) -> None:
+    answer = views.runs(index, [])
+    metrics = {metric.name: metric for metric in answer.metrics}
+    assert [metrics[tag].name for tag in answer.tags] == answer.tags and set(answer.tags) == set(tags(index))
+    assert answer.tags[:4] == ["loss", "lr/dense", "grad_norm", "tokens_per_s"], "in the order of the schema"
+    assert answer.tags[-1] == "exchange/bytes_per_s", "what the schema does not know is last"
+    assert (metrics["loss"].unit, metrics["mfu"].format, metrics["lr/dense"].kind) == ("nats/token", "percent", "value")
+    assert (metrics["tokens_per_s"].format, metrics["exchange/bytes_per_s"].format) == ("count", "number")
+    assert metrics["experts/cv"].doc == schema.metric("experts/cv").doc  # type: ignore[union-attr]
+    assert all(hasattr(answer.runs[0], column.name) for column in answer.shown)
+    page = "".join(path.read_text() for path in STATIC.glob("*.js"))
+    assert [entry.name for entry in schema.METRICS if f'"{entry.name}"' in page and entry.kind != "place"] == []
 
 
 def test_a_resumed_run_is_one_curve_of_the_newest_attempt(index: Index) -> None:
@@ -701,3 +719,65 @@ def test_a_hundred_thousand_hostile_requests(server: Server) -> None:
     codes = bombard(server, 100_000, 2)
     assert codes[200] > 5000 and codes[400] > 5000, codes
     assert len(server.json("/api/runs")["runs"]) == 6
+
+
+def _requested(server: Server, text: bytes) -> socket.socket:
+    opened = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    opened.sendall(text)
+    return opened
+
+
+def test_half_a_request_is_not_waited_for_and_connections_are_bounded(tmp_path: Path) -> None:
+    runs.folder(tmp_path, "a")
+    whole = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with serving(tmp_path) as server, ExitStack() as scope:
+        halves = [scope.enter_context(_requested(server, text)) for text in (b"", b"GET / HT", whole + b"GET / HT")]
+        stream = _requested(server, whole.replace(b"/ ", b"/api/stream "))
+        scope.enter_context(stream)
+        began = time.monotonic()
+        for half in halves:
+            while half.recv(1 << 16):
+                continue
+        assert time.monotonic() - began < 10
+        assert b"200 OK" in stream.recv(1 << 16), "a stream is an answer"
+        stream.setblocking(False)
+        time.sleep(2)
+        with contextlib.suppress(BlockingIOError):
+            assert stream.recv(1 << 16), "a stream goes on when the time for a request is over"
+        many = [scope.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(300)]
+        many[-1].settimeout(2)
+        with contextlib.suppress(ConnectionResetError):
+            assert many[-1].recv(1) == b"", "more than the bound are closed at once"
+
+
+@pytest.mark.parametrize(("first", "pause_s"), [(signal.SIGINT, 0.0), (signal.SIGINT, 0.15), (signal.SIGTERM, 0.0)])
+def test_two_quick_signals_end_it_in_order_while_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: signal.Signals, pause_s: float
+) -> None:
+    """Also with a page that listens and a thread that reads: no abort, no traceback, nothing left behind."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    folder = runs.folder(tmp_path / "runs", "a")
+    (folder / "metrics.rank0.jsonl").write_text((json.dumps(runs.metrics(1)) + "\n") * 4000)
+    with serving(tmp_path / "runs") as server:
+        with _requested(server, b"GET /api/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n") as stream:
+            assert stream.recv(1 << 16)
+            with _requested(server, b"GET /api/runs HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"):
+                time.sleep(0.1)
+                server.process.send_signal(first)
+                time.sleep(pause_s)
+                server.process.send_signal(signal.SIGINT)
+                assert server.process.wait(20) == 128 + first
+        assert list((tmp_path / "tmp").glob("nmoe-*")) == []
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    runs.folder(tmp_path / "runs", "a")
+    file = tmp_path / "home" / "index"
+    for _ in range(2):
+        with open_index(tmp_path / "runs", file) as index:
+            assert list(index.work.iterdir()) == []
+            (index.work / "left").write_text("x")
+            shutil.copytree(index.work, tmp_path / "kept", dirs_exist_ok=True)
+        assert not index.work.exists()
+        shutil.copytree(tmp_path / "kept", index.work)

@@ -17,7 +17,7 @@ def serve(root: Path, data: Sequence[Path], home: Path, *, host: str, port: int,
 
     home     folder of caches, where the index is kept
     token    what a browser must show; None: none on loopback, a fresh one elsewhere
-    returns  exit code 0
+    returns  128 + the signal that ended it
     Raises:  InputError when the extra is not installed, `root` is no folder, or the port is taken.
     """
     try:
@@ -25,16 +25,15 @@ def serve(root: Path, data: Sequence[Path], home: Path, *, host: str, port: int,
         import uvicorn  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise InputError(
-            f"viz: the packages of its extra are installed, got no {error.name}; "
-            "install them with: pip install 'nmoe[viz]'"
+            f"viz: expected the packages of its extra, got no {error.name}; install them with: pip install 'nmoe[viz]'"
         ) from error
     from nmoe.effects.runs.viz import data as inspector
-    from nmoe.effects.runs.viz import index, server
+    from nmoe.effects.runs.viz import index, listen, server
 
     if root.exists() and not root.is_dir():
-        raise InputError(f"--runs: a folder of run folders, got the file {root}; name another")
+        raise InputError(f"--runs: expected a folder of run folders, got the file {root}; name another")
     if token is not None and (len(token) < 16 or not token.isascii() or not token.isalnum()):
-        raise InputError("--token: at least 16 letters and digits, got another; leave it out and one is made")
+        raise InputError("--token: expected at least 16 letters and digits, got another; leave it out and one is made")
     roots = inspector.data_roots(data)
     if token is None and host not in LOOPBACK:
         token = secrets.token_urlsafe(24)
@@ -45,4 +44,4 @@ def serve(root: Path, data: Sequence[Path], home: Path, *, host: str, port: int,
             hosts=tuple(dict.fromkeys(each if ":" not in each else f"[{each}]" for each in (*LOOPBACK, host))),
             token=token,
         )
-        return server.serve(settings, host, port, lambda text: say(f"viz            {text}"))
+        return listen.serve(settings, host, port, lambda text: say(f"viz            {text}"))

@@ -43,12 +43,34 @@ class Run:
 
 
 @attrs.frozen(kw_only=True)
+class Column:
+    """A column of the run table: a field of `Run`."""
+
+    name: str
+    title: str
+    format: str  # number, count, bytes, percent, duration or ago
+
+
+@attrs.frozen(kw_only=True)
+class Metric:
+    """What the metrics schema says of a tag."""
+
+    name: str
+    unit: str
+    kind: str
+    doc: str
+    format: str  # number, count, bytes or percent
+
+
+@attrs.frozen(kw_only=True)
 class Runs:
     """Every run, and what may be asked about them."""
 
     root: str
     runs: list[Run]
-    tags: list[str]
+    shown: list[Column]
+    tags: list[str]  # in the order of the schema
+    metrics: list[Metric]  # of the tags, and of the experts
     keys: list[str]  # of configs
 
 

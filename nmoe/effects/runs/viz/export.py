@@ -28,7 +28,7 @@ def export(index: Index, names: Sequence[str], kind: str) -> bytes:
     (lines,) = query(index, "select count(*) from metrics where run in (select unnest(?::integer[]))", numbers)[0]
     if lines > MAX_LINES:
         raise InputError(f"export: at most {MAX_LINES:,} lines, got {lines:,}; choose fewer runs")
-    with tempfile.TemporaryDirectory(prefix="nmoe-viz-") as folder:
+    with tempfile.TemporaryDirectory(dir=index.work) as folder:
         file = Path(folder) / "metrics"
         write_(file, index, names, kind)
         return file.read_bytes()

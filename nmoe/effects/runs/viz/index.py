@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
+import signal
 import stat
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from nmoe.effects.parallel.launch import handling
 from nmoe.effects.record.lines import LINE_BYTES, MARK_BYTES, is_same, whole
 from nmoe.effects.record.names import CONFIG
 from nmoe.effects.record.reading import open_regular
@@ -66,6 +70,7 @@ class Index:
     """An open index of the runs under `root`."""
 
     root: Path
+    work: Path  # folder of what is read or made right now
     connection: DuckDBPyConnection
     writing: threading.Lock = attrs.field(factory=threading.Lock)
 
@@ -124,7 +129,8 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
             str(file or ":memory:"), config={"threads": threads, "memory_limit": "1GB", "checkpoint_threshold": "64MB"}
         )
         _prepare(connection)
-        yield Index(root=root, connection=connection)
+        with _work_folder(file) as work:
+            yield Index(root=root, work=work, connection=connection)
     except duckdb.IOException as error:
         if connection is not None:
             raise
@@ -140,6 +146,30 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
     finally:
         if connection is not None:
             connection.close()
+
+
+@contextmanager
+def _work_folder(file: Path | None) -> Iterator[Path]:
+    """An empty folder until the block ends, or a signal ends the process.
+
+    It lies beside the file of the index: what a process left there that was killed, the next one removes.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with handling(leave, signal.SIGTERM, signal.SIGHUP):
+        if file is None:
+            with tempfile.TemporaryDirectory(prefix="nmoe-viz-") as folder:
+                yield Path(folder)
+            return
+        work = file.with_name(f"{file.name}.work")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work)
 
 
 def index_file(home: Path, root: Path) -> Path:
@@ -359,7 +389,7 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
     problems: list[str] = []
     left = 0
     kinds: dict[str, list[tuple[Tail, ingest.Piece]]] = {}
-    with tempfile.TemporaryDirectory(prefix="nmoe-viz-") as folder:
+    with tempfile.TemporaryDirectory(dir=index.work) as folder:
         for tail in waiting:
             room = budget_bytes - sum(taken.values())
             if room <= 0 or len(taken) >= MAX_FILES:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from nmoe.effects.record.reading import MAX_SECONDS
 from nmoe.effects.runs.viz import api, curves
 from nmoe.effects.runs.viz.index import Index, known, query, tags
 
@@ -27,7 +28,8 @@ def timing(index: Index, name: str) -> api.Timing:
     parts = {tag: column for tag, column in tags(index).items() if tag.startswith("time/")}
     if not parts:
         return api.Timing(run=name, parts=[], ranks=[], slowest=None, steps=0)
-    wanted = "".join(f", avg({column})" for column in parts.values())
+    # Times that no step takes are left out, so that their mean is finite.
+    wanted = "".join(f", avg({column}) filter ({column} between 0 and {MAX_SECONDS})" for column in parts.values())
     told = " or ".join(f"{column} is not null" for column in parts.values())
     rows = query(
         index,

@@ -10,7 +10,6 @@ import asyncio
 import hmac
 import json
 import math
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import anyio.to_thread
 import attrs
 import duckdb
 from starlette.applications import Starlette
@@ -78,6 +76,7 @@ class Watch:
     rate: float = 0.0  # bytes a second
     number: int = 0
     last: dict[str, Any] = attrs.field(factory=dict)
+    ended: bool = False  # the server ends, and its streams with it
     changed: asyncio.Condition = attrs.field(factory=asyncio.Condition)
     polling: asyncio.Lock = attrs.field(factory=asyncio.Lock)
 
@@ -278,7 +277,7 @@ def _answer(answer: Callable[[Ask], Any], settings: Settings) -> Callable[[Reque
         await _freshen(settings, request.app.state.watch)
         try:
             ask = _ask(request)
-            content = await anyio.to_thread.run_sync(lambda: api.to_json(answer(ask)))
+            content = await asyncio.to_thread(lambda: api.to_json(answer(ask)))
         except InputError as error:
             return _problem(400, *error.problems)
         return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
@@ -295,7 +294,7 @@ def _export(settings: Settings) -> Callable[[Request], Awaitable[Response]]:
         try:
             ask = _ask(request)
             runs, kind = ask.runs(), ask.text("format")
-            content = await anyio.to_thread.run_sync(lambda: export.export(settings.index, runs, kind))
+            content = await asyncio.to_thread(export.export, settings.index, runs, kind)
         except InputError as error:
             return _problem(400, *error.problems)
         headers = {"content-disposition": f'attachment; filename="metrics.{kind}"', "cache-control": "no-store"}
@@ -317,7 +316,7 @@ async def _poll_once(settings: Settings, watch: Watch) -> None:
             return
         began = time.monotonic()
         try:
-            found = await anyio.to_thread.run_sync(poll, settings.index)
+            found = await asyncio.to_thread(poll, settings.index)
         except (OSError, duckdb.Error) as error:
             found = Poll(grown=(), gone=(), problems=(f"reading the runs failed: {error}",), read_bytes=0, left_bytes=0)
         watch.polled, watch.left_bytes = time.monotonic(), found.left_bytes
@@ -354,7 +353,7 @@ async def _stream(request: Request) -> Response:
         try:
             told = watch.number
             yield b"retry: 2000\n\n" + _sse(watch.last)
-            while True:
+            while not watch.ended:
                 async with watch.changed:
                     try:
                         await asyncio.wait_for(watch.changed.wait_for(_is_news(watch, told)), KEEP_ALIVE_S)
@@ -370,7 +369,7 @@ async def _stream(request: Request) -> Response:
 
 
 def _is_news(watch: Watch, told: int) -> Callable[[], bool]:
-    return lambda: watch.number != told
+    return lambda: watch.ended or watch.number != told
 
 
 def _sse(message: Mapping[str, Any]) -> bytes:
@@ -392,40 +391,3 @@ def _problem(code: int, *problems: str) -> Response:
 async def _http_problem(request: Request, error: Exception) -> Response:
     code = error.status_code if isinstance(error, HTTPException) else 500
     return _problem(code, f"address: one of this server's, got another ({code}); open /")
-
-
-def serve(settings: Settings, host: str, port: int, say: Callable[[str], None]) -> int:
-    """Serve until interrupted.
-
-    Raises:  InputError when the port cannot be listened to.
-    """
-    import socket
-
-    import uvicorn
-
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named, else asyncio leaves Nagle's algorithm on and each answer waits 40 ms.
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-            listening.listen()
-        except OSError as error:
-            raise InputError(
-                f"--port: a free port of {host}, got {port} ({error.strerror}); choose another, or 0 for any"
-            ) from error
-        bound = listening.getsockname()[1]
-        name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        say(f"http://{name}:{bound}/" + (f"?token={settings.token}" if settings.token else ""))
-        config = uvicorn.Config(
-            application(settings),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            timeout_graceful_shutdown=1,
-            lifespan="on",
-        )
-        uvicorn.Server(config).run(sockets=[listening])
-    sys.stdout.flush()
-    return 0

@@ -16,7 +16,6 @@ from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 
 COMPACTED = "metrics.parquet"
-SHOWN = ("status", "step", "tokens", "loss", "validation_loss", "bits_per_byte", "tokens_per_s", "mfu", "elapsed_s")
 
 
 def compare(root: Path, names: Sequence[str]) -> int:
@@ -33,7 +32,9 @@ def compare(root: Path, names: Sequence[str]) -> int:
     with open_index(root.resolve(), None) as index:
         _read_all(index, names)
         told = {run.name: run for run in views.runs(index, []).runs}
-        rows = [(key.replace("_", " "), *(_shown(getattr(told[name], key)) for name in names)) for key in SHOWN]
+        numbers = [(column.name, column.title) for column in views.COLUMNS if column.format != "ago"]
+        shown = [("status", "status"), ("step", "step"), *numbers]
+        rows = [(title, *(_shown(getattr(told[name], field)) for name in names)) for field, title in shown]
         rows += _losses(index, names)
         rows += [
             (row.key, *(_shown(value) for value in row.values))

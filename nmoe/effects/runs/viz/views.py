@@ -18,8 +18,24 @@ from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api
 from nmoe.effects.runs.viz.curves import HOUR_S, Axis, chosen
 from nmoe.effects.runs.viz.index import Index, arrays, known, query, tags
+from nmoe.pure.watch import metrics as schema
 
 MAX_EVENTS = 2000
+
+COLUMNS = tuple(
+    api.Column(name=name, title=title, format=format)
+    for name, title, format in (
+        ("loss", "loss", "number"),
+        ("validation_loss", "val loss", "number"),
+        ("bits_per_byte", "bits/byte", "number"),
+        ("tokens", "tokens", "count"),
+        ("tokens_per_s", "tokens/s", "count"),
+        ("mfu", "MFU", "percent"),
+        ("elapsed_s", "trained", "duration"),
+        ("started", "started", "ago"),
+    )
+)
+"""Of the run table, here and in the browser."""
 
 
 def runs(index: Index, columns: Sequence[str]) -> api.Runs:
@@ -83,7 +99,19 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
             )
         )
     rows.sort(key=lambda row: (-(row.started or row.updated or math.inf), row.name))
-    return api.Runs(root=str(index.root), runs=rows, tags=list(tags(index)), keys=sorted(keys))
+    by_layer = [entry for entry in schema.METRICS if entry.kind == "layers"]
+    described = schema.described(tags(index))
+    return api.Runs(
+        root=str(index.root),
+        runs=rows,
+        shown=list(COLUMNS),
+        tags=[entry.name for entry in described],
+        metrics=[
+            api.Metric(name=entry.name, unit=entry.unit, kind=entry.kind, doc=entry.doc, format=entry.format())
+            for entry in (*described, *by_layer)
+        ],
+        keys=sorted(keys),
+    )
 
 
 def events(index: Index, names: Sequence[str], axis: Axis) -> api.Events:

@@ -2,10 +2,9 @@
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.mjs";
 import { address, useAnswer } from "./api.js";
 import { Chart } from "./chart.js";
-import { bytes, colour, count, dash, number, percent } from "./format.js";
+import { FORMATS, colour, dash, number } from "./format.js";
 
 export const X_NAMES = { step: "step", tokens: "tokens", time: "hours", flops: "FLOPs" };
-const FIRST = ["loss", "validation/loss", "grad_norm", "tokens_per_s", "validation/bits_per_byte", "lr/dense", "mfu"];
 const SPANS = [0, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
 const BANDS_UP_TO = 12;
 
@@ -13,8 +12,8 @@ export const axis = (state) => ({
   x: state.x ?? "step", smooth: state.smooth ?? null, log_x: !!state.logx, low: state.low, high: state.high,
 });
 
-export const formatOf = (tag) => (/bytes/.test(tag) ? bytes : tag === "mfu" ? percent
-  : /tokens|flops|clock/.test(tag) ? count : number);
+/** What the server says of a metric. */
+export const metricOf = (table, name) => table.metrics.find((metric) => metric.name === name);
 
 /** What all charts of a view are drawn by. */
 export function AxisTools({ state, set, children }) {
@@ -33,8 +32,7 @@ export function AxisTools({ state, set, children }) {
 export function ChartsView(props) {
   const { state, set, table, selected, version } = props;
   const wanted = (state.tags ?? "").toLowerCase().split(/[\s,]+/).filter(Boolean);
-  const tags = [...FIRST.filter((tag) => table.tags.includes(tag)), ...table.tags.filter((tag) => !FIRST.includes(tag))]
-    .filter((tag) => !wanted.length || wanted.some((part) => tag.toLowerCase().includes(part)));
+  const tags = table.tags.filter((tag) => !wanted.length || wanted.some((part) => tag.toLowerCase().includes(part)));
   const happened = useAnswer("Events", selected.length && !state.noevents ? address("events", { run: selected, x: state.x }) : null, version);
   const events = state.noevents || !happened.data ? [] : happened.data.events;
   if (!selected.length) return html`<p class="empty">Choose runs in the list.</p>`;
@@ -62,7 +60,7 @@ export function Lazy({ children }) {
 }
 
 /** One tag of some runs. */
-export function RunChart({ state, set, selected, places, tag, title, events, version, theme }) {
+export function RunChart({ state, set, table, selected, places, tag, title, events, version, theme }) {
   const { data, problem } = useAnswer("Series", address("series", { run: selected, tag, ...axis(state), bands: state.nobands || selected.length > BANDS_UP_TO ? "0" : null }), version);
   if (problem) return html`<figure class="chart"><figcaption>${tag}</figcaption><p class="problem">${problem}</p></figure>`;
   if (!data) return html`<figure class="chart waiting"><figcaption>${tag}</figcaption></figure>`;
@@ -79,6 +77,6 @@ export function RunChart({ state, set, selected, places, tag, title, events, ver
   }
   const about = data.without.length ? `${tag}; not in ${data.without.slice(0, 5).join(", ")}` : tag;
   return html`<${Chart} title=${title ?? tag} about=${about} x=${data.x} lines=${lines} events=${events ?? []} logX=${!!state.logx} logY=${!!state.logy}
-    xName=${X_NAMES[state.x ?? "step"]} format=${formatOf(tag)} sync=${state.x ?? "step"} theme=${theme}
+    xName=${X_NAMES[state.x ?? "step"]} format=${FORMATS[metricOf(table, tag)?.format ?? "number"]} sync=${state.x ?? "step"} theme=${theme}
     onZoom=${(low, high) => set({ low: low && Math.max(0, low), high })} />`;
 }

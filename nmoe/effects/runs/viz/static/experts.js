@@ -2,14 +2,15 @@
 import { html, useMemo } from "./vendor/preact-htm.mjs";
 import { address, useAnswer } from "./api.js";
 import { Chart } from "./chart.js";
-import { AxisTools, Lazy, X_NAMES, axis } from "./charts.js";
+import { AxisTools, Lazy, X_NAMES, axis, metricOf } from "./charts.js";
 import { Heatmap } from "./heatmap.js";
 import { count, number, viridis } from "./format.js";
 
-const TITLES = {
-  max_over_mean: "Fullest expert / mean load", cv: "Coefficient of variation of loads", dead: "Dead experts",
-  entropy: "Router entropy (nats)", bias_min: "Router bias, lowest", bias_max: "Router bias, highest",
-};
+/** What the server says of a quantity of the experts. */
+function titleOf(table, tag) {
+  const metric = metricOf(table, `experts/${tag}`);
+  return metric ? `${metric.doc} (${metric.unit})` : tag;
+}
 
 /** One of the chosen runs. */
 export function OneRun({ state, set, selected, one, children }) {
@@ -27,9 +28,9 @@ export function ExpertsView(props) {
       ${data.layers.length} mixture layers${data.num_experts ? `, ${data.num_experts} experts, top ${data.top_k}` : ""}</span></${OneRun}>
     ${data.steps.length ? html`<${Loads} ...${props} about=${data} />`
       : html`<p class="note">This run has logged no loads of single experts (<code>arrays.rank0.jsonl</code>). What it logged of each layer follows.</p>`}
-    ${data.tags.length ? html`<${Health} about=${data} />
+    ${data.tags.length ? html`<${Health} about=${data} table=${props.table} />
       <${AxisTools} state=${state} set=${set} />
-      <div class="grid">${data.tags.map((tag) => html`<${Lazy} key=${tag}><${LayerChart} state=${state} set=${set} run=${one} tag=${tag} version=${oneVersion} theme=${theme} /></${Lazy}>`)}</div>` : null}`;
+      <div class="grid">${data.tags.map((tag) => html`<${Lazy} key=${tag}><${LayerChart} state=${state} set=${set} table=${props.table} run=${one} tag=${tag} version=${oneVersion} theme=${theme} /></${Lazy}>`)}</div>` : null}`;
 }
 
 function Loads({ state, set, one, about, oneVersion, theme }) {
@@ -71,18 +72,18 @@ function LoadMap({ title, load, rows, rowName, turned, theme }) {
     rowName=${turned ? "expert" : rowName} columnName=${turned ? rowName : "expert"} describe=${describe} theme=${theme} />`;
 }
 
-function Health({ about }) {
+function Health({ about, table }) {
   const tags = about.tags;
-  return html`<h3>Latest, step ${count(about.step)}</h3><div class="scroll"><table id="experts-latest"><thead><tr><th>layer</th>${tags.map((tag) => html`<th title=${TITLES[tag] ?? tag}>${tag}</th>`)}
+  return html`<h3>Latest, step ${count(about.step)}</h3><div class="scroll"><table id="experts-latest"><thead><tr><th>layer</th>${tags.map((tag) => html`<th title=${titleOf(table, tag)}>${tag}</th>`)}
     ${tags.includes("max_over_mean") ? html`<th title="(fullest - mean) / mean, as in the auxiliary-loss-free paper">max violation</th>` : null}</tr></thead>
     <tbody>${about.layers.map((layer, place) => html`<tr key=${layer}><th>${layer}</th>
       ${tags.map((tag) => { const value = about.latest[tag][place]; return html`<td class=${tag === "dead" && value > 0 ? "bad" : ""}>${number(value)}</td>`; })}
       ${tags.includes("max_over_mean") ? html`<td>${number(about.latest.max_over_mean[place] === null ? null : about.latest.max_over_mean[place] - 1)}</td>` : null}</tr>`)}</tbody></table></div>`;
 }
 
-function LayerChart({ state, set, run, tag, version, theme }) {
+function LayerChart({ state, set, table, run, tag, version, theme }) {
   const { data, problem } = useAnswer("Layers", address("layers", { run, tag, ...axis(state) }), version);
-  const title = TITLES[tag] ?? tag;
+  const title = titleOf(table, tag);
   if (problem) return html`<figure class="chart"><figcaption>${title}</figcaption><p class="problem">${problem}</p></figure>`;
   if (!data) return html`<figure class="chart waiting"><figcaption>${title}</figcaption></figure>`;
   const top = theme === "dark" ? [0.3, 1] : [0, 0.85];

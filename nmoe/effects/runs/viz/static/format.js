@@ -59,6 +59,9 @@ export function ago(seconds) {
   return `${Math.round(past / 86400)} d ago`;
 }
 
+/** By the names that the server gives a format. */
+export const FORMATS = { number, count, bytes, percent, duration, ago };
+
 // Okabe and Ito's colours, which most colour-blind people tell apart; dashes tell the rest.
 const COLOURS = {
   light: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#3a9bd9", "#8a5a00", "#555555"],

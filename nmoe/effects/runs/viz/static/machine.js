@@ -14,7 +14,7 @@ export function TimingView(props) {
   if (!one) return html`<p class="empty">Choose a run in the list.</p>`;
   if (problem || !data) return html`<${OneRun} ...${props} /><p class="problem">${problem}</p>`;
   const longest = Math.max(...data.ranks.map((rank) => rank.total_s), 1e-12);
-  const tags = table.tags.filter((tag) => tag.startsWith("time/") || tag.startsWith("exchange") || ["step_s", "tokens_per_s", "mfu"].includes(tag) || tag.includes("bandwidth"));
+  const tags = table.metrics.filter((metric) => metric.kind === "time" || metric.name.startsWith("exchange")).map((metric) => metric.name);
   return html`<${OneRun} ...${props}><span class="soft">mean of the last ${data.steps} logged steps</span></${OneRun}>
     ${data.ranks.length ? null : html`<p class="empty">This run has logged no times yet.</p>`}
     ${data.slowest === null ? null : html`<p class="note">The slowest rank is <b id="slowest">rank ${data.slowest}</b>: without its waiting it takes longest.</p>`}

@@ -1,12 +1,6 @@
 // The table of runs: sorted, filtered, grouped, with columns of choice.
 import { html } from "./vendor/preact-htm.mjs";
-import { STATUS, ago, clock, colour, count, duration, number, percent } from "./format.js";
-
-const COLUMNS = [
-  ["loss", "loss", number], ["validation_loss", "val loss", number], ["bits_per_byte", "bits/byte", number],
-  ["tokens", "tokens", count], ["tokens_per_s", "tokens/s", count], ["mfu", "MFU", percent],
-  ["elapsed_s", "trained", duration], ["started", "started", ago],
-];
+import { FORMATS, STATUS, clock, colour, count, number, percent } from "./format.js";
 
 export function RunsView({ state, set, table, runs, selected, places, toggle }) {
   const extra = state.col ?? [];
@@ -30,7 +24,7 @@ export function RunsView({ state, set, table, runs, selected, places, toggle }) 
     </div>
     <div class="scroll"><table class="runs">
       <thead><tr><th></th>${head("name", "run", "left")}${head("status", "status", "left")}${head("step", "step")}
-        ${COLUMNS.map(([key, title]) => head(key, title))}${head("alerts", "alerts")}
+        ${table.shown.map((column) => head(column.name, column.title))}${head("alerts", "alerts")}
         ${extra.map((key) => html`<th class="extra">${by === `+${key}` ? (down ? "↓" : "↑") : ""}<button class="quiet" onClick=${() => sort(`+${key}`)}>${key}</button>
           <button class="quiet" aria-label=${`remove column ${key}`} onClick=${() => set({ col: extra.filter((each) => each !== key) })}>×</button></th>`)}</tr></thead>
       ${groups.map(([name, members]) => html`<tbody>
@@ -42,7 +36,7 @@ export function RunsView({ state, set, table, runs, selected, places, toggle }) 
           <td class="left"><span class=${`status ${run.status.split(",")[0].replace(" ", "-")}`}>${STATUS[run.status] ?? "?"} ${run.status}</span>
             ${run.attempt > 1 ? html` <span class="soft" title="attempts">↻ ${run.attempt}</span>` : null}</td>
           <td><${Progress} step=${run.step} steps=${run.steps} /></td>
-          ${COLUMNS.map(([key, , format]) => html`<td class=${typeof run[key] === "string" ? "bad" : ""} title=${key === "started" ? clock(run.started) : null}>${format(run[key])}</td>`)}
+          ${table.shown.map(({ name: key, format }) => html`<td class=${typeof run[key] === "string" ? "bad" : ""} title=${format === "ago" ? clock(run[key]) : null}>${FORMATS[format](run[key])}</td>`)}
           <td>${run.nonfinite ? html`<span class="bad" title="steps that were not finite">✕ ${run.nonfinite} </span>` : null}
             ${run.alerts ? html`<span class="warn" title="alerts">! ${run.alerts}</span>` : null}
             ${run.bad_lines ? html`<span class="bad" title="lines of its files that are no JSON">${run.bad_lines} bad lines</span>` : null}</td>

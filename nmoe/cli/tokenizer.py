@@ -37,32 +37,32 @@ def verbs(data: Verbs) -> None:
 def _train(args: argparse.Namespace) -> int:
     from nmoe.config.data_source import load_source
     from nmoe.effects import files
-    from nmoe.effects.data import tokenizers as vocabulary
+    from nmoe.effects.data.tokenizers import install, learn
 
     source, home = load_source(args.source), files.home(os.environ)
     name = args.name or source.tokenizer
     base = args.source.parent.resolve()
-    trained = vocabulary.learn(source, base, args.size, args.megabytes * 1_000_000, _say, home)
-    folder = vocabulary.install(trained, name, home)
+    trained = learn(source, base, args.size, args.megabytes * 1_000_000, _say, home)
+    folder = install(trained, name, home)
     _say(f"{folder}: {trained.size} tokens, identity {trained.identity}")
     return 0
 
 
 def _add(args: argparse.Namespace) -> int:
     from nmoe.effects import files
-    from nmoe.effects.data import tokenizers as vocabulary
+    from nmoe.effects.data.tokenizers import add, install
 
-    tokenizer = vocabulary.add(args.name, args.path)
-    folder = vocabulary.install(tokenizer, args.name, files.home(os.environ))
+    tokenizer = add(args.name, args.path)
+    folder = install(tokenizer, args.name, files.home(os.environ))
     _say(f"{folder}: {tokenizer.size} tokens, identity {tokenizer.identity}")
     return 0
 
 
 def _list(args: argparse.Namespace) -> int:
     from nmoe.effects import files
-    from nmoe.effects.data import tokenizers as vocabulary
+    from nmoe.effects.data.tokenizers import list_tokenizers
 
-    return vocabulary.list_tokenizers(files.home(os.environ), _say)
+    return list_tokenizers(files.home(os.environ), _say)
 
 
 def _say(text: str) -> None:

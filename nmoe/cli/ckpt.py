@@ -37,36 +37,36 @@ def verbs(root: Verbs) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from nmoe.effects.checkpoint import verbs as ckpt
+    from nmoe.effects.checkpoint.verbs import list_checkpoints
 
-    return ckpt.list_checkpoints(args.path)
+    return list_checkpoints(args.path)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from nmoe.effects.checkpoint import verbs as ckpt
+    from nmoe.effects.checkpoint.verbs import verify
 
-    return ckpt.verify(args.path, args.all)
+    return verify(args.path, args.all)
 
 
 def _show(args: argparse.Namespace) -> int:
-    from nmoe.effects.checkpoint import verbs as ckpt
+    from nmoe.effects.checkpoint.verbs import show
 
-    return ckpt.show(args.path)
+    return show(args.path)
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from nmoe.effects.checkpoint import verbs as ckpt
+    from nmoe.effects.checkpoint.verbs import diff
 
-    return ckpt.diff(args.left, args.right)
+    return diff(args.left, args.right)
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from nmoe.effects.checkpoint import verbs as ckpt
+    from nmoe.effects.checkpoint.verbs import prune
 
-    return ckpt.prune(args.path, args.last, args.every, args.best)
+    return prune(args.path, args.last, args.every, args.best)
 
 
 def _export(args: argparse.Namespace) -> int:
-    from nmoe.effects.checkpoint import verbs as ckpt
+    from nmoe.effects.checkpoint.verbs import export_weights
 
-    return ckpt.export_weights(args.path, args.to)
+    return export_weights(args.path, args.to)

@@ -88,5 +88,5 @@ def config_path(text: str) -> Path:
 
 def under(parser: argparse.ArgumentParser) -> tuple[str, ...]:
     """The verbs a verb has of its own."""
-    groups = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]  # pyright: ignore[reportPrivateUsage]
-    return tuple(name for each in groups for name in each.choices)
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]  # pyright: ignore[reportPrivateUsage]
+    return tuple(name for verbs in groups for name in verbs.choices)

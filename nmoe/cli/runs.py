@@ -33,33 +33,33 @@ def verbs(root: Verbs) -> None:
 
 
 def _runs_list(args: argparse.Namespace) -> int:
-    from nmoe.effects.runs import show as runs
+    from nmoe.effects.runs.show import list_runs
 
-    return runs.list_runs(args.root)
+    return list_runs(args.root)
 
 
 def _runs_show(args: argparse.Namespace) -> int:
-    from nmoe.effects.runs import show as runs
+    from nmoe.effects.runs.show import show
 
-    return runs.show(args.root, args.name)
+    return show(args.root, args.name)
 
 
 def _runs_export(args: argparse.Namespace) -> int:
-    from nmoe.effects.runs import show as runs
+    from nmoe.effects.runs.show import export
 
     if args.to is not None and args.to.suffix == ".parquet":
         from nmoe.effects.runs.viz import tables
 
         return tables.export_parquet(args.root, args.name, args.to)
-    return runs.export(args.root, args.name, args.to)
+    return export(args.root, args.name, args.to)
 
 
 def _runs_tail(args: argparse.Namespace) -> int:
-    from nmoe.effects.runs import show as runs
+    from nmoe.effects.runs.show import tail
 
     if args.lines < 0:
         raise InputError(f"--lines: expected at least 0, got {args.lines}; raise it")
-    return runs.tail(args.root, args.name, args.lines, args.follow)
+    return tail(args.root, args.name, args.lines, args.follow)
 
 
 def _runs_compare(args: argparse.Namespace) -> int:

@@ -51,10 +51,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _add(args: argparse.Namespace) -> int:
     from nmoe.effects import files
-    from nmoe.effects.data import tokenizers
+    from nmoe.effects.data.tokenizers import add, install
 
-    tokenizer = tokenizers.add(args.name, args.path)
-    folder = tokenizers.install(tokenizer, args.name, files.home(os.environ))
+    tokenizer = add(args.name, args.path)
+    folder = install(tokenizer, args.name, files.home(os.environ))
     say(f"{folder}: {tokenizer.size} tokens, identity {tokenizer.identity}")
     return 0
 

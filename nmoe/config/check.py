@@ -77,7 +77,7 @@ def _bounds(key: Key, value: float) -> str | None:
 
 
 def _divides(part: int, whole: int) -> bool:
-    """Whether `whole` is a multiple of `part`; a part below one has broken its own bound and is not told of again."""
+    """Whether `whole` is a multiple of `part`; a part below one has broken its own bound, which is said already."""
     return part < 1 or whole % part == 0
 
 

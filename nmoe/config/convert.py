@@ -124,7 +124,7 @@ def _string(value: Any, _: Any) -> str:
 def _strings(value: Any, _: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise _refused("an array of strings", value, 'write ["..."]')
-    return tuple(_string(each, str) for each in cast("list[Any]", value))
+    return tuple(_string(item, str) for item in cast("list[Any]", value))
 
 
 def _choice(value: Any, tp: Any) -> Any:
@@ -200,12 +200,12 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
     """What to say of a key no section has: a near name in the same table, else elsewhere, else what there is."""
     of_kind = "" if kind(section) is None else f' of kind "{kind(section)}"'
     here = [key.name for key in keys(section)]
-    everywhere = [each for each in _paths(root) if each != (*path, name)]
-    elsewhere = closest(name, [each[-1] for each in everywhere])
+    everywhere = [other for other in _paths(root) if other != (*path, name)]
+    elsewhere = closest(name, [other[-1] for other in everywhere])
     if near := closest(name, here):
         hint = f"did you mean {dotted((*path, near))}?"
     elif elsewhere:
-        hint = f"did you mean {dotted(next(each for each in everywhere if each[-1] == elsewhere))}?"
+        hint = f"did you mean {dotted(next(other for other in everywhere if other[-1] == elsewhere))}?"
     else:
         hint = f"known keys: {', '.join((*(['kind'] if of_kind else []), *here))}"
     return f"expected a known key{of_kind}, got {shown(name)}; {hint}"

@@ -34,12 +34,12 @@ def schema() -> dict[str, Any]:
 
 def _sections(section: type) -> dict[type, None]:
     """A section class and those of its tables, each once, in the order they are written."""
-    found: dict[type, None] = {section: None}
+    sections: dict[type, None] = {section: None}
     for key in keys(section):
         for member in members(key.type):
             if is_table(member):
-                found |= _sections(member)
-    return found
+                sections |= _sections(member)
+    return sections
 
 
 def _section(section: type) -> dict[str, Any]:

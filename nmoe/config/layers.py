@@ -105,7 +105,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _place(key: KeyPath, where: Mapping[KeyPath, str]) -> str:
     """Where a key was written, or else the first in it, or else the nearest table around it."""
     while key not in where:
-        inner = next((place for each, place in where.items() if each[: len(key)] == key), None)
+        inner = next((place for inside, place in where.items() if inside[: len(key)] == key), None)
         if inner is not None:
             return inner
         key = key[:-1]
@@ -160,7 +160,10 @@ def _command_line(overrides: Sequence[str]) -> Iterator[Layer]:
     parsed = [(override, re.fullmatch(r"--([^=]+)=(.*)", override, re.DOTALL)) for override in overrides]
     if wrong := [override for override, match in parsed if match is None]:
         raise InputError(
-            *(f"command line {each}: expected --section.key=value, got {each}; write it so" for each in wrong)
+            *(
+                f"command line {override}: expected --section.key=value, got {override}; write it so"
+                for override in wrong
+            )
         )
     for override, match in parsed:
         if match is not None:
@@ -171,7 +174,9 @@ def _holds_text(key: KeyPath) -> bool:
     """Whether a key of the config may hold any text."""
     sections: list[Any] = [Config]
     for depth, name in enumerate(key, 1):
-        types = [tp for section in sections for each in keys(section) if each.name == name for tp in members(each.type)]
+        types = [
+            tp for section in sections for inner in keys(section) if inner.name == name for tp in members(inner.type)
+        ]
         if depth == len(key):
             return str in types
         sections = [tp for tp in types if is_table(tp)]

@@ -47,12 +47,17 @@ def initial(
 
     key          the run's key for initial values
     path         where the parameter is in the tree
-    rank, world  expert-parallel rank and size
+    rank, world  expert-parallel rank and size; the size divides the number of experts
     """
     here = key.fold(*path.split("."))
     shape = spec.shape(dims)
     if POLICY[spec.role].shard == "":
         return spec.init(here.generator(device), shape, dims)
+    if shape[0] % world:
+        raise ValueError(
+            f"initial: expected a number of ranks that divides the {shape[0]} experts of '{path}', got {world}; "
+            "take a divisor"
+        )
     held = shape[0] // world
     return torch.stack(
         [

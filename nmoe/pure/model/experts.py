@@ -53,7 +53,13 @@ def dispatch(x: Tensor, routing: Routing, *, num_experts: int) -> Rows:
     """Rows for the experts, sorted by expert and, within one, by token.
 
     x        [N D]
+    Raises:  ValueError for the routing of another number of tokens.
     """
+    if routing.expert.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"dispatch: expected choices for each of {x.shape[0]} tokens, got shape {list(routing.expert.shape)}; "
+            "pass the routing of these tokens"
+        )
     flat = routing.expert.flatten()
     expert, slot = flat.sort(stable=True)
     count = flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))

@@ -17,8 +17,13 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
     x        [... D]
     gain     [D]
     returns  [... D] in the format of `x`; the mean is taken in fp32
+    Raises:  ValueError for a gain of another shape.
     Source:  Zhang & Sennrich (arXiv:1910.07467) eq. 4.
     """
+    if gain.shape != x.shape[-1:]:
+        raise ValueError(
+            f"rms_norm: expected a gain of shape {list(x.shape[-1:])}, got {list(gain.shape)}; pass one a channel"
+        )
     y = upcast(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * gain).to(x.dtype)

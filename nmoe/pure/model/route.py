@@ -38,7 +38,14 @@ class Routed:
 
 
 def top_k(x: Tensor, num: int) -> Tensor:
-    """Indices of the `num` largest entries of the last axis, ties to the lower index."""
+    """Indices of the `num` largest entries of the last axis, ties to the lower index.
+
+    Raises:  ValueError for more than there are.
+    """
+    if not 1 <= num <= x.shape[-1]:
+        raise ValueError(
+            f"top_k: expected num from 1 to the {x.shape[-1]} entries of the last axis, got {num}; choose fewer"
+        )
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :num]
 
 
@@ -203,8 +210,14 @@ def balance(bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
 
     bias     [... E] f32
     load     [... E] i64   tokens of the whole step, all ranks; compared in integers, exact for any load
+    Raises:  ValueError for a load of another shape.
     Source:  Wang et al. (arXiv:2408.15664) algorithm 1; the centring is ours.
     """
+    if load.shape != bias.shape:
+        raise ValueError(
+            f"balance: expected a load of the shape of the bias {list(bias.shape)}, got {list(load.shape)}; "
+            "pass one count an expert"
+        )
     sign = torch.sign(load.sum(-1, keepdim=True) - load.shape[-1] * load).to(bias.dtype)
     return bias + rate * (sign - sign.mean(-1, keepdim=True))
 

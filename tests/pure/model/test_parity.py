@@ -84,6 +84,7 @@ CONFIGS = {
         attention=shapes.attention(q_lora_rank=12, yarn=attrs.evolve(YARN, mscale=1.0), v_head_dim=2, rope_theta=500.0),
         moe=shapes.mixture(num_groups=2, top_k_groups=1, top_k=2, num_shared_experts=2, route_scale=1.7),
     ),
+    "one expert a token": shapes.config(moe=shapes.mixture(top_k=1, normalize=False, route_scale=1.7)),
     "no shared expert": shapes.config(moe=shapes.mixture(num_shared_experts=0)),
 }
 

@@ -15,10 +15,9 @@ import attrs
 
 from nmoe.config import Difference
 from nmoe.effects import files
-from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Fs
-from nmoe.effects.checkpoint.manifest import Manifest
+from nmoe.effects.checkpoint.manifest import FILE, Manifest, name_fields, read
 from nmoe.effects.checkpoint.weights import Weights
 from nmoe.effects.device import buffers
 from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks
@@ -84,17 +83,17 @@ def origin(resume: str, run_folder: Path) -> Origin | None:
         return Origin(folder=own, single=False) if run_folder.exists() else None
     named = _named(files.expanded(resume))
     is_own = run_folder.resolve() in named.folder.resolve().parents
-    if not is_own and own.is_dir() and any(manifests.name_fields(path.name) for path in own.iterdir()):
+    if not is_own and own.is_dir() and any(name_fields(path.name) for path in own.iterdir()):
         return Origin(folder=own, single=False)
     return named
 
 
 def _named(path: Path) -> Origin:
     """The checkpoints at a path a user wrote: a run folder, its folder of checkpoints, or one of these."""
-    if (path / manifests.FILE).is_file():
+    if (path / FILE).is_file():
         return Origin(folder=path, single=True)
     for folder in (path / CHECKPOINTS, path):
-        if folder.is_dir() and any((entry / manifests.FILE).is_file() for entry in folder.iterdir()):
+        if folder.is_dir() and any((entry / FILE).is_file() for entry in folder.iterdir()):
             return Origin(folder=folder, single=False)
     raise InputError(f"train.resume: expected a run folder or a checkpoint, got {path}, which holds none; fix the path")
 
@@ -123,7 +122,7 @@ def restore(
         return targets
 
     if origin.single:
-        manifest = manifests.read(fs, origin.folder)
+        manifest = read(fs, origin.folder)
         reader.load_(fs, origin.folder, manifest, checked(manifest), **place)
     else:
         manifest = reader.restore_(fs, origin.folder, checked, report=damaged.append, **place)

@@ -34,9 +34,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -86,7 +86,7 @@ class Log:
     folder: Path
     attempt: int
     metrics_file: LineFile
-    events_file: LineFile | None  # None: another rank tells the events
+    events_file: LineFile | None  # None: another rank writes the events
     heard: Callable[[Mapping[str, Any]], None] = _unheard  # called with each event, written or not
     lock: threading.RLock = attrs.field(factory=threading.RLock)  # a line is written whole
 
@@ -105,11 +105,11 @@ class Log:
 
     def append(self, file: LineFile, fields: Mapping[str, Any]) -> None:
         """Append one line with the attempt and the time. Writes: `file`. Raises: InputError when it cannot."""
-        told = {"attempt": self.attempt, "time": now(), **fields}
+        whole = {"attempt": self.attempt, "time": now(), **fields}
         try:
-            line = json.dumps(told, allow_nan=False)
+            line = json.dumps(whole, allow_nan=False)
         except ValueError:  # a number that is not finite; to look for one each time costs more than the text does
-            line = json.dumps(plain(told), allow_nan=False)
+            line = json.dumps(plain(whole), allow_nan=False)
         with self.lock:
             file.append(line)
 

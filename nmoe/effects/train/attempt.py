@@ -1,6 +1,6 @@
 """A further attempt at a run in the folder of the ones before: its number, and the folder made ready for it.
 
-The files a run appends to tell each step once. What a killed attempt wrote after the step the next one goes on from is
+The files a run appends to have each step once. What a killed attempt wrote after the step the next one goes on from is
 therefore cut off, and so is a last line it did not finish. Events are history and stay.
 """
 
@@ -17,7 +17,7 @@ from nmoe.effects.record.names import ATTEMPTS, OF_STEPS, WEIGHTS
 from nmoe.errors import InputError
 
 VALIDATION = "validation/loss"
-"""Field of a line of metrics that tells a validation."""
+"""Field of a line of metrics that reports a validation."""
 
 
 def fix(folder: Path, step: int, *, validated: bool = True) -> None:
@@ -25,7 +25,7 @@ def fix(folder: Path, step: int, *, validated: bool = True) -> None:
 
     Everything is read before anything is cut, so that a line that cannot be read leaves the folder as it was.
 
-    validated  whether the run knows of a validation at `step`: if not, it validates again and tells it again
+    validated  whether the run knows of a validation at `step`: if not, it validates and reports it again
 
     Writes:  every `*.jsonl` in `folder`: without a torn last line, and of what belongs to steps without later ones.
     Raises:  InputError with file and line of what cannot be read.

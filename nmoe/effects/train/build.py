@@ -11,8 +11,7 @@ import torch
 from nmoe.config import Checkpoint, Config
 from nmoe.effects.device import buffers, ops, process
 from nmoe.effects.kernels.accumulate import Accumulator
-from nmoe.effects.parallel import exchange as exchanges
-from nmoe.effects.parallel.exchange import Exchange
+from nmoe.effects.parallel.exchange import Exchange, open_exchange
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError
@@ -103,7 +102,7 @@ def exchanging(
         dedup=parallel.dedup,
         dtype=torch.bfloat16 if config.precision.compute == "bf16" else torch.float32,
     )
-    return exchanges.open_exchange(device=device, group=group.handle, sizes=sizes, timeout_s=parallel.timeout_s)
+    return open_exchange(device=device, group=group.handle, sizes=sizes, timeout_s=parallel.timeout_s)
 
 
 def check_memory(config: Config, planned: Plan, device: torch.device) -> None:

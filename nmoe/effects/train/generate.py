@@ -11,7 +11,7 @@ from torch import Tensor
 from nmoe.config import load_valid
 from nmoe.config.sections import Model as ModelConfig
 from nmoe.effects.checkpoint import weights
-from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data.tokenizer import encoding, load
 from nmoe.effects.device import gpu, ops
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
@@ -77,10 +77,10 @@ def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: i
         )
     config = load_valid(folder / "config.toml", {}, ()).config
     c = config.model
-    tokenizer = tokenizers.load(folder)
-    encoding = tokenizers.encoding(tokenizer)
+    tokenizer = load(folder)
+    encoder = encoding(tokenizer)
     params, router_bias = weights.load(folder, make_blueprint(config))
-    start = encoding.encode_ordinary(prompt) or [tokenizer.end_of_text]
+    start = encoder.encode_ordinary(prompt) or [tokenizer.end_of_text]
     env = environment(c, min(c.max_positions, len(start) + num_tokens), ops.build(gpu.device("cpu"), c))
     tokens = extend(
         params,
@@ -93,5 +93,5 @@ def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: i
         temperature=temperature,
         key=Key(seed).fold("sample", prompt),
     )
-    say(encoding.decode(tokens).replace("<|endoftext|>", os.linesep))
+    say(encoder.decode(tokens).replace("<|endoftext|>", os.linesep))
     return 0

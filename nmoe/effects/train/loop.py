@@ -14,7 +14,7 @@ from torch import Tensor
 from nmoe.effects.checkpoint.writer import SaveError
 from nmoe.effects.data.tokenizer import Tokenizer, byte_lengths
 from nmoe.effects.device import signals
-from nmoe.effects.parallel import exchange as exchanges
+from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.ranks import Ranks, with_rank_note
 from nmoe.effects.terminal import warn
 from nmoe.effects.train.evaluate import Held, evaluate, even
@@ -104,7 +104,7 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
             skipped, in_row = report.step(state, metrics, clock.split(), state.step - reported)
             reported = state.step
             if session.exchange is not None:
-                exchanges.check(session.exchange)
+                exchange.check(session.exchange)
             if skipped > before:
                 session.log.event("nonfinite", step=state.step, new=skipped - before, in_row=in_row)
             if in_row >= train.max_nonfinite_steps:

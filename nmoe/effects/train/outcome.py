@@ -14,8 +14,8 @@ import attrs
 from nmoe.config import Config
 from nmoe.effects.checkpoint import weights
 from nmoe.effects.checkpoint.writer import SaveError
-from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.corpus import Corpus
+from nmoe.effects.data.tokenizer import encoding
 from nmoe.effects.device import signals
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
@@ -154,17 +154,17 @@ def exit_code(error: BaseException) -> int:
 
 def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:
     """Sample a short text from the trained model."""
-    encoding = tokenizers.encoding(corpus.tokenizer)
+    encoder = encoding(corpus.tokenizer)
     limit = config.train.sequence_length
     tokens = extend(
         state.params,
         state.router_bias,
         env,
         attrs.evolve(config.model, max_positions=limit),
-        encoding.encode_ordinary(SAMPLE_PROMPT),
+        encoder.encode_ordinary(SAMPLE_PROMPT),
         num_tokens=SAMPLE_TOKENS,
         vocab_size=corpus.tokenizer.size,
         temperature=0.7,
         key=Key(config.run.seed).fold("sample", SAMPLE_PROMPT),
     )
-    return encoding.decode(tokens)
+    return encoder.decode(tokens)

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: lines on the screen and in metrics.rank0.jsonl."""
+"""What a run reports while it trains: lines on the screen and in metrics.rank0.jsonl."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from nmoe.pure.units import duration, quantity
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """Turns what steps tell into lines: on the screen and in metrics.rank0.jsonl."""
+    """Turns the metrics of steps into lines: on the screen and in metrics.rank0.jsonl."""
 
     config: Config
     rt: process.Runtime
     log: Log
     flops: int  # of training, a token
     began: float  # monotonic seconds
-    monitor: Monitor | None  # None: not the first rank, which tells what all have in common
+    monitor: Monitor | None  # None: not the first rank, which reports what all have in common
     first_step: int  # steps taken before this attempt
     first_tokens: Sequence[int]  # tokens read by each rank before this attempt
     exchange: Exchange | None = None
@@ -102,7 +102,7 @@ class Report:
             cursor=state.cursor,
             batch_size=self.config.train.batch_size,
             sequence_length=self.config.train.sequence_length,
-            sources=[{"name": each.name, "windows": each.windows} for each in planned.ingredients],
+            sources=[{"name": source.name, "windows": source.windows} for source in planned.ingredients],
             stages=[{"name": stage.name, "windows": list(stage.quotas)} for stage in planned.stages],
         )
 

@@ -15,10 +15,9 @@ import attrs
 
 from nmoe.config import Difference
 from nmoe.effects import files
-from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk, Fs
-from nmoe.effects.checkpoint.manifest import Manifest
+from nmoe.effects.checkpoint.manifest import Manifest, find, read
 from nmoe.effects.checkpoint.weights import Weights
 from nmoe.effects.device import buffers
 from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks
@@ -92,7 +91,7 @@ def origin(resume: str, run_folder: Path) -> Origin | None:
 
 def _named(path: Path) -> Origin:
     """The checkpoints at a path a user wrote: a run folder, its folder of checkpoints, or one of these."""
-    if folder := manifests.find(path):
+    if folder := find(path):
         return Origin(folder=folder, single=True)
     for folder in (path / CHECKPOINTS, path):
         if reader.has_any(Disk(), folder):
@@ -124,7 +123,7 @@ def restore(
         return targets
 
     if origin.single:
-        manifest = manifests.read(fs, origin.folder)
+        manifest = read(fs, origin.folder)
         reader.load_(fs, origin.folder, manifest, checked(manifest), **place)
     else:
         manifest = reader.restore_(fs, origin.folder, checked, report=damaged.append, **place)

@@ -18,7 +18,7 @@ from nmoe.config import Config, dump, identity
 from nmoe.effects import files
 from nmoe.effects.checkpoint import weights
 from nmoe.effects.checkpoint.writer import Writer, open_writer
-from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.data import tokenizer
 from nmoe.effects.data.corpus import Corpus, open_corpus
 from nmoe.effects.data.prefetch import prefetching
 from nmoe.effects.device import gpu, ops, process, signals
@@ -223,7 +223,7 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
             if not is_new:
                 attempt.fix(folder, step, validated=restored is not None and restored.validations.at(step))
                 attempt.record(folder, writer.attempt, contents)
-            tokenizers.save(job.corpus.tokenizer, folder)
+            tokenizer.save(job.corpus.tokenizer, folder)
 
     on_all_ranks(ranks, lambda: rt.rank or prepare())
     on_all_ranks(ranks, lambda: writer.reserve(resume.pieces(start.state, job.blueprint, ranks=ranks)))

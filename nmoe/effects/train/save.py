@@ -17,9 +17,9 @@ from nmoe.pure.watch.validations import Validations
 
 
 class Saver:
-    """Saves the state at the config's cadence, one save at a time, and tells what became of each.
+    """Saves the state at the config's cadence, one save at a time, and reports what became of each.
 
-    A failed save is told as soon as it is known. With `checkpoint.on_error = "stop"` the next save point raises it,
+    A failed save is reported as soon as it is known. With `checkpoint.on_error = "stop"` the next save point raises it,
     with "continue" the next save is tried as if nothing had been.
     """
 
@@ -50,11 +50,11 @@ class Saver:
         return (every > 0 and step % every == 0) or 0 < 60 * minutes <= time.monotonic() - self._since
 
     def poll(self) -> None:
-        """Tell of a save that has ended since the last call. Does not wait."""
+        """Report a save that has ended since the last call. Does not wait."""
         self._collect(self._writer.poll)
 
     def settle(self) -> None:
-        """Wait for the save that is being written, and tell what became of it."""
+        """Wait for the save that is being written, and report what became of it."""
         self._collect(self._writer.wait)
 
     def save(self, state: State, validations: Validations) -> None:

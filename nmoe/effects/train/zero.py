@@ -23,9 +23,9 @@ from nmoe.pure.core.layout import ArenaLayout
 def owned(layouts: Sequence[ArenaLayout], flats: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
     """The stretches of flat tensors, one an arena, that this rank answers for; over all ranks, everything once."""
     return [
-        flat[each.begin : each.end]
+        flat[stretch.begin : stretch.end]
         for described, flat in zip(layouts, flats, strict=True)
-        for each in described.stretches(ranks.sharing(described).rank)
+        for stretch in described.stretches(ranks.sharing(described).rank)
     ]
 
 

@@ -25,7 +25,7 @@ def test_the_plan_is_the_arena(ranks: int, capacity: float, dedup: bool, monkeyp
     parallel = attrs.evolve(config.parallel, ranks=ranks, capacity=capacity, dedup=dedup)
     config = attrs.evolve(config, parallel=parallel)
     opened: list[Sizes] = []
-    monkeypatch.setattr(build.exchanges, "open_exchange", lambda *, sizes, **rest: opened.append(sizes))
+    monkeypatch.setattr(build, "open_exchange", lambda *, sizes, **rest: opened.append(sizes))
     here: Any = Group(rank=0, size=ranks, handle=object())
     build.exchanging(config, Ranks(world=here, experts=here), torch.device("cpu"))
     (sizes,) = opened

@@ -10,10 +10,10 @@ import numpy as np
 
 from nmoe.config import Config
 from nmoe.config.sections import Mixture
-from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.loader import held_out, num_held_out, open_stream
 from nmoe.effects.data.mixture import plan_data
 from nmoe.effects.data.store.shards import open_split
+from nmoe.effects.data.tokenizer import Tokenizer, load
 from nmoe.effects.parallel.launch import Launch
 from nmoe.pure.core.key import Key
 from nmoe.pure.data import ngram, order
@@ -39,7 +39,7 @@ class Corpus:
     """
 
     identity: str
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: Tokenizer
     read: Callable[[int], Batch]
     stream: Stream | None
     held: tuple[Batch, ...]
@@ -57,7 +57,7 @@ def open_corpus(config: Config, launch: Launch) -> Corpus:
     """
     train, vocab_size, length = config.train, config.model.vocab_size, config.train.sequence_length
     data = plan_data(config, launch.home)
-    tokenizer = tokenizers.load(data.folders[0])
+    tokenizer = load(data.folders[0])
     shape: dict[str, Any] = {
         "microbatch_size": train.microbatch_size,
         "sequence_length": length,

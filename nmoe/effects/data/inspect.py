@@ -74,11 +74,6 @@ def head(folder: Path, split: str, skip: int, count: int, chars: int, say: Calla
     encoding = tokenizer.encoding(stored)
     first, last = min(skip, MAX_TOKENS), min(skip + count, MAX_TOKENS)
     for number, tokens in islice(enumerate(documents(folder, manifest, stored, split)), first, last):
-        if len(tokens) and (highest := int(tokens.max())) >= len(stored.ranks):
-            raise InputError(
-                f"{folder / split}: expected ids below {len(stored.ranks)} in document {number}, got {highest}; "
-                f"{REMEDY}"
-            )
         # A token is a byte at least, and a character four at most.
         text = encoding.decode(tokens[: 4 * chars].tolist())[:chars]
         lines = "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
@@ -146,4 +141,13 @@ def _report_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 def _report(folder: Path) -> Report | None:
     """What preparation reported; None of a folder that was made otherwise."""
-    return read_record(folder / REPORT, Report, version=FORMAT) if (folder / REPORT).exists() else None
+    if not (folder / REPORT).exists():
+        return None
+    report = read_record(folder / REPORT, Report, version=FORMAT)
+    counts = (
+        *(report.files, report.bytes_read, report.documents_in, report.documents_with_replaced_bytes),
+        *(count for table in (report.tokens_out, report.documents_out, report.bytes_out) for count in table.values()),
+    )
+    if not all(0 <= count <= MAX_TOKENS for count in counts):
+        raise InputError(f"{folder / REPORT}: expected counts in 0..{MAX_TOKENS}, got others; {REMEDY}")
+    return report

@@ -216,6 +216,14 @@ def _encoded(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
                 f"tokenizer {encoding.name}: expected a pattern that cuts any {len(text)} characters, got "
                 f"{str(error)[:160]}; choose another tokenizer"
             ) from error
+    except BaseException as error:
+        # tiktoken is Rust: a pattern that matches nothing makes it panic, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"tokenizer {encoding.name}: expected a pattern that cuts a text into pieces, got a panic: "
+            f"{str(error)[:160]}; choose another tokenizer"
+        ) from error
     return [part for half in pieces(text, (len(text) + 1) // 2) for part in _encoded(encoding, half)]
 
 

@@ -66,7 +66,8 @@ def quotas(weights: Sequence[float], total: int, limits: Sequence[int]) -> tuple
     rest = sorted(waiting[full:])
     if left and not rest:
         raise InputError(
-            f"quotas: limits of {total} at least together, got {total - left}; raise a limit or lower the total"
+            f"quotas: expected limits of {total} at least together, got {total - left}; raise a limit or lower the "
+            "total"
         )
     for index in rest:
         shares[index] = parts[index] * left // mass
@@ -104,7 +105,7 @@ def turns(shares: Sequence[int]) -> Turns:
     """
     nodes = [(share, index, Turns(source=index, count=share)) for index, share in enumerate(shares) if share]
     if not nodes:
-        raise InputError("turns: a share above 0, got none; raise one")
+        raise InputError("turns: expected a share above 0, got none; raise one")
     heapq.heapify(nodes)
     number = len(shares)
     while len(nodes) > 1:
@@ -130,7 +131,7 @@ def turn(tree: Turns, position: int) -> tuple[int, int]:
 
 def taken(tree: Turns, positions: int, num_sources: int) -> tuple[int, ...]:
     """How many of the first `positions` turns each source has."""
-    found = [0] * num_sources
+    counts = [0] * num_sources
     nodes = [(tree, positions)]
     while nodes:
         node, count = nodes.pop()
@@ -138,8 +139,8 @@ def taken(tree: Turns, positions: int, num_sources: int) -> tuple[int, ...]:
             first = _left(node, count)
             nodes += [(node.left, first), (node.right, count - first)]
         else:
-            found[node.source] = count
-    return tuple(found)
+            counts[node.source] = count
+    return tuple(counts)
 
 
 def _left(tree: Turns, positions: int) -> int:

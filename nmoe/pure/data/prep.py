@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Literal
 
 import attrs
@@ -50,7 +51,7 @@ def plan(items: Sequence[Item], task_bytes: int) -> tuple[tuple[Range, ...], ...
     """
     tasks: list[list[Range]] = []
     room = 0
-    for size, part in (each for index, item in enumerate(items) for each in _parts(index, item, task_bytes)):
+    for size, part in chain.from_iterable(_parts(index, item, task_bytes) for index, item in enumerate(items)):
         if not tasks or size > room:
             tasks.append([])
             room = task_bytes

@@ -104,21 +104,22 @@ def plan(ingredients: Sequence[Ingredient], recipes: Sequence[Recipe]) -> Stream
         if not recipe.windows:
             continue
         limits = [
-            min(int(recipe.max_share * recipe.windows), _most(each, recipe.windows + read) - read)
-            for each, read in zip(ingredients, before, strict=True)
+            min(int(recipe.max_share * recipe.windows), _most(source, recipe.windows + read) - read)
+            for source, read in zip(ingredients, before, strict=True)
         ]
         weights = _tempered(recipe.weights, recipe.temperature)
         held = sum(limit for limit, weight in zip(limits, weights, strict=True) if weight)
         if held < recipe.windows:
             raise InputError(
-                f"stage {recipe.name}: sources that hold its {recipe.windows} windows with their limits on passes and "
-                f"shares, got {held}; lower the tokens of the flow, raise max_passes or max_share, or add data"
+                f"stage {recipe.name}: expected sources that hold its {recipe.windows} windows with their limits on "
+                f"passes and shares, got {held}; lower the tokens of the flow, raise max_passes or max_share, or add "
+                "data"
             )
         quotas = order.quotas(weights, recipe.windows, limits)
         named.append((recipe.name, quotas))
         before = tuple(read + quota for read, quota in zip(before, quotas, strict=True))
     if not named:
-        raise InputError("flow: a stage of one window at least, got none; raise the tokens of the flow")
+        raise InputError("flow: expected a stage of one window at least, got none; raise the tokens of the flow")
     return Stream(ingredients=tuple(ingredients), stages=stages_of(named))
 
 
@@ -162,8 +163,8 @@ def choose(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]
     """
     if first < 0 or first + num > stream.windows():
         raise InputError(
-            f"data.source: a stream of {first + num} windows, got {stream.windows()}; lower train.steps or raise the "
-            "tokens of the flow"
+            f"data.source: expected a stream of {first + num} windows, got {stream.windows()}; lower train.steps or "
+            "raise the tokens of the flow"
         )
     reads: list[tuple[int, int, int]] = []
     for stage in stream.stages:
@@ -184,16 +185,16 @@ def choose(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]
 
 def identity(stream: Stream) -> str:
     """SHA-256, in hex, of everything that decides which tokens the stream holds, but for the seed."""
-    told = {
-        "sources": [attrs.astuple(each) for each in stream.ingredients],
+    content = {
+        "sources": [attrs.astuple(source) for source in stream.ingredients],
         "stages": [(stage.name, stage.first, stage.quotas) for stage in stream.stages],
     }
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _most(each: Ingredient, enough: int) -> int:
+def _most(source: Ingredient, enough: int) -> int:
     """Windows that a source gives at most; `enough` when nothing limits it."""
-    return enough if each.max_passes is None else int(each.max_passes * each.windows)
+    return enough if source.max_passes is None else int(source.max_passes * source.windows)
 
 
 def _tempered(weights: Sequence[float], temperature: float) -> tuple[float, ...]:

@@ -207,8 +207,8 @@ def _fold(out: Path, stored: tokenizer.Tokenizer, planned: Plan, works: Sequence
                 placed.append(receipt)
         files.sync_folder(out / split)
     dropped: Counter[str] = Counter()
-    for each in (*surveys, *builts):
-        dropped.update(each.dropped)
+    for record in (*surveys, *builts):
+        dropped.update(record.dropped)
     report = Report(
         format=FORMAT,
         tokenizer=stored.name,
@@ -217,12 +217,12 @@ def _fold(out: Path, stored: tokenizer.Tokenizer, planned: Plan, works: Sequence
         inputs_sha256=_inputs(planned.items),
         files=len(planned.items),
         bytes_read=sum(sum(item.sizes) for item in planned.items),
-        documents_in=sum(each.documents for each in surveys),
-        documents_with_replaced_bytes=sum(each.replaced for each in surveys),
+        documents_in=sum(record.documents for record in surveys),
+        documents_with_replaced_bytes=sum(record.replaced for record in surveys),
         dropped=dict(sorted(dropped.items())),
-        documents_out={split: sum(each.documents for each in placed) for split, placed in receipts.items()},
-        tokens_out={split: sum(each.tokens for each in placed) for split, placed in receipts.items()},
-        bytes_out={split: sum(each.bytes for each in placed) for split, placed in receipts.items()},
+        documents_out={split: sum(receipt.documents for receipt in placed) for split, placed in receipts.items()},
+        tokens_out={split: sum(receipt.tokens for receipt in placed) for split, placed in receipts.items()},
+        bytes_out={split: sum(receipt.bytes for receipt in placed) for split, placed in receipts.items()},
     )
     write_record(out / WORK / REPORT, report)
     commit(out / WORK, stored, receipts)

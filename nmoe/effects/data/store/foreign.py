@@ -23,7 +23,7 @@ import numpy as np
 
 from nmoe.effects import files
 from nmoe.effects.data.prepare.survey import reporting
-from nmoe.effects.data.store.format import dtype_of, header, read_manifest, split_of
+from nmoe.effects.data.store.format import HEADER_BYTES, dtype_of, header, read_manifest, split_of
 from nmoe.effects.data.store.records import read_object
 from nmoe.effects.data.store.shard_writer import write
 from nmoe.effects.data.store.shards import documents
@@ -39,6 +39,7 @@ MEGATRON_DTYPES = ((1, "u1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))
 LLMC_MAGIC = ((20240520, 1, "<u2"), (20240801, 7, "<u4"))
 LLMC_HEADER_BYTES = 1024
 ORIGINAL_MAGIC = b"NMOEIDX\x00"
+NPY_DTYPES = ("<u2", "<u4", "<i4", "<i8")
 FIRST_BYTES = (
     (b"\x93NUMPY", "a NumPy header; write the array with .tofile, which leaves it out"),
     *((magic.to_bytes(4, "little"), "an llm.c header; give --from llmc") for magic, _, _ in LLMC_MAGIC),
@@ -232,7 +233,7 @@ def _read_megatron(path: Path) -> Iterator[np.ndarray]:
     sizes = np.frombuffer(raw, "<i4", count, 34).astype(np.int64)
     pointers = np.frombuffer(raw, "<i8", count, 34 + count * 4)
     bounds = np.frombuffer(raw, "<i8", num_ends, 34 + count * 12)
-    if not num_ends or bounds[0] != 0 or bounds[-1] != count or (np.diff(bounds) < 0).any():
+    if not num_ends or bounds[0] != 0 or bounds[-1] != count or (bounds[1:] < bounds[:-1]).any():
         raise InputError(
             f"{index}: expected documents that cover its {count} sequences in order, got others; restore the files"
         )
@@ -284,8 +285,9 @@ def _read_original(folder: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
         ) from error
     if (end_of_text, size) != (tokenizer.end_of_text, tokenizer.size):
         raise InputError(
-            f"{path}: expected end of text and vocabulary {(end_of_text, size)} of {manifest.get('tokenizer')}, got "
-            f"{(tokenizer.end_of_text, tokenizer.size)} of {tokenizer.name}; give its tokenizer"
+            f"{path}: expected end of text and vocabulary {str((end_of_text, size))[:80]} of "
+            f"{str(manifest.get('tokenizer'))[:80]}, got {(tokenizer.end_of_text, tokenizer.size)} of "
+            f"{tokenizer.name}; give its tokenizer"
         )
     for shard, index, checksum in shards:
         files.regular_size(shard)
@@ -294,14 +296,11 @@ def _read_original(folder: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
                 raise InputError(
                     f"{shard}: expected content with sha256 {checksum[:80]}, got {actual}; restore the file"
                 )
-        try:
-            tokens = np.load(shard, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, SyntaxError) as error:
-            raise InputError(f"{shard}: expected a .npy file, got {str(error)[:160]}; restore the file") from error
+        tokens = _read_npy(shard)
         raw = _bytes(index)
         count = struct.unpack("<Q", raw[16:24])[0] if len(raw) >= 32 and raw[:8] == ORIGINAL_MAGIC else -1
-        if count < 0 or len(raw) != 32 + 16 * count or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise InputError(f"{index}: expected an index of documents over integers, got another; restore the files")
+        if count < 0 or len(raw) != 32 + 16 * count:
+            raise InputError(f"{index}: expected an index of documents, got another; restore the files")
         pairs = np.frombuffer(raw, "<u8", offset=32).reshape(-1, 2)
         begins, ends = pairs[:, 0], pairs[:, 1]
         covered = np.array_equal(np.append(0, ends[:-1]), begins) if count else True
@@ -311,6 +310,17 @@ def _read_original(folder: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
             )
         for begin, end in pairs.tolist():
             yield tokens[begin:end]
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    """The integers of a .npy file whose header is what NumPy writes, byte for byte: its parser raises anything."""
+    size = files.regular_size(path) - HEADER_BYTES
+    with open(path, "rb") as file:
+        front = file.read(HEADER_BYTES)
+    for dtype in map(np.dtype, NPY_DTYPES):
+        if front == header(dtype, size // dtype.itemsize):
+            return _mapped(path, dtype, HEADER_BYTES)
+    raise InputError(f"{path}: expected a .npy file of a row of integers, got another; restore the file")
 
 
 def _inside(folder: Path, name: str) -> Path:

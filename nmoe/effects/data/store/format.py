@@ -78,25 +78,27 @@ def read_manifest(folder: Path) -> Manifest:
     named = (manifest.tokenizer_identity, manifest.tokenizer_size)
     if named != (actual := (stored.identity, stored.size)):
         problems.append(
-            f"{folder / tokenizer.FILE}: expected identity and size {named} as in the manifest, got {actual}; {REMEDY}"
+            f"{folder / tokenizer.FILE}: expected identity and size {str(named)[:120]} as in the manifest, got "
+            f"{actual}; {REMEDY}"
         )
     for name, split in manifest.splits.items():
         problems += name_problems(path, name)
         named = (split.tokens, split.documents, split.bytes)
         if named != (total := totals(split.shards)):
             problems.append(
-                f"{path}: expected {named} tokens, documents and bytes in the shards of {name}, got {total}; {REMEDY}"
+                f"{path}: expected {str(named)[:120]} tokens, documents and bytes in the shards of {name[:80]}, got "
+                f"{str(total)[:120]}; {REMEDY}"
             )
         for index, shard in enumerate(split.shards):
             if shard.tokenizer_identity != manifest.tokenizer_identity:
                 problems.append(
-                    f"{path}: expected tokenizer {manifest.tokenizer_identity} for {name} shard {index}, got "
+                    f"{path}: expected tokenizer {manifest.tokenizer_identity[:80]} for {name} shard {index}, got "
                     f"{shard.tokenizer_identity[:80]}; prepare the data again"
                 )
-            if not (1 <= shard.documents <= shard.tokens <= MAX_TOKENS and shard.bytes >= 0):
+            if not (1 <= shard.documents <= shard.tokens <= MAX_TOKENS and 0 <= shard.bytes <= MAX_TOKENS):
                 problems.append(
                     f"{path}: expected 1 <= documents <= tokens and 0 <= bytes in {name} shard {index}, got "
-                    f"{shard.documents}, {shard.tokens}, {shard.bytes}; {REMEDY}"
+                    f"{str((shard.documents, shard.tokens, shard.bytes))[:120]}; {REMEDY}"
                 )
     if problems:
         raise InputError(*problems)
@@ -185,11 +187,13 @@ def shard_problems(where: Path, index: int, receipt: Receipt, stored: tokenizer.
         return problems
     tokens = mapped(where / f"{stem(index)}.npy", dtype_of(stored.size), receipt.tokens)
     ends = mapped(where / f"{stem(index)}.ends.npy", np.dtype("<i8"), receipt.documents)
-    if np.array_equal(np.flatnonzero(tokens == stored.end_of_text) + 1, ends) and ends[-1] == receipt.tokens:
-        return []
-    return [
-        f"{where / stem(index)}.ends.npy: expected the position behind each end of text, got others; {REMEDY}",
-    ]
+    if not np.array_equal(np.flatnonzero(tokens == stored.end_of_text) + 1, ends) or ends[-1] != receipt.tokens:
+        path = where / f"{stem(index)}.ends.npy"
+        return [f"{path}: expected the position behind each end of text, got others; {REMEDY}"]
+    if np.count_nonzero(tokens >= len(stored.ranks)) != receipt.documents:
+        path = where / f"{stem(index)}.npy"
+        return [f"{path}: expected ids below {len(stored.ranks)} beside ends of text, got others; {REMEDY}"]
+    return []
 
 
 def _array_problems(path: Path, header: bytes, sha256: str) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ from nmoe.pure.checkpoint.retention import Keep
 from tests.effects.checkpoint.saves import number_in, pieces, values
 
 DISK = Disk()
+
+
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[None]:
+    """Nothing here waits: whoever opens a pipe would, for ever, and the signal ends it."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
 
 
 @pytest.fixture

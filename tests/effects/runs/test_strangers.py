@@ -202,6 +202,14 @@ def test_a_field_that_no_calendar_and_no_count_holds_is_named(
         show.show(tmp_path, "bad")
 
 
+def test_gpus_whose_numbers_are_none_are_counted(tmp_path: Path) -> None:
+    lines = [{"gpus": [{"index": "x"}, {"index": 1}, {"index": None}]}]
+    runs.append(runs.folder(tmp_path, "bad") / "telemetry.rank0.jsonl", lines)
+    with open_index(tmp_path, None, threads=1) as index:
+        poll(index)
+        assert [gpu.index for gpu in machine.gpus(index, "bad").gpus] == [0, 1, 2]
+
+
 SPECIAL: dict[str, Callable[[Path], Any]] = {
     "pipe": os.mkfifo,
     "folder": Path.mkdir,

@@ -82,7 +82,7 @@ def gpus(index: Index, name: str) -> api.Gpus:
     told = [(rank, time_s, elapsed_s, json.loads(line)) for rank, time_s, elapsed_s, line in lines]
     last = {rank: (time_s, fields) for rank, time_s, _, fields in told}
     seen = {
-        (rank, each.get("index", place)): _gpu(rank, place, each)
+        (rank, _index(each, place)): _gpu(rank, place, each)
         for rank, (_, fields) in last.items()
         for place, each in enumerate(_gpus(fields))
     }

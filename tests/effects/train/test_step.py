@@ -13,7 +13,7 @@ from nmoe.config.sections import Config
 from nmoe.effects.device import buffers, cpu, ops
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.train import resume
-from nmoe.effects.train.build import check_memory, fresh
+from nmoe.effects.train.build import check_memory, fresh, memory_explained
 from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step, tokens_per_step
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
@@ -332,6 +332,19 @@ def test_a_machine_without_the_memory_is_said_before_anything_is_allocated() -> 
     planned = plan(config, blueprint, mfu=0.4, peak_flops=1e12, dedup=True, capacity=2.0)
     with pytest.raises(InputError, match=r"train.microbatch_size: expected a step that fits the machine's"):
         check_memory(config, planned, torch.device("cpu"))
+
+
+def test_memory_that_runs_out_is_one_line() -> None:
+    config = tiny()
+    planned = plan(config, make_blueprint(config), mfu=0.4, peak_flops=1e12)
+    raised = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
+    )
+    with pytest.raises(InputError) as found, memory_explained(planned):
+        raise raised
+    (line,) = found.value.problems
+    assert line.startswith("GPU memory: expected room for 20.00 GiB, got none beside the planned parameters ")
+    assert "moments " in line and "lower train.microbatch_size" in line
 
 
 def test_place_keeps_the_structure() -> None:

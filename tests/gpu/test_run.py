@@ -33,7 +33,11 @@ def trained(folder: Path, gpus: int, *, poison: int) -> Path:
     run = subprocess.run(
         [*command, "--validation.every=1000", "--gpus", str(gpus)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "NMOE_HOME": str(folder.parent / "home")},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+            "NMOE_HOME": str(folder.parent / "home"),
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -27,7 +27,7 @@ def trained(folder: Path, gpus: int, *, poison: int) -> Path:
         f"for gpu in range({gpus}) for _ in range(8)]; torch.cuda.synchronize()"
     )
     subprocess.run([sys.executable, "-c", fill], check=True)
-    sizes = "--model.num_layers=3 --model.vocab_size=8192 --model.hidden_size=1024 --train.sequence_length=1024"
+    sizes = "--model.num_layers=2 --model.vocab_size=4104 --model.hidden_size=512 --train.sequence_length=512 --model.moe.num_experts=16"
     batch = f"--train.batch_size={8 * gpus} --train.microbatch_size=4 --train.steps=12 --log.every=1"
     command = [sys.executable, "-m", "nmoe", "run", "run.toml", *sizes.split(), *batch.split(), "--run.name=same"]
     run = subprocess.run(

@@ -27,9 +27,9 @@ def trained(folder: Path, gpus: int, *, poison: int) -> Path:
         f"for gpu in range({gpus}) for _ in range(8)]; torch.cuda.synchronize()"
     )
     subprocess.run([sys.executable, "-c", fill], check=True)
-    sizes = "--model.num_layers=2 --model.vocab_size=4104 --model.hidden_size=512 --train.sequence_length=512 --model.moe.num_experts=16"
-    batch = f"--train.batch_size={8 * gpus} --train.microbatch_size=4 --train.steps=12 --log.every=1"
-    command = [sys.executable, "-m", "nmoe", "run", "run.toml", *sizes.split(), *batch.split(), "--run.name=same"]
+    model = "--model.num_layers=2 --model.vocab_size=4104 --model.hidden_size=512 --model.moe.num_experts=16"
+    batch = f"--train.sequence_length=512 --train.batch_size={8 * gpus} --train.microbatch_size=4 --train.steps=12 --log.every=1"
+    command = [sys.executable, "-m", "nmoe", "run", "run.toml", *model.split(), *batch.split(), "--run.name=same"]
     run = subprocess.run(
         [*command, "--validation.every=1000", "--gpus", str(gpus)],
         cwd=folder,

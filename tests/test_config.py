@@ -358,7 +358,7 @@ OTHER_VALUES = {
     "document_mask": "true",
     "dedup": "false",
     **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
-    **{"footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
+    **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
 }

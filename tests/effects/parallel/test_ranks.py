@@ -171,11 +171,15 @@ def test_a_state_is_the_same_whoever_saves_it(alone: Path, sources: Path, tmp_pa
         def save_again(ranks: Ranks, root: Path = root, there: Path = there) -> None:
             blueprint, state, _ = state_of(config, ranks, bucket=2048)
             targets = resume.pieces(state, blueprint, ranks=ranks, shared=False)
-            told: dict[str, Any] = {"rank": ranks.world.rank, "exchange": ranks.all_gather_text}
+            told: dict[str, Any] = {"rank": ranks.world.rank, "all_gather_text": ranks.all_gather_text}
             manifest = reader.restore_(Disk(), root, lambda _: targets, report=print, **told)
             assert manifest is not None and manifest.step == STEPS
             keep = Keep(last=1)
-            where: dict[str, Any] = {"rank": ranks.world.rank, "world": ranks.world.size, "exchange": ranks.background}
+            where: dict[str, Any] = {
+                "rank": ranks.world.rank,
+                "world": ranks.world.size,
+                "all_gather_text": ranks.background,
+            }
             with open_writer(Disk(), there, keep=keep, **where) as writer:
                 pieces = resume.pieces(state, blueprint, ranks=ranks)
                 writer.save(pieces, step=STEPS, meta=resume.meta(state, (0,), Validations(), this))
@@ -320,7 +324,7 @@ def test_too_many_rows_for_a_rank_end_the_run_on_all_with_what_it_takes(sources:
     for rank, (code, text) in enumerate(told):
         assert code == 2 and f"nmoe: rank {rank}, step 0: parallel.capacity: " in text, told
         assert "set it to 1." in text
-    assert json.loads((tmp_path / "runs/small/events.jsonl").read_text().splitlines()[-1])["exit_code"] == 1
+    assert json.loads((tmp_path / "runs/small/events.jsonl").read_text().splitlines()[-1])["exit_code"] == 2
 
 
 def test_ranks_with_different_configs_are_refused_by_name(sources: Path, tmp_path: Path) -> None:

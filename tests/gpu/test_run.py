@@ -28,8 +28,18 @@ def trained(folder: Path, gpus: int, *, poison: int) -> Path:
     )
     subprocess.run([sys.executable, "-c", fill], check=True)
     model = "--model.num_layers=2 --model.vocab_size=4104 --model.hidden_size=512 --model.moe.num_experts=16"
-    batch = f"--train.sequence_length=512 --train.batch_size={8 * gpus} --train.microbatch_size=4 --train.steps=12 --log.every=1"
-    command = [sys.executable, "-m", "nmoe", "run", "run.toml", *model.split(), *batch.split(), "--run.name=same"]
+    batch = f"--train.sequence_length=512 --train.batch_size={8 * gpus} --train.microbatch_size=4 --train.steps=12"
+    command = [
+        sys.executable,
+        "-m",
+        "nmoe",
+        "run",
+        "run.toml",
+        *model.split(),
+        *batch.split(),
+        "--run.name=same",
+        "--log.every=1",
+    ]
     run = subprocess.run(
         [*command, "--validation.every=1000", "--gpus", str(gpus)],
         cwd=folder,

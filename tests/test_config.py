@@ -361,6 +361,7 @@ OTHER_VALUES = {
     **{"footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
+    **{"balance": "quantile", "bias_decay": "0.7", "normalize": "false"},
 }
 """Other values of the keys that are no numbers."""
 
@@ -405,6 +406,16 @@ RULES = [
         "model.moe={num_groups = 8, top_k = 3}",
         1,
         "model.moe.top_k: expected at most the 2 experts in top_k_groups = 1 groups, got 3; ",
+    ),
+    (
+        'model.moe={balance = "quantile", num_groups = 2}',
+        1,
+        'model.moe.balance: expected "sign" when num_groups is 2, got "quantile"; ',
+    ),
+    (
+        'model.moe={balance = "quantile", top_k = 16}',
+        1,
+        'model.moe.balance: expected "sign" when top_k is num_experts = 16, got "quantile"; ',
     ),
     (
         "model.moe.top_k=1",
@@ -473,6 +484,7 @@ def rules_config(*overrides: str) -> Config:
     [
         "model.moe={num_groups = 8, top_k_groups = 1, top_k = 2}",
         "model.moe={top_k = 1, normalize = false}",
+        'model.moe={top_k = 15, balance = "quantile"}',
         "model={num_dense_layers = 4, moe = {top_k = 1}}",
         "model.attention.yarn={factor = 2, original_positions = 128}",
         "run.name=9.A_b-c",

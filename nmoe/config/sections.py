@@ -105,8 +105,15 @@ class Moe:
     normalize: bool = setting(
         "whether a token's routing weights sum to route_scale; false: each is its score times route_scale", default=True
     )
-    bias_update_rate: float = setting(
-        "step of the router bias that evens out expert load", default=0.001, low=0, high=1e3
+    balance: Literal["sign", "quantile"] = setting(
+        "how the router bias evens out expert load: steps of one size, or quantiles of the scores", default="sign"
+    )
+    bias_update_rate: float = setting('step of the router bias; balance = "sign"', default=0.001, low=0, high=1e3)
+    bias_decay: float = setting(
+        'share of the router bias that a step keeps beside the new quantile; balance = "quantile"',
+        default=0.5,
+        low=0,
+        high=0.9999,
     )
     sequence_balance: float = setting("weight of the sequence-wise auxiliary loss", default=0.0001, low=0, high=1e3)
 

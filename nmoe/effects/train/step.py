@@ -214,14 +214,14 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
     Writes:  the arenas of `state`; the State returned has them.
     """
     config, ranks, exchange, layouts = setup.config, setup.rt.ranks, setup.exchange, setup.blueprint.layouts
-    num_targets, nll, auxiliary, load, entropy = accumulate_(setup, state, batch)
+    num_targets, nll, auxiliary, load, margins, entropy = accumulate_(setup, state, batch)
     with torch.no_grad():
         # All-reduce of what was summed over the microbatches, and of the square of the gradient norm.
         owned = zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks)
         norm = setup.passes.global_norm(owned)
         overflow = norm.new_zeros(()) if exchange is None else (exchange.needed[0] > 0).float()
-        nll, auxiliary, load, entropy, square, overflow = all_reduce_sum(
-            ranks.world, (nll, auxiliary, load, entropy, norm.double().square(), overflow)
+        nll, auxiliary, load, margins, entropy, square, overflow = all_reduce_sum(
+            ranks.world, (nll, auxiliary, load, margins, entropy, norm.double().square(), overflow)
         )
         loss, norm = nll / num_targets.clamp(min=1), square.sqrt().to(norm.dtype)
         if ranks.world.size > 1:
@@ -239,7 +239,11 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         change = square.sqrt().to(change.dtype)
 
         # Balance the load of the experts.
-        bias = route.balance(state.router_bias, load, rate=config.model.moe.bias_update_rate)
+        moe = config.model.moe
+        if moe.balance == "sign":
+            bias = route.balance(state.router_bias, load, rate=moe.bias_update_rate)
+        else:
+            bias = route.balance_quantile(state.router_bias, margins, top_k=moe.top_k, decay=moe.bias_decay)
         bias = torch.where(allowed, bias, state.router_bias)
         skipped = state.skipped + ~sound
         skipped_in_row = torch.where(sound, 0, state.skipped_in_row + 1)
@@ -263,10 +267,10 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
     return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row)
 
 
-def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Add the gradient of the mean loss over the global batch, and reduce-scatter it.
 
-    returns  targets of the global batch; this rank's part of the loss, the auxiliary loss, load and entropy
+    returns  targets of the global batch; this rank's part of the loss, auxiliary loss, load, margins and entropy
 
     Writes:  gradients of the arenas; what this rank owns of them is complete.
     """
@@ -276,6 +280,7 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
     nll = torch.zeros((), device=device)
     auxiliary = torch.zeros((), device=device)
     load = torch.zeros(state.router_bias.shape, dtype=torch.int64, device=device)
+    margins = torch.zeros((), dtype=torch.int64, device=device)
     entropy = torch.zeros(state.router_bias.shape[0], device=device)
     count = batch.tokens.shape[0]
     for index in range(count):
@@ -301,9 +306,10 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
             loss.backward()
         nll = nll + part
         load = load + report.load
+        margins = margins + report.margins
         entropy = entropy + report.entropy / (count * ranks.world.size)
         auxiliary = auxiliary + report.imbalance.detach().sum() * (c.moe.sequence_balance / train.batch_size)
-    return num_targets, nll, auxiliary, load, entropy
+    return num_targets, nll, auxiliary, load, margins, entropy
 
 
 def update_(

@@ -361,7 +361,7 @@ OTHER_VALUES = {
     **{"footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
-    **{"balance": "quantile", "bias_decay": "0.7", "normalize": "false"},
+    **{"balance": "quantile", "bias_decay": "0.7", "normalize": "false", "optimizer": "muon", "momentum": "0.7"},
 }
 """Other values of the keys that are no numbers."""
 
@@ -416,6 +416,11 @@ RULES = [
         'model.moe={balance = "quantile", top_k = 16}',
         1,
         'model.moe.balance: expected "sign" when top_k is num_experts = 16, got "quantile"; ',
+    ),
+    (
+        'optim.router.optimizer="muon"',
+        1,
+        'optim.router.optimizer: expected "adamw", got "muon"; write "adamw", a router has no hidden matrix',
     ),
     (
         "model.moe.top_k=1",

@@ -27,6 +27,7 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
         *_parallel(config, world),
         *_attention(config.model),
         *kernel_sizes(config.model, device=config.run.device, compute=config.precision.compute),
+        *_optimizers(config),
         *_precision(config),
         *_length(config),
         *_run(config, world),
@@ -62,6 +63,14 @@ def _precision(config: Config) -> Iterator[str]:
         yield (
             'precision.moments: expected "fp32" when precision.compute is "fp32", got "bf16"; write moments = "fp32" '
             'or compute = "bf16"'
+        )
+
+
+def _optimizers(config: Config) -> Iterator[str]:
+    if config.optim.router.optimizer != "adamw":
+        yield (
+            f'optim.router.optimizer: expected "adamw", got {shown(config.optim.router.optimizer)}; write "adamw", '
+            "a router has no hidden matrix"
         )
 
 

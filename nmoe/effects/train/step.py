@@ -22,13 +22,15 @@ from nmoe.effects.parallel.ranks import all_reduce_sum
 from nmoe.effects.train import zero
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
+from nmoe.pure.core.layout import ArenaLayout, Stretch
+from nmoe.pure.core.spec import Dims
 from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
 from nmoe.pure.model.model import Batch, Transformer, block, objective
 from nmoe.pure.model.ops import Env
 from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
-from nmoe.pure.optim.update import settings
+from nmoe.pure.optim.update import matrix_settings, settings
 
 
 class SpentStateError(RuntimeError):
@@ -325,9 +327,10 @@ def update_(
     changes: list[Tensor] = []
     gathers: list[Any] = []
     for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
-        update, name, sharing = passes.update_(layout.policy.optimizer), layout.policy.group, ranks.sharing(layout)
+        rule, name, sharing = layout.policy.optimizer, layout.policy.group, ranks.sharing(layout)
+        update = passes.update_(rule)
         for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.rank), strict=True):
-            for begin, end in _chunks(own.begin, own.end, passes.chunk):
+            for begin, end, of_matrix in _passes(layout, own, passes.chunk, setup.blueprint.dims):
                 part, held = slice(begin, end), slice(begin - own.begin + own.at, end - own.begin + own.at)
                 changes.append(
                     update(
@@ -339,7 +342,8 @@ def update_(
                         shrink=shrink,
                         updates=updates,
                         lr=getattr(rates, name),
-                        **settings(getattr(optim, name)),
+                        **settings(rule, getattr(optim, name)),
+                        **of_matrix,
                         decay=optim.weight_decay if layout.policy.decay else 0.0,
                     )
                 )
@@ -351,7 +355,13 @@ def update_(
     return torch.linalg.vector_norm(torch.stack(changes)), gathers
 
 
-def _chunks(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """A stretch in chunks for the optimizer."""
-    for first in range(begin, end, size):
-        yield first, min(first + size, end)
+def _passes(layout: ArenaLayout, own: Stretch, size: int, dims: Dims) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """A stretch in pieces for the optimizer: chunks of at most `size` elements, or whole parameters."""
+    if not layout.whole():
+        for first in range(own.begin, own.end, size):
+            yield first, min(first + size, own.end), {}
+        return
+    for slot in layout.slots:
+        if own.begin <= slot.offset < own.end:
+            about = matrix_settings(layout.policy.optimizer, slot.spec, slot.shape, dims, bf16=layout.has_remainder())
+            yield slot.offset, slot.offset + slot.size(), about

@@ -128,6 +128,20 @@ def test_quantiles_of_two_ranks_are_those_of_one(sources: Path, tmp_path: Path) 
         assert digests(two, step) == digests(one, step), step
 
 
+def test_muon_on_two_ranks_is_muon_on_one_bit_for_bit(sources: Path, tmp_path: Path) -> None:
+    """Each rank orthogonalises whole matrices of its own; moments are saved by whoever has them."""
+
+    def run(name: str, ranks: int) -> Path:
+        config = config_of(sources, tmp_path, name, microbatch_size=2)
+        group = attrs.evolve(config.optim.dense, optimizer="muon")
+        return trained(attrs.evolve(config, optim=attrs.evolve(config.optim, dense=group, expert=group)), ranks)
+
+    one, two = run("one", 1), run("two", 2)
+    assert "param/blocks.1.ffn.up/momentum" in digests(one, STEPS)
+    for step in range(1, STEPS + 1):
+        assert digests(two, step) == digests(one, step), step
+
+
 @pytest.mark.long
 def test_any_number_of_ranks_goes_on_from_any_other(sources: Path, tmp_path: Path) -> None:
     """1, 2, 4 and 1 ranks in turn read the stream that one rank reads, and stay within the rounding of sums."""

@@ -729,3 +729,16 @@ def test_a_secret_in_an_argument_of_its_own_is_masked() -> None:
     )  # fmt: skip
     sources = load(ROOT / "configs" / "quickstart.toml", {}, ("--log.alert_command=curl secret",)).sources
     assert sources["log.alert_command"] == "command line --log.alert_command=***"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.dense.optimizer=sgd", 'expected one of "adamw", "muon", got "sgd"; choose one of them'),
+        ("model.moe.balance=even", 'expected one of "sign", "quantile", got "even"; choose one of them'),
+    ],
+)
+def test_an_unknown_choice_is_one_line_with_the_known_ones(override: str, message: str) -> None:
+    key = override.partition("=")[0]
+    found = problems(ROOT / "configs" / "quickstart.toml", f"--{override}")
+    assert found == [f"command line --{override}: {key}: {message}"]

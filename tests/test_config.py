@@ -361,6 +361,7 @@ OTHER_VALUES = {
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
+    **{"balance": "quantile", "bias_decay": "0.7", "normalize": "false", "optimizer": "muon", "momentum": "0.7"},
 }
 """Other values of the keys that are no numbers."""
 
@@ -405,6 +406,21 @@ RULES = [
         "model.moe={num_groups = 8, top_k = 3}",
         1,
         "model.moe.top_k: expected at most the 2 experts in top_k_groups = 1 groups, got 3; ",
+    ),
+    (
+        'model.moe={balance = "quantile", num_groups = 2}',
+        1,
+        'model.moe.balance: expected "sign" when num_groups is 2, got "quantile"; ',
+    ),
+    (
+        'model.moe={balance = "quantile", top_k = 16}',
+        1,
+        'model.moe.balance: expected "sign" when top_k is num_experts = 16, got "quantile"; ',
+    ),
+    (
+        'optim.router.optimizer="muon"',
+        1,
+        'optim.router.optimizer: expected "adamw", got "muon"; write "adamw", a router has no hidden matrix',
     ),
     (
         "model.moe.top_k=1",
@@ -473,6 +489,7 @@ def rules_config(*overrides: str) -> Config:
     [
         "model.moe={num_groups = 8, top_k_groups = 1, top_k = 2}",
         "model.moe={top_k = 1, normalize = false}",
+        'model.moe={top_k = 15, balance = "quantile"}',
         "model={num_dense_layers = 4, moe = {top_k = 1}}",
         "model.attention.yarn={factor = 2, original_positions = 128}",
         "run.name=9.A_b-c",
@@ -712,3 +729,16 @@ def test_a_secret_in_an_argument_of_its_own_is_masked() -> None:
     )  # fmt: skip
     sources = load(ROOT / "configs" / "quickstart.toml", {}, ("--log.alert_command=curl secret",)).sources
     assert sources["log.alert_command"] == "command line --log.alert_command=***"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.dense.optimizer=sgd", 'expected one of "adamw", "muon", got "sgd"; choose one of them'),
+        ("model.moe.balance=even", 'expected one of "sign", "quantile", got "even"; choose one of them'),
+    ],
+)
+def test_an_unknown_choice_is_one_line_with_the_known_ones(override: str, message: str) -> None:
+    key = override.partition("=")[0]
+    found = problems(ROOT / "configs" / "quickstart.toml", f"--{override}")
+    assert found == [f"command line --{override}: {key}: {message}"]

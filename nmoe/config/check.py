@@ -23,9 +23,11 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
         *(f"{dotted(path)}: {text}" for path, text in out_of_bounds(config)),
         *_model(config.model),
         *_moe(config.model.moe),
+        *_balance(config.model.moe),
         *_parallel(config, world),
         *_attention(config.model),
         *kernel_sizes(config.model, device=config.run.device, compute=config.precision.compute),
+        *_optimizers(config),
         *_precision(config),
         *_length(config),
         *_run(config, world),
@@ -61,6 +63,14 @@ def _precision(config: Config) -> Iterator[str]:
         yield (
             'precision.moments: expected "fp32" when precision.compute is "fp32", got "bf16"; write moments = "fp32" '
             'or compute = "bf16"'
+        )
+
+
+def _optimizers(config: Config) -> Iterator[str]:
+    if config.optim.router.optimizer != "adamw":
+        yield (
+            f'optim.router.optimizer: expected "adamw", got {shown(config.optim.router.optimizer)}; write "adamw", '
+            "a router has no hidden matrix"
         )
 
 
@@ -117,6 +127,19 @@ def _moe(c: Moe) -> Iterator[str]:
         yield (
             f"model.moe.top_k: expected at most the {c.top_k_groups * size} experts in top_k_groups = {c.top_k_groups} "
             f"groups, got {c.top_k}; lower top_k or raise top_k_groups"
+        )
+
+
+def _balance(c: Moe) -> Iterator[str]:
+    if c.balance == "quantile" and c.num_groups > 1:
+        yield (
+            f'model.moe.balance: expected "sign" when num_groups is {c.num_groups}, got "quantile"; write balance = '
+            '"sign" or num_groups = 1, a quantile does not know which groups a token keeps'
+        )
+    if c.balance == "quantile" and c.top_k == c.num_experts:
+        yield (
+            f'model.moe.balance: expected "sign" when top_k is num_experts = {c.num_experts}, got "quantile"; write '
+            'balance = "sign", every expert has every token'
         )
 
 

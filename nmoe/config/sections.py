@@ -105,8 +105,15 @@ class Moe:
     normalize: bool = setting(
         "whether a token's routing weights sum to route_scale; false: each is its score times route_scale", default=True
     )
-    bias_update_rate: float = setting(
-        "step of the router bias that evens out expert load", default=0.001, low=0, high=1e3
+    balance: Literal["sign", "quantile"] = setting(
+        "how the router bias evens out expert load: steps of one size, or quantiles of the scores", default="sign"
+    )
+    bias_update_rate: float = setting('step of the router bias; balance = "sign"', default=0.001, low=0, high=1e3)
+    bias_decay: float = setting(
+        'share of the router bias that a step keeps beside the new quantile; balance = "quantile"',
+        default=0.5,
+        low=0,
+        high=0.9999,
     )
     sequence_balance: float = setting("weight of the sequence-wise auxiliary loss", default=0.0001, low=0, high=1e3)
 
@@ -190,12 +197,16 @@ class Data:
 
 @attrs.frozen(kw_only=True)
 class Group:
-    """AdamW for one group of parameters."""
+    """The optimizer of one group of parameters."""
 
     lr: float = setting("peak learning rate", low=1e-30, high=1e30)
+    optimizer: Literal["adamw", "muon"] = setting(
+        "update rule of the group's hidden matrices; all else is updated by AdamW", default="adamw", shapes=True
+    )
     beta1: float = setting("decay of the first moment", default=0.9, low=0, high=0.9999)
     beta2: float = setting("decay of the second moment", default=0.95, low=0, high=0.999999)
     eps: float = setting("added to the root of the second moment", default=1e-8, low=1e-20, high=1)
+    momentum: float = setting("decay of Muon's momentum", default=0.95, low=0, high=0.9999)
 
 
 @attrs.frozen(kw_only=True)
@@ -207,6 +218,10 @@ class Optim:
     router: Group = setting("router matrices")
     weight_decay: float = setting("decoupled decay of the parameters that decay", default=0.1, low=0, high=1e3)
     clip_norm: float = setting("largest global gradient norm", default=1.0, low=1e-20, high=1e20)
+
+    def optimizers(self) -> dict[str, str]:
+        """Group -> update rule of its hidden matrices."""
+        return {name: getattr(self, name).optimizer for name in ("dense", "expert", "router")}
 
 
 @attrs.frozen(kw_only=True)

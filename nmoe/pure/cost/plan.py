@@ -15,6 +15,7 @@ from nmoe.pure.cost.flops import Flops
 from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import distinct_ranks
 from nmoe.pure.model.attention import KINDS, Kinds, kind_of
+from nmoe.pure.model.route import BINS
 from nmoe.pure.optim.update import rule
 from nmoe.pure.parallel import exchange_arena
 
@@ -198,6 +199,9 @@ def plan(
         activations = activation_bytes(c, dims, **shape, element=element, square=True, kinds=kinds)
         # fp32 logits, their exponentials and gradient, and the gradient in the compute format
         logits = logit_rows * (3 * 4 + element) + head * (4 + element)
+    if c.moe.balance == "quantile":
+        # histograms of margins: of each layer, stacked, and their sum over microbatches
+        activations += 3 * (c.num_layers - c.num_dense_layers) * c.moe.num_experts * BINS * 8
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
     total = train.steps * train.batch_size * train.sequence_length
     shares = [(each, each.held()) for each in arenas]

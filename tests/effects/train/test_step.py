@@ -364,7 +364,9 @@ def test_a_second_optimizer_is_a_rule_and_a_policy(monkeypatch: pytest.MonkeyPat
         velocity = beta1 * moments[0].to(value.dtype) + gradient
         return value - lr.to(value.dtype) * velocity, (velocity,)
 
-    monkeypatch.setattr(update, "UPDATES", {**update.UPDATES, "momentum": update.Rule(("velocity",), momentum)})
+    monkeypatch.setattr(
+        update, "UPDATES", {**update.UPDATES, "momentum": update.Rule(("velocity",), momentum, ("beta1",))}
+    )
     config = tiny(compute=compute, lr=1e-2)
     config = attrs.evolve(config, optim=attrs.evolve(config.optim, clip_norm=1e9))
     blueprint = make_blueprint(config)
@@ -398,5 +400,5 @@ def test_a_second_optimizer_is_a_rule_and_a_policy(monkeypatch: pytest.MonkeyPat
                 change, -learning_rates(config, tokens_per_step(config))["dense"] * velocity, rtol=1e-3, atol=1e-7
             )
     assert losses[-1] < losses[0] - 0.3, losses
-    with pytest.raises(ValueError, match="expected one of adamw, momentum, got 'sgd'"):
+    with pytest.raises(ValueError, match="expected one of adamw, muon, momentum, got 'sgd'"):
         ops.arena_ops(RT.device).update_("sgd")

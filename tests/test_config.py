@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
+from nmoe.config.check import PLAIN, remarks
 from nmoe.config.convert import structure
 from nmoe.config.data_mixture import Part, Rest
 from nmoe.config.data_source import Source
@@ -28,6 +29,7 @@ from nmoe.config.secrets import masked, masked_arguments
 from nmoe.config.sections import Mla, Yarn
 from nmoe.config.toml import lines, literal
 from nmoe.errors import InputError
+from nmoe.pure.model.attention import KINDS
 from tests.configs import ROOT, at_line, problems
 
 
@@ -102,7 +104,7 @@ def test_override_of_a_table_merges_and_of_a_kind_does_not_forget() -> None:
     (stale, missing) = sorted(problems(path, "--data.source.kind=shards"), key=lambda text: "got nothing" in text)
     assert 'data.source.tokenizer_size: expected a known key of kind "shards", got "tokenizer_size"' in stale
     assert ": data.source.path: expected a value, got nothing" in missing
-    assert 'one of "mla", got "kda"' in problems(path, "--model.attention.kind=kda")[0]
+    assert 'one of "mla", "gqa", got "kda"' in problems(path, "--model.attention.kind=kda")[0]
 
 
 def test_the_last_of_two_overrides_holds() -> None:
@@ -474,6 +476,44 @@ RULES = [
 def test_rules(override: str, world: int, expected: str) -> None:
     (problem,) = validate(rules_config(override), world)
     assert problem.startswith(expected), problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_kv_heads": 3},
+            "num_kv_heads: expected a divisor of num_heads = 4, got 3; choose groups of the same size",
+        ),
+        ({"head_dim": 15}, "head_dim: expected an even number, got 15; write 16, channels are rotated in pairs"),
+        ({"window": 0}, "window: expected at least 1, got 0; raise it"),
+        ({"window": None}, "global_every: expected a window beside it, got 2 alone; write window or remove "),
+        ({"global_every": 4}, "global_every: expected at most num_layers = 3, got 4; lower it, or remove it "),
+        ({"global_every": 1}, "global_every: expected at least 2, got 1; raise it"),
+        (
+            {"yarn": Yarn(factor=1.5, original_positions=64)},
+            "yarn.factor: expected original_positions * factor at least max_positions = 128, got 64 * 1.5; ",
+        ),
+    ],
+    ids=str,
+)
+def test_rules_of_grouped_query_attention(changes: dict[str, Any], expected: str) -> None:
+    config = load(ROOT / "configs" / "quickstart-gqa.toml", {}, ()).config
+    assert validate(config, 1) == ()
+    attention = attrs.evolve(config.model.attention, **changes)
+    (problem,) = validate(attrs.evolve(config, model=attrs.evolve(config.model, attention=attention)), 1)
+    assert problem.startswith(f"model.attention.{expected}"), problem
+
+
+def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
+    """The list in `config`, which knows no torch, and the kinds themselves say the same."""
+    on_gpu, on_cpu, latent = (
+        load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("gpt-oss-20b", "quickstart-gqa", "moonlet")
+    )
+    (remark,) = remarks(on_gpu)
+    assert remark.startswith('model.attention.kind: "gqa" has no kernels, a GPU runs it as plain torch')
+    assert remarks(on_cpu) == remarks(latent) == ()
+    assert set(PLAIN) == {section for section, kind in KINDS.items() if kind.kernel_kept_bytes is None}
 
 
 def rules_config(*overrides: str) -> Config:

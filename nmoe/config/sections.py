@@ -65,6 +65,9 @@ class Yarn:
     beta_slow: float = setting("rotations below which a frequency is interpolated", default=1.0, low=1e-6, high=1e6)
     mscale: float = setting("magnitude coefficient of the rotation table", default=1.0, low=1e-3, high=1e2)
     mscale_all_dim: float = setting("magnitude coefficient of the attention scale", default=1.0, low=1e-3, high=1e2)
+    truncate: bool = setting(
+        "whether the ramp between the two begins and ends at whole channel pairs; false: gpt-oss", default=True
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -85,6 +88,28 @@ class Mla:
         "channels of a head's query and key that are rotated; even", low=2, high=WIDEST, shapes=True
     )
     v_head_dim: int = setting("channels of a head's value", low=1, high=WIDEST, shapes=True)
+    rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
+    yarn: Yarn | None = setting("position range extension; absent: none", default=None)
+
+
+@attrs.frozen(kw_only=True)
+class Gqa:
+    """Grouped-query attention, optionally in a window and with learned sinks (gpt-oss, arXiv:2508.10925)."""
+
+    kind: ClassVar[str] = "gqa"
+
+    num_heads: int = setting("query heads", low=1, high=WIDEST, shapes=True)
+    num_kv_heads: int = setting("heads of keys and values; divides num_heads", low=1, high=WIDEST, shapes=True)
+    head_dim: int = setting("channels of a head, all of them rotated; even", low=2, high=WIDEST, shapes=True)
+    window: int | None = setting(
+        "keys a query sees, its own included; absent: all", unit="tokens", default=None, low=1, high=MOST_POSITIONS
+    )
+    global_every: int | None = setting(
+        "every so many-th layer sees all keys whatever the window; absent: none does", default=None, low=2, high=1000
+    )
+    sinks: bool = setting(
+        "whether each query head has a learned logit in the softmax's denominator", default=False, shapes=True
+    )
     rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
     yarn: Yarn | None = setting("position range extension; absent: none", default=None)
 
@@ -137,7 +162,7 @@ class Model:
     norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, low=1e-20, high=1)
     embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, low=1e-6, high=1e6)
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
-    attention: Mla = setting("attention of every block; `kind` chooses the table's keys")
+    attention: Mla | Gqa = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
 
 

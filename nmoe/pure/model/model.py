@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -232,8 +233,10 @@ def forward(
     reports: list[RouterReport] = []
     for layer, parameters in enumerate(p.blocks):
         row = layer - c.num_dense_layers
+        attention = env.kind.at_layer(c.attention, layer)
+        here = c if attention is c.attention else attrs.evolve(c, attention=attention)
         layer_bias = bias[row] if row >= 0 else ()
-        x, report = run(parameters, x, layer_bias, env, c, placed, routing[row] if routing and row >= 0 else ())
+        x, report = run(parameters, x, layer_bias, env, here, placed, routing[row] if routing and row >= 0 else ())
         if isinstance(report, RouterReport):
             reports.append(report)
     return env.ops.norm(x, p.norm, eps=c.norm_eps), _stacked(reports, bias)

@@ -255,6 +255,7 @@ def hf_rotation(c: sections.Mla) -> dict[str, Any]:
         "original_max_position_embeddings": c.yarn.original_positions,
         "beta_fast": c.yarn.beta_fast,
         "beta_slow": c.yarn.beta_slow,
+        "truncate": c.yarn.truncate,
         "mscale": c.yarn.mscale,
         "mscale_all_dim": c.yarn.mscale_all_dim,
     }

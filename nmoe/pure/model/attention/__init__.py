@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.model.attention import mla
+from nmoe.pure.model.hf_leaf import Leaf
 
 
 @attrs.frozen(kw_only=True)
@@ -22,7 +23,9 @@ class Hf:
     """A kind of attention in the words of `transformers`."""
 
     settings: Callable[[Any], dict[str, Any]]  # of the section
-    tensors: Callable[..., dict[str, Tensor]]  # of (parameters, section, *, eps)
+    leaves: Callable[[Any], dict[str, Leaf]]  # of the section; path in the parameter record -> what it is there
+    section: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]]  # of their settings; undoes `settings`
+    keys: tuple[str, ...]  # of theirs that `section` reads
 
 
 @attrs.frozen(kw_only=True)
@@ -68,7 +71,12 @@ KINDS: Kinds = MappingProxyType(
             kernel_kept_bytes=mla.kernel_kept_bytes,
             reference=mla.REFERENCE,
             tile_sizes=lambda c: (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim),
-            hf=Hf(settings=mla.hf_settings, tensors=mla.hf_tensors),
+            hf=Hf(
+                settings=mla.hf_settings,
+                leaves=mla.hf_leaves,
+                section=mla.hf_section,
+                keys=(*mla.HF_KEYS, *mla.HF_FIXED, *mla.HF_OTHERS),
+            ),
         ),
     }
 )

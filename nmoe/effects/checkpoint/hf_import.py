@@ -94,9 +94,13 @@ def _compute(where: Path, config: Mapping[str, Any]) -> str:
 
 
 def _wanted(parts: tuple[Part, ...], ours: Mapping[str, Format]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Number formats that a tensor of theirs may have, and its shape, by name; what is fp32 here may be bf16 there."""
+    """Number formats that a tensor of theirs may have, and its shape, by name.
+
+    What is fp32 in a model whose products are bf16, gains and routers, is bf16 in what others publish.
+    """
+    both = ("F32", "BF16") if any(dtype == "BF16" for dtype, _ in ours.values()) else ("F32",)
     return {
-        name: (("F32", "BF16") if ours[part.path][0] == "F32" else (ours[part.path][0],), shape)
+        name: (both if ours[part.path][0] == "F32" else (ours[part.path][0],), shape)
         for part in parts
         for name, shape in part.theirs().items()
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 from nmoe.config import sections
 from nmoe.config.check import validate_model
 from nmoe.config.convert import structure
+from nmoe.config.fields import flat
 from nmoe.config.toml import dotted
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
@@ -205,18 +206,27 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
         for key, value in config.items()
         if key not in known
     ]
-    if problems:
-        raise InputError(*problems)
     tables: dict[str, Any] = {"attention": {"kind": "mla", **attention}, "moe": {}}
     for key, path in KEYS.items():
-        (tables["moe"] if path[0] == "moe" else tables)[path[-1]] = config[key]
+        (tables["moe"] if path[0] == "moe" else tables)[path[-1]] = config.get(key, 0)
+    problems += [
+        f"{_theirs(path)}: expected one value, got {json.dumps(value)}; write a number"
+        for path, value in flat(tables)
+        if not isinstance(value, bool | int | float | str)
+    ]
+    if problems:
+        raise InputError(*problems)
     found = structure(tables, sections.Model)
     if isinstance(found, tuple):
-        theirs = {path: key for key, path in KEYS.items()}
-        raise InputError(*(f"{theirs.get(fault.path) or dotted(fault.path)}: {fault.text}" for fault in found))
+        raise InputError(*(f"{_theirs(fault.path)}: {fault.text}" for fault in found))
     if unfit := validate_model(found):
         raise InputError(*unfit)
     return found
+
+
+def _theirs(path: tuple[str, ...]) -> str:
+    """The key of `config.json` behind a path in the section Model, where it is not the same word."""
+    return next((key for key, ours in KEYS.items() if ours == path), dotted(path))
 
 
 def _names(c: Any = None) -> Hf:

@@ -299,7 +299,8 @@ def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     theta: Any = rotation.pop("rope_theta", config.get("rope_theta"))
     if theta is None:
         problems.append("rope_theta: expected a number, got nothing; write it")
-    tables["rope_theta"] = theta
+    else:
+        tables["rope_theta"] = theta
     types: list[Any] = [rotation.pop(key) for key in ("type", "rope_type") if key in rotation]
     if types and any(name not in ("default", "yarn") for name in types):
         problems.append(f'{where}.type: expected "default" or "yarn", got {json.dumps(types[-1])}; nmoe has no other')

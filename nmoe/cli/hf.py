@@ -32,13 +32,21 @@ def verbs(root: Verbs) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from nmoe.effects import files
     from nmoe.effects.checkpoint import hf_export, hf_verify
     from nmoe.effects.checkpoint.fs import Disk
+    from nmoe.effects.data import hf_tokenizer, tokenizer
 
     source = hf_export.open_source(Disk(), args.path)
     small = source.parameters() < hf_export.VERIFIED_PARAMETERS
     verify = partial(hf_verify.verify, source=source) if (small if args.verify is None else args.verify) else None
-    hf_export.export(source, args.out, shard_bytes=args.shard_bytes, extra={}, end_of_text=None, verify=verify)
+    extra, end_of_text = {}, None
+    if files.is_file(source.folder / tokenizer.FILE):
+        ours = tokenizer.load(source.folder)
+        extra, end_of_text = hf_tokenizer.convert(ours, hf_tokenizer.texts()), ours.end_of_text
+    hf_export.export(
+        source, args.out, shard_bytes=args.shard_bytes, extra=extra, end_of_text=end_of_text, verify=verify
+    )
     return 0
 
 

@@ -41,6 +41,7 @@ VERIFIED_PARAMETERS = 1_000_000_000
 class Source:
     """Weights that are read part by part."""
 
+    folder: Path  # of the run
     model: sections.Model
     compute: str  # precision.compute
     formats: Mapping[str, Format]  # of every tensor
@@ -156,7 +157,7 @@ def open_source(fs: Fs, path: Path) -> Source:
         read = _of_file(folder / WEIGHTS, formats)
     else:
         read = _of_checkpoint(fs, checkpoint, formats)
-    return Source(model=c, compute=precision.compute, formats=formats, read=read)
+    return Source(folder=folder, model=c, compute=precision.compute, formats=formats, read=read)
 
 
 def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Callable[[Sequence[Part]], list[Tensor]]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from nmoe.cli import main
 from nmoe.config.layers import load_model
@@ -22,13 +23,17 @@ from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.hf_export import INDEX, open_source
 from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.record.names import WEIGHTS
+from nmoe.effects.train.generate import extend
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import share, whole
 from nmoe.pure.checkpoint.retention import Keep
+from nmoe.pure.core.key import Key
 from nmoe.pure.model.blueprint import make_blueprint
+from nmoe.pure.model.ops import environment
 from tests import shapes
 from tests.effects.checkpoint.hf_models import MODELS, without_scales, write
 from tests.effects.checkpoint.saves import on_ranks
+from tests.effects.train import trainings
 from tests.effects.train.tiny import tiny
 
 # torch says so of the shared experts' matrices where there are none
@@ -402,3 +407,30 @@ def test_a_bad_run_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_shards_of_no_bytes_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "run", MODELS["plain"])
     assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--shard-bytes=0") == 2
+
+
+def test_a_trained_model_says_the_same_in_transformers(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From its newest checkpoint, with its tokenizer; their greedy text is ours, token for token."""
+    config = trainings.config(tmp_path, "trained", sources, 3)
+    assert trainings.train(config)[0] == 0
+    folder = trainings.folder(config)
+    assert run("export", "hf", folder, tmp_path / "out") == 0
+    assert "logits differ by" in capsys.readouterr().out
+    network, theirs = hf_verify.load(tmp_path / "out", torch.float32), AutoTokenizer.from_pretrained(tmp_path / "out")
+    params, bias = weights.load(folder, make_blueprint(config))
+    prompt = theirs("def main(", return_tensors="pt")
+    said = network.generate(**prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours = extend(
+        params,
+        bias,
+        environment(config.model, config.model.max_positions),
+        config.model,
+        prompt["input_ids"][0].tolist(),
+        num_tokens=24,
+        vocab_size=config.model.vocab_size,
+        temperature=0.0,
+        key=Key(0),
+    )
+    assert said[0].tolist() == ours

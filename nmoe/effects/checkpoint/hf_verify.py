@@ -51,7 +51,7 @@ def verify(folder: Path, source: Source) -> None:
     )
     if not max(found.forced, found.natural if not found.choices else 0.0) <= TOLERANCE or found.choices > CHOICES:
         raise InputError(
-            f"{folder}: expected logits within {TOLERANCE:.0e} of the largest and {CHOICES:.0%} of the choices, got "
+            f"--verify: expected logits within {TOLERANCE:.0e} of the largest and {CHOICES:.0%} of the choices, got "
             "more; report it with the config; --no-verify writes the folder all the same"
         )
 
@@ -84,7 +84,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         if bar:
             logging.enable_progress_bar()
     if wrong := [f"{kind} {name}" for kind, names in about.items() for name in sorted(map(str, names))]:
-        raise InputError(*(f"{folder}: expected every tensor and no other, got {each}; report it" for each in wrong))
+        raise InputError(*(f"--verify: expected every tensor and no other, got {each}; report it" for each in wrong))
     return network.eval()
 
 
@@ -95,7 +95,10 @@ def compare(folder: Path, source: Source, network: Any) -> Difference:
     leaves = {path: torch.empty(shape, dtype=dtype) for path, (_, shape) in source.formats.items()}
     for part in hf.parts(c):
         row = leaves[part.path] if part.index is None else leaves[part.path][part.index]
-        row.copy_(source.read((part,))[0])
+        tensor = source.read((part,))[0]
+        # a product that the forward pass rounds to the stored format
+        row.copy_(tensor * c.embedding_scale if part.path == "embed" else tensor)
+    c = attrs.evolve(c, embedding_scale=1.0)
     bias = leaves[hf.ROUTER_BIAS]
     params = tree.map(lambda path, _: leaves[path], model.specs(c))
     length = min(TOKENS, c.max_positions)

@@ -100,6 +100,50 @@ def test_verify_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
         hf_verify.verify(tmp_path / "out", source)
 
 
+def test_verify_of_scales_in_bf16(tmp_path: Path) -> None:
+    """A scale that is no power of two is rounded once, as in the forward pass: only fp32 arithmetic differs."""
+    write(tmp_path / "run", MODELS["scales"], compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out") == 0
+    source = open_source(Disk(), tmp_path / "run")
+    found = hf_verify.compare(tmp_path / "out", source, hf_verify.load(tmp_path / "out", torch.float32))
+    assert max(found.natural, found.forced) < 1e-5
+
+
+def test_what_loaders_ask_of_the_folder(tmp_path: Path) -> None:
+    """The keys that vLLM's and SGLang's deepseek_v3 read beside those of transformers; the index; the formats."""
+    write(tmp_path / "run", MODELS["plain"], compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify", "--shard-bytes=4000") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    asked = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "torch_dtype": "bfloat16",
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "routed_scaling_factor": 2.5,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+    }
+    assert {key: config.get(key, ...) for key in asked} == asked
+    assert "auto_map" not in config
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    tensors = tensors_of(tmp_path / "out")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / "out" / file)
+    assert index["weight_map"].keys() == tensors.keys()
+    wide = {name.split(".")[-2] + "." + name.split(".")[-1] for name, each in tensors.items() if each.itemsize == 4}
+    gains = {"input_layernorm.weight", "post_attention_layernorm.weight", "kv_a_layernorm.weight", "norm.weight"}
+    assert wide == {*gains, "gate.weight", "gate.e_score_correction_bias"}
+
+
 def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor | None]) -> None:
     """Change every tensor of an exported folder; None drops it."""
     for path in folder.glob("*.safetensors"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +81,29 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources") / "shards"
     soak.write_corpus(folder)
     return folder
+
+
+class Doubled:
+    """The module `torch`, except that the names of fp32 mean fp64."""
+
+    float32 = torch.float64
+    float = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers' DeepSeek-V3 entirely in fp64.
+
+    It casts to a literal fp32 inside RMSNorm, the router, the softmax and the rotation. Honest, because every line of
+    theirs still runs as written: only the format those four lines round to is wider, so the formula is the only thing
+    left to disagree about. `test_parity.test_single_precision` runs theirs untouched.
+    """
+    from transformers import modeling_rope_utils
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+    for module in (modeling_deepseek_v3, modeling_rope_utils):
+        monkeypatch.setattr(module, "torch", Doubled())
+    yield

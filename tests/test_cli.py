@@ -212,7 +212,9 @@ def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], tmp_
     assert done.stdout.splitlines()[-1] == "False", done
 
 
-@pytest.mark.parametrize("verb", ["run", "plan", "doctor", "config show", "runs export", "generate", "bench step"])
+@pytest.mark.parametrize(
+    "verb", ["run", "plan", "doctor", "config show", "runs export", "generate", "bench step", "export hf"]
+)
 def test_each_verb_has_help_with_an_example(verb: str) -> None:
     done = nmoe(*verb.split(), "--help")
     assert done.returncode == 0

@@ -37,6 +37,12 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
     )
 
 
+def validate_model(c: Model) -> tuple[str, ...]:
+    """What is wrong with a model that has no config around it, in the form of `validate`."""
+    bounds = (f"model.{dotted(path)}: {text}" for path, text in out_of_bounds(c))
+    return (*bounds, *_model(c), *_moe(c.moe), *_attention(c))
+
+
 def unrunnable(config: Config, world: int) -> tuple[str, ...]:
     """What `nmoe plan` can say the cost of and `nmoe run` refuses, on `world` ranks, in the form of `validate`."""
     experts = config.parallel.experts or world

@@ -19,11 +19,11 @@ from typing import Any, cast
 
 import attrs
 
-from nmoe.config.check import unrunnable, validate
+from nmoe.config.check import unrunnable, validate, validate_model
 from nmoe.config.convert import structure
 from nmoe.config.fields import KeyPath, flat, is_table, keys, members, table
 from nmoe.config.secrets import masked
-from nmoe.config.sections import Config
+from nmoe.config.sections import Config, Model, Precision
 from nmoe.config.toml import Document, dotted, literal, read, shown
 from nmoe.errors import InputError, printable
 
@@ -91,6 +91,28 @@ def load_valid(
     if problems:
         raise InputError(*problems)
     return loaded
+
+
+def load_model(path: Path) -> tuple[Model, Precision]:
+    """The tables `model` and `precision` of a file, whatever else is in it.
+
+    Raises:  InputError with everything that is wrong with them, each with its place.
+    """
+    layer = Layer(tables={}, where={})
+    for over in _files(path):
+        layer = Layer(tables=_merged(layer.tables, over.tables), where=layer.where | over.where)
+    found: list[Any] = []
+    problems: list[str] = []
+    for name, section in (("model", Model), ("precision", Precision)):
+        made = structure(layer.tables.get(name, {}), section)
+        faults = made if isinstance(made, tuple) else ()
+        places = [((name, *fault.path), fault.text) for fault in faults]
+        problems += [f"{_place(key, layer.where)}: {dotted(key)}: {text}" for key, text in places]
+        found.append(made)
+    problems = problems or [f"{path}: {problem}" for problem in validate_model(found[0])]
+    if problems:
+        raise InputError(*problems)
+    return found[0], found[1]
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

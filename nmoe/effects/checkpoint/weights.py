@@ -17,33 +17,36 @@ from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Fs
 from nmoe.effects.checkpoint.manifest import Manifest
+from nmoe.effects.checkpoint.tensor_file import Format
 from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import whole
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
-from nmoe.pure.core.spec import POLICY, Role
+from nmoe.pure.core.spec import POLICY, Dims, Role, Spec
 from nmoe.pure.formats import master
-
-ROUTER_BIAS = "router_bias"
-
-Format = tuple[str, tuple[int, ...]]
-"""Number format by the name safetensors gives it, and shape."""
+from nmoe.pure.model.hf import ROUTER_BIAS
 
 
-def formats(blueprint: Blueprint) -> dict[str, Format]:
-    """Number format and shape of every tensor of the weights: the parameters by path, and the router bias."""
-    compute = next(
-        (layout.storage for layout in blueprint.layouts if layout.policy.storage == "compute"), torch.float32
-    )
+def formats_of(specs: Any, dims: Dims, compute: torch.dtype) -> dict[str, Format]:
+    """Number format and shape of every tensor of the weights: the parameters by path, and the router bias.
+
+    compute  format of what is stored in the format of the products
+    """
     names = {dtype: name for name, dtype in manifests.DTYPES.items()}
-    parameters = dict(tree.leaves(blueprint.specs))
+    parameters: dict[str, Spec] = dict(tree.leaves(specs))
     # a layer with experts is their parent in the tree
     layers = {path.rpartition(".")[0] for path, spec in parameters.items() if spec.role is Role.EXPERT}
     return {
-        path: (names[compute if POLICY[spec.role].storage == "compute" else torch.float32], spec.shape(blueprint.dims))
+        path: (names[compute if POLICY[spec.role].storage == "compute" else torch.float32], spec.shape(dims))
         for path, spec in parameters.items()
-    } | {ROUTER_BIAS: ("F32", (len(layers), blueprint.dims["E"]))}
+    } | {ROUTER_BIAS: ("F32", (len(layers), dims["E"]))}
+
+
+def formats(blueprint: Blueprint) -> dict[str, Format]:
+    """Number format and shape of every tensor of the weights of a training."""
+    stored = (layout.storage for layout in blueprint.layouts if layout.policy.storage == "compute")
+    return formats_of(blueprint.specs, blueprint.dims, next(stored, torch.float32))
 
 
 def save(folder: Path, params: Any, router_bias: Tensor) -> None:
@@ -79,7 +82,7 @@ def load(folder: Path, blueprint: Blueprint) -> tuple[Any, Tensor]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             present = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
             # before a tensor is read: what a file claims to hold need not fit into memory
-            if problems := _differences(str(path), wanted, present):
+            if problems := differences(str(path), wanted, present):
                 raise InputError(*(f"{problem}; use the run's own config" for problem in problems))
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in wanted}
     except (SafetensorError, OSError) as error:
@@ -108,18 +111,7 @@ def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, blueprint: Blueprint
 
     Raises:  InputError when the checkpoint is damaged or of another model.
     """
-    wanted: dict[str, Format] = {}
-    for name, (dtype, shape) in formats(blueprint).items():
-        wanted[name if name == ROUTER_BIAS else f"param/{name}/value"] = dtype, shape
-        if dtype == "BF16":
-            wanted[f"param/{name}/remainder"] = "I16", shape
-    present = {
-        name: (entry.dtype, entry.shape)
-        for name, entry in manifest.tensors.items()
-        if name == ROUTER_BIAS or name.endswith(("/value", "/remainder"))
-    }
-    if problems := _differences(str(folder), wanted, present):
-        raise InputError(*(f"{problem}; use the run's own config" for problem in problems))
+    wanted = of_manifest(folder, manifest, formats(blueprint))
     tensors = {name: torch.empty(shape, dtype=manifests.DTYPES[dtype]) for name, (dtype, shape) in wanted.items()}
     reader.load_(fs, folder, manifest, [whole(*named) for named in tensors.items()], partial=True)
     return Weights(
@@ -129,15 +121,46 @@ def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, blueprint: Blueprint
     )
 
 
+def of_manifest(folder: Path, manifest: Manifest, formats: Mapping[str, Format]) -> dict[str, Format]:
+    """What a checkpoint of weights of these formats holds of them, by its own names.
+
+    Raises:  InputError when it is of another model.
+    """
+    wanted: dict[str, Format] = {}
+    for name, (dtype, shape) in formats.items():
+        wanted[stored_name(name)] = dtype, shape
+        if dtype == "BF16":
+            wanted[f"param/{name}/remainder"] = "I16", shape
+    present = {
+        name: (entry.dtype, entry.shape)
+        for name, entry in manifest.tensors.items()
+        if name == ROUTER_BIAS or name.endswith(("/value", "/remainder"))
+    }
+    if problems := differences(str(folder), wanted, present):
+        raise InputError(*(f"{problem}; use the run's own config" for problem in problems))
+    return wanted
+
+
+def stored_name(path: str) -> str:
+    """What a checkpoint calls a tensor of the weights."""
+    return path if path == ROUTER_BIAS else f"param/{path}/value"
+
+
+def checkpoint_of(fs: Fs, path: Path) -> Path | None:
+    """The folder of the checkpoint at a path a user wrote, or the newest of the run there; None: there is none."""
+    folder = manifests.find(path)
+    if folder is None and (entries := reader.entries(fs, path / CHECKPOINTS)):
+        folder = path / CHECKPOINTS / entries[0].name
+    return folder
+
+
 def of_path(fs: Fs, path: Path, blueprint: Blueprint) -> Weights:
     """The weights at a path a user wrote: a checkpoint, a run (its newest checkpoint, else its weights file), or that
     file.
 
     Raises:  InputError when there are none, or they are damaged or of another model.
     """
-    folder = manifests.find(path)
-    if folder is None and (entries := reader.entries(fs, path / CHECKPOINTS)):
-        folder = path / CHECKPOINTS / entries[0].name
+    folder = checkpoint_of(fs, path)
     if folder is not None:
         return of_checkpoint(fs, folder, manifests.read(fs, folder), blueprint)
     folder = path.parent if path.name == WEIGHTS else path
@@ -147,7 +170,7 @@ def of_path(fs: Fs, path: Path, blueprint: Blueprint) -> Weights:
     return Weights(params=params, remainders={}, router_bias=router_bias)
 
 
-def _differences(where: str, wanted: Mapping[str, Format], present: Mapping[str, Format]) -> list[str]:
+def differences(where: str, wanted: Mapping[str, Format], present: Mapping[str, Format]) -> list[str]:
     """What is missing, too much, or of another format or shape."""
     problems = [f"{where}: expected '{name}', got nothing by that name" for name in wanted if name not in present]
     problems += [

@@ -111,7 +111,7 @@ def train(texts: Iterable[str], size: int, say: Callable[[str], None]) -> Tokeni
             show_progress=False,
         ),
     )
-    byte_of = _byte_of_letter()
+    byte_of = byte_of_letter()
     in_order = sorted(learnt.get_vocab().items(), key=lambda item: item[1])
     merges = [bytes(byte_of[letter] for letter in letters) for letters, _ in in_order if len(letters) > 1]
     if len(merges) != size - 257:
@@ -253,7 +253,7 @@ def make(name: str, pattern: str, tokens: list[bytes], *, end_of_text: int, size
     )
 
 
-def _byte_of_letter() -> dict[str, int]:
+def byte_of_letter() -> dict[str, int]:
     """The byte behind each letter of the ByteLevel alphabet: visible Latin-1 is itself, the rest follows 255."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]

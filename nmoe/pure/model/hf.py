@@ -1,111 +1,249 @@
-"""The model in the words of Hugging Face `transformers`: settings and parameter names of its `deepseek_v3`.
+"""The model in the words of Hugging Face: settings, names and shapes of `deepseek_v3`, both ways.
 
-Values only: `transformers` is not imported here, and nothing is read or written. Their matrices are [out, in], ours
-[in, out].
+Values only: `transformers` is not imported here, and nothing is read or written.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import attrs
+import torch
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure.model.attention import Hf, kind_of
-from nmoe.pure.model.model import Block, Moe, Shared, Transformer
+from nmoe.config.check import validate_model
+from nmoe.config.convert import structure
+from nmoe.config.fields import flat
+from nmoe.config.toml import dotted
+from nmoe.errors import InputError
+from nmoe.pure.core import tree
+from nmoe.pure.model import model
+from nmoe.pure.model.attention import KINDS, Hf
+from nmoe.pure.model.hf_leaf import Leaf, gated, matrix, same, scaled
+from nmoe.pure.model.model import Transformer
+
+ROUTER_BIAS = "router_bias"
+"""The router bias [L E] among the parameters' paths."""
+
+KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "vocab_size": ("vocab_size",),
+        "hidden_size": ("hidden_size",),
+        "num_hidden_layers": ("num_layers",),
+        "first_k_dense_replace": ("num_dense_layers",),
+        "intermediate_size": ("intermediate_size",),
+        "max_position_embeddings": ("max_positions",),
+        "rms_norm_eps": ("norm_eps",),
+        "n_routed_experts": ("moe", "num_experts"),
+        "num_experts_per_tok": ("moe", "top_k"),
+        "n_shared_experts": ("moe", "num_shared_experts"),
+        "moe_intermediate_size": ("moe", "intermediate_size"),
+        "n_group": ("moe", "num_groups"),
+        "topk_group": ("moe", "top_k_groups"),
+        "norm_topk_prob": ("moe", "normalize"),
+        "routed_scaling_factor": ("moe", "route_scale"),
+    }
+)
+"""Key of `config.json` -> where it is in the section Model."""
+
+FIXED: Mapping[str, Any] = MappingProxyType(
+    {
+        "model_type": "deepseek_v3",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
+    }
+)
+"""Keys of `config.json` of which there is one value here. vLLM takes softmax, and no bias, where the two of the router
+are absent."""
+
+
+@attrs.frozen(kw_only=True)
+class Part:
+    """A tensor of ours, or one row of it along the first axis, and what it is in their folder."""
+
+    path: str  # of the parameter, or ROUTER_BIAS
+    index: int | None  # row; None: the whole
+    shape: tuple[int, ...]  # of the row or the whole
+    leaf: Leaf
+
+    def theirs(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes in their folder."""
+        split = self.leaf.split(torch.empty(self.shape, device="meta"))
+        return {name: tuple(tensor.shape) for name, tensor in split.items()}
 
 
 def settings(c: sections.Model) -> dict[str, Any]:
-    """Keyword arguments of `transformers.DeepseekV3Config` for this model.
+    """`config.json` but for the number format, which is also keyword arguments of `transformers.DeepseekV3Config`.
 
     The ids of special tokens are the tokenizer's business and None here.
     """
+    values = {theirs: _at(c, path) for theirs, path in KEYS.items()}
     return {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "num_hidden_layers": c.num_layers,
-        "first_k_dense_replace": c.num_dense_layers,
-        "intermediate_size": c.intermediate_size,
-        "max_position_embeddings": c.max_positions,
-        "rms_norm_eps": c.norm_eps,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        **_attention(c).settings(c.attention),
-        "n_routed_experts": c.moe.num_experts,
-        "num_experts_per_tok": c.moe.top_k,
-        "n_shared_experts": c.moe.num_shared_experts,
-        "moe_intermediate_size": c.moe.intermediate_size,
-        "n_group": c.moe.num_groups,
-        "topk_group": c.moe.top_k_groups,
-        "norm_topk_prob": c.moe.normalize,
-        "routed_scaling_factor": c.moe.route_scale,
-        "num_nextn_predict_layers": 0,
+        **values,
+        **FIXED,
+        **_names(c.attention).settings(c.attention),
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
     }
 
 
+def parts(c: sections.Model) -> tuple[Part, ...]:
+    """Every tensor of ours with its place in their folder, those of one path side by side in the order of their rows.
+
+    What they have no setting for is folded into the weights. `embedding_scale` multiplies the embedding, which gives
+    the bits that `forward` computes; `logit_scale` multiplies the gain of the last norm, which is fp32 here.
+    """
+    dims = model.dims(c)
+    sizes = {path: spec.shape(dims) for path, spec in tree.leaves(model.specs(c))}
+
+    def whole(path: str, leaf: Leaf) -> Part:
+        return Part(path=path, index=None, shape=sizes[path], leaf=leaf)
+
+    found = [whole("embed", scaled("model.embed_tokens.weight", c.embedding_scale))]
+    for layer in range(c.num_layers):
+        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
+        leaves = {"attention_norm": same("input_layernorm.weight"), "ffn_norm": same("post_attention_layernorm.weight")}
+        for path, leaf in _names(c.attention).leaves(c.attention).items():
+            leaves[f"attention.{path}"] = leaf.under("self_attn.")
+        if layer < c.num_dense_layers:
+            leaves |= {f"ffn.{path}": leaf.under("mlp.") for path, leaf in MLP.items()}
+            experts = {}
+        else:
+            leaves["ffn.router"] = matrix("mlp.gate.weight")
+            if c.moe.num_shared_experts:
+                leaves |= {f"ffn.shared.{path}": leaf.under("mlp.shared_experts.") for path, leaf in MLP.items()}
+            experts = MLP
+        found += [whole(ours + path, leaf.under(theirs)) for path, leaf in leaves.items()]
+        for path in experts:
+            num_experts, *shape = sizes[f"{ours}ffn.{path}"]
+            for expert in range(num_experts):
+                leaf = _expert(path, expert, shared=c.moe.num_shared_experts > 0).under(f"{theirs}mlp.")
+                found.append(Part(path=f"{ours}ffn.{path}", index=expert, shape=tuple(shape), leaf=leaf))
+    found.append(whole("norm", scaled("model.norm.weight", c.logit_scale)))
+    found.append(whole("head", matrix("lm_head.weight")))
+    for row, layer in enumerate(range(c.num_dense_layers, c.num_layers)):
+        leaf = same(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
+        found.append(Part(path=ROUTER_BIAS, index=row, shape=(c.moe.num_experts,), leaf=leaf))
+    return tuple(found)
+
+
+MLP: Mapping[str, Leaf] = MappingProxyType(
+    {"up": gated("gate_proj.weight", "up_proj.weight"), "down": matrix("down_proj.weight")}
+)
+"""A gated MLP."""
+
+
+def _expert(path: str, index: int, *, shared: bool) -> Leaf:
+    """One routed expert's `path`. Without shared experts theirs have zero width, and go with the first routed one."""
+    leaf = MLP[path].under(f"experts.{index}.")
+    if shared or index:
+        return leaf
+    empty = MLP[path].under("shared_experts.")
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        return leaf.split(ours) | empty.split(ours[..., :0] if path == "up" else ours[:0])
+
+    return Leaf(split=split, join=leaf.join)
+
+
 def state_dict(p: Transformer, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:
     """Every parameter, and the router bias, under the names of `DeepseekV3ForCausalLM` in memory (transformers 5).
 
-    What they have no setting for is folded into the weights: the scale of the embedding and of the logits, and an
-    epsilon of the latents' norms other than theirs. Inference is the same; training from there is not.
+    The experts of a layer are one tensor there.
 
     bias     [L E] f32   router bias, one row a mixture layer
     returns  tensors in the formats of `p`, many of them views of it
     """
-    named = {
-        "model.embed_tokens.weight": p.embed * c.embedding_scale,
-        "model.norm.weight": p.norm,
-        "lm_head.weight": (p.head * c.logit_scale).T,
-    }
-    for layer, block in enumerate(p.blocks):
-        for name, tensor in block_tensors(block, c).items():
-            named[f"model.layers.{layer}.{name}"] = tensor
-    for row, layer in enumerate(range(c.num_dense_layers, c.num_layers)):
-        named[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = bias[row]
+    leaves = dict(tree.leaves(p)) | {ROUTER_BIAS: bias}
+    named: dict[str, Tensor] = {}
+    for part in parts(c):
+        named |= part.leaf.split(leaves[part.path] if part.index is None else leaves[part.path][part.index])
+    for layer in range(c.num_dense_layers, c.num_layers):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        experts = [
+            {kind: named.pop(f"{prefix}{expert}.{kind}_proj.weight") for kind in ("gate", "up", "down")}
+            for expert in range(c.moe.num_experts)
+        ]
+        named[f"{prefix}gate_up_proj"] = torch.stack([torch.cat((e["gate"], e["up"])) for e in experts])
+        named[f"{prefix}down_proj"] = torch.stack([e["down"] for e in experts])
     return named
 
 
-def block_tensors(p: Block, c: sections.Model) -> dict[str, Tensor]:
-    """One layer."""
-    ffn = moe_tensors(p.ffn) if isinstance(p.ffn, Moe) else mlp_tensors(p.ffn.up, p.ffn.down)
-    attention = _attention(c).tensors(p.attention, c.attention, eps=c.norm_eps)
-    return {
-        "input_layernorm.weight": p.attention_norm,
-        **{f"self_attn.{name}": tensor for name, tensor in attention.items()},
-        "post_attention_layernorm.weight": p.ffn_norm,
-        **{f"mlp.{name}": tensor for name, tensor in ffn.items()},
-    }
+BOOKKEEPING = (
+    *("architectures", "auto_map", "_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache"),
+    *("initializer_range", "output_router_logits", "pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp"),
+    *("ep_size", "seq_aux", "aux_loss_alpha", "head_dim", "qk_head_dim"),
+)
+"""Keys of `config.json` that change no logit, or follow from others."""
 
 
-def mlp_tensors(up: Tensor, down: Tensor) -> dict[str, Tensor]:
-    """A gated MLP."""
-    gate, value = up.unbind(1)
-    return {"gate_proj.weight": gate.T, "up_proj.weight": value.T, "down_proj.weight": down.T}
+def model_of(config: Mapping[str, Any]) -> sections.Model:
+    """The section Model of a `config.json`.
+
+    Raises:  InputError with every key that is missing, unknown, or has a value that nmoe has no model for.
+    """
+    names = _names()
+    problems = [f"{key}: expected a value, got nothing; write it" for key in ("model_type", *KEYS) if key not in config]
+    problems += [
+        f"{key}: expected {json.dumps(value)}, got {json.dumps(config[key])}; nmoe has no other"
+        for key, value in FIXED.items()
+        if config.get(key, value) != value
+    ]
+    attention, wrong = names.section(config)
+    problems += wrong
+    known = {*KEYS, *FIXED, *names.keys, *BOOKKEEPING}
+    problems += [
+        f"{key}: expected a key of deepseek_v3 that nmoe knows, got {json.dumps(value)}; remove it if no logit changes"
+        for key, value in config.items()
+        if key not in known
+    ]
+    tables: dict[str, Any] = {"attention": {"kind": "mla", **attention}, "moe": {}}
+    for key, path in KEYS.items():
+        (tables["moe"] if path[0] == "moe" else tables)[path[-1]] = config.get(key, 0)
+    problems += [
+        f"{_theirs(path)}: expected one value, got {json.dumps(value)}; write a number"
+        for path, value in flat(tables)
+        if not isinstance(value, bool | int | float | str)
+    ]
+    if problems:
+        raise InputError(*problems)
+    found = structure(tables, sections.Model)
+    if isinstance(found, tuple):
+        raise InputError(*(f"{_theirs(fault.path)}: {fault.text}" for fault in found))
+    if unfit := validate_model(found):
+        raise InputError(*unfit)
+    return found
 
 
-def moe_tensors(p: Moe) -> dict[str, Tensor]:
-    """A mixture but for its router bias; without shared experts theirs have zero width."""
-    if isinstance(p.shared, Shared):
-        shared = mlp_tensors(p.shared.up, p.shared.down)
-    else:
-        shared = mlp_tensors(p.up[0, :, :, :0], p.down[0, :0])
-    return {
-        "gate.weight": p.router.T,
-        "experts.gate_up_proj": p.up.flatten(2).transpose(1, 2),
-        "experts.down_proj": p.down.transpose(1, 2),
-        **{f"shared_experts.{name}": tensor for name, tensor in shared.items()},
-    }
+def _theirs(path: tuple[str, ...]) -> str:
+    """The key of `config.json` behind a path in the section Model, where it is not the same word."""
+    return next((key for key, ours in KEYS.items() if ours == path), dotted(path))
 
 
-def _attention(c: sections.Model) -> Hf:
-    """The names of this kind of attention in `transformers`."""
-    names = kind_of(c.attention).hf
-    if names is None or names.model != "deepseek_v3":
-        raise ValueError(
-            f"hf: expected an attention that transformers' deepseek_v3 has, got {type(c.attention).__name__}; export "
-            "another kind"
+def _names(c: Any = None) -> Hf:
+    """What a kind of attention, that of `deepseek_v3` or of a section, is in a Hugging Face folder.
+
+    Raises:  InputError for one that they do not have.
+    """
+    section = sections.Mla if c is None else type(c)
+    names = KINDS[section].hf if section in KINDS else None
+    if names is None:
+        raise InputError(
+            f"model.attention: expected a kind that deepseek_v3 has, got {section.__name__}; only mla can be exported"
         )
     return names
+
+
+def _at(c: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        c = getattr(c, name)
+    return c

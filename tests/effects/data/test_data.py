@@ -113,7 +113,7 @@ def test_merges_are_learnt_in_order_of_frequency() -> None:
 
 def test_letters_of_the_trainer_are_the_bytes_it_means() -> None:
     letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    byte_of = tokenizer._byte_of_letter()
+    byte_of = tokenizer.byte_of_letter()
     assert sorted(byte_of) == sorted(letters.alphabet())
     for code in [*range(0x800), 0x20AC, 0xFFFD, 0x1F600]:
         text = chr(code)

@@ -23,12 +23,58 @@ from nmoe.pure.model import model
 from nmoe.pure.model.attention import KINDS, gqa
 from nmoe.pure.model.norm import rms_norm
 from nmoe.pure.model.ops import Env, environment
-from nmoe.pure.model.rope import Rope, documents
+from nmoe.pure.model.rope import Rope, documents, magnitude
 from tests import shapes
-from tests.pure.model.test_parity import Doubled
+from tests.conftest import Doubled
 
 KIND = KINDS[sections.Gqa]
 WIDTH = 12
+
+
+def hf_settings(c: sections.Gqa) -> dict[str, Any]:
+    """Keyword arguments of `transformers.GptOssConfig` that describe this attention, `layer_types` apart."""
+    return {
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "sliding_window": c.window,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_parameters": hf_rotation(c),
+    }
+
+
+def hf_rotation(c: sections.Gqa) -> dict[str, Any]:
+    """`rope_parameters` of `transformers`; its factor on cosine and sine is squared by the scores, as `scale` is."""
+    if c.yarn is None:
+        return {"rope_type": "default", "rope_theta": c.rope_theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": c.rope_theta,
+        "factor": c.yarn.factor,
+        "original_max_position_embeddings": c.yarn.original_positions,
+        "beta_fast": c.yarn.beta_fast,
+        "beta_slow": c.yarn.beta_slow,
+        "truncate": c.yarn.truncate,
+        "attention_factor": magnitude(c.yarn.factor, c.yarn.mscale),
+    }
+
+
+def hf_tensors(p: gqa.Gqa, c: sections.Gqa) -> dict[str, Tensor]:
+    """Names and tensors of `transformers`.
+
+    It rotates channel i with channel i + C/2, we rotate neighbours: queries and keys get their even channels first.
+    Without sinks its are -inf, which add nothing to the denominator.
+    """
+    q, k, v = p.qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+    halves = (torch.cat((heads[..., ::2], heads[..., 1::2]), dim=-1) for heads in (q, k))
+    sinks = p.sinks if isinstance(p.sinks, Tensor) else p.qkv.new_full((c.num_heads,), -torch.inf)
+    named = dict(zip(("q_proj", "k_proj", "v_proj"), (*halves, v), strict=True))
+    return {
+        **{f"{name}.weight": heads.flatten(1).T for name, heads in named.items()},
+        "sinks": sinks,
+        "o_proj.weight": p.out.flatten(0, 1).T,
+    }
 
 
 def section(**changes: Any) -> sections.Gqa:
@@ -92,11 +138,11 @@ def test_outputs_and_every_gradient_are_those_of_gpt_oss(name: str) -> None:
         hidden_size=WIDTH,
         num_hidden_layers=1,
         layer_types=["sliding_attention" if sliding else "full_attention"],
-        **KIND.hf.settings(c),  # pyright: ignore[reportOptionalMemberAccess]
+        **hf_settings(c),
     )
     config._attn_implementation = "eager"
     theirs = modeling_gpt_oss.GptOssAttention(config, 0).double()
-    named = KIND.hf.tensors(p, c, eps=1e-6)  # pyright: ignore[reportOptionalMemberAccess]
+    named = hf_tensors(p, c)
     theirs.load_state_dict(named, strict=True)
     cos, sin = modeling_gpt_oss.GptOssRotaryEmbedding(config)(x, torch.arange(positions)[None])
     mask = (create_sliding_window_causal_mask if sliding else create_causal_mask)(
@@ -127,7 +173,7 @@ def test_outputs_and_every_gradient_are_those_of_gpt_oss(name: str) -> None:
 @pytest.mark.parametrize("name", ["window", "yarn", "yarn as gpt-oss has it"])
 def test_the_rotation_table_is_theirs_rounded_once(name: str) -> None:
     c = SECTIONS[name]
-    config = GptOssConfig(hidden_size=WIDTH, **KIND.hf.settings(c))  # pyright: ignore[reportOptionalMemberAccess]
+    config = GptOssConfig(hidden_size=WIDTH, **hf_settings(c))
     cos, _ = modeling_gpt_oss.GptOssRotaryEmbedding(config)(random(1, 1), torch.arange(64)[None])
     ratio = 1.0 if c.yarn is None else (gqa.scale(c) * c.head_dim**0.5) ** 0.5
     assert (KIND.tables(c, 64).cos.double() * ratio - cos[0]).abs().max() <= 2.0**-24 * ratio

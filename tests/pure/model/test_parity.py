@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import attrs
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, modeling_rope_utils
-from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from nmoe.config import sections
 from nmoe.pure.core import tree
@@ -25,35 +21,17 @@ from tests import shapes
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
 
 
-class Doubled:
-    """The module `torch`, except that the names of fp32 mean fp64."""
-
-    float32 = torch.float64
-    float = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-@pytest.fixture
-def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers' DeepSeek-V3 entirely in fp64.
-
-    It casts to a literal fp32 inside RMSNorm, the router, the softmax and the rotation. Honest, because every line of
-    theirs still runs as written: only the format those four lines round to is wider, so the formula is the only thing
-    left to disagree about. `test_single_precision` runs theirs untouched.
-    """
-    for module in (modeling_deepseek_v3, modeling_rope_utils):
-        monkeypatch.setattr(module, "torch", Doubled())
-    yield
-
-
 def theirs(c: sections.Model, p: Transformer, bias: Tensor) -> DeepseekV3ForCausalLM:
     """Their model with our parameters, every name matched."""
     config = DeepseekV3Config(**hf.settings(c))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     network = DeepseekV3ForCausalLM(config)
+    for layer in network.model.layers:
+        # theirs is 1e-6 whatever the config says
+        for norm in ("q_a_layernorm", "kv_a_layernorm"):
+            if getattr(layer.self_attn, norm, None) is not None:
+                getattr(layer.self_attn, norm).variance_epsilon = c.norm_eps
     network.to(dtype=p.embed.dtype)  # pyright: ignore[reportCallIssue]
     network.load_state_dict(hf.state_dict(p, bias, c), strict=True)
     return network

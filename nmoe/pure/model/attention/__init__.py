@@ -15,15 +15,17 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.model.attention import gqa, mla
+from nmoe.pure.model.hf_leaf import Leaf
 
 
 @attrs.frozen(kw_only=True)
 class Hf:
     """A kind of attention in the words of `transformers`."""
 
-    model: str  # the `model_type` whose names they are
     settings: Callable[[Any], dict[str, Any]]  # of the section
-    tensors: Callable[..., dict[str, Tensor]]  # of (parameters, section, *, eps)
+    leaves: Callable[[Any], dict[str, Leaf]]  # of the section; path in the parameter record -> what it is there
+    section: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]]  # of their settings; undoes `settings`
+    keys: tuple[str, ...]  # of theirs that `section` reads
 
 
 @attrs.frozen(kw_only=True)
@@ -72,7 +74,12 @@ KINDS: Kinds = MappingProxyType(
             kernel_kept_bytes=mla.kernel_kept_bytes,
             reference=mla.REFERENCE,
             tile_sizes=lambda c: (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim),
-            hf=Hf(model="deepseek_v3", settings=mla.hf_settings, tensors=mla.hf_tensors),
+            hf=Hf(
+                settings=mla.hf_settings,
+                leaves=mla.hf_leaves,
+                section=mla.hf_section,
+                keys=(*mla.HF_KEYS, *mla.HF_FIXED, *mla.HF_OTHERS),
+            ),
         ),
         sections.Gqa: Kind(
             specs=gqa.specs,
@@ -83,7 +90,6 @@ KINDS: Kinds = MappingProxyType(
             flops=gqa.flops,
             kept_bytes=gqa.kept_bytes,
             reference=gqa.REFERENCE,
-            hf=Hf(model="gpt_oss", settings=gqa.hf_settings, tensors=gqa.hf_tensors),
         ),
     }
 )

@@ -7,7 +7,6 @@ J = H + 2 K heads of the fused projection · C channels a head · W window
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import attrs
 import torch
@@ -213,49 +212,3 @@ def kept_bytes(c: sections.Gqa, *, hidden: int, sequence_length: int, element: i
     a_pair = wide + (element if element < wide else 0)
     pairs = executed(sequence_length, c.window) if square else 0
     return kept * element + c.num_heads * pairs * a_pair // sequence_length
-
-
-def hf_settings(c: sections.Gqa) -> dict[str, Any]:
-    """Keyword arguments of `transformers.GptOssConfig` that describe this attention, `layer_types` apart."""
-    return {
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "sliding_window": c.window,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rope_parameters": hf_rotation(c),
-    }
-
-
-def hf_rotation(c: sections.Gqa) -> dict[str, Any]:
-    """`rope_parameters` of `transformers`; its factor on cosine and sine is squared by the scores, as `scale` is."""
-    if c.yarn is None:
-        return {"rope_type": "default", "rope_theta": c.rope_theta}
-    return {
-        "rope_type": "yarn",
-        "rope_theta": c.rope_theta,
-        "factor": c.yarn.factor,
-        "original_max_position_embeddings": c.yarn.original_positions,
-        "beta_fast": c.yarn.beta_fast,
-        "beta_slow": c.yarn.beta_slow,
-        "truncate": c.yarn.truncate,
-        "attention_factor": magnitude(c.yarn.factor, c.yarn.mscale),
-    }
-
-
-def hf_tensors(p: Gqa, c: sections.Gqa, *, eps: float) -> dict[str, Tensor]:
-    """Names and tensors of `transformers`.
-
-    It rotates channel i with channel i + C/2, we rotate neighbours: queries and keys get their even channels first.
-    Without sinks its are -inf, which add nothing to the denominator.
-    """
-    q, k, v = p.qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
-    halves = (torch.cat((heads[..., ::2], heads[..., 1::2]), dim=-1) for heads in (q, k))
-    sinks = p.sinks if isinstance(p.sinks, Tensor) else p.qkv.new_full((c.num_heads,), -torch.inf)
-    named = dict(zip(("q_proj", "k_proj", "v_proj"), (*halves, v), strict=True))
-    return {
-        **{f"{name}.weight": heads.flatten(1).T for name, heads in named.items()},
-        "sinks": sinks,
-        "o_proj.weight": p.out.flatten(0, 1).T,
-    }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
+from nmoe.pure.model.hf_leaf import Leaf, columns, matrix, same
 from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table
 
 
@@ -223,62 +226,120 @@ def kernel_kept_bytes(c: sections.Mla) -> tuple[int, int]:
     return kept * element + sizes["H"] * upcast, (sizes.get("Q", 0) + sizes["R"]) * element
 
 
+HF_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "num_attention_heads": "num_heads",
+        "q_lora_rank": "q_lora_rank",
+        "kv_lora_rank": "kv_lora_rank",
+        "qk_nope_head_dim": "qk_nope_head_dim",
+        "qk_rope_head_dim": "qk_rope_head_dim",
+        "v_head_dim": "v_head_dim",
+    }
+)
+"""Key of `transformers.DeepseekV3Config` -> field of the section."""
+
+HF_YARN: Mapping[str, str] = MappingProxyType(
+    {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_positions",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+    }
+)
+"""Key of their `rope_scaling` -> field of Yarn."""
+
+
 def hf_settings(c: sections.Mla) -> dict[str, Any]:
-    """Keyword arguments of `transformers.DeepseekV3Config` that describe this attention."""
+    """Keys of `transformers.DeepseekV3Config` that describe this attention, as DeepSeek publishes them."""
     return {
-        "num_attention_heads": c.num_heads,
+        **{theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()},
         "num_key_value_heads": c.num_heads,
-        "q_lora_rank": c.q_lora_rank,
-        "kv_lora_rank": c.kv_lora_rank,
-        "qk_nope_head_dim": c.qk_nope_head_dim,
-        "qk_rope_head_dim": c.qk_rope_head_dim,
-        "v_head_dim": c.v_head_dim,
-        "attention_bias": False,
+        **HF_FIXED,
         "attention_dropout": 0.0,
-        "rope_interleave": True,
-        "rope_parameters": hf_rotation(c),
-    }
-
-
-HF_EPS = 1e-6
-"""Epsilon of the two latents' norms in `transformers`, whatever `rms_norm_eps` says."""
-
-
-def hf_rotation(c: sections.Mla) -> dict[str, Any]:
-    """`rope_parameters` of `transformers`."""
-    if c.yarn is None:
-        return {"rope_type": "default", "rope_theta": c.rope_theta}
-    return {
-        "rope_type": "yarn",
         "rope_theta": c.rope_theta,
-        "factor": c.yarn.factor,
-        "original_max_position_embeddings": c.yarn.original_positions,
-        "beta_fast": c.yarn.beta_fast,
-        "beta_slow": c.yarn.beta_slow,
-        "truncate": c.yarn.truncate,
-        "mscale": c.yarn.mscale,
-        "mscale_all_dim": c.yarn.mscale_all_dim,
+        "rope_scaling": None
+        if c.yarn is None
+        else {
+            "type": "yarn",
+            **{theirs: getattr(c.yarn, ours) for theirs, ours in HF_YARN.items()},
+            **({} if c.yarn.truncate else {"truncate": False}),
+        },
     }
 
 
-def hf_tensors(p: Mla, c: sections.Mla, *, eps: float) -> dict[str, Tensor]:
-    """Names and tensors of `transformers`; `down` comes apart into the query's part and the part of keys and values."""
-    latent, rotated = c.kv_lora_rank, c.qk_rope_head_dim
-    query, keys, key = p.down.split((p.down.shape[1] - latent - rotated, latent, rotated), dim=1)
-    # rms_norm(x, e) = rms_norm(s x, s² e): scaling the latent turns our epsilon into theirs
-    factor = (HF_EPS / eps) ** 0.5
-    if isinstance(p.query, QueryUp):
-        queries = {
-            "q_a_proj.weight": (query * factor).T,
-            "q_a_layernorm.weight": p.query.norm,
-            "q_b_proj.weight": p.query.up.flatten(1).T,
-        }
+HF_FIXED: Mapping[str, Any] = MappingProxyType({"attention_bias": False, "rope_interleave": True})
+"""Keys of theirs of which there is one value here."""
+
+HF_OTHERS = ("num_key_value_heads", "attention_dropout", "rope_theta", "rope_scaling", "rope_parameters")
+"""Keys of theirs that `hf_section` reads besides HF_KEYS and HF_FIXED; dropout is for their training."""
+
+
+def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The table of this section in a `config.json`, values unchecked, and what this attention cannot express.
+
+    The rotation is in `rope_theta` and `rope_scaling` as DeepSeek publishes it, or in `rope_parameters` (transformers
+    5).
+    """
+    problems = [f"{key}: expected a value, got nothing; write it" for key in HF_KEYS if key not in config]
+    problems += [
+        f"{key}: expected {json.dumps(value)}, got {json.dumps(config[key])}; nmoe has no other"
+        for key, value in HF_FIXED.items()
+        if config.get(key, value) is not value
+    ]
+    heads = config.get("num_attention_heads")
+    if config.get("num_key_value_heads", heads) != heads:
+        problems.append(
+            f"num_key_value_heads: expected num_attention_heads = {json.dumps(heads)}, got "
+            f"{json.dumps(config['num_key_value_heads'])}; latent attention has keys for every head"
+        )
+    tables = {ours: config.get(theirs) for theirs, ours in HF_KEYS.items() if config.get(theirs) is not None}
+    where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    given: Any = config.get(where) or {}
+    if not isinstance(given, dict):
+        return tables, [*problems, f"{where}: expected an object, got {json.dumps(given)}; write null for none"]
+    rotation: dict[str, Any] = dict(given)
+    theta: Any = rotation.pop("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        problems.append("rope_theta: expected a number, got nothing; write it")
     else:
-        queries = {"q_proj.weight": query.T}
+        tables["rope_theta"] = theta
+    types: list[Any] = [rotation.pop(key) for key in ("type", "rope_type") if key in rotation]
+    if types and any(name not in ("default", "yarn") for name in types):
+        problems.append(f'{where}.type: expected "default" or "yarn", got {json.dumps(types[-1])}; nmoe has no other')
+    if "yarn" in types:
+        missing = [key for key in HF_YARN if key not in rotation]
+        problems += [f"{where}.{key}: expected a value, got nothing; write it" for key in missing]
+        tables["yarn"] = {ours: rotation.pop(theirs) for theirs, ours in HF_YARN.items() if theirs in rotation}
+        if "truncate" in rotation:
+            tables["yarn"]["truncate"] = rotation.pop("truncate")
+    elif rotation and not types:
+        problems.append(f'{where}.type: expected "yarn", got nothing; write it')
+    problems += [
+        f"{where}.{key}: expected a key of {'yarn' if 'yarn' in types else 'no extension'}, got {json.dumps(value)}; "
+        "nmoe does not know what it does"
+        for key, value in rotation.items()
+        if types
+    ]
+    return tables, problems
+
+
+def hf_leaves(c: sections.Mla) -> dict[str, Leaf]:
+    """What each parameter is in `transformers`; `down` holds the query's part and the part of keys and values."""
+    channels = c.qk_nope_head_dim + c.qk_rope_head_dim
+    keys = {"kv_a_proj_with_mqa.weight": c.kv_lora_rank + c.qk_rope_head_dim}
+    if c.q_lora_rank is None:
+        queries = {"down": columns({"q_proj.weight": c.num_heads * channels} | keys)}
+    else:
+        queries = {
+            "down": columns({"q_a_proj.weight": c.q_lora_rank} | keys),
+            "query.norm": same("q_a_layernorm.weight"),
+            "query.up": matrix("q_b_proj.weight", outs=(c.num_heads, channels)),
+        }
     return {
         **queries,
-        "kv_a_proj_with_mqa.weight": torch.cat((keys * factor, key), dim=1).T,
-        "kv_a_layernorm.weight": p.norm,
-        "kv_b_proj.weight": p.up.flatten(1).T,
-        "o_proj.weight": p.out.flatten(0, 1).T,
+        "norm": same("kv_a_layernorm.weight"),
+        "up": matrix("kv_b_proj.weight", outs=(c.num_heads, c.qk_nope_head_dim + c.v_head_dim)),
+        "out": matrix("o_proj.weight", ins=(c.num_heads, c.v_head_dim)),
     }

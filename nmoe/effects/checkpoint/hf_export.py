@@ -1,0 +1,197 @@
+"""`nmoe export hf`: a checkpoint or weights file of any number of ranks as a Hugging Face folder, a shard at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import attrs
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nmoe.config import sections
+from nmoe.config.layers import load_model
+from nmoe.effects import files
+from nmoe.effects.checkpoint import manifest as manifests
+from nmoe.effects.checkpoint import reader, tensor_file, weights
+from nmoe.effects.checkpoint.fs import Fs
+from nmoe.effects.checkpoint.manifest import DTYPES
+from nmoe.effects.checkpoint.tensor_file import Format
+from nmoe.effects.record.names import CONFIG, WEIGHTS
+from nmoe.effects.terminal import say
+from nmoe.errors import InputError
+from nmoe.pure.checkpoint.pieces import Piece
+from nmoe.pure.model import hf, model
+from nmoe.pure.model.hf import Part
+from nmoe.pure.units import quantity
+
+INDEX = "model.safetensors.index.json"
+COMPUTE: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
+"""Formats of `precision.compute`."""
+
+VERIFIED_PARAMETERS = 1_000_000_000
+"""Models below are compared with `transformers` unless the user says otherwise: two copies in fp32 are 8 GB."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Source:
+    """Weights that are read part by part."""
+
+    folder: Path  # of the run
+    model: sections.Model
+    compute: str  # precision.compute
+    formats: Mapping[str, Format]  # of every tensor
+    read: Callable[[Sequence[Part]], list[Tensor]]
+
+    def parameters(self) -> int:
+        """How many there are, the router bias included."""
+        return sum(math.prod(shape) for _, shape in self.formats.values())
+
+
+@attrs.frozen(kw_only=True)
+class Shard:
+    """One file of the folder."""
+
+    parts: tuple[Part, ...]
+    formats: Mapping[str, Format]  # of their tensors, in the order of the file
+
+    def num_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(map(tensor_file.num_bytes, self.formats.values()))
+
+
+def export(
+    source: Source,
+    out: Path,
+    *,
+    shard_bytes: int,
+    extra: Mapping[str, str],
+    end_of_text: int | None,
+    verify: Callable[[Path], None] | None,
+) -> None:
+    """Write the folder.
+
+    shard_bytes  of a file at most, unless one tensor of ours has more
+    extra        further files, by name
+    end_of_text  id of the token that ends a text; None: not known
+    verify       looks at the folder before it gets its name; raises when it is not right
+    Writes:      `out`, whole or not at all.
+    Raises:      InputError when `out` exists, the source cannot be read, or there is no room.
+    """
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out}: expected a name that is free, got what is there; delete it or choose another")
+    shards = plan(source, shard_bytes)
+    ids = {"bos_token_id": None, "eos_token_id": end_of_text}
+    dtype = str(COMPUTE[source.compute]).removeprefix("torch.")
+    config = hf.settings(source.model) | {"architectures": ["DeepseekV3ForCausalLM"], "torch_dtype": dtype, **ids}
+    names = [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
+    size = sum(shard.num_bytes() for shard in shards)
+    index = {
+        "metadata": {"total_size": size},
+        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.formats},
+    }
+    with files.refusing(out, "to write the folder"), files.new_folder(out) as folder:
+        for name, shard in zip(names, shards, strict=True):
+            tensor_file.write(folder / name, shard.formats, _tensors(source, shard))
+        for name, content in (("config.json", config), ("generation_config.json", ids), (INDEX, index)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        for name, text in extra.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        if verify is not None:
+            verify(folder)
+    say(f"{out}: {len(index['weight_map'])} tensors, {quantity(size, 'B')} in {len(shards)} files")
+
+
+def plan(source: Source, shard_bytes: int) -> tuple[Shard, ...]:
+    """Which tensor goes into which file.
+
+    Raises:  InputError when `shard_bytes` is no size, or a tensor of ours has no place in theirs.
+    """
+    if shard_bytes < 1:
+        raise InputError(f"--shard-bytes: expected at least 1, got {shard_bytes}; raise it")
+    parts = hf.parts(source.model)
+    written = {part.path for part in parts}
+    if left := [path for path, (_, shape) in source.formats.items() if path not in written and 0 not in shape]:
+        raise InputError(*(f"{path}: expected a name in deepseek_v3, got none; it cannot be exported" for path in left))
+    groups: list[list[Part]] = []
+    room = 0
+    for part in parts:
+        size = tensor_file.num_bytes((source.formats[part.path][0], part.shape))
+        if size > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(part)
+        room -= size
+    return tuple(Shard(parts=tuple(group), formats=_formats(source, group)) for group in groups)
+
+
+def _formats(source: Source, parts: Sequence[Part]) -> dict[str, Format]:
+    """Of the tensors of theirs that parts become, by name."""
+    return {name: (source.formats[part.path][0], shape) for part in parts for name, shape in part.theirs().items()}
+
+
+def _tensors(source: Source, shard: Shard) -> Iterator[Tensor]:
+    """The tensors of a file, in its order."""
+    found = source.read(shard.parts)
+    for part in shard.parts:
+        yield from part.leaf.split(found.pop(0)).values()
+
+
+def open_source(fs: Fs, path: Path) -> Source:
+    """The weights at a path a user wrote: a checkpoint, a run (its newest checkpoint, else its weights file), or a
+    folder that `nmoe import hf` wrote.
+
+    Raises:  InputError when there are none, or they are of another model than config.toml beside them says.
+    """
+    checkpoint = weights.checkpoint_of(fs, path)
+    folder = path if checkpoint is None else checkpoint.parent.parent
+    if checkpoint is None and not files.is_file(folder / WEIGHTS):
+        raise InputError(f"{path}: expected a run, a checkpoint or a folder with {WEIGHTS}, got neither; fix the path")
+    c, precision = load_model(folder / CONFIG)
+    formats = weights.formats_of(model.specs(c), model.dims(c), COMPUTE[precision.compute])
+    if checkpoint is None:
+        read = _of_file(folder / WEIGHTS, formats)
+    else:
+        read = _of_checkpoint(fs, checkpoint, formats)
+    return Source(folder=folder, model=c, compute=precision.compute, formats=formats, read=read)
+
+
+def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Callable[[Sequence[Part]], list[Tensor]]:
+    manifest = manifests.read(fs, folder)
+    weights.of_manifest(folder, manifest, formats)
+
+    def read(parts: Sequence[Part]) -> list[Tensor]:
+        found = [torch.empty(part.shape, dtype=DTYPES[formats[part.path][0]]) for part in parts]
+        pieces = [
+            Piece(
+                name=weights.stored_name(part.path),
+                shape=formats[part.path][1],
+                begin=(part.index or 0) * tensor.numel(),
+                tensor=tensor,
+            )
+            for part, tensor in zip(parts, found, strict=True)
+        ]
+        reader.load_(fs, folder, manifest, pieces, partial=True)
+        return found
+
+    return read
+
+
+def _of_file(path: Path, formats: Mapping[str, Format]) -> Callable[[Sequence[Part]], list[Tensor]]:
+    present = tensor_file.read_formats(path)
+    if problems := weights.differences(str(path), formats, present):
+        raise InputError(*(f"{problem}; use the config it was saved with" for problem in problems))
+
+    def read(parts: Sequence[Part]) -> list[Tensor]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                rows = {part.path: file.get_slice(part.path) for part in parts}
+                return [rows[part.path][slice(None) if part.index is None else part.index] for part in parts]
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: expected to read it, got {manifests.shown(str(error))}; restore it") from error
+
+    return read

@@ -1,0 +1,71 @@
+"""Safetensors files written one tensor after another, and read without taking what they say on trust."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nmoe.effects import files
+from nmoe.effects.checkpoint import manifest as manifests
+from nmoe.effects.checkpoint.manifest import DTYPES
+from nmoe.errors import InputError
+
+Format = tuple[str, tuple[int, ...]]
+"""Number format by the name safetensors gives it, and shape."""
+
+ALIGNMENT = 8
+"""Bytes; the data starts at a multiple."""
+
+
+def num_bytes(format: Format) -> int:
+    """Bytes of a tensor."""
+    dtype, shape = format
+    return DTYPES[dtype].itemsize * math.prod(shape)
+
+
+def write(path: Path, formats: Mapping[str, Format], parts: Iterable[Tensor]) -> None:
+    """Write a new file; no more than one part is in memory.
+
+    formats  of every tensor, in the order of the file
+    parts    the elements of all tensors, in that order: a tensor may come in several parts
+    Raises:  OSError; ValueError when the parts are not as many bytes as the formats say.
+    Writes:  `path`, which holds anything when this raises.
+    """
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in formats.items():
+        begin, end = end, end + num_bytes((dtype, shape))
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text = text.ljust(len(text) + -len(text) % ALIGNMENT)
+    written = 0
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            data = part.contiguous().view(-1).view(torch.uint8)
+            file.write(data.numpy().data)
+            written += data.numel()
+    if written != end:
+        raise ValueError(f"{path}: expected {end} bytes of tensors, got {written}; pass every part once")
+
+
+def read_formats(path: Path) -> dict[str, Format]:
+    """Format and shape of every tensor of a file, none of which is read.
+
+    Raises:  InputError when it is not a whole safetensors file.
+    """
+    with files.refusing(path, "a safetensors file", "copy it again"):
+        files.regular_size(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        reason = manifests.shown(str(getattr(error, "strerror", None) or error))
+        raise InputError(f"{path}: expected a whole safetensors file, got {reason}; copy it again") from error

@@ -1,0 +1,66 @@
+"""How one parameter of ours and the tensors of a Hugging Face folder become each other, as bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import attrs
+import torch
+from torch import Tensor
+
+
+@attrs.frozen(kw_only=True)
+class Leaf:
+    """One parameter, or one expert of it. Their matrices are [out, in], ours [in, out].
+
+    split  our tensor -> theirs by name, views of it
+    join   theirs by name -> our tensor; undoes `split`
+    """
+
+    split: Callable[[Tensor], dict[str, Tensor]]
+    join: Callable[[Mapping[str, Tensor]], Tensor]
+
+    def under(self, prefix: str) -> Leaf:
+        """The same with `prefix` before every name of theirs."""
+        return Leaf(
+            split=lambda ours: {prefix + name: tensor for name, tensor in self.split(ours).items()},
+            join=lambda theirs: self.join(
+                {name.removeprefix(prefix): tensor for name, tensor in theirs.items() if name.startswith(prefix)}
+            ),
+        )
+
+
+def same(name: str) -> Leaf:
+    """A tensor of the same shape."""
+    return Leaf(split=lambda ours: {name: ours}, join=lambda theirs: theirs[name])
+
+
+def matrix(name: str, *, ins: tuple[int, ...] = (-1,), outs: tuple[int, ...] = (-1,)) -> Leaf:
+    """A matrix, transposed; of ours, the axes `ins` are one of theirs, and the axes `outs` the other."""
+    return Leaf(
+        split=lambda ours: {name: ours.flatten(len(ins)).flatten(0, len(ins) - 1).T},
+        join=lambda theirs: theirs[name].T.unflatten(1, outs).unflatten(0, ins),
+    )
+
+
+def columns(sizes: Mapping[str, int]) -> Leaf:
+    """Matrices by name that lie side by side in one of ours, each with so many columns."""
+    return Leaf(
+        split=lambda ours: {
+            name: part.T for name, part in zip(sizes, ours.split(tuple(sizes.values()), dim=1), strict=True)
+        },
+        join=lambda theirs: torch.cat([theirs[name] for name in sizes]).T,
+    )
+
+
+def gated(gate: str, up: str) -> Leaf:
+    """The two matrices [in, 2, out] of a gated MLP."""
+    return Leaf(
+        split=lambda ours: {gate: ours[:, 0].T, up: ours[:, 1].T},
+        join=lambda theirs: torch.stack((theirs[gate].T, theirs[up].T), dim=1),
+    )
+
+
+def scaled(name: str, factor: float) -> Leaf:
+    """A tensor of the same shape, times `factor`; of a model that was imported it is 1."""
+    return Leaf(split=lambda ours: {name: ours * factor}, join=lambda theirs: theirs[name])

@@ -1,0 +1,480 @@
+"""`nmoe export hf` and `nmoe import hf`: bytes, logits, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from nmoe.cli import main
+from nmoe.config.layers import load_model
+from nmoe.effects.checkpoint import hf_export, hf_verify, tensor_file, weights
+from nmoe.effects.checkpoint.fs import Disk
+from nmoe.effects.checkpoint.hf_export import INDEX, open_source
+from nmoe.effects.checkpoint.writer import open_writer
+from nmoe.effects.record.names import WEIGHTS
+from nmoe.effects.train.generate import extend
+from nmoe.errors import InputError
+from nmoe.pure.checkpoint.pieces import share, whole
+from nmoe.pure.checkpoint.retention import Keep
+from nmoe.pure.core.key import Key
+from nmoe.pure.model.blueprint import make_blueprint
+from nmoe.pure.model.ops import environment
+from tests import shapes
+from tests.effects.checkpoint.hf_models import MODELS, without_scales, write
+from tests.effects.checkpoint.saves import on_ranks
+from tests.effects.train import trainings
+from tests.effects.train.tiny import tiny
+
+# torch says so of the shared experts' matrices where there are none
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of an exported folder."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def run(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("compute", ("fp32", "bf16"))
+@pytest.mark.parametrize("name", MODELS)
+def test_export_import_export_gives_equal_bytes(name: str, compute: str, tmp_path: Path) -> None:
+    c = MODELS[name]
+    write(tmp_path / "run", c, compute=compute)
+    size = ("--no-verify", "--shard-bytes=3000")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "one", *size) == 0
+    assert run("import", "hf", tmp_path / "one", tmp_path / "imported") == 0
+    assert run("export", "hf", tmp_path / "imported", tmp_path / "two", *size) == 0
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    model, precision = load_model(tmp_path / "imported" / "config.toml")
+    assert (model, precision.compute) == (without_scales(c), compute)
+    if model == c:
+        ours, back = (load_file(tmp_path / each / WEIGHTS) for each in ("run", "imported"))
+        assert ours.keys() == back.keys()
+        assert all(torch.equal(ours[key], back[key]) and ours[key].dtype == back[key].dtype for key in ours)
+
+
+@pytest.mark.usefixtures("doubled")
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_transformers_in_double_precision(name: str, tmp_path: Path) -> None:
+    """The folder as it is on disk, loaded by them; rounding of fp32 weights is the same on both sides."""
+    write(tmp_path / "run", MODELS[name])
+    source = open_source(Disk(), tmp_path / "run")
+    hf_export.export(source, tmp_path / "out", shard_bytes=5000, extra={}, end_of_text=None, verify=None)
+    found = hf_verify.compare(tmp_path / "out", source, hf_verify.load(tmp_path / "out", torch.float64))
+    # their table of rotations is in fp64 here, ours rounded once to fp32; folded scales are rounded once to fp32
+    assert max(found.forced, found.natural) < 2e-7
+    assert found.choices == 0
+
+
+def test_verify_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is; with a router bias that was lost, which only natural routing shows; with another weight."""
+    write(tmp_path / "run", MODELS["query latent, no dense layer"])
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out") == 0
+    assert "0.00% of the choices of experts differ" in capsys.readouterr().out
+    source = open_source(Disk(), tmp_path / "run")
+    hf_verify.verify(tmp_path / "out", source)
+    rewrite(tmp_path / "out", lambda name, tensor: tensor * 0 if name.endswith("e_score_correction_bias") else tensor)
+    with pytest.raises(InputError, match="expected logits within"):
+        hf_verify.verify(tmp_path / "out", source)
+    rewrite(tmp_path / "out", lambda name, tensor: None if name == "model.norm.weight" else tensor)
+    with pytest.raises(InputError, match="missing_keys model.norm.weight"):
+        hf_verify.verify(tmp_path / "out", source)
+
+
+def test_verify_of_scales_in_bf16(tmp_path: Path) -> None:
+    """A scale that is no power of two is rounded once, as in the forward pass: only fp32 arithmetic differs."""
+    write(tmp_path / "run", MODELS["scales"], compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out") == 0
+    source = open_source(Disk(), tmp_path / "run")
+    found = hf_verify.compare(tmp_path / "out", source, hf_verify.load(tmp_path / "out", torch.float32))
+    assert max(found.natural, found.forced) < 1e-5
+
+
+def test_what_loaders_ask_of_the_folder(tmp_path: Path) -> None:
+    """The keys that vLLM's and SGLang's deepseek_v3 read beside those of transformers; the index; the formats."""
+    write(tmp_path / "run", MODELS["plain"], compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify", "--shard-bytes=4000") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    asked = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "torch_dtype": "bfloat16",
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "routed_scaling_factor": 2.5,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+    }
+    assert {key: config.get(key, ...) for key in asked} == asked
+    assert "auto_map" not in config
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    tensors = tensors_of(tmp_path / "out")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / "out" / file)
+    assert index["weight_map"].keys() == tensors.keys()
+    wide = {name.split(".")[-2] + "." + name.split(".")[-1] for name, each in tensors.items() if each.itemsize == 4}
+    gains = {"input_layernorm.weight", "post_attention_layernorm.weight", "kv_a_layernorm.weight", "norm.weight"}
+    assert wide == {*gains, "gate.weight", "gate.e_score_correction_bias"}
+
+
+def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor | None]) -> None:
+    """Change every tensor of an exported folder; None drops it."""
+    for path in folder.glob("*.safetensors"):
+        changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+        save_file({name: tensor.contiguous() for name, tensor in changed.items() if tensor is not None}, path)
+
+
+def test_what_two_ranks_saved_is_what_one_would_write(tmp_path: Path) -> None:
+    """Each rank has half of the experts and of everything else; the newest checkpoint is taken, not the weights."""
+    c = MODELS["query latent, no dense layer"]
+    write(tmp_path / "one", c, compute="bf16")
+    save_by_ranks(tmp_path / "one", tmp_path / "two", world=2, chunk_bytes=700)
+    for name in ("one", "two"):
+        assert run("export", "hf", tmp_path / name, tmp_path / f"of {name}", "--no-verify", "--shard-bytes=4000") == 0
+    assert bytes_of(tmp_path / "of one") == bytes_of(tmp_path / "of two")
+    (checkpoint,) = (tmp_path / "two" / "checkpoints").glob("step-*")
+    assert run("export", "hf", checkpoint, tmp_path / "of three", "--no-verify", "--shard-bytes=4000") == 0
+    assert bytes_of(tmp_path / "of one") == bytes_of(tmp_path / "of three")
+
+
+def save_by_ranks(run: Path, to: Path, *, world: int, chunk_bytes: int) -> None:
+    """A run folder with one checkpoint, of the weights of another, saved by ranks that are threads."""
+    tensors = load_file(run / WEIGHTS)
+    (to / "checkpoints").mkdir(parents=True)
+    (to / "config.toml").write_text((run / "config.toml").read_text())
+    states: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        states[weights.stored_name(name)] = tensor
+        if tensor.dtype is torch.bfloat16:
+            states[f"param/{name}/remainder"] = torch.zeros(tensor.shape, dtype=torch.int16)
+
+    def save(rank: int, all_gather_text: Any) -> None:
+        pieces = [share(whole(name, tensor), rank, world) for name, tensor in states.items()]
+        with open_writer(
+            Disk(),
+            to / "checkpoints",
+            keep=Keep(),
+            rank=rank,
+            world=world,
+            all_gather_text=all_gather_text,
+            chunk_bytes=chunk_bytes,
+        ) as writer:
+            writer.save(pieces, step=1, meta={})
+
+    assert on_ranks(world, save) == [None] * world
+
+
+@pytest.mark.parametrize("kind", ("checkpoint", "file"))
+def test_memory_is_that_of_one_shard(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 MB of weights, 52 of them one tensor, in files of 2 MB: never 20 MB more of private memory."""
+    c = shapes.config(
+        vocab_size=64,
+        hidden_size=128,
+        num_layers=2,
+        moe=shapes.mixture(num_experts=128, intermediate_size=400),
+        attention=shapes.attention(),
+    )
+    write(tmp_path / "run", c)
+    source = tmp_path / "run"
+    if kind == "checkpoint":
+        source = tmp_path / "saved"
+        save_by_ranks(tmp_path / "run", source, world=2, chunk_bytes=1 << 18)
+    # what the libraries take when they are first used is not counted
+    write(tmp_path / "small", MODELS["plain"])
+    save_by_ranks(tmp_path / "small", tmp_path / "first", world=1, chunk_bytes=1 << 18)
+    assert run("export", "hf", tmp_path / "first", tmp_path / "warm", "--no-verify") == 0
+    assert run("import", "hf", tmp_path / "warm", tmp_path / "warmer") == 0
+    gc.collect()
+    peak: list[int] = []
+    before = private_bytes()
+    write_file = tensor_file.write
+
+    def write_watched(path: Path, formats: Any, parts: Any) -> None:
+        write_file(path, formats, (part for part in parts if not peak.append(private_bytes())))
+
+    monkeypatch.setattr(tensor_file, "write", write_watched)
+    assert run("export", "hf", source, tmp_path / "out", "--no-verify", "--shard-bytes=2000000") == 0
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) > 75e6
+    assert run("import", "hf", tmp_path / "out", tmp_path / "back") == 0
+    assert max(peak) - before < 20e6
+
+
+def private_bytes() -> int:
+    """Memory of this process that is not a file's."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def test_what_was_imported_starts_a_training(tmp_path: Path) -> None:
+    config = tiny(compute="bf16", q_lora_rank=5)
+    write(tmp_path / "run", config.model, compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 0
+    assert run("import", "hf", tmp_path / "out", tmp_path / "imported") == 0
+    start = weights.of_path(Disk(), tmp_path / "imported", make_blueprint(config))
+    expected = load_file(tmp_path / "run" / WEIGHTS)
+    assert torch.equal(start.router_bias, expected["router_bias"])
+    assert torch.equal(start.params.blocks[1].ffn.up, expected["blocks.1.ffn.up"])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is right."""
+    folder = tmp_path_factory.mktemp("hf")
+    write(folder / "run", MODELS["plain"])
+    assert run("export", "hf", folder / "run", folder / "out", "--no-verify", "--shard-bytes=3000") == 0
+    return folder / "out"
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    """Set keys of config.json; ... removes one."""
+    path = folder / "config.json"
+    changed = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
+
+
+def first(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def cut(folder: Path) -> None:
+    first(folder).write_bytes(first(folder).read_bytes()[:-1])
+
+
+def pickled(folder: Path) -> None:
+    for path in (*folder.glob("*.safetensors"), folder / INDEX):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+
+
+def indexed(name: Any) -> Callable[[Path], None]:
+    """The index names another file."""
+
+    def change(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"]["lm_head.weight"] = name
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return change
+
+
+GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
+BIAS = "model.layers.2.mlp.gate.e_score_correction_bias"
+
+
+def three(folder: Path) -> None:
+    """One renamed, one of another shape, one of another format."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "lm_head.weight": lambda tensor: tensor.T,
+        BIAS: lambda tensor: tensor.half(),
+    }
+    for path in folder.glob("*.safetensors"):
+        tensors = {
+            ("renamed" if name == GATE else name): changes.get(name, lambda tensor: tensor)(tensor).contiguous()
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path)
+
+
+def twice(folder: Path) -> None:
+    last = max(folder.glob("*.safetensors"))
+    save_file({**load_file(last), "model.embed_tokens.weight": torch.zeros(37, 16)}, last)
+
+
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "three tensors": (
+        three,
+        (
+            f"expected '{GATE}', got nothing by that name",
+            "expected 'lm_head.weight' as F32 [37, 16], got F32 [16, 37]",
+            f"expected '{BIAS}' as F32 [8], got F16 [8]",
+            "expected no tensor 'renamed', got one",
+        ),
+    ),
+    "a tensor twice": (twice, ("expected 'model.embed_tokens.weight' once, got it in",)),
+    "truncated": (cut, ("model-00001-of-00022.safetensors: expected a whole safetensors file, got ",)),
+    "a file is missing": (lambda f: first(f).unlink(), ("model-00001-of-00022.safetensors: expected a safetensors",)),
+    "pickles": (pickled, ("got pytorch_model.bin, pickles, which may run code; convert",)),
+    "index to a pickle": (indexed("x.bin"), ("expected names of .safetensors files in the folder, got x.bin",)),
+    "index leads out": (indexed("../x.safetensors"), ("in the folder, got ../x.safetensors",)),
+    "index of no names": (indexed(3), ("in the folder, got 3",)),
+    "index of nothing": (lambda f: (f / INDEX).write_text("{}"), ("expected a weight_map, got None",)),
+    "no config": (lambda f: (f / "config.json").unlink(), ("config.json: expected a Hugging Face folder",)),
+    "config no JSON": (lambda f: (f / "config.json").write_text("{"), ("config.json: expected JSON, got ",)),
+    "config no object": (lambda f: (f / "config.json").write_text("[]"), ("expected a JSON object, got []",)),
+    "values": (
+        lambda f: edit_config(
+            f,
+            tie_word_embeddings=True,
+            scoring_func="softmax",
+            hidden_act="gelu",
+            num_nextn_predict_layers=1,
+            attention_bias=True,
+            num_key_value_heads=1,
+            quantization_config={"fmt": "e4m3"},
+            hidden_size=...,
+            kv_lora_rank=...,
+            rope_scaling={"type": "linear", "factor": 2.0},
+        ),
+        (
+            "tie_word_embeddings: expected false, got true; nmoe has no other",
+            'scoring_func: expected "sigmoid", got "softmax"; nmoe has no other',
+            'hidden_act: expected "silu", got "gelu"',
+            "num_nextn_predict_layers: expected 0, got 1",
+            "attention_bias: expected false, got true",
+            "num_key_value_heads: expected num_attention_heads = 3, got 1",
+            "quantization_config: expected a key of deepseek_v3 that nmoe knows",
+            "hidden_size: expected a value, got nothing",
+            "kv_lora_rank: expected a value, got nothing",
+            'rope_scaling.type: expected "default" or "yarn", got "linear"',
+        ),
+    ),
+    "another model": (lambda f: edit_config(f, model_type="llama"), ('expected "deepseek_v3", got "llama"',)),
+    "types": (
+        lambda f: edit_config(f, num_hidden_layers="3", n_routed_experts=True),
+        ("num_hidden_layers: expected an integer", "n_routed_experts: expected an integer"),
+    ),
+    "no values": (
+        lambda f: edit_config(f, rms_norm_eps=None, n_group=[1], v_head_dim={"a": None}, tie_word_embeddings=True),
+        (
+            "rms_norm_eps: expected one value, got null",
+            "n_group: expected one value, got [1]",
+            "v_head_dim.a: expected one value, got null",
+            "tie_word_embeddings: expected false",
+        ),
+    ),
+    "no such routing": (lambda f: edit_config(f, num_experts_per_tok=9), ("model.moe.top_k: expected at most",)),
+    "bounds": (lambda f: edit_config(f, vocab_size=10**12), ("model.vocab_size: expected at most",)),
+    "yarn": (
+        lambda f: edit_config(f, rope_scaling={"type": "yarn", "factor": 2.0, "attention_factor": 1.0}),
+        ("rope_scaling.mscale: expected a value, got nothing", "rope_scaling.attention_factor: expected a key of yarn"),
+    ),
+    "format": (lambda f: edit_config(f, torch_dtype="float16"), ("torch_dtype: expected float32 or bfloat16, got ",)),
+    "format of the tensors": (
+        lambda f: edit_config(f, torch_dtype="bfloat16"),
+        ("expected 'lm_head.weight' as BF16 [37, 16], got F32 [37, 16]",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_a_bad_folder_is_refused(
+    name: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything at once, a line each, exit code 2, nothing written, nothing run."""
+    change, expected = BAD_FOLDERS[name]
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "in" / "hf"
+    shutil.copytree(exported, folder)
+    change(folder)
+    capsys.readouterr()
+    assert run("import", "hf", folder, tmp_path / "out") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("nmoe: ") and str(folder) in line for line in said)
+    assert [part for part in expected if not any(part in line for line in said)] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_full_disk_leaves_nothing(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "run", MODELS["plain"])
+    write_file = tensor_file.write
+
+    def write_three(path: Path, formats: Any, parts: Any) -> None:
+        if "00003" in path.name or path.name == WEIGHTS:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_file(path, formats, parts)
+
+    monkeypatch.setattr(tensor_file, "write", write_three)
+    before = sorted(tmp_path.iterdir())
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify", "--shard-bytes=3000") == 2
+    assert run("import", "hf", exported, tmp_path / "out") == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def taken(folder: Path) -> None:
+    (folder / "out").mkdir()
+
+
+def another_config(folder: Path) -> None:
+    path = folder / "run" / "config.toml"
+    path.write_text(path.read_text().replace("vocab_size = 37", "vocab_size = 38"))
+
+
+BAD_RUNS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "out exists": (taken, "out: expected a name that is free, got what is there"),
+    "nothing there": (lambda f: shutil.rmtree(f / "run"), "expected a run, a checkpoint or a folder with"),
+    "no config": (lambda f: (f / "run" / "config.toml").unlink(), "config.toml: expected an existing file, got none"),
+    "another config": (another_config, "expected 'embed' as F32 [38, 16], got F32 [37, 16]"),
+    "truncated": (
+        lambda f: (f / "run" / WEIGHTS).write_bytes((f / "run" / WEIGHTS).read_bytes()[:-9]),
+        "expected a whole safetensors file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_a_bad_run_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, expected = BAD_RUNS[name]
+    write(tmp_path / "run", MODELS["plain"])
+    change(tmp_path)
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_shards_of_no_bytes_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "run", MODELS["plain"])
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--shard-bytes=0") == 2
+
+
+def test_a_trained_model_says_the_same_in_transformers(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From its newest checkpoint, with its tokenizer; their greedy text is ours, token for token."""
+    config = trainings.config(tmp_path, "trained", sources, 3)
+    assert trainings.train(config)[0] == 0
+    folder = trainings.folder(config)
+    assert run("export", "hf", folder, tmp_path / "out") == 0
+    assert "logits differ by" in capsys.readouterr().out
+    network, theirs = hf_verify.load(tmp_path / "out", torch.float32), AutoTokenizer.from_pretrained(tmp_path / "out")
+    params, bias = weights.load(folder, make_blueprint(config))
+    prompt = theirs("def main(", return_tensors="pt")
+    said = network.generate(**prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours = extend(
+        params,
+        bias,
+        environment(config.model, config.model.max_positions),
+        config.model,
+        prompt["input_ids"][0].tolist(),
+        num_tokens=24,
+        vocab_size=config.model.vocab_size,
+        temperature=0.0,
+        key=Key(0),
+    )
+    assert said[0].tolist() == ours

@@ -7,7 +7,7 @@ Later layers win over earlier ones:
 `extends = "base.toml"` stands at the top of a file, relative to it, and goes one level deep. `NMOE_TRAIN__STEPS=10` in
 the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds. Their
 values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else is
-replaced. An environment variable without `__` after `NMOE_` is no part of the config.
+replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it. An environment variable without `__` after `NMOE_` is no part of the config.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def load(path: Path, environ: Mapping[str, str], overrides: Sequence[str]) -> Lo
 
     Raises:  InputError with everything that is wrong, each with its place.
     """
-    layer = Layer(tables={}, where={})
-    for over in (*_files(path), *_environment(environ), *_command_line(overrides)):
-        layer = Layer(tables=_merged(layer.tables, over.tables), where=layer.where | over.where)
+    layer = _laid_over(*_files(path), _laid_over(*_environment(environ)), _laid_over(*_command_line(overrides)))
     config = structure(layer.tables, Config)
     if isinstance(config, tuple):
         raise InputError(
@@ -93,13 +91,41 @@ def load_valid(
     return loaded
 
 
+def _laid_over(*layers: Layer) -> Layer:
+    """One layer of several, later ones win. The keys of one layer belong together, in whatever order they are given."""
+    tables: dict[str, Any] = {}
+    where: dict[KeyPath, str] = {}
+    for layer in layers:
+        replaced = tuple(_of_another_kind(tables, layer.tables))
+        kept = {key: place for key, place in where.items() if not any(key[: len(path)] == path for path in replaced)}
+        tables, where = _merged(tables, layer.tables), kept | layer.where
+    return Layer(tables=tables, where=where)
+
+
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(under)
     for name, value in over.items():
         below = under.get(name)
-        both = isinstance(below, dict) and isinstance(value, dict)
+        both = isinstance(below, dict) and isinstance(value, dict) and not _differ_in_kind(below, value)
         result[name] = _merged(cast("dict[str, Any]", below), cast("dict[str, Any]", value)) if both else value
     return result
+
+
+def _of_another_kind(under: dict[str, Any], over: dict[str, Any], path: KeyPath = ()) -> Iterator[KeyPath]:
+    """The tables that `over` replaces because it gives them another `kind`."""
+    for name, value in over.items():
+        below = under.get(name)
+        if not isinstance(below, dict) or not isinstance(value, dict):
+            continue
+        if _differ_in_kind(below, value):
+            yield (*path, name)
+        else:
+            inner = cast("dict[str, Any]", below), cast("dict[str, Any]", value)
+            yield from _of_another_kind(*inner, (*path, name))
+
+
+def _differ_in_kind(below: dict[Any, Any], above: dict[Any, Any]) -> bool:
+    return "kind" in below and "kind" in above and below["kind"] != above["kind"]
 
 
 def _place(key: KeyPath, where: Mapping[KeyPath, str]) -> str:

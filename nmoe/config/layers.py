@@ -7,7 +7,8 @@ Later layers win over earlier ones:
 `extends = "base.toml"` stands at the top of a file, relative to it, and goes one level deep. `NMOE_TRAIN__STEPS=10` in
 the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds. Their
 values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else is
-replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it. An environment variable without `__` after `NMOE_` is no part of the config.
+replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it. An environment
+variable without `__` after `NMOE_` is no part of the config.
 """
 
 from __future__ import annotations

@@ -416,7 +416,11 @@ def test_what_the_folder_holds_is_never_replaced(home: Path, known: tokenizers.T
     before = digests(home / "out")
     assert prepared(home, body) == report
     assert not (home / "out" / ".work").exists()
-    refused(home, body + "[filter]\nmin_chars = 3\n", "out: expected a folder prepared with source ")
+    refused(
+        home,
+        body + "[filter]\nmin_chars = 3\n",
+        "out: expected filter.min_chars = 1 of the source, which it was begun with, got 3; ",
+    )
     (home / "in" / "b.jsonl").write_bytes(jsonl(rows(1)))
     refused(home, body, "out: expected a folder prepared with input files of sha256 ")
     (home / "in" / "b.jsonl").unlink()
@@ -437,7 +441,9 @@ def test_another_plan_in_a_begun_folder_is_refused(home: Path) -> None:
     refused(home, body, "got int")
     (home / "in" / "a.jsonl").write_bytes(b'{"text": "fine"}\n')
     refused(home, body, "out: expected the input files it was begun with, got 1 others, in/a.jsonl the first; ")
-    refused(home, body + "[filter]\nmin_chars = 3\n", "out: expected source ", "out: expected the input files")
+    refused(
+        home, body + "[filter]\nmin_chars = 3\n", "out: expected filter.min_chars = 1 ", "out: expected the input files"
+    )
 
 
 def test_links_loops_and_other_things_in_a_folder(home: Path) -> None:

@@ -147,6 +147,14 @@ def test_the_last_of_two_overrides_holds() -> None:
     ("environ", "overrides", "expected"),
     [
         ({"NMOE_TRAIN__STEP": "3"}, (), r"environment NMOE_TRAIN__STEP: train.step: .*did you mean train.steps\?"),
+        ({"NMOE_TRAIN_STEPS": "3"}, (), r"environment NMOE_TRAIN_STEPS: .*; did you mean NMOE_TRAIN__STEPS\?"),
+        ({"NMOE_MODEL_TOP_K": "3"}, (), r"environment NMOE_MODEL_TOP_K: .*; did you mean NMOE_MODEL__MOE__TOP_K\?"),
+        (
+            {"NMOE_HOMES": "x"},
+            (),
+            r"environment NMOE_HOMES: expected NMOE_SECTION__KEY .*; did you mean NMOE_HOME\?",
+        ),
+        ({"NMOE_ZZZZZZZZZZZZ": "x"}, (), r"environment NMOE_Z+: expected .*, got NMOE_Z+; rename or unset it, .*"),
         ({"NMOE_TOP_K__X": "3"}, (), r"environment NMOE_TOP_K__X: top_k: .*did you mean model.moe.top_k\?"),
         (
             {"NMOE_train__steps": "3"},

@@ -8,7 +8,7 @@ Later layers win over earlier ones:
 the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds. Their
 values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else is
 replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it. An environment
-variable without `__` after `NMOE_` is no part of the config.
+variable without `__` after `NMOE_` is one of `OTHER_VARIABLES` or an error.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from typing import Any, cast
 import attrs
 
 from nmoe.config.check import unrunnable, validate
-from nmoe.config.convert import structure
+from nmoe.config.convert import every_path, structure
 from nmoe.config.fields import KeyPath, flat, is_table, keys, members, table
 from nmoe.config.secrets import masked
 from nmoe.config.sections import Config
-from nmoe.config.toml import Document, dotted, literal, read, shown
+from nmoe.config.toml import Document, closest, dotted, literal, read, shown
 from nmoe.errors import InputError, printable
 
 DEFAULT = "default"
 PREFIX = "NMOE_"
+OTHER_VARIABLES = ("NMOE_HOME", "NMOE_HEARTBEATS")
+"""Variables that are no keys of a config: where nmoe keeps its files, and what a launcher gives its ranks."""
 
 
 @attrs.frozen(kw_only=True)
@@ -55,7 +57,7 @@ class Layer:
 def load(path: Path, environ: Mapping[str, str], overrides: Sequence[str]) -> Loaded:
     """The config of a file under its overrides: complete and of the right types, not yet checked by `validate`.
 
-    environ    variables, of which those of the form NMOE_A__B count
+    environ    variables, of which those of the form NMOE_A__B count, and others that begin with NMOE_ are refused
     overrides  arguments of the form --a.b=value
 
     Raises:  InputError with everything that is wrong, each with its place.
@@ -172,7 +174,10 @@ def _layer_of(path: Path, document: Document) -> Layer:
 
 def _environment(environ: Mapping[str, str]) -> Iterator[Layer]:
     """One layer a variable, by name."""
-    names = sorted(name for name in environ if name.startswith(PREFIX) and "__" in name.removeprefix(PREFIX))
+    ours = sorted(name for name in environ if name.startswith(PREFIX) and name not in OTHER_VARIABLES)
+    names = [name for name in ours if "__" in name.removeprefix(PREFIX)]
+    if unknown := [name for name in ours if name not in names]:
+        raise InputError(*map(_unknown_variable, unknown))
     if wrong := [name for name in names if name != name.upper()]:
         raise InputError(
             *(f"environment {name}: expected upper case, got {name}; write {name.upper()}" for name in wrong)
@@ -180,6 +185,14 @@ def _environment(environ: Mapping[str, str]) -> Iterator[Layer]:
     for name in names:
         key = tuple(name.removeprefix(PREFIX).lower().split("__"))
         yield _override(key, environ[name], f"environment {name}")
+
+
+def _unknown_variable(name: str) -> str:
+    """What to say of a variable that is neither a key nor one of `OTHER_VARIABLES`."""
+    known = (*OTHER_VARIABLES, *(PREFIX + "__".join(path).upper() for path in every_path(Config) if len(path) > 1))
+    near = closest(name.upper(), known)
+    remedy = f"did you mean {near}?" if near else "rename or unset it, keys are set as NMOE_SECTION__KEY"
+    return f"environment {name}: expected NMOE_SECTION__KEY or {' or '.join(OTHER_VARIABLES)}, got {name}; {remedy}"
 
 
 def _command_line(overrides: Sequence[str]) -> Iterator[Layer]:

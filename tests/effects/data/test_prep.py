@@ -375,16 +375,16 @@ def test_a_damaged_file_in_the_middle_costs_nothing_that_is_done(home: Path) -> 
     """The others are surveyed, the fault is named, and after fixing only what is missing is done."""
     (home / "in").mkdir()
     for number in range(5):
-        (home / "in" / f"{number}.jsonl").write_bytes(jsonl(rows(40)[number * 8 : number * 8 + 8]))
-    good = (home / "in" / "2.jsonl").read_bytes()
-    (home / "in" / "2.jsonl").write_bytes(good[:-5] + b"\xff" + good[-4:])
-    stamp = os.stat(home / "in" / "2.jsonl").st_mtime_ns
+        (home / "in" / f"{number}.txt").write_bytes(jsonl(rows(40)[number * 8 : number * 8 + 8]))
+    good = (home / "in" / "2.txt").read_bytes()
+    (home / "in" / "2.txt").write_bytes(good[:-5] + b"\xff" + good[-4:])
+    stamp = os.stat(home / "in" / "2.txt").st_mtime_ns
     body = "task_bytes = 1\n[input]\nkind = 'files'\npaths = ['in']\n"
-    refused(home, body, "in/2.jsonl: expected UTF-8, got byte 0xff at ")
+    refused(home, body, "in/2.txt: expected UTF-8, got byte 0xff at ")
     done = sorted(path.name for path in (home / "out" / ".work" / "survey").iterdir())
     assert done == [f"task-{number:05d}" for number in (0, 1, 3, 4)]
-    (home / "in" / "2.jsonl").write_bytes(good)
-    os.utime(home / "in" / "2.jsonl", ns=(stamp, stamp))
+    (home / "in" / "2.txt").write_bytes(good)
+    os.utime(home / "in" / "2.txt", ns=(stamp, stamp))
     before = {name: os.stat(home / "out/.work/survey" / name / "survey.json").st_ino for name in done}
     told: list[str] = []
     path = write_source(home, body)

@@ -34,6 +34,7 @@ def verbs(root: Verbs) -> None:
     )
     prep.add_argument("--tokenizer", metavar="NAME", help="name or path of a tokenizer to use instead")
     prep.add_argument("--exclude", action="append", metavar="GLOB", help="files of the folder to leave out; repeatable")
+    prep.add_argument("--text-field", metavar="KEY", help="key of the text in .jsonl and .parquet (default: text)")
     prep.add_argument("--dry-run", action="store_true", help="say what would be read and written, and stop")
     prep.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     prep.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster, tcp://HOST:PORT")
@@ -111,7 +112,10 @@ def _source(args: argparse.Namespace, out: Path) -> tuple[Source, Path, Path | N
     from nmoe.effects.data.prepare import folder
 
     if args.source.suffix == ".toml" and not args.source.is_dir():
-        options = {"--vocab": args.vocab, "--tokenizer": args.tokenizer, "--exclude": args.exclude}
+        options = {
+            **{"--vocab": args.vocab, "--tokenizer": args.tokenizer},
+            **{"--exclude": args.exclude, "--text-field": args.text_field},
+        }
         if said := [name for name, value in options.items() if value is not None]:
             raise InputError(f"{said[0]}: expected it with a folder, got {args.source}; write it into that file")
         return load_source(args.source), args.source.parent.resolve(), args.source.parent
@@ -121,7 +125,7 @@ def _source(args: argparse.Namespace, out: Path) -> tuple[Source, Path, Path | N
     if args.vocab < 257:
         raise InputError(f"--vocab: expected at least 257, 256 bytes and end of text, got {args.vocab}; raise it")
     name = args.tokenizer or f"bpe-{args.vocab}"
-    source = folder.folder_source(args.source, args.exclude or (), name, out, say)
+    source = folder.folder_source(args.source, args.exclude or (), args.text_field or "text", name, out, say)
     return source, folder.base_of(args.source), None if args.tokenizer is None else Path()
 
 

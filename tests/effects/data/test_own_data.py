@@ -124,6 +124,15 @@ def test_a_folder_of_small_documents_reports_none(tmp_path: Path, capsys: pytest
     assert "\nlarge " not in said and "\nnext " in said
 
 
+def test_the_text_may_have_another_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"content": sentence(number)}) for number in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    command = ["data", "prep", str(tmp_path), str(tmp_path / "out"), "--vocab", "300", "--workers", "1"]
+    assert main(command) == 2 and "a.jsonl: expected a text in text at byte 0, got nothing" in capsys.readouterr().err
+    assert main([*command, "--text-field", "content"]) == 0
+    assert held(tmp_path / "out") == set(map(sentence, range(100)))
+
+
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,19 +30,22 @@ LARGE = 0.1
 """Share of its split from which a document is reported: a file of records that was read as one text, for example."""
 
 
-def folder_source(path: Path, exclude: Sequence[str], name: str, out: Path, say: Callable[[str], None]) -> Source:
+def folder_source(
+    path: Path, exclude: Sequence[str], text_field: str, name: str, out: Path, say: Callable[[str], None]
+) -> Source:
     """The source of a folder of files, or of one file, relative to the folder.
 
     A folder of few documents has a larger share of them held out for validation; none are held out for a test.
 
-    name  of the tokenizer
+    text_field  key or column of the text in files of records
+    name        of the tokenizer
 
     Raises:  InputError as `find`, or when there is nothing at `path`.
     """
     if not path.exists():
         raise InputError(f"{path}: expected a folder, a file or a source TOML, got nothing there; check the path")
     paths = (".",) if path.is_dir() else (path.name,)
-    read = Files(paths=paths, exclude=tuple(exclude), max_chars=MAX_CHARS)
+    read = Files(paths=paths, exclude=tuple(exclude), text_field=text_field, max_chars=MAX_CHARS)
     items = find(read, base_of(path), out=out, skip_unreadable=False, say=say)
     sizes = [
         (size, MAX_CHARS if item.form.startswith("text") else RECORD_BYTES) for item in items for size in item.sizes

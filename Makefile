@@ -6,13 +6,14 @@
 #   make test-long    the tests that take minutes
 #   make check        formatting, lint, types
 #   make gpu-test     the GPU's tests with the versions of constraints-gpu.txt: in .venv-gpu, or in that of GPU_PYTHON
+#   make gpu2-test    those that need two GPUs of one host, with the same
 #   make bench        one training step against transformers
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: run test test-kernels test-long check gpu-test bench
+.PHONY: run test test-kernels test-long check gpu-test gpu2-test bench
 
 PYTHON ?= python3
 GPU_PYTHON ?= .venv-gpu/bin/python
@@ -59,6 +60,10 @@ check: .venv/.dev
 gpu-test: $(if $(filter .venv-gpu/bin/python,$(GPU_PYTHON)),.venv-gpu/.test)
 	@$(GPU_PYTHON) -c "$$SAME_VERSIONS" $(GPU_PAIR)
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+
+gpu2-test: $(if $(filter .venv-gpu/bin/python,$(GPU_PYTHON)),.venv-gpu/.test)
+	@$(GPU_PYTHON) -c "$$SAME_VERSIONS" $(GPU_PAIR)
+	$(GPU_PYTHON) -m pytest -m gpu2 tests/gpu
 
 bench: .venv/.dev
 	@$(BIN)/nmoe bench step quickstart --against transformers

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
+from nmoe.config.check import PLAIN, remarks
 from nmoe.config.convert import structure
 from nmoe.config.data_mixture import Part, Rest
 from nmoe.config.data_source import Source
@@ -28,6 +29,7 @@ from nmoe.config.secrets import masked, masked_arguments
 from nmoe.config.sections import Mla, Shards, Stdlib, Yarn
 from nmoe.config.toml import lines, literal
 from nmoe.errors import InputError
+from nmoe.pure.model.attention import KINDS
 from tests.configs import ROOT, at_line, problems
 
 
@@ -135,7 +137,7 @@ def test_a_file_of_another_kind_drops_the_keys_of_its_base(tmp_path: Path) -> No
     )
     (problem,) = problems(file, KIND, "--data.source.tokenizer_size=300", PATH)
     assert 'tokenizer_size=300: data.source.tokenizer_size: expected a known key of kind "shards"' in problem
-    assert 'one of "mla", got "kda"' in problems(file, "--model.attention.kind=kda")[0]
+    assert 'got "kda"' in problems(file, "--model.attention.kind=kda")[0]
 
 
 def test_the_last_of_two_overrides_holds() -> None:
@@ -399,9 +401,10 @@ OTHER_VALUES = {
     "document_mask": "true",
     "dedup": "false",
     **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
-    **{"footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
+    **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
-    **{"deterministic": "false", "graph": "true", "recompute": "full", "normalize": "false"},
+    **{"deterministic": "false", "graph": "true", "recompute": "full"},
+    **{"balance": "quantile", "optimizer": "muon"},
 }
 """Other values of the keys that are no numbers."""
 
@@ -446,6 +449,21 @@ RULES = [
         "model.moe={num_groups = 8, top_k = 3}",
         1,
         "model.moe.top_k: expected at most the 2 experts in top_k_groups = 1 groups, got 3; ",
+    ),
+    (
+        'model.moe={balance = "quantile", num_groups = 2}',
+        1,
+        'model.moe.balance: expected "sign" when num_groups is 2, got "quantile"; ',
+    ),
+    (
+        'model.moe={balance = "quantile", top_k = 16}',
+        1,
+        'model.moe.balance: expected "sign" when top_k is num_experts = 16, got "quantile"; ',
+    ),
+    (
+        'optim.router.optimizer="muon"',
+        1,
+        'optim.router.optimizer: expected "adamw", got "muon"; write "adamw", a router has no hidden matrix',
     ),
     (
         "model.moe.top_k=1",
@@ -501,6 +519,44 @@ def test_rules(override: str, world: int, expected: str) -> None:
     assert problem.startswith(expected), problem
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_kv_heads": 3},
+            "num_kv_heads: expected a divisor of num_heads = 4, got 3; choose groups of the same size",
+        ),
+        ({"head_dim": 15}, "head_dim: expected an even number, got 15; write 16, channels are rotated in pairs"),
+        ({"window": 0}, "window: expected at least 1, got 0; raise it"),
+        ({"window": None}, "global_every: expected a window beside it, got 2 alone; write window or remove "),
+        ({"global_every": 4}, "global_every: expected at most num_layers = 3, got 4; lower it, or remove it "),
+        ({"global_every": 1}, "global_every: expected at least 2, got 1; raise it"),
+        (
+            {"yarn": Yarn(factor=1.5, original_positions=64)},
+            "yarn.factor: expected original_positions * factor at least max_positions = 128, got 64 * 1.5; ",
+        ),
+    ],
+    ids=str,
+)
+def test_rules_of_grouped_query_attention(changes: dict[str, Any], expected: str) -> None:
+    config = load(ROOT / "configs" / "quickstart-gqa.toml", {}, ()).config
+    assert validate(config, 1) == ()
+    attention = attrs.evolve(config.model.attention, **changes)
+    (problem,) = validate(attrs.evolve(config, model=attrs.evolve(config.model, attention=attention)), 1)
+    assert problem.startswith(f"model.attention.{expected}"), problem
+
+
+def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
+    """The list in `config`, which knows no torch, and the kinds themselves say the same."""
+    on_gpu, on_cpu, latent = (
+        load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("gpt-oss-20b", "quickstart-gqa", "moonlet")
+    )
+    (remark,) = remarks(on_gpu)
+    assert remark.startswith('model.attention.kind: "gqa" has no kernels, a GPU runs it as plain torch')
+    assert remarks(on_cpu) == remarks(latent) == ()
+    assert set(PLAIN) == {section for section, kind in KINDS.items() if kind.kernel_kept_bytes is None}
+
+
 def rules_config(*overrides: str) -> Config:
     """The quickstart with the sizes the rules are written for."""
     sizes = ("--model={vocab_size = 4096, num_layers = 4, max_positions = 256, moe = {num_experts = 16, top_k = 2}}",)
@@ -514,6 +570,7 @@ def rules_config(*overrides: str) -> Config:
     [
         "model.moe={num_groups = 8, top_k_groups = 1, top_k = 2}",
         "model.moe={top_k = 1, normalize = false}",
+        'model.moe={top_k = 15, balance = "quantile"}',
         "model={num_dense_layers = 4, moe = {top_k = 1}}",
         "model.attention.yarn={factor = 2, original_positions = 128}",
         "run.name=9.A_b-c",
@@ -753,3 +810,16 @@ def test_a_secret_in_an_argument_of_its_own_is_masked() -> None:
     )  # fmt: skip
     sources = load(ROOT / "configs" / "quickstart.toml", {}, ("--log.alert_command=curl secret",)).sources
     assert sources["log.alert_command"] == "command line --log.alert_command=***"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.dense.optimizer=sgd", 'expected one of "adamw", "muon", got "sgd"; choose one of them'),
+        ("model.moe.balance=even", 'expected one of "sign", "quantile", got "even"; choose one of them'),
+    ],
+)
+def test_an_unknown_choice_is_one_line_with_the_known_ones(override: str, message: str) -> None:
+    key = override.partition("=")[0]
+    found = problems(ROOT / "configs" / "quickstart.toml", f"--{override}")
+    assert found == [f"command line --{override}: {key}: {message}"]

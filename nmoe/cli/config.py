@@ -54,9 +54,12 @@ def _config_show(args: argparse.Namespace) -> int:
 
 def _config_check(args: argparse.Namespace) -> int:
     from nmoe.config import identity
+    from nmoe.config.check import remarks
 
     config = load(args, to_run=True).config
     print(f"{args.config}: valid for {config.parallel.ranks} rank(s), identity {identity(config)[:12]}")
+    for remark in remarks(config):
+        print(f"{args.config}: {remark}")
     return 0
 
 

@@ -8,11 +8,14 @@ from typing import Any
 
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Model, Moe, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Gqa, Model, Moe, Stdlib
 from nmoe.config.toml import dotted, shown
 
 GPUS_PER_HOST = 8
 """Of every host with H100, H200 or B200 that is sold."""
+
+PLAIN = (Gqa,)
+"""Kinds of attention without kernels."""
 
 ITEM_BYTES = MappingProxyType({"fp32": 4, "bf16": 2})
 
@@ -23,9 +26,11 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
         *(f"{dotted(path)}: {text}" for path, text in out_of_bounds(config)),
         *_model(config.model),
         *_moe(config.model.moe),
+        *_balance(config.model.moe),
         *_parallel(config, world),
         *_attention(config.model),
         *kernel_sizes(config.model, device=config.run.device, compute=config.precision.compute),
+        *_optimizers(config),
         *_precision(config),
         *_length(config),
         *_run(config, world),
@@ -41,6 +46,16 @@ def unrunnable(config: Config, world: int) -> tuple[str, ...]:
         f"parallel.experts: expected at most the {GPUS_PER_HOST} GPUs of a host, got {experts}; "
         f"`nmoe run` exchanges rows within a host: write {GPUS_PER_HOST} or less where `nmoe plan "
         f"--experts={GPUS_PER_HOST}` says that it fits",
+    )
+
+
+def remarks(config: Config) -> tuple[str, ...]:
+    """What is right in a config and slower than one may expect, each `<path>: <what>`."""
+    if config.run.device != "cuda" or not isinstance(config.model.attention, PLAIN):
+        return ()
+    return (
+        f'model.attention.kind: "{config.model.attention.kind}" has no kernels, a GPU runs it as plain torch: right, '
+        "and slow",
     )
 
 
@@ -61,6 +76,14 @@ def _precision(config: Config) -> Iterator[str]:
         yield (
             'precision.moments: expected "fp32" when precision.compute is "fp32", got "bf16"; write moments = "fp32" '
             'or compute = "bf16"'
+        )
+
+
+def _optimizers(config: Config) -> Iterator[str]:
+    if config.optim.router.optimizer != "adamw":
+        yield (
+            f'optim.router.optimizer: expected "adamw", got {shown(config.optim.router.optimizer)}; write "adamw", '
+            "a router has no hidden matrix"
         )
 
 
@@ -120,6 +143,19 @@ def _moe(c: Moe) -> Iterator[str]:
         )
 
 
+def _balance(c: Moe) -> Iterator[str]:
+    if c.balance == "quantile" and c.num_groups > 1:
+        yield (
+            f'model.moe.balance: expected "sign" when num_groups is {c.num_groups}, got "quantile"; write balance = '
+            '"sign" or num_groups = 1, a quantile does not know which groups a token keeps'
+        )
+    if c.balance == "quantile" and c.top_k == c.num_experts:
+        yield (
+            f'model.moe.balance: expected "sign" when top_k is num_experts = {c.num_experts}, got "quantile"; write '
+            'balance = "sign", every expert has every token'
+        )
+
+
 def _parallel(config: Config, world: int) -> Iterator[str]:
     experts, num_experts = config.parallel.experts, config.model.moe.num_experts
     if experts is None and not _divides(world, num_experts):
@@ -146,12 +182,15 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
 
 
 def _attention(c: Model) -> Iterator[str]:
-    rotated, yarn = c.attention.qk_rope_head_dim, c.attention.yarn
+    key = "head_dim" if isinstance(c.attention, Gqa) else "qk_rope_head_dim"
+    rotated, yarn = getattr(c.attention, key), c.attention.yarn
     if rotated % 2:
         yield (
-            f"model.attention.qk_rope_head_dim: expected an even number, got {rotated}; "
+            f"model.attention.{key}: expected an even number, got {rotated}; "
             f"write {rotated + 1}, channels are rotated in pairs"
         )
+    if isinstance(c.attention, Gqa):
+        yield from _gqa(c.attention, c.num_layers)
     if yarn is None:
         return
     if yarn.original_positions * yarn.factor < c.max_positions:
@@ -164,6 +203,24 @@ def _attention(c: Model) -> Iterator[str]:
         yield (
             f"model.attention.yarn.beta_slow: expected below beta_fast = {shown(yarn.beta_fast)}, got "
             f"{shown(yarn.beta_slow)}; lower beta_slow"
+        )
+
+
+def _gqa(c: Gqa, num_layers: int) -> Iterator[str]:
+    if not _divides(c.num_kv_heads, c.num_heads):
+        yield (
+            f"model.attention.num_kv_heads: expected a divisor of num_heads = {c.num_heads}, got {c.num_kv_heads}; "
+            "choose groups of the same size"
+        )
+    if c.global_every is not None and c.window is None:
+        yield (
+            f"model.attention.global_every: expected a window beside it, got {c.global_every} alone; write window or "
+            "remove global_every, without a window every layer is global"
+        )
+    if c.global_every is not None and c.global_every > num_layers:
+        yield (
+            f"model.attention.global_every: expected at most num_layers = {num_layers}, got {c.global_every}; lower "
+            "it, or remove it for a window in every layer"
         )
 
 

@@ -65,6 +65,9 @@ class Yarn:
     beta_slow: float = setting("rotations below which a frequency is interpolated", default=1.0, low=1e-6, high=1e6)
     mscale: float = setting("magnitude coefficient of the rotation table", default=1.0, low=1e-3, high=1e2)
     mscale_all_dim: float = setting("magnitude coefficient of the attention scale", default=1.0, low=1e-3, high=1e2)
+    truncate: bool = setting(
+        "whether the ramp between the two begins and ends at whole channel pairs; false: gpt-oss", default=True
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -90,6 +93,28 @@ class Mla:
 
 
 @attrs.frozen(kw_only=True)
+class Gqa:
+    """Grouped-query attention, optionally in a window and with learned sinks (gpt-oss, arXiv:2508.10925)."""
+
+    kind: ClassVar[str] = "gqa"
+
+    num_heads: int = setting("query heads", low=1, high=WIDEST, shapes=True)
+    num_kv_heads: int = setting("heads of keys and values; divides num_heads", low=1, high=WIDEST, shapes=True)
+    head_dim: int = setting("channels of a head, all of them rotated; even", low=2, high=WIDEST, shapes=True)
+    window: int | None = setting(
+        "keys a query sees, its own included; absent: all", unit="tokens", default=None, low=1, high=MOST_POSITIONS
+    )
+    global_every: int | None = setting(
+        "every so many-th layer sees all keys whatever the window; absent: none does", default=None, low=2, high=1000
+    )
+    sinks: bool = setting(
+        "whether each query head has a learned logit in the softmax's denominator", default=False, shapes=True
+    )
+    rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
+    yarn: Yarn | None = setting("position range extension; absent: none", default=None)
+
+
+@attrs.frozen(kw_only=True)
 class Moe:
     """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437)."""
 
@@ -105,8 +130,15 @@ class Moe:
     normalize: bool = setting(
         "whether a token's routing weights sum to route_scale; false: each is its score times route_scale", default=True
     )
-    bias_update_rate: float = setting(
-        "step of the router bias that evens out expert load", default=0.001, low=0, high=1e3
+    balance: Literal["sign", "quantile"] = setting(
+        "how the router bias evens out expert load: steps of one size, or quantiles of the scores", default="sign"
+    )
+    bias_update_rate: float = setting('step of the router bias; balance = "sign"', default=0.001, low=0, high=1e3)
+    bias_decay: float = setting(
+        'share of the router bias that a step keeps beside the new quantile; balance = "quantile"',
+        default=0.5,
+        low=0,
+        high=0.9999,
     )
     sequence_balance: float = setting("weight of the sequence-wise auxiliary loss", default=0.0001, low=0, high=1e3)
 
@@ -130,7 +162,7 @@ class Model:
     norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, low=1e-20, high=1)
     embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, low=1e-6, high=1e6)
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
-    attention: Mla = setting("attention of every block; `kind` chooses the table's keys")
+    attention: Mla | Gqa = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
 
 
@@ -190,12 +222,16 @@ class Data:
 
 @attrs.frozen(kw_only=True)
 class Group:
-    """AdamW for one group of parameters."""
+    """The optimizer of one group of parameters."""
 
     lr: float = setting("peak learning rate", low=1e-30, high=1e30)
+    optimizer: Literal["adamw", "muon"] = setting(
+        "update rule of the group's hidden matrices; all else is updated by AdamW", default="adamw", shapes=True
+    )
     beta1: float = setting("decay of the first moment", default=0.9, low=0, high=0.9999)
     beta2: float = setting("decay of the second moment", default=0.95, low=0, high=0.999999)
     eps: float = setting("added to the root of the second moment", default=1e-8, low=1e-20, high=1)
+    momentum: float = setting("decay of Muon's momentum", default=0.95, low=0, high=0.9999)
 
 
 @attrs.frozen(kw_only=True)
@@ -207,6 +243,10 @@ class Optim:
     router: Group = setting("router matrices")
     weight_decay: float = setting("decoupled decay of the parameters that decay", default=0.1, low=0, high=1e3)
     clip_norm: float = setting("largest global gradient norm", default=1.0, low=1e-20, high=1e20)
+
+    def optimizers(self) -> dict[str, str]:
+        """Group -> update rule of its hidden matrices."""
+        return {name: getattr(self, name).optimizer for name in ("dense", "expert", "router")}
 
 
 @attrs.frozen(kw_only=True)

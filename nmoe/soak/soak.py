@@ -133,7 +133,7 @@ def weather(
     folder = Path(config.run.root) / str(config.run.name)
     by_index = {fault.index: fault for fault in planned}
     owed: list[Fault] = []
-    attempts, told, began = 0, time.monotonic(), time.monotonic()
+    attempts, reported_at, began = 0, time.monotonic(), time.monotonic()
     while True:
         before = len(journal.struck())
         output = work / f"attempt-{attempts % 8}.txt"
@@ -151,10 +151,10 @@ def weather(
             return attempts, []
         owed += [fault for fault in struck if fault.kind in worlds.BETWEEN]
         owed = [fault for fault in owed if not between(fault, folder, work, chance)]
-        if time.monotonic() - told > REPORT_S:
-            told = time.monotonic()
+        if time.monotonic() - reported_at > REPORT_S:
+            reported_at = time.monotonic()
             count = len(journal.struck())
-            left = (told - began) / max(count, 1) * (len(planned) - count)
+            left = (reported_at - began) / max(count, 1) * (len(planned) - count)
             say(f"soak           {count}/{len(planned)} faults  {attempts} attempts  eta {duration(left)}")
 
 

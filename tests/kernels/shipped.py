@@ -166,7 +166,7 @@ def of_dispatch(num_experts: int, top_k: int = 6) -> dict[str, Request]:
         ),
         "tiles": request(
             "moe.dispatch:tiles_kernel",
-            integers("count tile_expert tile_row", "*i32") + " T:i32",
+            integers("count tile_expert tile_row num_needed", "*i32") + " T:i32",
             Launch(),
             {"M": 128, **experts, "BLOCK": dispatch.TILES},
         ),

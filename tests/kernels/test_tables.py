@@ -9,9 +9,12 @@ import attrs
 import pytest
 import torch
 
+from nmoe.config import load
 from nmoe.effects.device import ops
 from nmoe.effects.kernels import tables
 from nmoe.errors import InputError
+from nmoe.pure.model.attention.gqa import GqaOps
+from tests.configs import ROOT
 
 
 def test_no_entry_claims_a_measurement_on_a_b200() -> None:
@@ -24,6 +27,19 @@ def test_a_size_without_an_entry_is_not_measured() -> None:
     assert tables.find(table, "moe", 2048, 1408).measured and tables.find(table, "attention", 128, 64, 128).measured
     other = tables.find(table, "moe", 64, 64)
     assert not other.measured and other.size == tables.DEFAULT and other.group == 8
+
+
+def test_a_kind_without_kernels_runs_its_reference_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts on kernels, attention in plain torch, and a line that says so; latent attention has none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    grouped, latent = (load(ROOT / "configs" / f"{name}.toml", {}, ()).config.model for name in ("gpt-oss-20b", "dsv3"))
+    device = torch.device("cuda", 0)
+    assert isinstance(ops.build(device, grouped).attention, GqaOps)
+    assert [line for line in ops.unmeasured(device, grouped) if "plain torch" in line] == [
+        "attention: Gqa has no kernels, it runs as plain torch: right, and slow"
+    ]
+    assert not [line for line in ops.unmeasured(device, latent) if "plain torch" in line]
 
 
 def test_each_device_gets_the_tiles_of_its_own_generation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from typing import Literal
 import attrs
 
 from nmoe.config import load, preset
+from nmoe.config.check import remarks
 from nmoe.config.data_mixture import load_mixture
 from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
@@ -60,6 +61,7 @@ class Preset:
     ranks: int = 1
     data: str | None = None  # folder of prepared shards; None: the standard library as corpus
     data_found: bool = True
+    remarks: tuple[str, ...] = ()  # what is right and slow
 
 
 @attrs.frozen(kw_only=True)
@@ -211,6 +213,7 @@ def _preset(preset: Preset, facts: Facts) -> Iterator[Line]:
         yield Line(level="warn", what=preset.name, value="; ".join(values), advice="; ".join(advice))
     else:
         yield Line(level="ok", what=preset.name, value="this machine has what it needs")
+    yield from (Line(level="ok", what=preset.name, value=remark) for remark in preset.remarks)
 
 
 def _pair(torch: str, triton: str) -> Line:
@@ -343,6 +346,7 @@ def read_preset(name: str) -> Preset:
         ranks=config.parallel.ranks,
         data=str((missing or folders)[0]) if folders else None,
         data_found=not missing,
+        remarks=remarks(config),
     )
 
 

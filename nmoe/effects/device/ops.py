@@ -127,13 +127,16 @@ def attention_tiles(device: torch.device, nope: int, rope: int, value: int) -> a
 
 
 def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS) -> tuple[str, ...]:
-    """A line for each op whose tiles nobody measured for this model's sizes: it is right, and may be slow."""
+    """A line for each op without kernels, or whose tiles nobody measured for these sizes: right, and maybe slow."""
     if device.type == "cpu":
         return ()
-    table, attention = shipped(device), kind_of(c.attention, kinds).tile_sizes(c.attention)
+    kind = kind_of(c.attention, kinds)
+    table, attention = shipped(device), kind.tile_sizes(c.attention)
+    plain = f"attention: {type(c.attention).__name__} has no kernels, it runs as plain torch: right, and slow"
     sizes = {"moe": (c.hidden_size, c.moe.intermediate_size)} | ({"attention": attention} if attention else {})
     entries = {op: (tuning.find(table, op, *size), "x".join(map(str, size))) for op, size in sizes.items()}
-    return tuple(
+    without = (plain,) if kind.kernel_kept_bytes is None else ()
+    return without + tuple(
         f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"
         + (f"; `nmoe bench kernels --tune --size {size}` finds better ones" if op == "moe" else "")
         for op, (entry, size) in entries.items()

@@ -1,4 +1,4 @@
-"""A command run when there is an alert: detached, with a timeout, its failure told and nothing more."""
+"""A command run when there is an alert: detached, with a timeout, its failure reported and nothing more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 def start(command: str, alert: Mapping[str, Any], timeout_s: float, failed: Callable[[str], None]) -> threading.Thread:
     """Run a shell command with the alert as one line of JSON on its standard input; returns at once.
 
-    failed   told when the command cannot start, takes too long, or exits with another code than 0
+    failed   called when the command cannot start, takes too long, or exits with another code than 0
     returns  the thread that waits for it
     """
     thread = threading.Thread(
@@ -27,12 +27,12 @@ def start(command: str, alert: Mapping[str, Any], timeout_s: float, failed: Call
 
 def _wait(command: str, text: str, timeout_s: float, failed: Callable[[str], None]) -> None:
     # files rather than pipes: what the command leaves running can hold neither of them against this thread
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as stderr:
         given.write(text.encode())
         given.seek(0)
         try:
             process = subprocess.Popen(
-                command, shell=True, stdin=given, stdout=subprocess.DEVNULL, stderr=told, start_new_session=True
+                command, shell=True, stdin=given, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
         except OSError as error:
             failed(f"log.alert_command: can be started, got {error.strerror}")
@@ -45,5 +45,5 @@ def _wait(command: str, text: str, timeout_s: float, failed: Callable[[str], Non
             failed(f"log.alert_command: ends within {timeout_s:g} s, got none; it was killed")
             return
         if code:
-            told.seek(0)
-            failed(f"log.alert_command: exits with 0, got {code}: {told.read(300).decode(errors='replace').strip()}")
+            stderr.seek(0)
+            failed(f"log.alert_command: exits with 0, got {code}: {stderr.read(300).decode(errors='replace').strip()}")

@@ -33,8 +33,8 @@ class Footer:
 
     def event(self, fields: Mapping[str, Any]) -> None:
         """Take one event."""
-        told = "  ".join(str(fields[key]) for key in ("rule", "message", "step", "error", "status") if key in fields)
-        self._events.append(f"{fields['event']}  {told}")
+        details = "  ".join(str(fields[key]) for key in ("rule", "message", "step", "error", "status") if key in fields)
+        self._events.append(f"{fields['event']}  {details}")
 
     def __rich__(self) -> Text:
         share = self._step / self._steps

@@ -41,23 +41,23 @@ class Heart:
 def beating(folder: Path, heart: Heart, every_s: float, failed: Callable[[str], None]) -> Iterator[None]:
     """Beat at once, every `every_s` seconds, and at the end.
 
-    failed  told the first time in a row that a beat cannot be written
+    failed  called the first time in a row that a beat cannot be written
     """
     done = threading.Event()
 
-    def attempt(told: bool) -> bool:
+    def attempt(reported: bool) -> bool:
         try:
             heart.beat(folder)
         except OSError as error:
-            if not told:
+            if not reported:
                 failed(f"{RUN}: expected to be written, got {error.strerror}; free space or fix permissions")
             return True
         return False
 
     def live() -> None:
-        told = attempt(False)
+        reported = attempt(False)
         while not done.wait(every_s):
-            told = attempt(told)
+            reported = attempt(reported)
 
     thread = threading.Thread(target=live, name="heartbeat", daemon=True)
     thread.start()

@@ -71,10 +71,15 @@ class Monitor:
         self._foot.step(step, fields["loss"])
         if self._reports % settings.arrays_every == 0:
             layers = fields["experts"]["layer"]
-            told = {"attempt": self.log.attempt, "time": now(), "step": step, "tokens_global": fields["tokens_global"]}
+            header = {
+                "attempt": self.log.attempt,
+                "time": now(),
+                "step": step,
+                "tokens_global": fields["tokens_global"],
+            }
             self._written()
             # aside, for tens of thousands of counts take long to become text; a copy, for the trainer reuses its own
-            self._writing = self._aside.submit(self._whole, {**told, "layers": layers}, load.clone())
+            self._writing = self._aside.submit(self._whole, {**header, "layers": layers}, load.clone())
         self._reports += 1
         seen = Seen(
             step=step,
@@ -130,8 +135,8 @@ class Monitor:
             self.notice("alert_command_failed", error=problem)
 
         self._commands = [thread for thread in self._commands if thread.is_alive()]
-        told = {"event": "alert", "run": self.log.folder.name, **alert}
-        self._commands.append(alert_command.start(command, told, self._config.log.alert_timeout_s, failed))
+        message = {"event": "alert", "run": self.log.folder.name, **alert}
+        self._commands.append(alert_command.start(command, message, self._config.log.alert_timeout_s, failed))
 
     def _hear(self, event: Mapping[str, Any]) -> None:
         self._foot.event(event)

@@ -97,16 +97,16 @@ def sampling(folder: Path, every_s: float, *, cuda: bool, append: Append, event:
     began = time.monotonic()
 
     def loop() -> None:
-        nvml, told = _nvml(event) if cuda else None, ""
+        nvml, last_error = _nvml(event) if cuda else None, ""
         failures = (OSError, InputError, psutil.Error, *(() if nvml is None else (nvml.NVMLError,)))
         while True:
             try:
                 readings = [] if nvml is None else gpus(nvml)
                 append({"elapsed_s": time.monotonic() - began, "gpus": readings, "host": host(folder)})
-                told = ""
+                last_error = ""
             except failures as error:
-                if str(error) != told:
-                    told = str(error)
+                if str(error) != last_error:
+                    last_error = str(error)
                     event("telemetry_failed", error=f"{type(error).__name__}: {error}")
             if done.wait(every_s):
                 break

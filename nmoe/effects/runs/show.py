@@ -35,7 +35,7 @@ SPARKLINE_WIDTH = 60
 
 @attrs.frozen(kw_only=True)
 class Run:
-    """A run folder, read. Numbers are None until the run has told them."""
+    """A run folder, read. Numbers are None until the run has reported them."""
 
     folder: Path
     status: str
@@ -117,14 +117,14 @@ def show(root: Path, name: str) -> int:
         ("code", f"{code.get('commit', '-')}{'  with changes' if code.get('dirty') else ''}"),
     ]
     if start:
-        told = start.fields
+        fields = start.fields
         parts.append(
             (
                 "parameters",
                 f"{_count(number(start, 'parameters'))}  {_count(number(start, 'active_parameters'))} active",
             )
         )
-        parts.append(("attempt", f"{told.get('attempt', '-')}  pid {told.get('pid', '-')}"))
+        parts.append(("attempt", f"{fields.get('attempt', '-')}  pid {fields.get('pid', '-')}"))
     parts.append(
         (
             "progress",
@@ -204,14 +204,14 @@ def tail(root: Path, name: str, count: int, follow: bool) -> int:
             printed |= there
         fresh.sort(key=lambda line: str(line.fields.get("time", "")))
         for line in fresh[len(fresh) - min(count, len(fresh)) :] if first else fresh:
-            say(printable(_told(line)))
+            say(printable(_summary(line)))
         if not going:
             return 0
         first = False
         time.sleep(FOLLOW_S)
 
 
-def _told(line: Line) -> str:
+def _summary(line: Line) -> str:
     """A line of metrics or an event, for the screen."""
     fields = dict(line.fields)
     at = str(fields.pop("time", "-"))[:19].replace("T", " ")
@@ -223,14 +223,14 @@ def _told(line: Line) -> str:
     step = f"{at}  step {_count(number(line, 'step'))}{again}"
     if "loss" not in fields:
         return f"{step}  " + "  ".join(f"{key} {_brief(v)}" for key, v in fields.items() if "/" in key)
-    told = f"{step}  loss {_digits(number(line, 'loss'))}  gnorm {_digits(number(line, 'grad_norm'), 3)}"
+    text = f"{step}  loss {_digits(number(line, 'loss'))}  gnorm {_digits(number(line, 'grad_norm'), 3)}"
     mfu = number(line, "mfu")
-    told += f"  {_count(number(line, 'tokens_per_s'))} tok/s  mfu {_digits(mfu and 100 * mfu, 1)} %"
+    text += f"  {_count(number(line, 'tokens_per_s'))} tok/s  mfu {_digits(mfu and 100 * mfu, 1)} %"
     if "experts" in fields:
         experts = _experts(line)
         fullest, dead = ([float(v) for v in experts.get(key, ())] for key in ("max_over_mean", "dead"))
-        told += f"  bal {max(fullest, default=math.nan):.2f}  dead {sum(dead):.0f}"
-    return told
+        text += f"  bal {max(fullest, default=math.nan):.2f}  dead {sum(dead):.0f}"
+    return text
 
 
 def _brief(value: Any) -> str:

@@ -32,31 +32,31 @@ def status(record: Mapping[str, Any], last: Mapping[str, Any] | None, host: str,
     record   what run.json holds, empty for a run without one
     last     the newest event that is a start or an end
     host     where the run was started
-    returns  the status told at the end; else `running`, `starting`, `lost` (its heartbeat has stopped), `crashed` (its
+    returns  the last recorded status; else `running`, `starting`, `lost` (its heartbeat has stopped), `crashed` (its
              process is gone), `not started`, or unknown without a heartbeat on another host
     """
     if last is not None and last.get("event") == "end":
         ended = str(last.get("status", "ended"))
-        told = record.get("status")
+        recorded = record.get("status")
         # A resumed run writes run.json before its start event, and an end has the attempt that ended.
-        if told not in GOING or _integer(record.get("attempt")) <= _integer(last.get("attempt")):
+        if recorded not in GOING or _integer(record.get("attempt")) <= _integer(last.get("attempt")):
             return ended
-    told = record.get("status")
-    if told is None and last is None:
+    recorded = record.get("status")
+    if recorded is None and last is None:
         return "not started"
-    if told is not None and told not in GOING:
-        return str(told)
-    pid = record.get("pid") if told is not None else (last or {}).get("pid")
+    if recorded is not None and recorded not in GOING:
+        return str(recorded)
+    pid = record.get("pid") if recorded is not None else (last or {}).get("pid")
     here = str(record.get("host") or host) == platform.node()
     if here and isinstance(pid, int) and not isinstance(pid, bool) and 0 < pid < 1 << 31:
         started = record.get("process_start")
         if not process_runs(pid, started if isinstance(started, str) else None):
             return "crashed"
-    elif told is None:
+    elif recorded is None:
         return f"unknown, on {host}"
     if heart_stopped(record, now):
         return "lost"
-    return str(told or "running")
+    return str(recorded or "running")
 
 
 def of(folder: Path, events: Sequence[Line], host: str) -> str:

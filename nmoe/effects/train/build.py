@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import attrs
 import torch
@@ -105,6 +107,9 @@ def exchanging(
     return open_exchange(device=device, group=group.handle, sizes=sizes, timeout_s=parallel.timeout_s)
 
 
+LESS_MEMORY = 'lower train.microbatch_size, write train.recompute = "cheap" or "full", or precision.moments = "bf16"'
+
+
 def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
     """Refuse what the device has no room for, before anything is allocated.
 
@@ -118,9 +123,25 @@ def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
     if wanted > there:
         raise InputError(
             f"train.microbatch_size: expected a step that fits the {whose}'s {quantity(there, 'B')}, got "
-            f"{quantity(wanted, 'B')} for {train.microbatch_size} sequences of {train.sequence_length}; lower "
-            'microbatch_size, write train.recompute = "cheap" or "full", or precision.moments = "bf16"'
+            f"{quantity(wanted, 'B')} for {train.microbatch_size} sequences of {train.sequence_length}; {LESS_MEMORY}"
         )
+
+
+@contextmanager
+def memory_explained(planned: Plan) -> Iterator[None]:
+    """Explain in one line that the GPU's memory was not enough, in the place of the allocator's statistics.
+
+    Raises:  InputError with what was asked for, what the plan holds by kind, and the settings that help.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        held = [f"{name} {quantity(size, 'B')}" for name, size in attrs.asdict(planned.memory).items() if size]
+        raise InputError(
+            f"GPU memory: expected room for {asked[1] if asked else 'another tensor'}, got none beside the planned "
+            f"{', '.join(held)}; {LESS_MEMORY}"
+        ) from error
 
 
 def keep(settings: Checkpoint) -> Keep:

@@ -16,7 +16,7 @@ from nmoe.effects.data.tokenizer import Tokenizer, byte_lengths
 from nmoe.effects.device import signals
 from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.ranks import Ranks, with_rank_note
-from nmoe.effects.terminal import warn
+from nmoe.effects.terminal import say, warn
 from nmoe.effects.train.evaluate import Held, evaluate, even
 from nmoe.effects.train.outcome import EXIT_UNSAVED, end, record_failure
 from nmoe.effects.train.session import Session, Start
@@ -42,6 +42,8 @@ def train(session: Session, start: Start) -> int:
         session.heartbeat.rest()
         if finite:
             # in whole milliseconds, of the rank that has the least
+            if state.step > start.state.step:
+                say(f"checkpoint     writing the last one, of step {state.step}")
             left_ms = int(1000 * min(stop.left_s(session.config.checkpoint.grace_s), FOREVER_S))
             saver.finish(state, validations, -rt.ranks.all_reduce_max([-left_ms])[0] / 1000)
         saver.settle()

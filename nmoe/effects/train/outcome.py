@@ -25,9 +25,10 @@ from nmoe.effects.train.generate import extend
 from nmoe.effects.train.session import Session
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError, printable
+from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
 from nmoe.pure.model.ops import Env
-from nmoe.pure.units import duration
+from nmoe.pure.units import duration, quantity
 from nmoe.pure.watch.validations import Validation, Validations
 
 EXIT_INPUT = 2
@@ -69,9 +70,13 @@ def end(session: Session, state: State, validations: Validations, finite: bool, 
     """
     config, log, ranks = session.config, session.log, session.runtime.ranks
     if not stop.preempted():
+        began = time.monotonic()
         params = zero.whole(session.blueprint.layouts, state.params, ranks)
         if ranks.world.rank == 0:
+            size = sum(leaf.nbytes for _, leaf in tree.leaves(params))
+            say(f"weights        writing {quantity(size, 'B')} to {log.folder / WEIGHTS}")
             weights.save(log.folder, params, state.router_bias)
+            say(f"weights        written in {duration(time.monotonic() - began)}")
     if not finite:
         message = (
             f"step {state.step}: expected a finite loss and gradient norm, got {config.train.max_nonfinite_steps} "

@@ -31,7 +31,7 @@ from nmoe.effects.record.monitor import watching
 from nmoe.effects.record.names import CHECKPOINTS, CONFIG, DIFF, PROVENANCE, SOURCES
 from nmoe.effects.terminal import say, until_closed
 from nmoe.effects.train import attempt, resume
-from nmoe.effects.train.build import blank, check_memory, exchanging, initialise_, keep
+from nmoe.effects.train.build import blank, check_memory, exchanging, initialise_, keep, memory_explained
 from nmoe.effects.train.identity import Identity, check_same, facts
 from nmoe.effects.train.loop import train
 from nmoe.effects.train.outcome import report_origin
@@ -89,9 +89,10 @@ def main(
     with signals.exit_on_signals(), ExitStack() as scope:
         connected = connect(config, scope)
         job = open_data(request, connected)
-        start = begin(request, job, connected.runtime, scope)
-        session = open_session(request, job, start, connected, scope)
-        return train(session, start)
+        with memory_explained(job.plan):
+            start = begin(request, job, connected.runtime, scope)
+            session = open_session(request, job, start, connected, scope)
+            return train(session, start)
 
 
 def connect(config: Config, scope: ExitStack) -> Connected:

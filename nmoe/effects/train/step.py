@@ -22,13 +22,15 @@ from nmoe.effects.parallel.ranks import all_reduce_sum
 from nmoe.effects.train import zero
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
+from nmoe.pure.core.layout import ArenaLayout, Stretch
+from nmoe.pure.core.spec import Dims
 from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
 from nmoe.pure.model.model import Batch, Transformer, block, objective
 from nmoe.pure.model.ops import Env
 from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
-from nmoe.pure.optim.update import settings
+from nmoe.pure.optim.update import matrix_settings, settings
 
 
 class SpentStateError(RuntimeError):
@@ -214,14 +216,14 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
     Writes:  the arenas of `state`; the State returned has them.
     """
     config, ranks, exchange, layouts = setup.config, setup.rt.ranks, setup.exchange, setup.blueprint.layouts
-    num_targets, nll, auxiliary, load, entropy = accumulate_(setup, state, batch)
+    num_targets, nll, auxiliary, load, margins, entropy = accumulate_(setup, state, batch)
     with torch.no_grad():
         # All-reduce of what was summed over the microbatches, and of the square of the gradient norm.
         owned = zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks)
         norm = setup.passes.global_norm(owned)
         overflow = norm.new_zeros(()) if exchange is None else (exchange.needed[0] > 0).float()
-        nll, auxiliary, load, entropy, square, overflow = all_reduce_sum(
-            ranks.world, (nll, auxiliary, load, entropy, norm.double().square(), overflow)
+        nll, auxiliary, load, margins, entropy, square, overflow = all_reduce_sum(
+            ranks.world, (nll, auxiliary, load, margins, entropy, norm.double().square(), overflow)
         )
         loss, norm = nll / num_targets.clamp(min=1), square.sqrt().to(norm.dtype)
         if ranks.world.size > 1:
@@ -239,7 +241,11 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         change = square.sqrt().to(change.dtype)
 
         # Balance the load of the experts.
-        bias = route.balance(state.router_bias, load, rate=config.model.moe.bias_update_rate)
+        moe = config.model.moe
+        if moe.balance == "sign":
+            bias = route.balance(state.router_bias, load, rate=moe.bias_update_rate)
+        else:
+            bias = route.balance_quantile(state.router_bias, margins, top_k=moe.top_k, decay=moe.bias_decay)
         bias = torch.where(allowed, bias, state.router_bias)
         skipped = state.skipped + ~sound
         skipped_in_row = torch.where(sound, 0, state.skipped_in_row + 1)
@@ -263,10 +269,10 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
     return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row)
 
 
-def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Add the gradient of the mean loss over the global batch, and reduce-scatter it.
 
-    returns  targets of the global batch; this rank's part of the loss, the auxiliary loss, load and entropy
+    returns  targets of the global batch; this rank's part of the loss, auxiliary loss, load, margins and entropy
 
     Writes:  gradients of the arenas; what this rank owns of them is complete.
     """
@@ -276,6 +282,7 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
     nll = torch.zeros((), device=device)
     auxiliary = torch.zeros((), device=device)
     load = torch.zeros(state.router_bias.shape, dtype=torch.int64, device=device)
+    margins = torch.zeros((), dtype=torch.int64, device=device)
     entropy = torch.zeros(state.router_bias.shape[0], device=device)
     count = batch.tokens.shape[0]
     for index in range(count):
@@ -301,9 +308,10 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
             loss.backward()
         nll = nll + part
         load = load + report.load
+        margins = margins + report.margins
         entropy = entropy + report.entropy / (count * ranks.world.size)
         auxiliary = auxiliary + report.imbalance.detach().sum() * (c.moe.sequence_balance / train.batch_size)
-    return num_targets, nll, auxiliary, load, entropy
+    return num_targets, nll, auxiliary, load, margins, entropy
 
 
 def update_(
@@ -319,9 +327,10 @@ def update_(
     changes: list[Tensor] = []
     gathers: list[Any] = []
     for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
-        update, name, sharing = passes.update_(layout.policy.optimizer), layout.policy.group, ranks.sharing(layout)
+        rule, name, sharing = layout.policy.optimizer, layout.policy.group, ranks.sharing(layout)
+        update = passes.update_(rule)
         for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.rank), strict=True):
-            for begin, end in _chunks(own.begin, own.end, passes.chunk):
+            for begin, end, of_matrix in _passes(layout, own, passes.chunk, setup.blueprint.dims):
                 part, held = slice(begin, end), slice(begin - own.begin + own.at, end - own.begin + own.at)
                 changes.append(
                     update(
@@ -333,7 +342,8 @@ def update_(
                         shrink=shrink,
                         updates=updates,
                         lr=getattr(rates, name),
-                        **settings(getattr(optim, name)),
+                        **settings(rule, getattr(optim, name)),
+                        **of_matrix,
                         decay=optim.weight_decay if layout.policy.decay else 0.0,
                     )
                 )
@@ -345,7 +355,13 @@ def update_(
     return torch.linalg.vector_norm(torch.stack(changes)), gathers
 
 
-def _chunks(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """A stretch in chunks for the optimizer."""
-    for first in range(begin, end, size):
-        yield first, min(first + size, end)
+def _passes(layout: ArenaLayout, own: Stretch, size: int, dims: Dims) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """A stretch in pieces for the optimizer: chunks of at most `size` elements, or whole parameters."""
+    if not layout.whole():
+        for first in range(own.begin, own.end, size):
+            yield first, min(first + size, own.end), {}
+        return
+    for slot in layout.slots:
+        if own.begin <= slot.offset < own.end:
+            about = matrix_settings(layout.policy.optimizer, slot.spec, slot.shape, dims, bf16=layout.has_remainder())
+            yield slot.offset, slot.offset + slot.size(), about

@@ -37,6 +37,11 @@ def ones(generator: torch.Generator, shape: tuple[int, ...], dims: Dims) -> Tens
     return torch.ones(shape, device=generator.device)
 
 
+def zeros(generator: torch.Generator, shape: tuple[int, ...], dims: Dims) -> Tensor:
+    """All zeros."""
+    return torch.zeros(shape, device=generator.device)
+
+
 def initial(
     key: Key, path: str, spec: Spec, dims: Dims, *, rank: int = 0, world: int = 1, device: str | torch.device = "cpu"
 ) -> Tensor:

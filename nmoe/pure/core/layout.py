@@ -3,18 +3,20 @@
 All parameters of one policy lie in one flat arena, in the order of the tree, so that an optimizer step is one pass an
 arena. Gradients have the same offsets. Ranks that hold the same arena share out its moments and remainders (ZeRO-2,
 arXiv:1910.02054): the arena is a row of buckets of whole parameters, and each rank has an equal part of every bucket.
+Where the update rule needs whole matrices, the part of a rank holds whole parameters too, and padding at its end.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
 import torch
 
 from nmoe.pure.core import tree
-from nmoe.pure.core.spec import POLICY, Dims, Policy, Spec
+from nmoe.pure.core.spec import ELEMENTWISE, Dims, Policy, Spec, policy
 
 ALIGNMENT = 128
 """Elements; each parameter starts at a multiple, so that rows start on a memory transaction in every format."""
@@ -64,6 +66,10 @@ class ArenaLayout:
         """Whether 16 more bits an element restore the fp32 value."""
         return self.storage is torch.bfloat16
 
+    def whole(self) -> bool:
+        """Whether each parameter is updated as a whole, by one rank."""
+        return self.policy.optimizer not in ELEMENTWISE
+
     def held(self) -> int:
         """Elements whose moments one rank has."""
         return self.size // self.parts
@@ -99,6 +105,7 @@ def layout(
     specs: Any,
     dims: Dims,
     *,
+    optimizers: Mapping[str, str],
     compute: Literal["fp32", "bf16"],
     moments: Literal["fp32", "bf16"],
     accumulate: bool,
@@ -108,39 +115,53 @@ def layout(
 ) -> tuple[ArenaLayout, ...]:
     """The arenas of one rank, in order of first appearance in the tree.
 
+    optimizers  group -> update rule of its hidden matrices
     compute     format of parameters whose policy stores them in "compute"
     moments     format of the moments of what is stored in bf16; others have fp32 ones
     accumulate  whether a step has more than one microbatch: gradients are then kept in fp32
     world       ranks the experts are shared out to
     replicas    groups of that many ranks; each has all parameters
-    bucket      elements after which a bucket ends, at the end of the parameter
+    bucket      elements after which a bucket ends, at the end of the parameter; of whole parameters it has one a rank
+                at least, where there are so many
     """
-    members: dict[tuple[str, bool, str, torch.dtype], list[tuple[str, Spec]]] = {}
+    members: dict[tuple[str, bool, str, str, torch.dtype], list[tuple[str, Spec]]] = {}
+    policies: dict[tuple[str, bool, str, str, torch.dtype], Policy] = {}
     for path, spec in tree.leaves(specs):
-        policy = POLICY[spec.role]
-        storage = dtype(compute) if policy.storage == "compute" else torch.float32
-        members.setdefault((policy.group, policy.decay, policy.shard, storage), []).append((path, spec))
+        own = policy(spec.role, optimizers)
+        storage = dtype(compute) if own.storage == "compute" else torch.float32
+        key = (own.group, own.decay, own.shard, own.optimizer, storage)
+        policies.setdefault(key, own)
+        members.setdefault(key, []).append((path, spec))
 
     arenas: list[ArenaLayout] = []
-    for (group, decay, shard, storage), parameters in members.items():
-        parts = replicas if shard else world * replicas
+    for key, parameters in members.items():
+        own, storage = policies[key], key[-1]
+        parts, whole = replicas if own.shard else world * replicas, own.optimizer not in ELEMENTWISE
         slots: list[Slot] = []
         ends = [0]
         offset = 0
+        begin = 0  # first slot of the bucket
         for path, spec in parameters:
             shape = spec.shape(dims)
-            if shard:
+            if own.shard:
                 shape = (shape[0] // world, *shape[1:])
             slots.append(Slot(path=path, spec=spec, shape=shape, offset=offset))
             offset += _up(math.prod(shape), ALIGNMENT)
             is_last = len(slots) == len(parameters)
-            if is_last or (parts > 1 and offset - ends[-1] >= bucket):
-                offset = ends[-1] + _up(offset - ends[-1], parts * ALIGNMENT)
+            is_full = offset - ends[-1] >= bucket and (not whole or len(slots) - begin >= parts)
+            if is_last or (parts > 1 and is_full):
+                if whole:
+                    slots[begin:], offset = _dealt(slots[begin:], ends[-1], parts)
+                else:
+                    offset = ends[-1] + _up(offset - ends[-1], parts * ALIGNMENT)
                 ends.append(offset)
+                begin = len(slots)
         arenas.append(
             ArenaLayout(
-                name=".".join((group, *(["decay"] if decay else []), "fp32" if storage is torch.float32 else "bf16")),
-                policy=POLICY[parameters[0][1].role],
+                name=".".join(
+                    (own.group, *(["decay"] if own.decay else []), "fp32" if storage is torch.float32 else "bf16")
+                ),
+                policy=own,
                 slots=tuple(slots),
                 size=offset,
                 storage=storage,
@@ -151,6 +172,19 @@ def layout(
             )
         )
     return tuple(arenas)
+
+
+def _dealt(slots: Sequence[Slot], begin: int, parts: int) -> tuple[list[Slot], int]:
+    """The slots of a bucket in equal parts that cut none of them, and the bucket's end; the largest are dealt first."""
+    ends = [0] * parts
+    placed: list[tuple[int, Slot]] = []
+    for slot in sorted(slots, key=lambda slot: -slot.size()):
+        part = ends.index(min(ends))
+        placed.append((part, attrs.evolve(slot, offset=ends[part])))
+        ends[part] += _up(slot.size(), ALIGNMENT)
+    size = max(ends)
+    moved = [attrs.evolve(slot, offset=begin + part * size + slot.offset) for part, slot in placed]
+    return sorted(moved, key=lambda slot: slot.offset), begin + parts * size
 
 
 def _up(size: int, unit: int) -> int:

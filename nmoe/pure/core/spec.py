@@ -25,6 +25,13 @@ Init = Callable[[torch.Generator, tuple[int, ...], Dims], Tensor]
 T = TypeVar("T")
 
 
+BY_GROUP = "by group"
+"""As a policy's optimizer: hidden matrices, of which the config says which rule updates them."""
+
+ELEMENTWISE = frozenset({"adamw"})
+"""Update rules under which an element depends on its own gradient alone: ranks may cut parameters anywhere."""
+
+
 class Role(enum.Enum):
     """What a parameter does."""
 
@@ -40,7 +47,7 @@ class Role(enum.Enum):
 class Policy:
     """How parameters of one role are trained and stored.
 
-    optimizer  update rule, a name in `pure.optim.update.UPDATES`
+    optimizer  update rule, a name in `pure.optim.update.UPDATES`; BY_GROUP: the one that the group's table names
     group      table of `[optim]` that holds its learning rate
     decay      whether weight decay applies
     shard      axis letter that is split over the expert-parallel ranks, or "" for none
@@ -63,30 +70,42 @@ def row(
     flops: bool,
     shard: Literal["E", ""] = "",
     storage: Literal["compute", "fp32"] = "compute",
+    optimizer: str = "adamw",
 ) -> Policy:
-    """One row of the table; every role uses AdamW so far."""
-    return Policy(optimizer="adamw", group=group, decay=decay, shard=shard, storage=storage, flops=flops)
+    """One row of the table."""
+    return Policy(optimizer=optimizer, group=group, decay=decay, shard=shard, storage=storage, flops=flops)
 
 
 POLICY: Mapping[Role, Policy] = MappingProxyType(
     {
         Role.EMBED: row("dense", decay=False, flops=False),
         Role.HEAD: row("dense", decay=False, flops=True),
-        Role.MATRIX: row("dense", decay=True, flops=True),
-        Role.EXPERT: row("expert", decay=True, flops=True, shard="E"),
+        Role.MATRIX: row("dense", decay=True, flops=True, optimizer=BY_GROUP),
+        Role.EXPERT: row("expert", decay=True, flops=True, shard="E", optimizer=BY_GROUP),
         Role.ROUTER: row("router", decay=False, flops=True, storage="fp32"),
         Role.GAIN: row("dense", decay=False, flops=False, storage="fp32"),
     }
 )
 
 
+def policy(role: Role, optimizers: Mapping[str, str]) -> Policy:
+    """The row of a role, with the update rule that a config gives it.
+
+    optimizers  group -> name of its update rule
+    """
+    found = POLICY[role]
+    return attrs.evolve(found, optimizer=optimizers[found.group]) if found.optimizer == BY_GROUP else found
+
+
 def axis_size(axis: str, dims: Dims) -> int:
-    """Size of one axis; an axis that is a number is its own size.
+    """Size of one axis; an axis that is a number is its own size, `A+B` lies A and B side by side.
 
     Raises:  ValueError when `dims` has no size for the letter.
     """
     if axis.isdigit():
         return int(axis)
+    if "+" in axis:
+        return sum(axis_size(part, dims) for part in axis.split("+"))
     if axis not in dims:
         raise ValueError(
             f"dims: expected a size for axis '{axis}', got sizes for {', '.join(sorted(dims))}; add it to dims"
@@ -101,6 +120,7 @@ class Spec:
     axes: tuple[str, ...]
     role: Role
     init: Init
+    merged: tuple[str, ...] = ()  # axes that are one side of a matrix together; in parentheses where it is declared
 
     def shape(self, dims: Dims) -> tuple[int, ...]:
         """Global shape.
@@ -126,7 +146,9 @@ def spec_tree(cls: type[T], **kids: Any) -> T:
             values.append(kids[field.name])
         elif "param" in field.metadata:
             axes, role, init = field.metadata["param"]
-            values.append(Spec(tuple(axes.split()), role, init))
+            merged = axes[axes.find("(") + 1 : axes.find(")")].split() if "(" in axes else ()
+            letters = axes.replace("(", " ").replace(")", " ").split()
+            values.append(Spec(tuple(letters), role, init, tuple(merged)))
         else:
             raise ValueError(
                 f"spec_tree({cls.__name__}): expected a parameter or a given part in every field, got no value for "

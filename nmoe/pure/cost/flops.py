@@ -40,8 +40,8 @@ def forward_flops(
 ) -> Flops:
     """Forward FLOPs a token of a sequence of this length.
 
-    causal   count only the scores a causal mask keeps, on average (T + 1) / 2 a token; False: the whole square, as
-             `torch.utils.flop_counter.FlopCounterMode` counts the reference
+    causal   count only the scores that the mask keeps, of a plain causal one on average (T + 1) / 2 a token; False:
+             all that the reference computes, as `torch.utils.flop_counter.FlopCounterMode` counts it
     kinds    of attention
     """
 
@@ -50,10 +50,13 @@ def forward_flops(
         return sum(2 * active(spec, dims, c.moe.top_k) for spec in matrices)
 
     mixtures = [block.ffn for block in specs.blocks if isinstance(block.ffn, Moe)]
-    attention = kind_of(c.attention, kinds).flops(c.attention, sequence_length=sequence_length, causal=causal)
+    kind = kind_of(c.attention, kinds)
     return Flops(
         projections=sum(products(block.attention) for block in specs.blocks),
-        attention=len(specs.blocks) * attention,
+        attention=sum(
+            kind.flops(kind.at_layer(c.attention, layer), sequence_length=sequence_length, causal=causal)
+            for layer in range(len(specs.blocks))
+        ),
         dense=sum(products(block.ffn) for block in specs.blocks if not isinstance(block.ffn, Moe)),
         router=sum(products(ffn.router) for ffn in mixtures),
         routed=sum(products((ffn.up, ffn.down)) for ffn in mixtures),

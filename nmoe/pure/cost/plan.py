@@ -15,6 +15,7 @@ from nmoe.pure.cost.flops import Flops
 from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import distinct_ranks
 from nmoe.pure.model.attention import KINDS, Kinds, kind_of
+from nmoe.pure.model.route import BINS
 from nmoe.pure.optim.update import rule
 from nmoe.pure.parallel import exchange_arena
 
@@ -88,21 +89,35 @@ def activation_bytes(
     square   whether attention keeps its probabilities
     """
     width, wide = c.hidden_size, 4
-    # the norm before it keeps its input in fp32 and the scaled input
-    attention = 2 * width * wide + kind_of(c.attention, kinds).kept_bytes(
-        c.attention, hidden=width, sequence_length=sequence_length, element=element, square=square
+    kind = kind_of(c.attention, kinds)
+    attention = sum(
+        kind.kept_bytes(
+            kind.at_layer(c.attention, layer),
+            hidden=width,
+            sequence_length=sequence_length,
+            element=element,
+            square=square,
+        )
+        for layer in range(c.num_layers)
     )
-    ffn_norm = 2 * width * wide + width * element
+    norms = 2 * 2 * width * wide + width * element  # both keep their input in fp32 and the scaled input
     dense = 4 * dims["I"] * element
     rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * wide
     routed = width * wide + 6 * dims["E"] * wide + rows + 4 * dims["S"] * element
     mixtures = c.num_layers - c.num_dense_layers
-    a_token = c.num_layers * (attention + ffn_norm) + c.num_dense_layers * dense + mixtures * routed
+    a_token = attention + c.num_layers * norms + c.num_dense_layers * dense + mixtures * routed
     return tokens * (a_token + 3 * width * wide)
 
 
 def kernel_activation_bytes(
-    c: sections.Model, dims: Dims, *, tokens: int, rows: int, recompute: str, kinds: Kinds = KINDS
+    c: sections.Model,
+    dims: Dims,
+    *,
+    tokens: int,
+    sequence_length: int,
+    rows: int,
+    recompute: str,
+    kinds: Kinds = KINDS,
 ) -> int:
     """What the GPU's kernels keep, bf16, for the backward pass of one microbatch, and what that pass holds on top.
 
@@ -113,26 +128,41 @@ def kernel_activation_bytes(
     recompute  train.recompute
     """
     width, wide, element = c.hidden_size, 4, 2
-    attention, norms = kind_of(c.attention, kinds).kernel_kept_bytes(c.attention)
+    attention, norms = _kernel_attention_bytes(c, sequence_length=sequence_length, kinds=kinds)
     made_again = 2 * width * element + norms
-    kept = 2 * width * element + attention  # the residual stream before each norm
     dense, shared = dims["I"], dims["S"]
     mixtures = c.num_layers - c.num_dense_layers
     routed = rows * 2 * dims["F"] * element
     a_token = (
-        c.num_layers * kept
+        c.num_layers * 2 * width * element  # the residual stream before each norm
         + c.num_dense_layers * 2 * dense * element
         + mixtures * (width * wide + 6 * dims["E"] * wide + 2 * shared * element)
     )
-    total = tokens * a_token + mixtures * routed
+    others = tokens * a_token + mixtures * routed
     again = tokens * (c.num_layers * made_again + (c.num_dense_layers * dense + mixtures * shared) * element)
+    total = others + tokens * sum(attention)
     if recompute == "none":
         total += again
     elif recompute == "full":
-        total = tokens * c.num_layers * width * element + (total + again) // c.num_layers
+        largest = tokens * max(attention)
+        total = tokens * c.num_layers * width * element + (others + again) // c.num_layers + largest
     # of one mixture at a time: gradients of pre-activation and rows, and the activation
     passing = rows * (3 * dims["F"] + width) * element
     return total + passing + tokens * 2 * width * element
+
+
+def _kernel_attention_bytes(c: sections.Model, *, sequence_length: int, kinds: Kinds) -> tuple[tuple[int, ...], int]:
+    """Bytes a token that attention keeps on a GPU in each layer, and those of its norms that recompute makes again.
+
+    A kind without kernels runs its reference, whose input is the norm's output and counted there.
+    """
+    kind = kind_of(c.attention, kinds)
+    layers = tuple(kind.at_layer(c.attention, layer) for layer in range(c.num_layers))
+    if kind.kernel_kept_bytes is None:
+        shape = {"hidden": 0, "sequence_length": sequence_length, "element": 2, "square": True}
+        return tuple(kind.kept_bytes(layer, **shape) for layer in layers), 0
+    both = [kind.kernel_kept_bytes(layer) for layer in layers]
+    return tuple(attention for attention, _ in both), both[0][1]
 
 
 def saved_bytes(arena: ArenaLayout) -> int:
@@ -189,7 +219,15 @@ def plan(
     arena, rows = exchange_arena.fields(sizes) if expert_ranks > 1 else None, sizes.capacity
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
     if config.run.device == "cuda":
-        activations = kernel_activation_bytes(c, dims, tokens=tokens, rows=rows, recompute=train.recompute, kinds=kinds)
+        activations = kernel_activation_bytes(
+            c,
+            dims,
+            tokens=tokens,
+            sequence_length=train.sequence_length,
+            rows=rows,
+            recompute=train.recompute,
+            kinds=kinds,
+        )
         # logits become their own gradient; the head's gradient is summed in fp32
         logits = logit_rows * element + head * 4
     else:
@@ -198,6 +236,9 @@ def plan(
         activations = activation_bytes(c, dims, **shape, element=element, square=True, kinds=kinds)
         # fp32 logits, their exponentials and gradient, and the gradient in the compute format
         logits = logit_rows * (3 * 4 + element) + head * (4 + element)
+    if c.moe.balance == "quantile":
+        # histograms of margins: of each layer, stacked, and their sum over microbatches
+        activations += 3 * (c.num_layers - c.num_dense_layers) * c.moe.num_experts * BINS * 8
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
     total = train.steps * train.batch_size * train.sequence_length
     shares = [(each, each.held()) for each in arenas]

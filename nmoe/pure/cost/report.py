@@ -59,7 +59,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
         (
             "FLOPs a token",
             f"{quantity(flops.training(), 'FLOP')} training  {quantity(forward, 'FLOP')} forward (causal)  "
-            f"{quantity(planned.flops_executed.training(), 'FLOP')} training with the whole attention square",
+            f"{quantity(planned.flops_executed.training(), 'FLOP')} training as the reference executes it",
         ),
         ("", parts),
         (

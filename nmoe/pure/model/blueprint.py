@@ -32,6 +32,7 @@ def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1, *, kin
         layouts=layout(
             specs,
             dims,
+            optimizers=config.optim.optimizers(),
             compute=config.precision.compute,
             moments=config.precision.moments,
             accumulate=train.batch_size > train.microbatch_size,

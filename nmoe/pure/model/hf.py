@@ -103,8 +103,9 @@ def moe_tensors(p: Moe) -> dict[str, Tensor]:
 def _attention(c: sections.Model) -> Hf:
     """The names of this kind of attention in `transformers`."""
     names = kind_of(c.attention).hf
-    if names is None:
+    if names is None or names.model != "deepseek_v3":
         raise ValueError(
-            f"hf: expected an attention that transformers has, got {type(c.attention).__name__}; export another kind"
+            f"hf: expected an attention that transformers' deepseek_v3 has, got {type(c.attention).__name__}; export "
+            "another kind"
         )
     return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,6 +91,7 @@ class RouterReport:
     load: Tensor  # [E] i64, tokens each expert was chosen by
     entropy: Tensor  # 0-d f32, nats
     imbalance: Tensor  # 0-d f32, sequence-wise imbalance summed over sequences; carries a gradient
+    margins: Tensor  # [E BINS] i64, `route.margin_histogram`; [E 0] where balance = "sign" needs none
     routing: tuple[Routing, ...]  # choices and weights of each MoE layer, to be replayed
 
 
@@ -161,10 +163,14 @@ def moe(
     if isinstance(p.shared, Shared):
         y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)
     score, favoured = (by_token.unflatten(0, x.shape[:-1]) for by_token in (routed.score, routed.favoured))
+    margins = count.new_zeros(len(bias), 0)
+    if c.balance == "quantile":
+        margins = route.margin_histogram(routed.score.detach(), bias, routing.expert)
     report = RouterReport(
         count,
         route.entropy(routed.score.detach()),
         route.sequence_imbalance(score, favoured),
+        margins,
         (Routing(routing.expert, routing.weight.detach()),),
     )
     return y, report
@@ -227,8 +233,10 @@ def forward(
     reports: list[RouterReport] = []
     for layer, parameters in enumerate(p.blocks):
         row = layer - c.num_dense_layers
+        attention = env.kind.at_layer(c.attention, layer)
+        here = c if attention is c.attention else attrs.evolve(c, attention=attention)
         layer_bias = bias[row] if row >= 0 else ()
-        x, report = run(parameters, x, layer_bias, env, c, placed, routing[row] if routing and row >= 0 else ())
+        x, report = run(parameters, x, layer_bias, env, here, placed, routing[row] if routing and row >= 0 else ())
         if isinstance(report, RouterReport):
             reports.append(report)
     return env.ops.norm(x, p.norm, eps=c.norm_eps), _stacked(reports, bias)
@@ -237,12 +245,13 @@ def forward(
 def _stacked(reports: list[RouterReport], bias: Tensor) -> RouterReport:
     """The reports of all MoE layers as one; no row for a dense model."""
     if not reports:
-        nothing = bias.new_zeros(0)
-        return RouterReport(bias.new_zeros(bias.shape, dtype=torch.int64), nothing, nothing, ())
+        nothing, load = bias.new_zeros(0), bias.new_zeros(bias.shape, dtype=torch.int64)
+        return RouterReport(load, nothing, nothing, load.new_zeros(*load.shape, route.BINS), ())
     return RouterReport(
         torch.stack([report.load for report in reports]),
         torch.stack([report.entropy for report in reports]),
         torch.stack([report.imbalance for report in reports]),
+        torch.stack([report.margins for report in reports]),
         tuple(layer for report in reports for layer in report.routing),
     )
 

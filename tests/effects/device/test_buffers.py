@@ -13,7 +13,7 @@ from nmoe.pure.cost.plan import plan
 from nmoe.pure.model.blueprint import make_blueprint
 from tests.configs import ROOT
 
-PRESETS = ("dsv2", "dsv3", "moonlet", "moonlet-16b", "moonlight", "quickstart")
+PRESETS = ("dsv2", "dsv3", "gpt-oss-20b", "moonlet", "moonlet-16b", "moonlight", "quickstart")
 
 
 @pytest.mark.parametrize("batch", [1, 256])

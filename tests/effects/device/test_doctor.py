@@ -114,6 +114,15 @@ def test_each_preset_says_what_it_lacks(preset: Preset, level: str, told: str) -
     assert line.level == level and told in f"{line.value} -> {line.advice}"
 
 
+def test_a_preset_without_kernels_says_so() -> None:
+    """Beside what it lacks, and with no advice: nothing is wrong."""
+    slow = doctor.read_preset("gpt-oss-20b")
+    (remark,) = slow.remarks
+    assert "no kernels" in remark and doctor.read_preset("moonlet").remarks == ()
+    lines = [line for line in doctor.judge(attrs.evolve(GOOD, presets=(slow,))) if line.what == slow.name]
+    assert [line.level for line in lines] == ["warn", "ok"] and lines[1].value == remark
+
+
 def test_multicast_and_peers_only_matter_among_gpus() -> None:
     for gpus in ((), (H100,)):
         named = {line.what for line in doctor.judge(attrs.evolve(GOOD, gpus=gpus, environ={}, peers=False))}

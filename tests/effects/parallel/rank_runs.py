@@ -116,6 +116,7 @@ def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
     layouts = layout(
         blueprint.specs,
         blueprint.dims,
+        optimizers=config.optim.optimizers(),
         compute=config.precision.compute,
         moments=config.precision.moments,
         accumulate=True,

@@ -750,7 +750,7 @@ def test_half_a_request_is_not_waited_for_and_connections_are_bounded(tmp_path: 
             assert many[-1].recv(1) == b"", "more than the bound are closed at once"
 
 
-@pytest.mark.parametrize(("first", "pause_s"), [(signal.SIGINT, 0.0), (signal.SIGINT, 0.15), (signal.SIGTERM, 0.0)])
+@pytest.mark.parametrize(("first", "pause_s"), [(signal.SIGINT, 0.0), (signal.SIGINT, 0.15), (signal.SIGTERM, 0.15)])
 def test_two_quick_signals_end_it_in_order_while_it_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: signal.Signals, pause_s: float
 ) -> None:

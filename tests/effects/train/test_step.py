@@ -13,7 +13,7 @@ from nmoe.config.sections import Config
 from nmoe.effects.device import buffers, cpu, ops
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.train import resume
-from nmoe.effects.train.build import check_memory, fresh
+from nmoe.effects.train.build import check_memory, fresh, memory_explained
 from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step, tokens_per_step
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
@@ -334,6 +334,19 @@ def test_a_machine_without_the_memory_is_said_before_anything_is_allocated() -> 
         check_memory(config, planned, torch.device("cpu"))
 
 
+def test_memory_that_runs_out_is_one_line() -> None:
+    config = tiny()
+    planned = plan(config, make_blueprint(config), mfu=0.4, peak_flops=1e12)
+    raised = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
+    )
+    with pytest.raises(InputError) as found, memory_explained(planned):
+        raise raised
+    (line,) = found.value.problems
+    assert line.startswith("GPU memory: expected room for 20.00 GiB, got none beside the planned parameters ")
+    assert "moments " in line and "lower train.microbatch_size" in line
+
+
 def test_place_keeps_the_structure() -> None:
     config = tiny()
     state, _ = start(config)
@@ -351,7 +364,9 @@ def test_a_second_optimizer_is_a_rule_and_a_policy(monkeypatch: pytest.MonkeyPat
         velocity = beta1 * moments[0].to(value.dtype) + gradient
         return value - lr.to(value.dtype) * velocity, (velocity,)
 
-    monkeypatch.setattr(update, "UPDATES", {**update.UPDATES, "momentum": update.Rule(("velocity",), momentum)})
+    monkeypatch.setattr(
+        update, "UPDATES", {**update.UPDATES, "momentum": update.Rule(("velocity",), momentum, ("beta1",))}
+    )
     config = tiny(compute=compute, lr=1e-2)
     config = attrs.evolve(config, optim=attrs.evolve(config.optim, clip_norm=1e9))
     blueprint = make_blueprint(config)
@@ -385,5 +400,5 @@ def test_a_second_optimizer_is_a_rule_and_a_policy(monkeypatch: pytest.MonkeyPat
                 change, -learning_rates(config, tokens_per_step(config))["dense"] * velocity, rtol=1e-3, atol=1e-7
             )
     assert losses[-1] < losses[0] - 0.3, losses
-    with pytest.raises(ValueError, match="expected one of adamw, momentum, got 'sgd'"):
+    with pytest.raises(ValueError, match="expected one of adamw, muon, momentum, got 'sgd'"):
         ops.arena_ops(RT.device).update_("sgd")

@@ -88,8 +88,11 @@ def test_pieces_of_all_ranks_are_the_parameters(world: int) -> None:
     dims = {"E": 4, "D": 3}
     specs = spec_tree(Two)
     found: dict[str, list[Piece]] = {}
+    rules = {"dense": "adamw", "expert": "adamw"}
     for rank in range(world):
-        for arena in layout(specs, dims, compute="bf16", moments="fp32", accumulate=False, world=world):
+        for arena in layout(
+            specs, dims, optimizers=rules, compute="bf16", moments="fp32", accumulate=False, world=world
+        ):
             flat = torch.full((arena.size,), -1)
             for slot in arena.slots:
                 first = rank * slot.size() if slot.path == "up" else 0

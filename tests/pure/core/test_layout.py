@@ -31,11 +31,15 @@ worlds = st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 3), (4, 2), (1, 5)])
 sizes = st.fixed_dictionaries({"A": st.integers(1, 90), "B": st.integers(1, 90), "E": st.sampled_from([4, 8])})
 
 
-def arenas(dims: dict[str, int], world: tuple[int, int], bucket: int) -> tuple[ArenaLayout, ...]:
+rules = st.sampled_from(["adamw", "muon"])
+
+
+def arenas(dims: dict[str, int], world: tuple[int, int], bucket: int, rule: str) -> tuple[ArenaLayout, ...]:
     shared, replicas = world
     return layout(
         spec_tree(Few),
         dims,
+        optimizers={"dense": rule, "expert": rule},
         compute="bf16",
         moments="fp32",
         accumulate=True,
@@ -45,9 +49,11 @@ def arenas(dims: dict[str, int], world: tuple[int, int], bucket: int) -> tuple[A
     )
 
 
-@given(dims=sizes, world=worlds, bucket=st.integers(1, 9000))
-def test_ranks_share_out_every_bucket_in_equal_parts(dims: dict[str, int], world: tuple[int, int], bucket: int) -> None:
-    for arena in arenas(dims, world, bucket):
+@given(dims=sizes, world=worlds, bucket=st.integers(1, 9000), rule=rules)
+def test_ranks_share_out_every_bucket_in_equal_parts(
+    dims: dict[str, int], world: tuple[int, int], bucket: int, rule: str
+) -> None:
+    for arena in arenas(dims, world, bucket, rule):
         assert arena.parts == (world[1] if arena.policy.shard else world[0] * world[1])
         assert gaps(arena.size, arena.buckets()) == ()
         found: list[tuple[int, int]] = []
@@ -63,16 +69,31 @@ def test_ranks_share_out_every_bucket_in_equal_parts(dims: dict[str, int], world
             assert inside and all(slot.offset + slot.size() <= high for slot in inside), "parameters are not cut"
             assert high == arena.size or arena.parts > 1 and high - low >= bucket
         assert ends == sorted(ends)
+        assert len({slot.path for slot in arena.slots}) == len(arena.slots)
+        starts = [slot.offset for slot in arena.slots]
+        assert all(start % ALIGNMENT == 0 and start >= end for start, end in zip(starts, [0, *ends], strict=False))
 
 
 @given(dims=sizes, world=worlds, bucket=st.integers(1, 9000))
-def test_pieces_of_all_ranks_are_every_element_once(dims: dict[str, int], world: tuple[int, int], bucket: int) -> None:
+def test_a_parameter_of_muon_lies_in_the_part_of_one_rank(
+    dims: dict[str, int], world: tuple[int, int], bucket: int
+) -> None:
+    for arena in arenas(dims, world, bucket, "muon"):
+        for slot in arena.slots:
+            shares = [arena.share(slot, part) for part in range(arena.parts)]
+            assert sorted(share.end - share.begin for share in shares) == [0] * (arena.parts - 1) + [slot.size()]
+
+
+@given(dims=sizes, world=worlds, bucket=st.integers(1, 9000), rule=rules)
+def test_pieces_of_all_ranks_are_every_element_once(
+    dims: dict[str, int], world: tuple[int, int], bucket: int, rule: str
+) -> None:
     """Also of what a rank holds only a part of: it lies there where the arena has it, less what others have."""
     shared, replicas = world
     parts: dict[str, list[tuple[int, int]]] = {}
     for rank in range(shared * replicas):
         place, replica = rank % shared, rank // shared
-        for arena in arenas(dims, world, bucket):
+        for arena in arenas(dims, world, bucket, rule):
             part = replica if arena.policy.shard else rank
             flat = torch.full((arena.size,), -1)
             for slot in arena.slots:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import attrs
 import pytest
@@ -90,9 +91,10 @@ def test_parameters_are_those_of_the_tree() -> None:
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_parameter_has_its_own_place(compute: str, world: int) -> None:
-    c = tiny().model
+    c, rules = tiny().model, tiny().optim.optimizers()
     specs, dims = model.specs(c), model.dims(c)
-    arenas = layout(specs, dims, compute=compute, moments="fp32", accumulate=False, world=world)  # pyright: ignore[reportArgumentType]
+    formats: Any = {"compute": compute, "moments": "fp32"}
+    arenas = layout(specs, dims, optimizers=rules, accumulate=False, world=world, **formats)
     seen: dict[str, int] = {}
     for arena in arenas:
         end = 0
@@ -156,5 +158,10 @@ def test_memory_follows_formats_and_ranks() -> None:
     assert one.memory.gradients == pytest.approx(4 * total, abs=4 * padding)
     assert one.memory.moments == pytest.approx(8 * total, abs=8 * padding)
     assert four.memory.moments == pytest.approx(one.memory.moments / 4, abs=8 * padding)
+    muon = attrs.evolve(config.optim.expert, optimizer="muon")
+    config = attrs.evolve(config, optim=attrs.evolve(config.optim, expert=muon))
+    saved = 4 * one.parameters.routed
+    memory = plan(config, make_blueprint(config), mfu=0.4).memory
+    assert memory.moments == pytest.approx(one.memory.moments - saved, abs=4 * padding)
     assert plan(config, make_blueprint(config), mfu=0.2).seconds() == pytest.approx(2 * one.seconds())
     assert s.Config is type(config)

@@ -16,10 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from nmoe.config import load_valid, sections
 from nmoe.pure.core import tree
 from nmoe.pure.model import model
-from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention.mla import mla
 from nmoe.pure.model.model import Batch
-from nmoe.pure.model.ops import Env
+from nmoe.pure.model.ops import Env, environment
 from nmoe.pure.model.rope import Rope
 from nmoe.pure.model.route import Routing
 from nmoe.pure.optim.adamw import Moments, adamw
@@ -161,13 +160,14 @@ def test_shipped_models_trace_without_memory(path: Path) -> None:
     dims = model.dims(c)
     p = tree.map(lambda path, spec: torch.empty(spec.shape(dims), device="meta").requires_grad_(), model.specs(c))
     tokens = torch.empty(1, 32, dtype=torch.long, device="meta")
-    half = torch.empty(32, c.attention.qk_rope_head_dim // 2, device="meta")
+    env = environment(c, 32)
+    env = attrs.evolve(env, tables=tree.map(lambda _, values: values.to("meta"), env.tables))
     mixtures = c.num_layers - c.num_dense_layers
     loss, nll, report = model.objective(
         p,
         Batch(tokens, tokens, ()),
         torch.empty(mixtures, c.moe.num_experts, device="meta"),
-        Env(REFERENCE, Rope(half, half), KINDS[sections.Mla]),
+        env,
         c,
         num_targets=torch.empty((), device="meta"),
         num_sequences=1,

@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding, yarn_apply_mscale
 
-from nmoe.config.sections import Yarn
+from nmoe.config.sections import Mla, Yarn
 from nmoe.pure.model import hf
 from nmoe.pure.model.attention.mla import scale
 from nmoe.pure.model.rope import Rope, rotate, table
@@ -98,6 +98,7 @@ def test_frequencies_and_scalings_are_transformers(name: str) -> None:
         frequency, scaling = DeepseekV3RotaryEmbedding.compute_default_rope_parameters(config)
     else:
         frequency, scaling = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    assert isinstance(c.attention, Mla)
     ours = table(2, c.attention.qk_rope_head_dim, theta=c.attention.rope_theta, yarn=c.attention.yarn)
     torch.testing.assert_close(torch.atan2(ours.sin[1], ours.cos[1]), frequency, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(torch.hypot(ours.sin, ours.cos), torch.full_like(ours.sin, scaling), rtol=1e-6, atol=0)

@@ -21,7 +21,7 @@ def test_a_tree_is_updated_as_torch_updates_its_groups() -> None:
     c = shapes.config()
     specs = model.specs(c)
     params = tree.map(lambda _, leaf: leaf.requires_grad_(), shapes.parameters(c))
-    state = tree_state(params, specs)
+    state = tree_state(params, specs, OPTIM)
     theirs = tree.map(lambda _, leaf: torch.nn.Parameter(leaf.detach().clone()), params)
     groups = [
         {"params": [leaf], "lr": group.lr, "betas": (group.beta1, group.beta2), "weight_decay": 0.2 * policy.decay}
@@ -51,7 +51,7 @@ def test_a_tree_is_updated_as_torch_updates_its_groups() -> None:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected one of adamw, got 'sgd'"):
+    with pytest.raises(ValueError, match="expected one of adamw, muon, got 'sgd'"):
         rule("sgd")
 
 

@@ -181,6 +181,7 @@ def _add(acc, to, column, real, B):
     inside = real[:, None] & (column < B)[None, :]
     before = tl.load(to + column[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(to + column[None, :], (before + acc).to(to.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # what is read next is other columns, but no compiler or check of races has to know
 
 
 def gather_gemm_swiglu(

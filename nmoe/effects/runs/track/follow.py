@@ -1,7 +1,7 @@
 """`nmoe track`: tell another tracker what a run's files say. A process of its own that only reads the run's files.
 
 How far it has come stands in `track/<target>.json` in the run folder, written after the target has the lines before it.
-A resumed run cuts its file and goes on: what was told of steps after the cut stays told, and the new attempt follows.
+A resumed run cuts its file and goes on: what was sent of steps after the cut stays sent, and the new attempt follows.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Position:
     attempt: int = 0  # of the last line
     target: int = 0  # what the target keeps of itself: bytes of its file
     mark: str = ""  # end of what stands before `offset`
-    cuts: tuple[tuple[int, int], ...] = ()  # line a resumed run went on at, and told lines that it cut off
+    cuts: tuple[tuple[int, int], ...] = ()  # line a resumed run went on at, and sent lines that it cut off
 
     def index(self) -> int:
-        """Number of the next line to be told, of all that ever were."""
+        """Number of the next line to be sent, of all that ever were."""
         return self.line + sum(lost for at, lost in self.cuts if at <= self.line)
 
 
@@ -167,9 +167,9 @@ def _load(path: Path) -> Position:
     if not path.exists():
         return Position()
     try:
-        told = json_object(read_bytes(path))
-        told["cuts"] = tuple((at, lost) for at, lost in told["cuts"])
-        return Position(**told)
+        fields = json_object(read_bytes(path))
+        fields["cuts"] = tuple((at, lost) for at, lost in fields["cuts"])
+        return Position(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{path}: expected a position of `nmoe track`, got {error}; remove the track folder to begin anew"

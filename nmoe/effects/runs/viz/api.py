@@ -20,7 +20,7 @@ Numbers = list[float | None]
 
 @attrs.frozen(kw_only=True)
 class Run:
-    """A row of the run table. Times in seconds since 1970; None where the run has not told."""
+    """A row of the run table. Times in seconds since 1970; None where the run has not reported."""
 
     name: str
     status: str
@@ -328,10 +328,10 @@ class Source:
 
 @attrs.frozen(kw_only=True)
 class Mixture:
-    """What a run reads, as it told when it began."""
+    """What a run reads, as it reported when it began."""
 
     run: str
-    step: int | None  # up to which it is told what was read
+    step: int | None  # up to which it is reported what was read
     sources: list[Source]  # stage by stage; none: a run of one source
     config: dict[str, Any]  # keys of its section `data`
 
@@ -404,12 +404,12 @@ def numbers(values: np.ndarray) -> Numbers:
 
 
 def number(value: Any) -> float | None:
-    """A value that a run told, as a number; None when it is none."""
+    """A value that a run reported, as a number; None when it is none."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def plain(value: Any) -> Any:
-    """A value that a run told, for JSON: what is not finite becomes its name."""
+    """A value that a run reported, for JSON: what is not finite becomes its name."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

@@ -206,7 +206,7 @@ CHOSEN = (
 
 def chosen(index: Index, numbers: Mapping[int, str], axis: Axis) -> tuple[list[Any], list[Any], list[Any]]:
     """Runs, tokens of a step and FLOPs of a token; of the FLOPs only where the axis needs them."""
-    told = {
+    by_run = {
         run: tokens / step
         for run, tokens, step in query(index, "select run, value, step from latest where tag = -2 and step > 0")
     }
@@ -214,7 +214,7 @@ def chosen(index: Index, numbers: Mapping[int, str], axis: Axis) -> tuple[list[A
         api.number(run_status.read(index.root / name).get("flops_per_token")) if axis.x == "flops" else None
         for name in numbers.values()
     ]
-    return list(numbers), [told.get(run) for run in numbers], flops
+    return list(numbers), [by_run.get(run) for run in numbers], flops
 
 
 def place(axis: Axis) -> str:

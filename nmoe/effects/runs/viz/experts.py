@@ -31,11 +31,11 @@ def experts(index: Index, name: str) -> api.Experts:
         run,
     )
     steps = [step for (step,) in query(index, f"select distinct l.step {VALID} order by l.step", run)]
-    step, told = newest[0] if newest else (None, {})
-    latest = {tag: [_finite(value) for value in values or []] for tag, values in _items(told) if tag != "layer"}
+    step, reported = newest[0] if newest else (None, {})
+    latest = {tag: [_finite(value) for value in values or []] for tag, values in _items(reported) if tag != "layer"}
     return api.Experts(
         run=name,
-        layers=_layers(index, run, record, dict(_items(told))),
+        layers=_layers(index, run, record, dict(_items(reported))),
         num_experts=_whole(record.get("num_experts", config.get("model.moe.num_experts"))),
         top_k=_whole(record.get("top_k", config.get("model.moe.top_k"))),
         tags=list(latest),
@@ -78,7 +78,7 @@ def layers(index: Index, name: str, tag: str, axis: curves.Axis) -> api.Layers:
 def load(index: Index, name: str, step: int | None) -> api.Load:
     """Rows of each expert by layer at the logged step next to `step`; None: the last.
 
-    Raises:  InputError when the run has told no loads.
+    Raises:  InputError when the run has reported no loads.
     """
     (run,) = known(index, [name])
     order, value = ("l.step desc", []) if step is None else ("abs(l.step - ?)", [step])
@@ -94,7 +94,7 @@ def load(index: Index, name: str, step: int | None) -> api.Load:
 def load_history(index: Index, name: str, layer: int) -> api.Load:
     """Rows of each expert of one layer by step, at most `MAX_COLUMNS` steps.
 
-    Raises:  InputError when the run has told no loads, or none of this layer.
+    Raises:  InputError when the run has reported no loads, or none of this layer.
     """
     (run,) = known(index, [name])
     rows = query(
@@ -119,13 +119,13 @@ def _no_loads(name: str) -> str:
     return f"{name}: loads of its experts, got none; wait for the next, or log arrays"
 
 
-def _items(told: Any) -> list[tuple[str, list[float | None] | None]]:
-    return list(told.items()) if isinstance(told, Mapping) else []
+def _items(reported: Any) -> list[tuple[str, list[float | None] | None]]:
+    return list(reported.items()) if isinstance(reported, Mapping) else []
 
 
-def _layers(index: Index, run: int, record: Mapping[str, Any], told: Mapping[str, Any]) -> list[int]:
+def _layers(index: Index, run: int, record: Mapping[str, Any], reported: Mapping[str, Any]) -> list[int]:
     """The layers that have a mixture, from what the run says of itself."""
-    for found in (record.get("layers"), told.get("layer")):
+    for found in (record.get("layers"), reported.get("layer")):
         if isinstance(found, list) and all(isinstance(each, int | float) for each in found):
             return [int(each) for each in found]
     rows = query(index, "select layers from loads where run = ? limit 1", run)

@@ -367,9 +367,9 @@ def _stats(folder: Path) -> tuple[dict[str, os.stat_result], tuple[str, ...]]:
 
 
 def _goes_on(path: Path, size: int, known: Known) -> bool:
-    """Whether a file still begins with what has been read of it, told by the end of that; looked at when it has grown.
+    """Whether a file still begins with what has been read of it, by the end of that; asked when it has grown.
 
-    A file that cannot be read goes on: it is told when its new lines are read.
+    A file that cannot be read goes on: it is reported when its new lines are read.
     """
     if size <= known.offset:
         return size == known.offset
@@ -410,11 +410,11 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
                 kinds.setdefault(kind, []).append((tail, piece))
         for kind, pairs in kinds.items():
             with _transaction(index) as cursor:
-                told = ingest.take_(cursor, kind, [piece for _, piece in pairs])
+                result = ingest.take_(cursor, kind, [piece for _, piece in pairs])
                 for tail, piece in pairs:
-                    _advance_(cursor, tail, marks[tail.path], taken[tail.path], told, piece.file)
-            if told.refused:
-                shown = ", ".join(told.refused[:5])
+                    _advance_(cursor, tail, marks[tail.path], taken[tail.path], result, piece.file)
+            if result.refused:
+                shown = ", ".join(result.refused[:5])
                 problems.append(f"{kind}: tags that the index has room for, got also {shown}; rename them")
     return taken, tuple(problems), left
 
@@ -434,9 +434,11 @@ def _whole_lines(tail: Tail, limit: int) -> tuple[memoryview, str | None]:
     return memoryview(content)[:length], problem
 
 
-def _advance_(cursor: DuckDBPyConnection, tail: Tail, mark: bytes, length: int, told: ingest.Taken, piece: str) -> None:
+def _advance_(
+    cursor: DuckDBPyConnection, tail: Tail, mark: bytes, length: int, result: ingest.Taken, piece: str
+) -> None:
     """Note how far a file has been read. Writes: table files."""
-    good, bad = told.good.get(piece, 0), told.bad.get(piece, 0)
+    good, bad = result.good.get(piece, 0), result.bad.get(piece, 0)
     sql = "select lines, bad from files where run = ? and file = ?"
     known = cursor.execute(sql, [tail.run, tail.path.name]).fetchone() or (0, 0)
     cursor.execute("delete from files where run = ? and file = ?", [tail.run, tail.path.name])

@@ -157,16 +157,20 @@ def _latest_(cursor: DuckDBPyConnection, columns: Mapping[str, str]) -> None:
     rows = cursor.execute(
         f"select run, {wanted} from chunk join pieces using (filename) where whole and rank = 0 group by run"
     ).fetchall()
-    told = [
+    reported = [
         (row[0], numbers[tag], float(row[1 + 2 * place]), row[2 + 2 * place])
         for row in rows
         for place, tag in enumerate(sources)
         if row[1 + 2 * place] is not None
     ]
-    if told:
-        runs, tags, values, steps = (list(column) for column in zip(*told, strict=True))
-        cursor.execute("create or replace temp table told as select unnest(?) as run, unnest(?) as tag", [runs, tags])
-        cursor.execute("delete from latest using told where latest.run = told.run and latest.tag = told.tag")
+    if reported:
+        runs, tags, values, steps = (list(column) for column in zip(*reported, strict=True))
+        cursor.execute(
+            "create or replace temp table reported as select unnest(?) as run, unnest(?) as tag", [runs, tags]
+        )
+        cursor.execute(
+            "delete from latest using reported where latest.run = reported.run and latest.tag = reported.tag"
+        )
         cursor.execute(
             "insert into latest select unnest(?), unnest(?), unnest(?::double[]), unnest(?)",
             [runs, tags, values, steps],

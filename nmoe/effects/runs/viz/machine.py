@@ -30,11 +30,11 @@ def timing(index: Index, name: str) -> api.Timing:
         return api.Timing(run=name, parts=[], ranks=[], slowest=None, steps=0)
     # Times that no step takes are left out, so that their mean is finite.
     wanted = "".join(f", avg({column}) filter ({column} between 0 and {MAX_SECONDS})" for column in parts.values())
-    told = " or ".join(f"{column} is not null" for column in parts.values())
+    present = " or ".join(f"{column} is not null" for column in parts.values())
     rows = query(
         index,
         f"select rank, count(*){wanted} from (select *, row_number() over (partition by rank order by attempt desc, "
-        f"step desc) as back from metrics where run = ? and ({told})) where back <= ? group by rank order by rank",
+        f"step desc) as back from metrics where run = ? and ({present})) where back <= ? group by rank order by rank",
         run,
         LAST_LINES,
     )
@@ -79,8 +79,8 @@ def gpus(index: Index, name: str) -> api.Gpus:
         run,
         MAX_LINES,
     )
-    told = [(rank, time_s, elapsed_s, json.loads(line)) for rank, time_s, elapsed_s, line in lines]
-    last = {rank: (time_s, fields) for rank, time_s, _, fields in told}
+    samples = [(rank, time_s, elapsed_s, json.loads(line)) for rank, time_s, elapsed_s, line in lines]
+    last = {rank: (time_s, fields) for rank, time_s, _, fields in samples}
     seen = {
         (rank, _index(each, place)): _gpu(rank, place, each)
         for rank, (_, fields) in last.items()
@@ -88,7 +88,7 @@ def gpus(index: Index, name: str) -> api.Gpus:
     }
     about = query(index, "select line from events where run = ? and event = 'gpus' order by time_s desc limit 1", run)
     fields = json.loads(about[0][0]) if about else {}
-    first = next((time_s for _, time_s, _, _ in told if time_s is not None), 0.0)
+    first = next((time_s for _, time_s, _, _ in samples if time_s is not None), 0.0)
     return api.Gpus(
         run=name,
         driver=str(fields.get("driver") or ""),
@@ -97,18 +97,19 @@ def gpus(index: Index, name: str) -> api.Gpus:
         gpus=[seen[key] for key in sorted(seen)],
         x=[
             (((time_s or first) - first) if elapsed_s is None else elapsed_s) / curves.HOUR_S
-            for _, time_s, elapsed_s, _ in told
+            for _, time_s, elapsed_s, _ in samples
         ],
-        curves=_curves(told),
+        curves=_curves(samples),
         host=api.plain(next((fields.get("host") for _, fields in last.values()), None) or {}),
     )
 
 
-def _curves(told: list[tuple[int, float | None, float | None, dict[str, Any]]]) -> list[api.GpuCurve]:
+def _curves(samples: list[tuple[int, float | None, float | None, dict[str, Any]]]) -> list[api.GpuCurve]:
     """One chart a quantity; a line a GPU, or one for the host."""
-    keys = sorted({(rank, _index(each, place)) for rank, _, _, f in told for place, each in enumerate(_gpus(f))})
+    keys = sorted({(rank, _index(each, place)) for rank, _, _, f in samples for place, each in enumerate(_gpus(f))})
     by_line = [
-        {(rank, _index(each, place)): each for place, each in enumerate(_gpus(fields))} for rank, _, _, fields in told
+        {(rank, _index(each, place)): each for place, each in enumerate(_gpus(fields))}
+        for rank, _, _, fields in samples
     ]
     names = [
         f"GPU {number}" if len({r for r, _ in keys}) == 1 else f"rank {rank} GPU {number}" for rank, number in keys
@@ -122,26 +123,26 @@ def _curves(told: list[tuple[int, float | None, float | None, dict[str, Any]]]) 
         for quantity in QUANTITIES
     ]
     host_keys = dict.fromkeys(
-        key for _, _, _, fields in told for key in _host(fields) if not key.endswith("_total_bytes")
+        key for _, _, _, fields in samples for key in _host(fields) if not key.endswith("_total_bytes")
     )
     curves += [
-        api.GpuCurve(quantity=f"host {key}", names=["host"], values=[[_float(_host(f).get(key)) for *_, f in told]])
+        api.GpuCurve(quantity=f"host {key}", names=["host"], values=[[_float(_host(f).get(key)) for *_, f in samples]])
         for key in host_keys
     ]
     return [each for each in curves if any(value is not None for values in each.values for value in values)]
 
 
-def _gpu(rank: int, place: int, told: Mapping[str, Any]) -> api.Gpu:
-    throttle = told.get("throttle")
+def _gpu(rank: int, place: int, gpu: Mapping[str, Any]) -> api.Gpu:
+    throttle = gpu.get("throttle")
     return api.Gpu(
         rank=rank,
-        index=_index(told, place),
-        name=str(told.get("name", "")),
-        uuid=str(told.get("uuid", "")),
-        power_limit_w=_float(told.get("power_limit_w")),
-        memory_total_bytes=_float(told.get("memory_total_bytes")),
+        index=_index(gpu, place),
+        name=str(gpu.get("name", "")),
+        uuid=str(gpu.get("uuid", "")),
+        power_limit_w=_float(gpu.get("power_limit_w")),
+        memory_total_bytes=_float(gpu.get("memory_total_bytes")),
         throttle=[str(each) for each in throttle] if isinstance(throttle, list) else [],
-        **{quantity: _float(told.get(quantity)) for quantity in QUANTITIES},
+        **{quantity: _float(gpu.get(quantity)) for quantity in QUANTITIES},
     )
 
 
@@ -155,8 +156,8 @@ def _host(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _index(told: Mapping[str, Any], place: int) -> int:
-    found = told.get("index")
+def _index(gpu: Mapping[str, Any], place: int) -> int:
+    found = gpu.get("index")
     return found if isinstance(found, int) else place
 
 

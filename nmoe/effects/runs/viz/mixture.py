@@ -34,12 +34,12 @@ def mixture(index: Index, name: str) -> api.Mixture:
         return api.Mixture(run=name, step=None, sources=[], config=api.plain(config))
     attempt, line = found[0]
     ((last,),) = query(index, "select max(step) from metrics where run = ? and attempt = ? and rank = 0", run, attempt)
-    told = json.loads(line)
+    plan = json.loads(line)
     try:
-        began = _whole(told["step"])
+        began = _whole(plan["step"])
         step = max(began, last or 0)
-        position = _whole(told["cursor"]) + (step - began) * _whole(told["batch_size"])
-        sources = _sources(told, position)
+        position = _whole(plan["cursor"]) + (step - began) * _whole(plan["batch_size"])
+        sources = _sources(plan, position)
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
             f"{name}: an event `mixture` with the quotas of its stages, got another ({error}); fix the line"
@@ -47,16 +47,16 @@ def mixture(index: Index, name: str) -> api.Mixture:
     return api.Mixture(run=name, step=step, sources=sources, config=api.plain(config))
 
 
-def _sources(told: Mapping[str, Any], position: int) -> list[api.Source]:
+def _sources(plan: Mapping[str, Any], position: int) -> list[api.Source]:
     """A row a stage and source that it reads.
 
     position  windows read
     """
-    length = _whole(told["sequence_length"])
-    if len(told["sources"]) * len(told["stages"]) > MAX_SOURCES:
-        raise ValueError(f"{len(told['sources'])} sources in {len(told['stages'])} stages")
-    sources = [(str(each["name"]), _whole(each["windows"])) for each in told["sources"]]
-    quotas = [(str(stage["name"]), tuple(_whole(each) for each in stage["windows"])) for stage in told["stages"]]
+    length = _whole(plan["sequence_length"])
+    if len(plan["sources"]) * len(plan["stages"]) > MAX_SOURCES:
+        raise ValueError(f"{len(plan['sources'])} sources in {len(plan['stages'])} stages")
+    sources = [(str(each["name"]), _whole(each["windows"])) for each in plan["sources"]]
+    quotas = [(str(stage["name"]), tuple(_whole(each) for each in stage["windows"])) for stage in plan["stages"]]
     if not quotas or any(len(each) != len(sources) for _, each in quotas) or not all(each for _, each in sources):
         raise ValueError("no stage, quotas of other sources, or an empty source")
     stages = stages_of(quotas)

@@ -1,6 +1,6 @@
 """The server of `nmoe viz`: GET only, answers as JSON, one stream that says which runs grew.
 
-It listens to this host alone unless told otherwise, answers only to the names it was started under, and reads nothing
+It listens to this host alone by default, answers only to the names it was started under, and reads nothing
 but the runs it has scanned and the data folders it was given.
 """
 
@@ -68,7 +68,7 @@ class Settings:
 
 @attrs.define
 class Watch:
-    """What the pages are told. One task polls while a page listens; everything else waits for `changed`."""
+    """What the pages are sent. One task polls while a page listens; everything else waits for `changed`."""
 
     listeners: int = 0
     polled: float = -math.inf  # monotonic seconds
@@ -351,16 +351,16 @@ async def _stream(request: Request) -> Response:
     async def lines() -> AsyncIterator[bytes]:
         watch.listeners += 1
         try:
-            told = watch.number
+            sent = watch.number
             yield b"retry: 2000\n\n" + _sse(watch.last)
             while not watch.ended:
                 async with watch.changed:
                     try:
-                        await asyncio.wait_for(watch.changed.wait_for(_is_news(watch, told)), KEEP_ALIVE_S)
+                        await asyncio.wait_for(watch.changed.wait_for(_is_news(watch, sent)), KEEP_ALIVE_S)
                     except TimeoutError:
                         text = b": still here\n\n"
                     else:
-                        told, text = watch.number, _sse(watch.last)
+                        sent, text = watch.number, _sse(watch.last)
                 yield text
         finally:
             watch.listeners -= 1
@@ -368,8 +368,8 @@ async def _stream(request: Request) -> Response:
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
 
-def _is_news(watch: Watch, told: int) -> Callable[[], bool]:
-    return lambda: watch.ended or watch.number != told
+def _is_news(watch: Watch, sent: int) -> Callable[[], bool]:
+    return lambda: watch.ended or watch.number != sent
 
 
 def _sse(message: Mapping[str, Any]) -> bytes:

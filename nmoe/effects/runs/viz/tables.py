@@ -31,10 +31,10 @@ def compare(root: Path, names: Sequence[str]) -> int:
     names = list(dict.fromkeys(names))
     with open_index(root.resolve(), None) as index:
         _read_all(index, names)
-        told = {run.name: run for run in views.runs(index, []).runs}
+        run_rows = {run.name: run for run in views.runs(index, []).runs}
         numbers = [(column.name, column.title) for column in views.COLUMNS if column.format != "ago"]
         shown = [("status", "status"), ("step", "step"), *numbers]
-        rows = [(title, *(_shown(getattr(told[name], field)) for name in names)) for field, title in shown]
+        rows = [(title, *(_shown(getattr(run_rows[name], field)) for name in names)) for field, title in shown]
         rows += _losses(index, names)
         rows += [
             (row.key, *(_shown(value) for value in row.values))
@@ -65,7 +65,7 @@ def _losses(index: Index, names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def compact(root: Path, name: str) -> int:
-    """Write a run's metrics as Parquet into its folder, each step once, as its newest attempt told it.
+    """Write a run's metrics as Parquet into its folder, each step once, as its newest attempt reported it.
 
     Writes:  metrics.parquet in the run folder, whole or not at all; the lines of JSON stay.
     Raises:  InputError when the run is not there, has no metrics or its folder cannot be written.

@@ -70,7 +70,7 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
     keys: dict[str, None] = {}
     for run, name in numbers:
         folder = index.root / name
-        told = latest.get(run, {})
+        values = latest.get(run, {})
         config = config_of(folder)
         keys |= dict.fromkeys(config)
         record = run_status.read(folder)
@@ -81,21 +81,21 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
                 name=name,
                 status=run_status.status(record, last, host, now),
                 attempt=_whole(record.get("attempt", start.get("attempt"))),
-                step=_whole(told.get("step", (record.get("step"), 0))[0]),
+                step=_whole(values.get("step", (record.get("step"), 0))[0]),
                 steps=_whole(record.get("steps", start.get("steps"))),
-                tokens=_value(told, "tokens_global"),
-                loss=_value(told, "loss"),
-                validation_loss=_value(told, "validation/loss"),
-                bits_per_byte=_value(told, "validation/bits_per_byte"),
-                tokens_per_s=_value(told, "tokens_per_s"),
-                mfu=_value(told, "mfu"),
+                tokens=_value(values, "tokens_global"),
+                loss=_value(values, "loss"),
+                validation_loss=_value(values, "validation/loss"),
+                bits_per_byte=_value(values, "validation/bits_per_byte"),
+                tokens_per_s=_value(values, "tokens_per_s"),
+                mfu=_value(values, "mfu"),
                 started=began,
-                updated=_value(told, "time"),
+                updated=_value(values, "time"),
                 elapsed_s=elapsed.get(run),
                 alerts=counts.get((run, "alert"), 0),
                 nonfinite=counts.get((run, "nonfinite"), 0),
                 bad_lines=bad.get(run) or 0,
-                columns={key: api.plain(config.get(key, told.get(key, (None, 0))[0])) for key in columns},
+                columns={key: api.plain(config.get(key, values.get(key, (None, 0))[0])) for key in columns},
             )
         )
     rows.sort(key=lambda row: (-(row.started or row.updated or math.inf), row.name))
@@ -138,8 +138,14 @@ def events(index: Index, names: Sequence[str], axis: Axis) -> api.Events:
 def _event(name: str, row: Sequence[Any], x: float | None) -> api.Event:
     event, attempt, step, time_s, line = row
     fields = json.loads(line)
-    told = {key: value for key, value in fields.items() if key not in ("time", "event", "attempt", "step", "severity")}
-    text = str(told["message"]) if "message" in told else ", ".join(f"{key} {_shown(v)}" for key, v in told.items())
+    details = {
+        key: value for key, value in fields.items() if key not in ("time", "event", "attempt", "step", "severity")
+    }
+    text = (
+        str(details["message"])
+        if "message" in details
+        else ", ".join(f"{key} {_shown(v)}" for key, v in details.items())
+    )
     severity = str(fields.get("severity") or api.SEVERITY.get(event or "", "info"))
     if event == "end" and fields.get("status") not in ("finished", "interrupted"):
         severity = "error"
@@ -266,9 +272,9 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _value(told: Mapping[str, tuple[float, int]], tag: str) -> Any:
+def _value(values: Mapping[str, tuple[float, int]], tag: str) -> Any:
     """A last value, by its name when it is not finite; None when there is none."""
-    return api.plain(told.get(tag, (None, 0))[0])
+    return api.plain(values.get(tag, (None, 0))[0])
 
 
 def _whole(value: Any) -> int | None:

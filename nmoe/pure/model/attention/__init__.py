@@ -14,13 +14,14 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure.model.attention import mla
+from nmoe.pure.model.attention import gqa, mla
 
 
 @attrs.frozen(kw_only=True)
 class Hf:
     """A kind of attention in the words of `transformers`."""
 
+    model: str  # the `model_type` whose names they are
     settings: Callable[[Any], dict[str, Any]]  # of the section
     tensors: Callable[..., dict[str, Tensor]]  # of (parameters, section, *, eps)
 
@@ -31,11 +32,13 @@ class Kind:
 
     specs              (c) -> the parameter record of a block, a Spec where each tensor will be
     dims               (c) -> size of each axis letter that only this kind has
+    at_layer           (c, layer) -> the section of one layer, counted from 0; `apply`, `flops` and `kept_bytes` get it
     tables             (c, num_positions) -> constant tensors, a record, or () for none
     apply              (p, x [B T D], tables, norm, ops, c, documents, *, eps) -> [B T D]
     flops              (c, *, sequence_length, causal) -> FLOPs a token and layer that are no product with a parameter
     kept_bytes         (c, *, hidden, sequence_length, element, square) -> bytes a token and layer that autograd keeps
-    kernel_kept_bytes  (c) -> the same of the kernels, and the bytes of norms that train.recompute makes again
+    kernel_kept_bytes  (c) -> the same of the kernels, and the bytes of norms that train.recompute makes again; None: it
+                       has no kernels, a GPU runs the reference
     reference          record of ops in plain torch; a device gives its own record of the same class
     tile_sizes         (c) -> the key of this kind in the table of tiles, () when its kernels have none
     hf                 its settings and tensors in `transformers`; None: it has no such attention
@@ -47,8 +50,9 @@ class Kind:
     apply: Callable[..., Tensor]
     flops: Callable[..., int]
     kept_bytes: Callable[..., int]
-    kernel_kept_bytes: Callable[[Any], tuple[int, int]]
     reference: Any
+    kernel_kept_bytes: Callable[[Any], tuple[int, int]] | None = None
+    at_layer: Callable[[Any, int], Any] = lambda c, layer: c
     tile_sizes: Callable[[Any], tuple[int, ...]] = lambda c: ()
     hf: Hf | None = None
 
@@ -68,7 +72,18 @@ KINDS: Kinds = MappingProxyType(
             kernel_kept_bytes=mla.kernel_kept_bytes,
             reference=mla.REFERENCE,
             tile_sizes=lambda c: (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim),
-            hf=Hf(settings=mla.hf_settings, tensors=mla.hf_tensors),
+            hf=Hf(model="deepseek_v3", settings=mla.hf_settings, tensors=mla.hf_tensors),
+        ),
+        sections.Gqa: Kind(
+            specs=gqa.specs,
+            dims=gqa.dims,
+            at_layer=gqa.at_layer,
+            tables=gqa.tables,
+            apply=gqa.gqa,
+            flops=gqa.flops,
+            kept_bytes=gqa.kept_bytes,
+            reference=gqa.REFERENCE,
+            hf=Hf(model="gpt_oss", settings=gqa.hf_settings, tensors=gqa.hf_tensors),
         ),
     }
 )

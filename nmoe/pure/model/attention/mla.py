@@ -21,7 +21,7 @@ class QueryUp:
     """Query from its own low-rank latent."""
 
     norm: Tensor = param("Q", Role.GAIN, ones)
-    up: Tensor = param("Q H C", Role.MATRIX, normal("Q"))
+    up: Tensor = param("Q (H C)", Role.MATRIX, normal("Q"))
 
 
 @record
@@ -32,11 +32,11 @@ class Mla:
     latent when `query` is a QueryUp, and the query itself when `query` is ().
     """
 
-    down: Tensor = param("D A", Role.MATRIX, normal("D"))
+    down: Tensor = param("D A+R+P", Role.MATRIX, normal("D"))
     query: QueryUp | tuple[()]
     norm: Tensor = param("R", Role.GAIN, ones)
-    up: Tensor = param("R H Z", Role.MATRIX, normal("R"))
-    out: Tensor = param("H U D", Role.MATRIX, residual("H", "U"))
+    up: Tensor = param("R (H Z)", Role.MATRIX, normal("R"))
+    out: Tensor = param("(H U) D", Role.MATRIX, residual("H", "U"))
 
 
 def specs(c: sections.Mla) -> Mla:
@@ -48,7 +48,7 @@ def dims(c: sections.Mla) -> dict[str, int]:
     """Sizes of the axes that only attention has.
 
     H heads · C query and key channels a head · P the rotated ones of them · U value channels a head
-    Q, R low ranks of the query and of keys and values · Z channels a head of keys and values · A width of `down`
+    Q, R low ranks of the query and of keys and values · Z channels a head of keys and values · A the query part's width
     """
     query = c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     low_rank = {} if c.q_lora_rank is None else {"Q": c.q_lora_rank}
@@ -59,7 +59,7 @@ def dims(c: sections.Mla) -> dict[str, int]:
         "U": c.v_head_dim,
         "R": c.kv_lora_rank,
         "Z": c.qk_nope_head_dim + c.v_head_dim,
-        "A": (c.q_lora_rank or query) + c.kv_lora_rank + c.qk_rope_head_dim,
+        "A": c.q_lora_rank or query,
         **low_rank,
     }
 
@@ -219,7 +219,7 @@ def kept_bytes(c: sections.Mla, *, hidden: int, sequence_length: int, element: i
 def kernel_kept_bytes(c: sections.Mla) -> tuple[int, int]:
     """Bytes a token that the kernels keep in one layer, bf16, and those of the norms that recompute makes again."""
     upcast, element, sizes = 4, 2, dims(c)
-    kept = sizes["A"] + sizes["H"] * (sizes["C"] + sizes["Z"] + sizes["U"]) + sizes["P"]
+    kept = sizes["A"] + sizes["R"] + 2 * sizes["P"] + sizes["H"] * (sizes["C"] + sizes["Z"] + sizes["U"])
     return kept * element + sizes["H"] * upcast, (sizes.get("Q", 0) + sizes["R"]) * element
 
 
@@ -255,6 +255,7 @@ def hf_rotation(c: sections.Mla) -> dict[str, Any]:
         "original_max_position_embeddings": c.yarn.original_positions,
         "beta_fast": c.yarn.beta_fast,
         "beta_slow": c.yarn.beta_slow,
+        "truncate": c.yarn.truncate,
         "mscale": c.yarn.mscale,
         "mscale_all_dim": c.yarn.mscale_all_dim,
     }

@@ -1,0 +1,261 @@
+"""Grouped-query attention: several query heads share one head of keys and values; optional window and sinks.
+
+B sequences · T tokens · D width · H query heads · K heads of keys and values · G = H / K query heads a group
+J = H + 2 K heads of the fused projection · C channels a head · W window
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from nmoe.config import sections
+from nmoe.pure.core.init import normal, residual, zeros
+from nmoe.pure.core.spec import Role, spec_tree
+from nmoe.pure.core.tree import param, record
+from nmoe.pure.model.norm import upcast
+from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table
+
+QUERIES = 128
+"""Queries whose scores exist at once; of those scores, a window of 128 lets half through."""
+
+
+@record
+class Gqa:
+    """Attention of one block.
+
+    `qkv` makes, in one product, [queries | keys | values]. `sinks` has a logit a query head, or is () without sinks.
+    """
+
+    qkv: Tensor = param("D J C", Role.MATRIX, normal("D"))
+    sinks: Tensor | tuple[()] = param("H", Role.GAIN, zeros)
+    out: Tensor = param("H C D", Role.MATRIX, residual("H", "C"))
+
+
+def specs(c: sections.Gqa) -> Gqa:
+    """Specs of one block's attention."""
+    return spec_tree(Gqa) if c.sinks else spec_tree(Gqa, sinks=())
+
+
+def dims(c: sections.Gqa) -> dict[str, int]:
+    """Sizes of the axes that only attention has: H, J and C."""
+    return {"H": c.num_heads, "J": c.num_heads + 2 * c.num_kv_heads, "C": c.head_dim}
+
+
+def at_layer(c: sections.Gqa, layer: int) -> sections.Gqa:
+    """The section of one layer, counted from 0: every `global_every`-th has no window."""
+    if c.global_every is None or (layer + 1) % c.global_every:
+        return c
+    return attrs.evolve(c, window=None)
+
+
+def scale(c: sections.Gqa) -> float:
+    """Factor on the attention scores; YaRN sharpens them by its magnitude squared, as in `mla.scale`."""
+    sharpen = 1.0 if c.yarn is None else magnitude(c.yarn.factor, c.yarn.mscale_all_dim) ** 2
+    return sharpen * c.head_dim**-0.5
+
+
+@record
+class GqaOps:
+    """What a device implements of grouped-query attention; a field has the signature of its reference."""
+
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    attend: Callable[..., Tensor]
+
+
+def gqa(
+    p: Gqa,
+    x: Tensor,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: GqaOps,
+    c: sections.Gqa,
+    documents: Documents | tuple[()] = (),
+    *,
+    eps: float,
+) -> Tensor:
+    """Causal grouped-query attention of each sequence, or each of its documents, over itself.
+
+    x          [B T D]   normed block input
+    c          section of this layer, as `at_layer` has it
+    documents  which positions each token may see; (): rows are whole
+    returns    [B T D]
+    Source:    gpt-oss (arXiv:2508.10925), section 2; sinks as in its reference implementation.
+    """
+    start, position = (documents.start, documents.position) if isinstance(documents, Documents) else ((), ())
+    q, k, v = ops.project(x, p.qkv, rope, position, num_heads=c.num_heads)
+    o = ops.attend(q, k, v, p.sinks, start, scale=scale(c), window=c.window)
+    return o.flatten(-2) @ p.out.flatten(0, 1)
+
+
+def project(
+    x: Tensor, qkv: Tensor, rope: Rope, positions: Tensor | tuple[()] = (), *, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values in one product; queries and keys with their position.
+
+    x          [B T D]
+    qkv        [D J C]
+    positions  [B T]     of each token, within the table; (): 0..T-1
+    returns    q [B T H C], k [B T K C], v [B T K C]
+    """
+    groups = (qkv.shape[1] - num_heads) // 2
+    heads = (x @ qkv.flatten(1)).unflatten(-1, qkv.shape[1:])
+    q, k, v = heads.split((num_heads, groups, groups), dim=2)
+    return rotate(q, rope, positions), rotate(k, rope, positions), v
+
+
+def attend_gqa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | tuple[()] = (),
+    start: Tensor | tuple[()] = (),
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal softmax attention over the last `window` keys, with a sink in the denominator.
+
+    One block of queries at a time, against the keys that any of them sees: with a window, the scores that exist and
+    the probabilities that autograd keeps grow linearly with T. Keys and values are never repeated for their group.
+
+    q        [B T H C]         query head h reads the keys h // G
+    k, v     [B T K C]
+    sinks    [H] or ()         logits of a key without a value; (): a plain softmax
+    start    [B T] i32 or ()   query i sees no key before start[i]; (): all keys up to i
+    window   keys a query sees, its own included; None: all
+    returns  [B T H C]         in the format of `v`; softmax in fp32 at least
+    Cost:    4·B·H·C FLOPs a pair of query and key that `_blocks` has.
+    """
+    groups = k.shape[2]
+    # heads before tokens, once: every block below is then a view that a batched GEMM takes as it is
+    q = (q * scale).unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
+    k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+    blocks: list[Tensor] = []
+    for first, begin, end in _blocks(q.shape[2], window):
+        part = q[:, :, begin:end]
+        score = upcast(part.flatten(2, 3) @ k[:, :, first:end].mT).unflatten(2, part.shape[2:4])
+        score = score.masked_fill(~_visible(first, begin, end, start, window, q.device), -torch.inf)
+        probability = _softmax(score, sinks).to(v.dtype).flatten(2, 3)
+        blocks.append((probability @ v[:, :, first:end]).unflatten(2, part.shape[2:4]))
+    return torch.cat(blocks, dim=2).transpose(1, 2).flatten(2, 3)
+
+
+def _softmax(score: Tensor, sinks: Tensor | tuple[()]) -> Tensor:
+    """Probabilities of the keys in `score` [B K t G s]; with sinks [H] they sum to less than one."""
+    if not isinstance(sinks, Tensor):
+        return score.softmax(dim=-1)
+    logits = upcast(sinks).view(score.shape[1], 1, score.shape[3], 1).expand(*score.shape[:-1], 1)
+    return torch.cat((score, logits), dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
+    """The first key, the first query and the end of both of each block of queries."""
+    for begin in range(0, length, QUERIES):
+        yield (0 if window is None else max(0, begin + 1 - window), begin, min(begin + QUERIES, length))
+
+
+def _visible(
+    first: int, begin: int, end: int, start: Tensor | tuple[()], window: int | None, device: torch.device
+) -> Tensor:
+    """Which of the keys first..end-1 the queries begin..end-1 see: bool, broadcasts with [B K t G s]."""
+    query = torch.arange(begin, end, device=device)[:, None]
+    key = torch.arange(first, end, device=device)
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    if isinstance(start, Tensor):
+        seen = seen & (key >= start[:, None, begin:end, None])
+    return seen.unsqueeze(-2)
+
+
+REFERENCE = GqaOps(project, attend_gqa)
+
+
+def tables(c: sections.Gqa, num_positions: int) -> Rope:
+    """The rotation table; every channel of a query and key is rotated."""
+    return table(num_positions, c.head_dim, theta=c.rope_theta, yarn=c.yarn)
+
+
+def attended(length: int, window: int | None) -> int:
+    """Pairs of query and key of one sequence and head that the mask lets through."""
+    seen = length if window is None else min(window, length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+def executed(length: int, window: int | None) -> int:
+    """Pairs of query and key of one sequence and head whose score `attend_gqa` computes."""
+    return sum((end - begin) * (end - first) for first, begin, end in _blocks(length, window))
+
+
+def flops(c: sections.Gqa, *, sequence_length: int, causal: bool) -> int:
+    """FLOPs of scores and weighted values, a token of one layer: 4·C a head and key, rounded down.
+
+    causal  count the attended pairs only; False: those that the reference computes
+    """
+    pairs = (attended if causal else executed)(sequence_length, c.window)
+    return 4 * c.num_heads * c.head_dim * pairs // sequence_length
+
+
+def kept_bytes(c: sections.Gqa, *, hidden: int, sequence_length: int, element: int, square: bool) -> int:
+    """Bytes a token that autograd keeps of the reference in one layer, its norm apart.
+
+    element  bytes of an activation
+    square   whether attention keeps its probabilities
+    """
+    wide = 4
+    kept = hidden + (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim  # input of `qkv`, q, k, v, input of `out`
+    # the softmax keeps its result in fp32; a narrower product of probabilities and values keeps its own
+    a_pair = wide + (element if element < wide else 0)
+    pairs = executed(sequence_length, c.window) if square else 0
+    return kept * element + c.num_heads * pairs * a_pair // sequence_length
+
+
+def hf_settings(c: sections.Gqa) -> dict[str, Any]:
+    """Keyword arguments of `transformers.GptOssConfig` that describe this attention, `layer_types` apart."""
+    return {
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "sliding_window": c.window,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_parameters": hf_rotation(c),
+    }
+
+
+def hf_rotation(c: sections.Gqa) -> dict[str, Any]:
+    """`rope_parameters` of `transformers`; its factor on cosine and sine is squared by the scores, as `scale` is."""
+    if c.yarn is None:
+        return {"rope_type": "default", "rope_theta": c.rope_theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": c.rope_theta,
+        "factor": c.yarn.factor,
+        "original_max_position_embeddings": c.yarn.original_positions,
+        "beta_fast": c.yarn.beta_fast,
+        "beta_slow": c.yarn.beta_slow,
+        "truncate": c.yarn.truncate,
+        "attention_factor": magnitude(c.yarn.factor, c.yarn.mscale),
+    }
+
+
+def hf_tensors(p: Gqa, c: sections.Gqa, *, eps: float) -> dict[str, Tensor]:
+    """Names and tensors of `transformers`.
+
+    It rotates channel i with channel i + C/2, we rotate neighbours: queries and keys get their even channels first.
+    Without sinks its are -inf, which add nothing to the denominator.
+    """
+    q, k, v = p.qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+    halves = (torch.cat((heads[..., ::2], heads[..., 1::2]), dim=-1) for heads in (q, k))
+    sinks = p.sinks if isinstance(p.sinks, Tensor) else p.qkv.new_full((c.num_heads,), -torch.inf)
+    named = dict(zip(("q_proj", "k_proj", "v_proj"), (*halves, v), strict=True))
+    return {
+        **{f"{name}.weight": heads.flatten(1).T for name, heads in named.items()},
+        "sinks": sinks,
+        "o_proj.weight": p.out.flatten(0, 1).T,
+    }

@@ -1,0 +1,122 @@
+"""Muon, out of place: the momentum of each matrix, orthogonalised, is its update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nmoe.pure.core.spec import POLICY, Dims, Spec, axis_size
+
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+"""Of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon: an optimizer for hidden layers"): steep at 0, and
+singular values end between 0.7 and 1.2, not at 1."""
+
+ITERATIONS = 5
+
+SMALLEST_NORM = 1e-7
+"""A matrix of a smaller norm is divided by this: zeros stay zeros."""
+
+RMS = 0.2
+"""Root mean square that an update of AdamW usually has (arXiv:2502.16982, section 2.2)."""
+
+
+def by_matrix(
+    apply: Callable[[Tensor], Tensor], tensor: Tensor, *, spec: Spec, shape: tuple[int, ...], dims: Dims
+) -> Tensor:
+    """`apply` to the matrices that a parameter consists of, and its results in their places.
+
+    The sharded axis and axes that are numbers count matrices: experts, gate and value. The two others are the sides;
+    several axes are one side together where the spec merges them, and an axis `A+B` is two matrices side by side.
+
+    apply    [... M N] -> [... M N], called once for each part of a sum
+    tensor   of as many elements as `shape`
+    shape    of the parameter on this rank
+    returns  of the shape of `tensor`
+    Raises:  ValueError when there are not two sides.
+    """
+    counted = [at for at, axis in enumerate(spec.axes) if axis.isdigit() or axis == POLICY[spec.role].shard]
+    rest = [at for at in range(len(spec.axes)) if at not in counted]
+    sides = [spec.axes[at] for at in rest]
+    moved = tensor.view(shape).permute(*counted, *rest)
+    value = moved
+    if spec.merged:
+        first, count = sides.index(spec.merged[0]), len(spec.merged)
+        value = moved.flatten(len(counted) + first, len(counted) + first + count - 1)
+        sides[first : first + count] = [" ".join(spec.merged)]
+    if len(sides) != 2:
+        raise ValueError(
+            f"Muon: expected a matrix, got axes {' '.join(spec.axes)}; put the axes that are one side of it into "
+            "parentheses where the parameter is declared, or train its group by AdamW"
+        )
+    for dim, side in zip((-2, -1), sides, strict=True):
+        if "+" in side:
+            apply = partial(_side_by_side, apply, dim, [axis_size(part, dims) for part in side.split("+")])
+    order = sorted(range(len(spec.axes)), key=[*counted, *rest].__getitem__)
+    return apply(value).reshape(moved.shape).permute(order).reshape(tensor.shape)
+
+
+def _side_by_side(apply: Callable[[Tensor], Tensor], dim: int, sizes: list[int], value: Tensor) -> Tensor:
+    """`apply` to each of the matrices that lie side by side along `dim`."""
+    return torch.cat([apply(part) for part in value.split(sizes, dim)], dim)
+
+
+def orthogonalize(x: Tensor, *, bf16: bool) -> Tensor:
+    """Nearly the orthogonal factor of each matrix's polar decomposition, by Newton-Schulz iterations.
+
+    x        [... M N]
+    bf16     whether the products are in bf16, which is enough; else in the format of `x`
+    returns  [... M N] in the format of the products; singular values between about 0.7 and 1.2, zeros of zeros
+    Source:  Jordan et al. 2024, as `torch.optim.Muon` has it; in the smaller of the two Gram matrices.
+    """
+    a, b, c = COEFFICIENTS
+    wide = x.shape[-2] <= x.shape[-1]
+    y = (x if wide else x.mT).reshape(-1, *sorted(x.shape[-2:]))
+    y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=SMALLEST_NORM)
+    if bf16:
+        y = y.to(torch.bfloat16)
+    for _ in range(ITERATIONS):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y if wide else y.mT).reshape(x.shape)
+
+
+def direction(x: Tensor, *, bf16: bool) -> Tensor:
+    """`orthogonalize`, scaled to the root mean square of an update of AdamW, in the format of `x`."""
+    return orthogonalize(x, bf16=bf16).to(x.dtype) * (RMS * math.sqrt(max(x.shape[-2:])))
+
+
+def muon(
+    value: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor],
+    *,
+    updates: Tensor,
+    lr: Tensor,
+    momentum: float,
+    decay: float,
+    by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
+    bf16: bool,
+) -> tuple[Tensor, tuple[Tensor]]:
+    """One step of Muon with Nesterov momentum and decoupled weight decay.
+
+    The update of a matrix is scaled by 0.2 sqrt(max(M, N)), so that learning rates and decay of AdamW serve it as well.
+
+    value     f32   the exact parameter, whole
+    gradient  f32   already clipped
+    moments   the momentum, in any format
+    updates   not needed
+    lr        0-d f64
+    by_matrix (apply, tensor) -> tensor, as the function above for this parameter
+    bf16      whether the Newton-Schulz products are in bf16
+    returns   the new value and momentum, f32
+    Source:   Liu et al. (arXiv:2502.16982) section 2.2, as `torch.optim.Muon` with "match_rms_adamw".
+    """
+    buffer = torch.lerp(moments[0].to(value.dtype), gradient, 1 - momentum)
+    ahead = torch.lerp(gradient, buffer, momentum)
+    step = by_matrix(partial(direction, bf16=bf16), ahead)
+    kept = value * (1 - lr * decay) if decay else value
+    return kept - lr.to(value.dtype) * step, (buffer,)

@@ -1,0 +1,82 @@
+"""Quantile balancing in the step: the global batch, skipped steps, and a load that is evener than by sign steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+from nmoe.config.sections import Config
+from nmoe.pure.model.model import Batch
+from nmoe.pure.model.route import health
+from tests.effects.train.test_step import batches, start
+from tests.effects.train.tiny import tiny
+
+
+def balanced(balance: Any, **sizes: Any) -> Config:
+    config = tiny(**sizes)
+    moe = attrs.evolve(config.model.moe, balance=balance)
+    return attrs.evolve(config, model=attrs.evolve(config.model, moe=moe))
+
+
+def chain(config: Config, num: int) -> Iterator[Batch]:
+    """Batches of one microbatch from a fixed Markov chain over the vocabulary, which a router can tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    size, train = config.model.vocab_size, config.train
+    table = torch.randn(size, size, generator=generator).mul(2).softmax(-1)
+    for _ in range(num):
+        rows = [torch.randint(size, (train.batch_size,), generator=generator)]
+        for _ in range(train.sequence_length):
+            rows.append(torch.multinomial(table[rows[-1]], 1, generator=generator)[:, 0])
+        drawn = torch.stack(rows, 1)[None]
+        yield Batch(drawn[..., :-1].contiguous(), drawn[..., 1:].contiguous(), ())
+
+
+def busiest(balance: str) -> float:
+    """Load of the busiest expert over the mean in the worse layer, mean over the last 20 of 30 steps."""
+    config = balanced(balance, batch_size=32, microbatch_size=32, lr=8e-3, steps=30, sequence_length=32)
+    state, step = start(config)
+    seen: list[float] = []
+    for batch in chain(config, 30):
+        state, metrics = step(state, batch)
+        seen.append(float(health(metrics.load).max_over_mean.max()))
+    return sum(seen[10:]) / 20
+
+
+def test_load_is_evener_than_by_sign_steps() -> None:
+    sign, quantile = busiest("sign"), busiest("quantile")
+    assert quantile < 1.4 < 1.7 < sign
+
+
+def test_the_bias_is_that_of_the_whole_batch_however_it_is_cut() -> None:
+    """Counts are integers; the first step's scores are those of the same parameters."""
+    whole = balanced("quantile", batch_size=4, microbatch_size=4)
+    parts = balanced("quantile", batch_size=4, microbatch_size=1)
+    (batch,) = batches(whole, 1)
+    rows = Batch(batch.tokens[0][:, None], batch.targets[0][:, None], ())
+    found = []
+    for config, given in ((whole, batch), (parts, rows)):
+        state, step = start(config, torch.float64)
+        found.append(step(state, given)[0].router_bias)
+    assert found[0].abs().max() > 0.001
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "targets"])
+def test_a_step_that_is_skipped_leaves_the_bias(wrong: str) -> None:
+    config = balanced("quantile")
+    state, step = start(config)
+    first, second = batches(config, 2)
+    state, _ = step(state, first)
+    before = state.router_bias.clone()
+    if wrong == "nan":
+        state.arenas[0].gradient[3] = float("nan")
+    else:
+        second = attrs.evolve(second, targets=torch.full_like(second.targets, -1))
+    state, _ = step(state, second)
+    assert torch.equal(state.router_bias, before) and before.abs().max() > 0
+    state, _ = step(state, first)
+    assert not torch.equal(state.router_bias, before)

@@ -1,0 +1,69 @@
+"""`nmoe run` in processes of its own: the same command twice leaves the same bits."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nmoe.soak.soak import differences
+from tests.configs import ROOT
+
+
+def trained(folder: Path, gpus: int, *, poison: int) -> Path:
+    """The folder of a run of 12 steps, of two microbatches a rank each, with gradients in fp32 beside bf16 values.
+
+    poison  fills the GPU's free memory before the run, through the allocator's pools of another process
+    """
+    text = (ROOT / "configs" / "moonlet.toml").read_text()
+    text = re.sub(r'kind = "shards"\npath = .*', 'kind = "stdlib"', text)
+    (folder / "run.toml").write_text(text)
+    fill = (
+        f"import torch; [torch.full((2**30,), {poison}, dtype=torch.uint8, device=f'cuda:{{gpu}}') "
+        f"for gpu in range({gpus}) for _ in range(8)]; torch.cuda.synchronize()"
+    )
+    subprocess.run([sys.executable, "-c", fill], check=True)
+    model = "--model.num_layers=2 --model.vocab_size=4104 --model.hidden_size=512 --model.moe.num_experts=16"
+    batch = f"--train.sequence_length=512 --train.batch_size={8 * gpus} --train.microbatch_size=4 --train.steps=12"
+    command = [
+        sys.executable,
+        "-m",
+        "nmoe",
+        "run",
+        "run.toml",
+        *model.split(),
+        *batch.split(),
+        "--run.name=same",
+        "--log.every=1",
+    ]
+    run = subprocess.run(
+        [*command, "--validation.every=1000", "--gpus", str(gpus)],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+            "NMOE_HOME": str(folder.parent / "home"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder / "runs" / "same"
+
+
+@pytest.mark.parametrize(
+    "gpus", [pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.gpu2)], ids=["one", "two"]
+)
+def test_two_processes_leave_the_same_bits(gpus: int, tmp_path: Path) -> None:
+    """All metrics but times, every tensor of the checkpoint, the weights."""
+    runs: list[Path] = []
+    for number, poison in enumerate((0, 255)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        runs.append(trained(folder, gpus, poison=poison))
+    assert differences(*runs) == []

@@ -1,0 +1,188 @@
+"""Muon against torch's own, matrix by matrix, and against singular values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import attrs
+import pytest
+import torch
+from torch import Tensor
+
+from nmoe.config.sections import Group, Optim
+from nmoe.pure.core import tree
+from nmoe.pure.core.init import ones
+from nmoe.pure.core.spec import POLICY, Role, Spec, policy
+from nmoe.pure.model import model
+from nmoe.pure.optim.muon import by_matrix, muon, orthogonalize
+from nmoe.pure.optim.update import tree_state, tree_update
+from tests import shapes
+
+MUON, ADAMW = Group(lr=2e-2, optimizer="muon", momentum=0.9), Group(lr=1e-2)
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def matrices(tensor: Tensor, spec: Spec, shape: tuple[int, ...], dims: Mapping[str, int]) -> list[Tensor]:
+    """What is orthogonalised; put back as it is, it is the parameter."""
+    found: list[Tensor] = []
+
+    def noted(part: Tensor) -> Tensor:
+        found.append(part)
+        return part
+
+    assert torch.equal(by_matrix(noted, tensor, spec=spec, shape=shape, dims=dims), tensor)
+    return found
+
+
+def unrounded(tensor: Tensor) -> Tensor:
+    """In the place of `Tensor.bfloat16`: torch's Muon then iterates in the format of the gradient."""
+    return tensor.clone()
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 11), (12, 4), (1, 6)])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+def test_matrices_are_updated_as_torch_updates_them(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype, rtol: float
+) -> None:
+    monkeypatch.setattr(Tensor, "bfloat16", unrounded)
+    theirs = torch.nn.Parameter(normal(*shape, seed=0, dtype=dtype))
+    optimizer = torch.optim.Muon(
+        [theirs], lr=0.03, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw", nesterov=True
+    )
+    ours, moments = theirs.detach().clone(), (torch.zeros(shape, dtype=dtype),)
+    for step in range(4):
+        gradient = normal(*shape, seed=step + 1, dtype=dtype)
+        theirs.grad = gradient.clone()
+        optimizer.step()
+        ours, moments = muon(
+            ours,
+            gradient,
+            moments,
+            updates=torch.tensor(step + 1),
+            lr=torch.tensor(0.03, dtype=torch.float64),
+            momentum=0.9,
+            decay=0.2,
+            by_matrix=lambda apply, tensor: apply(tensor),
+            bf16=False,
+        )
+        torch.testing.assert_close(ours, theirs.detach(), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(moments[0], optimizer.state[theirs]["momentum_buffer"], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (3, 9), (9, 3)])
+def test_singular_values_go_through_the_published_quintic_five_times(shape: tuple[int, int]) -> None:
+    x = normal(*shape, seed=7)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(orthogonalize(x, bf16=False), u @ torch.diag(s) @ v, rtol=1e-10, atol=1e-11)
+
+
+def test_products_in_bf16_stay_near() -> None:
+    x = normal(4, 24, 40, seed=8, dtype=torch.float32)
+    near = orthogonalize(x, bf16=True)
+    assert near.dtype is torch.bfloat16
+    assert (near.float() - orthogonalize(x, bf16=False)).norm() < 0.03 * near.float().norm()
+
+
+def test_zeros_stay_zeros_and_a_batch_is_its_matrices() -> None:
+    x = normal(2, 3, 5, 8, seed=9)
+    x[1, 2] = 0
+    found = orthogonalize(x, bf16=False)
+    assert not found[1, 2].any()
+    for index in range(6):
+        alone = orthogonalize(x.flatten(0, 1)[index], bf16=False)
+        torch.testing.assert_close(found.flatten(0, 1)[index], alone, rtol=1e-12, atol=1e-14)
+
+
+def test_what_a_fused_parameter_consists_of() -> None:
+    """Experts, gate and value one by one; in attention the query, the latent and the rotated key; heads together."""
+    c = shapes.config(attention=shapes.attention(q_lora_rank=7))
+    dims, specs = model.dims(c), dict(tree.leaves(model.specs(c)))
+    found = {
+        path: [tuple(part.shape) for part in matrices(torch.rand(spec.size(dims)), spec, spec.shape(dims), dims)]
+        for path, spec in specs.items()
+        if POLICY[spec.role].optimizer != "adamw"
+    }
+    d, f, e, h = dims["D"], dims["F"], dims["E"], dims["H"]
+    assert found["blocks.0.ffn.up"] == [(2, d, dims["I"])] and found["blocks.0.ffn.down"] == [(dims["I"], d)]
+    assert found["blocks.1.ffn.up"] == [(e, 2, d, f)] and found["blocks.1.ffn.down"] == [(e, f, d)]
+    assert found["blocks.1.attention.down"] == [(d, 7), (d, dims["R"]), (d, dims["P"])]
+    assert found["blocks.1.attention.query.up"] == [(7, h * dims["C"])]
+    assert found["blocks.1.attention.up"] == [(dims["R"], h * dims["Z"])]
+    assert found["blocks.1.attention.out"] == [(h * dims["U"], d)]
+    assert {"embed", "head", "norm", "blocks.1.ffn.router"}.isdisjoint(found)
+
+
+def test_views_are_of_the_elements_that_belong_together() -> None:
+    value = torch.arange(2 * 3 * 2 * 4)
+    (found,) = matrices(value, Spec(("E", "D", "2", "F"), Role.EXPERT, ones), (2, 3, 2, 4), {})
+    assert torch.equal(found[1, 0], value.view(2, 3, 2, 4)[1, :, 0, :])
+    left, right = matrices(value, Spec(("D", "A+B"), Role.MATRIX, ones), (6, 8), {"A": 5, "B": 3})
+    assert torch.equal(left, value.view(6, 8)[:, :5]) and torch.equal(right, value.view(6, 8)[:, 5:])
+    (found,) = matrices(value, Spec(("H", "U", "D"), Role.MATRIX, ones, ("H", "U")), (2, 3, 8), {})
+    assert torch.equal(found, value.view(6, 8)) and found.data_ptr() == value.data_ptr()
+
+
+@pytest.mark.parametrize("axes", [("D",), ("H", "U", "D")])
+def test_what_is_no_matrix_is_refused(axes: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"Muon: expected a matrix, got axes {' '.join(axes)}; "):
+        matrices(torch.zeros(2 ** len(axes)), Spec(axes, Role.MATRIX, ones), (2,) * len(axes), {})
+
+
+def test_a_tree_is_updated_by_muon_where_its_groups_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden matrices as torch.optim.Muon updates each alone, all others bit for bit as without Muon."""
+    monkeypatch.setattr(Tensor, "bfloat16", unrounded)
+    c = shapes.config()
+    specs, dims = model.specs(c), model.dims(c)
+    params = tree.map(lambda _, leaf: leaf.double(), shapes.parameters(c))
+    grads = tree.map(lambda _, leaf: normal(*leaf.shape, seed=leaf.numel()), params)
+    both = Optim(dense=MUON, expert=MUON, router=ADAMW, weight_decay=0.2, clip_norm=1e9)
+    plain = attrs.evolve(both, **{name: attrs.evolve(MUON, optimizer="adamw") for name in ("dense", "expert")})
+    assert policy(Role.MATRIX, both.optimizers()).optimizer == "muon"
+    state = tree_state(params, specs, both)
+    ours, after = tree_update(params, grads, state, specs, both, share=0.5, dims=dims)
+    others, _ = tree_update(params, grads, tree_state(params, specs, plain), specs, plain, share=0.5)
+    again = dict(tree.leaves(others))
+    moments = dict(tree.leaves(after.moments))
+    for (path, leaf), (_, spec), (_, old), (_, gradient) in zip(
+        *(tree.leaves(each) for each in (ours, specs, params, grads)), strict=True
+    ):
+        if spec.role not in (Role.MATRIX, Role.EXPERT):
+            assert torch.equal(leaf, again[path]), path
+            continue
+        assert f"{path}.0" in moments and f"{path}.1" not in moments
+        parts = partial(matrices, spec=spec, shape=tuple(leaf.shape), dims=dims)
+        for new, before, change in zip(parts(leaf), parts(old.contiguous()), parts(gradient), strict=True):
+            for one, value, slope in zip(
+                *(each.flatten(0, -3) if each.ndim > 2 else each[None] for each in (new, before, change)), strict=True
+            ):
+                theirs = torch.nn.Parameter(value.clone())
+                theirs.grad = slope.clone()
+                torch.optim.Muon(
+                    [theirs], lr=1e-2, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+                ).step()
+                torch.testing.assert_close(one, theirs.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_updates_are_as_large_as_those_of_adamw() -> None:
+    """0.2 in the root mean square, times the learning rate."""
+    shape = (48, 96)
+    new, _ = muon(
+        torch.zeros(shape, dtype=torch.float64),
+        normal(*shape, seed=3),
+        (torch.zeros(shape, dtype=torch.float64),),
+        updates=torch.tensor(1),
+        lr=torch.tensor(1.0, dtype=torch.float64),
+        momentum=0.95,
+        decay=0.0,
+        by_matrix=lambda apply, tensor: apply(tensor),
+        bf16=False,
+    )
+    assert math.isclose(float(new.square().mean().sqrt()), 0.2, rel_tol=0.2)

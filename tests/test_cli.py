@@ -168,7 +168,9 @@ def test_bad_environment() -> None:
 def test_config_verbs() -> None:
     done = nmoe("config", "show", QUICKSTART, "--train.steps=7", NMOE_LOG__EVERY="3")
     expected = load(QUICKSTART, {"NMOE_LOG__EVERY": "3"}, ("--train.steps=7",))
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", dump(expected.config))
+    shown, _, absent = done.stdout.partition("\n\n# ")
+    assert (done.returncode, done.stderr, f"{shown}\n") == (0, "", dump(expected.config))
+    assert "parallel.experts" in absent and "not set: name of the run folder; absent: config name" in absent
     done = nmoe("config", "show", QUICKSTART, "--sources", "--train.steps=7", NMOE_LOG__EVERY="3")
     assert tomli.loads(done.stdout) == tomli.loads(dump(expected.config))
     assert re.search(r"^train.steps = 7 +# command line --train.steps=7$", done.stdout, re.MULTILINE)
@@ -186,6 +188,34 @@ def test_config_diff() -> None:
     kinds = nmoe("config", "diff", QUICKSTART, "moonlight")
     assert 'data.source.kind: "stdlib" -> "shards"' in kinds.stdout.splitlines()
     assert 'data.source.path: absent -> "data/pretrain"' in kinds.stdout.splitlines()
+
+
+def test_config_reference_is_the_committed_page_and_names_every_key() -> None:
+    page = nmoe("config", "reference").stdout
+    assert page == (ROOT / "docs" / "config.md").read_text(), "nmoe config reference > docs/config.md"
+    rows = {line.split(" | ")[0].strip("|` "): line for line in page.splitlines() if line.startswith("| `")}
+    assert rows["steps"] == ("| `steps` | integer | required |  | 1 to 1_000_000_000 | free | optimizer steps |")
+    assert rows["hidden_size"].split(" | ")[5] == "fixed" and rows["weight_decay"].split(" | ")[5] == "accept"
+    described = {*rows, "kind"}
+    for name, part in schema()["$defs"].items():
+        plain = {key for key, about in part["properties"].items() if "$ref" not in str(about)}
+        assert plain <= described, name
+
+
+def test_config_explain() -> None:
+    done = nmoe("config", "explain", "train.steps", "quickstart", "--train.steps=7")
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in ("train.steps  optimizer steps", "bounds       1 to 1_000_000_000", "on resume    free"):
+        assert line in done.stdout.splitlines()
+    assert "train.steps  = 7, from command line --train.steps=7" in done.stdout.splitlines()
+    both = nmoe("config", "explain", "data.source.path").stdout
+    assert 'kind = "shards"' in both and 'kind = "mixture"' in both
+    assert "model.moe.top_k" in nmoe("config", "explain", "model.moe").stdout
+    refused(nmoe("config", "explain", "train.step"), r"train.step: expected a key .*; did you mean train.steps\?")
+    refused(nmoe("config", "explain", "top_k"), r"top_k: expected a key .*; did you mean model.moe.top_k\?")
+    refused(
+        nmoe("config", "explain", "train.steps", "--a.b=1"), r"config explain: expected a CONFIG before overrides.*"
+    )
 
 
 def test_config_schema_is_the_committed_file() -> None:

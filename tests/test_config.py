@@ -26,7 +26,7 @@ from nmoe.config.data_source import Source
 from nmoe.config.fields import Key, is_table, keys, members
 from nmoe.config.run_name import is_run_name, label
 from nmoe.config.secrets import masked, masked_arguments
-from nmoe.config.sections import Mla, Yarn
+from nmoe.config.sections import Mla, Shards, Stdlib, Yarn
 from nmoe.config.toml import lines, literal
 from nmoe.errors import InputError
 from nmoe.pure.model.attention import KINDS
@@ -96,15 +96,48 @@ def test_values_of_overrides(text: str, value: Any) -> None:
     assert literal(text) == value and type(literal(text)) is type(value)
 
 
-def test_override_of_a_table_merges_and_of_a_kind_does_not_forget() -> None:
+def test_override_of_a_table_merges() -> None:
     path = ROOT / "configs" / "quickstart.toml"
     before = load(path, {}, ()).config
     after = load(path, {}, ("--model.moe={top_k = 3, route_scale = 2}",)).config
     assert after.model.moe == attrs.evolve(before.model.moe, top_k=3, route_scale=2.0)
-    (stale, missing) = sorted(problems(path, "--data.source.kind=shards"), key=lambda text: "got nothing" in text)
-    assert 'data.source.tokenizer_size: expected a known key of kind "shards", got "tokenizer_size"' in stale
-    assert ": data.source.path: expected a value, got nothing" in missing
-    assert 'one of "mla", "gqa", got "kda"' in problems(path, "--model.attention.kind=kda")[0]
+
+
+KIND, PATH = "--data.source.kind=shards", "--data.source.path=x"
+
+
+@pytest.mark.parametrize(
+    ("environ", "overrides"),
+    [
+        ({}, (KIND, PATH)),
+        ({}, (PATH, KIND)),
+        ({}, ('--data.source={kind = "shards", path = "x"}',)),
+        ({"NMOE_DATA__SOURCE__KIND": "shards", "NMOE_DATA__SOURCE__PATH": "x"}, ()),
+        ({"NMOE_DATA__SOURCE__KIND": "shards"}, (PATH,)),
+    ],
+)
+def test_a_layer_of_another_kind_drops_the_keys_below(environ: dict[str, str], overrides: tuple[str, ...]) -> None:
+    """The quickstart reads `stdlib` and says `tokenizer_size`, which shards do not have."""
+    loaded = load(ROOT / "configs" / "quickstart.toml", environ, overrides)
+    assert loaded.config.data.source == Shards(path="x")
+    assert not [key for key in loaded.sources if key.startswith("data.source.token")]
+
+
+def test_a_file_of_another_kind_drops_the_keys_of_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text((ROOT / "configs" / "quickstart.toml").read_text())
+    file = tmp_path / "x.toml"
+    file.write_text('extends = "base.toml"\n[data.source]\nkind = "shards"\npath = "x"\n')
+    assert load(file, {}, ()).config.data.source == Shards(path="x")
+    file.write_text('extends = "base.toml"\n[data.source]\nkind = "stdlib"\n')
+    assert load(file, {}, ()).config.data.source == Stdlib(tokenizer_size=4096), "the same kind keeps them"
+    (problem,) = problems(file, KIND)
+    assert problem == (
+        f"command line {KIND}: data.source.path: expected a value, got nothing; add it (folder that holds "
+        "manifest.json; its content is part of the identity)"
+    )
+    (problem,) = problems(file, KIND, "--data.source.tokenizer_size=300", PATH)
+    assert 'tokenizer_size=300: data.source.tokenizer_size: expected a known key of kind "shards"' in problem
+    assert 'got "kda"' in problems(file, "--model.attention.kind=kda")[0]
 
 
 def test_the_last_of_two_overrides_holds() -> None:
@@ -116,6 +149,14 @@ def test_the_last_of_two_overrides_holds() -> None:
     ("environ", "overrides", "expected"),
     [
         ({"NMOE_TRAIN__STEP": "3"}, (), r"environment NMOE_TRAIN__STEP: train.step: .*did you mean train.steps\?"),
+        ({"NMOE_TRAIN_STEPS": "3"}, (), r"environment NMOE_TRAIN_STEPS: .*; did you mean NMOE_TRAIN__STEPS\?"),
+        ({"NMOE_MODEL_TOP_K": "3"}, (), r"environment NMOE_MODEL_TOP_K: .*; did you mean NMOE_MODEL__MOE__TOP_K\?"),
+        (
+            {"NMOE_HOMES": "x"},
+            (),
+            r"environment NMOE_HOMES: expected NMOE_SECTION__KEY .*; did you mean NMOE_HOME\?",
+        ),
+        ({"NMOE_ZZZZZZZZZZZZ": "x"}, (), r"environment NMOE_Z+: expected .*, got NMOE_Z+; rename or unset it, .*"),
         ({"NMOE_TOP_K__X": "3"}, (), r"environment NMOE_TOP_K__X: top_k: .*did you mean model.moe.top_k\?"),
         (
             {"NMOE_train__steps": "3"},
@@ -363,7 +404,7 @@ OTHER_VALUES = {
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
-    **{"balance": "quantile", "bias_decay": "0.7", "normalize": "false", "optimizer": "muon", "momentum": "0.7"},
+    **{"balance": "quantile", "optimizer": "muon"},
 }
 """Other values of the keys that are no numbers."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -69,3 +70,23 @@ def test_named_files_exist(page: str) -> None:
     named = re.findall(r"`((?:nmoe|configs|docs|tests)/[\w./-]+)`", (ROOT / page).read_text())
     assert named
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def templates(source: str) -> list[str]:
+    """Every text of a program, with `…` for what an f-string fills in."""
+    parts: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            pieces = (str(value.value) if isinstance(value, ast.Constant) else "…" for value in node.values)
+            parts.append(re.sub("…+", "…", "".join(pieces)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts.append(node.value)
+    return parts
+
+
+def test_troubleshooting_quotes_messages_as_they_are() -> None:
+    """Each line of a block is in the package, word by word, with `…` where a value is."""
+    said = [text for path in (ROOT / "nmoe").rglob("*.py") for text in templates(path.read_text())]
+    quoted = [line for block in blocks("docs/troubleshooting.md", "") for line in block.splitlines()]
+    assert len(quoted) > 20
+    assert [line for line in quoted if not any(line in text for text in said)] == []

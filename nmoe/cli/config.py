@@ -6,6 +6,7 @@ import argparse
 import os
 
 from nmoe.cli.parser import Verbs, add, config_path, group, load
+from nmoe.errors import InputError
 
 
 def verbs(root: Verbs) -> None:
@@ -24,6 +25,11 @@ def verbs(root: Verbs) -> None:
     )
     diff.add_argument("left", type=config_path, metavar="A")
     diff.add_argument("right", type=config_path, metavar="B")
+    explain = add(config, "explain", _config_explain, "say what a key means and may be", "train.steps quickstart")
+    explain.add_argument("key", metavar="KEY", help="key or table, such as train.steps or model.moe")
+    explain.add_argument("config", type=config_path, metavar="CONFIG", nargs="?", help="say its value there too")
+    explain.set_defaults(takes_overrides=True)
+    add(config, "reference", _config_reference, "print docs/config.md, the reference of all keys", "> docs/config.md")
     add(config, "schema", _config_schema, "print the JSON Schema of config files", "> nmoe.schema.json")
 
 
@@ -38,10 +44,11 @@ def _config_list(args: argparse.Namespace) -> int:
 
 
 def _config_show(args: argparse.Namespace) -> int:
-    from nmoe.config import annotated, dump, load
+    from nmoe.config import annotated, dump, load, unset
 
     loaded = load(args.config, os.environ, args.overrides)
-    print(annotated(loaded.config, loaded.sources) if args.sources else dump(loaded.config), end="")
+    print(annotated(loaded.config, loaded.sources) if args.sources else dump(loaded.config))
+    print(unset(loaded.config), end="")
     return 0
 
 
@@ -65,6 +72,32 @@ def _config_diff(args: argparse.Namespace) -> int:
         left, right = ("absent" if value is None else shown(value) for value in (each.left, each.right))
         print(f"{each.path}: {left} -> {right}")
     return 1 if differences else 0
+
+
+def _config_explain(args: argparse.Namespace) -> int:
+    from nmoe.config import load
+    from nmoe.config.fields import flat, table
+    from nmoe.config.reference import explain
+    from nmoe.config.toml import dotted, shown
+
+    rows = explain(args.key)
+    if args.config is None and args.overrides:
+        raise InputError(f"config explain: expected a CONFIG before overrides, got none; write one behind {args.key}")
+    if args.config is not None:
+        loaded = load(args.config, os.environ, args.overrides)
+        for path, value in flat(table(loaded.config)):
+            if f"{dotted(path)}.".startswith(f"{args.key}."):
+                rows.append((dotted(path), f"= {shown(value)}, from {loaded.sources[dotted(path)]}"))
+    width = max(len(label) for label, _ in rows)
+    print("".join(f"{label:<{width}}  {text}\n" for label, text in rows if text), end="")
+    return 0
+
+
+def _config_reference(args: argparse.Namespace) -> int:
+    from nmoe.config.reference import reference
+
+    print(reference(), end="")
+    return 0
 
 
 def _config_schema(args: argparse.Namespace) -> int:

@@ -5,20 +5,37 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nmoe.cli import tokenizer
 from nmoe.cli.parser import Verbs, add, group, load
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 
+if TYPE_CHECKING:
+    from nmoe.config.data_source import Source
+
+VOCAB = 8192
+LEARN_BYTES = 500_000_000
+"""Text that a tokenizer is trained on at most."""
+
 
 def verbs(root: Verbs) -> None:
     """From files to shards, and what is in them."""
     data = group(root, "data", "prepare data, and look at it")
 
-    prep = add(data, "prep", _prep, "turn the files of a source TOML into shards", "configs/sources/stdlib.toml OUT")
-    prep.add_argument("source", type=Path, metavar="SOURCE", help="TOML file")
+    prep = add(data, "prep", _prep, "turn a folder of files, or what a source TOML names, into shards", "FOLDER OUT")
+    prep.add_argument(
+        "source", type=Path, metavar="FOLDER", help="text, code, .jsonl, .parquet, .gz, .zst; or a source TOML"
+    )
     prep.add_argument("out", type=Path, metavar="OUT", help="folder to write; a begun one is continued")
+    prep.add_argument(
+        "--vocab", type=int, metavar="N", help=f"tokens of the tokenizer that is trained (default: {VOCAB})"
+    )
+    prep.add_argument("--tokenizer", metavar="NAME", help="name or path of a tokenizer to use instead")
+    prep.add_argument("--exclude", action="append", metavar="GLOB", help="files of the folder to leave out; repeatable")
+    prep.add_argument("--text-field", metavar="KEY", help="key of the text in .jsonl and .parquet (default: text)")
+    prep.add_argument("--dry-run", action="store_true", help="say what would be read and written, and stop")
     prep.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     prep.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster, tcp://HOST:PORT")
     prep.add_argument("--worker", metavar="I/N", help="do every N-th task from the I-th, beside N - 1 others")
@@ -57,11 +74,12 @@ def verbs(root: Verbs) -> None:
 
 
 def _prep(args: argparse.Namespace) -> int:
-    from nmoe.config.data_source import load_source
     from nmoe.effects import files
+    from nmoe.effects.data.prepare import folder
     from nmoe.effects.data.prepare.execute import open_pool
-    from nmoe.effects.data.prepare.prep import prepare, report_lines
-    from nmoe.effects.data.tokenizers import resolve
+    from nmoe.effects.data.prepare.prep import begun, prepare, report_lines
+    from nmoe.effects.data.tokenizer import load
+    from nmoe.effects.data.tokenizers import learn, resolve
 
     share = (0, 1) if args.worker is None else _share(args.worker)
     workers = args.workers if args.workers is not None else (1 if args.worker else len(os.sched_getaffinity(0)))
@@ -69,13 +87,46 @@ def _prep(args: argparse.Namespace) -> int:
         raise InputError(f"--workers: expected at least 1, got {workers}; raise it")
     if args.dask is not None and (args.worker or args.workers):
         raise InputError("--dask: expected it without --worker and --workers, got both; leave those to the cluster")
-    source = load_source(args.source)
-    known = resolve(source.tokenizer, files.home(os.environ), args.source.parent)
+    home, out = files.home(os.environ), args.out.resolve()
+    source, base, named = _source(args, out)
+    known = None if named is None else resolve(source.tokenizer, home, named)
+    if known is None and (before := begun(out)) is not None:
+        known = load(before)
+    if args.dry_run:
+        about = (
+            f"{args.vocab} tokens, trained on these files" if known is None else f"{known.name}, {known.size} tokens"
+        )
+        say("\n".join(folder.dry_run_lines(source, base, out, about, say)))
+        return 0
+    known = known or learn(source, base, args.vocab, LEARN_BYTES, say, home)
     with open_pool(workers=workers, dask=args.dask) as pool:
-        report = prepare(source, known, args.source.parent.resolve(), args.out.resolve(), pool, say, share)
+        report = prepare(source, known, base, out, pool, say, share)
     if report is not None:
-        say("\n".join(report_lines(report)))
+        say("\n".join((*report_lines(report), *folder.next_lines(out, str(args.out)))))
     return 0
+
+
+def _source(args: argparse.Namespace, out: Path) -> tuple[Source, Path, Path | None]:
+    """What is prepared, and the folders that its paths and its tokenizer's start from; None: no tokenizer is named."""
+    from nmoe.config.data_source import load_source
+    from nmoe.effects.data.prepare import folder
+
+    if args.source.suffix == ".toml" and not args.source.is_dir():
+        options = {
+            **{"--vocab": args.vocab, "--tokenizer": args.tokenizer},
+            **{"--exclude": args.exclude, "--text-field": args.text_field},
+        }
+        if said := [name for name, value in options.items() if value is not None]:
+            raise InputError(f"{said[0]}: expected it with a folder, got {args.source}; write it into that file")
+        return load_source(args.source), args.source.parent.resolve(), args.source.parent
+    if args.tokenizer is not None and args.vocab is not None:
+        raise InputError(f"--vocab: expected it without --tokenizer, got both; {args.tokenizer} has its own size")
+    args.vocab = VOCAB if args.vocab is None else args.vocab
+    if args.vocab < 257:
+        raise InputError(f"--vocab: expected at least 257, 256 bytes and end of text, got {args.vocab}; raise it")
+    name = args.tokenizer or f"bpe-{args.vocab}"
+    source = folder.folder_source(args.source, args.exclude or (), args.text_field or "text", name, out, say)
+    return source, folder.base_of(args.source), None if args.tokenizer is None else Path()
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -38,10 +38,11 @@ def verbs(data: Verbs) -> None:
 def _train(args: argparse.Namespace) -> int:
     from nmoe.config.data_source import load_source
     from nmoe.effects import files
-    from nmoe.effects.data.tokenizers import install, learn
+    from nmoe.effects.data.tokenizers import check_free, install, learn
 
     source, home = load_source(args.source), files.home(os.environ)
     name = args.name or source.tokenizer
+    check_free(name, home)
     base = args.source.parent.resolve()
     trained = learn(source, base, args.size, args.megabytes * 1_000_000, say, home)
     folder = install(trained, name, home)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nmoe.config.canonical import Difference, annotated, diff, dump, identity, identity_diff, identity_values
+from nmoe.config.canonical import Difference, annotated, diff, dump, identity, identity_diff, identity_values, unset
 from nmoe.config.check import validate
 from nmoe.config.json_schema import schema
 from nmoe.config.layers import Loaded, load, load_valid
@@ -61,5 +61,6 @@ __all__ = [
     "load",
     "load_valid",
     "schema",
+    "unset",
     "validate",
 ]

@@ -64,6 +64,13 @@ def annotated(config: Config, sources: Mapping[str, str]) -> str:
     return "".join(f"{text:<{width}}  # {sources[path]}\n" for path, text in texts)
 
 
+def unset(config: Config) -> str:
+    """Comments of one line a key that has no value: what `dump` leaves out, with what its absence means."""
+    absent = [(dotted(path), key.doc) for path, key, value in walk(config) if value is None]
+    width = max((len(path) for path, _ in absent), default=0)
+    return "".join(f"# {path:<{width}}  not set: {doc}\n" for path, doc in absent)
+
+
 def diff(left: Config, right: Config) -> tuple[Difference, ...]:
     """The keys two configs do not agree on, in the order they are written; those only `right` has come last."""
     one, other = dict(flat(table(left))), dict(flat(table(right)))

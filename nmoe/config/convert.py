@@ -200,7 +200,7 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
     """What to say of a key no section has: a near name in the same table, else elsewhere, else what there is."""
     of_kind = "" if kind(section) is None else f' of kind "{kind(section)}"'
     here = [key.name for key in keys(section)]
-    everywhere = [other for other in _paths(root) if other != (*path, name)]
+    everywhere = [other for other in every_path(root) if other != (*path, name)]
     elsewhere = closest(name, [other[-1] for other in everywhere])
     if near := closest(name, here):
         hint = f"did you mean {dotted((*path, near))}?"
@@ -211,10 +211,10 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
     return f"expected a known key{of_kind}, got {shown(name)}; {hint}"
 
 
-def _paths(section: type, path: KeyPath = ()) -> Iterator[KeyPath]:
+def every_path(section: type, path: KeyPath = ()) -> Iterator[KeyPath]:
     """Paths of all keys a section can have, of every kind."""
     for key in keys(section):
         yield (*path, key.name)
         for member in members(key.type):
             if is_table(member):
-                yield from _paths(member, (*path, key.name))
+                yield from every_path(member, (*path, key.name))

@@ -24,12 +24,20 @@ MOST_BYTES = 2**40
 
 @attrs.frozen(kw_only=True)
 class Files:
-    """Text or code, a document a file."""
+    """Text or code, a document a file, also as .gz and .zst; of .jsonl and .parquet a document a line or row."""
 
     kind: ClassVar[str] = "files"
 
     paths: tuple[str, ...] = setting("folders, files and globs (** crosses folders), relative to this TOML")
     exclude: tuple[str, ...] = setting("globs of what is left out", default=())
+    text_field: str = setting("key or column of the text in .jsonl and .parquet", default="text")
+    max_chars: int | None = setting(
+        "a longer text file is cut behind line breaks into documents of at most this; absent: never",
+        unit="characters",
+        default=None,
+        low=1000,
+        high=MOST_BYTES,
+    )
 
 
 @attrs.frozen(kw_only=True)

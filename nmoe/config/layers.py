@@ -7,7 +7,8 @@ Later layers win over earlier ones:
 `extends = "base.toml"` stands at the top of a file, relative to it, and goes one level deep. `NMOE_TRAIN__STEPS=10` in
 the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds. Their
 values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else is
-replaced. An environment variable without `__` after `NMOE_` is no part of the config.
+replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it. An environment
+variable without `__` after `NMOE_` is one of `OTHER_VARIABLES` or an error.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from typing import Any, cast
 import attrs
 
 from nmoe.config.check import unrunnable, validate, validate_model
-from nmoe.config.convert import structure
+from nmoe.config.convert import every_path, structure
 from nmoe.config.fields import KeyPath, flat, is_table, keys, members, table
 from nmoe.config.secrets import masked
 from nmoe.config.sections import Config, Model, Precision
-from nmoe.config.toml import Document, dotted, literal, read, shown
+from nmoe.config.toml import Document, closest, dotted, literal, read, shown
 from nmoe.errors import InputError, printable
 
 DEFAULT = "default"
 PREFIX = "NMOE_"
+OTHER_VARIABLES = ("NMOE_HOME", "NMOE_HEARTBEATS")
+"""Variables that are no keys of a config: where nmoe keeps its files, and what a launcher gives its ranks."""
 
 
 @attrs.frozen(kw_only=True)
@@ -54,14 +57,12 @@ class Layer:
 def load(path: Path, environ: Mapping[str, str], overrides: Sequence[str]) -> Loaded:
     """The config of a file under its overrides: complete and of the right types, not yet checked by `validate`.
 
-    environ    variables, of which those of the form NMOE_A__B count
+    environ    variables, of which those of the form NMOE_A__B count, and others that begin with NMOE_ are refused
     overrides  arguments of the form --a.b=value
 
     Raises:  InputError with everything that is wrong, each with its place.
     """
-    layer = Layer(tables={}, where={})
-    for over in (*_files(path), *_environment(environ), *_command_line(overrides)):
-        layer = Layer(tables=_merged(layer.tables, over.tables), where=layer.where | over.where)
+    layer = _laid_over(*_files(path), _laid_over(*_environment(environ)), _laid_over(*_command_line(overrides)))
     config = structure(layer.tables, Config)
     if isinstance(config, tuple):
         raise InputError(
@@ -98,9 +99,7 @@ def load_model(path: Path) -> tuple[Model, Precision]:
 
     Raises:  InputError with everything that is wrong with them, each with its place.
     """
-    layer = Layer(tables={}, where={})
-    for over in _files(path):
-        layer = Layer(tables=_merged(layer.tables, over.tables), where=layer.where | over.where)
+    layer = _laid_over(*_files(path))
     found: list[Any] = []
     problems: list[str] = []
     for name, section in (("model", Model), ("precision", Precision)):
@@ -115,13 +114,41 @@ def load_model(path: Path) -> tuple[Model, Precision]:
     return found[0], found[1]
 
 
+def _laid_over(*layers: Layer) -> Layer:
+    """One layer of several, later ones win. The keys of one layer belong together, in whatever order they are given."""
+    tables: dict[str, Any] = {}
+    where: dict[KeyPath, str] = {}
+    for layer in layers:
+        replaced = tuple(_of_another_kind(tables, layer.tables))
+        kept = {key: place for key, place in where.items() if not any(key[: len(path)] == path for path in replaced)}
+        tables, where = _merged(tables, layer.tables), kept | layer.where
+    return Layer(tables=tables, where=where)
+
+
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(under)
     for name, value in over.items():
         below = under.get(name)
-        both = isinstance(below, dict) and isinstance(value, dict)
+        both = isinstance(below, dict) and isinstance(value, dict) and not _differ_in_kind(below, value)
         result[name] = _merged(cast("dict[str, Any]", below), cast("dict[str, Any]", value)) if both else value
     return result
+
+
+def _of_another_kind(under: dict[str, Any], over: dict[str, Any], path: KeyPath = ()) -> Iterator[KeyPath]:
+    """The tables that `over` replaces because it gives them another `kind`."""
+    for name, value in over.items():
+        below = under.get(name)
+        if not isinstance(below, dict) or not isinstance(value, dict):
+            continue
+        if _differ_in_kind(below, value):
+            yield (*path, name)
+        else:
+            inner = cast("dict[str, Any]", below), cast("dict[str, Any]", value)
+            yield from _of_another_kind(*inner, (*path, name))
+
+
+def _differ_in_kind(below: dict[Any, Any], above: dict[Any, Any]) -> bool:
+    return "kind" in below and "kind" in above and below["kind"] != above["kind"]
 
 
 def _place(key: KeyPath, where: Mapping[KeyPath, str]) -> str:
@@ -167,7 +194,10 @@ def _layer_of(path: Path, document: Document) -> Layer:
 
 def _environment(environ: Mapping[str, str]) -> Iterator[Layer]:
     """One layer a variable, by name."""
-    names = sorted(name for name in environ if name.startswith(PREFIX) and "__" in name.removeprefix(PREFIX))
+    ours = sorted(name for name in environ if name.startswith(PREFIX) and name not in OTHER_VARIABLES)
+    names = [name for name in ours if "__" in name.removeprefix(PREFIX)]
+    if unknown := [name for name in ours if name not in names]:
+        raise InputError(*map(_unknown_variable, unknown))
     if wrong := [name for name in names if name != name.upper()]:
         raise InputError(
             *(f"environment {name}: expected upper case, got {name}; write {name.upper()}" for name in wrong)
@@ -175,6 +205,14 @@ def _environment(environ: Mapping[str, str]) -> Iterator[Layer]:
     for name in names:
         key = tuple(name.removeprefix(PREFIX).lower().split("__"))
         yield _override(key, environ[name], f"environment {name}")
+
+
+def _unknown_variable(name: str) -> str:
+    """What to say of a variable that is neither a key nor one of `OTHER_VARIABLES`."""
+    known = (*OTHER_VARIABLES, *(PREFIX + "__".join(path).upper() for path in every_path(Config) if len(path) > 1))
+    near = closest(name.upper(), known)
+    remedy = f"did you mean {near}?" if near else "rename or unset it, keys are set as NMOE_SECTION__KEY"
+    return f"environment {name}: expected NMOE_SECTION__KEY or {' or '.join(OTHER_VARIABLES)}, got {name}; {remedy}"
 
 
 def _command_line(overrides: Sequence[str]) -> Iterator[Layer]:

@@ -116,8 +116,8 @@ def train(texts: Iterable[str], size: int, say: Callable[[str], None]) -> Tokeni
     merges = [bytes(byte_of[letter] for letter in letters) for letters, _ in in_order if len(letters) > 1]
     if len(merges) != size - 257:
         raise InputError(
-            f"tokenizer_size: expected at most {len(merges) + 257} tokens, which these texts give, got {size}; "
-            "lower it or give more text"
+            f"tokenizer: expected a vocabulary of at most {len(merges) + 257} tokens, which these texts give, got "
+            f"{size}; ask for fewer or give more text"
         )
     say(f"tokenizer: {size} tokens learnt in {time.monotonic() - began:.1f} s")
     tokens = [*(bytes([byte]) for byte in range(256)), *merges]

@@ -75,7 +75,9 @@ def resolve(said: str, home: Path, base: Path) -> Tokenizer:
     if not (folder / tokenizer.FILE).exists():
         names = ", ".join(sorted(path.name for path in (home / FOLDER).glob("*") if path.is_dir())) or "none"
         how = "add it with `nmoe data tokenizer add`" if said in KNOWN else "train it with `nmoe data tokenizer train`"
-        raise InputError(f"tokenizer {said}: expected one of those in {home / FOLDER}: {names}, got another; {how}")
+        raise InputError(
+            f"tokenizer {said}: expected one of those in {home / FOLDER}: {names}, got one that is not there; {how}"
+        )
     return tokenizer.load(folder)
 
 
@@ -84,11 +86,7 @@ def install(made: Tokenizer, name: str, home: Path) -> Path:
 
     Writes:  `home`/tokenizers/<name>; one with another identity is never replaced.
     """
-    if not NAME.fullmatch(name):
-        raise InputError(
-            f"tokenizer {name}: expected up to 64 letters, digits, '.', '_' and '-', got another name; rename it"
-        )
-    folder = home / FOLDER / name
+    folder = _place(name, home)
     if (folder / tokenizer.FILE).exists():
         present = tokenizer.load(folder)
         if present.identity != made.identity:
@@ -105,6 +103,31 @@ def install(made: Tokenizer, name: str, home: Path) -> Path:
             f"{folder}: expected a folder to write to, got {error.strerror}; set NMOE_HOME to another"
         ) from error
     return folder
+
+
+def check_free(name: str, home: Path) -> None:
+    """Refuse a name before the work of training a tokenizer for it.
+
+    Raises:  InputError when a tokenizer has it already, or none can have it.
+    """
+    folder = _place(name, home)
+    if (folder / tokenizer.FILE).exists():
+        raise InputError(
+            f"tokenizer {name}: expected a name that is free, got one that {folder} has; choose another with --name, "
+            "or delete that folder"
+        )
+
+
+def _place(name: str, home: Path) -> Path:
+    """The folder of the tokenizer of this name.
+
+    Raises:  InputError when none can have it.
+    """
+    if not NAME.fullmatch(name):
+        raise InputError(
+            f"tokenizer {name}: expected up to 64 letters, digits, '.', '_' and '-', got another name; rename it"
+        )
+    return home / FOLDER / name
 
 
 def add(name: str, path: Path, known: Mapping[str, Known] = KNOWN) -> Tokenizer:

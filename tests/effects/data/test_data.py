@@ -105,7 +105,7 @@ def test_merges_are_learnt_in_order_of_frequency() -> None:
     assert merges == {"\u00e9".encode(): 256, b"zx": 257, b"zxa": 258}
     assert (learnt.end_of_text, learnt.size) == (259, 260)
     assert tokenizer.byte_lengths(learnt)[-5:].tolist() == [1, 2, 2, 3, 0]
-    with pytest.raises(InputError, match="tokenizer_size: expected at most 260 tokens, .*, got 261; "):
+    with pytest.raises(InputError, match="vocabulary of at most 260 tokens, .*, got 261; "):
         tokenizer.train([text], 261, quiet)
     with pytest.raises(InputError, match="tokenizer_size: expected at least 257 .*, got 256; "):
         tokenizer.train([text], 256, quiet)

@@ -148,7 +148,7 @@ def test_published_tokenizers_are_added_from_a_verified_file(tmp_path: Path) -> 
         vocabulary.add("made", tmp_path / "file", known)
     with pytest.raises(InputError, match="tokenizer gpt5: expected one of o200k_harmony, got another; "):
         vocabulary.add("gpt5", tmp_path / "file")
-    with pytest.raises(InputError, match="one of those in .*: made, got another; train it"):
+    with pytest.raises(InputError, match="one of those in .*: made, got one that is not there; train"):
         vocabulary.resolve("mode", tmp_path / "home", tmp_path)
 
 
@@ -160,6 +160,12 @@ def test_a_tokenizer_is_trained_on_the_training_split_of_a_source(
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "s.toml").write_text('tokenizer = "mine"\n[input]\nkind = "jsonl"\npaths = ["a.jsonl"]\n')
     assert main(["data", "tokenizer", "train", str(tmp_path / "s.toml"), "--size", "270"]) == 0
+    capsys.readouterr()
+    assert main(["data", "tokenizer", "train", str(tmp_path / "s.toml"), "--size", "260"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "tokenizer mine: expected a name that is free" in told.err, "before anything is read"
+    assert main(["data", "tokenizer", "train", str(tmp_path / "s.toml"), "--name", "a/b"]) == 2
+    assert "tokenizer a/b: expected up to 64 letters" in capsys.readouterr().err
     assert main(["data", "prep", str(tmp_path / "s.toml"), str(tmp_path / "out"), "--workers", "1"]) == 0
     assert main(["data", "tokenizer", "list"]) == 0
     identity = tokenizers.load(tmp_path / "out").identity

@@ -375,16 +375,16 @@ def test_a_damaged_file_in_the_middle_costs_nothing_that_is_done(home: Path) -> 
     """The others are surveyed, the fault is named, and after fixing only what is missing is done."""
     (home / "in").mkdir()
     for number in range(5):
-        (home / "in" / f"{number}.jsonl").write_bytes(jsonl(rows(40)[number * 8 : number * 8 + 8]))
-    good = (home / "in" / "2.jsonl").read_bytes()
-    (home / "in" / "2.jsonl").write_bytes(good[:-5] + b"\xff" + good[-4:])
-    stamp = os.stat(home / "in" / "2.jsonl").st_mtime_ns
+        (home / "in" / f"{number}.txt").write_bytes(jsonl(rows(40)[number * 8 : number * 8 + 8]))
+    good = (home / "in" / "2.txt").read_bytes()
+    (home / "in" / "2.txt").write_bytes(good[:-5] + b"\xff" + good[-4:])
+    stamp = os.stat(home / "in" / "2.txt").st_mtime_ns
     body = "task_bytes = 1\n[input]\nkind = 'files'\npaths = ['in']\n"
-    refused(home, body, "in/2.jsonl: expected UTF-8, got byte 0xff at ")
+    refused(home, body, "in/2.txt: expected UTF-8, got byte 0xff at ")
     done = sorted(path.name for path in (home / "out" / ".work" / "survey").iterdir())
     assert done == [f"task-{number:05d}" for number in (0, 1, 3, 4)]
-    (home / "in" / "2.jsonl").write_bytes(good)
-    os.utime(home / "in" / "2.jsonl", ns=(stamp, stamp))
+    (home / "in" / "2.txt").write_bytes(good)
+    os.utime(home / "in" / "2.txt", ns=(stamp, stamp))
     before = {name: os.stat(home / "out/.work/survey" / name / "survey.json").st_ino for name in done}
     told: list[str] = []
     path = write_source(home, body)
@@ -416,7 +416,11 @@ def test_what_the_folder_holds_is_never_replaced(home: Path, known: tokenizers.T
     before = digests(home / "out")
     assert prepared(home, body) == report
     assert not (home / "out" / ".work").exists()
-    refused(home, body + "[filter]\nmin_chars = 3\n", "out: expected a folder prepared with source ")
+    refused(
+        home,
+        body + "[filter]\nmin_chars = 3\n",
+        "out: expected filter.min_chars = 1 of the source, which it was begun with, got 3; ",
+    )
     (home / "in" / "b.jsonl").write_bytes(jsonl(rows(1)))
     refused(home, body, "out: expected a folder prepared with input files of sha256 ")
     (home / "in" / "b.jsonl").unlink()
@@ -437,7 +441,9 @@ def test_another_plan_in_a_begun_folder_is_refused(home: Path) -> None:
     refused(home, body, "got int")
     (home / "in" / "a.jsonl").write_bytes(b'{"text": "fine"}\n')
     refused(home, body, "out: expected the input files it was begun with, got 1 others, in/a.jsonl the first; ")
-    refused(home, body + "[filter]\nmin_chars = 3\n", "out: expected source ", "out: expected the input files")
+    refused(
+        home, body + "[filter]\nmin_chars = 3\n", "out: expected filter.min_chars = 1 ", "out: expected the input files"
+    )
 
 
 def test_links_loops_and_other_things_in_a_folder(home: Path) -> None:

@@ -8,7 +8,7 @@ from nmoe.pure.watch import metrics
 
 
 def test_the_page_shows_the_schema() -> None:
-    page = Path(__file__).parents[3] / "docs" / "architecture.md"
+    page = Path(__file__).parents[3] / "docs" / "metrics.md"
     assert metrics.table() in page.read_text(encoding="utf-8")
 
 

@@ -22,6 +22,16 @@ ENDINGS: tuple[tuple[str, Form], ...] = (
 )
 KNOWN = ", ".join(ending for ending, _ in ENDINGS)
 
+MIXED: tuple[tuple[str, Form], ...] = (
+    *(each for each in ENDINGS if each[0].startswith((".parquet", ".jsonl", ".ndjson"))),
+    (".gz", "text.gz"),
+    (".zst", "text.zst"),
+)
+"""Endings in a folder of files. One that ends in .json is a document, as other code is; one with no ending here too."""
+
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".zip")
+"""Endings of what holds files with names of their own."""
+
 
 def find(
     source: Input, base: Path, *, out: Path | None = None, skip_unreadable: bool, say: Callable[[str], None]
@@ -162,6 +172,11 @@ def _form(source: Input, name: str) -> Form:
     if isinstance(source, Library):
         return "python"
     if isinstance(source, Files):
+        if name.lower().endswith(ARCHIVES):
+            raise InputError(f"{name}: expected a file of text or records, got an archive; unpack or exclude it")
+        for ending, form in MIXED:
+            if name.lower().endswith(ending):
+                return form
         return "text"
     for ending, form in ENDINGS:
         if name.lower().endswith(ending) and (

@@ -27,6 +27,8 @@ from typing import TypeVar
 import attrs
 
 from nmoe.config.data_source import Source, canonical
+from nmoe.config.fields import flat
+from nmoe.config.toml import dotted
 from nmoe.effects import files
 from nmoe.effects.data import tokenizer
 from nmoe.effects.data.prepare.build import SPLITS, build, built_folder
@@ -119,6 +121,19 @@ def prepare(
             say(f"{out}: worker {share[0]} of {share[1]} is done; worker 0 finishes the folder")
             return None
         return _fold(out, stored, planned, works)
+
+
+def begun(out: Path) -> Path | None:
+    """The folder with the tokenizer that `out` is being or was prepared with; None when nothing is begun there.
+
+    Raises:  InputError when it holds something else.
+    """
+    for mark, folder in ((out / MANIFEST, out), (out / WORK / PLAN, out / WORK)):
+        if mark.exists() and (folder / tokenizer.FILE).exists():
+            return folder
+    if out.exists() and not (out / WORK / PLAN).exists() and (others := _others(out)):
+        raise InputError(others)
+    return None
 
 
 def report_lines(report: Report) -> list[str]:
@@ -258,9 +273,9 @@ def _claimed(out: Path, stored: tokenizer.Tokenizer, planned: Plan, *, shared: b
         path = out / WORK / PLAN
         if path.exists():
             _same_plan(path, planned)
-        elif others := sorted(path.name for path in out.iterdir() if path.name != WORK):
+        elif others := _others(out):
             shutil.rmtree(out / WORK)
-            raise InputError(f"{out}: expected an empty folder, got {', '.join(others[:3])} in it; choose another")
+            raise InputError(others)
         else:
             write_record(path, planned)
         if not shared:
@@ -271,16 +286,25 @@ def _claimed(out: Path, stored: tokenizer.Tokenizer, planned: Plan, *, shared: b
         yield None
 
 
+def _others(out: Path) -> str:
+    """What is wrong with a folder that nothing was begun in; empty for an empty one."""
+    if not out.is_dir():
+        return f"{out}: expected a folder, got a file; choose another"
+    names = sorted(path.name for path in out.iterdir() if path.name != WORK)
+    return f"{out}: expected an empty folder, got {', '.join(names[:3])} in it; choose another" if names else ""
+
+
 def _finished(out: Path, planned: Plan) -> Report:
     """The report of a prepared folder, which must be of this plan."""
     report = read_record(out / REPORT, Report, version=FORMAT)
-    before = (report.tokenizer_identity, report.source, report.inputs_sha256)
-    now = (planned.tokenizer, planned.source, _inputs(planned.items))
+    before = (report.tokenizer_identity, report.inputs_sha256)
+    now = (planned.tokenizer, _inputs(planned.items))
     problems = [
         f"{out}: expected a folder prepared with {what} {new}, got {old}; choose another folder"
-        for what, old, new in zip(("tokenizer", "source", "input files of sha256"), before, now, strict=True)
+        for what, old, new in zip(("tokenizer", "input files of sha256"), before, now, strict=True)
         if old != new
     ]
+    problems += _source_problems(out, report.source, planned.source)
     if problems:
         raise InputError(*problems)
     return report
@@ -295,11 +319,7 @@ def _same_plan(path: Path, planned: Plan) -> None:
             f"{where}: expected tokenizer {begun.tokenizer}, which it was begun with, got {planned.tokenizer}; use "
             "that one or another folder"
         )
-    if begun.source != planned.source:
-        problems.append(
-            f"{where}: expected source {begun.source}, which it was begun with, got {planned.source}; choose another "
-            "folder"
-        )
+    problems += _source_problems(where, begun.source, planned.source)
     before, now = set(begun.items), set(planned.items)
     if changed := sorted({item.name for item in before ^ now}):
         problems.append(
@@ -308,6 +328,17 @@ def _same_plan(path: Path, planned: Plan) -> None:
         )
     if problems:
         raise InputError(*problems)
+
+
+def _source_problems(out: Path, before: str, now: str) -> list[str]:
+    """A line for each key of the source that a folder is not prepared with."""
+    old, new = (dict(flat(json.loads(text))) for text in (before, now))
+    return [
+        f"{out}: expected {dotted(key)} = {json.dumps(old.get(key))} of the source, which it was begun with, got "
+        f"{json.dumps(new.get(key))}; choose another folder"
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _inputs(items: Sequence[Item]) -> str:

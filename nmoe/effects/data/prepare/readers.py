@@ -13,10 +13,11 @@ from typing import Any, BinaryIO
 
 import attrs
 
-from nmoe.config.data_source import Hub, Jsonl, Parquet, Source
+from nmoe.config.data_source import Files, Hub, Jsonl, Parquet, Source
 from nmoe.effects.data.prepare.inputs import extra, one_line
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item, Range
+from nmoe.pure.data.text import pieces
 
 CHUNK_BYTES = 1 << 20
 MAX_BYTES_A_BYTE = 6
@@ -53,7 +54,7 @@ def read(item: Item, part: Range, source: Source) -> Iterator[Document]:
     Raises:  InputError at the first that can not be read, with file and position; where the source says `skip` it
              yields one without text instead, and goes on behind it where the file can be read behind it.
     """
-    if item.form in ("text", "python"):
+    if item.form in ("text", "text.gz", "text.zst", "python"):
         records = _whole(item, source)
     elif item.form == "parquet":
         records = _rows(item, part, source)
@@ -97,22 +98,41 @@ def _decoded(raw: bytes, name: str, position: int, source: Source) -> tuple[str,
         if source.clean.invalid_utf8 == "replace":
             return raw.decode("utf-8", "replace"), True
         raise InputError(
-            f"{name}: expected UTF-8, got byte {raw[error.start]:#04x} at {position + error.start}; fix the file, or "
-            'write clean.invalid_utf8 = "replace"'
+            f"{name}: expected UTF-8, got byte {raw[error.start]:#04x} at {position + error.start}; fix or exclude the "
+            'file, or write clean.invalid_utf8 = "replace"'
         ) from error
 
 
 def _whole(item: Item, source: Source) -> Iterator[Document]:
-    """A file as one document."""
+    """A file as one document, or as several where the source says after how many characters it is cut."""
     with open(item.path, "rb") as file:
-        raw = file.read(source.filter.max_bytes + 1)
+        raw = _beginning(file, item, source.filter.max_bytes + 1)
     if len(raw) > source.filter.max_bytes:
         yield Document(text=None, position=0, reason="long")
     elif item.form == "python":
         yield Document(text=_python(raw, item.name), position=0)
     else:
         text, replaced = _decoded(raw, item.name, 0, source)
-        yield Document(text=text, position=0, replaced=replaced)
+        most = source.input.max_chars if isinstance(source.input, Files) else None
+        position = 0
+        for piece in pieces(text, most or len(text)):
+            yield Document(text=piece, position=position, replaced=replaced)
+            position += len(piece.encode("utf-8"))
+
+
+def _beginning(file: BinaryIO, item: Item, size: int) -> bytes:
+    """The first `size` bytes of a file, decompressed where its form says so."""
+    if item.form == "text.gz":
+        with gzip.open(file) as unpacked:
+            return unpacked.read(size)
+    if item.form != "text.zst":
+        return file.read(size)
+    raw = bytearray()
+    for chunk in _zstd_chunks(file, item.name):
+        raw += chunk
+        if len(raw) >= size:
+            break
+    return bytes(raw[:size])
 
 
 def _python(raw: bytes, name: str) -> str:
@@ -178,7 +198,7 @@ def _record(line: bytes, position: int, name: str, source: Source) -> Document:
 def _checked(get: Any, position: int, place: str, replaced: bool, name: str, source: Source, remedy: str) -> Document:
     """The document of a record whose fields `get` looks up."""
     fields = source.input
-    if not isinstance(fields, Jsonl | Parquet | Hub):
+    if not isinstance(fields, Files | Jsonl | Parquet | Hub):
         raise TypeError(f"{name}: read as records, but its source has no fields")
     text = get(fields.text_field)
     if not isinstance(text, str):
@@ -193,18 +213,18 @@ def _checked(get: Any, position: int, place: str, replaced: bool, name: str, sou
                 f"U+{ord(surrogate[0]):04X}; {remedy}"
             )
         text, replaced = SURROGATE.sub("?", text), True
-    if fields.id_field is None:
+    id_field = None if isinstance(fields, Files) else fields.id_field
+    if id_field is None:
         return Document(text=text, position=position, replaced=replaced)
-    identifier = get(fields.id_field)
+    identifier = get(id_field)
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise InputError(
-            f"{name}: expected a text or integer in {fields.id_field} {place}, got {type(identifier).__name__}; "
-            f"{remedy}"
+            f"{name}: expected a text or integer in {id_field} {place}, got {type(identifier).__name__}; {remedy}"
         )
     # never replaced: two ids that differ would become one
     if surrogate := SURROGATE.search(str(identifier)):
         raise InputError(
-            f"{name}: expected Unicode in {fields.id_field} {place}, got the lone surrogate "
+            f"{name}: expected Unicode in {id_field} {place}, got the lone surrogate "
             f"U+{ord(surrogate[0]):04X}; {remedy}"
         )
     return Document(text=text, position=position, id=str(identifier), replaced=replaced)
@@ -267,9 +287,10 @@ def _rows(item: Item, part: Range, source: Source) -> Iterator[Document]:
     except ImportError as error:
         raise extra("pyarrow", item.name, "nmoe[data]") from error
     fields = source.input
-    if not isinstance(fields, Parquet | Hub):
+    if not isinstance(fields, Files | Parquet | Hub):
         raise TypeError(f"{item.name}: read as rows, but its source has no columns")
-    columns = [fields.text_field, *([] if fields.id_field is None else [fields.id_field])]
+    id_field = None if isinstance(fields, Files) else fields.id_field
+    columns = [fields.text_field, *([] if id_field is None else [id_field])]
     remedy = 'restore it, or write clean.unreadable = "skip"'
     try:
         with pyarrow.parquet.ParquetFile(item.path) as file:

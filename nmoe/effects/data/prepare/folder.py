@@ -1,0 +1,116 @@
+"""`nmoe data prep FOLDER`: a source without a TOML, what it will read and write, and the command that trains on it."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from nmoe.config import load, preset
+from nmoe.config.data_source import Files, Source, Splits
+from nmoe.config.run_name import label
+from nmoe.effects.data.prepare.inputs import find
+from nmoe.effects.data.prepare.prep import begun
+from nmoe.effects.data.store.format import MANIFEST, Manifest, read_manifest, stem
+from nmoe.errors import InputError
+
+PRESET = "quickstart"
+MAX_CHARS = 1 << 15
+"""Characters of a document: 8,000 tokens or so, more than a window of any preset, and a book gives fifty of them."""
+RECORD_BYTES = 1 << 12
+"""Bytes of a record, assumed before it is read."""
+HELD_OUT = 20
+"""Documents expected in the validation split. A hash draws each document: with 20, one folder in 5e8 has none there."""
+FORMS = MappingProxyType({"lines": "jsonl", "gzip": "jsonl.gz", "zstd": "jsonl.zst"})
+LARGE = 0.1
+"""Share of its split from which a document is reported: a file of records that was read as one text, for example."""
+
+
+def folder_source(
+    path: Path, exclude: Sequence[str], text_field: str, name: str, out: Path, say: Callable[[str], None]
+) -> Source:
+    """The source of a folder of files, or of one file, relative to the folder.
+
+    A folder of few documents has a larger share of them held out for validation; none are held out for a test.
+
+    text_field  key or column of the text in files of records
+    name        of the tokenizer
+
+    Raises:  InputError as `find`, or when there is nothing at `path`.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: expected a folder, a file or a source TOML, got nothing there; check the path")
+    paths = (".",) if path.is_dir() else (path.name,)
+    read = Files(paths=paths, exclude=tuple(exclude), text_field=text_field, max_chars=MAX_CHARS)
+    items = find(read, base_of(path), out=out, skip_unreadable=False, say=say)
+    sizes = [
+        (size, MAX_CHARS if item.form.startswith("text") else RECORD_BYTES) for item in items for size in item.sizes
+    ]
+    documents = sum(-(-size // most) for size, most in sizes)
+    share = min(0.2, max(0.02, round(HELD_OUT / max(documents, 1), 2)))
+    return Source(tokenizer=name, input=read, splits=Splits(validation=share, test=0.0))
+
+
+def base_of(path: Path) -> Path:
+    """The folder that the paths of a source start from: the given one, or that of the given file."""
+    return path.resolve() if path.is_dir() else path.resolve().parent
+
+
+def dry_run_lines(source: Source, base: Path, out: Path, tokenizer: str, say: Callable[[str], None]) -> list[str]:
+    """What preparation would read and write.
+
+    tokenizer  which one, or that it would be trained
+
+    Raises:  InputError as `find`, or when `out` holds something else.
+    """
+    items = find(source.input, base, out=out, skip_unreadable=source.clean.unreadable == "skip", say=say)
+    forms = Counter(FORMS.get(item.form, item.form) for item in items)
+    state = "prepared already" if (out / MANIFEST).exists() else "begun, is continued" if begun(out) else "new"
+    shares = f"validation {source.splits.validation:.0%}, test {source.splits.test:.0%}"
+    return [
+        f"would read  {len(items)} files, {sum(sum(item.sizes) for item in items) / 1e6:.1f} MB: "
+        + ", ".join(f"{count} {form}" for form, count in sorted(forms.items())),
+        f"tokenizer   {tokenizer}",
+        f"would write {out} ({state}): shards of train, {shares} of the documents",
+    ]
+
+
+def next_lines(out: Path, said: str) -> list[str]:
+    """What to do next with a prepared folder: documents to look at, then the command that trains on it.
+
+    said  the folder as the user wrote it
+    """
+    manifest = read_manifest(out)
+    return [*_large_documents(out, said, manifest), *_command(said, out.name, manifest)]
+
+
+def _large_documents(out: Path, said: str, manifest: Manifest) -> Iterator[str]:
+    """A line for each split of which one document is more than a tenth."""
+    for split, receipt in manifest.splits.items():
+        largest = where = before = 0
+        for index in range(len(receipt.shards)):
+            tokens = np.diff(np.load(out / split / f"{stem(index)}.ends.npy", mmap_mode="r"), prepend=0)
+            if int(tokens.max()) > largest:
+                largest, where = int(tokens.max()), before + int(tokens.argmax())
+            before += len(tokens)
+        if largest > LARGE * receipt.tokens:
+            look = f"nmoe data head {shlex.quote(said)} --split {split} --skip {where} --documents 1"
+            yield f"large      one document is {largest / receipt.tokens:.0%} of {split}; look at it with: {look}"
+
+
+def _command(said: str, name: str, manifest: Manifest) -> list[str]:
+    """The commands to type next; instead of them, why the preset can not train on the folder."""
+    length = load(preset.path_of(PRESET), {}, ()).config.train.sequence_length
+    for split in ("train", "validation"):
+        if (tokens := manifest.splits[split].tokens) <= length:
+            remedy = "add text, or write a source TOML with a larger splits.validation"
+            return [f"next       {PRESET} needs more than {length} tokens of {split}, there are {tokens}; {remedy}"]
+    words = (
+        *("nmoe", "run", PRESET, "--data.source.kind=shards", f"--data.source.path={said}"),
+        *(f"--model.vocab_size={manifest.tokenizer_size}", f"--run.name={label(name)}"),
+    )
+    return ["next       train on it with:", shlex.join(words)]

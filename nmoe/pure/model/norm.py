@@ -35,6 +35,11 @@ def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float) -> tuple[Ten
     x, y     [... D]
     gain     [D]
     returns  x + y, and `rms_norm` of it; both [... D]
+    Raises:  ValueError for outputs of another shape than the residual stream's.
     """
+    if y.shape != x.shape:
+        raise ValueError(
+            f"add_rms_norm: expected y of the shape of x {list(x.shape)}, got {list(y.shape)}; pass one a row"
+        )
     total = x + y
     return total, rms_norm(total, gain, eps=eps)

@@ -81,7 +81,13 @@ def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:
     x          [B T ... P]
     positions  [B T]         of each token, within the table; (): 0..T-1
     returns    [B T ... P]   in the format of `x`
+    Raises:    ValueError for a row that is longer than the table, where positions are not given.
     """
+    if not isinstance(positions, Tensor) and x.shape[1] > rope.cos.shape[0]:
+        raise ValueError(
+            f"rotate: expected at most the {rope.cos.shape[0]} positions of the table, got {x.shape[1]}; make the "
+            "environment for longer sequences"
+        )
     at = positions if isinstance(positions, Tensor) else slice(x.shape[1])
     shape = (-1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
     cos, sin = rope.cos[at].view(shape), rope.sin[at].view(shape)

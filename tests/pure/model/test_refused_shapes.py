@@ -12,7 +12,8 @@ from nmoe.pure.core.key import Key
 from nmoe.pure.core.spec import Role, Spec
 from nmoe.pure.model.experts import moe_experts
 from nmoe.pure.model.loss import linear_cross_entropy
-from nmoe.pure.model.norm import rms_norm
+from nmoe.pure.model.norm import add_rms_norm, rms_norm
+from nmoe.pure.model.rope import Rope, rotate
 from nmoe.pure.model.route import Routing, balance, route, top_k
 
 FOUR = torch.full((3, 4), 0.5)
@@ -39,6 +40,14 @@ CASES: list[tuple[Callable[[], object], str]] = [
         r"dispatch: expected choices for each of 3 tokens, got shape \[2, 1\]; ",
     ),
     (lambda: rms_norm(FOUR, torch.ones(1), eps=1e-6), r"rms_norm: expected a gain of shape \[4\], got \[1\]; "),
+    (
+        lambda: add_rms_norm(FOUR, torch.ones(4), torch.ones(4), eps=1e-6),
+        r"add_rms_norm: expected y of the shape of x \[3, 4\], got \[4\]; ",
+    ),
+    (
+        lambda: rotate(torch.ones(1, 5, 2), Rope(torch.ones(4, 1), torch.ones(4, 1))),
+        "rotate: expected at most the 4 positions of the table, got 5; ",
+    ),
     (
         lambda: initial(Key(0), "up", Spec(("E", "D"), Role.EXPERT, normal("D")), {"E": 4, "D": 2}, world=3),
         "initial: expected a number of ranks that divides the 4 experts of 'up', got 3; ",

@@ -18,11 +18,13 @@ from jsonschema import Draft202012Validator
 
 from nmoe.config import Config, diff, dump, load, load_valid, schema
 from nmoe.config.check import unrunnable
+from nmoe.config.sections import Gqa
 from nmoe.pure.core.blueprint import count
 from nmoe.pure.model import model
 from nmoe.pure.model.attention import kind_of
 from nmoe.pure.model.hf import settings
 from tests.configs import ROOT, at_line, problems
+from tests.gpt_oss import hf_settings
 
 SHIPPED = sorted([*(ROOT / "configs").glob("*.toml"), *(ROOT / "configs" / "examples").glob("*.toml")])
 NAMES = [path.stem for path in SHIPPED]
@@ -219,8 +221,8 @@ def test_gpt_oss_has_the_published_shape() -> None:
     """The values of config.json of openai/gpt-oss-20b that this model has, under the names of `transformers`."""
     c = load(ROOT / "configs" / "gpt-oss-20b.toml", {}, ()).config.model
     kind, specs, sizes = kind_of(c.attention), model.specs(c), model.dims(c)
-    assert kind.hf is not None
-    found = kind.hf.settings(c.attention)
+    assert isinstance(c.attention, Gqa)
+    found = hf_settings(c.attention)
     published = {
         "num_attention_heads": 64,
         "num_key_value_heads": 8,

@@ -146,7 +146,7 @@ def test_an_installed_wheel_knows_presets_by_name(site: Path, tmp_path: Path) ->
 
 
 def test_the_tests_of_the_gpu_refuse_other_versions() -> None:
-    command = ["make", "gpu-test", f"GPU_PYTHON={sys.executable}"]
+    command = ["make", "--no-print-directory", "gpu-test", f"GPU_PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     here, wanted = pins("constraints.txt")["torch"], pins("constraints-gpu.txt")["torch"]
     assert done.returncode != 0

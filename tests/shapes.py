@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -45,6 +46,25 @@ def config(**changes: Any) -> sections.Model:
         moe=mixture(),
     )
     return attrs.evolve(c, **changes)
+
+
+# Of four frequencies the fastest is kept, the slowest divided, and two lie on the ramp between
+YARN = sections.Yarn(factor=8.0, original_positions=64, beta_fast=4.0, mscale=0.7, mscale_all_dim=1.3)
+DEEPSEEK = MappingProxyType(
+    {
+        "plain": config(),
+        "query latent, no dense layer": config(num_dense_layers=0, attention=attention(q_lora_rank=7)),
+        "groups, two dense layers": config(
+            num_layers=4, num_dense_layers=2, moe=mixture(num_groups=4, top_k_groups=2, top_k=4)
+        ),
+        "yarn": config(
+            max_positions=512, attention=attention(yarn=YARN, v_head_dim=8, qk_rope_head_dim=8, rope_theta=100.0)
+        ),
+        "one expert a token": config(moe=mixture(top_k=1, normalize=False, route_scale=1.7)),
+        "no shared expert": config(moe=mixture(num_shared_experts=0)),
+    }
+)
+"""Models that nmoe and transformers' DeepSeek-V3 both have, a feature each."""
 
 
 def parameters(c: sections.Model, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> model.Transformer:

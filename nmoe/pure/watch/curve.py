@@ -28,7 +28,7 @@ def smooth(x: Floats, y: Floats, span: float) -> Floats:
     """Mean of what came before, weighted by exp(-distance / span), over finite points only.
 
     Distance is in units of `x`, so runs that log more or less often smooth alike. The weights are normalised: there is
-    no pull towards zero at the start.
+    no bias towards zero at the start.
 
     x        [N] f64   ascending
     y        [N] f64   NaN and infinities are left out

@@ -18,21 +18,11 @@ from nmoe.pure.core.spec import POLICY
 from nmoe.pure.model import model
 from tests import shapes
 
-YARN = sections.Yarn(factor=8.0, original_positions=64, beta_fast=4.0, mscale=0.7, mscale_all_dim=1.3)
 MODELS = {
-    "plain": shapes.config(),
-    "query latent, no dense layer": shapes.config(num_dense_layers=0, attention=shapes.attention(q_lora_rank=7)),
-    "groups, two dense layers": shapes.config(
-        num_layers=4, num_dense_layers=2, moe=shapes.mixture(num_groups=4, top_k_groups=2, top_k=4)
-    ),
-    "yarn": shapes.config(
-        max_positions=512, attention=shapes.attention(yarn=YARN, v_head_dim=8, qk_rope_head_dim=8, rope_theta=100.0)
-    ),
+    **shapes.DEEPSEEK,
     "scales": shapes.config(
         embedding_scale=10.667, logit_scale=0.3, moe=shapes.mixture(num_shared_experts=2, route_scale=1.7)
     ),
-    "one expert a token": shapes.config(moe=shapes.mixture(top_k=1, normalize=False, route_scale=1.7)),
-    "no shared expert": shapes.config(moe=shapes.mixture(num_shared_experts=0)),
     "dense": shapes.config(num_layers=2, num_dense_layers=2),
 }
 

@@ -43,27 +43,18 @@ def their_table(network: DeepseekV3ForCausalLM, positions: int) -> Rope:
     return Rope(*(each[0].chunk(2, dim=-1)[0] for each in (cos, sin)))
 
 
-# Of four frequencies the fastest is kept, the slowest divided, and two lie on the ramp between
-YARN = sections.Yarn(factor=8.0, original_positions=64, beta_fast=4.0, mscale=0.7, mscale_all_dim=1.3)
 CONFIGS = {
-    "plain": shapes.config(),
-    "query latent, no dense layer": shapes.config(num_dense_layers=0, attention=shapes.attention(q_lora_rank=7)),
-    "groups, two dense layers": shapes.config(
-        num_layers=4, num_dense_layers=2, moe=shapes.mixture(num_groups=4, top_k_groups=2, top_k=4)
-    ),
-    "yarn": shapes.config(
-        max_positions=512, attention=shapes.attention(yarn=YARN, v_head_dim=8, qk_rope_head_dim=8, rope_theta=100.0)
-    ),
+    **shapes.DEEPSEEK,
     "everything": shapes.config(
         max_positions=512,
         norm_eps=1e-3,
         embedding_scale=10.0,
         logit_scale=0.3,
-        attention=shapes.attention(q_lora_rank=12, yarn=attrs.evolve(YARN, mscale=1.0), v_head_dim=2, rope_theta=500.0),
+        attention=shapes.attention(
+            q_lora_rank=12, yarn=attrs.evolve(shapes.YARN, mscale=1.0), v_head_dim=2, rope_theta=500.0
+        ),
         moe=shapes.mixture(num_groups=2, top_k_groups=1, top_k=2, num_shared_experts=2, route_scale=1.7),
     ),
-    "one expert a token": shapes.config(moe=shapes.mixture(top_k=1, normalize=False, route_scale=1.7)),
-    "no shared expert": shapes.config(moe=shapes.mixture(num_shared_experts=0)),
 }
 
 

@@ -210,8 +210,8 @@ def backward_(
     with record_function("exchange dispatch"), aside(e):
         send_(e, x, kept, f.land, SIDE_PROGRAMS)
     with record_function("experts"):
-        # One tile a program, not persistent: of persistent programs those whose multiprocessor pushes rows begin late
-        # with an equal share of the tiles.
+        # One tile a program: of persistent programs, those whose multiprocessor pushes rows would begin late with an
+        # equal share of the tiles. Not measured apart from other changes (docs/log.md, 2026-11-28).
         each = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
         pulls = received(e, f.land_gradient, kept)
         cut = places.tiles(kept.count, s.capacity, t.activation.block_m)

@@ -30,7 +30,8 @@ def by_matrix(
     """`apply` to the matrices that a parameter consists of, and its results in their places.
 
     The sharded axis and axes that are numbers count matrices: experts, gate and value. The two others are the sides;
-    several axes are one side together where the spec merges them, and an axis `A+B` is two matrices side by side.
+    several axes are one side together where the spec merges them, and a side that begins with `A+B` is two matrices
+    side by side.
 
     apply    [... M N] -> [... M N], called once for each part of a sum
     tensor   of as many elements as `shape`
@@ -42,11 +43,12 @@ def by_matrix(
     rest = [at for at in range(len(spec.axes)) if at not in counted]
     sides = [spec.axes[at] for at in rest]
     moved = tensor.view(shape).permute(*counted, *rest)
-    value = moved
+    value, inner = moved, dict.fromkeys(sides, 1)  # inner: elements of a side that one index of its first axis has
     if spec.merged:
         first, count = sides.index(spec.merged[0]), len(spec.merged)
         value = moved.flatten(len(counted) + first, len(counted) + first + count - 1)
-        sides[first : first + count] = [" ".join(spec.merged)]
+        del sides[first + 1 : first + count]
+        inner[sides[first]] = math.prod(shape[at] for at in rest[first + 1 : first + count])
     if len(sides) != 2:
         raise ValueError(
             f"Muon: expected a matrix, got axes {' '.join(spec.axes)}; put the axes that are one side of it into "
@@ -54,7 +56,8 @@ def by_matrix(
         )
     for dim, side in zip((-2, -1), sides, strict=True):
         if "+" in side:
-            apply = partial(_side_by_side, apply, dim, [axis_size(part, dims) for part in side.split("+")])
+            sizes = [axis_size(part, dims) * inner[side] for part in side.split("+")]
+            apply = partial(_side_by_side, apply, dim, sizes)
     order = sorted(range(len(spec.axes)), key=[*counted, *rest].__getitem__)
     return apply(value).reshape(moved.shape).permute(order).reshape(tensor.shape)
 

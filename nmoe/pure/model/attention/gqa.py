@@ -30,9 +30,9 @@ class Gqa:
     `qkv` makes, in one product, [queries | keys | values]. `sinks` has a logit a query head, or is () without sinks.
     """
 
-    qkv: Tensor = param("D J C", Role.MATRIX, normal("D"))
+    qkv: Tensor = param("D (H+K+K C)", Role.MATRIX, normal("D"))
     sinks: Tensor | tuple[()] = param("H", Role.GAIN, zeros)
-    out: Tensor = param("H C D", Role.MATRIX, residual("H", "C"))
+    out: Tensor = param("(H C) D", Role.MATRIX, residual("H", "C"))
 
 
 def specs(c: sections.Gqa) -> Gqa:
@@ -41,8 +41,8 @@ def specs(c: sections.Gqa) -> Gqa:
 
 
 def dims(c: sections.Gqa) -> dict[str, int]:
-    """Sizes of the axes that only attention has: H, J and C."""
-    return {"H": c.num_heads, "J": c.num_heads + 2 * c.num_kv_heads, "C": c.head_dim}
+    """Sizes of the axes that only attention has: H, K and C."""
+    return {"H": c.num_heads, "K": c.num_kv_heads, "C": c.head_dim}
 
 
 def at_layer(c: sections.Gqa, layer: int) -> sections.Gqa:

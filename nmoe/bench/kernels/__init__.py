@@ -1,4 +1,4 @@
-"""`nmoe bench moe|attention|loss|optimizer|kernels`: each kernel beside what it has to beat, in one run."""
+"""`nmoe bench moe|attention|loss|optimizer|kernels`: each kernel beside reference implementations, in one run."""
 
 from __future__ import annotations
 

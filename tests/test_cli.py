@@ -264,12 +264,24 @@ def test_each_verb_has_help_with_an_example(verb: str) -> None:
     assert f"example: nmoe {verb} " in done.stdout
 
 
-@pytest.mark.parametrize(("given", "kept"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_how_threads_wait_is_the_users_choice(given: dict[str, str], kept: str) -> None:
-    program = "import os; from nmoe.cli import main; main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
-    environ = {name: value for name, value in ENVIRON.items() if name != "OMP_WAIT_POLICY"} | given
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ, check=False)
-    assert done.stdout.splitlines()[-1] == kept, done
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+UNSET = {name: value for name, value in ENVIRON.items() if name not in WAITING}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, ["passive", "1000"]),
+        ({"OMP_WAIT_POLICY": "active"}, ["active", None]),
+        ({"GOMP_SPINCOUNT": "7"}, ["passive", "7"]),
+    ],
+)
+def test_how_threads_wait_is_the_users_choice(given: dict[str, str], kept: list[str | None]) -> None:
+    program = f"import os; from nmoe.cli import main; main(['--version']); print([*map(os.environ.get, {WAITING})])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=UNSET | given, check=False
+    )
+    assert done.stdout.splitlines()[-1] == str(kept), done
 
 
 @pytest.mark.long
@@ -278,21 +290,22 @@ def test_how_threads_wait_changes_no_bit(sources: Path, tmp_path: Path) -> None:
     config = tiny(vocab_size=300, batch_size=16, microbatch_size=16, sequence_length=64, steps=2, source=source)
     (tmp_path / "tiny.toml").write_text(dump(config))
     weights: list[bytes] = []
-    for policy in ("passive", "active"):
-        chosen = {} if policy == "passive" else {"OMP_WAIT_POLICY": policy}
-        environ = {name: value for name, value in (ENVIRON | chosen).items() if name != "OMP_WAIT_POLICY" or chosen}
+    for policy, spins in (("passive", "1000"), ("passive", "0"), ("active", "unset")):
+        chosen = {"OMP_WAIT_POLICY": policy} | ({} if spins == "unset" else {"GOMP_SPINCOUNT": spins})
         done = subprocess.run(
-            [sys.executable, "-m", "nmoe", "run", "tiny.toml", f"--run.name={policy}"],
+            [sys.executable, "-m", "nmoe", "run", "tiny.toml", f"--run.name={policy}{spins}"],
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env=environ | {"OMP_NUM_THREADS": "2"},
+            env=UNSET | chosen | {"OMP_NUM_THREADS": "2"},
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert f"threads        2 on the CPU, OMP_WAIT_POLICY={policy}" in done.stdout.splitlines()
-        weights.append((tmp_path / "runs" / policy / "weights.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+        assert (
+            f"threads        2 on the CPU, OMP_WAIT_POLICY={policy} GOMP_SPINCOUNT={spins}" in done.stdout.splitlines()
+        )
+        weights.append((tmp_path / "runs" / f"{policy}{spins}" / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1] == weights[2]
 
 
 def test_interrupted_while_reading(tmp_path: Path) -> None:

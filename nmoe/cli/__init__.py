@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     returns  exit code: the verb's own, 2 for bad input, 130 interrupted, 141 when the reader of stdout has gone
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # OpenMP reads these when torch is imported. Threads that spin while they wait hold the cores against everybody else:
+    # OpenMP reads these when torch is imported. Threads that spin while they wait hold the cores against all others:
     # 585 tokens/s instead of 4,610 on two busy cores. Some 1,000 turns before they sleep cost nothing there, and give
     # 8.7 k instead of 7.0 k on two quiet ones; the same bits (docs/log.md, 2026-11-28).
     if "OMP_WAIT_POLICY" not in os.environ:

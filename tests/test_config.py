@@ -18,7 +18,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
+from nmoe.config import Config, annotated, check, diff, dump, identity, load, load_valid, validate
 from nmoe.config.check import PLAIN, remarks
 from nmoe.config.convert import structure
 from nmoe.config.data_mixture import Part, Rest
@@ -26,7 +26,7 @@ from nmoe.config.data_source import Source
 from nmoe.config.fields import Key, is_table, keys, members
 from nmoe.config.run_name import is_run_name, label
 from nmoe.config.secrets import masked, masked_arguments
-from nmoe.config.sections import Mla, Shards, Stdlib, Yarn
+from nmoe.config.sections import Gqa, Mla, Shards, Stdlib, Yarn
 from nmoe.config.toml import lines, literal
 from nmoe.errors import InputError
 from nmoe.pure.model.attention import KINDS
@@ -546,15 +546,24 @@ def test_rules_of_grouped_query_attention(changes: dict[str, Any], expected: str
     assert problem.startswith(f"model.attention.{expected}"), problem
 
 
-def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
+def test_a_kind_without_kernels_is_named_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The list in `config`, which knows no torch, and the kinds themselves say the same."""
+    assert set(PLAIN) == {section for section, kind in KINDS.items() if kind.kernel_kept_bytes is None}
     on_gpu, on_cpu, latent = (
         load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("gpt-oss-20b", "quickstart-gqa", "moonlet")
     )
+    assert remarks(on_gpu) == remarks(on_cpu) == remarks(latent) == ()
+    monkeypatch.setattr(check, "PLAIN", (Gqa,))
     (remark,) = remarks(on_gpu)
     assert remark.startswith('model.attention.kind: "gqa" has no kernels, a GPU runs it as plain torch')
     assert remarks(on_cpu) == remarks(latent) == ()
-    assert set(PLAIN) == {section for section, kind in KINDS.items() if kind.kernel_kept_bytes is None}
+
+
+@pytest.mark.parametrize(("size", "wrong"), [(64, False), (128, False), (32, True), (96, True), (256, True)])
+def test_heads_that_the_kernels_of_grouped_queries_take(size: int, wrong: bool) -> None:
+    config = load(ROOT / "configs" / "gpt-oss-20b.toml", {}, (f"--model.attention.head_dim={size}",)).config
+    told = f"model.attention.head_dim: expected 64 or 128 for the attention kernels, got {size}; write one of them"
+    assert validate(config, 8) == ((told,) if wrong else ())
 
 
 def rules_config(*overrides: str) -> Config:

@@ -14,8 +14,11 @@ from nmoe.config.toml import dotted, shown
 GPUS_PER_HOST = 8
 """Of every host with H100, H200 or B200 that is sold."""
 
-PLAIN = (Gqa,)
+PLAIN: tuple[type, ...] = ()
 """Kinds of attention without kernels."""
+
+GQA_HEAD_DIMS = (64, 128)
+"""Channels of a head that the kernels of `gqa` take."""
 
 ITEM_BYTES = MappingProxyType({"fp32": 4, "bf16": 2})
 
@@ -257,6 +260,11 @@ def kernel_sizes(c: Model, *, device: str, compute: str) -> Iterator[str]:
             )
     if device == "cpu":
         return
+    if isinstance(c.attention, Gqa) and c.attention.head_dim not in GQA_HEAD_DIMS:
+        yield (
+            f"model.attention.head_dim: expected {' or '.join(map(str, GQA_HEAD_DIMS))} for the attention kernels, got "
+            f"{c.attention.head_dim}; write one of them"
+        )
     for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         size = getattr(c.attention, key, step)  # a script's own kind of attention may have none of them
         if size % step or not step <= size <= 256:

@@ -42,7 +42,7 @@ class Kind:
     kernel_kept_bytes  (c) -> the same of the kernels, and the bytes of norms that train.recompute makes again; None: it
                        has no kernels, a GPU runs the reference
     reference          record of ops in plain torch; a device gives its own record of the same class
-    tile_sizes         (c) -> the key of this kind in the table of tiles, () when its kernels have none
+    tile_sizes         (c) -> the key of a layer in the table of tiles, () when its kernels have none
     hf                 its settings and tensors in `transformers`; None: it has no such attention
     """
 
@@ -89,7 +89,9 @@ KINDS: Kinds = MappingProxyType(
             apply=gqa.gqa,
             flops=gqa.flops,
             kept_bytes=gqa.kept_bytes,
+            kernel_kept_bytes=gqa.kernel_kept_bytes,
             reference=gqa.REFERENCE,
+            tile_sizes=lambda c: (c.head_dim,) if c.window is None else (c.head_dim, c.window),
         ),
     }
 )

@@ -212,3 +212,12 @@ def kept_bytes(c: sections.Gqa, *, hidden: int, sequence_length: int, element: i
     a_pair = wide + (element if element < wide else 0)
     pairs = executed(sequence_length, c.window) if square else 0
     return kept * element + c.num_heads * pairs * a_pair // sequence_length
+
+
+def kernel_kept_bytes(c: sections.Gqa) -> tuple[int, int]:
+    """Bytes a token that the kernels keep in one layer, bf16, and those of norms that recompute makes again: none.
+
+    The fused projection, the output, and in fp32 the log-sum-exp of each query head.
+    """
+    upcast, element, sizes = 4, 2, dims(c)
+    return (sizes["J"] + sizes["H"]) * sizes["C"] * element + sizes["H"] * upcast, 0

@@ -217,7 +217,7 @@ def _locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
         lock = open(cache / ".lock", "a")
     except OSError as error:
         raise InputError(
-            f"{cache}: expected a folder to write to, got {error.strerror}; choose another home"
+            f"{cache}: expected a folder to write to, got {error.strerror}; set NMOE_HOME to another"
         ) from error
     with lock:
         try:

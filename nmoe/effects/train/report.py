@@ -68,7 +68,7 @@ class Report:
             tokens_per_s=rate,
             mfu=mfu,
             memory_bytes=held,
-            **self._sent(state, busy),
+            **self._sent(metrics, busy),
             step_s=busy,
             **{f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"},
             experts={
@@ -115,7 +115,7 @@ class Report:
             elapsed_s=time.monotonic() - self.began,
             tokens_local=self._tokens_local(state),
             memory_bytes=gpu.memory_bytes(self.rt.device),
-            **self._sent(state, busy),
+            **self._sent(metrics, busy),
             step_s=busy,
             **parts,
         )
@@ -125,11 +125,11 @@ class Report:
         """Tokens this rank has read, in all attempts."""
         return resume.count_tokens(self.first_tokens, state.tokens, self.rt.world)[self.rt.rank]
 
-    def _sent(self, state: State, step_s: float) -> dict[str, float]:
-        """Bytes this rank wrote into the memory of others, a step of this attempt, and that over the time of a step."""
+    def _sent(self, metrics: Metrics, step_s: float) -> dict[str, float]:
+        """Bytes this rank wrote into the memory of others in the last step, and that over the mean time of a step."""
         if self.exchange is None:
             return {}
-        num_bytes = self.exchange.sent.item() / (state.step - self.first_step)
+        num_bytes = int(metrics.sent.item())
         return {"exchange/bytes": num_bytes, "exchange/bandwidth": num_bytes / step_s}
 
     def settle(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model import route
@@ -227,7 +228,7 @@ def forward(
     returns  [B T D] and the reports of all MoE layers, stacked
     Raises:  ValueError for tensors of other shapes.
     """
-    _check(tokens, bias, start, routing, c)
+    _check(p, tokens, bias, start, routing, c)
     x = F.embedding(tokens, p.embed) * c.embedding_scale
     placed = documents(start)
     reports: list[RouterReport] = []
@@ -257,25 +258,31 @@ def _stacked(reports: list[RouterReport], bias: Tensor) -> RouterReport:
 
 
 def _check(
-    tokens: Tensor, bias: Tensor, start: Tensor | tuple[()], routing: tuple[Routing | Tensor, ...], c: sections.Model
+    p: Transformer,
+    tokens: Tensor,
+    bias: Tensor,
+    start: Tensor | tuple[()],
+    routing: tuple[Routing | Tensor, ...],
+    c: sections.Model,
 ) -> None:
     """Refuse what would broadcast silently or fail far from its cause."""
     layers = c.num_layers - c.num_dense_layers
+    if len(p.blocks) != c.num_layers:
+        raise ValueError(
+            f"forward: expected parameters of {c.num_layers} layers, got {len(p.blocks)}; pass the section of this "
+            "model"
+        )
     if tokens.ndim != 2 or tokens.dtype is not torch.int64:
         raise ValueError(
             f"forward: expected tokens [B T] in i64, got {list(tokens.shape)} in {tokens.dtype}; "
             "pass a batch of sequences of ids"
         )
-    if bias.shape != (layers, c.moe.num_experts):
-        raise ValueError(
-            f"forward: expected a router bias of shape [{layers}, {c.moe.num_experts}], got {list(bias.shape)}; "
-            "pass a row an MoE layer and a column an expert"
-        )
-    if isinstance(start, Tensor) and start.shape != tokens.shape:
-        raise ValueError(
-            f"forward: expected start of the shape of tokens {list(tokens.shape)}, got {list(start.shape)}; "
-            "pass one index a token"
-        )
+    wanted = (layers, c.moe.num_experts)
+    expect_shape(
+        "forward: expected a router bias", bias.shape, wanted, "pass a row an MoE layer and a column an expert"
+    )
+    if isinstance(start, Tensor):
+        expect_shape("forward: expected start", start.shape, tokens.shape, "pass one index a token")
     if routing and len(routing) != layers:
         raise ValueError(
             f"forward: expected a routing for each of the {layers} MoE layers, got {len(routing)}; "
@@ -306,11 +313,9 @@ def objective(
     returns        (loss, nll, report): loss = (nll + z-loss) / num_targets + balance · mean imbalance; nll is the sum
                    over this batch, without gradient
     """
-    if batch.targets.shape != batch.tokens.shape:
-        raise ValueError(
-            f"objective: expected targets of the shape of tokens {list(batch.tokens.shape)}, got "
-            f"{list(batch.targets.shape)}; pass the token that follows each"
-        )
+    expect_shape(
+        "objective: expected targets", batch.targets.shape, batch.tokens.shape, "pass the token that follows each"
+    )
     x, report = forward(p, batch.tokens, bias, env, c, batch.start, routing=routing, run=run)
     total, nll = env.ops.linear_cross_entropy(
         x.flatten(0, 1), p.head, batch.targets.flatten(), chunk=chunk, logit_scale=c.logit_scale, z_loss=z_loss

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import POLICY, Dims, Spec, axis_size
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -116,8 +117,11 @@ def muon(
     by_matrix (apply, tensor) -> tensor, as the function above for this parameter
     bf16      whether the Newton-Schulz products are in bf16
     returns   the new value and momentum, f32
+    Raises:   ValueError for a gradient or momentum of another shape than the parameter.
     Source:   Liu et al. (arXiv:2502.16982) section 2.2, as `torch.optim.Muon` with "match_rms_adamw".
     """
+    for name, tensor in zip(("a gradient", "a momentum"), (gradient, *moments), strict=True):
+        expect_shape(f"muon: expected {name}", tensor.shape, value.shape, "pass one of this parameter")
     buffer = torch.lerp(moments[0].to(value.dtype), gradient, 1 - momentum)
     ahead = torch.lerp(gradient, buffer, momentum)
     step = by_matrix(partial(direction, bf16=bf16), ahead)

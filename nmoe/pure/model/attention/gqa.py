@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, residual, zeros
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.norm import upcast
@@ -128,9 +129,14 @@ def attend_gqa(
     start    [B T] i32 or ()   query i sees no key before start[i]; (): all keys up to i
     window   keys a query sees, its own included; None: all
     returns  [B T H C]         in the format of `v`; softmax in fp32 at least
+    Raises:  ValueError for keys or values of other tokens or channels than the queries.
     Cost:    4·B·H·C FLOPs a pair of query and key that `_blocks` has.
     """
-    groups = k.shape[2]
+    tokens, groups, remedy = q.shape[:2], k.shape[2], "pass those of the tokens of the queries"
+    expect_shape("attend_gqa: expected k", k.shape, (*tokens, groups, q.shape[-1]), remedy)
+    expect_shape("attend_gqa: expected v", v.shape, (*tokens, groups, v.shape[-1]), remedy)
+    if isinstance(start, Tensor):
+        expect_shape("attend_gqa: expected start", start.shape, tokens, remedy)
     # heads before tokens, once: every block below is then a view that a batched GEMM takes as it is
     q = (q * scale).unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
     k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.hf_leaf import Leaf, columns, matrix, same
@@ -159,6 +160,9 @@ def query(x: Tensor, up: Tensor, key: Tensor, rope: Rope, positions: Tensor | tu
     return rotate_mla((x @ up.flatten(1)).unflatten(-1, up.shape[1:]), key, rope, positions)
 
 
+OF_THE_QUERIES = "pass those of the tokens of the queries"
+
+
 def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
     """Causal softmax attention; a head's key is its own part of `kv` beside the shared `k_rope`.
 
@@ -167,9 +171,14 @@ def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] 
     k_rope   [B T P]           rotated key, shared by all heads
     start    [B T] i32 or ()   query i sees the keys start[i]..i; (): the keys up to i
     returns  [B T H U]
+    Raises:  ValueError for keys or values of other tokens or heads than the queries.
     Cost:    2·B·T²·H·(C + U) FLOPs as executed, half of them above the diagonal.
     """
-    heads = q.shape[2]
+    tokens, heads = q.shape[:2], q.shape[2]
+    expect_shape("attend_mla: expected kv", kv.shape, (*q.shape[:3], kv.shape[-1]), OF_THE_QUERIES)
+    expect_shape("attend_mla: expected k_rope", k_rope.shape, (*tokens, k_rope.shape[-1]), OF_THE_QUERIES)
+    if isinstance(start, Tensor):
+        expect_shape("attend_mla: expected start", start.shape, tokens, OF_THE_QUERIES)
     nope = q.shape[-1] - k_rope.shape[-1]
     k_nope, v = kv.split((nope, kv.shape[-1] - nope), dim=-1)
     k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)), dim=-1)

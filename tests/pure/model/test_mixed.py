@@ -51,7 +51,7 @@ def theirs(c: sections.Model, p: model.Transformer, bias: Tensor) -> KimiLinearF
     network = KimiLinearForCausalLM(config)
     for name, module in network.named_modules():
         if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
-            module.variance_epsilon = c.norm_eps  # theirs is 1e-6 whatever the config says
+            vars(module)["variance_epsilon"] = c.norm_eps  # theirs is 1e-6 whatever the config says
     network.to(dtype=p.embed.dtype)  # pyright: ignore[reportCallIssue]
     network.load_state_dict(hf_tensors(p, bias, c), strict=True)
     return network
@@ -106,7 +106,6 @@ def test_parts_of_one_kind_keep_their_own_sizes() -> None:
     wide = attrs.evolve(GROUPED, num_heads=2, num_kv_heads=1, head_dim=16, window=None)
     c = mixed("ab", a=GROUPED, b=wide)
     specs, dims = model.specs(c), model.dims(c)
-    shape = {"sequence_length": 24, "causal": True}
     for layer, part in enumerate((GROUPED, wide, GROUPED)):
         alone = attrs.evolve(c, attention=part)
         expected = init(Key(3), model.specs(alone), model.dims(alone)).blocks[layer].attention
@@ -115,13 +114,13 @@ def test_parts_of_one_kind_keep_their_own_sizes() -> None:
         kind, section = layers(c)[layer]
         assert (kind, section) == (KINDS[sections.Gqa], part)
     singles = [attrs.evolve(c, attention=part) for part in (GROUPED, wide)]
-    each = [forward_flops(one, model.specs(one), model.dims(one), **shape) for one in singles]
-    both = forward_flops(c, specs, dims, **shape)
+    each = [forward_flops(one, model.specs(one), model.dims(one), sequence_length=24, causal=True) for one in singles]
+    both = forward_flops(c, specs, dims, sequence_length=24, causal=True)
     assert 3 * both.attention == 2 * each[0].attention + each[1].attention
     assert 3 * both.projections == 2 * each[0].projections + each[1].projections
-    size = {"tokens": 24, "sequence_length": 24, "element": 4, "square": True}
-    kept = [activation_bytes(one, model.dims(one), **size) for one in singles]
-    assert 3 * activation_bytes(c, dims, **size) == 2 * kept[0] + kept[1]
+    size = {"tokens": 24, "sequence_length": 24, "element": 4}
+    kept = [activation_bytes(one, model.dims(one), **size, square=True) for one in singles]
+    assert 3 * activation_bytes(c, dims, **size, square=True) == 2 * kept[0] + kept[1]
 
 
 def test_muon_sees_the_matrices_that_the_kind_alone_has() -> None:

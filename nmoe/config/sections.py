@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 
+from nmoe.config.setting import setting
+
 MOST_POSITIONS = 2**24
 """Positions are exact in fp32 up to here."""
 
@@ -25,32 +27,6 @@ WIDEST = 2**20
 
 MOST_SECONDS = 7 * 86_400.0
 """Threads cannot wait longer than 292 years; who waits longer than a week for a rank waits in vain."""
-
-
-def setting(
-    doc: str,
-    *,
-    default: Any = attrs.NOTHING,
-    unit: str = "",
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    identity: bool = True,
-    shapes: bool = False,
-) -> Any:
-    """One key of a section.
-
-    doc       what the key means, one line
-    default   value when the key is absent; without one the key is required
-    unit      what the number counts
-    low, high inclusive bounds; above: exclusive lower bound
-    identity  whether a run with another value is another run (else it may change on resume)
-    shapes    whether the tensors of a checkpoint are others with another value: no resume can accept it
-    """
-    about = {"doc": doc, "unit": unit, "low": low, "high": high, "above": above, "identity": identity, "shapes": shapes}
-    return attrs.field(
-        default=default, metadata={key: value for key, value in about.items() if value not in (None, "")}
-    )
 
 
 @attrs.frozen(kw_only=True)

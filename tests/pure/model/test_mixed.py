@@ -118,9 +118,11 @@ def test_parts_of_one_kind_keep_their_own_sizes() -> None:
     both = forward_flops(c, specs, dims, sequence_length=24, causal=True)
     assert 3 * both.attention == 2 * each[0].attention + each[1].attention
     assert 3 * both.projections == 2 * each[0].projections + each[1].projections
-    size = {"tokens": 24, "sequence_length": 24, "element": 4}
-    kept = [activation_bytes(one, model.dims(one), **size, square=True) for one in singles]
-    assert 3 * activation_bytes(c, dims, **size, square=True) == 2 * kept[0] + kept[1]
+    first, second, total = (
+        activation_bytes(one, model.dims(one), tokens=24, sequence_length=24, element=4, square=True)
+        for one in (*singles, c)
+    )
+    assert 3 * total == 2 * first + second
 
 
 def test_muon_sees_the_matrices_that_the_kind_alone_has() -> None:

@@ -202,7 +202,7 @@ def attend_kda(
     returns  [B T H C] in the format of `v`, and S after the row; computed in fp32 at least
     Cost:    `flops`; what exists at once grows linearly with T.
     """
-    length, dtype = q.shape[1], v.dtype
+    length, given = q.shape[1], v
     size = _chunk(length)
 
     def chunks(x: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def attend_kda(
         fresh = value[:, :, n] - correction[:, :, n] @ state
         parts.append(entered[:, :, n] @ state + weight[:, :, n] @ fresh)
         state = carried[:, :, n] * state + left[:, :, n].mT @ fresh
-    return torch.cat(parts, 2)[:, :, :length].transpose(1, 2).to(dtype), state
+    return torch.cat(parts, 2)[:, :, :length].transpose(1, 2).to(given.dtype), state
 
 
 def _chunk(length: int) -> int:

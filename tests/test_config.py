@@ -137,7 +137,7 @@ def test_a_file_of_another_kind_drops_the_keys_of_its_base(tmp_path: Path) -> No
     )
     (problem,) = problems(file, KIND, "--data.source.tokenizer_size=300", PATH)
     assert 'tokenizer_size=300: data.source.tokenizer_size: expected a known key of kind "shards"' in problem
-    assert 'got "kda"' in problems(file, "--model.attention.kind=kda")[0]
+    assert 'got "rnn"' in problems(file, "--model.attention.kind=rnn")[0]
 
 
 def test_the_last_of_two_overrides_holds() -> None:

@@ -83,7 +83,7 @@ BAD_CONFIGS = {
     "unknown attention": (
         r'^kind = "mla"',
         'kind = "flash"',
-        [r'x.toml:\d+: model.attention.kind: expected one of "mla", "gqa", got "flash"; .*'],
+        [r'x.toml:\d+: model.attention.kind: expected one of "mla", "gqa", "kda", "mixed", got "flash"; .*'],
     ),
 }
 

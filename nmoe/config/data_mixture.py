@@ -14,7 +14,8 @@ import attrs
 from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import Fault, structure
 from nmoe.config.fields import KeyPath
-from nmoe.config.sections import MOST_TOKENS, setting
+from nmoe.config.sections import MOST_TOKENS
+from nmoe.config.setting import setting
 from nmoe.config.toml import dotted, read, shown
 from nmoe.errors import InputError, printable
 

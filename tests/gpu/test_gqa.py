@@ -47,10 +47,10 @@ def compare(inputs: list[Tensor], start: Tensor | tuple[()], window: int | None)
     told: dict[str, Any] = {"scale": channels**-0.5, "window": window}
 
     def ours(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:
-        return kernel.gqa_attention(q, k, v, *(sinks or ((),)), start, tiles=shipped(channels, window), **told)
+        return kernel.gqa_attention(q, k, v, sinks[0] if sinks else (), start, tiles=shipped(channels, window), **told)
 
     def plain(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:
-        return pure.attend_gqa(q, k, v, *(sinks or ((),)), start, **told)
+        return pure.attend_gqa(q, k, v, sinks[0] if sinks else (), start, **told)
 
     pulls = [normal(*inputs[0].shape, seed=3)]
     found, allowed, right = (

@@ -13,15 +13,17 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from nmoe.config.check import kernel_sizes
-from nmoe.config.sections import Model
+from nmoe.config.sections import Mixed, Model
 from nmoe.effects.device import cpu
 from nmoe.effects.kernels import tables as tuning
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange, host
 from nmoe.errors import InputError
 from nmoe.pure.core.tree import record
-from nmoe.pure.model.attention import KINDS, Kind, Kinds, kind_of
+from nmoe.pure.model.attention import KINDS, Kind, Kinds, attention_of, kind_of
+from nmoe.pure.model.attention import layers as attention_layers
 from nmoe.pure.model.attention.gqa import GqaOps
+from nmoe.pure.model.attention.mixed import MixedOps
 from nmoe.pure.model.attention.mla import MlaOps
 from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import route_tokens
@@ -54,12 +56,11 @@ def build(
 
     Raises:  InputError for sizes that a kernel does not take.
     """
-    kind = kind_of(c.attention, kinds)
     if device.type == "cpu":
         return labelled(
             attrs.evolve(
-                reference(kind),
-                attention=_cpu_attention(kind),
+                reference(attention_of(c, kinds)),
+                attention=_by_part(c, kinds, lambda kind, section: _cpu_attention(kind)),
                 experts=cpu.moe_experts
                 if exchange is None
                 else partial(host.mixture, exchange=exchange, experts=cpu.experts_grouped),
@@ -80,7 +81,9 @@ def build(
             norm=rms_norm.rms_norm,
             add_norm=rms_norm.add_rms_norm,
             swiglu=swiglu.swiglu,
-            attention=_gpu_attention(device, kind, c.attention, deterministic, documents),
+            attention=_by_part(
+                c, kinds, lambda kind, section: _gpu_attention(device, kind, section, deterministic, documents)
+            ),
             route=partial(route_tokens, score=router.scores, select=router.top_k),
             experts=partial(mixtures.moe_experts, tiles=tiles, accumulator=accumulator)
             if exchange is None
@@ -88,6 +91,12 @@ def build(
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
         )
     )
+
+
+def _by_part(c: Model, kinds: Kinds, ops: Callable[[Kind, Any], Any]) -> Any:
+    """The ops of the model's attention, those of each part where kinds are mixed."""
+    found = tuple(ops(kind_of(section, kinds), section) for section in c.attentions().values())
+    return MixedOps(found) if isinstance(c.attention, Mixed) else found[0]
 
 
 def _cpu_attention(kind: Kind) -> Any:
@@ -149,20 +158,23 @@ def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS) -> tuple
     """A line for each op without kernels, or whose tiles nobody measured for these sizes: right, and maybe slow."""
     if device.type == "cpu":
         return ()
-    kind, name = kind_of(c.attention, kinds), type(c.attention).__name__
-    if kind.kernel_kept_bytes is None:
-        without = (f"attention: {name} has no kernels, it runs as plain torch: right, and slow",)
-    else:
-        without = ()
-    layers = dict.fromkeys(kind.tile_sizes(kind.at_layer(c.attention, layer)) for layer in range(c.num_layers))
-    used = [("moe", (c.hidden_size, c.moe.intermediate_size)), *((name.lower(), sizes) for sizes in layers if sizes)]
+    layers = attention_layers(c, kinds)
+    without = dict.fromkeys(type(section).__name__ for kind, section in layers if kind.kernel_kept_bytes is None)
+    used = dict.fromkeys((type(section).__name__.lower(), kind.tile_sizes(section)) for kind, section in layers)
     table = shipped(device)
-    found = ((op, tuning.find(table, op, *sizes), "x".join(map(str, sizes))) for op, sizes in used)
-    return without + tuple(
-        f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"
-        + (f"; `nmoe bench kernels --tune --size {size}` finds better ones" if op == "moe" else "")
-        for op, entry, size in found
-        if not entry.measured
+    entries = (
+        (op, tuning.find(table, op, *sizes), "x".join(map(str, sizes)))
+        for op, sizes in (("moe", (c.hidden_size, c.moe.intermediate_size)), *used)
+        if sizes
+    )
+    return (
+        *(f"attention: {name} has no kernels, it runs as plain torch: right, and slow" for name in without),
+        *(
+            f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"
+            + (f"; `nmoe bench kernels --tune --size {size}` finds better ones" if op == "moe" else "")
+            for op, entry, size in entries
+            if not entry.measured
+        ),
     )
 
 

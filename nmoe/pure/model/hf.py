@@ -240,6 +240,10 @@ def _names(c: Any = None) -> Hf:
         raise InputError(
             f"model.attention: expected a kind that deepseek_v3 has, got {section.__name__}; only mla can be exported"
         )
+    if isinstance(c, sections.Mla) and c.position == "none":
+        raise InputError(
+            'model.attention: expected a kind that deepseek_v3 has, got position = "none"; it rotates every key'
+        )
     return names
 
 

@@ -16,7 +16,7 @@ from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model import route
-from nmoe.pure.model.attention import KINDS, Kinds, kind_of
+from nmoe.pure.model.attention import KINDS, Kinds, attention_of
 from nmoe.pure.model.experts import mlp
 from nmoe.pure.model.ops import Env
 from nmoe.pure.model.rope import Documents, documents
@@ -98,15 +98,17 @@ class RouterReport:
 
 def specs(c: sections.Model, *, kinds: Kinds = KINDS) -> Transformer:
     """The model with a Spec where each parameter will be."""
-    kind = kind_of(c.attention, kinds)
+    kind = attention_of(c, kinds)
 
     def ffn(layer: int) -> Dense | Moe:
         if layer < c.num_dense_layers:
             return spec_tree(Dense)
         return spec_tree(Moe, shared=spec_tree(Shared) if c.moe.num_shared_experts else ())
 
-    blocks = (spec_tree(Block, attention=kind.specs(c.attention), ffn=ffn(layer)) for layer in range(c.num_layers))
-    return spec_tree(Transformer, blocks=tuple(blocks))
+    def block_at(layer: int) -> Block:
+        return spec_tree(Block, attention=kind.specs(kind.at_layer(c.attention, layer)), ffn=ffn(layer))
+
+    return spec_tree(Transformer, blocks=tuple(map(block_at, range(c.num_layers))))
 
 
 def dims(c: sections.Model, *, kinds: Kinds = KINDS) -> dict[str, int]:
@@ -126,7 +128,7 @@ def dims(c: sections.Model, *, kinds: Kinds = KINDS) -> dict[str, int]:
         "F": c.moe.intermediate_size,
         "S": c.moe.num_shared_experts * c.moe.intermediate_size,
     }
-    attention = kind_of(c.attention, kinds).dims(c.attention)
+    attention = attention_of(c, kinds).dims(c.attention)
     if taken := sorted(own.keys() & attention.keys()):
         raise ValueError(
             f"dims: expected axis letters other than {', '.join(own)} from the attention, got {', '.join(taken)}; "

@@ -176,8 +176,8 @@ def test_slices_are_read_where_they_lie_and_an_expanded_gradient_is_not() -> Non
     whole = differentiate(
         kernel.gqa_attention, attrs.evolve(s, gate=torch.ones_like(s.gate)), torch.float32, tiles=Same()
     )
-    leaves = [x.contiguous().requires_grad_() for x in s.product.split((4, 2, 2), dim=2)]
-    o = kernel.gqa_attention(*leaves, s.sinks, scale=s.scale, window=6, tiles=Same())
+    q, k, v = leaves = [x.contiguous().requires_grad_() for x in s.product.split((4, 2, 2), dim=2)]
+    o = kernel.gqa_attention(q, k, v, s.sinks, scale=s.scale, window=6, tiles=Same())
     found = torch.autograd.grad(o.sum(), leaves)
     assert torch.equal(o, whole["o"])
     assert all(torch.equal(each, whole[name]) for each, name in zip(found, "qkv", strict=True))
@@ -253,4 +253,5 @@ def test_what_the_kernels_do_not_take(shape: str) -> None:
 def test_options_the_kernels_do_not_take(option: dict[str, Any], told: str) -> None:
     x = torch.randn(1, 3, 2, C)
     with pytest.raises(InputError, match=told):
-        kernel.gqa_attention(x, x.clone(), x.clone(), **{"scale": 0.3, "tiles": Same(), **option})
+        options: dict[str, Any] = {"scale": 0.3, "tiles": Same(), **option}
+        kernel.gqa_attention(x, x.clone(), x.clone(), **options)

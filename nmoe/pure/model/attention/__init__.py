@@ -7,6 +7,7 @@ A new kind is a section class, a file here, a file of kernels, and a line in `KI
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +15,7 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure.model.attention import gqa, mla
+from nmoe.pure.model.attention import gqa, kda, mixed, mla
 from nmoe.pure.model.hf_leaf import Leaf
 
 
@@ -93,6 +94,15 @@ KINDS: Kinds = MappingProxyType(
             reference=gqa.REFERENCE,
             tile_sizes=lambda c: (c.head_dim,) if c.window is None else (c.head_dim, c.window),
         ),
+        sections.Kda: Kind(
+            specs=kda.specs,
+            dims=kda.dims,
+            tables=lambda c, num_positions: (),
+            apply=kda.kda,
+            flops=kda.flops,
+            kept_bytes=kda.kept_bytes,
+            reference=kda.REFERENCE,
+        ),
     }
 )
 
@@ -110,3 +120,31 @@ def kind_of(section: Any, kinds: Kinds = KINDS) -> Kind:
             f"pass kinds={{**KINDS, {name}: Kind(...)}}"
         )
     return kinds[type(section)]
+
+
+def attention_of(c: sections.Model, kinds: Kinds = KINDS) -> Kind:
+    """The kind of a model's attention; of a mixed one the kind that chooses, by layer, among its parts.
+
+    Raises:  ValueError for a section class that `kinds` does not have.
+    """
+    if not isinstance(c.attention, sections.Mixed):
+        return kind_of(c.attention, kinds)
+    parts = mixed.parts(c.attention, partial(kind_of, kinds=kinds))
+    layers = tuple(parts[letter] for letter in c.attention.letters(c.num_layers))
+    return Kind(
+        specs=mixed.specs,
+        dims=lambda c: mixed.dims(parts),
+        at_layer=lambda c, layer: mixed.at_layer(layers, layer),
+        tables=lambda c, num_positions: mixed.tables(parts, num_positions),
+        apply=mixed.apply,
+        flops=lambda c, **shape: c.kind.flops(c.section, **shape),
+        kept_bytes=lambda c, **shape: c.kind.kept_bytes(c.section, **shape),
+        reference=mixed.MixedOps(tuple(part.kind.reference for part in parts.values())),
+    )
+
+
+def layers(c: sections.Model, kinds: Kinds = KINDS) -> tuple[tuple[Kind, Any], ...]:
+    """Kind and section of the attention of each layer."""
+    kind = attention_of(c, kinds)
+    found = (kind.at_layer(c.attention, layer) for layer in range(c.num_layers))
+    return tuple((at.kind, at.section) if isinstance(at, mixed.Part) else (kind, at) for at in found)

@@ -200,7 +200,10 @@ REFERENCE = MlaOps(project, query, attend_mla)
 
 
 def tables(c: sections.Mla, num_positions: int) -> Rope:
-    """The rotation table of the rotated channels."""
+    """The rotation table of the rotated channels; without position every angle is 0."""
+    if c.position == "none":
+        still = torch.zeros(num_positions, c.qk_rope_head_dim // 2)
+        return Rope(still + 1, still)
     return table(num_positions, c.qk_rope_head_dim, theta=c.rope_theta, yarn=c.yarn)
 
 

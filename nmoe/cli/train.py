@@ -1,4 +1,4 @@
-"""`nmoe run`, `plan`, `doctor`, `generate`."""
+"""`nmoe run`, `plan`, `doctor`, `generate`, `eval`."""
 
 from __future__ import annotations
 
@@ -74,6 +74,15 @@ def verbs(root: Verbs) -> None:
         "--no-cache", action="store_true", help="read the whole text again for every token, of any length"
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: %(default)s)")
+
+    evaluate = add(root, "eval", _eval, "judge a trained model", "runs/NAME --suite bits")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    suites = ("all", "bits", "choices", "probes", "syntax", "programs")
+    evaluate.add_argument("--suite", default="all", choices=suites, help="what is asked of it (default: %(default)s)")
+    evaluate.add_argument(
+        "--limit", type=int, default=200, metavar="N", help="items of a task at most (default: %(default)s)"
+    )
+    evaluate.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: the GPU if there is one)")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -165,3 +174,9 @@ def _generate(args: argparse.Namespace) -> int:
         device=args.device,
         cached=not args.no_cache,
     )
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from nmoe.effects.evals import suite
+
+    return suite.main(args.folder, args.suite, args.limit, args.device)

@@ -14,7 +14,7 @@ from nmoe.cli import main
 from nmoe.config import sections
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.train import generate
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 from nmoe.pure.core.key import Key
 from nmoe.pure.model.decode import Sampling
 from tests import shapes
@@ -120,6 +120,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (one,) = texts(folder, PROMPTS[:1], key=Key(3).fold("sample"), sampling=Sampling(temperature=0.7), num_tokens=5)
     settings = ("--seed=3", "--tokens=5", "--device=cpu")
     assert run(folder, "--prompt", PROMPTS[0], *settings) == 0
+    one = "\t".join("\n".join(map(printable, part.split("\n"))) for part in one.split("\t"))
     assert capsys.readouterr().out == f"{PROMPTS[0]}{one}\n"
     assert run(folder, "--prompt", PROMPTS[0], "--prompt", "x", *settings) == 0
     said = capsys.readouterr().out

@@ -28,6 +28,7 @@ from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import share, whole
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core.key import Key
+from nmoe.pure.model import hf, model
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.decode import Sampling
 from tests import shapes
@@ -64,12 +65,26 @@ def test_export_import_export_gives_equal_bytes(name: str, compute: str, tmp_pat
     assert run("import", "hf", tmp_path / "one", tmp_path / "imported") == 0
     assert run("export", "hf", tmp_path / "imported", tmp_path / "two", *size) == 0
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
-    model, precision = load_model(tmp_path / "imported" / "config.toml")
-    assert (model, precision.compute) == (without_scales(c), compute)
-    if model == c:
+    read, precision = load_model(tmp_path / "imported" / "config.toml")
+    assert (read, precision.compute) == (without_scales(c), compute)
+    if read == c:
         ours, back = (load_file(tmp_path / each / WEIGHTS) for each in ("run", "imported"))
         assert ours.keys() == back.keys()
         assert all(torch.equal(ours[key], back[key]) and ours[key].dtype == back[key].dtype for key in ours)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tensors_from_memory_are_those_of_the_folder(name: str, tmp_path: Path) -> None:
+    """For weight sync: every name once, the same bytes, in the order of the files."""
+    c = MODELS[name]
+    write(tmp_path / "run", c, compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 0
+    specs = model.specs(c)
+    formats = weights.formats_of(specs, model.dims(c), torch.bfloat16)
+    found = list(hf.tensors(*weights.read(tmp_path / "run", specs, formats), c))
+    expected = tensors_of(tmp_path / "out")
+    assert len(found) == len(expected) and dict(found).keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) and value.dtype == expected[key].dtype for key, value in found)
 
 
 @pytest.mark.usefixtures("doubled")

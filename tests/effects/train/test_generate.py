@@ -91,7 +91,7 @@ def test_one_prompt_may_end_before_the_others(sources: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(generate, "steps", scripted)
     pieces: list[tuple[int, str]] = []
-    took = {"num_tokens": 4, "stops": (";", "cx")}
+    took: dict[str, Any] = {"num_tokens": 4, "stops": (";", "cx")}
     assert texts(tmp_path / "run", **took, show=lambda *piece: pieces.append(piece)) == ["a", "b", "äcd"]
     for place, text in enumerate(("a", "b", "äcd")):
         assert "".join(piece for at, piece in pieces if at == place) == text

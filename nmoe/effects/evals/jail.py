@@ -62,6 +62,12 @@ def _call(name: str, *arguments: object) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
 
 
+def shown(prefix: str) -> list[str]:
+    """The folders a program sees: the libraries, and Python's own unless it lies in one of them."""
+    system = ["/usr", "/lib", "/lib64"]
+    return system if any(f"{prefix}/".startswith(f"{path}/") for path in system) else [*system, prefix]
+
+
 def _leave(folder: str) -> None:
     """Go into new namespaces, whose root will be `folder`: Python and the libraries, read-only."""
     user, group = os.getuid(), os.getgid()
@@ -72,11 +78,10 @@ def _leave(folder: str) -> None:
                 file.write(text)
     _call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
     _call("mount", b"none", folder.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
-    wanted = [os.path.realpath(sys.base_prefix), "/usr", "/lib", "/lib64"]
-    for path in wanted:
+    for path in shown(os.path.realpath(sys.base_prefix)):
         if os.path.islink(path):
             os.symlink(os.readlink(path), folder + path)
-        elif os.path.isdir(path) and not any(path.startswith(f"{other}/") for other in wanted):
+        elif os.path.isdir(path):
             os.makedirs(folder + path)
             _call("mount", path.encode(), (folder + path).encode(), None, MS_BIND | MS_REC, None)
     attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)  # MOUNT_ATTR_* have these values

@@ -124,7 +124,7 @@ def test_nothing_outside_is_there(tmp_path: Path) -> None:
             "'NMOE_SECRET' not in os.environ",
             "os.getpid() == 1",
             "all(not _open(fd) for fd in range(3, 64))",
-            "os.uname().nodename is not None and os.listdir('/') == sorted(os.listdir('/'), key=os.listdir('/').index)",
+            "all(os.statvfs(path).f_flag & os.ST_RDONLY for path in ('/', '/usr', sys.base_prefix))",
         ):
             helper = (
                 "import os\ndef _open(fd):\n    try: os.fstat(fd)\n    except OSError: return False\n    return True\n"
@@ -132,6 +132,13 @@ def test_nothing_outside_is_there(tmp_path: Path) -> None:
             assert grade(PROBLEM, helper + asking(expression), LIMITS) == "passed", expression
     finally:
         del os.environ["NMOE_SECRET"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "more"), [("/usr", []), ("/usr/local", []), ("/opt/python", ["/opt/python"]), ("/usr2", ["/usr2"])]
+)
+def test_no_folder_is_mounted_twice(prefix: str, more: list[str]) -> None:
+    assert jail.shown(prefix) == ["/usr", "/lib", "/lib64", *more]
 
 
 def test_no_network() -> None:

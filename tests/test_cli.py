@@ -256,7 +256,7 @@ def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], tmp_
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "plan", "doctor", "config show", "runs export", "generate", "bench step", "export hf"]
+    "verb", ["run", "plan", "doctor", "config show", "runs export", "generate", "eval", "bench step", "export hf"]
 )
 def test_each_verb_has_help_with_an_example(verb: str) -> None:
     done = nmoe(*verb.split(), "--help")

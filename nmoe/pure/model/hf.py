@@ -6,7 +6,7 @@ Values only: `transformers` is not imported here, and nothing is read or written
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -134,6 +134,20 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
         leaf = same(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
         found.append(Part(path=ROUTER_BIAS, index=row, shape=(c.moe.num_experts,), leaf=leaf))
     return tuple(found)
+
+
+def tensors(p: Transformer, router_bias: Tensor, c: sections.Model) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of their folder from parameters in memory, one at a time: for weight sync into an engine.
+
+    Experts come one by one, by the names on disk: engines drop fused names without a word. A tensor is a view of ours
+    where that is possible, on our device and in our format; the caller copies what it keeps.
+
+    router_bias  [L E] f32
+    """
+    ours = {**dict(tree.leaves(p)), ROUTER_BIAS: router_bias}
+    for part in parts(c):
+        value: Tensor = ours[part.path]
+        yield from part.leaf.split(value if part.index is None else value[part.index]).items()
 
 
 MLP: Mapping[str, Leaf] = MappingProxyType(

@@ -199,12 +199,30 @@ def block(
     ops = env.ops
     y = ops.norm(x, p.attention_norm, eps=c.norm_eps)
     y = env.kind.apply(p.attention, y, env.tables, ops.norm, ops.attention, c.attention, documents, eps=c.norm_eps)
-    x, y = ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
+    return feed_forward(p, x, y, bias, env, c, recorded)
+
+
+def feed_forward(
+    p: Block,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | tuple[()],
+    env: Env,
+    c: sections.Model,
+    recorded: Routing | Tensor | tuple[()] = (),
+) -> tuple[Tensor, RouterReport | tuple[()]]:
+    """The second half of a block: what attention gave is added, then a dense MLP or routed experts.
+
+    x        [B T D]   residual stream
+    y        [B T D]   output of the block's attention
+    Raises:  ValueError as `block`.
+    """
+    x, y = env.ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
         y, report = moe(p.ffn, y, bias, env, c.moe, recorded)
         return x + y, report
     if isinstance(p.ffn, Dense):
-        return x + mlp(y, p.ffn.up, p.ffn.down, ops.swiglu), ()
+        return x + mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()
     raise ValueError("block: expected a router bias for a layer of experts, got (); pass the layer's row of it")
 
 
@@ -236,13 +254,18 @@ def forward(
     reports: list[RouterReport] = []
     for layer, parameters in enumerate(p.blocks):
         row = layer - c.num_dense_layers
-        attention = env.kind.at_layer(c.attention, layer)
-        here = c if attention is c.attention else attrs.evolve(c, attention=attention)
+        here = at_layer(c, env, layer)
         layer_bias = bias[row] if row >= 0 else ()
         x, report = run(parameters, x, layer_bias, env, here, placed, routing[row] if routing and row >= 0 else ())
         if isinstance(report, RouterReport):
             reports.append(report)
     return env.ops.norm(x, p.norm, eps=c.norm_eps), _stacked(reports, bias)
+
+
+def at_layer(c: sections.Model, env: Env, layer: int) -> sections.Model:
+    """The section of one layer, counted from 0, with its own attention."""
+    attention = env.kind.at_layer(c.attention, layer)
+    return c if attention is c.attention else attrs.evolve(c, attention=attention)
 
 
 def _stacked(reports: list[RouterReport], bias: Tensor) -> RouterReport:

@@ -30,6 +30,23 @@ class Hf:
 
 
 @attrs.frozen(kw_only=True)
+class Cache:
+    """How a kind of attention goes on from earlier tokens without computing them again; `c` is a layer's section.
+
+    A cache is a record of tensors [B ...] of one layer. Both functions are pure: `extend` returns a new one.
+
+    empty   (c, num_sequences, like) -> the cache before the first token; `like` gives format and device
+    extend  (p, x [B T D], cache, documents, tables, norm, ops, c, *, eps) -> ([B T D], cache)
+            what `Kind.apply` gives for the last T tokens of rows that begin with the cached ones; `documents` are those
+            of the new tokens, with `start` counted from the first token of the row. Every row has seen equally many
+            tokens; where one begins later, those before its `start` are padding and may change nothing.
+    """
+
+    empty: Callable[[Any, int, Tensor], Any]
+    extend: Callable[..., tuple[Tensor, Any]]
+
+
+@attrs.frozen(kw_only=True)
 class Kind:
     """The contract of a kind of attention; `c` is its section.
 
@@ -45,6 +62,8 @@ class Kind:
     reference          record of ops in plain torch; a device gives its own record of the same class
     tile_sizes         (c) -> the key of a layer in the table of tiles, () when its kernels have none
     hf                 its settings and tensors in `transformers`; None: it has no such attention
+    cache              how text is generated without reading all of it again for each token; None: it is read again, by
+                       who asks for that (`nmoe generate --no-cache`)
     """
 
     specs: Callable[[Any], Any]
@@ -58,6 +77,7 @@ class Kind:
     at_layer: Callable[[Any, int], Any] = lambda c, layer: c
     tile_sizes: Callable[[Any], tuple[int, ...]] = lambda c: ()
     hf: Hf | None = None
+    cache: Cache | None = None
 
 
 Kinds = Mapping[type, Kind]
@@ -81,6 +101,7 @@ KINDS: Kinds = MappingProxyType(
                 section=mla.hf_section,
                 keys=(*mla.HF_KEYS, *mla.HF_FIXED, *mla.HF_OTHERS),
             ),
+            cache=Cache(empty=mla.empty_cache, extend=mla.extend),
         ),
         sections.Gqa: Kind(
             specs=gqa.specs,
@@ -93,6 +114,7 @@ KINDS: Kinds = MappingProxyType(
             kernel_kept_bytes=gqa.kernel_kept_bytes,
             reference=gqa.REFERENCE,
             tile_sizes=lambda c: (c.head_dim,) if c.window is None else (c.head_dim, c.window),
+            cache=Cache(empty=gqa.empty_cache, extend=gqa.extend),
         ),
         sections.Kda: Kind(
             specs=kda.specs,

@@ -18,7 +18,7 @@ from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.norm import upcast
-from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table
+from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, seen, table
 
 QUERIES = 128
 """Queries whose scores exist at once; of those scores, a window of 128 lets half through."""
@@ -90,6 +90,61 @@ def gqa(
     q, k, v = ops.project(x, p.qkv, rope, position, num_heads=c.num_heads)
     o = ops.attend(q, k, v, p.sinks, start, scale=scale(c), window=c.window)
     return o.flatten(-2) @ p.out.flatten(0, 1)
+
+
+@record
+class KvCache:
+    """Keys and values that later tokens see; of a window of W, those of the last W - 1 tokens."""
+
+    k: Tensor  # [B S K C], rotated
+    v: Tensor  # [B S K C]
+
+
+def empty_cache(c: sections.Gqa, num_sequences: int, like: Tensor) -> KvCache:
+    """The cache before the first token, in the format of `like`."""
+    nothing = like.new_zeros(num_sequences, 0, c.num_kv_heads, c.head_dim)
+    return KvCache(nothing, nothing)
+
+
+def extend(
+    p: Gqa,
+    x: Tensor,
+    cache: KvCache,
+    documents: Documents,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: GqaOps,
+    c: sections.Gqa,
+    *,
+    eps: float,
+) -> tuple[Tensor, KvCache]:
+    """`gqa` of new tokens that also see those in the cache.
+
+    x          [B T D]   normed block input of the new tokens
+    documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
+    returns    [B T D], and the cache with the new tokens, no longer than a window needs
+    """
+    q, k, v = ops.project(x, p.qkv, rope, documents.position, num_heads=c.num_heads)
+    k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
+    o = attend_cached(q, k, v, p.sinks, seen(documents, k.shape[1], c.window), scale=scale(c))
+    dropped = 0 if c.window is None else max(0, k.shape[1] - c.window + 1)
+    return o.flatten(-2) @ p.out.flatten(0, 1), KvCache(k[:, dropped:], v[:, dropped:])
+
+
+def attend_cached(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | tuple[()], visible: Tensor, *, scale: float
+) -> Tensor:
+    """Softmax attention of some queries over the keys that each sees, with a sink in the denominator.
+
+    q        [B T H C]    query head h reads the keys h // G
+    k, v     [B S K C]
+    sinks    [H] or ()
+    visible  [B T S]      bool
+    returns  [B T H C]    in the format of `v`; softmax in fp32 at least
+    """
+    score = upcast(torch.einsum("btkgc,bskc->bktgs", (q * scale).unflatten(2, (k.shape[2], -1)), k))
+    score = score.masked_fill(~visible[:, None, :, None], -torch.inf)
+    return torch.einsum("bktgs,bskc->btkgc", _softmax(score, sinks).to(v.dtype), v).flatten(2, 3)
 
 
 def project(

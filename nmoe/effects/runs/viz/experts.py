@@ -126,10 +126,15 @@ def _items(reported: Any) -> list[tuple[str, list[float | None] | None]]:
 def _layers(index: Index, run: int, record: Mapping[str, Any], reported: Mapping[str, Any]) -> list[int]:
     """The layers that have a mixture, from what the run says of itself."""
     for found in (record.get("layers"), reported.get("layer")):
-        if isinstance(found, list) and all(isinstance(each, int | float) for each in found):
+        if isinstance(found, list) and all(_is_finite(each) for each in found):
             return [int(each) for each in found]
     rows = query(index, "select layers from loads where run = ? limit 1", run)
     return list(rows[0][0]) if rows else []
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that `int` takes; an integer of any length is."""
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _finite(value: float | None) -> float | None:

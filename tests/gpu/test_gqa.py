@@ -70,9 +70,21 @@ def test_near_the_truth(shape: tuple[int, int, int, int], window: int | None) ->
 
 
 @pytest.mark.parametrize("sinks", [True, False])
-@pytest.mark.parametrize("window", [1, 200, None])
+@pytest.mark.parametrize("window", [2, 200, None])
 def test_wide_heads_by_the_default_tiles(window: int | None, sinks: bool) -> None:
     compare(sample(1, 777, 8, 2, 128)[: 4 if sinks else 3], (), window)
+
+
+def test_a_window_of_one_is_the_value() -> None:
+    """A query that sees itself alone: its weight is 1 whatever the score, so q and k have no gradient."""
+    q, k, v, _ = sample(1, 300, 8, 2)
+    pull = normal(*q.shape, seed=3)
+    ours = partial(kernel.gqa_attention, scale=0.125, window=1, tiles=shipped(64, 1))
+    o, dq, dk, dv = graded(ours, [q, k, v], [pull])
+    assert torch.equal(o, v.repeat_interleave(4, 2).to(o.dtype))
+    torch.testing.assert_close(dv.float(), pull.float().unflatten(2, (2, 4)).sum(3), rtol=2**-7, atol=2**-7)
+    # o . do and v . do are sums in two orders: 64 products of about 1, in fp32
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("window", [128, 1024, None])

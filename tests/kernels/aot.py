@@ -71,12 +71,14 @@ class Compiled:
     narrow: int  # all others
     atomics: int
     races: list[str]  # buffers read and written in no order, tests/kernels/races.py
+    outlived: list[str]  # left operands of products that stay in registers from step to step of a loop
     ptx: str = attrs.field(repr=False)
     sass: str = attrs.field(repr=False)
 
     def problems(self, *, spills: int = 0, tensor_cores: bool = False) -> list[str]:
-        """Why the kernel must not ship: races, memory beyond the target's, spills over a number, no tensor cores."""
+        """Why the kernel must not ship: races, overwritten operands, too much memory or spills, no tensor cores."""
         found = [f"data race: {race}" for race in self.races]
+        found += [f"left operand {name} of a product is in registers since before its loop" for name in self.outlived]
         if self.shared > SHARED_LIMIT:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT}")
         if self.tensor > TENSOR_LIMIT:
@@ -154,10 +156,34 @@ def compile_one(request: Request, target: int) -> Compiled:
         tensor=getattr(metadata, "tmem_size", 0) or 0,
         scratch=metadata.global_scratch_size,
         races=races(built.asm["ttgir"], request.same),
+        outlived=outlived(built.asm["ttgir"]),
         ptx=built.asm["ptx"],
         sass=sass,
         **counts(sass),
     )
+
+
+def outlived(ttgir: str) -> list[str]:
+    """Left operands of wgmma in registers that were made before the innermost loop around it.
+
+    ptxas of Triton 3.6 may give such registers to another value within the loop: from the second step on the product is
+    wrong, and neither the interpreter nor PTX shows it (docs/log.md, 2026-11-28).
+    """
+    found: list[str] = []
+    scopes: list[tuple[bool, set[str]]] = [(False, set())]  # whether a scope is a loop, and the values made in it
+    for line in ttgir.splitlines():
+        code = re.sub(r"\s*loc\([^()]*\)", "", line).strip()
+        if code.startswith("}"):
+            scopes.pop()
+        product = re.search(r"ttng\.warp_group_dot (%\w+).* : tensor<", code)
+        loops = [place for place, (loop, _) in enumerate(scopes) if loop]
+        if product and loops and not any(product[1] in names for _, names in scopes[loops[-1] :]):
+            found.append(product[1])
+        made, loop, carried = code.partition("scf.for" if "scf.for" in code else "scf.while")
+        scopes[-1][1].update(re.findall(r"^(%\w+)", made))
+        if code.endswith("{"):
+            scopes.append((bool(loop), set(re.findall(r"(%\w+) =", carried))))
+    return found
 
 
 def read(*command: str | Path) -> str:

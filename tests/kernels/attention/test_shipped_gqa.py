@@ -19,6 +19,11 @@ CAPABILITIES = {90: (9, 0), 100: (10, 0)}
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
 """Products of two blocks in a step of each kernel."""
 
+SPILLS = {90: 0, 100: 5}
+"""Triton 3.6 moves five values of the keys' kernel out of its 72 registers at a window of 1,024 on sm_100."""
+
+STRIDES = ("q_by_batch", "q_by_position", "q_by_head")
+
 NARROW = 18
 """Accesses below 16 bytes: numbers of a row and of its sink, outside of the loops."""
 
@@ -74,7 +79,8 @@ def request(name: str, layer: Layer, tile: AttentionTile) -> Request:
         types |= {"q": one, "do": one, "dk": keys, "dv": keys, "lse": row, "delta": row}
         constants["group"] = layer.group
     else:
-        types |= {"q": rows, "o": rows, "lse": "*fp32", "padded": "i32"}
+        types |= {"q": "*bf16", "o": rows, "lse": "*fp32", "padded": "i32"}
+        types |= dict.fromkeys(STRIDES, "i32")
         constants |= {"pack": pack, "sunk": layer.sinks}
         numbers = ["sinks", "dsinks"] if name == "dq" else ["sinks"]
         if layer.sinks:
@@ -82,7 +88,7 @@ def request(name: str, layer: Layer, tile: AttentionTile) -> Request:
         else:
             constants |= dict.fromkeys(numbers)
     if name == "dq":
-        types |= {"do": rows, "dq": rows, "delta": "*fp32"}
+        types |= {"o": "*bf16", "do": "*bf16", "dq": rows, "delta": "*fp32"}
     if layer.documents:
         types[masks] = "*i32"
     else:
@@ -92,6 +98,7 @@ def request(name: str, layer: Layer, tile: AttentionTile) -> Request:
         kernel=f"nmoe.effects.kernels.attention.gqa_kernels:{name}_kernel",
         signature=types,
         constants=constants,
+        aligned=[*(each for each, kind in types.items() if kind.startswith("*")), *(set(STRIDES) & set(types))],
         warps=tile.num_warps,
         stages=tile.num_stages,
     )
@@ -104,7 +111,7 @@ def requests(layers: Sequence[Layer], target: int) -> list[Request]:
 
 def problems(found: Sequence[Compiled]) -> list[str]:
     """What would make a kernel slow or its sums depend on chance."""
-    said = [problem for each in found for problem in each.problems(tensor_cores=True)]
+    said = [problem for each in found for problem in each.problems(spills=SPILLS[each.target], tensor_cores=True)]
     for each in found:
         at = f"{each.kernel} on sm_{each.target}"
         products = PRODUCTS[each.kernel.split(":")[1].removesuffix("_kernel")]

@@ -138,7 +138,7 @@ class GqaAttention(torch.autograd.Function):
         q, k, v, o, lse, *rest = ctx.saved_tensors
         sinks = rest.pop() if ctx.sunk else ()
         mask = Mask(start=(*rest, ())[0], window=ctx.window)
-        do = readable(gradients[0])
+        do = gradients[0].contiguous()
         dq, delta, dsinks = dq_pass(q, k, v, sinks, mask, o, lse, do, ctx.scale, ctx.tiles.dq)
         dk, dv = dkv_pass(q, k, v, mask, lse, delta, do, ctx.scale, ctx.tiles.dkv)
         return dq, dk, dv, dsinks, None, None, None
@@ -152,7 +152,7 @@ def forward_pass(
     lse = by_row(q)
     size, pack = packing(q, k, tile)
     forward_kernel[grid(q, size, q.shape[2] // pack)](
-        q=packed(q, size, pack),
+        q=q,
         k=described(k, tile.block_n),
         v=described(v, tile.block_n),
         o=packed(o, size, pack),
@@ -161,6 +161,7 @@ def forward_pass(
         start=mask.start if isinstance(mask.start, Tensor) else None,
         padded=lse.stride(0),
         rows=q.shape[0] * (q.shape[2] // pack),
+        **dict(zip(("q_by_batch", "q_by_position", "q_by_head"), q.stride()[:3], strict=True)),
         pack=pack,
         sunk=isinstance(sinks, Tensor),
         **common(q, k, mask, scale, tile, tile.block_n),
@@ -191,11 +192,11 @@ def dq_pass(
     delta = by_row(q)
     parts = lse.new_empty(triton.cdiv(positions, size), batch, heads) if isinstance(sinks, Tensor) else None
     dq_kernel[grid(q, size, heads // pack)](
-        q=packed(q, size, pack),
+        q=q,
         k=described(k, tile.block_n),
         v=described(v, tile.block_n),
-        o=packed(o, size, pack),
-        do=packed(do, size, pack),
+        o=o,
+        do=do,
         dq=packed(dq, size, pack),
         lse=lse,
         delta=delta,
@@ -204,6 +205,7 @@ def dq_pass(
         start=mask.start if isinstance(mask.start, Tensor) else None,
         padded=lse.stride(0),
         rows=batch * (heads // pack),
+        **dict(zip(("q_by_batch", "q_by_position", "q_by_head"), q.stride()[:3], strict=True)),
         pack=pack,
         sunk=isinstance(sinks, Tensor),
         **common(q, k, mask, scale, tile, tile.block_n),

@@ -29,8 +29,14 @@ def owned(positions, heads, kv_heads, rows, side_by_side, block_m: tl.constexpr,
 
 
 @triton.jit
-def load_rows(x, b, m, h, block_m: tl.constexpr, pack: tl.constexpr, channels: tl.constexpr):
-    return tl.reshape(x.load([b, m, h, 0]), (block_m, channels))
+def load_rows(x, at, inside, channels: tl.constexpr):
+    """Rows [M C] that begin at the elements `at` of x; zeros where a query is not `inside`.
+
+    By pointers, as a descriptor's block [size, pack, C] reshaped to rows stays in registers: ptxas of Triton 3.6 gives
+    the probabilities the registers of the queries, and scores are wrong from the second step on (docs/log.md,
+    2026-11-28). What is loaded as rows goes to shared memory, like every left operand that outlives a step.
+    """
+    return tl.load(x + at[:, None] + tl.arange(0, channels)[None, :], mask=inside[:, None], other=0.0)
 
 
 @triton.jit
@@ -92,9 +98,9 @@ def forward_range(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, o, lse, sinks, start, positions, padded, heads, kv_heads, rows, window, scale, block_m: tl.constexpr,
-    block_n: tl.constexpr, side_by_side: tl.constexpr, pack: tl.constexpr, channels: tl.constexpr,
-    documents: tl.constexpr, windowed: tl.constexpr, sunk: tl.constexpr, split: tl.constexpr,
+    q, k, v, o, lse, sinks, start, q_by_batch, q_by_position, q_by_head, positions, padded, heads, kv_heads, rows,
+    window, scale, block_m: tl.constexpr, block_n: tl.constexpr, side_by_side: tl.constexpr, pack: tl.constexpr,
+    channels: tl.constexpr, documents: tl.constexpr, windowed: tl.constexpr, sunk: tl.constexpr, split: tl.constexpr,
 ):  # fmt: skip
     """Output of one block of queries of `pack` heads, and the logarithm to base 2 of each row's sum of exponentials."""
     limited: tl.constexpr = documents or windowed
@@ -103,8 +109,10 @@ def forward_kernel(
     m = index * size
     row = tl.arange(0, block_m)
     queries = m + row // pack
+    inside = queries < positions
     first_key = first_keys(start, b, queries, positions, window, documents, windowed)
-    tile = load_rows(q, b, m, h, block_m, pack, channels)
+    at = b.to(tl.int64) * q_by_batch + queries.to(tl.int64) * q_by_position + (h + row % pack) * q_by_head
+    tile = load_rows(q, at, inside, channels)
     scale2 = scale * LOG2_E
     acc = tl.zeros([block_m, channels], tl.float32)
     # The sink is a key that comes first and has no value.
@@ -134,7 +142,7 @@ def forward_kernel(
     )  # fmt: skip
     store_rows_(o, b, m, h, acc / row_sum[:, None], block_m, pack, channels)
     at = (b * heads + h + row % pack).to(tl.int64) * padded + queries
-    tl.store(lse + at, row_max + tl.log2(row_sum), mask=queries < positions)
+    tl.store(lse + at, row_max + tl.log2(row_sum), mask=inside)
 
 
 @triton.jit
@@ -158,9 +166,10 @@ def dq_range(
 
 @triton.jit
 def dq_kernel(
-    q, k, v, o, do, dq, lse, delta, sinks, dsinks, start, positions, padded, heads, kv_heads, rows, window, scale,
-    block_m: tl.constexpr, block_n: tl.constexpr, side_by_side: tl.constexpr, pack: tl.constexpr,
-    channels: tl.constexpr, documents: tl.constexpr, windowed: tl.constexpr, sunk: tl.constexpr, split: tl.constexpr,
+    q, k, v, o, do, dq, lse, delta, sinks, dsinks, start, q_by_batch, q_by_position, q_by_head, positions, padded,
+    heads, kv_heads, rows, window, scale, block_m: tl.constexpr, block_n: tl.constexpr, side_by_side: tl.constexpr,
+    pack: tl.constexpr, channels: tl.constexpr, documents: tl.constexpr, windowed: tl.constexpr, sunk: tl.constexpr,
+    split: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one block of queries of `pack` heads; what softmax takes off each of its rows; its part of dsinks."""
     limited: tl.constexpr = documents or windowed
@@ -171,11 +180,13 @@ def dq_kernel(
     queries = m + row // pack
     inside = queries < positions
     first_key = first_keys(start, b, queries, positions, window, documents, windowed)
-    gradient = load_rows(do, b, m, h, block_m, pack, channels)
+    head = h + row % pack
+    at = ((b.to(tl.int64) * positions + queries) * heads + head) * channels  # o and do are contiguous
+    gradient = load_rows(do, at, inside, channels)
     # delta = sum(dO * O) = sum(dP * P): the term that softmax subtracts from each row, without a pass of its own.
-    output = load_rows(o, b, m, h, block_m, pack, channels)
+    output = load_rows(o, at, inside, channels)
     off = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
-    at = (b * heads + h + row % pack).to(tl.int64) * padded + queries
+    at = (b * heads + head).to(tl.int64) * padded + queries
     top = tl.load(lse + at, mask=inside, other=0.0)
     tl.store(delta + at, off, mask=inside)
     if sunk:
@@ -184,7 +195,8 @@ def dq_kernel(
         part = tl.where(inside, -tl.exp2(sink - top) * off, 0.0)
         to = dsinks + (index * (rows // (heads // pack)) + b).to(tl.int64) * heads + h
         tl.store(to + tl.arange(0, pack), tl.sum(tl.reshape(part, (size, pack)), 0))
-    tile = load_rows(q, b, m, h, block_m, pack, channels)
+    at = b.to(tl.int64) * q_by_batch + queries.to(tl.int64) * q_by_position + head * q_by_head
+    tile = load_rows(q, at, inside, channels)
     scale2 = scale * LOG2_E
     acc = tl.zeros([block_m, channels], tl.float32)
     begin, full, diagonal, until = key_ranges(start, b, m, positions, window, size, block_n, documents, windowed)

@@ -281,4 +281,4 @@ def kernel_kept_bytes(c: sections.Gqa) -> tuple[int, int]:
     The fused projection, the output, and in fp32 the log-sum-exp of each query head.
     """
     upcast, element, sizes = 4, 2, dims(c)
-    return (sizes["J"] + sizes["H"]) * sizes["C"] * element + sizes["H"] * upcast, 0
+    return 2 * (sizes["H"] + sizes["K"]) * sizes["C"] * element + sizes["H"] * upcast, 0

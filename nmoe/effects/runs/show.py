@@ -28,6 +28,7 @@ from nmoe.effects.record.reading import MAX_ATTEMPT, MAX_SECONDS, MAX_STEP, toml
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.terminal import say, sparkline, table
 from nmoe.errors import InputError, printable
+from nmoe.pure.watch.metrics import metric, summary
 
 FOLLOW_S = 0.5
 SPARKLINE_WIDTH = 60
@@ -221,16 +222,8 @@ def _summary(line: Line) -> str:
         event = fields.pop("event")
         return f"{at}  {event}{again}  " + "  ".join(f"{key} {_brief(value)}" for key, value in fields.items())
     step = f"{at}  step {_count(number(line, 'step'))}{again}"
-    if "loss" not in fields:
-        return f"{step}  " + "  ".join(f"{key} {_brief(v)}" for key, v in fields.items() if "/" in key)
-    text = f"{step}  loss {_digits(number(line, 'loss'))}  gnorm {_digits(number(line, 'grad_norm'), 3)}"
-    mfu = number(line, "mfu")
-    text += f"  {_count(number(line, 'tokens_per_s'))} tok/s  mfu {_digits(mfu and 100 * mfu, 1)} %"
-    if "experts" in fields:
-        experts = _experts(line)
-        fullest, dead = ([float(v) for v in experts.get(key, ())] for key in ("max_over_mean", "dead"))
-        text += f"  bal {max(fullest, default=math.nan):.2f}  dead {sum(dead):.0f}"
-    return text
+    shown = {key: number(line, key) for key in fields if (entry := metric(key)) is not None and entry.screen}
+    return f"{step}  {summary({**shown, 'experts': _experts(line)} if 'experts' in fields else shown)}"
 
 
 def _brief(value: Any) -> str:

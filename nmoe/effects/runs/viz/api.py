@@ -60,6 +60,7 @@ class Metric:
     kind: str
     doc: str
     format: str  # number, count, bytes or percent
+    bad_above: float | None  # a value that is marked is greater
 
 
 @attrs.frozen(kw_only=True)

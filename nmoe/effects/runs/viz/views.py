@@ -107,7 +107,14 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
         shown=list(COLUMNS),
         tags=[entry.name for entry in described],
         metrics=[
-            api.Metric(name=entry.name, unit=entry.unit, kind=entry.kind, doc=entry.doc, format=entry.format())
+            api.Metric(
+                name=entry.name,
+                unit=entry.unit,
+                kind=entry.kind,
+                doc=entry.doc,
+                format=entry.format(),
+                bad_above=entry.bad_above,
+            )
             for entry in (*described, *by_layer)
         ],
         keys=sorted(keys),

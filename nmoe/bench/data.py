@@ -40,7 +40,7 @@ def preparation(megabytes: int, workers: int, home: Path, say: Callable[[str], N
     Cost:    about 2 * ROUNDS * `megabytes` / (3.4 MB/s * `workers`), and 20 MB on disk for each 10 MB of text.
     """
     if megabytes < 1 or workers < 1:
-        raise InputError(f"--megabytes, --workers: at least 1, got {megabytes} and {workers}; raise them")
+        raise InputError(f"--megabytes, --workers: expected at least 1, got {megabytes} and {workers}; raise them")
     tokenizer = tokenizers.load(stdlib.prepare(home, 4096, say))
     # One process can be told apart from its neighbours by processor time, several only by the clock.
     at, what = (1, "processor time") if workers == 1 else (0, "time")
@@ -151,7 +151,9 @@ def _watched(folder: Path, workers: int) -> tuple[float, int, int]:
         peak, largest = max(peak, sum(sizes)), max(largest, *sizes)
         time.sleep(SAMPLE_EVERY_S)
     if process.returncode:
-        raise InputError(f"{folder}: a preparation that ends well, got exit code {process.returncode}; see above")
+        raise InputError(
+            f"{folder}: expected a preparation that ends well, got exit code {process.returncode}; see above"
+        )
     return time.monotonic() - began, peak, largest
 
 

@@ -91,7 +91,7 @@ def main(launch: Launch, ranks: int) -> int:
     ranks = launch.world if several else ranks
     if FULL.layer.experts % ranks or ranks < 1:
         raise InputError(
-            f"--ranks: a divisor of {FULL.layer.experts} experts, got {ranks}; take a power of two up to 64"
+            f"--ranks: expected a divisor of {FULL.layer.experts} experts, got {ranks}; take a power of two up to 64"
         )
     with ExitStack() as scope:
         if several:

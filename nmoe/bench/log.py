@@ -27,7 +27,9 @@ def log(config: Config, steps: int) -> int:
     The figures are made up and already on the host, so that nothing of a device is in the time.
     """
     if steps < 100:
-        raise InputError(f"--steps: at least 100, or there is no 99th percentile, got {steps}; 1000 is a good start")
+        raise InputError(
+            f"--steps: expected at least 100, or there is no 99th percentile, got {steps}; 1000 is a good start"
+        )
     c = config.model
     layers = list(range(c.num_dense_layers, c.num_layers))
     load = torch.arange(len(layers) * c.moe.num_experts).reshape(len(layers), -1) + 1000
@@ -70,7 +72,7 @@ def log(config: Config, steps: int) -> int:
             for step in range(1, steps + 1):
                 line = attrs.evolve(step_0, rank=attrs.evolve(step_0.rank, step=step))
                 begin = time.perf_counter()
-                monitor.log.metrics(line)
+                monitor.log.metrics(**metrics.fields(line))
                 monitor.step(line, load)
                 seconds.append(time.perf_counter() - begin)
                 time.sleep(PAUSE_S)

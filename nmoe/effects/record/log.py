@@ -22,7 +22,6 @@ import attrs
 from nmoe.effects import files
 from nmoe.effects.record import names
 from nmoe.errors import InputError
-from nmoe.pure.watch import metrics
 
 
 def now() -> str:
@@ -91,9 +90,9 @@ class Log:
     heard: Callable[[Mapping[str, Any]], None] = _unheard  # called with each event, written or not
     lock: threading.RLock = attrs.field(factory=threading.RLock)  # a line is written whole
 
-    def metrics(self, record: metrics.Step | metrics.Rank | metrics.Validation) -> None:
+    def metrics(self, **fields: Any) -> None:
         """Append one line of metrics. Writes: this rank's metrics. Raises: as `append`."""
-        self.append(self.metrics_file, metrics.fields(record))
+        self.append(self.metrics_file, fields)
 
     def event(self, name: str, **fields: Any) -> None:
         """Append one event. Writes: events.jsonl, on the first rank. Raises: as `append`."""
@@ -152,6 +151,6 @@ def create_folder(root: Path, name: str, contents: Mapping[str, str]) -> Path:
 def open_log(folder: Path, attempt: int, rank: int = 0) -> Iterator[Log]:
     """Open the append-only files of a run folder: a rank's own metrics, and on the first rank the events."""
     with ExitStack() as scope:
-        own = scope.enter_context(open_lines(folder / names.metrics(rank)))
+        metrics = scope.enter_context(open_lines(folder / names.metrics(rank)))
         events = None if rank else scope.enter_context(open_lines(folder / names.EVENTS))
-        yield Log(folder=folder, attempt=attempt, metrics_file=own, events_file=events)
+        yield Log(folder=folder, attempt=attempt, metrics_file=metrics, events_file=events)

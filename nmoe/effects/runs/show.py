@@ -163,7 +163,9 @@ def export(root: Path, name: str, to: Path | None) -> int:
     """
     run = read_run(find(root, name))
     if not run.metrics:
-        raise InputError(f"{run.folder / METRICS}: an export has metrics, got none yet; wait for the first logged step")
+        raise InputError(
+            f"{run.folder / METRICS}: expected metrics to export, got none yet; wait for the first logged step"
+        )
     rows = [flatten(line) for line in run.metrics]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
@@ -176,7 +178,9 @@ def export(root: Path, name: str, to: Path | None) -> int:
     try:
         files.write_text(to, text.getvalue())
     except OSError as error:
-        raise InputError(f"{to}: the export can be written, got {error.strerror}; choose another file") from error
+        raise InputError(
+            f"{to}: expected a file that can be written, got {error.strerror}; choose another file"
+        ) from error
     return 0
 
 
@@ -240,12 +244,14 @@ def run_folders(root: Path) -> tuple[Path, ...]:
     except FileNotFoundError:
         found = ()
     except OSError as error:
-        raise InputError(f"{root}: a folder of run folders, got {error.strerror}; pass another --root") from error
+        raise InputError(
+            f"{root}: expected a folder of run folders, got {error.strerror}; pass another --root"
+        ) from error
     # A name with a leading dot is a run folder still being made.
     found = tuple(path for path in found if not path.name.startswith("."))
     if not found:
         raise InputError(
-            f"{root}: holds run folders, got none; start one with `nmoe run CONFIG` or pass another --root"
+            f"{root}: expected run folders, got none; start one with `nmoe run CONFIG` or pass another --root"
         )
     return found
 
@@ -265,13 +271,13 @@ def find(root: Path, name: str) -> Path:
     """
     if name in ("", ".", "..") or any(separator in name for separator in ("/", "\\", "\0")):
         raise InputError(
-            f"run: a name of a folder in {root}, got {name!r}; write the name alone, and its folder as --root"
+            f"run: expected a name of a folder in {root}, got {name!r}; write the name alone, and its folder as --root"
         )
     names = [folder.name for folder in run_folders(root)]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         advice = f"did you mean {close[0]}?" if close else "see `nmoe runs list`"
-        raise InputError(f"run: a run in {root}, got {name!r}; {advice}")
+        raise InputError(f"run: expected a run in {root}, got {name!r}; {advice}")
     return root / name
 
 
@@ -342,7 +348,7 @@ def number(line: Line, key: str) -> float | None:
     value = line.fields[key]
     if value in ("nan", "inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
         return float(value)
-    raise InputError(f"{line.where}: {key} is a number, got {value!r}; fix or delete the line")
+    raise InputError(f"{line.where}: {key}: expected a number, got {value!r}; fix or delete the line")
 
 
 def _below(line: Line, key: str, limit: float) -> float | None:
@@ -378,7 +384,7 @@ def _experts(line: Line) -> dict[str, list[Any]]:
         or not all(isinstance(values, list) and len(values) == len(layers) for values in experts.values())
     ):
         raise InputError(
-            f"{line.where}: experts holds `layer` and lists as long, got {experts!r}; fix or delete the line"
+            f"{line.where}: experts: expected `layer` and lists as long, got {experts!r}; fix or delete the line"
         )
     return {"layer": layers, **experts}
 

@@ -45,7 +45,7 @@ class Report:
         skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
         rank = self._rank(state, seconds, steps)
         if self.monitor is None:
-            self.log.metrics(rank)
+            self.log.metrics(**schema.fields(rank))
             return skipped, in_row
         load = metrics.load.cpu()
         balance = health(load)
@@ -71,12 +71,13 @@ class Report:
                 bias_max=state.router_bias.amax(-1).tolist(),
             ),
         )
-        self.log.metrics(line)
+        fields = schema.fields(line)
+        self.log.metrics(**fields)
         self.monitor.step(line, load)
         eta = rank.elapsed_s / (state.step - self.first_step) * (train.steps - state.step)
         say(
             f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
-            f"{schema.summary(schema.fields(line))}  eta {duration(eta)}"
+            f"{schema.summary(fields)}  eta {duration(eta)}"
         )
         return skipped, in_row
 
@@ -119,12 +120,10 @@ class Report:
         """Report a validation."""
         if self.monitor is None:
             return
-        line = schema.Validation(
-            step=step,
-            elapsed_s=time.monotonic() - self.began,
-            loss=held.loss,
-            bits_per_byte=held.bits_per_byte,
+        elapsed_s = time.monotonic() - self.began
+        fields = schema.fields(
+            schema.Validation(step=step, elapsed_s=elapsed_s, loss=held.loss, bits_per_byte=held.bits_per_byte)
         )
-        self.log.metrics(line)
+        self.log.metrics(**fields)
         self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)
-        say(f"step {step}  {schema.summary(schema.fields(line))}  {held.tokens} tokens")
+        say(f"step {step}  {schema.summary(fields)}  {held.tokens} tokens")

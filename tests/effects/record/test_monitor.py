@@ -63,7 +63,7 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
     ]
     events = {line["event"]: line for line in lines(tmp_path / "events.jsonl")}
     assert (events["alert"]["rule"], events["alert"]["step"], events["alert"]["attempt"]) == ("dead_experts", 3, 4)
-    assert events["alert_command_failed"]["error"] == "log.alert_command: exits with 0, got 3: oh"
+    assert events["alert_command_failed"]["error"] == "log.alert_command: expected exit code 0, got 3: oh"
     assert json.loads((tmp_path / "told").read_text())["rule"] == "dead_experts"
     (reading, *_) = lines(tmp_path / TELEMETRY)
     assert reading["attempt"] == 4 and reading["gpus"] == [] and reading["host"]["disk_free_bytes"] > 0
@@ -133,7 +133,7 @@ def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None
     thread = alert_command.start(f"(sleep 2; touch {tmp_path}/late) & wait", {}, 0.2, problems.append)
     assert time.monotonic() - begin < 0.1
     thread.join()
-    assert problems == ["log.alert_command: ends within 0.2 s, got none; it was killed"]
+    assert problems == ["log.alert_command: expected an end within 0.2 s, got none; it was killed"]
     time.sleep(2.2)
     assert not (tmp_path / "late").exists()
 

@@ -116,7 +116,7 @@ def load_history(index: Index, name: str, layer: int) -> api.Load:
 
 
 def _no_loads(name: str) -> str:
-    return f"{name}: loads of its experts, got none; wait for the next, or log arrays"
+    return f"{name}: expected loads of its experts, got none; wait for the next, or log arrays"
 
 
 def _items(reported: Any) -> list[tuple[str, list[float | None] | None]]:

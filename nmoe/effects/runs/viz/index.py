@@ -119,7 +119,7 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
         import duckdb
     except ImportError as error:
         raise InputError(
-            "viz: the package duckdb is installed, got none; install it with: pip install 'nmoe[viz]'"
+            "viz: expected the package duckdb, got none; install it with: pip install 'nmoe[viz]'"
         ) from error
     connection = None
     try:
@@ -136,13 +136,15 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
             raise
         holder = re.search(r"PID \d+", str(error))
         raise InputError(
-            f"{file}: an index that no other process has open, got {holder[0] if holder else error}; "
+            f"{file}: expected an index that no other process has open, got {holder[0] if holder else error}; "
             "end the other `nmoe viz`, or delete the file if there is none"
         ) from error
     except OSError as error:
         if connection is not None:
             raise
-        raise InputError(f"{file}: an index can be written, got {error.strerror}; set NMOE_HOME elsewhere") from error
+        raise InputError(
+            f"{file}: expected an index that can be written, got {error.strerror}; set NMOE_HOME elsewhere"
+        ) from error
     finally:
         if connection is not None:
             connection.close()
@@ -250,7 +252,9 @@ def known(index: Index, names: Sequence[str]) -> dict[int, str]:
     found = {name: run for run, name in query(index, "select run, name from runs")}
     unknown = [name for name in names if name not in found]
     if unknown:
-        raise InputError(*(f"run: the name of a run here, got {name!r}; reload the list of runs" for name in unknown))
+        raise InputError(
+            *(f"run: expected the name of a run here, got {name!r}; reload the list of runs" for name in unknown)
+        )
     return {found[name]: name for name in names}
 
 
@@ -415,7 +419,7 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
                     _advance_(cursor, tail, marks[tail.path], taken[tail.path], result, piece.file)
             if result.refused:
                 shown = ", ".join(result.refused[:5])
-                problems.append(f"{kind}: tags that the index has room for, got also {shown}; rename them")
+                problems.append(f"{kind}: expected tags that the index has room for, got also {shown}; rename them")
     return taken, tuple(problems), left
 
 

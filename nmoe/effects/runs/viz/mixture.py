@@ -42,7 +42,7 @@ def mixture(index: Index, name: str) -> api.Mixture:
         sources = _sources(plan, position)
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
-            f"{name}: an event `mixture` with the quotas of its stages, got another ({error}); fix the line"
+            f"{name}: expected an event `mixture` with the quotas of its stages, got another ({error}); fix the line"
         ) from error
     return api.Mixture(run=name, step=step, sources=sources, config=api.plain(config))
 

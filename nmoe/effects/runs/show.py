@@ -240,20 +240,20 @@ def run_folders(root: Path) -> tuple[Path, ...]:
     Raises:  InputError when there are none.
     """
     try:
-        found = tuple(path for path in sorted(root.iterdir()) if _is_run(path))
+        folders = tuple(path for path in sorted(root.iterdir()) if _is_run(path))
     except FileNotFoundError:
-        found = ()
+        folders = ()
     except OSError as error:
         raise InputError(
             f"{root}: expected a folder of run folders, got {error.strerror}; pass another --root"
         ) from error
     # A name with a leading dot is a run folder still being made.
-    found = tuple(path for path in found if not path.name.startswith("."))
-    if not found:
+    folders = tuple(path for path in folders if not path.name.startswith("."))
+    if not folders:
         raise InputError(
             f"{root}: expected run folders, got none; start one with `nmoe run CONFIG` or pass another --root"
         )
-    return found
+    return folders
 
 
 def _is_run(folder: Path) -> bool:

@@ -203,7 +203,7 @@ def mlflow(folder: Path, position: Position) -> Iterator[Sink]:
         client = tracking.MlflowClient()
         experiment = client.get_experiment_by_name("nmoe")
         where = client.create_experiment("nmoe") if experiment is None else experiment.experiment_id
-        found = client.search_runs([where], f"tags.`nmoe.run` = '{folder.name}'")
-        run = found[0] if found else client.create_run(where, tags={"nmoe.run": folder.name}, run_name=folder.name)
+        earlier = client.search_runs([where], f"tags.`nmoe.run` = '{folder.name}'")
+        run = earlier[0] if earlier else client.create_run(where, tags={"nmoe.run": folder.name}, run_name=folder.name)
         first = max((round(m.value) + 1 for m in client.get_metric_history(run.info.run_id, "line")), default=0)
     yield Mlflow(client, run.info.run_id, entities.Metric, first, failures)

@@ -50,20 +50,20 @@ def inside(path: Path, root: Path) -> Path:
 
 def folders(roots: Sequence[Path]) -> api.Folders:
     """What the prepared folders under some roots hold."""
-    found = _found(roots)
-    return api.Folders(folders=[_folder(number, path, root) for number, (path, root) in enumerate(found)])
+    known_folders = _prepared_folders(roots)
+    return api.Folders(folders=[_folder(number, path, root) for number, (path, root) in enumerate(known_folders)])
 
 
-def _found(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
+def _prepared_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
     """The folders with a manifest under each root, and the root, in a fixed order."""
-    found: list[tuple[Path, Path]] = []
+    known_folders: list[tuple[Path, Path]] = []
     for root in roots:
         for path, names, files in os.walk(root):
             depth = len(Path(path).relative_to(root).parts)
             names[:] = [] if MANIFEST in files or depth >= MAX_DEPTH else sorted(n for n in names if n[0] != ".")
-            if MANIFEST in files and len(found) < MAX_FOLDERS:
-                found.append((Path(path), root))
-    return found
+            if MANIFEST in files and len(known_folders) < MAX_FOLDERS:
+                known_folders.append((Path(path), root))
+    return known_folders
 
 
 def _folder(number: int, path: Path, root: Path) -> api.Folder:
@@ -123,10 +123,12 @@ def document(roots: Sequence[Path], folder: int, split: str, number: int) -> api
 
     Raises:  InputError when there is no such folder, split or document, or a shard is not what the manifest says.
     """
-    found = _found(roots)
-    if not 0 <= folder < len(found):
-        raise InputError(f"folder: expected a number below {len(found)}, got {folder}; reload the list of folders")
-    path, root = found[folder]
+    known_folders = _prepared_folders(roots)
+    if not 0 <= folder < len(known_folders):
+        raise InputError(
+            f"folder: expected a number below {len(known_folders)}, got {folder}; reload the list of folders"
+        )
+    path, root = known_folders[folder]
     manifest = _manifest(path, root)
     if split not in manifest.splits:
         raise InputError(

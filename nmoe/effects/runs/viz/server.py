@@ -206,10 +206,10 @@ class Ask:
 
     def runs(self) -> list[str]:
         """The runs asked for, at least one."""
-        found = self.texts("run")
-        if not found:
+        names = self.texts("run")
+        if not names:
             raise InputError("run: expected the name of a run, got none; add run=NAME")
-        return found
+        return names
 
     def text(self, name: str) -> str:
         """A parameter that must be there once."""
@@ -322,21 +322,21 @@ async def _poll_once(settings: Settings, watch: Watch) -> None:
             return
         began = time.monotonic()
         try:
-            found = await asyncio.to_thread(poll, settings.index)
+            read = await asyncio.to_thread(poll, settings.index)
         except (OSError, duckdb.Error) as error:
-            found = Poll(grown=(), gone=(), problems=(f"reading the runs failed: {error}",), read_bytes=0, left_bytes=0)
-        watch.polled, watch.left_bytes = time.monotonic(), found.left_bytes
-        if found.read_bytes:
-            watch.rate = found.read_bytes / (watch.polled - began)
+            read = Poll(grown=(), gone=(), problems=(f"reading the runs failed: {error}",), read_bytes=0, left_bytes=0)
+        watch.polled, watch.left_bytes = time.monotonic(), read.left_bytes
+        if read.read_bytes:
+            watch.rate = read.read_bytes / (watch.polled - began)
         message = {
-            "grown": list(found.grown),
-            "gone": list(found.gone),
-            "problems": list(found.problems),
-            "left_bytes": found.left_bytes,
-            "left_s": found.left_bytes / watch.rate if watch.rate else None,
+            "grown": list(read.grown),
+            "gone": list(read.gone),
+            "problems": list(read.problems),
+            "left_bytes": read.left_bytes,
+            "left_s": read.left_bytes / watch.rate if watch.rate else None,
         }
         async with watch.changed:
-            if found.grown or found.gone or message["problems"] != watch.last.get("problems"):
+            if read.grown or read.gone or message["problems"] != watch.last.get("problems"):
                 watch.number += 1
             watch.last = message
             watch.changed.notify_all()

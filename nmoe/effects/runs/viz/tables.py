@@ -60,7 +60,7 @@ def _losses(index: Index, names: Sequence[str]) -> list[tuple[str, ...]]:
             [v for x, v in zip(series.x, curve.mean, strict=True) if x <= limit and v is not None][-1:]
             for curve in series.curves
         ]
-        rows.append((f"loss by step {limit:,.0f}", *(_shown(each[0]) if each else "-" for each in last)))
+        rows.append((f"loss by step {limit:,.0f}", *(_shown(values[0]) if values else "-" for values in last)))
     return rows
 
 
@@ -100,10 +100,10 @@ def export_parquet(root: Path, name: str, to: Path) -> int:
 def _read_all(index: Index, names: Sequence[str]) -> None:
     """Read some runs to their ends. Writes: the index."""
     while True:
-        found = poll(index, names=names)
-        if found.problems:
-            raise InputError(*found.problems)
-        if not found.read_bytes:
+        progress = poll(index, names=names)
+        if progress.problems:
+            raise InputError(*progress.problems)
+        if not progress.read_bytes:
             return
 
 

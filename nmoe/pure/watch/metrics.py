@@ -182,18 +182,18 @@ METRICS = (
 
 def fields(record: Step | Rank | Experts | Validation) -> dict[str, Any]:
     """A record as a line of metrics has it: names to numbers, and `experts` to its table."""
-    found: dict[str, Any] = {}
+    line: dict[str, Any] = {}
     for attribute, entry in _ENTRIES[type(record)]:
         value = getattr(record, attribute)
         if isinstance(value, Rank):
-            found |= fields(value)
+            line |= fields(value)
         elif isinstance(value, Experts):
-            found["experts"] = {name.removeprefix("experts/"): numbers for name, numbers in fields(value).items()}
+            line["experts"] = {name.removeprefix("experts/"): numbers for name, numbers in fields(value).items()}
         elif entry is not None and isinstance(value, Mapping):
-            found |= {entry.name.replace("*", part): number for part, number in value.items()}
+            line |= {entry.name.replace("*", part): number for part, number in value.items()}
         elif entry is not None and value is not None:
-            found[entry.name] = value
-    return found
+            line[entry.name] = value
+    return line
 
 
 def summary(line: Mapping[str, Any]) -> str:

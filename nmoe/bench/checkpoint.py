@@ -104,7 +104,7 @@ def _disk(folder: Path, writer: Writer, pieces: Sequence[Piece], device: torch.d
         manifest = manifests.read(Disk(), checkpoint)
         seconds["load"].append(_on_disk(_load, checkpoint, manifest, pieces, device))
         shutil.rmtree(checkpoint)
-        last = "  ".join(f"{name} {each[-1]:.2f} s" for name, each in seconds.items())
+        last = "  ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
         say(f"{f'round {index + 1} of {rounds}':<14} {last}")
     _rate("plain write", size, seconds["write"], None)
     _rate("save", size, seconds["save"], seconds["write"])

@@ -147,7 +147,7 @@ def _watched(folder: Path, workers: int) -> tuple[float, int, int]:
     process = subprocess.Popen([*command, "--workers", str(workers)], stdout=subprocess.DEVNULL)
     peak = largest = 0
     while process.poll() is None:
-        sizes = [_resident(each) for each in _tree(process.pid)]
+        sizes = [_resident(pid) for pid in _tree(process.pid)]
         peak, largest = max(peak, sum(sizes)), max(largest, *sizes)
         time.sleep(SAMPLE_EVERY_S)
     if process.returncode:
@@ -159,13 +159,13 @@ def _watched(folder: Path, workers: int) -> tuple[float, int, int]:
 
 def _tree(pid: int) -> list[int]:
     """A process and everything it started, as Linux tells."""
-    found = [pid]
+    pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found += [each for child in task.read_text().split() for each in _tree(int(child))]
+            pids += [descendant for child in task.read_text().split() for descendant in _tree(int(child))]
         except OSError:
             continue  # it ended meanwhile
-    return found
+    return pids
 
 
 def _resident(pid: int) -> int:

@@ -7,13 +7,14 @@
 #   make check        formatting, lint, types
 #   make gpu-test     the GPU's tests with the versions of constraints-gpu.txt: in .venv-gpu, or in that of GPU_PYTHON
 #   make gpu2-test    those that need two GPUs of one host, with the same
+#   make docs         write the pages and the schema that come from the code
 #   make bench        one training step against transformers
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: run test test-kernels test-long check gpu-test gpu2-test bench
+.PHONY: run test test-kernels test-long check gpu-test gpu2-test docs bench
 
 PYTHON ?= python3
 GPU_PYTHON ?= .venv-gpu/bin/python
@@ -38,6 +39,7 @@ export SAME_VERSIONS
 
 run: .venv/.run
 	@$(BIN)/nmoe run quickstart
+	echo "look at it in a browser: $(BIN)/nmoe viz"
 
 test: check test-kernels
 	@$(BIN)/python -m pytest --durations=15 --durations-min=5
@@ -65,6 +67,11 @@ gpu2-test: $(if $(filter .venv-gpu/bin/python,$(GPU_PYTHON)),.venv-gpu/.test)
 	@$(GPU_PYTHON) -c "$$SAME_VERSIONS" $(GPU_PAIR)
 	$(GPU_PYTHON) -m pytest -m gpu2 tests/gpu
 
+docs: .venv/.dev
+	@$(BIN)/python -c 'from nmoe.cli.reference import reference; print(reference(), end="")' > docs/cli.md
+	$(BIN)/nmoe config reference > docs/config.md
+	$(BIN)/nmoe config schema > configs/nmoe.schema.json
+
 bench: .venv/.dev
 	@$(BIN)/nmoe bench step quickstart --against transformers
 
@@ -73,7 +80,7 @@ bench: .venv/.dev
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: python3 is 3.11 or newer, got %d.%d; set PYTHON=..." % sys.version_info[:2])'
 	echo "setting up .venv to run: $(TORCH) and what training needs, about two minutes and 1.9 GB"
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[data]'
+	$(INSTALL) --editable '.[data,viz]'
 	touch $@
 	echo "set up in $$SECONDS s"
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nmoe.pure.core.spec import POLICY, Role, Spec, spec_tree
     from nmoe.pure.core.tree import param, record
     from nmoe.pure.cost import flops, plan
-    from nmoe.pure.model import attention, experts, loss, norm, rope, route
+    from nmoe.pure.model import attention, experts, hf, loss, norm, rope, route
     from nmoe.pure.model.attention import KINDS, Hf, Kind, kind_of
     from nmoe.pure.model.blueprint import make_blueprint
     from nmoe.pure.model.model import (
@@ -71,6 +71,7 @@ __all__ = [
     "experts",
     "flops",
     "forward",
+    "hf",
     "init",
     "kind_of",
     "labelled",
@@ -100,7 +101,7 @@ __all__ = [
 _MODULES = MappingProxyType(
     {
         **dict.fromkeys(("layout", "tree"), "nmoe.pure.core"),
-        **dict.fromkeys(("attention", "experts", "loss", "norm", "rope", "route"), "nmoe.pure.model"),
+        **dict.fromkeys(("attention", "experts", "hf", "loss", "norm", "rope", "route"), "nmoe.pure.model"),
         **dict.fromkeys(("flops", "plan"), "nmoe.pure.cost"),
         **dict.fromkeys(("adamw", "schedule"), "nmoe.pure.optim"),
     }

@@ -12,6 +12,7 @@ import pytest
 
 # As the command line does, before torch is imported: threads that spin take the cores from what runs beside.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 from hypothesis import settings
 

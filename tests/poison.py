@@ -35,8 +35,8 @@ def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(allocate)
     def poisoned(*arguments: Any, **named: Any) -> Any:
         made = allocate(*arguments, **named)
-        # what the compiler traces is its own: poison there would be a part of the program
-        return made if torch.compiler.is_compiling() else poison_(made)
+        # what a compiler traces (fake and functional tensors) is its own: poison there would be a part of the program
+        return poison_(made) if type(made) is Tensor and not torch.compiler.is_compiling() else made
 
     return poisoned
 

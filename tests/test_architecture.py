@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 ORDER = (
     *("errors", "config", "pure.units", "pure.core", "pure.formats"),
-    "pure.model pure.optim pure.data pure.parallel pure.checkpoint pure.watch pure.cluster",
+    "pure.model pure.optim pure.data pure.parallel pure.checkpoint pure.watch pure.cluster pure.evals",
     *("pure.cost", "effects.files effects.terminal", "effects.kernels", "effects.parallel effects.record"),
     *("effects.device effects.checkpoint", "effects.data", "effects.train effects.runs", "effects.evals bench soak"),
     "cli",
@@ -40,9 +40,10 @@ NEVER_IN_PURE = (
 
 STARTERS = (
     *("nmoe.effects.parallel.launch", "nmoe.effects.record.alert_command", "nmoe.effects.record.provenance"),
-    *("nmoe.effects.data.prepare.execute", "nmoe.bench", "nmoe.soak"),
+    *("nmoe.effects.data.prepare.execute", "nmoe.effects.evals.sandbox", "nmoe.effects.evals.jail"),
+    *("nmoe.bench", "nmoe.soak"),
 )
-"""Who starts processes: ranks, an alert's command, git once a run, workers that prepare data, measurements."""
+"""Who starts processes: ranks, an alert's command, git, workers that prepare data, graded programs, measurements."""
 
 PROCESSES = (
     *("subprocess", "multiprocessing", "concurrent.futures.ProcessPoolExecutor", "pty"),

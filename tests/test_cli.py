@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tomli
 
+from nmoe.cli.reference import reference
 from nmoe.config import Shards, dump, load, schema
 from tests.effects.train.tiny import tiny
 
@@ -82,7 +83,7 @@ BAD_CONFIGS = {
     "unknown attention": (
         r'^kind = "mla"',
         'kind = "flash"',
-        [r'x.toml:\d+: model.attention.kind: expected one of "mla", "gqa", got "flash"; .*'],
+        [r'x.toml:\d+: model.attention.kind: expected one of "mla", "gqa", "kda", "mixed", got "flash"; .*'],
     ),
 }
 
@@ -110,10 +111,8 @@ def test_bad_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "command line: expected a verb, one of run, .*, got nothing; see `nmoe --help`"),
         (("rnu", "x.toml"), r"command line: expected a verb, one of run, .*, got rnu; did you mean nmoe run\?"),
         (("config", "chekc"), r"config: expected a verb, .*, got chekc; did you mean nmoe config check\?"),
-        (("config",), "config: expected a verb, one of list, show, .*, schema, got nothing; see `nmoe config --help`"),
         (("run",), "run: the following arguments are required: CONFIG; see `nmoe run --help`"),
         (("plan", QUICKSTART, "--train.steps", "10"), "--train.steps: .*; write --train.steps=10"),
         (("plan", "--train.steps", "10", QUICKSTART), "--train.steps: .*; write --train.steps=10"),
@@ -190,6 +189,20 @@ def test_config_diff() -> None:
     assert 'data.source.path: absent -> "data/pretrain"' in kinds.stdout.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "same"),
+    [((), ("--help",)), (("config",), ("config", "--help")), (("help", "run"), ("run", "--help"))],
+)
+def test_help_is_what_a_verb_alone_prints(arguments: tuple[str, ...], same: tuple[str, ...]) -> None:
+    printed, wanted = nmoe(*arguments), nmoe(*same)
+    assert printed.returncode == 0 and printed.stderr == ""
+    assert printed.stdout == wanted.stdout and printed.stdout.startswith("usage: nmoe")
+
+
+def test_command_line_reference_is_the_committed_page() -> None:
+    assert reference() == (ROOT / "docs" / "cli.md").read_text(), "make docs"
+
+
 def test_config_reference_is_the_committed_page_and_names_every_key() -> None:
     page = nmoe("config", "reference").stdout
     assert page == (ROOT / "docs" / "config.md").read_text(), "nmoe config reference > docs/config.md"
@@ -243,7 +256,7 @@ def test_what_needs_no_torch_does_not_import_it(arguments: tuple[str, ...], tmp_
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "plan", "doctor", "config show", "runs export", "generate", "bench step", "export hf"]
+    "verb", ["run", "plan", "doctor", "config show", "runs export", "generate", "eval", "bench step", "export hf"]
 )
 def test_each_verb_has_help_with_an_example(verb: str) -> None:
     done = nmoe(*verb.split(), "--help")
@@ -251,12 +264,24 @@ def test_each_verb_has_help_with_an_example(verb: str) -> None:
     assert f"example: nmoe {verb} " in done.stdout
 
 
-@pytest.mark.parametrize(("given", "kept"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_how_threads_wait_is_the_users_choice(given: dict[str, str], kept: str) -> None:
-    program = "import os; from nmoe.cli import main; main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
-    environ = {name: value for name, value in ENVIRON.items() if name != "OMP_WAIT_POLICY"} | given
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ, check=False)
-    assert done.stdout.splitlines()[-1] == kept, done
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+UNSET = {name: value for name, value in ENVIRON.items() if name not in WAITING}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, ["passive", "1000"]),
+        ({"OMP_WAIT_POLICY": "active"}, ["active", None]),
+        ({"GOMP_SPINCOUNT": "7"}, ["passive", "7"]),
+    ],
+)
+def test_how_threads_wait_is_the_users_choice(given: dict[str, str], kept: list[str | None]) -> None:
+    program = f"import os; from nmoe.cli import main; main(['--version']); print([*map(os.environ.get, {WAITING})])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=UNSET | given, check=False
+    )
+    assert done.stdout.splitlines()[-1] == str(kept), done
 
 
 @pytest.mark.long
@@ -265,21 +290,22 @@ def test_how_threads_wait_changes_no_bit(sources: Path, tmp_path: Path) -> None:
     config = tiny(vocab_size=300, batch_size=16, microbatch_size=16, sequence_length=64, steps=2, source=source)
     (tmp_path / "tiny.toml").write_text(dump(config))
     weights: list[bytes] = []
-    for policy in ("passive", "active"):
-        chosen = {} if policy == "passive" else {"OMP_WAIT_POLICY": policy}
-        environ = {name: value for name, value in (ENVIRON | chosen).items() if name != "OMP_WAIT_POLICY" or chosen}
+    for policy, spins in (("passive", "1000"), ("passive", "0"), ("active", "unset")):
+        chosen = {"OMP_WAIT_POLICY": policy} | ({} if spins == "unset" else {"GOMP_SPINCOUNT": spins})
         done = subprocess.run(
-            [sys.executable, "-m", "nmoe", "run", "tiny.toml", f"--run.name={policy}"],
+            [sys.executable, "-m", "nmoe", "run", "tiny.toml", f"--run.name={policy}{spins}"],
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env=environ | {"OMP_NUM_THREADS": "2"},
+            env=UNSET | chosen | {"OMP_NUM_THREADS": "2"},
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert f"threads        2 on the CPU, OMP_WAIT_POLICY={policy}" in done.stdout.splitlines()
-        weights.append((tmp_path / "runs" / policy / "weights.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+        assert (
+            f"threads        2 on the CPU, OMP_WAIT_POLICY={policy} GOMP_SPINCOUNT={spins}" in done.stdout.splitlines()
+        )
+        weights.append((tmp_path / "runs" / f"{policy}{spins}" / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1] == weights[2]
 
 
 def test_interrupted_while_reading(tmp_path: Path) -> None:

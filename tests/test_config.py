@@ -26,7 +26,7 @@ from nmoe.config.data_source import Source
 from nmoe.config.fields import Key, is_table, keys, members
 from nmoe.config.run_name import is_run_name, label
 from nmoe.config.secrets import masked, masked_arguments
-from nmoe.config.sections import Mla, Shards, Stdlib, Yarn
+from nmoe.config.sections import Mixed, Mla, Shards, Stdlib, Yarn
 from nmoe.config.toml import lines, literal
 from nmoe.errors import InputError
 from nmoe.pure.model.attention import KINDS
@@ -137,7 +137,7 @@ def test_a_file_of_another_kind_drops_the_keys_of_its_base(tmp_path: Path) -> No
     )
     (problem,) = problems(file, KIND, "--data.source.tokenizer_size=300", PATH)
     assert 'tokenizer_size=300: data.source.tokenizer_size: expected a known key of kind "shards"' in problem
-    assert 'got "kda"' in problems(file, "--model.attention.kind=kda")[0]
+    assert 'got "rnn"' in problems(file, "--model.attention.kind=rnn")[0]
 
 
 def test_the_last_of_two_overrides_holds() -> None:
@@ -546,15 +546,83 @@ def test_rules_of_grouped_query_attention(changes: dict[str, Any], expected: str
     assert problem.startswith(f"model.attention.{expected}"), problem
 
 
+MIXED_RULES = [
+    (
+        "--model.attention.pattern=",
+        'pattern: expected a letter at least, got ""; write "ab" for layers a and b in turn',
+    ),
+    ("--model.attention.pattern=abab", "pattern: expected at most num_layers = 3 letters, got 4; shorten it"),
+    ("--model.attention.last=abab", "last: expected at most num_layers = 3 letters, got 4; shorten it"),
+    ("--model.attention.pattern=ad", 'pattern: expected letters of the tables a, b, got "ad"; choose others or write '),
+    (
+        "--model.attention.last=",
+        "b: expected a layer with it, got none of 3; write its letter into pattern or last, or ",
+    ),
+    ("--model.attention.b.qk_rope_head_dim=15", "b.qk_rope_head_dim: expected an even number, got 15; write 16, "),
+    (
+        "--model.attention.b.yarn={factor = 2, original_positions = 128}",
+        'b.yarn: expected no table beside position = "none", got one; remove one of the two',
+    ),
+    ("--model.attention.a.conv_size=0", "a.conv_size: expected at least 1, got 0; raise it"),
+    ("--model.attention.a.decay_limit=0", "a.decay_limit: expected above 0, got 0.0; raise it"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), MIXED_RULES, ids=[rule[0] for rule in MIXED_RULES])
+def test_rules_of_mixed_attention(override: str, expected: str) -> None:
+    path = ROOT / "configs" / "quickstart-kda.toml"
+    assert problems(path, valid=True) == []
+    (problem,) = problems(path, override, valid=True)
+    assert f": model.attention.{expected}" in problem, problem
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("a.kind=flash", 'model.attention.a.kind: expected one of "mla", "gqa", "kda", got "flash"; '),
+        ("a.kind=mixed", 'model.attention.a.kind: expected one of "mla", "gqa", "kda", got "mixed"; '),
+        ("a.window=128", 'model.attention.a.window: expected a known key of kind "kda", got "window"; '),
+        ("a.sinks=true", 'model.attention.a.sinks: expected a known key of kind "kda", got "sinks"; '),
+        (
+            "a.yarn={factor = 2, original_positions = 128}",
+            'model.attention.a.yarn: expected a known key of kind "kda", got "yarn"; ',
+        ),
+        ("d={kind = 'kda'}", 'model.attention.d: expected a known key of kind "mixed", got "d"; '),
+    ],
+)
+def test_keys_that_a_part_of_a_mixed_attention_does_not_have(override: str, expected: str) -> None:
+    (problem,) = problems(ROOT / "configs" / "quickstart-kda.toml", f"--model.attention.{override}")
+    assert expected in problem and "\n" not in problem, problem
+
+
+def test_a_mixed_attention_is_written_and_read_like_any_other() -> None:
+    path = ROOT / "configs" / "quickstart-kda.toml"
+    loaded = load(path, {"NMOE_MODEL__ATTENTION__A__NUM_HEADS": "2"}, ("--model.attention.b.kv_lora_rank=32",))
+    attention = loaded.config.model.attention
+    assert isinstance(attention, Mixed)
+    assert (attention.a.num_heads, attention.b.num_heads, attention.last) == (2, 4, "b")
+    assert loaded.sources["model.attention.b.kv_lora_rank"].startswith("command line")
+    assert loaded.sources["model.attention.pattern"].startswith(str(path))
+    assert identity(loaded.config) != identity(load(path, {}, ()).config)
+
+
 def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
     """The list in `config`, which knows no torch, and the kinds themselves say the same."""
-    on_gpu, on_cpu, latent = (
-        load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("gpt-oss-20b", "quickstart-gqa", "moonlet")
+    assert set(PLAIN) == {section for section, kind in KINDS.items() if kind.kernel_kept_bytes is None}
+    on_gpu, on_cpu, *others = (
+        load(ROOT / "configs" / f"{name}.toml", {}, ()).config
+        for name in ("kimi-linear-48b", "quickstart-kda", "gpt-oss-20b", "quickstart-gqa", "moonlet")
     )
     (remark,) = remarks(on_gpu)
-    assert remark.startswith('model.attention.kind: "gqa" has no kernels, a GPU runs it as plain torch')
-    assert remarks(on_cpu) == remarks(latent) == ()
-    assert set(PLAIN) == {section for section, kind in KINDS.items() if kind.kernel_kept_bytes is None}
+    assert remark.startswith('model.attention.a.kind: "kda" has no kernels, a GPU runs it as plain torch')
+    assert [remarks(config) for config in (on_cpu, *others)] == [(), (), (), ()]
+
+
+@pytest.mark.parametrize(("size", "wrong"), [(64, False), (128, False), (32, True), (96, True), (256, True)])
+def test_heads_that_the_kernels_of_grouped_queries_take(size: int, wrong: bool) -> None:
+    config = load(ROOT / "configs" / "gpt-oss-20b.toml", {}, (f"--model.attention.head_dim={size}",)).config
+    told = f"model.attention.head_dim: expected 64 or 128 for the attention kernels, got {size}; write one of them"
+    assert validate(config, 8) == ((told,) if wrong else ())
 
 
 def rules_config(*overrides: str) -> Config:

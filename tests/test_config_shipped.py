@@ -14,15 +14,21 @@ import attrs
 import pytest
 import tomli
 import tomli_w
+import torch
 from jsonschema import Draft202012Validator
 
 from nmoe.config import Config, diff, dump, load, load_valid, schema
 from nmoe.config.check import unrunnable
 from nmoe.config.sections import Gqa
+from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import count
+from nmoe.pure.cost.plan import plan
 from nmoe.pure.model import model
 from nmoe.pure.model.attention import kind_of
+from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.hf import settings
+from nmoe.pure.model.ops import environment
+from tests import kimi_linear
 from tests.configs import ROOT, at_line, problems
 from tests.gpt_oss import hf_settings
 
@@ -65,7 +71,7 @@ def in_groups(tables: dict[str, Any]) -> list[list[Where]]:
     groups: dict[Any, list[Where]] = {}
     for where, value in every(tables):
         if where != ("extends",):
-            group = len(where) if isinstance(value, dict) else where[-1] == "kind"
+            group = len(where) if isinstance(value, dict) else (where[-1] == "kind") * len(where)
             groups.setdefault(("table" if isinstance(value, dict) else "value", group), []).append(where)
     return list(groups.values())
 
@@ -135,7 +141,7 @@ def test_every_value_of_a_wrong_type_is_named(path: Path, wrong: Any, tmp_path: 
     def fits(where: Where) -> bool:
         right = at(tables, where)[where[-1]]
         if isinstance(right, str):
-            return isinstance(wrong, str) and where[-1] == "path"
+            return isinstance(wrong, str) and where[-1] in ("path", "pattern", "last")
         return type(wrong) is type(right) or (type(wrong) is int and type(right) is float)
 
     for group in in_groups(tables):
@@ -152,7 +158,7 @@ def test_every_value_of_a_wrong_type_is_named(path: Path, wrong: Any, tmp_path: 
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
 def test_every_missing_key_is_named(path: Path, tmp_path: Path) -> None:
     tables = complete(path)
-    needed = {*required(Config), ("data", "source", "kind"), ("model", "attention", "kind")}
+    needed = {*required(Config), *(where for where, _ in every(tables) if where[-1] == "kind")}
     for places in in_groups(tables):
         mutated = copy.deepcopy(tables)
         for where in places:
@@ -168,7 +174,7 @@ def test_the_schema_refuses_what_loading_refuses(path: Path) -> None:
     """Each key mistyped, of another type, and left out: by itself, for editors mark each."""
     schema_of = Draft202012Validator(schema())
     tables = complete(path)
-    needed = {*required(Config), ("data", "source", "kind"), ("model", "attention", "kind")}
+    needed = {*required(Config), *(where for where, _ in every(tables) if where[-1] == "kind")}
     for where, right in every(tables):
         wrongs: list[Any] = [True, [], {"inner": 1}, 2.5, "text"]
         for wrong in [each for each in wrongs if type(each) is not type(right) or isinstance(right, dict)]:
@@ -215,6 +221,35 @@ def test_committed_schema_is_the_generated_one() -> None:
 def test_moonlet_16b_is_moonlet_with_more_layers() -> None:
     small, large = (load(ROOT / "configs" / f"{name}.toml", {}, ()).config for name in ("moonlet", "moonlet-16b"))
     assert [each.path for each in diff(small, large) if each.path.startswith("model")] == ["model.num_layers"]
+
+
+def test_kimi_linear_has_the_published_shape() -> None:
+    """The values of config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct, and the size its name says."""
+    config = load(ROOT / "configs" / "kimi-linear-48b.toml", {}, ()).config
+    c, blueprint = config.model, make_blueprint(config, 64, 8)
+    published = {
+        **{"vocab_size": 163840, "hidden_size": 2304, "num_hidden_layers": 27, "intermediate_size": 9216},
+        **{"moe_intermediate_size": 1024, "num_experts": 256, "num_experts_per_token": 8, "num_shared_experts": 1},
+        **{"num_expert_group": 1, "topk_group": 1, "moe_renormalize": True, "routed_scaling_factor": 2.446},
+        **{"num_attention_heads": 32, "num_key_value_heads": 32, "q_lora_rank": None, "kv_lora_rank": 512},
+        **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "rms_norm_eps": 1e-5},
+        **{"linear_num_heads": 32, "linear_head_dim": 128, "linear_conv_kernel_dim": 4},
+    }
+    found = kimi_linear.hf_settings(c)
+    assert {key: found[key] for key in published} == published
+    full = [at for at, kind in enumerate(found["layer_types"], 1) if kind == "full_attention"]
+    assert full == [4, 8, 12, 16, 20, 24, 27]
+    assert found["mlp_layer_types"] == ["dense"] + ["sparse"] * 26
+    assert 48e9 < blueprint.parameters.total < 49.2e9
+    assert 3.0e9 < blueprint.parameters.active - blueprint.parameters.embedding < 3.2e9
+    with torch.device("meta"):
+        p = tree.map(lambda _, spec: torch.empty(spec.shape(blueprint.dims)), blueprint.specs)
+        env = environment(c, 256)
+        hidden, _ = model.forward(p, torch.zeros(1, 256, dtype=torch.int64), torch.empty(26, 256), env, c)
+    assert hidden.shape == (1, 256, 2304)
+    planned = plan(config, blueprint, mfu=0.4)
+    assert planned.memory.total() < 141e9
+    assert planned.flops.attention < planned.flops_executed.attention
 
 
 def test_gpt_oss_has_the_published_shape() -> None:

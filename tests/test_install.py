@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -20,16 +22,33 @@ BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_w
 
 LOADS = """
 import json, sys
+from importlib.metadata import distribution
 from pathlib import Path
 import nmoe
-from nmoe.config import json_schema
+from nmoe.config import load
+from nmoe.config.json_schema import schema
 from nmoe.effects.kernels import tables
 from nmoe.effects.runs.viz import server
 
 root = Path(nmoe.__file__).parent
-tables.load((9, 0)), tables.load((10, 0))
-page = [path for path in server.STATIC.rglob("*") if path.is_file()]
-print(json.dumps({"root": str(root), "page": len(page)}))
+devices = sorted(root.glob("effects/kernels/sm_*.toml"))
+for path in devices:
+    capability = path.stem.removeprefix("sm_")
+    tables.load((int(capability[:-1]), int(capability[-1])))
+presets = sorted((root / "config" / "presets").glob("*.toml"))
+for path in presets:
+    load(path, {}, ())
+assert json.loads((root / "config" / "presets" / "nmoe.schema.json").read_text()) == schema()
+page = [path for path in server.STATIC.rglob("*") if path.is_file() and path.read_bytes()]
+print(json.dumps({
+    "root": str(root),
+    "distribution": str(distribution("nmoe").locate_file("nmoe")),
+    "path": sys.path,
+    "editable": [name for name in sys.modules if name.startswith("__editable__")],
+    "presets": [path.name for path in presets],
+    "devices": [path.name for path in devices],
+    "page": len(page),
+}))
 """
 
 
@@ -105,24 +124,32 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel installed, outside the repository."""
-    folder = tmp_path_factory.mktemp("site")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*install, "--target", str(folder), str(wheel)], check=True)
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment outside the repository, with nothing in it but the wheel.
+
+    The dependencies are those of this environment, by a path file. What makes this environment's own nmoe importable is
+    a path file too; those of a folder that a path file names are not read.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    install = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), *install], check=True)
+    (packages(folder) / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return folder
 
 
-def python(site: Path, folder: Path, *arguments: str) -> str:
-    """What Python prints in a folder, with the installed wheel.
+def packages(environment: Path) -> Path:
+    (found,) = environment.glob("lib/python*/site-packages")
+    return found
 
-    The dependencies are those of this environment, without what makes its editable nmoe importable: a folder on
-    PYTHONPATH is searched, its .pth files are not read.
-    """
+
+def ran(environment: Path, folder: Path, *command: str) -> str:
+    """What a command of the environment prints in a folder, whatever this process has on its path."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
-        [sys.executable, "-S", *arguments],
+        [environment / "bin" / command[0], *command[1:]],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(site), sysconfig.get_paths()["purelib"]))},
+        env={**variables, "VIRTUAL_ENV": str(environment)},
         capture_output=True,
         text=True,
         check=False,
@@ -131,18 +158,33 @@ def python(site: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_an_installed_wheel_loads_every_file(site: Path, tmp_path: Path) -> None:
-    answer = json.loads(python(site, tmp_path, "-c", LOADS))
-    assert answer["root"] == str(site / "nmoe") and answer["page"] > 20
+def test_an_installed_wheel_loads_every_file(environment: Path, tmp_path: Path) -> None:
+    answer = json.loads(ran(environment, tmp_path, "python", "-c", LOADS))
+    assert answer["root"] == answer["distribution"] == str(packages(environment) / "nmoe")
+    assert answer["editable"] == [] and str(ROOT) not in answer["path"]
+    assert answer["page"] > 20 and answer["presets"] == sorted(path.name for path in (ROOT / "configs").glob("*.toml"))
+    assert answer["devices"] == ["sm_100.toml", "sm_90.toml"]
 
 
-def test_an_installed_wheel_knows_presets_by_name(site: Path, tmp_path: Path) -> None:
-    listed = [line.split()[0] for line in python(site, tmp_path, "-m", "nmoe", "config", "list").splitlines()[1:]]
+def test_an_installed_wheel_knows_presets_by_name(environment: Path, tmp_path: Path) -> None:
+    listed = [line.split()[0] for line in ran(environment, tmp_path, "nmoe", "config", "list").splitlines()[1:]]
     assert listed == sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
-    checked = python(site, tmp_path, "-m", "nmoe", "config", "check", "quickstart")
-    assert checked.startswith(f"{site}/nmoe/config/presets/quickstart.toml: valid for 1 rank(s)")
-    assert "2.65 M" in python(site, tmp_path, "-m", "nmoe", "plan", "quickstart")
+    checked = ran(environment, tmp_path, "nmoe", "config", "check", "quickstart")
+    assert checked.startswith(f"{packages(environment)}/nmoe/config/presets/quickstart.toml: valid for 1 rank(s)")
+    assert "2.65 M" in ran(environment, tmp_path, "nmoe", "plan", "quickstart")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_installed_wheel_trains(environment: Path, tmp_path: Path, sources: Path) -> None:
+    """The first command of the README, for three steps, on text that is prepared already."""
+    data = ("--data.source.kind=shards", f"--data.source.path={sources}", "--model.vocab_size=304")
+    sizes = ("--train.steps=3", "--train.batch_size=2", "--train.microbatch_size=2", "--validation.tokens=128")
+    ran(environment, tmp_path, "nmoe", "run", "quickstart", *data, *sizes, "--run.name=first")
+    (row,) = [line for line in ran(environment, tmp_path, "nmoe", "runs", "list").splitlines() if "first" in line]
+    assert "3/3" in row and "finished" in row
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    record = tomllib.loads((tmp_path / "runs" / "first" / "provenance.toml").read_text(encoding="utf-8"))
+    assert (record["versions"]["nmoe"], record["code"]["commit"]) == (version, "unknown: not a git checkout")
 
 
 def test_the_tests_of_the_gpu_refuse_other_versions() -> None:

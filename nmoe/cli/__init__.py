@@ -13,7 +13,7 @@ from nmoe.cli import bench, ckpt, config, data, hf, runs, soak, track, train, vi
 from nmoe.cli.parser import Parser, under
 from nmoe.errors import InputError, printable
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -31,9 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     returns  exit code: the verb's own, 2 for bad input, 130 interrupted, 141 when the reader of stdout has gone
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # OpenMP reads this when torch is imported. Threads that spin while they wait hold the cores against everybody else:
-    # 585 tokens/s instead of 4,610 on two busy cores, the same bits (docs/log.md, 2026-11-28).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenMP reads these when torch is imported. Threads that spin while they wait hold the cores against all others:
+    # 585 tokens/s instead of 4,610 on two busy cores. Some 1,000 turns before they sleep cost nothing there, and give
+    # 8.7 k instead of 7.0 k on two quiet ones; the same bits (docs/log.md, 2026-11-28).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # What a terminal's encoding cannot print is shown as its escape: a sample of another script ends no run.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -59,7 +62,8 @@ def _call(arguments: Sequence[str]) -> int:
     if list(arguments) == ["--version"]:
         print(f"nmoe {_version()}")
         return 0
-    parser, verbs = _parser()
+    parser, verbs = build_parser()
+    arguments = _asking_for_help(arguments, verbs)
     _check_verb(arguments, verbs)
     overrides, rest = _split(arguments)
     try:
@@ -75,6 +79,13 @@ def _call(arguments: Sequence[str]) -> int:
         raise InputError(*(f"{args.verb}: expected no overrides, got {override}; remove it" for override in overrides))
     args.overrides, args.command = overrides, ("nmoe", *arguments)
     return args.call(args)
+
+
+def _asking_for_help(arguments: Sequence[str], verbs: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """The arguments, with `--help` behind them where they ask for it: `nmoe`, `nmoe runs`, `nmoe help runs`."""
+    if arguments and arguments[0] == "help":
+        return [*arguments[1:], "--help"]
+    return [*arguments, "--help"] if not arguments or (len(arguments) == 1 and verbs.get(arguments[0])) else arguments
 
 
 def _version() -> str:
@@ -127,7 +138,7 @@ def _check_verb(arguments: Sequence[str], verbs: Mapping[str, Sequence[str]]) ->
         said, known = f"{said} {word}", tuple(verbs.get(word, ()))
 
 
-def _parser() -> tuple[Parser, Mapping[str, Sequence[str]]]:
+def build_parser() -> tuple[Parser, Mapping[str, Sequence[str]]]:
     """The parser of everything but overrides, and every verb with the verbs under it."""
     root = Parser(
         prog="nmoe",
@@ -139,4 +150,4 @@ def _parser() -> tuple[Parser, Mapping[str, Sequence[str]]]:
     verbs = root.add_subparsers(metavar="VERB", required=True)
     for family in (train, config, data, runs, viz, ckpt, hf, track, soak, bench):
         family.verbs(verbs)
-    return root, {name: under(parser) for name, parser in verbs.choices.items()}
+    return root, {name: tuple(under(parser)) for name, parser in verbs.choices.items()}

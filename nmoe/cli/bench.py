@@ -35,7 +35,7 @@ def verbs(root: Verbs) -> None:
     step.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a trainer there")
     step.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)")
     for kind, what in KERNELS.items():
-        verb = add(bench, kind, _bench_kernels, f"measure {what} beside what it has to beat", "--jsonl rows.jsonl")
+        verb = add(bench, kind, _bench_kernels, f"compare {what} with reference implementations", "--jsonl rows.jsonl")
         verb.set_defaults(kind=kind)
         verb.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a row there")
         if kind == "kernels":

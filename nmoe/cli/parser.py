@@ -86,7 +86,7 @@ def config_path(text: str) -> Path:
     )
 
 
-def under(parser: argparse.ArgumentParser) -> tuple[str, ...]:
-    """The verbs a verb has of its own."""
+def under(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The verbs a verb has of its own, with their parsers."""
     groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]  # pyright: ignore[reportPrivateUsage]
-    return tuple(name for verbs in groups for name in verbs.choices)
+    return {name: parser for verbs in groups for name, parser in verbs.choices.items()}

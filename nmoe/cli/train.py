@@ -1,4 +1,4 @@
-"""`nmoe run`, `plan`, `doctor`, `generate`."""
+"""`nmoe run`, `plan`, `doctor`, `generate`, `eval`."""
 
 from __future__ import annotations
 
@@ -49,12 +49,40 @@ def verbs(root: Verbs) -> None:
 
     generate = add(root, "generate", _generate, "continue a text with a trained model", 'runs/NAME --prompt "def "')
     generate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
-    generate.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)")
+    generate.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="text to continue; again for more of them"
+    )
+    generate.add_argument(
+        "--tokens", type=int, metavar="N", help="tokens to add at most (default: 128, or what the model has room for)"
+    )
     generate.add_argument(
         "--temperature", type=float, default=0.7, metavar="X", help="0 takes the likeliest token (default: %(default)s)"
     )
+    generate.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens (default: all)")
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="draw among the fewest likeliest tokens that have this much of the probability (default: %(default)s)",
+    )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; again for more of them"
+    )
+    generate.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: the GPU if there is one)")
+    generate.add_argument(
+        "--no-cache", action="store_true", help="read the whole text again for every token, of any length"
+    )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: %(default)s)")
+
+    evaluate = add(root, "eval", _eval, "judge a trained model", "runs/NAME --suite bits")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    suites = ("all", "bits", "choices", "probes", "syntax", "programs")
+    evaluate.add_argument("--suite", default="all", choices=suites, help="what is asked of it (default: %(default)s)")
+    evaluate.add_argument(
+        "--limit", type=int, default=200, metavar="N", help="items of a task at most (default: %(default)s)"
+    )
+    evaluate.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: the GPU if there is one)")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -134,5 +162,21 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from nmoe.effects.train import generate
+    from nmoe.pure.model.decode import Sampling
 
-    return generate.main(args.folder, args.prompt, args.tokens, args.temperature, args.seed)
+    return generate.main(
+        args.folder,
+        args.prompt,
+        num_tokens=args.tokens,
+        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
+        seed=args.seed,
+        stops=args.stop,
+        device=args.device,
+        cached=not args.no_cache,
+    )
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from nmoe.effects.evals import suite
+
+    return suite.main(args.folder, args.suite, args.limit, args.device)

@@ -8,14 +8,17 @@ from typing import Any
 
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Gqa, Model, Moe, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Gqa, Kda, Mixed, Mla, Model, Moe, Stdlib
 from nmoe.config.toml import dotted, shown
 
 GPUS_PER_HOST = 8
 """Of every host with H100, H200 or B200 that is sold."""
 
-PLAIN = (Gqa,)
+PLAIN: tuple[type, ...] = (Kda,)
 """Kinds of attention without kernels."""
+
+GQA_HEAD_DIMS = (64, 128)
+"""Channels of a head that the kernels of `gqa` take."""
 
 ITEM_BYTES = MappingProxyType({"fp32": 4, "bf16": 2})
 
@@ -57,11 +60,12 @@ def unrunnable(config: Config, world: int) -> tuple[str, ...]:
 
 def remarks(config: Config) -> tuple[str, ...]:
     """What is right in a config and slower than one may expect, each `<path>: <what>`."""
-    if config.run.device != "cuda" or not isinstance(config.model.attention, PLAIN):
+    if config.run.device != "cuda":
         return ()
-    return (
-        f'model.attention.kind: "{config.model.attention.kind}" has no kernels, a GPU runs it as plain torch: right, '
-        "and slow",
+    return tuple(
+        f'{where}.kind: "{c.kind}" has no kernels, a GPU runs it as plain torch: right, and slow'
+        for where, c in config.model.attentions().items()
+        if isinstance(c, PLAIN)
     )
 
 
@@ -188,44 +192,75 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
 
 
 def _attention(c: Model) -> Iterator[str]:
-    key = "head_dim" if isinstance(c.attention, Gqa) else "qk_rope_head_dim"
-    rotated, yarn = getattr(c.attention, key), c.attention.yarn
+    if isinstance(c.attention, Mixed):
+        yield from _mixed(c.attention, c.num_layers)
+    for where, part in c.attentions().items():
+        if isinstance(part, Mla | Gqa):
+            yield from _rotated(where, part, c.max_positions)
+        if isinstance(part, Gqa):
+            yield from _gqa(where, part, c.num_layers)
+
+
+def _mixed(c: Mixed, num_layers: int) -> Iterator[str]:
+    letters = ", ".join(c.parts())
+    for key, value in (("pattern", c.pattern), ("last", c.last)):
+        if set(value) - set(c.parts()):
+            yield (
+                f"model.attention.{key}: expected letters of the tables {letters}, got {shown(value)}; choose others "
+                "or write their tables"
+            )
+        if len(value) > num_layers:
+            yield (
+                f"model.attention.{key}: expected at most num_layers = {num_layers} letters, got {len(value)}; "
+                "shorten it"
+            )
+    if not c.pattern:
+        yield 'model.attention.pattern: expected a letter at least, got ""; write "ab" for layers a and b in turn'
+    elif max(len(c.pattern), len(c.last)) <= num_layers:
+        for letter in sorted(set(c.parts()) - set(c.letters(num_layers))):
+            yield (
+                f"model.attention.{letter}: expected a layer with it, got none of {num_layers}; write its letter into "
+                "pattern or last, or remove the table"
+            )
+
+
+def _rotated(where: str, c: Mla | Gqa, max_positions: int) -> Iterator[str]:
+    key = "head_dim" if isinstance(c, Gqa) else "qk_rope_head_dim"
+    rotated, yarn = getattr(c, key), c.yarn
     if rotated % 2:
         yield (
-            f"model.attention.{key}: expected an even number, got {rotated}; "
-            f"write {rotated + 1}, channels are rotated in pairs"
+            f"{where}.{key}: expected an even number, got {rotated}; write {rotated + 1}, channels are rotated in pairs"
         )
-    if isinstance(c.attention, Gqa):
-        yield from _gqa(c.attention, c.num_layers)
     if yarn is None:
         return
-    if yarn.original_positions * yarn.factor < c.max_positions:
+    if isinstance(c, Mla) and c.position == "none":
+        yield f'{where}.yarn: expected no table beside position = "none", got one; remove one of the two'
+    if yarn.original_positions * yarn.factor < max_positions:
         yield (
-            "model.attention.yarn.factor: expected original_positions * factor at least max_positions = "
-            f"{c.max_positions}, "
+            f"{where}.yarn.factor: expected original_positions * factor at least max_positions = {max_positions}, "
             f"got {yarn.original_positions} * {shown(yarn.factor)}; raise factor or lower max_positions"
         )
     if yarn.beta_slow >= yarn.beta_fast:
         yield (
-            f"model.attention.yarn.beta_slow: expected below beta_fast = {shown(yarn.beta_fast)}, got "
+            f"{where}.yarn.beta_slow: expected below beta_fast = {shown(yarn.beta_fast)}, got "
             f"{shown(yarn.beta_slow)}; lower beta_slow"
         )
 
 
-def _gqa(c: Gqa, num_layers: int) -> Iterator[str]:
+def _gqa(where: str, c: Gqa, num_layers: int) -> Iterator[str]:
     if not _divides(c.num_kv_heads, c.num_heads):
         yield (
-            f"model.attention.num_kv_heads: expected a divisor of num_heads = {c.num_heads}, got {c.num_kv_heads}; "
+            f"{where}.num_kv_heads: expected a divisor of num_heads = {c.num_heads}, got {c.num_kv_heads}; "
             "choose groups of the same size"
         )
     if c.global_every is not None and c.window is None:
         yield (
-            f"model.attention.global_every: expected a window beside it, got {c.global_every} alone; write window or "
+            f"{where}.global_every: expected a window beside it, got {c.global_every} alone; write window or "
             "remove global_every, without a window every layer is global"
         )
     if c.global_every is not None and c.global_every > num_layers:
         yield (
-            f"model.attention.global_every: expected at most num_layers = {num_layers}, got {c.global_every}; lower "
+            f"{where}.global_every: expected at most num_layers = {num_layers}, got {c.global_every}; lower "
             "it, or remove it for a window in every layer"
         )
 
@@ -257,11 +292,18 @@ def kernel_sizes(c: Model, *, device: str, compute: str) -> Iterator[str]:
             )
     if device == "cpu":
         return
-    for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-        size = getattr(c.attention, key, step)  # a script's own kind of attention may have none of them
+    keys = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    for where, part in c.attentions().items():
+        if isinstance(part, Gqa) and part.head_dim not in GQA_HEAD_DIMS:
+            yield (
+                f"{where}.head_dim: expected {' or '.join(map(str, GQA_HEAD_DIMS))} for the attention kernels, got "
+                f"{part.head_dim}; write one of them"
+            )
+    for where, part, key in ((where, part, key) for where, part in c.attentions().items() for key in keys):
+        size = getattr(part, key, step)  # another kind has none of them
         if size % step or not step <= size <= 256:
             yield (
-                f"model.attention.{key}: expected a multiple of {step} up to 256 for the attention kernels, got "
+                f"{where}.{key}: expected a multiple of {step} up to 256 for the attention kernels, got "
                 f"{size}; write {min(256, max(step, -(-size // step) * step))}"
             )
 

@@ -13,7 +13,8 @@ import attrs
 
 from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import Fault, structure
-from nmoe.config.sections import MOST_TOKENS, setting
+from nmoe.config.sections import MOST_TOKENS
+from nmoe.config.setting import setting
 from nmoe.config.toml import read, shown
 from nmoe.errors import InputError
 

@@ -14,7 +14,7 @@ import attrs
 from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import structure
 from nmoe.config.fields import table
-from nmoe.config.sections import setting
+from nmoe.config.setting import setting
 from nmoe.config.toml import read
 from nmoe.errors import InputError
 

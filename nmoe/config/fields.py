@@ -15,7 +15,7 @@ KeyPath = tuple[str, ...]
 
 @attrs.frozen(kw_only=True)
 class Key:
-    """One key of a section, as `sections.setting` describes it."""
+    """One key of a section, as `setting` describes it."""
 
     name: str
     type: Any

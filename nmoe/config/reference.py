@@ -58,7 +58,12 @@ def tables(section: type = Config, path: KeyPath = ()) -> Iterator[Table]:
 
 def reference() -> str:
     """The reference page, in Markdown."""
-    return "\n".join((HEAD, *(_page(table) for table in tables())))
+    return "\n".join((HEAD, *(_page(table) for table in tables() if not _again(table))))
+
+
+def _again(table: Table) -> bool:
+    """Whether a table is of a kind that the page has already: those of a mixed attention are the attentions."""
+    return table.path[:2] == ("model", "attention") and len(table.path) > 2 and table.path[2] in ("a", "b", "c")
 
 
 def explain(name: str) -> list[tuple[str, str]]:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 
+from nmoe.config.setting import setting
+
 MOST_POSITIONS = 2**24
 """Positions are exact in fp32 up to here."""
 
@@ -25,32 +27,6 @@ WIDEST = 2**20
 
 MOST_SECONDS = 7 * 86_400.0
 """Threads cannot wait longer than 292 years; who waits longer than a week for a rank waits in vain."""
-
-
-def setting(
-    doc: str,
-    *,
-    default: Any = attrs.NOTHING,
-    unit: str = "",
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    identity: bool = True,
-    shapes: bool = False,
-) -> Any:
-    """One key of a section.
-
-    doc       what the key means, one line
-    default   value when the key is absent; without one the key is required
-    unit      what the number counts
-    low, high inclusive bounds; above: exclusive lower bound
-    identity  whether a run with another value is another run (else it may change on resume)
-    shapes    whether the tensors of a checkpoint are others with another value: no resume can accept it
-    """
-    about = {"doc": doc, "unit": unit, "low": low, "high": high, "above": above, "identity": identity, "shapes": shapes}
-    return attrs.field(
-        default=default, metadata={key: value for key, value in about.items() if value not in (None, "")}
-    )
 
 
 @attrs.frozen(kw_only=True)
@@ -90,6 +66,9 @@ class Mla:
     v_head_dim: int = setting("channels of a head's value", low=1, high=WIDEST, shapes=True)
     rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
     yarn: Yarn | None = setting("position range extension; absent: none", default=None)
+    position: Literal["none"] | None = setting(
+        '"none": the channels meant for it are not rotated (Kimi Linear); absent: they are', default=None
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -112,6 +91,55 @@ class Gqa:
     )
     rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
     yarn: Yarn | None = setting("position range extension; absent: none", default=None)
+
+
+@attrs.frozen(kw_only=True)
+class Kda:
+    """Kimi delta attention, a linear recurrence by the gated delta rule (Kimi Linear, arXiv:2510.26692)."""
+
+    kind: ClassVar[str] = "kda"
+
+    num_heads: int = setting("attention heads", low=1, high=WIDEST, shapes=True)
+    head_dim: int = setting(
+        "channels of a head's query, key and value, and low rank of the gates", low=1, high=WIDEST, shapes=True
+    )
+    conv_size: int = setting(
+        "tokens that the short convolutions weigh, its own included",
+        unit="tokens",
+        default=4,
+        low=1,
+        high=64,
+        shapes=True,
+    )
+    decay_limit: float | None = setting(
+        "largest decay of a channel at a token, by the bounded gate; absent: the softplus gate, without a bound",
+        unit="nats",
+        default=None,
+        above=0,
+        high=1e3,
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Mixed:
+    """Other kinds of attention, by layer: each of `a`, `b`, `c` is a table as of `model.attention` with one kind."""
+
+    kind: ClassVar[str] = "mixed"
+
+    pattern: str = setting("letter of each layer's table, from the first on, repeated over the layers", shapes=True)
+    last: str = setting("letters of the last layers, whatever the pattern has there", default="", shapes=True)
+    a: Mla | Gqa | Kda = setting("attention of the layers a")
+    b: Mla | Gqa | Kda = setting("attention of the layers b")
+    c: Mla | Gqa | Kda | None = setting("attention of the layers c; absent: none", default=None)
+
+    def parts(self) -> dict[str, Any]:
+        """Letter -> section of the tables there are."""
+        return {letter: part for letter in ("a", "b", "c") if (part := getattr(self, letter)) is not None}
+
+    def letters(self, num_layers: int) -> str:
+        """The letter of each layer."""
+        repeated = self.pattern * (num_layers // len(self.pattern) + 1)
+        return repeated[: num_layers - len(self.last)] + self.last
 
 
 @attrs.frozen(kw_only=True)
@@ -162,8 +190,14 @@ class Model:
     norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, low=1e-20, high=1)
     embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, low=1e-6, high=1e6)
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
-    attention: Mla | Gqa = setting("attention of every block; `kind` chooses the table's keys")
+    attention: Mla | Gqa | Kda | Mixed = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
+
+    def attentions(self) -> dict[str, Any]:
+        """Path of its table -> section of each attention: one, or those of a mixed one."""
+        if isinstance(self.attention, Mixed):
+            return {f"model.attention.{letter}": part for letter, part in self.attention.parts().items()}
+        return {"model.attention": self.attention}
 
 
 @attrs.frozen(kw_only=True)

@@ -22,18 +22,23 @@ def say(text: str) -> None:
     _print(text, sys.stdout)
 
 
+def stream(text: str) -> None:
+    """Print a piece of a text, at once, without a line break after it. Writes: standard output."""
+    _print(text, sys.stdout, end="")
+
+
 def warn(text: str) -> None:
     """Print lines about what went wrong. Writes: standard error."""
     _print(text, sys.stderr)
 
 
-def _print(text: str, file: TextIO | None) -> None:
+def _print(text: str, file: TextIO | None, end: str = "\n") -> None:
     """Print lines that cannot steer a terminal, with an escape for what its encoding lacks."""
     if file is None:  # closed before the start
         return
     lines = "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
     encoding = file.encoding or "utf-8"
-    print(lines.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    print(lines.encode(encoding, "backslashreplace").decode(encoding), file=file, end=end, flush=True)
 
 
 class _Output:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nmoe.bench import kernels as kernel_bench
-from nmoe.bench.kernels import attention, loss, meter, moe
+from nmoe.bench.kernels import attention, gqa, loss, meter, moe
 from nmoe.bench.kernels.meter import Meter, Way
+from nmoe.effects.kernels.attention.gqa import Tiles as GroupedTiles
 from nmoe.effects.kernels.attention.mla import Tiles as AttentionTiles
 from nmoe.effects.kernels.tables import AttentionTile
 from nmoe.effects.terminal import table
@@ -32,11 +33,20 @@ def attend() -> Way:
     return next(way for way in ways if way.name == "deterministic, own forward")
 
 
+def grouped(window: int) -> Way:
+    case = gqa.Case(batch=1, length=40, heads=4, kv_heads=2, head_dim=64, window=window)
+    return next(gqa.ways(case, CPU, GroupedTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK)))
+
+
 def cross_entropy() -> Way:
     return next(loss.ways(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU))
 
 
-@pytest.mark.parametrize("way", [lambda: ours(SMALL), attend, cross_entropy], ids=["moe", "attention", "loss"])
+@pytest.mark.parametrize(
+    "way",
+    [lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), cross_entropy],
+    ids=["moe", "mla", "gqa in a window", "gqa", "loss"],
+)
 def test_a_right_kernel_has_a_small_error(way: Callable[[], Way]) -> None:
     error = way().error
     assert error is not None and 0 < error() < 1e-5
@@ -91,6 +101,12 @@ def test_a_table_has_rates_shares_and_ratios() -> None:
         0.2 / 5**0.5,
         rel_tol=1e-6,
     )
+
+
+def test_a_call_that_differs_from_the_last_is_seen() -> None:
+    calls = iter(range(3))
+    assert meter.repeats(lambda: (torch.ones(3), "text"))
+    assert not meter.repeats(lambda: (torch.ones(3), torch.tensor(next(calls))))
 
 
 def test_what_the_loss_must_multiply_is_measured_too() -> None:

@@ -30,7 +30,7 @@ SCALE = 192**-0.5
 
 def attend(*leaves: Tensor, **told: Any) -> Tensor:
     """Our kernels with the tiles that ship."""
-    return kernel.mla_attention(*leaves, tiles=ops.attention_tiles(torch.device("cuda"), 128, 64, 128), **told)
+    return kernel.mla_attention(*leaves, tiles=ops.mla_tiles(torch.device("cuda"), 128, 64, 128), **told)
 
 
 FORWARDS: dict[str, Callable[..., Tensor]] = {

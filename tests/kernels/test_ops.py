@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from nmoe.effects.kernels import loss, norm
-from nmoe.effects.kernels.attention import mla, project
+from nmoe.effects.kernels.attention import gqa, mla, project
 from nmoe.effects.kernels.moe import combine, router, swiglu
 from nmoe.effects.kernels.moe.moe import moe_experts
 from nmoe.effects.kernels.optim import adamw
 from nmoe.pure.model.rope import table
 from nmoe.pure.model.route import Routing
-from tests.kernels.attention import test_mla
+from tests.kernels.attention import test_gqa, test_mla
 from tests.kernels.exchange.ranks import chosen
 from tests.kernels.exchange.test_exchange import TILES
 from tests.kernels.truth import normal
@@ -47,6 +47,14 @@ OPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "attention": (
         partial(mla.mla_attention, scale=0.3, tiles=test_mla.tiles(16, 16)),
         test_mla.sample(1, 20, 2, (24, 16, 8), dtype=torch.float16)[0],
+    ),
+    "project, grouped": (
+        partial(gqa.project, rope=ROPE, num_heads=2),
+        (normal(2, 9, 16), normal(16, 4, 4, seed=1)),
+    ),
+    "attention, grouped": (
+        partial(gqa.gqa_attention, scale=0.3, window=5, tiles=test_gqa.Same()),
+        (normal(1, 20, 2, 64), normal(1, 20, 1, 64, seed=1), normal(1, 20, 1, 64, seed=2), normal(2, seed=3)),
     ),
     "experts": (
         experts,

@@ -15,6 +15,7 @@ from nmoe.effects import kernels
 from nmoe.effects.kernels.optim import adamw
 from tests.kernels import aot, shipped, test_shipped
 from tests.kernels.aot import Request
+from tests.kernels.attention import test_shipped_gqa as grouped
 from tests.kernels.attention import test_shipped_mla as attention
 from tests.kernels.exchange import test_exchange_aot, test_nvshmem_aot
 from tests.kernels.moe import test_shipped_moe as moe
@@ -113,6 +114,7 @@ def requests() -> list[Request]:
         *(make() for make in (*test_shipped.QUICK.values(), *test_shipped.REST.values())),
         *OTHERS.values(),
         *attended,
+        *(request for target in aot.TARGETS for request in grouped.requests(grouped.GPT_OSS, target)),
         attention.rotation(inverse=True),
         *(request for target in aot.TARGETS for request in moe.requests(target)),
         *test_exchange_aot.REQUESTS.values(),

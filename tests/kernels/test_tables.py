@@ -13,7 +13,9 @@ from nmoe.config import load
 from nmoe.effects.device import ops
 from nmoe.effects.kernels import tables
 from nmoe.errors import InputError
+from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention.gqa import GqaOps
+from nmoe.pure.model.attention.mla import MlaOps
 from tests.configs import ROOT
 
 
@@ -24,22 +26,40 @@ def test_no_entry_claims_a_measurement_on_a_b200() -> None:
 
 def test_a_size_without_an_entry_is_not_measured() -> None:
     table = tables.load((9, 0))
-    assert tables.find(table, "moe", 2048, 1408).measured and tables.find(table, "attention", 128, 64, 128).measured
+    assert tables.find(table, "moe", 2048, 1408).measured and tables.find(table, "mla", 128, 64, 128).measured
     other = tables.find(table, "moe", 64, 64)
     assert not other.measured and other.size == tables.DEFAULT and other.group == 8
 
 
-def test_a_kind_without_kernels_runs_its_reference_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The experts on kernels, attention in plain torch, and a line that says so; latent attention has none."""
+def test_each_kind_runs_on_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with and without a window on tiles of their own; a line for each that nobody measured."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     grouped, latent = (load(ROOT / "configs" / f"{name}.toml", {}, ()).config.model for name in ("gpt-oss-20b", "dsv3"))
     device = torch.device("cuda", 0)
-    assert isinstance(ops.build(device, grouped).attention, GqaOps)
-    assert [line for line in ops.unmeasured(device, grouped) if "plain torch" in line] == [
+    attention = ops.build(device, grouped).attention
+    assert isinstance(attention, GqaOps) and isinstance(ops.build(device, latent).attention, MlaOps)
+    tiles: Any = ops._gpu_gqa(device, KINDS[type(grouped.attention)], grouped.attention).attend
+    assert tiles.keywords["tiles"] == {128: ops.gqa_tiles(device, 64, 128), None: ops.gqa_tiles(device, 64)}
+    assert [line for line in ops.unmeasured(device, grouped) if line.startswith("gqa")] == [
+        f"gqa: no measured tiles for {size} in sm_90.toml, those of entry '{size}' are used"
+        for size in ("64x128", "64")
+    ]
+    assert not [line for line in ops.unmeasured(device, latent) if not line.startswith("moe")]
+
+
+def test_a_kind_without_kernels_runs_its_reference_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    model, device = load(ROOT / "configs" / "gpt-oss-20b.toml", {}, ()).config.model, torch.device("cuda", 0)
+    plain = attrs.evolve(
+        KINDS[type(model.attention)], kernel_kept_bytes=None, tile_sizes=lambda c: (), reference=SimpleNamespace()
+    )
+    kinds = {type(model.attention): plain}
+    assert ops._gpu_attention(device, plain, model.attention, True, False) is plain.reference
+    assert [line for line in ops.unmeasured(device, model, kinds=kinds) if "plain torch" in line] == [
         "attention: Gqa has no kernels, it runs as plain torch: right, and slow"
     ]
-    assert not [line for line in ops.unmeasured(device, latent) if "plain torch" in line]
 
 
 def test_each_device_gets_the_tiles_of_its_own_generation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,11 +72,11 @@ def test_each_device_gets_the_tiles_of_its_own_generation(monkeypatch: pytest.Mo
     chosen: list[tuple[Any, Any]] = []
     for index, capability in capabilities.items():
         table, device = tables.load(capability), torch.device("cuda", index)
-        moe, attention = ops.mixture_tiles(device, 2048, 1408), ops.attention_tiles(device, 128, 64, 128)
+        moe, attention = ops.mixture_tiles(device, 2048, 1408), ops.mla_tiles(device, 128, 64, 128)
         entry = tables.find(table, "moe", 2048, 1408)
         assert {name: getattr(moe, name) for name in entry.tiles} == dict(entry.tiles)
         assert (moe.group, moe.programs) == (entry.group, 100 + index)
-        assert attrs.asdict(attention, recurse=False) == dict(tables.find(table, "attention", 128, 64, 128).tiles)
+        assert attrs.asdict(attention, recurse=False) == dict(tables.find(table, "mla", 128, 64, 128).tiles)
         chosen.append((moe, attention))
     (moe, attention), (other_moe, other_attention) = chosen
     assert attention != other_attention or attrs.evolve(moe, programs=0) != attrs.evolve(other_moe, programs=0)

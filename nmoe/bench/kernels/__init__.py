@@ -1,4 +1,4 @@
-"""`nmoe bench moe|attention|loss|optimizer|kernels`: each kernel beside what it has to beat, in one run."""
+"""`nmoe bench moe|attention|loss|optimizer|kernels`: each kernel beside reference implementations, in one run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import attrs
 import torch
 
-from nmoe.bench.kernels import attention, loss, moe, optimizer, tuner
+from nmoe.bench.kernels import attention, gqa, loss, moe, optimizer, tuner
 from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Way, gpu_meter, measure
 from nmoe.effects import files
 from nmoe.effects.device import gpu, ops
 from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 
-HEAD = ("", "forward", "both ways", "rate", "of peak", "least moved", "more held", "error", "speed")
+HEAD = ("", "forward", "both ways", "rate", "of peak", "least moved", "more held", "error", "same", "speed")
 
 KINDS = ("moe", "attention", "loss", "optimizer")
 
@@ -59,8 +59,12 @@ def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:
             yield f"moe  {title}", rows("moe", case, moe.ways(case, operands, tiles), moe.PEER, meter)
     elif kind == "attention":
         for case in attention.CASES:
-            tiles = ops.attention_tiles(device, case.nope, case.rope, case.value)
+            tiles = ops.mla_tiles(device, case.nope, case.rope, case.value)
             found = rows("attention", case, attention.ways(case, device, tiles), attention.PEER, meter)
+            yield f"attention  {described(case)}", found
+        for case in gqa.CASES:
+            tiles = ops.gqa_tiles(device, case.head_dim, *((case.window,) if case.window else ()))
+            found = rows("attention", case, gqa.ways(case, device, tiles), gqa.PEER, meter)
             yield f"attention  {described(case)}", found
     elif kind == "loss":
         for case in loss.CASES:
@@ -97,6 +101,7 @@ def rows(what: str, case: Any, ways: Iterator[Way], peer: str, meter: Meter) -> 
                 share=reached / taken.both_s,
                 extra_bytes=taken.extra_bytes,
                 error=taken.error,
+                repeats=taken.repeats,
                 ratio=None if is_peer else times[peer] / taken.both_s,
                 beside=None if is_peer else peer,
             )
@@ -119,6 +124,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.moved_bytes / 1e9:.1f} GB",
         f"{row.extra_bytes / 1e9:.2f} GB",
         "" if row.error is None else f"{row.error:.1e}",
+        "" if row.repeats is None else "yes" if row.repeats else "no",
         "(1)" if row.ratio is None else f"{row.ratio:.2f} x",
     )
 

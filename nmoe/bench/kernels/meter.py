@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from nmoe.pure.core.key import Key
 
@@ -40,6 +41,7 @@ class Taken:
     both_s: float
     extra_bytes: int  # most memory held beyond what was there before
     error: float | None
+    repeats: bool | None  # whether a second call made the same bits; None: not asked of what has no forward pass
 
 
 @attrs.frozen(kw_only=True)
@@ -56,6 +58,7 @@ class Row:
     share: float  # of the measured ceiling: of products where there are FLOPs, of a copy elsewhere
     extra_bytes: int
     error: float | None
+    repeats: bool | None  # whether a second call made the same bits
     ratio: float | None  # how many times as fast as `beside`
     beside: str | None
 
@@ -119,7 +122,20 @@ def measure(way: Way, meter: Meter) -> Taken:
     error = None if way.error is None else way.error()
     extra = meter.extra_bytes(way.both)
     forward = None if way.forward is None else meter.seconds(way.forward, way.replayed)
-    return Taken(forward_s=forward, both_s=meter.seconds(way.both, way.replayed), extra_bytes=extra, error=error)
+    both = meter.seconds(way.both, way.replayed)
+    return Taken(
+        forward_s=forward,
+        both_s=both,
+        extra_bytes=extra,
+        error=error,
+        repeats=None if forward is None else repeats(way.both),
+    )
+
+
+def repeats(call: Callable[[], object]) -> bool:
+    """Whether two calls return the same bits."""
+    first, second = ([x for x in tree_leaves(call()) if isinstance(x, Tensor)] for _ in range(2))
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def draw(device: torch.device, *shape: int, name: str, scale: float = 1.0) -> Tensor:

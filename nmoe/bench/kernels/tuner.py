@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 
-from nmoe.bench.kernels import attention, moe
+from nmoe.bench.kernels import attention, gqa, moe
 from nmoe.bench.kernels.meter import Way
 from nmoe.effects.device import ops
 from nmoe.effects.kernels.tables import AttentionTile, GemmTile
@@ -29,7 +29,16 @@ ATTENTION = MappingProxyType(
         "dkv": ((32, 64), (32, 128), (64, 64)),
     }
 )
-"""Queries and keys a step, tried for each pass of attention."""
+"""Queries and keys a step, tried for each pass of latent attention."""
+
+GROUPED = MappingProxyType(
+    {
+        "forward": ((128, 64), (128, 128), (128, 32), (64, 64)),
+        "dq": ((128, 64), (64, 64), (128, 32)),
+        "dkv": ((64, 64), (64, 128), (32, 64), (32, 128)),
+    }
+)
+"""Rows and keys a step, or queries and keys, tried for each pass of grouped-query attention."""
 
 Timed = Callable[[Callable[[], object]], float]
 
@@ -49,17 +58,30 @@ def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) 
         found = best({name: PRODUCTS for name in names}, shipped, partial(moe.ways, case, operands), timed)
         yield entry(f"moe.{hidden}x{width}", found, names, group=found.group)
     for case in attention.CASES:
-        shipped = ops.attention_tiles(device, case.nope, case.rope, case.value)
-        candidates = {
-            name: tuple(
-                attrs.evolve(getattr(shipped, name), block_m=m, block_n=n, num_warps=warps, num_stages=stages)
-                for (m, n), warps, stages in itertools.product(blocks, (4, 8), (2, 3))
-            )
-            for name, blocks in ATTENTION.items()
-        }
+        shipped = ops.mla_tiles(device, case.nope, case.rope, case.value)
+        found = best(tried(ATTENTION, shipped), shipped, partial(own_attention, case, device), timed)
+        yield entry(f"mla.{case.nope}x{case.rope}x{case.value}", found, list(ATTENTION))
+    for case in gqa.CASES:
+        yield grouped(case, device, timed)
 
-        found = best(candidates, shipped, partial(own_attention, case, device), timed)
-        yield entry(f"attention.{case.nope}x{case.rope}x{case.value}", found, list(ATTENTION))
+
+def grouped(case: gqa.Case, device: torch.device, timed: Timed) -> str:
+    """The entry of a layer of grouped-query attention."""
+    sizes = (case.head_dim, case.window) if case.window else (case.head_dim,)
+    shipped = ops.gqa_tiles(device, *sizes)
+    found = best(tried(GROUPED, shipped), shipped, partial(gqa.ways, case, device), timed)
+    return entry(f"gqa.{'x'.join(map(str, sizes))}", found, list(GROUPED))
+
+
+def tried(blocks: Mapping[str, Sequence[tuple[int, int]]], shipped: Any) -> dict[str, tuple[AttentionTile, ...]]:
+    """What is tried for each pass of an attention: blocks, with four and eight warps, two and three stages."""
+    return {
+        name: tuple(
+            attrs.evolve(getattr(shipped, name), block_m=m, block_n=n, num_warps=warps, num_stages=stages)
+            for (m, n), warps, stages in itertools.product(sizes, (4, 8), (2, 3))
+        )
+        for name, sizes in blocks.items()
+    }
 
 
 def own_attention(case: attention.Case, device: torch.device, tiles: Any) -> Iterator[Way]:
@@ -75,9 +97,9 @@ def best(
 ) -> Any:
     """The fastest tiles, starting from some that are good."""
     for name, tiles in candidates.items():
-        tried = [shipped, *(attrs.evolve(shipped, **{name: tile}) for tile in tiles)]
-        times = [(seconds, index) for index, each in enumerate(tried) if (seconds := attempt(next(ways(each)), timed))]
-        shipped = tried[min(times)[1]]
+        every = [shipped, *(attrs.evolve(shipped, **{name: tile}) for tile in tiles)]
+        times = [(seconds, index) for index, each in enumerate(every) if (seconds := attempt(next(ways(each)), timed))]
+        shipped = every[min(times)[1]]
     return shipped
 
 

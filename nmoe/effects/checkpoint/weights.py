@@ -73,10 +73,14 @@ def load(folder: Path, blueprint: Blueprint) -> tuple[Any, Tensor]:
     returns  parameter tree and router bias
     Raises:  InputError when the file is missing, damaged, or of another model.
     """
+    return read(folder, blueprint.specs, formats(blueprint))
+
+
+def read(folder: Path, specs: Any, wanted: Mapping[str, Format]) -> tuple[Any, Tensor]:
+    """As `load`, of the model with these specs, whose tensors have the formats `wanted`."""
     path = folder / WEIGHTS
     if not files.is_file(path):
         raise InputError(f"{path}: expected the weights of a finished run, got no such file; let the run end first")
-    wanted = formats(blueprint)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -90,7 +94,7 @@ def load(folder: Path, blueprint: Blueprint) -> tuple[Any, Tensor]:
         raise InputError(
             f"{path}: expected a whole safetensors file, got {reason}; restore it or train again"
         ) from error
-    return tree.map(lambda name, _: tensors[name], blueprint.specs), tensors[ROUTER_BIAS]
+    return tree.map(lambda name, _: tensors[name], specs), tensors[ROUTER_BIAS]
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -78,6 +78,15 @@ def prepare_folder(root: Path, cache: Path, tokenizer_size: int, say: Callable[[
     return folder
 
 
+def held_out() -> list[str]:
+    """Texts of the running Python's standard library that no training on it reads: its splits validation and test.
+
+    Raises:  InputError as `prepare_folder` for files that cannot be read.
+    """
+    sources = _read_sources(Path(sysconfig.get_path("stdlib")))
+    return [x.text for x in sources if split_of(x.digest, validation=VALIDATION, test=TEST) != "train"]
+
+
 def _read_sources(root: Path) -> list[_Source]:
     """The files of the corpus, by path. Empty ones, of which a library has many, are left out: they teach nothing."""
     sources: list[_Source] = []
@@ -217,7 +226,7 @@ def _locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
         lock = open(cache / ".lock", "a")
     except OSError as error:
         raise InputError(
-            f"{cache}: expected a folder to write to, got {error.strerror}; choose another home"
+            f"{cache}: expected a folder to write to, got {error.strerror}; set NMOE_HOME to another"
         ) from error
     with lock:
         try:

@@ -13,14 +13,17 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from nmoe.config.check import kernel_sizes
-from nmoe.config.sections import Model
+from nmoe.config.sections import Mixed, Model
 from nmoe.effects.device import cpu
 from nmoe.effects.kernels import tables as tuning
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange, host
 from nmoe.errors import InputError
 from nmoe.pure.core.tree import record
-from nmoe.pure.model.attention import KINDS, Kind, Kinds, kind_of
+from nmoe.pure.model.attention import KINDS, Kind, Kinds, attention_of, kind_of
+from nmoe.pure.model.attention import layers as attention_layers
+from nmoe.pure.model.attention.gqa import GqaOps
+from nmoe.pure.model.attention.mixed import MixedOps
 from nmoe.pure.model.attention.mla import MlaOps
 from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import route_tokens
@@ -28,7 +31,7 @@ from nmoe.pure.optim.clip import global_norm
 from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
-    from nmoe.effects.kernels.attention import mla as attention
+    from nmoe.effects.kernels.attention import gqa, mla
     from nmoe.effects.kernels.moe import moe as mixtures
 
 
@@ -53,12 +56,11 @@ def build(
 
     Raises:  InputError for sizes that a kernel does not take.
     """
-    kind = kind_of(c.attention, kinds)
     if device.type == "cpu":
         return labelled(
             attrs.evolve(
-                reference(kind),
-                attention=_cpu_attention(kind),
+                reference(attention_of(c, kinds)),
+                attention=_by_part(c, kinds, lambda kind, section: _cpu_attention(kind)),
                 experts=cpu.moe_experts
                 if exchange is None
                 else partial(host.mixture, exchange=exchange, experts=cpu.experts_grouped),
@@ -79,7 +81,9 @@ def build(
             norm=rms_norm.rms_norm,
             add_norm=rms_norm.add_rms_norm,
             swiglu=swiglu.swiglu,
-            attention=_gpu_attention(device, kind, c.attention, deterministic, documents),
+            attention=_by_part(
+                c, kinds, lambda kind, section: _gpu_attention(device, kind, section, deterministic, documents)
+            ),
             route=partial(route_tokens, score=router.scores, select=router.top_k),
             experts=partial(mixtures.moe_experts, tiles=tiles, accumulator=accumulator)
             if exchange is None
@@ -87,6 +91,12 @@ def build(
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
         )
     )
+
+
+def _by_part(c: Model, kinds: Kinds, ops: Callable[[Kind, Any], Any]) -> Any:
+    """The ops of the model's attention, those of each part where kinds are mixed."""
+    found = tuple(ops(kind_of(section, kinds), section) for section in c.attentions().values())
+    return MixedOps(found) if isinstance(c.attention, Mixed) else found[0]
 
 
 def _cpu_attention(kind: Kind) -> Any:
@@ -98,6 +108,8 @@ def _cpu_attention(kind: Kind) -> Any:
 
 def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool, documents: bool) -> Any:
     """The kind's ops on a GPU: its kernels, or the reference of a kind that has none."""
+    if isinstance(kind.reference, GqaOps):
+        return _gpu_gqa(device, kind, c)
     if not isinstance(kind.reference, MlaOps):
         return kind.reference
     from nmoe.effects.kernels.attention import mla as attention
@@ -106,8 +118,17 @@ def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool
     attend = attention.mla_attention_cudnn
     if deterministic or documents:
         forward = "triton" if documents else "cudnn"
-        attend = partial(attention.mla_attention, forward=forward, tiles=attention_tiles(device, *kind.tile_sizes(c)))
+        attend = partial(attention.mla_attention, forward=forward, tiles=mla_tiles(device, *kind.tile_sizes(c)))
     return MlaOps(project=project.project, query=project.query, attend=attend)
+
+
+def _gpu_gqa(device: torch.device, kind: Kind, c: Any) -> GqaOps:
+    """Grouped-query attention; layers with and without the window have tiles of their own."""
+    from nmoe.effects.kernels.attention import gqa as attention
+
+    layers = (attrs.evolve(c, window=window, global_every=None) for window in {c.window, None})
+    tiles = {layer.window: gqa_tiles(device, *kind.tile_sizes(layer)) for layer in layers}
+    return GqaOps(project=attention.project, attend=partial(attention.gqa_attention, tiles=tiles))
 
 
 def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:
@@ -119,28 +140,41 @@ def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Til
     return mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
 
 
-def attention_tiles(device: torch.device, nope: int, rope: int, value: int) -> attention.Tiles:
-    """How attention over heads of these sizes is cut up on this GPU."""
-    from nmoe.effects.kernels.attention import mla as attention
+def mla_tiles(device: torch.device, nope: int, rope: int, value: int) -> mla.Tiles:
+    """How latent attention over heads of these sizes is cut up on this GPU."""
+    from nmoe.effects.kernels.attention import mla
 
-    return attention.Tiles(**tuning.find(shipped(device), "attention", nope, rope, value).tiles)
+    return mla.Tiles(**tuning.find(shipped(device), "mla", nope, rope, value).tiles)
+
+
+def gqa_tiles(device: torch.device, head_dim: int, *window: int) -> gqa.Tiles:
+    """How grouped-query attention over heads of this size, in a window or not, is cut up on this GPU."""
+    from nmoe.effects.kernels.attention import gqa
+
+    return gqa.Tiles(**tuning.find(shipped(device), "gqa", head_dim, *window).tiles)
 
 
 def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS) -> tuple[str, ...]:
     """A line for each op without kernels, or whose tiles nobody measured for these sizes: right, and maybe slow."""
     if device.type == "cpu":
         return ()
-    kind = kind_of(c.attention, kinds)
-    table, attention = shipped(device), kind.tile_sizes(c.attention)
-    plain = f"attention: {type(c.attention).__name__} has no kernels, it runs as plain torch: right, and slow"
-    sizes = {"moe": (c.hidden_size, c.moe.intermediate_size)} | ({"attention": attention} if attention else {})
-    entries = {op: (tuning.find(table, op, *size), "x".join(map(str, size))) for op, size in sizes.items()}
-    without = (plain,) if kind.kernel_kept_bytes is None else ()
-    return without + tuple(
-        f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"
-        + (f"; `nmoe bench kernels --tune --size {size}` finds better ones" if op == "moe" else "")
-        for op, (entry, size) in entries.items()
-        if not entry.measured
+    layers = attention_layers(c, kinds)
+    without = dict.fromkeys(type(section).__name__ for kind, section in layers if kind.kernel_kept_bytes is None)
+    used = dict.fromkeys((type(section).__name__.lower(), kind.tile_sizes(section)) for kind, section in layers)
+    table = shipped(device)
+    entries = (
+        (op, tuning.find(table, op, *sizes), "x".join(map(str, sizes)))
+        for op, sizes in (("moe", (c.hidden_size, c.moe.intermediate_size)), *used)
+        if sizes
+    )
+    return (
+        *(f"attention: {name} has no kernels, it runs as plain torch: right, and slow" for name in without),
+        *(
+            f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"
+            + (f"; `nmoe bench kernels --tune --size {size}` finds better ones" if op == "moe" else "")
+            for op, entry, size in entries
+            if not entry.measured
+        ),
     )
 
 

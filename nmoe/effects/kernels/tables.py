@@ -34,15 +34,17 @@ class GemmTile:
 class AttentionTile:
     """Block sizes and launch options of one attention kernel."""
 
-    block_m: int  # queries a step
+    block_m: int  # queries a step; where a program of `gqa` owns queries, queries times heads
     block_n: int  # keys a step
     heads: int  # heads whose programs run side by side, longest first, so that their keys stay in the L2 cache
     num_warps: int
     num_stages: int
 
 
-RECORDS: Mapping[str, type[GemmTile | AttentionTile]] = MappingProxyType({"moe": GemmTile, "attention": AttentionTile})
-"""The record of a tile, by op."""
+RECORDS: Mapping[str, type[GemmTile | AttentionTile]] = MappingProxyType(
+    {"moe": GemmTile, "mla": AttentionTile, "gqa": AttentionTile}
+)
+"""The record of a tile, by op; attention goes by its kind."""
 
 
 @attrs.frozen(kw_only=True)

@@ -13,6 +13,8 @@ ARRAYS = "arrays.rank0.jsonl"
 TELEMETRY = "telemetry.rank0.jsonl"
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights.safetensors"
+EVALS = "evals.json"
+"""Scores of `nmoe eval`, by task."""
 ATTEMPTS = "attempts"
 """Folder of what config.toml and the like were in each attempt before the newest."""
 

@@ -23,7 +23,7 @@ import attrs
 from nmoe.effects import files
 from nmoe.effects.record import lines
 from nmoe.effects.record.lines import Line
-from nmoe.effects.record.names import CONFIG, EVENTS, METRICS, PROVENANCE
+from nmoe.effects.record.names import CONFIG, EVALS, EVENTS, METRICS, PROVENANCE
 from nmoe.effects.record.reading import MAX_ATTEMPT, MAX_SECONDS, MAX_STEP, toml_table, utc
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.terminal import say, sparkline, table
@@ -151,7 +151,34 @@ def show(root: Path, name: str) -> int:
         layers = [str(layer) for layer in experts["layer"]]
         say(f"\nexperts at step {_count(number(trained, 'step'))}")
         say(table(tuple(experts), [(layer, *row) for layer, row in zip(layers, rows, strict=True)], left=0))
+    if scores := read_scores(run.folder / EVALS):
+        say(f"\n{table(('task', 'score', 'std error', 'items', 'judged (UTC)'), scores, left=1)}")
     return 0
+
+
+def read_scores(path: Path) -> list[tuple[str, ...]]:
+    """What `nmoe eval` measured: a row a task; none where nothing was.
+
+    Raises:  InputError when the file holds something else.
+    """
+    if not files.is_file(path):
+        return []
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            (
+                str(task),
+                _digits(float(x["value"])),
+                _digits(float(x["error"])),
+                _count(float(x["count"])),
+                str(x["at"])[:16].replace("T", " "),
+            )
+            for task, x in found.items()
+        ]
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected the scores that `nmoe eval` writes, got {type(error).__name__}: {error}; delete the file"
+        ) from error
 
 
 def export(root: Path, name: str, to: Path | None) -> int:

@@ -1,97 +1,263 @@
-"""`nmoe generate`: continue a text with the weights of a run."""
+"""`nmoe generate`: continue texts with the weights of a run."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
+import attrs
 import torch
 from torch import Tensor
 
-from nmoe.config import load_valid
+from nmoe.config.layers import load_model
 from nmoe.config.sections import Model as ModelConfig
+from nmoe.effects import files
 from nmoe.effects.checkpoint import weights
-from nmoe.effects.data.tokenizer import encoding, load
+from nmoe.effects.checkpoint.hf_export import COMPUTE
+from nmoe.effects.data.tokenizer import Tokenizer, encoding, load
 from nmoe.effects.device import gpu, ops
-from nmoe.effects.terminal import say
+from nmoe.effects.record.names import CONFIG
+from nmoe.effects.terminal import say, stream
 from nmoe.errors import InputError
+from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
-from nmoe.pure.model import model
-from nmoe.pure.model.blueprint import make_blueprint
+from nmoe.pure.data.text import settled
+from nmoe.pure.model import decode, model
+from nmoe.pure.model.decode import Sampling
 from nmoe.pure.model.model import Transformer
 from nmoe.pure.model.ops import Env, environment
 
+DEFAULT_TOKENS = 128
+"""Tokens that are added unless the user says how many, where the model has positions for them."""
+
+PREFILL = 512
+"""Tokens of a prompt that are read at once: their scores against all earlier ones exist together."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Network:
+    """A trained model on its device."""
+
+    params: Transformer
+    router_bias: Tensor
+    env: Env
+    config: ModelConfig
+    vocab_size: int  # ids that the tokenizer knows; the model may have more rows
+
 
 @torch.no_grad()
-def extend(
-    p: Transformer,
-    router_bias: Tensor,
-    env: Env,
-    c: ModelConfig,
-    tokens: list[int],
+def steps(
+    network: Network,
+    prompts: Sequence[Sequence[int]],
     *,
     num_tokens: int,
-    vocab_size: int,
-    temperature: float,
-    key: Key,
-) -> list[int]:
-    """Sample `num_tokens` more tokens after `tokens`, one by one, without a cache of keys and values.
+    sampling: Sampling,
+    keys: Sequence[Key],
+    cached: bool,
+) -> Iterator[list[int]]:
+    """The next token of every prompt, `num_tokens` times; who wants fewer stops asking.
 
-    The model sees the last `max_positions` tokens and runs again for every token: for samples, not for serving.
-
-    vocab_size   ids the tokenizer knows; the model may have more rows
-    temperature  divisor of the logits; 0 takes the most likely token
-    key          of the draws
-
-    Raises:  InputError when a logit is not finite.
+    prompts  ids, none empty
+    keys     of the draws, one a prompt: its text depends on no other prompt
+    cached   whether caches keep what earlier tokens gave. Else the model runs again for every token, over the last
+             `max_positions` tokens, so that a text may be longer than that
+    Raises:  InputError when a logit is not finite; ValueError when caches are asked for and the text is longer than
+             `max_positions`, or the kind of attention has none.
     """
-    device = router_bias.device
-    generator = key.generator(device)
-    tokens = list(tokens)
-    for _ in range(num_tokens):
-        context = torch.tensor([tokens[-c.max_positions :]], device=device)
-        x, _ = model.forward(p, context, router_bias, env, c)
-        logits = (x[0, -1] @ p.head)[:vocab_size].float() * c.logit_scale
-        if not torch.isfinite(logits).all():
+    device = network.router_bias.device
+    draws = torch.stack([torch.rand(num_tokens, generator=key.generator()) for key in keys], dim=1).to(device)
+    hidden = _cached(network, prompts) if cached else _uncached(network, prompts)
+    last = next(hidden)
+    for place, draw in enumerate(draws):
+        logits = (last @ network.params.head)[:, : network.vocab_size].float() * network.config.logit_scale
+        chosen: Tensor = decode.pick(logits, draw, sampling)
+        ids: list[int] = chosen.tolist()
+        if min(ids) < 0:
             raise InputError(
                 "weights: expected finite logits, got some that are not; use the weights of a training that did not "
                 "diverge"
             )
-        if temperature == 0:
-            tokens.append(int(logits.argmax().item()))
-        else:
-            probability = torch.softmax(logits / temperature, -1)
-            tokens.append(int(torch.multinomial(probability, 1, generator=generator).item()))
-    return tokens
+        yield ids
+        if place + 1 < num_tokens:
+            last = hidden.send(chosen)
 
 
-def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> int:
-    """Print `prompt` and its continuation by the weights of the run in `folder`."""
-    if not (folder / "config.toml").is_file():
-        raise InputError(f"{folder}: expected config.toml of a run, got none; `nmoe runs list` shows the runs")
-    if num_tokens < 1:
-        raise InputError(f"--tokens: expected at least 1, got {num_tokens}; ask for more")
-    if temperature and not 1e-4 <= temperature <= 1e4:  # logits / 1e-40 is infinite in fp32
+def _cached(network: Network, prompts: Sequence[Sequence[int]]) -> Generator[Tensor, Tensor, None]:
+    """The last hidden state [B D] of each prompt, then that of each column of tokens [B] it is sent."""
+    p, bias, env, c = network.params, network.router_bias, network.env, network.config
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], dtype=torch.int32, device=bias.device)
+    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    state = decode.begin(p, padding, env, c)
+    hidden = bias.new_empty(0)
+    for part in torch.tensor(rows, device=bias.device).split(PREFILL, dim=1):
+        hidden, state = decode.extend(p, part, state, bias, env, c)
+    while True:
+        chosen = yield hidden[:, -1]
+        hidden, state = decode.extend(p, chosen[:, None], state, bias, env, c)
+
+
+def _uncached(network: Network, prompts: Sequence[Sequence[int]]) -> Generator[Tensor, Tensor, None]:
+    """As `_cached`, by a forward pass over the whole of each text."""
+    p, bias, env, c = network.params, network.router_bias, network.env, network.config
+    rows = [torch.tensor(prompt, device=bias.device) for prompt in prompts]
+    while True:
+        passes = (model.forward(p, row[None, -c.max_positions :], bias, env, c)[0] for row in rows)
+        chosen = yield torch.cat([hidden[:, -1] for hidden in passes])
+        rows = [torch.cat((row, token[None])) for row, token in zip(rows, chosen, strict=True)]
+
+
+def texts(
+    network: Network,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    num_tokens: int,
+    sampling: Sampling,
+    key: Key,
+    stops: Sequence[str] = (),
+    cached: bool = True,
+    show: Callable[[int, str], None] = lambda place, piece: None,
+) -> list[str]:
+    """What the model adds to each prompt: up to the end of text, a stop text, or `num_tokens` tokens.
+
+    key   of the draws, folded with the place of the prompt
+    show  takes the place of a prompt and a piece of its continuation as soon as no later token can change it
+    """
+    encoder = encoding(tokenizer)
+    start = [encoder.encode_ordinary(prompt) or [tokenizer.end_of_text] for prompt in prompts]
+    check_room(network, max(map(len, start)), num_tokens, cached)
+    piece_of = {rank: token for token, rank in tokenizer.ranks.items()}
+    keys = [key.fold(place) for place in range(len(prompts))]
+    data, shown, going = [b""] * len(prompts), [""] * len(prompts), set(range(len(prompts)))
+    columns = steps(network, start, num_tokens=num_tokens, sampling=sampling, keys=keys, cached=cached)
+    for count, column in enumerate(columns, 1):
+        for place in sorted(going):
+            data[place] += piece_of.get(column[place], b"")
+            final = count == num_tokens or column[place] == tokenizer.end_of_text
+            text, stopped = settled(data[place], stops, final=final)
+            show(place, text[len(shown[place]) :])
+            shown[place] = text
+            if final or stopped:
+                going.remove(place)
+        if not going:
+            break
+    return shown
+
+
+def check_room(network: Network, prompt: int, num_tokens: int, cached: bool) -> None:
+    """Refuse what a cache cannot do.
+
+    prompt   tokens of the longest prompt
+    Raises:  InputError for a kind of attention without a cache, or more tokens than the model has positions.
+    """
+    c = network.config
+    if not cached:
+        return
+    if network.env.kind.cache is None:
         raise InputError(
+            f"model.attention: expected a kind with a cache, got {type(c.attention).__name__}; --no-cache reads the "
+            "whole text again for every token"
+        )
+    if prompt + num_tokens > c.max_positions + 1:  # the last token is not read
+        raise InputError(
+            f"--tokens: expected at most {max(c.max_positions + 1 - prompt, 0)} after a prompt of {prompt}, because "
+            f"model.max_positions is {c.max_positions}, got {num_tokens}; ask for fewer, or pass --no-cache to go on "
+            "with the last positions alone"
+        )
+
+
+def open_network(folder: Path, device: str | None) -> tuple[Network, Tokenizer]:
+    """The weights and tokenizer of a run, or of what `nmoe import hf` wrote.
+
+    device   "cuda", "cpu", or None: the GPU if torch finds one. A model in bf16 runs by the kernels there, one in fp32,
+             for which there are none, by plain torch
+    Raises:  InputError when there are none, or the device cannot run them.
+    """
+    if not files.is_file(folder / CONFIG):
+        raise InputError(f"{folder}: expected config.toml of a run, got none; `nmoe runs list` shows the runs")
+    c, precision = load_model(folder / CONFIG)
+    tokenizer = load(folder)
+    if tokenizer.size > c.vocab_size:
+        raise InputError(
+            f"{folder}: expected a tokenizer of at most model.vocab_size = {c.vocab_size} ids, got {tokenizer.size}; "
+            "restore its tokenizer.json"
+        )
+    where = gpu.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    specs = model.specs(c)
+    params, router_bias = weights.read(
+        folder, specs, weights.formats_of(specs, model.dims(c), COMPUTE[precision.compute])
+    )
+    plain = where.type == "cuda" and precision.compute == "fp32"
+    env = environment(c, c.max_positions, None if plain else ops.build(where, c))
+    params, router_bias, tables = tree.map(lambda _, leaf: leaf.to(where), (params, router_bias, env.tables))
+    network = Network(
+        params=params,
+        router_bias=router_bias,
+        env=attrs.evolve(env, tables=tables),
+        config=c,
+        vocab_size=tokenizer.size,
+    )
+    return network, tokenizer
+
+
+def main(
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    num_tokens: int | None = None,
+    sampling: Sampling,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+    device: str | None = None,
+    cached: bool = True,
+) -> int:
+    """Print each prompt and its continuation: a single one as it comes, several in their order, whole.
+
+    num_tokens  None: `DEFAULT_TOKENS`, or as many as the model has positions for
+    """
+    _check(num_tokens, sampling, stops)
+    network, tokenizer = open_network(folder, device)
+    encoder = encoding(tokenizer)
+    longest = max(len(encoder.encode_ordinary(prompt)) or 1 for prompt in prompts)
+    room = network.config.max_positions + 1 - longest if cached else DEFAULT_TOKENS
+    single = len(prompts) == 1
+    if single:
+        stream(prompts[0])
+    added = texts(
+        network,
+        tokenizer,
+        prompts,
+        num_tokens=max(1, min(DEFAULT_TOKENS, room)) if num_tokens is None else num_tokens,
+        sampling=sampling,
+        key=Key(seed).fold("sample"),
+        stops=stops,
+        cached=cached,
+        show=(lambda _, piece: stream(piece)) if single else lambda _, piece: None,
+    )
+    if single:
+        say("")
+    else:
+        for place, (prompt, text) in enumerate(zip(prompts, added, strict=True), 1):
+            say(f"[{place}/{len(prompts)}]\n{prompt}{text}")
+    return 0
+
+
+def _check(num_tokens: int | None, sampling: Sampling, stops: Sequence[str]) -> None:
+    """Refuse numbers that give no text. Raises: InputError with each of them."""
+    problems: list[str] = []
+    if num_tokens is not None and num_tokens < 1:
+        problems.append(f"--tokens: expected at least 1, got {num_tokens}; ask for more")
+    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
+    if temperature and not 1e-4 <= temperature <= 1e4:  # logits / 1e-40 is infinite in fp32
+        problems.append(
             f"--temperature: expected 0 or a number from 1e-4 to 1e4, got {temperature}; 0 takes the most likely token"
         )
-    config = load_valid(folder / "config.toml", {}, ()).config
-    c = config.model
-    tokenizer = load(folder)
-    encoder = encoding(tokenizer)
-    params, router_bias = weights.load(folder, make_blueprint(config))
-    start = encoder.encode_ordinary(prompt) or [tokenizer.end_of_text]
-    env = environment(c, min(c.max_positions, len(start) + num_tokens), ops.build(gpu.device("cpu"), c))
-    tokens = extend(
-        params,
-        router_bias,
-        env,
-        c,
-        start,
-        num_tokens=num_tokens,
-        vocab_size=tokenizer.size,
-        temperature=temperature,
-        key=Key(seed).fold("sample", prompt),
-    )
-    say(encoder.decode(tokens).replace("<|endoftext|>", os.linesep))
-    return 0
+    if top_k is not None and top_k < 1:
+        problems.append(f"--top-k: expected at least 1, got {top_k}; leave it out to draw among all tokens")
+    if not 0 < top_p <= 1:
+        problems.append(f"--top-p: expected above 0 and at most 1, got {top_p}; leave it out to draw among all tokens")
+    if "" in stops:
+        problems.append("--stop: expected a text, got an empty one; leave it out to stop at the end of text alone")
+    if problems:
+        raise InputError(*problems)

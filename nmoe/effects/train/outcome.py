@@ -20,13 +20,13 @@ from nmoe.effects.device import signals
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
 from nmoe.effects.terminal import say, warn
-from nmoe.effects.train import resume, zero
-from nmoe.effects.train.generate import extend
+from nmoe.effects.train import generate, resume, zero
 from nmoe.effects.train.session import Session
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError, printable
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
+from nmoe.pure.model.decode import Sampling
 from nmoe.pure.model.ops import Env
 from nmoe.pure.units import duration, quantity
 from nmoe.pure.watch.validations import Validation, Validations
@@ -161,15 +161,20 @@ def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:
     """Sample a short text from the trained model."""
     encoder = encoding(corpus.tokenizer)
     limit = config.train.sequence_length
-    tokens = extend(
-        state.params,
-        state.router_bias,
-        env,
-        attrs.evolve(config.model, max_positions=limit),
-        encoder.encode_ordinary(SAMPLE_PROMPT),
-        num_tokens=SAMPLE_TOKENS,
+    network = generate.Network(
+        params=state.params,
+        router_bias=state.router_bias,
+        env=env,
+        config=attrs.evolve(config.model, max_positions=limit),
         vocab_size=corpus.tokenizer.size,
-        temperature=0.7,
-        key=Key(config.run.seed).fold("sample", SAMPLE_PROMPT),
     )
-    return encoder.decode(tokens)
+    start = encoder.encode_ordinary(SAMPLE_PROMPT)
+    columns = generate.steps(
+        network,
+        [start],
+        num_tokens=SAMPLE_TOKENS,
+        sampling=Sampling(temperature=0.7),
+        keys=[Key(config.run.seed).fold("sample", SAMPLE_PROMPT)],
+        cached=False,  # longer than the positions of a training on short sequences, and of any kind of attention
+    )
+    return encoder.decode([*start, *(column[0] for column in columns)])

@@ -30,7 +30,19 @@ STEPS = 3
 """Steps that are traced."""
 
 PARTS = (
-    *("norm", "add_norm", "swiglu", "project", "query", "attend", "route", "dispatch", "experts", "combine"),
+    *(
+        "norm",
+        "add_norm",
+        "swiglu",
+        "project",
+        "query",
+        "convolve",
+        "attend",
+        "route",
+        "dispatch",
+        "experts",
+        "combine",
+    ),
     *("linear_cross_entropy", "global_norm", "adamw_"),
 )
 """Fields of the records of ops, and the parts kernels name inside them; of an exchange all that begin with its name."""

@@ -43,7 +43,7 @@ class Report:
         """
         train = self.config.train
         skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
-        rank = self._rank(state, seconds, steps)
+        rank = self._rank(state, metrics, seconds, steps)
         if self.monitor is None:
             self.log.metrics(**schema.fields(rank))
             return skipped, in_row
@@ -93,12 +93,12 @@ class Report:
             stages=[{"name": stage.name, "windows": list(stage.quotas)} for stage in planned.stages],
         )
 
-    def _rank(self, state: State, seconds: Mapping[str, float], steps: int) -> schema.Rank:
-        """What this rank alone knows of itself, as a mean over the last `steps`."""
+    def _rank(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> schema.Rank:
+        """What this rank alone knows of itself; times are means over the last `steps`."""
         times = {name: value / steps for name, value in seconds.items() if name != "validation"}
         step_s = sum(times.values())
-        # written into the memory of other ranks
-        sent = None if self.exchange is None else self.exchange.sent.item() / (state.step - self.first_step)
+        # written into the memory of other ranks in the last step
+        sent = None if self.exchange is None else int(metrics.sent.item())
         return schema.Rank(
             step=state.step,
             elapsed_s=time.monotonic() - self.began,

@@ -332,13 +332,15 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
 def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:
     """What is about to happen, before step 0."""
     train_tokens = corpus.num_tokens
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    waiting = " ".join(f"{name}={os.environ.get(name, 'unset')}" for name in names)
     return "\n".join(
         (
             f"run            {folder}",
             render(config, planned),
             f"data           {quantity(train_tokens)} training tokens ({planned.tokens / train_tokens:.2f} passes)  "
             f"tokenizer {corpus.tokenizer.name} {corpus.tokenizer.identity[:12]} ({corpus.tokenizer.size} ids)",
-            f"threads        {torch.get_num_threads()} on the CPU, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}",
+            f"threads        {torch.get_num_threads()} on the CPU, {waiting}",
             f"n-grams        unigram {corpus.unigram:.4f} nats  bigram {corpus.bigram:.4f} nats on validation tokens",
         )
     )

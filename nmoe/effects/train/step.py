@@ -77,6 +77,7 @@ class Metrics:
     entropy: Tensor  # [L] f32, router entropy in nats
     skipped: Tensor
     skipped_in_row: Tensor
+    sent: Tensor  # i64, bytes this rank wrote into the memory of others in this step; 0 without an exchange
 
 
 @record
@@ -216,7 +217,10 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
     Writes:  the arenas of `state`; the State returned has them.
     """
     config, ranks, exchange, layouts = setup.config, setup.rt.ranks, setup.exchange, setup.blueprint.layouts
+    sent = state.updates.new_zeros(()) if exchange is None else -exchange.sent[0]
     num_targets, nll, auxiliary, load, margins, entropy = accumulate_(setup, state, batch)
+    if exchange is not None:
+        sent = sent + exchange.sent[0]
     with torch.no_grad():
         # All-reduce of what was summed over the microbatches, and of the square of the gradient norm.
         owned = zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks)
@@ -266,7 +270,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         tokens=state.tokens + tokens_per_step(config),
         step=state.step + 1,
     )
-    return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row)
+    return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row, sent)
 
 
 def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

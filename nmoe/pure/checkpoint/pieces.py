@@ -12,6 +12,7 @@ import attrs
 from torch import Tensor
 
 from nmoe.pure.core.layout import ArenaLayout
+from nmoe.pure.core.shape import expect_member
 from nmoe.pure.core.spec import Dims
 
 
@@ -55,7 +56,11 @@ def whole(name: str, tensor: Tensor) -> Piece:
 
 
 def share(piece: Piece, index: int, count: int) -> Piece:
-    """Of a piece that `count` ranks have alike, the part that rank `index` of them writes; maybe nothing."""
+    """Of a piece that `count` ranks have alike, the part that rank `index` of them writes; maybe nothing.
+
+    Raises:  ValueError for a rank that is not one of them.
+    """
+    expect_member("share: expected a rank", index, count)
     size = piece.tensor.numel()
     low, high = size * index // count, size * (index + 1) // count
     return attrs.evolve(piece, begin=piece.begin + low, tensor=piece.tensor.view(-1)[low:high])
@@ -71,7 +76,15 @@ def arena_pieces(
     rank, world  of the ranks the experts are shared out to
     part         which of the ranks that share out the moments
     returns      pieces named `param/<path>/<kind>`, maybe empty; padding between parameters is in none of them
+    Raises:      ValueError for a tensor of another length, or a rank that is not one of them.
     """
+    expect_member("arena_pieces: expected a rank", rank, world)
+    for kind, flat in tensors.items():
+        if flat.numel() not in (layout.size, layout.held()):
+            raise ValueError(
+                f"arena_pieces: expected '{kind}' of {layout.size} elements, or of the {layout.held()} that a rank "
+                f"holds, got {flat.numel()}; pass the tensors of arena {layout.name}"
+            )
     pieces: list[Piece] = []
     for slot in layout.slots:
         mine = layout.share(slot, part)

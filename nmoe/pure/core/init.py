@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
+from nmoe.pure.core.shape import expect_divisor, expect_member
 from nmoe.pure.core.spec import POLICY, Dims, Init, Spec, axis_size
 
 
@@ -58,11 +59,8 @@ def initial(
     shape = spec.shape(dims)
     if POLICY[spec.role].shard == "":
         return spec.init(here.generator(device), shape, dims)
-    if shape[0] % world:
-        raise ValueError(
-            f"initial: expected a number of ranks that divides the {shape[0]} experts of '{path}', got {world}; "
-            "take a divisor"
-        )
+    expect_divisor("initial: expected ranks", world, shape[0], f"experts of '{path}'")
+    expect_member("initial: expected a rank", rank, world)
     held = shape[0] // world
     return torch.stack(
         [

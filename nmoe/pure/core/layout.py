@@ -16,6 +16,7 @@ import attrs
 import torch
 
 from nmoe.pure.core import tree
+from nmoe.pure.core.shape import expect_divisor, expect_member
 from nmoe.pure.core.spec import ELEMENTWISE, Dims, Policy, Spec, policy
 
 ALIGNMENT = 128
@@ -79,7 +80,11 @@ class ArenaLayout:
         return tuple(zip((0, *self.ends), self.ends, strict=False))
 
     def stretches(self, part: int) -> tuple[Stretch, ...]:
-        """What the `part`-th of the ranks has, one stretch a bucket."""
+        """What the `part`-th of the ranks has, one stretch a bucket.
+
+        Raises:  ValueError when there are not so many parts.
+        """
+        expect_member(f"arena {self.name}: expected a part", part, self.parts)
         runs: list[Stretch] = []
         for low, high in self.buckets():
             size = (high - low) // self.parts
@@ -123,6 +128,7 @@ def layout(
     replicas    groups of that many ranks; each has all parameters
     bucket      elements after which a bucket ends, at the end of the parameter; of whole parameters it has one a rank
                 at least, where there are so many
+    Raises:     ValueError when `world` does not divide the number of experts.
     """
     members: dict[tuple[str, bool, str, str, torch.dtype], list[tuple[str, Spec]]] = {}
     policies: dict[tuple[str, bool, str, str, torch.dtype], Policy] = {}
@@ -144,6 +150,7 @@ def layout(
         for path, spec in parameters:
             shape = spec.shape(dims)
             if own.shard:
+                expect_divisor("layout: expected ranks", world, shape[0], f"experts of '{path}'")
                 shape = (shape[0] // world, *shape[1:])
             slots.append(Slot(path=path, spec=spec, shape=shape, offset=offset))
             offset += _up(math.prod(shape), ALIGNMENT)

@@ -134,6 +134,21 @@ class Spec:
         return math.prod(self.shape(dims))
 
 
+def renamed(spec: Spec, names: Mapping[str, str]) -> Spec:
+    """The same parameter with other axis letters, of which `dims` has the sizes; its values start as before.
+
+    names  letter -> letter in its place
+    """
+
+    def axis(old: str) -> str:
+        return "+".join(names.get(part, part) for part in old.split("+"))
+
+    def draw(generator: torch.Generator, shape: tuple[int, ...], dims: Dims) -> Tensor:
+        return spec.init(generator, shape, {**dims, **{old: dims[new] for old, new in names.items()}})
+
+    return Spec(tuple(map(axis, spec.axes)), spec.role, draw, tuple(map(axis, spec.merged)))
+
+
 def spec_tree(cls: type[T], **kids: Any) -> T:
     """A record of `cls` whose leaves are Specs.
 

@@ -10,7 +10,7 @@ from nmoe.config import sections
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import active
 from nmoe.pure.core.spec import POLICY, Dims
-from nmoe.pure.model.attention import KINDS, Kinds, kind_of
+from nmoe.pure.model.attention import KINDS, Kinds, layers
 from nmoe.pure.model.model import Moe, Transformer
 
 
@@ -50,12 +50,10 @@ def forward_flops(
         return sum(2 * active(spec, dims, c.moe.top_k) for spec in matrices)
 
     mixtures = [block.ffn for block in specs.blocks if isinstance(block.ffn, Moe)]
-    kind = kind_of(c.attention, kinds)
     return Flops(
         projections=sum(products(block.attention) for block in specs.blocks),
         attention=sum(
-            kind.flops(kind.at_layer(c.attention, layer), sequence_length=sequence_length, causal=causal)
-            for layer in range(len(specs.blocks))
+            kind.flops(section, sequence_length=sequence_length, causal=causal) for kind, section in layers(c, kinds)
         ),
         dense=sum(products(block.ffn) for block in specs.blocks if not isinstance(block.ffn, Moe)),
         router=sum(products(ffn.router) for ffn in mixtures),

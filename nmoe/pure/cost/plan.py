@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import torch
 
@@ -14,7 +16,7 @@ from nmoe.pure.cost import flops
 from nmoe.pure.cost.flops import Flops
 from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import distinct_ranks
-from nmoe.pure.model.attention import KINDS, Kinds, kind_of
+from nmoe.pure.model.attention import KINDS, Kind, Kinds, layers
 from nmoe.pure.model.route import BINS
 from nmoe.pure.optim.update import rule
 from nmoe.pure.parallel import exchange_arena
@@ -89,17 +91,8 @@ def activation_bytes(
     square   whether attention keeps its probabilities
     """
     width, wide = c.hidden_size, 4
-    kind = kind_of(c.attention, kinds)
-    attention = sum(
-        kind.kept_bytes(
-            kind.at_layer(c.attention, layer),
-            hidden=width,
-            sequence_length=sequence_length,
-            element=element,
-            square=square,
-        )
-        for layer in range(c.num_layers)
-    )
+    shape = {"hidden": width, "sequence_length": sequence_length, "element": element, "square": square}
+    attention = sum(kind.kept_bytes(section, **shape) for kind, section in layers(c, kinds))
     norms = 2 * 2 * width * wide + width * element  # both keep their input in fp32 and the scaled input
     dense = 4 * dims["I"] * element
     rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * wide
@@ -128,8 +121,9 @@ def kernel_activation_bytes(
     recompute  train.recompute
     """
     width, wide, element = c.hidden_size, 4, 2
-    attention, norms = _kernel_attention_bytes(c, sequence_length=sequence_length, kinds=kinds)
-    made_again = 2 * width * element + norms
+    kept = [_kernel_attention_bytes(*each, sequence_length=sequence_length) for each in layers(c, kinds)]
+    attention, norms = zip(*kept, strict=True)
+    made_again = 2 * width * element * c.num_layers + sum(norms)
     dense, shared = dims["I"], dims["S"]
     mixtures = c.num_layers - c.num_dense_layers
     routed = rows * 2 * dims["F"] * element
@@ -139,7 +133,7 @@ def kernel_activation_bytes(
         + mixtures * (width * wide + 6 * dims["E"] * wide + 2 * shared * element)
     )
     others = tokens * a_token + mixtures * routed
-    again = tokens * (c.num_layers * made_again + (c.num_dense_layers * dense + mixtures * shared) * element)
+    again = tokens * (made_again + (c.num_dense_layers * dense + mixtures * shared) * element)
     total = others + tokens * sum(attention)
     if recompute == "none":
         total += again
@@ -151,18 +145,14 @@ def kernel_activation_bytes(
     return total + passing + tokens * 2 * width * element
 
 
-def _kernel_attention_bytes(c: sections.Model, *, sequence_length: int, kinds: Kinds) -> tuple[tuple[int, ...], int]:
-    """Bytes a token that attention keeps on a GPU in each layer, and those of its norms that recompute makes again.
+def _kernel_attention_bytes(kind: Kind, section: Any, *, sequence_length: int) -> tuple[int, int]:
+    """Bytes a token that attention keeps on a GPU in one layer, and those of its norms that recompute makes again.
 
     A kind without kernels runs its reference, whose input is the norm's output and counted there.
     """
-    kind = kind_of(c.attention, kinds)
-    layers = tuple(kind.at_layer(c.attention, layer) for layer in range(c.num_layers))
     if kind.kernel_kept_bytes is None:
-        shape = {"hidden": 0, "sequence_length": sequence_length, "element": 2, "square": True}
-        return tuple(kind.kept_bytes(layer, **shape) for layer in layers), 0
-    both = [kind.kernel_kept_bytes(layer) for layer in layers]
-    return tuple(attention for attention, _ in both), both[0][1]
+        return kind.kept_bytes(section, hidden=0, sequence_length=sequence_length, element=2, square=True), 0
+    return kind.kernel_kept_bytes(section)
 
 
 def saved_bytes(arena: ArenaLayout) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import torch
 
-from nmoe.config import Config
+from nmoe.config import Config, Mixed, Model
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.cost.scale import Scaled
 from nmoe.pure.cost.traffic import Traffic
@@ -55,7 +55,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
         (
             "model",
             f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} mixture)  hidden {c.hidden_size}  "
-            f"{c.attention.num_heads} heads  {c.moe.num_experts} experts, top {c.moe.top_k}, "
+            f"{_heads(c)}  {c.moe.num_experts} experts, top {c.moe.top_k}, "
             f"{c.moe.num_shared_experts} shared",
         ),
         (
@@ -83,6 +83,14 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
         ),
         ("tokens", f"{quantity(planned.tokens)}  {train.steps} steps of {quantity(planned.tokens_per_step)}"),
     )
+
+
+def _heads(c: Model) -> str:
+    """Heads of the attention; of a mixed one the layers and heads of each part."""
+    if not isinstance(c.attention, Mixed):
+        return f"{c.attention.num_heads} heads"
+    letters, parts = c.attention.letters(c.num_layers), c.attention.parts()
+    return " + ".join(f"{letters.count(each)} {part.kind} of {part.num_heads} heads" for each, part in parts.items())
 
 
 def numbers(taken: Scaled, candidates: tuple[Scaled, ...], bests: tuple[Scaled, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import attrs
 
+from nmoe.pure.core.shape import expect_divisor
 from nmoe.pure.cost.machines import Machine
 
 
@@ -31,8 +32,11 @@ def distinct_ranks(*, num_experts: int, top_k: int, ranks: int, num_groups: int 
     those n is met with probability 1 - C(n - m, K) / C(n, K). Summed over the ranks, and over the ways to keep groups.
     Without groups that is R * (1 - C(E - E/R, K) / C(E, K)).
 
-    ranks    R, dividing num_experts; rank r holds experts r * E/R to (r + 1) * E/R
+    ranks    R; rank r holds experts r * E/R to (r + 1) * E/R
+    Raises:  ValueError when ranks or groups do not divide the number of experts.
     """
+    expect_divisor("distinct_ranks: expected ranks", ranks, num_experts, "experts")
+    expect_divisor("distinct_ranks: expected groups", num_groups, num_experts, "experts")
     open_to_it = num_experts // num_groups * top_k_groups
     met = 0
     for rank in range(ranks):

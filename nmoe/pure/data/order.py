@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
+from nmoe.pure.core.shape import expect_shape
 
 # Four rounds make a Feistel network pseudo-random in theory; twice that keeps tiny domains well mixed too.
 ROUNDS = 8
@@ -47,8 +48,10 @@ def quotas(weights: Sequence[float], total: int, limits: Sequence[int]) -> tuple
     weights  >= 0 and finite; of weight 0 the share is 0
     limits   >= 0, the largest share of each
 
-    Raises:  InputError when all limits together leave something of `total`.
+    Raises:  InputError when all limits together leave something of `total`, ValueError for another number of limits
+             than of weights.
     """
+    expect_shape("quotas: expected limits", (len(limits),), (len(weights),), "pass a limit for each weight")
     exact = [Fraction(weight) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))
     parts = [int(weight * scale) for weight in exact]
@@ -157,14 +160,23 @@ class Tokens(Protocol):
 
 
 def stretch(arrays: Sequence[Tokens], start: int, count: int) -> NDArray[Any]:
-    """Elements `start` to `start` + `count` of 1-D arrays laid end to end, as a copy."""
+    """Elements `start` to `start` + `count` of 1-D arrays laid end to end, as a copy.
+
+    Raises:  ValueError when the arrays do not hold all of them.
+    """
     pieces: list[NDArray[Any]] = []
+    first = start
     for array in arrays:
         # an array outside the stretch is not touched: slicing a shard for the first time reads and hashes it
         if start < len(array) and start + count > 0:
             pieces.append(array[max(start, 0) : start + count])
         start -= len(array)
-    return np.concatenate(pieces or [arrays[0][:0]])
+    found = np.concatenate(pieces or [arrays[0][:0]])
+    if len(found) != count:
+        raise ValueError(
+            f"stretch: expected arrays of at least {first + count} elements, got {first - start}; ask for fewer"
+        )
+    return found
 
 
 def starts(tokens: NDArray[Any], end_of_text: int) -> NDArray[np.int32]:

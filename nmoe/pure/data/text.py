@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 ORDINARY = re.compile(r"[\w\s]+")
@@ -46,6 +47,20 @@ def pieces(text: str, most: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def settled(data: bytes, stops: Sequence[str], *, final: bool) -> tuple[str, bool]:
+    """The text of some bytes as far as bytes to come cannot change it, and whether a stop text has ended it.
+
+    stops  none empty; the text ends before the first of them. What may be the beginning of one is held back.
+    final  no more bytes come
+    """
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(data, final)
+    ends = [text.index(stop) for stop in stops if stop in text]
+    if ends:
+        return text[: min(ends)], True
+    begun = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+    return text[: len(text) - (0 if final else max(begun, default=0))], False
 
 
 def shingles(text: str, words: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.route import Routing
@@ -25,6 +26,9 @@ class Rows:
     expert: Tensor  # [P] i64, row -> expert, ascending
     count: Tensor  # [E] i64, rows of each expert
     slot: Tensor  # [P] i64, row -> its place in the [N K] order of the routing
+
+
+GATED = "gate and value lie side by side, and `down` takes one of them"
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -45,7 +49,10 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, activate: Callable[[Tensor], Tensor
     up        [D 2 F]
     down      [F D]
     activate  `swiglu` or a kernel that implements it
+    Raises:   ValueError for matrices of other shapes.
     """
+    expect_shape("mlp: expected up", up.shape, (x.shape[-1], 2, down.shape[0]), GATED)
+    expect_shape("mlp: expected down", down.shape, (up.shape[-1], down.shape[-1]), GATED)
     return activate((x @ up.flatten(1)).unflatten(-1, (2, -1))) @ down
 
 
@@ -53,13 +60,11 @@ def dispatch(x: Tensor, routing: Routing, *, num_experts: int) -> Rows:
     """Rows for the experts, sorted by expert and, within one, by token.
 
     x        [N D]
-    Raises:  ValueError for the routing of another number of tokens.
+    Raises:  ValueError for the routing of another number of tokens, or weights that are not those of the choices.
     """
-    if routing.expert.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"dispatch: expected choices for each of {x.shape[0]} tokens, got shape {list(routing.expert.shape)}; "
-            "pass the routing of these tokens"
-        )
+    wanted = (x.shape[0], routing.expert.shape[-1])
+    expect_shape("dispatch: expected choices", routing.expert.shape, wanted, "pass the routing of these tokens")
+    expect_shape("dispatch: expected weights", routing.weight.shape, wanted, "pass the weight of each choice")
     flat = routing.expert.flatten()
     expert, slot = flat.sort(stable=True)
     count = flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))
@@ -74,7 +79,11 @@ def experts(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
     up       [E D 2 F]
     down     [E F D]
     returns  [P D]
+    Raises:  ValueError for matrices of other shapes, or another number of experts than the rows are for.
     """
+    count, width = rows.count.shape[0], rows.x.shape[-1]
+    expect_shape("experts: expected up", up.shape, (count, width, 2, down.shape[1]), GATED)
+    expect_shape("experts: expected down", down.shape, (count, up.shape[-1], down.shape[-1]), GATED)
     x = rows.x.index_select(0, rows.source).expand(up.shape[0], -1, -1)
     y = torch.bmm(swiglu(torch.bmm(x, up.flatten(2)).unflatten(-1, (2, -1))), down)
     return y[rows.expert, torch.arange(y.shape[1], device=y.device)]

@@ -6,7 +6,7 @@ Values only: `transformers` is not imported here, and nothing is read or written
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -136,6 +136,20 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
     return tuple(found)
 
 
+def tensors(p: Transformer, router_bias: Tensor, c: sections.Model) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of their folder from parameters in memory, one at a time: for weight sync into an engine.
+
+    Experts come one by one, by the names on disk: engines drop fused names without a word. A tensor is a view of ours
+    where that is possible, on our device and in our format; the caller copies what it keeps.
+
+    router_bias  [L E] f32
+    """
+    ours = {**dict(tree.leaves(p)), ROUTER_BIAS: router_bias}
+    for part in parts(c):
+        value: Tensor = ours[part.path]
+        yield from part.leaf.split(value if part.index is None else value[part.index]).items()
+
+
 MLP: Mapping[str, Leaf] = MappingProxyType(
     {"up": gated("gate_proj.weight", "up_proj.weight"), "down": matrix("down_proj.weight")}
 )
@@ -239,6 +253,10 @@ def _names(c: Any = None) -> Hf:
     if names is None:
         raise InputError(
             f"model.attention: expected a kind that deepseek_v3 has, got {section.__name__}; only mla can be exported"
+        )
+    if isinstance(c, sections.Mla) and c.position == "none":
+        raise InputError(
+            'model.attention: expected a kind that deepseek_v3 has, got position = "none"; it rotates every key'
         )
     return names
 

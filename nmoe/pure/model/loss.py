@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.model.norm import upcast
 
 
@@ -128,11 +129,8 @@ def linear_cross_entropy(
     Cost:    6·N·D·V FLOPs with both gradients, 2·N·D·V without; chunk·V fp32 logits. Any derivative is right; one of a
              derivative computes the gradients a second time.
     """
-    if target.shape != x.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: expected a target for each of {x.shape[0]} rows, got shape {list(target.shape)}; "
-            "pass one id a row, negative where it does not count"
-        )
+    remedy = "pass one id a row, negative where it does not count"
+    expect_shape("linear_cross_entropy: expected targets", target.shape, x.shape[:1], remedy)
     grad = torch.is_grad_enabled()
     wanted_by = (grad and x.requires_grad, grad and head.requires_grad)
     total, nll, _, _ = LinearCrossEntropy.apply(x, head, target, chunk, logit_scale, z_loss, wanted_by)

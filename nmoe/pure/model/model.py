@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model import route
-from nmoe.pure.model.attention import KINDS, Kinds, kind_of
+from nmoe.pure.model.attention import KINDS, Kinds, attention_of
 from nmoe.pure.model.experts import mlp
 from nmoe.pure.model.ops import Env
 from nmoe.pure.model.rope import Documents, documents
@@ -97,15 +98,17 @@ class RouterReport:
 
 def specs(c: sections.Model, *, kinds: Kinds = KINDS) -> Transformer:
     """The model with a Spec where each parameter will be."""
-    kind = kind_of(c.attention, kinds)
+    kind = attention_of(c, kinds)
 
     def ffn(layer: int) -> Dense | Moe:
         if layer < c.num_dense_layers:
             return spec_tree(Dense)
         return spec_tree(Moe, shared=spec_tree(Shared) if c.moe.num_shared_experts else ())
 
-    blocks = (spec_tree(Block, attention=kind.specs(c.attention), ffn=ffn(layer)) for layer in range(c.num_layers))
-    return spec_tree(Transformer, blocks=tuple(blocks))
+    def block_at(layer: int) -> Block:
+        return spec_tree(Block, attention=kind.specs(kind.at_layer(c.attention, layer)), ffn=ffn(layer))
+
+    return spec_tree(Transformer, blocks=tuple(map(block_at, range(c.num_layers))))
 
 
 def dims(c: sections.Model, *, kinds: Kinds = KINDS) -> dict[str, int]:
@@ -125,7 +128,7 @@ def dims(c: sections.Model, *, kinds: Kinds = KINDS) -> dict[str, int]:
         "F": c.moe.intermediate_size,
         "S": c.moe.num_shared_experts * c.moe.intermediate_size,
     }
-    attention = kind_of(c.attention, kinds).dims(c.attention)
+    attention = attention_of(c, kinds).dims(c.attention)
     if taken := sorted(own.keys() & attention.keys()):
         raise ValueError(
             f"dims: expected axis letters other than {', '.join(own)} from the attention, got {', '.join(taken)}; "
@@ -196,12 +199,30 @@ def block(
     ops = env.ops
     y = ops.norm(x, p.attention_norm, eps=c.norm_eps)
     y = env.kind.apply(p.attention, y, env.tables, ops.norm, ops.attention, c.attention, documents, eps=c.norm_eps)
-    x, y = ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
+    return feed_forward(p, x, y, bias, env, c, recorded)
+
+
+def feed_forward(
+    p: Block,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | tuple[()],
+    env: Env,
+    c: sections.Model,
+    recorded: Routing | Tensor | tuple[()] = (),
+) -> tuple[Tensor, RouterReport | tuple[()]]:
+    """The second half of a block: what attention gave is added, then a dense MLP or routed experts.
+
+    x        [B T D]   residual stream
+    y        [B T D]   output of the block's attention
+    Raises:  ValueError as `block`.
+    """
+    x, y = env.ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
         y, report = moe(p.ffn, y, bias, env, c.moe, recorded)
         return x + y, report
     if isinstance(p.ffn, Dense):
-        return x + mlp(y, p.ffn.up, p.ffn.down, ops.swiglu), ()
+        return x + mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()
     raise ValueError("block: expected a router bias for a layer of experts, got (); pass the layer's row of it")
 
 
@@ -227,19 +248,24 @@ def forward(
     returns  [B T D] and the reports of all MoE layers, stacked
     Raises:  ValueError for tensors of other shapes.
     """
-    _check(tokens, bias, start, routing, c)
+    _check(p, tokens, bias, start, routing, c)
     x = F.embedding(tokens, p.embed) * c.embedding_scale
     placed = documents(start)
     reports: list[RouterReport] = []
     for layer, parameters in enumerate(p.blocks):
         row = layer - c.num_dense_layers
-        attention = env.kind.at_layer(c.attention, layer)
-        here = c if attention is c.attention else attrs.evolve(c, attention=attention)
+        here = at_layer(c, env, layer)
         layer_bias = bias[row] if row >= 0 else ()
         x, report = run(parameters, x, layer_bias, env, here, placed, routing[row] if routing and row >= 0 else ())
         if isinstance(report, RouterReport):
             reports.append(report)
     return env.ops.norm(x, p.norm, eps=c.norm_eps), _stacked(reports, bias)
+
+
+def at_layer(c: sections.Model, env: Env, layer: int) -> sections.Model:
+    """The section of one layer, counted from 0, with its own attention."""
+    attention = env.kind.at_layer(c.attention, layer)
+    return c if attention is c.attention else attrs.evolve(c, attention=attention)
 
 
 def _stacked(reports: list[RouterReport], bias: Tensor) -> RouterReport:
@@ -257,25 +283,31 @@ def _stacked(reports: list[RouterReport], bias: Tensor) -> RouterReport:
 
 
 def _check(
-    tokens: Tensor, bias: Tensor, start: Tensor | tuple[()], routing: tuple[Routing | Tensor, ...], c: sections.Model
+    p: Transformer,
+    tokens: Tensor,
+    bias: Tensor,
+    start: Tensor | tuple[()],
+    routing: tuple[Routing | Tensor, ...],
+    c: sections.Model,
 ) -> None:
     """Refuse what would broadcast silently or fail far from its cause."""
     layers = c.num_layers - c.num_dense_layers
+    if len(p.blocks) != c.num_layers:
+        raise ValueError(
+            f"forward: expected parameters of {c.num_layers} layers, got {len(p.blocks)}; pass the section of this "
+            "model"
+        )
     if tokens.ndim != 2 or tokens.dtype is not torch.int64:
         raise ValueError(
             f"forward: expected tokens [B T] in i64, got {list(tokens.shape)} in {tokens.dtype}; "
             "pass a batch of sequences of ids"
         )
-    if bias.shape != (layers, c.moe.num_experts):
-        raise ValueError(
-            f"forward: expected a router bias of shape [{layers}, {c.moe.num_experts}], got {list(bias.shape)}; "
-            "pass a row an MoE layer and a column an expert"
-        )
-    if isinstance(start, Tensor) and start.shape != tokens.shape:
-        raise ValueError(
-            f"forward: expected start of the shape of tokens {list(tokens.shape)}, got {list(start.shape)}; "
-            "pass one index a token"
-        )
+    wanted = (layers, c.moe.num_experts)
+    expect_shape(
+        "forward: expected a router bias", bias.shape, wanted, "pass a row an MoE layer and a column an expert"
+    )
+    if isinstance(start, Tensor):
+        expect_shape("forward: expected start", start.shape, tokens.shape, "pass one index a token")
     if routing and len(routing) != layers:
         raise ValueError(
             f"forward: expected a routing for each of the {layers} MoE layers, got {len(routing)}; "
@@ -306,11 +338,9 @@ def objective(
     returns        (loss, nll, report): loss = (nll + z-loss) / num_targets + balance · mean imbalance; nll is the sum
                    over this batch, without gradient
     """
-    if batch.targets.shape != batch.tokens.shape:
-        raise ValueError(
-            f"objective: expected targets of the shape of tokens {list(batch.tokens.shape)}, got "
-            f"{list(batch.targets.shape)}; pass the token that follows each"
-        )
+    expect_shape(
+        "objective: expected targets", batch.targets.shape, batch.tokens.shape, "pass the token that follows each"
+    )
     x, report = forward(p, batch.tokens, bias, env, c, batch.start, routing=routing, run=run)
     total, nll = env.ops.linear_cross_entropy(
         x.flatten(0, 1), p.head, batch.targets.flatten(), chunk=chunk, logit_scale=c.logit_scale, z_loss=z_loss

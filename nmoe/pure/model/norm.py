@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nmoe.pure.core.shape import expect_shape
+
 
 def upcast(x: Tensor) -> Tensor:
     """`x` in at least fp32: the format of reductions, probabilities and rotations."""
@@ -20,10 +22,7 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
     Raises:  ValueError for a gain of another shape.
     Source:  Zhang & Sennrich (arXiv:1910.07467) eq. 4.
     """
-    if gain.shape != x.shape[-1:]:
-        raise ValueError(
-            f"rms_norm: expected a gain of shape {list(x.shape[-1:])}, got {list(gain.shape)}; pass one a channel"
-        )
+    expect_shape("rms_norm: expected a gain", gain.shape, x.shape[-1:], "pass one a channel")
     y = upcast(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * gain).to(x.dtype)
@@ -37,9 +36,6 @@ def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float) -> tuple[Ten
     returns  x + y, and `rms_norm` of it; both [... D]
     Raises:  ValueError for outputs of another shape than the residual stream's.
     """
-    if y.shape != x.shape:
-        raise ValueError(
-            f"add_rms_norm: expected y of the shape of x {list(x.shape)}, got {list(y.shape)}; pass one a row"
-        )
+    expect_shape("add_rms_norm: expected y", y.shape, x.shape, "pass the output of the layer for each row of x")
     total = x + y
     return total, rms_norm(total, gain, eps=eps)

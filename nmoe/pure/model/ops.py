@@ -7,7 +7,7 @@ or a stub.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.autograd.profiler import record_function
 from nmoe.config import sections
 from nmoe.pure.core.tree import record
 from nmoe.pure.model import experts, loss, norm, route
-from nmoe.pure.model.attention import KINDS, Kind, Kinds, kind_of
+from nmoe.pure.model.attention import KINDS, Kind, Kinds, attention_of
 from nmoe.pure.model.route import Routed
 
 
@@ -50,6 +50,8 @@ def labelled(ops: Any) -> Any:
     """A record of ops, each inside a profiler range that has the name of its field; records in it likewise."""
 
     def label(name: str, op: Any) -> Any:
+        if isinstance(op, tuple):
+            return tuple(label(name, part) for part in cast("tuple[Any, ...]", op))
         if not callable(op):
             return labelled(op) if attrs.has(type(op)) else op
 
@@ -77,5 +79,5 @@ def environment(c: sections.Model, num_positions: int, ops: Ops | None = None, *
 
     ops  of a device; None: the reference
     """
-    kind = kind_of(c.attention, kinds)
+    kind = attention_of(c, kinds)
     return Env(reference(kind) if ops is None else ops, kind.tables(c.attention, num_positions), kind)

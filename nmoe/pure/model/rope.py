@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Yarn
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.norm import upcast
 
@@ -53,8 +54,11 @@ def table(num_positions: int, dim: int, *, theta: float, yarn: Yarn | None) -> R
 
     num_positions  positions served
     dim            rotated channels a head, even
+    Raises:        ValueError for an odd number of channels.
     Source:        Su et al. (arXiv:2104.09864) eq. 15; YaRN (arXiv:2309.00071) eq. 17-23.
     """
+    if dim % 2:
+        raise ValueError(f"table: expected an even number of rotated channels, got {dim}; channels turn in pairs")
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies(dim, theta, yarn))
     scale = 1.0 if yarn is None else magnitude(yarn.factor, yarn.mscale) / magnitude(yarn.factor, yarn.mscale_all_dim)
     return Rope((angle.cos() * scale).float(), (angle.sin() * scale).float())
@@ -75,14 +79,32 @@ def documents(start: Tensor | tuple[()]) -> Documents | tuple[()]:
     return Documents(start, torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start)
 
 
+def seen(new: Documents, num_keys: int, window: int | None = None) -> Tensor:
+    """Which of the last `num_keys` keys each new token of a decoding sees, the keys of the new tokens being the last.
+
+    new       the new tokens; `start` is counted from the first token of the row, cached ones included
+    window    keys a token sees, its own included; None: all
+    returns   [B T num_keys] bool
+    """
+    query = new.start + new.position
+    key = query[:, -1:] + torch.arange(1 - num_keys, 1, device=query.device)
+    visible = (key[:, None] <= query[..., None]) & (key[:, None] >= new.start[..., None])
+    return visible if window is None else visible & (key[:, None] > query[..., None] - window)
+
+
 def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:
     """`x` with neighbouring channels (2i, 2i+1) turned by the angle of their position.
 
     x          [B T ... P]
     positions  [B T]         of each token, within the table; (): 0..T-1
     returns    [B T ... P]   in the format of `x`
-    Raises:    ValueError for a row that is longer than the table, where positions are not given.
+    Raises:    ValueError for other channels than the table's, positions of another shape, or, where they are not given,
+               a row that is longer than the table. Positions themselves are not read: a device would be waited for.
     """
+    wanted = (rope.cos.shape[0], x.shape[-1] // 2)
+    expect_shape("rotate: expected a table", rope.cos.shape, wanted, "pass the table of these channels, half as wide")
+    if isinstance(positions, Tensor):
+        expect_shape("rotate: expected positions", positions.shape, x.shape[:2], "pass the position of each token")
     if not isinstance(positions, Tensor) and x.shape[1] > rope.cos.shape[0]:
         raise ValueError(
             f"rotate: expected at most the {rope.cos.shape[0]} positions of the table, got {x.shape[1]}; make the "

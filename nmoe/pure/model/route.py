@@ -7,8 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.norm import upcast
+
+REMEDY = "pass the choices that were made for these tokens"
 
 
 @record
@@ -87,7 +90,9 @@ def gates(score: Tensor, expert: Tensor, *, scale: float = 1.0, normalize: bool 
     expert     [N K] i64
     normalize  True: `shares` of the chosen scores, which sum to `scale`; False: each score times `scale`
     returns    [N K] f32
+    Raises:    ValueError for choices of another number of tokens.
     """
+    expect_shape("gates: expected choices", expert.shape, (*score.shape[:-1], expert.shape[-1]), REMEDY)
     weight = score.gather(-1, expert)
     return shares(weight, scale=scale) if normalize else scale * weight
 
@@ -116,10 +121,7 @@ def route(
     Source:           DeepSeek-V3 (arXiv:2412.19437) eq. 13-16, groups as in section 2.1.2.
     """
     num_experts = score.shape[-1]
-    if bias.shape != (num_experts,):
-        raise ValueError(
-            f"route: expected a bias of shape [{num_experts}], got {list(bias.shape)}; pass one number an expert"
-        )
+    expect_shape("route: expected a bias", bias.shape, (num_experts,), "pass one number an expert")
     open_to_a_token = num_experts // num_groups * top_k_groups
     if not 1 <= top_k <= open_to_a_token:
         raise ValueError(
@@ -146,13 +148,9 @@ def replay(
     Raises:   ValueError for choices that do not fit the tokens.
     """
     expert, weight = (recorded, None) if isinstance(recorded, Tensor) else (recorded.expert, recorded.weight)
-    wanted = (score.shape[0], top_k)
+    wanted = (score.shape[0], top_k)  # tokens by top_k
     for name, tensor in (("expert", expert), ("weight", expert if weight is None else weight)):
-        if tensor.shape != wanted:
-            raise ValueError(
-                f"replay: expected routing.{name} of shape {list(wanted)}, tokens by top_k, got {list(tensor.shape)}; "
-                "pass the routing that was recorded for these tokens"
-            )
+        expect_shape(f"replay: expected routing.{name}", tensor.shape, wanted, REMEDY)
     if expert.dtype is not torch.int64:
         raise ValueError(f"replay: expected routing.expert in i64, got {expert.dtype}; pass expert.long()")
     if weight is None:
@@ -213,11 +211,7 @@ def balance(bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
     Raises:  ValueError for a load of another shape.
     Source:  Wang et al. (arXiv:2408.15664) algorithm 1; the centring is ours.
     """
-    if load.shape != bias.shape:
-        raise ValueError(
-            f"balance: expected a load of the shape of the bias {list(bias.shape)}, got {list(load.shape)}; "
-            "pass one count an expert"
-        )
+    expect_shape("balance: expected a load", load.shape, bias.shape, "pass one count for each number of the bias")
     sign = torch.sign(load.sum(-1, keepdim=True) - load.shape[-1] * load).to(bias.dtype)
     return bias + rate * (sign - sign.mean(-1, keepdim=True))
 
@@ -239,8 +233,12 @@ def margin_histogram(score: Tensor, bias: Tensor, expert: Tensor) -> Tensor:
     Source:  Su (kexue.fm 11619), Kimi K3 report section 2.3.3. Their cutoff is the (K+1)-th biased score; ours lies
              midway between it and the K-th. The margin of the (K+1)-th expert would be its bias itself, and so many
              equal margins hold a bias in its bin: loads of fixed scores stayed 6 % from even, ours reach 0.3 %.
+    Raises:  ValueError for a bias or choices of another shape.
     """
-    num_experts, choice = score.shape[-1], score + bias
+    num_tokens, num_experts = score.shape
+    expect_shape("margin_histogram: expected a bias", bias.shape, (num_experts,), "pass one number an expert")
+    expect_shape("margin_histogram: expected choices", expert.shape, (num_tokens, expert.shape[-1]), REMEDY)
+    choice = score + bias
     best_left = choice.scatter(-1, expert, float("-inf")).amax(-1, keepdim=True)
     cutoff = (choice.gather(-1, expert).amin(-1, keepdim=True) + best_left) / 2
     place = ((cutoff - score + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
@@ -260,11 +258,7 @@ def balance_quantile(bias: Tensor, margins: Tensor, *, top_k: int, decay: float)
     Raises:  ValueError for margins of another shape.
     Source:  as `margin_histogram`; the moving average as Megatron-LM (PR 5349).
     """
-    if margins.shape != (*bias.shape, BINS):
-        raise ValueError(
-            f"balance_quantile: expected margins of shape {[*bias.shape, BINS]}, got {list(margins.shape)}; "
-            "pass a histogram an expert"
-        )
+    expect_shape("balance_quantile: expected margins", margins.shape, (*bias.shape, BINS), "pass a histogram an expert")
     up_to = margins.cumsum(-1)
     num_experts, wanted = bias.shape[-1], top_k * up_to[..., -1:]
     # In integers: num_experts times the tokens up to a bin, against num_experts times the share of an expert.
@@ -298,8 +292,11 @@ def sequence_imbalance(score: Tensor, favoured: Tensor) -> Tensor:
     score     [B T E] f32
     favoured  [B T K] i64, experts of the largest scores
     returns   scalar f32
+    Raises:   ValueError for experts of other tokens.
     Source:   DeepSeek-V3 (arXiv:2412.19437) eq. 17-20.
     """
+    wanted = (*score.shape[:-1], favoured.shape[-1])
+    expect_shape("sequence_imbalance: expected experts", favoured.shape, wanted, REMEDY)
     hot = torch.zeros_like(score.detach()).scatter(-1, favoured, 1.0)
     fraction = hot.mean(-2) * (score.shape[-1] / favoured.shape[-1])
     share = shares(score).mean(-2)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nmoe.pure.core.shape import expect_shape
+
 
 class Moments(NamedTuple):
     """What AdamW remembers of a parameter's gradients."""
@@ -35,8 +37,11 @@ def adamw(
     updates   0-d   number of updates this one makes it, counted from 1
     lr        0-d f64
     returns   the new value and moments, f32
+    Raises:   ValueError for a gradient or moments of another shape than the parameter.
     Source:   Loshchilov & Hutter (arXiv:1711.05101) algorithm 2, as `torch.optim.AdamW` rounds it.
     """
+    for name, tensor in zip(("a gradient", "a first moment", "a second moment"), (gradient, *moments), strict=True):
+        expect_shape(f"adamw: expected {name}", tensor.shape, value.shape, "pass one of this parameter")
     first, second = (moment.to(value.dtype) for moment in moments)
     first = torch.lerp(first, gradient, 1 - beta1)
     second = torch.addcmul(second * beta2, gradient, gradient, value=1 - beta2)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import POLICY, Dims, Spec, axis_size
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -30,7 +31,8 @@ def by_matrix(
     """`apply` to the matrices that a parameter consists of, and its results in their places.
 
     The sharded axis and axes that are numbers count matrices: experts, gate and value. The two others are the sides;
-    several axes are one side together where the spec merges them, and an axis `A+B` is two matrices side by side.
+    several axes are one side together where the spec merges them, and a side that begins with `A+B` is two matrices
+    side by side.
 
     apply    [... M N] -> [... M N], called once for each part of a sum
     tensor   of as many elements as `shape`
@@ -42,11 +44,12 @@ def by_matrix(
     rest = [at for at in range(len(spec.axes)) if at not in counted]
     sides = [spec.axes[at] for at in rest]
     moved = tensor.view(shape).permute(*counted, *rest)
-    value = moved
+    value, inner = moved, dict.fromkeys(sides, 1)  # inner: elements of a side that one index of its first axis has
     if spec.merged:
         first, count = sides.index(spec.merged[0]), len(spec.merged)
         value = moved.flatten(len(counted) + first, len(counted) + first + count - 1)
-        sides[first : first + count] = [" ".join(spec.merged)]
+        del sides[first + 1 : first + count]
+        inner[sides[first]] = math.prod(shape[at] for at in rest[first + 1 : first + count])
     if len(sides) != 2:
         raise ValueError(
             f"Muon: expected a matrix, got axes {' '.join(spec.axes)}; put the axes that are one side of it into "
@@ -54,7 +57,8 @@ def by_matrix(
         )
     for dim, side in zip((-2, -1), sides, strict=True):
         if "+" in side:
-            apply = partial(_side_by_side, apply, dim, [axis_size(part, dims) for part in side.split("+")])
+            sizes = [axis_size(part, dims) * inner[side] for part in side.split("+")]
+            apply = partial(_side_by_side, apply, dim, sizes)
     order = sorted(range(len(spec.axes)), key=[*counted, *rest].__getitem__)
     return apply(value).reshape(moved.shape).permute(order).reshape(tensor.shape)
 
@@ -113,8 +117,11 @@ def muon(
     by_matrix (apply, tensor) -> tensor, as the function above for this parameter
     bf16      whether the Newton-Schulz products are in bf16
     returns   the new value and momentum, f32
+    Raises:   ValueError for a gradient or momentum of another shape than the parameter.
     Source:   Liu et al. (arXiv:2502.16982) section 2.2, as `torch.optim.Muon` with "match_rms_adamw".
     """
+    for name, tensor in zip(("a gradient", "a momentum"), (gradient, *moments), strict=True):
+        expect_shape(f"muon: expected {name}", tensor.shape, value.shape, "pass one of this parameter")
     buffer = torch.lerp(moments[0].to(value.dtype), gradient, 1 - momentum)
     ahead = torch.lerp(gradient, buffer, momentum)
     step = by_matrix(partial(direction, bf16=bf16), ahead)

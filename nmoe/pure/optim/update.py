@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nmoe.config.sections import Group, Optim
 from nmoe.pure.core import tree
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import ELEMENTWISE, Dims, Spec, policy
 from nmoe.pure.core.tree import record
 from nmoe.pure.optim.adamw import adamw
@@ -111,7 +112,7 @@ def tree_update(
     dims     sizes of the model's axes; Muon has to know them
     returns  new parameters and state, that require no gradients
 
-    Raises:  ValueError when the trees differ.
+    Raises:  ValueError when the trees differ, or the shapes of a parameter, its gradient and its moments.
     """
     updates = state.updates + 1
     shrink = clip_scale(global_norm([gradient for _, gradient in tree.leaves(grads)]), optim.clip_norm)
@@ -119,6 +120,9 @@ def tree_update(
     def updated(path: str, value: Tensor, gradient: Tensor, moments: Any, spec: Spec) -> tuple[Tensor, Any]:
         own = policy(spec.role, optim.optimizers())
         group: Group = getattr(optim, own.group)
+        for tensor in (gradient, *moments):
+            remedy = "pass those of this parameter"
+            expect_shape(f"tree_update: expected gradient and moments of '{path}'", tensor.shape, value.shape, remedy)
         new, moments = rule(own.optimizer).update(
             value.detach(),
             gradient.to(value.dtype) * shrink.to(value.dtype),

@@ -13,6 +13,8 @@ import math
 import attrs
 import torch
 
+from nmoe.pure.core.shape import expect_divisor
+
 FLAG_BYTES = 128
 """Of one flag: a cache line of its own, so that no rank polls a line that two ranks write."""
 
@@ -85,7 +87,9 @@ def expert_rows(*, tokens: int, top_k: int, num_experts: int, ranks: int, capaci
 
     tokens    of one rank, in one microbatch
     capacity  room over the mean, or infinity; never more than the worst case
+    Raises:   ValueError when `ranks` does not divide the number of experts.
     """
+    expect_divisor("expert_rows: expected ranks", ranks, num_experts, "experts")
     if ranks == 1:
         return tokens * top_k
     return math.ceil(min(ranks * tokens * min(top_k, num_experts // ranks), capacity * tokens * top_k))

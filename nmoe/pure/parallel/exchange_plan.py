@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nmoe.pure.core.shape import expect_divisor, expect_member
 from nmoe.pure.core.tree import record
 
 
@@ -33,7 +34,9 @@ def owners(expert: Tensor, *, ranks: int, experts: int) -> Tensor:
 
     expert   [N K]
     returns  [N K] i64
+    Raises:  ValueError when `ranks` does not divide the number of experts.
     """
+    expect_divisor("owners: expected ranks", ranks, experts, "experts")
     owner = expert // (experts // ranks)
     earlier = (owner[:, :, None] == owner[:, None, :]).tril(-1).any(-1)
     return owner.masked_fill(earlier, ranks)
@@ -44,9 +47,12 @@ def plan(counts: Tensor, *, rank: int, capacity: int) -> Plan:
 
     counts    [W E+W]   of each rank its pairs for each expert, then its tokens for each rank
     capacity  rows a rank can hold
+    Raises:   ValueError for a rank that is not one of them, or when the ranks do not divide the experts.
     """
     counts = counts.long()
     ranks = counts.shape[0]
+    expect_divisor("plan: expected ranks", ranks, counts.shape[1] - ranks, "experts of the counts")
+    expect_member("plan: expected a rank", rank, ranks)
     pairs, tokens = counts[:, :-ranks], counts[:, -ranks:]
     local = pairs.shape[1] // ranks
     total = pairs.sum(0)  # [E]

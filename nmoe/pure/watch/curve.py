@@ -8,6 +8,8 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from nmoe.pure.core.shape import expect_shape
+
 Floats = NDArray[np.floating[Any]]
 
 SAFE_EXPONENT = 200.0
@@ -34,8 +36,10 @@ def smooth(x: Floats, y: Floats, span: float) -> Floats:
     y        [N] f64   NaN and infinities are left out
     span     in units of x; 0: nothing is smoothed
     returns  [N] f64   NaN where y is not finite
+    Raises:  ValueError when x and y differ in length.
     Cost:    linear in N, plus the range of x in units of 200 spans.
     """
+    expect_shape("smooth: expected y", y.shape, x.shape, "pass a value for each place")
     finite = np.isfinite(y)
     if span <= 0 or len(x) == 0:
         return np.where(finite, y, np.nan)

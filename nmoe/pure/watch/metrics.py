@@ -83,10 +83,10 @@ class Rank(Line):
     ]
     exchange_bytes: Annotated[
         float | None,
-        Metric("exchange/bytes", "B/step", "value", "written into the memory of other ranks, mean of the attempt"),
+        Metric("exchange/bytes", "B/step", "value", "written into the memory of other ranks in this step"),
     ]
     exchange_bandwidth: Annotated[
-        float | None, Metric("exchange/bandwidth", "B/s", "time", "those bytes over the time of a step")
+        float | None, Metric("exchange/bandwidth", "B/s", "time", "those bytes over the mean time of a step")
     ]
 
 

@@ -23,13 +23,14 @@ from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.hf_export import INDEX, open_source
 from nmoe.effects.checkpoint.writer import open_writer
 from nmoe.effects.record.names import WEIGHTS
-from nmoe.effects.train.generate import extend
+from nmoe.effects.train import generate
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import share, whole
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.core.key import Key
+from nmoe.pure.model import hf, model
 from nmoe.pure.model.blueprint import make_blueprint
-from nmoe.pure.model.ops import environment
+from nmoe.pure.model.decode import Sampling
 from tests import shapes
 from tests.effects.checkpoint.hf_models import MODELS, without_scales, write
 from tests.effects.checkpoint.saves import on_ranks
@@ -64,12 +65,26 @@ def test_export_import_export_gives_equal_bytes(name: str, compute: str, tmp_pat
     assert run("import", "hf", tmp_path / "one", tmp_path / "imported") == 0
     assert run("export", "hf", tmp_path / "imported", tmp_path / "two", *size) == 0
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
-    model, precision = load_model(tmp_path / "imported" / "config.toml")
-    assert (model, precision.compute) == (without_scales(c), compute)
-    if model == c:
+    read, precision = load_model(tmp_path / "imported" / "config.toml")
+    assert (read, precision.compute) == (without_scales(c), compute)
+    if read == c:
         ours, back = (load_file(tmp_path / each / WEIGHTS) for each in ("run", "imported"))
         assert ours.keys() == back.keys()
         assert all(torch.equal(ours[key], back[key]) and ours[key].dtype == back[key].dtype for key in ours)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tensors_from_memory_are_those_of_the_folder(name: str, tmp_path: Path) -> None:
+    """For weight sync: every name once, the same bytes, in the order of the files."""
+    c = MODELS[name]
+    write(tmp_path / "run", c, compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 0
+    specs = model.specs(c)
+    formats = weights.formats_of(specs, model.dims(c), torch.bfloat16)
+    found = list(hf.tensors(*weights.read(tmp_path / "run", specs, formats), c))
+    expected = tensors_of(tmp_path / "out")
+    assert len(found) == len(expected) and dict(found).keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) and value.dtype == expected[key].dtype for key, value in found)
 
 
 @pytest.mark.usefixtures("doubled")
@@ -462,19 +477,11 @@ def test_a_trained_model_says_the_same_in_transformers(
     folder = trainings.folder(config)
     assert run("export", "hf", folder, tmp_path / "out") == 0
     assert "logits differ by" in capsys.readouterr().out
-    network, theirs = hf_verify.load(tmp_path / "out", torch.float32), AutoTokenizer.from_pretrained(tmp_path / "out")
-    params, bias = weights.load(folder, make_blueprint(config))
+    language, theirs = hf_verify.load(tmp_path / "out", torch.float32), AutoTokenizer.from_pretrained(tmp_path / "out")
+    network, _ = generate.open_network(folder, "cpu")
     prompt = theirs("def main(", return_tensors="pt")
-    said = network.generate(**prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
-    ours = extend(
-        params,
-        bias,
-        environment(config.model, config.model.max_positions),
-        config.model,
-        prompt["input_ids"][0].tolist(),
-        num_tokens=24,
-        vocab_size=config.model.vocab_size,
-        temperature=0.0,
-        key=Key(0),
-    )
-    assert said[0].tolist() == ours
+    said = language.generate(**prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    (start,) = prompt["input_ids"].tolist()
+    for cached in (True, False):
+        columns = generate.steps(network, [start], num_tokens=24, sampling=Sampling(), keys=[Key(0)], cached=cached)
+        assert said[0].tolist() == [*start, *(column[0] for column in columns)]

@@ -512,7 +512,7 @@ def test_too_little_text_and_a_cache_that_can_not_be_made_are_named(library: Pat
     with pytest.raises(InputError, match="cache: expected a file for each split, got none of 1 for .*; "):
         stdlib.prepare_folder(tmp_path / "few", tmp_path / "cache", SIZE, quiet)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file: expected a folder to write to, got .*; choose another home"):
+    with pytest.raises(InputError, match="file: expected a folder to write to, got .*; set NMOE_HOME to another"):
         stdlib.prepare_folder(library, tmp_path / "file", SIZE, quiet)
 
 

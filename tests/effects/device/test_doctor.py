@@ -14,6 +14,8 @@ from typing import Any
 import attrs
 import pytest
 
+from nmoe.config import check
+from nmoe.config.sections import Gqa
 from nmoe.effects.device import doctor
 from nmoe.effects.device.doctor import Facts, Gpu, Line, Preset
 
@@ -114,8 +116,9 @@ def test_each_preset_says_what_it_lacks(preset: Preset, level: str, told: str) -
     assert line.level == level and told in f"{line.value} -> {line.advice}"
 
 
-def test_a_preset_without_kernels_says_so() -> None:
+def test_a_preset_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside what it lacks, and with no advice: nothing is wrong."""
+    monkeypatch.setattr(check, "PLAIN", (Gqa,))
     slow = doctor.read_preset("gpt-oss-20b")
     (remark,) = slow.remarks
     assert "no kernels" in remark and doctor.read_preset("moonlet").remarks == ()

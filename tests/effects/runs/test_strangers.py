@@ -166,6 +166,16 @@ def test_a_run_record_beyond_every_bound_is_one_without_it(
         ask_everything(index, "good")
 
 
+def test_layers_whose_numbers_are_infinite_are_not_taken(tmp_path: Path) -> None:
+    folder = runs.finished(tmp_path, "bad", steps=50)
+    (folder / "run.json").write_text("{}")
+    path = folder / "metrics.rank0.jsonl"
+    path.write_text(path.read_text().replace('"layer": [1, 2, 3]', '"layer": [1, 2, "inf"]'))
+    with open_index(tmp_path, None, threads=1) as index:
+        poll(index)
+        assert experts.experts(index, "bad").layers == [1, 2, 3], "those of the loads"
+
+
 @pytest.mark.parametrize("name", ["config.toml", "provenance.toml"])
 @pytest.mark.parametrize(
     "content", ["a = " + "[" * 100_000, f"a = 0x{'f' * 20_000}", "a = inf\nb = nan", ".".join("a" * 5000) + " = 1"]

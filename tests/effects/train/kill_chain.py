@@ -31,6 +31,9 @@ PATIENCE_S = 600.0
 LATEST = {"inside": 2, "between": 4}
 """Saves, or lines of metrics, after which an attempt is killed at the latest, unless that one is missed."""
 
+LAST_BYTES = 1 << 13
+"""Bytes at the end of the metrics that are looked at: more than `LATEST` lines."""
+
 INSIDE = ("folder", "tensors", "manifest")
 """How far a save has come when it is killed."""
 
@@ -128,9 +131,15 @@ def _logged(metrics: Path, checkpoints: Path, count: int) -> Callable[[], bool]:
 
 
 def _attempts(metrics: Path) -> list[int]:
-    """The attempt of every whole line."""
-    content = metrics.read_bytes() if metrics.exists() else b""
-    return [json.loads(line)["attempt"] for line in content.split(b"\n")[:-1]]
+    """The attempt of each of the last whole lines: a poll that read a long file whole would take the core of a rank."""
+    try:
+        with open(metrics, "rb") as file:
+            begin = max(0, file.seek(0, os.SEEK_END) - LAST_BYTES)
+            file.seek(begin)
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line)["attempt"] for line in lines[1 if begin else 0 : -1]]
 
 
 def _names(path: Path) -> list[str]:

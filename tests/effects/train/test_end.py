@@ -24,6 +24,7 @@ from nmoe.effects.record import log
 from nmoe.effects.record.names import WEIGHTS
 from nmoe.effects.train import generate, outcome, run
 from nmoe.errors import InputError
+from nmoe.pure.model.decode import Sampling
 from nmoe.soak import soak
 from tests.effects.train import trainings
 from tests.effects.train.trainings import changed, events, folder, train
@@ -275,10 +276,10 @@ def test_no_text_is_generated_with_the_weights_of_an_earlier_step(sources: Path,
 
     assert train(changed(config, steps=8), world=run.World(read=killed))[0] == -signal.SIGKILL
     with pytest.raises(InputError, match=r"weights.safetensors: .*got no such file"):
-        generate.main(folder(config), "def ", 1, 0.0, 0)
+        generate.main(folder(config), ["def "], num_tokens=1, sampling=Sampling())
     assert (folder(config) / "attempts" / "1" / WEIGHTS).read_bytes() == before
     assert train(changed(config, steps=8))[0] == 0
-    assert generate.main(folder(config), "def ", 1, 0.0, 0) == 0
+    assert generate.main(folder(config), ["def "], num_tokens=1, sampling=Sampling()) == 0
 
 
 def test_a_second_interrupt_is_recorded_as_the_process_ends(sources: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ SIZES = {"nope": 128, "rope": 64, "value": 128}
 """Channels of every large preset's heads."""
 
 SHIPPED = {
-    target: mla.Tiles(**tuning.find(tuning.load(capability), "attention", 128, 64, 128).tiles)
+    target: mla.Tiles(**tuning.find(tuning.load(capability), "mla", 128, 64, 128).tiles)
     for target, capability in {90: (9, 0), 100: (10, 0)}.items()
 }
 

@@ -9,7 +9,6 @@ import attrs
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GptOssConfig, modeling_rope_utils
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -27,6 +26,7 @@ from nmoe.pure.model.rope import Rope, documents
 from tests import shapes
 from tests.conftest import Doubled
 from tests.gpt_oss import hf_settings, hf_tensors
+from tests.memory import Kept, Largest
 
 KIND = KINDS[sections.Gqa]
 WIDTH = 12
@@ -197,42 +197,19 @@ def test_gradients_are_those_of_finite_differences(window: int | None) -> None:
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor):
-                self.elements = max(self.elements, each.numel())
-        return result
-
-
 def kept(c: sections.Gqa, length: int, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
     """Bytes that autograd keeps of one layer on the device "meta", masks apart, and the largest tensor's elements."""
     shapes_of = tree.map(lambda _, spec: spec.shape({"D": WIDTH, **KIND.dims(c)}), KIND.specs(c))
-    storages: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.dtype not in (torch.bool, torch.int64):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
     with torch.device("meta"):
         p = gqa.Gqa(*(torch.empty(shape, dtype=dtype, requires_grad=True) for shape in attrs.astuple(shapes_of)))
         x = torch.empty(1, length, WIDTH, dtype=dtype, requires_grad=True)
         rope = Rope(*(torch.empty(length, c.head_dim // 2) for _ in range(2)))
-        with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = Kept((p.qkv, p.out, p.sinks, rope.cos, rope.sin))
+        with Largest() as largest, found:
             result = KIND.apply(p, x, rope, rms_norm, KIND.reference, c, eps=1e-6)
-        leaves = {leaf.untyped_storage()._cdata for leaf in (p.qkv, p.out, p.sinks, rope.cos, rope.sin)}  # pyright: ignore[reportAttributeAccessIssue]
-        total = sum(storage.nbytes() for key, storage in storages.items() if key not in leaves)
         with Largest() as backward:
             result.sum().backward()
-    return total, max(largest.elements, backward.elements)
+    return found.nbytes(), max(largest.elements, backward.elements)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

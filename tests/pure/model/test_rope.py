@@ -93,6 +93,7 @@ CASES = {
 def test_frequencies_and_scalings_are_transformers(name: str) -> None:
     """Theirs are computed in fp32, hence 1e-6; read off our table at position 1, where angle is frequency."""
     c = CASES[name]
+    assert isinstance(c.attention, Mla)
     config = DeepseekV3Config(**hf.settings(c))
     if c.attention.yarn is None:
         frequency, scaling = DeepseekV3RotaryEmbedding.compute_default_rope_parameters(config)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import attrs
 import pytest
 import torch
 from torch import Tensor
 
+from nmoe.config.layers import load_model
 from nmoe.config.sections import Group, Optim
 from nmoe.pure.core import tree
 from nmoe.pure.core.init import ones
@@ -19,6 +21,8 @@ from nmoe.pure.model import model
 from nmoe.pure.optim.muon import by_matrix, muon, orthogonalize
 from nmoe.pure.optim.update import tree_state, tree_update
 from tests import shapes
+
+PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.toml"))
 
 MUON, ADAMW = Group(lr=2e-2, optimizer="muon", momentum=0.9), Group(lr=1e-2)
 
@@ -128,6 +132,25 @@ def test_views_are_of_the_elements_that_belong_together() -> None:
     assert torch.equal(left, value.view(6, 8)[:, :5]) and torch.equal(right, value.view(6, 8)[:, 5:])
     (found,) = matrices(value, Spec(("H", "U", "D"), Role.MATRIX, ones, ("H", "U")), (2, 3, 8), {})
     assert torch.equal(found, value.view(6, 8)) and found.data_ptr() == value.data_ptr()
+
+
+def test_queries_keys_and_values_of_several_heads_are_three_matrices() -> None:
+    value = torch.arange(2 * 5 * 3)
+    spec = Spec(("D", "H+K+K", "C"), Role.MATRIX, ones, ("H+K+K", "C"))
+    q, k, v = matrices(value, spec, (2, 5, 3), {"H": 3, "K": 1, "C": 3})
+    assert torch.equal(q, value.view(2, 15)[:, :9])
+    assert torch.equal(k, value.view(2, 15)[:, 9:12]) and torch.equal(v, value.view(2, 15)[:, 12:])
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)
+def test_every_hidden_matrix_of_the_presets_is_one(preset: Path) -> None:
+    """Of each kind of attention that ships: Muon is a choice of the config, and must not fail at the first step."""
+    c, _ = load_model(preset)
+    dims = model.dims(c)
+    for _, spec in tree.leaves(model.specs(c)):
+        if POLICY[spec.role].optimizer != "adamw":
+            shape = spec.shape(dims)
+            by_matrix(lambda part: part, torch.empty(shape, device="meta"), spec=spec, shape=shape, dims=dims)
 
 
 @pytest.mark.parametrize("axes", [("D",), ("H", "U", "D")])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -324,7 +325,11 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file of this name below a folder; a name from a file must not lead out of it."""
+    """The file of this name below a folder; a name from a file must not lead out of it, and has to be one.
+
+    Raises:  ValueError for any other; no file's name holds a lone surrogate.
+    """
+    os.fsencode(name)
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
         raise ValueError(f"a path that leads out of the folder: {name[:80]!r}")
     return folder / name

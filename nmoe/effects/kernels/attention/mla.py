@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.effects.kernels.attention import mla_assemble
+from nmoe.effects.kernels.attention.blocks import box, described, ends, readable
 from nmoe.effects.kernels.attention.mla_kernels import dkv_kernel, dq_kernel, forward_kernel
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import AttentionTile
@@ -268,32 +269,6 @@ def dkv_pass(
         num_stages=tile.num_stages,
     )
     return dkv, parts.sum(1)
-
-
-def ends(start: Tensor) -> Tensor:
-    """One past the last query that sees each key, [B T] i32: how many starts are not after it."""
-    keys = torch.arange(start.shape[1], dtype=start.dtype, device=start.device)
-    return torch.searchsorted(start, keys.expand_as(start).contiguous(), right=True, out_int32=True)
-
-
-def readable(x: Tensor) -> Tensor:
-    """`x` where a descriptor can read it: channels side by side, all else in steps of 16 bytes; or a copy that is."""
-    width = x.element_size()
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step * width % 16 == 0 for step in x.stride()[:-1])
-    return x if fits else x.contiguous()
-
-
-def described(x: Tensor, rows: int) -> TensorDescriptor:
-    """Blocks of `rows` positions of one head of x [B T H channels], all its channels rounded up to a power of two."""
-    batch, positions, heads, channels = x.shape
-    by_batch, by_position, by_head, by_channel = x.stride()
-    shape, strides = [batch, heads, positions, channels], [by_batch, by_head, by_position, by_channel]
-    return TensorDescriptor(x, shape, strides, [1, 1, rows, box(channels)])
-
-
-def box(channels: int) -> int:
-    """Channels of a block: a power of two that the tensor cores take."""
-    return max(16, triton.next_power_of_2(channels))
 
 
 def operands(q: Tensor, kv: Tensor, k_rope: Tensor, tile: AttentionTile) -> dict[str, TensorDescriptor]:

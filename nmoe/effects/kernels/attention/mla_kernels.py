@@ -13,45 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Score of a masked pair: finite, as (-inf) - (-inf) of a row whose first blocks are all masked would be NaN.
-HIDDEN = tl.constexpr(-1e30)
-# exp2 and log2 are single instructions, exp and log are not: softmax is computed to base 2.
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def schedule(blocks, rows, heads_per_group: tl.constexpr):
-    """Program order: block and (sequence, head) of this program.
-
-    First blocks of `heads_per_group` heads, then their second blocks, and so on: their keys stay in the L2 cache, and
-    the longest programs start first, so that none is left alone at the end. dQ with four heads a group: 1.98 ms on an
-    H200, docs/log.md, 2026-11-24.
-    """
-    per_group = blocks * heads_per_group
-    group = tl.program_id(0) // per_group
-    within = tl.program_id(0) % per_group
-    width = tl.minimum(rows - group * heads_per_group, heads_per_group)
-    return within // width, group * heads_per_group + within % width
-
-
-@triton.jit
-def load_block(x, b, h, t, size: tl.constexpr, channels: tl.constexpr):
-    return tl.reshape(x.load([b, h, t, 0]), (size, channels))
-
-
-@triton.jit
-def store_block_(x, b, h, t, value, size: tl.constexpr, channels: tl.constexpr):
-    x.store([b, h, t, 0], tl.reshape(value.to(x.dtype), (1, 1, size, channels)))
-
-
-@triton.jit
-def visible(queries, keys, first_key, documents: tl.constexpr):
-    """Where a query sees a key; the three broadcast."""
-    seen = queries >= keys
-    if documents:
-        seen = seen & (first_key <= keys)
-    return seen
+from nmoe.effects.kernels.attention.blocks import HIDDEN, LN_2, LOG2_E, load_block, schedule, store_block_, visible
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Rotary position embedding where the projection left its channels: `pure.attention.mla.rotate_mla` without a copy."""
+"""Rotary position embedding where a projection left its channels, without a copy."""
 
 from __future__ import annotations
 
@@ -72,6 +72,57 @@ class RotateMla(torch.autograd.Function):
         rotate_(turned_q[..., nope:], dq[..., nope:], cos, sin, given, ctx.tile, inverse=True)
         rotate_(turned_k[:, :, None], dk[:, :, None], cos, sin, given, ctx.tile, inverse=True)
         return turned_q, turned_k, None, None, None, None
+
+
+def rotate_heads_(
+    heads: Tensor, rope: Rope, positions: Tensor | tuple[()] = (), *, num_heads: int, tile: RopeTile = TILE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of a fused projection with their position, on its memory; values as they are.
+
+    heads      [B T J C]       `num_heads` heads of queries, then as many of keys as of values
+    positions  [B T] i32, i64  of each token, within the table; (): 0..T-1
+    returns    q [B T H C], k and v [B T K C], views of `heads`
+
+    Writes:    heads, after which the value it had is gone; its gradient is one tensor, made in one pass.
+    """
+    return RotateHeads.apply(heads, rope.cos, rope.sin, positions, num_heads, tile)
+
+
+class RotateHeads(torch.autograd.Function):
+    """Rotates queries and keys forward by the angle, backward by its opposite; nothing but the table is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        heads: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | tuple[()],
+        num_heads: int,
+        tile: RopeTile,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of rotated queries and keys, and of values."""
+        ctx.save_for_backward(cos, sin, *((positions,) if isinstance(positions, Tensor) else ()))
+        ctx.tile = tile
+        groups = (heads.shape[2] - num_heads) // 2
+        rotated = heads[:, :, : num_heads + groups]
+        rotate_(rotated, rotated, cos, sin, positions, tile, inverse=False)
+        return tuple(heads.split((num_heads, groups, groups), dim=2))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the heads."""
+        cos, sin, *positions = ctx.saved_tensors
+        given = (*positions, ())[0]
+        dq, dk, dv = gradients
+        sizes = [each.shape[2] for each in gradients]
+        turned = torch.empty((*dq.shape[:2], sum(sizes), dq.shape[3]), dtype=dq.dtype, device=dq.device)
+        to_q, to_k, to_v = turned.split(sizes, dim=2)
+        rotate_(to_q, dq, cos, sin, given, ctx.tile, inverse=True)
+        rotate_(to_k, dk, cos, sin, given, ctx.tile, inverse=True)
+        to_v.copy_(dv)
+        return turned, None, None, None, None, None
 
 
 def rotate_(

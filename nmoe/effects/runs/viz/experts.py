@@ -131,10 +131,15 @@ def _items(reported: Any) -> list[tuple[str, list[float | None] | None]]:
 def _layers(index: Index, run: int, record: Mapping[str, Any], reported: Mapping[str, Any]) -> list[int]:
     """The layers that have a mixture, from what the run says of itself."""
     for layers in (record.get("layers"), reported.get("layer")):
-        if isinstance(layers, list) and all(isinstance(layer, int | float) for layer in layers):
+        if isinstance(layers, list) and all(_is_finite(layer) for layer in layers):
             return [int(layer) for layer in layers]
     rows = query(index, "select layers from loads where run = ? limit 1", run)
     return list(rows[0][0]) if rows else []
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that `int` takes; an integer of any length is."""
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _finite(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ A new kind is a section class, a file here, a file of kernels, and a line in `KI
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +15,7 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure.model.attention import gqa, mla
+from nmoe.pure.model.attention import gqa, kda, mixed, mla
 from nmoe.pure.model.hf_leaf import Leaf
 
 
@@ -26,6 +27,23 @@ class Hf:
     leaves: Callable[[Any], dict[str, Leaf]]  # of the section; path in the parameter record -> what it is there
     section: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]]  # of their settings; undoes `settings`
     keys: tuple[str, ...]  # of theirs that `section` reads
+
+
+@attrs.frozen(kw_only=True)
+class Cache:
+    """How a kind of attention goes on from earlier tokens without computing them again; `c` is a layer's section.
+
+    A cache is a record of tensors [B ...] of one layer. Both functions are pure: `extend` returns a new one.
+
+    empty   (c, num_sequences, like) -> the cache before the first token; `like` gives format and device
+    extend  (p, x [B T D], cache, documents, tables, norm, ops, c, *, eps) -> ([B T D], cache)
+            what `Kind.apply` gives for the last T tokens of rows that begin with the cached ones; `documents` are those
+            of the new tokens, with `start` counted from the first token of the row. Every row has seen equally many
+            tokens; where one begins later, those before its `start` are padding and may change nothing.
+    """
+
+    empty: Callable[[Any, int, Tensor], Any]
+    extend: Callable[..., tuple[Tensor, Any]]
 
 
 @attrs.frozen(kw_only=True)
@@ -42,8 +60,10 @@ class Kind:
     kernel_kept_bytes  (c) -> the same of the kernels, and the bytes of norms that train.recompute makes again; None: it
                        has no kernels, a GPU runs the reference
     reference          record of ops in plain torch; a device gives its own record of the same class
-    tile_sizes         (c) -> the key of this kind in the table of tiles, () when its kernels have none
+    tile_sizes         (c) -> the key of a layer in the table of tiles, () when its kernels have none
     hf                 its settings and tensors in `transformers`; None: it has no such attention
+    cache              how text is generated without reading all of it again for each token; None: it is read again, by
+                       who asks for that (`nmoe generate --no-cache`)
     """
 
     specs: Callable[[Any], Any]
@@ -57,6 +77,7 @@ class Kind:
     at_layer: Callable[[Any, int], Any] = lambda c, layer: c
     tile_sizes: Callable[[Any], tuple[int, ...]] = lambda c: ()
     hf: Hf | None = None
+    cache: Cache | None = None
 
 
 Kinds = Mapping[type, Kind]
@@ -80,6 +101,7 @@ KINDS: Kinds = MappingProxyType(
                 section=mla.hf_section,
                 keys=(*mla.HF_KEYS, *mla.HF_FIXED, *mla.HF_OTHERS),
             ),
+            cache=Cache(empty=mla.empty_cache, extend=mla.extend),
         ),
         sections.Gqa: Kind(
             specs=gqa.specs,
@@ -89,7 +111,19 @@ KINDS: Kinds = MappingProxyType(
             apply=gqa.gqa,
             flops=gqa.flops,
             kept_bytes=gqa.kept_bytes,
+            kernel_kept_bytes=gqa.kernel_kept_bytes,
             reference=gqa.REFERENCE,
+            tile_sizes=lambda c: (c.head_dim,) if c.window is None else (c.head_dim, c.window),
+            cache=Cache(empty=gqa.empty_cache, extend=gqa.extend),
+        ),
+        sections.Kda: Kind(
+            specs=kda.specs,
+            dims=kda.dims,
+            tables=lambda c, num_positions: (),
+            apply=kda.kda,
+            flops=kda.flops,
+            kept_bytes=kda.kept_bytes,
+            reference=kda.REFERENCE,
         ),
     }
 )
@@ -108,3 +142,31 @@ def kind_of(section: Any, kinds: Kinds = KINDS) -> Kind:
             f"pass kinds={{**KINDS, {name}: Kind(...)}}"
         )
     return kinds[type(section)]
+
+
+def attention_of(c: sections.Model, kinds: Kinds = KINDS) -> Kind:
+    """The kind of a model's attention; of a mixed one the kind that chooses, by layer, among its parts.
+
+    Raises:  ValueError for a section class that `kinds` does not have.
+    """
+    if not isinstance(c.attention, sections.Mixed):
+        return kind_of(c.attention, kinds)
+    parts = mixed.parts(c.attention, partial(kind_of, kinds=kinds))
+    layers = tuple(parts[letter] for letter in c.attention.letters(c.num_layers))
+    return Kind(
+        specs=mixed.specs,
+        dims=lambda c: mixed.dims(parts),
+        at_layer=lambda c, layer: mixed.at_layer(layers, layer),
+        tables=lambda c, num_positions: mixed.tables(parts, num_positions),
+        apply=mixed.apply,
+        flops=lambda c, **shape: c.kind.flops(c.section, **shape),
+        kept_bytes=lambda c, **shape: c.kind.kept_bytes(c.section, **shape),
+        reference=mixed.MixedOps(tuple(part.kind.reference for part in parts.values())),
+    )
+
+
+def layers(c: sections.Model, kinds: Kinds = KINDS) -> tuple[tuple[Kind, Any], ...]:
+    """Kind and section of the attention of each layer."""
+    kind = attention_of(c, kinds)
+    found = (kind.at_layer(c.attention, layer) for layer in range(c.num_layers))
+    return tuple((at.kind, at.section) if isinstance(at, mixed.Part) else (kind, at) for at in found)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, residual, zeros
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.norm import upcast
-from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table
+from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, seen, table
 
 QUERIES = 128
 """Queries whose scores exist at once; of those scores, a window of 128 lets half through."""
@@ -30,9 +31,9 @@ class Gqa:
     `qkv` makes, in one product, [queries | keys | values]. `sinks` has a logit a query head, or is () without sinks.
     """
 
-    qkv: Tensor = param("D J C", Role.MATRIX, normal("D"))
+    qkv: Tensor = param("D (H+K+K C)", Role.MATRIX, normal("D"))
     sinks: Tensor | tuple[()] = param("H", Role.GAIN, zeros)
-    out: Tensor = param("H C D", Role.MATRIX, residual("H", "C"))
+    out: Tensor = param("(H C) D", Role.MATRIX, residual("H", "C"))
 
 
 def specs(c: sections.Gqa) -> Gqa:
@@ -41,8 +42,8 @@ def specs(c: sections.Gqa) -> Gqa:
 
 
 def dims(c: sections.Gqa) -> dict[str, int]:
-    """Sizes of the axes that only attention has: H, J and C."""
-    return {"H": c.num_heads, "J": c.num_heads + 2 * c.num_kv_heads, "C": c.head_dim}
+    """Sizes of the axes that only attention has: H, K and C."""
+    return {"H": c.num_heads, "K": c.num_kv_heads, "C": c.head_dim}
 
 
 def at_layer(c: sections.Gqa, layer: int) -> sections.Gqa:
@@ -91,6 +92,61 @@ def gqa(
     return o.flatten(-2) @ p.out.flatten(0, 1)
 
 
+@record
+class KvCache:
+    """Keys and values that later tokens see; of a window of W, those of the last W - 1 tokens."""
+
+    k: Tensor  # [B S K C], rotated
+    v: Tensor  # [B S K C]
+
+
+def empty_cache(c: sections.Gqa, num_sequences: int, like: Tensor) -> KvCache:
+    """The cache before the first token, in the format of `like`."""
+    nothing = like.new_zeros(num_sequences, 0, c.num_kv_heads, c.head_dim)
+    return KvCache(nothing, nothing)
+
+
+def extend(
+    p: Gqa,
+    x: Tensor,
+    cache: KvCache,
+    documents: Documents,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: GqaOps,
+    c: sections.Gqa,
+    *,
+    eps: float,
+) -> tuple[Tensor, KvCache]:
+    """`gqa` of new tokens that also see those in the cache.
+
+    x          [B T D]   normed block input of the new tokens
+    documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
+    returns    [B T D], and the cache with the new tokens, no longer than a window needs
+    """
+    q, k, v = ops.project(x, p.qkv, rope, documents.position, num_heads=c.num_heads)
+    k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
+    o = attend_cached(q, k, v, p.sinks, seen(documents, k.shape[1], c.window), scale=scale(c))
+    dropped = 0 if c.window is None else max(0, k.shape[1] - c.window + 1)
+    return o.flatten(-2) @ p.out.flatten(0, 1), KvCache(k[:, dropped:], v[:, dropped:])
+
+
+def attend_cached(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | tuple[()], visible: Tensor, *, scale: float
+) -> Tensor:
+    """Softmax attention of some queries over the keys that each sees, with a sink in the denominator.
+
+    q        [B T H C]    query head h reads the keys h // G
+    k, v     [B S K C]
+    sinks    [H] or ()
+    visible  [B T S]      bool
+    returns  [B T H C]    in the format of `v`; softmax in fp32 at least
+    """
+    score = upcast(torch.einsum("btkgc,bskc->bktgs", (q * scale).unflatten(2, (k.shape[2], -1)), k))
+    score = score.masked_fill(~visible[:, None, :, None], -torch.inf)
+    return torch.einsum("bktgs,bskc->btkgc", _softmax(score, sinks).to(v.dtype), v).flatten(2, 3)
+
+
 def project(
     x: Tensor, qkv: Tensor, rope: Rope, positions: Tensor | tuple[()] = (), *, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,9 +184,14 @@ def attend_gqa(
     start    [B T] i32 or ()   query i sees no key before start[i]; (): all keys up to i
     window   keys a query sees, its own included; None: all
     returns  [B T H C]         in the format of `v`; softmax in fp32 at least
+    Raises:  ValueError for keys or values of other tokens or channels than the queries.
     Cost:    4·B·H·C FLOPs a pair of query and key that `_blocks` has.
     """
-    groups = k.shape[2]
+    tokens, groups, remedy = q.shape[:2], k.shape[2], "pass those of the tokens of the queries"
+    expect_shape("attend_gqa: expected k", k.shape, (*tokens, groups, q.shape[-1]), remedy)
+    expect_shape("attend_gqa: expected v", v.shape, (*tokens, groups, v.shape[-1]), remedy)
+    if isinstance(start, Tensor):
+        expect_shape("attend_gqa: expected start", start.shape, tokens, remedy)
     # heads before tokens, once: every block below is then a view that a batched GEMM takes as it is
     q = (q * scale).unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
     k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
@@ -212,3 +273,12 @@ def kept_bytes(c: sections.Gqa, *, hidden: int, sequence_length: int, element: i
     a_pair = wide + (element if element < wide else 0)
     pairs = executed(sequence_length, c.window) if square else 0
     return kept * element + c.num_heads * pairs * a_pair // sequence_length
+
+
+def kernel_kept_bytes(c: sections.Gqa) -> tuple[int, int]:
+    """Bytes a token that the kernels keep in one layer, bf16, and those of norms that recompute makes again: none.
+
+    The fused projection, the output, and in fp32 the log-sum-exp of each query head.
+    """
+    upcast, element, sizes = 4, 2, dims(c)
+    return (sizes["J"] + sizes["H"]) * sizes["C"] * element + sizes["H"] * upcast, 0

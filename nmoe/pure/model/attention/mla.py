@@ -13,10 +13,12 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual
+from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.hf_leaf import Leaf, columns, matrix, same
-from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table
+from nmoe.pure.model.norm import upcast
+from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, seen, table
 
 
 @record
@@ -102,15 +104,89 @@ def mla(
     Source:    DeepSeek-V2 (arXiv:2405.04434) eq. 9-19, without the inference-time absorption.
     """
     start, position = (documents.start, documents.position) if isinstance(documents, Documents) else ((), ())
+    q, latent, k_rope = _inputs(p, x, rope, norm, ops, c, position, eps)
+    kv = (latent @ p.up.flatten(1)).unflatten(-1, (c.num_heads, -1))
+    o = ops.attend(q, kv, k_rope, start, scale=scale(c))
+    return o.flatten(-2) @ p.out.flatten(0, 1)
+
+
+def _inputs(
+    p: Mla,
+    x: Tensor,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: MlaOps,
+    c: sections.Mla,
+    position: Tensor | tuple[()],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B T H C], normed latent of keys and values [B T R], rotated key [B T P]."""
     if isinstance(p.query, QueryUp):
         widths = (p.query.norm.shape[0], c.kv_lora_rank, c.qk_rope_head_dim)
         query, latent, key = (x @ p.down).split(widths, dim=-1)
         q, k_rope = ops.query(norm(query, p.query.norm, eps=eps), p.query.up, key, rope, position)
     else:
         q, latent, k_rope = ops.project(x, p.down, rope, position, num_heads=c.num_heads, latent=c.kv_lora_rank)
-    kv = (norm(latent, p.norm, eps=eps) @ p.up.flatten(1)).unflatten(-1, (c.num_heads, -1))
-    o = ops.attend(q, kv, k_rope, start, scale=scale(c))
-    return o.flatten(-2) @ p.out.flatten(0, 1)
+    return q, norm(latent, p.norm, eps=eps), k_rope
+
+
+@record
+class LatentCache:
+    """What later tokens need of earlier ones: R + P numbers a token, however many heads there are."""
+
+    latent: Tensor  # [B S R], normed
+    key: Tensor  # [B S P], rotated
+
+
+def empty_cache(c: sections.Mla, num_sequences: int, like: Tensor) -> LatentCache:
+    """The cache before the first token, in the format of `like`."""
+    return LatentCache(
+        like.new_zeros(num_sequences, 0, c.kv_lora_rank), like.new_zeros(num_sequences, 0, c.qk_rope_head_dim)
+    )
+
+
+def extend(
+    p: Mla,
+    x: Tensor,
+    cache: LatentCache,
+    documents: Documents,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: MlaOps,
+    c: sections.Mla,
+    *,
+    eps: float,
+) -> tuple[Tensor, LatentCache]:
+    """`mla` of new tokens that also see those in the cache.
+
+    x          [B T D]   normed block input of the new tokens
+    documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
+    returns    [B T D], and the cache with the new tokens [B S + T]
+    """
+    q, latent, key = _inputs(p, x, rope, norm, ops, c, documents.position, eps)
+    cache = LatentCache(torch.cat((cache.latent, latent), dim=1), torch.cat((cache.key, key), dim=1))
+    o = attend_latent(q, cache, p.up, seen(documents, cache.key.shape[1]), scale=scale(c))
+    return o.flatten(-2) @ p.out.flatten(0, 1), cache
+
+
+def attend_latent(q: Tensor, cache: LatentCache, up: Tensor, visible: Tensor, *, scale: float) -> Tensor:
+    """Softmax attention over latents: `up` is absorbed into query and output, so that no key or value is expanded.
+
+    q        [B T H C]    the last P channels are rotated
+    up       [R H Z]      C - P channels of key, then U of value
+    visible  [B T S]      bool, keys that each query sees
+    returns  [B T H U]    in the format of `q`; softmax in fp32 at least
+    Source:  DeepSeek-V2 (arXiv:2405.04434), section 2.1.2.
+    Cost:    2·B·T·S·H·(2 R + P) FLOPs, and B·T·S·H scores at once.
+    """
+    nope = q.shape[-1] - cache.key.shape[-1]
+    up_key, up_value = up.split((nope, up.shape[-1] - nope), dim=-1)
+    q_nope, q_rope = q.split((nope, cache.key.shape[-1]), dim=-1)
+    query = torch.cat((torch.einsum("bthn,rhn->bthr", q_nope, up_key), q_rope), dim=-1)
+    score = torch.einsum("bthr,bsr->bths", query, torch.cat((cache.latent, cache.key), dim=-1))
+    score = (upcast(score) * scale).masked_fill(~visible[:, :, None], -torch.inf)
+    o = torch.einsum("bths,bsr->bthr", score.softmax(dim=-1).to(q.dtype), cache.latent)
+    return torch.einsum("bthr,rhu->bthu", o, up_value)
 
 
 def rotate_mla(q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> tuple[Tensor, Tensor]:
@@ -159,6 +235,9 @@ def query(x: Tensor, up: Tensor, key: Tensor, rope: Rope, positions: Tensor | tu
     return rotate_mla((x @ up.flatten(1)).unflatten(-1, up.shape[1:]), key, rope, positions)
 
 
+OF_THE_QUERIES = "pass those of the tokens of the queries"
+
+
 def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
     """Causal softmax attention; a head's key is its own part of `kv` beside the shared `k_rope`.
 
@@ -167,9 +246,14 @@ def attend_mla(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] 
     k_rope   [B T P]           rotated key, shared by all heads
     start    [B T] i32 or ()   query i sees the keys start[i]..i; (): the keys up to i
     returns  [B T H U]
+    Raises:  ValueError for keys or values of other tokens or heads than the queries.
     Cost:    2·B·T²·H·(C + U) FLOPs as executed, half of them above the diagonal.
     """
-    heads = q.shape[2]
+    tokens, heads = q.shape[:2], q.shape[2]
+    expect_shape("attend_mla: expected kv", kv.shape, (*q.shape[:3], kv.shape[-1]), OF_THE_QUERIES)
+    expect_shape("attend_mla: expected k_rope", k_rope.shape, (*tokens, k_rope.shape[-1]), OF_THE_QUERIES)
+    if isinstance(start, Tensor):
+        expect_shape("attend_mla: expected start", start.shape, tokens, OF_THE_QUERIES)
     nope = q.shape[-1] - k_rope.shape[-1]
     k_nope, v = kv.split((nope, kv.shape[-1] - nope), dim=-1)
     k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)), dim=-1)
@@ -191,7 +275,10 @@ REFERENCE = MlaOps(project, query, attend_mla)
 
 
 def tables(c: sections.Mla, num_positions: int) -> Rope:
-    """The rotation table of the rotated channels."""
+    """The rotation table of the rotated channels; without position every angle is 0."""
+    if c.position == "none":
+        still = torch.zeros(num_positions, c.qk_rope_head_dim // 2)
+        return Rope(still + 1, still)
     return table(num_positions, c.qk_rope_head_dim, theta=c.rope_theta, yarn=c.yarn)
 
 

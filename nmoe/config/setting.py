@@ -1,0 +1,33 @@
+"""What a section class says of a key: the one way to declare it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+
+def setting(
+    doc: str,
+    *,
+    default: Any = attrs.NOTHING,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    identity: bool = True,
+    shapes: bool = False,
+) -> Any:
+    """One key of a section.
+
+    doc       what the key means, one line
+    default   value when the key is absent; without one the key is required
+    unit      what the number counts
+    low, high inclusive bounds; above: exclusive lower bound
+    identity  whether a run with another value is another run (else it may change on resume)
+    shapes    whether the tensors of a checkpoint are others with another value: no resume can accept it
+    """
+    about = {"doc": doc, "unit": unit, "low": low, "high": high, "above": above, "identity": identity, "shapes": shapes}
+    return attrs.field(
+        default=default, metadata={key: value for key, value in about.items() if value not in (None, "")}
+    )

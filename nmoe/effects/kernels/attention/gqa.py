@@ -1,0 +1,286 @@
+"""Flash attention with grouped queries: `pure.model.attention.gqa.project` and `attend_gqa`, bitwise repeatable.
+
+Letters: B sequences, T positions, H query heads, K heads of keys and values, G = H / K, J = H + 2 K, C channels a head.
+
+Queries, keys and values are read where one product left them; nothing is padded, and keys are never repeated for their
+group. Only blocks of keys that some query of a block sees are visited, so that cost grows linearly with a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nmoe.config.check import GQA_HEAD_DIMS
+from nmoe.effects.kernels.attention.blocks import described, ends, readable
+from nmoe.effects.kernels.attention.gqa_kernels import dkv_kernel, dq_kernel, forward_kernel
+from nmoe.effects.kernels.attention.rope import rotate_heads_
+from nmoe.effects.kernels.derivative import first_order
+from nmoe.effects.kernels.tables import AttentionTile
+from nmoe.errors import InputError
+from nmoe.pure.model.rope import Rope
+
+SHORT = 4
+"""Blocks of a window up to which a kernel masks all of them, in one loop; beyond, only those that need it."""
+
+
+@attrs.frozen(kw_only=True)
+class Tiles:
+    """Tile sizes of the three kernels; `block_m` of `forward` and `dq` counts queries times heads."""
+
+    forward: AttentionTile
+    dq: AttentionTile
+    dkv: AttentionTile
+
+
+@attrs.frozen(kw_only=True)
+class Mask:
+    """Which keys a query sees besides those up to its own."""
+
+    start: Tensor | tuple[()]  # [B T] i32, first key of a query's document
+    window: int | None  # keys a query sees at most; None: all
+
+
+def project(
+    x: Tensor, qkv: Tensor, rope: Rope, positions: Tensor | tuple[()] = (), *, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pure.model.attention.gqa.project`: all three are views of one product, rotated in place while it is fresh."""
+    return rotate_heads_((x @ qkv.flatten(1)).unflatten(-1, qkv.shape[1:]), rope, positions, num_heads=num_heads)
+
+
+def gqa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | tuple[()] = (),
+    start: Tensor | tuple[()] = (),
+    *,
+    scale: float,
+    window: int | None = None,
+    tiles: Mapping[int | None, Tiles],
+) -> Tensor:
+    """Causal softmax attention over the last `window` keys, with a sink in the denominator.
+
+    q, k, v  [B T H C], [B T K C]  bf16 or fp16; may be slices of one product
+    sinks    [H] or ()             logits of a key without a value; (): a plain softmax
+    start    [B T] i32 or ()       query i sees no key before start[i]; must not decrease along T. (): all keys up to i
+    scale    factor on the scores, positive
+    window   keys a query sees, its own included; None: all
+    tiles    block sizes of each pass, by window
+    returns  [B T H C]
+    Raises:  InputError for formats and sizes that the kernels do not take.
+    Cost:    forward 4·C, backward 10·C FLOPs for each pair of query and visible key, times H.
+    """
+    check(q, k, v, scale=scale, window=window)
+    seen = None if window is None or window >= q.shape[1] else window
+    return GqaAttention.apply(q, k, v, sinks, Mask(start=start, window=seen), scale, tiles[window])
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> None:
+    """Refuse what the kernels would compute wrongly or not at all.
+
+    Raises:  InputError with each problem.
+    """
+    problems: list[str] = []
+    if q.shape[-1] not in GQA_HEAD_DIMS:
+        known = " or ".join(map(str, GQA_HEAD_DIMS))
+        problems.append(f"gqa_attention: expected {known} channels a head, got {q.shape[-1]}; use the reference")
+    if q.shape[2] % k.shape[2] or k.shape != v.shape:
+        problems.append(
+            f"gqa_attention: expected k and v of one shape, whose heads divide the {q.shape[2]} query heads, got "
+            f"{tuple(k.shape)} and {tuple(v.shape)}; choose groups of the same size"
+        )
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or (q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16)):
+        problems.append(
+            f"gqa_attention: expected q, k and v all in bf16 or all in fp16, got {q.dtype}, {k.dtype}, {v.dtype}; "
+            "use the reference for other formats"
+        )
+    if not scale > 0:
+        problems.append(f"gqa_attention: expected scale > 0, got {scale}; negate q instead")
+    if window is not None and window < 1:
+        problems.append(f"gqa_attention: expected window >= 1, got {window}; a query sees its own key at least")
+    if problems:
+        raise InputError(*problems)
+
+
+class GqaAttention(torch.autograd.Function):
+    """Forward pass, and a backward pass of two kernels: one owns queries, the other keys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | tuple[()],
+        mask: Mask,
+        scale: float,
+        tiles: Tiles,
+    ) -> Tensor:
+        """Output, and the logarithm of each row's sum of exponentials kept for backward."""
+        q, k, v = (readable(x) for x in (q, k, v))
+        o, lse = forward_pass(q, k, v, sinks, mask, scale, tiles.forward)
+        masks = (mask.start,) if isinstance(mask.start, Tensor) else ()
+        ctx.save_for_backward(q, k, v, o, lse, *masks, *((sinks,) if isinstance(sinks, Tensor) else ()))
+        ctx.sunk, ctx.window, ctx.scale, ctx.tiles = isinstance(sinks, Tensor), mask.window, scale, tiles
+        return o
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v and sinks."""
+        q, k, v, o, lse, *rest = ctx.saved_tensors
+        sinks = rest.pop() if ctx.sunk else ()
+        mask = Mask(start=(*rest, ())[0], window=ctx.window)
+        do = readable(gradients[0])
+        dq, delta, dsinks = dq_pass(q, k, v, sinks, mask, o, lse, do, ctx.scale, ctx.tiles.dq)
+        dk, dv = dkv_pass(q, k, v, mask, lse, delta, do, ctx.scale, ctx.tiles.dkv)
+        return dq, dk, dv, dsinks, None, None, None
+
+
+def forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | tuple[()], mask: Mask, scale: float, tile: AttentionTile
+) -> tuple[Tensor, Tensor]:
+    """Output [B T H C], and logarithms to base 2 [B·H T] of the sums of exponentials, sinks included, in fp32."""
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = by_row(q)
+    size, pack = packing(q, k, tile)
+    forward_kernel[grid(q, size, q.shape[2] // pack)](
+        q=packed(q, size, pack),
+        k=described(k, tile.block_n),
+        v=described(v, tile.block_n),
+        o=packed(o, size, pack),
+        lse=lse,
+        sinks=sinks if isinstance(sinks, Tensor) else None,
+        start=mask.start if isinstance(mask.start, Tensor) else None,
+        padded=lse.stride(0),
+        rows=q.shape[0] * (q.shape[2] // pack),
+        pack=pack,
+        sunk=isinstance(sinks, Tensor),
+        **common(q, k, mask, scale, tile, tile.block_n),
+    )
+    return o, lse
+
+
+def dq_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | tuple[()],
+    mask: Mask,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    scale: float,
+    tile: AttentionTile,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradient of q, and what `dkv_pass` needs of each row.
+
+    returns  dq [B T H C]; delta [B·H T] f32, what softmax takes off each of a row's gradients; dsinks [H] or None,
+             summed over blocks in fp32
+    """
+    batch, positions, heads, _ = q.shape
+    size, pack = packing(q, k, tile)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    delta = by_row(q)
+    parts = lse.new_empty(triton.cdiv(positions, size), batch, heads) if isinstance(sinks, Tensor) else None
+    dq_kernel[grid(q, size, heads // pack)](
+        q=packed(q, size, pack),
+        k=described(k, tile.block_n),
+        v=described(v, tile.block_n),
+        o=packed(o, size, pack),
+        do=packed(do, size, pack),
+        dq=packed(dq, size, pack),
+        lse=lse,
+        delta=delta,
+        sinks=sinks if isinstance(sinks, Tensor) else None,
+        dsinks=parts,
+        start=mask.start if isinstance(mask.start, Tensor) else None,
+        padded=lse.stride(0),
+        rows=batch * (heads // pack),
+        pack=pack,
+        sunk=isinstance(sinks, Tensor),
+        **common(q, k, mask, scale, tile, tile.block_n),
+    )
+    if isinstance(sinks, Tensor) and parts is not None:
+        return dq, delta, parts.sum((0, 1)).to(sinks.dtype)
+    return dq, delta, None
+
+
+def dkv_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    lse: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    scale: float,
+    tile: AttentionTile,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v, summed over the queries of a group in fp32 and rounded once."""
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dkv_kernel[grid(q, tile.block_n, k.shape[2])](
+        q=described(q, tile.block_m),
+        k=described(k, tile.block_n),
+        v=described(v, tile.block_n),
+        do=described(do, tile.block_m),
+        dk=described(dk, tile.block_n),
+        dv=described(dv, tile.block_n),
+        lse=TensorDescriptor.from_tensor(lse, [1, tile.block_m]),
+        delta=TensorDescriptor.from_tensor(delta, [1, tile.block_m]),
+        end=ends(mask.start) if isinstance(mask.start, Tensor) else None,
+        rows=q.shape[0] * k.shape[2],
+        group=q.shape[2] // k.shape[2],
+        **common(q, k, mask, scale, tile, tile.block_m),
+    )
+    return dk, dv
+
+
+def by_row(q: Tensor) -> Tensor:
+    """A number a query and head, [B·H T] f32; rows begin at multiples of 16 bytes, as descriptors read them."""
+    batch, positions, heads, _ = q.shape
+    return q.new_empty(batch * heads, -(-positions // 4) * 4, dtype=torch.float32)[:, :positions]
+
+
+def packing(q: Tensor, k: Tensor, tile: AttentionTile) -> tuple[int, int]:
+    """Queries and heads of a program that owns rows: the largest power of two that divides a group, so none is idle."""
+    group = q.shape[2] // k.shape[2]
+    pack = min(group & -group, tile.block_m)
+    return tile.block_m // pack, pack
+
+
+def packed(x: Tensor, size: int, pack: int) -> TensorDescriptor:
+    """Blocks of `size` positions of `pack` heads of x [B T H C]."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, size, pack, x.shape[-1]])
+
+
+def grid(q: Tensor, size: int, rows: int) -> tuple[int]:
+    """One program a block of `size` positions of each of `rows` of each sequence."""
+    return (triton.cdiv(q.shape[1], size) * q.shape[0] * rows,)
+
+
+def common(q: Tensor, k: Tensor, mask: Mask, scale: float, tile: AttentionTile, step: int) -> dict[str, Any]:
+    """What every kernel is given; `step` positions of the masked axis are a step of its loop."""
+    return {
+        "positions": q.shape[1],
+        "heads": q.shape[2],
+        "kv_heads": k.shape[2],
+        "window": mask.window or 0,
+        "scale": scale,
+        "block_m": tile.block_m,
+        "block_n": tile.block_n,
+        "side_by_side": tile.heads,
+        "channels": q.shape[-1],
+        "documents": isinstance(mask.start, Tensor),
+        "windowed": mask.window is not None,
+        "split": mask.window is None or mask.window > SHORT * step,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }

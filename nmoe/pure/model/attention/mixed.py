@@ -1,0 +1,80 @@
+"""Several kinds of attention in one model, by layer: each part has axis letters, tables and ops of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from nmoe.config import sections
+from nmoe.pure.core import tree
+from nmoe.pure.core.spec import renamed
+from nmoe.pure.core.tree import record
+
+
+@attrs.frozen(kw_only=True)
+class Part:
+    """One of the attentions of a model."""
+
+    place: int  # among the parts
+    letter: str  # of its table
+    kind: Any  # Kind
+    section: Any
+
+
+@record
+class MixedOps:
+    """The records of ops of the parts, by place."""
+
+    parts: tuple[Any, ...]
+
+
+def parts(c: sections.Mixed, kind_of: Callable[[Any], Any]) -> dict[str, Part]:
+    """The attentions of a model by their letter."""
+    return {
+        letter: Part(place=place, letter=letter, kind=kind_of(section), section=section)
+        for place, (letter, section) in enumerate(c.parts().items())
+    }
+
+
+def at_layer(layers: tuple[Part, ...], layer: int) -> Part:
+    """The part of one layer, with the section of that layer."""
+    part = layers[layer]
+    return attrs.evolve(part, section=part.kind.at_layer(part.section, layer))
+
+
+def specs(c: Part) -> Any:
+    """Specs of the part's attention; its own axis letters carry the letter of its table."""
+    return tree.map(lambda _, spec: renamed(spec, _letters(c)), c.kind.specs(c.section))
+
+
+def dims(of: Mapping[str, Part]) -> dict[str, int]:
+    """Sizes of the axes that only attention has, of every part."""
+    return {_letters(part)[axis]: size for part in of.values() for axis, size in part.kind.dims(part.section).items()}
+
+
+def _letters(c: Part) -> dict[str, str]:
+    """Axis letter of the kind -> of the part."""
+    return {axis: f"{axis}.{c.letter}" for axis in c.kind.dims(c.section)}
+
+
+def tables(of: Mapping[str, Part], num_positions: int) -> tuple[Any, ...]:
+    """The constant tensors of every part, by place."""
+    return tuple(part.kind.tables(part.section, num_positions) for part in of.values())
+
+
+def apply(
+    p: Any,
+    x: Tensor,
+    tables: tuple[Any, ...],
+    norm: Callable[..., Tensor],
+    ops: MixedOps,
+    c: Part,
+    documents: Any = (),
+    *,
+    eps: float,
+) -> Tensor:
+    """The part's attention; see that of its kind."""
+    return c.kind.apply(p, x, tables[c.place], norm, ops.parts[c.place], c.section, documents, eps=eps)

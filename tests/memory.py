@@ -1,0 +1,46 @@
+"""What a computation on the device "meta" would take: tensors it makes, and those autograd keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.numel())
+        return result
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """The storages that autograd keeps, each once, masks and indices apart.
+
+    leaves  parameters and tables, which are there anyway
+    """
+
+    def __init__(self, leaves: Iterable[Any]) -> None:
+        self._leaves = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+        self._storages: dict[int, Any] = {}
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype not in (torch.bool, torch.int64):
+            self._storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(storage.nbytes() for key, storage in self._storages.items() if key not in self._leaves)

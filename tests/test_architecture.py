@@ -232,6 +232,26 @@ def raises_what_it_catches(source: str, module: str) -> list[str]:
     ]
 
 
+def says_what_it_expected(source: str, module: str) -> list[str]:
+    """An error of the user's reads `<where>: expected <what>, got <value>; <what to do>`."""
+    errors = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and called(node) == "InputError"
+    ]
+    nodes = [node for error in errors for node in ast.walk(error)]
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    texts = [node for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in parts]
+    return [
+        f"{node.lineno}: {text}"
+        for node, text in ((node, ast.unparse(node)) for node in texts)
+        if ", got " in text and "expected " not in text
+    ]
+
+
+def called(call: ast.Call) -> str:
+    """Name of what a call calls, without the module."""
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+
+
 def borrows_records_alone(source: str, module: str) -> list[str]:
     """A kernel takes records of the reference, never its functions: it does not compute by it."""
     return [
@@ -326,6 +346,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (acts_when_called, "nmoe"),
     (borrows_records_alone, "nmoe.effects.kernels"),
     (refuses_second_derivatives, "nmoe.effects"),
+    (says_what_it_expected, "nmoe"),
     (raises_what_it_catches, "nmoe.effects.kernels"),
     (raises_what_it_catches, "nmoe.effects.device.ops"),
     (raises_what_it_catches, "nmoe.pure.model"),
@@ -492,6 +513,14 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
         )
     ),
     *(
+        (says_what_it_expected, "nmoe.x", f"def f():\n    raise {error}")
+        for error in (
+            "InputError('a: at least 1, got 0; raise it')",
+            "errors.InputError(f'{a}: at least {b}, got {c}; raise it')",
+            "InputError(*(f'{a}: at least {b}, got {c}' for a in more))",
+        )
+    ),
+    *(
         (raises_what_it_catches, "nmoe.effects.kernels.x", f"def f():\n    try:\n        k()\n    except {rest}")
         for rest in (
             "RuntimeError:\n        return pure(x)",
@@ -599,6 +628,12 @@ GOOD: tuple[tuple[Rule, str, str], ...] = (
         starts_processes_in_few_places,
         "nmoe.x",
         "from concurrent.futures import ThreadPoolExecutor\nimport os\nos.open(p, 0)",
+    ),
+    (
+        says_what_it_expected,
+        "nmoe.x",
+        "raise InputError(f'{where}: expected 1 to {most}, got {n}; lower it', *(f'{p}; fix' for p in problems))\n"
+        "raise InputError(*problems)\nx = 'a, got b'",
     ),
     (
         raises_what_it_catches,

@@ -46,7 +46,9 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
     Raises:  InputError when the device is not there, or `to` is not writable or too small.
     """
     if steps < 2 or rounds < 1:
-        raise InputError(f"--steps and --rounds: at least 2 and 1, got {steps} and {rounds}; 10 and 3 are a good start")
+        raise InputError(
+            f"--steps and --rounds: expected at least 2 and 1, got {steps} and {rounds}; 10 and 3 are a good start"
+        )
     device = gpu.device(config.run.device)
     rt = process.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
     blueprint = make_blueprint(config)
@@ -58,20 +60,25 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
         folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(
-            f"--to: a writable folder without a {FOLDER} in it, got {error.strerror} at {error.filename}; delete it or "
+            f"--to: expected a writable folder without a {FOLDER} in it, got {error.strerror} at "
+            f"{error.filename}; delete it or "
             "name another"
         ) from error
     try:
         free = shutil.disk_usage(folder).free
         if free < 1.05 * size:
-            raise InputError(f"--to: room for {quantity(1.05 * size, 'B')}, got {quantity(free, 'B')}; free some")
+            raise InputError(
+                f"--to: expected room for {quantity(1.05 * size, 'B')}, got {quantity(free, 'B')}; free some"
+            )
         say(f"{'state':<14} {quantity(size, 'B')} on {device}  disk {folder}")
         with open_writer(Disk(), folder / "run", keep=Keep(last=1)) as writer:
             writer.reserve(pieces)
             _disk(folder, writer, pieces, device, size, rounds)
             _stalls(config, folder / "run", writer, state, env, blueprint, rt, size, steps, rounds)
     except OSError as error:
-        raise InputError(f"--to: a disk that can be written, got {error.strerror}; name another folder") from error
+        raise InputError(
+            f"--to: expected a disk that can be written, got {error.strerror}; name another folder"
+        ) from error
     finally:
         shutil.rmtree(folder)
     return 0
@@ -97,7 +104,7 @@ def _disk(folder: Path, writer: Writer, pieces: Sequence[Piece], device: torch.d
         manifest = manifests.read(Disk(), checkpoint)
         seconds["load"].append(_on_disk(_load, checkpoint, manifest, pieces, device))
         shutil.rmtree(checkpoint)
-        last = "  ".join(f"{name} {each[-1]:.2f} s" for name, each in seconds.items())
+        last = "  ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
         say(f"{f'round {index + 1} of {rounds}':<14} {last}")
     _rate("plain write", size, seconds["write"], None)
     _rate("save", size, seconds["save"], seconds["write"])

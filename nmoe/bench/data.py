@@ -40,7 +40,7 @@ def preparation(megabytes: int, workers: int, home: Path, say: Callable[[str], N
     Cost:    about 2 * ROUNDS * `megabytes` / (3.4 MB/s * `workers`), and 20 MB on disk for each 10 MB of text.
     """
     if megabytes < 1 or workers < 1:
-        raise InputError(f"--megabytes, --workers: at least 1, got {megabytes} and {workers}; raise them")
+        raise InputError(f"--megabytes, --workers: expected at least 1, got {megabytes} and {workers}; raise them")
     tokenizer = tokenizers.load(stdlib.prepare(home, 4096, say))
     # One process can be told apart from its neighbours by processor time, several only by the clock.
     at, what = (1, "processor time") if workers == 1 else (0, "time")
@@ -147,23 +147,25 @@ def _watched(folder: Path, workers: int) -> tuple[float, int, int]:
     process = subprocess.Popen([*command, "--workers", str(workers)], stdout=subprocess.DEVNULL)
     peak = largest = 0
     while process.poll() is None:
-        sizes = [_resident(each) for each in _tree(process.pid)]
+        sizes = [_resident(pid) for pid in _tree(process.pid)]
         peak, largest = max(peak, sum(sizes)), max(largest, *sizes)
         time.sleep(SAMPLE_EVERY_S)
     if process.returncode:
-        raise InputError(f"{folder}: a preparation that ends well, got exit code {process.returncode}; see above")
+        raise InputError(
+            f"{folder}: expected a preparation that ends well, got exit code {process.returncode}; see above"
+        )
     return time.monotonic() - began, peak, largest
 
 
 def _tree(pid: int) -> list[int]:
     """A process and everything it started, as Linux tells."""
-    found = [pid]
+    pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found += [each for child in task.read_text().split() for each in _tree(int(child))]
+            pids += [descendant for child in task.read_text().split() for descendant in _tree(int(child))]
         except OSError:
             continue  # it ended meanwhile
-    return found
+    return pids
 
 
 def _resident(pid: int) -> int:

@@ -23,8 +23,8 @@ def write_empty_mixture(folder: Path, *, sources: int, shards: int, tokens: int,
     tokenizer = tokenizers.train(["some words and some more words\n" * 9] * 40, 270, lambda text: None)
     for source in range(sources):
         splits = {
-            split: _split(folder / f"s{source}" / split, number, each, tokenizer.identity)
-            for split, number, each in (("train", shards, tokens), ("validation", 1, VALIDATION_TOKENS))
+            split: _split(folder / f"s{source}" / split, number, size, tokenizer.identity)
+            for split, number, size in (("train", shards, tokens), ("validation", 1, VALIDATION_TOKENS))
         }
         tokenizers.save(tokenizer, folder / f"s{source}")
         manifest = Manifest(

@@ -91,7 +91,7 @@ def main(launch: Launch, ranks: int) -> int:
     ranks = launch.world if several else ranks
     if FULL.layer.experts % ranks or ranks < 1:
         raise InputError(
-            f"--ranks: a divisor of {FULL.layer.experts} experts, got {ranks}; take a power of two up to 64"
+            f"--ranks: expected a divisor of {FULL.layer.experts} experts, got {ranks}; take a power of two up to 64"
         )
     with ExitStack() as scope:
         if several:
@@ -200,7 +200,7 @@ def round_trip_row(bench: Bench, shape: Shape, *, dedup: bool) -> str:
         return (yield from device.combine_(e, y, weight, kept))
 
     seconds = bench.seconds(
-        lambda: device.run_(exchanges, [trip(e, *each) for e, each in zip(exchanges, given, strict=True)])
+        lambda: device.run_(exchanges, [trip(e, *arguments) for e, arguments in zip(exchanges, given, strict=True)])
     )
     how = "dedup" if dedup else "plain"
     return line(f"dispatch and combine {shape.tokens} x {shape.hidden}, top {shape.top_k}, {how}", seconds, 0)
@@ -212,7 +212,7 @@ def layer_rows(bench: Bench, shape: Shape) -> Iterator[str]:
     up = torch.randn(shape.experts, shape.hidden, 2, shape.width, device=bench.device).to(bench.dtype) * 0.02
     down = torch.randn(shape.experts, shape.width, shape.hidden, device=bench.device).to(bench.dtype) * 0.03
     x, expert, weight = weights[bench.here[0]]
-    leaves = [each.detach().requires_grad_() for each in (x, weight, up, down)]
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, up, down)]
 
     def single_rank() -> object:
         y, _ = mixtures.moe_experts(leaves[0], Routing(expert, leaves[1]), leaves[2], leaves[3], tiles=bench.tiles)

@@ -6,6 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import attrs
 import numpy as np
 import torch
 
@@ -14,6 +15,7 @@ from nmoe.effects.record.log import open_log
 from nmoe.effects.record.monitor import watching
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
+from nmoe.pure.watch import metrics
 
 PAUSE_S = 0.005
 """Between two reports: a step, in which the threads have their turn."""
@@ -25,24 +27,53 @@ def log(config: Config, steps: int) -> int:
     The figures are made up and already on the host, so that nothing of a device is in the time.
     """
     if steps < 100:
-        raise InputError(f"--steps: at least 100, or there is no 99th percentile, got {steps}; 1000 is a good start")
+        raise InputError(
+            f"--steps: expected at least 100, or there is no 99th percentile, got {steps}; 1000 is a good start"
+        )
     c = config.model
     layers = list(range(c.num_dense_layers, c.num_layers))
     load = torch.arange(len(layers) * c.moe.num_experts).reshape(len(layers), -1) + 1000
-    names = ("max_over_mean", "cv", "dead", "entropy", "bias_min", "bias_max")
-    experts = {"layer": layers, **{name: [0.0123456789] * len(layers) for name in names}}
+    values = [0.0123456789] * len(layers)
+    experts = metrics.Experts(
+        layer=layers,
+        max_over_mean=values,
+        cv=values,
+        dead=[0] * len(layers),
+        entropy=values,
+        bias_min=values,
+        bias_max=values,
+    )
+    step_0 = metrics.Step(
+        rank=metrics.Rank(
+            step=0,
+            elapsed_s=0.1,
+            tokens_local=1,
+            memory_bytes=1,
+            step_s=0.1,
+            times={"data": 0.01},
+            exchange_bytes=None,
+            exchange_bandwidth=None,
+        ),
+        tokens_global=1,
+        loss=2.0,
+        auxiliary_loss=0.0,
+        rates={"dense": 1e-3},
+        grad_norm=1.0,
+        update_norm=1.0,
+        nonfinite_steps=0,
+        tokens_per_s=1e5,
+        mfu=0.1,
+        experts=experts,
+    )
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder, open_log(Path(folder), attempt=1) as opened:
         cuda = config.run.device == "cuda"
         with watching(config, opened, flops=1, world=1, cuda=cuda, step=0, skipped=0) as monitor:
             for step in range(1, steps + 1):
-                fields = {
-                    **{"step": step, "tokens_global": step, "loss": 2.0, "grad_norm": 1.0, "nonfinite_steps": 0},
-                    **{"tokens_per_s": 1e5, "step_s": 0.1, "time/data_s": 0.01, "experts": experts},
-                }
+                line = attrs.evolve(step_0, rank=attrs.evolve(step_0.rank, step=step))
                 begin = time.perf_counter()
-                monitor.log.metrics(**fields)
-                monitor.step(fields, load)
+                monitor.log.metrics(**metrics.fields(line))
+                monitor.step(line, load)
                 seconds.append(time.perf_counter() - begin)
                 time.sleep(PAUSE_S)
     middle, high = np.percentile(seconds, (50, 99))

@@ -35,12 +35,12 @@ def verbs(root: Verbs) -> None:
     step.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a trainer there")
     step.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)")
     for kind, what in KERNELS.items():
-        each = add(bench, kind, _bench_kernels, f"compare {what} with reference implementations", "--jsonl rows.jsonl")
-        each.set_defaults(kind=kind)
-        each.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a row there")
+        verb = add(bench, kind, _bench_kernels, f"compare {what} with reference implementations", "--jsonl rows.jsonl")
+        verb.set_defaults(kind=kind)
+        verb.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a row there")
         if kind == "kernels":
-            each.add_argument("--tune", action="store_true", help="look for the fastest tiles and print their table")
-            each.add_argument(
+            verb.add_argument("--tune", action="store_true", help="look for the fastest tiles and print their table")
+            verb.add_argument(
                 "--size",
                 action="append",
                 metavar="DxF",

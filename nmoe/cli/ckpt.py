@@ -20,10 +20,10 @@ def verbs(root: Verbs) -> None:
     export = add(
         ckpt, "export-weights", _export, "write weights.safetensors from a checkpoint", "runs/NAME --to weights"
     )
-    for each in (listing, prune):
-        each.add_argument("path", type=Path, metavar="RUN", help="run folder")
-    for each in (verify, show, export):
-        each.add_argument("path", type=Path, metavar="PATH", help="checkpoint, or run folder for its newest")
+    for verb in (listing, prune):
+        verb.add_argument("path", type=Path, metavar="RUN", help="run folder")
+    for verb in (verify, show, export):
+        verb.add_argument("path", type=Path, metavar="PATH", help="checkpoint, or run folder for its newest")
     verify.add_argument("--all", action="store_true", help="every checkpoint of the run, not only the newest")
     prune.add_argument("--last", type=int, default=2, metavar="N", help="newest ones to keep (default: %(default)s)")
     prune.add_argument("--every", type=int, default=0, metavar="K", help="keep those of each K-th step")

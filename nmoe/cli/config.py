@@ -68,9 +68,9 @@ def _config_diff(args: argparse.Namespace) -> int:
     from nmoe.config.toml import shown
 
     differences = diff(*(load(path, {}, ()).config for path in (args.left, args.right)))
-    for each in differences:
-        left, right = ("absent" if value is None else shown(value) for value in (each.left, each.right))
-        print(f"{each.path}: {left} -> {right}")
+    for difference in differences:
+        left, right = ("absent" if value is None else shown(value) for value in (difference.left, difference.right))
+        print(f"{difference.path}: {left} -> {right}")
     return 1 if differences else 0
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import attrs
 
 from nmoe.config import Config, validate
 from nmoe.config.check import unrunnable
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 from nmoe.pure.cost.machines import MACHINES, Machine
 from nmoe.pure.cost.report import numbers, render, screen
@@ -42,7 +43,7 @@ def main(
     elif gpus == 1:
         say(render(config, taken.plan))
     else:
-        say(screen(config, taken, candidates, bests))
+        say(screen(config, taken, candidates, bests, partial(table, left=0)))
     as_planned = attrs.evolve(config.parallel, experts=taken.arrangement.expert_ranks)
     for problem in () if as_json else unrunnable(attrs.evolve(config, parallel=as_planned), gpus):
         say("planned only   " + problem.replace("; ", f"\n{'':<15}"))

@@ -26,8 +26,8 @@ def verbs(root: Verbs) -> None:
     compare = add(runs, "compare", _runs_compare, "show runs side by side", "NAME NAME")
     compare.add_argument("names", nargs="+", metavar="NAME", help="names of run folders")
     add(runs, "compact", _runs_compact, "write a run's metrics as Parquet into its folder", "NAME", run=True)
-    for each in runs.choices.values():
-        each.add_argument(
+    for verb in runs.choices.values():
+        verb.add_argument(
             "--root", type=Path, default=Path("runs"), help="folder of run folders (default: %(default)s)"
         )
 

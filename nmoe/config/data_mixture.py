@@ -13,11 +13,10 @@ import attrs
 
 from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import Fault, structure
-from nmoe.config.fields import KeyPath
 from nmoe.config.sections import MOST_TOKENS
 from nmoe.config.setting import setting
-from nmoe.config.toml import dotted, read, shown
-from nmoe.errors import InputError, printable
+from nmoe.config.toml import read, shown
+from nmoe.errors import InputError
 
 STAGES = ("pretrain", "mid", "long")
 """Stages, in the order they are read."""
@@ -108,13 +107,6 @@ def load_mixture(path: Path) -> DataMixture:
     Raises:  InputError with everything that is wrong, each with file, line and key.
     """
     document = read(path)
-    name = printable(str(path))
-
-    def place(key: KeyPath) -> str:
-        while key and key not in document.lines:
-            key = key[:-1]
-        return f"{name}:{document.lines[key]}" if key else name
-
     tables = dict(document.tables)
     parts, faults = _parts(tables.pop("sources", {}))
     rest = structure(tables, Rest)
@@ -124,7 +116,7 @@ def load_mixture(path: Path) -> DataMixture:
         faults += [Fault(key, text) for key, text in out_of_bounds(rest)]
         faults += _flows(rest.flows)
     if faults or isinstance(rest, tuple):
-        raise InputError(*(f"{place(fault.path)}: {dotted(fault.path)}: {fault.text}" for fault in faults))
+        raise InputError(*(document.fault(fault.path, fault.text) for fault in faults))
     return DataMixture(path=path, parts=parts, stages=rest.stages, flows=rest.flows)
 
 

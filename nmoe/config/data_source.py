@@ -15,8 +15,8 @@ from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import structure
 from nmoe.config.fields import table
 from nmoe.config.setting import setting
-from nmoe.config.toml import dotted, read
-from nmoe.errors import InputError, printable
+from nmoe.config.toml import read
+from nmoe.errors import InputError
 
 MOST_BYTES = 2**40
 """More than one file, document or shard has."""
@@ -172,19 +172,12 @@ def load_source(path: Path) -> Source:
     Raises:  InputError with everything that is wrong, each with file, line and key.
     """
     document = read(path)
-    name = printable(str(path))
-
-    def place(key: tuple[str, ...]) -> str:
-        while key and key not in document.lines:
-            key = key[:-1]
-        return f"{name}:{document.lines[key]}" if key else name
-
     source = structure(document.tables, Source)
     if isinstance(source, tuple):
-        raise InputError(*(f"{place(fault.path)}: {dotted(fault.path)}: {fault.text}" for fault in source))
-    problems = [f"{place(key)}: {dotted(key)}: {text}" for key, text in out_of_bounds(source)]
+        raise InputError(*(document.fault(fault.path, fault.text) for fault in source))
+    problems = [document.fault(key, text) for key, text in out_of_bounds(source)]
     if not isinstance(source.input, Hub | Library) and not source.input.paths:
-        problems.append(f"{place(('input', 'paths'))}: input.paths: expected at least one path, got none; name one")
+        problems.append(document.fault(("input", "paths"), "expected at least one path, got none; name one"))
     if problems:
         raise InputError(*problems)
     return source

@@ -100,18 +100,18 @@ def load_model(path: Path) -> tuple[Model, Precision]:
     Raises:  InputError with everything that is wrong with them, each with its place.
     """
     layer = _laid_over(*_files(path))
-    found: list[Any] = []
+    sections: list[Any] = []
     problems: list[str] = []
     for name, section in (("model", Model), ("precision", Precision)):
         made = structure(layer.tables.get(name, {}), section)
         faults = made if isinstance(made, tuple) else ()
         places = [((name, *fault.path), fault.text) for fault in faults]
         problems += [f"{_place(key, layer.where)}: {dotted(key)}: {text}" for key, text in places]
-        found.append(made)
-    problems = problems or [f"{path}: {problem}" for problem in validate_model(found[0])]
+        sections.append(made)
+    problems = problems or [f"{path}: {problem}" for problem in validate_model(sections[0])]
     if problems:
         raise InputError(*problems)
-    return found[0], found[1]
+    return sections[0], sections[1]
 
 
 def _laid_over(*layers: Layer) -> Layer:

@@ -71,23 +71,23 @@ def explain(name: str) -> list[tuple[str, str]]:
 
     Raises:  InputError for a key that no section has.
     """
-    found: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = []
     names: list[str] = []
     for table in tables():
         where = dotted(table.path)
         names += [where, *(f"{where}.{key.name}" for key in table.plain_keys())]
         if name == where:
-            found.append((table.title(), _about(table.section)))
-            found += [(f"{where}.{key.name}", key.doc) for key in table.plain_keys()]
+            lines.append((table.title(), _about(table.section)))
+            lines += [(f"{where}.{key.name}", key.doc) for key in table.plain_keys()]
         for key in table.plain_keys():
             if name == f"{where}.{key.name}":
-                found += [(name, key.doc), ("table", table.title()), *zip(LABELS, _facts(key), strict=True)]
-    if not found:
-        last = closest(name.rpartition(".")[2], [each.rpartition(".")[2] for each in names])
-        near = closest(name, names) or next((each for each in names if each.rpartition(".")[2] == last), None)
+                lines += [(name, key.doc), ("table", table.title()), *zip(LABELS, _facts(key), strict=True)]
+    if not lines:
+        last = closest(name.rpartition(".")[2], [other.rpartition(".")[2] for other in names])
+        near = closest(name, names) or next((other for other in names if other.rpartition(".")[2] == last), None)
         remedy = f"did you mean {near}?" if near else "every key is in docs/config.md"
         raise InputError(f"{name}: expected a key of a config, got {shown(name)}; {remedy}")
-    return found
+    return lines
 
 
 LABELS = ("type", "default", "unit", "bounds", "on resume")

@@ -32,8 +32,15 @@ HINTS = (
 class Document:
     """A TOML file: its tables, and the line of each key and table header."""
 
+    path: Path
     tables: dict[str, Any]
     lines: dict[KeyPath, int]
+
+    def fault(self, key: KeyPath, text: str) -> str:
+        """What is wrong with a key, behind file and line of it or of the nearest table around it that is written."""
+        written = next((key[:size] for size in range(len(key), 0, -1) if key[:size] in self.lines), None)
+        line = "" if written is None else f":{self.lines[written]}"
+        return f"{printable(str(self.path))}{line}: {dotted(key)}: {text}"
 
 
 def closest(word: str, possibilities: Sequence[str]) -> str | None:
@@ -98,7 +105,7 @@ def read(path: Path) -> Document:
         raise InputError(
             f"{path}:{line}: expected text in UTF-8, got the byte 0x{byte:02x}; save the file as UTF-8"
         ) from error
-    return Document(tables=_parse(text, path), lines=lines(text))
+    return Document(path=path, tables=_parse(text, path), lines=lines(text))
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def new_file(path: Path, option: str) -> None:
         path.touch(exist_ok=False)
     except OSError as error:
         raise InputError(
-            f"{option}: a new file in a folder one may write, got {path}: {error.strerror}; name another"
+            f"{option}: expected a new file in a folder one may write, got {path}: {error.strerror}; name another"
         ) from error
 
 

@@ -179,9 +179,9 @@ def worse(faults: Sequence[Fault], journal: Journal, batch_size: int) -> World:
 
     def env(inner: Env) -> Env:
         def loss(*arguments: Any, **named: Any) -> Any:
-            found = inner.ops.linear_cross_entropy(*arguments, **named)
+            outputs = inner.ops.linear_cross_entropy(*arguments, **named)
             # A validation has its own data.
-            return tuple(each * striker.factor for each in found) if torch.is_grad_enabled() else found
+            return tuple(output * striker.factor for output in outputs) if torch.is_grad_enabled() else outputs
 
         return attrs.evolve(inner, ops=attrs.evolve(inner.ops, linear_cross_entropy=loss))
 

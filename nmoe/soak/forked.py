@@ -41,8 +41,8 @@ def forked(
         call_and_exit(call, output)
     deadline = time.monotonic() + patience_s
     while True:
-        found, status = os.waitpid(child, os.WUNTRACED | os.WNOHANG)
-        if found == 0:
+        pid, status = os.waitpid(child, os.WUNTRACED | os.WNOHANG)
+        if pid == 0:
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)

@@ -229,9 +229,9 @@ def reshard(root: Path, world: int) -> int:
     def targets(manifest: Manifest) -> list[Any]:
         read.clear()
         read.update(
-            {name: torch.empty(each.shape, dtype=DTYPES[each.dtype]) for name, each in manifest.tensors.items()}
+            {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in manifest.tensors.items()}
         )
-        return [whole(name, each) for name, each in read.items()]
+        return [whole(name, entry) for name, entry in read.items()]
 
     manifest = reader.restore_(Disk(), root, targets, report=say)
     if manifest is None:
@@ -244,9 +244,9 @@ def reshard(root: Path, world: int) -> int:
         def all_gather_text(text: str) -> list[str]:
             texts[index] = text
             barrier.wait()
-            found = list(texts)
+            answers = list(texts)
             barrier.wait()
-            return found
+            return answers
 
         try:
             with writer.open_writer(
@@ -258,7 +258,7 @@ def reshard(root: Path, world: int) -> int:
                 all_gather_text=all_gather_text,
                 parent=manifest,
             ) as saver:
-                pieces = [share(whole(name, each), index, world) for name, each in read.items()]
+                pieces = [share(whole(name, tensor), index, world) for name, tensor in read.items()]
                 saver.save(pieces, step=manifest.step, meta=manifest.meta, score=manifest.score)
                 saver.wait()
         except BaseException as error:
@@ -279,9 +279,9 @@ def differences(calm: Path, rough: Path) -> list[str]:
     problems: list[str] = []
     one, other = newest(calm), newest(rough)
     problems += [
-        f"tensor {name}: expected the digest {each.digest}, got {other.tensors[name].digest}"
-        for name, each in one.tensors.items()
-        if other.tensors[name].digest != each.digest
+        f"tensor {name}: expected the digest {entry.digest}, got {other.tensors[name].digest}"
+        for name, entry in one.tensors.items()
+        if other.tensors[name].digest != entry.digest
     ]
     if (one.step, one.meta) != (other.step, other.meta):
         problems.append(f"expected checkpoints with the same meta, got {one.meta} and {other.meta}")
@@ -321,7 +321,7 @@ def newest(folder: Path) -> Manifest:
 
 def state_digest(manifest: Manifest) -> str:
     """One digest of all tensors of a checkpoint."""
-    text = "".join(f"{name} {each.digest}\n" for name, each in sorted(manifest.tensors.items()))
+    text = "".join(f"{name} {entry.digest}\n" for name, entry in sorted(manifest.tensors.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -101,7 +101,9 @@ def test_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     (row,) = map(json.loads, rows.read_text().splitlines())
     assert told and row["way"] == "nmoe" and f"{1000 * row['seconds'][0]:.1f}" == told[1]
     assert row["tokens"] == tiny().train.batch_size * tiny().train.sequence_length
-    with pytest.raises(InputError, match=r"--jsonl: a new file in a folder one may write, got .*: File exists"):
+    with pytest.raises(
+        InputError, match=r"--jsonl: expected a new file in a folder one may write, got .*: File exists"
+    ):
         bench.step(tiny(), None, 1, rows)
     assert len(rows.read_text().splitlines()) == 1
 

@@ -42,7 +42,7 @@ def test_what_was_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         bench_checkpoint.main(tiny(), tmp_path, steps=2, rounds=1)
     assert (tmp_path / bench_checkpoint.FOLDER / "mine").read_text() == "mine"
     monkeypatch.setattr(bench_checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
-    with pytest.raises(InputError, match="--to: room for .* got 1 B"):
+    with pytest.raises(InputError, match="--to: expected room for .* got 1 B"):
         bench_checkpoint.main(tiny(), tmp_path / "new", steps=2, rounds=1)
     assert not (tmp_path / "new" / bench_checkpoint.FOLDER).exists()
     with pytest.raises(InputError, match="at least 2 and 1, got 1 and 1"):

@@ -140,7 +140,9 @@ def tune(sizes: Sequence[str]) -> int:
     for size in sizes:
         numbers = size.split("x")
         if len(numbers) != 2 or not all(number.isdecimal() and int(number) % 8 == 0 for number in numbers):
-            raise InputError(f"--size: hidden size and expert size, multiples of 8, as 2048x1408, got {size!r}")
+            raise InputError(
+                f"--size: expected hidden size and expert size, multiples of 8, as 2048x1408, got {size!r}"
+            )
         parsed.append((int(numbers[0]), int(numbers[1])))
     seconds = gpu_meter(device).seconds
     for text in tuner.table(device, parsed, lambda call: seconds(call, True)):

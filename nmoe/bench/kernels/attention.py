@@ -51,10 +51,10 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
     grad_output = draw(device, *shape, case.heads, case.value, name="grad_output").detach()
     with torch.no_grad():
         keys = torch.cat((kv[..., : case.nope], k_rope[:, :, None].expand(-1, -1, case.heads, -1)), -1)
-        k, v = (each.contiguous().requires_grad_() for each in (keys, kv[..., case.nope :]))
+        k, v = (tensor.contiguous().requires_grad_() for tensor in (keys, kv[..., case.nope :]))
 
     def bare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        operands = (each.transpose(1, 2) for each in (q, k, v))
+        operands = (tensor.transpose(1, 2) for tensor in (q, k, v))
         given = (None, True, 0.0, True, False)
         return torch.ops.aten._scaled_dot_product_cudnn_attention(*operands, *given, scale=scale)[0].transpose(1, 2)
 
@@ -82,7 +82,7 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
         def error(both: Callable[[], tuple[Tensor, ...]] = both) -> float:
             y, dq, dk, *_ = both()
             return relative_error(
-                [each[0, :, 0, : t.shape[-1]] for each, t in zip((y, dq, dk), truth, strict=True)], truth
+                [tensor[0, :, 0, : t.shape[-1]] for tensor, t in zip((y, dq, dk), truth, strict=True)], truth
             )
 
         yield Way(name=name, forward=forward, both=both, error=error)
@@ -90,7 +90,7 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
 
 def exact(case: Case, latent: tuple[Tensor, ...], grad_output: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of the first head of the first sequence in fp64: output, gradient of the query, and of the head's own key."""
-    q, kv, k_rope = (each.detach()[:1].double() for each in latent)
+    q, kv, k_rope = (tensor.detach()[:1].double() for tensor in latent)
     leaves = q[:, :, :1].requires_grad_(), kv[:, :, :1].requires_grad_()
     y = attend_mla(*leaves, k_rope, scale=scale)
     dq, dkv = torch.autograd.grad(y, leaves, grad_output[:1, :, :1].double())

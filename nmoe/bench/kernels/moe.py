@@ -148,9 +148,9 @@ def ways(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Way]:
 
 def exact(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Output, gradients of the input and of the weights of the first tokens, in fp64."""
-    x, weight = (each[:SAMPLE].detach().double().requires_grad_() for each in (operands.x, operands.weight))
+    x, weight = (tensor[:SAMPLE].detach().double().requires_grad_() for tensor in (operands.x, operands.weight))
     routing = Routing(operands.expert[:SAMPLE], weight)
-    up, down = (each.detach().double() for each in (operands.up, operands.down))
+    up, down = (tensor.detach().double() for tensor in (operands.up, operands.down))
     y = moe_experts(x, routing, up, down)[0]
     dx, dweight = torch.autograd.grad(y, (x, weight), operands.grad_output[:SAMPLE].double())
     return y.detach(), dx, dweight

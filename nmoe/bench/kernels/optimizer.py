@@ -96,8 +96,8 @@ def our_way(case: Case, weights: Tensor, given: Tensor) -> Way:
     def error() -> float:
         old = master.join(value[:SAMPLE], remainder[:SAMPLE]).double()
         zeros = torch.zeros_like(old)
-        told: dict[str, Any] = {"updates": scalars["updates"], "lr": scalars["lr"], **NUMBERS}
-        new, _ = optim.adamw(old, given[:SAMPLE].double(), optim.Moments(zeros, zeros), **told)
+        scalar_arguments: dict[str, Any] = {"updates": scalars["updates"], "lr": scalars["lr"], **NUMBERS}
+        new, _ = optim.adamw(old, given[:SAMPLE].double(), optim.Moments(zeros, zeros), **scalar_arguments)
         update()
         return relative_error((master.join(value[:SAMPLE], remainder[:SAMPLE]).double() - old,), (new - old,))
 

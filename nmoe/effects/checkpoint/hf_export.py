@@ -136,9 +136,9 @@ def _formats(source: Source, parts: Sequence[Part]) -> dict[str, Format]:
 
 def _tensors(source: Source, shard: Shard) -> Iterator[Tensor]:
     """The tensors of a file, in its order."""
-    found = source.read(shard.parts)
+    pieces = source.read(shard.parts)
     for part in shard.parts:
-        yield from part.leaf.split(found.pop(0)).values()
+        yield from part.leaf.split(pieces.pop(0)).values()
 
 
 def open_source(fs: Fs, path: Path) -> Source:
@@ -165,7 +165,7 @@ def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Calla
     weights.of_manifest(folder, manifest, formats)
 
     def read(parts: Sequence[Part]) -> list[Tensor]:
-        found = [torch.empty(part.shape, dtype=DTYPES[formats[part.path][0]]) for part in parts]
+        tensors = [torch.empty(part.shape, dtype=DTYPES[formats[part.path][0]]) for part in parts]
         pieces = [
             Piece(
                 name=weights.stored_name(part.path),
@@ -173,10 +173,10 @@ def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Calla
                 begin=(part.index or 0) * tensor.numel(),
                 tensor=tensor,
             )
-            for part, tensor in zip(parts, found, strict=True)
+            for part, tensor in zip(parts, tensors, strict=True)
         ]
         reader.load_(fs, folder, manifest, pieces, partial=True)
-        return found
+        return tensors
 
     return read
 

@@ -67,16 +67,16 @@ def _object(path: Path) -> dict[str, Any]:
     Raises:  InputError when there is none.
     """
     try:
-        found = json.loads(read_bytes(Disk(), path, limit=LIMIT_BYTES))
+        value = json.loads(read_bytes(Disk(), path, limit=LIMIT_BYTES))
     except OSError as error:
         raise InputError(
             f"{path}: expected a Hugging Face folder with this file, got {error.strerror or error}; fix the path"
         ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got {manifests.shown(str(error))}; copy it again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, got {manifests.shown(str(found))}; copy it again")
-    return found
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {manifests.shown(str(value))}; copy it again")
+    return value
 
 
 def _compute(where: Path, config: Mapping[str, Any]) -> str:
@@ -112,30 +112,30 @@ def _places(folder: Path, wanted: Mapping[str, tuple[tuple[str, ...], tuple[int,
     Raises:  InputError with every tensor that is missing, too much, or of another format or shape.
     """
     paths = _files(folder)
-    found: dict[str, tuple[Path, Format]] = {}
+    places: dict[str, tuple[Path, Format]] = {}
     problems: list[str] = []
     for path in paths:
         for name, format in tensor_file.read_formats(path).items():
-            if name in found:
-                problems.append(f"{path}: expected '{manifests.shown(name)}' once, got it in {found[name][0]} too")
-            found[name] = path, format
+            if name in places:
+                problems.append(f"{path}: expected '{manifests.shown(name)}' once, got it in {places[name][0]} too")
+            places[name] = path, format
     for name, (dtypes, shape) in wanted.items():
-        if name not in found:
+        if name not in places:
             # one of no elements, a shared expert where there is none, need not be written down
             problems += [f"{folder}: expected '{name}', got nothing by that name"] if 0 not in shape else []
             continue
-        dtype, present = found[name][1]
+        dtype, present = places[name][1]
         if dtype not in dtypes or present != shape:
             expected = f"{' or '.join(dtypes)} {list(shape)}"
-            problems.append(f"{found[name][0]}: expected '{name}' as {expected}, got {dtype} {list(present)}")
+            problems.append(f"{places[name][0]}: expected '{name}' as {expected}, got {dtype} {list(present)}")
     problems += [
         f"{path}: expected no tensor '{manifests.shown(name)}', got one"
-        for name, (path, _) in found.items()
+        for name, (path, _) in places.items()
         if name not in wanted
     ]
     if problems:
         raise InputError(*(f"{problem}; use the config and the files of one model" for problem in problems))
-    return {name: path for name, (path, _) in found.items()}
+    return {name: path for name, (path, _) in places.items()}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -44,12 +44,15 @@ def verify(folder: Path, source: Source) -> None:
     Raises:  InputError when `transformers` is not installed, does not find all tensors, or differs by more than
              rounding.
     """
-    found = compare(folder, source, load(folder, torch.float32))
+    comparison = compare(folder, source, load(folder, torch.float32))
     say(
-        f"transformers, fp32, {TOKENS} tokens: logits differ by {found.natural:.1e} of the largest, by "
-        f"{found.forced:.1e} with the same experts; {found.choices:.2%} of the choices of experts differ"
+        f"transformers, fp32, {TOKENS} tokens: logits differ by {comparison.natural:.1e} of the largest, by "
+        f"{comparison.forced:.1e} with the same experts; {comparison.choices:.2%} of the choices of experts differ"
     )
-    if not max(found.forced, found.natural if not found.choices else 0.0) <= TOLERANCE or found.choices > CHOICES:
+    if (
+        not max(comparison.forced, comparison.natural if not comparison.choices else 0.0) <= TOLERANCE
+        or comparison.choices > CHOICES
+    ):
         raise InputError(
             f"--verify: expected logits within {TOLERANCE:.0e} of the largest and {CHOICES:.0%} of the choices, got "
             "more; report it with the config; --no-verify writes the folder all the same"
@@ -84,7 +87,9 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         if bar:
             logging.enable_progress_bar()
     if wrong := [f"{kind} {name}" for kind, names in about.items() for name in sorted(map(str, names))]:
-        raise InputError(*(f"--verify: expected every tensor and no other, got {each}; report it" for each in wrong))
+        raise InputError(
+            *(f"--verify: expected every tensor and no other, got {problem}; report it" for problem in wrong)
+        )
     return network.eval()
 
 
@@ -130,7 +135,7 @@ def _recorded(network: Any) -> Iterator[list[Tensor]]:
     """The experts that each layer of their model chooses in the block, [N K] i64 a layer."""
     choices: list[Tensor] = []
     layers = [layer.mlp.experts for layer in network.model.layers if hasattr(layer.mlp, "experts")]
-    hooks = [each.register_forward_pre_hook(lambda _, given: choices.append(given[1])) for each in layers]
+    hooks = [moe.register_forward_pre_hook(lambda _, given: choices.append(given[1])) for moe in layers]
     try:
         yield choices
     finally:

@@ -56,12 +56,12 @@ def convert(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, str]:
     ]
     text = json.dumps(content, ensure_ascii=False)
     loaded, ours = Theirs.from_str(text), encoding(tokenizer)
-    for each in texts:
-        expected, got = encode(ours, each).tolist(), loaded.encode(each, add_special_tokens=False).ids
-        if expected != got and END_OF_TEXT not in each:
+    for sample in texts:
+        expected, got = encode(ours, sample).tolist(), loaded.encode(sample, add_special_tokens=False).ids
+        if expected != got and END_OF_TEXT not in sample:
             raise InputError(
                 f"tokenizer {tokenizer.name}: expected the same tokens from tokenizer.json, got others for a text of "
-                f"{len(each)} characters; report it"
+                f"{len(sample)} characters; report it"
             )
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -36,12 +36,12 @@ def allocate(blueprint: Blueprint, device: torch.device) -> tuple[Arena, ...]:
 
     return tuple(
         Arena(
-            zeros(each.size, each.storage),
-            zeros(each.size, each.gradient),
-            tuple(zeros(each.held(), each.moments) for _ in rule(each.policy.optimizer).moments),
-            zeros(each.held(), torch.int16) if each.has_remainder() else (),
+            zeros(layout.size, layout.storage),
+            zeros(layout.size, layout.gradient),
+            tuple(zeros(layout.held(), layout.moments) for _ in rule(layout.policy.optimizer).moments),
+            zeros(layout.held(), torch.int16) if layout.has_remainder() else (),
         )
-        for each in blueprint.layouts
+        for layout in blueprint.layouts
     )
 
 

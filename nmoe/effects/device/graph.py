@@ -60,7 +60,7 @@ def record(compute: Compute, state: Any, batch: Any, rates: Any) -> Recorded:
     gc.collect()
     torch.cuda.empty_cache()
     small = {name: leaf.clone() for name, leaf in fields(state, Tensor).items()}
-    batch, rates = (tree.map(lambda path, leaf: leaf.clone(), each) for each in (batch, rates))
+    batch, rates = (tree.map(lambda path, leaf: leaf.clone(), values) for values in (batch, rates))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         after, metrics = compute(attrs.evolve(state, **small), batch, rates)

@@ -78,10 +78,10 @@ def cheap(ops: Ops, run: Callable[..., Any] = block) -> tuple[Ops, Callable[...,
 
     def pack(tensor: Tensor) -> Tensor | Kept:
         # the weak reference keeps another storage from taking the number of one that is gone
-        found = recipes.get(tensor.untyped_storage()._cdata)
-        if found is None:
+        recipe = recipes.get(tensor.untyped_storage()._cdata)
+        if recipe is None:
             return tensor
-        return Kept(recipe=found[1], size=tensor.size(), stride=tensor.stride(), offset=int(tensor.storage_offset()))
+        return Kept(recipe=recipe[1], size=tensor.size(), stride=tensor.stride(), offset=int(tensor.storage_offset()))
 
     def unpack(kept: Tensor | Kept) -> Tensor:
         if isinstance(kept, Tensor):

@@ -75,9 +75,9 @@ class Ranks:
         """The highest of each number on any rank. The host waits for every other one's."""
         if self.host.handle is None:
             return list(numbers)
-        found = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host.handle)
-        return found.tolist()
+        largest = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.host.handle)
+        return largest.tolist()
 
 
 SINGLE_RANK = Ranks()
@@ -91,10 +91,10 @@ def all_reduce_sum(group: Group, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
     """
     if group.handle is None:
         return tuple(tensors)
-    flat = torch.cat([each.detach().double().flatten() for each in tensors])
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group.handle)
-    parts = flat.split([each.numel() for each in tensors])
-    return tuple(part.view(each.shape).to(each.dtype) for part, each in zip(parts, tensors, strict=True))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True))
 
 
 def on_all_ranks(ranks: Ranks, act: Callable[[], T]) -> T:
@@ -285,21 +285,21 @@ def _own(world: Group, groups: Sequence[range], timeout: timedelta) -> Group:
     """The one of these groups, which share out the world, that this rank is in. Every rank has to call it."""
     if len(groups) == 1:
         return world
-    found = Group()
+    own = Group()
     for members in groups:
         handle = dist.new_group(list(members), timeout=timeout) if len(members) > 1 else None
         if world.rank in members:
-            found = Group(rank=members.index(world.rank), size=len(members), handle=handle)
-    return found
+            own = Group(rank=members.index(world.rank), size=len(members), handle=handle)
+    return own
 
 
 def _texts(handle: Any, world: int) -> Callable[[str], Sequence[str]]:
     """All-gather of texts in a process group."""
 
     def all_gather_text(text: str) -> Sequence[str]:
-        found: list[Any] = [None] * world
-        dist.all_gather_object(found, text, group=handle)
-        return found
+        texts_of_ranks: list[Any] = [None] * world
+        dist.all_gather_object(texts_of_ranks, text, group=handle)
+        return texts_of_ranks
 
     return all_gather_text
 

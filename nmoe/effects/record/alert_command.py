@@ -35,15 +35,18 @@ def _wait(command: str, text: str, timeout_s: float, failed: Callable[[str], Non
                 command, shell=True, stdin=given, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
         except OSError as error:
-            failed(f"log.alert_command: can be started, got {error.strerror}")
+            failed(f"log.alert_command: expected a command that can be started, got {error.strerror}")
             return
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            failed(f"log.alert_command: ends within {timeout_s:g} s, got none; it was killed")
+            failed(f"log.alert_command: expected an end within {timeout_s:g} s, got none; it was killed")
             return
         if code:
             stderr.seek(0)
-            failed(f"log.alert_command: exits with 0, got {code}: {stderr.read(300).decode(errors='replace').strip()}")
+            failed(
+                f"log.alert_command: expected exit code 0, got {code}: "
+                f"{stderr.read(300).decode(errors='replace').strip()}"
+            )

@@ -22,6 +22,7 @@ from nmoe.effects.record.names import ARRAYS, TELEMETRY
 from nmoe.effects.terminal import warn
 from nmoe.errors import InputError
 from nmoe.pure.watch.alerts import History, Limits, Seen, judge
+from nmoe.pure.watch.metrics import Step
 
 GB = 1e9
 
@@ -58,37 +59,30 @@ class Monitor:
             disk_bytes=config.log.alert_disk_gb * GB,
         )
 
-    def step(self, fields: Mapping[str, Any], load: Tensor) -> None:
+    def step(self, line: Step, load: Tensor) -> None:
         """Take one report.
 
-        fields  what its line of metrics holds
         load    [L E] i64, on the host
 
         Raises:  InputError when the loads before could not be written.
         """
-        step, settings = fields["step"], self._config.log
+        step = line.rank.step
         self._heart.tell(step=step, status="running")
-        self._foot.step(step, fields["loss"])
-        if self._reports % settings.arrays_every == 0:
-            layers = fields["experts"]["layer"]
-            header = {
-                "attempt": self.log.attempt,
-                "time": now(),
-                "step": step,
-                "tokens_global": fields["tokens_global"],
-            }
+        self._foot.step(step, line.loss)
+        if self._reports % self._config.log.arrays_every == 0:
+            header = {"attempt": self.log.attempt, "time": now(), "step": step, "tokens_global": line.tokens_global}
             self._written()
             # aside, for tens of thousands of counts take long to become text; a copy, for the trainer reuses its own
-            self._writing = self._aside.submit(self._whole, {**header, "layers": layers}, load.clone())
+            self._writing = self._aside.submit(self._whole, {**header, "layers": line.experts.layer}, load.clone())
         self._reports += 1
         seen = Seen(
             step=step,
-            loss=fields["loss"],
-            grad_norm=fields["grad_norm"],
-            nonfinite_steps=fields["nonfinite_steps"],
-            dead=max(fields["experts"]["dead"], default=0) / self._config.model.moe.num_experts,
-            tokens_per_s=fields["tokens_per_s"],
-            wait=fields.get("time/data_s", 0.0) / fields["step_s"],
+            loss=line.loss,
+            grad_norm=line.grad_norm,
+            nonfinite_steps=line.nonfinite_steps,
+            dead=max(line.experts.dead, default=0) / self._config.model.moe.num_experts,
+            tokens_per_s=line.tokens_per_s,
+            wait=line.rank.times.get("data", 0.0) / line.rank.step_s,
             disk_bytes=self._disk_bytes,
         )
         self._history, alerts = judge(self._limits, self._history, seen)

@@ -96,10 +96,10 @@ def describe(device: torch.device, command: Sequence[str], **facts: Any) -> str:
 
 def _packages() -> dict[str, str]:
     """Version of every installed package, by its name as PyPI has it; of several on the path the one imported."""
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for package in distributions():
-        found.setdefault(re.sub(r"[-_.]+", "-", package.name).lower(), package.version)
-    return dict(sorted(found.items()))
+        versions.setdefault(re.sub(r"[-_.]+", "-", package.name).lower(), package.version)
+    return dict(sorted(versions.items()))
 
 
 def _changed(status: bytes) -> tuple[str, ...]:

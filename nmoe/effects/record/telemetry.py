@@ -129,7 +129,8 @@ def _nvml(event: Callable[..., None]) -> Any:
     except ImportError as error:
         event(
             "telemetry_failed",
-            error=f'GPU figures need the extra `telemetry`, got {error}; pip install "nmoe[telemetry]"',
+            error=f"telemetry: expected the extra `telemetry` for figures of the GPU, got {error}; pip "
+            f'install "nmoe[telemetry]"',
         )
         return None
     try:

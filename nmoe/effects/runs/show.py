@@ -28,6 +28,7 @@ from nmoe.effects.record.reading import MAX_ATTEMPT, MAX_SECONDS, MAX_STEP, toml
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.terminal import say, sparkline, table
 from nmoe.errors import InputError, printable
+from nmoe.pure.watch.metrics import metric, summary
 
 FOLLOW_S = 0.5
 SPARKLINE_WIDTH = 60
@@ -189,7 +190,9 @@ def export(root: Path, name: str, to: Path | None) -> int:
     """
     run = read_run(find(root, name))
     if not run.metrics:
-        raise InputError(f"{run.folder / METRICS}: an export has metrics, got none yet; wait for the first logged step")
+        raise InputError(
+            f"{run.folder / METRICS}: expected metrics to export, got none yet; wait for the first logged step"
+        )
     rows = [flatten(line) for line in run.metrics]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()
@@ -202,7 +205,9 @@ def export(root: Path, name: str, to: Path | None) -> int:
     try:
         files.write_text(to, text.getvalue())
     except OSError as error:
-        raise InputError(f"{to}: the export can be written, got {error.strerror}; choose another file") from error
+        raise InputError(
+            f"{to}: expected a file that can be written, got {error.strerror}; choose another file"
+        ) from error
     return 0
 
 
@@ -248,16 +253,8 @@ def _summary(line: Line) -> str:
         event = fields.pop("event")
         return f"{at}  {event}{again}  " + "  ".join(f"{key} {_brief(value)}" for key, value in fields.items())
     step = f"{at}  step {_count(number(line, 'step'))}{again}"
-    if "loss" not in fields:
-        return f"{step}  " + "  ".join(f"{key} {_brief(v)}" for key, v in fields.items() if "/" in key)
-    text = f"{step}  loss {_digits(number(line, 'loss'))}  gnorm {_digits(number(line, 'grad_norm'), 3)}"
-    mfu = number(line, "mfu")
-    text += f"  {_count(number(line, 'tokens_per_s'))} tok/s  mfu {_digits(mfu and 100 * mfu, 1)} %"
-    if "experts" in fields:
-        experts = _experts(line)
-        fullest, dead = ([float(v) for v in experts.get(key, ())] for key in ("max_over_mean", "dead"))
-        text += f"  bal {max(fullest, default=math.nan):.2f}  dead {sum(dead):.0f}"
-    return text
+    shown = {key: number(line, key) for key in fields if (entry := metric(key)) is not None and entry.screen}
+    return f"{step}  {summary({**shown, 'experts': _experts(line)} if 'experts' in fields else shown)}"
 
 
 def _brief(value: Any) -> str:
@@ -270,18 +267,20 @@ def run_folders(root: Path) -> tuple[Path, ...]:
     Raises:  InputError when there are none.
     """
     try:
-        found = tuple(path for path in sorted(root.iterdir()) if _is_run(path))
+        folders = tuple(path for path in sorted(root.iterdir()) if _is_run(path))
     except FileNotFoundError:
-        found = ()
+        folders = ()
     except OSError as error:
-        raise InputError(f"{root}: a folder of run folders, got {error.strerror}; pass another --root") from error
-    # A name with a leading dot is a run folder still being made.
-    found = tuple(path for path in found if not path.name.startswith("."))
-    if not found:
         raise InputError(
-            f"{root}: holds run folders, got none; start one with `nmoe run CONFIG` or pass another --root"
+            f"{root}: expected a folder of run folders, got {error.strerror}; pass another --root"
+        ) from error
+    # A name with a leading dot is a run folder still being made.
+    folders = tuple(path for path in folders if not path.name.startswith("."))
+    if not folders:
+        raise InputError(
+            f"{root}: expected run folders, got none; start one with `nmoe run CONFIG` or pass another --root"
         )
-    return found
+    return folders
 
 
 def _is_run(folder: Path) -> bool:
@@ -299,13 +298,13 @@ def find(root: Path, name: str) -> Path:
     """
     if name in ("", ".", "..") or any(separator in name for separator in ("/", "\\", "\0")):
         raise InputError(
-            f"run: a name of a folder in {root}, got {name!r}; write the name alone, and its folder as --root"
+            f"run: expected a name of a folder in {root}, got {name!r}; write the name alone, and its folder as --root"
         )
     names = [folder.name for folder in run_folders(root)]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         advice = f"did you mean {close[0]}?" if close else "see `nmoe runs list`"
-        raise InputError(f"run: a run in {root}, got {name!r}; {advice}")
+        raise InputError(f"run: expected a run in {root}, got {name!r}; {advice}")
     return root / name
 
 
@@ -376,7 +375,7 @@ def number(line: Line, key: str) -> float | None:
     value = line.fields[key]
     if value in ("nan", "inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
         return float(value)
-    raise InputError(f"{line.where}: {key} is a number, got {value!r}; fix or delete the line")
+    raise InputError(f"{line.where}: {key}: expected a number, got {value!r}; fix or delete the line")
 
 
 def _below(line: Line, key: str, limit: float) -> float | None:
@@ -412,7 +411,7 @@ def _experts(line: Line) -> dict[str, list[Any]]:
         or not all(isinstance(values, list) and len(values) == len(layers) for values in experts.values())
     ):
         raise InputError(
-            f"{line.where}: experts holds `layer` and lists as long, got {experts!r}; fix or delete the line"
+            f"{line.where}: experts: expected `layer` and lists as long, got {experts!r}; fix or delete the line"
         )
     return {"layer": layers, **experts}
 

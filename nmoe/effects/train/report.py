@@ -18,7 +18,8 @@ from nmoe.effects.train.evaluate import Held
 from nmoe.effects.train.step import Metrics, State, learning_rates, tokens_per_step
 from nmoe.pure.data.stages import Stream
 from nmoe.pure.model.route import health
-from nmoe.pure.units import duration, quantity
+from nmoe.pure.units import duration
+from nmoe.pure.watch import metrics as schema
 
 
 @attrs.frozen(kw_only=True)
@@ -41,56 +42,42 @@ class Report:
         returns  (non-finite steps in all, in a row)
         """
         train = self.config.train
-        busy = sum(value for name, value in seconds.items() if name != "validation") / steps
-        rate = tokens_per_step(self.config) / busy
-        mfu = rate * self.flops / (self.rt.world * self.rt.peak_flops)
-        if self.monitor is None:
-            return self._own(state, metrics, seconds, steps)
-        rates = learning_rates(self.config, state.tokens)
-        loss, norm = metrics.loss.item(), metrics.grad_norm.item()
-        load = metrics.load.cpu()
-        shape = health(load)
-        held = gpu.memory_bytes(self.rt.device)
         skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
-        elapsed = time.monotonic() - self.began
-        first = self.config.model.num_dense_layers
-        fields = dict(
-            step=state.step,
-            elapsed_s=elapsed,
+        rank = self._rank(state, metrics, seconds, steps)
+        if self.monitor is None:
+            self.log.metrics(**schema.fields(rank))
+            return skipped, in_row
+        load = metrics.load.cpu()
+        balance = health(load)
+        rate = tokens_per_step(self.config) / rank.step_s
+        line = schema.Step(
+            rank=rank,
             tokens_global=state.tokens,
-            tokens_local=self._tokens_local(state),
-            loss=loss,
+            loss=metrics.loss.item(),
             auxiliary_loss=metrics.auxiliary_loss.item(),
-            **{f"lr/{group}": value for group, value in rates.items()},
-            grad_norm=norm,
+            rates=learning_rates(self.config, state.tokens),
+            grad_norm=metrics.grad_norm.item(),
             update_norm=metrics.update_norm.item(),
             nonfinite_steps=skipped,
             tokens_per_s=rate,
-            mfu=mfu,
-            memory_bytes=held,
-            **self._sent(metrics, busy),
-            step_s=busy,
-            **{f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"},
-            experts={
-                "layer": list(range(first, self.config.model.num_layers)),
-                "max_over_mean": shape.max_over_mean.tolist(),
-                "cv": shape.cv.tolist(),
-                "dead": shape.dead.tolist(),
-                "entropy": metrics.entropy.tolist(),
-                "bias_min": state.router_bias.amin(-1).tolist(),
-                "bias_max": state.router_bias.amax(-1).tolist(),
-            },
+            mfu=rate * self.flops / (self.rt.world * self.rt.peak_flops),
+            experts=schema.Experts(
+                layer=list(range(self.config.model.num_dense_layers, self.config.model.num_layers)),
+                max_over_mean=balance.max_over_mean.tolist(),
+                cv=balance.cv.tolist(),
+                dead=balance.dead.tolist(),
+                entropy=metrics.entropy.tolist(),
+                bias_min=state.router_bias.amin(-1).tolist(),
+                bias_max=state.router_bias.amax(-1).tolist(),
+            ),
         )
+        fields = schema.fields(line)
         self.log.metrics(**fields)
-        self.monitor.step(fields, load)
-        eta = elapsed / (state.step - self.first_step) * (train.steps - state.step)
-        # a dense model has no experts to balance
-        worst = shape.max_over_mean.tolist()
-        balance = f"bal {max(worst):.2f}  dead {int(shape.dead.sum().item())}  " if worst else ""
+        self.monitor.step(line, load)
+        eta = rank.elapsed_s / (state.step - self.first_step) * (train.steps - state.step)
         say(
             f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
-            f"loss {loss:.4f}  gnorm {norm:.3f}  lr {rates['dense']:.1e}  {quantity(rate)} tok/s  "
-            f"mfu {100 * mfu:.1f} %  mem {quantity(held, 'B')}  {balance}eta {duration(eta)}"
+            f"{schema.summary(fields)}  eta {duration(eta)}"
         )
         return skipped, in_row
 
@@ -106,31 +93,23 @@ class Report:
             stages=[{"name": stage.name, "windows": list(stage.quotas)} for stage in planned.stages],
         )
 
-    def _own(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
-        """What this rank alone knows. Writes: its metrics."""
-        parts = {f"time/{name}_s": value / steps for name, value in seconds.items() if name != "validation"}
-        busy = sum(parts.values())
-        self.log.metrics(
+    def _rank(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> schema.Rank:
+        """What this rank alone knows of itself; times are means over the last `steps`."""
+        times = {name: value / steps for name, value in seconds.items() if name != "validation"}
+        step_s = sum(times.values())
+        # written into the memory of other ranks in the last step
+        sent = None if self.exchange is None else int(metrics.sent.item())
+        return schema.Rank(
             step=state.step,
             elapsed_s=time.monotonic() - self.began,
-            tokens_local=self._tokens_local(state),
+            # in all attempts
+            tokens_local=resume.count_tokens(self.first_tokens, state.tokens, self.rt.world)[self.rt.rank],
             memory_bytes=gpu.memory_bytes(self.rt.device),
-            **self._sent(metrics, busy),
-            step_s=busy,
-            **parts,
+            step_s=step_s,
+            times=times,
+            exchange_bytes=sent,
+            exchange_bandwidth=None if sent is None else sent / step_s,
         )
-        return int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
-
-    def _tokens_local(self, state: State) -> int:
-        """Tokens this rank has read, in all attempts."""
-        return resume.count_tokens(self.first_tokens, state.tokens, self.rt.world)[self.rt.rank]
-
-    def _sent(self, metrics: Metrics, step_s: float) -> dict[str, float]:
-        """Bytes this rank wrote into the memory of others in the last step, and that over the mean time of a step."""
-        if self.exchange is None:
-            return {}
-        num_bytes = int(metrics.sent.item())
-        return {"exchange/bytes": num_bytes, "exchange/bandwidth": num_bytes / step_s}
 
     def settle(self) -> None:
         """Wait for what is written aside. Raises: InputError when it could not be written."""
@@ -141,10 +120,10 @@ class Report:
         """Report a validation."""
         if self.monitor is None:
             return
-        numbers = {"validation/loss": held.loss, "validation/bits_per_byte": held.bits_per_byte}
-        self.log.metrics(step=step, elapsed_s=time.monotonic() - self.began, **numbers)
-        self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)
-        say(
-            f"step {step}  validation loss {held.loss:.4f} nats  {held.bits_per_byte:.4f} bits/byte  "
-            f"{held.tokens} tokens"
+        elapsed_s = time.monotonic() - self.began
+        fields = schema.fields(
+            schema.Validation(step=step, elapsed_s=elapsed_s, loss=held.loss, bits_per_byte=held.bits_per_byte)
         )
+        self.log.metrics(**fields)
+        self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)
+        say(f"step {step}  {schema.summary(fields)}  {held.tokens} tokens")

@@ -89,7 +89,7 @@ def _rows(data: Tensor, first: int, factors: Factors) -> Tensor:
     words = data.view(torch.int64)
     words = words.view(-1, min(BLOCK, len(words)))
     block, place = divmod(first // 8, BLOCK)
-    low, high = (each[place : place + words.shape[1]] for each in (factors.low, factors.high))
+    low, high = (factor[place : place + words.shape[1]] for factor in (factors.low, factors.high))
     add = _row_sums_numpy if data.device.type == "cpu" else _row_sums
     sums = add(words, low, high)
     return (sums * factors.blocks[block - factors.first :][: len(sums)]).sum()
@@ -102,13 +102,13 @@ def _row_sums(words: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _row_sums_numpy(words: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The same on a CPU, where numpy multiplies integers about twice as fast as torch does."""
-    found, shifted = np.empty(len(words), np.int64), np.empty((min(CPU_ROWS, len(words)), words.shape[1]), np.int64)
+    sums, shifted = np.empty(len(words), np.int64), np.empty((min(CPU_ROWS, len(words)), words.shape[1]), np.int64)
     for begin in range(0, len(words), CPU_ROWS):
         rows = words[begin : begin + CPU_ROWS].numpy()
         upper = np.right_shift(rows, 32, out=shifted[: len(rows)])
-        found[begin : begin + len(rows)] = np.einsum("bi,i->b", rows, low.numpy())
-        found[begin : begin + len(rows)] += np.einsum("bi,i->b", upper, high.numpy())
-    return torch.from_numpy(found)
+        sums[begin : begin + len(rows)] = np.einsum("bi,i->b", rows, low.numpy())
+        sums[begin : begin + len(rows)] += np.einsum("bi,i->b", upper, high.numpy())
+    return torch.from_numpy(sums)
 
 
 def _factors(begin: int, end: int, device: torch.device) -> Factors:

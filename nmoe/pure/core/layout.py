@@ -85,12 +85,12 @@ class ArenaLayout:
         Raises:  ValueError when there are not so many parts.
         """
         expect_member(f"arena {self.name}: expected a part", part, self.parts)
-        found: list[Stretch] = []
+        runs: list[Stretch] = []
         for low, high in self.buckets():
             size = (high - low) // self.parts
             begin = low + part * size
-            found.append(Stretch(begin=begin, end=begin + size, at=low // self.parts))
-        return tuple(found)
+            runs.append(Stretch(begin=begin, end=begin + size, at=low // self.parts))
+        return tuple(runs)
 
     def share(self, slot: Slot, part: int) -> Stretch:
         """What the `part`-th of the ranks has of one parameter; it may be nothing, at the parameter's end."""

@@ -109,6 +109,6 @@ def unzip(like: Any, both: Any) -> tuple[Any, ...]:
 
 def leaves(node: Any) -> tuple[tuple[str, Any], ...]:
     """Path and value of every leaf, in the order of the fields."""
-    found: list[tuple[str, Any]] = []
-    map(lambda path, leaf: found.append((path, leaf)), node)
-    return tuple(found)
+    pairs: list[tuple[str, Any]] = []
+    map(lambda path, leaf: pairs.append((path, leaf)), node)
+    return tuple(pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -16,6 +17,12 @@ from nmoe.pure.units import duration, quantity, time_of
 
 Line = tuple[str, str]
 """What a line is about, and what it says."""
+
+Grid = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Head and rows of a table."""
+
+Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+"""Aligns the cells of a table."""
 
 
 def _aligned(*lines: Line) -> str:
@@ -94,8 +101,8 @@ def numbers(taken: Scaled, candidates: tuple[Scaled, ...], bests: tuple[Scaled, 
         "seconds": taken.seconds(),
         "machine": attrs.asdict(taken.machine),
         "taken": _summary(taken),
-        "choices": [_summary(each) for each in candidates],
-        "sizes": [_summary(each) for each in bests],
+        "choices": [_summary(choice) for choice in candidates],
+        "sizes": [_summary(best) for best in bests],
     }
 
 
@@ -118,8 +125,10 @@ def _summary(s: Scaled) -> dict[str, Any]:
     }
 
 
-def screen(config: Config, taken: Scaled, candidates: tuple[Scaled, ...], bests: tuple[Scaled, ...]) -> str:
-    """Everything about a machine of several GPUs, on one screen."""
+def screen(
+    config: Config, taken: Scaled, candidates: tuple[Scaled, ...], bests: tuple[Scaled, ...], table: Table
+) -> str:
+    """Everything about a machine of several GPUs, on one screen; `table` aligns cells."""
     a, machine = taken.arrangement, taken.machine
     where = (
         f"{a.gpus} {machine.gpu} of {quantity(machine.memory, 'B')} on {_hosts_of(a.hosts)} of {a.per_host()}; "
@@ -128,9 +137,9 @@ def screen(config: Config, taken: Scaled, candidates: tuple[Scaled, ...], bests:
     return _aligned(
         *_about(config, taken.plan),
         ("machine", where),
-        *_table("experts over", _compared(candidates)),
+        *_named("experts over", table(*_compared(candidates)).splitlines()),
         *_in_detail(taken),
-        *_table("other sizes", _by_size(bests)),
+        *_named("other sizes", table(*_by_size(bests)).splitlines()),
         *_assumed(taken),
     )
 
@@ -140,36 +149,35 @@ def _hosts_of(number: int) -> str:
     return "1 host" if number == 1 else f"{number} hosts"
 
 
-def _table(name: str, rows: tuple[str, ...]) -> tuple[Line, ...]:
+def _named(name: str, rows: Iterable[str]) -> tuple[Line, ...]:
     """Rows with their name before the first."""
     return tuple((name if place == 0 else "", row) for place, row in enumerate(rows))
 
 
-def _compared(candidates: tuple[Scaled, ...]) -> tuple[str, ...]:
+def _compared(candidates: tuple[Scaled, ...]) -> Grid:
     """Ways to share out the experts: two candidates a line, without and with dedup."""
-    head = (
-        f"{'GPUs':>4} {'hosts':>5} {'memory a GPU':>15}      {'dispatch sends':>15} {'takes':>15} {'a step':>16} "
-        f"{'tokens/s':>15}"
+    head = ("GPUs", "hosts", "memory a GPU", "", "dispatch sends", "takes", "a step", "tokens/s")
+    columns = (
+        lambda s: quantity(s.plan.memory.total(), "B"),
+        _verdict,
+        lambda s: quantity(_total(s.dispatch), "B"),
+        lambda s: time_of(s.dispatch_s),
+        lambda s: time_of(s.step_s()),
+        lambda s: quantity(s.tokens_per_second()),
     )
-    rows = [head]
-    for both in zip(candidates[::2], candidates[1::2], strict=True):
-        a = both[0].arrangement
-        memory, sends, takes, step, speed = (
-            _pair(*(show(each) for each in both))
-            for show in (
-                lambda s: quantity(s.plan.memory.total(), "B"),
-                lambda s: quantity(_total(s.dispatch), "B"),
-                lambda s: time_of(s.dispatch_s),
-                lambda s: time_of(s.step_s()),
-                lambda s: quantity(s.tokens_per_second()),
-            )
+    rows = [
+        (
+            *(str(number) for number in (plain.arrangement.expert_ranks, plain.arrangement.expert_hosts())),
+            *(_pair(show(plain), show(dedup)) for show in columns),
         )
-        fits = _pair(*("fits" if each.fits() else "no" for each in both))
-        rows.append(
-            f"{a.expert_ranks:>4} {a.expert_hosts():>5} {memory:>15} {fits:<4} {sends:>15} {takes:>15} {step:>16} "
-            f"{speed:>15}"
-        )
-    return tuple(rows)
+        for plain, dedup in zip(candidates[::2], candidates[1::2], strict=True)
+    ]
+    return head, rows
+
+
+def _verdict(s: Scaled) -> str:
+    """Whether an arrangement fits into the memory of its GPUs."""
+    return "fits" if s.fits() else "no"
 
 
 def _pair(left: str, right: str) -> str:
@@ -226,22 +234,24 @@ def _in_detail(s: Scaled) -> tuple[Line, ...]:
     )
 
 
-def _by_size(bests: tuple[Scaled, ...]) -> tuple[str, ...]:
+def _by_size(bests: tuple[Scaled, ...]) -> Grid:
     """Numbers of GPUs, each with its best arrangement."""
+    head = ("GPUs", "hosts", "experts over", "memory a GPU", "", "a step", "waits", "tokens/s", "a GPU", "days")
     rows = [
-        f"{'GPUs':>4} {'hosts':>5} {'experts over':>12} {'memory a GPU':>12}      {'a step':>8} {'waits':>6} "
-        f"{'tokens/s':>9} {'a GPU':>8} {'days':>7} {'GPU hours':>10}"
-    ]
-    for each in bests:
-        a = each.arrangement
-        rows.append(
-            f"{a.gpus:>4} {a.hosts:>5} {a.expert_ranks:>12} {quantity(each.plan.memory.total(), 'B'):>12} "
-            f"{'fits' if each.fits() else 'no':<4} {time_of(each.step_s()):>8} "
-            f"{100 * (1 - each.compute_s / each.step_s()):>4.0f} % {quantity(each.tokens_per_second()):>9} "
-            f"{quantity(each.tokens_per_second() / a.gpus):>8} {each.seconds() / 86400:>7.1f} "
-            f"{quantity(each.seconds() / 3600 * a.gpus):>10}"
+        (
+            *(str(number) for number in (s.arrangement.gpus, s.arrangement.hosts, s.arrangement.expert_ranks)),
+            quantity(s.plan.memory.total(), "B"),
+            _verdict(s),
+            time_of(s.step_s()),
+            f"{100 * (1 - s.compute_s / s.step_s()):.0f} %",
+            quantity(s.tokens_per_second()),
+            quantity(s.tokens_per_second() / s.arrangement.gpus),
+            f"{s.seconds() / 86400:.1f}",
+            quantity(s.seconds() / 3600 * s.arrangement.gpus),
         )
-    return tuple(rows)
+        for s in bests
+    ]
+    return (*head, "GPU hours"), rows
 
 
 def _assumed(s: Scaled) -> tuple[Line, ...]:
@@ -258,7 +268,7 @@ def _assumed(s: Scaled) -> tuple[Line, ...]:
         for name, wire in used
     )
     return (
-        *_table("wires", tuple(texts)),
+        *_named("wires", texts),
         (
             "assumed",
             f"computing alone runs at {100 * s.plan.mfu:.0f} % MFU; routing is even; room for "

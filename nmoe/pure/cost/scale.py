@@ -122,7 +122,7 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
     layers = planned.microbatches * (c.num_layers - c.num_dense_layers)
     again = Traffic(inside=2 * dispatch.inside, between=2 * dispatch.between)
     dispatch_s, combine_s, counts_s, again_s = (
-        traffic.exchange_seconds(each, machine) for each in (dispatch, combine, counts, again)
+        traffic.exchange_seconds(moved, machine) for moved in (dispatch, combine, counts, again)
     )
 
     dense, experts = 0, 0
@@ -164,12 +164,12 @@ def _collectives(a: Arrangement, machine: Machine, dense: int, experts: int) -> 
     over_all = traffic.collective(num_bytes=dense, ranks_per_host=a.per_host(), hosts=a.hosts)
     over_copies = traffic.collective(num_bytes=experts, ranks_per_host=per_host, hosts=a.copies() // per_host)
     both = Traffic(inside=over_all.inside + over_copies.inside, between=over_all.between + over_copies.between)
-    return both, sum(traffic.collective_seconds(each, machine) for each in (over_all, over_copies))
+    return both, sum(traffic.collective_seconds(moved, machine) for moved in (over_all, over_copies))
 
 
 def best(candidates: tuple[Scaled, ...]) -> Scaled:
     """The fastest that fits; if none does, the smallest."""
-    fitting = [each for each in candidates if each.fits()]
+    fitting = [candidate for candidate in candidates if candidate.fits()]
     if fitting:
         return min(fitting, key=Scaled.step_s)
-    return min(candidates, key=lambda each: each.plan.memory.total())
+    return min(candidates, key=lambda candidate: candidate.plan.memory.total())

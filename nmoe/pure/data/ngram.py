@@ -51,11 +51,11 @@ def bigram_loss(train: NDArray[Any], held_out: NDArray[Any], vocab_size: int) ->
 def _check(train: NDArray[Any], held_out: NDArray[Any], vocab_size: int, *, shortest: int) -> None:
     """Refuse tokens outside the vocabulary, whose pairs would be taken for others, and means of nothing."""
     if len(held_out) < shortest:
-        raise ValueError(f"held_out: at least {shortest} tokens, got {len(held_out)}; give more")
+        raise ValueError(f"held_out: expected at least {shortest} tokens, got {len(held_out)}; give more")
     for name, tokens in (("train", train), ("held_out", held_out)):
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
             raise ValueError(
-                f"{name}: tokens in 0..{vocab_size - 1}, got {tokens.min()} to {tokens.max()}; "
+                f"{name}: expected tokens in 0..{vocab_size - 1}, got {tokens.min()} to {tokens.max()}; "
                 "give the size of their tokenizer"
             )
 

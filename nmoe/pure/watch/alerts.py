@@ -64,7 +64,7 @@ def judge(limits: Limits, history: History, seen: Seen) -> tuple[History, tuple[
 
     returns  the history with this report, and the alerts whose rule holds now and did not before
     """
-    found = tuple(
+    alerts = tuple(
         alert
         for alert in (
             _nonfinite(history, seen),
@@ -80,9 +80,9 @@ def judge(limits: Limits, history: History, seen: Seen) -> tuple[History, tuple[
         losses=_recent(history.losses, seen.loss),
         rates=_recent(history.rates, seen.tokens_per_s),
         nonfinite_steps=max(history.nonfinite_steps, seen.nonfinite_steps),
-        holding=frozenset(alert.rule for alert in found),
+        holding=frozenset(alert.rule for alert in alerts),
     )
-    return after, tuple(alert for alert in found if alert.rule not in history.holding)
+    return after, tuple(alert for alert in alerts if alert.rule not in history.holding)
 
 
 def _recent(values: tuple[float, ...], value: float) -> tuple[float, ...]:

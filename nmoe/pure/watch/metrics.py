@@ -1,13 +1,18 @@
-"""The metrics schema: every name a line of metrics may hold, with its unit and what it means."""
+"""The metrics schema: every name a line of metrics may hold, with its unit and what it means.
+
+The trainer fills these records, so it can log nothing that is not here; readers ask `metric` about a name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import attrs
+
+from nmoe.pure.units import quantity
 
 Kind = Literal["place", "count", "value", "time", "layers"]
 """place: which line this is; count: a running total; value: what the training computed; time: what depends on the
@@ -21,6 +26,9 @@ FORMATS = MappingProxyType[str, Format](
 """Of the units whose numbers are shown with a prefix, as kilo or kibi."""
 
 
+Layers = Literal["", "max", "sum"]
+
+
 @attrs.frozen
 class Metric:
     """One name, or the names of a pattern with `*`."""
@@ -29,42 +37,179 @@ class Metric:
     unit: str
     kind: Kind
     doc: str
+    screen: str = ""  # how a line on the screen has it, with `{}` for the number; empty: it does not
+    layers: Layers = ""  # what the screen shows of a table with one entry a mixture layer
+    bad_above: float | None = None  # a value that a page marks is greater
 
     def format(self) -> Format:
         """How a person reads it."""
         return "percent" if self.name == "mfu" else FORMATS.get(self.unit, "number")
 
+    def text(self, value: float) -> str:
+        """A value as a part of a line on the screen."""
+        match self.format():
+            case "count":
+                return self.screen.format(quantity(value))
+            case "bytes":
+                return self.screen.format(quantity(value, "B"))
+            case "percent":
+                return self.screen.format(100 * value)
+            case _:
+                return self.screen.format(value)
+
+
+@attrs.frozen(kw_only=True)
+class Line:
+    """What each line of metrics holds."""
+
+    step: Annotated[int, Metric("step", "steps", "place", "optimizer steps taken")]
+    elapsed_s: Annotated[float, Metric("elapsed_s", "s", "time", "monotonic time since the start of the attempt")]
+
+
+@attrs.frozen(kw_only=True)
+class Rank(Line):
+    """What a rank reports of itself."""
+
+    tokens_local: Annotated[int, Metric("tokens_local", "tokens", "count", "tokens read by this rank")]
+    memory_bytes: Annotated[
+        int,
+        Metric(
+            "memory_bytes", "B", "time", "most memory this process has held, of the GPU or else of the host", "mem {}"
+        ),
+    ]
+    step_s: Annotated[float, Metric("step_s", "s", "time", "a step without validation, mean since the previous line")]
+    times: Annotated[
+        Mapping[str, float], Metric("time/*_s", "s", "time", "a part of a step, mean since the previous line")
+    ]
+    exchange_bytes: Annotated[
+        float | None,
+        Metric("exchange/bytes", "B/step", "value", "written into the memory of other ranks in this step"),
+    ]
+    exchange_bandwidth: Annotated[
+        float | None, Metric("exchange/bandwidth", "B/s", "time", "those bytes over the mean time of a step")
+    ]
+
+
+@attrs.frozen(kw_only=True)
+class Experts:
+    """How the work is divided among experts, one entry a mixture layer."""
+
+    layer: Annotated[Sequence[int], Metric("experts/layer", "", "place", "number of the layer")]
+    max_over_mean: Annotated[
+        Sequence[float],
+        Metric(
+            *("experts/max_over_mean", "1", "layers"),
+            "load of the fullest expert over the mean load: 1 more than the max violation, MaxVio",
+            *("bal {:.2f}", "max"),
+        ),
+    ]
+    cv: Annotated[
+        Sequence[float], Metric("experts/cv", "1", "layers", "standard deviation of the loads over their mean")
+    ]
+    dead: Annotated[
+        Sequence[int],
+        Metric("experts/dead", "experts", "layers", "experts without a token", "dead {:.0f}", "sum", bad_above=0),
+    ]
+    entropy: Annotated[Sequence[float], Metric("experts/entropy", "nats", "layers", "entropy of the routing")]
+    bias_min: Annotated[Sequence[float], Metric("experts/bias_min", "1", "layers", "smallest router bias")]
+    bias_max: Annotated[Sequence[float], Metric("experts/bias_max", "1", "layers", "largest router bias")]
+
+
+@attrs.frozen(kw_only=True)
+class Step:
+    """What the first rank reports of a step."""
+
+    tokens_global: Annotated[int, Metric("tokens_global", "tokens", "count", "tokens read by all ranks")]
+    loss: Annotated[float, Metric("loss", "nats/token", "value", "cross entropy a target", "loss {:.4f}")]
+    auxiliary_loss: Annotated[
+        float, Metric("auxiliary_loss", "nats/token", "value", "weighted sequence-wise balance loss")
+    ]
+    grad_norm: Annotated[
+        float, Metric("grad_norm", "1", "value", "global norm of the gradient before the clip", "gnorm {:.3f}")
+    ]
+    update_norm: Annotated[float, Metric("update_norm", "1", "value", "norm of the change of all parameters")]
+    rates: Annotated[
+        Mapping[str, float],
+        Metric("lr/*", "1", "value", "learning rate of an optimizer group in this step", "lr {:.1e}"),
+    ]
+    nonfinite_steps: Annotated[int, Metric("nonfinite_steps", "steps", "count", "skipped steps so far")]
+    tokens_per_s: Annotated[
+        float,
+        Metric("tokens_per_s", "tokens/s", "time", "throughput of all ranks, mean since the previous line", "{} tok/s"),
+    ]
+    mfu: Annotated[
+        float,
+        Metric("mfu", "1", "time", "model FLOPs over peak FLOPs, mean since the previous line", "mfu {:.1f} %"),
+    ]
+    rank: Rank
+    experts: Experts
+
+
+@attrs.frozen(kw_only=True)
+class Validation(Line):
+    """What the first rank reports of a validation, on a line of its own."""
+
+    loss: Annotated[
+        float,
+        Metric(
+            *("validation/loss", "nats/token", "value"),
+            "loss over the validation split; on a line of its own",
+            "validation loss {:.4f} nats",
+        ),
+    ]
+    bits_per_byte: Annotated[
+        float,
+        Metric(
+            "validation/bits_per_byte", "bits/B", "value", "the same over the bytes of the text", "{:.4f} bits/byte"
+        ),
+    ]
+
+
+def _entries(kind: type) -> tuple[tuple[str, Metric | None], ...]:
+    """Fields of a record with their metrics; None for a field that is a record itself."""
+    hints = get_type_hints(kind, include_extras=True).items()
+    return tuple((name, next(iter(getattr(hint, "__metadata__", ())), None)) for name, hint in hints)
+
+
+_ENTRIES = MappingProxyType({kind: _entries(kind) for kind in (Line, Step, Rank, Experts, Validation)})
 
 METRICS = (
     Metric("attempt", "", "place", "which start of the run"),
     Metric("time", "UTC, ISO 8601", "place", "wall clock; a label, never a duration"),
-    Metric("step", "steps", "place", "optimizer steps taken"),
-    Metric("elapsed_s", "s", "time", "monotonic time since the start of the attempt"),
-    Metric("tokens_global", "tokens", "count", "tokens read by all ranks"),
-    Metric("tokens_local", "tokens", "count", "tokens read by this rank"),
-    Metric("loss", "nats/token", "value", "cross entropy a target"),
-    Metric("auxiliary_loss", "nats/token", "value", "weighted sequence-wise balance loss"),
-    Metric("lr/*", "1", "value", "learning rate of an optimizer group in this step"),
-    Metric("grad_norm", "1", "value", "global norm of the gradient before the clip"),
-    Metric("update_norm", "1", "value", "norm of the change of all parameters"),
-    Metric("nonfinite_steps", "steps", "count", "skipped steps so far"),
-    Metric("tokens_per_s", "tokens/s", "time", "throughput of all ranks, mean since the previous line"),
-    Metric("mfu", "1", "time", "model FLOPs over peak FLOPs, mean since the previous line"),
-    Metric("memory_bytes", "B", "time", "most memory this process has held, of the GPU or else of the host"),
-    Metric("step_s", "s", "time", "a step without validation, mean since the previous line"),
-    Metric("time/*_s", "s", "time", "a part of a step, mean since the previous line"),
-    Metric("exchange/bytes", "B/step", "value", "written into the memory of other ranks in this step"),
-    Metric("exchange/bandwidth", "B/s", "time", "those bytes over the mean time of a step"),
-    Metric("experts/layer", "", "place", "number of the layer"),
-    Metric("experts/max_over_mean", "1", "layers", "load of the fullest expert over the mean load"),
-    Metric("experts/cv", "1", "layers", "standard deviation of the loads over their mean"),
-    Metric("experts/dead", "experts", "layers", "experts without a token"),
-    Metric("experts/entropy", "nats", "layers", "entropy of the routing"),
-    Metric("experts/bias_min", "1", "layers", "smallest router bias"),
-    Metric("experts/bias_max", "1", "layers", "largest router bias"),
-    Metric("validation/loss", "nats/token", "value", "loss over the validation split; on a line of its own"),
-    Metric("validation/bits_per_byte", "bits/B", "value", "the same over the bytes of the text"),
+    *dict.fromkeys(entry for entries in _ENTRIES.values() for _, entry in entries if entry is not None),
 )
+
+
+def fields(record: Step | Rank | Experts | Validation) -> dict[str, Any]:
+    """A record as a line of metrics has it: names to numbers, and `experts` to its table."""
+    line: dict[str, Any] = {}
+    for attribute, entry in _ENTRIES[type(record)]:
+        value = getattr(record, attribute)
+        if isinstance(value, Rank):
+            line |= fields(value)
+        elif isinstance(value, Experts):
+            line["experts"] = {name.removeprefix("experts/"): numbers for name, numbers in fields(value).items()}
+        elif entry is not None and isinstance(value, Mapping):
+            line |= {entry.name.replace("*", part): number for part, number in value.items()}
+        elif entry is not None and value is not None:
+            line[entry.name] = value
+    return line
+
+
+def summary(line: Mapping[str, Any]) -> str:
+    """A line of metrics as a person reads it, on one line of the screen."""
+    experts = line.get("experts", {})
+    values = {**line, **{f"experts/{name}": numbers for name, numbers in experts.items()}}
+    parts: list[str] = []
+    for entry in METRICS:
+        value = next((values[name] for name in values if fnmatchcase(name, entry.name)), None)
+        if not entry.screen or value is None or value == []:
+            continue
+        if entry.layers:
+            numbers = list(map(float, value))
+            value = max(numbers) if entry.layers == "max" else sum(numbers)
+        parts.append(entry.text(float(value)))
+    return "  ".join(parts)
 
 
 def metric(name: str) -> Metric | None:

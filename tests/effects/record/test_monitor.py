@@ -8,6 +8,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from nmoe.effects.record.log import open_log
 from nmoe.effects.record.monitor import watching
 from nmoe.effects.record.names import ARRAYS, RUN, TELEMETRY
 from nmoe.errors import InputError
+from nmoe.pure.watch.metrics import Experts, Rank, Step
 from tests.effects.train.tiny import tiny
 
 
@@ -29,11 +31,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def fields(step: int, **other: Any) -> dict[str, Any]:
-    return {
-        **{"step": step, "tokens_global": 32 * step, "loss": 2.0, "grad_norm": 1.0, "nonfinite_steps": 0},
-        **{"tokens_per_s": 1e5, "step_s": 0.1, "experts": {"layer": [1, 2], "dead": [0, 0]}, **other},
-    }
+def line(step: int, dead: Sequence[int] = (0, 0), **other: Any) -> Step:
+    times: dict[str, Any] = {"elapsed_s": 1.0, "step_s": 0.1, "times": {}}
+    sent: dict[str, Any] = {"exchange_bytes": None, "exchange_bandwidth": None}
+    health: Any = dict.fromkeys(("max_over_mean", "cv", "entropy", "bias_min", "bias_max"), (1.0, 1.0))
+    norms: dict[str, Any] = {"grad_norm": 1.0, "update_norm": 1.0, "auxiliary_loss": 0.0, "rates": {}}
+    numbers: dict[str, Any] = {"loss": 2.0, "nonfinite_steps": 0, "tokens_per_s": 1e5, "mfu": 0.1, **other}
+    rank = Rank(step=step, tokens_local=32 * step, memory_bytes=1, **times, **sent)
+    experts = Experts(layer=[1, 2], dead=dead, **health)
+    return Step(rank=rank, experts=experts, tokens_global=32 * step, **norms, **numbers)
 
 
 def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
@@ -45,7 +51,7 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
     with open_log(tmp_path, attempt=4) as opened:
         with watching(config, opened, flops=7, world=1, cuda=False, step=0, skipped=0) as monitor:
             for step in (1, 2, 3):
-                monitor.step(fields(step, experts={"layer": [1, 2], "dead": [0, int(step == 3)]}), load)
+                monitor.step(line(step, dead=[0, int(step == 3)]), load)
             monitor.log.event("end", status="finished", step=3)
     beat = json.loads((tmp_path / RUN).read_text())
     assert (beat["status"], beat["step"], beat["steps"], beat["layers"]) == ("finished", 3, 10, [1, 2])
@@ -57,7 +63,7 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
     ]
     events = {line["event"]: line for line in lines(tmp_path / "events.jsonl")}
     assert (events["alert"]["rule"], events["alert"]["step"], events["alert"]["attempt"]) == ("dead_experts", 3, 4)
-    assert events["alert_command_failed"]["error"] == "log.alert_command: exits with 0, got 3: oh"
+    assert events["alert_command_failed"]["error"] == "log.alert_command: expected exit code 0, got 3: oh"
     assert json.loads((tmp_path / "told").read_text())["rule"] == "dead_experts"
     (reading, *_) = lines(tmp_path / TELEMETRY)
     assert reading["attempt"] == 4 and reading["gpus"] == [] and reading["host"]["disk_free_bytes"] > 0
@@ -67,7 +73,7 @@ def test_what_was_not_finite_before_the_attempt_is_no_alert(tmp_path: Path) -> N
     with open_log(tmp_path, attempt=2) as opened:
         with watching(tiny(), opened, flops=1, world=1, cuda=False, step=10, skipped=3) as monitor:
             for step, nonfinite in ((11, 3), (12, 4)):
-                monitor.step(fields(step, nonfinite_steps=nonfinite), torch.zeros(2, 8, dtype=torch.int64))
+                monitor.step(line(step, nonfinite_steps=nonfinite), torch.zeros(2, 8, dtype=torch.int64))
     alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
     assert [(line["rule"], line["step"]) for line in alerts if line["rule"] == "nonfinite"] == [("nonfinite", 12)]
 
@@ -78,7 +84,7 @@ def test_loads_are_those_of_their_step_though_the_trainer_goes_on(tmp_path: Path
         with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
             for step in range(1, 9):
                 load = torch.full((100, 1000), step)
-                monitor.step(fields(step), load)
+                monitor.step(line(step), load)
                 load.zero_()
     written = lines(tmp_path / ARRAYS)
     assert [(line["step"], {n for row in line["load"] for n in row}) for line in written] == [
@@ -96,7 +102,7 @@ def test_loads_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
     ):
         with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
             for reached in range(1, 9):
-                monitor.step(fields(reached), torch.zeros(2, 8, dtype=torch.int64))
+                monitor.step(line(reached), torch.zeros(2, 8, dtype=torch.int64))
     assert reached == 2, "told with the next loads, not after the run"
 
 
@@ -127,7 +133,7 @@ def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None
     thread = alert_command.start(f"(sleep 2; touch {tmp_path}/late) & wait", {}, 0.2, problems.append)
     assert time.monotonic() - begin < 0.1
     thread.join()
-    assert problems == ["log.alert_command: ends within 0.2 s, got none; it was killed"]
+    assert problems == ["log.alert_command: expected an end within 0.2 s, got none; it was killed"]
     time.sleep(2.2)
     assert not (tmp_path / "late").exists()
 
@@ -142,7 +148,7 @@ def test_a_full_disk_is_an_alert_once_telemetry_tells(tmp_path: Path) -> None:
                 time.sleep(0.01)
             for step, free in ((1, 6e9), (2, 4e9)):
                 monitor.reading(opened.metrics_file, {"host": {"disk_free_bytes": free}})
-                monitor.step(fields(step), torch.zeros(2, 8, dtype=torch.int64))
+                monitor.step(line(step), torch.zeros(2, 8, dtype=torch.int64))
     alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
     assert ("disk", 2) in [(line["rule"], line["step"]) for line in alerts]
     assert ("disk", 1) not in [(line["rule"], line["step"]) for line in alerts]

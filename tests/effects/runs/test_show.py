@@ -234,7 +234,7 @@ def test_any_other_bad_line_is_named(tmp_path: Path, bad: bytes, read: str) -> N
         (b"{", ["3.2500", "expected one JSON object, got b'{'; fix or delete the line"]),
         (b"\0\0\0", ["3.2500", "expected one JSON object, got b'\\x00\\x00\\x00'; fix or delete the line"]),
         (b"{\n[]", ["3.2500", "b'{'; fix or delete the line (and 1 more)"]),
-        (b'{"loss": "high"}', ["unreadable", "loss is a number, got 'high'; fix or delete the line"]),
+        (b'{"loss": "high"}', ["unreadable", "loss: expected a number, got 'high'; fix or delete the line"]),
     ],
 )
 def test_a_damaged_run_is_listed_beside_the_others(

@@ -128,7 +128,10 @@ def test_a_service_that_goes_on_failing_ends_the_follower_and_not_the_run(servic
     with pytest.raises(InputError) as caught:
         service.once()
     (problem,) = caught.value.problems
-    assert problem.startswith(f"--to {service.name}: a target that takes lines, got ") and f"{TRIES} times" in problem
+    assert (
+        problem.startswith(f"--to {service.name}: expected a target that takes lines, got ")
+        and f"{TRIES} times" in problem
+    )
     assert service.digest() == before
     assert json.loads((service.folder / "track" / f"{service.name}.json").read_text())["line"] == 1
     assert service.name == "mlflow" or service.store.closed == 2, "closed all the same"
@@ -139,7 +142,7 @@ def test_a_service_that_goes_on_failing_ends_the_follower_and_not_the_run(servic
 def test_a_service_that_cannot_be_opened_is_told(service: Service) -> None:
     service.append(line(0, loss=0.0))
     service.store.fail = 1
-    with pytest.raises(InputError, match=f"--to {service.name}: a target that can be opened and closed, got "):
+    with pytest.raises(InputError, match=f"--to {service.name}: expected a target that can be opened and closed, got "):
         service.once()
     service.once()
     assert service.told() == [(0, 1, {"loss": 0.0})]
@@ -148,5 +151,7 @@ def test_a_service_that_cannot_be_opened_is_told(service: Service) -> None:
 def test_an_absent_package_names_its_extra(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (service.name, f"{service.name}.tracking"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match=rf'--to: {service.name} is installed.*pip install "nmoe\[{service.name}\]"'):
+    with pytest.raises(
+        InputError, match=rf'--to: expected {service.name} to be installed.*pip install "nmoe\[{service.name}\]"'
+    ):
         service.once()

@@ -112,14 +112,16 @@ def test_the_page_knows_metrics_from_the_schema_that_the_server_sends(index: Ind
     answer = views.runs(index, [])
     metrics = {metric.name: metric for metric in answer.metrics}
     assert [metrics[tag].name for tag in answer.tags] == answer.tags and set(answer.tags) == set(tags(index))
-    assert answer.tags[:4] == ["loss", "lr/dense", "grad_norm", "tokens_per_s"], "in the order of the schema"
+    assert answer.tags[:4] == ["loss", "grad_norm", "lr/dense", "tokens_per_s"], "in the order of the schema"
     assert answer.tags[-1] == "exchange/bytes_per_s", "what the schema does not know is last"
     assert (metrics["loss"].unit, metrics["mfu"].format, metrics["lr/dense"].kind) == ("nats/token", "percent", "value")
     assert (metrics["tokens_per_s"].format, metrics["exchange/bytes_per_s"].format) == ("count", "number")
     assert metrics["experts/cv"].doc == schema.metric("experts/cv").doc  # type: ignore[union-attr]
     assert all(hasattr(answer.runs[0], column.name) for column in answer.shown)
     page = "".join(path.read_text() for path in STATIC.glob("*.js"))
-    assert [entry.name for entry in schema.METRICS if f'"{entry.name}"' in page and entry.kind != "place"] == []
+    names = {entry.name for entry in schema.METRICS if entry.kind != "place"}
+    assert [name for name in names if f'"{name}"' in page or f'"{name.removeprefix("experts/")}"' in page] == []
+    assert metrics["experts/dead"].bad_above == 0 and metrics["experts/cv"].bad_above is None
 
 
 def test_a_resumed_run_is_one_curve_of_the_newest_attempt(index: Index) -> None:
@@ -243,7 +245,7 @@ def test_layers_and_loads_are_those_that_were_logged(index: Index) -> None:
     assert (history.rows[-1], history.load[-1][5]) == (200, 0) and history.load[0] == runs.loads(10, 2)
     entropy = experts.layers(index, "finished", "entropy", curves.Axis())
     assert entropy.values[2][99] == 2.7 - 0.001 * 100 - 0.01 * 3
-    with pytest.raises(InputError, match="crashed: loads of its experts, got none"):
+    with pytest.raises(InputError, match="crashed: expected loads of its experts, got none"):
         experts.load(index, "crashed", None)
 
 
@@ -309,7 +311,7 @@ def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: st
 )
 def test_a_plan_that_is_none_is_told(tmp_path: Path, broken: dict[str, Any]) -> None:
     runs.append(runs.folder(tmp_path, "a") / "events.jsonl", [runs.mixture(0.0, **broken)])
-    with indexed(tmp_path) as index, pytest.raises(InputError, match="a: an event `mixture` with the quotas"):
+    with indexed(tmp_path) as index, pytest.raises(InputError, match="a: expected an event `mixture` with the quotas"):
         mixture.mixture(index, "a")
 
 
@@ -365,7 +367,7 @@ def test_a_file_that_shrank_a_folder_that_went_and_one_that_came_back(tmp_path: 
         shutil.rmtree(folder)
         assert poll(index).gone == ("a",)
         assert table(index) == {} and query(index, "select count(*) from metrics") == [(0,)]
-        with pytest.raises(InputError, match="run: the name of a run here, got 'a'"):
+        with pytest.raises(InputError, match="run: expected the name of a run here, got 'a'"):
             curves.series(index, ["a"], "loss", curves.Axis())
         runs.append(runs.folder(tmp_path, "a") / "metrics.rank0.jsonl", [runs.metrics(3)])
         read_all(index)
@@ -426,7 +428,8 @@ def test_more_tags_than_there_is_room_for_are_named(tmp_path: Path) -> None:
     with open_index(tmp_path, None, threads=1) as index:
         (problem,) = poll(index).problems
     assert problem == (
-        "metrics: tags that the index has room for, got also tag00256, tag00257, tag00258, tag00259, tag00260; "
+        "metrics: expected tags that the index has room for, got also tag00256, tag00257, tag00258, "
+        "tag00259, tag00260; "
         "rename them"
     )
 
@@ -571,13 +574,22 @@ def test_every_answer_says_what_a_page_may_do(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("/api/series?run=nobody&tag=loss", "run: the name of a run here, got 'nobody'; reload the list of runs"),
-        ("/api/series?tag=loss", "run: the name of a run, got none; add run=NAME"),
-        ("/api/series?run=finished", "tag: one value, got 0; add tag=VALUE"),
-        ("/api/series?run=finished&tag=loss&x=y", "x: one of step, tokens, time, flops, got 'y'; choose one of them"),
-        ("/api/series?run=finished&tag=loss&smooth=nan", "smooth: a number from 0, got 'nan'; write another"),
-        ("/api/series?run=finished&tag=loss&points=-1", "points: a whole number from 0, got '-1'; write digits"),
-        ("/api/export?run=finished&format=exe", "format: one of csv, parquet, got 'exe'; choose one of them"),
+        (
+            "/api/series?run=nobody&tag=loss",
+            "run: expected the name of a run here, got 'nobody'; reload the list of runs",
+        ),
+        ("/api/series?tag=loss", "run: expected the name of a run, got none; add run=NAME"),
+        ("/api/series?run=finished", "tag: expected one value, got 0; add tag=VALUE"),
+        (
+            "/api/series?run=finished&tag=loss&x=y",
+            "x: expected one of step, tokens, time, flops, got 'y'; choose one of them",
+        ),
+        ("/api/series?run=finished&tag=loss&smooth=nan", "smooth: expected a number from 0, got 'nan'; write another"),
+        (
+            "/api/series?run=finished&tag=loss&points=-1",
+            "points: expected a whole number from 0, got '-1'; write digits",
+        ),
+        ("/api/export?run=finished&format=exe", "format: expected one of csv, parquet, got 'exe'; choose one of them"),
     ],
 )
 def test_bad_parameters_are_told(server: Server, path: str, problem: str) -> None:

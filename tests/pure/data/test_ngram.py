@@ -62,9 +62,9 @@ def test_a_chain_that_only_counts_is_predicted_by_the_bigram_alone() -> None:
 @pytest.mark.parametrize(
     ("train", "held_out", "message"),
     [
-        ([0, 7], [0, 1], "train: tokens in 0..4, got 0 to 7; "),
-        ([0, 1], [0, -1], "held_out: tokens in 0..4, got -1 to 0; "),
-        ([0, 1], [3], "held_out: at least 2 tokens, got 1; "),
+        ([0, 7], [0, 1], "train: expected tokens in 0..4, got 0 to 7; "),
+        ([0, 1], [0, -1], "held_out: expected tokens in 0..4, got -1 to 0; "),
+        ([0, 1], [3], "held_out: expected at least 2 tokens, got 1; "),
     ],
 )
 def test_what_can_not_be_counted_is_refused(train: list[int], held_out: list[int], message: str) -> None:

@@ -23,7 +23,7 @@ ENDINGS: tuple[tuple[str, Form], ...] = (
 KNOWN = ", ".join(ending for ending, _ in ENDINGS)
 
 MIXED: tuple[tuple[str, Form], ...] = (
-    *(each for each in ENDINGS if each[0].startswith((".parquet", ".jsonl", ".ndjson"))),
+    *(ending for ending in ENDINGS if ending[0].startswith((".parquet", ".jsonl", ".ndjson"))),
     (".gz", "text.gz"),
     (".zst", "text.zst"),
 )

@@ -85,13 +85,13 @@ def gradients(dk: Tensor, dv: Tensor, rope: int) -> tuple[Tensor, Tensor]:
     rope     P, the channels that all heads share
     returns  dkv [B T H Z], dk_rope [B T P]: summed over heads in fp32, in their order
     """
-    dk, dv = (each if each.stride(-1) == 1 else each.contiguous() for each in (dk, dv))
+    dk, dv = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (dk, dv))
     batch, length, heads, width = dk.shape
     nope, value = width - rope, dv.shape[-1]
     dkv = torch.empty(batch, length, heads, nope + value, dtype=dk.dtype, device=dk.device)
     dk_rope = torch.empty(batch, length, rope, dtype=dk.dtype, device=dk.device)
     gradients_kernel[(batch * length,)](
         dk, dv, dkv, dk_rope, length, *dk.stride()[:3], *dv.stride()[:3], heads, nope, rope, value,
-        *(triton.next_power_of_2(each) for each in (nope, rope, value)), HEADS, num_warps=4,
+        *(triton.next_power_of_2(size) for size in (nope, rope, value)), HEADS, num_warps=4,
     )  # fmt: skip
     return dkv, dk_rope

@@ -58,13 +58,13 @@ def plan_kernel(
 ):  # fmt: skip
     LOCAL: tl.constexpr = E // W
     rank = tl.arange(0, WP)[:, None]
-    each = tl.arange(0, EP)
+    experts = tl.arange(0, EP)
     other = tl.arange(0, WP)[None, :]
     at = counts + rank * (E + W)
-    pairs = tl.load(at + each[None, :], mask=(rank < W) & (each < E)[None, :], other=0)
+    pairs = tl.load(at + experts[None, :], mask=(rank < W) & (experts < E)[None, :], other=0)
     tokens = tl.load(at + E + other, mask=(rank < W) & (other < W), other=0)
     total = tl.sum(pairs, 0)
-    held_by = (each // LOCAL)[None, :] == rank  # [WP EP]
+    held_by = (experts // LOCAL)[None, :] == rank  # [WP EP]
     held = tl.sum(tl.where(held_by, total[None, :], 0), 1)  # [WP]
     first = tl.cumsum(held, 0) - held
     start = tl.cumsum(total, 0) - total - tl.sum(tl.where(held_by, first[:, None], 0), 0)
@@ -74,11 +74,11 @@ def plan_kernel(
     base = start[None, :] + tl.cumsum(pairs, 0) - pairs
     number = tl.cumsum(pairs, 1) - pairs
     mine = rank == ME
-    tl.store(shift + each, tl.sum(tl.where(mine, base - number, 0), 0) * fits, mask=each < E)
+    tl.store(shift + experts, tl.sum(tl.where(mine, base - number, 0), 0) * fits, mask=experts < E)
     skip = tl.cumsum(tokens, 0) - tl.cumsum(tokens, 1)
     to = tl.arange(0, WP)
     tl.store(token_shift + to, tl.sum(tl.where(mine, skip, 0), 0) * fits, mask=to < W)
-    here = each - ME * LOCAL
+    here = experts - ME * LOCAL
     local = (here >= 0) & (here < LOCAL)
     tl.store(count + here, total * fits, mask=local)
     tl.store(end + here, (start + total) * fits, mask=local)
@@ -116,13 +116,13 @@ def destinations_kernel(
     tl.store(to + pair, mine, mask=inside)
     tl.store(at + pair, tl.load(place + pair, mask=inside, other=0) + tl.load(shift + chosen), mask=inside)
     if DEDUP:
-        found = tl.zeros((BLOCK, KP), tl.int32)
+        places = tl.zeros((BLOCK, KP), tl.int32)
         for other in tl.static_range(K):
             its = tl.load(owner + token * K + other, mask=token < N, other=W)
             there = tl.load(token_place + token * K + other, mask=token < N, other=0)
             there += tl.load(token_shift + its, mask=its < W, other=0)
-            found += tl.where(its == mine, there, 0)
-        tl.store(landing + pair, found, mask=inside)
+            places += tl.where(its == mine, there, 0)
+        tl.store(landing + pair, places, mask=inside)
 
 
 @triton.jit

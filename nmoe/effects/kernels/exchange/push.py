@@ -30,8 +30,8 @@ def counts_kernel(
 ):  # fmt: skip
     peer = tl.program_id(0)
     to = (tl.load(addresses + peer) + OFFSET).to(tl.pointer_type(tl.int32)) + ME * (E + W)
-    each = tl.arange(0, EP)
-    tl.store(to + each, tl.load(count + each, mask=each < E, other=0), mask=each < E)
+    experts = tl.arange(0, EP)
+    tl.store(to + experts, tl.load(count + experts, mask=experts < E, other=0), mask=experts < E)
     rank = tl.arange(0, WP)
     value = tl.zeros((WP,), tl.int32)
     if DEDUP:

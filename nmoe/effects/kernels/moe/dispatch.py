@@ -38,9 +38,9 @@ def count_kernel(expert, histogram, P, STRETCH: tl.constexpr, E: tl.constexpr, E
     stretch = tl.program_id(0)
     pair = stretch * STRETCH + tl.arange(0, STRETCH)
     chosen = tl.load(expert + pair, mask=pair < P, other=-1).to(tl.int32)
-    each = tl.arange(0, EP)
-    hits = (chosen[:, None] == each[None, :]).to(tl.int32)
-    tl.store(histogram + stretch * E + each, tl.sum(hits, 0), mask=each < E)
+    experts = tl.arange(0, EP)
+    hits = (chosen[:, None] == experts[None, :]).to(tl.int32)
+    tl.store(histogram + stretch * E + experts, tl.sum(hits, 0), mask=experts < E)
 
 
 @triton.jit
@@ -65,12 +65,12 @@ def place_kernel(
     pair = stretch * STRETCH + tl.arange(0, STRETCH)
     real = pair < P
     chosen = tl.load(expert + pair, mask=real, other=-1).to(tl.int32)
-    each = tl.arange(0, EP)
-    counts = tl.load(count + each, mask=each < E, other=0)
+    experts = tl.arange(0, EP)
+    counts = tl.load(count + experts, mask=experts < E, other=0)
     ends = tl.cumsum(counts, 0)
     if stretch == 0:
-        tl.store(end + each, ends, mask=each < E)
-    first = ends - counts + tl.load(before + stretch * E + each, mask=each < E, other=0)
+        tl.store(end + experts, ends, mask=experts < E)
+    first = ends - counts + tl.load(before + stretch * E + experts, mask=experts < E, other=0)
     index = tl.arange(0, STRETCH)
     row = tl.gather(first, tl.maximum(chosen, 0), 0)
     # CHUNK pairs at a time: all 256 x 256 comparisons at once spill, 54 instructions at 64 experts, 3,158 at 256
@@ -89,8 +89,8 @@ def tiles_kernel(
     count, tile_expert, tile_row, num_needed, T, M: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr
 ):
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    each = tl.arange(0, EP)
-    counts = tl.load(count + each, mask=each < E, other=0)
+    experts = tl.arange(0, EP)
+    counts = tl.load(count + experts, mask=experts < E, other=0)
     first = tl.cumsum(counts, 0) - counts
     needed = (counts + M - 1) // M
     ends = tl.cumsum(needed, 0)

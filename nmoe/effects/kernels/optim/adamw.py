@@ -194,13 +194,13 @@ def global_norm(gradients: Sequence[Tensor], *, tile: ArenaTile = NORM_TILE) -> 
     returns    0-d f32
     Cost:      reads every element once.
     """
-    blocks = [triton.cdiv(each.numel(), tile.block * tile.repeats) for each in gradients]
+    blocks = [triton.cdiv(gradient.numel(), tile.block * tile.repeats) for gradient in gradients]
     partial = torch.empty(sum(blocks), dtype=torch.float32, device=gradients[0].device)
-    for each, here, programs in zip(gradients, partial.split(blocks), blocks, strict=True):
+    for gradient, here, programs in zip(gradients, partial.split(blocks), blocks, strict=True):
         norm_kernel[(programs,)](
-            each,
+            gradient,
             here,
-            each.numel(),
+            gradient.numel(),
             block=tile.block,
             repeats=tile.repeats,
             num_warps=tile.num_warps,

@@ -69,14 +69,14 @@ def run_(exchanges: Sequence[Exchange], works: Sequence[Stretches[T]]) -> list[T
     Writes:  flags of all arenas, and each `epoch`.
     """
     while True:
-        found: list[T] = []
+        results: list[T] = []
         for work in works:
             try:
                 next(work)
             except StopIteration as end:
-                found.append(end.value)
-        if found:
-            return found
+                results.append(end.value)
+        if results:
+            return results
         single = len(exchanges) == 1
         for e in exchanges:
             barrier_(e, signal=True, wait=single)
@@ -212,11 +212,11 @@ def backward_(
     with record_function("experts"):
         # One tile a program: of persistent programs, those whose multiprocessor pushes rows would begin late with an
         # equal share of the tiles. Not measured apart from other changes (docs/log.md, 2026-11-28).
-        each = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
+        identity = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
         pulls = received(e, f.land_gradient, kept)
         cut = places.tiles(kept.count, s.capacity, t.activation.block_m)
         dh, a, part = experts.swiglu_backward_gemm(
-            pulls, each, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, sys.maxsize
+            pulls, identity, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, sys.maxsize
         )
         dh = dh.flatten(1)
         d_gate = part.sum(-1)
@@ -337,7 +337,7 @@ class Mixture(torch.autograd.Function):
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, weight, up, down, h, *rest = ctx.saved_tensors
-        kept = Kept(**{field.name: each for field, each in zip(attrs.fields(Kept), rest, strict=True)})
+        kept = Kept(**{field.name: tensor for field, tensor in zip(attrs.fields(Kept), rest, strict=True)})
         work = backward_(ctx.e, outputs[0].contiguous(), x, weight, up, down, kept, h, ctx.t, ctx.accumulator)
         [(dx, d_weight, d_up, d_down)] = run_([ctx.e], [work])
         return dx, None, d_weight, d_up, d_down, None, None, None

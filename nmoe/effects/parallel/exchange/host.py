@@ -175,7 +175,7 @@ class Mixture(torch.autograd.Function):
             barrier_(e)
         with record_function("experts"), torch.enable_grad():
             rows = received(e, at, source)
-            leaves = [each.detach().requires_grad_() for each in (rows.x, up, down)]
+            leaves = [tensor.detach().requires_grad_() for tensor in (rows.x, up, down)]
             y = ctx.run(Rows(leaves[0], rows.source, rows.expert, rows.count, rows.slot), *leaves[1:])
             grad_output = view(e.raw, f.land_gradient)[source]
             gate = view(e.raw, f.gate)[: len(y), None]

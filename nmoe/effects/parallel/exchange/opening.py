@@ -64,7 +64,7 @@ def open_exchange(
         if device.type == "cpu":
             peers = scope.enter_context(_shared(f.size, group))
             raw = peers[rank]
-            addresses = [each.data_ptr() for each in peers]
+            addresses = [peer.data_ptr() for peer in peers]
         else:
             peers = ()
             raw, addresses = scope.enter_context(_symmetric(f.size, group, device))
@@ -88,7 +88,7 @@ def virtual(sizes: Sizes, device: torch.device, *, programs: int = PROGRAMS) -> 
     """All ranks of an exchange in this process, on one device: for tests, and to measure with one GPU."""
     f = fields(sizes)
     arenas = [torch.zeros(f.size, dtype=torch.uint8, device=device) for _ in range(sizes.ranks)]
-    addresses = [each.data_ptr() for each in arenas]
+    addresses = [arena.data_ptr() for arena in arenas]
     peers = tuple(arenas) if device.type == "cpu" else ()
     return tuple(_exchange(rank, sizes, f, raw, peers, addresses, 60.0, programs) for rank, raw in enumerate(arenas))
 
@@ -166,8 +166,8 @@ def _shared(size: int, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, ...]]
     """Every rank's arena, in memory that the group's processes share; the files are gone before any work begins."""
     ranks = dist.get_world_size(group)
     folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-    found = os.statvfs(folder)
-    free = found.f_bavail * found.f_frsize
+    filesystem = os.statvfs(folder)
+    free = filesystem.f_bavail * filesystem.f_frsize
     if free < size * ranks:
         raise InputError(
             f"{folder}: expected {size * ranks} free bytes for the arenas of {ranks} ranks, got {free}; "
@@ -183,7 +183,7 @@ def _shared(size: int, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, ...]]
                 maps.append(mmap.mmap(other.fileno(), size))
         dist.barrier(group=group)
     # a mapping ends with the last tensor that looks at it
-    yield tuple(torch.frombuffer(each, dtype=torch.uint8) for each in maps)
+    yield tuple(torch.frombuffer(memory, dtype=torch.uint8) for memory in maps)
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Ite
     raw.zero_()
     torch.cuda.synchronize(device)
     dist.barrier(group=group)
-    yield raw, [each + before for each in handle.buffer_ptrs]
+    yield raw, [address + before for address in handle.buffer_ptrs]
     # not after an error: the device may have trapped, and a peer may be gone
     torch.cuda.synchronize(device)
     dist.barrier(group=group)
@@ -231,8 +231,8 @@ def _refuse_unreachable(group: dist.ProcessGroup, device: torch.device) -> None:
     """Every GPU of the group is one whose memory this one reaches."""
     indices: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(indices, device.index, group=group)
-    seen = [each for each in indices if each != device.index and each < torch.cuda.device_count()]
-    far = [each for each in seen if not torch.cuda.can_device_access_peer(device.index, each)]
+    seen = [index for index in indices if index != device.index and index < torch.cuda.device_count()]
+    far = [index for index in seen if not torch.cuda.can_device_access_peer(device.index, index)]
     if far:
         raise InputError(
             f"parallel.experts: expected GPUs that reach each other's memory in an expert group, got GPU "
@@ -249,8 +249,8 @@ def _shake_hands_(e: Exchange, group: dist.ProcessGroup) -> None:
     """
     ranks = e.sizes.ranks
     counts = e.fields.counts
-    each = torch.arange(ranks, dtype=torch.int32, device=e.raw.device)
-    mine = each + 1000 * (e.rank + 1)
+    rank = torch.arange(ranks, dtype=torch.int32, device=e.raw.device)
+    mine = rank + 1000 * (e.rank + 1)
     if e.peers:
         for other, peer in enumerate(e.peers):
             view(peer, counts)[e.rank, 0] = mine[other]
@@ -258,8 +258,8 @@ def _shake_hands_(e: Exchange, group: dist.ProcessGroup) -> None:
         # only here: triton is not everywhere
         from nmoe.effects.kernels.exchange import push as moves
 
-        at = torch.full_like(each, e.rank * counts.shape[1])
-        moves.push_words_(mine, None, each, at, e.addresses, counts.offset, torch.full_like(each, ranks), back=False)
+        at = torch.full_like(rank, e.rank * counts.shape[1])
+        moves.push_words_(mine, None, rank, at, e.addresses, counts.offset, torch.full_like(rank, ranks), back=False)
         torch.cuda.synchronize(e.raw.device)
     dist.barrier(group=group)
     got = view(e.raw, counts)[:, 0].tolist()

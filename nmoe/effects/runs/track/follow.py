@@ -192,7 +192,8 @@ def _given(sink: Sink, name: str, lines: list[Line], every_s: float, say: Callab
         return sink.write(lines)
     except sink.failures as error:
         raise InputError(
-            f"--to {name}: a target that takes lines, got {type(error).__name__}: {error}, {TRIES} times; fix that "
+            f"--to {name}: expected a target that takes lines, got {type(error).__name__}: {error}, "
+            f"{TRIES} times; fix that "
             "and start `nmoe track` again, it goes on where it was"
         ) from error
 
@@ -205,7 +206,9 @@ def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bo
     Raises:  InputError when the folder is not a run's, a line is not a line, or the target goes on failing.
     """
     if not (folder / CONFIG).is_file():
-        raise InputError(f"RUN: the folder of a run, got {folder}, which has no config.toml; see `nmoe runs list`")
+        raise InputError(
+            f"RUN: expected the folder of a run, got {folder}, which has no config.toml; see `nmoe runs list`"
+        )
     record = folder / TRACK / f"{name}.json"
     record.parent.mkdir(exist_ok=True)
     position = _load(record)

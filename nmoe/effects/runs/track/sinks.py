@@ -37,7 +37,8 @@ def _told(name: str, failures: tuple[type[Exception], ...]) -> Iterator[None]:
         yield
     except failures as error:
         raise InputError(
-            f"--to {name}: a target that can be opened and closed, got {type(error).__name__}: {error}; fix that and "
+            f"--to {name}: expected a target that can be opened and closed, got {type(error).__name__}: "
+            f"{error}; fix that and "
             "start `nmoe track` again, it goes on where it was"
         ) from error
 
@@ -46,7 +47,7 @@ def _module(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f'--to: {extra} is installed, got {error}; pip install "nmoe[{extra}]"') from error
+        raise InputError(f'--to: expected {extra} to be installed, got {error}; pip install "nmoe[{extra}]"') from error
 
 
 class TensorBoard:
@@ -85,7 +86,7 @@ def tensorboard(folder: Path, position: Position) -> Iterator[Sink]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if position.target and (not path.exists() or path.stat().st_size < position.target):
         raise InputError(
-            f"{path}: as long as track/tensorboard.json says, got less; remove the track folder to begin anew"
+            f"{path}: expected the length in track/tensorboard.json, got less; remove the track folder to begin anew"
         )
     path.touch()
     with open(path, "r+b") as file:
@@ -202,7 +203,7 @@ def mlflow(folder: Path, position: Position) -> Iterator[Sink]:
         client = tracking.MlflowClient()
         experiment = client.get_experiment_by_name("nmoe")
         where = client.create_experiment("nmoe") if experiment is None else experiment.experiment_id
-        found = client.search_runs([where], f"tags.`nmoe.run` = '{folder.name}'")
-        run = found[0] if found else client.create_run(where, tags={"nmoe.run": folder.name}, run_name=folder.name)
+        earlier = client.search_runs([where], f"tags.`nmoe.run` = '{folder.name}'")
+        run = earlier[0] if earlier else client.create_run(where, tags={"nmoe.run": folder.name}, run_name=folder.name)
         first = max((round(m.value) + 1 for m in client.get_metric_history(run.info.run_id, "line")), default=0)
     yield Mlflow(client, run.info.run_id, entities.Metric, first, failures)

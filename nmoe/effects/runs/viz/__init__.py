@@ -41,7 +41,7 @@ def serve(root: Path, data: Sequence[Path], home: Path, *, host: str, port: int,
         settings = server.Settings(
             index=opened,
             data_roots=roots,
-            hosts=tuple(dict.fromkeys(each if ":" not in each else f"[{each}]" for each in (*LOOPBACK, host))),
+            hosts=tuple(dict.fromkeys(name if ":" not in name else f"[{name}]" for name in (*LOOPBACK, host))),
             token=token,
         )
         return listen.serve(settings, host, port, lambda text: say(f"viz            {text}"))

@@ -60,6 +60,7 @@ class Metric:
     kind: str
     doc: str
     format: str  # number, count, bytes or percent
+    bad_above: float | None  # a value that is marked is greater
 
 
 @attrs.frozen(kw_only=True)
@@ -372,21 +373,23 @@ ANSWERS = (
 
 def contract() -> dict[str, dict[str, str]]:
     """Class -> field -> the class of what it holds, empty for plain values."""
-    found: dict[str, dict[str, str]] = {}
+    records: dict[str, dict[str, str]] = {}
     waiting = list(ANSWERS)
     while waiting:
         cls = waiting.pop()
-        if cls.__name__ not in found:
+        if cls.__name__ not in records:
             hints = typing.get_type_hints(cls)
             inner = {name: _record(hint) for name, hint in hints.items()}
-            found[cls.__name__] = {name: each.__name__ if each else "" for name, each in inner.items()}
-            waiting += [each for each in inner.values() if each]
-    return dict(sorted(found.items()))
+            records[cls.__name__] = {
+                name: inner_record.__name__ if inner_record else "" for name, inner_record in inner.items()
+            }
+            waiting += [inner_record for inner_record in inner.values() if inner_record]
+    return dict(sorted(records.items()))
 
 
 def _record(hint: Any) -> type | None:
     """The record in a type: itself, or what a list of it holds."""
-    return next((each for each in (hint, *typing.get_args(hint)) if attrs.has(each)), None)
+    return next((kind for kind in (hint, *typing.get_args(hint)) if attrs.has(kind)), None)
 
 
 def to_json(answer: Any) -> bytes:
@@ -413,9 +416,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [plain(each) for each in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 

@@ -62,19 +62,19 @@ def series(index: Index, names: Sequence[str], tag: str, axis: Axis) -> api.Seri
     curves: list[api.Curve] = []
     grid = None
     if column is not None and extents:
-        low = min(each.low for each in extents.values()) if axis.low is None else axis.low
-        high = max(each.high for each in extents.values()) if axis.high is None else axis.high
+        low = min(extent.low for extent in extents.values()) if axis.low is None else axis.low
+        high = max(extent.high for extent in extents.values()) if axis.high is None else axis.high
         cells = _cells(axis, len(extents))
-        if axis.smooth == 0 and low < high and max(each.shown for each in extents.values()) > cells:
+        if axis.smooth == 0 and low < high and max(extent.shown for extent in extents.values()) > cells:
             grid = _grid(low, high, cells, axis)
         if grid is not None:
             named = {run: numbers[run] for run in numbers if run in extents}
             curves = _thinned_by_index(index, named, column, axis, (low, high), cells, extents)
         else:
-            found = points(index, numbers, column, axis)
-            grid = grid_of([x for x, _, _ in found.values()], axis, len(found))
+            sampled = points(index, numbers, column, axis)
+            grid = grid_of([x for x, _, _ in sampled.values()], axis, len(sampled))
             curves = [
-                _curve(numbers[run], found[run], grid, axis, extents[run].last) for run in numbers if run in found
+                _curve(numbers[run], sampled[run], grid, axis, extents[run].last) for run in numbers if run in sampled
             ]
     return api.Series(
         tag=tag,
@@ -266,12 +266,12 @@ def _within(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def _curve(
     name: str,
-    found: tuple[np.ndarray, np.ndarray, np.ndarray],
+    points: tuple[np.ndarray, np.ndarray, np.ndarray],
     grid: tuple[np.ndarray, np.ndarray] | None,
     axis: Axis,
     last: float | None,
 ) -> api.Curve:
-    x, step, y = found
+    x, step, y = points
     if grid is None:
         return api.Curve(run=name, mean=[], low=[], high=[], smooth=[], last=None, nonfinite=[])
     thinned = curve.thin(x, y, curve.smooth(step, y, axis.smooth), grid[0])

@@ -31,7 +31,7 @@ def data_roots(paths: Sequence[Path]) -> tuple[Path, ...]:
     """
     missing = [path for path in paths if not path.is_dir()]
     if missing:
-        raise InputError(*(f"--data: a folder of prepared data, got {path}; name another" for path in missing))
+        raise InputError(*(f"--data: expected a folder of prepared data, got {path}; name another" for path in missing))
     return tuple(path.resolve() for path in paths)
 
 
@@ -42,26 +42,28 @@ def inside(path: Path, root: Path) -> Path:
     """
     real = Path(os.path.realpath(path))
     if not real.is_relative_to(root):
-        raise InputError(f"{path.name}: a path inside the data folders, got one that leads out of them; copy it there")
+        raise InputError(
+            f"{path.name}: expected a path inside the data folders, got one that leads out of them; copy it there"
+        )
     return real
 
 
 def folders(roots: Sequence[Path]) -> api.Folders:
     """What the prepared folders under some roots hold."""
-    found = _found(roots)
-    return api.Folders(folders=[_folder(number, path, root) for number, (path, root) in enumerate(found)])
+    known_folders = _prepared_folders(roots)
+    return api.Folders(folders=[_folder(number, path, root) for number, (path, root) in enumerate(known_folders)])
 
 
-def _found(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
+def _prepared_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
     """The folders with a manifest under each root, and the root, in a fixed order."""
-    found: list[tuple[Path, Path]] = []
+    known_folders: list[tuple[Path, Path]] = []
     for root in roots:
         for path, names, files in os.walk(root):
             depth = len(Path(path).relative_to(root).parts)
             names[:] = [] if MANIFEST in files or depth >= MAX_DEPTH else sorted(n for n in names if n[0] != ".")
-            if MANIFEST in files and len(found) < MAX_FOLDERS:
-                found.append((Path(path), root))
-    return found
+            if MANIFEST in files and len(known_folders) < MAX_FOLDERS:
+                known_folders.append((Path(path), root))
+    return known_folders
 
 
 def _folder(number: int, path: Path, root: Path) -> api.Folder:
@@ -98,7 +100,8 @@ def _manifest(path: Path, root: Path) -> Manifest:
         file = inside(path / name, root)
         if file.exists() and file.stat().st_size > MAX_MANIFEST_BYTES:
             raise InputError(
-                f"{path / name}: at most {MAX_MANIFEST_BYTES} bytes to be shown, got {file.stat().st_size}; use the CLI"
+                f"{path / name}: expected at most {MAX_MANIFEST_BYTES} bytes to be shown, got "
+                f"{file.stat().st_size}; use the CLI"
             )
     return read_manifest(path)
 
@@ -120,18 +123,22 @@ def document(roots: Sequence[Path], folder: int, split: str, number: int) -> api
 
     Raises:  InputError when there is no such folder, split or document, or a shard is not what the manifest says.
     """
-    found = _found(roots)
-    if not 0 <= folder < len(found):
-        raise InputError(f"folder: a number below {len(found)}, got {folder}; reload the list of folders")
-    path, root = found[folder]
+    known_folders = _prepared_folders(roots)
+    if not 0 <= folder < len(known_folders):
+        raise InputError(
+            f"folder: expected a number below {len(known_folders)}, got {folder}; reload the list of folders"
+        )
+    path, root = known_folders[folder]
     manifest = _manifest(path, root)
     if split not in manifest.splits:
-        raise InputError(f"split: one of {', '.join(manifest.splits) or 'none'}, got {split!r}; choose one of them")
+        raise InputError(
+            f"split: expected one of {', '.join(manifest.splits) or 'none'}, got {split!r}; choose one of them"
+        )
     receipts = manifest.splits[split].shards
     ends = np.cumsum([receipt.documents for receipt in receipts])
     documents = int(ends[-1]) if len(ends) else 0
     if not 0 <= number < documents:
-        raise InputError(f"document: a number below {documents}, got {number}; choose a lower one")
+        raise InputError(f"document: expected a number below {documents}, got {number}; choose a lower one")
     place = int(np.searchsorted(ends, number, side="right"))
     ids = _tokens(path / split, root, place, number - (int(ends[place - 1]) if place else 0), receipts[place])
     encoding = tokenizer.encoding(tokenizer.load(path))
@@ -158,14 +165,15 @@ def _tokens(split: Path, root: Path, place: int, number: int, receipt: Receipt) 
         tokens, ends = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{files[0].name}: an array, got {error}; restore the file or prepare the data again"
+            f"{files[0].name}: expected an array, got {error}; restore the file or prepare the data again"
         ) from error
     if tokens.shape != (receipt.tokens,) or ends.shape != (receipt.documents,):
         raise InputError(
-            f"{files[0].name}: {receipt.tokens} tokens and {receipt.documents} documents, got {tokens.shape} and "
+            f"{files[0].name}: expected {receipt.tokens} tokens and {receipt.documents} documents, got "
+            f"{tokens.shape} and "
             f"{ends.shape}; restore the file or prepare the data again"
         )
     start, stop = (int(ends[number - 1]) if number else 0), int(ends[number])
     if not 0 <= start <= stop <= receipt.tokens:
-        raise InputError(f"{files[1].name}: ascending ends, got {start} and {stop}; prepare the data again")
+        raise InputError(f"{files[1].name}: expected ascending ends, got {start} and {stop}; prepare the data again")
     return np.array(tokens[start:stop])

@@ -87,8 +87,10 @@ def load(index: Index, name: str, step: int | None) -> api.Load:
     )
     if not rows:
         raise InputError(_no_loads(name))
-    found, named, loads = rows[0]
-    return api.Load(run=name, rows=named, step=found, load=[[count or 0 for count in each or []] for each in loads])
+    at_step, named, loads = rows[0]
+    return api.Load(
+        run=name, rows=named, step=at_step, load=[[count or 0 for count in counts or []] for counts in loads]
+    )
 
 
 def load_history(index: Index, name: str, layer: int) -> api.Load:
@@ -111,12 +113,15 @@ def load_history(index: Index, name: str, layer: int) -> api.Load:
     if not rows:
         raise InputError(f"{_no_loads(name)}, or choose another layer than {layer}")
     return api.Load(
-        run=name, rows=[step for step, _ in rows], step=None, load=[[n or 0 for n in each or []] for _, each in rows]
+        run=name,
+        rows=[step for step, _ in rows],
+        step=None,
+        load=[[n or 0 for n in counts or []] for _, counts in rows],
     )
 
 
 def _no_loads(name: str) -> str:
-    return f"{name}: loads of its experts, got none; wait for the next, or log arrays"
+    return f"{name}: expected loads of its experts, got none; wait for the next, or log arrays"
 
 
 def _items(reported: Any) -> list[tuple[str, list[float | None] | None]]:
@@ -125,9 +130,9 @@ def _items(reported: Any) -> list[tuple[str, list[float | None] | None]]:
 
 def _layers(index: Index, run: int, record: Mapping[str, Any], reported: Mapping[str, Any]) -> list[int]:
     """The layers that have a mixture, from what the run says of itself."""
-    for found in (record.get("layers"), reported.get("layer")):
-        if isinstance(found, list) and all(_is_finite(each) for each in found):
-            return [int(each) for each in found]
+    for layers in (record.get("layers"), reported.get("layer")):
+        if isinstance(layers, list) and all(_is_finite(layer) for layer in layers):
+            return [int(layer) for layer in layers]
     rows = query(index, "select layers from loads where run = ? limit 1", run)
     return list(rows[0][0]) if rows else []
 

@@ -23,11 +23,11 @@ def export(index: Index, names: Sequence[str], kind: str) -> bytes:
     Raises:  InputError for another kind than `csv` and `parquet`, or a run that is not here.
     """
     if kind not in MEDIA_TYPES:
-        raise InputError(f"format: one of {', '.join(MEDIA_TYPES)}, got {kind[:40]!r}; choose one of them")
+        raise InputError(f"format: expected one of {', '.join(MEDIA_TYPES)}, got {kind[:40]!r}; choose one of them")
     numbers = list(known(index, names))
     (lines,) = query(index, "select count(*) from metrics where run in (select unnest(?::integer[]))", numbers)[0]
     if lines > MAX_LINES:
-        raise InputError(f"export: at most {MAX_LINES:,} lines, got {lines:,}; choose fewer runs")
+        raise InputError(f"export: expected at most {MAX_LINES:,} lines, got {lines:,}; choose fewer runs")
     with tempfile.TemporaryDirectory(dir=index.work) as folder:
         file = Path(folder) / "metrics"
         write_(file, index, names, kind)

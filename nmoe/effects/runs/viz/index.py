@@ -119,7 +119,7 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
         import duckdb
     except ImportError as error:
         raise InputError(
-            "viz: the package duckdb is installed, got none; install it with: pip install 'nmoe[viz]'"
+            "viz: expected the package duckdb, got none; install it with: pip install 'nmoe[viz]'"
         ) from error
     connection = None
     try:
@@ -136,13 +136,15 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
             raise
         holder = re.search(r"PID \d+", str(error))
         raise InputError(
-            f"{file}: an index that no other process has open, got {holder[0] if holder else error}; "
+            f"{file}: expected an index that no other process has open, got {holder[0] if holder else error}; "
             "end the other `nmoe viz`, or delete the file if there is none"
         ) from error
     except OSError as error:
         if connection is not None:
             raise
-        raise InputError(f"{file}: an index can be written, got {error.strerror}; set NMOE_HOME elsewhere") from error
+        raise InputError(
+            f"{file}: expected an index that can be written, got {error.strerror}; set NMOE_HOME elsewhere"
+        ) from error
     finally:
         if connection is not None:
             connection.close()
@@ -183,7 +185,7 @@ def run_folders(root: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     A name with a leading dot is a run folder still being made.
     """
     problems: list[str] = []
-    found: list[tuple[float, str]] = []
+    started: list[tuple[float, str]] = []
     try:
         entries = list(os.scandir(root))
     except FileNotFoundError:
@@ -192,12 +194,12 @@ def run_folders(root: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         try:
             if not entry.name.startswith(".") and os.path.isfile(f"{entry.path}/{CONFIG}"):
                 entry.name.encode()
-                found.append((entry.stat().st_mtime, entry.name))
+                started.append((entry.stat().st_mtime, entry.name))
         except UnicodeEncodeError:
             problems.append(f"{printable(repr(entry.name))}: expected a name in UTF-8, got other bytes; rename it")
         except OSError as error:
             problems.append(f"{entry.path}: expected a run folder, got {error.strerror}; move it elsewhere")
-    return tuple(root / name for _, name in sorted(found, reverse=True)), tuple(problems)
+    return tuple(root / name for _, name in sorted(started, reverse=True)), tuple(problems)
 
 
 def poll(index: Index, budget_bytes: int = CHUNK_BYTES, names: Sequence[str] | None = None) -> Poll:
@@ -247,11 +249,13 @@ def known(index: Index, names: Sequence[str]) -> dict[int, str]:
 
     Raises:  InputError for a name that no scanned run has.
     """
-    found = {name: run for run, name in query(index, "select run, name from runs")}
-    unknown = [name for name in names if name not in found]
+    runs = {name: run for run, name in query(index, "select run, name from runs")}
+    unknown = [name for name in names if name not in runs]
     if unknown:
-        raise InputError(*(f"run: the name of a run here, got {name!r}; reload the list of runs" for name in unknown))
-    return {found[name]: name for name in names}
+        raise InputError(
+            *(f"run: expected the name of a run here, got {name!r}; reload the list of runs" for name in unknown)
+        )
+    return {runs[name]: name for name in names}
 
 
 def tags(index: Index) -> dict[str, str]:
@@ -261,14 +265,14 @@ def tags(index: Index) -> dict[str, str]:
 
 def _prepare(connection: DuckDBPyConnection) -> None:
     """Make the tables, anew when those in the file are of another version."""
-    found = {name for (name,) in connection.execute("select table_name from information_schema.tables").fetchall()}
-    if "format" in found:
+    tables = {name for (name,) in connection.execute("select table_name from information_schema.tables").fetchall()}
+    if "format" in tables:
         version = connection.execute("select version from format").fetchall()
         if version == [(FORMAT,)]:
             return
-    if found:
+    if tables:
         connection.execute("drop view if exists valid")
-        for name in found - {"valid"}:
+        for name in tables - {"valid"}:
             connection.execute(f"drop table if exists {quoted(name)}")
         connection.execute("drop sequence if exists run_ids")
     connection.execute(SCHEMA)
@@ -347,7 +351,7 @@ def _tails_(index: Index, folder: Path, run: int, known: Mapping[str, Known]) ->
 
 def _stats(folder: Path) -> tuple[dict[str, os.stat_result], tuple[str, ...]]:
     """The files of a run by name, and what is wrong with others."""
-    found: dict[str, os.stat_result] = {}
+    stats: dict[str, os.stat_result] = {}
     problems: list[str] = []
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if FILES.fullmatch(entry.name))
@@ -360,10 +364,10 @@ def _stats(folder: Path) -> tuple[dict[str, os.stat_result], tuple[str, ...]]:
             problems.append(f"{folder / name}: expected a file to read, got {error.strerror}; fix or remove it")
             continue
         if stat.S_ISREG(result.st_mode):
-            found[name] = result
+            stats[name] = result
         else:
             problems.append(f"{folder / name}: expected a regular file, got another; remove it")
-    return found, tuple(problems)
+    return stats, tuple(problems)
 
 
 def _goes_on(path: Path, size: int, known: Known) -> bool:
@@ -415,7 +419,7 @@ def _take_(index: Index, waiting: Sequence[Tail], budget_bytes: int) -> tuple[di
                     _advance_(cursor, tail, marks[tail.path], taken[tail.path], result, piece.file)
             if result.refused:
                 shown = ", ".join(result.refused[:5])
-                problems.append(f"{kind}: tags that the index has room for, got also {shown}; rename them")
+                problems.append(f"{kind}: expected tags that the index has room for, got also {shown}; rename them")
     return taken, tuple(problems), left
 
 

@@ -121,14 +121,14 @@ def _metrics_(cursor: DuckDBPyConnection, files: list[str]) -> list[str]:
 
 def _columns_(cursor: DuckDBPyConnection, files: list[str]) -> tuple[dict[str, str], list[str]]:
     """Tag -> its column, for the tags in some files; the tags that find no room. Writes: tables tags and metrics."""
-    found = cursor.execute(f"select distinct unnest(json_keys(json)) from {OBJECTS}", [files]).fetchall()
+    keys = cursor.execute(f"select distinct unnest(json_keys(json)) from {OBJECTS}", [files]).fetchall()
     numbers: dict[str, int] = dict(cursor.execute("select name, tag from tags").fetchall())
     columns: dict[str, str] = {}
     refused: list[str] = []
     # DuckDB takes names that differ in case only for one.
     taken = {name.lower(): name for name in (*numbers, *TYPED, *RESERVED)}
     # What is known comes first, then lower case: a misspelt key never takes the place of the right one.
-    for name in sorted((name for (name,) in found), key=lambda name: (name not in numbers, name.swapcase())):
+    for name in sorted((name for (name,) in keys), key=lambda name: (name not in numbers, name.swapcase())):
         if name in TYPED:
             continue
         if not 0 < len(name) <= MAX_TAG_LENGTH or taken.setdefault(name.lower(), name) != name or name in RESERVED:

@@ -62,7 +62,7 @@ def _slowest(ranks: list[api.RankTime], parts: list[str]) -> int | None:
     if len(ranks) < 2:
         return None
     own = [place for place, part in enumerate(parts) if not part.startswith(("wait", "reduce", "barrier"))]
-    return max(ranks, key=lambda each: sum(each.parts_s[place] or 0.0 for place in own)).rank
+    return max(ranks, key=lambda rank: sum(rank.parts_s[place] or 0.0 for place in own)).rank
 
 
 def gpus(index: Index, name: str) -> api.Gpus:
@@ -82,9 +82,9 @@ def gpus(index: Index, name: str) -> api.Gpus:
     samples = [(rank, time_s, elapsed_s, json.loads(line)) for rank, time_s, elapsed_s, line in lines]
     last = {rank: (time_s, fields) for rank, time_s, _, fields in samples}
     seen = {
-        (rank, _index(each, place)): _gpu(rank, place, each)
+        (rank, _index(gpu, place)): _gpu(rank, place, gpu)
         for rank, (_, fields) in last.items()
-        for place, each in enumerate(_gpus(fields))
+        for place, gpu in enumerate(_gpus(fields))
     }
     about = query(index, "select line from events where run = ? and event = 'gpus' order by time_s desc limit 1", run)
     fields = json.loads(about[0][0]) if about else {}
@@ -106,9 +106,9 @@ def gpus(index: Index, name: str) -> api.Gpus:
 
 def _curves(samples: list[tuple[int, float | None, float | None, dict[str, Any]]]) -> list[api.GpuCurve]:
     """One chart a quantity; a line a GPU, or one for the host."""
-    keys = sorted({(rank, _index(each, place)) for rank, _, _, f in samples for place, each in enumerate(_gpus(f))})
+    keys = sorted({(rank, _index(item, place)) for rank, _, _, f in samples for place, item in enumerate(_gpus(f))})
     by_line = [
-        {(rank, _index(each, place)): each for place, each in enumerate(_gpus(fields))}
+        {(rank, _index(item, place)): item for place, item in enumerate(_gpus(fields))}
         for rank, _, _, fields in samples
     ]
     names = [
@@ -129,7 +129,7 @@ def _curves(samples: list[tuple[int, float | None, float | None, dict[str, Any]]
         api.GpuCurve(quantity=f"host {key}", names=["host"], values=[[_float(_host(f).get(key)) for *_, f in samples]])
         for key in host_keys
     ]
-    return [each for each in curves if any(value is not None for values in each.values for value in values)]
+    return [item for item in curves if any(value is not None for values in item.values for value in values)]
 
 
 def _gpu(rank: int, place: int, gpu: Mapping[str, Any]) -> api.Gpu:
@@ -141,24 +141,24 @@ def _gpu(rank: int, place: int, gpu: Mapping[str, Any]) -> api.Gpu:
         uuid=str(gpu.get("uuid", "")),
         power_limit_w=_float(gpu.get("power_limit_w")),
         memory_total_bytes=_float(gpu.get("memory_total_bytes")),
-        throttle=[str(each) for each in throttle] if isinstance(throttle, list) else [],
+        throttle=[str(reason) for reason in throttle] if isinstance(throttle, list) else [],
         **{quantity: _float(gpu.get(quantity)) for quantity in QUANTITIES},
     )
 
 
 def _gpus(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = fields.get("gpus")
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    gpus = fields.get("gpus")
+    return [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
 
 
 def _host(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = fields.get("host")
-    return found if isinstance(found, dict) else {}
+    host = fields.get("host")
+    return host if isinstance(host, dict) else {}
 
 
 def _index(gpu: Mapping[str, Any], place: int) -> int:
-    found = gpu.get("index")
-    return found if isinstance(found, int) else place
+    index = gpu.get("index")
+    return index if isinstance(index, int) else place
 
 
 def _float(value: Any) -> float | None:

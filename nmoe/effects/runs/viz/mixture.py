@@ -27,12 +27,12 @@ def mixture(index: Index, name: str) -> api.Mixture:
     """
     (run,) = known(index, [name])
     config = {key: value for key, value in config_of(index.root / name).items() if key.startswith("data.")}
-    found = query(
+    events = query(
         index, "select attempt, line from events where run = ? and event = 'mixture' order by attempt desc limit 1", run
     )
-    if not found:
+    if not events:
         return api.Mixture(run=name, step=None, sources=[], config=api.plain(config))
-    attempt, line = found[0]
+    attempt, line = events[0]
     ((last,),) = query(index, "select max(step) from metrics where run = ? and attempt = ? and rank = 0", run, attempt)
     plan = json.loads(line)
     try:
@@ -42,7 +42,7 @@ def mixture(index: Index, name: str) -> api.Mixture:
         sources = _sources(plan, position)
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(
-            f"{name}: an event `mixture` with the quotas of its stages, got another ({error}); fix the line"
+            f"{name}: expected an event `mixture` with the quotas of its stages, got another ({error}); fix the line"
         ) from error
     return api.Mixture(run=name, step=step, sources=sources, config=api.plain(config))
 
@@ -55,9 +55,9 @@ def _sources(plan: Mapping[str, Any], position: int) -> list[api.Source]:
     length = _whole(plan["sequence_length"])
     if len(plan["sources"]) * len(plan["stages"]) > MAX_SOURCES:
         raise ValueError(f"{len(plan['sources'])} sources in {len(plan['stages'])} stages")
-    sources = [(str(each["name"]), _whole(each["windows"])) for each in plan["sources"]]
-    quotas = [(str(stage["name"]), tuple(_whole(each) for each in stage["windows"])) for stage in plan["stages"]]
-    if not quotas or any(len(each) != len(sources) for _, each in quotas) or not all(each for _, each in sources):
+    sources = [(str(entry["name"]), _whole(entry["windows"])) for entry in plan["sources"]]
+    quotas = [(str(stage["name"]), tuple(_whole(entry) for entry in stage["windows"])) for stage in plan["stages"]]
+    if not quotas or any(len(entry) != len(sources) for _, entry in quotas) or not all(entry for _, entry in sources):
         raise ValueError("no stage, quotas of other sources, or an empty source")
     stages = stages_of(quotas)
     rows: list[api.Source] = []

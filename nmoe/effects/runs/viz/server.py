@@ -156,9 +156,11 @@ class Guard:
         """Why a request gets no answer; None when it gets one."""
         if _host_name(request.headers.get("host", "")) not in self.settings.hosts:
             names = ", ".join(self.settings.hosts)
-            return _problem(421, f"host: one of {names}, got another; open the address that `nmoe viz` printed")
+            return _problem(
+                421, f"host: expected one of {names}, got another; open the address that `nmoe viz` printed"
+            )
         if request.method not in ("GET", "HEAD"):
-            return _problem(405, f"method: GET, got {request.method[:20]}; nothing here can be changed")
+            return _problem(405, f"method: expected GET, got {request.method[:20]}; nothing here can be changed")
         token = self.settings.token
         if token is None or _same(request.cookies.get(COOKIE, ""), token):
             return None
@@ -197,21 +199,23 @@ class Ask:
         """Every value of a parameter."""
         values = list(dict.fromkeys(self.given.get(name, [])))
         if len(values) > MAX_RUNS or any(len(value) > MAX_TEXT for value in values):
-            raise InputError(f"{name}: at most {MAX_RUNS} values of {MAX_TEXT} characters, got more; ask for fewer")
+            raise InputError(
+                f"{name}: expected at most {MAX_RUNS} values of {MAX_TEXT} characters, got more; ask for fewer"
+            )
         return values
 
     def runs(self) -> list[str]:
         """The runs asked for, at least one."""
-        found = self.texts("run")
-        if not found:
-            raise InputError("run: the name of a run, got none; add run=NAME")
-        return found
+        names = self.texts("run")
+        if not names:
+            raise InputError("run: expected the name of a run, got none; add run=NAME")
+        return names
 
     def text(self, name: str) -> str:
         """A parameter that must be there once."""
         values = self.texts(name)
         if len(values) != 1:
-            raise InputError(f"{name}: one value, got {len(values)}; add {name}=VALUE")
+            raise InputError(f"{name}: expected one value, got {len(values)}; add {name}=VALUE")
         return values[0]
 
     def whole(self, name: str, *, required: bool = False) -> int | None:
@@ -220,7 +224,7 @@ class Ask:
             return None
         value = self.text(name)
         if not (value.isascii() and value.isdecimal() and len(value) < 16):
-            raise InputError(f"{name}: a whole number from 0, got {value[:40]!r}; write digits")
+            raise InputError(f"{name}: expected a whole number from 0, got {value[:40]!r}; write digits")
         return int(value)
 
     def real(self, name: str, low: float) -> float | None:
@@ -233,14 +237,14 @@ class Ask:
         except ValueError:
             number = math.nan
         if not (math.isfinite(number) and low <= number <= 1e300):
-            raise InputError(f"{name}: a number from {low:g}, got {value[:40]!r}; write another")
+            raise InputError(f"{name}: expected a number from {low:g}, got {value[:40]!r}; write another")
         return number
 
     def axis(self) -> curves.Axis:
         """What a chart asks for."""
         x = self.texts("x") or ["step"]
         if len(x) != 1 or x[0] not in curves.AXES:
-            raise InputError(f"x: one of {', '.join(curves.AXES)}, got {x[0][:40]!r}; choose one of them")
+            raise InputError(f"x: expected one of {', '.join(curves.AXES)}, got {x[0][:40]!r}; choose one of them")
         points = self.whole("points")
         return curves.Axis(
             x=x[0],
@@ -266,7 +270,9 @@ def _ask(request: Request) -> Ask:
             max_num_fields=2 * MAX_RUNS,
         )
     except ValueError as error:
-        raise InputError(f"query: parameters in UTF-8, at most {2 * MAX_RUNS}, got {error}; ask for fewer") from error
+        raise InputError(
+            f"query: expected parameters in UTF-8, at most {2 * MAX_RUNS}, got {error}; ask for fewer"
+        ) from error
     return Ask(given=given)
 
 
@@ -316,21 +322,21 @@ async def _poll_once(settings: Settings, watch: Watch) -> None:
             return
         began = time.monotonic()
         try:
-            found = await asyncio.to_thread(poll, settings.index)
+            read = await asyncio.to_thread(poll, settings.index)
         except (OSError, duckdb.Error) as error:
-            found = Poll(grown=(), gone=(), problems=(f"reading the runs failed: {error}",), read_bytes=0, left_bytes=0)
-        watch.polled, watch.left_bytes = time.monotonic(), found.left_bytes
-        if found.read_bytes:
-            watch.rate = found.read_bytes / (watch.polled - began)
+            read = Poll(grown=(), gone=(), problems=(f"reading the runs failed: {error}",), read_bytes=0, left_bytes=0)
+        watch.polled, watch.left_bytes = time.monotonic(), read.left_bytes
+        if read.read_bytes:
+            watch.rate = read.read_bytes / (watch.polled - began)
         message = {
-            "grown": list(found.grown),
-            "gone": list(found.gone),
-            "problems": list(found.problems),
-            "left_bytes": found.left_bytes,
-            "left_s": found.left_bytes / watch.rate if watch.rate else None,
+            "grown": list(read.grown),
+            "gone": list(read.gone),
+            "problems": list(read.problems),
+            "left_bytes": read.left_bytes,
+            "left_s": read.left_bytes / watch.rate if watch.rate else None,
         }
         async with watch.changed:
-            if found.grown or found.gone or message["problems"] != watch.last.get("problems"):
+            if read.grown or read.gone or message["problems"] != watch.last.get("problems"):
                 watch.number += 1
             watch.last = message
             watch.changed.notify_all()
@@ -390,4 +396,4 @@ def _problem(code: int, *problems: str) -> Response:
 
 async def _http_problem(request: Request, error: Exception) -> Response:
     code = error.status_code if isinstance(error, HTTPException) else 500
-    return _problem(code, f"address: one of this server's, got another ({code}); open /")
+    return _problem(code, f"address: expected one of this server's, got another ({code}); open /")

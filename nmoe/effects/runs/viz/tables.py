@@ -25,7 +25,7 @@ def compare(root: Path, names: Sequence[str]) -> int:
     Raises:  InputError for fewer than two runs, or one that is not there.
     """
     if len(set(names)) < 2:
-        raise InputError(f"runs compare: at least two runs, got {', '.join(names)}; name another")
+        raise InputError(f"runs compare: expected at least two runs, got {', '.join(names)}; name another")
     for name in names:
         runs.find(root, name)
     names = list(dict.fromkeys(names))
@@ -60,7 +60,7 @@ def _losses(index: Index, names: Sequence[str]) -> list[tuple[str, ...]]:
             [v for x, v in zip(series.x, curve.mean, strict=True) if x <= limit and v is not None][-1:]
             for curve in series.curves
         ]
-        rows.append((f"loss by step {limit:,.0f}", *(_shown(each[0]) if each else "-" for each in last)))
+        rows.append((f"loss by step {limit:,.0f}", *(_shown(values[0]) if values else "-" for values in last)))
     return rows
 
 
@@ -84,12 +84,14 @@ def export_parquet(root: Path, name: str, to: Path) -> int:
     with open_index(root.resolve(), None) as index:
         _read_all(index, [name])
         if not any(run.name == name and run.step is not None for run in views.runs(index, []).runs):
-            raise InputError(f"{folder}: an export has metrics, got none yet; wait for the first logged step")
+            raise InputError(f"{folder}: expected metrics to export, got none yet; wait for the first logged step")
         try:
             with files.replacing(to) as temporary:
                 export.write_(temporary, index, [name], "parquet")
         except OSError as error:
-            raise InputError(f"{to}: the export can be written, got {error.strerror}; choose another file") from error
+            raise InputError(
+                f"{to}: expected a file that can be written, got {error.strerror}; choose another file"
+            ) from error
     size = sum(file.stat().st_size for file in folder.glob(ALL_METRICS))
     say(f"{to}  {os.path.getsize(to):,} bytes, from {size:,} bytes of JSON lines")
     return 0
@@ -98,10 +100,10 @@ def export_parquet(root: Path, name: str, to: Path) -> int:
 def _read_all(index: Index, names: Sequence[str]) -> None:
     """Read some runs to their ends. Writes: the index."""
     while True:
-        found = poll(index, names=names)
-        if found.problems:
-            raise InputError(*found.problems)
-        if not found.read_bytes:
+        progress = poll(index, names=names)
+        if progress.problems:
+            raise InputError(*progress.problems)
+        if not progress.read_bytes:
             return
 
 

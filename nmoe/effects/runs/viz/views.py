@@ -107,7 +107,14 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
         shown=list(COLUMNS),
         tags=[entry.name for entry in described],
         metrics=[
-            api.Metric(name=entry.name, unit=entry.unit, kind=entry.kind, doc=entry.doc, format=entry.format())
+            api.Metric(
+                name=entry.name,
+                unit=entry.unit,
+                kind=entry.kind,
+                doc=entry.doc,
+                format=entry.format(),
+                bad_above=entry.bad_above,
+            )
             for entry in (*described, *by_layer)
         ],
         keys=sorted(keys),
@@ -202,13 +209,13 @@ def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
         list(numbers),
         MAX_EVENTS,
     )
-    found: list[api.Evaluation] = []
+    answers: list[api.Evaluation] = []
     for run, attempt, step, time_s, _, line in rows:
         fields = api.plain(json.loads(line))
         results = {key: v for key, v in fields.items() if key not in ("time", "event", "attempt", "step")}
-        found.append(api.Evaluation(run=numbers[run], attempt=attempt, step=step, time=time_s, results=results))
-    names_ = dict.fromkeys(key for row in found for key in row.results)
-    return api.Evaluations(names=list(names_), rows=found)
+        answers.append(api.Evaluation(run=numbers[run], attempt=attempt, step=step, time=time_s, results=results))
+    names_ = dict.fromkeys(key for row in answers for key in row.results)
+    return api.Evaluations(names=list(names_), rows=answers)
 
 
 def samples(index: Index, names: Sequence[str]) -> api.Samples:

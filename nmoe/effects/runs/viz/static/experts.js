@@ -74,11 +74,10 @@ function LoadMap({ title, load, rows, rowName, turned, theme }) {
 
 function Health({ about, table }) {
   const tags = about.tags;
-  return html`<h3>Latest, step ${count(about.step)}</h3><div class="scroll"><table id="experts-latest"><thead><tr><th>layer</th>${tags.map((tag) => html`<th title=${titleOf(table, tag)}>${tag}</th>`)}
-    ${tags.includes("max_over_mean") ? html`<th title="(fullest - mean) / mean, as in the auxiliary-loss-free paper">max violation</th>` : null}</tr></thead>
+  const limit = (tag) => metricOf(table, `experts/${tag}`)?.bad_above ?? Infinity;
+  return html`<h3>Latest, step ${count(about.step)}</h3><div class="scroll"><table id="experts-latest"><thead><tr><th>layer</th>${tags.map((tag) => html`<th title=${titleOf(table, tag)}>${tag}</th>`)}</tr></thead>
     <tbody>${about.layers.map((layer, place) => html`<tr key=${layer}><th>${layer}</th>
-      ${tags.map((tag) => { const value = about.latest[tag][place]; return html`<td class=${tag === "dead" && value > 0 ? "bad" : ""}>${number(value)}</td>`; })}
-      ${tags.includes("max_over_mean") ? html`<td>${number(about.latest.max_over_mean[place] === null ? null : about.latest.max_over_mean[place] - 1)}</td>` : null}</tr>`)}</tbody></table></div>`;
+      ${tags.map((tag) => { const value = about.latest[tag][place]; return html`<td class=${value !== null && value > limit(tag) ? "bad" : ""}>${number(value)}</td>`; })}</tr>`)}</tbody></table></div>`;
 }
 
 function LayerChart({ state, set, table, run, tag, version, theme }) {

@@ -13,6 +13,7 @@ from tests.test_architecture import imports, modules, within
 
 KEPT = (
     ("nmoe.__main__", "python -m nmoe"),
+    ("nmoe.cli.reference", "make docs"),
     ("nmoe.effects.kernels.exchange.nvshmem", "puts between hosts: compiled, and no exchange opens with them yet"),
 )
 """What nothing of nmoe names, and why it is there."""

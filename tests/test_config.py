@@ -546,6 +546,37 @@ def test_rules_of_grouped_query_attention(changes: dict[str, Any], expected: str
     assert problem.startswith(f"model.attention.{expected}"), problem
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_kv_heads": 3},
+            "num_kv_heads: expected a divisor of num_heads = 4, got 3; choose groups of the same size",
+        ),
+        ({"head_dim": 15}, "head_dim: expected an even number, got 15; write 16, channels are rotated in pairs"),
+        ({"window": 0}, "window: expected at least 1, got 0; raise it"),
+        ({"num_selected": 0}, "num_selected: expected at least 3, got 0; raise it"),
+        ({"selected_block": 0}, "selected_block: expected at least 1, got 0; raise it"),
+        ({"compressed_stride": 0}, "compressed_stride: expected at least 1, got 0; raise it"),
+        (
+            {"compressed_block": 10},
+            "compressed_stride: expected a divisor of compressed_block = 10, got 4; choose blocks of whole strides",
+        ),
+        (
+            {"selected_block": 6},
+            "compressed_stride: expected a divisor of selected_block = 6, got 4; choose blocks of whole strides",
+        ),
+    ],
+    ids=str,
+)
+def test_rules_of_native_sparse_attention(changes: dict[str, Any], expected: str) -> None:
+    config = load(ROOT / "configs" / "quickstart-nsa.toml", {}, ()).config
+    assert validate(config, 1) == ()
+    attention = attrs.evolve(config.model.attention, **changes)
+    (problem,) = validate(attrs.evolve(config, model=attrs.evolve(config.model, attention=attention)), 1)
+    assert problem.startswith(f"model.attention.{expected}"), problem
+
+
 def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
     """The list in `config`, which knows no torch, and the kinds themselves say the same."""
     on_gpu, on_cpu, latent = (

@@ -8,13 +8,13 @@ from typing import Any
 
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Gqa, Model, Moe, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Gqa, Model, Moe, Nsa, Stdlib
 from nmoe.config.toml import dotted, shown
 
 GPUS_PER_HOST = 8
 """Of every host with H100, H200 or B200 that is sold."""
 
-PLAIN = (Gqa,)
+PLAIN = (Gqa, Nsa)
 """Kinds of attention without kernels."""
 
 ITEM_BYTES = MappingProxyType({"fp32": 4, "bf16": 2})
@@ -188,15 +188,19 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
 
 
 def _attention(c: Model) -> Iterator[str]:
-    key = "head_dim" if isinstance(c.attention, Gqa) else "qk_rope_head_dim"
-    rotated, yarn = getattr(c.attention, key), c.attention.yarn
+    key = "head_dim" if isinstance(c.attention, Gqa | Nsa) else "qk_rope_head_dim"
+    rotated, yarn = getattr(c.attention, key), None if isinstance(c.attention, Nsa) else c.attention.yarn
     if rotated % 2:
         yield (
             f"model.attention.{key}: expected an even number, got {rotated}; "
             f"write {rotated + 1}, channels are rotated in pairs"
         )
+    if isinstance(c.attention, Gqa | Nsa):
+        yield from _groups(c.attention)
     if isinstance(c.attention, Gqa):
         yield from _gqa(c.attention, c.num_layers)
+    if isinstance(c.attention, Nsa):
+        yield from _nsa(c.attention)
     if yarn is None:
         return
     if yarn.original_positions * yarn.factor < c.max_positions:
@@ -212,12 +216,25 @@ def _attention(c: Model) -> Iterator[str]:
         )
 
 
-def _gqa(c: Gqa, num_layers: int) -> Iterator[str]:
+def _groups(c: Gqa | Nsa) -> Iterator[str]:
     if not _divides(c.num_kv_heads, c.num_heads):
         yield (
             f"model.attention.num_kv_heads: expected a divisor of num_heads = {c.num_heads}, got {c.num_kv_heads}; "
             "choose groups of the same size"
         )
+
+
+def _nsa(c: Nsa) -> Iterator[str]:
+    for key in ("compressed_block", "selected_block"):
+        size = getattr(c, key)
+        if not _divides(c.compressed_stride, size):
+            yield (
+                f"model.attention.compressed_stride: expected a divisor of {key} = {size}, got {c.compressed_stride}; "
+                "choose blocks of whole strides"
+            )
+
+
+def _gqa(c: Gqa, num_layers: int) -> Iterator[str]:
     if c.global_every is not None and c.window is None:
         yield (
             f"model.attention.global_every: expected a window beside it, got {c.global_every} alone; write window or "

@@ -115,6 +115,44 @@ class Gqa:
 
 
 @attrs.frozen(kw_only=True)
+class Nsa:
+    """Native sparse attention: compressed blocks, selected blocks and a window (arXiv:2502.11089)."""
+
+    kind: ClassVar[str] = "nsa"
+
+    num_heads: int = setting("query heads", low=1, high=WIDEST, shapes=True)
+    num_kv_heads: int = setting(
+        "heads of keys and values, one selection each; divides num_heads", low=1, high=WIDEST, shapes=True
+    )
+    head_dim: int = setting(
+        "channels of a head's query and key, all of them rotated; even", low=2, high=WIDEST, shapes=True
+    )
+    v_head_dim: int = setting("channels of a head's value", low=1, high=WIDEST, shapes=True)
+    compressed_block: int = setting(
+        "tokens that one compressed key stands for", unit="tokens", default=32, low=1, high=MOST_POSITIONS, shapes=True
+    )
+    compressed_stride: int = setting(
+        "tokens from one compressed block to the next; divides compressed_block and selected_block",
+        unit="tokens",
+        default=16,
+        low=1,
+        high=MOST_POSITIONS,
+    )
+    selected_block: int = setting("tokens of a selected block", unit="tokens", default=64, low=1, high=MOST_POSITIONS)
+    num_selected: int = setting(
+        "blocks that a query reads, the first, its own and the one before included",
+        unit="blocks",
+        default=16,
+        low=3,
+        high=MOST_POSITIONS,
+    )
+    window: int = setting(
+        "last tokens that a query reads, its own included", unit="tokens", default=512, low=1, high=MOST_POSITIONS
+    )
+    rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
+
+
+@attrs.frozen(kw_only=True)
 class Moe:
     """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437)."""
 
@@ -162,7 +200,7 @@ class Model:
     norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, low=1e-20, high=1)
     embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, low=1e-6, high=1e6)
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
-    attention: Mla | Gqa = setting("attention of every block; `kind` chooses the table's keys")
+    attention: Mla | Gqa | Nsa = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
 
 

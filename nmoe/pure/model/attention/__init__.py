@@ -14,7 +14,7 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure.model.attention import gqa, mla
+from nmoe.pure.model.attention import gqa, mla, nsa
 from nmoe.pure.model.hf_leaf import Leaf
 
 
@@ -90,6 +90,15 @@ KINDS: Kinds = MappingProxyType(
             flops=gqa.flops,
             kept_bytes=gqa.kept_bytes,
             reference=gqa.REFERENCE,
+        ),
+        sections.Nsa: Kind(
+            specs=nsa.specs,
+            dims=nsa.dims,
+            tables=nsa.tables,
+            apply=nsa.nsa,
+            flops=nsa.flops,
+            kept_bytes=nsa.kept_bytes,
+            reference=nsa.REFERENCE,
         ),
     }
 )

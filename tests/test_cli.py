@@ -82,7 +82,7 @@ BAD_CONFIGS = {
     "unknown attention": (
         r'^kind = "mla"',
         'kind = "flash"',
-        [r'x.toml:\d+: model.attention.kind: expected one of "mla", "gqa", "nsa", got "flash"; .*'],
+        [r'x.toml:\d+: model.attention.kind: expected one of "mla", "gqa", "nsa", "dsa", got "flash"; .*'],
     ),
 }
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Gqa, Model, Moe, Nsa, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Dsa, Gqa, Model, Moe, Nsa, Stdlib
 from nmoe.config.toml import dotted, shown
 
 GPUS_PER_HOST = 8
 """Of every host with H100, H200 or B200 that is sold."""
 
-PLAIN = (Gqa, Nsa)
+PLAIN = (Gqa, Nsa, Dsa)
 """Kinds of attention without kernels."""
 
 ITEM_BYTES = MappingProxyType({"fp32": 4, "bf16": 2})
@@ -201,6 +201,11 @@ def _attention(c: Model) -> Iterator[str]:
         yield from _gqa(c.attention, c.num_layers)
     if isinstance(c.attention, Nsa):
         yield from _nsa(c.attention)
+    if isinstance(c.attention, Dsa) and c.attention.index_head_dim < rotated:
+        yield (
+            f"model.attention.index_head_dim: expected at least qk_rope_head_dim = {rotated}, got "
+            f"{c.attention.index_head_dim}; raise it, that many channels are rotated"
+        )
     if yarn is None:
         return
     if yarn.original_positions * yarn.factor < c.max_positions:
@@ -302,6 +307,11 @@ def _run(config: Config, world: int) -> Iterator[str]:
     if train.graph and config.run.device != "cuda":
         yield (
             f'train.graph: expected false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
+        )
+    if train.graph and isinstance(c.attention, Dsa) and c.attention.index_warmup_tokens:
+        yield (
+            "train.graph: expected false when model.attention.index_warmup_tokens is "
+            f"{c.attention.index_warmup_tokens}, got true; a recorded step cannot change its stage, write false"
         )
     if isinstance(source, Stdlib) and source.tokenizer_size > c.vocab_size:
         yield (

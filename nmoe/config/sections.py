@@ -153,6 +153,36 @@ class Nsa:
 
 
 @attrs.frozen(kw_only=True)
+class Dsa(Mla):
+    """Sparse latent attention to the keys that an indexer finds (DeepSeek-V3.2)."""
+
+    kind: ClassVar[str] = "dsa"
+
+    q_lora_rank: int = setting("low rank of the query, which the indexer reads", low=1, high=WIDEST, shapes=True)
+    index_num_heads: int = setting("heads of the indexer", low=1, high=WIDEST, shapes=True)
+    index_head_dim: int = setting(
+        "channels of a head of the indexer; the first qk_rope_head_dim are rotated",
+        low=2,
+        high=WIDEST,
+        shapes=True,
+    )
+    index_top_k: int = setting("keys that a query reads", unit="tokens", default=2048, low=1, high=MOST_POSITIONS)
+    index_loss: float = setting(
+        "weight of the indexer's loss: KL divergence of its scores from the attention",
+        default=1.0,
+        above=0,
+        high=1e3,
+    )
+    index_warmup_tokens: int = setting(
+        "tokens of the run during which every query reads all keys and the indexer learns from them",
+        unit="tokens",
+        default=0,
+        low=0,
+        high=MOST_TOKENS,
+    )
+
+
+@attrs.frozen(kw_only=True)
 class Moe:
     """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437)."""
 
@@ -200,7 +230,7 @@ class Model:
     norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, low=1e-20, high=1)
     embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, low=1e-6, high=1e6)
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
-    attention: Mla | Gqa | Nsa = setting("attention of every block; `kind` chooses the table's keys")
+    attention: Mla | Gqa | Nsa | Dsa = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
 
 

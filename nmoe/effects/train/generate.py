@@ -14,6 +14,7 @@ from nmoe.effects.checkpoint import weights
 from nmoe.effects.data.tokenizer import encoding, load
 from nmoe.effects.device import gpu, ops
 from nmoe.effects.terminal import say
+from nmoe.effects.train.step import tokens_per_step
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.model import model
@@ -86,7 +87,7 @@ def main(folder: Path, prompt: str, num_tokens: int, temperature: float, seed: i
         params,
         router_bias,
         env,
-        c,
+        model.model_at(c, env, config.train.steps * tokens_per_step(config)),
         start,
         num_tokens=num_tokens,
         vocab_size=tokenizer.size,

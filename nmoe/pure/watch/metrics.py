@@ -43,7 +43,7 @@ METRICS = (
     Metric("tokens_global", "tokens", "count", "tokens read by all ranks"),
     Metric("tokens_local", "tokens", "count", "tokens read by this rank"),
     Metric("loss", "nats/token", "value", "cross entropy a target"),
-    Metric("auxiliary_loss", "nats/token", "value", "weighted sequence-wise balance loss"),
+    Metric("auxiliary_loss", "nats/token", "value", "weighted sequence-wise balance loss, and the attention's own"),
     Metric("lr/*", "1", "value", "learning rate of an optimizer group in this step"),
     Metric("grad_norm", "1", "value", "global norm of the gradient before the clip"),
     Metric("update_norm", "1", "value", "norm of the change of all parameters"),

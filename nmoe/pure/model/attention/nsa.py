@@ -7,20 +7,18 @@ S selected blocks of a query · m, s, t the compressed blocks, selected tokens a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nmoe.config import sections
 from nmoe.pure.core.init import normal, residual, zeros
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
+from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
 from nmoe.pure.model.attention.gqa import attend_gqa, attended, executed
-from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.rope import Documents, Rope, rotate, table
 
 QUERIES = 128
@@ -168,17 +166,6 @@ def pool(p: KeyPool | ValuePool, x: Tensor, first: Tensor) -> Tensor:
     return (F.silu(tokens.flatten(-2) @ p.up.flatten(0, 1)) @ p.down).transpose(1, 2)
 
 
-def gathered(x: Tensor, at: Tensor) -> Tensor:
-    """The rows of each head at some places.
-
-    x        [B K T C]
-    at       [B K ...] i64, may broadcast
-    returns  [B K ... C]
-    """
-    rows = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2], *(1,) * (at.ndim - 2))
-    return F.embedding(at + rows * x.shape[2], x.reshape(-1, x.shape[-1]))
-
-
 def attend_compressed(
     q: Tensor,
     k: Tensor,
@@ -217,13 +204,13 @@ def attend_compressed(
         if isinstance(start, Tensor):
             hidden = hidden | (first[:, None, : k.shape[2]] < start[:, begin:end, None])
         score = (q.flatten(2, 3) @ k.mT).unflatten(2, q.shape[2:4])
-        probability = _softmax(score, hidden[:, None, :, None])
+        probability = softmax(score, hidden[:, None, :, None])
         o = (probability.to(v.dtype).flatten(2, 3) @ v).unflatten(2, q.shape[2:4])
         return o, probability.detach().sum(3)
 
     blocks: list[Tensor] = []
     chosen: list[Tensor] = []
-    for begin, end in _blocks(length):
+    for begin, end in query_blocks(length, QUERIES):
         count = _num_pooled(end, block, stride)
         o, weight = again(attend, q[:, :, begin:end], k[:, :, :count], v[:, :, :count], begin, end)
         blocks.append(o)
@@ -275,9 +262,7 @@ def select(
     own = (position // selected_block)[..., None]
     forced = (candidate == 0) | (candidate == own) | (candidate == own - 1)
     total = total.masked_fill(forced, torch.inf).masked_fill(candidate > own, -torch.inf)
-    best, index = (each[..., :count] for each in total.sort(dim=-1, descending=True, stable=True))
-    index = index.masked_fill(best == -torch.inf, num_blocks).sort(dim=-1).values
-    return index.masked_fill(index == num_blocks, -1).int()
+    return best(total, count)
 
 
 def attend_selected(
@@ -317,29 +302,13 @@ def attend_selected(
         hidden = (chosen < 0).repeat_interleave(block, -1) | (token > query)
         at = token.masked_fill(hidden, 0)
         score = q @ gathered(k, at).mT
-        return _softmax(score, hidden[..., None, :]).to(v.dtype) @ gathered(v, at)
+        return softmax(score, hidden[..., None, :]).to(v.dtype) @ gathered(v, at)
 
     blocks: list[Tensor] = []
-    for begin, end in _blocks(length):
+    for begin, end in query_blocks(length, QUERIES):
         here = chosen[:, :, begin:end, : _num_blocks(end, block)]
         blocks.append(again(attend, q[:, :, begin:end], k, v, here, begin, end))
     return torch.cat(blocks, dim=2).transpose(1, 2).flatten(2, 3)
-
-
-def again(attend: Callable[..., Any], *arguments: Any) -> Any:
-    """`attend` of the arguments, which are all that is kept; the backward pass runs it again."""
-    return checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
-def _softmax(score: Tensor, hidden: Tensor) -> Tensor:
-    """Probabilities over the last dimension, in fp32 at least; zeros of a query from which everything is hidden."""
-    score = upcast(score)
-    return score.masked_fill(hidden, torch.finfo(score.dtype).min).softmax(-1).masked_fill(hidden, 0)
-
-
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of each block of queries."""
-    return ((begin, min(begin + QUERIES, length)) for begin in range(0, length, QUERIES))
 
 
 def _num_blocks(length: int, block: int) -> int:
@@ -386,7 +355,7 @@ def flops(c: sections.Nsa, *, sequence_length: int, causal: bool) -> int:
                 _num_pooled(end, block, stride)
                 + min(c.num_selected, _num_blocks(end, c.selected_block)) * c.selected_block
             )
-            for begin, end in _blocks(sequence_length)
+            for begin, end in query_blocks(sequence_length, QUERIES)
         )
     attention = 2 * c.num_heads * (c.head_dim + c.v_head_dim) * pairs
     a_block = 2 * c.num_kv_heads * (block + 1) * (c.head_dim**2 + c.v_head_dim**2)

@@ -83,7 +83,10 @@ BAD_CONFIGS = {
     "unknown attention": (
         r'^kind = "mla"',
         'kind = "flash"',
-        [r'x.toml:\d+: model.attention.kind: expected one of "mla", "gqa", "kda", "mixed", got "flash"; .*'],
+        [
+            r'x.toml:\d+: model.attention.kind: expected one of "mla", "gqa", "kda", "nsa", "dsa", "mixed", '
+            r'got "flash"; .*'
+        ],
     ),
 }
 

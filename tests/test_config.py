@@ -606,6 +606,74 @@ def test_a_mixed_attention_is_written_and_read_like_any_other() -> None:
     assert identity(loaded.config) != identity(load(path, {}, ()).config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_kv_heads": 3},
+            "num_kv_heads: expected a divisor of num_heads = 4, got 3; choose groups of the same size",
+        ),
+        ({"head_dim": 15}, "head_dim: expected an even number, got 15; write 16, channels are rotated in pairs"),
+        ({"window": 0}, "window: expected at least 1, got 0; raise it"),
+        ({"num_selected": 0}, "num_selected: expected at least 3, got 0; raise it"),
+        ({"selected_block": 0}, "selected_block: expected at least 1, got 0; raise it"),
+        ({"compressed_stride": 0}, "compressed_stride: expected at least 1, got 0; raise it"),
+        (
+            {"compressed_block": 10},
+            "compressed_stride: expected a divisor of compressed_block = 10, got 4; choose blocks of whole strides",
+        ),
+        (
+            {"selected_block": 6},
+            "compressed_stride: expected a divisor of selected_block = 6, got 4; choose blocks of whole strides",
+        ),
+    ],
+    ids=str,
+)
+def test_rules_of_native_sparse_attention(changes: dict[str, Any], expected: str) -> None:
+    config = load(ROOT / "configs" / "quickstart-nsa.toml", {}, ()).config
+    assert validate(config, 1) == ()
+    attention = attrs.evolve(config.model.attention, **changes)
+    (problem,) = validate(attrs.evolve(config, model=attrs.evolve(config.model, attention=attention)), 1)
+    assert problem.startswith(f"model.attention.{expected}"), problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"index_top_k": 0}, "index_top_k: expected at least 1, got 0; raise it"),
+        ({"index_loss": 0.0}, "index_loss: expected above 0, got 0.0; raise it"),
+        ({"index_head_dim": 6}, "index_head_dim: expected at least qk_rope_head_dim = 8, got 6; raise it, that many "),
+        (
+            {"qk_rope_head_dim": 7},
+            "qk_rope_head_dim: expected an even number, got 7; write 8, channels are rotated in ",
+        ),
+    ],
+    ids=str,
+)
+def test_rules_of_sparse_latent_attention(changes: dict[str, Any], expected: str) -> None:
+    config = load(ROOT / "configs" / "quickstart-dsa.toml", {}, ()).config
+    assert validate(config, 1) == ()
+    attention = attrs.evolve(config.model.attention, **changes)
+    (problem,) = validate(attrs.evolve(config, model=attrs.evolve(config.model, attention=attention)), 1)
+    assert problem.startswith(f"model.attention.{expected}"), problem
+
+
+def test_a_recorded_step_has_no_warm_up() -> None:
+    config = load(ROOT / "configs" / "quickstart-dsa.toml", {}, ()).config
+    on_gpu = attrs.evolve(
+        config,
+        run=attrs.evolve(config.run, device="cuda"),
+        precision=attrs.evolve(config.precision, compute="bf16"),
+        train=attrs.evolve(config.train, graph=True),
+    )
+    (problem,) = validate(on_gpu, 1)
+    assert problem.startswith(
+        "train.graph: expected false when model.attention.index_warmup_tokens is 204800, got true"
+    )
+    sparse = attrs.evolve(config.model.attention, index_warmup_tokens=0)
+    assert validate(attrs.evolve(on_gpu, model=attrs.evolve(config.model, attention=sparse)), 1) == ()
+
+
 def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
     """The list in `config`, which knows no torch, and the kinds themselves say the same."""
     assert set(PLAIN) == {section for section, kind in KINDS.items() if kind.kernel_kept_bytes is None}

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ import tomli
 import tomli_w
 import torch
 from jsonschema import Draft202012Validator
+from transformers import DeepseekV32Config
 
 from nmoe.config import Config, diff, dump, load, load_valid, schema
 from nmoe.config.check import unrunnable
-from nmoe.config.sections import Gqa
+from nmoe.config.sections import Dsa, Gqa, Mla
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import count
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.model import model
-from nmoe.pure.model.attention import kind_of
+from nmoe.pure.model.attention import kind_of, mla
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.hf import settings
 from nmoe.pure.model.ops import environment
@@ -94,15 +95,16 @@ def described(root: dict[str, Any], section: dict[str, Any], tables: dict[str, A
             yield (*path, name), about
 
 
-def required(section: type, path: Where = ()) -> Iterator[Where]:
-    """Keys without a default, of every kind of table."""
+def required(section: type, table: Mapping[str, Any], path: Where = ()) -> Iterator[Where]:
+    """Keys without a default, of the tables there are and of their kinds."""
     hints = typing.get_type_hints(section)
     for field in attrs.fields(section):
+        inner, where = table.get(field.name), (*path, field.name)
         if field.default is attrs.NOTHING:
-            yield (*path, field.name)
+            yield where
         for member in typing.get_args(hints[field.name]) or (hints[field.name],):
-            if attrs.has(member):
-                yield from required(member, (*path, field.name))
+            if attrs.has(member) and isinstance(inner, dict) and getattr(member, "kind", None) == inner.get("kind"):
+                yield from required(member, inner, where)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
@@ -110,7 +112,11 @@ def test_shipped_configs_are_valid(path: Path) -> None:
     config = load_valid(path, {}, ()).config
     # their experts are shared out over several hosts, which `nmoe plan` costs and `nmoe run` does not do yet
     refused = [problem.partition(",")[0] for problem in unrunnable(config, config.parallel.ranks)]
-    planned_only = ["parallel.experts: expected at most the 8 GPUs of a host"] if path.stem in ("dsv2", "dsv3") else []
+    planned_only = (
+        ["parallel.experts: expected at most the 8 GPUs of a host"]
+        if path.stem in ("dsv2", "dsv3", "deepseek-v3.2")
+        else []
+    )
     assert refused == planned_only
     tables = tomli.loads(path.read_text())
     assert [error.message for error in Draft202012Validator(schema()).iter_errors(tables)] == []
@@ -158,7 +164,7 @@ def test_every_value_of_a_wrong_type_is_named(path: Path, wrong: Any, tmp_path: 
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
 def test_every_missing_key_is_named(path: Path, tmp_path: Path) -> None:
     tables = complete(path)
-    needed = {*required(Config), *(where for where, _ in every(tables) if where[-1] == "kind")}
+    needed = {*required(Config, tables), *(where for where, _ in every(tables) if where[-1] == "kind")}
     for places in in_groups(tables):
         mutated = copy.deepcopy(tables)
         for where in places:
@@ -174,7 +180,7 @@ def test_the_schema_refuses_what_loading_refuses(path: Path) -> None:
     """Each key mistyped, of another type, and left out: by itself, for editors mark each."""
     schema_of = Draft202012Validator(schema())
     tables = complete(path)
-    needed = {*required(Config), *(where for where, _ in every(tables) if where[-1] == "kind")}
+    needed = {*required(Config, tables), *(where for where, _ in every(tables) if where[-1] == "kind")}
     for where, right in every(tables):
         wrongs: list[Any] = [True, [], {"inner": 1}, 2.5, "text"]
         for wrong in [each for each in wrongs if type(each) is not type(right) or isinstance(right, dict)]:
@@ -281,6 +287,44 @@ def test_gpt_oss_has_the_published_shape() -> None:
     # 20,914,757,184 published (model card, table 1: 20.91 B) less every bias: experts', attention's, routers'
     biases = 24 * (32 * (2 * 2880 + 2880) + (64 + 16) * 64 + 2880 + 32)
     assert count(specs, sizes, top_k=4).total == 20_914_757_184 - biases
+
+
+def test_deepseek_v32_has_the_published_shape() -> None:
+    """The defaults of `transformers.DeepseekV32Config`, which are config.json of deepseek-ai/DeepSeek-V3.2-Exp."""
+    c = load(ROOT / "configs" / "deepseek-v3.2.toml", {}, ()).config.model
+    assert isinstance(c.attention, Dsa)
+    indexer = {
+        "index_topk": c.attention.index_top_k,
+        "index_n_heads": c.attention.index_num_heads,
+        "index_head_dim": c.attention.index_head_dim,
+    }
+    found = (
+        mla.hf_settings(c.attention)
+        | indexer
+        | {
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "num_hidden_layers": c.num_layers,
+            "first_k_dense_replace": c.num_dense_layers,
+            "intermediate_size": c.intermediate_size,
+            "max_position_embeddings": c.max_positions,
+            "n_routed_experts": c.moe.num_experts,
+            "num_experts_per_tok": c.moe.top_k,
+            "n_shared_experts": c.moe.num_shared_experts,
+            "moe_intermediate_size": c.moe.intermediate_size,
+            "n_group": c.moe.num_groups,
+            "topk_group": c.moe.top_k_groups,
+            "routed_scaling_factor": c.moe.route_scale,
+        }
+    )
+    published = DeepseekV32Config()
+    theirs = {name: getattr(published, name) for name in found if not name.startswith("rope_")}
+    assert {name: found[name] for name in theirs} == theirs
+    # 671 B and an indexer in each of 61 layers
+    indexers = 61 * (1536 * 64 * 128 + 7168 * 128 + 2 * 128 + 7168 * 64)
+    dense = attrs.evolve(c, attention=Mla(**{f.name: getattr(c.attention, f.name) for f in attrs.fields(Mla)}))
+    totals = [count(model.specs(each), model.dims(each), top_k=8).total for each in (c, dense)]
+    assert totals[0] - totals[1] == indexers
 
 
 def test_moonlight_is_the_published_model() -> None:

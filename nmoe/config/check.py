@@ -8,13 +8,13 @@ from typing import Any
 
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Gqa, Kda, Mixed, Mla, Model, Moe, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Dsa, Gqa, Kda, Mixed, Mla, Model, Moe, Nsa, Stdlib
 from nmoe.config.toml import dotted, shown
 
 GPUS_PER_HOST = 8
 """Of every host with H100, H200 or B200 that is sold."""
 
-PLAIN: tuple[type, ...] = (Kda,)
+PLAIN: tuple[type, ...] = (Kda, Nsa, Dsa)
 """Kinds of attention without kernels."""
 
 GQA_HEAD_DIMS = (64, 128)
@@ -195,10 +195,16 @@ def _attention(c: Model) -> Iterator[str]:
     if isinstance(c.attention, Mixed):
         yield from _mixed(c.attention, c.num_layers)
     for where, part in c.attentions().items():
-        if isinstance(part, Mla | Gqa):
+        if isinstance(part, Mla | Gqa | Nsa):
             yield from _rotated(where, part, c.max_positions)
+        if isinstance(part, Gqa | Nsa):
+            yield from _groups(where, part)
         if isinstance(part, Gqa):
             yield from _gqa(where, part, c.num_layers)
+        if isinstance(part, Nsa):
+            yield from _nsa(where, part)
+        if isinstance(part, Dsa):
+            yield from _dsa(where, part)
 
 
 def _mixed(c: Mixed, num_layers: int) -> Iterator[str]:
@@ -224,9 +230,9 @@ def _mixed(c: Mixed, num_layers: int) -> Iterator[str]:
             )
 
 
-def _rotated(where: str, c: Mla | Gqa, max_positions: int) -> Iterator[str]:
-    key = "head_dim" if isinstance(c, Gqa) else "qk_rope_head_dim"
-    rotated, yarn = getattr(c, key), c.yarn
+def _rotated(where: str, c: Mla | Gqa | Nsa, max_positions: int) -> Iterator[str]:
+    key = "head_dim" if isinstance(c, Gqa | Nsa) else "qk_rope_head_dim"
+    rotated, yarn = getattr(c, key), None if isinstance(c, Nsa) else c.yarn
     if rotated % 2:
         yield (
             f"{where}.{key}: expected an even number, got {rotated}; write {rotated + 1}, channels are rotated in pairs"
@@ -247,12 +253,35 @@ def _rotated(where: str, c: Mla | Gqa, max_positions: int) -> Iterator[str]:
         )
 
 
-def _gqa(where: str, c: Gqa, num_layers: int) -> Iterator[str]:
+def _groups(where: str, c: Gqa | Nsa) -> Iterator[str]:
     if not _divides(c.num_kv_heads, c.num_heads):
         yield (
             f"{where}.num_kv_heads: expected a divisor of num_heads = {c.num_heads}, got {c.num_kv_heads}; "
             "choose groups of the same size"
         )
+
+
+def _nsa(where: str, c: Nsa) -> Iterator[str]:
+    for key in ("compressed_block", "selected_block"):
+        size = getattr(c, key)
+        if not _divides(c.compressed_stride, size):
+            yield (
+                f"{where}.compressed_stride: expected a divisor of {key} = {size}, got {c.compressed_stride}; "
+                "choose blocks of whole strides"
+            )
+
+
+def _dsa(where: str, c: Dsa) -> Iterator[str]:
+    if c.index_head_dim < c.qk_rope_head_dim:
+        yield (
+            f"{where}.index_head_dim: expected at least qk_rope_head_dim = {c.qk_rope_head_dim}, got "
+            f"{c.index_head_dim}; raise it, that many channels are rotated"
+        )
+    if c.position == "none":
+        yield f'{where}.position: expected no value, got "none"; remove it, the indexer\'s queries and keys are rotated'
+
+
+def _gqa(where: str, c: Gqa, num_layers: int) -> Iterator[str]:
     if c.global_every is not None and c.window is None:
         yield (
             f"{where}.global_every: expected a window beside it, got {c.global_every} alone; write window or "
@@ -327,6 +356,11 @@ def _run(config: Config, world: int) -> Iterator[str]:
     if train.graph and config.run.device != "cuda":
         yield (
             f'train.graph: expected false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
+        )
+    if train.graph and isinstance(c.attention, Dsa) and c.attention.index_warmup_tokens:
+        yield (
+            "train.graph: expected false when model.attention.index_warmup_tokens is "
+            f"{c.attention.index_warmup_tokens}, got true; a recorded step cannot change its stage, write false"
         )
     if isinstance(source, Stdlib) and source.tokenizer_size > c.vocab_size:
         yield (

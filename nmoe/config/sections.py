@@ -94,6 +94,74 @@ class Gqa:
 
 
 @attrs.frozen(kw_only=True)
+class Nsa:
+    """Native sparse attention: compressed blocks, selected blocks and a window (arXiv:2502.11089)."""
+
+    kind: ClassVar[str] = "nsa"
+
+    num_heads: int = setting("query heads", low=1, high=WIDEST, shapes=True)
+    num_kv_heads: int = setting(
+        "heads of keys and values, one selection each; divides num_heads", low=1, high=WIDEST, shapes=True
+    )
+    head_dim: int = setting(
+        "channels of a head's query and key, all of them rotated; even", low=2, high=WIDEST, shapes=True
+    )
+    v_head_dim: int = setting("channels of a head's value", low=1, high=WIDEST, shapes=True)
+    compressed_block: int = setting(
+        "tokens that one compressed key stands for", unit="tokens", default=32, low=1, high=MOST_POSITIONS, shapes=True
+    )
+    compressed_stride: int = setting(
+        "tokens from one compressed block to the next; divides compressed_block and selected_block",
+        unit="tokens",
+        default=16,
+        low=1,
+        high=MOST_POSITIONS,
+    )
+    selected_block: int = setting("tokens of a selected block", unit="tokens", default=64, low=1, high=MOST_POSITIONS)
+    num_selected: int = setting(
+        "blocks that a query reads, the first, its own and the one before included",
+        unit="blocks",
+        default=16,
+        low=3,
+        high=MOST_POSITIONS,
+    )
+    window: int = setting(
+        "last tokens that a query reads, its own included", unit="tokens", default=512, low=1, high=MOST_POSITIONS
+    )
+    rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
+
+
+@attrs.frozen(kw_only=True)
+class Dsa(Mla):
+    """Sparse latent attention to the keys that an indexer finds (DeepSeek-V3.2)."""
+
+    kind: ClassVar[str] = "dsa"
+
+    q_lora_rank: int = setting("low rank of the query, which the indexer reads", low=1, high=WIDEST, shapes=True)
+    index_num_heads: int = setting("heads of the indexer", low=1, high=WIDEST, shapes=True)
+    index_head_dim: int = setting(
+        "channels of a head of the indexer; the first qk_rope_head_dim are rotated",
+        low=2,
+        high=WIDEST,
+        shapes=True,
+    )
+    index_top_k: int = setting("keys that a query reads", unit="tokens", default=2048, low=1, high=MOST_POSITIONS)
+    index_loss: float = setting(
+        "weight of the indexer's loss: KL divergence of its scores from the attention",
+        default=1.0,
+        above=0,
+        high=1e3,
+    )
+    index_warmup_tokens: int = setting(
+        "tokens of the run during which every query reads all keys and the indexer learns from them",
+        unit="tokens",
+        default=0,
+        low=0,
+        high=MOST_TOKENS,
+    )
+
+
+@attrs.frozen(kw_only=True)
 class Kda:
     """Kimi delta attention, a linear recurrence by the gated delta rule (Kimi Linear, arXiv:2510.26692)."""
 
@@ -190,7 +258,9 @@ class Model:
     norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, low=1e-20, high=1)
     embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, low=1e-6, high=1e6)
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
-    attention: Mla | Gqa | Kda | Mixed = setting("attention of every block; `kind` chooses the table's keys")
+    attention: Mla | Gqa | Kda | Nsa | Dsa | Mixed = setting(
+        "attention of every block; `kind` chooses the table's keys"
+    )
     moe: Moe = setting("mixture of every block after the dense ones")
 
     def attentions(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config.layers import load_model
+from nmoe.config.sections import MOST_TOKENS
 from nmoe.config.sections import Model as ModelConfig
 from nmoe.effects import files
 from nmoe.effects.checkpoint import weights
@@ -195,7 +196,7 @@ def open_network(folder: Path, device: str | None) -> tuple[Network, Tokenizer]:
         params=params,
         router_bias=router_bias,
         env=attrs.evolve(env, tables=tables),
-        config=c,
+        config=model.model_at(c, env, MOST_TOKENS),  # in the last stage of its attention
         vocab_size=tokenizer.size,
     )
     return network, tokenizer

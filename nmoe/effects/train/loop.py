@@ -21,7 +21,7 @@ from nmoe.effects.train.evaluate import Held, evaluate, even
 from nmoe.effects.train.outcome import EXIT_UNSAVED, end, record_failure
 from nmoe.effects.train.session import Session, Start
 from nmoe.effects.train.step import State
-from nmoe.pure.model.model import Batch
+from nmoe.pure.model.model import Batch, model_at
 from nmoe.pure.watch.validations import Validations, validated
 
 FOREVER_S = 1e9
@@ -132,7 +132,7 @@ def _validator(session: Session) -> Callable[[State], Held | None]:
             state.params,
             state.router_bias,
             session.env,
-            config.model,
+            model_at(config.model, session.env, state.tokens),
             unless_stopped(),
             lengths,
             chunk=config.train.loss_chunk,

@@ -26,7 +26,7 @@ from nmoe.pure.core.layout import ArenaLayout, Stretch
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
-from nmoe.pure.model.model import Batch, Transformer, block, objective
+from nmoe.pure.model.model import Batch, Transformer, block, model_at, objective
 from nmoe.pure.model.ops import Env
 from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
@@ -70,7 +70,7 @@ class Metrics:
     """What a step returns; 0-d device tensors unless said otherwise, read at the log's cadence."""
 
     loss: Tensor  # nats a target
-    auxiliary_loss: Tensor  # weighted sequence-wise balance loss
+    auxiliary_loss: Tensor  # weighted sequence-wise balance loss, and the attention's own loss
     grad_norm: Tensor  # before the clip
     update_norm: Tensor
     load: Tensor  # [L E] i64, tokens each expert was chosen by
@@ -107,7 +107,7 @@ class Setup:
     env: Env
     rt: Runtime
     passes: ops.ArenaOps
-    run: Callable[..., tuple[Tensor, Any]]
+    run: Callable[..., tuple[Tensor, Any, Any]]
     mark: Callable[[str], None]
     before_update: Callable[[], None]
     exchange: Exchange | None
@@ -171,7 +171,7 @@ def make_step(
     accumulator    the one that the ops of `env` write weight gradients through, if they do
     """
     # What the backward pass computes again in the place of keeping it.
-    run: Callable[..., tuple[Tensor, Any]] = block
+    run: Callable[..., tuple[Tensor, Any, Any]] = block
     if config.train.recompute == "full":
         run = recompute.full()
     elif config.train.recompute == "cheap":
@@ -280,7 +280,8 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
 
     Writes:  gradients of the arenas; what this rank owns of them is complete.
     """
-    c, train, ranks, device = setup.config.model, setup.config.train, setup.rt.ranks, setup.rt.device
+    train, ranks, device = setup.config.train, setup.rt.ranks, setup.rt.device
+    c = model_at(setup.config.model, setup.env, state.tokens)
     layouts = setup.blueprint.layouts
     (num_targets,) = all_reduce_sum(ranks.world, [(batch.targets >= 0).sum()])
     nll = torch.zeros((), device=device)
@@ -315,6 +316,8 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
         margins = margins + report.margins
         entropy = entropy + report.entropy / (count * ranks.world.size)
         auxiliary = auxiliary + report.imbalance.detach().sum() * (c.moe.sequence_balance / train.batch_size)
+        if isinstance(report.attention, Tensor):
+            auxiliary = auxiliary + report.attention.detach() / tokens_per_step(setup.config)
     return num_targets, nll, auxiliary, load, margins, entropy
 
 

@@ -41,6 +41,7 @@ class Role(enum.Enum):
     EXPERT = "expert"
     ROUTER = "router"
     GAIN = "gain"
+    POOL = "pool"  # a hidden matrix that meets several tokens at once: its kind of attention counts the FLOPs
 
 
 @attrs.frozen(kw_only=True)
@@ -52,7 +53,7 @@ class Policy:
     decay      whether weight decay applies
     shard      axis letter that is split over the expert-parallel ranks, or "" for none
     storage    "compute": the format of `precision.compute`; "fp32": always fp32
-    flops      whether a token is multiplied with it in a GEMM
+    flops      whether each token is multiplied with it in a GEMM
     """
 
     optimizer: str
@@ -84,6 +85,7 @@ POLICY: Mapping[Role, Policy] = MappingProxyType(
         Role.EXPERT: row("expert", decay=True, flops=True, shard="E", optimizer=BY_GROUP),
         Role.ROUTER: row("router", decay=False, flops=True, storage="fp32"),
         Role.GAIN: row("dense", decay=False, flops=False, storage="fp32"),
+        Role.POOL: row("dense", decay=True, flops=False, optimizer=BY_GROUP),
     }
 )
 

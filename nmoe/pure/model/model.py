@@ -94,6 +94,9 @@ class RouterReport:
     imbalance: Tensor  # 0-d f32, sequence-wise imbalance summed over sequences; carries a gradient
     margins: Tensor  # [E BINS] i64, `route.margin_histogram`; [E 0] where balance = "sign" needs none
     routing: tuple[Routing, ...]  # choices and weights of each MoE layer, to be replayed
+    attention: (
+        Tensor | tuple[()]
+    )  # 0-d f32, attention's own loss, summed over tokens and all layers, or (); has a gradient
 
 
 def specs(c: sections.Model, *, kinds: Kinds = KINDS) -> Transformer:
@@ -137,6 +140,12 @@ def dims(c: sections.Model, *, kinds: Kinds = KINDS) -> dict[str, int]:
     return own | attention
 
 
+def model_at(c: sections.Model, env: Env, tokens: int) -> sections.Model:
+    """The model after so many tokens of the run: its attention may have stages."""
+    attention = env.kind.at_tokens(c.attention, tokens)
+    return c if attention is c.attention else attrs.evolve(c, attention=attention)
+
+
 def moe(
     p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe, recorded: Routing | Tensor | tuple[()] = ()
 ) -> tuple[Tensor, RouterReport]:
@@ -175,6 +184,7 @@ def moe(
         route.sequence_imbalance(score, favoured),
         margins,
         (Routing(routing.expert, routing.weight.detach()),),
+        (),
     )
     return y, report
 
@@ -187,19 +197,21 @@ def block(
     c: sections.Model,
     documents: Documents | tuple[()] = (),
     recorded: Routing | Tensor | tuple[()] = (),
-) -> tuple[Tensor, RouterReport | tuple[()]]:
+) -> tuple[Tensor, RouterReport | tuple[()], Tensor | tuple[()]]:
     """One pre-norm layer: attention, then a dense MLP or routed experts.
 
     x          [B T D]
     bias       [E] f32 of this layer, () for a dense one
     documents  of the batch; (): rows are whole
     recorded   choices of this layer to take in the place of its router's
+    returns    [B T D], what the router did, and the attention's own loss; () for what there is not
     Raises:    ValueError for a layer of experts without a router bias.
     """
     ops = env.ops
     y = ops.norm(x, p.attention_norm, eps=c.norm_eps)
     y = env.kind.apply(p.attention, y, env.tables, ops.norm, ops.attention, c.attention, documents, eps=c.norm_eps)
-    return feed_forward(p, x, y, bias, env, c, recorded)
+    y, loss = y if isinstance(y, tuple) else (y, ())
+    return *feed_forward(p, x, y, bias, env, c, recorded), loss
 
 
 def feed_forward(
@@ -235,7 +247,7 @@ def forward(
     start: Tensor | tuple[()] = (),
     *,
     routing: tuple[Routing | Tensor, ...] = (),
-    run: Callable[..., tuple[Tensor, Any]] = block,
+    run: Callable[..., tuple[Tensor, Any, Any]] = block,
 ) -> tuple[Tensor, RouterReport]:
     """The last hidden state, normed; multiply by `p.head` and `logit_scale` for logits.
 
@@ -252,14 +264,18 @@ def forward(
     x = F.embedding(tokens, p.embed) * c.embedding_scale
     placed = documents(start)
     reports: list[RouterReport] = []
+    losses: list[Tensor] = []
     for layer, parameters in enumerate(p.blocks):
         row = layer - c.num_dense_layers
         here = at_layer(c, env, layer)
         layer_bias = bias[row] if row >= 0 else ()
-        x, report = run(parameters, x, layer_bias, env, here, placed, routing[row] if routing and row >= 0 else ())
+        recorded = routing[row] if routing and row >= 0 else ()
+        x, report, loss = run(parameters, x, layer_bias, env, here, placed, recorded)
         if isinstance(report, RouterReport):
             reports.append(report)
-    return env.ops.norm(x, p.norm, eps=c.norm_eps), _stacked(reports, bias)
+        if isinstance(loss, Tensor):
+            losses.append(loss)
+    return env.ops.norm(x, p.norm, eps=c.norm_eps), _stacked(reports, losses, bias)
 
 
 def at_layer(c: sections.Model, env: Env, layer: int) -> sections.Model:
@@ -268,17 +284,19 @@ def at_layer(c: sections.Model, env: Env, layer: int) -> sections.Model:
     return c if attention is c.attention else attrs.evolve(c, attention=attention)
 
 
-def _stacked(reports: list[RouterReport], bias: Tensor) -> RouterReport:
-    """The reports of all MoE layers as one; no row for a dense model."""
+def _stacked(reports: list[RouterReport], losses: list[Tensor], bias: Tensor) -> RouterReport:
+    """The reports of all MoE layers as one, with the attention's losses of all layers; no row for a dense model."""
+    attention = torch.stack(losses).sum() if losses else ()
     if not reports:
         nothing, load = bias.new_zeros(0), bias.new_zeros(bias.shape, dtype=torch.int64)
-        return RouterReport(load, nothing, nothing, load.new_zeros(*load.shape, route.BINS), ())
+        return RouterReport(load, nothing, nothing, load.new_zeros(*load.shape, route.BINS), (), attention)
     return RouterReport(
         torch.stack([report.load for report in reports]),
         torch.stack([report.entropy for report in reports]),
         torch.stack([report.imbalance for report in reports]),
         torch.stack([report.margins for report in reports]),
         tuple(layer for report in reports for layer in report.routing),
+        attention,
     )
 
 
@@ -327,7 +345,7 @@ def objective(
     chunk: int,
     z_loss: float = 0.0,
     routing: tuple[Routing | Tensor, ...] = (),
-    run: Callable[..., tuple[Tensor, Any]] = block,
+    run: Callable[..., tuple[Tensor, Any, Any]] = block,
 ) -> tuple[Tensor, Tensor, RouterReport]:
     """This batch's share of the mean over the global batch: what is differentiated, and what is read.
 
@@ -335,8 +353,8 @@ def objective(
     num_targets    0-d   targets that count in the global batch
     num_sequences  sequences in the global batch
     routing        choices to replay, as in `forward`
-    returns        (loss, nll, report): loss = (nll + z-loss) / num_targets + balance · mean imbalance; nll is the sum
-                   over this batch, without gradient
+    returns        (loss, nll, report): loss = (nll + z-loss) / num_targets + balance · mean imbalance + mean of the
+                   attention's own loss over tokens; nll is the sum over this batch, without gradient
     """
     expect_shape(
         "objective: expected targets", batch.targets.shape, batch.tokens.shape, "pass the token that follows each"
@@ -345,5 +363,7 @@ def objective(
     total, nll = env.ops.linear_cross_entropy(
         x.flatten(0, 1), p.head, batch.targets.flatten(), chunk=chunk, logit_scale=c.logit_scale, z_loss=z_loss
     )
-    auxiliary = c.moe.sequence_balance * report.imbalance.sum() / num_sequences
-    return total / num_targets + auxiliary, nll, report
+    loss = total / num_targets + c.moe.sequence_balance * report.imbalance.sum() / num_sequences
+    if isinstance(report.attention, Tensor):
+        loss = loss + report.attention / (num_sequences * batch.tokens.shape[1])
+    return loss, nll, report

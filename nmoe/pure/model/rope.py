@@ -110,8 +110,8 @@ def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:
             f"rotate: expected at most the {rope.cos.shape[0]} positions of the table, got {x.shape[1]}; make the "
             "environment for longer sequences"
         )
-    at = positions if isinstance(positions, Tensor) else slice(x.shape[1])
-    shape = (-1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
+    at, rows = (positions, len(positions)) if isinstance(positions, Tensor) else (slice(x.shape[1]), 1)
+    shape = (rows, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
     cos, sin = rope.cos[at].view(shape), rope.sin[at].view(shape)
     even, odd = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)

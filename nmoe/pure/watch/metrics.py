@@ -122,7 +122,8 @@ class Step:
     tokens_global: Annotated[int, Metric("tokens_global", "tokens", "count", "tokens read by all ranks")]
     loss: Annotated[float, Metric("loss", "nats/token", "value", "cross entropy a target", "loss {:.4f}")]
     auxiliary_loss: Annotated[
-        float, Metric("auxiliary_loss", "nats/token", "value", "weighted sequence-wise balance loss")
+        float,
+        Metric("auxiliary_loss", "nats/token", "value", "weighted sequence-wise balance loss, and the attention's own"),
     ]
     grad_norm: Annotated[
         float, Metric("grad_norm", "1", "value", "global norm of the gradient before the clip", "gnorm {:.3f}")

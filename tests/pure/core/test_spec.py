@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmoe.config.sections import Nsa
 from nmoe.pure.core import tree
 from nmoe.pure.core.init import normal, ones, residual
 from nmoe.pure.core.spec import POLICY, Policy, Role, Spec, spec_tree
@@ -33,16 +34,19 @@ def test_every_role_has_a_row_and_nothing_else_has() -> None:
 
 
 def test_every_role_is_used_and_every_letter_is_known() -> None:
-    c = shapes.config(attention=shapes.attention(q_lora_rank=7))
-    leaves = tree.leaves(model.specs(c))
-    assert {spec.role for _, spec in leaves} == set(Role)
-    for path, spec in leaves:
-        assert all(size > 0 for size in spec.shape(model.dims(c))), path
+    sparse = Nsa(num_heads=2, num_kv_heads=1, head_dim=4, v_head_dim=3)
+    used: set[Role] = set()
+    for attention in (shapes.attention(q_lora_rank=7), sparse):
+        c = shapes.config(attention=attention)
+        for path, spec in tree.leaves(model.specs(c)):
+            used.add(spec.role)
+            assert all(size > 0 for size in spec.shape(model.dims(c))), path
+    assert used == set(Role)
 
 
 def test_what_decays_is_a_matrix_of_a_block() -> None:
     """Never gains, embedding, head or router: decay there would change what the scales mean."""
-    assert {role for role, row in POLICY.items() if row.decay} == {Role.MATRIX, Role.EXPERT}
+    assert {role for role, row in POLICY.items() if row.decay} == {Role.MATRIX, Role.EXPERT, Role.POOL}
 
 
 def test_only_experts_are_sharded_and_by_their_first_axis() -> None:

@@ -15,7 +15,7 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure.model.attention import gqa, kda, mixed, mla
+from nmoe.pure.model.attention import dsa, gqa, kda, mixed, mla, nsa
 from nmoe.pure.model.hf_leaf import Leaf
 
 
@@ -53,8 +53,10 @@ class Kind:
     specs              (c) -> the parameter record of a block, a Spec where each tensor will be
     dims               (c) -> size of each axis letter that only this kind has
     at_layer           (c, layer) -> the section of one layer, counted from 0; `apply`, `flops` and `kept_bytes` get it
+    at_tokens          (c, tokens) -> the section after so many tokens of the run; training and validation pass it on
     tables             (c, num_positions) -> constant tensors, a record, or () for none
-    apply              (p, x [B T D], tables, norm, ops, c, documents, *, eps) -> [B T D]
+    apply              (p, x [B T D], tables, norm, ops, c, documents, *, eps) -> [B T D], or a pair of it and
+                       a weighted loss of its own, 0-d, summed over tokens; the objective adds its mean
     flops              (c, *, sequence_length, causal) -> FLOPs a token and layer that are no product with a parameter
     kept_bytes         (c, *, hidden, sequence_length, element, square) -> bytes a token and layer that autograd keeps
     kernel_kept_bytes  (c) -> the same of the kernels, and the bytes of norms that train.recompute makes again; None: it
@@ -69,12 +71,13 @@ class Kind:
     specs: Callable[[Any], Any]
     dims: Callable[[Any], dict[str, int]]
     tables: Callable[[Any, int], Any]
-    apply: Callable[..., Tensor]
+    apply: Callable[..., Any]
     flops: Callable[..., int]
     kept_bytes: Callable[..., int]
     reference: Any
     kernel_kept_bytes: Callable[[Any], tuple[int, int]] | None = None
     at_layer: Callable[[Any, int], Any] = lambda c, layer: c
+    at_tokens: Callable[[Any, int], Any] = lambda c, tokens: c
     tile_sizes: Callable[[Any], tuple[int, ...]] = lambda c: ()
     hf: Hf | None = None
     cache: Cache | None = None
@@ -124,6 +127,25 @@ KINDS: Kinds = MappingProxyType(
             flops=kda.flops,
             kept_bytes=kda.kept_bytes,
             reference=kda.REFERENCE,
+        ),
+        sections.Nsa: Kind(
+            specs=nsa.specs,
+            dims=nsa.dims,
+            tables=nsa.tables,
+            apply=nsa.nsa,
+            flops=nsa.flops,
+            kept_bytes=nsa.kept_bytes,
+            reference=nsa.REFERENCE,
+        ),
+        sections.Dsa: Kind(
+            specs=dsa.specs,
+            dims=dsa.dims,
+            at_tokens=dsa.at_tokens,
+            tables=mla.tables,
+            apply=dsa.dsa,
+            flops=dsa.flops,
+            kept_bytes=dsa.kept_bytes,
+            reference=dsa.REFERENCE,
         ),
     }
 )

@@ -1,0 +1,275 @@
+"""DeepSeek sparse attention: latent attention to the keys that a small indexer finds best for a query.
+
+B sequences · T tokens · D width · H heads · C query and key channels a head, P of them rotated
+U value channels a head · Q, R low ranks of the query and of keys and values
+X heads of the indexer of Y channels · S keys a query reads
+t, n the queries of one block of queries, and the keys that it sees
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmoe.config import sections
+from nmoe.pure.core.init import normal, ones, zeros
+from nmoe.pure.core.spec import Role, spec_tree
+from nmoe.pure.core.tree import param, record
+from nmoe.pure.model.attention import mla
+from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
+from nmoe.pure.model.attention.gqa import attended
+from nmoe.pure.model.norm import upcast
+from nmoe.pure.model.rope import Documents, Rope, rotate
+
+QUERIES = 64
+"""Queries whose scores, and whose copies of the keys they read, exist at once."""
+
+NORM_EPS = 1e-6
+"""Of the norm of the indexer's keys, whatever the model's is: as published."""
+
+
+@record
+class Indexer:
+    """Scores of every key for every query, from the query's latent and the block's input."""
+
+    query: Tensor = param("Q (X Y)", Role.MATRIX, normal("Q"))
+    key: Tensor = param("D Y", Role.MATRIX, normal("D"))
+    gain: Tensor = param("Y", Role.GAIN, ones)
+    shift: Tensor = param("Y", Role.GAIN, zeros)
+    weight: Tensor = param("D X", Role.MATRIX, normal("D"))
+
+
+@record
+class Dsa:
+    """Attention of one block."""
+
+    latent: mla.Mla
+    indexer: Indexer
+
+
+def specs(c: sections.Dsa) -> Dsa:
+    """Specs of one block's attention."""
+    return spec_tree(Dsa, latent=mla.specs(c), indexer=spec_tree(Indexer))
+
+
+def dims(c: sections.Dsa) -> dict[str, int]:
+    """Sizes of the axes that only attention has: those of latent attention, X and Y."""
+    return mla.dims(c) | {"X": c.index_num_heads, "Y": c.index_head_dim}
+
+
+def at_tokens(c: sections.Dsa, tokens: int) -> sections.Dsa:
+    """The section after so many tokens of the run: the warm-up that is over is none."""
+    return c if tokens < c.index_warmup_tokens else attrs.evolve(c, index_warmup_tokens=0)
+
+
+@record
+class DsaOps:
+    """What a device implements of sparse latent attention; a field has the signature of its reference."""
+
+    query: Callable[..., tuple[Tensor, Tensor]]
+    choose: Callable[..., Tensor]
+    attend: Callable[..., tuple[Tensor, Tensor]]
+
+
+def dsa(
+    p: Dsa,
+    x: Tensor,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: DsaOps,
+    c: sections.Dsa,
+    documents: Documents | tuple[()] = (),
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Sparse latent attention of each sequence, or each of its documents, over itself, and the indexer's loss.
+
+    The attention reads latents: all heads share the keys [latent | rotated key], and a head's own part of the expansion
+    is in its query and output. No gradient of the attention reaches the indexer, and none of the indexer's loss the
+    rest: its inputs and its target are constants.
+
+    x          [B T D]   normed block input
+    c          section at this point of the run, as `at_tokens` has it: with a warm-up left every key is read
+    documents  which positions each token may see; (): rows are whole
+    returns    [B T D], and the weighted loss of the indexer, summed over tokens
+    Source:    DeepSeek-V3.2-Exp (2025), sections 1 and 2; without the Hadamard transform and FP8 of its inference.
+    """
+    start, position = (documents.start, documents.position) if isinstance(documents, Documents) else ((), ())
+    main, rank, nope = p.latent, c.kv_lora_rank, c.qk_nope_head_dim
+    query, latent, key = (x @ main.down).split((c.q_lora_rank, rank, c.qk_rope_head_dim), dim=-1)
+    if not isinstance(main.query, mla.QueryUp):
+        raise ValueError("dsa: expected a latent of the query, which the indexer reads, got none; set q_lora_rank")
+    low = norm(query, main.query.norm, eps=eps)
+    q, k_rope = ops.query(low, main.query.up, key, rope, position)
+    kv = torch.cat((norm(latent, main.norm, eps=eps), k_rope), dim=-1)
+    up_key, up_value = main.up.split((nope, c.v_head_dim), dim=-1)
+    q = torch.cat((torch.einsum("bthc,rhc->bthr", q[..., :nope], up_key), q[..., nope:]), dim=-1)
+
+    index = project_index(p.indexer, x.detach(), low.detach(), rope, position)
+    chosen = () if c.index_warmup_tokens else ops.choose(*index, start, count=c.index_top_k)
+    o, loss = ops.attend(q, kv, *index, chosen, start, scale=mla.scale(c), rank=rank)
+    o = torch.einsum("bthr,rhu->bthu", o, up_value)
+    return o.flatten(-2) @ main.out.flatten(0, 1), c.index_loss * loss
+
+
+def project_index(
+    p: Indexer, x: Tensor, low: Tensor, rope: Rope, positions: Tensor | tuple[()]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and weights of the indexer; the first P channels of queries and keys are rotated.
+
+    x          [B T D]
+    low        [B T Q]   normed latent of the query
+    positions  [B T]     as in `rotate`
+    returns    q [B T X Y], k [B T Y], w [B T X], with the scale of the scores in the weights
+    """
+    rotated = 2 * rope.cos.shape[-1]
+    q = (low @ p.query.flatten(1)).unflatten(-1, p.query.shape[1:])
+    wide = upcast(x @ p.key)
+    k = F.layer_norm(wide, wide.shape[-1:], p.gain.to(wide.dtype), p.shift.to(wide.dtype), NORM_EPS).to(x.dtype)
+    q, k = (torch.cat((rotate(each[..., :rotated], rope, positions), each[..., rotated:]), dim=-1) for each in (q, k))
+    return q, k, (x @ p.weight) * (q.shape[2] * q.shape[3]) ** -0.5
+
+
+def index_scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    """How well each key suits each query: [B t n], in fp32 at least.
+
+    q        [B t X Y]
+    k        [B n Y], or [B t n Y] of each query's own keys
+    w        [B t X]
+    """
+    score = q @ k.mT if k.ndim == 4 else (q.flatten(1, 2) @ k.mT).unflatten(1, q.shape[1:3])
+    return (upcast(w)[..., None, :] @ upcast(score).relu())[..., 0, :]
+
+
+def choose(q: Tensor, k: Tensor, w: Tensor, start: Tensor | tuple[()] = (), *, count: int) -> Tensor:
+    """The keys that each query reads: exactly the `count` of the highest score among those up to its own.
+
+    One block of queries at a time: no scores of all queries exist. There is no gradient.
+
+    q, k, w  as `project_index` makes them
+    start    [B T] i32 or ()   query i reads no key before start[i]; (): all keys up to i
+    returns  [B T S] i32       indices in the row, ascending, -1 where there are fewer; S = min(count, T)
+    Cost:    2·B·T²·X·(Y + 1) FLOPs, half of them above the diagonal.
+    """
+    q, k, w = q.detach(), k.detach(), w.detach()
+    length, chosen = q.shape[1], list[Tensor]()
+    for begin, end in query_blocks(length, QUERIES):
+        score = index_scores(q[:, begin:end], k[:, :end], w[:, begin:end])
+        score = score.masked_fill(_hidden(begin, end, start, q.device), -torch.inf)
+        here = best(score, count)
+        chosen.append(F.pad(here, (0, min(count, length) - here.shape[-1]), value=-1))
+    return torch.cat(chosen, dim=1)
+
+
+def attend_dsa(
+    q: Tensor,
+    kv: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_w: Tensor,
+    chosen: Tensor | tuple[()],
+    start: Tensor | tuple[()] = (),
+    *,
+    scale: float,
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention to the chosen keys, and how far the indexer's softmax over them is from it.
+
+    One block of queries at a time, and again in the backward pass: the chosen keys of no more queries are copied, and
+    what autograd keeps grows linearly with T.
+
+    q        [B T H R+P]       in the latent's channels, then the rotated ones
+    kv       [B T R+P]         latents and rotated keys, shared by all heads; the value is the latent
+    index_q, index_k, index_w  as `project_index` makes them
+    chosen   [B T S] i32       keys that a query reads, -1: none; (): all from `start` up to its own
+    start    [B T] i32 or ()   first token of each token's document
+    rank     R
+    returns  [B T H R], and the sum over queries of KL(mean of the heads' probabilities || the indexer's), 0-d; the
+             gradient of the latter goes to the indexer alone
+    Cost:    2·B·T·S·(H·(2 R + P) + X·(Y + 1)) FLOPs.
+    Source:  DeepSeek-V3.2-Exp eq. 2-4.
+    """
+
+    def attend(
+        q: Tensor, kv: Tensor, index_q: Tensor, index_k: Tensor, index_w: Tensor, here: Tensor | tuple[()], begin: int
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(here, Tensor):
+            hidden, at = here < 0, here.clamp(min=0).long()
+            kv, index_k = (gathered(each[:, None], at[:, None])[:, 0] for each in (kv, index_k))
+            score = q @ kv.mT
+        else:
+            hidden = _hidden(begin, begin + q.shape[1], start, q.device)
+            score = (q.flatten(1, 2) @ kv.mT).unflatten(1, q.shape[1:3])
+        probability = softmax(score * scale, hidden[:, :, None])
+        narrow, value = probability.to(kv.dtype), kv[..., :rank]
+        if isinstance(here, Tensor):
+            o = narrow @ value
+        else:
+            o = (narrow.flatten(1, 2) @ value).unflatten(1, q.shape[1:3])
+        target = probability.detach().mean(2)
+        own = index_scores(index_q, index_k, index_w)
+        own = own.masked_fill(hidden, torch.finfo(own.dtype).min).log_softmax(-1).masked_fill(hidden, 0)
+        return o, (torch.xlogy(target, target) - target * own).sum()
+
+    blocks: list[Tensor] = []
+    loss = upcast(q.new_zeros(()))
+    for begin, end in query_blocks(q.shape[1], QUERIES):
+        queries = slice(begin, end)
+        here, keys = (chosen[:, queries], slice(None)) if isinstance(chosen, Tensor) else ((), slice(end))
+        mine = (index_q[:, queries], index_k[:, keys], index_w[:, queries])
+        o, part = again(attend, q[:, queries], kv[:, keys], *mine, here, begin)
+        blocks.append(o)
+        loss = loss + part
+    return torch.cat(blocks, dim=1), loss
+
+
+def _hidden(begin: int, end: int, start: Tensor | tuple[()], device: torch.device) -> Tensor:
+    """Which of the keys 0..end-1 the queries begin..end-1 do not see: [B t n] or [1 t n] bool."""
+    query, key = torch.arange(begin, end, device=device)[:, None], torch.arange(end, device=device)
+    hidden = (key > query)[None]
+    return hidden | (key < start[:, begin:end, None]) if isinstance(start, Tensor) else hidden
+
+
+REFERENCE = DsaOps(mla.query, choose, attend_dsa)
+
+
+def flops(c: sections.Dsa, *, sequence_length: int, causal: bool) -> int:
+    """FLOPs of scores, weighted values and the indexer's scores in the sparse stage, a token of one layer.
+
+    causal  count the pairs that are attended, and those that the indexer must score; False: all that the reference
+            computes, the indexer's loss included
+    """
+    length, rank = sequence_length, c.kv_lora_rank
+    a_pair = 2 * c.num_heads * (2 * rank + c.qk_rope_head_dim)
+    an_index = 2 * c.index_num_heads * (c.index_head_dim + 1)
+    if causal:
+        return (a_pair * attended(length, c.index_top_k) + an_index * attended(length, None)) // length
+    scored = sum((end - begin) * end for begin, end in query_blocks(length, QUERIES))
+    return (a_pair + an_index) * min(length, c.index_top_k) + an_index * scored // length
+
+
+def kept_bytes(c: sections.Dsa, *, hidden: int, sequence_length: int, element: int, square: bool) -> int:
+    """Bytes a token that autograd keeps of the reference in one layer, its norm apart.
+
+    element  bytes of an activation
+    square   whether attention keeps its probabilities: never, it makes them again
+    """
+    wide, index, statistics = 4, 4, 4
+    heads, rank, rotated = c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim
+    narrow = (
+        hidden  # input of `down`, and of the indexer
+        + c.q_lora_rank  # normed latent of the query
+        + heads * (c.qk_nope_head_dim + rotated)  # queries
+        + heads * (rank + rotated)  # the same in the latent's channels
+        + (rank + rotated)  # keys
+        + heads * (rank + c.v_head_dim)  # outputs, before and after the expansion
+        + (c.index_num_heads + 1) * c.index_head_dim
+        + c.index_num_heads
+    )
+    # the latents' norms keep their input and the scaled one, the norm of the indexer's keys its input
+    norms = 2 * (c.q_lora_rank + rank) + c.index_head_dim + statistics
+    return narrow * element + norms * wide + min(c.index_top_k, sequence_length) * index

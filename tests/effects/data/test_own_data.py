@@ -66,6 +66,9 @@ def nmoe(words: list[str], cwd: Path) -> str:
     return done.stdout
 
 
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1"
+
+
 def held(folder: Path) -> set[str]:
     """The documents of all splits."""
     manifest, stored = read_manifest(folder), tokenizers.load(folder)
@@ -133,6 +136,19 @@ def test_the_text_may_have_another_key(tmp_path: Path, capsys: pytest.CaptureFix
     assert held(tmp_path / "out") == set(map(sentence, range(100)))
 
 
+def test_binary_files_are_passed_over_and_named(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["data", "prep", "texts", "out", "--vocab", "300", "--workers", "1"]
+    assert main(command) == 0
+    without = held(tmp_path / "out")
+    (texts / "code" / "logo[1].png").write_bytes(PNG)
+    (texts / "data.bin").write_bytes(bytes(100))
+    assert main([*command[:3], "other", *command[4:]]) == 0
+    assert "passed over 2 binary files: code/logo[1].png, data.bin" in capsys.readouterr().out
+    assert held(tmp_path / "other") == without
+
+
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,7 +193,7 @@ def test_the_same_command_again_has_nothing_to_do_and_another_is_refused(
         (("texts", "--vocab", "9999"), r"tokenizer: expected a vocabulary of at most \d+ tokens, .* got 9999"),
         (("x.toml", "--vocab", "300"), "--vocab: expected it with a folder, got x.toml"),
         (("archives",), r"a.tar.gz: expected a file of text or records, got an archive; unpack or exclude it"),
-        (("pictures",), "a.png: expected UTF-8, got byte 0x89 at 0; fix or exclude the file"),
+        (("pictures",), "pictures: expected files of text or records, got binary ones alone: a.png; name others"),
     ],
 )
 def test_what_can_not_be_prepared_is_refused_before_anything_is_written(
@@ -186,7 +202,7 @@ def test_what_can_not_be_prepared_is_refused_before_anything_is_written(
     (tmp_path / "archives").mkdir()
     (tmp_path / "archives" / "a.tar.gz").write_bytes(b"x")
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG")
+    (tmp_path / "pictures" / "a.png").write_bytes(PNG)
     assert main(["data", "prep", arguments[0], "out", *arguments[1:], "--workers", "1"]) == 2
     assert re.search(expected, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import attrs
 import numpy as np
 
 from nmoe.config import load, preset
@@ -21,6 +23,8 @@ from nmoe.errors import InputError
 PRESET = "quickstart"
 MAX_CHARS = 1 << 15
 """Characters of a document: 8,000 tokens or so, more than a window of any preset, and a book gives fifty of them."""
+SNIFFED = 8192
+"""Bytes at the begin of a file that say whether it is text; as many as git reads for that."""
 RECORD_BYTES = 1 << 12
 """Bytes of a record, assumed before it is read."""
 HELD_OUT = 20
@@ -35,7 +39,8 @@ def folder_source(
 ) -> Source:
     """The source of a folder of files, or of one file, relative to the folder.
 
-    A folder of few documents has a larger share of them held out for validation; none are held out for a test.
+    Binary files are passed over, and named. A folder of few documents has a larger share of them held out for
+    validation; none are held out for a test.
 
     text_field  key or column of the text in files of records
     name        of the tokenizer
@@ -47,12 +52,26 @@ def folder_source(
     paths = (".",) if path.is_dir() else (path.name,)
     read = Files(paths=paths, exclude=tuple(exclude), text_field=text_field, max_chars=MAX_CHARS)
     items = find(read, base_of(path), out=out, skip_unreadable=False, say=say)
+    binary = [item.name for item in items if item.form == "text" and _is_binary(item.path)]
+    if binary:
+        named = ", ".join(binary[:5]) + (", ..." if len(binary) > 5 else "")
+        if len(binary) == len(items):
+            raise InputError(f"{path}: expected files of text or records, got binary ones alone: {named}; name others")
+        say(f"passed over {len(binary)} binary files: {named}")
+        read = attrs.evolve(read, exclude=(*read.exclude, *map(glob.escape, binary)))
+        items = [item for item in items if item.name not in set(binary)]
     sizes = [
         (size, MAX_CHARS if item.form.startswith("text") else RECORD_BYTES) for item in items for size in item.sizes
     ]
     documents = sum(-(-size // most) for size, most in sizes)
     share = min(0.2, max(0.02, round(HELD_OUT / max(documents, 1), 2)))
     return Source(tokenizer=name, input=read, splits=Splits(validation=share, test=0.0))
+
+
+def _is_binary(path: str) -> bool:
+    """Whether a file has a byte 0 near its begin: no text in UTF-8 has."""
+    with open(path, "rb") as file:
+        return b"\0" in file.read(SNIFFED)
 
 
 def base_of(path: Path) -> Path:

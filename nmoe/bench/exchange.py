@@ -189,7 +189,7 @@ def inputs(bench: Bench, shape: Shape, rank: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def round_trip_row(bench: Bench, shape: Shape, *, dedup: bool) -> str:
-    """Counts, plan, rows out, rows back and their sum; what landed stands for what experts make of it."""
+    """Counts, plan, rows out, rows back and their sum; what was received stands for what experts make of it."""
     exchanges = bench.open(sizes(bench, shape, dedup=dedup, capacity=1.5))
     given = [inputs(bench, shape, rank) for rank in bench.here]
 

@@ -22,7 +22,7 @@ def verbs(root: Verbs) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="go on from a checkpoint although this key of its identity differs, such as optim.dense.lr",
+        help="resume from a checkpoint although this key of its identity differs, such as optim.dense.lr",
     )
 
     run.add_argument("--no-commands", action="store_true", help="refuse a config that names a command to run")

@@ -60,19 +60,19 @@ def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:
     elif kind == "attention":
         for case in attention.CASES:
             tiles = ops.mla_tiles(device, case.nope, case.rope, case.value)
-            found = rows("attention", case, attention.ways(case, device, tiles), attention.PEER, meter)
-            yield f"attention  {described(case)}", found
+            measured = rows("attention", case, attention.ways(case, device, tiles), attention.PEER, meter)
+            yield f"attention  {described(case)}", measured
         for case in gqa.CASES:
             tiles = ops.gqa_tiles(device, case.head_dim, *((case.window,) if case.window else ()))
-            found = rows("attention", case, gqa.ways(case, device, tiles), gqa.PEER, meter)
-            yield f"attention  {described(case)}", found
+            measured = rows("attention", case, gqa.ways(case, device, tiles), gqa.PEER, meter)
+            yield f"attention  {described(case)}", measured
     elif kind == "loss":
         for case in loss.CASES:
             yield f"loss  {described(case)}", rows("loss", case, loss.ways(case, device), loss.PEER, meter)
     else:
         for case in optimizer.CASES:
-            found = rows("optimizer", case, optimizer.ways(case, device), optimizer.PEER, meter)
-            yield f"optimizer  {described(case)}", found
+            measured = rows("optimizer", case, optimizer.ways(case, device), optimizer.PEER, meter)
+            yield f"optimizer  {described(case)}", measured
 
 
 def described(case: Any) -> str:
@@ -82,10 +82,10 @@ def described(case: Any) -> str:
 
 def rows(what: str, case: Any, ways: Iterator[Way], peer: str, meter: Meter) -> list[Row]:
     """Every way measured, beside the peer."""
-    found: list[tuple[Way, Taken]] = [(way, measure(way, meter)) for way in ways]
-    times = {way.name: taken.both_s for way, taken in found}
+    measured: list[tuple[Way, Taken]] = [(way, measure(way, meter)) for way in ways]
+    times = {way.name: taken.both_s for way, taken in measured}
     built: list[Row] = []
-    for way, taken in found:
+    for way, taken in measured:
         moved = case.moved_bytes() if way.moved_bytes is None else way.moved_bytes
         reached = case.flop() / meter.flops if case.flop() else moved / meter.bandwidth
         is_peer = way.name == peer

@@ -40,7 +40,9 @@ class Case:
         return 2.0 * self.batch * self.length * self.head_dim * 3 * (2 * self.heads + 2 * self.kv_heads)
 
 
-CASES = tuple(Case(batch=1, length=16384, heads=64, kv_heads=8, head_dim=64, window=each) for each in (128, 1024, 0))
+CASES = tuple(
+    Case(batch=1, length=16384, heads=64, kv_heads=8, head_dim=64, window=window) for window in (128, 1024, 0)
+)
 
 
 def ways(case: Case, device: torch.device, tiles: Tiles) -> Iterator[Way]:
@@ -49,7 +51,7 @@ def ways(case: Case, device: torch.device, tiles: Tiles) -> Iterator[Way]:
     fused = draw(device, case.batch, case.length, case.heads + 2 * groups, case.head_dim, name="product").detach()
     sinks = draw(device, case.heads, name="sinks").detach().float().requires_grad_()
     grad_output = draw(device, case.batch, case.length, case.heads, case.head_dim, name="grad_output").detach()
-    sliced = tuple(each.requires_grad_() for each in fused.split((case.heads, groups, groups), dim=2))
+    sliced = tuple(tensor.requires_grad_() for tensor in fused.split((case.heads, groups, groups), dim=2))
 
     def way(name: str, apply: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> Way:
         def forward() -> Tensor:
@@ -64,9 +66,9 @@ def ways(case: Case, device: torch.device, tiles: Tiles) -> Iterator[Way]:
             y, dq, dk, dv, *dsinks = both()
             group = case.heads // groups
             # of repeated keys, the gradient of their head is a sum
-            first = [each[:1, :, : each.shape[2] // groups].double().sum(2) for each in (dk, dv)]
-            found = [y[:1, :, :group], dq[:1, :, :group], *first, *(each[:group] for each in dsinks)]
-            return relative_error(found, exact(case, (*sliced, *leaves[3:]), grad_output, scale))
+            first = [tensor[:1, :, : tensor.shape[2] // groups].double().sum(2) for tensor in (dk, dv)]
+            results = [y[:1, :, :group], dq[:1, :, :group], *first, *(tensor[:group] for tensor in dsinks)]
+            return relative_error(results, exact(case, (*sliced, *leaves[3:]), grad_output, scale))
 
         return Way(name=name, forward=forward, both=both, error=error)
 
@@ -74,7 +76,7 @@ def ways(case: Case, device: torch.device, tiles: Tiles) -> Iterator[Way]:
     yield way("ours, sinks", ours, (*sliced, sinks))
     yield way("ours", ours, sliced)
     if device.type == "cuda":
-        own = tuple(each.detach().contiguous().requires_grad_() for each in sliced)
+        own = tuple(tensor.detach().contiguous().requires_grad_() for tensor in sliced)
         yield way(PEER, flex(case, device, scale), own)
         repeated = (x.detach().repeat_interleave(case.heads // groups, 2).requires_grad_() for x in own[1:])
         yield way("SDPA, keys repeated", dense(case, device, scale), (own[0], *repeated))
@@ -91,7 +93,7 @@ def flex(case: Case, device: torch.device, scale: float) -> Callable[..., Tensor
     compiled: Any = torch.compile(flex_attention, dynamic=False)
 
     def attend(*operands: Tensor) -> Tensor:
-        q, k, v = (each.transpose(1, 2) for each in operands)
+        q, k, v = (tensor.transpose(1, 2) for tensor in operands)
         return compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
     return attend
@@ -103,7 +105,7 @@ def dense(case: Case, device: torch.device, scale: float) -> Callable[..., Tenso
     given: dict[str, Any] = {"attn_mask": mask.triu_(1 - case.window)} if case.window else {"is_causal": True}
 
     def attend(*operands: Tensor) -> Tensor:
-        q, k, v = (each.transpose(1, 2) for each in operands)
+        q, k, v = (tensor.transpose(1, 2) for tensor in operands)
         return scaled_dot_product_attention(q, k, v, scale=scale, **given).transpose(1, 2)
 
     return attend
@@ -112,9 +114,9 @@ def dense(case: Case, device: torch.device, scale: float) -> Callable[..., Tenso
 def exact(case: Case, leaves: tuple[Tensor, ...], grad_output: Tensor, scale: float) -> list[Tensor]:
     """Of the first group of the first sequence in fp64: output, gradients of queries, key, value and sinks if any."""
     group = case.heads // case.kv_heads
-    q, k, v, *sinks = (each.detach().double() for each in leaves)
-    first = [q[:1, :, :group], k[:1, :, :1], v[:1, :, :1], *(each[:group] for each in sinks)]
-    first = [each.requires_grad_() for each in first]
+    q, k, v, *sinks = (tensor.detach().double() for tensor in leaves)
+    first = [q[:1, :, :group], k[:1, :, :1], v[:1, :, :1], *(tensor[:group] for tensor in sinks)]
+    first = [tensor.requires_grad_() for tensor in first]
     y = attend_gqa(*first, scale=scale, window=case.window or None)
     dq, dk, dv, *dsinks = torch.autograd.grad(y, first, grad_output[:1, :, :group].double())
     return [y.detach(), dq, dk[:, :, 0], dv[:, :, 0], *dsinks]

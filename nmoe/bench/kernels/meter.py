@@ -146,6 +146,6 @@ def draw(device: torch.device, *shape: int, name: str, scale: float = 1.0) -> Te
     return (torch.randn(shape, generator=generator, device=device, dtype=dtype) * scale).requires_grad_()
 
 
-def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+def relative_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """The largest relative error of several results, each as a whole."""
-    return max(((a.double() - t).norm() / t.norm()).item() for a, t in zip(found, truth, strict=True))
+    return max(((a.double() - t).norm() / t.norm()).item() for a, t in zip(results, truth, strict=True))

@@ -55,12 +55,12 @@ def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) 
         shipped = ops.mixture_tiles(device, hidden, width)
         names = [field.name for field in attrs.fields(type(shipped)) if field.name not in ("group", "programs")]
 
-        found = best({name: PRODUCTS for name in names}, shipped, partial(moe.ways, case, operands), timed)
-        yield entry(f"moe.{hidden}x{width}", found, names, group=found.group)
+        fastest = best({name: PRODUCTS for name in names}, shipped, partial(moe.ways, case, operands), timed)
+        yield entry(f"moe.{hidden}x{width}", fastest, names, group=fastest.group)
     for case in attention.CASES:
         shipped = ops.mla_tiles(device, case.nope, case.rope, case.value)
-        found = best(tried(ATTENTION, shipped), shipped, partial(own_attention, case, device), timed)
-        yield entry(f"mla.{case.nope}x{case.rope}x{case.value}", found, list(ATTENTION))
+        fastest = best(tried(ATTENTION, shipped), shipped, partial(own_attention, case, device), timed)
+        yield entry(f"mla.{case.nope}x{case.rope}x{case.value}", fastest, list(ATTENTION))
     for case in gqa.CASES:
         yield grouped(case, device, timed)
 
@@ -69,8 +69,8 @@ def grouped(case: gqa.Case, device: torch.device, timed: Timed) -> str:
     """The entry of a layer of grouped-query attention."""
     sizes = (case.head_dim, case.window) if case.window else (case.head_dim,)
     shipped = ops.gqa_tiles(device, *sizes)
-    found = best(tried(GROUPED, shipped), shipped, partial(gqa.ways, case, device), timed)
-    return entry(f"gqa.{'x'.join(map(str, sizes))}", found, list(GROUPED))
+    fastest = best(tried(GROUPED, shipped), shipped, partial(gqa.ways, case, device), timed)
+    return entry(f"gqa.{'x'.join(map(str, sizes))}", fastest, list(GROUPED))
 
 
 def tried(blocks: Mapping[str, Sequence[tuple[int, int]]], shipped: Any) -> dict[str, tuple[AttentionTile, ...]]:
@@ -98,7 +98,9 @@ def best(
     """The fastest tiles, starting from some that are good."""
     for name, tiles in candidates.items():
         every = [shipped, *(attrs.evolve(shipped, **{name: tile}) for tile in tiles)]
-        times = [(seconds, index) for index, each in enumerate(every) if (seconds := attempt(next(ways(each)), timed))]
+        times = [
+            (seconds, index) for index, tiling in enumerate(every) if (seconds := attempt(next(ways(tiling)), timed))
+        ]
         shipped = every[min(times)[1]]
     return shipped
 
@@ -113,10 +115,10 @@ def attempt(way: Way, timed: Timed) -> float | None:
         return None
 
 
-def entry(key: str, found: object, names: Sequence[str], group: int | None = None) -> str:
+def entry(key: str, fastest: object, names: Sequence[str], group: int | None = None) -> str:
     """An entry as the table has it."""
     lines = [f"[{key}]", "measured = true", *([] if group is None else [f"group = {group}"])]
     for name in names:
-        fields = attrs.asdict(getattr(found, name))
+        fields = attrs.asdict(getattr(fastest, name))
         lines.append(f"{name} = {{ {', '.join(f'{field} = {value}' for field, value in fields.items())} }}")
     return "\n".join(lines)

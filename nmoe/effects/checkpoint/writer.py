@@ -2,7 +2,7 @@
 
 What a crash leaves behind is the last committed checkpoint, whole, and perhaps a folder whose name says that it never
 became one. In this order: files and their fsync, manifest and fsync, fsync of the folder, rename, fsync of the
-folder above. Only then is the save told to anybody, and only then is an older one deleted.
+folder above. Only then is the save announced, and only then is an older one deleted.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Writer:
         return saved
 
     def poll(self) -> Saved | None:
-        """The save in flight when it has ended, else None; asked for once, it is told once.
+        """The save in flight when it has ended, else None; returned once.
 
         Raises:  SaveError when it failed.
         """

@@ -95,8 +95,8 @@ def build(
 
 def _by_part(c: Model, kinds: Kinds, ops: Callable[[Kind, Any], Any]) -> Any:
     """The ops of the model's attention, those of each part where kinds are mixed."""
-    found = tuple(ops(kind_of(section, kinds), section) for section in c.attentions().values())
-    return MixedOps(found) if isinstance(c.attention, Mixed) else found[0]
+    parts = tuple(ops(kind_of(section, kinds), section) for section in c.attentions().values())
+    return MixedOps(parts) if isinstance(c.attention, Mixed) else parts[0]
 
 
 def _cpu_attention(kind: Kind) -> Any:
@@ -135,9 +135,9 @@ def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Til
     """How a mixture of these sizes is cut up on this GPU."""
     from nmoe.effects.kernels.moe import moe as mixtures
 
-    found = tuning.find(shipped(device), "moe", hidden, width)
+    entry = tuning.find(shipped(device), "moe", hidden, width)
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    return mixtures.Tiles(**found.tiles, group=found.group, programs=programs)
+    return mixtures.Tiles(**entry.tiles, group=entry.group, programs=programs)
 
 
 def mla_tiles(device: torch.device, nope: int, rope: int, value: int) -> mla.Tiles:

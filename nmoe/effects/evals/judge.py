@@ -116,8 +116,8 @@ def _bits(network: Network, rows: Sequence[_Row], count: int) -> list[float]:
                 states[: len(target)], network.params.head, target, chunk=LOSS_CHUNK, logit_scale=c.logit_scale
             )
             costs.append(nll)
-    found = [0.0] * count
+    sums = [0.0] * count
     values: list[float] = torch.stack(costs).tolist() if costs else []
     for row, value in zip(order, values, strict=True):
-        found[row.place] += value / math.log(2)
-    return found
+        sums[row.place] += value / math.log(2)
+    return sums

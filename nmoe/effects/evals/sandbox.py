@@ -63,10 +63,10 @@ def check() -> None:
 
 def _results(text: str) -> list[Any]:
     try:
-        found = json.loads(text)
+        answers = json.loads(text)
     except ValueError:
         return []
-    return found if isinstance(found, list) else []
+    return answers if isinstance(answers, list) else []
 
 
 def _run(program: str, second: dict[str, Any], limits: Limits) -> dict[str, Any]:

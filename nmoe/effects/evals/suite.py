@@ -59,7 +59,9 @@ def choices(judged: Judged, sources: Sequence[str], limit: int) -> Scores:
         "bodies": items.body_choices(sources, KEY),
         "doctests": items.doctest_choices(sources, KEY),
     }
-    return _chosen(judged, "choices", {name: each[:: -(-len(each) // limit) or 1] for name, each in made.items()})
+    return _chosen(
+        judged, "choices", {name: questions[:: -(-len(questions) // limit) or 1] for name, questions in made.items()}
+    )
 
 
 def probes(judged: Judged, sources: Sequence[str], limit: int) -> Scores:
@@ -71,13 +73,13 @@ def probes(judged: Judged, sources: Sequence[str], limit: int) -> Scores:
 def _chosen(judged: Judged, suite: str, tasks: Mapping[str, Sequence[Choice]]) -> Scores:
     """The share of right choices by bits, and by bits a byte of the choice; tasks without items are left out."""
     scores: Scores = {}
-    for name, each in tasks.items():
-        if not each:
+    for name, questions in tasks.items():
+        if not questions:
             continue
-        costs = iter(judged.bits([(item.prompt, choice) for item in each for choice in item.choices]))
+        costs = iter(judged.bits([(item.prompt, choice) for item in questions for choice in item.choices]))
         plain: list[float] = []
         normalised: list[float] = []
-        for item in each:
+        for item in questions:
             own = [next(costs) for _ in item.choices]
             plain.append(chosen(own, item.answer))
             sizes = (len(choice.encode("utf-8")) for choice in item.choices)
@@ -134,9 +136,9 @@ def main(folder: Path, suite: str, limit: int, device: str | None) -> int:
     earlier = _earlier(folder / EVALS)
     judged = of_network(*open_network(folder, device))
     scores: Scores = {}
-    for name, found, seconds in _each(judged, suite, limit):
+    for name, scored, seconds in _each(judged, suite, limit):
         say(f"{name:<14} {seconds:.1f} s")
-        scores |= found
+        scores |= scored
     about = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
     kept = {name: {**attrs.asdict(score), **about} for name, score in scores.items()}
     with files.refusing(folder / EVALS, "to write the scores"):
@@ -152,13 +154,13 @@ def _each(judged: Judged, suite: str, limit: int) -> Iterator[tuple[str, Scores,
     for name in SUITES if suite == "all" else (suite,):
         began = time.monotonic()
         try:
-            found = SUITES[name](judged, sources, limit)
+            scored = SUITES[name](judged, sources, limit)
         except InputError as error:
             if suite != "all" or name != "programs":
                 raise
             warn(f"nmoe: programs: left out: {error}")
             continue
-        yield name, found, time.monotonic() - began
+        yield name, scored, time.monotonic() - began
 
 
 def _earlier(path: Path) -> dict[str, Any]:
@@ -166,9 +168,9 @@ def _earlier(path: Path) -> dict[str, Any]:
     if not files.is_file(path):
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected JSON, got {error}; delete the file") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}; delete the file")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}; delete the file")
+    return content

@@ -179,7 +179,7 @@ def check_machine(launch: Launch, expert_ranks: int, *, cuda: bool) -> None:
 
 @contextmanager
 def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
-    """Meet the other ranks, until the block ends.
+    """Join the process group of the other ranks, until the block ends.
 
     expert_ranks  neighbours that share out the experts; divides the world
     timeout_s     most seconds a rank waits for another in a step

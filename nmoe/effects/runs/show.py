@@ -164,7 +164,7 @@ def read_scores(path: Path) -> list[tuple[str, ...]]:
     if not files.is_file(path):
         return []
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        saved: Any = json.loads(path.read_text(encoding="utf-8"))
         return [
             (
                 str(task),
@@ -173,7 +173,7 @@ def read_scores(path: Path) -> list[tuple[str, ...]]:
                 _count(float(x["count"])),
                 str(x["at"])[:16].replace("T", " "),
             )
-            for task, x in found.items()
+            for task, x in saved.items()
         ]
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise InputError(

@@ -77,7 +77,7 @@ def origin(resume: str, run_folder: Path) -> Origin | None:
         if exists:
             raise InputError(
                 f'run.name: expected a new run folder with train.resume = "never", got {run_folder}, which exists; '
-                'choose another name, or train.resume = "auto" to go on'
+                'choose another name, or train.resume = "auto" to resume'
             )
         return None
     if resume == "auto":

@@ -95,8 +95,8 @@ def policy(role: Role, optimizers: Mapping[str, str]) -> Policy:
 
     optimizers  group -> name of its update rule
     """
-    found = POLICY[role]
-    return attrs.evolve(found, optimizer=optimizers[found.group]) if found.optimizer == BY_GROUP else found
+    chosen = POLICY[role]
+    return attrs.evolve(chosen, optimizer=optimizers[chosen.group]) if chosen.optimizer == BY_GROUP else chosen
 
 
 def axis_size(axis: str, dims: Dims) -> int:

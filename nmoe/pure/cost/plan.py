@@ -121,7 +121,7 @@ def kernel_activation_bytes(
     recompute  train.recompute
     """
     width, wide, element = c.hidden_size, 4, 2
-    kept = [_kernel_attention_bytes(*each, sequence_length=sequence_length) for each in layers(c, kinds)]
+    kept = [_kernel_attention_bytes(*layer, sequence_length=sequence_length) for layer in layers(c, kinds)]
     attention, norms = zip(*kept, strict=True)
     made_again = 2 * width * element * c.num_layers + sum(norms)
     dense, shared = dims["I"], dims["S"]
@@ -231,7 +231,7 @@ def plan(
         activations += 3 * (c.num_layers - c.num_dense_layers) * c.moe.num_experts * BINS * 8
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
     total = train.steps * train.batch_size * train.sequence_length
-    shares = [(each, each.held()) for each in arenas]
+    shares = [(arena, arena.held()) for arena in arenas]
     return Plan(
         parameters=blueprint.parameters,
         flops=causal,
@@ -239,21 +239,21 @@ def plan(
             c, specs, dims, sequence_length=train.sequence_length, causal=False, kinds=kinds
         ),
         memory=Memory(
-            parameters=sum(each.size * each.storage.itemsize for each in arenas),
-            remainders=sum(share * 2 for each, share in shares if each.has_remainder()),
-            gradients=sum(each.size * each.gradient.itemsize for each in arenas),
-            moments=sum(share * moment_bytes(each) for each, share in shares),
+            parameters=sum(arena.size * arena.storage.itemsize for arena in arenas),
+            remainders=sum(share * 2 for arena, share in shares if arena.has_remainder()),
+            gradients=sum(arena.size * arena.gradient.itemsize for arena in arenas),
+            moments=sum(share * moment_bytes(arena) for arena, share in shares),
             activations=activations,
             logits=logits,
             exchange=arena.allocated() if arena else 0,
         ),
         arena=arena,
         distinct=distinct,
-        staging=sum(share * saved_bytes(each) for each, share in shares),
+        staging=sum(share * saved_bytes(arena) for arena, share in shares),
         checkpoint=sum(
-            slot.size() * (expert_ranks if each.policy.shard else 1) * saved_bytes(each)
-            for each in arenas
-            for slot in each.slots
+            slot.size() * (expert_ranks if arena.policy.shard else 1) * saved_bytes(arena)
+            for arena in arenas
+            for slot in arena.slots
         ),
         ranks=ranks,
         expert_ranks=expert_ranks,

@@ -90,7 +90,9 @@ def _heads(c: Model) -> str:
     if not isinstance(c.attention, Mixed):
         return f"{c.attention.num_heads} heads"
     letters, parts = c.attention.letters(c.num_layers), c.attention.parts()
-    return " + ".join(f"{letters.count(each)} {part.kind} of {part.num_heads} heads" for each, part in parts.items())
+    return " + ".join(
+        f"{letters.count(letter)} {part.kind} of {part.num_heads} heads" for letter, part in parts.items()
+    )
 
 
 def numbers(taken: Scaled, candidates: tuple[Scaled, ...], bests: tuple[Scaled, ...]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
     sizes = {"row_bytes": row_bytes, "ranks": a.expert_ranks, "ranks_per_host": near}
     dispatch = traffic.exchange(rows=tokens * copies_sent, **sizes)
     combine = traffic.exchange(rows=tokens * c.moe.top_k, **sizes)
-    words = 4.0 * (c.moe.num_experts + a.expert_ranks)  # rows for each expert, tokens for each rank, told to all
+    words = 4.0 * (c.moe.num_experts + a.expert_ranks)  # rows for each expert, tokens for each rank, sent to all
     counts = Traffic(inside=words * (near - 1), between=words * (a.expert_ranks - near))
     passes = 2 if config.train.recompute == "full" else 1  # forward
     layers = planned.microbatches * (c.num_layers - c.num_dense_layers)

@@ -171,12 +171,12 @@ def stretch(arrays: Sequence[Tokens], start: int, count: int) -> NDArray[Any]:
         if start < len(array) and start + count > 0:
             pieces.append(array[max(start, 0) : start + count])
         start -= len(array)
-    found = np.concatenate(pieces or [arrays[0][:0]])
-    if len(found) != count:
+    joined = np.concatenate(pieces or [arrays[0][:0]])
+    if len(joined) != count:
         raise ValueError(
             f"stretch: expected arrays of at least {first + count} elements, got {first - start}; ask for fewer"
         )
-    return found
+    return joined
 
 
 def starts(tokens: NDArray[Any], end_of_text: int) -> NDArray[np.int32]:

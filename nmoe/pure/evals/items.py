@@ -77,11 +77,11 @@ def _examples(text: str) -> list[doctest.Example]:
 
 def functions(source: str) -> list[Function]:
     """Functions at the outermost level with a docstring and something to do."""
-    found: list[Function] = []
+    parsed: list[Function] = []
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return found
+        return parsed
     lines = source.splitlines(keepends=True)
     for node in tree.body:
         documentation = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
@@ -91,8 +91,8 @@ def functions(source: str) -> list[Function]:
         body = "".join(lines[(node.body[0].end_lineno or 0) : node.end_lineno])
         short = inspect.cleandoc(documentation).partition("\n\n")[0]
         if all(CHARS[0] <= len(text) <= CHARS[1] for text in (short, body)) and head.endswith(":\n"):
-            found.append(Function(head=head, documentation=short, body=body))
-    return found
+            parsed.append(Function(head=head, documentation=short, body=body))
+    return parsed
 
 
 def body_choices(sources: Sequence[str], key: Key) -> list[Choice]:

@@ -108,7 +108,7 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
     def whole(path: str, leaf: Leaf) -> Part:
         return Part(path=path, index=None, shape=sizes[path], leaf=leaf)
 
-    found = [whole("embed", scaled("model.embed_tokens.weight", c.embedding_scale))]
+    parts = [whole("embed", scaled("model.embed_tokens.weight", c.embedding_scale))]
     for layer in range(c.num_layers):
         ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
         leaves = {"attention_norm": same("input_layernorm.weight"), "ffn_norm": same("post_attention_layernorm.weight")}
@@ -122,18 +122,18 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
             if c.moe.num_shared_experts:
                 leaves |= {f"ffn.shared.{path}": leaf.under("mlp.shared_experts.") for path, leaf in MLP.items()}
             experts = MLP
-        found += [whole(ours + path, leaf.under(theirs)) for path, leaf in leaves.items()]
+        parts += [whole(ours + path, leaf.under(theirs)) for path, leaf in leaves.items()]
         for path in experts:
             num_experts, *shape = sizes[f"{ours}ffn.{path}"]
             for expert in range(num_experts):
                 leaf = _expert(path, expert, shared=c.moe.num_shared_experts > 0).under(f"{theirs}mlp.")
-                found.append(Part(path=f"{ours}ffn.{path}", index=expert, shape=tuple(shape), leaf=leaf))
-    found.append(whole("norm", scaled("model.norm.weight", c.logit_scale)))
-    found.append(whole("head", matrix("lm_head.weight")))
+                parts.append(Part(path=f"{ours}ffn.{path}", index=expert, shape=tuple(shape), leaf=leaf))
+    parts.append(whole("norm", scaled("model.norm.weight", c.logit_scale)))
+    parts.append(whole("head", matrix("lm_head.weight")))
     for row, layer in enumerate(range(c.num_dense_layers, c.num_layers)):
         leaf = same(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
-        found.append(Part(path=ROUTER_BIAS, index=row, shape=(c.moe.num_experts,), leaf=leaf))
-    return tuple(found)
+        parts.append(Part(path=ROUTER_BIAS, index=row, shape=(c.moe.num_experts,), leaf=leaf))
+    return tuple(parts)
 
 
 def tensors(p: Transformer, router_bias: Tensor, c: sections.Model) -> Iterator[tuple[str, Tensor]]:
@@ -230,12 +230,12 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
     ]
     if problems:
         raise InputError(*problems)
-    found = structure(tables, sections.Model)
-    if isinstance(found, tuple):
-        raise InputError(*(f"{_theirs(fault.path)}: {fault.text}" for fault in found))
-    if unfit := validate_model(found):
+    section = structure(tables, sections.Model)
+    if isinstance(section, tuple):
+        raise InputError(*(f"{_theirs(fault.path)}: {fault.text}" for fault in section))
+    if unfit := validate_model(section):
         raise InputError(*unfit)
-    return found
+    return section
 
 
 def _theirs(path: tuple[str, ...]) -> str:

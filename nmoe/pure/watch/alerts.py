@@ -1,4 +1,4 @@
-"""Alerts: rules over what a run tells of itself. State goes in and comes out; an alert is told when its rule begins to
+"""Alerts: rules over the metrics of a run. State goes in and comes out; an alert is returned when its rule begins to
 hold, and again only after it has ceased to."""
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class MlaAttentionCudnn(torch.autograd.Function):
         q, kv, k_rope, o, lse, seed, offset = ctx.saved_tensors
         nope, length = q.shape[-1] - k_rope.shape[-1], q.shape[1]
         k = mla_assemble.keys(kv, k_rope, nope)
-        given = [each.transpose(1, 2) for each in (gradients[0], q, k, kv[..., nope:])]
+        given = [tensor.transpose(1, 2) for tensor in (gradients[0], q, k, kv[..., nope:])]
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *given, o, lse, seed, offset, None, None, None, length, length, 0.0, True, scale=ctx.scale
         )
@@ -167,7 +167,7 @@ def cudnn(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Any, ...
     """What torch's operator for cuDNN returns: the output [B H T U], the log-sums, and what its backward wants."""
     nope = q.shape[-1] - k_rope.shape[-1]
     k = mla_assemble.keys(kv, k_rope, nope)
-    operands = (each.transpose(1, 2) for each in (q, k, kv[..., nope:]))
+    operands = (tensor.transpose(1, 2) for tensor in (q, k, kv[..., nope:]))
     return torch.ops.aten._scaled_dot_product_cudnn_attention(*operands, None, True, 0.0, True, False, scale=scale)
 
 

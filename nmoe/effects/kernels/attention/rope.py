@@ -116,7 +116,7 @@ class RotateHeads(torch.autograd.Function):
         cos, sin, *positions = ctx.saved_tensors
         given = (*positions, ())[0]
         dq, dk, dv = gradients
-        sizes = [each.shape[2] for each in gradients]
+        sizes = [tensor.shape[2] for tensor in gradients]
         turned = torch.empty((*dq.shape[:2], sum(sizes), dq.shape[3]), dtype=dq.dtype, device=dq.device)
         to_q, to_k, to_v = turned.split(sizes, dim=2)
         rotate_(to_q, dq, cos, sin, given, ctx.tile, inverse=True)
@@ -142,7 +142,7 @@ def rotate_(
         positions if isinstance(positions, Tensor) else None,
         batch * length,
         length,
-        *(step for each in (y, x) for step in each.stride()[:3]),
+        *(step for tensor in (y, x) for step in tensor.stride()[:3]),
         channels,
         block_m=tile.block_m,
         width=triton.next_power_of_2(channels),

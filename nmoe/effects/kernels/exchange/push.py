@@ -243,7 +243,7 @@ def push_words_(
 
 
 def expand(x: Tensor, source: Tensor, valid: Tensor) -> Tensor:
-    """Every row this rank holds, from the place where its token landed; undefined beyond those.
+    """Every row this rank holds, from the place its token was written to; undefined beyond those.
 
     x        [landing D]
     source   [C] i32   row -> place

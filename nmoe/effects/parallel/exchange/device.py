@@ -136,7 +136,7 @@ def begin_(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
 
 
 def dispatch_(e: Exchange, x: Tensor, kept: Kept) -> Stretches[Kept]:
-    """Dispatch: send rows to the ranks that hold their experts; what is kept, with where each row landed.
+    """Dispatch: send rows to the ranks that hold their experts; what is kept, with where each row was written.
 
     x        [N D]
     """
@@ -195,7 +195,7 @@ def backward_(
     """Gradients of x, weight, up and down, from the output's.
 
     Overlap: rows of x are sent again, rather than kept, during the GEMMs on the output's gradient; rows of the input's
-    gradient are sent back during the gradient of `down`. That of `up`, which reads the landed x, comes last.
+    gradient are sent back during the gradient of `down`. That of `up`, which reads the received x, comes last.
 
     grad_output  [N D]
     """

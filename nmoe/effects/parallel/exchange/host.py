@@ -192,7 +192,7 @@ class Mixture(torch.autograd.Function):
 
 
 def received(e: Exchange, at: Sorted, source: Tensor) -> Rows:
-    """The rows this rank holds, each a copy of what landed."""
+    """The rows this rank holds, each a copy of what was received."""
     row = torch.arange(len(source))
     expert = (at.plan.end[None, :] <= row[:, None]).sum(1)
     return Rows(view(e.raw, e.fields.land)[source], row, expert, at.plan.count, row)

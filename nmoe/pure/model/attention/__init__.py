@@ -190,5 +190,5 @@ def attention_of(c: sections.Model, kinds: Kinds = KINDS) -> Kind:
 def layers(c: sections.Model, kinds: Kinds = KINDS) -> tuple[tuple[Kind, Any], ...]:
     """Kind and section of the attention of each layer."""
     kind = attention_of(c, kinds)
-    found = (kind.at_layer(c.attention, layer) for layer in range(c.num_layers))
-    return tuple((at.kind, at.section) if isinstance(at, mixed.Part) else (kind, at) for at in found)
+    by_layer = (kind.at_layer(c.attention, layer) for layer in range(c.num_layers))
+    return tuple((at.kind, at.section) if isinstance(at, mixed.Part) else (kind, at) for at in by_layer)

@@ -35,7 +35,7 @@ def best(score: Tensor, count: int) -> Tensor:
     score    [... n]
     returns  [... S] i32, ascending, then -1 where there are fewer; S = min(count, n)
     """
-    value, index = (each[..., :count] for each in score.sort(dim=-1, descending=True, stable=True))
+    value, index = (part[..., :count] for part in score.sort(dim=-1, descending=True, stable=True))
     index = index.masked_fill(value == -torch.inf, score.shape[-1]).sort(dim=-1).values
     return index.masked_fill(index == score.shape[-1], -1).int()
 

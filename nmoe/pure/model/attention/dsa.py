@@ -130,7 +130,9 @@ def project_index(
     q = (low @ p.query.flatten(1)).unflatten(-1, p.query.shape[1:])
     wide = upcast(x @ p.key)
     k = F.layer_norm(wide, wide.shape[-1:], p.gain.to(wide.dtype), p.shift.to(wide.dtype), NORM_EPS).to(x.dtype)
-    q, k = (torch.cat((rotate(each[..., :rotated], rope, positions), each[..., rotated:]), dim=-1) for each in (q, k))
+    q, k = (
+        torch.cat((rotate(tensor[..., :rotated], rope, positions), tensor[..., rotated:]), dim=-1) for tensor in (q, k)
+    )
     return q, k, (x @ p.weight) * (q.shape[2] * q.shape[3]) ** -0.5
 
 
@@ -199,7 +201,7 @@ def attend_dsa(
     ) -> tuple[Tensor, Tensor]:
         if isinstance(here, Tensor):
             hidden, at = here < 0, here.clamp(min=0).long()
-            kv, index_k = (gathered(each[:, None], at[:, None])[:, 0] for each in (kv, index_k))
+            kv, index_k = (gathered(tensor[:, None], at[:, None])[:, 0] for tensor in (kv, index_k))
             score = q @ kv.mT
         else:
             hidden = _hidden(begin, begin + q.shape[1], start, q.device)

@@ -212,7 +212,7 @@ def attend_kda(
     q, k, v, decay, step = map(chunks, (_unit(q) * q.shape[-1] ** -0.5, _unit(k), v, decay, step[..., None]))
     score, since, until = _scores(torch.stack((q, k), -2), k, decay)
     if isinstance(start, Tensor):
-        same, sees, stays = (each[:, None] for each in _documents(start, size))
+        same, sees, stays = (tensor[:, None] for tensor in _documents(start, size))
         score = score.masked_fill(~same[..., None, :], 0)
         since, until = since.masked_fill(~sees[..., None], -torch.inf), until.masked_fill(~stays[..., None], -torch.inf)
     weight, overlap = score.unbind(-2)
@@ -260,7 +260,7 @@ def _scores(rows: Tensor, keys: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, 
     for half in (1 << level for level in range((length - 1).bit_length())):
         pairs = (length // (2 * half), 2, half)
         row, key = rows.unflatten(-3, pairs).select(-4, 1), keys.unflatten(-2, pairs).select(-3, 0)
-        (first, second), (rest, last) = (each.unflatten(-3, (-1, 2)).unbind(-3) for each in (since, until))
+        (first, second), (rest, last) = (tensor.unflatten(-3, (-1, 2)).unbind(-3) for tensor in (since, until))
         row = (row * second.exp().unsqueeze(-2)).flatten(-3, -2)
         across = (row @ (key * rest.exp()).mT).unflatten(-2, (half, -1))
         earlier, later = score.unflatten(-4, (-1, 2)).unbind(-4)

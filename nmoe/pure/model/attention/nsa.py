@@ -98,7 +98,7 @@ def nsa(
     """
     start, position = (documents.start, documents.position) if isinstance(documents, Documents) else ((), ())
     q = rotate((x @ p.q.flatten(1)).unflatten(-1, p.q.shape[1:]), rope, position)
-    k, v = ((x @ each.flatten(1)).unflatten(-1, each.shape[1:]) for each in (p.k, p.v))
+    k, v = ((x @ tensor.flatten(1)).unflatten(-1, tensor.shape[1:]) for tensor in (p.k, p.v))
     k_pooled, k_rotated = k.split((1, 2), dim=2)
     k_selected, k_window = rotate(k_rotated, rope, position).unbind(2)
     v_pooled, v_selected, v_window = v.unbind(2)

@@ -49,7 +49,7 @@ export function GpusView(props) {
         <td>${number(gpu.temperature_c, 0)} °C</td><td>${count(gpu.sm_clock_mhz)} MHz</td><td>${count(gpu.memory_clock_mhz)} MHz</td>
         <td class=${gpu.throttle.length ? "left warn" : "left"}>${gpu.throttle.join(", ") || "nothing"}</td>
         <td class=${gpu.ecc_uncorrected > 0 ? "bad" : ""}>${count(gpu.ecc_corrected)} / ${count(gpu.ecc_uncorrected)}</td></tr>`)}</tbody></table></div>`
-      : html`<p class="empty">This run has told of no GPU${data.x.length ? "" : ", nor of its host (telemetry.rank0.jsonl)"}.</p>`}
+      : html`<p class="empty">No GPU telemetry${data.x.length ? "" : ", and none of the host (telemetry.rank0.jsonl)"}.</p>`}
     ${host.length ? html`<p class="note">host: ${host.map(([key, value]) => `${key.replace(/_bytes$/, "").replaceAll("_", " ")} ${key.endsWith("_bytes") ? bytes(value) : number(value, 1)}`).join(" · ")}</p>` : null}
     <div class="grid">${data.curves.map((curve) => {
       const [title, format] = TITLES[curve.quantity] ?? [curve.quantity.replace(/_bytes$/, "").replaceAll("_", " "), curve.quantity.endsWith("_bytes") ? bytes : (value) => number(value, 1)];

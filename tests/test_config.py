@@ -579,8 +579,8 @@ def test_rules_of_mixed_attention(override: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("a.kind=flash", 'model.attention.a.kind: expected one of "mla", "gqa", "kda", got "flash"; '),
-        ("a.kind=mixed", 'model.attention.a.kind: expected one of "mla", "gqa", "kda", got "mixed"; '),
+        ("a.kind=flash", 'model.attention.a.kind: expected one of "mla", "gqa", "kda", "nsa", "dsa", got "flash"; '),
+        ("a.kind=mixed", 'model.attention.a.kind: expected one of "mla", "gqa", "kda", "nsa", "dsa", got "mixed"; '),
         ("a.window=128", 'model.attention.a.window: expected a known key of kind "kda", got "window"; '),
         ("a.sinks=true", 'model.attention.a.sinks: expected a known key of kind "kda", got "sinks"; '),
         (

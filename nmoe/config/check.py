@@ -14,7 +14,7 @@ from nmoe.config.toml import dotted, shown
 GPUS_PER_HOST = 8
 """Of every host with H100, H200 or B200 that is sold."""
 
-PLAIN: tuple[type, ...] = (Kda, Nsa, Dsa)
+PLAIN = (Kda, Nsa, Dsa)
 """Kinds of attention without kernels."""
 
 GQA_HEAD_DIMS = (64, 128)
@@ -357,11 +357,12 @@ def _run(config: Config, world: int) -> Iterator[str]:
         yield (
             f'train.graph: expected false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
         )
-    if train.graph and isinstance(c.attention, Dsa) and c.attention.index_warmup_tokens:
-        yield (
-            "train.graph: expected false when model.attention.index_warmup_tokens is "
-            f"{c.attention.index_warmup_tokens}, got true; a recorded step cannot change its stage, write false"
-        )
+    for where, part in c.attentions().items():
+        if train.graph and isinstance(part, Dsa) and part.index_warmup_tokens:
+            yield (
+                f"train.graph: expected false when {where}.index_warmup_tokens is {part.index_warmup_tokens}, got "
+                "true; a recorded step cannot change its stage, write false"
+            )
     if isinstance(source, Stdlib) and source.tokenizer_size > c.vocab_size:
         yield (
             f"data.source.tokenizer_size: expected at most model.vocab_size = {c.vocab_size}, got "

@@ -6,6 +6,15 @@ from typing import Any
 
 import attrs
 
+MOST_POSITIONS = 2**24
+"""Positions are exact in fp32 up to here."""
+
+MOST_TOKENS = 2**53
+"""Counts of tokens are exact in fp64, as JSON is read, up to here."""
+
+WIDEST = 2**20
+"""Channels, and whatever else is one side of a matrix: a hundred times what anybody trains."""
+
 
 def setting(
     doc: str,

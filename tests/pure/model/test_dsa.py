@@ -411,6 +411,26 @@ def test_the_stage_follows_the_tokens_read() -> None:
     assert [stage.attention for stage in stages[2:]] == [section()] * 2
 
 
+def test_in_a_mixed_model_the_sparse_layers_have_stages_and_a_loss() -> None:
+    """Latent attention in the first and third layer, the indexer's in the second; documents and stages reach it."""
+    latent = sections.Mla(num_heads=3, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+    c = shapes.config(attention=sections.Mixed(pattern="ab", a=latent, b=section(index_warmup_tokens=100)))
+    p, batch, bias, env = shapes.parameters(c), shapes.batch(c), shapes.router_bias(c), shapes.env(c)
+    losses: list[float] = []
+    for tokens in (99, 100):
+        stage = model.model_at(c, env, tokens)
+        assert isinstance(stage.attention, sections.Mixed)
+        assert stage.attention.b == section(index_warmup_tokens=100 if tokens < 100 else 0)
+        _, report = model.forward(p, batch.tokens, bias, env, stage)
+        assert isinstance(report.attention, Tensor)
+        losses.append(report.attention.item())
+    alone = attrs.evolve(c, num_layers=2, attention=sections.Mixed(pattern="ab", a=latent, b=section()))
+    _, report = model.forward(attrs.evolve(p, blocks=p.blocks[:2]), batch.tokens, bias[:1], shapes.env(alone), alone)
+    assert isinstance(report.attention, Tensor)
+    assert report.attention.item() == pytest.approx(losses[1], rel=1e-9)
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
 def test_the_objective_has_the_mean_of_the_attentions_loss() -> None:
     """Of three layers, the first of them dense; each of two sequences of eleven tokens counts."""
     c = composed()

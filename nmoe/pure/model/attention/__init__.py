@@ -178,7 +178,8 @@ def attention_of(c: sections.Model, kinds: Kinds = KINDS) -> Kind:
     return Kind(
         specs=mixed.specs,
         dims=lambda c: mixed.dims(parts),
-        at_layer=lambda c, layer: mixed.at_layer(layers, layer),
+        at_layer=lambda c, layer: mixed.at_layer(c, layers[layer], layer),
+        at_tokens=lambda c, tokens: mixed.at_tokens(c, parts, tokens),
         tables=lambda c, num_positions: mixed.tables(parts, num_positions),
         apply=mixed.apply,
         flops=lambda c, **shape: c.kind.flops(c.section, **shape),

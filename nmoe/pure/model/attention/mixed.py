@@ -39,10 +39,16 @@ def parts(c: sections.Mixed, kind_of: Callable[[Any], Any]) -> dict[str, Part]:
     }
 
 
-def at_layer(layers: tuple[Part, ...], layer: int) -> Part:
+def at_layer(c: sections.Mixed, part: Part, layer: int) -> Part:
     """The part of one layer, with the section of that layer."""
-    part = layers[layer]
-    return attrs.evolve(part, section=part.kind.at_layer(part.section, layer))
+    return attrs.evolve(part, section=part.kind.at_layer(c.parts()[part.letter], layer))
+
+
+def at_tokens(c: sections.Mixed, of: Mapping[str, Part], tokens: int) -> sections.Mixed:
+    """The section after so many tokens of the run."""
+    return attrs.evolve(
+        c, **{letter: of[letter].kind.at_tokens(section, tokens) for letter, section in c.parts().items()}
+    )
 
 
 def specs(c: Part) -> Any:
@@ -75,6 +81,6 @@ def apply(
     documents: Any = (),
     *,
     eps: float,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The part's attention; see that of its kind."""
     return c.kind.apply(p, x, tables[c.place], norm, ops.parts[c.place], c.section, documents, eps=eps)

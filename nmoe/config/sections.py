@@ -208,7 +208,7 @@ class Train:
         "non-finite steps in a row that stop the run", default=3, low=1, high=MOST_STEPS, identity=False
     )
     resume: str = setting(
-        '"auto": resume in the run folder of this name; "never": a new folder; else the run or checkpoint to resume from',
+        '"auto": resume the run folder of this name; "never": a new folder; else the run or checkpoint to start from',
         default="auto",
         identity=False,
     )

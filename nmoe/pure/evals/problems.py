@@ -9,7 +9,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Problem:
-    """A function to be written. Arguments and results are values of JSON."""
+    """A function to be written. Arguments and results are values of JSON, tuples for arrays."""
 
     prompt: str  # head and docstring
     solution: str  # what follows the prompt
@@ -31,22 +31,22 @@ PROBLEMS = (
     _problem("largest(a, b)", "Return the larger of a and b.", "return max(a, b)", ((2, 9), 9), ((4, 1), 4)),
     _problem("square(x)", "Return x times x.", "return x * x", ((7,), 49), ((-3,), 9), ((0,), 0)),
     _problem("is_even(n)", "Return True if n is even.", "return n % 2 == 0", ((4,), True), ((7,), False), ((0,), True)),
-    _problem("last(items)", "Return the last of the items.", "return items[-1]", (([3, 8],), 8), (("xyz",), "z")),
+    _problem("last(items)", "Return the last of the items.", "return items[-1]", (((3, 8),), 8), (("xyz",), "z")),
     _problem("reverse(text)", "Return the text backwards.", "return text[::-1]", (("abc",), "cba"), (("",), "")),
     _problem(
         "count(items, value)",
         "Return how often the value is in the items.",
         "return sum(item == value for item in items)",
-        *((([1, 2, 1], 1), 2), (([], 5), 0), ((["a", "b"], "b"), 1)),
+        *((((1, 2, 1), 1), 2), (((), 5), 0), ((("a", "b"), "b"), 1)),
     ),
     _problem(
-        "join(words)", "Return the words with a blank between them.", 'return " ".join(words)', ((["a", "bc"],), "a bc")
+        "join(words)", "Return the words with a blank between them.", 'return " ".join(words)', ((("a", "bc"),), "a bc")
     ),
     _problem(
         "total(numbers)",
         "Return the sum of the numbers.",
         "result = 0\nfor number in numbers:\n    result += number\nreturn result",
-        *((([4, 5, 6],), 15), (([],), 0)),
+        *((((4, 5, 6),), 15), (((),), 0)),
     ),
     _problem(
         "factorial(n)",
@@ -64,6 +64,6 @@ PROBLEMS = (
         "unique(items)",
         "Return the items without repetitions, in their order.",
         "return list(dict.fromkeys(items))",
-        *((([3, 1, 3, 2, 1],), [3, 1, 2]), (([],), [])),
+        *((((3, 1, 3, 2, 1),), (3, 1, 2)), (((),), ())),
     ),
 )

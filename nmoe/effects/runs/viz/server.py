@@ -361,8 +361,10 @@ async def _stream(request: Request) -> Response:
             yield b"retry: 2000\n\n" + _sse(watch.last)
             while not watch.ended:
                 async with watch.changed:
+                    # not asyncio.wait_for: it waits in a task of its own, which under load found the lock released
                     try:
-                        await asyncio.wait_for(watch.changed.wait_for(_is_news(watch, sent)), KEEP_ALIVE_S)
+                        async with asyncio.timeout(KEEP_ALIVE_S):
+                            await watch.changed.wait_for(_is_news(watch, sent))
                     except TimeoutError:
                         text = b": still here\n\n"
                     else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,9 +39,37 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 
     def _keep(self, tensor: Tensor) -> Tensor:
         if tensor.dtype not in (torch.bool, torch.int64):
-            self._storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            self.add(tensor)
         return tensor
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor that is kept in another way."""
+        self._storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
 
     def nbytes(self) -> int:
         """Bytes of all of them."""
         return sum(storage.nbytes() for key, storage in self._storages.items() if key not in self._leaves)
+
+
+def kept_by_blocks(
+    patch: pytest.MonkeyPatch, kind: Any, leaves: Iterable[Any], loss: Callable[[], Tensor]
+) -> tuple[int, int]:
+    """Bytes that autograd keeps of `loss`, and elements of the largest tensor that it and its gradient make.
+
+    kind  the module whose `again` computes blocks again in the backward pass: of those, their arguments are kept
+    """
+    held, recompute = Kept(leaves), kind.again
+
+    def again(attend: Any, *arguments: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                held.add(argument)
+        return recompute(attend, *arguments)
+
+    patch.setattr(kind, "again", again)
+    with Largest() as forward, held:
+        result = loss()
+    with Largest() as backward:
+        result.backward()
+    patch.setattr(kind, "again", recompute)
+    return held.nbytes(), max(forward.elements, backward.elements)

@@ -25,7 +25,8 @@ from nmoe.pure.model.ops import Env, environment
 from nmoe.pure.model.rope import Rope, documents
 from tests import shapes
 from tests.conftest import Doubled
-from tests.pure.model.test_gqa import Largest, random
+from tests.memory import kept_by_blocks
+from tests.pure.model.test_gqa import random
 
 KIND = KINDS[sections.Dsa]
 WIDTH = 12
@@ -324,34 +325,17 @@ def kept(
     What a recomputed block keeps are its arguments.
     """
     sizes = {"D": WIDTH, **KIND.dims(c)}
-    storages: dict[int, Any] = {}
-    recompute = dsa.again
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.dtype not in (torch.bool, torch.int64):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    def again(attend: Any, *arguments: Any) -> Any:
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                storages[argument.untyped_storage()._cdata] = argument.untyped_storage()
-        return recompute(attend, *arguments)
-
-    patch.setattr(dsa, "again", again)
     with torch.device("meta"):
         p = tree.map(lambda _, spec: torch.empty(spec.shape(sizes), dtype=dtype, requires_grad=True), KIND.specs(c))
         x = torch.empty(1, length, WIDTH, dtype=dtype, requires_grad=True)
         rope = Rope(*(torch.empty(length, c.qk_rope_head_dim // 2) for _ in range(2)))
-        with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result, loss = KIND.apply(p, x, rope, rms_norm, KIND.reference, c, eps=1e-6)  # pyright: ignore[reportGeneralTypeIssues]
+
+        def loss() -> Tensor:
+            result, own = KIND.apply(p, x, rope, rms_norm, KIND.reference, c, eps=1e-6)
+            return result.sum() + own
+
         leaves = [rope.cos, rope.sin, *(leaf for _, leaf in tree.leaves(p))]
-        known = {leaf.untyped_storage()._cdata for leaf in leaves}
-        total = sum(storage.nbytes() for key, storage in storages.items() if key not in known)
-        with Largest() as backward:
-            (result.sum() + loss).backward()
-    patch.setattr(dsa, "again", recompute)
-    return total, max(largest.elements, backward.elements)
+        return kept_by_blocks(patch, dsa, leaves, loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

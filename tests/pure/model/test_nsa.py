@@ -20,7 +20,8 @@ from nmoe.pure.model.norm import rms_norm
 from nmoe.pure.model.ops import Env, environment
 from nmoe.pure.model.rope import Rope, documents
 from tests import shapes
-from tests.pure.model.test_gqa import Largest, random
+from tests.memory import kept_by_blocks
+from tests.pure.model.test_gqa import random
 
 KIND = KINDS[sections.Nsa]
 WIDTH = 12
@@ -309,34 +310,16 @@ def kept(
     What a recomputed block keeps are its arguments.
     """
     sizes = {"D": WIDTH, **KIND.dims(c)}
-    storages: dict[int, Any] = {}
-    recompute = nsa.again
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.dtype not in (torch.bool, torch.int64):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    def again(attend: Any, *arguments: Any) -> Any:
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                storages[argument.untyped_storage()._cdata] = argument.untyped_storage()
-        return recompute(attend, *arguments)
-
-    patch.setattr(nsa, "again", again)
     with torch.device("meta"):
         p = tree.map(lambda _, spec: torch.empty(spec.shape(sizes), dtype=dtype, requires_grad=True), KIND.specs(c))
         x = torch.empty(1, length, WIDTH, dtype=dtype, requires_grad=True)
         rope = Rope(*(torch.empty(length, c.head_dim // 2) for _ in range(2)))
-        with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = KIND.apply(p, x, rope, rms_norm, KIND.reference, c, eps=1e-6)
+
+        def loss() -> Tensor:
+            return KIND.apply(p, x, rope, rms_norm, KIND.reference, c, eps=1e-6).sum()
+
         leaves = [rope.cos, rope.sin, *(leaf for _, leaf in tree.leaves(p))]
-        known = {leaf.untyped_storage()._cdata for leaf in leaves}
-        total = sum(storage.nbytes() for key, storage in storages.items() if key not in known)
-        with Largest() as backward:
-            result.sum().backward()
-    patch.setattr(nsa, "again", recompute)
-    return total, max(largest.elements, backward.elements)
+        return kept_by_blocks(patch, nsa, leaves, loss)
 
 
 LONG = section(compressed_block=32, compressed_stride=16, selected_block=64, num_selected=16, window=512)

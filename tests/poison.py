@@ -27,6 +27,10 @@ def poison_everything_(patch: pytest.MonkeyPatch) -> None:
 
     Writes:  torch, through `patch`.
     """
+    # On its first use a device context keeps a set of torch's constructors for good: it must hold the real ones, or
+    # `with torch.device("meta")` allocates on the CPU for the rest of the process.
+    with torch.device("meta"):
+        torch.empty(0)
     for place, name in UNINITIALIZED:
         patch.setattr(place, name, _poisoned(getattr(place, name)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -72,3 +74,20 @@ def test_arenas_are_poisoned_but_for_the_flags() -> None:
         assert (arena.view(e.raw, field) == poison(torch.int32)).all()
     for field in (e.fields.gate, e.fields.gate_gradient, e.fields.land, e.fields.land_gradient, e.fields.back):
         assert arena.view(e.raw, field).isnan().all()
+
+
+def test_a_device_context_outlives_the_poison() -> None:
+    """In a process whose first device context is entered while memory is poisoned, as in that of a whole test run."""
+    program = """if True:
+        import pytest, torch
+        from tests.poison import poison_everything_
+        with pytest.MonkeyPatch.context() as patch:
+            poison_everything_(patch)
+            with torch.device("meta"):
+                during = torch.empty(2)
+        with torch.device("meta"):
+            after = torch.empty(2)
+        print(during.device, after.device)
+    """
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout == "meta meta\n"

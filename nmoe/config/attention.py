@@ -1,12 +1,38 @@
-"""The sections of the kinds of attention."""
+"""The sections of the kinds of attention, each with the rules that its keys have to fulfil together."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import attrs
 
-from nmoe.config.setting import MOST_POSITIONS, MOST_TOKENS, WIDEST, setting
+from nmoe.config.setting import MOST_POSITIONS, MOST_TOKENS, WIDEST, divides, setting
+from nmoe.config.toml import shown
+
+GQA_HEAD_DIMS = (64, 128)
+"""Channels of a head that the kernels of `gqa` take."""
+
+
+class Rules:
+    """What the checks ask the section of an attention; problems in the form of `check.validate`.
+
+    has_kernels      whether a GPU has kernels of this kind; false: it runs the reference, plain torch
+    problems         (where, num_layers, max_positions) -> what is wrong with the section at the path `where`
+    kernel_problems  (where, step) -> sizes that the kernels do not take, which read multiples of `step` elements
+    has_stages       whether the mathematics of a step changes during the run, which a recorded step cannot do
+    """
+
+    has_kernels: ClassVar[bool] = False
+
+    def problems(self, where: str, num_layers: int, max_positions: int) -> Iterator[str]:
+        yield from ()
+
+    def kernel_problems(self, where: str, step: int) -> Iterator[str]:
+        yield from ()
+
+    def has_stages(self) -> bool:
+        return False
 
 
 @attrs.frozen(kw_only=True)
@@ -25,12 +51,26 @@ class Yarn:
         "whether the ramp between the two begins and ends at whole channel pairs; false: gpt-oss", default=True
     )
 
+    def problems(self, where: str, max_positions: int) -> Iterator[str]:
+        """What is wrong with the table at `where`, in the form of `check.validate`."""
+        if self.original_positions * self.factor < max_positions:
+            yield (
+                f"{where}.factor: expected original_positions * factor at least max_positions = {max_positions}, "
+                f"got {self.original_positions} * {shown(self.factor)}; raise factor or lower max_positions"
+            )
+        if self.beta_slow >= self.beta_fast:
+            yield (
+                f"{where}.beta_slow: expected below beta_fast = {shown(self.beta_fast)}, got "
+                f"{shown(self.beta_slow)}; lower beta_slow"
+            )
+
 
 @attrs.frozen(kw_only=True)
-class Mla:
+class Mla(Rules):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
 
     kind: ClassVar[str] = "mla"
+    has_kernels: ClassVar[bool] = True
 
     num_heads: int = setting("attention heads", low=1, high=WIDEST, shapes=True)
     q_lora_rank: int | None = setting(
@@ -50,12 +90,29 @@ class Mla:
         '"none": the channels meant for it are not rotated (Kimi Linear); absent: they are', default=None
     )
 
+    def problems(self, where: str, num_layers: int, max_positions: int) -> Iterator[str]:
+        yield from _odd(where, "qk_rope_head_dim", self.qk_rope_head_dim)
+        if self.yarn is not None and self.position == "none":
+            yield f'{where}.yarn: expected no table beside position = "none", got one; remove one of the two'
+        if self.yarn is not None:
+            yield from self.yarn.problems(f"{where}.yarn", max_positions)
+
+    def kernel_problems(self, where: str, step: int) -> Iterator[str]:
+        for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            size = getattr(self, key)
+            if size % step or not step <= size <= 256:
+                yield (
+                    f"{where}.{key}: expected a multiple of {step} up to 256 for the attention kernels, got "
+                    f"{size}; write {min(256, max(step, -(-size // step) * step))}"
+                )
+
 
 @attrs.frozen(kw_only=True)
-class Gqa:
+class Gqa(Rules):
     """Grouped-query attention, optionally in a window and with learned sinks (gpt-oss, arXiv:2508.10925)."""
 
     kind: ClassVar[str] = "gqa"
+    has_kernels: ClassVar[bool] = True
 
     num_heads: int = setting("query heads", low=1, high=WIDEST, shapes=True)
     num_kv_heads: int = setting("heads of keys and values; divides num_heads", low=1, high=WIDEST, shapes=True)
@@ -72,9 +129,32 @@ class Gqa:
     rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
     yarn: Yarn | None = setting("position range extension; absent: none", default=None)
 
+    def problems(self, where: str, num_layers: int, max_positions: int) -> Iterator[str]:
+        yield from _odd(where, "head_dim", self.head_dim)
+        if self.yarn is not None:
+            yield from self.yarn.problems(f"{where}.yarn", max_positions)
+        yield from _groups(where, self.num_heads, self.num_kv_heads)
+        if self.global_every is not None and self.window is None:
+            yield (
+                f"{where}.global_every: expected a window beside it, got {self.global_every} alone; write window or "
+                "remove global_every, without a window every layer is global"
+            )
+        if self.global_every is not None and self.global_every > num_layers:
+            yield (
+                f"{where}.global_every: expected at most num_layers = {num_layers}, got {self.global_every}; lower "
+                "it, or remove it for a window in every layer"
+            )
+
+    def kernel_problems(self, where: str, step: int) -> Iterator[str]:
+        if self.head_dim not in GQA_HEAD_DIMS:
+            yield (
+                f"{where}.head_dim: expected {' or '.join(map(str, GQA_HEAD_DIMS))} for the attention kernels, got "
+                f"{self.head_dim}; write one of them"
+            )
+
 
 @attrs.frozen(kw_only=True)
-class Kda:
+class Kda(Rules):
     """Kimi delta attention, a linear recurrence by the gated delta rule (Kimi Linear, arXiv:2510.26692)."""
 
     kind: ClassVar[str] = "kda"
@@ -101,7 +181,7 @@ class Kda:
 
 
 @attrs.frozen(kw_only=True)
-class Nsa:
+class Nsa(Rules):
     """Native sparse attention: compressed blocks, selected blocks and a window (arXiv:2502.11089)."""
 
     kind: ClassVar[str] = "nsa"
@@ -137,12 +217,24 @@ class Nsa:
     )
     rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
 
+    def problems(self, where: str, num_layers: int, max_positions: int) -> Iterator[str]:
+        yield from _odd(where, "head_dim", self.head_dim)
+        yield from _groups(where, self.num_heads, self.num_kv_heads)
+        for key in ("compressed_block", "selected_block"):
+            size = getattr(self, key)
+            if not divides(self.compressed_stride, size):
+                yield (
+                    f"{where}.compressed_stride: expected a divisor of {key} = {size}, got {self.compressed_stride}; "
+                    "choose blocks of whole strides"
+                )
+
 
 @attrs.frozen(kw_only=True)
 class Dsa(Mla):
     """Sparse latent attention to the keys that an indexer finds (DeepSeek-V3.2)."""
 
     kind: ClassVar[str] = "dsa"
+    has_kernels: ClassVar[bool] = False
 
     q_lora_rank: int = setting("low rank of the query, which the indexer reads", low=1, high=WIDEST, shapes=True)
     index_num_heads: int = setting("heads of the indexer", low=1, high=WIDEST, shapes=True)
@@ -167,13 +259,26 @@ class Dsa(Mla):
         high=MOST_TOKENS,
     )
 
+    def problems(self, where: str, num_layers: int, max_positions: int) -> Iterator[str]:
+        yield from super().problems(where, num_layers, max_positions)
+        if self.index_head_dim < self.qk_rope_head_dim:
+            yield (
+                f"{where}.index_head_dim: expected at least qk_rope_head_dim = {self.qk_rope_head_dim}, got "
+                f"{self.index_head_dim}; raise it, that many channels are rotated"
+            )
+        if self.position == "none":
+            yield f'{where}.position: expected no value, got "none"; remove it, the indexer\'s queries are rotated'
+
+    def has_stages(self) -> bool:
+        return self.index_warmup_tokens > 0
+
 
 Single = Mla | Gqa | Kda | Nsa | Dsa
 """One kind of attention, of a whole model or of some of its layers."""
 
 
 @attrs.frozen(kw_only=True)
-class Mixed:
+class Mixed(Rules):
     """Other kinds of attention, by layer: each of `a`, `b`, `c` is a table as of `model.attention` with one kind."""
 
     kind: ClassVar[str] = "mixed"
@@ -192,3 +297,41 @@ class Mixed:
         """The letter of each layer."""
         repeated = self.pattern * (num_layers // len(self.pattern) + 1)
         return repeated[: num_layers - len(self.last)] + self.last
+
+    def problems(self, where: str, num_layers: int, max_positions: int) -> Iterator[str]:
+        letters = ", ".join(self.parts())
+        for key, value in (("pattern", self.pattern), ("last", self.last)):
+            if set(value) - set(self.parts()):
+                yield (
+                    f"{where}.{key}: expected letters of the tables {letters}, got {shown(value)}; choose others "
+                    "or write their tables"
+                )
+            if len(value) > num_layers:
+                yield (
+                    f"{where}.{key}: expected at most num_layers = {num_layers} letters, got {len(value)}; shorten it"
+                )
+        if not self.pattern:
+            yield f'{where}.pattern: expected a letter at least, got ""; write "ab" for layers a and b in turn'
+        elif max(len(self.pattern), len(self.last)) <= num_layers:
+            for letter in sorted(set(self.parts()) - set(self.letters(num_layers))):
+                yield (
+                    f"{where}.{letter}: expected a layer with it, got none of {num_layers}; write its letter into "
+                    "pattern or last, or remove the table"
+                )
+        for letter, part in self.parts().items():
+            yield from part.problems(f"{where}.{letter}", num_layers, max_positions)
+
+
+def _odd(where: str, key: str, rotated: int) -> Iterator[str]:
+    if rotated % 2:
+        yield (
+            f"{where}.{key}: expected an even number, got {rotated}; write {rotated + 1}, channels are rotated in pairs"
+        )
+
+
+def _groups(where: str, num_heads: int, num_kv_heads: int) -> Iterator[str]:
+    if not divides(num_kv_heads, num_heads):
+        yield (
+            f"{where}.num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}; "
+            "choose groups of the same size"
+        )

@@ -6,19 +6,15 @@ from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
 
+from nmoe.config.attention import Rules
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Dsa, Gqa, Kda, Mixed, Mla, Model, Moe, Nsa, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Model, Moe, Stdlib
+from nmoe.config.setting import divides
 from nmoe.config.toml import dotted, shown
 
 GPUS_PER_HOST = 8
 """Of every host with H100, H200 or B200 that is sold."""
-
-PLAIN = (Kda, Nsa, Dsa)
-"""Kinds of attention without kernels."""
-
-GQA_HEAD_DIMS = (64, 128)
-"""Channels of a head that the kernels of `gqa` take."""
 
 ITEM_BYTES = MappingProxyType({"fp32": 4, "bf16": 2})
 
@@ -31,7 +27,7 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
         *_moe(config.model.moe),
         *_balance(config.model.moe),
         *_parallel(config, world),
-        *_attention(config.model),
+        *config.model.attention.problems("model.attention", config.model.num_layers, config.model.max_positions),
         *kernel_sizes(config.model, device=config.run.device, compute=config.precision.compute),
         *_optimizers(config),
         *_precision(config),
@@ -43,7 +39,12 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
 def validate_model(c: Model) -> tuple[str, ...]:
     """What is wrong with a model that has no config around it, in the form of `validate`."""
     bounds = (f"model.{dotted(path)}: {text}" for path, text in out_of_bounds(c))
-    return (*bounds, *_model(c), *_moe(c.moe), *_attention(c))
+    return (
+        *bounds,
+        *_model(c),
+        *_moe(c.moe),
+        *c.attention.problems("model.attention", c.num_layers, c.max_positions),
+    )
 
 
 def unrunnable(config: Config, world: int) -> tuple[str, ...]:
@@ -65,7 +66,7 @@ def remarks(config: Config) -> tuple[str, ...]:
     return tuple(
         f'{where}.kind: "{c.kind}" has no kernels, a GPU runs it as plain torch: right, and slow'
         for where, c in config.model.attentions().items()
-        if isinstance(c, PLAIN)
+        if not c.has_kernels
     )
 
 
@@ -109,11 +110,6 @@ def _bounds(key: Key, value: float) -> str | None:
     return None
 
 
-def _divides(part: int, whole: int) -> bool:
-    """Whether `whole` is a multiple of `part`; a part below one has broken its own bound, which is said already."""
-    return part < 1 or whole % part == 0
-
-
 def _model(c: Model) -> Iterator[str]:
     if c.num_dense_layers > c.num_layers:
         yield (
@@ -131,7 +127,7 @@ def _moe(c: Moe) -> Iterator[str]:
     size = c.num_experts // max(c.num_groups, 1)
     if c.top_k > c.num_experts:
         yield f"model.moe.top_k: expected at most num_experts = {c.num_experts}, got {c.top_k}; lower top_k"
-    if not _divides(c.num_groups, c.num_experts):
+    if not divides(c.num_groups, c.num_experts):
         yield (
             f"model.moe.num_groups: expected a divisor of num_experts = {c.num_experts}, got {c.num_groups}; "
             "choose groups of the same size"
@@ -168,7 +164,7 @@ def _balance(c: Moe) -> Iterator[str]:
 
 def _parallel(config: Config, world: int) -> Iterator[str]:
     experts, num_experts = config.parallel.experts, config.model.moe.num_experts
-    if experts is None and not _divides(world, num_experts):
+    if experts is None and not divides(world, num_experts):
         yield (
             f"model.moe.num_experts: expected a multiple of the {world} ranks, got {num_experts}; choose "
             "parallel.ranks so that "
@@ -179,118 +175,15 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
             f"parallel.capacity: expected 0 or at least 1, got {shown(config.parallel.capacity)}; below the mean some "
             "rank always has too many rows"
         )
-    if experts is not None and not _divides(experts, num_experts):
+    if experts is not None and not divides(experts, num_experts):
         yield (
             f"parallel.experts: expected a divisor of model.moe.num_experts = {num_experts}, got {experts}; choose "
             "one, so that each rank holds the same number of experts"
         )
-    if experts is not None and not _divides(experts, world):
+    if experts is not None and not divides(experts, world):
         yield (
             f"parallel.experts: expected a divisor of the {world} ranks, got {experts}; choose one, so that every "
             "expert is held equally often"
-        )
-
-
-def _attention(c: Model) -> Iterator[str]:
-    if isinstance(c.attention, Mixed):
-        yield from _mixed(c.attention, c.num_layers)
-    for where, part in c.attentions().items():
-        if isinstance(part, Mla | Gqa | Nsa):
-            yield from _rotated(where, part, c.max_positions)
-        if isinstance(part, Gqa | Nsa):
-            yield from _groups(where, part)
-        if isinstance(part, Gqa):
-            yield from _gqa(where, part, c.num_layers)
-        if isinstance(part, Nsa):
-            yield from _nsa(where, part)
-        if isinstance(part, Dsa):
-            yield from _dsa(where, part)
-
-
-def _mixed(c: Mixed, num_layers: int) -> Iterator[str]:
-    letters = ", ".join(c.parts())
-    for key, value in (("pattern", c.pattern), ("last", c.last)):
-        if set(value) - set(c.parts()):
-            yield (
-                f"model.attention.{key}: expected letters of the tables {letters}, got {shown(value)}; choose others "
-                "or write their tables"
-            )
-        if len(value) > num_layers:
-            yield (
-                f"model.attention.{key}: expected at most num_layers = {num_layers} letters, got {len(value)}; "
-                "shorten it"
-            )
-    if not c.pattern:
-        yield 'model.attention.pattern: expected a letter at least, got ""; write "ab" for layers a and b in turn'
-    elif max(len(c.pattern), len(c.last)) <= num_layers:
-        for letter in sorted(set(c.parts()) - set(c.letters(num_layers))):
-            yield (
-                f"model.attention.{letter}: expected a layer with it, got none of {num_layers}; write its letter into "
-                "pattern or last, or remove the table"
-            )
-
-
-def _rotated(where: str, c: Mla | Gqa | Nsa, max_positions: int) -> Iterator[str]:
-    key = "head_dim" if isinstance(c, Gqa | Nsa) else "qk_rope_head_dim"
-    rotated, yarn = getattr(c, key), None if isinstance(c, Nsa) else c.yarn
-    if rotated % 2:
-        yield (
-            f"{where}.{key}: expected an even number, got {rotated}; write {rotated + 1}, channels are rotated in pairs"
-        )
-    if yarn is None:
-        return
-    if isinstance(c, Mla) and c.position == "none":
-        yield f'{where}.yarn: expected no table beside position = "none", got one; remove one of the two'
-    if yarn.original_positions * yarn.factor < max_positions:
-        yield (
-            f"{where}.yarn.factor: expected original_positions * factor at least max_positions = {max_positions}, "
-            f"got {yarn.original_positions} * {shown(yarn.factor)}; raise factor or lower max_positions"
-        )
-    if yarn.beta_slow >= yarn.beta_fast:
-        yield (
-            f"{where}.yarn.beta_slow: expected below beta_fast = {shown(yarn.beta_fast)}, got "
-            f"{shown(yarn.beta_slow)}; lower beta_slow"
-        )
-
-
-def _groups(where: str, c: Gqa | Nsa) -> Iterator[str]:
-    if not _divides(c.num_kv_heads, c.num_heads):
-        yield (
-            f"{where}.num_kv_heads: expected a divisor of num_heads = {c.num_heads}, got {c.num_kv_heads}; "
-            "choose groups of the same size"
-        )
-
-
-def _nsa(where: str, c: Nsa) -> Iterator[str]:
-    for key in ("compressed_block", "selected_block"):
-        size = getattr(c, key)
-        if not _divides(c.compressed_stride, size):
-            yield (
-                f"{where}.compressed_stride: expected a divisor of {key} = {size}, got {c.compressed_stride}; "
-                "choose blocks of whole strides"
-            )
-
-
-def _dsa(where: str, c: Dsa) -> Iterator[str]:
-    if c.index_head_dim < c.qk_rope_head_dim:
-        yield (
-            f"{where}.index_head_dim: expected at least qk_rope_head_dim = {c.qk_rope_head_dim}, got "
-            f"{c.index_head_dim}; raise it, that many channels are rotated"
-        )
-    if c.position == "none":
-        yield f'{where}.position: expected no value, got "none"; remove it, the indexer\'s queries and keys are rotated'
-
-
-def _gqa(where: str, c: Gqa, num_layers: int) -> Iterator[str]:
-    if c.global_every is not None and c.window is None:
-        yield (
-            f"{where}.global_every: expected a window beside it, got {c.global_every} alone; write window or "
-            "remove global_every, without a window every layer is global"
-        )
-    if c.global_every is not None and c.global_every > num_layers:
-        yield (
-            f"{where}.global_every: expected at most num_layers = {num_layers}, got {c.global_every}; lower "
-            "it, or remove it for a window in every layer"
         )
 
 
@@ -319,22 +212,10 @@ def kernel_sizes(c: Model, *, device: str, compute: str) -> Iterator[str]:
                 f"{key}: expected a multiple of {step} in {compute}, because grouped GEMMs and exchange move 16 bytes "
                 f"at once, got {size}; write {-(-size // step) * step}"
             )
-    if device == "cpu":
-        return
-    keys = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    for where, part in c.attentions().items():
-        if isinstance(part, Gqa) and part.head_dim not in GQA_HEAD_DIMS:
-            yield (
-                f"{where}.head_dim: expected {' or '.join(map(str, GQA_HEAD_DIMS))} for the attention kernels, got "
-                f"{part.head_dim}; write one of them"
-            )
-    for where, part, key in ((where, part, key) for where, part in c.attentions().items() for key in keys):
-        size = getattr(part, key, step)  # another kind has none of them
-        if size % step or not step <= size <= 256:
-            yield (
-                f"{where}.{key}: expected a multiple of {step} up to 256 for the attention kernels, got "
-                f"{size}; write {min(256, max(step, -(-size // step) * step))}"
-            )
+    if device == "cuda":
+        for where, part in c.attentions().items():
+            if isinstance(part, Rules):  # a script's own kind runs as plain torch
+                yield from part.kernel_problems(where, step)
 
 
 def _run(config: Config, world: int) -> Iterator[str]:
@@ -348,7 +229,7 @@ def _run(config: Config, world: int) -> Iterator[str]:
             f"train.sequence_length: expected at most model.max_positions = {c.max_positions}, got "
             f"{train.sequence_length}; shorten the sequences or raise max_positions"
         )
-    if not _divides(world * train.microbatch_size, train.batch_size):
+    if not divides(world * train.microbatch_size, train.batch_size):
         yield (
             f"train.batch_size: expected a multiple of ranks * microbatch_size = {world} * {train.microbatch_size}, "
             f"got {train.batch_size}; change one of the three"
@@ -358,10 +239,10 @@ def _run(config: Config, world: int) -> Iterator[str]:
             f'train.graph: expected false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
         )
     for where, part in c.attentions().items():
-        if train.graph and isinstance(part, Dsa) and part.index_warmup_tokens:
+        if train.graph and part.has_stages():
             yield (
-                f"train.graph: expected false when {where}.index_warmup_tokens is {part.index_warmup_tokens}, got "
-                "true; a recorded step cannot change its stage, write false"
+                f"train.graph: expected false when {where}.index_warmup_tokens is above 0, got true; a recorded step "
+                "cannot change its stage, write false"
             )
     if isinstance(source, Stdlib) and source.tokenizer_size > c.vocab_size:
         yield (

@@ -12,7 +12,12 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 
-from nmoe.config.attention import Dsa, Gqa, Kda, Mixed, Mla, Nsa
+from nmoe.config.attention import Dsa as Dsa
+from nmoe.config.attention import Gqa as Gqa
+from nmoe.config.attention import Kda as Kda
+from nmoe.config.attention import Mixed, Single
+from nmoe.config.attention import Mla as Mla
+from nmoe.config.attention import Nsa as Nsa
 from nmoe.config.attention import Yarn as Yarn
 from nmoe.config.setting import MOST_POSITIONS, MOST_TOKENS, WIDEST, setting
 
@@ -71,9 +76,7 @@ class Model:
     norm_eps: float = setting("epsilon of RMSNorm", default=1e-6, low=1e-20, high=1)
     embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, low=1e-6, high=1e6)
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
-    attention: Mla | Gqa | Kda | Nsa | Dsa | Mixed = setting(
-        "attention of every block; `kind` chooses the table's keys"
-    )
+    attention: Single | Mixed = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
 
     def attentions(self) -> dict[str, Any]:

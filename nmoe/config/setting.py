@@ -40,3 +40,8 @@ def setting(
     return attrs.field(
         default=default, metadata={key: value for key, value in about.items() if value not in (None, "")}
     )
+
+
+def divides(part: int, whole: int) -> bool:
+    """Whether `whole` is a multiple of `part`; a part below one has broken its own bound, which is said already."""
+    return part < 1 or whole % part == 0

@@ -14,7 +14,6 @@ from typing import Any
 import attrs
 import pytest
 
-from nmoe.config import check
 from nmoe.config.sections import Gqa
 from nmoe.effects.device import doctor
 from nmoe.effects.device.doctor import Facts, Gpu, Line, Preset
@@ -118,7 +117,7 @@ def test_each_preset_says_what_it_lacks(preset: Preset, level: str, told: str) -
 
 def test_a_preset_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside what it lacks, and with no advice: nothing is wrong."""
-    monkeypatch.setattr(check, "PLAIN", (Gqa,))
+    monkeypatch.setattr(Gqa, "has_kernels", False)
     slow = doctor.read_preset("gpt-oss-20b")
     (remark,) = slow.remarks
     assert "no kernels" in remark and doctor.read_preset("moonlet").remarks == ()

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nmoe.config.check import GQA_HEAD_DIMS
+from nmoe.config.attention import GQA_HEAD_DIMS
 from nmoe.effects.kernels.attention.blocks import described, ends, readable
 from nmoe.effects.kernels.attention.gqa_kernels import dkv_kernel, dq_kernel, forward_kernel
 from nmoe.effects.kernels.attention.rope import rotate_heads_

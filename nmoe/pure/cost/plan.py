@@ -90,16 +90,16 @@ def activation_bytes(
     element  bytes of an activation
     square   whether attention keeps its probabilities
     """
-    width, wide = c.hidden_size, 4
+    width, fp32 = c.hidden_size, 4
     shape = {"hidden": width, "sequence_length": sequence_length, "element": element, "square": square}
     attention = sum(kind.kept_bytes(section, **shape) for kind, section in layers(c, kinds))
-    norms = 2 * 2 * width * wide + width * element  # both keep their input in fp32 and the scaled input
+    norms = 2 * 2 * width * fp32 + width * element  # both keep their input in fp32 and the scaled input
     dense = 4 * dims["I"] * element
-    rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * wide
-    routed = width * wide + 6 * dims["E"] * wide + rows + 4 * dims["S"] * element
+    rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * fp32
+    routed = width * fp32 + 6 * dims["E"] * fp32 + rows + 4 * dims["S"] * element
     mixtures = c.num_layers - c.num_dense_layers
     a_token = attention + c.num_layers * norms + c.num_dense_layers * dense + mixtures * routed
-    return tokens * (a_token + 3 * width * wide)
+    return tokens * (a_token + 3 * width * fp32)
 
 
 def kernel_activation_bytes(
@@ -120,7 +120,7 @@ def kernel_activation_bytes(
     rows       (token, expert) pairs the rank's experts have room for
     recompute  train.recompute
     """
-    width, wide, element = c.hidden_size, 4, 2
+    width, fp32, element = c.hidden_size, 4, 2
     kept = [_kernel_attention_bytes(*layer, sequence_length=sequence_length) for layer in layers(c, kinds)]
     attention, norms = zip(*kept, strict=True)
     made_again = 2 * width * element * c.num_layers + sum(norms)
@@ -130,7 +130,7 @@ def kernel_activation_bytes(
     a_token = (
         c.num_layers * 2 * width * element  # the residual stream before each norm
         + c.num_dense_layers * 2 * dense * element
-        + mixtures * (width * wide + 6 * dims["E"] * wide + 2 * shared * element)
+        + mixtures * (width * fp32 + 6 * dims["E"] * fp32 + 2 * shared * element)
     )
     others = tokens * a_token + mixtures * routed
     again = tokens * (made_again + (c.num_dense_layers * dense + mixtures * shared) * element)

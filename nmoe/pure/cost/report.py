@@ -191,7 +191,7 @@ def _pair(left: str, right: str) -> str:
 
 
 def _total(traffic: Traffic) -> float:
-    """Bytes over both wires."""
+    """Bytes over both links."""
     return traffic.inside + traffic.between
 
 
@@ -259,18 +259,18 @@ def _by_size(bests: tuple[Scaled, ...]) -> Grid:
 def _assumed(s: Scaled) -> tuple[Line, ...]:
     """What the figures rest on."""
     machine = s.machine
-    wires = (
+    links = (
         ("rows in a host", machine.push),
         ("NCCL in a host", machine.collective),
         ("between hosts", machine.network),
     )
-    used = wires if s.arrangement.hosts > 1 else wires[:2]
+    used = links if s.arrangement.hosts > 1 else links[:2]
     texts = (
         f"{name}: {time_of(wire.alpha_s)} + bytes / {quantity(wire.bytes_per_s, 'B/s')}, {wire.source}"
         for name, wire in used
     )
     return (
-        *_named("wires", texts),
+        *_named("links", texts),
         (
             "assumed",
             f"computing alone runs at {100 * s.plan.mfu:.0f} % MFU; routing is even; room for "

@@ -772,6 +772,35 @@ def test_what_just_fulfils_the_rules(override: str) -> None:
     assert validate(rules_config(override), 1) == ()
 
 
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"),
+    [
+        (16, 16, 1, {}),
+        (16, 16, 2, {"microbatch_size": 8}),
+        (24, 8, 4, {"microbatch_size": 6}),
+        (8, 8, 64, {"batch_size": 64, "microbatch_size": 1}),
+        (100, 8, 8, {"batch_size": 128}),
+        (72, 8, 8, {"microbatch_size": 3}),
+        (7, 4, 2, {"batch_size": 8, "microbatch_size": 4}),
+        (7, 4, 3, {"batch_size": 6, "microbatch_size": 2}),
+        (15360, 4, 1000, {"batch_size": 16000}),
+    ],
+)
+def test_the_nearest_batch_that_ranks_share(batch: int, micro: int, world: int, expected: dict[str, int]) -> None:
+    """One that divides stays; what is proposed is what --fit does, and no rule is broken then."""
+    path = ROOT / "configs" / "quickstart.toml"
+    sizes = (f"--train.batch_size={batch}", f"--train.microbatch_size={micro}", "--model.moe.num_experts=48000")
+    before, after = load(path, {}, sizes), load_valid(path, {}, sizes, world, fit=True)
+    changed = {key: size for key, size in expected.items() if size != getattr(before.config.train, key)}
+    assert {each.path.removeprefix("train."): each.right for each in after.fitted} == changed
+    assert all(after.sources[f"train.{key}"] == "--fit" for key in changed)
+    if changed:
+        (problem,) = validate(before.config, world)
+        written = " and ".join(f"train.{key} = {size}" for key, size in changed.items())
+        assert problem.endswith(f"; write {written}, or pass --fit to `nmoe run` and `nmoe plan`")
+    assert attrs.evolve(after.config, train=before.config.train) == before.config, "nothing else"
+
+
 def test_ranks_share_out_the_experts_evenly() -> None:
     """16 experts, as many sequences a step as every number of ranks here divides."""
     sizes = "train={steps = 1, batch_size = 24, microbatch_size = 1, sequence_length = 16}"

@@ -9,7 +9,7 @@ from typing import Any
 from nmoe.config.attention import Rules
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Model, Moe, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Model, Moe, Stdlib, Train
 from nmoe.config.setting import divides
 from nmoe.config.toml import dotted, shown
 
@@ -80,6 +80,22 @@ def no_decay(config: Config) -> tuple[str, ...]:
         f"the run ends at {total:,} tokens, before its decay begins at {begin:,}; raise train.steps, or write "
         "schedule.decay",
     )
+
+
+def fitting(train: Train, world: int) -> dict[str, int]:
+    """The nearest batch_size and microbatch_size that `world` ranks share evenly; those alone that have to change.
+
+    A batch that divides among the ranks stays, and with it what is learned; else it becomes the nearest multiple of
+    ranks * microbatch_size, or of ranks where it is smaller than that. The microbatch is the largest up to the old one.
+    """
+    batch, micro = train.batch_size, train.microbatch_size
+    if batch % world:
+        unit = world * micro if batch >= world * micro else world
+        batch = max(1, round(batch / unit)) * unit
+    share = batch // world
+    micro = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
+    sizes = {"batch_size": batch, "microbatch_size": micro}
+    return {key: size for key, size in sizes.items() if size != getattr(train, key)}
 
 
 def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
@@ -267,9 +283,10 @@ def _run(config: Config, world: int) -> Iterator[str]:
             f"{train.sequence_length}; shorten the sequences or raise max_positions"
         )
     if not divides(world * train.microbatch_size, train.batch_size):
+        nearest = " and ".join(f"train.{key} = {size}" for key, size in fitting(train, world).items())
         yield (
             f"train.batch_size: expected a multiple of ranks * microbatch_size = {world} * {train.microbatch_size}, "
-            f"got {train.batch_size}; change one of the three"
+            f"got {train.batch_size}; write {nearest}, or pass --fit to `nmoe run` and `nmoe plan`"
         )
     if train.graph and config.run.device != "cuda":
         yield (

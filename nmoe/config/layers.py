@@ -21,7 +21,8 @@ from typing import Any, cast
 
 import attrs
 
-from nmoe.config.check import unrunnable, validate, validate_model
+from nmoe.config.canonical import Difference, diff
+from nmoe.config.check import fitting, unrunnable, validate, validate_model
 from nmoe.config.convert import every_path, structure
 from nmoe.config.fields import KeyPath, flat, is_table, keys, members, table
 from nmoe.config.secrets import masked
@@ -39,12 +40,14 @@ OTHER_VARIABLES = ("NMOE_HOME", "NMOE_HEARTBEATS")
 class Loaded:
     """A config, and where each value its canonical TOML holds came from.
 
-    sources  "default", "configs/x.toml:12", "environment NMOE_TRAIN__STEPS" or "command line --train.steps=10", by
-             dotted path
+    sources  "default", "configs/x.toml:12", "environment NMOE_TRAIN__STEPS", "command line --train.steps=10", "--fit",
+             by dotted path
+    fitted   what `fit` changed
     """
 
     config: Config
     sources: Mapping[str, str]
+    fitted: tuple[Difference, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -75,24 +78,42 @@ def load(path: Path, environ: Mapping[str, str], overrides: Sequence[str]) -> Lo
 
 
 def load_valid(
-    path: Path, environ: Mapping[str, str], overrides: Sequence[str], world: int | None = None, *, to_run: bool = False
+    path: Path,
+    environ: Mapping[str, str],
+    overrides: Sequence[str],
+    world: int | None = None,
+    *,
+    to_run: bool = False,
+    fit: bool = False,
 ) -> Loaded:
     """As `load`, and checked by `validate`.
 
     world    ranks it has to fit; None: as many as the config is meant for
     to_run   whether `unrunnable` may have nothing against it either
+    fit      whether batch and microbatch become the nearest that the ranks share evenly
 
     Raises:  InputError with everything that is wrong, each with its place.
     """
     loaded = load(path, environ, overrides)
     problems: list[str] = []
     world = loaded.config.parallel.ranks if world is None else world
+    if fit and world > 0 and loaded.config.train.microbatch_size > 0:
+        loaded = _fitted(loaded, world)
     for problem in (*validate(loaded.config, world), *(unrunnable(loaded.config, world) if to_run else ())):
         source = loaded.sources.get(problem.partition(":")[0], DEFAULT)
         problems.append(f"{path if source == DEFAULT else source}: {problem}")
     if problems:
         raise InputError(*problems)
     return loaded
+
+
+def _fitted(loaded: Loaded, world: int) -> Loaded:
+    """A config with the batch and microbatch that `world` ranks share evenly."""
+    train = loaded.config.train
+    changes = fitting(train, world)
+    config = attrs.evolve(loaded.config, train=attrs.evolve(train, **changes))
+    sources = {**loaded.sources, **{f"train.{key}": "--fit" for key in changes}}
+    return Loaded(config=config, sources=sources, fitted=diff(loaded.config, config))
 
 
 def load_model(path: Path) -> tuple[Model, Precision]:

@@ -137,7 +137,7 @@ def tokens_per_step(config: Config) -> int:
 
 def learning_rates(config: Config, tokens: int) -> dict[str, float]:
     """Learning rate of each optimizer group in the step that brings the run to `tokens` tokens."""
-    share = factor(tokens, config.schedule)
+    share = factor(tokens, config.schedule_in_tokens())
     return {group: share * getattr(config.optim, group).lr for group in ("dense", "expert", "router")}
 
 

@@ -230,7 +230,7 @@ def plan(
         # histograms of margins: of each layer, stacked, and their sum over microbatches
         activations += 3 * (c.num_layers - c.num_dense_layers) * c.moe.num_experts * BINS * 8
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
-    total = train.steps * train.batch_size * train.sequence_length
+    total = config.tokens()
     shares = [(arena, arena.held()) for arena in arenas]
     return Plan(
         parameters=blueprint.parameters,

@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from nmoe.config import Config, Mixed, Model
+from nmoe.config.check import no_decay
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.cost.scale import Scaled
 from nmoe.pure.cost.traffic import Traffic
@@ -82,6 +83,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
             "rank's host memory",
         ),
         ("tokens", f"{quantity(planned.tokens)}  {train.steps} steps of {quantity(planned.tokens_per_step)}"),
+        *(("schedule", text) for text in no_decay(config)),
     )
 
 

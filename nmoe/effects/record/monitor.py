@@ -144,7 +144,7 @@ class Monitor:
 
 
 def arrays_every(log: LogConfig, steps: int) -> int:
-    """Logged steps between loads of every expert: as configured, or fewer where a run of `steps` would have under 50."""
+    """Logged steps between loads of every expert; fewer than configured where `steps` would have under 50 of them."""
     return min(log.arrays_every, max(1, steps // log.every // LEAST_LOADS))
 
 

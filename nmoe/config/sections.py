@@ -346,7 +346,7 @@ class Log:
 
     every: int = setting("steps between logged steps", default=10, unit="steps", low=1, high=MOST_STEPS, identity=False)
     arrays_every: int = setting(
-        "logged steps between loads of every expert",
+        "logged steps between loads of every expert; fewer in a run that would have under 50 of them",
         default=10,
         unit="logged steps",
         low=1,

@@ -15,6 +15,7 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import Config
+from nmoe.config.sections import Log as LogConfig
 from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
 from nmoe.effects.record.alive import process_start
 from nmoe.effects.record.log import LineFile, Log, now, open_lines
@@ -25,6 +26,9 @@ from nmoe.pure.watch.alerts import History, Limits, Observation, judge
 from nmoe.pure.watch.metrics import Step
 
 GB = 1e9
+
+LEAST_LOADS = 50
+"""Columns of a heat map over time: a run with fewer shows no trend."""
 
 
 class Monitor:
@@ -45,6 +49,7 @@ class Monitor:
         self._heart = heart
         self._foot = foot
         self._arrays = arrays
+        self._arrays_every = arrays_every(config.log, config.train.steps)
         self._aside = aside
         self._writing: Future[None] | None = None  # the last line of loads
         self._history = History(nonfinite_steps=skipped)
@@ -69,7 +74,7 @@ class Monitor:
         step = line.rank.step
         self._heart.update(step=step, status="running")
         self._foot.step(step, line.loss)
-        if self._reports % self._config.log.arrays_every == 0:
+        if self._reports % self._arrays_every == 0:
             header = {"attempt": self.log.attempt, "time": now(), "step": step, "tokens_global": line.tokens_global}
             self._written()
             # aside, for tens of thousands of counts take long to become text; a copy, for the trainer reuses its own
@@ -136,6 +141,11 @@ class Monitor:
         self._foot.event(event)
         if event["event"] == "end":
             self._heart.update(status=event["status"], **({"step": event["step"]} if "step" in event else {}))
+
+
+def arrays_every(log: LogConfig, steps: int) -> int:
+    """Logged steps between loads of every expert; fewer than configured where `steps` would have under 50 of them."""
+    return min(log.arrays_every, max(1, steps // log.every // LEAST_LOADS))
 
 
 @contextmanager

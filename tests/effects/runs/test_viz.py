@@ -249,6 +249,20 @@ def test_layers_and_loads_are_those_that_were_logged(index: Index) -> None:
         experts.load(index, "crashed", None)
 
 
+def test_curves_of_layers_reach_the_last_step_at_each_cadence(index: Index, tmp_path: Path) -> None:
+    steps = experts.layers(index, "finished", "entropy", curves.Axis(points=160)).x
+    assert steps[-1] > 199 and len(steps) == 160, "200 steps of 3 layers in 160 cells"
+    many = runs.folder(tmp_path, "many")
+    lines = [runs.metrics(step) for step in range(10, 4010, 10)]
+    for line in lines:
+        line["experts"] = {"layer": list(range(26)), "entropy": [0.1 * layer + line["step"] for layer in range(26)]}
+    runs.append(many / "metrics.rank0.jsonl", lines)
+    with indexed(tmp_path) as opened:
+        entropy = experts.layers(opened, "many", "entropy", curves.Axis())
+    assert entropy.x == [float(line["step"]) for line in lines]
+    assert [values[-1] for values in entropy.values] == [0.1 * layer + 4000 for layer in range(26)]
+
+
 def test_the_slowest_rank_is_named(index: Index) -> None:
     told = machine.timing(index, "finished")
     assert (len(told.ranks), told.slowest, told.steps) == (4, 2, 50)

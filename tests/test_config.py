@@ -482,6 +482,9 @@ RULES = [
         1,
         "model.attention.yarn.beta_slow: expected below beta_fast = 32.0, got 32.0; ",
     ),
+    ("model.mtp.depth=0", 1, "model.mtp.depth: expected at least 1, got 0; raise it"),
+    ("model.mtp={depth = 1, weight = -0.1}", 1, "model.mtp.weight: expected at least 0, got -0.1; raise it"),
+    ("model.mtp={depth = 1, later_weight = -1}", 1, "model.mtp.later_weight: expected at least 0, got -1.0; raise it"),
     ("train.batch_size=24", 1, "train.batch_size: expected a multiple of ranks * microbatch_size = 1 * 16, got 24; "),
     (
         "train={batch_size = 36, microbatch_size = 12}",
@@ -717,6 +720,12 @@ def rules_config(*overrides: str) -> Config:
 )
 def test_what_just_fulfils_the_rules(override: str) -> None:
     assert validate(rules_config(override), 1) == ()
+
+
+def test_a_row_has_a_token_at_every_depth() -> None:
+    assert validate(rules_config("train.sequence_length=8", "model.mtp.depth=7"), 1) == ()
+    (problem,) = validate(rules_config("train.sequence_length=8", "model.mtp.depth=8"), 1)
+    assert problem.startswith("model.mtp.depth: expected below train.sequence_length = 8, got 8; lower it, ")
 
 
 def test_ranks_share_out_the_experts_evenly() -> None:

@@ -513,6 +513,9 @@ RULES = [
         1,
         "model.attention.yarn.beta_slow: expected below beta_fast = 32.0, got 32.0; ",
     ),
+    ("model.mtp.depth=0", 1, "model.mtp.depth: expected at least 1, got 0; raise it"),
+    ("model.mtp={depth = 1, weight = -0.1}", 1, "model.mtp.weight: expected at least 0, got -0.1; raise it"),
+    ("model.mtp={depth = 1, later_weight = -1}", 1, "model.mtp.later_weight: expected at least 0, got -1.0; raise it"),
     ("train.batch_size=24", 1, "train.batch_size: expected a multiple of ranks * microbatch_size = 1 * 16, got 24; "),
     (
         "train={batch_size = 36, microbatch_size = 12}",
@@ -799,6 +802,12 @@ def test_the_nearest_batch_that_ranks_share(batch: int, micro: int, world: int, 
         written = " and ".join(f"train.{key} = {size}" for key, size in changed.items())
         assert problem.endswith(f"; write {written}, or pass --fit to `nmoe run` and `nmoe plan`")
     assert attrs.evolve(after.config, train=before.config.train) == before.config, "nothing else"
+
+
+def test_a_row_has_a_token_at_every_depth() -> None:
+    assert validate(rules_config("train.sequence_length=8", "model.mtp.depth=7"), 1) == ()
+    (problem,) = validate(rules_config("train.sequence_length=8", "model.mtp.depth=8"), 1)
+    assert problem.startswith("model.mtp.depth: expected below train.sequence_length = 8, got 8; lower it, ")
 
 
 def test_ranks_share_out_the_experts_evenly() -> None:

@@ -282,6 +282,11 @@ def _run(config: Config, world: int) -> Iterator[str]:
             f"train.sequence_length: expected at most model.max_positions = {c.max_positions}, got "
             f"{train.sequence_length}; shorten the sequences or raise max_positions"
         )
+    if 0 < train.sequence_length <= c.depth():
+        yield (
+            f"model.mtp.depth: expected below train.sequence_length = {train.sequence_length}, got {c.depth()}; lower "
+            "it, no position has a token so far ahead"
+        )
     if not divides(world * train.microbatch_size, train.batch_size):
         nearest = " and ".join(f"train.{key} = {size}" for key, size in fitting(train, world).items())
         yield (

@@ -60,6 +60,28 @@ class Moe:
 
 
 @attrs.frozen(kw_only=True)
+class Mtp:
+    """Multi-token prediction: the tokens after the next one, as in DeepSeek-V3 (arXiv:2412.19437, section 2.2)."""
+
+    depth: int = setting(
+        "further tokens a position predicts, each by a block of its own", unit="tokens", low=1, high=64, shapes=True
+    )
+    weight: float = setting("weight of the mean loss of all depths", default=0.3, low=0, high=1e3)
+    later_weight: float = setting("the same once switch_tokens are read", default=0.1, low=0, high=1e3)
+    switch_tokens: int | None = setting(
+        "tokens of the run from which on later_weight holds; absent: never",
+        default=None,
+        unit="tokens",
+        low=0,
+        high=MOST_TOKENS,
+    )
+
+    def weight_at(self, tokens: int) -> float:
+        """Weight of the step that brings the run to `tokens` tokens."""
+        return self.weight if self.switch_tokens is None or tokens <= self.switch_tokens else self.later_weight
+
+
+@attrs.frozen(kw_only=True)
 class Model:
     """Shape of the network."""
 
@@ -80,6 +102,16 @@ class Model:
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
     attention: Single | Mixed = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
+    mtp: Mtp | None = setting("multi-token prediction; absent: the next token alone", default=None)
+
+    def depth(self) -> int:
+        """Blocks of multi-token prediction."""
+        return 0 if self.mtp is None else self.mtp.depth
+
+    def mixtures(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts, counted from 0; those of multi-token prediction come after the last."""
+        last = self.num_layers + self.depth() if self.num_dense_layers < self.num_layers else 0
+        return tuple(range(self.num_dense_layers, last))
 
     def attentions(self) -> dict[str, Any]:
         """Path of its table -> section of each attention: one, or those of a mixed one."""

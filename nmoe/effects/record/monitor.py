@@ -172,7 +172,7 @@ def watching(
             "started": now(),
             "heartbeat_every_s": settings.heartbeat_every_s,
             "world": world,
-            "layers": list(range(c.num_dense_layers, c.num_layers)),
+            "layers": list(c.mixtures()),
             "num_experts": c.moe.num_experts,
             "top_k": c.moe.top_k,
             "tokens_per_step": config.train.batch_size * config.train.sequence_length,

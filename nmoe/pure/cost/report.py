@@ -50,12 +50,13 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
     flops, memory = planned.flops, planned.memory
     forward = flops.total()
     mixtures = c.num_layers - c.num_dense_layers
+    ahead = f" and {c.depth()} of multi-token prediction" if c.mtp else ""
     parts = "  ".join(f"{name} {100 * value / forward:.1f} %" for name, value in attrs.asdict(flops).items() if value)
     kinds = [f"{name} {quantity(value, 'B')}" if value else "" for name, value in attrs.asdict(memory).items()]
     return (
         (
             "model",
-            f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} mixture)  hidden {c.hidden_size}  "
+            f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} mixture){ahead}  hidden {c.hidden_size}  "
             f"{_heads(c)}  {c.moe.num_experts} experts, top {c.moe.top_k}, "
             f"{c.moe.num_shared_experts} shared",
         ),

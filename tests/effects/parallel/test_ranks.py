@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nmoe.config.sections import Config, Shards
+from nmoe.config.sections import Config, Mtp, Shards
 from nmoe.effects.checkpoint import reader, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
@@ -126,6 +126,26 @@ def test_quantiles_of_two_ranks_are_those_of_one(sources: Path, tmp_path: Path) 
     one, two = run("one", 1), run("two", 2)
     for step in range(1, STEPS + 1):
         assert digests(two, step) == digests(one, step), step
+
+
+def test_multi_token_prediction_on_two_ranks_is_that_of_one(sources: Path, tmp_path: Path) -> None:
+    """Further blocks, their losses and the balance of their experts."""
+
+    def run(name: str, ranks: int, experts: int = 1) -> Path:
+        config = config_of(sources, tmp_path, name, microbatch_size=2)
+        config = attrs.evolve(config, model=attrs.evolve(config.model, mtp=Mtp(depth=2)))
+        return trained(config, ranks, experts=experts)
+
+    def ahead(folder: Path) -> list[list[float]]:
+        return [[line["mtp/loss_1"], line["mtp/loss_2"]] for line in lines(folder) if "loss" in line]
+
+    one, two = run("one", 1), run("two", 2)
+    for step in range(1, STEPS + 1):
+        assert digests(two, step) == digests(one, step), step
+    assert ahead(two) == ahead(one)
+    shared = run("shared", 2, experts=2)
+    for mine, its in zip(ahead(shared), ahead(one), strict=True):
+        assert mine == pytest.approx(its, rel=1e-4)
 
 
 def test_muon_on_two_ranks_is_muon_on_one_bit_for_bit(sources: Path, tmp_path: Path) -> None:

@@ -529,8 +529,8 @@ def test_progress_says_files_size_time_and_what_is_left(
     total = sum(sizes)
     for what in ("tokenizer", "train"):
         printed = [line for line in lines if line.startswith(f"{what}: ") and " files, " in line]
-        last = len(sizes)
-        for line, num in zip(printed, [*range(2, last + 1, 2), *([last] if last % 2 else [])], strict=True):
+        numbers = list(range(2, len(sizes), 2)) + [len(sizes)]  # the last is always said
+        for line, num in zip(printed, numbers, strict=True):
             done = sum(sizes[:num])
             assert line == (
                 f"{what}: {num} of {len(sizes)} files, {done / 1e6:.1f} of {total / 1e6:.1f} MB, {num} s, "

@@ -99,6 +99,14 @@ class KvCache:
     k: Tensor  # [B S K C], rotated
     v: Tensor  # [B S K C]
 
+    def joined(self, k: Tensor, v: Tensor) -> KvCache:
+        """With those of further tokens behind."""
+        return KvCache(torch.cat((self.k, k), dim=1), torch.cat((self.v, v), dim=1))
+
+    def without(self, count: int) -> KvCache:
+        """All but the first `count` tokens."""
+        return KvCache(self.k[:, count:], self.v[:, count:])
+
 
 def empty_cache(c: sections.Gqa, num_sequences: int, like: Tensor) -> KvCache:
     """The cache before the first token, in the format of `like`."""
@@ -125,10 +133,10 @@ def extend(
     returns    [B T D], and the cache with the new tokens, no longer than a window needs
     """
     q, k, v = ops.project(x, p.qkv, rope, documents.position, num_heads=c.num_heads)
-    k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
-    o = attend_cached(q, k, v, p.sinks, visible_cached(documents, k.shape[1], c.window), scale=scale(c))
-    dropped = 0 if c.window is None else max(0, k.shape[1] - c.window + 1)
-    return o.flatten(-2) @ p.out.flatten(0, 1), KvCache(k[:, dropped:], v[:, dropped:])
+    cache = cache.joined(k, v)
+    length = cache.k.shape[1]
+    o = attend_cached(q, cache.k, cache.v, p.sinks, visible_cached(documents, length, c.window), scale=scale(c))
+    return o.flatten(-2) @ p.out.flatten(0, 1), cache.without(0 if c.window is None else max(0, length - c.window + 1))
 
 
 def attend_cached(

@@ -132,12 +132,51 @@ def kda_after(
     o, memory = ops.attend(q, k, v, decay, upcast(step).sigmoid(), start, memory)
     gate = upcast((low_gate @ p.gate.flatten(1)).unflatten(-1, heads)).sigmoid()
     o = (norm(o, p.norm, eps=eps) * gate).to(x.dtype)
-    return o.flatten(-2) @ p.out.flatten(0, 1), KdaState(_last_inputs(projected, inputs, c.conv_size - 1), memory)
+    return o.flatten(-2) @ p.out.flatten(0, 1), KdaState(
+        _last_inputs(projected, inputs, start, c.conv_size - 1), memory
+    )
 
 
-def _last_inputs(x: Tensor, before: Tensor | tuple[()], count: int) -> Tensor:
-    """The last inputs of the convolutions, [B count J]: zeros before the first token there is."""
-    return _preceded(x, before, count)[:, x.shape[1] :]
+def empty_cache(c: sections.Kda, num_sequences: int, like: Tensor) -> KdaState:
+    """The state before the first token, in the format of `like`; the memory in fp32 at least."""
+    inputs = like.new_zeros(num_sequences, c.conv_size - 1, 3 * c.num_heads * c.head_dim)
+    return KdaState(inputs, upcast(like.new_zeros(num_sequences, c.num_heads, c.head_dim, c.head_dim)))
+
+
+def extend(
+    p: Kda,
+    x: Tensor,
+    cache: KdaState,
+    documents: Documents,
+    tables: tuple[()],
+    norm: Callable[..., Tensor],
+    ops: KdaOps,
+    c: sections.Kda,
+    *,
+    eps: float,
+) -> tuple[Tensor, KdaState]:
+    """`kda` of new tokens that also read what the state remembers.
+
+    x          [B T D]   normed block input of the new tokens
+    documents  of the new tokens; `start` is counted from the first token of the row, remembered ones included
+    returns    [B T D], and the state after the last of them
+    """
+    earlier = documents.start[:, :1] + documents.position[:, :1]
+    goes_on = documents.position[:, 0] > 0  # else the first new token begins its document, and remembers nothing
+    before = KdaState(
+        cache.inputs.where(goes_on[:, None, None], 0), cache.memory.where(goes_on[:, None, None, None], 0)
+    )
+    here = Documents((documents.start - earlier).clamp(min=0), documents.position)
+    return kda_after(p, x, before, norm, ops, c, here, eps=eps)
+
+
+def _last_inputs(x: Tensor, before: Tensor | tuple[()], start: Tensor | tuple[()], count: int) -> Tensor:
+    """The last inputs of the convolutions, [B count J]: zeros before the first token of the last one's document."""
+    last = _preceded(x, before, count)[:, x.shape[1] :]
+    if not isinstance(start, Tensor):
+        return last
+    place, begins = torch.arange(-count, 0, device=x.device) + x.shape[1], start[:, -1:]
+    return last.masked_fill(((place < begins) & (begins > 0))[..., None], 0)
 
 
 def _preceded(x: Tensor, before: Tensor | tuple[()], count: int) -> Tensor:

@@ -22,6 +22,7 @@ from nmoe.effects.checkpoint import hf_export, hf_verify, tensor_file, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.hf_export import INDEX, open_source
 from nmoe.effects.checkpoint.writer import open_writer
+from nmoe.effects.data import hf_tokenizer, tokenizer
 from nmoe.effects.record.names import WEIGHTS
 from nmoe.effects.train import generate
 from nmoe.errors import InputError
@@ -485,3 +486,36 @@ def test_a_trained_model_says_the_same_in_transformers(
     for cached in (True, False):
         columns = generate.steps(network, [start], num_tokens=24, sampling=Sampling(), keys=[Key(0)], cached=cached)
         assert said[0].tolist() == [*start, *(column[0] for column in columns)]
+
+    # in again: the tokenizer comes along, and what a run can do the imported folder can
+    assert run("import", "hf", tmp_path / "out", tmp_path / "imported") == 0
+    assert tokenizer.load(tmp_path / "imported").identity == tokenizer.load(folder).identity
+    capsys.readouterr()
+    texts: list[str] = []
+    for each in (folder, tmp_path / "imported"):
+        assert run("generate", each, "--prompt=def main(", "--tokens=12", "--device=cpu") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+    assert run("eval", tmp_path / "imported", "--suite=probes", "--limit=2", "--device=cpu") == 0
+    again = trainings.changed(trainings.config(tmp_path, "again", sources, 1), warm_start=str(tmp_path / "imported"))
+    code, last = trainings.train(again)
+    assert code == 0, last
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    (
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}}, "as model, got Unigram"),
+        ({}, "expected at most vocab_size = 37 ids, got 258; take the files of one model"),
+    ),
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    change: dict[str, Any], expected: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported, tmp_path / "hf")
+    ours = tokenizer.make("bytes", tokenizer.PATTERN, [bytes([byte]) for byte in range(256)], end_of_text=257, size=258)
+    said = json.loads(hf_tokenizer.convert(ours, ())["tokenizer.json"]) | change
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(said))
+    assert run("import", "hf", tmp_path / "hf", tmp_path / "out") == 2
+    assert expected in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

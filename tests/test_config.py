@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
-from nmoe.config.check import remarks
+from nmoe.config.check import kernel_sizes, remarks
 from nmoe.config.convert import structure
 from nmoe.config.data_mixture import Part, Rest
 from nmoe.config.data_source import Source
@@ -404,7 +404,7 @@ OTHER_VALUES = {
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
-    **{"balance": "quantile", "optimizer": "muon"},
+    **{"balance": "quantile", "optimizer": "muon", "score": "softmax"},
 }
 """Other values of the keys that are no numbers."""
 
@@ -421,6 +421,14 @@ def test_identity_is_of_what_must_not_change() -> None:
             assert (identity(after) == identity(before.config)) == (key in FREE_ON_RESUME), key
     with_yarn = load(path, {}, (name, "--model.attention.yarn={factor = 2, original_positions = 128}")).config
     assert identity(with_yarn) != identity(before.config)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_softmax_router_is_for_a_cpu(device: str) -> None:
+    config = rules_config('model.moe.score="softmax"')
+    wrong = tuple(kernel_sizes(config.model, device=device, compute="bf16"))
+    expected = 'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got "softmax"; '
+    assert [problem.startswith(expected) for problem in wrong] == [True] * (device == "cuda")
 
 
 def test_diff_names_what_differs() -> None:

@@ -142,8 +142,8 @@ def add(name: str, path: Path, known: Mapping[str, Known] = KNOWN) -> Tokenizer:
         return hf_tokenizer.read(path, hf_tokenizer.texts())
     if name not in known:
         raise InputError(
-            f"tokenizer {name}: expected one of {', '.join(known)}, or a {tokenizer.FILE} of Hugging Face, got "
-            f"another; train one instead"
+            f"tokenizer {name}: expected one of {', '.join(known)}, got another; give a {tokenizer.FILE} of Hugging "
+            "Face, or train one"
         )
     about = known[name]
     try:

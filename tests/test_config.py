@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
-from nmoe.config.check import remarks
+from nmoe.config.check import kernel_sizes, remarks
 from nmoe.config.convert import structure
 from nmoe.config.data_mixture import Part, Rest
 from nmoe.config.data_source import Source
@@ -404,7 +404,7 @@ OTHER_VALUES = {
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
-    **{"balance": "quantile", "optimizer": "muon"},
+    **{"balance": "quantile", "optimizer": "muon", "score": "softmax"},
 }
 """Other values of the keys that are no numbers."""
 
@@ -452,6 +452,14 @@ def test_a_run_that_ends_before_its_decay_is_named() -> None:
     )
     for override in ("--train.steps=261", "--schedule={warmup = 0.1, decay = 0.1}", "--schedule.decay_tokens=0"):
         assert remarks(load(path, {}, ("--train.steps=100", override)).config) == (), override
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_softmax_router_is_for_a_cpu(device: str) -> None:
+    config = rules_config('model.moe.score="softmax"')
+    wrong = tuple(kernel_sizes(config.model, device=device, compute="bf16"))
+    expected = 'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got "softmax"; '
+    assert [problem.startswith(expected) for problem in wrong] == [True] * (device == "cuda")
 
 
 def test_diff_names_what_differs() -> None:

@@ -266,6 +266,11 @@ def kernel_sizes(c: Model, *, device: str, compute: str) -> Iterator[str]:
                 f"at once, got {size}; write {-(-size // step) * step}"
             )
     if device == "cuda":
+        if c.moe.score != "sigmoid" and c.num_dense_layers < c.num_layers:
+            yield (
+                f'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got '
+                f'{shown(c.moe.score)}; write score = "sigmoid" or run it on a CPU'
+            )
         for where, part in c.attentions().items():
             if isinstance(part, Rules):  # a script's own kind runs as plain torch
                 yield from part.kernel_problems(where, step)

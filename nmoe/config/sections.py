@@ -32,7 +32,7 @@ MOST_SECONDS = 7 * 86_400.0
 
 @attrs.frozen(kw_only=True)
 class Moe:
-    """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437)."""
+    """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437), or V2 for a softmax."""
 
     num_experts: int = setting("routed experts", low=2, high=2**16, shapes=True)
     top_k: int = setting("routed experts a token", low=1, high=2**16)
@@ -45,6 +45,11 @@ class Moe:
     route_scale: float = setting("factor on the routing weights", default=1.0, low=1e-6, high=1e6)
     normalize: bool = setting(
         "whether a token's routing weights sum to route_scale; false: each is its score times route_scale", default=True
+    )
+    score: Literal["sigmoid", "softmax"] = setting(
+        "a token's affinity to an expert: a sigmoid of its own, groups ranked by their two best experts; or a softmax "
+        "over all experts, groups ranked by their best",
+        default="sigmoid",
     )
     balance: Literal["sign", "quantile"] = setting(
         "how the router bias evens out expert load: steps of one size, or quantiles of the scores", default="sign"

@@ -16,7 +16,7 @@ import attrs
 
 from nmoe.config.data_source import Source
 from nmoe.effects import files
-from nmoe.effects.data import tokenizer
+from nmoe.effects.data import hf_tokenizer, tokenizer
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.survey import cleaned, reporting, works_of
 from nmoe.effects.data.store.format import NAME
@@ -130,12 +130,20 @@ def _place(name: str, home: Path) -> Path:
 
 
 def add(name: str, path: Path, known: Mapping[str, Known] = KNOWN) -> Tokenizer:
-    """A published tokenizer from its file of ranks, plain or gzip: a line a token, base64, blank, rank.
+    """A published tokenizer from its file.
 
-    Raises:  InputError when the name is not known, the file can not be read, or is another than the published one.
+    path     a `tokenizer.json` of Hugging Face, or the folder that holds it; else the ranks of a known one, plain or
+             gzip: a line a token, base64, blank, rank
+    Raises:  InputError as `hf_tokenizer.read`; when the name is not known, the file can not be read, or is another
+             than the published one.
     """
+    if path.is_dir() or path.suffix == ".json":
+        return hf_tokenizer.read(path, hf_tokenizer.texts())
     if name not in known:
-        raise InputError(f"tokenizer {name}: expected one of {', '.join(known)}, got another; train one instead")
+        raise InputError(
+            f"tokenizer {name}: expected one of {', '.join(known)}, got another; give a {tokenizer.FILE} of Hugging "
+            "Face, or train one"
+        )
     about = known[name]
     try:
         raw = path.read_bytes() if files.regular_size(path) <= LARGEST else b""

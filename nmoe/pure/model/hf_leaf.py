@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import torch
@@ -55,12 +55,34 @@ def columns(sizes: Mapping[str, int]) -> Leaf:
     )
 
 
+def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:
+    """Leaves side by side along an axis of ours that theirs have not."""
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {}
+        for leaf, part in zip(leaves, ours.unbind(axis), strict=True):
+            named |= leaf.split(part)
+        return named
+
+    return Leaf(split=split, join=lambda theirs: torch.stack([leaf.join(theirs) for leaf in leaves], dim=axis))
+
+
 def gated(gate: str, up: str) -> Leaf:
     """The two matrices [in, 2, out] of a gated MLP."""
-    return Leaf(
-        split=lambda ours: {gate: ours[:, 0].T, up: ours[:, 1].T},
-        join=lambda theirs: torch.stack((theirs[gate].T, theirs[up].T), dim=1),
-    )
+    return stacked((matrix(gate), matrix(up)), axis=1)
+
+
+def zeros(path: str, shape: tuple[int, ...]) -> Leaf:
+    """A tensor of ours that theirs have not: zeros. Splitting another is an InputError that names `path`."""
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        if not ours.is_meta and bool(ours.any()):
+            raise InputError(
+                f"{path}: expected zeros, because this model type has no such tensor, got others; it cannot be exported"
+            )
+        return {}
+
+    return Leaf(split=split, join=lambda theirs: torch.zeros(shape))
 
 
 def scaled(name: str, factor: float) -> Leaf:
@@ -68,7 +90,7 @@ def scaled(name: str, factor: float) -> Leaf:
     return Leaf(split=lambda ours: {name: ours * factor}, join=lambda theirs: theirs[name])
 
 
-def stacked(name: str, parts: int) -> Leaf:
+def side_by_side(name: str, parts: int) -> Leaf:
     """A matrix [parts in, out] of ours whose inputs lie side by side in one of theirs."""
     return Leaf(
         split=lambda ours: {name: ours.flatten(0, 1).T},

@@ -20,6 +20,7 @@ from tests import shapes
 
 MODELS = {
     **shapes.DEEPSEEK,
+    **shapes.SOFTMAX,
     "scales": shapes.config(
         embedding_scale=10.667, logit_scale=0.3, moe=shapes.mixture(num_shared_experts=2, route_scale=1.7)
     ),

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from nmoe.cli import main
+from nmoe.config import sections
 from nmoe.config.layers import load_model
 from nmoe.effects.checkpoint import hf_export, hf_verify, tensor_file, weights
 from nmoe.effects.checkpoint.fs import Disk
@@ -349,7 +350,6 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             tie_word_embeddings=True,
             scoring_func="softmax",
             hidden_act="gelu",
-            num_nextn_predict_layers=1,
             attention_bias=True,
             num_key_value_heads=1,
             quantization_config={"fmt": "e4m3"},
@@ -361,7 +361,6 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             "tie_word_embeddings: expected false, got true; nmoe has no other",
             'scoring_func: expected "sigmoid", got "softmax"; nmoe has no other',
             'hidden_act: expected "silu", got "gelu"',
-            "num_nextn_predict_layers: expected 0, got 1",
             "attention_bias: expected false, got true",
             "num_key_value_heads: expected num_attention_heads = 3, got 1",
             "quantization_config: expected a key of deepseek_v3 that nmoe knows",
@@ -383,6 +382,18 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             "v_head_dim.a: expected one value, got null",
             "tie_word_embeddings: expected false",
         ),
+    ),
+    "a further layer that is not there": (
+        lambda f: edit_config(f, num_nextn_predict_layers=1),
+        ("expected 'model.layers.3.eh_proj.weight', got nothing by that name",),
+    ),
+    "half a further layer": (
+        lambda f: edit_config(f, num_nextn_predict_layers=0.5),
+        ("num_nextn_predict_layers: expected an integer, got 0.5",),
+    ),
+    "fewer than no further layers": (
+        lambda f: edit_config(f, num_nextn_predict_layers=-1),
+        ("mtp.depth: expected at least 1, got -1",),
     ),
     "no such routing": (lambda f: edit_config(f, num_experts_per_tok=9), ("model.moe.top_k: expected at most",)),
     "bounds": (lambda f: edit_config(f, vocab_size=10**12), ("model.vocab_size: expected at most",)),
@@ -461,6 +472,32 @@ def test_a_bad_run_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"logit_scale": 0.5}, "model.logit_scale: expected 1.0 beside model.mtp, got 0.5; "),
+        ({"num_dense_layers": 3}, "model.num_dense_layers: expected below num_layers = 3 beside model.mtp, got 3; "),
+    ],
+)
+def test_multi_token_prediction_that_they_cannot_say_is_refused(
+    changes: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "run", shapes.config(mtp=sections.Mtp(depth=1), **changes))
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
+    assert f"nmoe: {expected}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])
+def test_further_layers_share_embedding_and_head(copy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", MODELS["two further tokens"])
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out") == 0, "transformers leaves the further layers out"
+    name = f"model.layers.4.{copy}.weight"
+    rewrite(tmp_path / "out", lambda each, tensor: tensor + 1 if each == name else tensor)
+    assert run("import", "hf", tmp_path / "out", tmp_path / "back") == 2
+    assert f"{name}: expected the values of " in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
 
 
 def test_shards_of_no_bytes_are_refused(tmp_path: Path) -> None:

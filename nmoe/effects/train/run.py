@@ -46,6 +46,7 @@ from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.report import render
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.units import quantity
+from nmoe.pure.watch.alerts import History
 
 ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": H100.mfu})
 """What the estimate before the first step assumes: about what docs/log.md has of each device."""
@@ -271,9 +272,10 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
     began = time.monotonic()
     flops, monitor = job.plan.flops.training(), None
     if rt.rank == 0:
-        skipped, on_gpu = int(start.state.skipped.item()), rt.device.type == "cuda"
+        skipped, spikes = int(start.state.skipped.item()), int(start.state.spikes.item())
+        history, on_gpu = History(nonfinite_steps=skipped, spike_steps=spikes), rt.device.type == "cuda"
         monitor = scope.enter_context(
-            watching(config, log, flops=flops, world=rt.world, cuda=on_gpu, step=step, skipped=skipped)
+            watching(config, log, flops=flops, world=rt.world, cuda=on_gpu, step=step, history=history)
         )
         log = monitor.log
 

@@ -34,6 +34,7 @@ class Seen:
     loss: float
     grad_norm: float
     nonfinite_steps: int  # since the start
+    spike_steps: int  # since the start, those that were skipped
     dead: float  # largest share of a layer's experts without a token
     tokens_per_s: float
     wait: float  # share of a step spent waiting for data
@@ -47,6 +48,7 @@ class History:
     losses: tuple[float, ...] = ()
     rates: tuple[float, ...] = ()
     nonfinite_steps: int = 0
+    spike_steps: int = 0
     holding: frozenset[str] = frozenset()
 
 
@@ -69,6 +71,7 @@ def judge(limits: Limits, history: History, seen: Seen) -> tuple[History, tuple[
         for alert in (
             _nonfinite(history, seen),
             _spike(limits, history, seen),
+            _skipped(history, seen),
             _dead(limits, seen),
             _drop(limits, history, seen),
             _wait(limits, seen),
@@ -80,6 +83,7 @@ def judge(limits: Limits, history: History, seen: Seen) -> tuple[History, tuple[
         losses=_recent(history.losses, seen.loss),
         rates=_recent(history.rates, seen.tokens_per_s),
         nonfinite_steps=max(history.nonfinite_steps, seen.nonfinite_steps),
+        spike_steps=max(history.spike_steps, seen.spike_steps),
         holding=frozenset(alert.rule for alert in alerts),
     )
     return after, tuple(alert for alert in alerts if alert.rule not in history.holding)
@@ -112,6 +116,16 @@ def _spike(limits: Limits, history: History, seen: Seen) -> Alert | None:
         rule="spike",
         severity="warning",
         message=f"loss {seen.loss:.4f} against a median of {middle:.4f}, over {limits.spike:g} deviations above",
+    )
+
+
+def _skipped(history: History, seen: Seen) -> Alert | None:
+    if seen.spike_steps <= history.spike_steps:
+        return None
+    return Alert(
+        rule="skipped_spike",
+        severity="warning",
+        message=f"steps skipped as spikes: {seen.spike_steps - history.spike_steps}, so far {seen.spike_steps}",
     )
 
 

@@ -89,6 +89,7 @@ class Report:
             "mixture",
             step=state.step,
             cursor=state.cursor,
+            left_out=[list(stretch) for stretch in planned.left_out],
             batch_size=self.config.train.batch_size,
             sequence_length=self.config.train.sequence_length,
             sources=[{"name": source.name, "windows": source.windows} for source in planned.ingredients],

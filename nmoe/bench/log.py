@@ -16,6 +16,7 @@ from nmoe.effects.record.monitor import watching
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.watch import metrics
+from nmoe.pure.watch.alerts import History
 
 PAUSE_S = 0.005
 """Between two reports: a step, in which the threads have their turn."""
@@ -62,6 +63,7 @@ def log(config: Config, steps: int) -> int:
         grad_norm=1.0,
         update_norm=1.0,
         nonfinite_steps=0,
+        spike_steps=0,
         tokens_per_s=1e5,
         mfu=0.1,
         experts=experts,
@@ -69,7 +71,7 @@ def log(config: Config, steps: int) -> int:
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder, open_log(Path(folder), attempt=1) as opened:
         cuda = config.run.device == "cuda"
-        with watching(config, opened, flops=1, world=1, cuda=cuda, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=1, world=1, cuda=cuda, step=0, history=History()) as monitor:
             for step in range(1, steps + 1):
                 line = attrs.evolve(step_0, rank=attrs.evolve(step_0.rank, step=step))
                 begin = time.perf_counter()

@@ -287,6 +287,13 @@ class Train:
     max_nonfinite_steps: int = setting(
         "non-finite steps in a row that stop the run", default=3, low=1, high=MOST_STEPS, identity=False
     )
+    skip_spikes: float | None = setting(
+        "loss or gradient norm above the median of 128 steps that skips a step; absent: none is",
+        default=None,
+        unit="deviations",
+        above=0,
+        high=1e6,
+    )
     resume: str = setting(
         '"auto": resume the run folder of this name; "never": a new folder; else the run or checkpoint to start from',
         default="auto",

@@ -42,7 +42,7 @@ class Monitor:
         foot: footer.Footer,
         arrays: LineFile,
         aside: Executor,
-        skipped: int,
+        history: History,
     ) -> None:
         self.log = attrs.evolve(log, heard=self._hear)
         self._config = config
@@ -52,7 +52,7 @@ class Monitor:
         self._arrays_every = arrays_every(config.log, config.train.steps)
         self._aside = aside
         self._writing: Future[None] | None = None  # the last line of loads
-        self._history = History(nonfinite_steps=skipped)
+        self._history = history
         self._reports = 0
         self._disk_bytes = float("inf")  # until telemetry tells
         self._commands: list[threading.Thread] = []
@@ -85,6 +85,7 @@ class Monitor:
             loss=line.loss,
             grad_norm=line.grad_norm,
             nonfinite_steps=line.nonfinite_steps,
+            spike_steps=line.spike_steps,
             dead=max(line.experts.dead, default=0) / self._config.model.moe.num_experts,
             tokens_per_s=line.tokens_per_s,
             wait=line.rank.times.get("data", 0.0) / line.rank.step_s,
@@ -150,13 +151,13 @@ def arrays_every(log: LogConfig, steps: int) -> int:
 
 @contextmanager
 def watching(
-    config: Config, log: Log, *, flops: int, world: int, cuda: bool, step: int, skipped: int
+    config: Config, log: Log, *, flops: int, world: int, cuda: bool, step: int, history: History
 ) -> Iterator[Monitor]:
     """Watch a run while the block lasts.
 
     flops    of training, a token
     step     the attempt begins after
-    skipped  non-finite steps until then, which are no news
+    history  what was skipped until then, which is no news
     """
     settings, c = config.log, config.model
     heart = heartbeat.Heart(
@@ -185,7 +186,7 @@ def watching(
         readings = scope.enter_context(open_lines(log.folder / TELEMETRY))
         foot = scope.enter_context(footer.shown(config.train.steps, wanted=settings.footer))
         aside = scope.enter_context(ThreadPoolExecutor(1, thread_name_prefix="loads"))
-        monitor = Monitor(config, log, heart, foot, arrays, aside, skipped)
+        monitor = Monitor(config, log, heart, foot, arrays, aside, history)
         scope.callback(monitor.settle)
 
         def append(fields: Mapping[str, Any]) -> None:

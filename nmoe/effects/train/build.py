@@ -23,6 +23,7 @@ from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.model.ops import Env, environment
+from nmoe.pure.optim import spikes
 from nmoe.pure.parallel import exchange_arena
 from nmoe.pure.units import quantity
 
@@ -63,6 +64,8 @@ def blank(
         buffers.bind(blueprint, arenas),
         arenas,
         torch.zeros(len(c.mixtures()), c.moe.num_experts, device=rt.device),
+        spikes.nothing(rt.device),
+        torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),

@@ -36,17 +36,17 @@ class Report:
     first_tokens: Sequence[int]  # tokens read by each rank before this attempt
     exchange: Exchange | None = None
 
-    def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
+    def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int, int]:
         """Report the last step; times are means over the `steps` since the previous report.
 
-        returns  (non-finite steps in all, in a row)
+        returns  (spikes skipped in all, non-finite steps in all, in a row)
         """
-        train = self.config.train
+        train, spikes = self.config.train, int(metrics.spikes.item())
         skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
         rank = self._rank(state, metrics, seconds, steps)
         if self.monitor is None:
             self.log.metrics(**schema.fields(rank))
-            return skipped, in_row
+            return spikes, skipped, in_row
         load = metrics.load.cpu()
         balance = health(load)
         rate = tokens_per_step(self.config) / rank.step_s
@@ -60,6 +60,7 @@ class Report:
             grad_norm=metrics.grad_norm.item(),
             update_norm=metrics.update_norm.item(),
             nonfinite_steps=skipped,
+            spike_steps=spikes,
             tokens_per_s=rate,
             mfu=rate * self.flops / (self.rt.world * self.rt.peak_flops),
             experts=schema.Experts(
@@ -80,7 +81,7 @@ class Report:
             f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
             f"{schema.summary(fields)}  eta {duration(eta)}"
         )
-        return skipped, in_row
+        return spikes, skipped, in_row
 
     def mixture(self, planned: Stream, state: State) -> None:
         """Say what will be read: enough to know what any later step has read of each source."""
@@ -88,6 +89,7 @@ class Report:
             "mixture",
             step=state.step,
             cursor=state.cursor,
+            left_out=[list(stretch) for stretch in planned.left_out],
             batch_size=self.config.train.batch_size,
             sequence_length=self.config.train.sequence_length,
             sources=[{"name": source.name, "windows": source.windows} for source in planned.ingredients],

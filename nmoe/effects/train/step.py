@@ -28,6 +28,7 @@ from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
 from nmoe.pure.model.model import Batch, Transformer, block, model_at, objective, targets_ahead
 from nmoe.pure.model.ops import Env
+from nmoe.pure.optim import spikes
 from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
 from nmoe.pure.optim.update import matrix_settings, settings
@@ -44,6 +45,8 @@ class State:
     params: Transformer  # views of the arenas
     arenas: tuple[Any, ...]
     router_bias: Tensor  # [L E] f32, one row a layer with experts
+    recent: Tensor  # [2 WINDOW] f32, loss and gradient norm of recent steps, `pure.optim.spikes`
+    spikes: Tensor  # 0-d i64, steps skipped for them so far
     updates: Tensor  # 0-d i64, optimizer updates made
     skipped: Tensor  # 0-d i64, non-finite steps so far
     skipped_in_row: Tensor  # 0-d i64, of these, the last ones in a row
@@ -76,6 +79,7 @@ class Metrics:
     update_norm: Tensor
     load: Tensor  # [L E] i64, tokens each expert was chosen by
     entropy: Tensor  # [L] f32, router entropy in nats
+    spikes: Tensor
     skipped: Tensor
     skipped_in_row: Tensor
     sent: Tensor  # i64, bytes this rank wrote into the memory of others in this step; 0 without an exchange
@@ -167,7 +171,8 @@ def make_step(
     A step whose loss or gradient norm is not finite changes no parameter, moment or bias, and is counted; after
     `train.max_nonfinite_steps` of them in a row no step changes anything more, so that whoever reads the metrics late
     finds the state as it was. A step without a target changes none of them either: the balance loss alone is no reason
-    for an update. Nothing in a step waits for the device.
+    for an update; nor does one that `train.skip_spikes` takes for a spike, which is counted too. Nothing in a step
+    waits for the device.
 
     mark           called with the name of each part of a step when it ends; a replayed step is one part
     before_update  called before anything but gradients is written; of a replayed step, before all of it
@@ -242,7 +247,11 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         setup.before_update()
         finite = torch.isfinite(loss) & torch.isfinite(norm) & (overflow == 0)
         sound = finite & (state.skipped_in_row < config.train.max_nonfinite_steps)
-        allowed = sound & (num_targets[0] > 0)
+        counts, seen = sound & (num_targets[0] > 0), torch.stack((loss, norm)).float()
+        spike = torch.zeros_like(counts)
+        if config.train.skip_spikes is not None:
+            spike = counts & spikes.is_spike(state.recent, seen, deviations=config.train.skip_spikes)
+        allowed = counts & ~spike
         updates = state.updates + allowed
         shrink = clip_scale(norm, config.optim.clip_norm)
         change, gathers = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1))
@@ -268,6 +277,8 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
     after = attrs.evolve(
         state,
         router_bias=bias,
+        recent=spikes.remembered(state.recent, seen, counts),
+        spikes=state.spikes + spike,
         updates=updates,
         skipped=skipped,
         skipped_in_row=skipped_in_row,
@@ -275,7 +286,8 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         tokens=state.tokens + tokens_per_step(config),
         step=state.step + 1,
     )
-    return after, Metrics(loss, ahead, auxiliary, norm, change, load, entropy, skipped, skipped_in_row, sent)
+    counters = (after.spikes, skipped, skipped_in_row, sent)
+    return after, Metrics(loss, ahead, auxiliary, norm, change, load, entropy, *counters)
 
 
 def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) -> tuple[Tensor, ...]:

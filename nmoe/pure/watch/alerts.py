@@ -34,6 +34,7 @@ class Observation:
     loss: float
     grad_norm: float
     nonfinite_steps: int  # since the start
+    spike_steps: int  # since the start, those that were skipped
     dead: float  # largest share of a layer's experts without a token
     tokens_per_s: float
     wait: float  # share of a step spent waiting for data
@@ -47,6 +48,7 @@ class History:
     losses: tuple[float, ...] = ()
     rates: tuple[float, ...] = ()
     nonfinite_steps: int = 0
+    spike_steps: int = 0
     holding: frozenset[str] = frozenset()
 
 
@@ -69,6 +71,7 @@ def judge(limits: Limits, history: History, latest: Observation) -> tuple[Histor
         for alert in (
             _nonfinite(history, latest),
             _spike(limits, history, latest),
+            _skipped(history, latest),
             _dead(limits, latest),
             _drop(limits, history, latest),
             _wait(limits, latest),
@@ -80,6 +83,7 @@ def judge(limits: Limits, history: History, latest: Observation) -> tuple[Histor
         losses=_recent(history.losses, latest.loss),
         rates=_recent(history.rates, latest.tokens_per_s),
         nonfinite_steps=max(history.nonfinite_steps, latest.nonfinite_steps),
+        spike_steps=max(history.spike_steps, latest.spike_steps),
         holding=frozenset(alert.rule for alert in alerts),
     )
     return after, tuple(alert for alert in alerts if alert.rule not in history.holding)
@@ -117,6 +121,16 @@ def _spike(limits: Limits, history: History, latest: Observation) -> Alert | Non
         rule="spike",
         severity="warning",
         message=f"loss {latest.loss:.4f} against a median of {middle:.4f}, over {limits.spike:g} deviations above",
+    )
+
+
+def _skipped(history: History, latest: Observation) -> Alert | None:
+    if latest.spike_steps <= history.spike_steps:
+        return None
+    return Alert(
+        rule="skipped_spike",
+        severity="warning",
+        message=f"steps skipped as spikes: {latest.spike_steps - history.spike_steps}, so far {latest.spike_steps}",
     )
 
 

@@ -142,6 +142,7 @@ class Step:
         Metric("lr/*", "1", "value", "learning rate of an optimizer group in this step", "lr {:.1e}"),
     ]
     nonfinite_steps: Annotated[int, Metric("nonfinite_steps", "steps", "count", "skipped steps so far")]
+    spike_steps: Annotated[int, Metric("spike_steps", "steps", "count", "steps skipped as spikes so far")]
     tokens_per_s: Annotated[
         float,
         Metric("tokens_per_s", "tokens/s", "time", "throughput of all ranks, mean since the previous line", "{} tok/s"),

@@ -351,7 +351,6 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             tie_word_embeddings=True,
             scoring_func="softmax",
             hidden_act="gelu",
-            num_nextn_predict_layers=1,
             attention_bias=True,
             num_key_value_heads=1,
             quantization_config={"fmt": "e4m3"},
@@ -363,7 +362,6 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             "tie_word_embeddings: expected false, got true; nmoe has no other",
             'scoring_func: expected "sigmoid", got "softmax"; nmoe has no other',
             'hidden_act: expected "silu", got "gelu"',
-            "num_nextn_predict_layers: expected 0, got 1",
             "attention_bias: expected false, got true",
             "num_key_value_heads: expected num_attention_heads = 3, got 1",
             "quantization_config: expected a key of deepseek_v3 that nmoe knows",
@@ -388,6 +386,18 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             "v_head_dim.a: expected one value, got null",
             "tie_word_embeddings: expected false",
         ),
+    ),
+    "a further layer that is not there": (
+        lambda f: edit_config(f, num_nextn_predict_layers=1),
+        ("expected 'model.layers.3.eh_proj.weight', got nothing by that name",),
+    ),
+    "half a further layer": (
+        lambda f: edit_config(f, num_nextn_predict_layers=0.5),
+        ("num_nextn_predict_layers: expected an integer, got 0.5",),
+    ),
+    "fewer than no further layers": (
+        lambda f: edit_config(f, num_nextn_predict_layers=-1),
+        ("mtp.depth: expected at least 1, got -1",),
     ),
     "no such routing": (lambda f: edit_config(f, num_experts_per_tok=9), ("model.moe.top_k: expected at most",)),
     "bounds": (lambda f: edit_config(f, vocab_size=10**12), ("model.vocab_size: expected at most",)),
@@ -519,6 +529,32 @@ def test_a_folder_that_transformers_saved_is_imported(tmp_path: Path) -> None:
     found = hf_verify.compare(tmp_path / "saved", source, hf_verify.load(tmp_path / "saved", torch.float32))
     assert found.choices == 0
     assert max(found.forced, found.natural) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"logit_scale": 0.5}, "model.logit_scale: expected 1.0 beside model.mtp, got 0.5; "),
+        ({"num_dense_layers": 3}, "model.num_dense_layers: expected below num_layers = 3 beside model.mtp, got 3; "),
+    ],
+)
+def test_multi_token_prediction_that_they_cannot_say_is_refused(
+    changes: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "run", shapes.config(mtp=sections.Mtp(depth=1), **changes))
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
+    assert f"nmoe: {expected}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])
+def test_further_layers_share_embedding_and_head(copy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", MODELS["two further tokens"])
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out") == 0, "transformers leaves the further layers out"
+    name = f"model.layers.4.{copy}.weight"
+    rewrite(tmp_path / "out", lambda each, tensor: tensor + 1 if each == name else tensor)
+    assert run("import", "hf", tmp_path / "out", tmp_path / "back") == 2
+    assert f"{name}: expected the values of " in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
 
 
 def test_shards_of_no_bytes_are_refused(tmp_path: Path) -> None:

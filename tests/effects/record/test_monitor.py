@@ -25,6 +25,7 @@ from nmoe.effects.record.log import open_log
 from nmoe.effects.record.monitor import arrays_every, watching
 from nmoe.effects.record.names import ARRAYS, RUN, TELEMETRY
 from nmoe.errors import InputError
+from nmoe.pure.watch.alerts import History
 from nmoe.pure.watch.metrics import Experts, Rank, Step
 from tests.effects.train.tiny import tiny
 
@@ -37,7 +38,8 @@ def line(step: int, dead: Sequence[int] = (0, 0), **other: Any) -> Step:
     times: dict[str, Any] = {"elapsed_s": 1.0, "step_s": 0.1, "times": {}}
     sent: dict[str, Any] = {"exchange_bytes": None, "exchange_bandwidth": None}
     health: Any = dict.fromkeys(("max_over_mean", "cv", "entropy", "bias_min", "bias_max"), (1.0, 1.0))
-    norms: dict[str, Any] = {"grad_norm": 1.0, "update_norm": 1.0, "auxiliary_loss": 0.0, "rates": {}}
+    norms: dict[str, Any] = {"grad_norm": 1.0, "update_norm": 1.0, "auxiliary_loss": 0.0}
+    norms |= {"mtp_losses": {}, "rates": {}, "spike_steps": 0}
     numbers: dict[str, Any] = {"loss": 2.0, "nonfinite_steps": 0, "tokens_per_s": 1e5, "mfu": 0.1, **other}
     rank = Rank(step=step, tokens_local=32 * step, memory_bytes=1, **times, **sent)
     experts = Experts(layer=[1, 2], dead=dead, **health)
@@ -63,7 +65,7 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
     config = attrs.evolve(config, log=settings)
     load = torch.arange(16).reshape(2, 8)
     with open_log(tmp_path, attempt=4) as opened:
-        with watching(config, opened, flops=7, world=1, cuda=False, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=7, world=1, cuda=False, step=0, history=History()) as monitor:
             for step in (1, 2, 3):
                 monitor.step(line(step, dead=[0, int(step == 3)]), load)
             monitor.log.event("end", status="finished", step=3)
@@ -85,7 +87,8 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
 
 def test_what_was_not_finite_before_the_attempt_is_no_alert(tmp_path: Path) -> None:
     with open_log(tmp_path, attempt=2) as opened:
-        with watching(tiny(), opened, flops=1, world=1, cuda=False, step=10, skipped=3) as monitor:
+        before = History(nonfinite_steps=3)
+        with watching(tiny(), opened, flops=1, world=1, cuda=False, step=10, history=before) as monitor:
             for step, nonfinite in ((11, 3), (12, 4)):
                 monitor.step(line(step, nonfinite_steps=nonfinite), torch.zeros(2, 8, dtype=torch.int64))
     alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
@@ -95,7 +98,7 @@ def test_what_was_not_finite_before_the_attempt_is_no_alert(tmp_path: Path) -> N
 def test_loads_are_those_of_their_step_though_the_trainer_goes_on(tmp_path: Path) -> None:
     config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, arrays_every=1))
     with open_log(tmp_path, attempt=1) as opened:
-        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, history=History()) as monitor:
             for step in range(1, 9):
                 load = torch.full((100, 1000), step)
                 monitor.step(line(step), load)
@@ -114,7 +117,7 @@ def test_loads_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
         pytest.raises(InputError, match="expected room for one more line, got No space left"),
         open_log(tmp_path, attempt=1) as opened,
     ):
-        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, history=History()) as monitor:
             for reached in range(1, 9):
                 monitor.step(line(reached), torch.zeros(2, 8, dtype=torch.int64))
     assert reached == 2, "told with the next loads, not after the run"
@@ -155,7 +158,7 @@ def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None
 def test_a_full_disk_is_an_alert_once_telemetry_tells(tmp_path: Path) -> None:
     config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, alert_disk_gb=5.0, telemetry_every_s=1000.0))
     with open_log(tmp_path, attempt=1) as opened:
-        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, history=History()) as monitor:
             # the one reading that the thread itself takes must not come between
             until = time.monotonic() + 30
             while not lines(tmp_path / "telemetry.rank0.jsonl") and time.monotonic() < until:

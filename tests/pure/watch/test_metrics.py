@@ -53,6 +53,7 @@ STEP = metrics.Step(
     update_norm=1.0,
     rates={"dense": 0.001, "expert": 0.002},
     nonfinite_steps=0,
+    spike_steps=0,
     tokens_per_s=4410.0,
     mfu=0.338,
     experts=EXPERTS,

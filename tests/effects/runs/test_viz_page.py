@@ -11,62 +11,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from nmoe.config import dump
 from nmoe.soak import soak
 from tests.effects.runs import viz_runs as runs
+from tests.effects.runs.viz_page import drawn, opened
 from tests.effects.runs.viz_server import Server, serving
 
 VIEWS = ("runs", "charts", "experts", "timing", "gpus", "evaluations", "events", "configs", "samples", "data")
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """An installed Chromium. Without one the tests of the page do not run, and are counted so; in CI they fail."""
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
-        lacks = "the tests of the page did NOT run: no Chromium is installed; apt-get install chromium"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(lacks)
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("runs")
-    runs.everything(root)
-    with serving(root) as running:
-        yield running
-
-
-@contextmanager
-def opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
-    """A page that has had no error, and no request that failed, by its end."""
-    page = browser.new_page(**options)
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("response", lambda answer: wrong.append(answer.url) if answer.status >= 400 else None)
-    page.goto(address)
-    yield page
-    assert wrong == []
-    page.close()
-
-
-def drawn(page: Page, count: int = 1) -> None:
-    """Wait until charts have been drawn."""
-    page.locator("[data-drawn]").nth(count - 1).wait_for(timeout=60_000)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -99,7 +59,7 @@ def test_the_table_shows_what_the_files_say(browser: Browser, server: Server) ->
             assert part in finished, part
         assert "! 1" in finished and "0.0010" in finished
         assert "NaN" in told["nan-loss"] and "✕ failed" in told["nan-loss"]
-        assert "crashed" in told["crashed"] and "1 bad lines" in told["crashed"]
+        assert "crashed" in told["crashed"] and "1 bad line" in told["crashed"]
         assert "? lost" in told["lost"] and "not started" in told["bare"]
         assert "● running" in told["resumed"] and "↻ 2" in told["resumed"]
 
@@ -121,7 +81,7 @@ def test_the_menu_adds_the_column_that_is_chosen(browser: Browser, server: Serve
     with opened(browser, f"{server.url}/?sort=name&dir=up&find=finished") as page:
         page.get_by_label("add a column").select_option("optim.peak_lr")
         expect(page.locator("thead th.extra")).to_contain_text("optim.peak_lr")
-        expect(page.locator("table.runs tbody tr td").last).to_have_text("0.0010")
+        expect(page.locator("table.runs tbody tr td").nth(-2)).to_have_text("0.0010")
         assert "col=optim.peak_lr" in page.url
         page.get_by_role("button", name="remove column optim.peak_lr").click()
         expect(page.locator("thead th.extra")).to_have_count(0)
@@ -157,7 +117,7 @@ def test_charts_show_the_last_value_and_zoom_by_dragging(browser: Browser, serve
 
 def test_experts_gpus_timing_configs_and_events_are_those_of_the_run(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?view=experts&run=finished&step=100") as page:
-        expect(page.locator("#experts-about")).to_have_text("3 mixture layers, 16 experts, top 2")
+        expect(page.locator("#experts-about")).to_have_text("3 MoE layers, 16 experts, top 2")
         expect(page.locator("#load-step")).to_have_text("100")
         assert page.get_by_label("run", exact=True).input_value() == "finished"
         assert page.get_by_label("layer", exact=True).input_value() == "1"

@@ -9,15 +9,26 @@ const HOUR_STEPS = [
 ];
 const BINARY_STEPS = [...Array(64).keys()].map((power) => 2 ** power);
 
-/** Distances of ticks that are whole in the unit people read; undefined leaves the choice to the chart. */
-export const tickSteps = (format) => (format === bytes ? BINARY_STEPS : format === hours ? HOUR_STEPS : undefined);
+/** Where ticks lie, so that they are whole in the unit people read; undefined leaves the choice to the chart. */
+export function tickPlaces(format) {
+  const steps = format === bytes ? BINARY_STEPS : format === hours ? HOUR_STEPS : null;
+  return steps ? (u, axis, low, high, step, space) => evenPlaces(steps, low, high, space && (high - low) / step * space) : undefined;
+}
+
+/** Multiples of the smallest of `steps` that leaves 50 pixels between two of them. */
+function evenPlaces(steps, low, high, pixels) {
+  const step = steps.find((each) => (high - low) / each <= Math.max(2, pixels / 50)) ?? steps.at(-1);
+  const first = Math.ceil(low / step - 1e-9), last = Math.floor(high / step + 1e-9);
+  return [...Array(Math.max(0, last - first + 1)).keys()].map((place) => (first + place) * step);
+}
 
 /**
  * The texts of an axis' ticks.
  * values  null for a tick without a text
- * step    distance of two ticks; null where they are not even, as on a logarithmic axis
+ * even    whether the ticks lie at even distances, as on an axis without a logarithm
  */
-export function ticks(values, step, format) {
+export function ticks(values, even, format) {
+  const step = even && values.length > 1 ? values[1] - values[0] : null;
   const top = values.reduce((most, value) => Math.max(most, Math.abs(value ?? 0)), 0);
   const text = step ? evenText(step, top, format) : format;
   return values.map((value) => (value === null ? "" : value === 0 ? "0" : text(value)));

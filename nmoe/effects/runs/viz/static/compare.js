@@ -61,7 +61,7 @@ function scale(values, log, from, to) {
   }
   const step = niceStep((top - bottom) / 5);
   const marks = [...Array(Math.floor(top / step) - Math.ceil(bottom / step) + 1).keys()].map((at) => (Math.ceil(bottom / step) + at) * step);
-  const texts = ticks(marks, step, number);
+  const texts = ticks(marks, true, number);
   return { place, ticks: marks.map((value, at) => [value, texts[at]]) };
 }
 

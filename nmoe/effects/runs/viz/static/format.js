@@ -37,7 +37,7 @@ export function number(value, digits = 4) {
   const size = Math.abs(value);
   if (size >= 1e6) return count(value);
   if (size < 1e-3) return value.toExponential(2);
-  return size >= 1000 ? value.toFixed(1) : value.toFixed(digits);
+  return value.toFixed(size >= 1000 ? 1 : size >= 100 ? Math.min(digits, 2) : digits);
 }
 
 /** A time given in hours, in the unit that fits. */

@@ -53,11 +53,21 @@ export function GpusView(props) {
       <tbody>${data.gpus.map((gpu) => html`<tr key=${`${gpu.rank} ${gpu.index}`}><th title=${gpu.uuid}>${gpu.rank ? `${gpu.rank}/` : ""}${gpu.index}</th><td class="left">${gpu.name}</td>
         <td>${number(gpu.utilization, 0)} %</td><td>${bytes(gpu.memory_used_bytes)} of ${bytes(gpu.memory_total_bytes)}</td><td>${number(gpu.power_w, 0)} of ${number(gpu.power_limit_w, 0)} W</td>
         <td>${number(gpu.temperature_c, 0)} °C</td><td>${count(gpu.sm_clock_mhz)} MHz</td><td>${count(gpu.memory_clock_mhz)} MHz</td>
-        <td class=${gpu.throttle.length ? "left warn" : "left"}>${gpu.throttle.join(", ") || "nothing"}</td>
+        <td class=${gpu.throttle.length ? "left warn" : "left"}>${gpu.throttle.map((reason) => reason.replaceAll("_", " ")).join(", ") || "nothing"}</td>
         <td class=${gpu.ecc_uncorrected > 0 ? "bad" : ""}>${count(gpu.ecc_corrected)} / ${count(gpu.ecc_uncorrected)}</td></tr>`)}</tbody></table></div>`
       : html`<p class="empty">No GPU telemetry${data.x.length ? "" : ", and none of the host (telemetry.rank0.jsonl)"}.</p>`}
-    ${host.length ? html`<p class="note">host: ${host.map(([key, value]) => `${key.replace(/_bytes$/, "").replaceAll("_", " ")} ${key.endsWith("_bytes") ? bytes(value) : number(value, 1)}`).join(" · ")}</p>` : null}
+    ${host.length ? html`<p class="note" id="host">host: ${hostWords(data.host)}</p>` : null}
     <div class="grid">${data.curves.map((curve) => html`<${MachineChart} key=${curve.quantity} ...${props} data=${data} curve=${curve} />`)}</div>`;
+}
+
+/** What the host's last reading says. */
+function hostWords(host) {
+  const known = [
+    host.cpu_percent === undefined ? null : `CPU ${number(host.cpu_percent, 1)} %`,
+    host.memory_used_bytes === undefined ? null : `memory ${bytes(host.memory_used_bytes)} of ${bytes(host.memory_total_bytes)}`,
+    host.disk_free_bytes === undefined ? null : `disk ${bytes(host.disk_free_bytes)} free`,
+  ];
+  return known.filter(Boolean).join(" · ");
 }
 
 function MachineChart({ state, set, data, curve, theme }) {

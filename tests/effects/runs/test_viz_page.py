@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -274,12 +275,14 @@ def test_sixteen_thousand_points_are_drawn_in_a_hundred_milliseconds(browser: Br
             drawn(page)
             took = page.evaluate(
                 """async ([answer]) => {
+                    const { ordinary } = await import("/static/axes.js");
                     const data = [answer.x, ...answer.curves.map((curve) => curve.mean)];
                     const node = document.querySelector("main").appendChild(document.createElement("div"));
                     const series = [{}, ...answer.curves.map((curve) => ({stroke: "#0072b2"}))];
                     const times = [];
                     for (let turn = 0; turn < 3; turn += 1) {
                         const began = performance.now();
+                        ordinary(answer.curves.map(({mean, low, high}) => ({values: mean, low, high})));
                         const plot = new uPlot({width: 800, height: 230, series}, data, node);
                         await new Promise((done) => queueMicrotask(done));
                         plot.ctx.getImageData(0, 0, 1, 1);
@@ -294,9 +297,9 @@ def test_sixteen_thousand_points_are_drawn_in_a_hundred_milliseconds(browser: Br
         assert took < 100, took
 
 
-def training(folder: Path, corpus: Path) -> list[str]:
+def training(folder: Path, corpus: Path, steps: int) -> list[str]:
     """The command of a small training that tells every step and saves every twenty."""
-    config = soak.training(folder, "seen", corpus, STEPS)
+    config = soak.training(folder, "seen", corpus, steps)
     log = attrs.evolve(config.log, heartbeat_every_s=0.2, telemetry_every_s=0.5)
     checkpoint = attrs.evolve(config.checkpoint, every=20, on_error="stop")
     config = attrs.evolve(config, log=log, checkpoint=checkpoint)
@@ -308,9 +311,22 @@ STEPS = 1500
 
 
 @pytest.mark.long
+def test_the_command_of_a_checkpoint_resumes_from_it(tmp_path: Path, sources: Path) -> None:
+    subprocess.run(training(tmp_path, sources, 60), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    with serving(tmp_path / "runs") as server:
+        saved = server.json("/api/checkpoints?run=seen")["checkpoints"]
+    assert [each["step"] for each in saved] == [60, 40, 20]
+    command = [sys.executable, "-m", *shlex.split(saved[1]["command"])]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    lines = map(json.loads, (tmp_path / "runs" / "seen" / "metrics.rank0.jsonl").read_text().splitlines())
+    steps = {(line["step"], line["attempt"]) for line in lines if "loss" in line}
+    assert steps == {(step, 1 if step <= 40 else 2) for step in range(1, 61)}
+
+
+@pytest.mark.long
 def test_a_run_is_killed_and_resumed_while_it_is_looked_at(browser: Browser, tmp_path: Path, sources: Path) -> None:
     """Two real attempts of one training: stopped, continued, killed, resumed, seen at each moment."""
-    command = training(tmp_path, sources)
+    command = training(tmp_path, sources, STEPS)
     metrics = tmp_path / "runs" / "seen" / "metrics.rank0.jsonl"
 
     def lines() -> list[dict[str, Any]]:

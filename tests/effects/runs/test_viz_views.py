@@ -346,7 +346,7 @@ def test_checkpoints_have_the_command_that_resumes(browser: Browser, server: Ser
         folder = f"{root}/finished"
         command = f"nmoe run {folder}/config.toml --train.resume={folder}/checkpoints/{runs.CHECKPOINT}"
         assert row.locator("code").inner_text() == command
-        expect(page.locator("main")).to_contain_text("1 here, 1 older ones deleted")
+        expect(page.locator("main")).to_contain_text("1 here, 1 deleted since")
 
 
 def test_the_console_is_what_was_printed(browser: Browser, server: Server) -> None:

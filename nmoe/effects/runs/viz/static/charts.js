@@ -145,8 +145,11 @@ export function RunChart({ state, set, table, runs, selected, places, tag, title
     full=${state.full === tag} onFull=${(full) => set({ full: full ? tag : null })} />`;
 }
 
-/** A unit worth a word: a metric in percent or without a unit has none, a prefixed number has it in its ticks. */
-export const unitOf = (metric) => (!metric || metric.unit === "1" || metric.unit === "B" || metric.format === "percent" ? "" : metric.unit);
+/** What a unit adds to the numbers: a metric in percent or without a unit has none, bytes are in its ticks. */
+export function unitOf(metric) {
+  if (!metric || metric.unit === "1" || metric.format === "percent") return "";
+  return metric.format === "bytes" ? { "B/s": "per second", "B/step": "per step" }[metric.unit] ?? "" : metric.unit;
+}
 
 function linesOf(state, data, { runs, selected, places, plain }) {
   const smoothed = !!state.smooth;

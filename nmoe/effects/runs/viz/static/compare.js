@@ -4,8 +4,7 @@ import { around, ticks } from "./axes.js";
 import { colour, number } from "./format.js";
 import { highlight, useHighlight } from "./legend.js";
 
-const W = 860, H = 420, LEFT = 80, RIGHT = 20, TOP = 16, BOTTOM = 48;
-const RESULTS = "result";
+const LEFT = 64, RIGHT = 20, TOP = 16, BOTTOM = 48;
 
 export function CompareView({ state, set, table, runs, selected, places }) {
   const lit = useHighlight();
@@ -19,7 +18,7 @@ export function CompareView({ state, set, table, runs, selected, places }) {
     .filter((point) => typeof point.y === "number" && point.x !== null && point.x !== undefined);
   const choose = (name, label, all, now) => html`<label>${label} <select aria-label=${label} value=${now ?? ""} onChange=${(event) => set({ [name]: event.target.value || null })}>
     ${name === "cx" ? html`<option value="">a key of the config…</option>` : null}${all.map((key) => html`<option key=${key} value=${key} selected=${key === now}>${titleOf(table, key)}</option>`)}</select></label>`;
-  return html`<div class="tools">${choose("cy", RESULTS, results, y)}${choose("cx", "against", table.keys, varied)}
+  return html`<div class="tools">${choose("cy", "result", results, y)}${choose("cx", "against", table.keys, varied)}
       <label><input type="checkbox" checked=${!!state.logx} onChange=${() => set({ logx: state.logx ? null : "1" })} />log x</label>
       <label><input type="checkbox" checked=${!!state.logy} onChange=${() => set({ logy: state.logy ? null : "1" })} />log y</label>
       <span class="soft">${points.length} of ${shown.length} runs</span></div>
@@ -32,6 +31,7 @@ const titleOf = (table, name) => table.shown.find((column) => column.name === na
 /** Points with a name each; texts on the horizontal axis have places of their own. */
 function Scatter({ points, places, lit, x, y, logX, logY }) {
   const [over, setOver] = useState(null);
+  const W = Math.min(860, innerWidth - 44), H = Math.max(260, W / 2);
   const names = points.every((point) => typeof point.x === "number") ? null : [...new Set(points.map((point) => String(point.x)))].sort();
   const across = scale(points.map((point) => (names ? names.indexOf(String(point.x)) : point.x)), logX && !names, LEFT, W - RIGHT);
   const up = scale(points.map((point) => point.y), logY, H - BOTTOM, TOP);

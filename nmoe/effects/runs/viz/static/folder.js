@@ -11,14 +11,15 @@ export function CheckpointsView(props) {
   if (problem || !data) return html`<${OneRun} ...${props} /><p class="problem">${problem}</p>`;
   const losses = data.checkpoints.map((saved) => saved.validation_loss).filter((loss) => loss !== null);
   const best = losses.length ? Math.min(...losses) : null;
-  return html`<${OneRun} ...${props}><span class="soft">${data.checkpoints.length} here${data.deleted ? `, ${data.deleted} older ones deleted` : ""}</span></${OneRun}>
+  return html`<${OneRun} ...${props}><span class="soft">${data.checkpoints.length} here${data.deleted ? `, ${data.deleted} deleted since` : ""}</span></${OneRun}>
     ${data.checkpoints.length ? html`<div class="scroll"><table id="checkpoints"><thead><tr><th>step</th><th>val loss</th><th>size</th><th>saved in</th><th>time</th>
       <th class="left">resume from it</th></tr></thead>
       <tbody>${data.checkpoints.map((saved) => html`<tr key=${saved.name}><td title=${saved.name}>${count(saved.step)}${saved.attempt > 1 ? html` <span class="soft">↻ ${saved.attempt}</span>` : null}</td>
         <td class=${saved.validation_loss !== null && saved.validation_loss === best ? "good" : ""}>${number(saved.validation_loss)}</td><td>${bytes(saved.size_bytes)}</td>
         <td>${saved.seconds === null ? "–" : `${number(saved.seconds, 2)} s`}</td><td>${clock(saved.time)}</td>
         <td class="left"><${Command} text=${saved.command} /></td></tr>`)}</tbody></table></div>
-      <p class="note">The loss is of the last validation up to the step. A resumed run writes on in its own folder; give another <code>--run.name</code> to branch off.</p>`
+      <p class="note">The loss is of the last validation up to the step. The command resumes the run in its own folder, and removes what was logged
+        after that step; with <code>--run.name=ANOTHER</code> behind it, it branches off instead.</p>`
       : html`<p class="empty">No checkpoint in the folder of this run.</p>`}`;
 }
 

@@ -22,7 +22,7 @@ from nmoe.effects.record.log import LineFile, Log, now, open_lines
 from nmoe.effects.record.names import ARRAYS, TELEMETRY
 from nmoe.effects.terminal import warn
 from nmoe.errors import InputError
-from nmoe.pure.watch.alerts import History, Limits, Seen, judge
+from nmoe.pure.watch.alerts import History, Limits, Observation, judge
 from nmoe.pure.watch.metrics import Step
 
 GB = 1e9
@@ -72,7 +72,7 @@ class Monitor:
         Raises:  InputError when the loads before could not be written.
         """
         step = line.rank.step
-        self._heart.tell(step=step, status="running")
+        self._heart.update(step=step, status="running")
         self._foot.step(step, line.loss)
         if self._reports % self._arrays_every == 0:
             header = {"attempt": self.log.attempt, "time": now(), "step": step, "tokens_global": line.tokens_global}
@@ -80,7 +80,7 @@ class Monitor:
             # aside, for tens of thousands of counts take long to become text; a copy, for the trainer reuses its own
             self._writing = self._aside.submit(self._whole, {**header, "layers": line.experts.layer}, load.clone())
         self._reports += 1
-        seen = Seen(
+        observation = Observation(
             step=step,
             loss=line.loss,
             grad_norm=line.grad_norm,
@@ -90,7 +90,7 @@ class Monitor:
             wait=line.rank.times.get("data", 0.0) / line.rank.step_s,
             disk_bytes=self._disk_bytes,
         )
-        self._history, alerts = judge(self._limits, self._history, seen)
+        self._history, alerts = judge(self._limits, self._history, observation)
         for alert in alerts:
             self._alert({"rule": alert.rule, "step": step, "message": alert.message, "severity": alert.severity})
 
@@ -140,7 +140,7 @@ class Monitor:
     def _hear(self, event: Mapping[str, Any]) -> None:
         self._foot.event(event)
         if event["event"] == "end":
-            self._heart.tell(status=event["status"], **({"step": event["step"]} if "step" in event else {}))
+            self._heart.update(status=event["status"], **({"step": event["step"]} if "step" in event else {}))
 
 
 def arrays_every(log: LogConfig, steps: int) -> int:
@@ -172,7 +172,7 @@ def watching(
             "started": now(),
             "heartbeat_every_s": settings.heartbeat_every_s,
             "world": world,
-            "layers": list(range(c.num_dense_layers, c.num_layers)),
+            "layers": list(c.mixtures()),
             "num_experts": c.moe.num_experts,
             "top_k": c.moe.top_k,
             "tokens_per_step": config.train.batch_size * config.train.sequence_length,

@@ -23,7 +23,7 @@ from nmoe.errors import InputError
 from nmoe.pure.core import tree
 from nmoe.pure.model import model
 from nmoe.pure.model.attention import KINDS, Hf
-from nmoe.pure.model.hf_leaf import Leaf, gated, matrix, same, scaled
+from nmoe.pure.model.hf_leaf import Leaf, gated, matrix, repeated, same, scaled, stacked
 from nmoe.pure.model.model import Transformer
 
 ROUTER_BIAS = "router_bias"
@@ -58,11 +58,14 @@ FIXED: Mapping[str, Any] = MappingProxyType(
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 0,
     }
 )
 """Keys of `config.json` of which there is one value here. vLLM takes softmax, and no bias, where the two of the router
 are absent."""
+
+
+DEPTH = "num_nextn_predict_layers"
+"""Key of `config.json`: layers of multi-token prediction, of which the weights follow those of the last layer."""
 
 
 @attrs.frozen(kw_only=True)
@@ -89,6 +92,7 @@ def settings(c: sections.Model) -> dict[str, Any]:
     return {
         **values,
         **FIXED,
+        DEPTH: c.depth(),
         **_names(c.attention).settings(c.attention),
         "pad_token_id": None,
         "bos_token_id": None,
@@ -100,21 +104,39 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
     """Every tensor of ours with its place in their folder, those of one path side by side in the order of their rows.
 
     What they have no setting for is folded into the weights. `embedding_scale` multiplies the embedding, which gives
-    the bits that `forward` computes; `logit_scale` multiplies the gain of the last norm, which is fp32 here.
+    the bits that `forward` computes; `logit_scale` multiplies the gain of the last norm, which is fp32 here. A layer of
+    multi-token prediction has copies of embedding and head there.
+
+    Raises:  InputError for multi-token prediction that they cannot say: behind a `logit_scale`, or without experts.
     """
-    dims = model.dims(c)
+    if c.mtp is not None and c.logit_scale != 1:
+        raise InputError(
+            f"model.logit_scale: expected 1.0 beside model.mtp, got {c.logit_scale}; deepseek_v3 has no such factor, "
+            "and its layer of multi-token prediction would read the hidden state times it"
+        )
+    if c.mtp is not None and not c.mixtures():
+        raise InputError(
+            f"model.num_dense_layers: expected below num_layers = {c.num_layers} beside model.mtp, got "
+            f"{c.num_dense_layers}; in deepseek_v3 a layer of multi-token prediction has experts"
+        )
+    dims, mixtures = model.dims(c), c.mixtures()
     sizes = {path: spec.shape(dims) for path, spec in tree.leaves(model.specs(c))}
 
     def whole(path: str, leaf: Leaf) -> Part:
         return Part(path=path, index=None, shape=sizes[path], leaf=leaf)
 
-    parts = [whole("embed", scaled("model.embed_tokens.weight", c.embedding_scale))]
-    for layer in range(c.num_layers):
-        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
+    further = [f"model.layers.{c.num_layers + depth}." for depth in range(c.depth())]
+    embed = repeated(
+        scaled("model.embed_tokens.weight", c.embedding_scale), *(f"{at}embed_tokens.weight" for at in further)
+    )
+    parts = [whole("embed", embed)]
+    for layer in range(c.num_layers + c.depth()):
+        depth = layer - c.num_layers
+        ours, theirs = f"mtp.{depth}.block." if depth >= 0 else f"blocks.{layer}.", f"model.layers.{layer}."
         leaves = {"attention_norm": same("input_layernorm.weight"), "ffn_norm": same("post_attention_layernorm.weight")}
         for path, leaf in _names(c.attention).leaves(c.attention).items():
             leaves[f"attention.{path}"] = leaf.under("self_attn.")
-        if layer < c.num_dense_layers:
+        if layer not in mixtures:
             leaves |= {f"ffn.{path}": leaf.under("mlp.") for path, leaf in MLP.items()}
             experts = {}
         else:
@@ -128,9 +150,12 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
             for expert in range(num_experts):
                 leaf = _expert(path, expert, shared=c.moe.num_shared_experts > 0).under(f"{theirs}mlp.")
                 parts.append(Part(path=f"{ours}ffn.{path}", index=expert, shape=tuple(shape), leaf=leaf))
+    for depth, theirs in enumerate(further):
+        parts += [whole(f"mtp.{depth}.{path}", leaf.under(theirs)) for path, leaf in AHEAD.items()]
     parts.append(whole("norm", scaled("model.norm.weight", c.logit_scale)))
-    parts.append(whole("head", matrix("lm_head.weight")))
-    for row, layer in enumerate(range(c.num_dense_layers, c.num_layers)):
+    head = repeated(matrix("lm_head.weight"), *(f"{theirs}shared_head.head.weight" for theirs in further))
+    parts.append(whole("head", head))
+    for row, layer in enumerate(mixtures):
         leaf = same(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
         parts.append(Part(path=ROUTER_BIAS, index=row, shape=(c.moe.num_experts,), leaf=leaf))
     return tuple(parts)
@@ -155,6 +180,16 @@ MLP: Mapping[str, Leaf] = MappingProxyType(
 )
 """A gated MLP."""
 
+AHEAD: Mapping[str, Leaf] = MappingProxyType(
+    {
+        "embed_norm": same("enorm.weight"),
+        "hidden_norm": same("hnorm.weight"),
+        "project": stacked("eh_proj.weight", 2),
+        "norm": same("shared_head.norm.weight"),
+    }
+)
+"""Of a layer of multi-token prediction, what stands beside its block."""
+
 
 def _expert(path: str, index: int, *, shared: bool) -> Leaf:
     """One routed expert's `path`. Without shared experts theirs have zero width, and go with the first routed one."""
@@ -172,13 +207,14 @@ def _expert(path: str, index: int, *, shared: bool) -> Leaf:
 def state_dict(p: Transformer, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:
     """Every parameter, and the router bias, under the names of `DeepseekV3ForCausalLM` in memory (transformers 5).
 
-    The experts of a layer are one tensor there.
+    The experts of a layer are one tensor there, and multi-token prediction is left out.
 
     bias     [L E] f32   router bias, one row a mixture layer
     returns  tensors in the formats of `p`, many of them views of it
     """
     leaves = dict(tree.leaves(p)) | {ROUTER_BIAS: bias}
     named: dict[str, Tensor] = {}
+    c = attrs.evolve(c, mtp=None)  # they read multi-token prediction nowhere
     for part in parts(c):
         named |= part.leaf.split(leaves[part.path] if part.index is None else leaves[part.path][part.index])
     for layer in range(c.num_dense_layers, c.num_layers):
@@ -214,7 +250,7 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
     ]
     attention, wrong = names.section(config)
     problems += wrong
-    known = {*KEYS, *FIXED, *names.keys, *BOOKKEEPING}
+    known = {*KEYS, *FIXED, *names.keys, *BOOKKEEPING, DEPTH}
     problems += [
         f"{key}: expected a key of deepseek_v3 that nmoe knows, got {json.dumps(value)}; remove it if no logit changes"
         for key, value in config.items()
@@ -223,6 +259,8 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
     tables: dict[str, Any] = {"attention": {"kind": "mla", **attention}, "moe": {}}
     for key, path in KEYS.items():
         (tables["moe"] if path[0] == "moe" else tables)[path[-1]] = config.get(key, 0)
+    if config.get(DEPTH, 0) != 0:
+        tables["mtp"] = {"depth": config[DEPTH]}
     problems += [
         f"{_theirs(path)}: expected one value, got {json.dumps(value)}; write a number"
         for path, value in flat(tables)
@@ -240,7 +278,8 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
 
 def _theirs(path: tuple[str, ...]) -> str:
     """The key of `config.json` behind a path in the section Model, where it is not the same word."""
-    return next((key for key, ours in KEYS.items() if ours == path), dotted(path))
+    named = {**KEYS, DEPTH: ("mtp", "depth")}
+    return next((key for key, ours in named.items() if ours == path), dotted(path))
 
 
 def _names(c: Any = None) -> Hf:

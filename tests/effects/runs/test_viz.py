@@ -35,7 +35,7 @@ from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api, curves, experts, export, machine, mixture, views
 from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
-from nmoe.pure.data.order import turn, turns
+from nmoe.pure.data.order import source_at, turns
 from nmoe.pure.watch import curve as thinning
 from nmoe.pure.watch import metrics as schema
 from tests.effects.runs import viz_runs as runs
@@ -290,7 +290,7 @@ def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: st
     for stage, quotas in runs.STAGES.items():
         order = turns(quotas)
         for place in range(first, min(position, first + sum(quotas))):
-            read[stage, ("web", "code", "books")[turn(order, place - first)[0]]] += 1
+            read[stage, ("web", "code", "books")[source_at(order, place - first)[0]]] += 1
         first += sum(quotas)
     assert told.step == step
     assert {(each.stage, each.name): each.read for each in told.sources if each.read} == {

@@ -40,6 +40,7 @@ class Metric:
     screen: str = ""  # how a line on the screen has it, with `{}` for the number; empty: it does not
     layers: Layers = ""  # what the screen shows of a table with one entry a mixture layer
     bad_above: float | None = None  # a value that a page marks is greater
+    best: Literal["", "min", "max"] = ""  # which value is the best; empty: there is no better and worse
 
     def format(self) -> Format:
         """How a person reads it."""
@@ -120,13 +121,14 @@ class Step:
     """What the first rank reports of a step."""
 
     tokens_global: Annotated[int, Metric("tokens_global", "tokens", "count", "tokens read by all ranks")]
-    loss: Annotated[float, Metric("loss", "nats/token", "value", "cross entropy a target", "loss {:.4f}")]
+    loss: Annotated[float, Metric("loss", "nats/token", "value", "cross entropy a target", "loss {:.4f}", best="min")]
     mtp_losses: Annotated[
         Mapping[str, float],
         Metric(
             *("mtp/loss_*", "nats/token", "value"),
             "cross entropy a target of one depth of multi-token prediction: 1 predicts the token after the next",
             "mtp {:.4f}",
+            best="min",
         ),
     ]
     auxiliary_loss: Annotated[
@@ -145,11 +147,17 @@ class Step:
     spike_steps: Annotated[int, Metric("spike_steps", "steps", "count", "steps skipped as spikes so far")]
     tokens_per_s: Annotated[
         float,
-        Metric("tokens_per_s", "tokens/s", "time", "throughput of all ranks, mean since the previous line", "{} tok/s"),
+        Metric(
+            *("tokens_per_s", "tokens/s", "time", "throughput of all ranks, mean since the previous line", "{} tok/s"),
+            best="max",
+        ),
     ]
     mfu: Annotated[
         float,
-        Metric("mfu", "1", "time", "model FLOPs over peak FLOPs, mean since the previous line", "mfu {:.1f} %"),
+        Metric(
+            *("mfu", "1", "time", "model FLOPs over peak FLOPs, mean since the previous line", "mfu {:.1f} %"),
+            best="max",
+        ),
     ]
     rank: Rank
     experts: Experts
@@ -165,12 +173,15 @@ class Validation(Line):
             *("validation/loss", "nats/token", "value"),
             "loss over the validation split; on a line of its own",
             "validation loss {:.4f} nats",
+            best="min",
         ),
     ]
     bits_per_byte: Annotated[
         float,
         Metric(
-            "validation/bits_per_byte", "bits/B", "value", "the same over the bytes of the text", "{:.4f} bits/byte"
+            *("validation/bits_per_byte", "bits/B", "value", "the same over the bytes of the text"),
+            "{:.4f} bits/byte",
+            best="min",
         ),
     ]
 

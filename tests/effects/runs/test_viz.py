@@ -224,7 +224,7 @@ def test_a_zoom_shows_what_lies_in_it(index: Index) -> None:
 
 def test_events_have_their_place_on_the_axis(index: Index) -> None:
     told = {event.event: event for event in views.events(index, ["finished"], curves.Axis(x="tokens")).events}
-    assert told["checkpoint"].x == 100 * runs.TOKENS
+    assert told["checkpoint"].x == 50 * runs.TOKENS
     assert (told["alert"].severity, told["alert"].text) == ("warning", "layer 2: 1 expert is dead")
     failed = {event.event: event for event in views.events(index, ["nan-loss"], curves.Axis()).events}
     assert (failed["end"].severity, failed["nonfinite"].severity, failed["nonfinite"].x) == ("error", "error", 61)
@@ -596,7 +596,7 @@ def test_every_answer_says_what_a_page_may_do(server: Server) -> None:
         ("/api/series?run=finished", "tag: expected one value, got 0; add tag=VALUE"),
         (
             "/api/series?run=finished&tag=loss&x=y",
-            "x: expected one of step, tokens, time, flops, got 'y'; choose one of them",
+            "x: expected one of step, tokens, time, clock, flops, got 'y'; choose one of them",
         ),
         ("/api/series?run=finished&tag=loss&smooth=nan", "smooth: expected a number from 0, got 'nan'; write another"),
         (
@@ -629,6 +629,7 @@ def test_answers_have_the_fields_of_the_contract(server: Server) -> None:
         *(("Layers", "layers?run=finished&tag=cv"), ("Timing", "timing?run=finished"), ("Gpus", "gpus?run=finished")),
         *(("Folders", "folders"), ("Mixture", "mixture?run=finished")),
         ("Document", "document?folder=1&split=train&number=0"),
+        *(("Checkpoints", "checkpoints?run=finished"), ("Console", "console?run=finished")),
     ):
         held(kind, server.json(f"/api/{path}"))
 
@@ -696,6 +697,8 @@ PATHS = (
         "timing",
         "gpus",
         "mixture",
+        "checkpoints",
+        "console",
         "folders",
         "document",
         "export",

@@ -374,6 +374,8 @@ FREE_ON_RESUME = {
     "parallel.capacity",
     "parallel.dedup",
     "parallel.timeout_s",
+    "sample.every",
+    "sample.prompt",
     "checkpoint.every",
     "checkpoint.minutes",
     "checkpoint.keep_last",
@@ -400,7 +402,7 @@ FREE_ON_RESUME = {
 OTHER_VALUES = {
     "document_mask": "true",
     "dedup": "false",
-    **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
+    **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x", "prompt": "x"},
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},

@@ -251,12 +251,12 @@ class Train:
         "non-finite steps in a row that stop the run", default=3, low=1, high=MOST_STEPS, identity=False
     )
     resume: str = setting(
-        '"auto": resume the run folder of this name; "never": a new folder; else the run or checkpoint to start from',
+        '"auto": resume the run folder of this name; "never": a new folder; else the run (name or path) or checkpoint',
         default="auto",
         identity=False,
     )
     warm_start: str | None = setting(
-        "run, checkpoint or weights file whose weights a new run starts with; absent: drawn from the seed",
+        "run, by name or path, checkpoint or weights file whose weights a new run starts with; absent: by the seed",
         default=None,
         identity=False,
     )
@@ -270,6 +270,16 @@ class Validation:
         "steps between validations; one more at the end", unit="steps", low=1, high=MOST_STEPS, identity=False
     )
     tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, high=MOST_TOKENS, identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """A text that the model writes while it trains. One more is written at the end."""
+
+    every: int = setting(
+        "steps between samples; 0: at the end alone", default=0, unit="steps", low=0, high=MOST_STEPS, identity=False
+    )
+    prompt: str = setting("text that is continued", default="def ", identity=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -413,6 +423,7 @@ class Config:
     validation: Validation = setting("loss on held-out documents")
     run: Run = setting("where it happens")
     parallel: Parallel = setting("how many processes", default=attrs.Factory(Parallel))
+    sample: Sample = setting("texts it writes while it trains", default=attrs.Factory(Sample))
     checkpoint: Checkpoint = setting("when the state is saved, and what is kept", default=attrs.Factory(Checkpoint))
     log: Log = setting("what is printed and written", default=attrs.Factory(Log))
 

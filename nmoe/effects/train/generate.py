@@ -221,10 +221,12 @@ def main(
 ) -> int:
     """Print each prompt and its continuation: a single one as it comes, several in their order, whole.
 
+    folder      of a run, or of one of its checkpoints
     num_tokens  None: `DEFAULT_TOKENS`, or as many as the model has positions for
     """
     _check(num_tokens, sampling, stops)
-    network, tokenizer = open_network(folder, device)
+    checkpoint = manifests.find(folder)
+    network, tokenizer = open_network(checkpoint.parent.parent if checkpoint else folder, device, checkpoint)
     encoder = encoding(tokenizer)
     longest = max(len(encoder.encode_ordinary(prompt)) or 1 for prompt in prompts)
     room = network.config.max_positions + 1 - longest if cached else DEFAULT_TOKENS

@@ -25,8 +25,8 @@ from nmoe.effects.device import gpu, ops, process, signals
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.launch import from_environment, open_rank_heartbeat
 from nmoe.effects.parallel.ranks import check_machine, on_all_ranks, open_ranks, with_rank_note
-from nmoe.effects.record import provenance
-from nmoe.effects.record.log import create_folder, open_log
+from nmoe.effects.record import address, provenance
+from nmoe.effects.record.log import create_folder, open_console, open_log
 from nmoe.effects.record.monitor import watching
 from nmoe.effects.record.names import CHECKPOINTS, CONFIG, DIFF, PROVENANCE, SOURCES
 from nmoe.effects.terminal import say, until_closed
@@ -166,7 +166,8 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
         else:
             initialise_(config, blueprint, state, rt)
             if config.train.warm_start is not None:
-                start = weights.of_path(request.world.fs, files.expanded(config.train.warm_start), blueprint)
+                where = address.resolved(config.train.warm_start, files.expanded(config.run.root))
+                start = weights.of_path(request.world.fs, where, blueprint)
                 resume.put_(state, blueprint, start, ranks)
         if state.step > config.train.steps:
             raise InputError(
@@ -246,7 +247,8 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
 
     # From here on there is something to save, whatever ends the run.
     stop = scope.enter_context(signals.stop_on_signals(config.checkpoint.grace_s, overdue))
-    scope.enter_context(until_closed(closed))
+    console = scope.enter_context(open_console(job.folder, rt.rank))
+    scope.enter_context(until_closed(closed, console))
     say("\n".join((banner(config, job.plan, corpus, job.folder), *ops.unmeasured(rt.device, config.model))))
 
     env = request.world.env(start.env)

@@ -42,7 +42,7 @@ def line(step: int, dead: Sequence[int] = (0, 0), **other: Any) -> Step:
     return Step(rank=rank, experts=experts, tokens_global=32 * step, **norms, **numbers)
 
 
-def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
+def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny()
     settings = attrs.evolve(config.log, arrays_every=2, alert_disk_gb=0.0)
     settings = attrs.evolve(settings, alert_command=f"cat > {tmp_path}/told; echo oh >&2; exit 3")
@@ -62,6 +62,8 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
         (3, load.tolist(), 4),
     ]
     events = {line["event"]: line for line in lines(tmp_path / "events.jsonl")}
+    told = capsys.readouterr().out
+    assert told.count("alert          dead_experts at step 3: 12 % of a layer's experts got no token") == 1
     assert (events["alert"]["rule"], events["alert"]["step"], events["alert"]["attempt"]) == ("dead_experts", 3, 4)
     assert events["alert_command_failed"]["error"] == "log.alert_command: expected exit code 0, got 3: oh"
     assert json.loads((tmp_path / "told").read_text())["rule"] == "dead_experts"

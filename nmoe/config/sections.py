@@ -403,6 +403,11 @@ class Run:
     """One run: where it happens and where it is written."""
 
     device: Literal["cpu", "cuda"] = setting("where it computes", identity=False)
+    kernels: Literal["triton", "torch"] = setting(
+        "what a GPU computes with: nmoe's kernels, or plain torch, which is slower and runs on any GPU of torch",
+        default="triton",
+        identity=False,
+    )
     seed: int = setting("seed of initial values and data order", default=0, low=0)
     root: str = setting("folder of run folders", default="runs", identity=False)
     name: str | None = setting(

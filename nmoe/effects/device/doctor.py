@@ -172,10 +172,12 @@ def _gpus(facts: Facts) -> Iterator[Line]:
     for index, gpu in enumerate(facts.gpus):
         good = gpu.capability in facts.supported
         yield Line(
-            level="ok" if good else "FAIL",
+            level="ok" if good else "warn",
             what=f"gpu {index}",
             value=f"{gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB, compute capability {_dotted(gpu.capability)}",
-            advice="" if good else f'use a GPU of compute capability {known}, or run.device = "cpu"',
+            advice=""
+            if good
+            else f'use a GPU of compute capability {known}, run.kernels = "torch" (slower), or run.device = "cpu"',
         )
     if len(facts.gpus) > 1:
         yield Line(

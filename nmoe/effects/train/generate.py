@@ -187,7 +187,9 @@ def open_network(folder: Path, device: str | None, checkpoint: Path | None = Non
             f"{folder}: expected a tokenizer of at most model.vocab_size = {c.vocab_size} ids, got {tokenizer.size}; "
             "restore its tokenizer.json"
         )
-    where = gpu.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    plain = precision.compute == "fp32"
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = gpu.device(name, kernels="torch" if plain else "triton")
     specs = model.specs(c)
     formats = weights.formats_of(specs, model.dims(c), COMPUTE[precision.compute])
     if checkpoint is None:
@@ -195,8 +197,7 @@ def open_network(folder: Path, device: str | None, checkpoint: Path | None = Non
     else:
         stored = weights.of_checkpoint(Disk(), checkpoint, manifests.read(Disk(), checkpoint), specs, formats)
         params, router_bias = stored.params, stored.router_bias
-    plain = where.type == "cuda" and precision.compute == "fp32"
-    env = environment(c, c.max_positions, None if plain else ops.build(where, c))
+    env = environment(c, c.max_positions, None if plain and where.type == "cuda" else ops.build(where, c))
     params, router_bias, tables = tree.map(lambda _, leaf: leaf.to(where), (params, router_bias, env.tables))
     network = Network(
         params=params,

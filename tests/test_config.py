@@ -367,6 +367,7 @@ FREE_ON_RESUME = {
     "validation.every",
     "validation.tokens",
     "run.device",
+    "run.kernels",
     "run.root",
     "run.name",
     "parallel.ranks",
@@ -374,6 +375,8 @@ FREE_ON_RESUME = {
     "parallel.capacity",
     "parallel.dedup",
     "parallel.timeout_s",
+    "sample.every",
+    "sample.prompt",
     "checkpoint.every",
     "checkpoint.minutes",
     "checkpoint.keep_last",
@@ -400,7 +403,15 @@ FREE_ON_RESUME = {
 OTHER_VALUES = {
     "document_mask": "true",
     "dedup": "false",
-    **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
+    **{
+        "compute": "bf16",
+        "moments": "bf16",
+        "device": "cuda",
+        "root": "x",
+        "name": "x",
+        "prompt": "x",
+        "kernels": "torch",
+    },
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
@@ -1058,3 +1069,19 @@ def test_an_unknown_choice_is_one_line_with_the_known_ones(override: str, messag
     key = override.partition("=")[0]
     found = problems(ROOT / "configs" / "quickstart.toml", f"--{override}")
     assert found == [f"command line --{override}: {key}: {message}"]
+
+
+def test_plain_torch_on_a_gpu_takes_what_the_kernels_do_not() -> None:
+    """Any size and fp32; no recorded step, no exchange among GPUs. On a CPU the key changes nothing."""
+    gpu_config = ("--run.device=cuda", "--model.attention.v_head_dim=300")
+    assert len(validate(rules_config("run.device=cuda", "model.attention.v_head_dim=300"), 1)) == 2, gpu_config
+    plain = rules_config("run.device=cuda", "model.attention.v_head_dim=300", "run.kernels=torch")
+    assert validate(plain, 1) == ()
+    assert remarks(plain) == ('run.kernels: "torch" runs every operation of a GPU as plain torch: right, and slow',)
+    (problem,) = validate(attrs.evolve(plain, train=attrs.evolve(plain.train, graph=True)), 1)
+    assert problem.startswith('train.graph: expected false when run.kernels is "torch", got true; ')
+    two = attrs.evolve(plain, train=attrs.evolve(plain.train, microbatch_size=8))
+    (problem,) = validate(two, 2)
+    assert problem.startswith('parallel.experts: expected 1 when run.kernels is "torch", got 2; write 1, ')
+    assert validate(attrs.evolve(two, parallel=attrs.evolve(two.parallel, experts=1)), 2) == ()
+    assert remarks(rules_config("run.kernels=torch")) == ()

@@ -6,15 +6,20 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from nmoe.cli.parser import Verbs, add, group
+from nmoe.cli.parser import Verbs, add, group, run_path
 
 
 def verbs(root: Verbs) -> None:
     """Take models out and in."""
     export = add(
-        group(root, "export", "write a model for others"), "hf", _export, "write a Hugging Face folder", "runs/NAME out"
+        group(root, "export", "write a model for others"), "hf", _export, "write a Hugging Face folder", "NAME out"
     )
-    export.add_argument("path", type=Path, metavar="RUN|CHECKPOINT", help="run, checkpoint, or imported folder")
+    export.add_argument(
+        "path",
+        type=run_path,
+        metavar="RUN",
+        help="name of a run in runs, or path of a run, checkpoint or imported folder",
+    )
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
     export.add_argument(
         "--verify",

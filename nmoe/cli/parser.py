@@ -35,12 +35,14 @@ def add(
     *,
     config: bool = False,
     run: bool = False,
+    reads: bool = False,
 ) -> Parser:
     """A verb's parser.
 
     example  arguments that make sense, shown in its help
     config   whether it takes a config and overrides
-    run      whether it takes a run's name
+    run      whether it takes a run under --root
+    reads    whether it prints what it read, and so takes --json
     """
     parser: Parser = verbs.add_parser(
         name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
@@ -52,7 +54,9 @@ def add(
         parser.usage = f"{parser.prog} CONFIG [options] [--section.key=value ...]"
         parser.add_argument("config", type=config_path, metavar="CONFIG", help="TOML file, or name of a preset")
     if run:
-        parser.add_argument("name", metavar="NAME", help="name of the run folder")
+        parser.add_argument("name", metavar="RUN", help="name of a run, or path of its folder")
+    if reads:
+        parser.add_argument("--json", action="store_true", help="print JSON, for a program")
     return parser
 
 
@@ -95,6 +99,16 @@ def config_path(text: str) -> Path:
     raise argparse.ArgumentTypeError(
         f"expected a TOML file or a preset, one of {', '.join(known)}, got {text!r}; {remedy}"
     )
+
+
+def run_path(text: str) -> Path:
+    """The path of an argument RUN: a name in the folder runs, or a path."""
+    from nmoe.effects.record import address
+
+    try:
+        return address.find(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("run: ")) from error
 
 
 def under(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

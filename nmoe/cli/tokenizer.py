@@ -37,7 +37,7 @@ def verbs(data: Verbs) -> None:
         help="tokenizer.json of Hugging Face or its folder; of o200k_harmony the file of ranks, or its .gz",
     )
 
-    add(tokenizer, "list", _list, "list the tokenizers of this machine", "")
+    add(tokenizer, "list", _list, "list the tokenizers of this machine", "", reads=True)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -69,4 +69,4 @@ def _list(args: argparse.Namespace) -> int:
     from nmoe.effects import files
     from nmoe.effects.data.tokenizers import list_tokenizers
 
-    return list_tokenizers(files.home(os.environ), say)
+    return list_tokenizers(files.home(os.environ), say, args.json)

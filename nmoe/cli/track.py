@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from nmoe.cli.parser import Verbs, add
+from nmoe.cli.parser import Verbs, add, run_path
 
 
 def verbs(root: Verbs) -> None:
     """Mirror runs to other trackers."""
-    track = add(root, "track", _track, "mirror a run to another tracker", "--to tensorboard runs/NAME")
-    track.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    track = add(root, "track", _track, "mirror a run to another tracker", "--to tensorboard NAME")
+    track.add_argument("folder", type=run_path, metavar="RUN", help="name of a run in runs, or a path")
     track.add_argument(
         "--to", required=True, choices=("tensorboard", "wandb", "trackio", "mlflow"), help="the other tracker"
     )

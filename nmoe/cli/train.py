@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmoe.cli.parser import Verbs, add, add_fit, load
+from nmoe.cli.parser import Verbs, add, add_fit, load, run_path
 from nmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def verbs(root: Verbs) -> None:
         help="write a trace of three steps there, and say what their time went to",
     )
 
-    plan = add(root, "plan", _plan, "say what a config will cost", "dsv3 --gpus 256 --hosts 32", config=True)
+    plan = add(
+        root, "plan", _plan, "say what a config will cost", "dsv3 --gpus 256 --hosts 32", config=True, reads=True
+    )
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
     add_fit(plan)
     plan.add_argument("--hosts", type=int, metavar="N", help="hosts they are in (default: as few as hold 8 each)")
@@ -53,13 +55,11 @@ def verbs(root: Verbs) -> None:
     )
     plan.add_argument("--machine", default="h200", metavar="GPU", help="h100 or h200 (default: %(default)s)")
     plan.add_argument("--mfu", type=float, metavar="X", help="MFU of the computation alone (default: measured)")
-    plan.add_argument("--json", action="store_true", help="print JSON")
 
-    doctor = add(root, "doctor", _doctor, "what this machine can do", "--json")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
+    add(root, "doctor", _doctor, "what this machine can do", "--json", reads=True)
 
-    generate = add(root, "generate", _generate, "continue a text with a trained model", 'runs/NAME --prompt "def "')
-    generate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    generate = add(root, "generate", _generate, "continue a text with a trained model", 'NAME --prompt "def "')
+    generate.add_argument("folder", type=run_path, metavar="RUN", help="name of a run in runs, or a path")
     generate.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="text to continue; again for more of them"
     )
@@ -86,8 +86,8 @@ def verbs(root: Verbs) -> None:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: %(default)s)")
 
-    evaluate = add(root, "eval", _eval, "judge a trained model", "runs/NAME --suite bits")
-    evaluate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    evaluate = add(root, "eval", _eval, "judge a trained model", "NAME --suite bits", reads=True)
+    evaluate.add_argument("folder", type=run_path, metavar="RUN", help="name of a run in runs, or a path")
     suites = ("all", "bits", "choices", "probes", "syntax", "programs")
     evaluate.add_argument("--suite", default="all", choices=suites, help="what is asked of it (default: %(default)s)")
     evaluate.add_argument(
@@ -201,4 +201,4 @@ def _generate(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from nmoe.effects.evals import suite
 
-    return suite.main(args.folder, args.suite, args.limit, args.device)
+    return suite.main(args.folder, args.suite, args.limit, args.device, args.json)

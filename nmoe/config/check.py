@@ -28,7 +28,9 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
         *_balance(config.model.moe),
         *_parallel(config, world),
         *config.model.attention.problems("model.attention", config.model.num_layers, config.model.max_positions),
-        *kernel_sizes(config.model, device=config.run.device, compute=config.precision.compute),
+        *kernel_sizes(
+            config.model, device="cpu" if _plain(config) else config.run.device, compute=config.precision.compute
+        ),
         *_optimizers(config),
         *_precision(config),
         *_length(config),
@@ -62,6 +64,9 @@ def unrunnable(config: Config, world: int) -> tuple[str, ...]:
 
 def remarks(config: Config) -> tuple[str, ...]:
     """What is right in a config and not what one may expect, each `<path>: <what>`."""
+    if _plain(config):
+        slow = ('run.kernels: "torch" runs every operation of a GPU as plain torch: right, and slow',)
+        return (*slow, *(f"schedule.decay_tokens: {text}" for text in no_decay(config)))
     plain = tuple(
         f'{where}.kind: "{c.kind}" has no kernels, a GPU runs it as plain torch: right, and slow'
         for where, c in config.model.attentions().items()
@@ -98,6 +103,11 @@ def fitting(train: Train, world: int) -> dict[str, int]:
     return {key: size for key, size in sizes.items() if size != getattr(train, key)}
 
 
+def _plain(config: Config) -> bool:
+    """Whether a GPU runs plain torch in the place of the kernels."""
+    return config.run.device == "cuda" and config.run.kernels == "torch"
+
+
 def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
     """Every number in a section that its key's bounds exclude, and what it breaks."""
     for path, key, value in walk(section):
@@ -106,10 +116,10 @@ def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _precision(config: Config) -> Iterator[str]:
-    if config.precision.compute == "fp32" and config.run.device == "cuda":
+    if config.precision.compute == "fp32" and config.run.device == "cuda" and not _plain(config):
         yield (
-            'precision.compute: expected "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16" or '
-            'device = "cpu"'
+            'precision.compute: expected "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16", '
+            'device = "cpu" or run.kernels = "torch"'
         )
     if config.precision.compute == "fp32" and config.precision.moments == "bf16":
         yield (
@@ -197,6 +207,11 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
             f"model.moe.num_experts: expected a multiple of the {world} ranks, got {num_experts}; choose "
             "parallel.ranks so that "
             "each holds the same number of experts, or fewer that share them out as parallel.experts"
+        )
+    if _plain(config) and (experts or world) > 1:
+        yield (
+            f'parallel.experts: expected 1 when run.kernels is "torch", got {experts or world}; write 1, so that each '
+            "rank holds all experts: only the kernels exchange rows among GPUs"
         )
     if 0 < config.parallel.capacity < 1:
         yield (
@@ -302,6 +317,8 @@ def _run(config: Config, world: int) -> Iterator[str]:
         yield (
             f'train.graph: expected false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
         )
+    if train.graph and _plain(config):
+        yield 'train.graph: expected false when run.kernels is "torch", got true; only the kernels can be recorded'
     for where, part in c.attentions().items():
         if train.graph and part.has_stages():
             yield (

@@ -295,12 +295,12 @@ class Train:
         high=1e6,
     )
     resume: str = setting(
-        '"auto": resume the run folder of this name; "never": a new folder; else the run or checkpoint to start from',
+        '"auto": resume the run folder of this name; "never": a new folder; else the run (name or path) or checkpoint',
         default="auto",
         identity=False,
     )
     warm_start: str | None = setting(
-        "run, checkpoint or weights file whose weights a new run starts with; absent: drawn from the seed",
+        "run, by name or path, checkpoint or weights file whose weights a new run starts with; absent: by the seed",
         default=None,
         identity=False,
     )
@@ -314,6 +314,16 @@ class Validation:
         "steps between validations; one more at the end", unit="steps", low=1, high=MOST_STEPS, identity=False
     )
     tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, high=MOST_TOKENS, identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """A text that the model writes while it trains. One more is written at the end."""
+
+    every: int = setting(
+        "steps between samples; 0: at the end alone", default=0, unit="steps", low=0, high=MOST_STEPS, identity=False
+    )
+    prompt: str = setting("text that is continued", default="def ", identity=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -437,6 +447,11 @@ class Run:
     """One run: where it happens and where it is written."""
 
     device: Literal["cpu", "cuda"] = setting("where it computes", identity=False)
+    kernels: Literal["triton", "torch"] = setting(
+        "what a GPU computes with: nmoe's kernels, or plain torch, which is slower and runs on any GPU of torch",
+        default="triton",
+        identity=False,
+    )
     seed: int = setting("seed of initial values and data order", default=0, low=0)
     root: str = setting("folder of run folders", default="runs", identity=False)
     name: str | None = setting(
@@ -457,6 +472,7 @@ class Config:
     validation: Validation = setting("loss on held-out documents")
     run: Run = setting("where it happens")
     parallel: Parallel = setting("how many processes", default=attrs.Factory(Parallel))
+    sample: Sample = setting("texts it writes while it trains", default=attrs.Factory(Sample))
     checkpoint: Checkpoint = setting("when the state is saved, and what is kept", default=attrs.Factory(Checkpoint))
     log: Log = setting("what is printed and written", default=attrs.Factory(Log))
 

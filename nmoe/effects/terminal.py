@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +14,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from typing import Any, TextIO
 
 from nmoe.errors import printable
+from nmoe.pure.units import plain
 
 BARS = "▁▂▃▄▅▆▇█"
 PROGRESS_EVERY_S = 2.0
@@ -24,6 +27,13 @@ def say(text: str) -> None:
     _print(text, sys.stdout)
 
 
+def say_json(value: Any) -> None:
+    """Print a value as JSON, for a program. Paths and times are text, and numbers that are not finite are the strings
+    nan, inf and -inf, as in the files of a run. Writes: standard output.
+    """
+    say(json.dumps(plain(value), indent=2, default=str, allow_nan=False))
+
+
 def stream(text: str) -> None:
     """Print a piece of a text, at once, without a line break after it. Writes: standard output."""
     _print(text, sys.stdout, end="")
@@ -34,20 +44,31 @@ def warn(text: str) -> None:
     _print(text, sys.stderr)
 
 
+def width() -> int | None:
+    """Columns of the terminal that standard output is; None: it is none."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
+
+
 def _print(text: str, file: TextIO | None, end: str = "\n") -> None:
-    """Print lines that cannot steer a terminal, with an escape for what its encoding lacks."""
+    """Print lines that cannot steer a terminal, with an escape for what its encoding lacks. Writes: its record too."""
     if file is None:  # closed before the start
         return
     lines = "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+    # by its name: a live footer wraps the stream, and hands on what it does not know
+    if (record := getattr(file, "record", None)) is not None:
+        record(lines)
     encoding = file.encoding or "utf-8"
     print(lines.encode(encoding, "backslashreplace").decode(encoding), file=file, end=end, flush=True)
 
 
 class _Output:
-    """A stream whose reader may go: from then on what is written is dropped."""
+    """A stream whose reader may go: from then on what is written is dropped. `record` takes the lines that are said."""
 
-    def __init__(self, stream: TextIO, gone: Callable[[], None]) -> None:
+    def __init__(self, stream: TextIO, gone: Callable[[], None], record: Callable[[str], None]) -> None:
         self._stream, self._gone = stream, gone
+        self.record = record
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -70,17 +91,18 @@ class _Output:
 
 
 @contextmanager
-def until_closed(gone: Callable[[], None]) -> Iterator[None]:
+def until_closed(gone: Callable[[], None], record: Callable[[str], None]) -> Iterator[None]:
     """Standard output and error that a closed pipe, a terminal that hung up or a full disk does not make fail.
 
-    gone  called when standard output can no longer be written
+    gone    called when standard output can no longer be written
+    record  called with the lines that are said on either, without what steers a terminal
     """
     with ExitStack() as scope:
         # None: closed before the start, and print() drops what it gets
         if sys.stdout is not None:
-            scope.enter_context(redirect_stdout(_Output(sys.stdout, gone)))  # pyright: ignore[reportArgumentType]
+            scope.enter_context(redirect_stdout(_Output(sys.stdout, gone, record)))  # pyright: ignore[reportArgumentType]
         if sys.stderr is not None:
-            scope.enter_context(redirect_stderr(_Output(sys.stderr, lambda: None)))  # pyright: ignore[reportArgumentType]
+            scope.enter_context(redirect_stderr(_Output(sys.stderr, lambda: None, record)))  # pyright: ignore[reportArgumentType]
         yield
 
 

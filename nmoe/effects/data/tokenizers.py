@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import attrs
 
@@ -21,7 +22,7 @@ from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.survey import cleaned, reporting, works_of
 from nmoe.effects.data.store.format import NAME
 from nmoe.effects.data.tokenizer import Tokenizer
-from nmoe.effects.terminal import Progress
+from nmoe.effects.terminal import Progress, say_json
 from nmoe.errors import InputError, printable
 from nmoe.pure.data.prep import MILLION, split_of
 
@@ -198,23 +199,28 @@ def learn(
         return tokenizer.train(texts(), size, say)
 
 
-def list_tokenizers(home: Path, say: Callable[[str], None]) -> int:
+def list_tokenizers(home: Path, say: Callable[[str], None], as_json: bool = False) -> int:
     """Print name, size and identity of every tokenizer of this machine; a damaged one costs its own line only.
 
     Raises:  InputError with the damaged ones, after the others were printed.
     """
     folders = sorted(path.parent for path in (home / FOLDER).glob(f"*/{tokenizer.FILE}"))
     problems: list[str] = []
+    listed: list[dict[str, Any]] = []
     for folder in folders:
         try:
             stored = tokenizer.load(folder)
         except InputError as error:
             problems += error.problems
-        else:
+            continue
+        listed.append({"name": folder.name, "tokens": stored.size, "identity": stored.identity, "folder": str(folder)})
+        if not as_json:
             say(f"{printable(folder.name):<24} {stored.size:>7} tokens  identity {stored.identity}")
+    if as_json:
+        say_json(listed)
     if problems:
         raise InputError(*problems)
-    if not folders:
+    if not folders and not as_json:
         say(f"{home / FOLDER}: no tokenizers; train one with `nmoe data tokenizer train`")
     return 0
 

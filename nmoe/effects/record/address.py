@@ -30,7 +30,8 @@ def find(text: str, root: Path = ROOT) -> Path:
         if text and (files.is_folder(path) or files.is_file(path)):
             return path
     near = difflib.get_close_matches(text, _names(root), n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"see `nmoe runs list --root {root}`"
+    listing = "nmoe runs list" if root == ROOT else f"nmoe runs list --root {root}"
+    remedy = f"did you mean {near[0]}?" if near else f"see `{listing}`"
     raise InputError(f"run: expected the name of a run in {root}, or a path, got {text!r}; {remedy}")
 
 

@@ -20,7 +20,7 @@ from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
 from nmoe.effects.record.alive import process_start
 from nmoe.effects.record.log import LineFile, Log, now, open_lines
 from nmoe.effects.record.names import ARRAYS, TELEMETRY
-from nmoe.effects.terminal import warn
+from nmoe.effects.terminal import say, warn
 from nmoe.errors import InputError
 from nmoe.pure.watch.alerts import History, Limits, Observation, judge
 from nmoe.pure.watch.metrics import Step
@@ -127,6 +127,7 @@ class Monitor:
 
     def _alert(self, alert: Mapping[str, Any]) -> None:
         self.log.event("alert", **alert)
+        say(f"alert          {alert['rule']} at step {alert['step']}: {alert['message']}")
         command = self._config.log.alert_command
         if command is None:
             return

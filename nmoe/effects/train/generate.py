@@ -187,7 +187,9 @@ def open_network(folder: Path, device: str | None, checkpoint: Path | None = Non
             f"{folder}: expected a tokenizer of at most model.vocab_size = {c.vocab_size} ids, got {tokenizer.size}; "
             "restore its tokenizer.json"
         )
-    where = gpu.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    plain = precision.compute == "fp32"
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = gpu.device(name, kernels="torch" if plain else "triton")
     specs = model.specs(c)
     formats = weights.formats_of(specs, model.dims(c), COMPUTE[precision.compute])
     if checkpoint is None:
@@ -195,8 +197,7 @@ def open_network(folder: Path, device: str | None, checkpoint: Path | None = Non
     else:
         stored = weights.of_checkpoint(Disk(), checkpoint, manifests.read(Disk(), checkpoint), specs, formats)
         params, router_bias = stored.params, stored.router_bias
-    plain = where.type == "cuda" and precision.compute == "fp32"
-    env = environment(c, c.max_positions, None if plain else ops.build(where, c))
+    env = environment(c, c.max_positions, None if plain and where.type == "cuda" else ops.build(where, c))
     params, router_bias, tables = tree.map(lambda _, leaf: leaf.to(where), (params, router_bias, env.tables))
     network = Network(
         params=params,
@@ -221,10 +222,12 @@ def main(
 ) -> int:
     """Print each prompt and its continuation: a single one as it comes, several in their order, whole.
 
+    folder      of a run, or of one of its checkpoints
     num_tokens  None: `DEFAULT_TOKENS`, or as many as the model has positions for
     """
     _check(num_tokens, sampling, stops)
-    network, tokenizer = open_network(folder, device)
+    checkpoint = manifests.find(folder)
+    network, tokenizer = open_network(checkpoint.parent.parent if checkpoint else folder, device, checkpoint)
     encoder = encoding(tokenizer)
     longest = max(len(encoder.encode_ordinary(prompt)) or 1 for prompt in prompts)
     room = network.config.max_positions + 1 - longest if cached else DEFAULT_TOKENS

@@ -191,7 +191,7 @@ def make_step(
         blueprint=blueprint,
         env=env,
         rt=rt,
-        passes=ops.arena_ops(rt.device),
+        passes=ops.arena_ops(rt.device, config.run.kernels),
         run=run,
         mark=mark,
         before_update=before_update,

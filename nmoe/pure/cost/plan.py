@@ -215,7 +215,7 @@ def plan(
     )
     arena, rows = exchange_arena.fields(sizes) if expert_ranks > 1 else None, sizes.capacity
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
-    if config.run.device == "cuda":
+    if config.run.device == "cuda" and config.run.kernels == "triton":
         activations = kernel_activation_bytes(
             c,
             dims,

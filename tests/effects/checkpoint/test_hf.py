@@ -458,7 +458,7 @@ def another_config(folder: Path) -> None:
 
 BAD_RUNS: dict[str, tuple[Callable[[Path], object], str]] = {
     "out exists": (taken, "out: expected a name that is free, got what is there"),
-    "nothing there": (lambda f: shutil.rmtree(f / "run"), "expected a run, a checkpoint or a folder with"),
+    "nothing there": (lambda f: shutil.rmtree(f / "run"), "expected the name of a run in runs, or a path, got"),
     "no config": (lambda f: (f / "run" / "config.toml").unlink(), "config.toml: expected an existing file, got none"),
     "another config": (another_config, "expected 'embed' as F32 [38, 16], got F32 [37, 16]"),
     "truncated": (

@@ -58,7 +58,7 @@ def test_a_short_run_has_loads_more_often(steps: int, every: int) -> None:
     assert arrays_every(attrs.evolve(tiny().log, every=10, arrays_every=10), steps) == every
 
 
-def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
+def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny(steps=100)
     settings = attrs.evolve(config.log, every=1, arrays_every=2, alert_disk_gb=0.0)
     settings = attrs.evolve(settings, alert_command=f"cat > {tmp_path}/told; echo oh >&2; exit 3")
@@ -78,6 +78,8 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
         (3, load.tolist(), 4),
     ]
     events = {line["event"]: line for line in lines(tmp_path / "events.jsonl")}
+    told = capsys.readouterr().out
+    assert told.count("alert          dead_experts at step 3: 12 % of a layer's experts got no token") == 1
     assert (events["alert"]["rule"], events["alert"]["step"], events["alert"]["attempt"]) == ("dead_experts", 3, 4)
     assert events["alert_command_failed"]["error"] == "log.alert_command: expected exit code 0, got 3: oh"
     assert json.loads((tmp_path / "told").read_text())["rule"] == "dead_experts"

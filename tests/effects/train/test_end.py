@@ -324,3 +324,52 @@ def train_at(config: Config, work: Path) -> tuple[int, str]:
     output = work / "out.txt"
     code = trainings.forked(lambda: run.main(config, {}, ("nmoe", "run"), "x"), output)
     return code, output.read_text()
+
+
+def test_samples_on_the_way_change_no_bit(sources: Path, tmp_path: Path) -> None:
+    """One after each step but the last, whose own comes at the end; a prompt of nothing begins at the end of text."""
+    weights: list[bytes] = []
+    for name, every, prompt in (("without", 0, "def "), ("with", 1, "class "), ("empty", 2, "")):
+        config = config_of(sources, tmp_path)
+        run_ = attrs.evolve(config.run, name=name)
+        config = attrs.evolve(config, run=run_, sample=attrs.evolve(config.sample, every=every, prompt=prompt))
+        code, output = train(config)
+        assert code == 0, output
+        samples = events(config, "sample")
+        assert [event["step"] for event in samples] == {0: [3], 1: [1, 2, 3], 2: [2, 3]}[every]
+        assert all(event["prompt"] == prompt and event["text"] for event in samples)
+        said = (folder(config) / "console.log").read_text()
+        assert said.count(f"{prompt!r} continued:") == len(samples)
+        weights.append((folder(config) / WEIGHTS).read_bytes())
+    assert weights[0] == weights[1] == weights[2]
+
+
+def test_a_sample_that_fails_on_the_way_ends_nothing(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome, "sample", _refuse)
+    config = config_of(sources, tmp_path)
+    config = attrs.evolve(config, sample=attrs.evolve(config.sample, every=2))
+    code, output = train(config)
+    assert code == 0 and events(config, "end")[-1]["status"] == "finished"
+    assert "step 2: expected a sample, got RuntimeError: this terminal is on fire; the training goes on" in output
+
+
+def test_a_screen_that_cannot_be_recorded_ends_nothing(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk has no room for the line of step 2: one warning, no later line, and the training is whole."""
+    write = os.write
+
+    def refusing(descriptor: int, data: bytes) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("console.log") and b"step 2/3" in data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(log.os, "write", refusing)
+    config = config_of(sources, tmp_path)
+    code, output = train(config)
+    assert code == 0, output
+    assert output.count("No space left on device") == 1 and "; the screen is recorded no further" in output
+    kept = (folder(config) / "console.log").read_text()
+    assert "step 1/3" in kept and "step 2/3" not in kept and "finished" not in kept

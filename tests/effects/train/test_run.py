@@ -116,6 +116,7 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
         "arrays.rank0.jsonl",
         "telemetry.rank0.jsonl",
         "run.json",
+        "console.log",
         "events.jsonl",
         "checkpoints",
         "weights.safetensors",
@@ -150,6 +151,8 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
     assert events[-1]["status"] == "finished" and events[-1]["exit_code"] == 0
     assert last["loss"] < metrics[0]["loss"]
     assert "sample" in done.stdout and "bigram" in done.stdout and "eta" in done.stdout
+    assert "checkpoint     of step 12 saved, " in done.stdout
+    assert (folder / "console.log").read_text() == done.stdout, "all of the screen"
 
     told = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "3", cwd=workplace)
     again = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "3", cwd=workplace)
@@ -193,7 +196,9 @@ def test_a_signal_ends_the_run_cleanly(corpus: Path, workplace: Path, number: si
     assert kept.name.startswith(f"step-{end['step']:08d}.")
     assert (workplace / "runs" / "long" / "weights.safetensors").exists() == (number == signal.SIGINT)
     more = ("--run.name=long", f"--train.steps={end['step'] + 2}")
+    before = (workplace / "runs" / "long" / "console.log").read_text()
     done = nmoe("run", path, *more, cwd=workplace)
+    assert (workplace / "runs" / "long" / "console.log").read_text() == before + done.stdout
     assert done.returncode == 0 and f"resume         at step {end['step']} from " in done.stdout, done.stderr
 
 

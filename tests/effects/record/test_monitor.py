@@ -37,7 +37,7 @@ def line(step: int, dead: Sequence[int] = (0, 0), **other: Any) -> Step:
     times: dict[str, Any] = {"elapsed_s": 1.0, "step_s": 0.1, "times": {}}
     sent: dict[str, Any] = {"exchange_bytes": None, "exchange_bandwidth": None}
     health: Any = dict.fromkeys(("max_over_mean", "cv", "entropy", "bias_min", "bias_max"), (1.0, 1.0))
-    norms: dict[str, Any] = {"grad_norm": 1.0, "update_norm": 1.0, "auxiliary_loss": 0.0, "rates": {}}
+    norms: dict[str, Any] = {"grad_norm": 1.0, "update_norm": 1.0, "auxiliary_loss": 0.0, "rates": {}, "mtp_losses": {}}
     numbers: dict[str, Any] = {"loss": 2.0, "nonfinite_steps": 0, "tokens_per_s": 1e5, "mfu": 0.1, **other}
     rank = Rank(step=step, tokens_local=32 * step, memory_bytes=1, **times, **sent)
     experts = Experts(layer=[1, 2], dead=dead, **health)

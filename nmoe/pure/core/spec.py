@@ -94,8 +94,13 @@ def policy(role: Role, optimizers: Mapping[str, str]) -> Policy:
     """The row of a role, with the update rule that a config gives it.
 
     optimizers  group -> name of its update rule
+    Raises:     ValueError for a group without one.
     """
     chosen = POLICY[role]
+    if chosen.optimizer == BY_GROUP and chosen.group not in optimizers:
+        raise ValueError(
+            f"optim.{chosen.group}.optimizer: expected an update rule, got none; name one of it for each group"
+        )
     return attrs.evolve(chosen, optimizer=optimizers[chosen.group]) if chosen.optimizer == BY_GROUP else chosen
 
 

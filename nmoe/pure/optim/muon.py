@@ -25,6 +25,15 @@ RMS = 0.2
 """Root mean square that an update of AdamW usually has (arXiv:2502.16982, section 2.2)."""
 
 
+def temporary_bytes(size: int, *, bf16: bool) -> int:
+    """Bytes that the update of a parameter of so many elements makes at most at once.
+
+    Seven numbers in fp32 an element: gradient, momentum, what is ahead, and of the product four; of a parameter in bf16
+    the joined value too.
+    """
+    return size * (32 if bf16 else 28)
+
+
 def by_matrix(
     apply: Callable[[Tensor], Tensor], tensor: Tensor, *, spec: Spec, shape: tuple[int, ...], dims: Dims
 ) -> Tensor:

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from nmoe.config.layers import load_model
 from nmoe.config.sections import Group, Optim
+from nmoe.effects.device.cpu import update_
 from nmoe.pure.core import tree
 from nmoe.pure.core.init import ones
 from nmoe.pure.core.spec import POLICY, Role, Spec, policy
+from nmoe.pure.formats.master import split
 from nmoe.pure.model import model
-from nmoe.pure.optim.muon import by_matrix, muon, orthogonalize
-from nmoe.pure.optim.update import tree_state, tree_update
+from nmoe.pure.optim.muon import by_matrix, muon, orthogonalize, temporary_bytes
+from nmoe.pure.optim.update import matrix_settings, rule, tree_state, tree_update
 from tests import shapes
+from tests.memory import Peak
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.toml"))
 
@@ -157,6 +160,43 @@ def test_every_hidden_matrix_of_the_presets_is_one(preset: Path) -> None:
 def test_what_is_no_matrix_is_refused(axes: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=f"Muon: expected a matrix, got axes {' '.join(axes)}; "):
         matrices(torch.zeros(2 ** len(axes)), Spec(axes, Role.MATRIX, ones), (2,) * len(axes), {})
+
+
+def test_a_vector_in_a_tree_is_refused_and_so_is_a_group_without_a_rule() -> None:
+    optim = Optim(dense=MUON, expert=MUON, router=ADAMW)
+    specs, params = (Spec(("D",), Role.MATRIX, ones),), (torch.ones(3),)
+    with pytest.raises(ValueError, match="Muon: expected a matrix, got axes D; put the axes .* or train its group by"):
+        tree_update(params, params, tree_state(params, specs, optim), specs, optim, dims={"D": 3})
+    with pytest.raises(ValueError, match=r"optim.dense.optimizer: expected an update rule, got none; name one"):
+        policy(Role.MATRIX, {"expert": "muon"})
+    assert policy(Role.GAIN, {}).optimizer == "adamw"
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("shape", [(64, 64), (16, 256), (256, 16), (8, 24, 48)])
+def test_the_plan_counts_the_temporaries_of_an_update(shape: tuple[int, ...], bf16: bool) -> None:
+    spec = Spec(("E", "D", "F")[-len(shape) :], Role.EXPERT if len(shape) == 3 else Role.MATRIX, ones)
+    size = math.prod(shape)
+    value = torch.randn(size)
+    stored, remainder = split(value) if bf16 else (value, None)
+    moment, gradient = torch.zeros(size), torch.randn(size)
+    with Peak() as peak:
+        update_(
+            rule("muon"),
+            stored,
+            remainder,
+            moment,
+            gradient,
+            allowed=torch.tensor(True),
+            shrink=torch.tensor(1.0),
+            updates=torch.tensor(1),
+            lr=torch.tensor(0.1, dtype=torch.float64),
+            momentum=0.9,
+            decay=0.1,
+            **matrix_settings("muon", spec, shape, {}, bf16=bf16),
+        )
+    # but for a few numbers a matrix
+    assert 0.8 * temporary_bytes(size, bf16=bf16) < peak.bytes < 1.02 * temporary_bytes(size, bf16=bf16) + 1000
 
 
 def test_a_tree_is_updated_by_muon_where_its_groups_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

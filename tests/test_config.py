@@ -516,6 +516,11 @@ RULES = [
         'optim.router.optimizer: expected "adamw", got "muon"; write "adamw", a router has no hidden matrix',
     ),
     (
+        'optim.muon_heads="apart"',
+        1,
+        'optim.muon_heads: expected optim.dense.optimizer = "muon" beside it, got "adamw"; remove the key, or write ',
+    ),
+    (
         "model.moe.top_k=1",
         1,
         "model.moe.normalize: expected false when top_k is 1, got true; ",

@@ -431,6 +431,37 @@ def test_a_softmax_router_is_for_a_cpu(device: str) -> None:
     assert [problem.startswith(expected) for problem in wrong] == [True] * (device == "cuda")
 
 
+def test_a_schedule_in_shares_is_the_run_of_its_tokens(tmp_path: Path) -> None:
+    """A later layer gives a length in another form; the identity has tokens, and changes with the length of the run."""
+    path = ROOT / "configs" / "quickstart.toml"
+    shares = load_valid(path, {}, ("--schedule.warmup=0.05", "--schedule.decay=0.6")).config
+    written = shares.schedule
+    assert (written.warmup, written.warmup_tokens, written.hold_tokens, written.decay) == (0.05, 0, None, 0.6)
+    tokens = ("--schedule.warmup_tokens=71680", "--schedule.hold_tokens=501760", "--schedule.decay_tokens=860160")
+    assert identity(shares) == identity(load_valid(path, {}, tokens).config)
+    longer = load_valid(path, {}, ("--schedule.warmup=0.05", "--schedule.decay=0.6", "--train.steps=701")).config
+    assert identity(longer) != identity(shares)
+    file = tmp_path / "shares.toml"
+    file.write_text(dump(shares))
+    back = ("--schedule.hold_tokens=5", "--schedule.decay_tokens=6")
+    assert load_valid(file, {}, back).config.schedule.decay is None
+    assert problems(file, "--schedule.decay_tokens=6", valid=True) == [
+        f"{file}: schedule.hold_tokens: expected a value, got nothing; add it, or write schedule.decay as a share of "
+        "the run in the place of hold_tokens and decay_tokens"
+    ]
+
+
+def test_a_run_that_ends_before_its_decay_is_named() -> None:
+    path = ROOT / "configs" / "quickstart.toml"
+    (text,) = remarks(load_valid(path, {}, ("--train.steps=100",)).config)
+    assert text == (
+        "schedule.decay_tokens: the run ends at 204,800 tokens, before its decay begins at 532,480; raise train.steps, "
+        "or write schedule.decay"
+    )
+    for override in ("--train.steps=261", "--schedule={warmup = 0.1, decay = 0.1}", "--schedule.decay_tokens=0"):
+        assert remarks(load(path, {}, ("--train.steps=100", override)).config) == (), override
+
+
 def test_diff_names_what_differs() -> None:
     left = load(ROOT / "configs" / "quickstart.toml", {}, ()).config
     right = attrs.evolve(
@@ -490,6 +521,9 @@ RULES = [
         1,
         "model.attention.yarn.beta_slow: expected below beta_fast = 32.0, got 32.0; ",
     ),
+    ("model.mtp.depth=0", 1, "model.mtp.depth: expected at least 1, got 0; raise it"),
+    ("model.mtp={depth = 1, weight = -0.1}", 1, "model.mtp.weight: expected at least 0, got -0.1; raise it"),
+    ("model.mtp={depth = 1, later_weight = -1}", 1, "model.mtp.later_weight: expected at least 0, got -1.0; raise it"),
     ("train.batch_size=24", 1, "train.batch_size: expected a multiple of ranks * microbatch_size = 1 * 16, got 24; "),
     (
         "train={batch_size = 36, microbatch_size = 12}",
@@ -512,6 +546,28 @@ RULES = [
         "train.steps: expected at most 2**53 tokens in all, ",
     ),
     ("schedule={hold_tokens = 0, decay_tokens = 0, floor = 0}", 1, "schedule.floor: expected above 0 when "),
+    ("schedule={decay = 1.5}", 1, "schedule.decay: expected at most 1, got 1.5; "),
+    ("schedule={warmup = -0.1}", 1, "schedule.warmup: expected at least 0, got -0.1; "),
+    (
+        "schedule={warmup = 0.5, decay = 0.6}",
+        1,
+        "schedule.decay: expected what a warm-up of 0.5 leaves of the run's 2867200 tokens, got 0.6; ",
+    ),
+    (
+        "schedule={decay = 0.98}",
+        1,
+        "schedule.decay: expected what a warm-up of 81920 tokens leaves of the run's 2867200 tokens, got 0.98; ",
+    ),
+    (
+        "schedule={warmup = 0.1, warmup_tokens = 5}",
+        1,
+        "schedule.warmup: expected no share beside warmup_tokens = 5, got 0.1; ",
+    ),
+    (
+        "schedule={decay = 0.5, hold_tokens = 5, decay_tokens = 0}",
+        1,
+        "schedule.decay: expected no share beside hold_tokens and decay_tokens, got 0.5; ",
+    ),
     ("model.hidden_size=126", 1, "model.hidden_size: expected a multiple of 4 in fp32, "),
     ("model.moe.intermediate_size=126", 1, "model.moe.intermediate_size: expected a multiple of 4 in fp32, "),
     ("run.name=.hidden", 1, "run.name: "),
@@ -725,6 +781,41 @@ def rules_config(*overrides: str) -> Config:
 )
 def test_what_just_fulfils_the_rules(override: str) -> None:
     assert validate(rules_config(override), 1) == ()
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"),
+    [
+        (16, 16, 1, {}),
+        (16, 16, 2, {"microbatch_size": 8}),
+        (24, 8, 4, {"microbatch_size": 6}),
+        (8, 8, 64, {"batch_size": 64, "microbatch_size": 1}),
+        (100, 8, 8, {"batch_size": 128}),
+        (72, 8, 8, {"microbatch_size": 3}),
+        (7, 4, 2, {"batch_size": 8, "microbatch_size": 4}),
+        (7, 4, 3, {"batch_size": 6, "microbatch_size": 2}),
+        (15360, 4, 1000, {"batch_size": 16000}),
+    ],
+)
+def test_the_nearest_batch_that_ranks_share(batch: int, micro: int, world: int, expected: dict[str, int]) -> None:
+    """One that divides stays; what is proposed is what --fit does, and no rule is broken then."""
+    path = ROOT / "configs" / "quickstart.toml"
+    sizes = (f"--train.batch_size={batch}", f"--train.microbatch_size={micro}", "--model.moe.num_experts=48000")
+    before, after = load(path, {}, sizes), load_valid(path, {}, sizes, world, fit=True)
+    changed = {key: size for key, size in expected.items() if size != getattr(before.config.train, key)}
+    assert {each.path.removeprefix("train."): each.right for each in after.fitted} == changed
+    assert all(after.sources[f"train.{key}"] == "--fit" for key in changed)
+    if changed:
+        (problem,) = validate(before.config, world)
+        written = " and ".join(f"train.{key} = {size}" for key, size in changed.items())
+        assert problem.endswith(f"; write {written}, or pass --fit to `nmoe run` and `nmoe plan`")
+    assert attrs.evolve(after.config, train=before.config.train) == before.config, "nothing else"
+
+
+def test_a_row_has_a_token_at_every_depth() -> None:
+    assert validate(rules_config("train.sequence_length=8", "model.mtp.depth=7"), 1) == ()
+    (problem,) = validate(rules_config("train.sequence_length=8", "model.mtp.depth=8"), 1)
+    assert problem.startswith("model.mtp.depth: expected below train.sequence_length = 8, got 8; lower it, ")
 
 
 def test_ranks_share_out_the_experts_evenly() -> None:

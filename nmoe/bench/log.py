@@ -31,7 +31,7 @@ def log(config: Config, steps: int) -> int:
             f"--steps: expected at least 100, or there is no 99th percentile, got {steps}; 1000 is a good start"
         )
     c = config.model
-    layers = list(range(c.num_dense_layers, c.num_layers))
+    layers = list(c.mixtures())
     load = torch.arange(len(layers) * c.moe.num_experts).reshape(len(layers), -1) + 1000
     values = [0.0123456789] * len(layers)
     experts = metrics.Experts(
@@ -56,6 +56,7 @@ def log(config: Config, steps: int) -> int:
         ),
         tokens_global=1,
         loss=2.0,
+        mtp_losses={},
         auxiliary_loss=0.0,
         rates={"dense": 1e-3},
         grad_norm=1.0,

@@ -65,9 +65,20 @@ def group(verbs: Verbs, name: str, about: str) -> Verbs:
 
 
 def load(args: argparse.Namespace, world: int | None = None, *, to_run: bool = False) -> Loaded:
+    """The config of a verb with CONFIG, valid, and fitted to its ranks where the verb has --fit and it is given."""
     from nmoe.config import load_valid
 
-    return load_valid(args.config, os.environ, args.overrides, world, to_run=to_run)
+    fit = getattr(args, "fit", False)
+    return load_valid(args.config, os.environ, args.overrides, world, to_run=to_run, fit=fit)
+
+
+def add_fit(parser: Parser) -> None:
+    """The option --fit of a verb with --gpus."""
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="change train.batch_size and train.microbatch_size to the nearest that the GPUs share evenly, and say so",
+    )
 
 
 def config_path(text: str) -> Path:

@@ -9,8 +9,8 @@ from nmoe.cli.parser import Verbs, add
 
 
 def verbs(root: Verbs) -> None:
-    """Tell other trackers."""
-    track = add(root, "track", _track, "tell another tracker what a run writes", "--to tensorboard runs/NAME")
+    """Mirror runs to other trackers."""
+    track = add(root, "track", _track, "mirror a run to another tracker", "--to tensorboard runs/NAME")
     track.add_argument("folder", type=Path, metavar="RUN", help="run folder")
     track.add_argument(
         "--to", required=True, choices=("tensorboard", "wandb", "trackio", "mlflow"), help="the other tracker"
@@ -18,7 +18,7 @@ def verbs(root: Verbs) -> None:
     track.add_argument(
         "--every", type=float, default=2.0, metavar="S", help="seconds between looks (default: %(default)s)"
     )
-    track.add_argument("--once", action="store_true", help="tell what there is, and stop")
+    track.add_argument("--once", action="store_true", help="send what there is, and stop")
 
 
 def _track(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmoe.cli.parser import Verbs, add, load
+from nmoe.cli.parser import Verbs, add, add_fit, load
 from nmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def verbs(root: Verbs) -> None:
 
     run.add_argument("--no-commands", action="store_true", help="refuse a config that names a command to run")
     run.add_argument("--gpus", type=int, metavar="N", help="processes to start, one a GPU (default: parallel.ranks)")
+    add_fit(run)
     run.add_argument(
         "--profile",
         type=Path,
@@ -36,6 +37,7 @@ def verbs(root: Verbs) -> None:
 
     plan = add(root, "plan", _plan, "say what a config will cost", "dsv3 --gpus 256 --hosts 32", config=True)
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
+    add_fit(plan)
     plan.add_argument("--hosts", type=int, metavar="N", help="hosts they are in (default: as few as hold 8 each)")
     plan.add_argument(
         "--experts", type=int, metavar="N", help="GPUs that share out one set of experts (default: the best number)"
@@ -112,6 +114,8 @@ def _train(args: argparse.Namespace) -> int:
     if config.parallel.ranks > 1 and not started.launched:
         patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}
         return launch.start(config.parallel.ranks, args.command[1:], os.environ, **patience)
+    if started.rank == 0:
+        _say_fitted(loaded)
     from nmoe.config.run_name import label
     from nmoe.config.secrets import masked_arguments
     from nmoe.effects.train import run
@@ -123,6 +127,14 @@ def _train(args: argparse.Namespace) -> int:
         with profiling(args.profile, config) as world:
             return run.main(config, loaded.sources, command, name, args.accept, world)
     return run.main(config, loaded.sources, command, name, args.accept)
+
+
+def _say_fitted(loaded: Loaded, *, aside: bool = False) -> None:
+    """Say what --fit changed. aside: on standard error, where standard output is for a program"""
+    from nmoe.effects.terminal import say, warn
+
+    for change in loaded.fitted:
+        (warn if aside else say)(f"fitted         {change.path}: {change.left} -> {change.right}")
 
 
 def _look_at_command(loaded: Loaded, refuse: bool) -> None:
@@ -148,6 +160,7 @@ def _look_at_command(loaded: Loaded, refuse: bool) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     loaded = load(args, args.gpus)
+    _say_fitted(loaded, aside=args.json)
     from nmoe.cli import plan as scale
 
     gpus = loaded.config.parallel.ranks if args.gpus is None else args.gpus

@@ -9,7 +9,7 @@ from typing import Any
 from nmoe.config.attention import Rules
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Model, Moe, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Model, Moe, Stdlib, Train
 from nmoe.config.setting import divides
 from nmoe.config.toml import dotted, shown
 
@@ -32,6 +32,7 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
         *_optimizers(config),
         *_precision(config),
         *_length(config),
+        *_schedule(config),
         *_run(config, world),
     )
 
@@ -60,14 +61,41 @@ def unrunnable(config: Config, world: int) -> tuple[str, ...]:
 
 
 def remarks(config: Config) -> tuple[str, ...]:
-    """What is right in a config and slower than one may expect, each `<path>: <what>`."""
-    if config.run.device != "cuda":
-        return ()
-    return tuple(
+    """What is right in a config and not what one may expect, each `<path>: <what>`."""
+    plain = tuple(
         f'{where}.kind: "{c.kind}" has no kernels, a GPU runs it as plain torch: right, and slow'
         for where, c in config.model.attentions().items()
-        if not c.has_kernels
+        if not c.has_kernels and config.run.device == "cuda"
     )
+    return (*plain, *(f"schedule.decay_tokens: {text}" for text in no_decay(config)))
+
+
+def no_decay(config: Config) -> tuple[str, ...]:
+    """What to say of a run that ends before its learning rate decays; nothing of another."""
+    c, total = config.schedule_in_tokens(), config.tokens()
+    begin = c.warmup_tokens + (c.hold_tokens or 0)
+    if not c.decay_tokens or total > begin:
+        return ()
+    return (
+        f"the run ends at {total:,} tokens, before its decay begins at {begin:,}; raise train.steps, or write "
+        "schedule.decay",
+    )
+
+
+def fitting(train: Train, world: int) -> dict[str, int]:
+    """The nearest batch_size and microbatch_size that `world` ranks share evenly; those alone that have to change.
+
+    A batch that divides among the ranks stays, and with it what is learned; else it becomes the nearest multiple of
+    ranks * microbatch_size, or of ranks where it is smaller than that. The microbatch is the largest up to the old one.
+    """
+    batch, micro = train.batch_size, train.microbatch_size
+    if batch % world:
+        unit = world * micro if batch >= world * micro else world
+        batch = max(1, round(batch / unit)) * unit
+    share = batch // world
+    micro = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
+    sizes = {"batch_size": batch, "microbatch_size": micro}
+    return {key: size for key, size in sizes.items() if size != getattr(train, key)}
 
 
 def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
@@ -188,14 +216,39 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
 
 
 def _length(config: Config) -> Iterator[str]:
-    c, train = config.schedule, config.train
-    tokens = train.steps * train.batch_size * train.sequence_length
+    train, tokens = config.train, config.tokens()
     if tokens > MOST_TOKENS and min(train.steps, train.batch_size, train.sequence_length) > 0:
         yield (
             f"train.steps: expected at most 2**53 tokens in all, steps * batch_size * sequence_length, got {tokens}; "
             "lower one of the three"
         )
-    if not c.hold_tokens and not c.decay_tokens and not c.floor:
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    """Shares and tokens of the same thing exclude each other, and all of it fits into the run."""
+    c = config.schedule
+    if c.warmup is not None and c.warmup_tokens:
+        yield (
+            f"schedule.warmup: expected no share beside warmup_tokens = {c.warmup_tokens}, got {shown(c.warmup)}; "
+            "remove one of the two"
+        )
+    lengths = {"hold_tokens": c.hold_tokens, "decay_tokens": c.decay_tokens}
+    if c.decay is None:
+        for key, value in lengths.items():
+            if value is None:
+                yield (
+                    f"schedule.{key}: expected a value, got nothing; add it, or write schedule.decay as a share of the "
+                    "run in the place of hold_tokens and decay_tokens"
+                )
+    elif given := " and ".join(key for key, value in lengths.items() if value is not None):
+        yield f"schedule.decay: expected no share beside {given}, got {shown(c.decay)}; remove one of the forms"
+    elif 0 <= c.decay <= 1 and 0 <= (c.warmup or 0) <= 1 and (config.schedule_in_tokens().hold_tokens or 0) < 0:
+        warmup = f"{c.warmup_tokens} tokens" if c.warmup is None else shown(c.warmup)
+        yield (
+            f"schedule.decay: expected what a warm-up of {warmup} leaves of the run's {config.tokens()} tokens, got "
+            f"{shown(c.decay)}; lower one of the two"
+        )
+    if c.decay is None and c.hold_tokens == c.decay_tokens == 0 and not c.floor:
         yield (
             "schedule.floor: expected above 0 when hold_tokens and decay_tokens are 0, got 0.0; the learning rate "
             "would be 0 after the warm-up, raise one of the three"
@@ -234,10 +287,16 @@ def _run(config: Config, world: int) -> Iterator[str]:
             f"train.sequence_length: expected at most model.max_positions = {c.max_positions}, got "
             f"{train.sequence_length}; shorten the sequences or raise max_positions"
         )
+    if 0 < train.sequence_length <= c.depth():
+        yield (
+            f"model.mtp.depth: expected below train.sequence_length = {train.sequence_length}, got {c.depth()}; lower "
+            "it, no position has a token so far ahead"
+        )
     if not divides(world * train.microbatch_size, train.batch_size):
+        nearest = " and ".join(f"train.{key} = {size}" for key, size in fitting(train, world).items())
         yield (
             f"train.batch_size: expected a multiple of ranks * microbatch_size = {world} * {train.microbatch_size}, "
-            f"got {train.batch_size}; change one of the three"
+            f"got {train.batch_size}; write {nearest}, or pass --fit to `nmoe run` and `nmoe plan`"
         )
     if train.graph and config.run.device != "cuda":
         yield (

@@ -13,7 +13,7 @@ import attrs
 from cattrs import ClassValidationError, Converter, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
-from nmoe.config.fields import KeyPath, is_table, keys, kind, kinds, members
+from nmoe.config.fields import KeyPath, every_key, is_table, keys, kind, kinds
 from nmoe.config.toml import closest, dotted, shown
 
 FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -200,7 +200,7 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
     """What to say of a key no section has: a near name in the same table, else elsewhere, else what there is."""
     of_kind = "" if kind(section) is None else f' of kind "{kind(section)}"'
     here = [key.name for key in keys(section)]
-    everywhere = [other for other in every_path(root) if other != (*path, name)]
+    everywhere = [other for other, _ in every_key(root) if other != (*path, name)]
     elsewhere = closest(name, [other[-1] for other in everywhere])
     if near := closest(name, here):
         hint = f"did you mean {dotted((*path, near))}?"
@@ -209,12 +209,3 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
     else:
         hint = f"known keys: {', '.join((*(['kind'] if of_kind else []), *here))}"
     return f"expected a known key{of_kind}, got {shown(name)}; {hint}"
-
-
-def every_path(section: type, path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Paths of all keys a section can have, of every kind."""
-    for key in keys(section):
-        yield (*path, key.name)
-        for member in members(key.type):
-            if is_table(member):
-                yield from every_path(member, (*path, key.name))

@@ -8,6 +8,8 @@ union. This file knows nothing of files, torch or the model's mathematics.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -63,6 +65,28 @@ class Moe:
 
 
 @attrs.frozen(kw_only=True)
+class Mtp:
+    """Multi-token prediction: the tokens after the next one, as in DeepSeek-V3 (arXiv:2412.19437, section 2.2)."""
+
+    depth: int = setting(
+        "further tokens a position predicts, each by a block of its own", unit="tokens", low=1, high=64, shapes=True
+    )
+    weight: float = setting("weight of the mean loss of all depths", default=0.3, low=0, high=1e3)
+    later_weight: float = setting("the same once switch_tokens are read", default=0.1, low=0, high=1e3)
+    switch_tokens: int | None = setting(
+        "tokens of the run from which on later_weight holds; absent: never",
+        default=None,
+        unit="tokens",
+        low=0,
+        high=MOST_TOKENS,
+    )
+
+    def weight_at(self, tokens: int) -> float:
+        """Weight of the step that brings the run to `tokens` tokens."""
+        return self.weight if self.switch_tokens is None or tokens <= self.switch_tokens else self.later_weight
+
+
+@attrs.frozen(kw_only=True)
 class Model:
     """Shape of the network."""
 
@@ -83,6 +107,16 @@ class Model:
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
     attention: Single | Mixed = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
+    mtp: Mtp | None = setting("multi-token prediction; absent: the next token alone", default=None)
+
+    def depth(self) -> int:
+        """Blocks of multi-token prediction."""
+        return 0 if self.mtp is None else self.mtp.depth
+
+    def mixtures(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts, counted from 0; those of multi-token prediction come after the last."""
+        last = self.num_layers + self.depth() if self.num_dense_layers < self.num_layers else 0
+        return tuple(range(self.num_dense_layers, last))
 
     def attentions(self) -> dict[str, Any]:
         """Path of its table -> section of each attention: one, or those of a mixed one."""
@@ -176,12 +210,50 @@ class Optim:
 
 @attrs.frozen(kw_only=True)
 class Schedule:
-    """Learning rate over tokens: linear warm-up, constant, cosine decay, then the floor."""
+    """Learning rate over tokens: linear warm-up, constant, cosine decay, then the floor; in tokens or shares."""
 
     warmup_tokens: int = setting("length of the linear warm-up", unit="tokens", default=0, low=0, high=MOST_TOKENS)
-    hold_tokens: int = setting("length at the peak", unit="tokens", low=0, high=MOST_TOKENS)
-    decay_tokens: int = setting("length of the cosine decay", unit="tokens", low=0, high=MOST_TOKENS)
+    hold_tokens: int | None = setting(
+        "length at the peak; needed unless decay is given", unit="tokens", default=None, low=0, high=MOST_TOKENS
+    )
+    decay_tokens: int | None = setting(
+        "length of the cosine decay; needed unless decay is given", unit="tokens", default=None, low=0, high=MOST_TOKENS
+    )
     floor: float = setting("last learning rate / peak", default=0.1, low=0, high=1)
+    warmup: float | None = setting(
+        "warm-up as a share of the run, in the place of warmup_tokens", default=None, low=0, high=1
+    )
+    decay: float | None = setting(
+        "last share of the run that decays, in the place of hold_tokens and decay_tokens",
+        default=None,
+        low=0,
+        high=1,
+    )
+
+    def in_tokens(self, total: int) -> Schedule:
+        """The same schedule of a run of `total` tokens without shares; one that has none is as it was.
+
+        The hold is what warm-up and decay leave; it is below 0 where they do not fit.
+        """
+        if self.warmup is None and self.decay is None:
+            return self
+        warmup = self.warmup_tokens if self.warmup is None else int(self.warmup * total)
+        if self.decay is None:
+            return attrs.evolve(self, warmup=None, warmup_tokens=warmup)
+        decay = int(self.decay * total)  # rounded down, as the warm-up: shares that sum to 1 fit
+        return Schedule(warmup_tokens=warmup, hold_tokens=total - warmup - decay, decay_tokens=decay, floor=self.floor)
+
+
+OTHER_FORMS: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
+    {
+        ("schedule", "warmup"): ("warmup_tokens",),
+        ("schedule", "warmup_tokens"): ("warmup",),
+        ("schedule", "decay"): ("hold_tokens", "decay_tokens"),
+        ("schedule", "hold_tokens"): ("decay",),
+        ("schedule", "decay_tokens"): ("decay",),
+    }
+)
+"""Keys that a later layer of the config replaces by giving the same thing in another form."""
 
 
 @attrs.frozen(kw_only=True)
@@ -311,7 +383,7 @@ class Log:
 
     every: int = setting("steps between logged steps", default=10, unit="steps", low=1, high=MOST_STEPS, identity=False)
     arrays_every: int = setting(
-        "logged steps between loads of every expert",
+        "logged steps between loads of every expert; fewer in a run that would have under 50 of them",
         default=10,
         unit="logged steps",
         low=1,
@@ -380,3 +452,11 @@ class Config:
     parallel: Parallel = setting("how many processes", default=attrs.Factory(Parallel))
     checkpoint: Checkpoint = setting("when the state is saved, and what is kept", default=attrs.Factory(Checkpoint))
     log: Log = setting("what is printed and written", default=attrs.Factory(Log))
+
+    def tokens(self) -> int:
+        """Tokens that all ranks read in all steps."""
+        return self.train.steps * self.train.batch_size * self.train.sequence_length
+
+    def schedule_in_tokens(self) -> Schedule:
+        """The schedule with its shares as tokens of this run."""
+        return self.schedule.in_tokens(self.tokens())

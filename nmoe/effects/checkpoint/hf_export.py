@@ -121,7 +121,7 @@ def plan(source: Source, shard_bytes: int) -> tuple[Shard, ...]:
     groups: list[list[Part]] = []
     room = 0
     for part in parts:
-        size = tensor_file.num_bytes((source.formats[part.path][0], part.shape))
+        size = sum(map(tensor_file.num_bytes, _formats(source, [part]).values()))
         if size > room:
             groups.append([])
             room = shard_bytes

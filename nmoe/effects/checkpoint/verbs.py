@@ -159,7 +159,8 @@ def export_weights(path: Path, to: Path | None) -> int:
     """
     checkpoint = _one(path)
     config = load(checkpoint.root.parent / "config.toml", {}, ()).config
-    read = weights.of_checkpoint(Disk(), checkpoint.folder(), checkpoint.manifest(), make_blueprint(config))
+    made, formats = (blueprint := make_blueprint(config)).specs, weights.formats(blueprint)
+    read = weights.of_checkpoint(Disk(), checkpoint.folder(), checkpoint.manifest(), made, formats)
     folder = checkpoint.root.parent if to is None else to
     try:
         folder.mkdir(parents=True, exist_ok=True)

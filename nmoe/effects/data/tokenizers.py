@@ -7,7 +7,6 @@ import binascii
 import gzip
 import hashlib
 import io
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,12 +21,12 @@ from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.survey import cleaned, reporting, works_of
 from nmoe.effects.data.store.format import NAME
 from nmoe.effects.data.tokenizer import Tokenizer
+from nmoe.effects.terminal import Progress
 from nmoe.errors import InputError, printable
 from nmoe.pure.data.prep import MILLION, split_of
 
 FOLDER = "tokenizers"
 LARGEST = 1 << 27
-PROGRESS_EVERY_S = 2.0
 
 
 @attrs.frozen(kw_only=True)
@@ -184,20 +183,16 @@ def learn(
     validation, test = round(source.splits.validation * MILLION), round(source.splits.test * MILLION)
 
     def texts() -> Iterator[str]:
-        began = reported = time.monotonic()
+        progress = Progress(say, len(works))
         for number, work in enumerate(works, 1):
             for entry in cleaned(work):
                 digest = hashlib.sha256(entry.text.encode("utf-8")).digest()
                 split = split_of(digest, validation=validation, test=test)
                 if entry.reason is None and split == "train" and int.from_bytes(digest[:4], "big") < share * 2**32:
                     yield entry.text
-            if (now := time.monotonic()) - reported >= PROGRESS_EVERY_S or number == len(works):
-                reported, took = now, now - began
-                done = total * number / len(works)
-                say(
-                    f"tokenizer: {number} of {len(works)} tasks read, {share:.0%} of their text learnt from, "
-                    f"{done / took / 1e6:.1f} MB/s, about {took * (len(works) - number) / number:.0f} s left"
-                )
+            progress.at(
+                number, f"tokenizer: {number} of {len(works)} tasks read, {share:.0%} of their text learnt from"
+            )
 
     with reporting(folder):
         return tokenizer.train(texts(), size, say)

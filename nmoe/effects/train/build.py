@@ -62,7 +62,7 @@ def blank(
     state = State(
         buffers.bind(blueprint, arenas),
         arenas,
-        torch.zeros(c.num_layers - c.num_dense_layers, c.moe.num_experts, device=rt.device),
+        torch.zeros(len(c.mixtures()), c.moe.num_experts, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),

@@ -54,6 +54,7 @@ class Report:
             rank=rank,
             tokens_global=state.tokens,
             loss=metrics.loss.item(),
+            mtp_losses={str(depth): loss for depth, loss in enumerate(metrics.mtp.tolist(), 1)},
             auxiliary_loss=metrics.auxiliary_loss.item(),
             rates=learning_rates(self.config, state.tokens),
             grad_norm=metrics.grad_norm.item(),
@@ -62,7 +63,7 @@ class Report:
             tokens_per_s=rate,
             mfu=rate * self.flops / (self.rt.world * self.rt.peak_flops),
             experts=schema.Experts(
-                layer=list(range(self.config.model.num_dense_layers, self.config.model.num_layers)),
+                layer=list(self.config.model.mixtures()),
                 max_over_mean=balance.max_over_mean.tolist(),
                 cv=balance.cv.tolist(),
                 dead=balance.dead.tolist(),

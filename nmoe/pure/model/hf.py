@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -23,11 +24,15 @@ from nmoe.pure.core import tree
 from nmoe.pure.model import model
 from nmoe.pure.model.attention import layers
 from nmoe.pure.model.hf_families import FAMILIES, GATED, Family, hf_of, type_of
-from nmoe.pure.model.hf_leaf import Leaf, matrix, same, scaled, zeros
+from nmoe.pure.model.hf_leaf import Leaf, matrix, repeated, same, scaled, stacked, zeros
 from nmoe.pure.model.model import Transformer
 
 ROUTER_BIAS = "router_bias"
 """The router bias [L E] among the parameters' paths."""
+
+
+DEPTH = "num_nextn_predict_layers"
+"""Key of `config.json`: layers of multi-token prediction, of which the weights follow those of the last layer."""
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +53,7 @@ class Part:
 TRAINING = (
     *("embedding_scale", "logit_scale", "moe.balance", "moe.bias_update_rate", "moe.bias_decay"),
     *("moe.sequence_balance", "attention.index_loss", "attention.index_warmup_tokens"),
+    *("mtp.weight", "mtp.later_weight", "mtp.switch_tokens"),
 )
 """Keys of the section Model that are for training, or are folded into the weights: they are in no `config.json`."""
 
@@ -64,6 +70,7 @@ def settings(c: sections.Model) -> dict[str, Any]:
         "model_type": name,
         **{theirs: _at(c, path) for theirs, path in family.keys.items()},
         **family.fixed,
+        DEPTH: c.depth(),
         **family.settings(c),
         "pad_token_id": None,
         "bos_token_id": None,
@@ -102,22 +109,40 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
     """Every tensor of ours with its place in their folder, those of one path side by side in the order of their rows.
 
     What they have no setting for is folded into the weights. `embedding_scale` multiplies the embedding, which gives
-    the bits that `forward` computes; `logit_scale` multiplies the gain of the last norm, which is fp32 here.
+    the bits that `forward` computes; `logit_scale` multiplies the gain of the last norm, which is fp32 here. A layer of
+    multi-token prediction has copies of embedding and head there.
+
+    Raises:  InputError for multi-token prediction that they cannot say: behind a `logit_scale`, or without experts.
     """
-    _, family = family_of(c)
-    dims = model.dims(c)
+    name, family = family_of(c)
+    if c.mtp is not None and c.logit_scale != 1:
+        raise InputError(
+            f"model.logit_scale: expected 1.0 beside model.mtp, got {c.logit_scale}; {name} has no such factor, "
+            "and its layer of multi-token prediction would read the hidden state times it"
+        )
+    if c.mtp is not None and not c.mixtures():
+        raise InputError(
+            f"model.num_dense_layers: expected below num_layers = {c.num_layers} beside model.mtp, got "
+            f"{c.num_dense_layers}; in {name} a layer of multi-token prediction has experts"
+        )
+    dims, mixtures = model.dims(c), c.mixtures()
     sizes = {path: spec.shape(dims) for path, spec in tree.leaves(model.specs(c))}
 
     def whole(path: str, leaf: Leaf) -> Part:
         return Part(path=path, index=None, shape=sizes[path], leaf=leaf)
 
-    parts = [whole("embed", scaled("model.embed_tokens.weight", c.embedding_scale))]
+    further = [f"model.layers.{c.num_layers + depth}." for depth in range(c.depth())]
+    embed = repeated(
+        scaled("model.embed_tokens.weight", c.embedding_scale), *(f"{at}embed_tokens.weight" for at in further)
+    )
+    parts = [whole("embed", embed)]
     for layer, (_, section) in enumerate(layers(c)):
-        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
+        depth = layer - c.num_layers
+        ours, theirs = f"mtp.{depth}.block." if depth >= 0 else f"blocks.{layer}.", f"model.layers.{layer}."
         leaves = {"attention_norm": same("input_layernorm.weight"), "ffn_norm": same("post_attention_layernorm.weight")}
         for path, leaf in hf_of(type(section)).leaves(section).items():
             leaves[f"attention.{path}"] = leaf.under("self_attn.")
-        if layer < c.num_dense_layers:
+        if layer not in mixtures:
             leaves |= {f"ffn.{path}": leaf.under("mlp.") for path, leaf in GATED.items()}
             experts = {}
         else:
@@ -135,9 +160,12 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
                     leaf = _with_no_shared(leaf, path)
                 leaf = leaf.under(theirs + family.mixture)
                 parts.append(Part(path=f"{ours}ffn.{path}", index=expert, shape=tuple(shape), leaf=leaf))
+    for depth, theirs in enumerate(further):
+        parts += [whole(f"mtp.{depth}.{path}", leaf.under(theirs)) for path, leaf in AHEAD.items()]
     parts.append(whole("norm", scaled("model.norm.weight", c.logit_scale)))
-    parts.append(whole("head", matrix("lm_head.weight")))
-    for row, layer in enumerate(range(c.num_dense_layers, c.num_layers)):
+    head = repeated(matrix("lm_head.weight"), *(f"{theirs}shared_head.head.weight" for theirs in further))
+    parts.append(whole("head", head))
+    for row, layer in enumerate(mixtures):
         leaf = same("gate.e_score_correction_bias") if family.has_bias else zeros(ROUTER_BIAS, (c.moe.num_experts,))
         leaf = leaf.under(f"model.layers.{layer}.{family.mixture}")
         parts.append(Part(path=ROUTER_BIAS, index=row, shape=(c.moe.num_experts,), leaf=leaf))
@@ -158,6 +186,17 @@ def tensors(p: Transformer, router_bias: Tensor, c: sections.Model) -> Iterator[
         yield from part.leaf.split(value if part.index is None else value[part.index]).items()
 
 
+AHEAD: Mapping[str, Leaf] = MappingProxyType(
+    {
+        "embed_norm": same("enorm.weight"),
+        "hidden_norm": same("hnorm.weight"),
+        "project": stacked("eh_proj.weight", 2),
+        "norm": same("shared_head.norm.weight"),
+    }
+)
+"""Of a layer of multi-token prediction, what stands beside its block."""
+
+
 def _with_no_shared(leaf: Leaf, path: str) -> Leaf:
     """A routed expert's, with the shared experts' of zero width, which theirs have where ours has none."""
     empty = GATED[path].under("shared_experts.")
@@ -171,13 +210,14 @@ def _with_no_shared(leaf: Leaf, path: str) -> Leaf:
 def state_dict(p: Transformer, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:
     """Every parameter, and the router bias, under the names of a DeepSeek in memory (transformers 5).
 
-    The experts of a layer are one tensor there.
+    The experts of a layer are one tensor there, and multi-token prediction is left out.
 
     bias     [L E] f32   router bias, one row a mixture layer
     returns  tensors in the formats of `p`, many of them views of it
     """
     leaves = dict(tree.leaves(p)) | {ROUTER_BIAS: bias}
     named: dict[str, Tensor] = {}
+    c = attrs.evolve(c, mtp=None)  # they read multi-token prediction nowhere
     for part in parts(c):
         named |= part.leaf.split(leaves[part.path] if part.index is None else leaves[part.path][part.index])
     for layer in range(c.num_dense_layers, c.num_layers):
@@ -214,9 +254,11 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
         for key, value in family.fixed.items()
         if config.get(key, value) != value
     ]
+    if not family.ahead and config.get(DEPTH, 0) != 0:
+        problems.append(f"{DEPTH}: expected 0, got {json.dumps(config[DEPTH])}; nmoe has no other for {name}")
     own, wrong = family.read(config)
     problems += wrong
-    known = {"model_type", *family.keys, *family.fixed, *family.known, *BOOKKEEPING}
+    known = {"model_type", *family.keys, *family.fixed, *family.known, *BOOKKEEPING, DEPTH}
     problems += [
         f"{key}: expected a key of {name} that nmoe knows, got {json.dumps(value)}; remove it if no logit changes"
         for key, value in config.items()
@@ -225,6 +267,8 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
     tables: dict[str, Any] = {**own, "moe": dict(own.get("moe", {}))}
     for key, path in family.keys.items():
         (tables["moe"] if path[0] == "moe" else tables)[path[-1]] = config.get(key, 0)
+    if config.get(DEPTH, 0) != 0:
+        tables["mtp"] = {"depth": config[DEPTH]}
     problems += [
         f"{_theirs(path, family)}: expected one value, got {json.dumps(value)}; write a number"
         for path, value in flat(tables)
@@ -242,7 +286,8 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
 
 def _theirs(path: tuple[str, ...], family: Family) -> str:
     """The key of `config.json` behind a path in the section Model, where it is not the same word."""
-    return next((key for key, ours in family.keys.items() if ours == path), dotted(path))
+    named = {**family.keys, DEPTH: ("mtp", "depth")}
+    return next((key for key, ours in named.items() if ours == path), dotted(path))
 
 
 def _listed(names: Iterable[str]) -> str:

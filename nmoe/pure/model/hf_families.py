@@ -36,6 +36,7 @@ class Family:
     mixture: str = "mlp."  # before the names of a mixture
     expert: Mapping[str, Leaf] = GATED
     has_bias: bool = True  # whether there is a router bias
+    ahead: bool = True  # whether there may be multi-token prediction
 
 
 def hf_of(section: type) -> Hf:
@@ -79,7 +80,6 @@ FIXED: Mapping[str, Any] = MappingProxyType(
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 0,
     }
 )
 """Of DeepSeek-V3. vLLM takes softmax, and no bias, where the two of the router are absent."""
@@ -137,6 +137,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             read=_read_v2,
             known=(*MLA.keys, *ROUTER_V2),
             has_bias=False,
+            ahead=False,
         ),
     }
 )

@@ -55,7 +55,7 @@ def columns(sizes: Mapping[str, int]) -> Leaf:
     )
 
 
-def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:
+def along(leaves: Sequence[Leaf], axis: int) -> Leaf:
     """Leaves side by side along an axis of ours that theirs have not."""
 
     def split(ours: Tensor) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:
 
 def gated(gate: str, up: str) -> Leaf:
     """The two matrices [in, 2, out] of a gated MLP."""
-    return stacked((matrix(gate), matrix(up)), axis=1)
+    return along((matrix(gate), matrix(up)), axis=1)
 
 
 def zeros(path: str, shape: tuple[int, ...]) -> Leaf:
@@ -88,3 +88,33 @@ def zeros(path: str, shape: tuple[int, ...]) -> Leaf:
 def scaled(name: str, factor: float) -> Leaf:
     """A tensor of the same shape, times `factor`; of a model that was imported it is 1."""
     return Leaf(split=lambda ours: {name: ours * factor}, join=lambda theirs: theirs[name])
+
+
+def stacked(name: str, parts: int) -> Leaf:
+    """A matrix [parts in, out] of ours whose inputs lie side by side in one of theirs."""
+    return Leaf(
+        split=lambda ours: {name: ours.flatten(0, 1).T},
+        join=lambda theirs: theirs[name].T.unflatten(0, (parts, -1)),
+    )
+
+
+def repeated(leaf: Leaf, *copies: str) -> Leaf:
+    """A tensor that they hold under further names too.
+
+    Raises:  InputError when one of those that are joined is another tensor.
+    """
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        ((name, value),) = leaf.split(ours).items()
+        return {name: value, **dict.fromkeys(copies, value)}
+
+    def join(theirs: Mapping[str, Tensor]) -> Tensor:
+        first, *others = theirs.items()
+        for name, value in others:
+            if not torch.equal(value, first[1]):
+                raise InputError(
+                    f"{name}: expected the values of {first[0]}, got others; nmoe shares them with the main model"
+                )
+        return leaf.join(dict([first]))
+
+    return Leaf(split=split, join=join)

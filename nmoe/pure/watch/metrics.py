@@ -121,6 +121,14 @@ class Step:
 
     tokens_global: Annotated[int, Metric("tokens_global", "tokens", "count", "tokens read by all ranks")]
     loss: Annotated[float, Metric("loss", "nats/token", "value", "cross entropy a target", "loss {:.4f}")]
+    mtp_losses: Annotated[
+        Mapping[str, float],
+        Metric(
+            *("mtp/loss_*", "nats/token", "value"),
+            "cross entropy a target of one depth of multi-token prediction: 1 predicts the token after the next",
+            "mtp {:.4f}",
+        ),
+    ]
     auxiliary_loss: Annotated[
         float,
         Metric("auxiliary_loss", "nats/token", "value", "weighted sequence-wise balance loss, and the attention's own"),

@@ -35,7 +35,7 @@ from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api, curves, experts, export, machine, mixture, views
 from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
-from nmoe.pure.data.order import turn, turns
+from nmoe.pure.data.order import source_at, turns
 from nmoe.pure.watch import curve as thinning
 from nmoe.pure.watch import metrics as schema
 from tests.effects.runs import viz_runs as runs
@@ -249,6 +249,20 @@ def test_layers_and_loads_are_those_that_were_logged(index: Index) -> None:
         experts.load(index, "crashed", None)
 
 
+def test_curves_of_layers_reach_the_last_step_at_each_cadence(index: Index, tmp_path: Path) -> None:
+    steps = experts.layers(index, "finished", "entropy", curves.Axis(points=160)).x
+    assert steps[-1] > 199 and len(steps) == 160, "200 steps of 3 layers in 160 cells"
+    many = runs.folder(tmp_path, "many")
+    lines = [runs.metrics(step) for step in range(10, 4010, 10)]
+    for line in lines:
+        line["experts"] = {"layer": list(range(26)), "entropy": [0.1 * layer + line["step"] for layer in range(26)]}
+    runs.append(many / "metrics.rank0.jsonl", lines)
+    with indexed(tmp_path) as opened:
+        entropy = experts.layers(opened, "many", "entropy", curves.Axis())
+    assert entropy.x == [float(line["step"]) for line in lines]
+    assert [values[-1] for values in entropy.values] == [0.1 * layer + 4000 for layer in range(26)]
+
+
 def test_the_slowest_rank_is_named(index: Index) -> None:
     told = machine.timing(index, "finished")
     assert (len(told.ranks), told.slowest, told.steps) == (4, 2, 50)
@@ -276,7 +290,7 @@ def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: st
     for stage, quotas in runs.STAGES.items():
         order = turns(quotas)
         for place in range(first, min(position, first + sum(quotas))):
-            read[stage, ("web", "code", "books")[turn(order, place - first)[0]]] += 1
+            read[stage, ("web", "code", "books")[source_at(order, place - first)[0]]] += 1
         first += sum(quotas)
     assert told.step == step
     assert {(each.stage, each.name): each.read for each in told.sources if each.read} == {

@@ -117,6 +117,16 @@ def test_runs_are_found_grouped_and_chosen_by_keys_and_address(browser: Browser,
         assert "run=finished" in page.url and "view=charts" in page.url and "find=fin" in page.url
 
 
+def test_the_menu_adds_the_column_that_is_chosen(browser: Browser, server: Server) -> None:
+    with opened(browser, f"{server.url}/?sort=name&dir=up&find=finished") as page:
+        page.get_by_label("add a column").select_option("optim.peak_lr")
+        expect(page.locator("thead th.extra")).to_contain_text("optim.peak_lr")
+        expect(page.locator("table.runs tbody tr td").last).to_have_text("0.0010")
+        assert "col=optim.peak_lr" in page.url
+        page.get_by_role("button", name="remove column optim.peak_lr").click()
+        expect(page.locator("thead th.extra")).to_have_count(0)
+
+
 def test_charts_show_the_last_value_and_zoom_by_dragging(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?view=charts&run=finished") as page:
         drawn(page, 4)

@@ -248,6 +248,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus: Path, workplace: Path)
     assert not (workplace / "runs").exists()
 
 
+def test_a_batch_is_fitted_to_the_processes_that_share_it(corpus: Path, workplace: Path) -> None:
+    path = write(workplace, config_for(corpus, steps=1, batch_size=2, microbatch_size=2))
+    done = nmoe("run", path, "--gpus", "2", "--fit", "--run.name=fitted", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fitted         train.microbatch_size: 2 -> 1\n") == 1
+    folder = workplace / "runs" / "fitted"
+    assert tomli.loads((folder / "sources.toml").read_text())["train.microbatch_size"] == "--fit"
+    assert load(folder / "config.toml", {}, ()).config.train.microbatch_size == 1
+
+
 def test_an_unwritable_run_folder_is_refused(corpus: Path, workplace: Path) -> None:
     path = write(workplace, config_for(corpus))
     (workplace / "file").write_text("in the way")

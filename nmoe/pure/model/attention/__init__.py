@@ -189,7 +189,7 @@ def attention_of(c: sections.Model, kinds: Kinds = KINDS) -> Kind:
 
 
 def layers(c: sections.Model, kinds: Kinds = KINDS) -> tuple[tuple[Kind, Any], ...]:
-    """Kind and section of the attention of each layer."""
-    kind = attention_of(c, kinds)
-    by_layer = (kind.at_layer(c.attention, layer) for layer in range(c.num_layers))
+    """Kind and section of the attention of each layer; the blocks of multi-token prediction have that of the last."""
+    kind, last = attention_of(c, kinds), c.num_layers - 1
+    by_layer = (kind.at_layer(c.attention, min(layer, last)) for layer in range(c.num_layers + c.depth()))
     return tuple((at.kind, at.section) if isinstance(at, mixed.Part) else (kind, at) for at in by_layer)

@@ -71,7 +71,7 @@ class DsaOps:
     """What a device implements of sparse latent attention; a field has the signature of its reference."""
 
     query: Callable[..., tuple[Tensor, Tensor]]
-    choose: Callable[..., Tensor]
+    select: Callable[..., Tensor]
     attend: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -110,7 +110,7 @@ def dsa(
     q = torch.cat((torch.einsum("bthc,rhc->bthr", q[..., :nope], up_key), q[..., nope:]), dim=-1)
 
     index = project_index(p.indexer, x.detach(), low.detach(), rope, position)
-    chosen = () if c.index_warmup_tokens else ops.choose(*index, start, count=c.index_top_k)
+    chosen = () if c.index_warmup_tokens else ops.select(*index, start, count=c.index_top_k)
     o, loss = ops.attend(q, kv, *index, chosen, start, scale=mla.scale(c), rank=rank)
     o = torch.einsum("bthr,rhu->bthu", o, up_value)
     return o.flatten(-2) @ main.out.flatten(0, 1), c.index_loss * loss
@@ -128,8 +128,10 @@ def project_index(
     """
     rotated = 2 * rope.cos.shape[-1]
     q = (low @ p.query.flatten(1)).unflatten(-1, p.query.shape[1:])
-    wide = upcast(x @ p.key)
-    k = F.layer_norm(wide, wide.shape[-1:], p.gain.to(wide.dtype), p.shift.to(wide.dtype), NORM_EPS).to(x.dtype)
+    upcasted = upcast(x @ p.key)
+    k = F.layer_norm(upcasted, upcasted.shape[-1:], p.gain.to(upcasted.dtype), p.shift.to(upcasted.dtype), NORM_EPS).to(
+        x.dtype
+    )
     q, k = (
         torch.cat((rotate(tensor[..., :rotated], rope, positions), tensor[..., rotated:]), dim=-1) for tensor in (q, k)
     )
@@ -147,7 +149,7 @@ def index_scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     return (upcast(w)[..., None, :] @ upcast(score).relu())[..., 0, :]
 
 
-def choose(q: Tensor, k: Tensor, w: Tensor, start: Tensor | tuple[()] = (), *, count: int) -> Tensor:
+def select(q: Tensor, k: Tensor, w: Tensor, start: Tensor | tuple[()] = (), *, count: int) -> Tensor:
     """The keys that each query reads: exactly the `count` of the highest score among those up to its own.
 
     One block of queries at a time: no scores of all queries exist. There is no gradient.
@@ -236,7 +238,7 @@ def _hidden(begin: int, end: int, start: Tensor | tuple[()], device: torch.devic
     return hidden | (key < start[:, begin:end, None]) if isinstance(start, Tensor) else hidden
 
 
-REFERENCE = DsaOps(mla.query, choose, attend_dsa)
+REFERENCE = DsaOps(mla.query, select, attend_dsa)
 
 
 def flops(c: sections.Dsa, *, sequence_length: int, causal: bool) -> int:
@@ -260,7 +262,7 @@ def kept_bytes(c: sections.Dsa, *, hidden: int, sequence_length: int, element: i
     element  bytes of an activation
     square   whether attention keeps its probabilities: never, it makes them again
     """
-    wide, index, statistics = 4, 4, 4
+    fp32, index, statistics = 4, 4, 4
     heads, rank, rotated = c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim
     narrow = (
         hidden  # input of `down`, and of the indexer
@@ -274,4 +276,4 @@ def kept_bytes(c: sections.Dsa, *, hidden: int, sequence_length: int, element: i
     )
     # the latents' norms keep their input and the scaled one, the norm of the indexer's keys its input
     norms = 2 * (c.q_lora_rank + rank) + c.index_head_dim + statistics
-    return narrow * element + norms * wide + min(c.index_top_k, sequence_length) * index
+    return narrow * element + norms * fp32 + min(c.index_top_k, sequence_length) * index

@@ -216,10 +216,10 @@ def attend_kda(
         score = score.masked_fill(~same[..., None, :], 0)
         since, until = since.masked_fill(~sees[..., None], -torch.inf), until.masked_fill(~stays[..., None], -torch.inf)
     weight, overlap = score.unbind(-2)
-    seen = since.exp()
-    entered, left, carried = q * seen, k * until.exp(), seen[..., -1, :, None]
+    decay = since.exp()
+    entered, left, carried = q * decay, k * until.exp(), decay[..., -1, :, None]
     # the corrections of a chunk depend on one another: (1 + step · overlap below the diagonal) x = known
-    known = torch.cat((step * v, step * k * seen), -1)
+    known = torch.cat((step * v, step * k * decay), -1)
     solved = torch.linalg.solve_triangular(step * overlap, known, upper=False, unitriangular=True)
     value, correction = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
     state = memory if isinstance(memory, Tensor) else q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1])
@@ -306,15 +306,15 @@ def kept_bytes(c: sections.Kda, *, hidden: int, sequence_length: int, element: i
     element  bytes of an activation
     square   whether attention keeps its probabilities; those of a chunk, with `hidden` = 0 as well, are always counted
     """
-    wide, size, width = 4, _chunk(sequence_length), c.head_dim
+    fp32, size, width = 4, _chunk(sequence_length), c.head_dim
     levels = size.bit_length() - 1
-    unit = 3 * element if element == wide else 2 * wide  # queries and keys as they come, or their fp32 copies
+    unit = 3 * element if element == fp32 else 2 * fp32  # queries and keys as they come, or their fp32 copies
     channel = (
         5 * element + unit  # inputs of the convolutions, the output gate and `out`
-        + (3 + 2) * wide  # inputs of SiLU and softplus, the latter's output
-        + (3 + 2.5 * levels) * wide  # rows and keys; of each level decayed halves and their factors
-        + (5 + 2 + 3) * wide  # decayed queries, keys and values; the solution; corrections
-        + 3 * wide  # the head norm's input and scaled input; the output gate
+        + (3 + 2) * fp32  # inputs of SiLU and softplus, the latter's output
+        + (3 + 2.5 * levels) * fp32  # rows and keys; of each level decayed halves and their factors
+        + (5 + 2 + 3) * fp32  # decayed queries, keys and values; the solution; corrections
+        + 3 * fp32  # the head norm's input and scaled input; the output gate
     )  # fmt: skip
-    head = width * channel + (5 + 3 * size + width * width // size) * wide  # scores of pairs, and a memory a chunk
+    head = width * channel + (5 + 3 * size + width * width // size) * fp32  # scores of pairs, and a memory a chunk
     return int(hidden * element + (2 * width + c.num_heads) * element + c.num_heads * head)

@@ -331,10 +331,10 @@ def attended_compressed(length: int, block: int, stride: int) -> int:
 
 def attended_selected(length: int, block: int, count: int) -> int:
     """Pairs of query and selected token of one sequence and head that the mask lets through."""
-    seen = min(length, count * block)
-    whole, rest = divmod(length - seen, block)
+    complete = min(length, count * block)
+    whole, rest = divmod(length - complete, block)
     own = (whole * block * (block + 1) + rest * (rest + 1)) // 2
-    return seen * (seen + 1) // 2 + (length - seen) * (count - 1) * block + own
+    return complete * (complete + 1) // 2 + (length - complete) * (count - 1) * block + own
 
 
 def flops(c: sections.Nsa, *, sequence_length: int, causal: bool) -> int:
@@ -367,10 +367,10 @@ def kept_bytes(c: sections.Nsa, *, hidden: int, sequence_length: int, element: i
     element  bytes of an activation
     square   whether attention keeps its probabilities; here those of the window
     """
-    wide, index, both = 4, 4, c.head_dim + c.v_head_dim
+    fp32, index, both = 4, 4, c.head_dim + c.v_head_dim
     blocks = _num_pooled(sequence_length, c.compressed_block, c.compressed_stride)
     # of a compressed block: its tokens, both sides of the activation, the key and value
-    a_block = c.num_kv_heads * both * (c.compressed_block + 3) * element + c.head_dim * wide
+    a_block = c.num_kv_heads * both * (c.compressed_block + 3) * element + c.head_dim * fp32
     a_token = (
         hidden  # input of `q`, `k`, `v` and `gate`
         + 3 * c.num_heads * c.head_dim  # queries of each branch
@@ -380,5 +380,5 @@ def kept_bytes(c: sections.Nsa, *, hidden: int, sequence_length: int, element: i
     ) * element
     selection = c.num_kv_heads * min(c.num_selected, _num_blocks(sequence_length, c.selected_block)) * index
     pairs = executed(sequence_length, c.window) if square else 0
-    window = c.num_heads * pairs * (wide + (element if element < wide else 0))
+    window = c.num_heads * pairs * (fp32 + (element if element < fp32 else 0))
     return a_token + selection + (window + a_block * blocks) // sequence_length

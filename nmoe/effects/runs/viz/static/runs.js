@@ -16,7 +16,7 @@ export function RunsView({ state, set, table, runs, selected, places, toggle }) 
   const choices = [...table.keys, ...table.tags].filter((key) => !extra.includes(key));
   return html`<div class="tools">
       <label>column <select aria-label="add a column" value="" onChange=${(event) => { set({ col: [...extra, event.target.value] }); event.target.value = ""; }}>
-        <option value="">add…</option>${choices.map((key) => html`<option key=${key}>${key}</option>`)}</select></label>
+        <option value="">add…</option>${choices.map((key) => html`<option key=${key} value=${key}>${key}</option>`)}</select></label>
       <label>group by <select aria-label="group by" value=${state.group ?? ""} onChange=${(event) => set({ group: event.target.value || null })}>
         <option value="">nothing</option><option value="status" selected=${state.group === "status"}>status</option>
         ${table.keys.map((key) => html`<option key=${key} value=${key} selected=${key === state.group}>${key}</option>`)}</select></label>

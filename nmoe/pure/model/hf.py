@@ -6,7 +6,7 @@ Values only: `transformers` is not imported here, and nothing is read or written
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -49,6 +49,9 @@ class Part:
         split = self.leaf.split(torch.empty(self.shape, device="meta"))
         return {name: tuple(tensor.shape) for name, tensor in split.items()}
 
+
+GPT_OSS = "experts are a clamped SwiGLU with biases, and attention and router have biases, which nmoe has not"
+"""Why a model of grouped queries is none of gpt_oss."""
 
 TRAINING = (
     *("embedding_scale", "logit_scale", "moe.balance", "moe.bias_update_rate", "moe.bias_decay"),
@@ -100,7 +103,8 @@ def family_of(c: sections.Model) -> tuple[str, Family]:
     if name is None:
         kinds = ", ".join(type(section).__name__ for section in c.attentions().values())
         raise InputError(
-            f"model.attention: expected the attention of {_listed(FAMILIES)}, got {kinds}; no other can be exported"
+            f"model.attention: expected the attention of one of {', '.join(FAMILIES)}, got {kinds}; "
+            + (f"of gpt_oss {GPT_OSS}" if "Gqa" in kinds else "no other can be exported")
         )
     return name, FAMILIES[name]
 
@@ -246,7 +250,8 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"model_type: expected {_listed(FAMILIES)}, got {json.dumps(name)}; nmoe has no other")
+        got = f"gpt_oss, whose {GPT_OSS}" if name == "gpt_oss" else name if isinstance(name, str) else json.dumps(name)
+        raise InputError(f"model_type: expected one of {', '.join(FAMILIES)}, got {got}; nmoe has no other")
     family = FAMILIES[name]
     problems = [f"{key}: expected a value, got nothing; write it" for key in family.keys if key not in config]
     problems += [
@@ -288,10 +293,6 @@ def _theirs(path: tuple[str, ...], family: Family) -> str:
     """The key of `config.json` behind a path in the section Model, where it is not the same word."""
     named = {**family.keys, DEPTH: ("mtp", "depth")}
     return next((key for key, ours in named.items() if ours == path), dotted(path))
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " or ".join(json.dumps(name) for name in names)
 
 
 def _at(c: Any, path: tuple[str, ...]) -> Any:

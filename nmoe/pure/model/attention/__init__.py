@@ -127,6 +127,7 @@ KINDS: Kinds = MappingProxyType(
             flops=kda.flops,
             kept_bytes=kda.kept_bytes,
             reference=kda.REFERENCE,
+            hf=Hf(settings=kda.hf_settings, leaves=kda.hf_leaves, section=kda.hf_section, keys=(kda.HF,)),
         ),
         sections.Nsa: Kind(
             specs=nsa.specs,
@@ -146,6 +147,12 @@ KINDS: Kinds = MappingProxyType(
             flops=dsa.flops,
             kept_bytes=dsa.kept_bytes,
             reference=dsa.REFERENCE,
+            hf=Hf(
+                settings=dsa.hf_settings,
+                leaves=dsa.hf_leaves,
+                section=dsa.hf_section,
+                keys=(*mla.HF_KEYS, *mla.HF_FIXED, *mla.HF_OTHERS, *dsa.HF_KEYS),
+            ),
         ),
     }
 )

@@ -505,7 +505,8 @@ UNEXPRESSED: dict[str, tuple[sections.Model, str]] = {
     "grouped queries": (
         shapes.config(attention=sections.Gqa(num_heads=4, num_kv_heads=2, head_dim=8)),
         "model.attention: expected the attention of one of deepseek_v3, deepseek_v2, deepseek_v32, kimi_linear, "
-        "got Gqa; of gpt_oss experts are a clamped SwiGLU with biases, and attention and router have biases, which nmoe has not",
+        "got Gqa; of gpt_oss experts are a clamped SwiGLU with biases, and attention and router have biases, "
+        "which nmoe has not",
     ),
     "a bounded gate": (
         shapes.config(attention=sections.Mixed(pattern="ab", a=attrs.evolve(DELTA, decay_limit=5.0), b=LATENT)),

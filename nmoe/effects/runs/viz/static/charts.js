@@ -14,9 +14,9 @@ export const axis = (state) => ({
   x: state.x ?? "step", smooth: state.smooth ?? null, log_x: !!state.logx, low: state.low, high: state.high,
 });
 
-/** What all charts are drawn by. */
-export const drawing = (state, set) => ({
-  axis: X_AXES[state.x] ? state.x : "step", logX: !!state.logx, logY: !!state.logy, all: !!state.ally,
+/** What all charts are drawn by; the axis is that of the answer at `path`, which may be older than the address. */
+export const drawing = (state, set, path) => ({
+  axis: new URLSearchParams(path.slice(path.indexOf("?"))).get("x"), logX: !!state.logx, logY: !!state.logy, all: !!state.ally,
   onZoom: (low, high) => set({ low: low && Math.max(0, low), high }), onAll: () => set({ ally: "1" }),
 });
 
@@ -127,7 +127,7 @@ export function Lazy({ children }) {
 export function RunChart({ state, set, table, runs, selected, places, tag, title, events, version, theme }) {
   const plain = !!state.nobands || selected.length > BANDS_UP_TO;
   const path = address("series", { run: selected, tag, ...axis(state), bands: plain || state.group ? "0" : null });
-  const { data, problem } = useAnswer("Series", path, version);
+  const { data, problem, path: answered } = useAnswer("Series", path, version);
   const key = state.group ? JSON.stringify(selected.map((name) => runs.find((run) => run.name === name)).map((run) => groupOf(state, run))) : "";
   const lines = useMemo(() => (data ? linesOf(state, data, { runs, selected, places, plain }) : []), [data, places, plain, state.smooth, theme, state.group, key]);
   const name = title ?? tag;
@@ -141,7 +141,7 @@ export function RunChart({ state, set, table, runs, selected, places, tag, title
   const about = `${tag}${metric?.doc ? `: ${metric.doc}` : ""}${data.without.length ? `; not in ${data.without.slice(0, 5).join(", ")}` : ""}`;
   const format = FORMATS[metric?.format ?? "number"];
   return html`<${Chart} title=${name} unit=${unitOf(metric)} about=${about} x=${data.x} lines=${lines} events=${events} format=${format}
-    best=${metric?.best ?? ""} least=${metric?.kind === "time" ? 0.1 : 0} theme=${theme} ...${drawing(state, set)}
+    best=${metric?.best ?? ""} least=${metric?.kind === "time" ? 0.1 : 0} theme=${theme} ...${drawing(state, set, answered)}
     full=${state.full === tag} onFull=${(full) => set({ full: full ? tag : null })} />`;
 }
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
-from nmoe.config.check import remarks
+from nmoe.config.check import kernel_sizes, remarks
 from nmoe.config.convert import structure
 from nmoe.config.data_mixture import Part, Rest
 from nmoe.config.data_source import Source
@@ -415,7 +415,7 @@ OTHER_VALUES = {
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
-    **{"balance": "quantile", "optimizer": "muon"},
+    **{"balance": "quantile", "optimizer": "muon", "score": "softmax"},
 }
 """Other values of the keys that are no numbers."""
 
@@ -463,6 +463,14 @@ def test_a_run_that_ends_before_its_decay_is_named() -> None:
     )
     for override in ("--train.steps=261", "--schedule={warmup = 0.1, decay = 0.1}", "--schedule.decay_tokens=0"):
         assert remarks(load(path, {}, ("--train.steps=100", override)).config) == (), override
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_softmax_router_is_for_a_cpu(device: str) -> None:
+    config = rules_config('model.moe.score="softmax"')
+    wrong = tuple(kernel_sizes(config.model, device=device, compute="bf16"))
+    expected = 'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got "softmax"; '
+    assert [problem.startswith(expected) for problem in wrong] == [True] * (device == "cuda")
 
 
 def test_diff_names_what_differs() -> None:
@@ -524,6 +532,9 @@ RULES = [
         1,
         "model.attention.yarn.beta_slow: expected below beta_fast = 32.0, got 32.0; ",
     ),
+    ("model.mtp.depth=0", 1, "model.mtp.depth: expected at least 1, got 0; raise it"),
+    ("model.mtp={depth = 1, weight = -0.1}", 1, "model.mtp.weight: expected at least 0, got -0.1; raise it"),
+    ("model.mtp={depth = 1, later_weight = -1}", 1, "model.mtp.later_weight: expected at least 0, got -1.0; raise it"),
     ("train.batch_size=24", 1, "train.batch_size: expected a multiple of ranks * microbatch_size = 1 * 16, got 24; "),
     (
         "train={batch_size = 36, microbatch_size = 12}",
@@ -810,6 +821,12 @@ def test_the_nearest_batch_that_ranks_share(batch: int, micro: int, world: int, 
         written = " and ".join(f"train.{key} = {size}" for key, size in changed.items())
         assert problem.endswith(f"; write {written}, or pass --fit to `nmoe run` and `nmoe plan`")
     assert attrs.evolve(after.config, train=before.config.train) == before.config, "nothing else"
+
+
+def test_a_row_has_a_token_at_every_depth() -> None:
+    assert validate(rules_config("train.sequence_length=8", "model.mtp.depth=7"), 1) == ()
+    (problem,) = validate(rules_config("train.sequence_length=8", "model.mtp.depth=8"), 1)
+    assert problem.startswith("model.mtp.depth: expected below train.sequence_length = 8, got 8; lower it, ")
 
 
 def test_ranks_share_out_the_experts_evenly() -> None:

@@ -31,7 +31,7 @@ def test_one_screen_tells_all(capsys: pytest.CaptureFixture[str], gpus: int, hos
     names = [line[:15].strip() for line in lines if line[:15].strip()]
     expected = ["machine", "experts over", "taken", "exchange", "gradients", "parameters", "a step", "time"]
     # with its experts over several hosts it can be planned only
-    ends = [*expected, "other sizes", "wires", "assumed", *(["planned only"] if gpus > 8 else [])]
+    ends = [*expected, "other sizes", "links", "assumed", *(["planned only"] if gpus > 8 else [])]
     assert names[names.index("machine") :] == ends
     assert ("between hosts" in "\n".join(lines)) == (gpus > 8)
 

@@ -96,7 +96,7 @@ def _disk(folder: Path, writer: Writer, pieces: Sequence[Piece], device: torch.d
         seconds["copy"].append(_timed(_save_copied, writer, pieces, index, device))
         saved = writer.wait()
         if saved is None:
-            raise RuntimeError("a save that is waited for is told")
+            raise RuntimeError("a save that is waited for reports its end")
         seconds["save"].append(saved.seconds)
         seconds["digest"].append(_timed(_digest, pieces))
         checkpoint = folder / "run" / saved.name

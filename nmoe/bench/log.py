@@ -16,6 +16,7 @@ from nmoe.effects.record.monitor import watching
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.watch import metrics
+from nmoe.pure.watch.alerts import History
 
 PAUSE_S = 0.005
 """Between two reports: a step, in which the threads have their turn."""
@@ -31,7 +32,7 @@ def log(config: Config, steps: int) -> int:
             f"--steps: expected at least 100, or there is no 99th percentile, got {steps}; 1000 is a good start"
         )
     c = config.model
-    layers = list(range(c.num_dense_layers, c.num_layers))
+    layers = list(c.mixtures())
     load = torch.arange(len(layers) * c.moe.num_experts).reshape(len(layers), -1) + 1000
     values = [0.0123456789] * len(layers)
     experts = metrics.Experts(
@@ -56,11 +57,13 @@ def log(config: Config, steps: int) -> int:
         ),
         tokens_global=1,
         loss=2.0,
+        mtp_losses={},
         auxiliary_loss=0.0,
         rates={"dense": 1e-3},
         grad_norm=1.0,
         update_norm=1.0,
         nonfinite_steps=0,
+        spike_steps=0,
         tokens_per_s=1e5,
         mfu=0.1,
         experts=experts,
@@ -68,7 +71,7 @@ def log(config: Config, steps: int) -> int:
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder, open_log(Path(folder), attempt=1) as opened:
         cuda = config.run.device == "cuda"
-        with watching(config, opened, flops=1, world=1, cuda=cuda, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=1, world=1, cuda=cuda, step=0, history=History()) as monitor:
             for step in range(1, steps + 1):
                 line = attrs.evolve(step_0, rank=attrs.evolve(step_0.rank, step=step))
                 begin = time.perf_counter()

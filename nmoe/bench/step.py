@@ -79,7 +79,7 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
     for name, timing in timings.items():
         say(line(name, timing, tokens, flops, peak_flops))
         if jsonl is not None:
-            numbers = {"way": name, "device": str(device), "tokens": tokens, "flops_per_token": flops}
+            numbers = {"variant": name, "device": str(device), "tokens": tokens, "flops_per_token": flops}
             with jsonl.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**numbers, "peak_flops": peak_flops, **attrs.asdict(timing)}) + "\n")
     if against is not None:

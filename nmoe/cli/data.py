@@ -57,9 +57,9 @@ def verbs(root: Verbs) -> None:
     convert.add_argument("source", type=Path, metavar="FROM", help="prepared folder, or the other trainer's path")
     convert.add_argument("out", type=Path, metavar="TO", help="what to write")
     formats = ("megatron", "nanogpt", "llmc", "olmo", "original")
-    way = convert.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=formats, help="write this format from a prepared folder")
-    way.add_argument("--from", dest="origin", choices=formats, help="write a prepared folder from this format")
+    direction = convert.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=formats, help="write this format from a prepared folder")
+    direction.add_argument("--from", dest="origin", choices=formats, help="write a prepared folder from this format")
     convert.add_argument("--split", default="train", help="split to read or to write (default: %(default)s)")
     convert.add_argument(
         "--dtype", choices=("u16", "u32"), help="of nanogpt and olmo tokens (default: the one the tokenizer needs)"

@@ -32,7 +32,9 @@ def verbs(root: Verbs) -> None:
     imported = add(
         group(root, "import", "read a model of others"), "hf", _import, "read a Hugging Face folder", "folder out"
     )
-    imported.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and safetensors files")
+    imported.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="config.json, safetensors files and tokenizer.json"
+    )
     imported.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
 
 
@@ -57,6 +59,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     from nmoe.effects.checkpoint.hf_import import import_folder
+    from nmoe.effects.data import hf_tokenizer
 
-    import_folder(args.folder, args.out)
+    import_folder(args.folder, args.out, extra=partial(hf_tokenizer.of_folder, args.folder))
     return 0

@@ -25,6 +25,15 @@ def verbs(root: Verbs) -> None:
         help="resume from a checkpoint although this key of its identity differs, such as optim.dense.lr",
     )
 
+    run.add_argument(
+        "--rewind",
+        nargs="?",
+        type=int,
+        const=10**9,
+        metavar="STEP",
+        help="go back to an earlier checkpoint, the newest or that of at most STEP steps, and leave out for good what "
+        "was read since; for a run that its data spoiled",
+    )
     run.add_argument("--no-commands", action="store_true", help="refuse a config that names a command to run")
     run.add_argument("--gpus", type=int, metavar="N", help="processes to start, one a GPU (default: parallel.ranks)")
     add_fit(run)
@@ -125,8 +134,8 @@ def _train(args: argparse.Namespace) -> int:
         from nmoe.effects.train.profile import profiling
 
         with profiling(args.profile, config) as world:
-            return run.main(config, loaded.sources, command, name, args.accept, world)
-    return run.main(config, loaded.sources, command, name, args.accept)
+            return run.main(config, loaded.sources, command, name, args.accept, world, args.rewind)
+    return run.main(config, loaded.sources, command, name, args.accept, rewind=args.rewind)
 
 
 def _say_fitted(loaded: Loaded, *, aside: bool = False) -> None:

@@ -281,6 +281,11 @@ def kernel_sizes(c: Model, *, device: str, compute: str) -> Iterator[str]:
                 f"at once, got {size}; write {-(-size // step) * step}"
             )
     if device == "cuda":
+        if c.moe.score != "sigmoid" and c.num_dense_layers < c.num_layers:
+            yield (
+                f'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got '
+                f'{shown(c.moe.score)}; write score = "sigmoid" or run it on a CPU'
+            )
         for where, part in c.attentions().items():
             if isinstance(part, Rules):  # a script's own kind runs as plain torch
                 yield from part.kernel_problems(where, step)
@@ -296,6 +301,11 @@ def _run(config: Config, world: int) -> Iterator[str]:
         yield (
             f"train.sequence_length: expected at most model.max_positions = {c.max_positions}, got "
             f"{train.sequence_length}; shorten the sequences or raise max_positions"
+        )
+    if 0 < train.sequence_length <= c.depth():
+        yield (
+            f"model.mtp.depth: expected below train.sequence_length = {train.sequence_length}, got {c.depth()}; lower "
+            "it, no position has a token so far ahead"
         )
     if not divides(world * train.microbatch_size, train.batch_size):
         nearest = " and ".join(f"train.{key} = {size}" for key, size in fitting(train, world).items())

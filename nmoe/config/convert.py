@@ -13,7 +13,7 @@ import attrs
 from cattrs import ClassValidationError, Converter, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
-from nmoe.config.fields import KeyPath, is_table, keys, kind, kinds, members
+from nmoe.config.fields import KeyPath, every_key, is_table, keys, kind, kinds
 from nmoe.config.toml import closest, dotted, shown
 
 FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -200,7 +200,7 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
     """What to say of a key no section has: a near name in the same table, else elsewhere, else what there is."""
     of_kind = "" if kind(section) is None else f' of kind "{kind(section)}"'
     here = [key.name for key in keys(section)]
-    everywhere = [other for other in every_path(root) if other != (*path, name)]
+    everywhere = [other for other, _ in every_key(root) if other != (*path, name)]
     elsewhere = closest(name, [other[-1] for other in everywhere])
     if near := closest(name, here):
         hint = f"did you mean {dotted((*path, near))}?"
@@ -216,18 +216,9 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
 def meant(word: str, root: type) -> str | None:
     """The key, by its dotted path, that a word without its tables probably means: `hidden_size`, `seq_len`; None: none
     or several."""
-    paths = [dotted(path) for path in every_path(root) if len(path) > 1]
+    paths = [dotted(path) for path, _ in every_key(root) if len(path) > 1]
     if (near := closest(word, paths)) is not None:
         return near
     last = closest(word, [path.rpartition(".")[2] for path in paths])
     named = list(dict.fromkeys(path for path in paths if last is not None and path.rpartition(".")[2] == last))
     return named[0] if len(named) == 1 else None
-
-
-def every_path(section: type, path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Paths of all keys a section can have, of every kind."""
-    for key in keys(section):
-        yield (*path, key.name)
-        for member in members(key.type):
-            if is_table(member):
-                yield from every_path(member, (*path, key.name))

@@ -53,6 +53,15 @@ def keys(section: type) -> tuple[Key, ...]:
     )
 
 
+def every_key(section: type, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Key]]:
+    """All keys a section class can have, of every kind, with their paths."""
+    for key in keys(section):
+        yield (*path, key.name), key
+        for member in members(key.type):
+            if is_table(member):
+                yield from every_key(member, (*path, key.name))
+
+
 def is_table(tp: Any) -> bool:
     """Whether a type is a section class."""
     return isinstance(tp, type) and attrs.has(tp)

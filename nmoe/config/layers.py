@@ -23,8 +23,8 @@ import attrs
 
 from nmoe.config.canonical import Difference, diff
 from nmoe.config.check import fitting, unrunnable, validate, validate_model
-from nmoe.config.convert import every_path, structure
-from nmoe.config.fields import KeyPath, flat, is_table, keys, members, table
+from nmoe.config.convert import structure
+from nmoe.config.fields import KeyPath, every_key, flat, is_table, keys, members, table
 from nmoe.config.secrets import masked
 from nmoe.config.sections import OTHER_FORMS, Config, Model, Precision
 from nmoe.config.toml import Document, closest, dotted, literal, read, shown
@@ -250,7 +250,7 @@ def _environment(environ: Mapping[str, str]) -> Iterator[Layer]:
 
 def _unknown_variable(name: str) -> str:
     """What to say of a variable that is neither a key nor one of `OTHER_VARIABLES`."""
-    known = (*OTHER_VARIABLES, *(PREFIX + "__".join(path).upper() for path in every_path(Config) if len(path) > 1))
+    known = (*OTHER_VARIABLES, *(PREFIX + "__".join(path).upper() for path, _ in every_key(Config) if len(path) > 1))
     near = closest(name.upper(), known)
     remedy = f"did you mean {near}?" if near else "rename or unset it, keys are set as NMOE_SECTION__KEY"
     return f"environment {name}: expected NMOE_SECTION__KEY or {' or '.join(OTHER_VARIABLES)}, got {name}; {remedy}"

@@ -32,7 +32,7 @@ MOST_SECONDS = 7 * 86_400.0
 
 @attrs.frozen(kw_only=True)
 class Moe:
-    """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437)."""
+    """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437), or V2 for a softmax."""
 
     num_experts: int = setting("routed experts", low=2, high=2**16, shapes=True)
     top_k: int = setting("routed experts a token", low=1, high=2**16)
@@ -46,6 +46,11 @@ class Moe:
     normalize: bool = setting(
         "whether a token's routing weights sum to route_scale; false: each is its score times route_scale", default=True
     )
+    score: Literal["sigmoid", "softmax"] = setting(
+        "a token's affinity to an expert: a sigmoid of its own, groups ranked by their two best experts; or a softmax "
+        "over all experts, groups ranked by their best",
+        default="sigmoid",
+    )
     balance: Literal["sign", "quantile"] = setting(
         "how the router bias evens out expert load: steps of one size, or quantiles of the scores", default="sign"
     )
@@ -57,6 +62,28 @@ class Moe:
         high=0.9999,
     )
     sequence_balance: float = setting("weight of the sequence-wise auxiliary loss", default=0.0001, low=0, high=1e3)
+
+
+@attrs.frozen(kw_only=True)
+class Mtp:
+    """Multi-token prediction: the tokens after the next one, as in DeepSeek-V3 (arXiv:2412.19437, section 2.2)."""
+
+    depth: int = setting(
+        "further tokens a position predicts, each by a block of its own", unit="tokens", low=1, high=64, shapes=True
+    )
+    weight: float = setting("weight of the mean loss of all depths", default=0.3, low=0, high=1e3)
+    later_weight: float = setting("the same once switch_tokens are read", default=0.1, low=0, high=1e3)
+    switch_tokens: int | None = setting(
+        "tokens of the run from which on later_weight holds; absent: never",
+        default=None,
+        unit="tokens",
+        low=0,
+        high=MOST_TOKENS,
+    )
+
+    def weight_at(self, tokens: int) -> float:
+        """Weight of the step that brings the run to `tokens` tokens."""
+        return self.weight if self.switch_tokens is None or tokens <= self.switch_tokens else self.later_weight
 
 
 @attrs.frozen(kw_only=True)
@@ -80,6 +107,16 @@ class Model:
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
     attention: Single | Mixed = setting("attention of every block; `kind` chooses the table's keys")
     moe: Moe = setting("mixture of every block after the dense ones")
+    mtp: Mtp | None = setting("multi-token prediction; absent: the next token alone", default=None)
+
+    def depth(self) -> int:
+        """Blocks of multi-token prediction."""
+        return 0 if self.mtp is None else self.mtp.depth
+
+    def mixtures(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts, counted from 0; those of multi-token prediction come after the last."""
+        last = self.num_layers + self.depth() if self.num_dense_layers < self.num_layers else 0
+        return tuple(range(self.num_dense_layers, last))
 
     def attentions(self) -> dict[str, Any]:
         """Path of its table -> section of each attention: one, or those of a mixed one."""
@@ -250,6 +287,13 @@ class Train:
     max_nonfinite_steps: int = setting(
         "non-finite steps in a row that stop the run", default=3, low=1, high=MOST_STEPS, identity=False
     )
+    skip_spikes: float | None = setting(
+        "loss or gradient norm above the median of 128 steps that skips a step; absent: none is",
+        default=None,
+        unit="deviations",
+        above=0,
+        high=1e6,
+    )
     resume: str = setting(
         '"auto": resume the run folder of this name; "never": a new folder; else the run (name or path) or checkpoint',
         default="auto",
@@ -356,7 +400,7 @@ class Log:
 
     every: int = setting("steps between logged steps", default=10, unit="steps", low=1, high=MOST_STEPS, identity=False)
     arrays_every: int = setting(
-        "logged steps between loads of every expert",
+        "logged steps between loads of every expert; fewer in a run that would have under 50 of them",
         default=10,
         unit="logged steps",
         low=1,

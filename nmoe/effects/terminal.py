@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
@@ -16,6 +17,7 @@ from nmoe.errors import printable
 from nmoe.pure.units import plain
 
 BARS = "▁▂▃▄▅▆▇█"
+PROGRESS_EVERY_S = 2.0
 UNBOUNDED = 1_000_000
 """Columns of a table's page: a line is never wrapped or cut, the terminal or the pager does that."""
 
@@ -136,3 +138,25 @@ def sparkline(values: Sequence[float], width: int) -> str:
     span = (max(finite, default=0.0) - low) or 1.0
     top = len(BARS) - 1
     return "".join(BARS[round((mean - low) / span * top)] if math.isfinite(mean) else "x" for mean in means)
+
+
+class Progress:
+    """Lines about long work: what is done, and how long the rest takes at the pace so far.
+
+    Prints at most a line every `PROGRESS_EVERY_S` seconds, and one when everything is done.
+
+    say    prints a line
+    total  what there is to do, in any unit
+    """
+
+    def __init__(self, say: Callable[[str], None], total: float) -> None:
+        self._say, self._total = say, total
+        self._began = self._printed = time.monotonic()
+
+    def at(self, done: float, text: str) -> None:
+        """Print `text` with seconds taken and left, if it is time. `done` is of `total`."""
+        now = time.monotonic()
+        if not done or (now - self._printed < PROGRESS_EVERY_S and done < self._total):
+            return
+        self._printed, took = now, now - self._began
+        self._say(f"{text}, {took:.0f} s, about {took * (self._total - done) / done:.0f} s left")

@@ -48,11 +48,12 @@ class Corpus:
     bigram: float
 
 
-def open_corpus(config: Config, launch: Launch) -> Corpus:
+def open_corpus(config: Config, launch: Launch, left_out: tuple[tuple[int, int], ...] = ()) -> Corpus:
     """Prepare what the config names, if need be, and open it.
 
     Validation and n-gram baselines take of each source the part that training does; of one source they take all.
 
+    left_out  stretches of the training stream that are not read
     Raises:  InputError when the data can not be read or does not fit the model and the training.
     """
     train, vocab_size, length = config.train, config.model.vocab_size, config.train.sequence_length
@@ -88,12 +89,12 @@ def open_corpus(config: Config, launch: Launch) -> Corpus:
         tokenizer=tokenizer,
         read=open_stream(
             splits,
-            _read_stream(config, data.stream),
+            attrs.evolve(_read_stream(config, data.stream), left_out=left_out),
             batch_size=train.batch_size,
             key=Key(config.run.seed).fold("data"),
             **shape,
         ),
-        stream=data.stream if isinstance(config.data.source, Mixture) else None,
+        stream=attrs.evolve(data.stream, left_out=left_out) if isinstance(config.data.source, Mixture) else None,
         held=tuple(held),
         num_tokens=sum(splits[index].num_tokens for index in used),
         unigram=ngram.unigram_loss(np.concatenate(counted), np.concatenate(judged), vocab_size),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,10 +21,8 @@ from nmoe.effects.data.store.format import (
 )
 from nmoe.effects.data.store.records import read_record
 from nmoe.effects.data.store.shards import documents
-from nmoe.effects.terminal import say_json
+from nmoe.effects.terminal import Progress, say_json
 from nmoe.errors import InputError, printable
-
-PROGRESS_EVERY_S = 2.0
 
 
 def verify(folders: Sequence[Path], say: Callable[[str], None], as_json: bool = False) -> int:
@@ -104,8 +101,7 @@ def _verify(folder: Path, say: Callable[[str], None]) -> list[str]:
     if problems:
         return problems
     total = sum(receipt.tokens for receipt in manifest.splits.values())
-    began = reported = time.monotonic()
-    done = 0
+    progress, done = Progress(say, total), 0
     shards = [
         (folder / split, index, receipt)
         for split, whole in manifest.splits.items()
@@ -114,13 +110,7 @@ def _verify(folder: Path, say: Callable[[str], None]) -> list[str]:
     for where, index, receipt in shards:
         problems += shard_problems(where, index, receipt, stored)
         done += receipt.tokens
-        now = time.monotonic()
-        if now - reported >= PROGRESS_EVERY_S:
-            reported, took = now, now - began
-            say(
-                f"{folder}: {done / 1e6:.1f} of {total / 1e6:.1f} M tokens, {done / took / 1e6:.1f} M/s, "
-                f"about {took * (total - done) / done:.0f} s left"
-            )
+        progress.at(done, f"{folder}: {done / 1e6:.1f} of {total / 1e6:.1f} M tokens")
     if not problems:
         say(f"{folder}: whole, {total} tokens in {len(shards)} shards")
     return problems

@@ -15,16 +15,20 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import Config
+from nmoe.config.sections import Log as LogConfig
 from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
 from nmoe.effects.record.alive import process_start
 from nmoe.effects.record.log import LineFile, Log, now, open_lines
 from nmoe.effects.record.names import ARRAYS, TELEMETRY
 from nmoe.effects.terminal import say, warn
 from nmoe.errors import InputError
-from nmoe.pure.watch.alerts import History, Limits, Seen, judge
+from nmoe.pure.watch.alerts import History, Limits, Observation, judge
 from nmoe.pure.watch.metrics import Step
 
 GB = 1e9
+
+LEAST_LOADS = 50
+"""Columns of a heat map over time: a run with fewer shows no trend."""
 
 
 class Monitor:
@@ -38,16 +42,17 @@ class Monitor:
         foot: footer.Footer,
         arrays: LineFile,
         aside: Executor,
-        skipped: int,
+        history: History,
     ) -> None:
         self.log = attrs.evolve(log, heard=self._hear)
         self._config = config
         self._heart = heart
         self._foot = foot
         self._arrays = arrays
+        self._arrays_every = arrays_every(config.log, config.train.steps)
         self._aside = aside
         self._writing: Future[None] | None = None  # the last line of loads
-        self._history = History(nonfinite_steps=skipped)
+        self._history = history
         self._reports = 0
         self._disk_bytes = float("inf")  # until telemetry tells
         self._commands: list[threading.Thread] = []
@@ -67,25 +72,26 @@ class Monitor:
         Raises:  InputError when the loads before could not be written.
         """
         step = line.rank.step
-        self._heart.tell(step=step, status="running")
+        self._heart.update(step=step, status="running")
         self._foot.step(step, line.loss)
-        if self._reports % self._config.log.arrays_every == 0:
+        if self._reports % self._arrays_every == 0:
             header = {"attempt": self.log.attempt, "time": now(), "step": step, "tokens_global": line.tokens_global}
             self._written()
             # aside, for tens of thousands of counts take long to become text; a copy, for the trainer reuses its own
             self._writing = self._aside.submit(self._whole, {**header, "layers": line.experts.layer}, load.clone())
         self._reports += 1
-        seen = Seen(
+        observation = Observation(
             step=step,
             loss=line.loss,
             grad_norm=line.grad_norm,
             nonfinite_steps=line.nonfinite_steps,
+            spike_steps=line.spike_steps,
             dead=max(line.experts.dead, default=0) / self._config.model.moe.num_experts,
             tokens_per_s=line.tokens_per_s,
             wait=line.rank.times.get("data", 0.0) / line.rank.step_s,
             disk_bytes=self._disk_bytes,
         )
-        self._history, alerts = judge(self._limits, self._history, seen)
+        self._history, alerts = judge(self._limits, self._history, observation)
         for alert in alerts:
             self._alert({"rule": alert.rule, "step": step, "message": alert.message, "severity": alert.severity})
 
@@ -136,18 +142,23 @@ class Monitor:
     def _hear(self, event: Mapping[str, Any]) -> None:
         self._foot.event(event)
         if event["event"] == "end":
-            self._heart.tell(status=event["status"], **({"step": event["step"]} if "step" in event else {}))
+            self._heart.update(status=event["status"], **({"step": event["step"]} if "step" in event else {}))
+
+
+def arrays_every(log: LogConfig, steps: int) -> int:
+    """Logged steps between loads of every expert; fewer than configured where `steps` would have under 50 of them."""
+    return min(log.arrays_every, max(1, steps // log.every // LEAST_LOADS))
 
 
 @contextmanager
 def watching(
-    config: Config, log: Log, *, flops: int, world: int, cuda: bool, step: int, skipped: int
+    config: Config, log: Log, *, flops: int, world: int, cuda: bool, step: int, history: History
 ) -> Iterator[Monitor]:
     """Watch a run while the block lasts.
 
     flops    of training, a token
     step     the attempt begins after
-    skipped  non-finite steps until then, which are no news
+    history  what was skipped until then, which is no news
     """
     settings, c = config.log, config.model
     heart = heartbeat.Heart(
@@ -163,7 +174,7 @@ def watching(
             "started": now(),
             "heartbeat_every_s": settings.heartbeat_every_s,
             "world": world,
-            "layers": list(range(c.num_dense_layers, c.num_layers)),
+            "layers": list(c.mixtures()),
             "num_experts": c.moe.num_experts,
             "top_k": c.moe.top_k,
             "tokens_per_step": config.train.batch_size * config.train.sequence_length,
@@ -176,7 +187,7 @@ def watching(
         readings = scope.enter_context(open_lines(log.folder / TELEMETRY))
         foot = scope.enter_context(footer.shown(config.train.steps, wanted=settings.footer))
         aside = scope.enter_context(ThreadPoolExecutor(1, thread_name_prefix="loads"))
-        monitor = Monitor(config, log, heart, foot, arrays, aside, skipped)
+        monitor = Monitor(config, log, heart, foot, arrays, aside, history)
         scope.callback(monitor.settle)
 
         def append(fields: Mapping[str, Any]) -> None:

@@ -20,6 +20,9 @@ EVALS = "evals.json"
 ATTEMPTS = "attempts"
 """Folder of what config.toml and the like were in each attempt before the newest."""
 
+LEFT_OUT = "left_out.json"
+"""Rewinds of a run: which sequences of the stream are read no more."""
+
 TRACK = "track"
 """Folder of how far each target of `nmoe track` has come."""
 

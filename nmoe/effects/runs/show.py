@@ -1,4 +1,4 @@
-"""`nmoe runs`: what run folders tell of themselves. Reads text files only and never imports torch.
+"""`nmoe runs`: what run folders say. Reads text files only and never imports torch.
 
 A run folder is a folder with a `config.toml`. Its append-only files may be read while the run writes them: a last line
 without its line end is one being written, and is left out.
@@ -307,7 +307,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path, damaged: Callable[[str], None] = lines.refuse) -> Run:
-    """Everything a run folder tells.
+    """Everything in a run folder.
 
     damaged  takes what is wrong with a line that is no JSON object; the line is left out when it returns
 

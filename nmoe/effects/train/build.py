@@ -23,6 +23,7 @@ from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.model.ops import Env, environment
+from nmoe.pure.optim import spikes
 from nmoe.pure.parallel import exchange_arena
 from nmoe.pure.units import quantity
 
@@ -62,7 +63,9 @@ def blank(
     state = State(
         buffers.bind(blueprint, arenas),
         arenas,
-        torch.zeros(c.num_layers - c.num_dense_layers, c.moe.num_experts, device=rt.device),
+        torch.zeros(len(c.mixtures()), c.moe.num_experts, device=rt.device),
+        spikes.nothing(rt.device),
+        torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from nmoe.config import Config, Difference, identity_diff, identity_values
-from nmoe.config.fields import flat, table, walk
+from nmoe.config.fields import every_key, flat, table
 from nmoe.config.toml import closest, dotted, shown
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.errors import InputError
@@ -59,7 +59,7 @@ def accepted(
         if key not in known
     ]
     in_shares = identity.config.schedule != identity.config.schedule_in_tokens()
-    fixed = {dotted(path) for path, key, _ in walk(identity.config) if key.shapes}
+    fixed = {dotted(path) for path, key in every_key(Config) if key.shapes}
     for difference in differences:
         path, remedy = difference.path, "set it back, or train under another run.name"
         if in_shares and path.startswith("schedule.") and path.endswith("_tokens"):

@@ -69,7 +69,7 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
     config, train, ranks = session.config, session.config.train, session.runtime.ranks
     clock, report, saver, stop = session.clock, session.report, session.saver, session.stop
     validate = _validator(session)
-    reported, skipped = state.step, int(state.skipped.item())
+    reported, skipped, spikes = state.step, int(state.skipped.item()), int(state.spikes.item())
     clock.mark("start")
     while True:
         # Once in a while: a validation. At the head, so that a resumed run makes up for one its last attempt missed.
@@ -102,13 +102,15 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
         # A state that no step changes any more is not worth a checkpoint.
         latched = save and int(metrics.skipped_in_row.item()) >= train.max_nonfinite_steps
         if last or latched or state.step == 1 or state.step % config.log.every == 0:
-            before = skipped
-            skipped, in_row = report.step(state, metrics, clock.split(), state.step - reported)
+            before, earlier = skipped, spikes
+            spikes, skipped, in_row = report.step(state, metrics, clock.split(), state.step - reported)
             reported = state.step
             if session.exchange is not None:
                 exchange.check(session.exchange)
             if skipped > before:
                 session.log.event("nonfinite", step=state.step, new=skipped - before, in_row=in_row)
+            if spikes > earlier:
+                session.log.event("spike", step=state.step, new=spikes - earlier)
             if in_row >= train.max_nonfinite_steps:
                 return state, validations, False
             clock.mark("log")

@@ -6,7 +6,7 @@ Every rank computes it; the first one prints it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import attrs
@@ -21,6 +21,7 @@ from nmoe.effects.record.log import Log
 from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train import generate, resume, zero
+from nmoe.effects.train.rewind import Rewind
 from nmoe.effects.train.session import Session
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError, printable
@@ -50,7 +51,7 @@ SHOWING = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, Val
 SAMPLE_TOKENS = 96
 
 
-def report_origin(log: Log, restored: resume.Restored) -> None:
+def report_origin(log: Log, restored: resume.Restored, rewinds: Sequence[Rewind]) -> None:
     """Report the checkpoint this attempt resumes from, and the damaged ones that were passed over."""
     for problem in restored.damaged:
         log.event("checkpoint_damaged", problem=problem)
@@ -59,6 +60,11 @@ def report_origin(log: Log, restored: resume.Restored) -> None:
     changed = {difference.path: [difference.left, difference.right] for difference in restored.accepted}
     log.event("resume", step=step, **{"from": checkpoint}, accepted=changed)
     say(f"resume         at step {step} from {checkpoint}")
+    if rewinds and rewinds[-1].checkpoint == restored.checkpoint.name:
+        last = rewinds[-1]
+        log.event("rewind", step=last.step, reached=last.reached, left_out=[list(each) for each in last.sequences])
+        count = sum(end - begin for begin, end in last.sequences)
+        say(f"rewind         from step {last.reached}: the {count} sequences read since are left out from now on")
     for path, (left, right) in changed.items():
         say(f"accepted       {path}: {left} -> {right}")
 

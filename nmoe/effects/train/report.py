@@ -39,17 +39,17 @@ class Report:
     first_tokens: Sequence[int]  # tokens read by each rank before this attempt
     exchange: Exchange | None = None
 
-    def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int]:
+    def step(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> tuple[int, int, int]:
         """Report the last step; times are means over the `steps` since the previous report.
 
-        returns  (non-finite steps in all, in a row)
+        returns  (spikes skipped in all, non-finite steps in all, in a row)
         """
-        train = self.config.train
+        train, spikes = self.config.train, int(metrics.spikes.item())
         skipped, in_row = int(metrics.skipped.item()), int(metrics.skipped_in_row.item())
         rank = self._rank(state, metrics, seconds, steps)
         if self.monitor is None:
             self.log.metrics(**schema.fields(rank))
-            return skipped, in_row
+            return spikes, skipped, in_row
         load = metrics.load.cpu()
         balance = health(load)
         rate = tokens_per_step(self.config) / rank.step_s
@@ -57,15 +57,17 @@ class Report:
             rank=rank,
             tokens_global=state.tokens,
             loss=metrics.loss.item(),
+            mtp_losses={str(depth): loss for depth, loss in enumerate(metrics.mtp.tolist(), 1)},
             auxiliary_loss=metrics.auxiliary_loss.item(),
             rates=learning_rates(self.config, state.tokens),
             grad_norm=metrics.grad_norm.item(),
             update_norm=metrics.update_norm.item(),
             nonfinite_steps=skipped,
+            spike_steps=spikes,
             tokens_per_s=rate,
             mfu=rate * self.flops / (self.rt.world * self.rt.peak_flops),
             experts=schema.Experts(
-                layer=list(range(self.config.model.num_dense_layers, self.config.model.num_layers)),
+                layer=list(self.config.model.mixtures()),
                 max_over_mean=balance.max_over_mean.tolist(),
                 cv=balance.cv.tolist(),
                 dead=balance.dead.tolist(),
@@ -81,7 +83,7 @@ class Report:
         step = (0, f"step {state.step:>{len(str(train.steps))}}/{train.steps}")
         percent = (PERCENT_RANK, f"{100 * state.step / train.steps:5.1f} %")
         say(schema.fitting([step, percent, *schema.parts(fields), (ETA_RANK, f"eta {duration(eta)}")], width()))
-        return skipped, in_row
+        return spikes, skipped, in_row
 
     def mixture(self, planned: Stream, state: State) -> None:
         """Say what will be read: enough to know what any later step has read of each source."""
@@ -89,6 +91,7 @@ class Report:
             "mixture",
             step=state.step,
             cursor=state.cursor,
+            left_out=[list(stretch) for stretch in planned.left_out],
             batch_size=self.config.train.batch_size,
             sequence_length=self.config.train.sequence_length,
             sources=[{"name": source.name, "windows": source.windows} for source in planned.ingredients],

@@ -37,6 +37,9 @@ ROUTER_BIAS = "router_bias"
 COUNTERS = ("updates", "skipped", "skipped_in_row")
 """Fields of a State that are 0-d tensors."""
 
+SPIKES = ("recent", "spikes")
+"""Fields of a State that checkpoints from before `train.skip_spikes` do not have; a run begins with none seen then."""
+
 TOKENS = "tokens_by_rank"
 """Entry of a checkpoint's meta: tokens read by every rank that ever took part."""
 
@@ -121,7 +124,7 @@ def restore(
         nonlocal differences
         name = f"{origin.folder}: the checkpoint of step {manifest.step}"
         differences = accepted(name, _entry(manifest, "identity", dict), identity, accept)
-        return targets
+        return [piece for piece in targets if piece.name in manifest.tensors or piece.name not in SPIKES]
 
     if origin.single:
         manifest = read(fs, origin.folder)
@@ -181,7 +184,7 @@ def pieces(state: State, blueprint: Blueprint, *, ranks: Ranks = SINGLE_RANK, sh
             layout, kinds, blueprint.dims, rank=ranks.experts.rank, world=ranks.experts.size, part=part
         )
     world = ranks.world
-    replicated = [whole(name, getattr(state, name)) for name in (ROUTER_BIAS, *COUNTERS)]
+    replicated = [whole(name, getattr(state, name)) for name in (ROUTER_BIAS, *SPIKES, *COUNTERS)]
     return (*sharded, *(share(piece, world.rank, world.size) if shared else piece for piece in replicated))
 
 

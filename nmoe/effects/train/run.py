@@ -28,9 +28,9 @@ from nmoe.effects.parallel.ranks import check_machine, on_all_ranks, open_ranks,
 from nmoe.effects.record import address, provenance
 from nmoe.effects.record.log import create_folder, open_console, open_log
 from nmoe.effects.record.monitor import watching
-from nmoe.effects.record.names import CHECKPOINTS, CONFIG, DIFF, PROVENANCE, SOURCES
+from nmoe.effects.record.names import CHECKPOINTS, CONFIG, DIFF, LEFT_OUT, PROVENANCE, SOURCES
 from nmoe.effects.terminal import say, until_closed
-from nmoe.effects.train import attempt, resume
+from nmoe.effects.train import attempt, resume, rewind
 from nmoe.effects.train.build import blank, check_memory, exchanging, initialise_, keep, memory_explained
 from nmoe.effects.train.identity import Identity, check_same, facts
 from nmoe.effects.train.loop import train
@@ -46,6 +46,7 @@ from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.report import render
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.units import quantity
+from nmoe.pure.watch.alerts import History
 
 ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": H100.mfu, "torch": 0.1})
 """What the estimate before the first step assumes: about what docs/log.md has of each device; nobody measured a GPU in
@@ -60,6 +61,7 @@ class Request:
     command  the argument vector, for the record
     label    first part of the run folder's name when the config gives none
     accept   keys of the identity that may differ from the checkpoint's
+    rewind   go back to the newest checkpoint of at most so many steps first, before the last one; None: go on
     world    its disk, reader of batches and ops
     """
 
@@ -68,6 +70,7 @@ class Request:
     command: Sequence[str]
     label: str
     accept: Sequence[str]
+    rewind: int | None
     world: World
 
 
@@ -78,6 +81,7 @@ def main(
     label: str,
     accept: Sequence[str] = (),
     world: World | None = None,
+    rewind: int | None = None,
 ) -> int:
     """Train `config`, from the start or from where an earlier attempt was saved. The arguments are those of `Request`.
 
@@ -85,7 +89,13 @@ def main(
              SIGTERM, SIGHUP, SIGUSR1 or a closed standard output, 130 interrupted
     """
     request = Request(
-        config=config, sources=sources, command=command, label=label, accept=accept, world=world or World()
+        config=config,
+        sources=sources,
+        command=command,
+        label=label,
+        accept=accept,
+        rewind=rewind,
+        world=world or World(),
     )
     with signals.exit_on_signals(), ExitStack() as scope:
         connected = connect(config, scope)
@@ -134,8 +144,18 @@ def open_data(request: Request, connected: Connected) -> Job:
     ranks, parallel = rt.ranks, config.parallel
     name = ranks.all_gather_text(config.run.name or f"{request.label}-{datetime.now(UTC):%Y%m%d-%H%M%S}")[0]
     folder = files.expanded(config.run.root) / name
+    # A launcher that starts all ranks again starts them with the same command.
+    most = request.rewind
+    if most is not None and not connected.launch.restart:
+        on_all_ranks(ranks, lambda: rt.rank or rewind.go_back(folder, most, config.train.batch_size))
     origin = on_all_ranks(ranks, lambda: resume.origin(config.train.resume, folder))
-    corpus = on_all_ranks(ranks, lambda: open_corpus(config, connected.launch))
+    rewinds: tuple[rewind.Rewind, ...] = ()
+    if origin is not None:
+        source = rewind.run_folder(origin)
+        rewinds = on_all_ranks(ranks, lambda: rewind.read(folder) or rewind.read(source))
+        if not origin.single:
+            origin = on_all_ranks(ranks, lambda: rewind.pending(request.world.fs, source, rewinds)) or origin
+    corpus = on_all_ranks(ranks, lambda: open_corpus(config, connected.launch, rewind.left_out(rewinds)))
     this = Identity(config=config, tokenizer=corpus.tokenizer.identity, data=corpus.identity)
     on_all_ranks(ranks, lambda: check_same(ranks, {"tokenizer": this.tokenizer, "data": this.data}))
     blueprint = make_blueprint(config, rt.world, parallel.experts or rt.world)
@@ -147,7 +167,15 @@ def open_data(request: Request, connected: Connected) -> Job:
         dedup=parallel.dedup,
         capacity=parallel.room(),
     )
-    return Job(folder=folder, origin=origin, corpus=corpus, identity=this, blueprint=blueprint, plan=planned)
+    return Job(
+        folder=folder,
+        origin=origin,
+        rewinds=rewinds,
+        corpus=corpus,
+        identity=this,
+        blueprint=blueprint,
+        plan=planned,
+    )
 
 
 def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> Start:
@@ -208,6 +236,8 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
             data=job.identity.data,
         ),
     }
+    if job.rewinds:
+        contents[LEFT_OUT] = rewind.dumped(job.rewinds)
     restored, step = start.restored, start.state.step
     is_new = rt.rank == 0 and not folder.exists()
     on_all_ranks(ranks, lambda: create_folder(folder.parent, folder.name, contents) if is_new else folder)
@@ -279,9 +309,10 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
     began = time.monotonic()
     flops, monitor = job.plan.flops.training(), None
     if rt.rank == 0:
-        skipped, on_gpu = int(start.state.skipped.item()), rt.device.type == "cuda"
+        skipped, spikes = int(start.state.skipped.item()), int(start.state.spikes.item())
+        history, on_gpu = History(nonfinite_steps=skipped, spike_steps=spikes), rt.device.type == "cuda"
         monitor = scope.enter_context(
-            watching(config, log, flops=flops, world=rt.world, cuda=on_gpu, step=step, skipped=skipped)
+            watching(config, log, flops=flops, world=rt.world, cuda=on_gpu, step=step, history=history)
         )
         log = monitor.log
 
@@ -294,7 +325,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         ngram_baseline={"unigram": corpus.unigram, "bigram": corpus.bigram},
     )
     if start.restored is not None:
-        report_origin(log, start.restored)
+        report_origin(log, start.restored, job.rewinds)
     first_tokens = () if start.restored is None else start.restored.tokens_by_rank
     report = Report(
         config=config,

@@ -14,7 +14,7 @@ from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.launch import Launch, RankHeartbeat
 from nmoe.effects.record.log import Log
-from nmoe.effects.train import resume
+from nmoe.effects.train import resume, rewind
 from nmoe.effects.train.identity import Identity
 from nmoe.effects.train.report import Report
 from nmoe.effects.train.save import Saver
@@ -40,6 +40,7 @@ class Job:
 
     folder: Path
     origin: resume.Origin | None  # checkpoints to resume from
+    rewinds: tuple[rewind.Rewind, ...]
     corpus: Corpus
     identity: Identity
     blueprint: Blueprint

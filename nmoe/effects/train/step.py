@@ -26,8 +26,9 @@ from nmoe.pure.core.layout import ArenaLayout, Stretch
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
-from nmoe.pure.model.model import Batch, Transformer, block, model_at, objective
+from nmoe.pure.model.model import Batch, Transformer, block, model_at, objective, targets_ahead
 from nmoe.pure.model.ops import Env
+from nmoe.pure.optim import spikes
 from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
 from nmoe.pure.optim.update import matrix_settings, settings
@@ -44,6 +45,8 @@ class State:
     params: Transformer  # views of the arenas
     arenas: tuple[Any, ...]
     router_bias: Tensor  # [L E] f32, one row a layer with experts
+    recent: Tensor  # [2 WINDOW] f32, loss and gradient norm of recent steps, `pure.optim.spikes`
+    spikes: Tensor  # 0-d i64, steps skipped for them so far
     updates: Tensor  # 0-d i64, optimizer updates made
     skipped: Tensor  # 0-d i64, non-finite steps so far
     skipped_in_row: Tensor  # 0-d i64, of these, the last ones in a row
@@ -70,11 +73,13 @@ class Metrics:
     """What a step returns; 0-d device tensors unless said otherwise, read at the log's cadence."""
 
     loss: Tensor  # nats a target
+    mtp: Tensor  # [D] f32, nats a target of each depth of multi-token prediction
     auxiliary_loss: Tensor  # weighted sequence-wise balance loss, and the attention's own loss
     grad_norm: Tensor  # before the clip
     update_norm: Tensor
     load: Tensor  # [L E] i64, tokens each expert was chosen by
     entropy: Tensor  # [L] f32, router entropy in nats
+    spikes: Tensor
     skipped: Tensor
     skipped_in_row: Tensor
     sent: Tensor  # i64, bytes this rank wrote into the memory of others in this step; 0 without an exchange
@@ -82,11 +87,12 @@ class Metrics:
 
 @record
 class Rates:
-    """Learning rate of each optimizer group in one step; 0-d f64 on the device."""
+    """What a schedule gives one step; 0-d on the device."""
 
-    dense: Tensor
+    dense: Tensor  # f64, learning rate of the group
     expert: Tensor
     router: Tensor
+    mtp: Tensor  # f32, weight of the loss of multi-token prediction
 
 
 @attrs.frozen(kw_only=True)
@@ -142,9 +148,11 @@ def learning_rates(config: Config, tokens: int) -> dict[str, float]:
 
 
 def place_rates(config: Config, state: State, device: torch.device) -> Rates:
-    """`learning_rates` of the step after `state`, on the device, without a copy that would wait for it."""
-    rates = learning_rates(config, state.tokens + tokens_per_step(config))
-    return Rates(**{group: torch.full((), rate, dtype=torch.float64, device=device) for group, rate in rates.items()})
+    """The rates of the step after `state`, on the device, without a copy that would wait for it."""
+    tokens, mtp = state.tokens + tokens_per_step(config), config.model.mtp
+    rates = learning_rates(config, tokens)
+    placed = {group: torch.full((), rate, dtype=torch.float64, device=device) for group, rate in rates.items()}
+    return Rates(**placed, mtp=torch.full((), 0.0 if mtp is None else mtp.weight_at(tokens), device=device))
 
 
 def make_step(
@@ -163,7 +171,8 @@ def make_step(
     A step whose loss or gradient norm is not finite changes no parameter, moment or bias, and is counted; after
     `train.max_nonfinite_steps` of them in a row no step changes anything more, so that whoever reads the metrics late
     finds the state as it was. A step without a target changes none of them either: the balance loss alone is no reason
-    for an update. Nothing in a step waits for the device.
+    for an update; nor does one that `train.skip_spikes` takes for a spike, which is counted too. Nothing in a step
+    waits for the device.
 
     mark           called with the name of each part of a step when it ends; a replayed step is one part
     before_update  called before anything but gradients is written; of a replayed step, before all of it
@@ -218,7 +227,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
     """
     config, ranks, exchange, layouts = setup.config, setup.rt.ranks, setup.exchange, setup.blueprint.layouts
     sent = state.updates.new_zeros(()) if exchange is None else -exchange.sent[0]
-    num_targets, nll, auxiliary, load, margins, entropy = accumulate_(setup, state, batch)
+    num_targets, nll, ahead, auxiliary, load, margins, entropy = accumulate_(setup, state, batch, rates.mtp)
     if exchange is not None:
         sent = sent + exchange.sent[0]
     with torch.no_grad():
@@ -226,10 +235,11 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         owned = zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks)
         norm = setup.passes.global_norm(owned)
         overflow = norm.new_zeros(()) if exchange is None else (exchange.needed[0] > 0).float()
-        nll, auxiliary, load, margins, entropy, square, overflow = all_reduce_sum(
-            ranks.world, (nll, auxiliary, load, margins, entropy, norm.double().square(), overflow)
+        nll, ahead, auxiliary, load, margins, entropy, square, overflow = all_reduce_sum(
+            ranks.world, (nll, ahead, auxiliary, load, margins, entropy, norm.double().square(), overflow)
         )
-        loss, norm = nll / num_targets.clamp(min=1), square.sqrt().to(norm.dtype)
+        loss, norm = nll / num_targets[0].clamp(min=1), square.sqrt().to(norm.dtype)
+        ahead = ahead / num_targets[1:].clamp(min=1)
         if ranks.world.size > 1:
             setup.mark("reduce")
 
@@ -237,7 +247,11 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         setup.before_update()
         finite = torch.isfinite(loss) & torch.isfinite(norm) & (overflow == 0)
         sound = finite & (state.skipped_in_row < config.train.max_nonfinite_steps)
-        allowed = sound & (num_targets > 0)
+        counts, seen = sound & (num_targets[0] > 0), torch.stack((loss, norm)).float()
+        spike = torch.zeros_like(counts)
+        if config.train.skip_spikes is not None:
+            spike = counts & spikes.is_spike(state.recent, seen, deviations=config.train.skip_spikes)
+        allowed = counts & ~spike
         updates = state.updates + allowed
         shrink = clip_scale(norm, config.optim.clip_norm)
         change, gathers = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1))
@@ -263,6 +277,8 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
     after = attrs.evolve(
         state,
         router_bias=bias,
+        recent=spikes.remembered(state.recent, seen, counts),
+        spikes=state.spikes + spike,
         updates=updates,
         skipped=skipped,
         skipped_in_row=skipped_in_row,
@@ -270,21 +286,25 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         tokens=state.tokens + tokens_per_step(config),
         step=state.step + 1,
     )
-    return after, Metrics(loss, auxiliary, norm, change, load, entropy, skipped, skipped_in_row, sent)
+    counters = (after.spikes, skipped, skipped_in_row, sent)
+    return after, Metrics(loss, ahead, auxiliary, norm, change, load, entropy, *counters)
 
 
-def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) -> tuple[Tensor, ...]:
     """Add the gradient of the mean loss over the global batch, and reduce-scatter it.
 
-    returns  targets of the global batch; this rank's part of the loss, auxiliary loss, load, margins and entropy
+    returns  targets of the global batch [1 + D] i64, of the next token and of each depth of multi-token prediction;
+             this rank's part of the loss, of the loss of each depth [D], auxiliary loss, load, margins and entropy
 
     Writes:  gradients of the arenas; what this rank owns of them is complete.
     """
     train, ranks, device = setup.config.train, setup.rt.ranks, setup.rt.device
     c = model_at(setup.config.model, setup.env, state.tokens)
     layouts = setup.blueprint.layouts
-    (num_targets,) = all_reduce_sum(ranks.world, [(batch.targets >= 0).sum()])
+    counts = [(targets_ahead(batch, depth) >= 0).sum() for depth in range(1, 1 + c.depth())]
+    (num_targets,) = all_reduce_sum(ranks.world, [torch.stack([(batch.targets >= 0).sum(), *counts])])
     nll = torch.zeros((), device=device)
+    ahead = torch.zeros(c.depth(), device=device)
     auxiliary = torch.zeros((), device=device)
     load = torch.zeros(state.router_bias.shape, dtype=torch.int64, device=device)
     margins = torch.zeros((), dtype=torch.int64, device=device)
@@ -298,10 +318,11 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
             state.router_bias,
             setup.env,
             c,
-            num_targets=num_targets.clamp(min=1),
+            num_targets=num_targets[0].clamp(min=1),
             num_sequences=train.batch_size,
             chunk=train.loss_chunk,
             z_loss=train.z_loss,
+            mtp_weight=mtp_weight,
             run=setup.run,
         )
         if index == count - 1:
@@ -312,13 +333,14 @@ def accumulate_(setup: Setup, state: State, batch: Batch) -> tuple[Tensor, Tenso
         else:
             loss.backward()
         nll = nll + part
+        ahead = ahead + torch.stack(report.ahead) if report.ahead else ahead
         load = load + report.load
         margins = margins + report.margins
         entropy = entropy + report.entropy / (count * ranks.world.size)
         auxiliary = auxiliary + report.imbalance.detach().sum() * (c.moe.sequence_balance / train.batch_size)
         if isinstance(report.attention, Tensor):
             auxiliary = auxiliary + report.attention.detach() / tokens_per_step(setup.config)
-    return num_targets, nll, auxiliary, load, margins, entropy
+    return num_targets, nll, ahead, auxiliary, load, margins, entropy
 
 
 def update_(

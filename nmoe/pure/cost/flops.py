@@ -24,7 +24,8 @@ class Flops:
     router: int
     routed: int
     shared: int
-    head: int
+    head: int  # as often as tokens are predicted
+    mtp: int  # matrices that join hidden states and embeddings of multi-token prediction
 
     def total(self) -> int:
         """All parts."""
@@ -49,15 +50,17 @@ def forward_flops(
         matrices = [spec for _, spec in tree.leaves(part) if POLICY[spec.role].flops]
         return sum(2 * active(spec, dims, c.moe.top_k) for spec in matrices)
 
-    mixtures = [block.ffn for block in specs.blocks if isinstance(block.ffn, Moe)]
+    blocks = (*specs.blocks, *(part.block for part in specs.mtp))
+    mixtures = [block.ffn for block in blocks if isinstance(block.ffn, Moe)]
     return Flops(
-        projections=sum(products(block.attention) for block in specs.blocks),
+        projections=sum(products(block.attention) for block in blocks),
         attention=sum(
             kind.flops(section, sequence_length=sequence_length, causal=causal) for kind, section in layers(c, kinds)
         ),
-        dense=sum(products(block.ffn) for block in specs.blocks if not isinstance(block.ffn, Moe)),
+        dense=sum(products(block.ffn) for block in blocks if not isinstance(block.ffn, Moe)),
         router=sum(products(ffn.router) for ffn in mixtures),
         routed=sum(products((ffn.up, ffn.down)) for ffn in mixtures),
         shared=sum(products(ffn.shared) for ffn in mixtures),
-        head=products(specs.head),
+        head=products(specs.head) * (1 + c.depth()),
+        mtp=sum(products(part.project) for part in specs.mtp),
     )

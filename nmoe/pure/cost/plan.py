@@ -85,21 +85,24 @@ def activation_bytes(
     """What autograd keeps of the reference for the backward pass of one microbatch.
 
     Counted op by op along `model.block`: inputs of every product and norm, both halves of every gate, rows of the
-    chosen experts. Rotations and norms keep fp32 copies.
+    chosen experts. Rotations and norms keep fp32 copies. A depth of multi-token prediction keeps a block, three norms,
+    the input of its product and the loss's gradient of the hidden state.
 
     element  bytes of an activation
     square   whether attention keeps its probabilities
     """
-    width, wide = c.hidden_size, 4
+    width, fp32 = c.hidden_size, 4
     shape = {"hidden": width, "sequence_length": sequence_length, "element": element, "square": square}
     attention = sum(kind.kept_bytes(section, **shape) for kind, section in layers(c, kinds))
-    norms = 2 * 2 * width * wide + width * element  # both keep their input in fp32 and the scaled input
+    norms = 2 * 2 * width * fp32 + width * element  # both keep their input in fp32 and the scaled input
     dense = 4 * dims["I"] * element
-    rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * wide
-    routed = width * wide + 6 * dims["E"] * wide + rows + 4 * dims["S"] * element
-    mixtures = c.num_layers - c.num_dense_layers
-    a_token = attention + c.num_layers * norms + c.num_dense_layers * dense + mixtures * routed
-    return tokens * (a_token + 3 * width * wide)
+    rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * fp32
+    routed = width * fp32 + 6 * dims["E"] * fp32 + rows + 4 * dims["S"] * element
+    mixtures, depth = len(c.mixtures()), c.depth()
+    blocks = c.num_layers + depth
+    a_token = attention + blocks * norms + (blocks - mixtures) * dense + mixtures * routed
+    ahead = 3 * (2 * width * fp32) + 2 * width * element + width * element
+    return tokens * (a_token + 3 * width * fp32 + depth * ahead)
 
 
 def kernel_activation_bytes(
@@ -120,26 +123,30 @@ def kernel_activation_bytes(
     rows       (token, expert) pairs the rank's experts have room for
     recompute  train.recompute
     """
-    width, wide, element = c.hidden_size, 4, 2
+    width, fp32, element = c.hidden_size, 4, 2
     kept = [_kernel_attention_bytes(*layer, sequence_length=sequence_length) for layer in layers(c, kinds)]
     attention, norms = zip(*kept, strict=True)
-    made_again = 2 * width * element * c.num_layers + sum(norms)
+    mixtures, depth = len(c.mixtures()), c.depth()
+    blocks = c.num_layers + depth
+    num_dense = blocks - mixtures
+    made_again = 2 * width * element * blocks + sum(norms)
     dense, shared = dims["I"], dims["S"]
-    mixtures = c.num_layers - c.num_dense_layers
     routed = rows * 2 * dims["F"] * element
     a_token = (
-        c.num_layers * 2 * width * element  # the residual stream before each norm
-        + c.num_dense_layers * 2 * dense * element
-        + mixtures * (width * wide + 6 * dims["E"] * wide + 2 * shared * element)
+        blocks * 2 * width * element  # the residual stream before each norm
+        + num_dense * 2 * dense * element
+        + mixtures * (width * fp32 + 6 * dims["E"] * fp32 + 2 * shared * element)
     )
     others = tokens * a_token + mixtures * routed
-    again = tokens * (made_again + (c.num_dense_layers * dense + mixtures * shared) * element)
+    again = tokens * (made_again + (num_dense * dense + mixtures * shared) * element)
     total = others + tokens * sum(attention)
     if recompute == "none":
         total += again
     elif recompute == "full":
         largest = tokens * max(attention)
-        total = tokens * c.num_layers * width * element + (others + again) // c.num_layers + largest
+        total = tokens * blocks * width * element + (others + again) // blocks + largest
+    # of multi-token prediction, outside its blocks: inputs of three norms, of the product, and the loss's gradient
+    total += tokens * depth * (3 + 2 + 1) * width * element
     # of one mixture at a time: gradients of pre-activation and rows, and the activation
     passing = rows * (3 * dims["F"] + width) * element
     return total + passing + tokens * 2 * width * element
@@ -219,16 +226,16 @@ def plan(
             kinds=kinds,
         )
         # logits become their own gradient; the head's gradient is summed in fp32
-        logits = logit_rows * element + head * 4
+        logits = logit_rows * element + (1 + c.depth()) * head * 4
     else:
         length = train.sequence_length
         shape = {"tokens": tokens, "sequence_length": length}
         activations = activation_bytes(c, dims, **shape, element=element, square=True, kinds=kinds)
         # fp32 logits, their exponentials and gradient, and the gradient in the compute format
-        logits = logit_rows * (3 * 4 + element) + head * (4 + element)
+        logits = logit_rows * (3 * 4 + element) + head * (4 + element) + c.depth() * head * element
     if c.moe.balance == "quantile":
         # histograms of margins: of each layer, stacked, and their sum over microbatches
-        activations += 3 * (c.num_layers - c.num_dense_layers) * c.moe.num_experts * BINS * 8
+        activations += 3 * len(c.mixtures()) * c.moe.num_experts * BINS * 8
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
     total = config.tokens()
     shares = [(arena, arena.held()) for arena in arenas]

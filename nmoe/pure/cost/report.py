@@ -50,12 +50,13 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
     flops, memory = planned.flops, planned.memory
     forward = flops.total()
     mixtures = c.num_layers - c.num_dense_layers
+    ahead = f" and {c.depth()} of multi-token prediction" if c.mtp else ""
     parts = "  ".join(f"{name} {100 * value / forward:.1f} %" for name, value in attrs.asdict(flops).items() if value)
     kinds = [f"{name} {quantity(value, 'B')}" if value else "" for name, value in attrs.asdict(memory).items()]
     return (
         (
             "model",
-            f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} mixture)  hidden {c.hidden_size}  "
+            f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} mixture){ahead}  hidden {c.hidden_size}  "
             f"{_heads(c)}  {c.moe.num_experts} experts, top {c.moe.top_k}, "
             f"{c.moe.num_shared_experts} shared",
         ),
@@ -193,7 +194,7 @@ def _pair(left: str, right: str) -> str:
 
 
 def _total(traffic: Traffic) -> float:
-    """Bytes over both wires."""
+    """Bytes over both links."""
     return traffic.inside + traffic.between
 
 
@@ -261,18 +262,18 @@ def _by_size(bests: tuple[Scaled, ...]) -> Grid:
 def _assumed(s: Scaled) -> tuple[Line, ...]:
     """What the figures rest on."""
     machine = s.machine
-    wires = (
+    links = (
         ("rows in a host", machine.push),
         ("NCCL in a host", machine.collective),
         ("between hosts", machine.network),
     )
-    used = wires if s.arrangement.hosts > 1 else wires[:2]
+    used = links if s.arrangement.hosts > 1 else links[:2]
     texts = (
         f"{name}: {time_of(wire.alpha_s)} + bytes / {quantity(wire.bytes_per_s, 'B/s')}, {wire.source}"
         for name, wire in used
     )
     return (
-        *_named("wires", texts),
+        *_named("links", texts),
         (
             "assumed",
             f"computing alone runs at {100 * s.plan.mfu:.0f} % MFU; routing is even; room for "

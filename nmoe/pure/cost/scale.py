@@ -119,7 +119,7 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
     words = 4.0 * (c.moe.num_experts + a.expert_ranks)  # rows for each expert, tokens for each rank, sent to all
     counts = Traffic(inside=words * (near - 1), between=words * (a.expert_ranks - near))
     passes = 2 if config.train.recompute == "full" else 1  # forward
-    layers = planned.microbatches * (c.num_layers - c.num_dense_layers)
+    layers = planned.microbatches * len(c.mixtures())
     again = Traffic(inside=2 * dispatch.inside, between=2 * dispatch.between)
     dispatch_s, combine_s, counts_s, again_s = (
         traffic.exchange_seconds(moved, machine) for moved in (dispatch, combine, counts, again)

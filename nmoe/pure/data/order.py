@@ -39,6 +39,24 @@ def windows(first: int, num: int, count: int, key: Key) -> NDArray[np.int64]:
     return np.concatenate(epochs)
 
 
+def kept(first: int, num: int, left_out: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Where positions `first` to `first` + `num` lie in a stream of which stretches are left out.
+
+    left_out  first and end of each stretch in the stream, in order, apart from each other
+    returns   first position and length of each piece in the stream, in order
+    """
+    pieces: list[tuple[int, int]] = []
+    position, left = first, num  # a position counts what is kept until the stretches before it are added
+    for begin, end in left_out:
+        if left and position < begin:
+            taken = min(left, begin - position)
+            pieces.append((position, taken))
+            position, left = position + taken, left - taken
+        if position >= begin:
+            position += end - begin
+    return (*pieces, (position, left)) if left else tuple(pieces)
+
+
 def quotas(weights: Sequence[float], total: int, limits: Sequence[int]) -> tuple[int, ...]:
     """Shares of `total` in proportion to `weights`, as whole numbers that add up to it exactly.
 
@@ -120,8 +138,8 @@ def turns(shares: Sequence[int]) -> Turns:
     return nodes[0][2]
 
 
-def turn(tree: Turns, position: int) -> tuple[int, int]:
-    """Whose turn `position` is, and how many turns that source had before.
+def source_at(tree: Turns, position: int) -> tuple[int, int]:
+    """The source of `position`, and how many positions that source had before.
 
     position  0 <= position < tree.count
     Cost:     the depth of the leaf, about log2(count / share) small integer divisions.

@@ -70,14 +70,18 @@ class Stage:
 
 @attrs.frozen(kw_only=True)
 class Stream:
-    """A plan: sources, and stages in the order they are read."""
+    """A plan: sources, and stages in the order they are read.
+
+    left_out  first and end of each stretch that nobody reads, in order; positions count the others
+    """
 
     ingredients: tuple[Ingredient, ...]
     stages: tuple[Stage, ...]
+    left_out: tuple[tuple[int, int], ...] = ()
 
     def windows(self) -> int:
         """Length."""
-        return self.stages[-1].end()
+        return self.stages[-1].end() - sum(end - first for first, end in self.left_out)
 
 
 @attrs.frozen(kw_only=True)
@@ -154,7 +158,7 @@ def windows_read(stages: Sequence[Stage], position: int) -> tuple[tuple[int, ...
     )
 
 
-def choose(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]:
+def select(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]:
     """Which windows stand at positions `first` to `first` + `num`, gathered by source.
 
     Every position is computed by itself, from integers; nothing is kept between calls.
@@ -166,11 +170,21 @@ def choose(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]
             f"data.source: expected a stream of {first + num} windows, got {stream.windows()}; lower train.steps or "
             "raise the tokens of the flow"
         )
+    chosen: list[Chosen] = []
+    place = 0
+    for begin, length in order.kept(first, num, stream.left_out):
+        chosen += _stretch(stream, begin, length, key, place)
+        place += length
+    return tuple(chosen)
+
+
+def _stretch(stream: Stream, first: int, num: int, key: Key, place: int) -> list[Chosen]:
+    """`select` of a stretch with nothing left out, whose first window stands at `place`."""
     reads: list[tuple[int, int, int]] = []
     for stage in stream.stages:
         for position in range(max(first, stage.first), min(first + num, stage.end())):
-            source, earlier = order.turn(stage.turns, position - stage.first)
-            reads.append((source, stage.before[source] + earlier, position - first))
+            source, earlier = order.source_at(stage.turns, position - stage.first)
+            reads.append((source, stage.before[source] + earlier, place + position - first))
     chosen: list[Chosen] = []
     for source, group in groupby(sorted(reads), key=lambda read: read[0]):
         # a source's windows of a stretch are consecutive in its own order
@@ -180,7 +194,7 @@ def choose(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]
         own = key.fold(ingredient.name) if ingredient.name else key
         windows = order.windows(indices[0], len(indices), ingredient.windows, own)
         chosen.append(Chosen(source=source, places=places, windows=tuple(map(int, windows))))
-    return tuple(chosen)
+    return chosen
 
 
 def identity(stream: Stream) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
+
+from nmoe.errors import InputError
 
 
 @attrs.frozen(kw_only=True)
@@ -53,14 +55,66 @@ def columns(sizes: Mapping[str, int]) -> Leaf:
     )
 
 
+def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:
+    """Leaves side by side along an axis of ours that theirs have not."""
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {}
+        for leaf, part in zip(leaves, ours.unbind(axis), strict=True):
+            named |= leaf.split(part)
+        return named
+
+    return Leaf(split=split, join=lambda theirs: torch.stack([leaf.join(theirs) for leaf in leaves], dim=axis))
+
+
 def gated(gate: str, up: str) -> Leaf:
     """The two matrices [in, 2, out] of a gated MLP."""
-    return Leaf(
-        split=lambda ours: {gate: ours[:, 0].T, up: ours[:, 1].T},
-        join=lambda theirs: torch.stack((theirs[gate].T, theirs[up].T), dim=1),
-    )
+    return stacked((matrix(gate), matrix(up)), axis=1)
+
+
+def zeros(path: str, shape: tuple[int, ...]) -> Leaf:
+    """A tensor of ours that theirs have not: zeros. Splitting another is an InputError that names `path`."""
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        if not ours.is_meta and bool(ours.any()):
+            raise InputError(
+                f"{path}: expected zeros, because this model type has no such tensor, got others; it cannot be exported"
+            )
+        return {}
+
+    return Leaf(split=split, join=lambda theirs: torch.zeros(shape))
 
 
 def scaled(name: str, factor: float) -> Leaf:
     """A tensor of the same shape, times `factor`; of a model that was imported it is 1."""
     return Leaf(split=lambda ours: {name: ours * factor}, join=lambda theirs: theirs[name])
+
+
+def side_by_side(name: str, parts: int) -> Leaf:
+    """A matrix [parts in, out] of ours whose inputs lie side by side in one of theirs."""
+    return Leaf(
+        split=lambda ours: {name: ours.flatten(0, 1).T},
+        join=lambda theirs: theirs[name].T.unflatten(0, (parts, -1)),
+    )
+
+
+def repeated(leaf: Leaf, *copies: str) -> Leaf:
+    """A tensor that they hold under further names too.
+
+    Raises:  InputError when one of those that are joined is another tensor.
+    """
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        ((name, value),) = leaf.split(ours).items()
+        return {name: value, **dict.fromkeys(copies, value)}
+
+    def join(theirs: Mapping[str, Tensor]) -> Tensor:
+        first, *others = theirs.items()
+        for name, value in others:
+            if not torch.equal(value, first[1]):
+                raise InputError(
+                    f"{name}: expected the values of {first[0]}, got others; nmoe shares them with the main model"
+                )
+        return leaf.join(dict([first]))
+
+    return Leaf(split=split, join=join)

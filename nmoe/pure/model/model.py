@@ -76,6 +76,20 @@ class Block:
 
 
 @record
+class Mtp:
+    """One depth of multi-token prediction; embedding and head are the main model's.
+
+    `project` has the rows of the embedding first, then those of the hidden state, as the published weights.
+    """
+
+    embed_norm: Tensor = param("D", Role.GAIN, ones)
+    hidden_norm: Tensor = param("D", Role.GAIN, ones)
+    project: Tensor = param("2 D D", Role.MATRIX, normal("2", "D"))
+    block: Block
+    norm: Tensor = param("D", Role.GAIN, ones)
+
+
+@record
 class Transformer:
     """All parameters."""
 
@@ -83,6 +97,7 @@ class Transformer:
     blocks: tuple[Block, ...]
     norm: Tensor = param("D", Role.GAIN, ones)
     head: Tensor = param("D V", Role.HEAD, normal("D"))
+    mtp: tuple[Mtp, ...]  # one a depth
 
 
 @record
@@ -97,6 +112,7 @@ class RouterReport:
     attention: (
         Tensor | tuple[()]
     )  # 0-d f32, attention's own loss, summed over tokens and all layers, or (); has a gradient
+    ahead: tuple[Tensor, ...]  # 0-d f32, nll of each depth of multi-token prediction, summed over its targets
 
 
 def specs(c: sections.Model, *, kinds: Kinds = KINDS) -> Transformer:
@@ -111,7 +127,8 @@ def specs(c: sections.Model, *, kinds: Kinds = KINDS) -> Transformer:
     def block_at(layer: int) -> Block:
         return spec_tree(Block, attention=kind.specs(kind.at_layer(c.attention, layer)), ffn=ffn(layer))
 
-    return spec_tree(Transformer, blocks=tuple(map(block_at, range(c.num_layers))))
+    mtp = tuple(spec_tree(Mtp, block=block_at(c.num_layers - 1)) for _ in range(c.depth()))
+    return spec_tree(Transformer, blocks=tuple(map(block_at, range(c.num_layers))), mtp=mtp)
 
 
 def dims(c: sections.Model, *, kinds: Kinds = KINDS) -> dict[str, int]:
@@ -167,6 +184,7 @@ def moe(
         top_k_groups=c.top_k_groups,
         scale=c.route_scale,
         normalize=c.normalize,
+        softmax=c.score == "softmax",
         recorded=recorded,
     )
     routing = routed.routing
@@ -184,6 +202,7 @@ def moe(
         route.sequence_imbalance(score, favoured),
         margins,
         (Routing(routing.expert, routing.weight.detach()),),
+        (),
         (),
     )
     return y, report
@@ -252,12 +271,12 @@ def forward(
     """The last hidden state, normed; multiply by `p.head` and `logit_scale` for logits.
 
     tokens   [B T] i64
-    bias     [L E] f32   router bias, one row an MoE layer
+    bias     [L E] f32   router bias, one row an MoE layer; those of multi-token prediction, the last, are not read
     start    [B T] i32 or ()   first token of each token's document, as in Batch; (): rows are read whole
     routing  choices to replay, one an MoE layer, as `RouterReport.routing` has them; experts alone [B·T K] i64 get
              weights from this pass's scores, and gradients flow through them
     run      `block`, or a wrapper around it (compile, recompute)
-    returns  [B T D] and the reports of all MoE layers, stacked
+    returns  [B T D] and the reports of all MoE layers but those of multi-token prediction, stacked
     Raises:  ValueError for tensors of other shapes.
     """
     _check(p, tokens, bias, start, routing, c)
@@ -275,12 +294,12 @@ def forward(
             reports.append(report)
         if isinstance(loss, Tensor):
             losses.append(loss)
-    return env.ops.norm(x, p.norm, eps=c.norm_eps), _stacked(reports, losses, bias)
+    return env.ops.norm(x, p.norm, eps=c.norm_eps), _stacked(reports, losses, bias[: len(reports)])
 
 
 def at_layer(c: sections.Model, env: Env, layer: int) -> sections.Model:
-    """The section of one layer, counted from 0, with its own attention."""
-    attention = env.kind.at_layer(c.attention, layer)
+    """The section of one layer, counted from 0, with its own attention; after the last layer, that of the last."""
+    attention = env.kind.at_layer(c.attention, min(layer, c.num_layers - 1))
     return c if attention is c.attention else attrs.evolve(c, attention=attention)
 
 
@@ -289,7 +308,7 @@ def _stacked(reports: list[RouterReport], losses: list[Tensor], bias: Tensor) ->
     attention = torch.stack(losses).sum() if losses else ()
     if not reports:
         nothing, load = bias.new_zeros(0), bias.new_zeros(bias.shape, dtype=torch.int64)
-        return RouterReport(load, nothing, nothing, load.new_zeros(*load.shape, route.BINS), (), attention)
+        return RouterReport(load, nothing, nothing, load.new_zeros(*load.shape, route.BINS), (), attention, ())
     return RouterReport(
         torch.stack([report.load for report in reports]),
         torch.stack([report.entropy for report in reports]),
@@ -297,6 +316,7 @@ def _stacked(reports: list[RouterReport], losses: list[Tensor], bias: Tensor) ->
         torch.stack([report.margins for report in reports]),
         tuple(layer for report in reports for layer in report.routing),
         attention,
+        (),
     )
 
 
@@ -309,11 +329,11 @@ def _check(
     c: sections.Model,
 ) -> None:
     """Refuse what would broadcast silently or fail far from its cause."""
-    layers = c.num_layers - c.num_dense_layers
-    if len(p.blocks) != c.num_layers:
+    layers = len(c.mixtures())
+    if len(p.blocks) != c.num_layers or len(p.mtp) != c.depth():
         raise ValueError(
-            f"forward: expected parameters of {c.num_layers} layers, got {len(p.blocks)}; pass the section of this "
-            "model"
+            f"forward: expected parameters of {c.num_layers} layers and {c.depth()} depths, got {len(p.blocks)} and "
+            f"{len(p.mtp)}; pass the section of this model"
         )
     if tokens.ndim != 2 or tokens.dtype is not torch.int64:
         raise ValueError(
@@ -326,11 +346,98 @@ def _check(
     )
     if isinstance(start, Tensor):
         expect_shape("forward: expected start", start.shape, tokens.shape, "pass one index a token")
-    if routing and len(routing) != layers:
+    main = c.num_layers - c.num_dense_layers
+    if routing and len(routing) not in (main, layers):
         raise ValueError(
-            f"forward: expected a routing for each of the {layers} MoE layers, got {len(routing)}; "
+            f"forward: expected a routing for each of the {main} MoE layers, got {len(routing)}; "
             "pass what RouterReport.routing held"
         )
+
+
+def targets_ahead(batch: Batch, depth: int) -> Tensor:
+    """The targets `depth` tokens further on: position i, which has read up to token i + depth, has to tell the next.
+
+    Where documents are kept apart a target counts only in the document of its position; the last of a row, whose
+    document is not known, does not.
+
+    returns  [B T] i64, negative where there is none
+    """
+    targets = F.pad(batch.targets[..., depth:], (0, depth), value=-1)
+    if not isinstance(batch.start, Tensor):
+        return targets
+    its_start = F.pad(batch.start[..., depth + 1 :], (0, depth + 1), value=-1)
+    return torch.where(its_start == batch.start, targets, -1)
+
+
+def ahead(
+    p: Transformer,
+    x: Tensor,
+    batch: Batch,
+    bias: Tensor,
+    env: Env,
+    c: sections.Model,
+    *,
+    chunk: int,
+    z_loss: float,
+    routing: tuple[Routing | Tensor, ...] = (),
+    run: Callable[..., tuple[Tensor, Any, Any]] = block,
+) -> tuple[Tensor, RouterReport]:
+    """Multi-token prediction: depth k joins the state of depth k - 1 and the embedding of the token k further on.
+
+    The last k positions of a row, which have no such token, read the row's first ones; they have no target, and what
+    is causal carries nothing from them to others.
+
+    x        [B T D]    what `forward` gave
+    bias     [D E]      router bias of these blocks; no row where the last block is dense
+    routing  choices to replay, one a depth
+    returns  loss with z-loss, summed over the targets of all depths, and the reports of the blocks, stacked
+    Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 21-25. The first depth reads the normed state and later ones the block's
+             output before its norm, and the embedding comes first, as vLLM reads the published weights.
+    """
+    ops, placed = env.ops, documents(batch.start)
+    total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+    reports: list[RouterReport] = []
+    losses: list[Tensor] = []
+    nlls: list[Tensor] = []
+    here = at_layer(c, env, c.num_layers)
+    for place, part in enumerate(p.mtp):
+        token = F.embedding(batch.tokens.roll(-1 - place, dims=-1), p.embed) * c.embedding_scale
+        both = (
+            ops.norm(token, part.embed_norm, eps=c.norm_eps),
+            ops.norm(x, part.hidden_norm, eps=c.norm_eps),
+        )
+        y = torch.cat(both, dim=-1) @ part.project.flatten(0, 1)
+        row = bias[place] if len(bias) else ()
+        x, report, loss = run(part.block, y, row, env, here, placed, routing[place] if routing else ())
+        if isinstance(report, RouterReport):
+            reports.append(report)
+        if isinstance(loss, Tensor):
+            losses.append(loss)
+        added, nll = ops.linear_cross_entropy(
+            ops.norm(x, part.norm, eps=c.norm_eps).flatten(0, 1),
+            p.head,
+            targets_ahead(batch, place + 1).flatten(),
+            chunk=chunk,
+            logit_scale=c.logit_scale,
+            z_loss=z_loss,
+        )
+        total = total + added
+        nlls.append(nll)
+    return total, attrs.evolve(_stacked(reports, losses, bias), ahead=tuple(nlls))
+
+
+def _joined(one: RouterReport, other: RouterReport) -> RouterReport:
+    """The reports of the main model and of multi-token prediction as one."""
+    of_attention = [loss for loss in (one.attention, other.attention) if isinstance(loss, Tensor)]
+    return RouterReport(
+        torch.cat((one.load, other.load)),
+        torch.cat((one.entropy, other.entropy)),
+        torch.cat((one.imbalance, other.imbalance)),
+        torch.cat((one.margins, other.margins)),
+        one.routing + other.routing,
+        torch.stack(of_attention).sum() if of_attention else (),
+        other.ahead,
+    )
 
 
 def objective(
@@ -344,6 +451,7 @@ def objective(
     num_sequences: int,
     chunk: int,
     z_loss: float = 0.0,
+    mtp_weight: Tensor | float = 0.0,
     routing: tuple[Routing | Tensor, ...] = (),
     run: Callable[..., tuple[Tensor, Any, Any]] = block,
 ) -> tuple[Tensor, Tensor, RouterReport]:
@@ -352,9 +460,11 @@ def objective(
     batch          [B T]
     num_targets    0-d   targets that count in the global batch
     num_sequences  sequences in the global batch
-    routing        choices to replay, as in `forward`
-    returns        (loss, nll, report): loss = (nll + z-loss) / num_targets + balance · mean imbalance + mean of the
-                   attention's own loss over tokens; nll is the sum over this batch, without gradient
+    mtp_weight     of the mean loss of all depths of multi-token prediction, each over `num_targets` as well
+    routing        choices to replay, as in `forward`, then those of multi-token prediction
+    returns        (loss, nll, report): loss = (nll + z-loss) / num_targets + mtp_weight · the same, mean over depths +
+                   balance · mean imbalance + mean of the attention's own loss over tokens; nll is the sum over this
+                   batch of the next tokens alone, without gradient
     """
     expect_shape(
         "objective: expected targets", batch.targets.shape, batch.tokens.shape, "pass the token that follows each"
@@ -363,6 +473,13 @@ def objective(
     total, nll = env.ops.linear_cross_entropy(
         x.flatten(0, 1), p.head, batch.targets.flatten(), chunk=chunk, logit_scale=c.logit_scale, z_loss=z_loss
     )
+    if p.mtp:
+        main = c.num_layers - c.num_dense_layers
+        further, others = ahead(
+            p, x, batch, bias[main:], env, c, chunk=chunk, z_loss=z_loss, routing=routing[main:], run=run
+        )
+        total = total + mtp_weight / len(p.mtp) * further
+        report = _joined(report, others)
     loss = total / num_targets + c.moe.sequence_balance * report.imbalance.sum() / num_sequences
     if isinstance(report.attention, Tensor):
         loss = loss + report.attention / (num_sequences * batch.tokens.shape[1])

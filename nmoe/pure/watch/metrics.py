@@ -41,6 +41,7 @@ class Metric:
     rank: int = 0  # a narrow screen leaves out the greatest first
     layers: Layers = ""  # what the screen shows of a table with one entry a mixture layer
     bad_above: float | None = None  # a value that a page marks is greater
+    best: Literal["", "min", "max"] = ""  # which value is the best; empty: there is no better and worse
 
     def format(self) -> Format:
         """How a person reads it."""
@@ -126,7 +127,19 @@ class Step:
     """What the first rank reports of a step."""
 
     tokens_global: Annotated[int, Metric("tokens_global", "tokens", "count", "tokens read by all ranks")]
-    loss: Annotated[float, Metric("loss", "nats/token", "value", "cross entropy a target", "loss {:.4f}", 1)]
+    loss: Annotated[
+        float, Metric("loss", "nats/token", "value", "cross entropy a target", "loss {:.4f}", 1, best="min")
+    ]
+    mtp_losses: Annotated[
+        Mapping[str, float],
+        Metric(
+            *("mtp/loss_*", "nats/token", "value"),
+            "cross entropy a target of one depth of multi-token prediction: 1 predicts the token after the next",
+            "mtp {:.4f}",
+            6,
+            best="min",
+        ),
+    ]
     auxiliary_loss: Annotated[
         float,
         Metric("auxiliary_loss", "nats/token", "value", "weighted sequence-wise balance loss, and the attention's own"),
@@ -140,15 +153,27 @@ class Step:
         Metric("lr/*", "1", "value", "learning rate of an optimizer group in this step", "lr {:.1e}", 5),
     ]
     nonfinite_steps: Annotated[int, Metric("nonfinite_steps", "steps", "count", "skipped steps so far")]
+    spike_steps: Annotated[int, Metric("spike_steps", "steps", "count", "steps skipped as spikes so far")]
     tokens_per_s: Annotated[
         float,
         Metric(
-            "tokens_per_s", "tokens/s", "time", "throughput of all ranks, mean since the previous line", "{} tok/s", 2
+            *(
+                "tokens_per_s",
+                "tokens/s",
+                "time",
+                "throughput of all ranks, mean since the previous line",
+                "{} tok/s",
+                2,
+            ),
+            best="max",
         ),
     ]
     mfu: Annotated[
         float,
-        Metric("mfu", "1", "time", "model FLOPs over peak FLOPs, mean since the previous line", "mfu {:.1f} %", 8),
+        Metric(
+            *("mfu", "1", "time", "model FLOPs over peak FLOPs, mean since the previous line", "mfu {:.1f} %", 8),
+            best="max",
+        ),
     ]
     rank: Rank
     experts: Experts
@@ -165,12 +190,16 @@ class Validation(Line):
             "loss over the validation split; on a line of its own",
             "validation loss {:.4f} nats",
             1,
+            best="min",
         ),
     ]
     bits_per_byte: Annotated[
         float,
         Metric(
-            "validation/bits_per_byte", "bits/B", "value", "the same over the bytes of the text", "{:.4f} bits/byte", 5
+            *("validation/bits_per_byte", "bits/B", "value", "the same over the bytes of the text"),
+            "{:.4f} bits/byte",
+            5,
+            best="min",
         ),
     ]
 

@@ -20,10 +20,12 @@ from tests import shapes
 
 MODELS = {
     **shapes.DEEPSEEK,
+    **shapes.SOFTMAX,
     "scales": shapes.config(
         embedding_scale=10.667, logit_scale=0.3, moe=shapes.mixture(num_shared_experts=2, route_scale=1.7)
     ),
     "dense": shapes.config(num_layers=2, num_dense_layers=2),
+    "two further tokens": shapes.config(embedding_scale=10.667, mtp=sections.Mtp(depth=2)),
 }
 
 

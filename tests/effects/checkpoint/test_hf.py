@@ -14,14 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
 from nmoe.cli import main
+from nmoe.config import sections
 from nmoe.config.layers import load_model
 from nmoe.effects.checkpoint import hf_export, hf_verify, tensor_file, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.hf_export import INDEX, open_source
 from nmoe.effects.checkpoint.writer import open_writer
+from nmoe.effects.data import hf_tokenizer, tokenizer
 from nmoe.effects.record.names import WEIGHTS
 from nmoe.effects.train import generate
 from nmoe.errors import InputError
@@ -349,7 +351,6 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             tie_word_embeddings=True,
             scoring_func="softmax",
             hidden_act="gelu",
-            num_nextn_predict_layers=1,
             attention_bias=True,
             num_key_value_heads=1,
             quantization_config={"fmt": "e4m3"},
@@ -361,7 +362,6 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             "tie_word_embeddings: expected false, got true; nmoe has no other",
             'scoring_func: expected "sigmoid", got "softmax"; nmoe has no other',
             'hidden_act: expected "silu", got "gelu"',
-            "num_nextn_predict_layers: expected 0, got 1",
             "attention_bias: expected false, got true",
             "num_key_value_heads: expected num_attention_heads = 3, got 1",
             "quantization_config: expected a key of deepseek_v3 that nmoe knows",
@@ -370,7 +370,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             'rope_scaling.type: expected "default" or "yarn", got "linear"',
         ),
     ),
-    "another model": (lambda f: edit_config(f, model_type="llama"), ('expected "deepseek_v3", got "llama"',)),
+    "another model": (
+        lambda f: edit_config(f, model_type="llama"),
+        ('model_type: expected "deepseek_v3" or "deepseek_v2", got "llama"',),
+    ),
     "types": (
         lambda f: edit_config(f, num_hidden_layers="3", n_routed_experts=True),
         ("num_hidden_layers: expected an integer", "n_routed_experts: expected an integer"),
@@ -383,6 +386,18 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             "v_head_dim.a: expected one value, got null",
             "tie_word_embeddings: expected false",
         ),
+    ),
+    "a further layer that is not there": (
+        lambda f: edit_config(f, num_nextn_predict_layers=1),
+        ("expected 'model.layers.3.eh_proj.weight', got nothing by that name",),
+    ),
+    "half a further layer": (
+        lambda f: edit_config(f, num_nextn_predict_layers=0.5),
+        ("num_nextn_predict_layers: expected an integer, got 0.5",),
+    ),
+    "fewer than no further layers": (
+        lambda f: edit_config(f, num_nextn_predict_layers=-1),
+        ("mtp.depth: expected at least 1, got -1",),
     ),
     "no such routing": (lambda f: edit_config(f, num_experts_per_tok=9), ("model.moe.top_k: expected at most",)),
     "bounds": (lambda f: edit_config(f, vocab_size=10**12), ("model.vocab_size: expected at most",)),
@@ -463,6 +478,85 @@ def test_a_bad_run_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+UNEXPRESSED: dict[str, tuple[sections.Model, str]] = {
+    "grouped queries": (
+        shapes.config(attention=sections.Gqa(num_heads=4, num_kv_heads=2, head_dim=8)),
+        "model.attention: expected the attention of ",
+    ),
+    "no position": (
+        shapes.config(attention=shapes.attention(position="none")),
+        'model.attention.position: expected null, which deepseek_v3 has, got "none"; it cannot be exported',
+    ),
+    "a softmax of weights that sum to one": (
+        shapes.config(moe=shapes.mixture(score="softmax")),
+        "model.moe.normalize: expected false, which deepseek_v2 has, got true; it cannot be exported",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNEXPRESSED)
+def test_what_no_model_type_has_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    c, expected = UNEXPRESSED[name]
+    write(tmp_path / "run", c)
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nmoe: {expected}")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_router_bias_that_deepseek_v2_has_not_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What training moved away from zero."""
+    write(tmp_path / "run", MODELS["softmax"])
+    tensors = load_file(tmp_path / "run" / WEIGHTS)
+    save_file({**tensors, "router_bias": tensors["router_bias"] + 0.1}, tmp_path / "run" / WEIGHTS)
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
+    assert "router_bias: expected zeros, because this model type has no such tensor" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_transformers_saved_is_imported(tmp_path: Path) -> None:
+    """DeepSeek-V2-Lite's shape, its config in their words, the experts apart; the same logits."""
+    settings: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 50}
+    settings |= {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "intermediate_size": 20}
+    settings |= {"q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+    torch.manual_seed(0)
+    theirs = DeepseekV2ForCausalLM(DeepseekV2Config(first_k_dense_replace=1, max_position_embeddings=64, **settings))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path / "saved")
+    assert run("import", "hf", tmp_path / "saved", tmp_path / "imported") == 0
+    source = open_source(Disk(), tmp_path / "imported")
+    found = hf_verify.compare(tmp_path / "saved", source, hf_verify.load(tmp_path / "saved", torch.float32))
+    assert found.choices == 0
+    assert max(found.forced, found.natural) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"logit_scale": 0.5}, "model.logit_scale: expected 1.0 beside model.mtp, got 0.5; "),
+        ({"num_dense_layers": 3}, "model.num_dense_layers: expected below num_layers = 3 beside model.mtp, got 3; "),
+    ],
+)
+def test_multi_token_prediction_that_they_cannot_say_is_refused(
+    changes: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "run", shapes.config(mtp=sections.Mtp(depth=1), **changes))
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
+    assert f"nmoe: {expected}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])
+def test_further_layers_share_embedding_and_head(copy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "run", MODELS["two further tokens"])
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out") == 0, "transformers leaves the further layers out"
+    name = f"model.layers.4.{copy}.weight"
+    rewrite(tmp_path / "out", lambda each, tensor: tensor + 1 if each == name else tensor)
+    assert run("import", "hf", tmp_path / "out", tmp_path / "back") == 2
+    assert f"{name}: expected the values of " in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
 def test_shards_of_no_bytes_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "run", MODELS["plain"])
     assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--shard-bytes=0") == 2
@@ -485,3 +579,36 @@ def test_a_trained_model_says_the_same_in_transformers(
     for cached in (True, False):
         columns = generate.steps(network, [start], num_tokens=24, sampling=Sampling(), keys=[Key(0)], cached=cached)
         assert said[0].tolist() == [*start, *(column[0] for column in columns)]
+
+    # in again: the tokenizer comes along, and what a run can do the imported folder can
+    assert run("import", "hf", tmp_path / "out", tmp_path / "imported") == 0
+    assert tokenizer.load(tmp_path / "imported").identity == tokenizer.load(folder).identity
+    capsys.readouterr()
+    texts: list[str] = []
+    for each in (folder, tmp_path / "imported"):
+        assert run("generate", each, "--prompt=def main(", "--tokens=12", "--device=cpu") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+    assert run("eval", tmp_path / "imported", "--suite=probes", "--limit=2", "--device=cpu") == 0
+    again = trainings.changed(trainings.config(tmp_path, "again", sources, 1), warm_start=str(tmp_path / "imported"))
+    code, last = trainings.train(again)
+    assert code == 0, last
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    (
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}}, "as model, got Unigram"),
+        ({}, "expected at most vocab_size = 37 ids, got 258; take the files of one model"),
+    ),
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    change: dict[str, Any], expected: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported, tmp_path / "hf")
+    ours = tokenizer.make("bytes", tokenizer.PATTERN, [bytes([byte]) for byte in range(256)], end_of_text=257, size=258)
+    said = json.loads(hf_tokenizer.convert(ours, ())["tokenizer.json"]) | change
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(said))
+    assert run("import", "hf", tmp_path / "hf", tmp_path / "out") == 2
+    assert expected in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nmoe.config.sections import Config, Shards
+from nmoe.config.sections import Config, Mtp, Shards
 from nmoe.effects.checkpoint import reader, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.writer import open_writer
@@ -34,7 +34,7 @@ from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch, objective
 from nmoe.pure.watch.validations import Validations
 from tests.effects.parallel.rank_runs import as_world, environment, free_port, in_group, on_ranks, state_of, train
-from tests.effects.train.tiny import tiny
+from tests.effects.train.tiny import tiny, with_attention
 
 STEPS = 4
 
@@ -126,6 +126,40 @@ def test_quantiles_of_two_ranks_are_those_of_one(sources: Path, tmp_path: Path) 
     one, two = run("one", 1), run("two", 2)
     for step in range(1, STEPS + 1):
         assert digests(two, step) == digests(one, step), step
+
+
+def test_multi_token_prediction_on_two_ranks_is_that_of_one(sources: Path, tmp_path: Path) -> None:
+    """Further blocks, their losses and the balance of their experts."""
+
+    def run(name: str, ranks: int, experts: int = 1) -> Path:
+        config = config_of(sources, tmp_path, name, microbatch_size=2)
+        config = attrs.evolve(config, model=attrs.evolve(config.model, mtp=Mtp(depth=2)))
+        return trained(config, ranks, experts=experts)
+
+    def ahead(folder: Path) -> list[list[float]]:
+        return [[line["mtp/loss_1"], line["mtp/loss_2"]] for line in lines(folder) if "loss" in line]
+
+    one, two = run("one", 1), run("two", 2)
+    for step in range(1, STEPS + 1):
+        assert digests(two, step) == digests(one, step), step
+    assert ahead(two) == ahead(one)
+    shared = run("shared", 2, experts=2)
+    for mine, its in zip(ahead(shared), ahead(one), strict=True):
+        assert mine == pytest.approx(its, rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["kda, nsa, dsa", "gqa, kda"])
+def test_kinds_of_attention_on_two_ranks_are_those_of_one(attention: str, sources: Path, tmp_path: Path) -> None:
+    """Every tensor of every kind, its gradient reduced and its moments shared out, with documents kept apart."""
+
+    def run(name: str, ranks: int) -> Path:
+        config = with_attention(config_of(sources, tmp_path, name, microbatch_size=2), attention)
+        return trained(attrs.evolve(config, train=attrs.evolve(config.train, document_mask=True)), ranks)
+
+    one, two = run("one", 1), run("two", 2)
+    for step in range(1, STEPS + 1):
+        assert digests(two, step) == digests(one, step), step
+    assert losses(two) == losses(one)
 
 
 def test_muon_on_two_ranks_is_muon_on_one_bit_for_bit(sources: Path, tmp_path: Path) -> None:

@@ -18,11 +18,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from nmoe.config import preset
+from nmoe.config.layers import load
 from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
 from nmoe.effects.record.log import open_log
-from nmoe.effects.record.monitor import watching
+from nmoe.effects.record.monitor import arrays_every, watching
 from nmoe.effects.record.names import ARRAYS, RUN, TELEMETRY
 from nmoe.errors import InputError
+from nmoe.pure.watch.alerts import History
 from nmoe.pure.watch.metrics import Experts, Rank, Step
 from tests.effects.train.tiny import tiny
 
@@ -35,26 +38,39 @@ def line(step: int, dead: Sequence[int] = (0, 0), **other: Any) -> Step:
     times: dict[str, Any] = {"elapsed_s": 1.0, "step_s": 0.1, "times": {}}
     sent: dict[str, Any] = {"exchange_bytes": None, "exchange_bandwidth": None}
     health: Any = dict.fromkeys(("max_over_mean", "cv", "entropy", "bias_min", "bias_max"), (1.0, 1.0))
-    norms: dict[str, Any] = {"grad_norm": 1.0, "update_norm": 1.0, "auxiliary_loss": 0.0, "rates": {}}
+    norms: dict[str, Any] = {"grad_norm": 1.0, "update_norm": 1.0, "auxiliary_loss": 0.0}
+    norms |= {"mtp_losses": {}, "rates": {}, "spike_steps": 0}
     numbers: dict[str, Any] = {"loss": 2.0, "nonfinite_steps": 0, "tokens_per_s": 1e5, "mfu": 0.1, **other}
     rank = Rank(step=step, tokens_local=32 * step, memory_bytes=1, **times, **sent)
     experts = Experts(layer=[1, 2], dead=dead, **health)
     return Step(rank=rank, experts=experts, tokens_global=32 * step, **norms, **numbers)
 
 
+@pytest.mark.parametrize("name", [name for name in preset.names() if name.startswith("quickstart")])
+def test_a_first_run_has_fifty_loads_of_its_experts(name: str) -> None:
+    config = load(preset.path_of(name), {}, ()).config
+    logged = 1 + config.train.steps // config.log.every
+    assert logged // arrays_every(config.log, config.train.steps) >= 50
+
+
+@pytest.mark.parametrize(("steps", "every"), [(10, 1), (499, 1), (999, 1), (1500, 3), (5000, 10), (100_000, 10)])
+def test_a_short_run_has_loads_more_often(steps: int, every: int) -> None:
+    assert arrays_every(attrs.evolve(tiny().log, every=10, arrays_every=10), steps) == every
+
+
 def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny()
-    settings = attrs.evolve(config.log, arrays_every=2, alert_disk_gb=0.0)
+    config = tiny(steps=100)
+    settings = attrs.evolve(config.log, every=1, arrays_every=2, alert_disk_gb=0.0)
     settings = attrs.evolve(settings, alert_command=f"cat > {tmp_path}/told; echo oh >&2; exit 3")
     config = attrs.evolve(config, log=settings)
     load = torch.arange(16).reshape(2, 8)
     with open_log(tmp_path, attempt=4) as opened:
-        with watching(config, opened, flops=7, world=1, cuda=False, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=7, world=1, cuda=False, step=0, history=History()) as monitor:
             for step in (1, 2, 3):
                 monitor.step(line(step, dead=[0, int(step == 3)]), load)
             monitor.log.event("end", status="finished", step=3)
     beat = json.loads((tmp_path / RUN).read_text())
-    assert (beat["status"], beat["step"], beat["steps"], beat["layers"]) == ("finished", 3, 10, [1, 2])
+    assert (beat["status"], beat["step"], beat["steps"], beat["layers"]) == ("finished", 3, 100, [1, 2])
     assert (beat["num_experts"], beat["top_k"], beat["tokens_per_step"], beat["flops_per_token"]) == (8, 2, 32, 7)
     arrays = lines(tmp_path / ARRAYS)
     assert [(line["step"], line["load"], line["attempt"]) for line in arrays] == [
@@ -73,7 +89,8 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path, capsys: pytest
 
 def test_what_was_not_finite_before_the_attempt_is_no_alert(tmp_path: Path) -> None:
     with open_log(tmp_path, attempt=2) as opened:
-        with watching(tiny(), opened, flops=1, world=1, cuda=False, step=10, skipped=3) as monitor:
+        before = History(nonfinite_steps=3)
+        with watching(tiny(), opened, flops=1, world=1, cuda=False, step=10, history=before) as monitor:
             for step, nonfinite in ((11, 3), (12, 4)):
                 monitor.step(line(step, nonfinite_steps=nonfinite), torch.zeros(2, 8, dtype=torch.int64))
     alerts = [line for line in lines(tmp_path / "events.jsonl") if line["event"] == "alert"]
@@ -83,7 +100,7 @@ def test_what_was_not_finite_before_the_attempt_is_no_alert(tmp_path: Path) -> N
 def test_loads_are_those_of_their_step_though_the_trainer_goes_on(tmp_path: Path) -> None:
     config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, arrays_every=1))
     with open_log(tmp_path, attempt=1) as opened:
-        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, history=History()) as monitor:
             for step in range(1, 9):
                 load = torch.full((100, 1000), step)
                 monitor.step(line(step), load)
@@ -102,7 +119,7 @@ def test_loads_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
         pytest.raises(InputError, match="expected room for one more line, got No space left"),
         open_log(tmp_path, attempt=1) as opened,
     ):
-        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, history=History()) as monitor:
             for reached in range(1, 9):
                 monitor.step(line(reached), torch.zeros(2, 8, dtype=torch.int64))
     assert reached == 2, "told with the next loads, not after the run"
@@ -118,12 +135,12 @@ def test_a_heartbeat_on_a_slow_disk_holds_nobody(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(heartbeat.files, "write_text", slow)
     heart = heartbeat.Heart({}, lambda: "now")
     beat = threading.Thread(target=heart.beat, args=(tmp_path,))
-    tell = threading.Thread(target=heart.tell, kwargs={"step": 1}, daemon=True)
+    update = threading.Thread(target=heart.update, kwargs={"step": 1}, daemon=True)
     beat.start()
     begun.wait()
-    tell.start()
-    tell.join(5)
-    held = tell.is_alive()
+    update.start()
+    update.join(5)
+    held = update.is_alive()
     disk.set()
     beat.join()
     assert not held
@@ -143,7 +160,7 @@ def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None
 def test_a_full_disk_is_an_alert_once_telemetry_tells(tmp_path: Path) -> None:
     config = attrs.evolve(tiny(), log=attrs.evolve(tiny().log, alert_disk_gb=5.0, telemetry_every_s=1000.0))
     with open_log(tmp_path, attempt=1) as opened:
-        with watching(config, opened, flops=1, world=1, cuda=False, step=0, skipped=0) as monitor:
+        with watching(config, opened, flops=1, world=1, cuda=False, step=0, history=History()) as monitor:
             # the one reading that the thread itself takes must not come between
             until = time.monotonic() + 30
             while not lines(tmp_path / "telemetry.rank0.jsonl") and time.monotonic() < until:

@@ -35,7 +35,7 @@ from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api, curves, experts, export, machine, mixture, views
 from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
-from nmoe.pure.data.order import turn, turns
+from nmoe.pure.data.order import source_at, turns
 from nmoe.pure.watch import curve as thinning
 from nmoe.pure.watch import metrics as schema
 from tests.effects.runs import viz_runs as runs
@@ -224,7 +224,7 @@ def test_a_zoom_shows_what_lies_in_it(index: Index) -> None:
 
 def test_events_have_their_place_on_the_axis(index: Index) -> None:
     told = {event.event: event for event in views.events(index, ["finished"], curves.Axis(x="tokens")).events}
-    assert told["checkpoint"].x == 100 * runs.TOKENS
+    assert told["checkpoint"].x == 50 * runs.TOKENS
     assert (told["alert"].severity, told["alert"].text) == ("warning", "layer 2: 1 expert is dead")
     failed = {event.event: event for event in views.events(index, ["nan-loss"], curves.Axis()).events}
     assert (failed["end"].severity, failed["nonfinite"].severity, failed["nonfinite"].x) == ("error", "error", 61)
@@ -247,6 +247,20 @@ def test_layers_and_loads_are_those_that_were_logged(index: Index) -> None:
     assert entropy.values[2][99] == 2.7 - 0.001 * 100 - 0.01 * 3
     with pytest.raises(InputError, match="crashed: expected loads of its experts, got none"):
         experts.load(index, "crashed", None)
+
+
+def test_curves_of_layers_reach_the_last_step_at_each_cadence(index: Index, tmp_path: Path) -> None:
+    steps = experts.layers(index, "finished", "entropy", curves.Axis(points=160)).x
+    assert steps[-1] > 199 and len(steps) == 160, "200 steps of 3 layers in 160 cells"
+    many = runs.folder(tmp_path, "many")
+    lines = [runs.metrics(step) for step in range(10, 4010, 10)]
+    for line in lines:
+        line["experts"] = {"layer": list(range(26)), "entropy": [0.1 * layer + line["step"] for layer in range(26)]}
+    runs.append(many / "metrics.rank0.jsonl", lines)
+    with indexed(tmp_path) as opened:
+        entropy = experts.layers(opened, "many", "entropy", curves.Axis())
+    assert entropy.x == [float(line["step"]) for line in lines]
+    assert [values[-1] for values in entropy.values] == [0.1 * layer + 4000 for layer in range(26)]
 
 
 def test_the_slowest_rank_is_named(index: Index) -> None:
@@ -276,7 +290,7 @@ def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: st
     for stage, quotas in runs.STAGES.items():
         order = turns(quotas)
         for place in range(first, min(position, first + sum(quotas))):
-            read[stage, ("web", "code", "books")[turn(order, place - first)[0]]] += 1
+            read[stage, ("web", "code", "books")[source_at(order, place - first)[0]]] += 1
         first += sum(quotas)
     assert told.step == step
     assert {(each.stage, each.name): each.read for each in told.sources if each.read} == {
@@ -582,7 +596,7 @@ def test_every_answer_says_what_a_page_may_do(server: Server) -> None:
         ("/api/series?run=finished", "tag: expected one value, got 0; add tag=VALUE"),
         (
             "/api/series?run=finished&tag=loss&x=y",
-            "x: expected one of step, tokens, time, flops, got 'y'; choose one of them",
+            "x: expected one of step, tokens, time, clock, flops, got 'y'; choose one of them",
         ),
         ("/api/series?run=finished&tag=loss&smooth=nan", "smooth: expected a number from 0, got 'nan'; write another"),
         (
@@ -615,6 +629,7 @@ def test_answers_have_the_fields_of_the_contract(server: Server) -> None:
         *(("Layers", "layers?run=finished&tag=cv"), ("Timing", "timing?run=finished"), ("Gpus", "gpus?run=finished")),
         *(("Folders", "folders"), ("Mixture", "mixture?run=finished")),
         ("Document", "document?folder=1&split=train&number=0"),
+        *(("Checkpoints", "checkpoints?run=finished"), ("Console", "console?run=finished")),
     ):
         held(kind, server.json(f"/api/{path}"))
 
@@ -682,6 +697,8 @@ PATHS = (
         "timing",
         "gpus",
         "mixture",
+        "checkpoints",
+        "console",
         "folders",
         "document",
         "export",

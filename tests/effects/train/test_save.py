@@ -49,7 +49,7 @@ def saved(step: int) -> Saved:
 
 def at(step: int) -> State:
     zero = torch.zeros((), dtype=torch.int64)
-    return State((), (), zero, zero, zero, zero, 2 * step, 32 * step, step)  # pyright: ignore[reportArgumentType]
+    return State((), (), zero, zero, zero, zero, zero, zero, 2 * step, 32 * step, step)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe.pure.core.key import Key
-from nmoe.pure.data.order import stretch, windows
+from nmoe.pure.data.order import kept, stretch, windows
 
 KEY = Key(7).fold("data")
 
@@ -98,3 +98,15 @@ def test_a_stretch_touches_no_array_outside_it() -> None:
     assert stretch(arrays, 6, 5).tolist() == [6, 7, 8, 9, 10]
     assert stretch(arrays, 5, 7).tolist() == [5, 6, 7, 8, 9, 10, 11]
     assert stretch([np.arange(3)], 3, 0).tolist() == []
+
+
+@pytest.mark.parametrize("left_out", [(), ((0, 3),), ((2, 5), (5, 6), (9, 14)), ((4, 5), (7, 9), (30, 40))])
+def test_what_is_left_out_of_a_stream_is_read_by_no_stretch(left_out: tuple[tuple[int, int], ...]) -> None:
+    """Every stretch against a list of the positions that are kept."""
+    outside = [place for place in range(200) if not any(begin <= place < end for begin, end in left_out)]
+    for first in range(20):
+        for num in range(20):
+            pieces = kept(first, num, left_out)
+            read = [place for begin, length in pieces for place in range(begin, begin + length)]
+            assert read == outside[first : first + num]
+            assert all(length > 0 for _, length in pieces)

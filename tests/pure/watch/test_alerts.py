@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from nmoe.pure.watch.alerts import ENOUGH, Alert, History, Limits, Seen, judge
+from nmoe.pure.watch.alerts import ENOUGH, Alert, History, Limits, Observation, judge
 
 LIMITS = Limits(spike=8.0, dead=0.1, drop=0.3, wait=0.2, disk_bytes=5e9)
 GOOD: dict[str, Any] = dict(
-    loss=2.0, grad_norm=1.0, nonfinite_steps=0, dead=0.1, tokens_per_s=100.0, wait=0.2, disk_bytes=5e9
+    loss=2.0, grad_norm=1.0, nonfinite_steps=0, spike_steps=0, dead=0.1, tokens_per_s=100.0, wait=0.2, disk_bytes=5e9
 )
 
 
 def told(*reports: dict[str, Any]) -> list[tuple[Alert, ...]]:
     history, alerts = History(), []
     for step, report in enumerate(reports):
-        history, new = judge(LIMITS, history, Seen(step=step, **{**GOOD, **report}))
+        history, new = judge(LIMITS, history, Observation(step=step, **{**GOOD, **report}))
         alerts.append(new)
     return alerts
 
@@ -44,6 +44,12 @@ def test_a_rule_is_told_when_it_begins_to_hold(rule: str, bad: dict[str, Any]) -
 def test_steps_that_were_skipped_between_reports_are_told() -> None:
     alerts = told({}, {"nonfinite_steps": 1}, {"nonfinite_steps": 1}, {"nonfinite_steps": 2})
     assert [[alert.rule for alert in each] for each in alerts] == [[], ["nonfinite"], [], ["nonfinite"]]
+
+
+def test_spikes_that_were_skipped_between_reports_are_told() -> None:
+    alerts = told({}, {"spike_steps": 1}, {"spike_steps": 1}, {"spike_steps": 3})
+    assert [[alert.rule for alert in each] for each in alerts] == [[], ["skipped_spike"], [], ["skipped_spike"]]
+    assert alerts[3][0].message == "steps skipped as spikes: 2, so far 3"
 
 
 def test_a_loss_that_is_not_finite_hides_no_later_spike() -> None:

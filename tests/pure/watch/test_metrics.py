@@ -49,11 +49,13 @@ STEP = metrics.Step(
     rank=RANK,
     tokens_global=14,
     loss=2.0,
+    mtp_losses={"1": 3.0},
     auxiliary_loss=0.25,
     grad_norm=0.125,
     update_norm=1.0,
     rates={"dense": 0.001, "expert": 0.002},
     nonfinite_steps=0,
+    spike_steps=0,
     tokens_per_s=4410.0,
     mfu=0.338,
     experts=EXPERTS,
@@ -78,7 +80,7 @@ def test_a_line_holds_each_number_under_the_name_the_schema_gives_it() -> None:
 
 def test_a_line_reads_the_same_wherever_it_is_printed() -> None:
     assert metrics.summary(metrics.fields(STEP)) == (
-        "loss 2.0000  gnorm 0.125  lr 1.0e-03  4.41 k tok/s  mfu 33.8 %  mem 2.5 MB  bal 2.00  dead 3"
+        "loss 2.0000  mtp 3.0000  gnorm 0.125  lr 1.0e-03  4.41 k tok/s  mfu 33.8 %  mem 2.5 MB  bal 2.00  dead 3"
     )
     assert metrics.summary(metrics.fields(VALIDATION)) == "validation loss 2.5000 nats  1.2500 bits/byte"
     assert metrics.summary({"loss": "nan", "experts": {"layer": [], "dead": []}}) == "loss nan"

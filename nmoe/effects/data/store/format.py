@@ -172,12 +172,12 @@ def content_problems(where: Path, index: int, receipt: Receipt, tokenizer_size: 
         ]
         if (where / f"{stem(index)}.json").read_bytes() != to_text(receipt).encode("ascii"):
             problems.append(f"{where / stem(index)}.json: expected the receipt in the manifest, got another; {REMEDY}")
-        highest = int(mapped(path, dtype, receipt.tokens).max())
+        largest = int(mapped(path, dtype, receipt.tokens).max())
     except OSError as error:
         return [f"{where / stem(index)}: expected readable files, got {error.strerror}; {REMEDY}"]
-    if highest >= tokenizer_size:
+    if largest >= tokenizer_size:
         problems.append(
-            f"{path}: expected ids below the tokenizer's {tokenizer_size}, got {highest}; prepare the data again"
+            f"{path}: expected ids below the tokenizer's {tokenizer_size}, got {largest}; prepare the data again"
         )
     return problems
 

@@ -127,6 +127,7 @@ KINDS: Kinds = MappingProxyType(
             flops=kda.flops,
             kept_bytes=kda.kept_bytes,
             reference=kda.REFERENCE,
+            cache=Cache(empty=kda.empty_cache, extend=kda.extend),
         ),
         sections.Nsa: Kind(
             specs=nsa.specs,
@@ -136,6 +137,7 @@ KINDS: Kinds = MappingProxyType(
             flops=nsa.flops,
             kept_bytes=nsa.kept_bytes,
             reference=nsa.REFERENCE,
+            cache=Cache(empty=nsa.empty_cache, extend=nsa.extend),
         ),
         sections.Dsa: Kind(
             specs=dsa.specs,
@@ -146,6 +148,7 @@ KINDS: Kinds = MappingProxyType(
             flops=dsa.flops,
             kept_bytes=dsa.kept_bytes,
             reference=dsa.REFERENCE,
+            cache=Cache(empty=dsa.empty_cache, extend=dsa.extend),
         ),
     }
 )
@@ -185,11 +188,14 @@ def attention_of(c: sections.Model, kinds: Kinds = KINDS) -> Kind:
         flops=lambda c, **shape: c.kind.flops(c.section, **shape),
         kept_bytes=lambda c, **shape: c.kind.kept_bytes(c.section, **shape),
         reference=mixed.MixedOps(tuple(part.kind.reference for part in parts.values())),
+        cache=None
+        if any(part.kind.cache is None for part in parts.values())
+        else Cache(empty=mixed.empty_cache, extend=mixed.extend),
     )
 
 
 def layers(c: sections.Model, kinds: Kinds = KINDS) -> tuple[tuple[Kind, Any], ...]:
-    """Kind and section of the attention of each layer."""
-    kind = attention_of(c, kinds)
-    by_layer = (kind.at_layer(c.attention, layer) for layer in range(c.num_layers))
+    """Kind and section of the attention of each layer; the blocks of multi-token prediction have that of the last."""
+    kind, last = attention_of(c, kinds), c.num_layers - 1
+    by_layer = (kind.at_layer(c.attention, min(layer, last)) for layer in range(c.num_layers + c.depth()))
     return tuple((at.kind, at.section) if isinstance(at, mixed.Part) else (kind, at) for at in by_layer)

@@ -132,12 +132,51 @@ def kda_after(
     o, memory = ops.attend(q, k, v, decay, upcast(step).sigmoid(), start, memory)
     gate = upcast((low_gate @ p.gate.flatten(1)).unflatten(-1, heads)).sigmoid()
     o = (norm(o, p.norm, eps=eps) * gate).to(x.dtype)
-    return o.flatten(-2) @ p.out.flatten(0, 1), KdaState(_last_inputs(projected, inputs, c.conv_size - 1), memory)
+    return o.flatten(-2) @ p.out.flatten(0, 1), KdaState(
+        _last_inputs(projected, inputs, start, c.conv_size - 1), memory
+    )
 
 
-def _last_inputs(x: Tensor, before: Tensor | tuple[()], count: int) -> Tensor:
-    """The last inputs of the convolutions, [B count J]: zeros before the first token there is."""
-    return _preceded(x, before, count)[:, x.shape[1] :]
+def empty_cache(c: sections.Kda, num_sequences: int, like: Tensor) -> KdaState:
+    """The state before the first token, in the format of `like`; the memory in fp32 at least."""
+    inputs = like.new_zeros(num_sequences, c.conv_size - 1, 3 * c.num_heads * c.head_dim)
+    return KdaState(inputs, upcast(like.new_zeros(num_sequences, c.num_heads, c.head_dim, c.head_dim)))
+
+
+def extend(
+    p: Kda,
+    x: Tensor,
+    cache: KdaState,
+    documents: Documents,
+    tables: tuple[()],
+    norm: Callable[..., Tensor],
+    ops: KdaOps,
+    c: sections.Kda,
+    *,
+    eps: float,
+) -> tuple[Tensor, KdaState]:
+    """`kda` of new tokens that also read what the state remembers.
+
+    x          [B T D]   normed block input of the new tokens
+    documents  of the new tokens; `start` is counted from the first token of the row, remembered ones included
+    returns    [B T D], and the state after the last of them
+    """
+    earlier = documents.start[:, :1] + documents.position[:, :1]
+    goes_on = documents.position[:, 0] > 0  # else the first new token begins its document, and remembers nothing
+    before = KdaState(
+        cache.inputs.where(goes_on[:, None, None], 0), cache.memory.where(goes_on[:, None, None, None], 0)
+    )
+    here = Documents((documents.start - earlier).clamp(min=0), documents.position)
+    return kda_after(p, x, before, norm, ops, c, here, eps=eps)
+
+
+def _last_inputs(x: Tensor, before: Tensor | tuple[()], start: Tensor | tuple[()], count: int) -> Tensor:
+    """The last inputs of the convolutions, [B count J]: zeros before the first token of the last one's document."""
+    last = _preceded(x, before, count)[:, x.shape[1] :]
+    if not isinstance(start, Tensor):
+        return last
+    place, begins = torch.arange(-count, 0, device=x.device) + x.shape[1], start[:, -1:]
+    return last.masked_fill(((place < begins) & (begins > 0))[..., None], 0)
 
 
 def _preceded(x: Tensor, before: Tensor | tuple[()], count: int) -> Tensor:
@@ -216,10 +255,10 @@ def attend_kda(
         score = score.masked_fill(~same[..., None, :], 0)
         since, until = since.masked_fill(~sees[..., None], -torch.inf), until.masked_fill(~stays[..., None], -torch.inf)
     weight, overlap = score.unbind(-2)
-    seen = since.exp()
-    entered, left, carried = q * seen, k * until.exp(), seen[..., -1, :, None]
+    decay = since.exp()
+    entered, left, carried = q * decay, k * until.exp(), decay[..., -1, :, None]
     # the corrections of a chunk depend on one another: (1 + step · overlap below the diagonal) x = known
-    known = torch.cat((step * v, step * k * seen), -1)
+    known = torch.cat((step * v, step * k * decay), -1)
     solved = torch.linalg.solve_triangular(step * overlap, known, upper=False, unitriangular=True)
     value, correction = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
     state = memory if isinstance(memory, Tensor) else q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1])
@@ -306,15 +345,15 @@ def kept_bytes(c: sections.Kda, *, hidden: int, sequence_length: int, element: i
     element  bytes of an activation
     square   whether attention keeps its probabilities; those of a chunk, with `hidden` = 0 as well, are always counted
     """
-    wide, size, width = 4, _chunk(sequence_length), c.head_dim
+    fp32, size, width = 4, _chunk(sequence_length), c.head_dim
     levels = size.bit_length() - 1
-    unit = 3 * element if element == wide else 2 * wide  # queries and keys as they come, or their fp32 copies
+    unit = 3 * element if element == fp32 else 2 * fp32  # queries and keys as they come, or their fp32 copies
     channel = (
         5 * element + unit  # inputs of the convolutions, the output gate and `out`
-        + (3 + 2) * wide  # inputs of SiLU and softplus, the latter's output
-        + (3 + 2.5 * levels) * wide  # rows and keys; of each level decayed halves and their factors
-        + (5 + 2 + 3) * wide  # decayed queries, keys and values; the solution; corrections
-        + 3 * wide  # the head norm's input and scaled input; the output gate
+        + (3 + 2) * fp32  # inputs of SiLU and softplus, the latter's output
+        + (3 + 2.5 * levels) * fp32  # rows and keys; of each level decayed halves and their factors
+        + (5 + 2 + 3) * fp32  # decayed queries, keys and values; the solution; corrections
+        + 3 * fp32  # the head norm's input and scaled input; the output gate
     )  # fmt: skip
-    head = width * channel + (5 + 3 * size + width * width // size) * wide  # scores of pairs, and a memory a chunk
+    head = width * channel + (5 + 3 * size + width * width // size) * fp32  # scores of pairs, and a memory a chunk
     return int(hidden * element + (2 * width + c.num_heads) * element + c.num_heads * head)

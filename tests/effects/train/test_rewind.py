@@ -1,0 +1,179 @@
+"""`nmoe run --rewind`: the state is the checkpoint's, what was read since is left out, by every later attempt too."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from nmoe.config.sections import Config
+from nmoe.effects.train import rewind, run
+from nmoe.errors import InputError
+from nmoe.pure.model.model import Batch
+from nmoe.soak import soak
+from nmoe.soak.forked import forked
+from tests.effects.train import trainings
+from tests.effects.train.trainings import changed, events, folder
+from tests.test_cli import nmoe, refused
+
+NEWEST = 10**9
+
+
+class Dead(Exception):
+    """Ends an attempt before it has saved anything."""
+
+
+def noting(path: Path, dies_at: int | None = None) -> run.World:
+    """Writes down what is read, a row a line."""
+
+    def wrapped(read: Callable[[int], Batch]) -> Callable[[int], Batch]:
+        calls = 0
+
+        def note(cursor: int) -> Batch:
+            nonlocal calls
+            calls += 1
+            if calls == dies_at:
+                raise Dead("here")
+            batch = read(cursor)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in batch.tokens.flatten(0, 1).tolist())
+            return batch
+
+        return note
+
+    return run.World(read=wrapped)
+
+
+def attempt(config: Config, world: run.World | None = None, most: int | None = None) -> tuple[int, str]:
+    """Exit code and last lines of an attempt, perhaps with --rewind."""
+    output = Path(config.run.root) / "out.txt"
+    Path(config.run.root).mkdir(exist_ok=True, parents=True)
+    code = forked(lambda: run.main(config, {}, ("nmoe", "run"), "x", (), world, most), output)
+    return code, output.read_text(errors="replace")
+
+
+def rows(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def spoiled(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[str]]:
+    """A run of six steps of two sequences with a checkpoint of each, and the rows of its stream for twenty steps."""
+    work = tmp_path_factory.mktemp("spoiled")
+    config = trainings.config(work, "spoiled", sources, 6, keep_last=50)
+    assert attempt(config, noting(work / "read"))[0] == 0
+    long = trainings.config(work / "other", "long", sources, 20, every=0)
+    assert attempt(long, noting(work / "stream"))[0] == 0
+    stream = rows(work / "stream")
+    assert rows(work / "read") == stream[:12] and len(set(stream)) == 40
+    return config, stream
+
+
+def copied(config: Config, work: Path, **train: Any) -> Config:
+    """The same run in another place, to be spoiled further."""
+    shutil.copytree(config.run.root, work / "runs")
+    return changed(attrs.evolve(config, run=attrs.evolve(config.run, root=str(work / "runs"))), **train)
+
+
+def digests(config: Config) -> dict[str, str]:
+    return {name: entry.digest for name, entry in soak.newest(folder(config)).tensors.items()}
+
+
+def test_what_was_read_since_is_left_out_and_a_kill_changes_no_bit(
+    spoiled: tuple[Config, list[str]], tmp_path: Path
+) -> None:
+    config, stream = spoiled
+    whole = copied(config, tmp_path / "whole", steps=9)
+    code, told = attempt(whole, noting(tmp_path / "read"), 3)
+    assert code == 0 and "rewind         from step 6: the 6 sequences read since are left out from now on" in told, told
+    # Three steps are kept, three are left out, six more of the sequences after those.
+    assert rows(tmp_path / "read") == stream[12:24]
+    (event,) = events(whole, "rewind")
+    assert (event["step"], event["reached"], event["left_out"]) == (3, 6, [[6, 12]])
+    steps = [line["step"] for line in soak.metrics(folder(whole)) if "loss" in line]
+    assert steps == list(range(1, 10))
+    assert soak.newest(folder(whole)).meta["cursor"] == 18
+
+    # The attempt that rewinds dies before its first checkpoint; a plain one goes on where it would have.
+    killed = copied(config, tmp_path / "killed", steps=9)
+    assert attempt(killed, noting(tmp_path / "nothing", dies_at=1), 3)[0] == 1
+    code, told = attempt(killed, noting(tmp_path / "again"))
+    assert code == 0, told
+    assert rows(tmp_path / "again") == stream[12:24] and digests(killed) == digests(whole)
+
+    # And one that dies later.
+    late = copied(config, tmp_path / "late", steps=9)
+    assert attempt(late, noting(tmp_path / "first", dies_at=4), 3)[0] == 1
+    code, told = attempt(late, noting(tmp_path / "second"))
+    assert code == 0, told
+    assert rows(tmp_path / "first") == stream[12:18] and digests(late) == digests(whole)
+    assert rows(tmp_path / "second")[-6:] == stream[18:24]
+
+    # A run that begins from its checkpoint, in another folder, leaves the same out.
+    other = changed(attrs.evolve(whole, run=attrs.evolve(whole.run, name="other")), steps=11)
+    code, told = attempt(changed(other, resume=str(folder(whole))), noting(tmp_path / "other"))
+    assert code == 0 and rows(tmp_path / "other") == stream[24:28], told
+    assert rewind.left_out(rewind.read(folder(other))) == ((6, 12),)
+
+
+def test_a_second_rewind_leaves_out_more(spoiled: tuple[Config, list[str]], tmp_path: Path) -> None:
+    """From another size of a batch, over the first stretch; checkpoints that were gone back behind are none of it."""
+    config, stream = spoiled
+    config = copied(config, tmp_path, steps=5)
+    assert attempt(config, noting(tmp_path / "one"), 3)[0] == 0
+    assert rows(tmp_path / "one") == stream[12:16]
+    code, told = attempt(changed(config, steps=6), noting(tmp_path / "two"), 2)
+    assert code == 0, told
+    # Left out are 6 to 12, and what steps 3 to 5 read: 4, 5, and 12 to 15.
+    assert rewind.left_out(rewind.read(folder(config))) == ((4, 6), (6, 12), (12, 16))
+    assert rows(tmp_path / "two") == stream[16:24]
+    code, told = attempt(changed(config, steps=7), noting(tmp_path / "three"), NEWEST)
+    assert rewind.left_out(rewind.read(folder(config)))[-1] == (22, 24)
+    assert code == 0 and rows(tmp_path / "three") == stream[24:28] and "from step 6: the 2 sequences" in told, told
+
+
+def test_without_a_number_it_is_the_newest_before_the_last_step(
+    spoiled: tuple[Config, list[str]], tmp_path: Path
+) -> None:
+    config, stream = spoiled
+    config = copied(config, tmp_path, steps=6)
+    # Steps that no checkpoint has seen count as read.
+    for checkpoint in (folder(config) / "checkpoints").glob("step-0000000[56]*"):
+        shutil.rmtree(checkpoint)
+    code, told = attempt(config, noting(tmp_path / "read"), NEWEST)
+    assert code == 0 and rows(tmp_path / "read") == stream[12:16], told
+
+
+def test_what_cannot_be_gone_back_to_is_one_line(spoiled: tuple[Config, list[str]], tmp_path: Path) -> None:
+    config, _ = spoiled
+    config = copied(config, tmp_path)
+    for most in (0, -1):
+        code, told = attempt(config, most=most)
+        assert code == 2 and told.count("\n") == 1, told
+        assert "--rewind: expected a checkpoint of at most 0 steps in " in told, told
+    new = attrs.evolve(config, run=attrs.evolve(config.run, name="new"))
+    code, told = attempt(new, most=NEWEST)
+    assert code == 2 and "--rewind: expected a checkpoint of at most 0 steps in " in told, told
+    assert not folder(new).exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    name = f"--run.root={tmp_path}", "--run.name=first"
+    where = f"{re.escape(str(tmp_path / 'first' / 'checkpoints'))}, got none; .*"
+    refused(
+        nmoe("run", "quickstart", *name, "--rewind"), f"--rewind: expected a checkpoint of at most 0 steps in {where}"
+    )
+    refused(nmoe("run", "quickstart", *name, "--rewind=x"), ".*--rewind.*")
+
+
+@pytest.mark.parametrize("text", ["{", "[{}]", '[{"checkpoint": "x"}]', "7"])
+def test_a_damaged_record_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "left_out.json").write_text(text)
+    with pytest.raises(InputError, match=r"left_out.json: expected a list of rewinds, got "):
+        rewind.read(tmp_path)

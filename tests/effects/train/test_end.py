@@ -186,6 +186,8 @@ def test_no_room_for_the_weights_is_one_line(sources: Path, tmp_path: Path, monk
     code, output = train(config)
     assert code == 2 and f"nmoe: {folder(config) / WEIGHTS}: expected room for the weights, got No space" in output
     assert "Traceback" not in output and events(config, "end")[-1]["exit_code"] == 2
+    last = (folder(config) / "console.log").read_text().splitlines()[-1]
+    assert last.startswith(f"nmoe: {folder(config) / WEIGHTS}: expected room for the weights, got No space"), last
 
 
 @contextmanager

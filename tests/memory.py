@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -73,3 +74,25 @@ def kept_by_blocks(
         result.backward()
     patch.setattr(kind, "again", recompute)
     return held.nbytes(), max(forward.elements, backward.elements)
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes at once in storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage()._cdata for each in args if isinstance(each, Tensor)}
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor):
+                storage = each.untyped_storage()
+                key = storage._cdata
+                if key not in given and key not in self._held:
+                    self._held[key] = storage.nbytes()
+                    weakref.finalize(storage, self._held.pop, key, None)
+        self.bytes = max(self.bytes, sum(self._held.values()))
+        return result

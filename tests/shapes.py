@@ -102,7 +102,7 @@ def parameters(c: sections.Model, *, seed: int = 0, dtype: torch.dtype = torch.f
 
 
 def router_bias(c: sections.Model, *, seed: int = 0, scale: float = 0.2, dtype: torch.dtype = torch.float64) -> Tensor:
-    """[L E], one row a mixture layer, those of multi-token prediction last; zeros for a softmax, which has none."""
+    """[L E], one row a mixture layer, those of multi-token prediction last; zeros for a softmax, as DeepSeek-V2's."""
     shape = (len(c.mixtures()), c.moe.num_experts)
     if c.moe.score == "softmax":
         return torch.zeros(shape, dtype=dtype)

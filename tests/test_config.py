@@ -434,6 +434,14 @@ def test_identity_is_of_what_must_not_change() -> None:
     assert identity(with_yarn) != identity(before.config)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_softmax_router_is_for_a_cpu(device: str) -> None:
+    config = rules_config('model.moe.score="softmax"')
+    wrong = tuple(kernel_sizes(config.model, device=device, compute="bf16"))
+    expected = 'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got "softmax"; '
+    assert [problem.startswith(expected) for problem in wrong] == [True] * (device == "cuda")
+
+
 def test_a_schedule_in_shares_is_the_run_of_its_tokens(tmp_path: Path) -> None:
     """A later layer gives a length in another form; the identity has tokens, and changes with the length of the run."""
     path = ROOT / "configs" / "quickstart.toml"
@@ -463,14 +471,6 @@ def test_a_run_that_ends_before_its_decay_is_named() -> None:
     )
     for override in ("--train.steps=261", "--schedule={warmup = 0.1, decay = 0.1}", "--schedule.decay_tokens=0"):
         assert remarks(load(path, {}, ("--train.steps=100", override)).config) == (), override
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_softmax_router_is_for_a_cpu(device: str) -> None:
-    config = rules_config('model.moe.score="softmax"')
-    wrong = tuple(kernel_sizes(config.model, device=device, compute="bf16"))
-    expected = 'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got "softmax"; '
-    assert [problem.startswith(expected) for problem in wrong] == [True] * (device == "cuda")
 
 
 def test_diff_names_what_differs() -> None:
@@ -514,6 +514,11 @@ RULES = [
         'optim.router.optimizer="muon"',
         1,
         'optim.router.optimizer: expected "adamw", got "muon"; write "adamw", a router has no hidden matrix',
+    ),
+    (
+        'optim.muon_heads="apart"',
+        1,
+        'optim.muon_heads: expected optim.dense.optimizer = "muon" beside it, got "adamw"; remove the key, or write ',
     ),
     (
         "model.moe.top_k=1",

@@ -184,6 +184,8 @@ def their_classes() -> tuple[Any, Any]:
 def their_network(config: Config, rt: process.Runtime, classes: tuple[Any, Any]) -> Any:
     """`transformers`' model with the weights a run of `config` starts from, in the format of `precision.compute`."""
     settings_class, model_class = classes
+    if (name := hf.family_of(config.model)[0]) != "deepseek_v3":
+        raise InputError(f"--against: expected a config whose model is a deepseek_v3, got a {name}; choose another")
     dtype = torch.float32 if config.precision.compute == "fp32" else torch.bfloat16
     state, _ = fresh(config, make_blueprint(config), rt)
     with rt.device:

@@ -134,6 +134,11 @@ def _optimizers(config: Config) -> Iterator[str]:
             f'optim.router.optimizer: expected "adamw", got {shown(config.optim.router.optimizer)}; write "adamw", '
             "a router has no hidden matrix"
         )
+    if config.optim.muon_heads and config.optim.dense.optimizer != "muon":
+        yield (
+            f'optim.muon_heads: expected optim.dense.optimizer = "muon" beside it, got '
+            f"{shown(config.optim.dense.optimizer)}; remove the key, or write that"
+        )
 
 
 def _bounds(key: Key, value: float) -> str | None:

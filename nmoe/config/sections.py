@@ -202,6 +202,9 @@ class Optim:
     router: Group = setting("router matrices")
     weight_decay: float = setting("decoupled decay of the parameters that decay", default=0.1, low=0, high=1e3)
     clip_norm: float = setting("largest global gradient norm", default=1.0, low=1e-20, high=1e20)
+    muon_heads: Literal["apart"] | None = setting(
+        "Muon orthogonalises each head of a projection by itself; absent: all heads as one matrix", default=None
+    )
 
     def optimizers(self) -> dict[str, str]:
         """Group -> update rule of its hidden matrices."""

@@ -72,8 +72,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         raise InputError(
             f'--verify: expected the extra `hf` for "transformers", got {error}; pip install "nmoe[hf]" or --no-verify'
         ) from error
-    written = json.loads((folder / "config.json").read_text())
-    (architecture,) = written["architectures"]
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
     model_class: Any = getattr(transformers, architecture)
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -90,7 +89,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         if bar:
             logging.enable_progress_bar()
     config = network.config
-    further = range(config.num_hidden_layers, config.num_hidden_layers + written.get("num_nextn_predict_layers", 0))
+    further = range(config.num_hidden_layers, config.num_hidden_layers + getattr(config, "num_nextn_predict_layers", 0))
     ahead = tuple(f"model.layers.{layer}." for layer in further)  # they leave multi-token prediction out
     if wrong := [
         f"{kind} {name}"

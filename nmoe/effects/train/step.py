@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from nmoe.config.sections import Config
+from nmoe.config.sections import Config, Optim
 from nmoe.effects.device import graph, ops, recompute
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.kernels.accumulate import Accumulator
@@ -359,7 +359,7 @@ def update_(
         rule, name, sharing = layout.policy.optimizer, layout.policy.group, ranks.sharing(layout)
         update = passes.update_(rule)
         for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.rank), strict=True):
-            for begin, end, of_matrix in _passes(layout, own, passes.chunk, setup.blueprint.dims):
+            for begin, end, of_matrix in _passes(layout, own, passes.chunk, setup.blueprint.dims, optim):
                 part, held = slice(begin, end), slice(begin - own.begin + own.at, end - own.begin + own.at)
                 changes.append(
                     update(
@@ -384,7 +384,9 @@ def update_(
     return torch.linalg.vector_norm(torch.stack(changes)), gathers
 
 
-def _passes(layout: ArenaLayout, own: Stretch, size: int, dims: Dims) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def _passes(
+    layout: ArenaLayout, own: Stretch, size: int, dims: Dims, optim: Optim
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """A stretch in pieces for the optimizer: chunks of at most `size` elements, or whole parameters."""
     if not layout.whole():
         for first in range(own.begin, own.end, size):
@@ -392,5 +394,6 @@ def _passes(layout: ArenaLayout, own: Stretch, size: int, dims: Dims) -> Iterato
         return
     for slot in layout.slots:
         if own.begin <= slot.offset < own.end:
-            about = matrix_settings(layout.policy.optimizer, slot.spec, slot.shape, dims, bf16=layout.has_remainder())
+            how = {"bf16": layout.has_remainder(), "heads_apart": optim.muon_heads == "apart"}
+            about = matrix_settings(layout.policy.optimizer, slot.spec, slot.shape, dims, **how)
             yield slot.offset, slot.offset + slot.size(), about

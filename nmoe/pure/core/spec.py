@@ -94,13 +94,18 @@ def policy(role: Role, optimizers: Mapping[str, str]) -> Policy:
     """The row of a role, with the update rule that a config gives it.
 
     optimizers  group -> name of its update rule
+    Raises:     ValueError for a group without one.
     """
     chosen = POLICY[role]
+    if chosen.optimizer == BY_GROUP and chosen.group not in optimizers:
+        raise ValueError(
+            f"optim.{chosen.group}.optimizer: expected an update rule, got none; name one of it for each group"
+        )
     return attrs.evolve(chosen, optimizer=optimizers[chosen.group]) if chosen.optimizer == BY_GROUP else chosen
 
 
 def axis_size(axis: str, dims: Dims) -> int:
-    """Size of one axis; an axis that is a number is its own size, `A+B` lies A and B side by side.
+    """Size of one axis; a number is its own size, `A+B` lies A and B side by side, `H*C` has C of each of H.
 
     Raises:  ValueError when `dims` has no size for the letter.
     """
@@ -108,6 +113,8 @@ def axis_size(axis: str, dims: Dims) -> int:
         return int(axis)
     if "+" in axis:
         return sum(axis_size(part, dims) for part in axis.split("+"))
+    if "*" in axis:
+        return math.prod(axis_size(part, dims) for part in axis.split("*"))
     if axis not in dims:
         raise ValueError(
             f"dims: expected a size for axis '{axis}', got sizes for {', '.join(sorted(dims))}; add it to dims"
@@ -143,7 +150,7 @@ def renamed(spec: Spec, names: Mapping[str, str]) -> Spec:
     """
 
     def axis(old: str) -> str:
-        return "+".join(names.get(part, part) for part in old.split("+"))
+        return "+".join("*".join(names.get(one, one) for one in part.split("*")) for part in old.split("+"))
 
     def draw(generator: torch.Generator, shape: tuple[int, ...], dims: Dims) -> Tensor:
         return spec.init(generator, shape, {**dims, **{old: dims[new] for old, new in names.items()}})

@@ -18,6 +18,7 @@ from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import distinct_ranks
 from nmoe.pure.model.attention import KINDS, Kind, Kinds, layers
 from nmoe.pure.model.route import BINS
+from nmoe.pure.optim.muon import temporary_bytes
 from nmoe.pure.optim.update import rule
 from nmoe.pure.parallel import exchange_arena
 
@@ -36,10 +37,12 @@ class Memory:
     activations: int  # kept for the backward pass of one microbatch; an estimate
     logits: int  # of one chunk of the loss
     exchange: int  # symmetric memory to receive rows in
+    update: int  # temporaries of the largest parameter that is updated as a whole, when activations are gone
 
     def total(self) -> int:
-        """All kinds."""
-        return sum(attrs.astuple(self))
+        """The most at once."""
+        passing = self.activations + self.logits
+        return sum(attrs.astuple(self)) - min(passing, self.update)
 
 
 @attrs.frozen(kw_only=True)
@@ -253,6 +256,15 @@ def plan(
             activations=activations,
             logits=logits,
             exchange=arena.allocated() if arena else 0,
+            update=max(
+                (
+                    temporary_bytes(slot.size(), bf16=arena.has_remainder())
+                    for arena in arenas
+                    for slot in arena.slots
+                    if arena.whole()
+                ),
+                default=0,
+            ),
         ),
         arena=arena,
         distinct=distinct,

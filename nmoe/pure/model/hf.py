@@ -6,7 +6,7 @@ Values only: `transformers` is not imported here, and nothing is read or written
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -23,12 +23,16 @@ from nmoe.errors import InputError
 from nmoe.pure.core import tree
 from nmoe.pure.model import model
 from nmoe.pure.model.attention import layers
-from nmoe.pure.model.hf_families import DEPTH, FAMILIES, GATED, Family, hf_of, type_of
-from nmoe.pure.model.hf_leaf import Leaf, matrix, repeated, same, scaled, side_by_side, zeros
+from nmoe.pure.model.hf_families import FAMILIES, GATED, Family, hf_of, type_of
+from nmoe.pure.model.hf_leaf import Leaf, matrix, repeated, same, scaled, stacked, zeros
 from nmoe.pure.model.model import Transformer
 
 ROUTER_BIAS = "router_bias"
 """The router bias [L E] among the parameters' paths."""
+
+
+DEPTH = "num_nextn_predict_layers"
+"""Key of `config.json`: layers of multi-token prediction, of which the weights follow those of the last layer."""
 
 
 @attrs.frozen(kw_only=True)
@@ -45,6 +49,9 @@ class Part:
         split = self.leaf.split(torch.empty(self.shape, device="meta"))
         return {name: tuple(tensor.shape) for name, tensor in split.items()}
 
+
+GPT_OSS = "experts are a clamped SwiGLU with biases, and attention and router have biases, which nmoe has not"
+"""Why a model of grouped queries is none of gpt_oss."""
 
 TRAINING = (
     *("embedding_scale", "logit_scale", "moe.balance", "moe.bias_update_rate", "moe.bias_decay"),
@@ -66,6 +73,7 @@ def settings(c: sections.Model) -> dict[str, Any]:
         "model_type": name,
         **{theirs: _at(c, path) for theirs, path in family.keys.items()},
         **family.fixed,
+        DEPTH: c.depth(),
         **family.settings(c),
         "pad_token_id": None,
         "bos_token_id": None,
@@ -95,7 +103,8 @@ def family_of(c: sections.Model) -> tuple[str, Family]:
     if name is None:
         kinds = ", ".join(type(section).__name__ for section in c.attentions().values())
         raise InputError(
-            f"model.attention: expected the attention of {_listed(FAMILIES)}, got {kinds}; no other can be exported"
+            f"model.attention: expected the attention of one of {', '.join(FAMILIES)}, got {kinds}; "
+            + (f"of gpt_oss {GPT_OSS}" if "Gqa" in kinds else "no other can be exported")
         )
     return name, FAMILIES[name]
 
@@ -109,16 +118,16 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
 
     Raises:  InputError for multi-token prediction that they cannot say: behind a `logit_scale`, or without experts.
     """
-    _, family = family_of(c)
+    name, family = family_of(c)
     if c.mtp is not None and c.logit_scale != 1:
         raise InputError(
-            f"model.logit_scale: expected 1.0 beside model.mtp, got {c.logit_scale}; deepseek_v3 has no such factor, "
+            f"model.logit_scale: expected 1.0 beside model.mtp, got {c.logit_scale}; {name} has no such factor, "
             "and its layer of multi-token prediction would read the hidden state times it"
         )
     if c.mtp is not None and not c.mixtures():
         raise InputError(
             f"model.num_dense_layers: expected below num_layers = {c.num_layers} beside model.mtp, got "
-            f"{c.num_dense_layers}; in deepseek_v3 a layer of multi-token prediction has experts"
+            f"{c.num_dense_layers}; in {name} a layer of multi-token prediction has experts"
         )
     dims, mixtures = model.dims(c), c.mixtures()
     sizes = {path: spec.shape(dims) for path, spec in tree.leaves(model.specs(c))}
@@ -185,7 +194,7 @@ AHEAD: Mapping[str, Leaf] = MappingProxyType(
     {
         "embed_norm": same("enorm.weight"),
         "hidden_norm": same("hnorm.weight"),
-        "project": side_by_side("eh_proj.weight", 2),
+        "project": stacked("eh_proj.weight", 2),
         "norm": same("shared_head.norm.weight"),
     }
 )
@@ -241,7 +250,8 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"model_type: expected {_listed(FAMILIES)}, got {json.dumps(name)}; nmoe has no other")
+        got = f"gpt_oss, whose {GPT_OSS}" if name == "gpt_oss" else name if isinstance(name, str) else json.dumps(name)
+        raise InputError(f"model_type: expected one of {', '.join(FAMILIES)}, got {got}; nmoe has no other")
     family = FAMILIES[name]
     problems = [f"{key}: expected a value, got nothing; write it" for key in family.keys if key not in config]
     problems += [
@@ -249,9 +259,11 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
         for key, value in family.fixed.items()
         if config.get(key, value) != value
     ]
+    if not family.ahead and config.get(DEPTH, 0) != 0:
+        problems.append(f"{DEPTH}: expected 0, got {json.dumps(config[DEPTH])}; nmoe has no other for {name}")
     own, wrong = family.read(config)
     problems += wrong
-    known = {"model_type", *family.keys, *family.fixed, *family.known, *BOOKKEEPING}
+    known = {"model_type", *family.keys, *family.fixed, *family.known, *BOOKKEEPING, DEPTH}
     problems += [
         f"{key}: expected a key of {name} that nmoe knows, got {json.dumps(value)}; remove it if no logit changes"
         for key, value in config.items()
@@ -260,6 +272,8 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
     tables: dict[str, Any] = {**own, "moe": dict(own.get("moe", {}))}
     for key, path in family.keys.items():
         (tables["moe"] if path[0] == "moe" else tables)[path[-1]] = config.get(key, 0)
+    if config.get(DEPTH, 0) != 0:
+        tables["mtp"] = {"depth": config[DEPTH]}
     problems += [
         f"{_theirs(path, family)}: expected one value, got {json.dumps(value)}; write a number"
         for path, value in flat(tables)
@@ -279,10 +293,6 @@ def _theirs(path: tuple[str, ...], family: Family) -> str:
     """The key of `config.json` behind a path in the section Model, where it is not the same word."""
     named = {**family.keys, DEPTH: ("mtp", "depth")}
     return next((key for key, ours in named.items() if ours == path), dotted(path))
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " or ".join(json.dumps(name) for name in names)
 
 
 def _at(c: Any, path: tuple[str, ...]) -> Any:

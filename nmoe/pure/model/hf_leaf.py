@@ -55,7 +55,7 @@ def columns(sizes: Mapping[str, int]) -> Leaf:
     )
 
 
-def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:
+def along(leaves: Sequence[Leaf], axis: int) -> Leaf:
     """Leaves side by side along an axis of ours that theirs have not."""
 
     def split(ours: Tensor) -> dict[str, Tensor]:
@@ -67,9 +67,29 @@ def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:
     return Leaf(split=split, join=lambda theirs: torch.stack([leaf.join(theirs) for leaf in leaves], dim=axis))
 
 
+def ordered(leaf: Leaf, order: Sequence[int], axis: int) -> Leaf:
+    """A leaf of which they have the entries along an axis of ours in another order: theirs i is our `order[i]`."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+
+    def taken(tensor: Tensor, places: Sequence[int]) -> Tensor:
+        return tensor.index_select(axis, torch.tensor(places, device=tensor.device))
+
+    return Leaf(
+        split=lambda ours: leaf.split(taken(ours, order)), join=lambda theirs: taken(leaf.join(theirs), inverse)
+    )
+
+
+def shaped(leaf: Leaf, theirs: tuple[int, ...], ours: tuple[int, ...]) -> Leaf:
+    """A leaf of which they have another shape, the numbers in the same order."""
+    return Leaf(
+        split=lambda tensor: {name: each.reshape(theirs) for name, each in leaf.split(tensor).items()},
+        join=lambda named: leaf.join({name: each.reshape(ours) for name, each in named.items()}),
+    )
+
+
 def gated(gate: str, up: str) -> Leaf:
     """The two matrices [in, 2, out] of a gated MLP."""
-    return stacked((matrix(gate), matrix(up)), axis=1)
+    return along((matrix(gate), matrix(up)), axis=1)
 
 
 def zeros(path: str, shape: tuple[int, ...]) -> Leaf:
@@ -90,7 +110,7 @@ def scaled(name: str, factor: float) -> Leaf:
     return Leaf(split=lambda ours: {name: ours * factor}, join=lambda theirs: theirs[name])
 
 
-def side_by_side(name: str, parts: int) -> Leaf:
+def stacked(name: str, parts: int) -> Leaf:
     """A matrix [parts in, out] of ours whose inputs lie side by side in one of theirs."""
     return Leaf(
         split=lambda ours: {name: ours.flatten(0, 1).T},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nmoe.pure.core.shape import expect_shape
-from nmoe.pure.core.spec import POLICY, Dims, Spec, axis_size
+from nmoe.pure.core.spec import POLICY, Dims, Role, Spec, axis_size
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """Of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon: an optimizer for hidden layers"): steep at 0, and
@@ -25,8 +25,23 @@ RMS = 0.2
 """Root mean square that an update of AdamW usually has (arXiv:2502.16982, section 2.2)."""
 
 
+def temporary_bytes(size: int, *, bf16: bool) -> int:
+    """Bytes that the update of a parameter of so many elements makes at most at once.
+
+    Seven numbers in fp32 an element: gradient, momentum, what is ahead, and of the product four; of a parameter in bf16
+    the joined value too.
+    """
+    return size * (32 if bf16 else 28)
+
+
 def by_matrix(
-    apply: Callable[[Tensor], Tensor], tensor: Tensor, *, spec: Spec, shape: tuple[int, ...], dims: Dims
+    apply: Callable[[Tensor], Tensor],
+    tensor: Tensor,
+    *,
+    spec: Spec,
+    shape: tuple[int, ...],
+    dims: Dims,
+    heads_apart: bool = False,
 ) -> Tensor:
     """`apply` to the matrices that a parameter consists of, and its results in their places.
 
@@ -34,19 +49,25 @@ def by_matrix(
     several axes are one side together where the spec merges them, and a side that begins with `A+B` is two matrices
     side by side.
 
-    apply    [... M N] -> [... M N], called once for each part of a sum
-    tensor   of as many elements as `shape`
-    shape    of the parameter on this rank
-    returns  of the shape of `tensor`
-    Raises:  ValueError when there are not two sides.
+    apply        [... M N] -> [... M N], called once for each part of a sum
+    tensor       of as many elements as `shape`
+    shape        of the parameter on this rank
+    heads_apart  the first of merged axes, and of `H*C` the first, count matrices too; only for Role.MATRIX, of others
+                 they are no heads
+    returns      of the shape of `tensor`
+    Raises:      ValueError when there are not two sides.
     """
     counted = [at for at, axis in enumerate(spec.axes) if axis.isdigit() or axis == POLICY[spec.role].shard]
+    merged, apart = spec.merged, heads_apart and spec.role is Role.MATRIX
+    if apart and merged:
+        counted.append(spec.axes.index(merged[0]))
+        merged = merged[1:]
     rest = [at for at in range(len(spec.axes)) if at not in counted]
     sides = [spec.axes[at] for at in rest]
     moved = tensor.view(shape).permute(*counted, *rest)
     value, inner = moved, dict.fromkeys(sides, 1)  # inner: elements of a side that one index of its first axis has
-    if spec.merged:
-        first, count = sides.index(spec.merged[0]), len(spec.merged)
+    if len(merged) > 1:
+        first, count = sides.index(merged[0]), len(merged)
         value = moved.flatten(len(counted) + first, len(counted) + first + count - 1)
         del sides[first + 1 : first + count]
         inner[sides[first]] = math.prod(shape[at] for at in rest[first + 1 : first + count])
@@ -57,15 +78,26 @@ def by_matrix(
         )
     for dim, side in zip((-2, -1), sides, strict=True):
         if "+" in side:
-            sizes = [axis_size(part, dims) * inner[side] for part in side.split("+")]
-            apply = partial(_side_by_side, apply, dim, sizes)
+            parts = side.split("+")
+            sizes = [axis_size(part, dims) * inner[side] for part in parts]
+            heads = [axis_size(part.split("*")[0], dims) if apart and "*" in part else 1 for part in parts]
+            apply = partial(_side_by_side, apply, dim, sizes, heads)
     order = sorted(range(len(spec.axes)), key=[*counted, *rest].__getitem__)
     return apply(value).reshape(moved.shape).permute(order).reshape(tensor.shape)
 
 
-def _side_by_side(apply: Callable[[Tensor], Tensor], dim: int, sizes: list[int], value: Tensor) -> Tensor:
-    """`apply` to each of the matrices that lie side by side along `dim`."""
-    return torch.cat([apply(part) for part in value.split(sizes, dim)], dim)
+def _side_by_side(
+    apply: Callable[[Tensor], Tensor], dim: int, sizes: list[int], heads: list[int], value: Tensor
+) -> Tensor:
+    """`apply` to each of the matrices that lie side by side along `dim`; a part of several heads is one of each."""
+    parts: list[Tensor] = []
+    for part, count in zip(value.split(sizes, dim), heads, strict=True):
+        if count > 1:
+            each = part.unflatten(dim, (count, -1)).movedim(dim - 1, 0)
+            parts.append(apply(each).movedim(0, dim - 1).flatten(dim - 1, dim))
+        else:
+            parts.append(apply(part))
+    return torch.cat(parts, dim)
 
 
 def orthogonalize(x: Tensor, *, bf16: bool) -> Tensor:

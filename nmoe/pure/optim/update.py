@@ -62,15 +62,19 @@ def settings(name: str, group: Group) -> dict[str, float]:
     return {field: getattr(group, field) for field in rule(name).settings}
 
 
-def matrix_settings(name: str, spec: Spec, shape: tuple[int, ...], dims: Dims, *, bf16: bool) -> dict[str, Any]:
+def matrix_settings(
+    name: str, spec: Spec, shape: tuple[int, ...], dims: Dims, *, bf16: bool, heads_apart: bool = False
+) -> dict[str, Any]:
     """What an update rule of whole matrices is given of its parameter; nothing for an elementwise one.
 
-    shape    of the parameter on this rank
-    bf16     whether the parameter is stored in bf16; so are then the products that make its update
+    shape        of the parameter on this rank
+    bf16         whether the parameter is stored in bf16; so are then the products that make its update
+    heads_apart  whether each head of a projection is a matrix of its own
     """
     if name in ELEMENTWISE:
         return {}
-    return {"by_matrix": partial(by_matrix, spec=spec, shape=shape, dims=dims), "bf16": bf16}
+    cut = partial(by_matrix, spec=spec, shape=shape, dims=dims, heads_apart=heads_apart)
+    return {"by_matrix": cut, "bf16": bf16}
 
 
 @record
@@ -131,7 +135,14 @@ def tree_update(
             lr=torch.tensor(share * group.lr, dtype=torch.float64),
             decay=optim.weight_decay if own.decay else 0.0,
             **settings(own.optimizer, group),
-            **matrix_settings(own.optimizer, spec, tuple(value.shape), dims, bf16=value.dtype is torch.bfloat16),
+            **matrix_settings(
+                own.optimizer,
+                spec,
+                tuple(value.shape),
+                dims,
+                bf16=value.dtype is torch.bfloat16,
+                heads_apart=optim.muon_heads == "apart",
+            ),
         )
         return new, moments
 

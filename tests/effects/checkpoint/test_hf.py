@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,7 +35,7 @@ from nmoe.pure.model import hf, model
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.decode import Sampling
 from tests import shapes
-from tests.effects.checkpoint.hf_models import MODELS, without_scales, write
+from tests.effects.checkpoint.hf_models import DELTA, LATENT, MODELS, without_scales, write
 from tests.effects.checkpoint.saves import on_ranks
 from tests.effects.train import trainings
 from tests.effects.train.tiny import tiny
@@ -91,8 +92,10 @@ def test_tensors_from_memory_are_those_of_the_folder(name: str, tmp_path: Path) 
 
 @pytest.mark.usefixtures("doubled")
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_of_transformers_in_double_precision(name: str, tmp_path: Path) -> None:
+def test_logits_of_transformers_in_double_precision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder as it is on disk, loaded by them; rounding of fp32 weights is the same on both sides."""
+    if name.startswith("kimi linear"):  # which casts the decay by a method
+        monkeypatch.setattr(Tensor, "float", Tensor.double)
     write(tmp_path / "run", MODELS[name])
     source = open_source(Disk(), tmp_path / "run")
     hf_export.export(source, tmp_path / "out", shard_bytes=5000, extra={}, end_of_text=None, verify=None)
@@ -372,7 +375,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "another model": (
         lambda f: edit_config(f, model_type="llama"),
-        ('model_type: expected "deepseek_v3" or "deepseek_v2", got "llama"',),
+        ("model_type: expected one of deepseek_v3, deepseek_v2, deepseek_v32, kimi_linear, got llama",),
     ),
     "types": (
         lambda f: edit_config(f, num_hidden_layers="3", n_routed_experts=True),
@@ -478,10 +481,56 @@ def test_a_bad_run_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_what_kimi_linear_says_of_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names and keys as Moonshot publishes them; layers that are said twice, a gate of another kind."""
+    write(tmp_path / "run", MODELS["kimi linear"], compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 0
+    names = tensors_of(tmp_path / "out")
+    assert {name.removeprefix("model.layers.0.self_attn.") for name in names if "layers.0.self_attn" in name} == {
+        *(f"{each}_proj.weight" for each in ("q", "k", "v", "f_a", "f_b", "g_a", "g_b", "b", "o")),
+        *(f"{each}_conv1d.weight" for each in "qkv"),
+        *("A_log", "dt_bias", "o_norm.weight"),
+    }
+    assert {
+        "model.layers.1.block_sparse_moe.experts.3.w2.weight",
+        "model.layers.0.mlp.down_proj.weight",
+    } <= names.keys()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    said = config["linear_attn_config"]
+    assert (said["kda_layers"], said["full_attn_layers"]) == ([1, 2], [3])
+    capsys.readouterr()
+    edit_config(tmp_path / "out", linear_attn_config={**said, "kda_layers": [1, 3], "gate_lower_bound": -5.0})
+    assert run("import", "hf", tmp_path / "out", tmp_path / "back") == 2
+    told = capsys.readouterr().err
+    assert "expected each layer from 1 to 3 once in kda_layers or full_attn_layers, got [[1, 3], [3]]" in told
+    assert "linear_attn_config.gate_lower_bound: expected a key that nmoe knows, got -5.0" in told
+
+
+def test_gpt_oss_is_refused_by_what_nmoe_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss", "torch_dtype": "bfloat16"}')
+    assert run("import", "hf", tmp_path, tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert "got gpt_oss, whose experts are a clamped SwiGLU with biases, and attention and router have biases" in told
+
+
 UNEXPRESSED: dict[str, tuple[sections.Model, str]] = {
     "grouped queries": (
         shapes.config(attention=sections.Gqa(num_heads=4, num_kv_heads=2, head_dim=8)),
-        "model.attention: expected the attention of ",
+        "model.attention: expected the attention of one of deepseek_v3, deepseek_v2, deepseek_v32, kimi_linear, "
+        "got Gqa; of gpt_oss experts are a clamped SwiGLU with biases, and attention and router have biases, "
+        "which nmoe has not",
+    ),
+    "a bounded gate": (
+        shapes.config(attention=sections.Mixed(pattern="ab", a=attrs.evolve(DELTA, decay_limit=5.0), b=LATENT)),
+        "model.attention.a.decay_limit: expected null, which kimi_linear has, got 5.0; it cannot be exported",
+    ),
+    "latent attention with a rotation": (
+        shapes.config(attention=sections.Mixed(pattern="ab", a=DELTA, b=shapes.attention())),
+        'model.attention.b.position: expected "none", which kimi_linear has, got null; it cannot be exported',
+    ),
+    "further tokens of a kimi": (
+        shapes.config(attention=MODELS["kimi linear"].attention, mtp=sections.Mtp(depth=1)),
+        "num_nextn_predict_layers: expected 0, got 1; nmoe has no other for kimi_linear",
     ),
     "no position": (
         shapes.config(attention=shapes.attention(position="none")),

@@ -30,9 +30,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from nmoe.effects.data.store import shard_writer
 from nmoe.effects.runs import status as run_status
-from nmoe.effects.runs.viz import api, curves, experts, export, machine, mixture, views
+from nmoe.effects.runs.viz import api, curves, experts, export, folder, machine, mixture, views, words
 from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
 from nmoe.pure.data.order import source_at, turns
@@ -261,6 +260,50 @@ def test_curves_of_layers_reach_the_last_step_at_each_cadence(index: Index, tmp_
         entropy = experts.layers(opened, "many", "entropy", curves.Axis())
     assert entropy.x == [float(line["step"]) for line in lines]
     assert [values[-1] for values in entropy.values] == [0.1 * layer + 4000 for layer in range(26)]
+
+
+def test_only_a_checkpoint_in_the_folder_of_the_run_is_listed(tmp_path: Path) -> None:
+    names = ("../../b/checkpoints/step-00000001.0001-0001", "..", "", "step-00000002.0001-0001", 7, None)
+    for place in ("a", "b"):
+        saved = runs.folder(tmp_path, place) / "checkpoints" / "step-00000001.0001-0001"
+        saved.mkdir(parents=True)
+        (saved / "manifest.json").write_text("{}")
+    events = [runs.event("checkpoint", 1, step=1, checkpoint=name) for name in names]
+    runs.append(tmp_path / "a" / "events.jsonl", [*events, runs.event("checkpoint", 2, step=1, checkpoint=saved.name)])
+    with indexed(tmp_path) as index:
+        told = folder.checkpoints(index, "a")
+    assert [each.name for each in told.checkpoints] == [saved.name] and told.deleted == 1
+    assert told.checkpoints[0].command.endswith(f"--train.resume={tmp_path}/a/checkpoints/{saved.name}")
+    assert (told.checkpoints[0].validation_loss, told.checkpoints[0].size_bytes) == (None, None)
+
+
+def test_the_console_is_its_end_in_whole_lines(tmp_path: Path) -> None:
+    path = runs.folder(tmp_path, "a") / "console.log"
+    with indexed(tmp_path) as index:
+        assert not folder.console(index, "a").is_there
+        path.write_bytes(b"one\xff\r\nold\rnew\n\x1b[31mred\x1b[0m")
+        assert folder.console(index, "a").lines == ["one\ufffd", "new", "red"]
+        path.write_text("".join(f"{number:07d}\n" for number in range(100_000)))
+        told = folder.console(index, "a")
+        assert told.lines[-1] == "0099999" and len(told.lines) < 40_000
+        assert told.left_out_bytes == 8 * int(told.lines[0]), "the first line that is shown is whole"
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(InputError, match=r"console.log: expected a file to read, got no regular file"):
+            folder.console(index, "a")
+
+
+EVENTS = ("start", "end", "checkpoint", "checkpoint_skipped", "validation", "sample", "mixture", "gpus", "resume", "x")
+FIELDS = ("parameters", "bytes", "seconds", "loss", "tokens", "sources", "accepted", "new", "error", "status", "prompt")
+
+
+@pytest.mark.parametrize("event", [*EVENTS, "nonfinite", "checkpoint_failed"])
+def test_any_event_has_words(event: str) -> None:
+    """Fields may be missing or of any type: a stranger wrote them."""
+    for value in (None, True, "x", 1e308, 1 << 62, [], [{}], {}, {"a": {"b": []}}):
+        assert isinstance(words.text(event, dict.fromkeys(FIELDS, value)), str)
+    assert isinstance(words.text(event, {}), str)
+    assert words.text(event, {"message": "as it says"}) == "as it says"
 
 
 def test_the_slowest_rank_is_named(index: Index) -> None:
@@ -522,27 +565,6 @@ def test_vendored_files_are_those_that_are_listed() -> None:
 
 
 # The server, as a process.
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data, with a link that leads out of it to a file that nobody may see."""
-    import numpy as np
-
-    from nmoe.effects.data import tokenizer
-
-    base = tmp_path_factory.mktemp("data")
-    (base / "secret").write_text("CANARY-8c1f")
-    folder = base / "inside" / "prepared"
-    trained = tokenizer.train(["the cat sat on the mat. the cat sat. the mat sat. " * 4], 265, lambda text: None)
-    encoding = tokenizer.encoding(trained)
-    documents = [np.array(encoding.encode_ordinary(text)) for text in ("the cat", "sat on <b>é</b>", "the mat")]
-    shard_writer.write(folder, trained, {"train": documents, "validation": documents[:1]})
-    out = base / "inside" / "linked"
-    shutil.copytree(folder, out)
-    (out / "train" / "shard-00000.npy").unlink()
-    (out / "train" / "shard-00000.npy").symlink_to(base / "secret")
-    return base / "inside"
 
 
 @pytest.fixture(scope="module")

@@ -230,6 +230,19 @@ def test_losses_are_sorted_best_first_and_what_is_none_last(browser: Browser, se
         expect(page.locator("tbody td.name").first).to_contain_text("lost")
 
 
+def test_folders_of_data_are_counted_in_words(browser: Browser, data: Path, tmp_path: Path) -> None:
+    runs.finished(tmp_path, steps=2)
+    (tmp_path / "finished" / "events.jsonl").write_text("")
+    with (tmp_path / "finished" / "config.toml").open("a") as file:
+        file.write("[data]\nprefetch = 2\n")
+    with serving(tmp_path, "--data", str(data)) as server, opened(browser, f"{server.url}/?view=data&folder=1") as page:
+        row = page.locator("#splits tr.group").first
+        expect(row).to_have_text(re.compile(r"1 shard, \d+(\.\d+)? B$"))
+        tokens = server.json("/api/document?folder=1&split=train&number=0")["tokens"]
+        expect(page.locator(".sample h3")).to_contain_text(f"{len(tokens) - 1} tokens and the end of text")
+        expect(page.locator("#data-config")).to_have_text("prefetch2")
+
+
 # What was missing.
 
 

@@ -35,9 +35,11 @@ def by_muon(config: Config) -> Config:
     return attrs.evolve(config, optim=attrs.evolve(config.optim, **groups))
 
 
-def test_arenas_are_updated_as_the_tree_is() -> None:
+@pytest.mark.parametrize("heads", [None, "apart"])
+def test_arenas_are_updated_as_the_tree_is(heads: Any) -> None:
     """The gradient of each step from the parameters of the arenas; three steps, with clip and decay."""
-    config = by_muon(tiny(clip_norm=0.5, q_lora_rank=12, lr=1e-2))
+    config = by_muon(tiny(clip_norm=0.5, q_lora_rank=None if heads else 12, lr=1e-2))
+    config = attrs.evolve(config, optim=attrs.evolve(config.optim, muon_heads=heads))
     blueprint = make_blueprint(config)
     state, step = start(config)
     ours = tree.map(lambda _, leaf: leaf.detach().clone(), state.params)

@@ -177,5 +177,11 @@ def test_memory_follows_formats_and_ranks() -> None:
     saved = 4 * one.parameters.routed
     memory = plan(config, make_blueprint(config), mfu=0.4).memory
     assert memory.moments == pytest.approx(one.memory.moments - saved, abs=4 * padding)
+    # of experts up: 8 x 32 x 2 x 16; beside activations only as far as it is more than they were
+    assert (one.memory.update, memory.update) == (0, 8192 * 32)
+    kept = memory.parameters + memory.remainders + memory.gradients + memory.moments
+    assert memory.total() == kept + max(memory.activations + memory.logits, memory.update)
+    on_four = plan(config, make_blueprint(config, 4, 4), mfu=0.4).memory
+    assert on_four.update == memory.update // 4
     assert plan(config, make_blueprint(config), mfu=0.2).seconds() == pytest.approx(2 * one.seconds())
     assert s.Config is type(config)

@@ -88,24 +88,11 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def hf_tensors(p: dsa.Dsa, c: sections.Dsa) -> dict[str, Tensor]:
-    """Names and tensors of `transformers`.
-
-    Of the indexer it rotates channel i with channel i + P/2, we rotate neighbours: even channels come first.
-    """
-    named: dict[str, Tensor] = {}
-    leaves = dict(tree.leaves(p.latent))
-    for path, leaf in mla.hf_leaves(c).items():
+    """Names and tensors of `transformers`."""
+    named, leaves = dict[str, Tensor](), dict(tree.leaves(p))
+    for path, leaf in dsa.hf_leaves(c).items():
         named |= leaf.split(leaves[path])
-    rotated, index = c.qk_rope_head_dim, torch.arange(c.index_head_dim)
-    order = torch.cat((index[:rotated:2], index[1:rotated:2], index[rotated:]))
-    own = p.indexer
-    return named | {
-        "indexer.wq_b.weight": own.query[..., order].flatten(1).T,
-        "indexer.wk.weight": own.key[:, order].T,
-        "indexer.k_norm.weight": own.gain[order],
-        "indexer.k_norm.bias": own.shift[order],
-        "indexer.weights_proj.weight": own.weight.T,
-    }
+    return named
 
 
 YARN = sections.Yarn(factor=8.0, original_positions=64, beta_fast=4.0, mscale=0.7, mscale_all_dim=1.3)

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from nmoe.config.layers import load_model
 from nmoe.config.sections import Group, Optim
+from nmoe.effects.device.cpu import update_
 from nmoe.pure.core import tree
 from nmoe.pure.core.init import ones
 from nmoe.pure.core.spec import POLICY, Role, Spec, policy
+from nmoe.pure.formats.master import split
 from nmoe.pure.model import model
-from nmoe.pure.optim.muon import by_matrix, muon, orthogonalize
-from nmoe.pure.optim.update import tree_state, tree_update
+from nmoe.pure.optim.muon import by_matrix, muon, orthogonalize, temporary_bytes
+from nmoe.pure.optim.update import matrix_settings, rule, tree_state, tree_update
 from tests import shapes
+from tests.memory import Peak
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.toml"))
 
@@ -31,7 +34,9 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def matrices(tensor: Tensor, spec: Spec, shape: tuple[int, ...], dims: Mapping[str, int]) -> list[Tensor]:
+def matrices(
+    tensor: Tensor, spec: Spec, shape: tuple[int, ...], dims: Mapping[str, int], *, apart: bool = False
+) -> list[Tensor]:
     """What is orthogonalised; put back as it is, it is the parameter."""
     found: list[Tensor] = []
 
@@ -39,7 +44,7 @@ def matrices(tensor: Tensor, spec: Spec, shape: tuple[int, ...], dims: Mapping[s
         found.append(part)
         return part
 
-    assert torch.equal(by_matrix(noted, tensor, spec=spec, shape=shape, dims=dims), tensor)
+    assert torch.equal(by_matrix(noted, tensor, spec=spec, shape=shape, dims=dims, heads_apart=apart), tensor)
     return found
 
 
@@ -142,21 +147,91 @@ def test_queries_keys_and_values_of_several_heads_are_three_matrices() -> None:
     assert torch.equal(k, value.view(2, 15)[:, 9:12]) and torch.equal(v, value.view(2, 15)[:, 12:])
 
 
+def test_each_head_is_a_matrix_where_heads_are_apart() -> None:
+    """Of MLA with and without a latent of the query, of grouped queries; latents and rotated key stay whole."""
+    for rank in (None, 7):
+        c = shapes.config(attention=shapes.attention(q_lora_rank=rank))
+        dims, specs = model.dims(c), dict(tree.leaves(model.specs(c)))
+        d, h = dims["D"], dims["H"]
+
+        def found(path: str, specs: Mapping[str, Spec] = specs, dims: Mapping[str, int] = dims) -> list[Tensor]:
+            spec = specs[path]
+            return matrices(torch.arange(spec.size(dims)), spec, spec.shape(dims), dims, apart=True)
+
+        up, out = found("blocks.1.attention.up")[0], found("blocks.1.attention.out")[0]
+        assert up.shape == (h, dims["R"], dims["Z"]) and out.shape == (h, dims["U"], d)
+        whole = torch.arange(dims["R"] * h * dims["Z"]).view(dims["R"], h, dims["Z"])
+        assert torch.equal(up[2], whole[:, 2])
+        down = [tuple(part.shape) for part in found("blocks.1.attention.down")]
+        first = (h, d, dims["C"]) if rank is None else (d, rank)
+        assert down == [first, (d, dims["R"]), (d, dims["P"])]
+        if rank is None:
+            whole = torch.arange(d * (h * dims["C"] + dims["R"] + dims["P"])).view(d, -1)
+            assert torch.equal(found("blocks.1.attention.down")[0][1], whole[:, dims["C"] : 2 * dims["C"]])
+        assert found("blocks.1.ffn.up")[0].shape == (dims["E"], 2, d, dims["F"]), "an expert has none"
+    value = torch.arange(2 * 5 * 3)
+    spec = Spec(("D", "H+K+K", "C"), Role.MATRIX, ones, ("H+K+K", "C"))
+    (heads,) = matrices(value, spec, (2, 5, 3), {"H": 3, "K": 1, "C": 3}, apart=True)
+    assert heads.shape == (5, 2, 3) and torch.equal(heads[4], value.view(2, 15)[:, 12:])
+    spec = Spec(("N", "C", "U"), Role.POOL, ones, ("N", "C"))
+    (pooled,) = matrices(torch.arange(24), spec, (2, 3, 4), {}, apart=True)
+    assert pooled.shape == (6, 4), "positions of a block are no heads"
+
+
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)
-def test_every_hidden_matrix_of_the_presets_is_one(preset: Path) -> None:
+def test_every_hidden_matrix_of_the_presets_is_one(preset: Path, apart: bool) -> None:
     """Of each kind of attention that ships: Muon is a choice of the config, and must not fail at the first step."""
     c, _ = load_model(preset)
     dims = model.dims(c)
     for _, spec in tree.leaves(model.specs(c)):
         if POLICY[spec.role].optimizer != "adamw":
             shape = spec.shape(dims)
-            by_matrix(lambda part: part, torch.empty(shape, device="meta"), spec=spec, shape=shape, dims=dims)
+            empty = torch.empty(shape, device="meta")
+            by_matrix(lambda part: part, empty, spec=spec, shape=shape, dims=dims, heads_apart=apart)
 
 
 @pytest.mark.parametrize("axes", [("D",), ("H", "U", "D")])
 def test_what_is_no_matrix_is_refused(axes: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=f"Muon: expected a matrix, got axes {' '.join(axes)}; "):
         matrices(torch.zeros(2 ** len(axes)), Spec(axes, Role.MATRIX, ones), (2,) * len(axes), {})
+
+
+def test_a_vector_in_a_tree_is_refused_and_so_is_a_group_without_a_rule() -> None:
+    optim = Optim(dense=MUON, expert=MUON, router=ADAMW)
+    specs, params = (Spec(("D",), Role.MATRIX, ones),), (torch.ones(3),)
+    with pytest.raises(ValueError, match="Muon: expected a matrix, got axes D; put the axes .* or train its group by"):
+        tree_update(params, params, tree_state(params, specs, optim), specs, optim, dims={"D": 3})
+    with pytest.raises(ValueError, match=r"optim.dense.optimizer: expected an update rule, got none; name one"):
+        policy(Role.MATRIX, {"expert": "muon"})
+    assert policy(Role.GAIN, {}).optimizer == "adamw"
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("shape", [(64, 64), (16, 256), (256, 16), (8, 24, 48)])
+def test_the_plan_counts_the_temporaries_of_an_update(shape: tuple[int, ...], bf16: bool) -> None:
+    spec = Spec(("E", "D", "F")[-len(shape) :], Role.EXPERT if len(shape) == 3 else Role.MATRIX, ones)
+    size = math.prod(shape)
+    value = torch.randn(size)
+    stored, remainder = split(value) if bf16 else (value, None)
+    moment, gradient = torch.zeros(size), torch.randn(size)
+    with Peak() as peak:
+        update_(
+            rule("muon"),
+            stored,
+            remainder,
+            moment,
+            gradient,
+            allowed=torch.tensor(True),
+            shrink=torch.tensor(1.0),
+            updates=torch.tensor(1),
+            lr=torch.tensor(0.1, dtype=torch.float64),
+            momentum=0.9,
+            decay=0.1,
+            **matrix_settings("muon", spec, shape, {}, bf16=bf16),
+        )
+    # but for a few numbers a matrix
+    assert 0.8 * temporary_bytes(size, bf16=bf16) < peak.bytes < 1.02 * temporary_bytes(size, bf16=bf16) + 1000
 
 
 def test_a_tree_is_updated_by_muon_where_its_groups_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

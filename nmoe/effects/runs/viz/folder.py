@@ -9,14 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from nmoe.effects.checkpoint import manifest
-from nmoe.effects.record.names import CHECKPOINTS, CONFIG
+from nmoe.effects.record.names import CHECKPOINTS, CONFIG, CONSOLE
 from nmoe.effects.record.reading import open_regular
 from nmoe.effects.runs.viz import api
 from nmoe.effects.runs.viz.index import Index, known, query
 from nmoe.errors import InputError
-
-CONSOLE = "console.log"
-"""What a run printed."""
 
 MAX_CONSOLE_BYTES = 256 << 10
 """Of the end of what a run printed, that is shown."""

@@ -128,6 +128,7 @@ KINDS: Kinds = MappingProxyType(
             kept_bytes=kda.kept_bytes,
             reference=kda.REFERENCE,
             cache=Cache(empty=kda.empty_cache, extend=kda.extend),
+            hf=Hf(settings=kda.hf_settings, leaves=kda.hf_leaves, section=kda.hf_section, keys=(kda.HF,)),
         ),
         sections.Nsa: Kind(
             specs=nsa.specs,
@@ -149,6 +150,12 @@ KINDS: Kinds = MappingProxyType(
             kept_bytes=dsa.kept_bytes,
             reference=dsa.REFERENCE,
             cache=Cache(empty=dsa.empty_cache, extend=dsa.extend),
+            hf=Hf(
+                settings=dsa.hf_settings,
+                leaves=dsa.hf_leaves,
+                section=dsa.hf_section,
+                keys=(*mla.HF_KEYS, *mla.HF_FIXED, *mla.HF_OTHERS, *dsa.HF_KEYS),
+            ),
         ),
     }
 )

@@ -8,7 +8,9 @@ t, n the queries of one block of queries, and the keys that it sees
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import attrs
 import torch
@@ -22,6 +24,7 @@ from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention import mla
 from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
 from nmoe.pure.model.attention.gqa import attended
+from nmoe.pure.model.hf_leaf import Leaf, matrix, ordered, same
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.rope import Documents, Rope, rotate, visible_cached
 
@@ -341,3 +344,37 @@ def kept_bytes(c: sections.Dsa, *, hidden: int, sequence_length: int, element: i
     # the latents' norms keep their input and the scaled one, the norm of the indexer's keys its input
     norms = 2 * (c.q_lora_rank + rank) + c.index_head_dim + statistics
     return narrow * element + norms * fp32 + min(c.index_top_k, sequence_length) * index
+
+
+HF_KEYS: Mapping[str, str] = MappingProxyType(
+    {"index_topk": "index_top_k", "index_n_heads": "index_num_heads", "index_head_dim": "index_head_dim"}
+)
+"""Key of `transformers.DeepseekV32Config` -> field of the section, beside those of latent attention."""
+
+
+def hf_settings(c: sections.Dsa) -> dict[str, Any]:
+    """Keys of `transformers.DeepseekV32Config` that describe this attention."""
+    return mla.hf_settings(c) | {theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()}
+
+
+def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The table of this section in a `config.json`, values unchecked, and what this attention cannot express."""
+    section, problems = mla.hf_section(config)
+    problems += [f"{key}: expected a value, got nothing; write it" for key in HF_KEYS if key not in config]
+    return section | {ours: config[theirs] for theirs, ours in HF_KEYS.items() if theirs in config}, problems
+
+
+def hf_leaves(c: sections.Dsa) -> dict[str, Leaf]:
+    """What each parameter is in `transformers`.
+
+    Of the indexer it rotates channel i with channel i + P/2, we rotate neighbours: even channels come first.
+    """
+    rotated, index = c.qk_rope_head_dim, list(range(c.index_head_dim))
+    order = (*index[:rotated:2], *index[1:rotated:2], *index[rotated:])
+    return {f"latent.{path}": leaf for path, leaf in mla.hf_leaves(c).items()} | {
+        "indexer.query": ordered(matrix("indexer.wq_b.weight", outs=(c.index_num_heads, -1)), order, 2),
+        "indexer.key": ordered(matrix("indexer.wk.weight"), order, 1),
+        "indexer.gain": ordered(same("indexer.k_norm.weight"), order, 0),
+        "indexer.shift": ordered(same("indexer.k_norm.bias"), order, 0),
+        "indexer.weight": matrix("indexer.weights_proj.weight"),
+    }

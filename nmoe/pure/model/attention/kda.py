@@ -6,8 +6,11 @@ W taps of the short convolutions · N chunks of L tokens
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual, zeros
 from nmoe.pure.core.spec import Dims, Role, Spec, spec_tree
 from nmoe.pure.core.tree import param, record
+from nmoe.pure.model.hf_leaf import Leaf, along, columns, matrix, same, shaped
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.rope import Documents
 
@@ -357,3 +361,52 @@ def kept_bytes(c: sections.Kda, *, hidden: int, sequence_length: int, element: i
     )  # fmt: skip
     head = width * channel + (5 + 3 * size + width * width // size) * fp32  # scores of pairs, and a memory a chunk
     return int(hidden * element + (2 * width + c.num_heads) * element + c.num_heads * head)
+
+
+HF = "linear_attn_config"
+HF_KEYS: Mapping[str, str] = MappingProxyType(
+    {"num_heads": "num_heads", "head_dim": "head_dim", "short_conv_kernel_size": "conv_size"}
+)
+"""Key of that table in the `config.json` of Kimi Linear -> field of the section."""
+
+HF_LAYERS = ("kda_layers", "full_attn_layers")
+"""Keys of that table that say which layers have this attention."""
+
+
+def hf_settings(c: sections.Kda) -> dict[str, Any]:
+    """The table of the `config.json` of Kimi Linear that describes this attention, layers apart."""
+    return {HF: {theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()}}
+
+
+def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The table of this section in a `config.json`, values unchecked, and what this attention cannot express."""
+    given = config.get(HF)
+    if not isinstance(given, dict):
+        return {}, [f"{HF}: expected an object, got {json.dumps(given)}; write it"]
+    table: dict[str, Any] = given
+    problems = [f"{HF}.{key}: expected a value, got nothing; write it" for key in HF_KEYS if key not in table]
+    problems += [
+        f"{HF}.{key}: expected a key that nmoe knows, got {json.dumps(value)}; remove it if no logit changes"
+        for key, value in table.items()
+        if key not in (*HF_KEYS, *HF_LAYERS)
+    ]
+    return {ours: table[theirs] for theirs, ours in HF_KEYS.items() if theirs in table}, problems
+
+
+def hf_leaves(c: sections.Kda) -> dict[str, Leaf]:
+    """What each parameter is in the folders of Kimi Linear."""
+    heads = (c.num_heads, c.head_dim)
+    wide = c.num_heads * c.head_dim
+    low = {"f_a_proj.weight": c.head_dim, "g_a_proj.weight": c.head_dim, "b_proj.weight": c.num_heads}
+    taps = [shaped(same(f"{each}_conv1d.weight"), (wide, 1, c.conv_size), (*heads, c.conv_size)) for each in "qkv"]
+    return {
+        "qkv": along([matrix(f"{each}_proj.weight", outs=heads) for each in "qkv"], 1),
+        "taps": along(taps, 0),
+        "low": columns(low),
+        "decay": matrix("f_b_proj.weight", outs=heads),
+        "decay_bias": shaped(same("dt_bias"), (wide,), heads),
+        "log_rate": shaped(same("A_log"), (1, 1, c.num_heads, 1), (c.num_heads,)),
+        "gate": matrix("g_b_proj.weight", outs=heads),
+        "norm": same("o_norm.weight"),
+        "out": matrix("o_proj.weight", ins=heads),
+    }

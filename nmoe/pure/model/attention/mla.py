@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
+import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,8 +46,11 @@ class Mla:
 
 
 def specs(c: sections.Mla) -> Mla:
-    """Specs of one block's attention."""
-    return spec_tree(Mla, query=() if c.q_lora_rank is None else spec_tree(QueryUp))
+    """Specs of one block's attention; without a latent of its own the query part of `down` is one of each head."""
+    if c.q_lora_rank is not None:
+        return spec_tree(Mla, query=spec_tree(QueryUp))
+    whole = spec_tree(Mla, query=())
+    return attrs.evolve(whole, down=attrs.evolve(cast("Any", whole.down), axes=("D", "H*C+R+P")))
 
 
 def dims(c: sections.Mla) -> dict[str, int]:

@@ -1090,3 +1090,27 @@ def test_plain_torch_on_a_gpu_takes_what_the_kernels_do_not() -> None:
     assert problem.startswith('parallel.experts: expected 1 when run.kernels is "torch", got 2; write 1, ')
     assert validate(attrs.evolve(two, parallel=attrs.evolve(two.parallel, experts=1)), 2) == ()
     assert remarks(rules_config("run.kernels=torch")) == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("--run.device=gpu", 'did you mean "cuda"?'),
+        ("--run.device=gpus", 'did you mean "cuda"?'),
+        ("--run.device=tpu", "choose one of them"),
+        ("--precision.compute=bfloat16", 'did you mean "bf16"?'),
+        ("--train.seq_len=8", "did you mean train.sequence_length?"),
+        ("--train.batch=8", "did you mean train.batch_size?"),
+        ("--train.lr=8", "did you mean optim.dense.lr?"),
+        ("--lr.x=8", "did you mean optim.dense.lr?"),
+        ("--val.every=8", "did you mean validation?"),
+        ("--train.micro_batch_size=8", "did you mean train.microbatch_size?"),
+        ("--train.warmup_steps=8", "did you mean schedule.warmup?"),
+        ("--input.x=8", "known keys: model, "),
+        ("--run.world_size=8", "did you mean parallel.ranks?"),
+        ("--train.stesp=8", "did you mean train.steps?"),
+    ],
+)
+def test_suggestions_know_the_words_of_others_and_are_none_where_nothing_is_like(override: str, remedy: str) -> None:
+    (problem,) = problems(ROOT / "configs" / "quickstart.toml", override)
+    assert problem.rpartition("; ")[2].startswith(remedy), problem

@@ -79,7 +79,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/extend.md"])
+@pytest.mark.parametrize("page", ["README.md", "AGENTS.md", "docs/architecture.md", "docs/extend.md"])
 def test_named_files_exist(page: str) -> None:
     """Every `nmoe/...`, `configs/...`, `docs/...` path in backticks is there."""
     named = re.findall(r"`((?:nmoe|configs|docs|tests)/[\w./-]+)`", (ROOT / page).read_text())

@@ -85,7 +85,8 @@ def explain(name: str) -> list[tuple[str, str]]:
                 lines += [(name, key.doc), ("table", table.title()), *zip(LABELS, _facts(key), strict=True)]
     if not lines:
         last = closest(name.rpartition(".")[2], [other.rpartition(".")[2] for other in names])
-        near = closest(name, names) or next((other for other in names if other.rpartition(".")[2] == last), None)
+        near = closest(name.rpartition(".")[2], names) or closest(name, names)
+        near = near or next((other for other in names if other.rpartition(".")[2] == last), None)
         remedy = f"did you mean {near}?" if near else "every key is in docs/config.md"
         raise InputError(f"{name}: expected a key of a config, got {shown(name)}; {remedy}")
     return lines

@@ -27,6 +27,12 @@ def say(text: str) -> None:
     _print(text, sys.stdout)
 
 
+def note(text: str) -> None:
+    """Record lines that reach the screen only after its record is closed. Writes: the record of standard error."""
+    if (record := getattr(sys.stderr, "record", None)) is not None:
+        record(text)
+
+
 def say_json(value: Any) -> None:
     """Print a value as JSON, for a program. Paths and times are text, and numbers that are not finite are the strings
     nan, inf and -inf, as in the files of a run. Writes: standard output.

@@ -19,7 +19,7 @@ from nmoe.effects.data.tokenizer import encoding
 from nmoe.effects.device import signals
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
-from nmoe.effects.terminal import say, warn
+from nmoe.effects.terminal import note, say, warn
 from nmoe.effects.train import generate, resume, zero
 from nmoe.effects.train.rewind import Rewind
 from nmoe.effects.train.session import Session
@@ -152,6 +152,8 @@ def record_failure(session: Session, error: BaseException) -> None:
     code = exit_code(error)
     status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
     text = f"{type(error).__name__}: {error}"
+    if not isinstance(error, SaveError):  # which is said at once
+        note("\n".join(f"nmoe: {problem}" for problem in getattr(error, "problems", (text,))))
     for act in (
         session.saver.settle,
         session.report.settle,

@@ -140,6 +140,24 @@ def test_a_file_of_another_kind_drops_the_keys_of_its_base(tmp_path: Path) -> No
     assert 'got "rnn"' in problems(file, "--model.attention.kind=rnn")[0]
 
 
+def test_a_base_may_extend_another(tmp_path: Path) -> None:
+    """Three files: the upper wins key by key, a key is placed where it stands, and a circle is named."""
+    (tmp_path / "lowest.toml").write_text((ROOT / "configs" / "quickstart.toml").read_text())
+    (tmp_path / "middle").mkdir()
+    (tmp_path / "middle" / "m.toml").write_text('extends = "../lowest.toml"\n[train]\nsteps = 5\nz_loss = 0.5\n')
+    top = tmp_path / "top.toml"
+    top.write_text('extends = "middle/m.toml"\n[train]\nsteps = 6\n')
+    loaded = load(top, {}, ())
+    assert (loaded.config.train.steps, loaded.config.train.z_loss) == (6, 0.5)
+    assert loaded.sources["train.z_loss"] == f"{tmp_path / 'middle' / 'm.toml'}:4"
+    assert loaded.sources["train.batch_size"].startswith(f"{tmp_path / 'middle' / '..' / 'lowest.toml'}:")
+    (tmp_path / "lowest.toml").write_text('extends = "top.toml"\n')
+    (problem,) = problems(top)
+    assert problem.endswith(
+        'extends: expected a file that is not laid over this one, got "top.toml"; remove one of the two'
+    )
+
+
 def test_the_last_of_two_overrides_holds() -> None:
     config = load(ROOT / "configs" / "quickstart.toml", {}, ("--train.steps=1", "--train.steps=2")).config
     assert config.train.steps == 2
@@ -209,7 +227,10 @@ def test_wrong_overrides(environ: dict[str, str], overrides: tuple[str, ...], ex
         (b"extends = 3", r"x.toml:1: extends: expected the path of a TOML file, got 3; put it in quotes"),
         (b'extends = "a\\u0000b"', r"x.toml:1: extends: expected the path of a TOML file, got .*"),
         (b'extends = "absent.toml"', r"x.toml:1: extends: absent.toml: expected an existing file, got none; .*"),
-        (b'\nextends = "x.toml"', r'x.toml:2: extends: expected one level, got a base that extends "x.toml" .*'),
+        (
+            b'\nextends = "x.toml"',
+            r'x.toml:2: extends: expected a file that is not laid over this one, got "x.toml"; .*',
+        ),
     ],
     ids=lambda each: repr(each)[:30],
 )

@@ -20,7 +20,7 @@ PRIMITIVES = MappingProxyType({bool: "boolean", int: "integer", float: "number",
 def schema() -> dict[str, Any]:
     """JSON Schema, draft 2020-12, of a config file."""
     root = _section(Config)
-    extends = {"type": "string", "description": "file this one is laid over, relative to it; one level only"}
+    extends = {"type": "string", "description": "file this one is laid over, relative to it"}
     return {
         "$schema": DIALECT,
         "title": "nmoe config",

@@ -2,18 +2,19 @@
 
 Later layers win over earlier ones:
 
-    defaults of the classes  <  the file named by `extends`  <  the file  <  environment  <  command line
+    defaults of the classes  <  the files named by `extends`  <  the file  <  environment  <  command line
 
-`extends = "base.toml"` stands at the top of a file, relative to it, and goes one level deep. `NMOE_TRAIN__STEPS=10` in
-the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds. Their
-values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else is
-replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it, and a key in
-one form replaces the other forms of the same thing (`OTHER_FORMS`). An environment variable without `__` after `NMOE_`
-is one of `OTHER_VARIABLES` or an error.
+`extends = "base.toml"` stands at the top of a file, relative to it; a base may extend another. `NMOE_TRAIN__STEPS=10`
+in the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds.
+Their values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else
+is replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it, and a key
+in one form replaces the other forms of the same thing (`OTHER_FORMS`). An environment variable without `__` after
+`NMOE_` is one of `OTHER_VARIABLES` or an error.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -202,8 +203,11 @@ def _place(key: KeyPath, where: Mapping[KeyPath, str]) -> str:
     return where[key]
 
 
-def _files(path: Path) -> Iterator[Layer]:
-    """The base, if the file extends one, and the file."""
+def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Layer]:
+    """The bases, the lowest first, and the file.
+
+    above  the files that extend this one
+    """
     document = read(path)
     extends = document.tables.pop("extends", None)
     if extends is not None:
@@ -213,16 +217,15 @@ def _files(path: Path) -> Iterator[Layer]:
                 f"{place}: extends: expected the path of a TOML file, got {shown(extends)}; put it in quotes"
             )
         base = path.parent / extends
+        if os.path.realpath(base) in map(os.path.realpath, (*above, path)):
+            raise InputError(
+                f"{place}: extends: expected a file that is not laid over this one, got {shown(extends)}; remove one "
+                "of the two"
+            )
         try:
-            below = read(base)
+            yield from _files(base, (*above, path))
         except InputError as error:
             raise InputError(*(f"{place}: extends: {problem}" for problem in error.problems)) from error
-        if "extends" in below.tables:
-            raise InputError(
-                f"{base}:{below.lines[('extends',)]}: extends: expected one level, got a base that extends "
-                f"{shown(below.tables['extends'])} and is extended by {path}; write its keys out"
-            )
-        yield _layer_of(base, below)
     yield _layer_of(path, document)
 
 

@@ -29,6 +29,9 @@ def verbs(root: Verbs) -> None:
     export.add_argument(
         "--shard-bytes", type=int, default=5_000_000_000, metavar="N", help="bytes of a file (default: %(default)s)"
     )
+    export.add_argument(
+        "--fp8", action="store_true", help="matrices in fp8 blocks of 128 x 128, as DeepSeek publishes; not compared"
+    )
     imported = add(
         group(root, "import", "read a model of others"), "hf", _import, "read a Hugging Face folder", "folder out"
     )
@@ -43,16 +46,25 @@ def _export(args: argparse.Namespace) -> int:
     from nmoe.effects.checkpoint import hf_export, hf_verify
     from nmoe.effects.checkpoint.fs import Disk
     from nmoe.effects.data import hf_tokenizer, tokenizer
+    from nmoe.errors import InputError
 
     source = hf_export.open_source(Disk(), args.path)
-    small = source.parameters() < hf_export.VERIFIED_PARAMETERS
+    if args.fp8 and args.verify:
+        raise InputError("--verify: expected no --fp8 beside it, got both; verify an export without --fp8")
+    small = source.parameters() < hf_export.VERIFIED_PARAMETERS and not args.fp8
     verify = partial(hf_verify.verify, source=source) if (small if args.verify is None else args.verify) else None
     extra, end_of_text = {}, None
     if files.is_file(source.folder / tokenizer.FILE):
         ours = tokenizer.load(source.folder)
         extra, end_of_text = hf_tokenizer.convert(ours, hf_tokenizer.texts()), ours.end_of_text
     hf_export.export(
-        source, args.out, shard_bytes=args.shard_bytes, extra=extra, end_of_text=end_of_text, verify=verify
+        source,
+        args.out,
+        shard_bytes=args.shard_bytes,
+        fp8=args.fp8,
+        extra=extra,
+        end_of_text=end_of_text,
+        verify=verify,
     )
     return 0
 

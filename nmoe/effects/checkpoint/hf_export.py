@@ -19,8 +19,7 @@ from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader, tensor_file, weights
 from nmoe.effects.checkpoint.fs import Fs
-from nmoe.effects.checkpoint.manifest import DTYPES
-from nmoe.effects.checkpoint.tensor_file import Format
+from nmoe.effects.checkpoint.tensor_file import DTYPES, Format
 from nmoe.effects.record.names import CONFIG, WEIGHTS
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
@@ -69,6 +68,7 @@ def export(
     out: Path,
     *,
     shard_bytes: int,
+    fp8: bool = False,
     extra: Mapping[str, str],
     end_of_text: int | None,
     verify: Callable[[Path], None] | None,
@@ -76,6 +76,7 @@ def export(
     """Write the folder.
 
     shard_bytes  of a file at most, unless one tensor of ours has more
+    fp8          whether matrices of the blocks are written in fp8, as DeepSeek publishes V3
     extra        further files, by name
     end_of_text  id of the token that ends a text; None: not known
     verify       looks at the folder before it gets its name; raises when it is not right
@@ -88,7 +89,10 @@ def export(
     dtype = str(COMPUTE[source.compute]).removeprefix("torch.")
     _, family = hf.family_of(source.model)
     config = hf.settings(source.model) | {"architectures": [family.architecture], "torch_dtype": dtype, **ids}
-    shards = plan(source, shard_bytes)
+    if fp8:
+        hf.check_fp8(source.model)
+        config[hf.FP8_KEY] = dict(hf.FP8)
+    shards = plan(source, shard_bytes, fp8=fp8)
     names = [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
     size = sum(shard.num_bytes() for shard in shards)
     index = {
@@ -107,14 +111,14 @@ def export(
     say(f"{out}: {len(index['weight_map'])} tensors, {quantity(size, 'B')} in {len(shards)} files")
 
 
-def plan(source: Source, shard_bytes: int) -> tuple[Shard, ...]:
+def plan(source: Source, shard_bytes: int, *, fp8: bool) -> tuple[Shard, ...]:
     """Which tensor goes into which file.
 
     Raises:  InputError when `shard_bytes` is no size, or a tensor of ours has no place in theirs.
     """
     if shard_bytes < 1:
         raise InputError(f"--shard-bytes: expected at least 1, got {shard_bytes}; raise it")
-    parts = hf.parts(source.model)
+    parts = hf.parts(source.model, fp8=fp8)
     written = {part.path for part in parts}
     if left := [path for path, (_, shape) in source.formats.items() if path not in written and 0 not in shape]:
         raise InputError(*(f"{path}: expected a name in theirs, got none; it cannot be exported" for path in left))
@@ -132,7 +136,12 @@ def plan(source: Source, shard_bytes: int) -> tuple[Shard, ...]:
 
 def _formats(source: Source, parts: Sequence[Part]) -> dict[str, Format]:
     """Of the tensors of theirs that parts become, by name."""
-    return {name: (source.formats[part.path][0], shape) for part in parts for name, shape in part.theirs().items()}
+    named = {dtype: name for name, dtype in DTYPES.items()}
+    return {
+        name: (named[tensor.dtype], tuple(tensor.shape))
+        for part in parts
+        for name, tensor in part.theirs(DTYPES[source.formats[part.path][0]]).items()
+    }
 
 
 def _tensors(source: Source, shard: Shard) -> Iterator[Tensor]:

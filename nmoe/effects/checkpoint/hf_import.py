@@ -19,8 +19,7 @@ from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import tensor_file, weights
 from nmoe.effects.checkpoint.fs import Disk, read_bytes
 from nmoe.effects.checkpoint.hf_export import COMPUTE, INDEX
-from nmoe.effects.checkpoint.manifest import DTYPES
-from nmoe.effects.checkpoint.tensor_file import Format
+from nmoe.effects.checkpoint.tensor_file import DTYPES, Format
 from nmoe.effects.record.names import CONFIG, WEIGHTS
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
@@ -52,7 +51,7 @@ def import_folder(folder: Path, out: Path, extra: Callable[[sections.Model], Map
         c = hf.model_of(config)
     except InputError as error:
         raise InputError(*(f"{where}: {problem}" for problem in error.problems)) from error
-    parts = hf.parts(c)
+    parts = hf.parts(c, fp8=hf.FP8_KEY in config)
     ours = weights.formats_of(model.specs(c), model.dims(c), COMPUTE[compute])
     place = _places(folder, _wanted(parts, ours))
     further = extra(c)
@@ -103,10 +102,14 @@ def _wanted(parts: tuple[Part, ...], ours: Mapping[str, Format]) -> dict[str, tu
     What is fp32 in a model whose products are bf16, gains and routers, is bf16 in what others publish.
     """
     both = ("F32", "BF16") if any(dtype == "BF16" for dtype, _ in ours.values()) else ("F32",)
+    named = {dtype: name for name, dtype in DTYPES.items()}
     return {
-        name: (both if ours[part.path][0] == "F32" else (ours[part.path][0],), shape)
+        name: (
+            both if ours[part.path][0] == named[tensor.dtype] == "F32" else (named[tensor.dtype],),
+            tuple(tensor.shape),
+        )
         for part in parts
-        for name, shape in part.theirs().items()
+        for name, tensor in part.theirs(DTYPES[ours[part.path][0]]).items()
     }
 
 
@@ -185,7 +188,11 @@ def _tensors(
                 path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(place.values()))
             }
             for part in parts:
-                theirs = {name: opened[place[name]].get_tensor(name) for name in part.theirs() if name in place}
+                theirs = {
+                    name: opened[place[name]].get_tensor(name)
+                    for name in part.theirs(DTYPES[ours[part.path][0]])
+                    if name in place
+                }
                 yield part.leaf.join(theirs).to(DTYPES[ours[part.path][0]])
         except SafetensorError as error:
             raise InputError(

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
-from nmoe.effects.checkpoint.manifest import DTYPES
 from nmoe.errors import InputError
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({**manifests.DTYPES, "F8_E4M3": torch.float8_e4m3fn})
+"""Name safetensors gives a number format -> the format: those of checkpoints, and that of Hugging Face folders."""
 
 Format = tuple[str, tuple[int, ...]]
 """Number format by the name safetensors gives it, and shape."""

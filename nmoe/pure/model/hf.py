@@ -6,6 +6,7 @@ Values only: `transformers` is not imported here, and nothing is read or written
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,8 @@ from nmoe.config.fields import flat, table
 from nmoe.config.toml import dotted
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
+from nmoe.pure.formats import blocks
+from nmoe.pure.formats.blocks import BLOCK
 from nmoe.pure.model import model
 from nmoe.pure.model.attention import layers
 from nmoe.pure.model.hf_families import FAMILIES, GATED, Family, hf_of, type_of
@@ -30,6 +33,9 @@ from nmoe.pure.model.model import Transformer
 ROUTER_BIAS = "router_bias"
 """The router bias [L E] among the parameters' paths."""
 
+
+SCALE = "_scale_inv"
+"""Behind the name of a matrix in fp8 blocks: that of their scales."""
 
 DEPTH = "num_nextn_predict_layers"
 """Key of `config.json`: layers of multi-token prediction, of which the weights follow those of the last layer."""
@@ -44,10 +50,9 @@ class Part:
     shape: tuple[int, ...]  # of the row or the whole
     leaf: Leaf
 
-    def theirs(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes in their folder."""
-        split = self.leaf.split(torch.empty(self.shape, device="meta"))
-        return {name: tuple(tensor.shape) for name, tensor in split.items()}
+    def theirs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Names in their folder with tensors of their formats and shapes, which hold nothing, where ours is `dtype`."""
+        return self.leaf.split(torch.empty(self.shape, device="meta", dtype=dtype))
 
 
 GPT_OSS = "experts are a clamped SwiGLU with biases, and attention and router have biases, which nmoe has not"
@@ -109,13 +114,59 @@ def family_of(c: sections.Model) -> tuple[str, Family]:
     return name, FAMILIES[name]
 
 
-def parts(c: sections.Model) -> tuple[Part, ...]:
+FP8_KEY = "quantization_config"
+FP8: Mapping[str, Any] = MappingProxyType(
+    {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+)
+"""What `config.json` says under that key of weights in fp8 blocks; V3.2 says how it rounds scales too, `scale_fmt`."""
+
+FP8_NAMES = re.compile(
+    r"model\.layers\.\d+\.(self_attn|mlp)\.(.*\.)?((?!weights_)\w+_proj(_with_mqa)?|wq_b|wk)\.weight"
+)
+"""What DeepSeek publishes in fp8: products of the blocks, but not routers and the indexer's weights."""
+
+
+def _in_fp8(leaf: Leaf) -> Leaf:
+    """The same with matrices of the blocks in fp8, their scales beside them."""
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {}
+        for name, tensor in leaf.split(ours).items():
+            if FP8_NAMES.fullmatch(name):
+                named[name], named[f"{name}{SCALE}"] = blocks.quantise(tensor)
+            else:
+                named[name] = tensor
+        return named
+
+    def join(theirs: Mapping[str, Tensor]) -> Tensor:
+        scaled = {name.removesuffix(SCALE): scale for name, scale in theirs.items() if name.endswith(SCALE)}
+        return leaf.join(
+            {
+                name: blocks.dequantise(tensor, scaled[name]) if name in scaled else tensor
+                for name, tensor in theirs.items()
+                if not name.endswith(SCALE)
+            }
+        )
+
+    return Leaf(split=split, join=join)
+
+
+def check_fp8(c: sections.Model) -> None:
+    """Raises: InputError for a model whose type is not published in fp8 blocks."""
+    name, family = family_of(c)
+    if not family.fp8:
+        types = " or ".join(name for name, family in FAMILIES.items() if family.fp8)
+        raise InputError(f"--fp8: expected a model of {types}, got {name}, which nobody reads in fp8; leave it out")
+
+
+def parts(c: sections.Model, *, fp8: bool = False) -> tuple[Part, ...]:
     """Every tensor of ours with its place in their folder, those of one path side by side in the order of their rows.
 
     What they have no setting for is folded into the weights. `embedding_scale` multiplies the embedding, which gives
     the bits that `forward` computes; `logit_scale` multiplies the gain of the last norm, which is fp32 here. A layer of
     multi-token prediction has copies of embedding and head there.
 
+    fp8      whether their matrices are in fp8 blocks, as DeepSeek publishes V3
     Raises:  InputError for multi-token prediction that they cannot say: behind a `logit_scale`, or without experts.
     """
     name, family = family_of(c)
@@ -173,7 +224,7 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
         leaf = same("gate.e_score_correction_bias") if family.has_bias else zeros(ROUTER_BIAS, (c.moe.num_experts,))
         leaf = leaf.under(f"model.layers.{layer}.{family.mixture}")
         parts.append(Part(path=ROUTER_BIAS, index=row, shape=(c.moe.num_experts,), leaf=leaf))
-    return tuple(parts)
+    return tuple(attrs.evolve(part, leaf=_in_fp8(part.leaf)) for part in parts) if fp8 else tuple(parts)
 
 
 def tensors(p: Transformer, router_bias: Tensor, c: sections.Model) -> Iterator[tuple[str, Tensor]]:
@@ -263,7 +314,20 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
         problems.append(f"{DEPTH}: expected 0, got {json.dumps(config[DEPTH])}; nmoe has no other for {name}")
     own, wrong = family.read(config)
     problems += wrong
-    known = {"model_type", *family.keys, *family.fixed, *family.known, *BOOKKEEPING, DEPTH}
+    given: Any = config.get(FP8_KEY, dict(FP8))
+    if family.fp8 and (not isinstance(given, dict) or {**given, "scale_fmt": None} != {**FP8, "scale_fmt": None}):
+        problems.append(
+            f"{FP8_KEY}: expected {json.dumps(dict(FP8))}, got {json.dumps(given)}; nmoe reads no other format"
+        )
+    known = {
+        "model_type",
+        *((FP8_KEY,) if family.fp8 else ()),
+        *family.keys,
+        *family.fixed,
+        *family.known,
+        *BOOKKEEPING,
+        DEPTH,
+    }
     problems += [
         f"{key}: expected a key of {name} that nmoe knows, got {json.dumps(value)}; remove it if no logit changes"
         for key, value in config.items()

@@ -36,6 +36,7 @@ class Family:
     mixture: str = "mlp."  # before the names of a mixture
     expert: Mapping[str, Leaf] = GATED
     has_bias: bool = True  # whether there is a router bias
+    fp8: bool = False  # whether it is published in fp8 blocks
     ahead: bool = True  # whether there may be multi-token prediction
 
 
@@ -200,6 +201,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             settings=lambda c: MLA.settings(c.attention),
             read=lambda config: _of_attention("mla", MLA, config),
             known=MLA.keys,
+            fp8=True,
         ),
         "deepseek_v2": Family(
             architecture="DeepseekV2ForCausalLM",
@@ -227,6 +229,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             settings=lambda c: hf_of(sections.Dsa).settings(c.attention),
             read=_read_v32,
             known=(*hf_of(sections.Dsa).keys, "mlp_layer_types", "layer_types", "mlp_bias"),
+            fp8=True,
         ),
         "kimi_linear": Family(
             architecture="KimiLinearForCausalLM",

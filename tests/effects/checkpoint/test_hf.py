@@ -15,7 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+)
 
 from nmoe.cli import main
 from nmoe.config import sections
@@ -367,7 +371,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             'hidden_act: expected "silu", got "gelu"',
             "attention_bias: expected false, got true",
             "num_key_value_heads: expected num_attention_heads = 3, got 1",
-            "quantization_config: expected a key of deepseek_v3 that nmoe knows",
+            'quantization_config: expected {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", ',
             "hidden_size: expected a value, got nothing",
             "kv_lora_rank: expected a value, got nothing",
             'rope_scaling.type: expected "default" or "yarn", got "linear"',
@@ -479,6 +483,70 @@ def test_a_bad_run_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+FP8 = ("plain", "query latent, no dense layer", "wide", "indexed, yarn, groups", "two further tokens")
+WIDE = shapes.config(hidden_size=300, intermediate_size=200, moe=shapes.mixture(intermediate_size=130))
+"""Blocks at the ends are smaller."""
+
+
+@pytest.mark.parametrize("compute", ("fp32", "bf16"))
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_blocks_out_in_and_out_again(name: str, compute: str, tmp_path: Path) -> None:
+    """The same bytes; every matrix of a block within half a step of fp8, everything else as it was."""
+    write(tmp_path / "run", WIDE if name == "wide" else MODELS[name], compute=compute)
+    size = ("--no-verify", "--shard-bytes=100000")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "plain", *size) == 0
+    assert run("export", "hf", tmp_path / "run", tmp_path / "one", "--fp8", *size) == 0
+    assert run("import", "hf", tmp_path / "one", tmp_path / "imported") == 0
+    assert run("export", "hf", tmp_path / "imported", tmp_path / "two", "--fp8", *size) == 0
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    assert run("export", "hf", tmp_path / "imported", tmp_path / "back", *size) == 0
+    plain, narrow, back = (tensors_of(tmp_path / each) for each in ("plain", "one", "back"))
+    assert plain.keys() == back.keys()
+    scales = {key for key in narrow if key.endswith("_scale_inv")}
+    assert narrow.keys() == plain.keys() | scales
+    quantised = {key.removesuffix("_scale_inv") for key in scales}
+    for key, exact in plain.items():
+        if key not in quantised:
+            assert torch.equal(narrow[key], exact) and torch.equal(back[key], exact), key
+            continue
+        assert narrow[key].dtype is torch.float8_e4m3fn
+        rows, columns = exact.shape
+        assert narrow[f"{key}_scale_inv"].shape == (-(-rows // 128), -(-columns // 128))
+        for row in range(0, rows, 128):
+            for column in range(0, columns, 128):
+                block = (slice(row, row + 128), slice(column, column + 128))
+                right, got = exact[block].double(), back[key][block].double()
+                # three bits behind the point, and steps of 2^-9 below 2^-6, where 448 is the largest; bf16 adds 2^-9
+                step = right.abs() * (2.0**-4 + 2.0**-9) + right.abs().max() / 448 * 2.0**-10
+                assert ((got - right).abs() <= step * 1.001).all(), key
+    ends = {key.rsplit(".", 2)[-2] for key in quantised}
+    assert ends >= {"gate_proj", "up_proj", "down_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    assert not ends & {"gate", "weights_proj", "eh_proj", "embed_tokens", "lm_head"}
+    assert ("indexed" in name) == ({"wq_b", "wk"} <= ends)
+
+
+def test_bad_fp8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scale that is missing, one of another shape, another format; a model type that nobody reads in fp8."""
+    write(tmp_path / "run", WIDE, compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--fp8") == 0
+    key = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    down = "model.layers.0.mlp.down_proj.weight_scale_inv"
+    rewrite(tmp_path / "out", lambda name, tensor: None if name == key else tensor.T if name == down else tensor)
+    capsys.readouterr()
+    assert run("import", "hf", tmp_path / "out", tmp_path / "back") == 2
+    told = capsys.readouterr().err
+    assert f"expected '{key}', got nothing by that name" in told
+    assert f"expected '{down}' as F32 [3, 2], got F32 [2, 3]" in told
+    edit_config(tmp_path / "out", quantization_config={"quant_method": "gptq"})
+    assert run("import", "hf", tmp_path / "out", tmp_path / "back") == 2
+    assert 'got {"quant_method": "gptq"}; nmoe reads no other format' in capsys.readouterr().err
+    write(tmp_path / "kimi", MODELS["kimi linear"])
+    assert run("export", "hf", tmp_path / "kimi", tmp_path / "narrow", "--fp8") == 2
+    assert "--fp8: expected a model of deepseek_v3 or deepseek_v32, got kimi_linear" in capsys.readouterr().err
+    assert run("export", "hf", tmp_path / "run", tmp_path / "narrow", "--fp8", "--verify") == 2
+    assert not (tmp_path / "narrow").exists()
 
 
 def test_what_kimi_linear_says_of_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,9 +63,10 @@ def in_memory(name: str, engine: Engine, config: dict[str, Any]) -> str:
 
 def parameters(config: dict[str, Any], engine: Engine) -> dict[str, Shape]:
     """Every parameter of the main model in memory, from `config.json` alone."""
-    d, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    d: int = config["hidden_size"]
+    heads, latent = config["num_attention_heads"], config["kv_lora_rank"]
     rope, nope, value = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
-    low: Any = config["q_lora_rank"]
+    low: int = config["q_lora_rank"] or 0
     width, experts = config["moe_intermediate_size"], config["n_routed_experts"]
     made: dict[str, Shape] = {
         "model.embed_tokens.weight": (config["vocab_size"], d),
@@ -80,14 +81,16 @@ def parameters(config: dict[str, Any], engine: Engine) -> dict[str, Shape]:
             "kv_b_proj.weight": (heads * (nope + value), latent),
             "o_proj.weight": (d, heads * value),
         }
-        if low is None:
-            attention |= {"q_proj.weight": (heads * (nope + rope), d), "kv_a_proj_with_mqa.weight": (latent + rope, d)}
+        if not low:
+            attention["q_proj.weight"] = (heads * (nope + rope), d)
+            attention["kv_a_proj_with_mqa.weight"] = (latent + rope, d)
         else:
             attention[f"{engine.latents}.weight"] = (low + latent + rope, d)
-            attention |= {"q_a_layernorm.weight": (low,), "q_b_proj.weight": (heads * (nope + rope), low)}
+            attention["q_a_layernorm.weight"] = (low,)
+            attention["q_b_proj.weight"] = (heads * (nope + rope), low)
         if "index_topk" in config:
             many, wide = config["index_n_heads"], config["index_head_dim"]
-            attention |= {"indexer.wq_b.weight": (many * wide, low)}
+            attention["indexer.wq_b.weight"] = (many * wide, low)
             attention |= {"indexer.k_norm.weight": (wide,), "indexer.k_norm.bias": (wide,)}
             if engine.indexer:
                 attention["indexer.wk_weights_proj.weight"] = (wide + many, d)

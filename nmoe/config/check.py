@@ -134,7 +134,7 @@ def _optimizers(config: Config) -> Iterator[str]:
             f'optim.router.optimizer: expected "adamw", got {shown(config.optim.router.optimizer)}; write "adamw", '
             "a router has no hidden matrix"
         )
-    if config.optim.qk_clip is not None and not isinstance(config.model.attention, Mla):
+    if config.optim.qk_clip is not None and type(config.model.attention) is not Mla:
         yield (
             f'optim.qk_clip: expected model.attention.kind = "mla" beside it, got '
             f"{shown(config.model.attention.kind)}; remove the key, other kinds do not have it"

@@ -32,10 +32,10 @@ def largest_scores(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[
         rows, keys = slice(begin, begin + BLOCK), slice(0, min(begin + BLOCK, length))
         score = torch.einsum("bthn,bshn->bhts", q[:, rows, :, :nope], kv[:, keys, :, :nope])
         score = score + torch.einsum("bthp,bsp->bhts", q[:, rows, :, nope:], k_rope[:, keys])
-        seen = (position[keys] <= position[rows, None])[None]
+        visible = (position[keys] <= position[rows, None])[None]
         if isinstance(start, Tensor):
-            seen = seen & (position[keys] >= start[:, rows, None])
-        score = (upcast(score) * scale).masked_fill(~seen[:, None], -torch.inf)
+            visible = seen & (position[keys] >= start[:, rows, None])
+        score = (upcast(score) * scale).masked_fill(~visible[:, None], -torch.inf)
         largest = torch.maximum(largest, score.amax((0, 2, 3)))
     return largest
 

@@ -294,16 +294,36 @@ def test_the_console_is_its_end_in_whole_lines(tmp_path: Path) -> None:
 
 
 EVENTS = ("start", "end", "checkpoint", "checkpoint_skipped", "validation", "sample", "mixture", "gpus", "resume", "x")
-FIELDS = ("parameters", "bytes", "seconds", "loss", "tokens", "sources", "accepted", "new", "error", "status", "prompt")
+FIELDS = (
+    "parameters",
+    "bytes",
+    "seconds",
+    "loss",
+    "tokens",
+    "sources",
+    "accepted",
+    "new",
+    "error",
+    "status",
+    "prompt",
+    "left_out",
+    "reached",
+)
 
 
-@pytest.mark.parametrize("event", [*EVENTS, "nonfinite", "checkpoint_failed"])
+@pytest.mark.parametrize("event", [*EVENTS, "nonfinite", "checkpoint_failed", "spike", "rewind"])
 def test_any_event_has_words(event: str) -> None:
     """Fields may be missing or of any type: a stranger wrote them."""
     for value in (None, True, "x", 1e308, 1 << 62, [], [{}], {}, {"a": {"b": []}}):
         assert isinstance(words.text(event, dict.fromkeys(FIELDS, value)), str)
     assert isinstance(words.text(event, {}), str)
     assert words.text(event, {"message": "as it says"}) == "as it says"
+
+
+def test_a_rewind_and_a_spike_are_told_by_their_numbers() -> None:
+    rewind = {"step": 100, "reached": 1250, "left_out": [[800, 9000], [20_000, 20_010]]}
+    assert words.text("rewind", rewind) == "from step 1,250: 8,210 sequences are left out"
+    assert words.text("spike", {"new": 2}) == "2 more skipped, far above recent losses or gradient norms"
 
 
 def test_the_slowest_rank_is_named(index: Index) -> None:

@@ -476,5 +476,7 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-SEVERITY = MappingProxyType({"nonfinite": "error", "alert": "warning", "resume": "warning"})
+SEVERITY = MappingProxyType(
+    {"nonfinite": "error", "spike": "warning", "alert": "warning", "resume": "warning", "rewind": "warning"}
+)
 """Of the events that are not information only, unless they tell their own."""

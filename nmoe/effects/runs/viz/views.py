@@ -25,7 +25,7 @@ from nmoe.pure.watch import metrics as schema
 MAX_EVENTS = 2000
 
 ALERTS = (
-    "(event in ('alert', 'nonfinite', 'checkpoint_failed', 'checkpoint_damaged') or (event = 'end' and "
+    "(event in ('alert', 'nonfinite', 'spike', 'checkpoint_failed', 'checkpoint_damaged') or (event = 'end' and "
     "coalesce(json_extract_string(line, '$.status'), '') not in ('finished', 'interrupted')))"
 )
 """Events that someone should look at, as a condition over table events."""

@@ -42,6 +42,10 @@ def text(event: str, fields: Mapping[str, Any]) -> str:
             accepted = fields.get("accepted")
             changed = ", ".join(map(str, accepted)) if isinstance(accepted, Mapping) and accepted else ""
             return f"from {fields.get('from', 'a checkpoint')}{f'; accepted another {changed}' if changed else ''}"
+        case "rewind":
+            return f"from step {_count(fields, 'reached')}: {_spans(fields.get('left_out'))} sequences are left out"
+        case "spike":
+            return f"{_count(fields, 'new')} more skipped, far above recent losses or gradient norms"
         case "nonfinite":
             return f"{_count(fields, 'new')} more not finite, {_count(fields, 'in_row')} in a row"
         case "end":
@@ -78,6 +82,13 @@ def _digits(fields: Mapping[str, Any], key: str) -> str:
 def _seconds(fields: Mapping[str, Any], key: str) -> str:
     value = number(fields.get(key))
     return "-" if value is None else f"{value:.3g} s"
+
+
+def _spans(value: Any) -> str:
+    """How many sequences a list of [first, end] has."""
+    spans = value if isinstance(value, list) else []
+    ends = [[number(part) or 0.0 for part in span] for span in spans if isinstance(span, list) and len(span) == 2]
+    return f"{sum(end - first for first, end in ends):,.0f}"
 
 
 def _entries(fields: Mapping[str, Any], key: str, noun: str) -> str:

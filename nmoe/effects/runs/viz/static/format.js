@@ -101,7 +101,7 @@ export const STATUS = {
   running: "●", starting: "◌", finished: "✓", interrupted: "‖", failed: "✕", crashed: "✕", lost: "?", "not started": "○",
 };
 export const EVENT_MARK = {
-  checkpoint: "◆", resume: "↻", start: "▶", end: "■", validation: "▾", evaluation: "▾", nonfinite: "✕", alert: "!",
+  checkpoint: "◆", resume: "↻", rewind: "↶", spike: "^", start: "▶", end: "■", validation: "▾", evaluation: "▾", nonfinite: "✕", alert: "!",
   sample: "¶",
 };
 

@@ -647,6 +647,15 @@ def test_rules_of_grouped_query_attention(changes: dict[str, Any], expected: str
     assert problem.startswith(f"model.attention.{expected}"), problem
 
 
+def test_scores_are_limited_where_heads_have_keys_of_their_own() -> None:
+    config = load(ROOT / "configs" / "quickstart-gqa.toml", {}, ("--optim.qk_clip=100",)).config
+    (problem,) = validate(config, 1)
+    assert problem.startswith('optim.qk_clip: expected model.attention.kind = "mla" beside it, got "gqa"; remove ')
+    assert validate(rules_config("optim.qk_clip=100"), 1) == ()
+    (problem,) = validate(rules_config("optim.qk_clip=0"), 1)
+    assert problem == "optim.qk_clip: expected above 0, got 0.0; raise it"
+
+
 MIXED_RULES = [
     (
         "--model.attention.pattern=",

@@ -9,7 +9,7 @@ from typing import Any
 from nmoe.config.attention import Rules
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Model, Moe, Stdlib, Train
+from nmoe.config.sections import MOST_TOKENS, Config, Mla, Model, Moe, Stdlib, Train
 from nmoe.config.setting import divides
 from nmoe.config.toml import dotted, shown
 
@@ -133,6 +133,11 @@ def _optimizers(config: Config) -> Iterator[str]:
         yield (
             f'optim.router.optimizer: expected "adamw", got {shown(config.optim.router.optimizer)}; write "adamw", '
             "a router has no hidden matrix"
+        )
+    if config.optim.qk_clip is not None and not isinstance(config.model.attention, Mla):
+        yield (
+            f'optim.qk_clip: expected model.attention.kind = "mla" beside it, got '
+            f"{shown(config.model.attention.kind)}; remove the key, other kinds do not have it"
         )
     if config.optim.muon_heads and config.optim.dense.optimizer != "muon":
         yield (

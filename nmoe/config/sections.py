@@ -202,6 +202,12 @@ class Optim:
     router: Group = setting("router matrices")
     weight_decay: float = setting("decoupled decay of the parameters that decay", default=0.1, low=0, high=1e3)
     clip_norm: float = setting("largest global gradient norm", default=1.0, low=1e-20, high=1e20)
+    qk_clip: float | None = setting(
+        "largest attention score; a head above it has its query and key weights scaled down; absent: no limit",
+        default=None,
+        above=0,
+        high=1e6,
+    )
     muon_heads: Literal["apart"] | None = setting(
         "Muon orthogonalises each head of a projection by itself; absent: all heads as one matrix", default=None
     )

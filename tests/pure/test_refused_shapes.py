@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from nmoe.config.sections import Mtp
 from nmoe.pure.checkpoint.pieces import arena_pieces, share, whole
 from nmoe.pure.core.init import init, initial, normal
 from nmoe.pure.core.key import Key
@@ -77,6 +78,13 @@ def one_block_fewer() -> object:
     p = attrs.evolve(p, blocks=p.blocks[:-1])
     bias = torch.zeros(c.num_layers - c.num_dense_layers, c.moe.num_experts)
     return forward(p, ints(1, 4), bias, environment(c, 4), c)
+
+
+def another_depth() -> object:
+    c = tiny(vocab_size=16).model
+    p = init(Key(0), specs(c), dims(c))
+    c = attrs.evolve(c, mtp=Mtp(depth=2))
+    return forward(p, ints(1, 4), torch.zeros(4, c.moe.num_experts), environment(c, 4), c)
 
 
 NORM: list[tuple[Callable[[], object], str]] = [
@@ -173,6 +181,7 @@ EXPERT: list[tuple[Callable[[], object], str]] = [
         lambda: linear_cross_entropy(torch.ones(5, 2), torch.ones(2, 7), ints(3), chunk=8),
         r"linear_cross_entropy: expected targets of shape \[5\], got \[3\]; ",
     ),
+    (another_depth, "forward: expected parameters of 2 depths ahead, got 0; "),
     (one_block_fewer, "forward: expected parameters of . layers, got .; "),
 ]
 ATTENTION: list[tuple[Callable[[], object], str]] = [

@@ -97,6 +97,15 @@ def all_reduce_sum(group: Group, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
     return tuple(part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True))
 
 
+def all_reduce_largest(group: Group, tensor: Tensor) -> Tensor:
+    """The largest of each number over the ranks; the host does not wait."""
+    if group.handle is None:
+        return tensor
+    largest = tensor.detach().clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group.handle)
+    return largest
+
+
 def on_all_ranks(ranks: Ranks, act: Callable[[], T]) -> T:
     """What `act` returned here, when it went well on every rank.
 

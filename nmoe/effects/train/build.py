@@ -64,7 +64,7 @@ def blank(
         buffers.bind(blueprint, arenas),
         arenas,
         torch.zeros(len(c.mixtures()), c.moe.num_experts, device=rt.device),
-        spikes.nothing(rt.device),
+        () if config.train.skip_spikes is None else spikes.nothing(rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),
         torch.zeros((), dtype=torch.int64, device=rt.device),

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 
 from nmoe.config import Difference
 from nmoe.effects import files
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk, Fs
-from nmoe.effects.checkpoint.manifest import Manifest, find, read
+from nmoe.effects.checkpoint.manifest import DTYPES, Manifest, find, read
 from nmoe.effects.checkpoint.weights import Weights
 from nmoe.effects.device import buffers
 from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks
@@ -38,7 +39,8 @@ COUNTERS = ("updates", "skipped", "skipped_in_row")
 """Fields of a State that are 0-d tensors."""
 
 SPIKES = ("recent", "spikes")
-"""Fields of a State that checkpoints from before `train.skip_spikes` do not have; a run begins with none seen then."""
+"""Fields of a State that a checkpoint may lack: it is from before `train.skip_spikes` was set, or was known. None are
+seen then. Those that the run does not have are read and dropped."""
 
 TOKENS = "tokens_by_rank"
 """Entry of a checkpoint's meta: tokens read by every rank that ever took part."""
@@ -124,7 +126,13 @@ def restore(
         nonlocal differences
         name = f"{origin.folder}: the checkpoint of step {manifest.step}"
         differences = accepted(name, _entry(manifest, "identity", dict), identity, accept)
-        return [piece for piece in targets if piece.name in manifest.tensors or piece.name not in SPIKES]
+        names, there = {piece.name for piece in targets}, manifest.tensors
+        dropped = [
+            whole(name, torch.empty(there[name].shape, dtype=DTYPES[there[name].dtype]))
+            for name in SPIKES
+            if name in there and name not in names
+        ]
+        return [*(piece for piece in targets if piece.name in there or piece.name not in SPIKES), *dropped]
 
     if origin.single:
         manifest = read(fs, origin.folder)
@@ -184,7 +192,8 @@ def pieces(state: State, blueprint: Blueprint, *, ranks: Ranks = SINGLE_RANK, sh
             layout, kinds, blueprint.dims, rank=ranks.experts.rank, world=ranks.experts.size, part=part
         )
     world = ranks.world
-    replicated = [whole(name, getattr(state, name)) for name in (ROUTER_BIAS, *SPIKES, *COUNTERS)]
+    fields = [(name, getattr(state, name)) for name in (ROUTER_BIAS, *SPIKES, *COUNTERS)]
+    replicated = [whole(name, tensor) for name, tensor in fields if isinstance(tensor, torch.Tensor)]
     return (*sharded, *(share(piece, world.rank, world.size) if shared else piece for piece in replicated))
 
 

@@ -6,7 +6,7 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -19,7 +19,7 @@ from nmoe.effects.device.process import Runtime
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.parallel.ranks import all_reduce_sum
-from nmoe.effects.train import zero
+from nmoe.effects.train import qk_clip, zero
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.layout import ArenaLayout, Stretch
@@ -45,7 +45,7 @@ class State:
     params: Transformer  # views of the arenas
     arenas: tuple[Any, ...]
     router_bias: Tensor  # [L E] f32, one row a layer with experts
-    recent: Tensor  # [2 WINDOW] f32, loss and gradient norm of recent steps, `pure.optim.spikes`
+    recent: Tensor | tuple[()]  # [2 WINDOW] f32, of `pure.optim.spikes`; () without `train.skip_spikes`
     spikes: Tensor  # 0-d i64, steps skipped for them so far
     updates: Tensor  # 0-d i64, optimizer updates made
     skipped: Tensor  # 0-d i64, non-finite steps so far
@@ -106,6 +106,7 @@ class Setup:
     before_update  called before anything but gradients is written
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     accumulator    of the weight gradients that kernels write themselves
+    scores         of the attention, where `optim.qk_clip` limits them
     """
 
     config: Config
@@ -118,6 +119,7 @@ class Setup:
     before_update: Callable[[], None]
     exchange: Exchange | None
     accumulator: Accumulator
+    scores: qk_clip.Scores | None
 
 
 def donate(state: State) -> State:
@@ -186,6 +188,10 @@ def make_step(
     elif config.train.recompute == "cheap":
         cheap, run = recompute.cheap(env.ops)
         env = attrs.evolve(env, ops=cheap)
+    scores = None
+    if config.optim.qk_clip is not None:
+        scores = qk_clip.Scores()
+        env = attrs.evolve(env, ops=scores.noting(env.ops))
     setup = Setup(
         config=config,
         blueprint=blueprint,
@@ -197,6 +203,7 @@ def make_step(
         before_update=before_update,
         exchange=exchange,
         accumulator=accumulator or Accumulator(),
+        scores=scores,
     )
 
     # Launched kernel by kernel, or recorded once and replayed: then the host calls nothing between its kernels.
@@ -247,14 +254,17 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         setup.before_update()
         finite = torch.isfinite(loss) & torch.isfinite(norm) & (overflow == 0)
         sound = finite & (state.skipped_in_row < config.train.max_nonfinite_steps)
-        counts, seen = sound & (num_targets[0] > 0), torch.stack((loss, norm)).float()
+        counts, recent = sound & (num_targets[0] > 0), state.recent
         spike = torch.zeros_like(counts)
-        if config.train.skip_spikes is not None:
-            spike = counts & spikes.is_spike(state.recent, seen, deviations=config.train.skip_spikes)
+        if isinstance(recent, Tensor) and config.train.skip_spikes is not None:
+            seen = torch.stack((loss, norm)).float()
+            spike = counts & spikes.is_spike(recent, seen, deviations=config.train.skip_spikes)
+            recent = spikes.remembered(recent, seen, counts)
         allowed = counts & ~spike
         updates = state.updates + allowed
         shrink = clip_scale(norm, config.optim.clip_norm)
-        change, gathers = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1))
+        factors = {} if setup.scores is None else setup.scores.factors(config, allowed, ranks)
+        change, gathers = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1), factors)
         (square,) = all_reduce_sum(ranks.world, [change.double().square()])
         change = square.sqrt().to(change.dtype)
 
@@ -277,7 +287,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
     after = attrs.evolve(
         state,
         router_bias=bias,
-        recent=spikes.remembered(state.recent, seen, counts),
+        recent=recent,
         spikes=state.spikes + spike,
         updates=updates,
         skipped=skipped,
@@ -312,6 +322,8 @@ def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) ->
     count = batch.tokens.shape[0]
     for index in range(count):
         setup.accumulator.first = index == 0
+        if setup.scores is not None:
+            setup.scores.begin(first=index == 0)
         loss, part, report = objective(
             state.params,
             microbatch(batch, index),
@@ -325,6 +337,8 @@ def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) ->
             mtp_weight=mtp_weight,
             run=setup.run,
         )
+        if setup.scores is not None:
+            setup.scores.end()
         if index == count - 1:
             with zero.scattering_(layouts, state.arenas, state.params, setup.accumulator, ranks) as finish:
                 loss.backward()
@@ -344,10 +358,17 @@ def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) ->
 
 
 def update_(
-    setup: Setup, state: State, rates: Rates, allowed: Tensor, shrink: Tensor, updates: Tensor
+    setup: Setup,
+    state: State,
+    rates: Rates,
+    allowed: Tensor,
+    shrink: Tensor,
+    updates: Tensor,
+    factors: Mapping[str, Tensor],
 ) -> tuple[Tensor, list[Any]]:
     """Update what this rank owns of every arena, where allowed, and start the all-gather of each bucket behind it.
 
+    factors  path of a parameter -> what multiplies its new value
     returns  norm of the change; the all-gathers to wait for
 
     Writes:  the arenas; gradients are zero afterwards.
@@ -376,6 +397,9 @@ def update_(
                         decay=optim.weight_decay if layout.policy.decay else 0.0,
                     )
                 )
+            for slot in layout.slots:
+                if low <= slot.offset < high and slot.path in factors:
+                    qk_clip.multiply_(arena, layout, slot, factors[slot.path], part=sharing.rank)
             if sharing.size > 1:
                 gathers.append(zero.all_gather_(sharing, arena.value[low:high]))
                 # what others own, of which this rank had a part; the update cleared its own

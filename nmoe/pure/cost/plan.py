@@ -17,6 +17,7 @@ from nmoe.pure.cost.flops import Flops
 from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import distinct_ranks
 from nmoe.pure.model.attention import KINDS, Kind, Kinds, layers
+from nmoe.pure.model.attention.qk_clip import score_bytes
 from nmoe.pure.model.route import BINS
 from nmoe.pure.optim.muon import temporary_bytes
 from nmoe.pure.optim.update import rule
@@ -239,6 +240,8 @@ def plan(
     if c.moe.balance == "quantile":
         # histograms of margins: of each layer, stacked, and their sum over microbatches
         activations += 3 * len(c.mixtures()) * c.moe.num_experts * BINS * 8
+    if config.optim.qk_clip is not None:
+        activations += score_bytes(c.attention, train.microbatch_size, train.sequence_length, element=element)
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
     total = config.tokens()
     shares = [(arena, arena.held()) for arena in arenas]

@@ -330,11 +330,11 @@ def _check(
 ) -> None:
     """Refuse what would broadcast silently or fail far from its cause."""
     layers = len(c.mixtures())
-    if len(p.blocks) != c.num_layers or len(p.mtp) != c.depth():
-        raise ValueError(
-            f"forward: expected parameters of {c.num_layers} layers and {c.depth()} depths, got {len(p.blocks)} and "
-            f"{len(p.mtp)}; pass the section of this model"
-        )
+    for what, held, wanted in (("layers", p.blocks, c.num_layers), ("depths ahead", p.mtp, c.depth())):
+        if len(held) != wanted:
+            raise ValueError(
+                f"forward: expected parameters of {wanted} {what}, got {len(held)}; pass the section of this model"
+            )
     if tokens.ndim != 2 or tokens.dtype is not torch.int64:
         raise ValueError(
             f"forward: expected tokens [B T] in i64, got {list(tokens.shape)} in {tokens.dtype}; "

@@ -99,9 +99,10 @@ def test_two_ranks_with_half_the_batch_are_one_rank_bit_for_bit(alone: Path, sou
     assert (two / WEIGHTS).read_bytes() == (alone / WEIGHTS).read_bytes()
     assert losses(two) == losses(alone)
     for mine, its in zip(lines(two), lines(alone), strict=True):
-        # fp32 norms of parts, squared and added in fp64, against one fp32 norm of all
+        # fp32 norms of parts, squared and added in fp64, against one fp32 norm of all: 4.2 units in the last place have
+        # been seen, and the text is this package's, so that the numbers are others after every edit
         norms = [(mine[key], its[key]) for key in ("grad_norm", "update_norm") if key in mine]
-        assert all(math.isclose(*pair, rel_tol=2**-21) for pair in norms), norms
+        assert all(math.isclose(*pair, rel_tol=2**-20) for pair in norms), norms
         if "validation/loss" in mine:
             assert math.isclose(mine["validation/loss"], its["validation/loss"], rel_tol=2**-21)
     own = lines(two, rank=1)
@@ -177,6 +178,21 @@ def test_muon_on_two_ranks_is_muon_on_one_bit_for_bit(sources: Path, tmp_path: P
         assert digests(two, step) == digests(one, step), step
     # Experts shared out: one product over the tokens of both ranks, so gradients round otherwise.
     assert losses(run("shared", 2, experts=2)) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_the_scores_of_all_ranks_clip_queries_and_keys(sources: Path, tmp_path: Path) -> None:
+    """Elements of one parameter that two ranks share out, and the largest score of either."""
+
+    def run(name: str, ranks: int) -> Path:
+        config = config_of(sources, tmp_path, name, microbatch_size=2)
+        return trained(attrs.evolve(config, optim=attrs.evolve(config.optim, qk_clip=0.4)), ranks)
+
+    one, two = run("one", 1), run("two", 2)
+    for step in range(1, STEPS + 1):
+        assert digests(two, step) == digests(one, step), step
+    plain = trained(config_of(sources, tmp_path, "plain", microbatch_size=2))
+    changed = {name for name, digest in digests(one, 1).items() if digest != digests(plain, 1)[name]}
+    assert changed == {f"param/blocks.{layer}.attention.{name}/value" for layer in range(3) for name in ("down", "up")}
 
 
 @pytest.mark.long

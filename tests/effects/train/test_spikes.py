@@ -16,6 +16,7 @@ from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.train import resume, run
 from nmoe.pure.model.blueprint import make_blueprint
+from nmoe.pure.optim.spikes import nothing
 from nmoe.soak import soak
 from tests.effects.train import trainings
 from tests.effects.train.test_resume import checkpoint, same_end
@@ -59,8 +60,7 @@ def test_a_spike_changes_nothing_but_is_counted(row: str) -> None:
 def test_without_the_key_and_before_enough_steps_nothing_is_skipped() -> None:
     config = tiny()
     state, step = start(config)
-    state, metrics = step(filled(state, loss=0.1, norm=0.001), batches(config, 1)[0])
-    assert int(metrics.spikes) == 0 and float(metrics.update_norm) > 0
+    assert state.recent == (), "norms round otherwise on other numbers of ranks, and a checkpoint without them does not"
     config = changed(tiny(), skip_spikes=0.001)
     state, step = start(config)
     for batch in batches(config, 5):
@@ -72,11 +72,16 @@ def test_a_step_that_is_not_finite_or_has_no_target_is_not_remembered() -> None:
     config = changed(tiny(), skip_spikes=DEVIATIONS)
     state, step = start(config)
     first, second = batches(config, 2)
-    before = state.recent.clone()
+    before = nothing()
     state.arenas[0].gradient[3] = float("nan")
     state, metrics = step(state, first)
     state, _ = step(state, attrs.evolve(second, targets=torch.full_like(second.targets, -1)))
-    assert torch.equal(state.recent, before) and int(metrics.spikes) == 0 and int(metrics.skipped) == 1
+    assert (
+        isinstance(state.recent, Tensor)
+        and torch.equal(state.recent, before)
+        and int(metrics.spikes) == 0
+        and int(metrics.skipped) == 1
+    )
 
 
 def loud(step: int) -> Any:
@@ -122,7 +127,7 @@ def test_a_run_reports_it_and_resumes_bit_for_bit(sources: Path, tmp_path: Path)
 def test_a_checkpoint_from_before_spikes_goes_on(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Switched on in the middle, from a checkpoint without a window."""
+    """Switched on in the middle, from a checkpoint without a window, and off again."""
     config = trainings.config(tmp_path, "old", sources, 3)
     pieces = resume.pieces
 
@@ -140,4 +145,8 @@ def test_a_checkpoint_from_before_spikes_goes_on(
     assert code == 0, told
     (entry, *_) = reader.entries(Disk(), folder(config) / "checkpoints")
     assert entry.manifest is not None and entry.manifest.step == 5 and "recent" in entry.manifest.tensors
+    code, told = train(changed(config, steps=6), accept=["train.skip_spikes"])
+    assert code == 0, told
+    (entry, *_) = reader.entries(Disk(), folder(config) / "checkpoints")
+    assert entry.manifest is not None and entry.manifest.step == 6 and "recent" not in entry.manifest.tensors
     assert json.loads((folder(config) / "run.json").read_text())["status"] == "finished"

@@ -1,5 +1,5 @@
 // What the axes of charts say: ticks that differ, all in one unit, and ends that one outlier does not stretch.
-import { BYTES, UNITS, bytes, hours, percent, unitOf } from "./format.js";
+import { BYTES, UNITS, bytes, clock, hours, percent, unitOf } from "./format.js";
 
 const TIMES = [[24, "d"], [1, "h"], [1 / 60, "min"], [1 / 3600, "s"]];
 const SIXTIES = [1, 2, 5, 10, 15, 30];
@@ -34,6 +34,17 @@ export function ticks(values, even, format) {
   return values.map((value) => (value === null ? "" : value === 0 ? "0" : text(value)));
 }
 
+/** The texts of ticks of a wall clock: the time of day, and under the first one of each day its date. */
+export function clockTexts(seconds) {
+  let before = "";
+  return seconds.map((at) => {
+    const [day, time] = clock(at).split(" ");
+    const text = day === before ? "" : day;
+    before = day;
+    return `${time.endsWith(":00") ? time.slice(0, 5) : time}\n${text}`.trimEnd();
+  });
+}
+
 function evenText(step, top, format) {
   if (format === percent) return (value) => `${(100 * value).toFixed(digitsOf(100 * step))} %`;
   if (format === hours) return inUnit(TIMES.find(([size]) => isWhole(step / size)) ?? TIMES.at(-1), step);
@@ -57,7 +68,7 @@ function digitsOf(step) {
 
 /**
  * Ends of the y axis without what lies far from the rest: further beyond the middle 90 % of a line's values than 4
- * times their spread, or further beyond the median line than 4 times its height. The middle of each line is inside.
+ * times their spread, or further beyond the median line than its height. The middle of each line is inside.
  * lines    [{values, low, high}], with null for no value
  * returns  {low, high, outside}: ends, and how many values lie beyond; null where nothing lies far away
  */
@@ -65,7 +76,7 @@ export function ordinary(lines) {
   const ranges = lines.map((line) => own(line.values)).filter((range) => range !== null);
   if (!ranges.length) return null;
   const lower = (values) => values.sort((a, b) => a - b)[Math.floor((values.length - 1) / 2)];
-  const reach = 4 * lower(ranges.map((range) => range.high - range.low));
+  const reach = lower(ranges.map((range) => range.high - range.low));
   const top = lower(ranges.map((range) => range.high)) + reach, bottom = -lower(ranges.map((range) => -range.low)) - reach;
   const ceiling = Math.max(top, ...ranges.map((range) => range.median));
   const floor = Math.min(bottom, ...ranges.map((range) => range.median));

@@ -1,6 +1,6 @@
 // A chart: lines over a common axis, with bands, events, marks for what is not finite, a cursor that all charts share.
 import { html, useEffect, useMemo, useRef } from "./vendor/preact-htm.mjs";
-import { around, ordinary, tickPlaces, ticks } from "./axes.js";
+import { around, clockTexts, ordinary, tickPlaces, ticks } from "./axes.js";
 import { EVENT_MARK, clock, count, hours, number } from "./format.js";
 import { Legend, highlight, useHighlight } from "./legend.js";
 import { css, drawEvents, drawNonfinite, png } from "./marks.js";
@@ -140,12 +140,12 @@ function options(node, input, { logX, logY }) {
   }
   // What an axis says is also an attribute, for those who cannot see the picture.
   const said = (name, texts) => { node.dataset[name] = texts.filter(Boolean).join(" | "); return texts; };
-  const xTexts = (u, all) => said("x", ticks(all, !logX, xFormat));
+  const xTexts = (u, all) => said("x", kind === "clock" && !logX ? clockTexts(all) : ticks(all, !logX, xFormat));
   const yTexts = (u, all) => said("y", ticks(all, !logY, input.current.format));
   const [width, height] = room(node);
   return {
     width: width || 400, height, series, bands,
-    padding: [10, 12, 0, 0],
+    padding: [10, 18, 0, 0],
     legend: { show: false },
     focus: { alpha: 0.25 },
     cursor: {
@@ -159,7 +159,7 @@ function options(node, input, { logX, logY }) {
     axes: [
       {
         ...axis, size: 30, label: xName, labelSize: 16, labelFont: axis.font,
-        ...(kind === "clock" ? {} : { values: xTexts, splits: logX ? undefined : tickPlaces(xFormat) }),
+        values: xTexts, splits: logX ? undefined : tickPlaces(xFormat),
       },
       {
         ...axis, values: yTexts, splits: logY ? undefined : tickPlaces(input.current.format),

@@ -14,9 +14,9 @@ export const axis = (state) => ({
   x: state.x ?? "step", smooth: state.smooth ?? null, log_x: !!state.logx, low: state.low, high: state.high,
 });
 
-/** What all charts are drawn by. */
-export const drawing = (state, set) => ({
-  axis: X_AXES[state.x] ? state.x : "step", logX: !!state.logx, logY: !!state.logy, all: !!state.ally,
+/** What all charts are drawn by; the axis is that of the answer at `path`, which may be older than the address. */
+export const drawing = (state, set, path) => ({
+  axis: new URLSearchParams(path.slice(path.indexOf("?"))).get("x"), logX: !!state.logx, logY: !!state.logy, all: !!state.ally,
   onZoom: (low, high) => set({ low: low && Math.max(0, low), high }), onAll: () => set({ ally: "1" }),
 });
 
@@ -80,11 +80,13 @@ export function ChartsView(props) {
   const happened = useAnswer("Events", marked ? path : null, version);
   if (!selected.length) return html`<p class="empty">Choose runs in the list.</p>`;
   const events = marked && happened.data ? happened.data.events : null;
+  const chart = (tag) => html`<${Lazy} key=${tag}><${RunChart} ...${props} tag=${tag} events=${events} /></${Lazy}>`;
   const closed = state.closed ?? [];
   const fold = (name, open) => set({ closed: open ? closed.filter((each) => each !== name) : [...new Set([...closed, name])] });
   return html`<${AxisTools} state=${state} set=${set}>
       <${Switch} state=${state} set=${set} name="nobands" title="hide the lowest and highest value of each cell">no min/max</${Switch}>
-      <label>events <select aria-label="events in charts" value=${kind} onChange=${(event) => set({ events: event.target.value === "alerts" ? null : event.target.value })}>
+      <label>events <select aria-label="events in charts" value=${kind}
+          onChange=${({ target }) => set({ events: target.value === "alerts" ? null : target.value })}>
         ${Object.keys(EVENTS).map((each) => html`<option key=${each} value=${each} selected=${each === kind}>${each}</option>`)}</select></label>
       <${GroupBy} state=${state} set=${set} table=${table} />
       <input type="search" placeholder="tags: loss|norm, ^time" aria-label="find tags" title="a regular expression; several with blanks between"
@@ -97,7 +99,7 @@ export function ChartsView(props) {
     ${sections(tags).map(([name, own]) => html`<details key=${name} class="section" open=${!closed.includes(name)}
         onToggle=${(event) => event.target.open === closed.includes(name) && fold(name, event.target.open)}>
       <summary>${name} <span class="soft">${own.length}</span></summary>
-      <div class="grid">${closed.includes(name) ? null : own.map((tag) => html`<${Lazy} key=${tag}><${RunChart} ...${props} tag=${tag} events=${events} /></${Lazy}>`)}</div>
+      <div class="grid">${closed.includes(name) ? null : own.map(chart)}</div>
     </details>`)}`;
 }
 
@@ -127,9 +129,10 @@ export function Lazy({ children }) {
 export function RunChart({ state, set, table, runs, selected, places, tag, title, events, version, theme }) {
   const plain = !!state.nobands || selected.length > BANDS_UP_TO;
   const path = address("series", { run: selected, tag, ...axis(state), bands: plain || state.group ? "0" : null });
-  const { data, problem } = useAnswer("Series", path, version);
-  const key = state.group ? JSON.stringify(selected.map((name) => runs.find((run) => run.name === name)).map((run) => groupOf(state, run))) : "";
-  const lines = useMemo(() => (data ? linesOf(state, data, { runs, selected, places, plain }) : []), [data, places, plain, state.smooth, theme, state.group, key]);
+  const { data, problem, path: answered } = useAnswer("Series", path, version);
+  const groups = state.group ? JSON.stringify(runs.map((run) => groupOf(state, run))) : "";
+  const made = () => (data ? linesOf(state, data, { runs, selected, places, plain }) : []);
+  const lines = useMemo(made, [data, places, plain, state.smooth, theme, state.group, groups]);
   const name = title ?? tag;
   if (problem) return html`<figure class="chart"><figcaption>${name}</figcaption><p class="problem">${problem}</p></figure>`;
   if (!data) return html`<figure class="chart waiting"><figcaption>${name}</figcaption></figure>`;
@@ -141,7 +144,7 @@ export function RunChart({ state, set, table, runs, selected, places, tag, title
   const about = `${tag}${metric?.doc ? `: ${metric.doc}` : ""}${data.without.length ? `; not in ${data.without.slice(0, 5).join(", ")}` : ""}`;
   const format = FORMATS[metric?.format ?? "number"];
   return html`<${Chart} title=${name} unit=${unitOf(metric)} about=${about} x=${data.x} lines=${lines} events=${events} format=${format}
-    best=${metric?.best ?? ""} least=${metric?.kind === "time" ? 0.1 : 0} theme=${theme} ...${drawing(state, set)}
+    best=${metric?.best ?? ""} least=${metric?.kind === "time" ? 0.1 : 0} theme=${theme} ...${drawing(state, set, answered)}
     full=${state.full === tag} onFull=${(full) => set({ full: full ? tag : null })} />`;
 }
 

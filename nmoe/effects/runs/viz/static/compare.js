@@ -1,6 +1,7 @@
 // A result of each run against a key of its config: what a sweep is made for.
 import { html, useState } from "./vendor/preact-htm.mjs";
 import { around, ticks } from "./axes.js";
+import { Switch } from "./charts.js";
 import { colour, number } from "./format.js";
 import { highlight, useHighlight } from "./legend.js";
 
@@ -16,11 +17,12 @@ export function CompareView({ state, set, table, runs, selected, places }) {
   const varied = table.keys.includes(state.cx) ? state.cx : null;
   const points = varied === null ? [] : shown.map((run) => ({ run: run.name, x: value(run, varied), y: value(run, y) }))
     .filter((point) => typeof point.y === "number" && point.x !== null && point.x !== undefined);
-  const choose = (name, label, all, now) => html`<label>${label} <select aria-label=${label} value=${now ?? ""} onChange=${(event) => set({ [name]: event.target.value || null })}>
-    ${name === "cx" ? html`<option value="">a key of the config…</option>` : null}${all.map((key) => html`<option key=${key} value=${key} selected=${key === now}>${titleOf(table, key)}</option>`)}</select></label>`;
+  const option = (key, now) => html`<option key=${key} value=${key} selected=${key === now}>${titleOf(table, key)}</option>`;
+  const choose = (name, label, all, now) => html`<label>${label} <select aria-label=${label} value=${now ?? ""}
+      onChange=${(event) => set({ [name]: event.target.value || null })}>
+    ${now === null ? html`<option value="">a key of the config…</option>` : null}${all.map((key) => option(key, now))}</select></label>`;
   return html`<div class="tools">${choose("cy", "result", results, y)}${choose("cx", "against", table.keys, varied)}
-      <label><input type="checkbox" checked=${!!state.logx} onChange=${() => set({ logx: state.logx ? null : "1" })} />log x</label>
-      <label><input type="checkbox" checked=${!!state.logy} onChange=${() => set({ logy: state.logy ? null : "1" })} />log y</label>
+      <${Switch} state=${state} set=${set} name="logx">log x</${Switch}><${Switch} state=${state} set=${set} name="logy">log y</${Switch}>
       <span class="soft">${points.length} of ${shown.length} runs</span></div>
     ${points.length ? html`<${Scatter} ...${{ points, places, lit, x: varied, y: titleOf(table, y), logX: !!state.logx, logY: !!state.logy }} />`
       : html`<p class="empty">${varied === null ? "Choose the key that the runs differ in." : "None of the chosen runs has both."}</p>`}`;
@@ -32,19 +34,25 @@ const titleOf = (table, name) => table.shown.find((column) => column.name === na
 function Scatter({ points, places, lit, x, y, logX, logY }) {
   const [over, setOver] = useState(null);
   const W = Math.min(860, innerWidth - 44), H = Math.max(260, W / 2);
-  const names = points.every((point) => typeof point.x === "number") ? null : [...new Set(points.map((point) => String(point.x)))].sort();
+  const isNumber = points.every((point) => typeof point.x === "number");
+  const names = isNumber ? null : [...new Set(points.map((point) => String(point.x)))].sort();
   const across = scale(points.map((point) => (names ? names.indexOf(String(point.x)) : point.x)), logX && !names, LEFT, W - RIGHT);
   const up = scale(points.map((point) => point.y), logY, H - BOTTOM, TOP);
   const left = (point) => across.place(names ? names.indexOf(String(point.x)) : point.x);
   const xTicks = names ? names.map((name, place) => [place, name]) : across.ticks;
+  const said = (point) => `${point.run}: ${typeof point.x === "number" ? number(point.x) : point.x}, ${number(point.y)}`;
+  const light = (point) => { setOver(point); highlight(point?.run ?? null); };
   return html`<figure class="chart wide"><figcaption><span class="chart-title">${y} against ${x}</span>
-      <span class="chart-note">${over ? `${over.run}: ${typeof over.x === "number" ? number(over.x) : over.x}, ${number(over.y)}` : ""}</span></figcaption>
+      <span class="chart-note">${over ? said(over) : ""}</span></figcaption>
     <svg class="scatter" viewBox=${`0 0 ${W} ${H}`} role="img" aria-label=${`${y} of ${points.length} runs against ${x}`}>
-      ${up.ticks.map(([at, text]) => html`<line x1=${LEFT} x2=${W - RIGHT} y1=${up.place(at)} y2=${up.place(at)} /><text x=${LEFT - 8} y=${up.place(at) + 4} text-anchor="end">${text}</text>`)}
-      ${xTicks.map(([at, text]) => html`<line x1=${across.place(at)} x2=${across.place(at)} y1=${TOP} y2=${H - BOTTOM} /><text x=${across.place(at)} y=${H - BOTTOM + 18} text-anchor="middle">${text}</text>`)}
+      ${up.ticks.map(([at, text]) => html`<line x1=${LEFT} x2=${W - RIGHT} y1=${up.place(at)} y2=${up.place(at)} />
+        <text x=${LEFT - 8} y=${up.place(at) + 4} text-anchor="end">${text}</text>`)}
+      ${xTicks.map(([at, text]) => html`<line x1=${across.place(at)} x2=${across.place(at)} y1=${TOP} y2=${H - BOTTOM} />
+        <text x=${across.place(at)} y=${H - BOTTOM + 18} text-anchor="middle">${text}</text>`)}
       <text x=${(LEFT + W - RIGHT) / 2} y=${H - 8} text-anchor="middle">${x}</text>
-      ${points.map((point) => html`<circle key=${point.run} cx=${left(point)} cy=${up.place(point.y)} r=${lit === point.run ? 8 : 5.5} fill=${colour(places.get(point.run) ?? 0)}
-        data-run=${point.run} onMouseEnter=${() => { setOver(point); highlight(point.run); }} onMouseLeave=${() => { setOver(null); highlight(null); }}><title>${point.run}</title></circle>`)}
+      ${points.map((point) => html`<circle key=${point.run} cx=${left(point)} cy=${up.place(point.y)} r=${lit === point.run ? 8 : 5.5}
+        fill=${colour(places.get(point.run) ?? 0)} data-run=${point.run} onMouseEnter=${() => light(point)}
+        onMouseLeave=${() => light(null)}><title>${point.run}</title></circle>`)}
     </svg></figure>`;
 }
 

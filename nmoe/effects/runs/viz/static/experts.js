@@ -80,7 +80,7 @@ function Health({ about, table }) {
 }
 
 function LayerChart({ state, set, table, run, tag, version, theme }) {
-  const { data, problem } = useAnswer("Layers", address("layers", { run, tag, ...axis(state) }), version);
+  const { data, problem, path } = useAnswer("Layers", address("layers", { run, tag, ...axis(state) }), version);
   const metric = metricOf(table, `experts/${tag}`);
   const title = tag.replaceAll("_", " ");
   const lines = useMemo(() => (data ? layerLines(data, theme) : []), [data, theme]);
@@ -88,7 +88,7 @@ function LayerChart({ state, set, table, run, tag, version, theme }) {
   if (!data) return html`<figure class="chart waiting"><figcaption>${title}</figcaption></figure>`;
   const name = `experts/${tag}`;
   return html`<${Chart} title=${title} unit=${unitOf(metric)} about=${`${titleOf(table, tag)}; dark to bright with depth`} x=${data.x} lines=${lines}
-    theme=${theme} ...${drawing(state, set)} full=${state.full === name} onFull=${(full) => set({ full: full ? name : null })} />`;
+    theme=${theme} ...${drawing(state, set, path)} full=${state.full === name} onFull=${(full) => set({ full: full ? name : null })} />`;
 }
 
 /** A line a layer, dark to bright with depth. */

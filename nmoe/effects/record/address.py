@@ -43,7 +43,7 @@ def find_run(text: str, root: Path = ROOT) -> Path:
     path = find(text, root)
     if not files.is_file(path / CONFIG):
         raise InputError(f"{path}: expected config.toml of a run, got none; `nmoe runs list` shows the runs")
-    return path
+    return path if path.name.strip(".") else path.resolve()  # "." and ".." hold no name
 
 
 def _is_name(text: str) -> bool:

@@ -333,6 +333,10 @@ def test_a_name_and_a_path_are_the_same_run(
         assert runs.export(Path("runs"), name, None) == 0
         told.append(capsys.readouterr().out)
     assert told[0] == told[1] == told[2] and "1.5" in told[0] and "2.5" in told[3]
+    monkeypatch.chdir(tmp_path / "runs" / "a")
+    assert runs.show(Path("runs"), ".", as_json=True) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["name"], shown["latest"]["loss"]) == ("a", 1.5)
 
 
 STRANGE = {

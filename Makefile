@@ -3,6 +3,7 @@
 #   make run          train the quickstart config on this machine's CPU
 #   make test         set up, check, then every test that needs no GPU; those of the dashboard's page need a Chromium
 #   make test-kernels the tests of the kernels with the Triton of constraints-gpu.txt
+#   make test-rest    every test but those of tests/effects
 #   make test-long    the tests that take minutes
 #   make check        formatting, lint, types
 #   make gpu-test     the GPU's tests with the versions of constraints-gpu.txt: in .venv-gpu, or in that of GPU_PYTHON
@@ -14,11 +15,12 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: run test test-kernels test-long check gpu-test gpu2-test docs bench
+.PHONY: run test test-kernels test-rest test-long check gpu-test gpu2-test docs bench
 
 PYTHON ?= python3
 GPU_PYTHON ?= .venv-gpu/bin/python
 BIN := .venv/bin
+SLOWEST := --durations=15 --durations-min=5
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 # The version in the command, not only in the constraints: a range would look at every newer build first.
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -41,14 +43,14 @@ run: .venv/.run
 	@$(BIN)/nmoe run quickstart
 	echo "look at it in a browser: $(BIN)/nmoe viz"
 
-# The kernels with the second Triton run beside the rest: most tests keep one core busy.
+# Two at a time: most tests keep one core busy.
 test: check .venv/.triton
-	@$(MAKE) --no-print-directory test-kernels > .venv/test-kernels.log 2>&1 &
-	kernels=$$!
-	trap 'kill $$kernels 2> /dev/null || true' EXIT
-	$(BIN)/python -m pytest --durations=15 --durations-min=5 && failed=0 || failed=$$?
-	wait $$kernels && second=0 || second=$$?
-	cat .venv/test-kernels.log
+	@$(MAKE) --no-print-directory --keep-going test-kernels test-rest > .venv/test-beside.log 2>&1 &
+	beside=$$!
+	trap 'kill $$beside 2> /dev/null || true' EXIT
+	$(BIN)/python -m pytest $(SLOWEST) tests/effects && failed=0 || failed=$$?
+	wait $$beside && second=0 || second=$$?
+	cat .venv/test-beside.log
 	exit $$((failed > 0 ? failed : second))
 
 # 95 s on two quiet cores, 711 s on two busy ones; a kernel that hangs ends after half an hour.
@@ -57,6 +59,9 @@ test-kernels: .venv/.triton
 	$(BIN)/python -c "$$SAME_VERSIONS" $(GPU_TRITON)
 	echo "the tests of the kernels with $(GPU_TRITON)"
 	timeout 1800 $(BIN)/python -m pytest tests/kernels
+
+test-rest: .venv/.dev
+	@$(BIN)/python -m pytest $(SLOWEST) --ignore=tests/effects
 
 test-long: .venv/.dev
 	@$(BIN)/python -m pytest -m long

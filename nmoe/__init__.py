@@ -1,7 +1,8 @@
 """nmoe: a trainer for Mixture-of-Experts language models.
 
 `import nmoe` gives a research script the pure functions and records it composes, and `nmoe.config`, the section classes
-that describe a model. They are imported on first use, so that the command line starts without torch.
+that describe a model; `load` reads a trained model and `metrics` what a run measured. All of it is imported on first
+use, so that the command line starts without torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nmoe import config
+    from nmoe.effects.runs.records import metrics
+    from nmoe.effects.train.trained import load
     from nmoe.pure.core import layout, tree
     from nmoe.pure.core.init import init, normal, ones, residual
     from nmoe.pure.core.key import Key
@@ -76,8 +79,10 @@ __all__ = [
     "kind_of",
     "labelled",
     "layout",
+    "load",
     "loss",
     "make_blueprint",
+    "metrics",
     "moe",
     "norm",
     "normal",
@@ -135,6 +140,8 @@ _HOME = MappingProxyType(
         **dict.fromkeys(("KINDS", "Hf", "Kind", "kind_of"), "nmoe.pure.model.attention"),
         **dict.fromkeys(("Routed", "Routing"), "nmoe.pure.model.route"),
         **dict.fromkeys(("Documents",), "nmoe.pure.model.rope"),
+        "load": "nmoe.effects.train.trained",
+        "metrics": "nmoe.effects.runs.records",
     }
 )
 

@@ -108,15 +108,28 @@ class Doubled:
 
 @pytest.fixture
 def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers' DeepSeek-V3 entirely in fp64.
+    """transformers' DeepSeeks and Kimi Linear in fp64.
 
-    It casts to a literal fp32 inside RMSNorm, the router, the softmax and the rotation. Honest, because every line of
+    They cast to a literal fp32 inside RMSNorm, the router, the softmax and the rotation. Honest, because every line of
     theirs still runs as written: only the format those four lines round to is wider, so the formula is the only thing
     left to disagree about. `test_parity.test_single_precision` runs theirs untouched.
     """
     from transformers import modeling_rope_utils
+    from transformers.models.deepseek_v2 import modeling_deepseek_v2
     from transformers.models.deepseek_v3 import modeling_deepseek_v3
+    from transformers.models.deepseek_v32 import modeling_deepseek_v32
+    from transformers.models.kimi_linear import modeling_kimi_linear
 
-    for module in (modeling_deepseek_v3, modeling_rope_utils):
+    deepseeks = (modeling_deepseek_v2, modeling_deepseek_v3, modeling_deepseek_v32)
+    for module in (*deepseeks, modeling_kimi_linear, modeling_rope_utils):
         monkeypatch.setattr(module, "torch", Doubled())
+    rotate = modeling_deepseek_v2.apply_rotary_emb
+
+    def rotate_doubled(*given: Any) -> Any:
+        """V2 casts queries and keys by a method."""
+        with monkeypatch.context() as inner:
+            inner.setattr(torch.Tensor, "float", torch.Tensor.double)
+            return rotate(*given)
+
+    monkeypatch.setattr(modeling_deepseek_v2, "apply_rotary_emb", rotate_doubled)
     yield

@@ -66,6 +66,26 @@ DEEPSEEK = MappingProxyType(
 )
 """Models that nmoe and transformers' DeepSeek-V3 both have, a feature each."""
 
+SOFTMAX = MappingProxyType(
+    {
+        "softmax": config(
+            hidden_size=18, moe=mixture(score="softmax", normalize=False, num_shared_experts=2, route_scale=1.0)
+        ),
+        "softmax, groups, query latent": config(
+            hidden_size=18,
+            attention=attention(q_lora_rank=7),
+            moe=mixture(score="softmax", normalize=False, num_groups=4, top_k_groups=2, route_scale=16.0),
+        ),
+        "softmax, yarn": config(
+            hidden_size=18,
+            max_positions=512,
+            attention=attention(yarn=attrs.evolve(YARN, mscale=0.707, mscale_all_dim=0.707), rope_theta=100.0),
+            moe=mixture(score="softmax", normalize=False),
+        ),
+    }
+)
+"""Models that nmoe and transformers' DeepSeek-V2 both have; heads divide its width, and the first is like V2-Lite."""
+
 
 def parameters(c: sections.Model, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> model.Transformer:
     """Leaves that require gradients; gains are uneven, so that a forgotten or misplaced one shows."""
@@ -82,8 +102,10 @@ def parameters(c: sections.Model, *, seed: int = 0, dtype: torch.dtype = torch.f
 
 
 def router_bias(c: sections.Model, *, seed: int = 0, scale: float = 0.2, dtype: torch.dtype = torch.float64) -> Tensor:
-    """[L E], one row a mixture layer, those of multi-token prediction last."""
+    """[L E], one row a mixture layer, those of multi-token prediction last; zeros for a softmax, as DeepSeek-V2's."""
     shape = (len(c.mixtures()), c.moe.num_experts)
+    if c.moe.score == "softmax":
+        return torch.zeros(shape, dtype=dtype)
     return (scale * torch.randn(shape, generator=Key(seed).fold("bias").generator())).to(dtype)
 
 

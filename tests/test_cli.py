@@ -119,9 +119,18 @@ def test_bad_files(tmp_path: Path) -> None:
         (("run",), "run: the following arguments are required: CONFIG; see `nmoe run --help`"),
         (("plan", QUICKSTART, "--train.steps", "10"), "--train.steps: .*; write --train.steps=10"),
         (("plan", "--train.steps", "10", QUICKSTART), "--train.steps: .*; write --train.steps=10"),
-        (("plan", QUICKSTART, "--steps=10"), "plan: .*--section.key=value, got --steps=10; see `nmoe plan --help`"),
+        (
+            ("plan", QUICKSTART, "--steps=10"),
+            "plan: .*--section.key=value, got --steps=10; did you mean --train.steps=10\\?",
+        ),
+        (("plan", QUICKSTART, "train.steps=100"), "plan: .*, got train.steps=100; did you mean --train.steps=100\\?"),
+        (("run", QUICKSTART, "--lr=1e-3"), "run: .*, got --lr=1e-3; did you mean --optim.dense.lr=1e-3\\?"),
+        (("run", QUICKSTART, "--hidden-size=8"), "run: .*; did you mean --model.hidden_size=8\\?"),
+        (("run", QUICKSTART, "--seq_len=8"), "run: .*; did you mean --train.sequence_length=8\\?"),
+        (("run", QUICKSTART, "--resume"), "run: .*; did you mean --train.resume=VALUE\\?"),
+        (("run", QUICKSTART, "--dry-run"), "run: .*, got --dry-run; see `nmoe run --help`"),
         (("plan", QUICKSTART, "extra"), "plan: .*, got extra; see .*"),
-        (("plan", QUICKSTART, "--gpu", "2"), "plan: .*, got --gpu; see .*"),
+        (("plan", QUICKSTART, "--gpu", "2"), "plan: .*, got --gpu; did you mean --gpus\\?"),
         (
             ("plan", QUICKSTART, "--gpus", "two"),
             "plan: argument --gpus: invalid int value: 'two'; see `nmoe plan --help`",
@@ -228,6 +237,7 @@ def test_config_explain() -> None:
     assert 'kind = "shards"' in both and 'kind = "mixture"' in both
     assert "model.moe.top_k" in nmoe("config", "explain", "model.moe").stdout
     refused(nmoe("config", "explain", "train.step"), r"train.step: expected a key .*; did you mean train.steps\?")
+    refused(nmoe("config", "explain", "lr"), r"lr: expected a key .*; did you mean optim.dense.lr\?")
     refused(nmoe("config", "explain", "top_k"), r"top_k: expected a key .*; did you mean model.moe.top_k\?")
     refused(
         nmoe("config", "explain", "train.steps", "--a.b=1"), r"config explain: expected a CONFIG before overrides.*"

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
-from nmoe.config.check import remarks
+from nmoe.config.check import kernel_sizes, remarks
 from nmoe.config.convert import structure
 from nmoe.config.data_mixture import Part, Rest
 from nmoe.config.data_source import Source
@@ -367,6 +367,7 @@ FREE_ON_RESUME = {
     "validation.every",
     "validation.tokens",
     "run.device",
+    "run.kernels",
     "run.root",
     "run.name",
     "parallel.ranks",
@@ -374,6 +375,8 @@ FREE_ON_RESUME = {
     "parallel.capacity",
     "parallel.dedup",
     "parallel.timeout_s",
+    "sample.every",
+    "sample.prompt",
     "checkpoint.every",
     "checkpoint.minutes",
     "checkpoint.keep_last",
@@ -400,11 +403,19 @@ FREE_ON_RESUME = {
 OTHER_VALUES = {
     "document_mask": "true",
     "dedup": "false",
-    **{"compute": "bf16", "moments": "bf16", "device": "cuda", "root": "x", "name": "x"},
+    **{
+        "compute": "bf16",
+        "moments": "bf16",
+        "device": "cuda",
+        "root": "x",
+        "name": "x",
+        "prompt": "x",
+        "kernels": "torch",
+    },
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
-    **{"balance": "quantile", "optimizer": "muon"},
+    **{"balance": "quantile", "optimizer": "muon", "score": "softmax"},
 }
 """Other values of the keys that are no numbers."""
 
@@ -421,6 +432,45 @@ def test_identity_is_of_what_must_not_change() -> None:
             assert (identity(after) == identity(before.config)) == (key in FREE_ON_RESUME), key
     with_yarn = load(path, {}, (name, "--model.attention.yarn={factor = 2, original_positions = 128}")).config
     assert identity(with_yarn) != identity(before.config)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_softmax_router_is_for_a_cpu(device: str) -> None:
+    config = rules_config('model.moe.score="softmax"')
+    wrong = tuple(kernel_sizes(config.model, device=device, compute="bf16"))
+    expected = 'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got "softmax"; '
+    assert [problem.startswith(expected) for problem in wrong] == [True] * (device == "cuda")
+
+
+def test_a_schedule_in_shares_is_the_run_of_its_tokens(tmp_path: Path) -> None:
+    """A later layer gives a length in another form; the identity has tokens, and changes with the length of the run."""
+    path = ROOT / "configs" / "quickstart.toml"
+    shares = load_valid(path, {}, ("--schedule.warmup=0.05", "--schedule.decay=0.6")).config
+    written = shares.schedule
+    assert (written.warmup, written.warmup_tokens, written.hold_tokens, written.decay) == (0.05, 0, None, 0.6)
+    tokens = ("--schedule.warmup_tokens=71680", "--schedule.hold_tokens=501760", "--schedule.decay_tokens=860160")
+    assert identity(shares) == identity(load_valid(path, {}, tokens).config)
+    longer = load_valid(path, {}, ("--schedule.warmup=0.05", "--schedule.decay=0.6", "--train.steps=701")).config
+    assert identity(longer) != identity(shares)
+    file = tmp_path / "shares.toml"
+    file.write_text(dump(shares))
+    back = ("--schedule.hold_tokens=5", "--schedule.decay_tokens=6")
+    assert load_valid(file, {}, back).config.schedule.decay is None
+    assert problems(file, "--schedule.decay_tokens=6", valid=True) == [
+        f"{file}: schedule.hold_tokens: expected a value, got nothing; add it, or write schedule.decay as a share of "
+        "the run in the place of hold_tokens and decay_tokens"
+    ]
+
+
+def test_a_run_that_ends_before_its_decay_is_named() -> None:
+    path = ROOT / "configs" / "quickstart.toml"
+    (text,) = remarks(load_valid(path, {}, ("--train.steps=100",)).config)
+    assert text == (
+        "schedule.decay_tokens: the run ends at 204,800 tokens, before its decay begins at 532,480; raise train.steps, "
+        "or write schedule.decay"
+    )
+    for override in ("--train.steps=261", "--schedule={warmup = 0.1, decay = 0.1}", "--schedule.decay_tokens=0"):
+        assert remarks(load(path, {}, ("--train.steps=100", override)).config) == (), override
 
 
 def test_diff_names_what_differs() -> None:
@@ -512,6 +562,28 @@ RULES = [
         "train.steps: expected at most 2**53 tokens in all, ",
     ),
     ("schedule={hold_tokens = 0, decay_tokens = 0, floor = 0}", 1, "schedule.floor: expected above 0 when "),
+    ("schedule={decay = 1.5}", 1, "schedule.decay: expected at most 1, got 1.5; "),
+    ("schedule={warmup = -0.1}", 1, "schedule.warmup: expected at least 0, got -0.1; "),
+    (
+        "schedule={warmup = 0.5, decay = 0.6}",
+        1,
+        "schedule.decay: expected what a warm-up of 0.5 leaves of the run's 2867200 tokens, got 0.6; ",
+    ),
+    (
+        "schedule={decay = 0.98}",
+        1,
+        "schedule.decay: expected what a warm-up of 81920 tokens leaves of the run's 2867200 tokens, got 0.98; ",
+    ),
+    (
+        "schedule={warmup = 0.1, warmup_tokens = 5}",
+        1,
+        "schedule.warmup: expected no share beside warmup_tokens = 5, got 0.1; ",
+    ),
+    (
+        "schedule={decay = 0.5, hold_tokens = 5, decay_tokens = 0}",
+        1,
+        "schedule.decay: expected no share beside hold_tokens and decay_tokens, got 0.5; ",
+    ),
     ("model.hidden_size=126", 1, "model.hidden_size: expected a multiple of 4 in fp32, "),
     ("model.moe.intermediate_size=126", 1, "model.moe.intermediate_size: expected a multiple of 4 in fp32, "),
     ("run.name=.hidden", 1, "run.name: "),
@@ -734,6 +806,35 @@ def rules_config(*overrides: str) -> Config:
 )
 def test_what_just_fulfils_the_rules(override: str) -> None:
     assert validate(rules_config(override), 1) == ()
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"),
+    [
+        (16, 16, 1, {}),
+        (16, 16, 2, {"microbatch_size": 8}),
+        (24, 8, 4, {"microbatch_size": 6}),
+        (8, 8, 64, {"batch_size": 64, "microbatch_size": 1}),
+        (100, 8, 8, {"batch_size": 128}),
+        (72, 8, 8, {"microbatch_size": 3}),
+        (7, 4, 2, {"batch_size": 8, "microbatch_size": 4}),
+        (7, 4, 3, {"batch_size": 6, "microbatch_size": 2}),
+        (15360, 4, 1000, {"batch_size": 16000}),
+    ],
+)
+def test_the_nearest_batch_that_ranks_share(batch: int, micro: int, world: int, expected: dict[str, int]) -> None:
+    """One that divides stays; what is proposed is what --fit does, and no rule is broken then."""
+    path = ROOT / "configs" / "quickstart.toml"
+    sizes = (f"--train.batch_size={batch}", f"--train.microbatch_size={micro}", "--model.moe.num_experts=48000")
+    before, after = load(path, {}, sizes), load_valid(path, {}, sizes, world, fit=True)
+    changed = {key: size for key, size in expected.items() if size != getattr(before.config.train, key)}
+    assert {each.path.removeprefix("train."): each.right for each in after.fitted} == changed
+    assert all(after.sources[f"train.{key}"] == "--fit" for key in changed)
+    if changed:
+        (problem,) = validate(before.config, world)
+        written = " and ".join(f"train.{key} = {size}" for key, size in changed.items())
+        assert problem.endswith(f"; write {written}, or pass --fit to `nmoe run` and `nmoe plan`")
+    assert attrs.evolve(after.config, train=before.config.train) == before.config, "nothing else"
 
 
 def test_a_row_has_a_token_at_every_depth() -> None:
@@ -982,3 +1083,43 @@ def test_an_unknown_choice_is_one_line_with_the_known_ones(override: str, messag
     key = override.partition("=")[0]
     found = problems(ROOT / "configs" / "quickstart.toml", f"--{override}")
     assert found == [f"command line --{override}: {key}: {message}"]
+
+
+def test_plain_torch_on_a_gpu_takes_what_the_kernels_do_not() -> None:
+    """Any size and fp32; no recorded step, no exchange among GPUs. On a CPU the key changes nothing."""
+    gpu_config = ("--run.device=cuda", "--model.attention.v_head_dim=300")
+    assert len(validate(rules_config("run.device=cuda", "model.attention.v_head_dim=300"), 1)) == 2, gpu_config
+    plain = rules_config("run.device=cuda", "model.attention.v_head_dim=300", "run.kernels=torch")
+    assert validate(plain, 1) == ()
+    assert remarks(plain) == ('run.kernels: "torch" runs every operation of a GPU as plain torch: right, and slow',)
+    (problem,) = validate(attrs.evolve(plain, train=attrs.evolve(plain.train, graph=True)), 1)
+    assert problem.startswith('train.graph: expected false when run.kernels is "torch", got true; ')
+    two = attrs.evolve(plain, train=attrs.evolve(plain.train, microbatch_size=8))
+    (problem,) = validate(two, 2)
+    assert problem.startswith('parallel.experts: expected 1 when run.kernels is "torch", got 2; write 1, ')
+    assert validate(attrs.evolve(two, parallel=attrs.evolve(two.parallel, experts=1)), 2) == ()
+    assert remarks(rules_config("run.kernels=torch")) == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("--run.device=gpu", 'did you mean "cuda"?'),
+        ("--run.device=gpus", 'did you mean "cuda"?'),
+        ("--run.device=tpu", "choose one of them"),
+        ("--precision.compute=bfloat16", 'did you mean "bf16"?'),
+        ("--train.seq_len=8", "did you mean train.sequence_length?"),
+        ("--train.batch=8", "did you mean train.batch_size?"),
+        ("--train.lr=8", "did you mean optim.dense.lr?"),
+        ("--lr.x=8", "did you mean optim.dense.lr?"),
+        ("--val.every=8", "did you mean validation?"),
+        ("--train.micro_batch_size=8", "did you mean train.microbatch_size?"),
+        ("--train.warmup_steps=8", "did you mean schedule.warmup?"),
+        ("--input.x=8", "known keys: model, "),
+        ("--run.world_size=8", "did you mean parallel.ranks?"),
+        ("--train.stesp=8", "did you mean train.steps?"),
+    ],
+)
+def test_suggestions_know_the_words_of_others_and_are_none_where_nothing_is_like(override: str, remedy: str) -> None:
+    (problem,) = problems(ROOT / "configs" / "quickstart.toml", override)
+    assert problem.rpartition("; ")[2].startswith(remedy), problem

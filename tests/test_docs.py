@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import nmoe
+from nmoe.effects.record.names import METRICS
+from tests.effects.train import trainings
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,11 +43,24 @@ print("read back", same and torch.equal(again_bias, bias))
     assert "finished" in shown.stdout and "step 50" in shown.stdout
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def test_a_run_is_read_in_python(sources: Path, tmp_path: Path) -> None:
+    config = trainings.config(tmp_path, "first", sources, 3)
+    assert trainings.train(config)[0] == 0
+    (program,) = blocks("docs/python.md", "python")
+    done = run("-c", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shape, following, loss = done.stdout.splitlines()
+    assert shape.startswith(f"{config.model.num_layers} layers, ") and following.startswith("next: ")
+    lines = map(json.loads, (trainings.folder(config) / METRICS).read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert loss == f"loss {losses[0]} -> {losses[-1]} nats a token"
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """One thread, so that tests beside each other do not wait for each other."""
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environ, check=False)
 
 
 def test_public_names_are_shown_and_there() -> None:
@@ -64,7 +79,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/extend.md"])
+@pytest.mark.parametrize("page", ["README.md", "AGENTS.md", "docs/architecture.md", "docs/extend.md"])
 def test_named_files_exist(page: str) -> None:
     """Every `nmoe/...`, `configs/...`, `docs/...` path in backticks is there."""
     named = re.findall(r"`((?:nmoe|configs|docs|tests)/[\w./-]+)`", (ROOT / page).read_text())

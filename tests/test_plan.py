@@ -31,7 +31,7 @@ def test_one_screen_tells_all(capsys: pytest.CaptureFixture[str], gpus: int, hos
     names = [line[:15].strip() for line in lines if line[:15].strip()]
     expected = ["machine", "experts over", "taken", "exchange", "gradients", "parameters", "a step", "time"]
     # with its experts over several hosts it can be planned only
-    ends = [*expected, "other sizes", "wires", "assumed", *(["planned only"] if gpus > 8 else [])]
+    ends = [*expected, "other sizes", "links", "assumed", *(["planned only"] if gpus > 8 else [])]
     assert names[names.index("machine") :] == ends
     assert ("between hosts" in "\n".join(lines)) == (gpus > 8)
 
@@ -69,6 +69,13 @@ def test_one_gpu_has_no_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "machine" not in text and "exchange" not in text and text.splitlines()[-1].startswith("time")
 
 
+def test_a_run_that_ends_before_its_decay_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for steps, says in (("100", 1), ("700", 0)):
+        config = load(ROOT / "configs" / "quickstart.toml", {}, (f"--train.steps={steps}",)).config
+        assert scale.main(config, 1, None, None, "h200", 0.4, False) == 0
+        assert capsys.readouterr().out.count("schedule       the run ends at 204,800 tokens, before its decay") == says
+
+
 @pytest.mark.parametrize(
     ("gpus", "hosts", "experts", "machine", "mfu", "expected"),
     [
@@ -103,3 +110,15 @@ def test_the_command() -> None:
         nmoe("plan", "configs/dsv3.toml", "--gpus", "256", "--hosts", "7"),
         "--hosts: expected a divisor of the 256 GPUs, got 7; every host has as many GPUs as another",
     )
+
+
+def test_a_batch_that_the_gpus_do_not_share_is_fitted() -> None:
+    nearest = r"write train\.microbatch_size = 1, or pass --fit to `nmoe run` and `nmoe plan`"
+    refused(nmoe("plan", "moonlet", "--gpus", "8"), rf".*: train\.batch_size: expected a multiple .*; {nearest}")
+    done = nmoe("plan", "moonlet", "--gpus", "8", "--fit")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.startswith("fitted         train.microbatch_size: 8 -> 1\n")
+    assert "1 microbatches of 1 x 4096 a rank" in done.stdout
+    as_json = nmoe("plan", "moonlet", "--gpus", "8", "--fit", "--json")
+    assert json.loads(as_json.stdout)["microbatches"] == 1
+    assert as_json.stderr == "fitted         train.microbatch_size: 8 -> 1\n"

@@ -49,7 +49,7 @@ def main(config: Config, to: Path, steps: int, rounds: int) -> int:
         raise InputError(
             f"--steps and --rounds: expected at least 2 and 1, got {steps} and {rounds}; 10 and 3 are a good start"
         )
-    device = gpu.device(config.run.device)
+    device = gpu.device(config.run.device, kernels=config.run.kernels)
     rt = process.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
     blueprint = make_blueprint(config)
     state, env = fresh(config, blueprint, rt)
@@ -96,7 +96,7 @@ def _disk(folder: Path, writer: Writer, pieces: Sequence[Piece], device: torch.d
         seconds["copy"].append(_timed(_save_copied, writer, pieces, index, device))
         saved = writer.wait()
         if saved is None:
-            raise RuntimeError("a save that is waited for is told")
+            raise RuntimeError("a save that is waited for reports its end")
         seconds["save"].append(saved.seconds)
         seconds["digest"].append(_timed(_digest, pieces))
         checkpoint = folder / "run" / saved.name

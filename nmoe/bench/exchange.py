@@ -148,7 +148,7 @@ def sizes(bench: Bench, shape: Shape, *, dedup: bool, capacity: float) -> Sizes:
 
 
 def push_rows(bench: Bench, count: int, hidden: int, programs: Sequence[int]) -> Iterator[str]:
-    """All rows of each rank to the next one, to shuffled places, and one exchange with its meeting."""
+    """All rows of each rank to the next one, to shuffled places, and one exchange with its barrier."""
     shape = Shape(tokens=count, hidden=hidden, width=8, experts=bench.ranks, top_k=1)
     exchanges = bench.open(sizes(bench, shape, dedup=False, capacity=math.inf))
     generator = torch.Generator().manual_seed(0)
@@ -161,8 +161,8 @@ def push_rows(bench: Bench, count: int, hidden: int, programs: Sequence[int]) ->
     num_bytes = x.nbytes * len(bench.here)
 
     def pushed(number: int) -> None:
-        for e, way in zip(exchanges, destinations, strict=True):
-            moves.push_(x, *way, e.addresses, e.fields.land.offset, valid, number, back=False)
+        for e, destination in zip(exchanges, destinations, strict=True):
+            moves.push_(x, *destination, e.addresses, e.fields.land.offset, valid, number, back=False)
 
     def exchanged() -> Generator[None, None, None]:
         yield

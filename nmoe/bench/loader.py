@@ -34,7 +34,7 @@ def bench(config: Config, launch: Launch, *, steps: int, pause_s: float) -> int:
     """
     if steps < 1 or not pause_s >= 0:
         raise InputError(f"--steps, --pause: expected at least 1 and 0, got {steps} and {pause_s}; raise them")
-    device, train = gpu.device(config.run.device), config.train
+    device, train = gpu.device(config.run.device, kernels=config.run.kernels), config.train
     began = time.perf_counter()
     corpus = open_corpus(config, launch)
     say(f"opened     in {time.perf_counter() - began:.2f} s, n-gram baselines included")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -63,8 +64,8 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
         raise InputError(f"--steps: expected at least 1, got {steps}; 20 is a good start")
     if against is not None and against not in OTHERS:
         raise InputError(f"--against: expected one of {', '.join(OTHERS)}, got {against!r}; name one, or leave it out")
-    device = gpu.device(config.run.device)
-    peak_flops = gpu.peak_flops(device)
+    device = gpu.device(config.run.device, kernels=config.run.kernels)
+    peak_flops = gpu.peak_flops(device, files.home(os.environ))
     if jsonl is not None:
         files.new_file(jsonl, "--jsonl")
     names = ("nmoe",) if against is None else (against, "nmoe")
@@ -78,7 +79,7 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
     for name, timing in timings.items():
         say(line(name, timing, tokens, flops, peak_flops))
         if jsonl is not None:
-            numbers = {"way": name, "device": str(device), "tokens": tokens, "flops_per_token": flops}
+            numbers = {"variant": name, "device": str(device), "tokens": tokens, "flops_per_token": flops}
             with jsonl.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**numbers, "peak_flops": peak_flops, **attrs.asdict(timing)}) + "\n")
     if against is not None:
@@ -99,7 +100,7 @@ def in_fresh_process(config: Config, name: str, steps: int) -> Timing:
 
 def timed(config: Config, name: str, steps: int) -> Timing:
     """Build one trainer and time its steps."""
-    device = gpu.device(config.run.device)
+    device = gpu.device(config.run.device, kernels=config.run.kernels)
     rt = process.Runtime(device=device, rank=0, world=1, peak_flops=1.0)
     batch = random_batch(config, device)
     if name == "nmoe":
@@ -183,6 +184,8 @@ def their_classes() -> tuple[Any, Any]:
 def their_network(config: Config, rt: process.Runtime, classes: tuple[Any, Any]) -> Any:
     """`transformers`' model with the weights a run of `config` starts from, in the format of `precision.compute`."""
     settings_class, model_class = classes
+    if (name := hf.family_of(config.model)[0]) != "deepseek_v3":
+        raise InputError(f"--against: expected a config whose model is a deepseek_v3, got a {name}; choose another")
     dtype = torch.float32 if config.precision.compute == "fp32" else torch.bfloat16
     state, _ = fresh(config, make_blueprint(config), rt)
     with rt.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import io
 import os
@@ -72,13 +73,41 @@ def _call(arguments: Sequence[str]) -> int:
         return int(done.code or 0)
     if unknown:
         known = "its own arguments and --section.key=value" if args.takes_overrides else "its own arguments"
+        options = _options(parser, args.verb)
         raise InputError(
-            *(f"{args.verb}: expected {known}, got {argument}; see `nmoe {args.verb} --help`" for argument in unknown)
+            *(
+                f"{args.verb}: expected {known}, got {argument}; {_meant(argument, options, args)}"
+                for argument in unknown
+            )
         )
     if overrides and not args.takes_overrides:
         raise InputError(*(f"{args.verb}: expected no overrides, got {override}; remove it" for override in overrides))
     args.overrides, args.command = overrides, ("nmoe", *arguments)
     return args.call(args)
+
+
+def _options(parser: argparse.ArgumentParser, verb: str) -> list[str]:
+    """The options of a verb."""
+    for word in verb.split():
+        parser = under(parser)[word]
+    return [option for action in parser._actions for option in action.option_strings]  # pyright: ignore[reportPrivateUsage]
+
+
+def _meant(argument: str, options: Sequence[str], args: argparse.Namespace) -> str:
+    """What to do about an argument that a verb does not know: the option or key it probably means, or its help."""
+    from nmoe.config.convert import meant
+    from nmoe.config.sections import Config
+
+    name, equals, value = argument.lstrip("-").partition("=")
+    near = difflib.get_close_matches(f"--{name}", options, n=1, cutoff=0.8) if argument.startswith("-") else []
+    if near:
+        return f"did you mean {near[0]}?"
+    key = (
+        meant(name.replace("-", "_"), Config) if args.takes_overrides and (equals or argument.startswith("-")) else None
+    )
+    if key is None:
+        return f"see `nmoe {args.verb} --help`"
+    return f"did you mean --{key}={value or 'VALUE'}?"
 
 
 def _asking_for_help(arguments: Sequence[str], verbs: Mapping[str, Sequence[str]]) -> Sequence[str]:

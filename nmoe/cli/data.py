@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nmoe.cli import tokenizer
 from nmoe.cli.parser import Verbs, add, group, load
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, warn
 from nmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,14 +40,13 @@ def verbs(root: Verbs) -> None:
     prep.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster, tcp://HOST:PORT")
     prep.add_argument("--worker", metavar="I/N", help="do every N-th task from the I-th, beside N - 1 others")
 
-    verify = add(data, "verify", _verify, "read every byte of prepared folders and compare digests", "OUT")
+    verify = add(data, "verify", _verify, "read every byte of prepared folders and compare digests", "OUT", reads=True)
     verify.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
 
-    info = add(data, "info", _info, "what a prepared folder holds", "OUT --json")
+    info = add(data, "info", _info, "what a prepared folder holds", "OUT --json", reads=True)
     info.add_argument("folder", type=Path, metavar="FOLDER")
-    info.add_argument("--json", action="store_true", help="print JSON")
 
-    head = add(data, "head", _head, "print documents of a prepared folder", "OUT --split validation")
+    head = add(data, "head", _head, "print documents of a prepared folder", "OUT --split validation", reads=True)
     head.add_argument("folder", type=Path, metavar="FOLDER")
     head.add_argument("--split", default="train", help="split to read (default: %(default)s)")
     head.add_argument("--skip", type=int, default=0, metavar="N", help="documents to pass over (default: %(default)s)")
@@ -58,17 +57,16 @@ def verbs(root: Verbs) -> None:
     convert.add_argument("source", type=Path, metavar="FROM", help="prepared folder, or the other trainer's path")
     convert.add_argument("out", type=Path, metavar="TO", help="what to write")
     formats = ("megatron", "nanogpt", "llmc", "olmo", "original")
-    way = convert.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=formats, help="write this format from a prepared folder")
-    way.add_argument("--from", dest="origin", choices=formats, help="write a prepared folder from this format")
+    direction = convert.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=formats, help="write this format from a prepared folder")
+    direction.add_argument("--from", dest="origin", choices=formats, help="write a prepared folder from this format")
     convert.add_argument("--split", default="train", help="split to read or to write (default: %(default)s)")
     convert.add_argument(
         "--dtype", choices=("u16", "u32"), help="of nanogpt and olmo tokens (default: the one the tokenizer needs)"
     )
     convert.add_argument("--tokenizer", metavar="NAME", help="with --from: name or path of the tokenizer it is in")
 
-    plan = add(data, "plan", _plan, "print what a config will read", "quickstart", config=True)
-    plan.add_argument("--json", action="store_true", help="print JSON")
+    add(data, "plan", _plan, "print what a config will read", "quickstart", config=True, reads=True)
 
     tokenizer.verbs(data)
 
@@ -140,7 +138,7 @@ def _share(text: str) -> tuple[int, int]:
 def _verify(args: argparse.Namespace) -> int:
     from nmoe.effects.data import inspect
 
-    return inspect.verify(args.folders, say)
+    return inspect.verify(args.folders, warn if args.json else say, args.json)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -152,7 +150,7 @@ def _info(args: argparse.Namespace) -> int:
 def _head(args: argparse.Namespace) -> int:
     from nmoe.effects.data import inspect
 
-    return inspect.head(args.folder, args.split, args.skip, args.documents, args.chars, say)
+    return inspect.head(args.folder, args.split, args.skip, args.documents, args.chars, say, args.json)
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -6,15 +6,20 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from nmoe.cli.parser import Verbs, add, group
+from nmoe.cli.parser import Verbs, add, group, run_path
 
 
 def verbs(root: Verbs) -> None:
     """Take models out and in."""
     export = add(
-        group(root, "export", "write a model for others"), "hf", _export, "write a Hugging Face folder", "runs/NAME out"
+        group(root, "export", "write a model for others"), "hf", _export, "write a Hugging Face folder", "NAME out"
     )
-    export.add_argument("path", type=Path, metavar="RUN|CHECKPOINT", help="run, checkpoint, or imported folder")
+    export.add_argument(
+        "path",
+        type=run_path,
+        metavar="RUN",
+        help="name of a run in runs, or path of a run, checkpoint or imported folder",
+    )
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
     export.add_argument(
         "--verify",
@@ -27,7 +32,9 @@ def verbs(root: Verbs) -> None:
     imported = add(
         group(root, "import", "read a model of others"), "hf", _import, "read a Hugging Face folder", "folder out"
     )
-    imported.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and safetensors files")
+    imported.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="config.json, safetensors files and tokenizer.json"
+    )
     imported.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
 
 
@@ -52,6 +59,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     from nmoe.effects.checkpoint.hf_import import import_folder
+    from nmoe.effects.data import hf_tokenizer
 
-    import_folder(args.folder, args.out)
+    import_folder(args.folder, args.out, extra=partial(hf_tokenizer.of_folder, args.folder))
     return 0

@@ -35,12 +35,14 @@ def add(
     *,
     config: bool = False,
     run: bool = False,
+    reads: bool = False,
 ) -> Parser:
     """A verb's parser.
 
     example  arguments that make sense, shown in its help
     config   whether it takes a config and overrides
-    run      whether it takes a run's name
+    run      whether it takes a run under --root
+    reads    whether it prints what it read, and so takes --json
     """
     parser: Parser = verbs.add_parser(
         name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
@@ -52,7 +54,9 @@ def add(
         parser.usage = f"{parser.prog} CONFIG [options] [--section.key=value ...]"
         parser.add_argument("config", type=config_path, metavar="CONFIG", help="TOML file, or name of a preset")
     if run:
-        parser.add_argument("name", metavar="NAME", help="name of the run folder")
+        parser.add_argument("name", metavar="RUN", help="name of a run, or path of its folder")
+    if reads:
+        parser.add_argument("--json", action="store_true", help="print JSON, for a program")
     return parser
 
 
@@ -65,9 +69,20 @@ def group(verbs: Verbs, name: str, about: str) -> Verbs:
 
 
 def load(args: argparse.Namespace, world: int | None = None, *, to_run: bool = False) -> Loaded:
+    """The config of a verb with CONFIG, valid, and fitted to its ranks where the verb has --fit and it is given."""
     from nmoe.config import load_valid
 
-    return load_valid(args.config, os.environ, args.overrides, world, to_run=to_run)
+    fit = getattr(args, "fit", False)
+    return load_valid(args.config, os.environ, args.overrides, world, to_run=to_run, fit=fit)
+
+
+def add_fit(parser: Parser) -> None:
+    """The option --fit of a verb with --gpus."""
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="change train.batch_size and train.microbatch_size to the nearest that the GPUs share evenly, and say so",
+    )
 
 
 def config_path(text: str) -> Path:
@@ -84,6 +99,16 @@ def config_path(text: str) -> Path:
     raise argparse.ArgumentTypeError(
         f"expected a TOML file or a preset, one of {', '.join(known)}, got {text!r}; {remedy}"
     )
+
+
+def run_path(text: str) -> Path:
+    """The path of an argument RUN: a name in the folder runs, or a path."""
+    from nmoe.effects.record import address
+
+    try:
+        return address.find(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("run: ")) from error
 
 
 def under(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 
 import attrs
 
 from nmoe.config import Config, validate
 from nmoe.config.check import unrunnable
-from nmoe.effects.terminal import say, table
+from nmoe.effects.terminal import say, say_json, table
 from nmoe.errors import InputError
 from nmoe.pure.cost.machines import MACHINES, Machine
 from nmoe.pure.cost.report import numbers, render, screen
@@ -39,7 +38,7 @@ def main(
         for n in sizes(config, gpus=gpus, per_host=per_host)
     )
     if as_json:
-        say(json.dumps(numbers(taken, candidates, bests), indent=2))
+        say_json(numbers(taken, candidates, bests))
     elif gpus == 1:
         say(render(config, taken.plan))
     else:

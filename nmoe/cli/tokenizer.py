@@ -27,12 +27,17 @@ def verbs(data: Verbs) -> None:
     added = add(
         tokenizer, "add", _add, "add a published tokenizer from its file", "o200k_harmony --from o200k_base.tiktoken"
     )
-    added.add_argument("name", metavar="NAME", help="o200k_harmony")
+    added.add_argument("name", metavar="NAME", help="o200k_harmony, or any name for a tokenizer.json")
     added.add_argument(
-        "--from", dest="path", type=Path, required=True, metavar="FILE", help="file of ranks, or its .gz"
+        "--from",
+        dest="path",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="tokenizer.json of Hugging Face or its folder; of o200k_harmony the file of ranks, or its .gz",
     )
 
-    add(tokenizer, "list", _list, "list the tokenizers of this machine", "")
+    add(tokenizer, "list", _list, "list the tokenizers of this machine", "", reads=True)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -64,4 +69,4 @@ def _list(args: argparse.Namespace) -> int:
     from nmoe.effects import files
     from nmoe.effects.data.tokenizers import list_tokenizers
 
-    return list_tokenizers(files.home(os.environ), say)
+    return list_tokenizers(files.home(os.environ), say, args.json)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from nmoe.cli.parser import Verbs, add
+from nmoe.cli.parser import Verbs, add, run_path
 
 
 def verbs(root: Verbs) -> None:
-    """Tell other trackers."""
-    track = add(root, "track", _track, "tell another tracker what a run writes", "--to tensorboard runs/NAME")
-    track.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    """Mirror runs to other trackers."""
+    track = add(root, "track", _track, "mirror a run to another tracker", "--to tensorboard NAME")
+    track.add_argument("folder", type=run_path, metavar="RUN", help="name of a run in runs, or a path")
     track.add_argument(
         "--to", required=True, choices=("tensorboard", "wandb", "trackio", "mlflow"), help="the other tracker"
     )
     track.add_argument(
         "--every", type=float, default=2.0, metavar="S", help="seconds between looks (default: %(default)s)"
     )
-    track.add_argument("--once", action="store_true", help="tell what there is, and stop")
+    track.add_argument("--once", action="store_true", help="send what there is, and stop")
 
 
 def _track(args: argparse.Namespace) -> int:

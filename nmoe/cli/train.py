@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmoe.cli.parser import Verbs, add, load
+from nmoe.cli.parser import Verbs, add, add_fit, load, run_path
 from nmoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def verbs(root: Verbs) -> None:
     )
     run.add_argument("--no-commands", action="store_true", help="refuse a config that names a command to run")
     run.add_argument("--gpus", type=int, metavar="N", help="processes to start, one a GPU (default: parallel.ranks)")
+    add_fit(run)
     run.add_argument(
         "--profile",
         type=Path,
@@ -43,21 +44,22 @@ def verbs(root: Verbs) -> None:
         help="write a trace of three steps there, and say what their time went to",
     )
 
-    plan = add(root, "plan", _plan, "say what a config will cost", "dsv3 --gpus 256 --hosts 32", config=True)
+    plan = add(
+        root, "plan", _plan, "say what a config will cost", "dsv3 --gpus 256 --hosts 32", config=True, reads=True
+    )
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
+    add_fit(plan)
     plan.add_argument("--hosts", type=int, metavar="N", help="hosts they are in (default: as few as hold 8 each)")
     plan.add_argument(
         "--experts", type=int, metavar="N", help="GPUs that share out one set of experts (default: the best number)"
     )
     plan.add_argument("--machine", default="h200", metavar="GPU", help="h100 or h200 (default: %(default)s)")
     plan.add_argument("--mfu", type=float, metavar="X", help="MFU of the computation alone (default: measured)")
-    plan.add_argument("--json", action="store_true", help="print JSON")
 
-    doctor = add(root, "doctor", _doctor, "what this machine can do", "--json")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
+    add(root, "doctor", _doctor, "what this machine can do", "--json", reads=True)
 
-    generate = add(root, "generate", _generate, "continue a text with a trained model", 'runs/NAME --prompt "def "')
-    generate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    generate = add(root, "generate", _generate, "continue a text with a trained model", 'NAME --prompt "def "')
+    generate.add_argument("folder", type=run_path, metavar="RUN", help="name of a run in runs, or a path")
     generate.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="text to continue; again for more of them"
     )
@@ -84,8 +86,8 @@ def verbs(root: Verbs) -> None:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: %(default)s)")
 
-    evaluate = add(root, "eval", _eval, "judge a trained model", "runs/NAME --suite bits")
-    evaluate.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    evaluate = add(root, "eval", _eval, "judge a trained model", "NAME --suite bits", reads=True)
+    evaluate.add_argument("folder", type=run_path, metavar="RUN", help="name of a run in runs, or a path")
     suites = ("all", "bits", "choices", "probes", "syntax", "programs")
     evaluate.add_argument("--suite", default="all", choices=suites, help="what is asked of it (default: %(default)s)")
     evaluate.add_argument(
@@ -121,6 +123,8 @@ def _train(args: argparse.Namespace) -> int:
     if config.parallel.ranks > 1 and not started.launched:
         patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}
         return launch.start(config.parallel.ranks, args.command[1:], os.environ, **patience)
+    if started.rank == 0:
+        _say_fitted(loaded)
     from nmoe.config.run_name import label
     from nmoe.config.secrets import masked_arguments
     from nmoe.effects.train import run
@@ -132,6 +136,14 @@ def _train(args: argparse.Namespace) -> int:
         with profiling(args.profile, config) as world:
             return run.main(config, loaded.sources, command, name, args.accept, world, args.rewind)
     return run.main(config, loaded.sources, command, name, args.accept, rewind=args.rewind)
+
+
+def _say_fitted(loaded: Loaded, *, aside: bool = False) -> None:
+    """Say what --fit changed. aside: on standard error, where standard output is for a program"""
+    from nmoe.effects.terminal import say, warn
+
+    for change in loaded.fitted:
+        (warn if aside else say)(f"fitted         {change.path}: {change.left} -> {change.right}")
 
 
 def _look_at_command(loaded: Loaded, refuse: bool) -> None:
@@ -157,6 +169,7 @@ def _look_at_command(loaded: Loaded, refuse: bool) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     loaded = load(args, args.gpus)
+    _say_fitted(loaded, aside=args.json)
     from nmoe.cli import plan as scale
 
     gpus = loaded.config.parallel.ranks if args.gpus is None else args.gpus
@@ -188,4 +201,4 @@ def _generate(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from nmoe.effects.evals import suite
 
-    return suite.main(args.folder, args.suite, args.limit, args.device)
+    return suite.main(args.folder, args.suite, args.limit, args.device, args.json)

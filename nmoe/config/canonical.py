@@ -31,12 +31,17 @@ def dump(config: Config) -> str:
 def identity(config: Config) -> str:
     """SHA-256, in hex, of the canonical TOML of what makes a run this run: two configs with the same one may resume
     each other's runs."""
-    return hashlib.sha256(tomli_w.dumps(table(config, lambda key: key.identity)).encode()).hexdigest()
+    return hashlib.sha256(tomli_w.dumps(_identity_table(config)).encode()).hexdigest()
 
 
 def identity_values(config: Config) -> dict[str, Any]:
     """What makes a run this run: the values `identity` hashes, by dotted path, to be compared one by one."""
-    return {dotted(path): value for path, value in flat(table(config, lambda key: key.identity))}
+    return {dotted(path): value for path, value in flat(_identity_table(config))}
+
+
+def _identity_table(config: Config) -> dict[str, Any]:
+    """What makes a run this run. A schedule counts by its tokens, in whatever form they are written."""
+    return table(attrs.evolve(config, schedule=config.schedule_in_tokens()), lambda key: key.identity)
 
 
 def identity_diff(stored: Mapping[str, Any], config: Config) -> tuple[Difference, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from nmoe.config.attention import Rules
 from nmoe.config.fields import Key, KeyPath, walk
 from nmoe.config.run_name import RULE, is_run_name
-from nmoe.config.sections import MOST_TOKENS, Config, Mla, Model, Moe, Stdlib
+from nmoe.config.sections import MOST_TOKENS, Config, Mla, Model, Moe, Stdlib, Train
 from nmoe.config.setting import divides
 from nmoe.config.toml import dotted, shown
 
@@ -28,10 +28,13 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
         *_balance(config.model.moe),
         *_parallel(config, world),
         *config.model.attention.problems("model.attention", config.model.num_layers, config.model.max_positions),
-        *kernel_sizes(config.model, device=config.run.device, compute=config.precision.compute),
+        *kernel_sizes(
+            config.model, device="cpu" if _plain(config) else config.run.device, compute=config.precision.compute
+        ),
         *_optimizers(config),
         *_precision(config),
         *_length(config),
+        *_schedule(config),
         *_run(config, world),
     )
 
@@ -60,14 +63,49 @@ def unrunnable(config: Config, world: int) -> tuple[str, ...]:
 
 
 def remarks(config: Config) -> tuple[str, ...]:
-    """What is right in a config and slower than one may expect, each `<path>: <what>`."""
-    if config.run.device != "cuda":
-        return ()
-    return tuple(
+    """What is right in a config and not what one may expect, each `<path>: <what>`."""
+    if _plain(config):
+        slow = ('run.kernels: "torch" runs every operation of a GPU as plain torch: right, and slow',)
+        return (*slow, *(f"schedule.decay_tokens: {text}" for text in no_decay(config)))
+    plain = tuple(
         f'{where}.kind: "{c.kind}" has no kernels, a GPU runs it as plain torch: right, and slow'
         for where, c in config.model.attentions().items()
-        if not c.has_kernels
+        if not c.has_kernels and config.run.device == "cuda"
     )
+    return (*plain, *(f"schedule.decay_tokens: {text}" for text in no_decay(config)))
+
+
+def no_decay(config: Config) -> tuple[str, ...]:
+    """What to say of a run that ends before its learning rate decays; nothing of another."""
+    c, total = config.schedule_in_tokens(), config.tokens()
+    begin = c.warmup_tokens + (c.hold_tokens or 0)
+    if not c.decay_tokens or total > begin:
+        return ()
+    return (
+        f"the run ends at {total:,} tokens, before its decay begins at {begin:,}; raise train.steps, or write "
+        "schedule.decay",
+    )
+
+
+def fitting(train: Train, world: int) -> dict[str, int]:
+    """The nearest batch_size and microbatch_size that `world` ranks share evenly; those alone that have to change.
+
+    A batch that divides among the ranks stays, and with it what is learned; else it becomes the nearest multiple of
+    ranks * microbatch_size, or of ranks where it is smaller than that. The microbatch is the largest up to the old one.
+    """
+    batch, micro = train.batch_size, train.microbatch_size
+    if batch % world:
+        unit = world * micro if batch >= world * micro else world
+        batch = max(1, round(batch / unit)) * unit
+    share = batch // world
+    micro = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
+    sizes = {"batch_size": batch, "microbatch_size": micro}
+    return {key: size for key, size in sizes.items() if size != getattr(train, key)}
+
+
+def _plain(config: Config) -> bool:
+    """Whether a GPU runs plain torch in the place of the kernels."""
+    return config.run.device == "cuda" and config.run.kernels == "torch"
 
 
 def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
@@ -78,10 +116,10 @@ def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _precision(config: Config) -> Iterator[str]:
-    if config.precision.compute == "fp32" and config.run.device == "cuda":
+    if config.precision.compute == "fp32" and config.run.device == "cuda" and not _plain(config):
         yield (
-            'precision.compute: expected "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16" or '
-            'device = "cpu"'
+            'precision.compute: expected "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16", '
+            'device = "cpu" or run.kernels = "torch"'
         )
     if config.precision.compute == "fp32" and config.precision.moments == "bf16":
         yield (
@@ -180,6 +218,11 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
             "parallel.ranks so that "
             "each holds the same number of experts, or fewer that share them out as parallel.experts"
         )
+    if _plain(config) and (experts or world) > 1:
+        yield (
+            f'parallel.experts: expected 1 when run.kernels is "torch", got {experts or world}; write 1, so that each '
+            "rank holds all experts: only the kernels exchange rows among GPUs"
+        )
     if 0 < config.parallel.capacity < 1:
         yield (
             f"parallel.capacity: expected 0 or at least 1, got {shown(config.parallel.capacity)}; below the mean some "
@@ -198,14 +241,39 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
 
 
 def _length(config: Config) -> Iterator[str]:
-    c, train = config.schedule, config.train
-    tokens = train.steps * train.batch_size * train.sequence_length
+    train, tokens = config.train, config.tokens()
     if tokens > MOST_TOKENS and min(train.steps, train.batch_size, train.sequence_length) > 0:
         yield (
             f"train.steps: expected at most 2**53 tokens in all, steps * batch_size * sequence_length, got {tokens}; "
             "lower one of the three"
         )
-    if not c.hold_tokens and not c.decay_tokens and not c.floor:
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    """Shares and tokens of the same thing exclude each other, and all of it fits into the run."""
+    c = config.schedule
+    if c.warmup is not None and c.warmup_tokens:
+        yield (
+            f"schedule.warmup: expected no share beside warmup_tokens = {c.warmup_tokens}, got {shown(c.warmup)}; "
+            "remove one of the two"
+        )
+    lengths = {"hold_tokens": c.hold_tokens, "decay_tokens": c.decay_tokens}
+    if c.decay is None:
+        for key, value in lengths.items():
+            if value is None:
+                yield (
+                    f"schedule.{key}: expected a value, got nothing; add it, or write schedule.decay as a share of the "
+                    "run in the place of hold_tokens and decay_tokens"
+                )
+    elif given := " and ".join(key for key, value in lengths.items() if value is not None):
+        yield f"schedule.decay: expected no share beside {given}, got {shown(c.decay)}; remove one of the forms"
+    elif 0 <= c.decay <= 1 and 0 <= (c.warmup or 0) <= 1 and (config.schedule_in_tokens().hold_tokens or 0) < 0:
+        warmup = f"{c.warmup_tokens} tokens" if c.warmup is None else shown(c.warmup)
+        yield (
+            f"schedule.decay: expected what a warm-up of {warmup} leaves of the run's {config.tokens()} tokens, got "
+            f"{shown(c.decay)}; lower one of the two"
+        )
+    if c.decay is None and c.hold_tokens == c.decay_tokens == 0 and not c.floor:
         yield (
             "schedule.floor: expected above 0 when hold_tokens and decay_tokens are 0, got 0.0; the learning rate "
             "would be 0 after the warm-up, raise one of the three"
@@ -223,6 +291,11 @@ def kernel_sizes(c: Model, *, device: str, compute: str) -> Iterator[str]:
                 f"at once, got {size}; write {-(-size // step) * step}"
             )
     if device == "cuda":
+        if c.moe.score != "sigmoid" and c.num_dense_layers < c.num_layers:
+            yield (
+                f'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got '
+                f'{shown(c.moe.score)}; write score = "sigmoid" or run it on a CPU'
+            )
         for where, part in c.attentions().items():
             if isinstance(part, Rules):  # a script's own kind runs as plain torch
                 yield from part.kernel_problems(where, step)
@@ -245,14 +318,17 @@ def _run(config: Config, world: int) -> Iterator[str]:
             "it, no position has a token so far ahead"
         )
     if not divides(world * train.microbatch_size, train.batch_size):
+        nearest = " and ".join(f"train.{key} = {size}" for key, size in fitting(train, world).items())
         yield (
             f"train.batch_size: expected a multiple of ranks * microbatch_size = {world} * {train.microbatch_size}, "
-            f"got {train.batch_size}; change one of the three"
+            f"got {train.batch_size}; write {nearest}, or pass --fit to `nmoe run` and `nmoe plan`"
         )
     if train.graph and config.run.device != "cuda":
         yield (
             f'train.graph: expected false when run.device is "{config.run.device}", got true; only a GPU replays graphs'
         )
+    if train.graph and _plain(config):
+        yield 'train.graph: expected false when run.kernels is "torch", got true; only the kernels can be recorded'
     for where, part in c.attentions().items():
         if train.graph and part.has_stages():
             yield (

@@ -204,8 +204,21 @@ def _unknown(name: str, path: KeyPath, section: type, root: type) -> str:
     elsewhere = closest(name, [other[-1] for other in everywhere])
     if near := closest(name, here):
         hint = f"did you mean {dotted((*path, near))}?"
+    elif synonym := closest(name, [dotted(other) for other in everywhere if len(other) > 1]):
+        hint = f"did you mean {synonym}?"
     elif elsewhere:
         hint = f"did you mean {dotted(next(other for other in everywhere if other[-1] == elsewhere))}?"
     else:
         hint = f"known keys: {', '.join((*(['kind'] if of_kind else []), *here))}"
     return f"expected a known key{of_kind}, got {shown(name)}; {hint}"
+
+
+def meant(word: str, root: type) -> str | None:
+    """The key, by its dotted path, that a word without its tables probably means: `hidden_size`, `seq_len`; None: none
+    or several."""
+    paths = [dotted(path) for path, _ in every_key(root) if len(path) > 1]
+    if (near := closest(word, paths)) is not None:
+        return near
+    last = closest(word, [path.rpartition(".")[2] for path in paths])
+    named = list(dict.fromkeys(path for path in paths if last is not None and path.rpartition(".")[2] == last))
+    return named[0] if len(named) == 1 else None

@@ -7,8 +7,9 @@ Later layers win over earlier ones:
 `extends = "base.toml"` stands at the top of a file, relative to it, and goes one level deep. `NMOE_TRAIN__STEPS=10` in
 the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds. Their
 values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else is
-replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it. An environment
-variable without `__` after `NMOE_` is one of `OTHER_VARIABLES` or an error.
+replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it, and a key in
+one form replaces the other forms of the same thing (`OTHER_FORMS`). An environment variable without `__` after `NMOE_`
+is one of `OTHER_VARIABLES` or an error.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any, cast
 
 import attrs
 
-from nmoe.config.check import unrunnable, validate, validate_model
+from nmoe.config.canonical import Difference, diff
+from nmoe.config.check import fitting, unrunnable, validate, validate_model
 from nmoe.config.convert import structure
 from nmoe.config.fields import KeyPath, every_key, flat, is_table, keys, members, table
 from nmoe.config.secrets import masked
-from nmoe.config.sections import Config, Model, Precision
+from nmoe.config.sections import OTHER_FORMS, Config, Model, Precision
 from nmoe.config.toml import Document, closest, dotted, literal, read, shown
 from nmoe.errors import InputError, printable
 
@@ -38,12 +40,14 @@ OTHER_VARIABLES = ("NMOE_HOME", "NMOE_HEARTBEATS")
 class Loaded:
     """A config, and where each value its canonical TOML holds came from.
 
-    sources  "default", "configs/x.toml:12", "environment NMOE_TRAIN__STEPS" or "command line --train.steps=10", by
-             dotted path
+    sources  "default", "configs/x.toml:12", "environment NMOE_TRAIN__STEPS", "command line --train.steps=10", "--fit",
+             by dotted path
+    fitted   what `fit` changed
     """
 
     config: Config
     sources: Mapping[str, str]
+    fitted: tuple[Difference, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -74,24 +78,42 @@ def load(path: Path, environ: Mapping[str, str], overrides: Sequence[str]) -> Lo
 
 
 def load_valid(
-    path: Path, environ: Mapping[str, str], overrides: Sequence[str], world: int | None = None, *, to_run: bool = False
+    path: Path,
+    environ: Mapping[str, str],
+    overrides: Sequence[str],
+    world: int | None = None,
+    *,
+    to_run: bool = False,
+    fit: bool = False,
 ) -> Loaded:
     """As `load`, and checked by `validate`.
 
     world    ranks it has to fit; None: as many as the config is meant for
     to_run   whether `unrunnable` may have nothing against it either
+    fit      whether batch and microbatch become the nearest that the ranks share evenly
 
     Raises:  InputError with everything that is wrong, each with its place.
     """
     loaded = load(path, environ, overrides)
     problems: list[str] = []
     world = loaded.config.parallel.ranks if world is None else world
+    if fit and world > 0 and loaded.config.train.microbatch_size > 0:
+        loaded = _fitted(loaded, world)
     for problem in (*validate(loaded.config, world), *(unrunnable(loaded.config, world) if to_run else ())):
         source = loaded.sources.get(problem.partition(":")[0], DEFAULT)
         problems.append(f"{path if source == DEFAULT else source}: {problem}")
     if problems:
         raise InputError(*problems)
     return loaded
+
+
+def _fitted(loaded: Loaded, world: int) -> Loaded:
+    """A config with the batch and microbatch that `world` ranks share evenly."""
+    train = loaded.config.train
+    changes = fitting(train, world)
+    config = attrs.evolve(loaded.config, train=attrs.evolve(train, **changes))
+    sources = {**loaded.sources, **{f"train.{key}": "--fit" for key in changes}}
+    return Loaded(config=config, sources=sources, fitted=diff(loaded.config, config))
 
 
 def load_model(path: Path) -> tuple[Model, Precision]:
@@ -119,7 +141,10 @@ def _laid_over(*layers: Layer) -> Layer:
     tables: dict[str, Any] = {}
     where: dict[KeyPath, str] = {}
     for layer in layers:
-        replaced = tuple(_of_another_kind(tables, layer.tables))
+        forms = tuple(_other_forms(layer.tables))
+        for path in forms:
+            tables = _without(tables, path)
+        replaced = (*forms, *_of_another_kind(tables, layer.tables))
         kept = {key: place for key, place in where.items() if not any(key[: len(path)] == path for path in replaced)}
         tables, where = _merged(tables, layer.tables), kept | layer.where
     return Layer(tables=tables, where=where)
@@ -145,6 +170,22 @@ def _of_another_kind(under: dict[str, Any], over: dict[str, Any], path: KeyPath 
         else:
             inner = cast("dict[str, Any]", below), cast("dict[str, Any]", value)
             yield from _of_another_kind(*inner, (*path, name))
+
+
+def _other_forms(over: dict[str, Any]) -> Iterator[KeyPath]:
+    """The keys that `over` replaces because it has the same thing in another form."""
+    for path, _ in flat(over):
+        if len(path) == 2:
+            yield from ((path[0], name) for name in OTHER_FORMS.get((path[0], path[1]), ()))
+
+
+def _without(tables: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+    """Nested tables but the key at `path`, if there is one."""
+    name, *rest = path
+    inner = tables.get(name)
+    if not rest:
+        return {key: value for key, value in tables.items() if key != name}
+    return tables | {name: _without(cast("dict[str, Any]", inner), tuple(rest))} if isinstance(inner, dict) else tables
 
 
 def _differ_in_kind(below: dict[Any, Any], above: dict[Any, Any]) -> bool:

@@ -23,8 +23,9 @@ of them, `nmoe config show CONFIG --sources` the values of a config and where ea
 `nmoe config reference > docs/config.md`.
 
 A key is set in the file, as `NMOE_TRAIN__STEPS=10` in the environment, or as `--train.steps=10` on the command line;
-later ones win. A table of another `kind` replaces the whole table below it. `extends = "base.toml"` at the top of a
-file lays it over another one.
+later ones win. A table of another `kind` replaces the whole table below it, and `schedule.decay` the `hold_tokens` and
+`decay_tokens` below it: lengths of the schedule are tokens, or shares of the run. `extends = "base.toml"` at
+the top of a file lays it over another one.
 
 On resume: `free`, the next start may have another value; `accept`, only with `--accept KEY`; `fixed`, never, because
 the tensors have other shapes or dtypes.
@@ -84,7 +85,8 @@ def explain(name: str) -> list[tuple[str, str]]:
                 lines += [(name, key.doc), ("table", table.title()), *zip(LABELS, _facts(key), strict=True)]
     if not lines:
         last = closest(name.rpartition(".")[2], [other.rpartition(".")[2] for other in names])
-        near = closest(name, names) or next((other for other in names if other.rpartition(".")[2] == last), None)
+        near = closest(name.rpartition(".")[2], names) or closest(name, names)
+        near = near or next((other for other in names if other.rpartition(".")[2] == last), None)
         remedy = f"did you mean {near}?" if near else "every key is in docs/config.md"
         raise InputError(f"{name}: expected a key of a config, got {shown(name)}; {remedy}")
     return lines

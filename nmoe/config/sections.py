@@ -8,6 +8,8 @@ union. This file knows nothing of files, torch or the model's mathematics.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -30,7 +32,7 @@ MOST_SECONDS = 7 * 86_400.0
 
 @attrs.frozen(kw_only=True)
 class Moe:
-    """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437)."""
+    """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437), or V2 for a softmax."""
 
     num_experts: int = setting("routed experts", low=2, high=2**16, shapes=True)
     top_k: int = setting("routed experts a token", low=1, high=2**16)
@@ -43,6 +45,11 @@ class Moe:
     route_scale: float = setting("factor on the routing weights", default=1.0, low=1e-6, high=1e6)
     normalize: bool = setting(
         "whether a token's routing weights sum to route_scale; false: each is its score times route_scale", default=True
+    )
+    score: Literal["sigmoid", "softmax"] = setting(
+        "a token's affinity to an expert: a sigmoid of its own, groups ranked by their two best experts; or a softmax "
+        "over all experts, groups ranked by their best",
+        default="sigmoid",
     )
     balance: Literal["sign", "quantile"] = setting(
         "how the router bias evens out expert load: steps of one size, or quantiles of the scores", default="sign"
@@ -212,12 +219,50 @@ class Optim:
 
 @attrs.frozen(kw_only=True)
 class Schedule:
-    """Learning rate over tokens: linear warm-up, constant, cosine decay, then the floor."""
+    """Learning rate over tokens: linear warm-up, constant, cosine decay, then the floor; in tokens or shares."""
 
     warmup_tokens: int = setting("length of the linear warm-up", unit="tokens", default=0, low=0, high=MOST_TOKENS)
-    hold_tokens: int = setting("length at the peak", unit="tokens", low=0, high=MOST_TOKENS)
-    decay_tokens: int = setting("length of the cosine decay", unit="tokens", low=0, high=MOST_TOKENS)
+    hold_tokens: int | None = setting(
+        "length at the peak; needed unless decay is given", unit="tokens", default=None, low=0, high=MOST_TOKENS
+    )
+    decay_tokens: int | None = setting(
+        "length of the cosine decay; needed unless decay is given", unit="tokens", default=None, low=0, high=MOST_TOKENS
+    )
     floor: float = setting("last learning rate / peak", default=0.1, low=0, high=1)
+    warmup: float | None = setting(
+        "warm-up as a share of the run, in the place of warmup_tokens", default=None, low=0, high=1
+    )
+    decay: float | None = setting(
+        "last share of the run that decays, in the place of hold_tokens and decay_tokens",
+        default=None,
+        low=0,
+        high=1,
+    )
+
+    def in_tokens(self, total: int) -> Schedule:
+        """The same schedule of a run of `total` tokens without shares; one that has none is as it was.
+
+        The hold is what warm-up and decay leave; it is below 0 where they do not fit.
+        """
+        if self.warmup is None and self.decay is None:
+            return self
+        warmup = self.warmup_tokens if self.warmup is None else int(self.warmup * total)
+        if self.decay is None:
+            return attrs.evolve(self, warmup=None, warmup_tokens=warmup)
+        decay = int(self.decay * total)  # rounded down, as the warm-up: shares that sum to 1 fit
+        return Schedule(warmup_tokens=warmup, hold_tokens=total - warmup - decay, decay_tokens=decay, floor=self.floor)
+
+
+OTHER_FORMS: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
+    {
+        ("schedule", "warmup"): ("warmup_tokens",),
+        ("schedule", "warmup_tokens"): ("warmup",),
+        ("schedule", "decay"): ("hold_tokens", "decay_tokens"),
+        ("schedule", "hold_tokens"): ("decay",),
+        ("schedule", "decay_tokens"): ("decay",),
+    }
+)
+"""Keys that a later layer of the config replaces by giving the same thing in another form."""
 
 
 @attrs.frozen(kw_only=True)
@@ -259,12 +304,12 @@ class Train:
         high=1e6,
     )
     resume: str = setting(
-        '"auto": resume the run folder of this name; "never": a new folder; else the run or checkpoint to start from',
+        '"auto": resume the run folder of this name; "never": a new folder; else the run (name or path) or checkpoint',
         default="auto",
         identity=False,
     )
     warm_start: str | None = setting(
-        "run, checkpoint or weights file whose weights a new run starts with; absent: drawn from the seed",
+        "run, by name or path, checkpoint or weights file whose weights a new run starts with; absent: by the seed",
         default=None,
         identity=False,
     )
@@ -278,6 +323,16 @@ class Validation:
         "steps between validations; one more at the end", unit="steps", low=1, high=MOST_STEPS, identity=False
     )
     tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, high=MOST_TOKENS, identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """A text that the model writes while it trains. One more is written at the end."""
+
+    every: int = setting(
+        "steps between samples; 0: at the end alone", default=0, unit="steps", low=0, high=MOST_STEPS, identity=False
+    )
+    prompt: str = setting("text that is continued", default="def ", identity=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -354,7 +409,7 @@ class Log:
 
     every: int = setting("steps between logged steps", default=10, unit="steps", low=1, high=MOST_STEPS, identity=False)
     arrays_every: int = setting(
-        "logged steps between loads of every expert",
+        "logged steps between loads of every expert; fewer in a run that would have under 50 of them",
         default=10,
         unit="logged steps",
         low=1,
@@ -401,6 +456,11 @@ class Run:
     """One run: where it happens and where it is written."""
 
     device: Literal["cpu", "cuda"] = setting("where it computes", identity=False)
+    kernels: Literal["triton", "torch"] = setting(
+        "what a GPU computes with: nmoe's kernels, or plain torch, which is slower and runs on any GPU of torch",
+        default="triton",
+        identity=False,
+    )
     seed: int = setting("seed of initial values and data order", default=0, low=0)
     root: str = setting("folder of run folders", default="runs", identity=False)
     name: str | None = setting(
@@ -421,5 +481,14 @@ class Config:
     validation: Validation = setting("loss on held-out documents")
     run: Run = setting("where it happens")
     parallel: Parallel = setting("how many processes", default=attrs.Factory(Parallel))
+    sample: Sample = setting("texts it writes while it trains", default=attrs.Factory(Sample))
     checkpoint: Checkpoint = setting("when the state is saved, and what is kept", default=attrs.Factory(Checkpoint))
     log: Log = setting("what is printed and written", default=attrs.Factory(Log))
+
+    def tokens(self) -> int:
+        """Tokens that all ranks read in all steps."""
+        return self.train.steps * self.train.batch_size * self.train.sequence_length
+
+    def schedule_in_tokens(self) -> Schedule:
+        """The schedule with its shares as tokens of this run."""
+        return self.schedule.in_tokens(self.tokens())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import attrs
@@ -18,6 +19,45 @@ from nmoe.errors import InputError, printable
 
 LONGEST = 80
 """Characters of a value that a message shows at most."""
+
+ALIKE = 0.7
+"""Likeness of a word to one that is suggested, from 0 to 1: "gpu" and "cpu" have 0.67, "sede" and "seed" 0.75."""
+
+SYNONYMS: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("gpu", "gpus", "nvidia"), "cuda"),
+        **dict.fromkeys(("bfloat16", "half", "fp16", "amp"), "bf16"),
+        **dict.fromkeys(("float32", "fp32_", "tf32"), "fp32"),
+        **dict.fromkeys(("val", "valid", "dev", "eval"), "validation"),
+        **dict.fromkeys(("lr", "learning_rate", "max_lr"), "optim.dense.lr"),
+        **dict.fromkeys(("min_lr", "min_lr_ratio", "final_lr"), "schedule.floor"),
+        **dict.fromkeys(("warmup_steps", "warmup_ratio", "warmup_iters", "lr_warmup"), "schedule.warmup"),
+        **dict.fromkeys(("grad_clip", "max_grad_norm", "clip", "gradient_clipping"), "optim.clip_norm"),
+        **dict.fromkeys(("wd", "weight_decay"), "optim.weight_decay"),
+        **dict.fromkeys(("batch", "global_batch_size", "gbs", "train_batch_size"), "train.batch_size"),
+        **dict.fromkeys(("micro_batch_size", "mbs", "device_batch_size"), "train.microbatch_size"),
+        **dict.fromkeys(("seq_len", "seq_length", "seqlen", "context_length", "block_size"), "train.sequence_length"),
+        **dict.fromkeys(("max_seq_len", "max_position_embeddings"), "model.max_positions"),
+        **dict.fromkeys(("max_steps", "num_steps", "iters", "max_iters", "train_iters"), "train.steps"),
+        **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "train.recompute"),
+        **dict.fromkeys(("eval_every", "val_every", "eval_interval", "eval_steps", "val_interval"), "validation.every"),
+        **dict.fromkeys(("save_every", "save_interval", "save_steps", "ckpt_every"), "checkpoint.every"),
+        **dict.fromkeys(("log_interval", "log_every", "logging_steps"), "log.every"),
+        **dict.fromkeys(("n_layer", "n_layers", "depth", "num_hidden_layers"), "model.num_layers"),
+        **dict.fromkeys(("d_model", "n_embd", "dim", "embed_dim"), "model.hidden_size"),
+        **dict.fromkeys(("n_head", "n_heads", "num_attention_heads"), "model.attention.num_heads"),
+        **dict.fromkeys(("d_ff", "ffn_dim", "ffn_hidden_size"), "model.intermediate_size"),
+        **dict.fromkeys(("n_experts", "n_routed_experts", "num_local_experts"), "model.moe.num_experts"),
+        **dict.fromkeys(("topk", "num_experts_per_tok", "moe_top_k"), "model.moe.top_k"),
+        **dict.fromkeys(("dtype", "torch_dtype", "mixed_precision"), "precision.compute"),
+        **dict.fromkeys(("world_size", "nproc", "num_gpus", "ngpus"), "parallel.ranks"),
+        **dict.fromkeys(("ep", "ep_size", "expert_parallel"), "parallel.experts"),
+        **dict.fromkeys(("out_dir", "output_dir", "save_dir"), "run.root"),
+        **dict.fromkeys(("wandb_name", "run_name", "experiment"), "run.name"),
+        **dict.fromkeys(("init_from", "pretrained", "load"), "train.warm_start"),
+    }
+)
+"""What other trainers call a key or a value of ours, for suggestions alone: nothing is read by these names."""
 
 HINTS = (
     (r"=\s*(True|False)\b", "TOML uses true/false"),
@@ -44,10 +84,14 @@ class Document:
 
 
 def closest(word: str, possibilities: Sequence[str]) -> str | None:
-    """The possibility a mistyped word probably means; none for a word longer than a message shows."""
+    """The possibility that a word probably means: by what other trainers call it, or mistyped; None below `ALIKE`, and
+    for a word longer than a message shows."""
     if len(word) > LONGEST:  # comparing takes time in proportion to its length, 2 s for 1.5 MB
         return None
-    return next(iter(difflib.get_close_matches(word, possibilities, n=1)), None)
+    meant = SYNONYMS.get(word.lower().replace("-", "_"))
+    if meant in possibilities:
+        return meant
+    return next(iter(difflib.get_close_matches(word, possibilities, n=1, cutoff=ALIKE)), None)
 
 
 def shown(value: Any) -> str:

@@ -72,12 +72,16 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it takes the place of `path` when the block ends well.
 
     Whatever happens inside, `path` holds its old content or the whole new one. The temporary file is removed on error.
+    The mode is that of a file which this process makes, whoever writes it: safetensors would leave 0600.
 
     Writes:  `path`, durably, at the end of the block.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        with open(temporary, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield temporary
+        os.chmod(temporary, mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

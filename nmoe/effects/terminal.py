@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
 from nmoe.errors import printable
+from nmoe.pure.units import plain
 
 BARS = "▁▂▃▄▅▆▇█"
+PROGRESS_EVERY_S = 2.0
 UNBOUNDED = 1_000_000
 """Columns of a table's page: a line is never wrapped or cut, the terminal or the pager does that."""
 
@@ -20,6 +25,19 @@ UNBOUNDED = 1_000_000
 def say(text: str) -> None:
     """Print lines for the person at the terminal, at once. Writes: standard output."""
     _print(text, sys.stdout)
+
+
+def note(text: str) -> None:
+    """Record lines that reach the screen only after its record is closed. Writes: the record of standard error."""
+    if (record := getattr(sys.stderr, "record", None)) is not None:
+        record(text)
+
+
+def say_json(value: Any) -> None:
+    """Print a value as JSON, for a program. Paths and times are text, and numbers that are not finite are the strings
+    nan, inf and -inf, as in the files of a run. Writes: standard output.
+    """
+    say(json.dumps(plain(value), indent=2, default=str, allow_nan=False))
 
 
 def stream(text: str) -> None:
@@ -32,20 +50,31 @@ def warn(text: str) -> None:
     _print(text, sys.stderr)
 
 
+def width() -> int | None:
+    """Columns of the terminal that standard output is; None: it is none."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
+
+
 def _print(text: str, file: TextIO | None, end: str = "\n") -> None:
-    """Print lines that cannot steer a terminal, with an escape for what its encoding lacks."""
+    """Print lines that cannot steer a terminal, with an escape for what its encoding lacks. Writes: its record too."""
     if file is None:  # closed before the start
         return
     lines = "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+    # by its name: a live footer wraps the stream, and hands on what it does not know
+    if (record := getattr(file, "record", None)) is not None:
+        record(lines)
     encoding = file.encoding or "utf-8"
     print(lines.encode(encoding, "backslashreplace").decode(encoding), file=file, end=end, flush=True)
 
 
 class _Output:
-    """A stream whose reader may go: from then on what is written is dropped."""
+    """A stream whose reader may go: from then on what is written is dropped. `record` takes the lines that are said."""
 
-    def __init__(self, stream: TextIO, gone: Callable[[], None]) -> None:
+    def __init__(self, stream: TextIO, gone: Callable[[], None], record: Callable[[str], None]) -> None:
         self._stream, self._gone = stream, gone
+        self.record = record
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -68,17 +97,18 @@ class _Output:
 
 
 @contextmanager
-def until_closed(gone: Callable[[], None]) -> Iterator[None]:
+def until_closed(gone: Callable[[], None], record: Callable[[str], None]) -> Iterator[None]:
     """Standard output and error that a closed pipe, a terminal that hung up or a full disk does not make fail.
 
-    gone  called when standard output can no longer be written
+    gone    called when standard output can no longer be written
+    record  called with the lines that are said on either, without what steers a terminal
     """
     with ExitStack() as scope:
         # None: closed before the start, and print() drops what it gets
         if sys.stdout is not None:
-            scope.enter_context(redirect_stdout(_Output(sys.stdout, gone)))  # pyright: ignore[reportArgumentType]
+            scope.enter_context(redirect_stdout(_Output(sys.stdout, gone, record)))  # pyright: ignore[reportArgumentType]
         if sys.stderr is not None:
-            scope.enter_context(redirect_stderr(_Output(sys.stderr, lambda: None)))  # pyright: ignore[reportArgumentType]
+            scope.enter_context(redirect_stderr(_Output(sys.stderr, lambda: None, record)))  # pyright: ignore[reportArgumentType]
         yield
 
 
@@ -114,3 +144,25 @@ def sparkline(values: Sequence[float], width: int) -> str:
     span = (max(finite, default=0.0) - low) or 1.0
     top = len(BARS) - 1
     return "".join(BARS[round((mean - low) / span * top)] if math.isfinite(mean) else "x" for mean in means)
+
+
+class Progress:
+    """Lines about long work: what is done, and how long the rest takes at the pace so far.
+
+    Prints at most a line every `PROGRESS_EVERY_S` seconds, and one when everything is done.
+
+    say    prints a line
+    total  what there is to do, in any unit
+    """
+
+    def __init__(self, say: Callable[[str], None], total: float) -> None:
+        self._say, self._total = say, total
+        self._began = self._printed = time.monotonic()
+
+    def at(self, done: float, text: str) -> None:
+        """Print `text` with seconds taken and left, if it is time. `done` is of `total`."""
+        now = time.monotonic()
+        if not done or (now - self._printed < PROGRESS_EVERY_S and done < self._total):
+            return
+        self._printed, took = now, now - self._began
+        self._say(f"{text}, {took:.0f} s, about {took * (self._total - done) / done:.0f} s left")

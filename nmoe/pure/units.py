@@ -1,8 +1,23 @@
-"""Numbers with a unit, and times, as text."""
+"""Numbers with a unit, and times, as text; values as JSON holds them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def plain(value: Any) -> Any:
+    """`value` with every number that JSON cannot hold as a string: nan, inf or -inf."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def quantity(number: float, unit: str = "") -> str:

@@ -99,7 +99,7 @@ def test_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     (only,) = capsys.readouterr().out.splitlines()
     told = re.fullmatch(r"nmoe +([1-9][\d.]*) ms a step .* tok/s .*", only)
     (row,) = map(json.loads, rows.read_text().splitlines())
-    assert told and row["way"] == "nmoe" and f"{1000 * row['seconds'][0]:.1f}" == told[1]
+    assert told and row["variant"] == "nmoe" and f"{1000 * row['seconds'][0]:.1f}" == told[1]
     assert row["tokens"] == tiny().train.batch_size * tiny().train.sequence_length
     with pytest.raises(
         InputError, match=r"--jsonl: expected a new file in a folder one may write, got .*: File exists"

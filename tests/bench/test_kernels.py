@@ -11,7 +11,7 @@ import torch
 
 from nmoe.bench import kernels as kernel_bench
 from nmoe.bench.kernels import attention, gqa, loss, meter, moe
-from nmoe.bench.kernels.meter import Meter, Way
+from nmoe.bench.kernels.meter import Meter, Variant
 from nmoe.effects.kernels.attention.gqa import Tiles as GroupedTiles
 from nmoe.effects.kernels.attention.mla import Tiles as AttentionTiles
 from nmoe.effects.kernels.tables import AttentionTile
@@ -23,32 +23,32 @@ SMALL = moe.Case(tokens=96, hidden=32, width=16, experts=8, top_k=2, routing="na
 BLOCK = AttentionTile(block_m=16, block_n=16, heads=2, num_warps=4, num_stages=2)
 
 
-def ours(case: moe.Case) -> Way:
-    return next(moe.ways(case, moe.Operands.of(case, CPU), TILES))
+def ours(case: moe.Case) -> Variant:
+    return next(moe.variants(case, moe.Operands.of(case, CPU), TILES))
 
 
-def attend() -> Way:
+def attend() -> Variant:
     case = attention.Case(batch=1, length=40, heads=2, nope=16, rope=8, value=16)
-    ways = attention.ways(case, CPU, AttentionTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK))
-    return next(way for way in ways if way.name == "deterministic, own forward")
+    variants = attention.variants(case, CPU, AttentionTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK))
+    return next(variant for variant in variants if variant.name == "deterministic, own forward")
 
 
-def grouped(window: int) -> Way:
+def grouped(window: int) -> Variant:
     case = gqa.Case(batch=1, length=40, heads=4, kv_heads=2, head_dim=64, window=window)
-    return next(gqa.ways(case, CPU, GroupedTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK)))
+    return next(gqa.variants(case, CPU, GroupedTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK)))
 
 
-def cross_entropy() -> Way:
-    return next(loss.ways(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU))
+def cross_entropy() -> Variant:
+    return next(loss.variants(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU))
 
 
 @pytest.mark.parametrize(
-    "way",
+    "variant",
     [lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), cross_entropy],
     ids=["moe", "mla", "gqa in a window", "gqa", "loss"],
 )
-def test_a_right_kernel_has_a_small_error(way: Callable[[], Way]) -> None:
-    error = way().error
+def test_a_right_kernel_has_a_small_error(variant: Callable[[], Variant]) -> None:
+    error = variant().error
     assert error is not None and 0 < error() < 1e-5
 
 
@@ -62,7 +62,7 @@ def test_a_wrong_kernel_has_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(("routing", "low", "high"), [("balanced", 1, 1), ("natural", 1.2, 4), ("skewed", 1.9, 2.1)])
 def test_loads_are_as_they_are_called(routing: str, low: float, high: float) -> None:
     case = moe.Case(tokens=4096, hidden=8, width=8, experts=8, top_k=2, routing=routing)
-    chosen = moe.choose(case, CPU)
+    chosen = moe.route(case, CPU)
     assert low <= moe.busiest(case, chosen.expert) <= high
     assert not chosen.expert.is_contiguous(), "the router leaves slices of wider rows"
     assert all(len(set(row)) == 2 for row in chosen.expert.tolist())
@@ -73,13 +73,13 @@ def test_a_table_has_rates_shares_and_ratios() -> None:
     times = {"a": 0.002, "b": 0.004}
     named: dict[Any, float] = {}
 
-    def way(name: str, forward: bool, error: float | None) -> Way:
+    def variant(name: str, forward: bool, error: float | None) -> Variant:
         def both() -> str:
             return name
 
         named[both] = times[name]
         given = None if error is None else (lambda: error)
-        return Way(name=name, forward=both if forward else None, both=both, error=given)
+        return Variant(name=name, forward=both if forward else None, both=both, error=given)
 
     fake = Meter(
         device=CPU,
@@ -88,7 +88,7 @@ def test_a_table_has_rates_shares_and_ratios() -> None:
         flops=1e15,
         bandwidth=1e12,
     )
-    rows = kernel_bench.rows("moe", SMALL, iter([way("a", True, 3e-3), way("b", False, None)]), "b", fake)
+    rows = kernel_bench.rows("moe", SMALL, iter([variant("a", True, 3e-3), variant("b", False, None)]), "b", fake)
     first, second = rows
     assert first.ratio == 2.0 and first.beside == "b" and second.ratio is None and second.beside is None
     assert first.share == SMALL.flop() / 1e15 / 0.002
@@ -110,5 +110,5 @@ def test_a_call_that_differs_from_the_last_is_seen() -> None:
 
 
 def test_what_the_loss_must_multiply_is_measured_too() -> None:
-    ways = loss.ways(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU)
-    assert [way.both() for way in ways if way.name == loss.PEER] == [None]
+    variants = loss.variants(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU)
+    assert [variant.both() for variant in variants if variant.name == loss.PEER] == [None]

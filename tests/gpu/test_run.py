@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,9 +15,10 @@ from nmoe.soak.soak import differences
 from tests.configs import ROOT
 
 
-def trained(folder: Path, gpus: int, *, poison: int) -> Path:
+def trained(folder: Path, gpus: int, *more: str, poison: int) -> Path:
     """The folder of a run of 12 steps, of two microbatches a rank each, with gradients in fp32 beside bf16 values.
 
+    more    arguments
     poison  fills the GPU's free memory before the run, through the allocator's pools of another process
     """
     text = (ROOT / "configs" / "moonlet.toml").read_text()
@@ -41,7 +43,7 @@ def trained(folder: Path, gpus: int, *, poison: int) -> Path:
         "--log.every=1",
     ]
     run = subprocess.run(
-        [*command, "--validation.every=1000", "--gpus", str(gpus)],
+        [*command, "--validation.every=1000", "--gpus", str(gpus), *more],
         cwd=folder,
         env={
             **os.environ,
@@ -67,3 +69,21 @@ def test_two_processes_leave_the_same_bits(gpus: int, tmp_path: Path) -> None:
         folder.mkdir()
         runs.append(trained(folder, gpus, poison=poison))
     assert differences(*runs) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compute", ["bf16", "fp32"])
+def test_plain_torch_learns_what_the_kernels_learn(compute: str, tmp_path: Path) -> None:
+    """The same losses, as far as bf16 goes; the run says that it is slower."""
+    losses: list[list[float]] = []
+    for kernels, number in (("triton", "bf16"), ("torch", compute)):
+        folder = tmp_path / kernels
+        folder.mkdir()
+        plain = ("--train.graph=false", "--precision.moments=fp32")
+        chosen = (f"--run.kernels={kernels}", f"--precision.compute={number}", *plain)
+        run = trained(folder, 1, *chosen, poison=255)
+        lines = map(json.loads, (run / "metrics.rank0.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+        assert ('run.kernels is "torch"' in (run / "console.log").read_text()) == (kernels == "torch")
+    assert len(losses[0]) == 12 and losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

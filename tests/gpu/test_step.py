@@ -222,9 +222,9 @@ def test_what_a_bench_prints_and_writes(
     monkeypatch.setattr(optimizer, "CASES", [attrs.evolve(case, size=1 << 20) for case in optimizer.CASES])
     assert kernel_bench.kernels(("moe", "optimizer"), tmp_path / "rows.jsonl") == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["way"] for row in rows[:3]] == ["ours", "grouped_mm compiled", "grouped_mm"]
+    assert [row["variant"] for row in rows[:3]] == ["ours", "grouped_mm compiled", "grouped_mm"]
     assert all(row["both_s"] > 0 and 0 < row["share"] for row in rows)
-    errors = {row["way"]: row["error"] for row in rows[:3]}
+    errors = {row["variant"]: row["error"] for row in rows[:3]}
     assert errors["ours"] < 1.5 * errors["grouped_mm"] < 0.05
     assert all(row["error"] < 1e-2 for row in rows[3:] if row["error"] is not None)
     assert capsys.readouterr().out.count("ours") == 4

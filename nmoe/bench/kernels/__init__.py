@@ -11,13 +11,13 @@ import attrs
 import torch
 
 from nmoe.bench.kernels import attention, gqa, loss, moe, optimizer, tuner
-from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Way, gpu_meter, measure
+from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Variant, gpu_meter, measure
 from nmoe.effects import files
 from nmoe.effects.device import gpu, ops
 from nmoe.effects.terminal import say, table
 from nmoe.errors import InputError
 
-HEAD = ("", "forward", "both ways", "rate", "of peak", "least moved", "more held", "error", "same", "speed")
+HEAD = ("", "forward", "forward+backward", "rate", "of peak", "least moved", "more held", "error", "same", "speed")
 
 KINDS = ("moe", "attention", "loss", "optimizer")
 
@@ -56,22 +56,22 @@ def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:
             operands = moe.Operands.of(case, device)
             title = f"{described(case)}  busiest expert {moe.busiest(case, operands.expert):.1f} x the mean"
             tiles = ops.mixture_tiles(device, case.hidden, case.width)
-            yield f"moe  {title}", rows("moe", case, moe.ways(case, operands, tiles), moe.PEER, meter)
+            yield f"moe  {title}", rows("moe", case, moe.variants(case, operands, tiles), moe.PEER, meter)
     elif kind == "attention":
         for case in attention.CASES:
             tiles = ops.mla_tiles(device, case.nope, case.rope, case.value)
-            measured = rows("attention", case, attention.ways(case, device, tiles), attention.PEER, meter)
+            measured = rows("attention", case, attention.variants(case, device, tiles), attention.PEER, meter)
             yield f"attention  {described(case)}", measured
         for case in gqa.CASES:
             tiles = ops.gqa_tiles(device, case.head_dim, *((case.window,) if case.window else ()))
-            measured = rows("attention", case, gqa.ways(case, device, tiles), gqa.PEER, meter)
+            measured = rows("attention", case, gqa.variants(case, device, tiles), gqa.PEER, meter)
             yield f"attention  {described(case)}", measured
     elif kind == "loss":
         for case in loss.CASES:
-            yield f"loss  {described(case)}", rows("loss", case, loss.ways(case, device), loss.PEER, meter)
+            yield f"loss  {described(case)}", rows("loss", case, loss.variants(case, device), loss.PEER, meter)
     else:
         for case in optimizer.CASES:
-            measured = rows("optimizer", case, optimizer.ways(case, device), optimizer.PEER, meter)
+            measured = rows("optimizer", case, optimizer.variants(case, device), optimizer.PEER, meter)
             yield f"optimizer  {described(case)}", measured
 
 
@@ -80,20 +80,20 @@ def described(case: Any) -> str:
     return "  ".join(f"{name.rstrip('_')} {value}" for name, value in attrs.asdict(case).items())
 
 
-def rows(what: str, case: Any, ways: Iterator[Way], peer: str, meter: Meter) -> list[Row]:
-    """Every way measured, beside the peer."""
-    measured: list[tuple[Way, Taken]] = [(way, measure(way, meter)) for way in ways]
-    times = {way.name: taken.both_s for way, taken in measured}
+def rows(what: str, case: Any, variants: Iterator[Variant], peer: str, meter: Meter) -> list[Row]:
+    """Every variant measured, beside the peer."""
+    measured: list[tuple[Variant, Taken]] = [(variant, measure(variant, meter)) for variant in variants]
+    times = {variant.name: taken.both_s for variant, taken in measured}
     built: list[Row] = []
-    for way, taken in measured:
-        moved = case.moved_bytes() if way.moved_bytes is None else way.moved_bytes
+    for variant, taken in measured:
+        moved = case.moved_bytes() if variant.moved_bytes is None else variant.moved_bytes
         reached = case.flop() / meter.flops if case.flop() else moved / meter.bandwidth
-        is_peer = way.name == peer
+        is_peer = variant.name == peer
         built.append(
             Row(
                 what=what,
                 case=described(case),
-                way=way.name,
+                variant=variant.name,
                 forward_s=taken.forward_s,
                 both_s=taken.both_s,
                 flop=case.flop(),
@@ -116,7 +116,7 @@ def cells(row: Row) -> tuple[str, ...]:
     else:
         rate = f"{row.moved_bytes / row.both_s / 1e9:.0f} GB/s"
     return (
-        row.way,
+        row.variant,
         "" if row.forward_s is None else f"{1000 * row.forward_s:.3f} ms",
         f"{1000 * row.both_s:.3f} ms",
         rate,

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from nmoe.bench.kernels.meter import Way, draw, relative_error
+from nmoe.bench.kernels.meter import Variant, draw, relative_error
 from nmoe.effects.kernels.attention import mla as attention
 from nmoe.pure.model.attention.mla import attend_mla
 
@@ -42,7 +42,7 @@ class Case:
 CASES = (Case(batch=8, length=4096, heads=16, nope=128, rope=64, value=128),)
 
 
-def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[Way]:
+def variants(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[Variant]:
     """Ours, and cuDNN alone."""
     shape, scale = (case.batch, case.length), (case.nope + case.rope) ** -0.5
     q = draw(device, *shape, case.heads, case.nope + case.rope, name="q")
@@ -85,7 +85,7 @@ def ways(case: Case, device: torch.device, tiles: attention.Tiles) -> Iterator[W
                 [tensor[0, :, 0, : t.shape[-1]] for tensor, t in zip((y, dq, dk), truth, strict=True)], truth
             )
 
-        yield Way(name=name, forward=forward, both=both, error=error)
+        yield Variant(name=name, forward=forward, both=both, error=error)
 
 
 def exact(case: Case, latent: tuple[Tensor, ...], grad_output: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

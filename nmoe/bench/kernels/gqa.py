@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from nmoe.bench.kernels.meter import Way, draw, relative_error
+from nmoe.bench.kernels.meter import Variant, draw, relative_error
 from nmoe.effects.kernels.attention.gqa import Tiles, gqa_attention
 from nmoe.pure.model.attention.gqa import attend_gqa, attended
 
@@ -45,7 +45,7 @@ CASES = tuple(
 )
 
 
-def ways(case: Case, device: torch.device, tiles: Tiles) -> Iterator[Way]:
+def variants(case: Case, device: torch.device, tiles: Tiles) -> Iterator[Variant]:
     """Ours with sinks and without, on slices of one product; theirs, on tensors of their own."""
     groups, window, scale = case.kv_heads, case.window or None, case.head_dim**-0.5
     fused = draw(device, case.batch, case.length, case.heads + 2 * groups, case.head_dim, name="product").detach()
@@ -53,7 +53,7 @@ def ways(case: Case, device: torch.device, tiles: Tiles) -> Iterator[Way]:
     grad_output = draw(device, case.batch, case.length, case.heads, case.head_dim, name="grad_output").detach()
     sliced = tuple(tensor.requires_grad_() for tensor in fused.split((case.heads, groups, groups), dim=2))
 
-    def way(name: str, apply: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> Way:
+    def variant(name: str, apply: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> Variant:
         def forward() -> Tensor:
             with torch.no_grad():
                 return apply(*leaves)
@@ -70,26 +70,26 @@ def ways(case: Case, device: torch.device, tiles: Tiles) -> Iterator[Way]:
             results = [y[:1, :, :group], dq[:1, :, :group], *first, *(tensor[:group] for tensor in dsinks)]
             return relative_error(results, exact(case, (*sliced, *leaves[3:]), grad_output, scale))
 
-        return Way(name=name, forward=forward, both=both, error=error)
+        return Variant(name=name, forward=forward, both=both, error=error)
 
     ours = partial(gqa_attention, scale=scale, window=window, tiles={window: tiles})
-    yield way("ours, sinks", ours, (*sliced, sinks))
-    yield way("ours", ours, sliced)
+    yield variant("ours, sinks", ours, (*sliced, sinks))
+    yield variant("ours", ours, sliced)
     if device.type == "cuda":
         own = tuple(tensor.detach().contiguous().requires_grad_() for tensor in sliced)
-        yield way(PEER, flex(case, device, scale), own)
+        yield variant(PEER, flex(case, device, scale), own)
         repeated = (x.detach().repeat_interleave(case.heads // groups, 2).requires_grad_() for x in own[1:])
-        yield way("SDPA, keys repeated", dense(case, device, scale), (own[0], *repeated))
+        yield variant("SDPA, keys repeated", dense(case, device, scale), (own[0], *repeated))
 
 
 def flex(case: Case, device: torch.device, scale: float) -> Callable[..., Tensor]:
     """torch's compiled attention with a block mask."""
 
-    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         causal = query >= key
         return causal & (query - key < case.window) if case.window else causal
 
-    mask = create_block_mask(seen, None, None, case.length, case.length, device=device.type, _compile=True)
+    mask = create_block_mask(visible, None, None, case.length, case.length, device=device.type, _compile=True)
     compiled: Any = torch.compile(flex_attention, dynamic=False)
 
     def attend(*operands: Tensor) -> Tensor:

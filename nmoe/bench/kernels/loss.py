@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from nmoe.bench.kernels.meter import Way, draw, relative_error
+from nmoe.bench.kernels.meter import Variant, draw, relative_error
 from nmoe.effects.kernels.loss import add_product_, linear_cross_entropy
 from nmoe.pure.model import loss
 
@@ -42,7 +42,7 @@ class Case:
 CASES = (Case(tokens=32768, hidden=2048, vocabulary=201088, chunk=2048),)
 
 
-def ways(case: Case, device: torch.device) -> Iterator[Way]:
+def variants(case: Case, device: torch.device) -> Iterator[Variant]:
     """Ours and the others."""
     x = draw(device, case.tokens, case.hidden, name="x")
     head = draw(device, case.hidden, case.vocabulary, name="head", scale=0.02)
@@ -50,11 +50,11 @@ def ways(case: Case, device: torch.device) -> Iterator[Way]:
     target = torch.randint(case.vocabulary, (case.tokens,), device=device, generator=generator)
     truth = exact(x, head, target)
 
-    def way(name: str, apply: Callable[..., Tensor], replayed: bool = True) -> Way:
+    def variant(name: str, apply: Callable[..., Tensor], replayed: bool = True) -> Variant:
         def both() -> tuple[Tensor, ...]:
             return torch.autograd.grad(apply(x, head, target), (x, head))
 
-        return Way(
+        return Variant(
             name=name,
             forward=None,
             both=both,
@@ -62,12 +62,12 @@ def ways(case: Case, device: torch.device) -> Iterator[Way]:
             replayed=replayed,
         )
 
-    yield way("ours", lambda *given: linear_cross_entropy(*given, chunk=case.chunk)[0])
+    yield variant("ours", lambda *given: linear_cross_entropy(*given, chunk=case.chunk)[0])
     logits = draw(device, case.chunk, case.vocabulary, name="logits", scale=1e-5).detach()
-    yield Way(name=PEER, forward=None, both=partial(products_, x, head, logits), error=None)
-    yield way("plain, in as large chunks", lambda *given: loss.linear_cross_entropy(*given, chunk=case.chunk)[0])
+    yield Variant(name=PEER, forward=None, both=partial(products_, x, head, logits), error=None)
+    yield variant("plain, in as large chunks", lambda *given: loss.linear_cross_entropy(*given, chunk=case.chunk)[0])
     if importlib.util.find_spec("liger_kernel"):
-        yield way("Liger", liger(), replayed=False)
+        yield variant("Liger", liger(), replayed=False)
 
 
 def products_(x: Tensor, head: Tensor, logits: Tensor) -> None:

@@ -22,8 +22,8 @@ PASSED = 1 << 30
 
 
 @attrs.frozen(kw_only=True)
-class Way:
-    """One way to compute something; all calls do the work anew."""
+class Variant:
+    """An implementation of an operation; all calls do the work anew."""
 
     name: str
     forward: Callable[[], object] | None  # None: it has no forward pass of its own
@@ -35,7 +35,7 @@ class Way:
 
 @attrs.frozen(kw_only=True)
 class Taken:
-    """What one way took."""
+    """What one variant took."""
 
     forward_s: float | None
     both_s: float
@@ -50,7 +50,7 @@ class Row:
 
     what: str  # moe, attention, loss, optimizer
     case: str
-    way: str
+    variant: str
     forward_s: float | None
     both_s: float
     flop: float  # forward and backward; 0 where memory is the limit
@@ -117,18 +117,18 @@ def extra_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - held
 
 
-def measure(way: Way, meter: Meter) -> Taken:
-    """Everything of one way."""
-    error = None if way.error is None else way.error()
-    extra = meter.extra_bytes(way.both)
-    forward = None if way.forward is None else meter.seconds(way.forward, way.replayed)
-    both = meter.seconds(way.both, way.replayed)
+def measure(variant: Variant, meter: Meter) -> Taken:
+    """Everything of one variant."""
+    error = None if variant.error is None else variant.error()
+    extra = meter.extra_bytes(variant.both)
+    forward = None if variant.forward is None else meter.seconds(variant.forward, variant.replayed)
+    both = meter.seconds(variant.both, variant.replayed)
     return Taken(
         forward_s=forward,
         both_s=both,
         extra_bytes=extra,
         error=error,
-        repeats=None if forward is None else repeats(way.both),
+        repeats=None if forward is None else repeats(variant.both),
     )
 
 

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from nmoe.bench.kernels.meter import Way, draw, relative_error
+from nmoe.bench.kernels.meter import Variant, draw, relative_error
 from nmoe.effects.device import cpu
 from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.kernels.moe.moe import moe_experts as fused_experts
@@ -26,7 +26,7 @@ SAMPLE = 64
 
 @attrs.frozen(kw_only=True)
 class Case:
-    """Sizes and how tokens choose."""
+    """Sizes and the routing of the tokens."""
 
     tokens: int
     hidden: int
@@ -70,7 +70,7 @@ class Operands:
     @classmethod
     def of(cls, case: Case, device: torch.device) -> Operands:
         """Random ones."""
-        chosen = choose(case, device)
+        chosen = route(case, device)
         return cls(
             x=draw(device, case.tokens, case.hidden, name="x"),
             expert=chosen.expert,
@@ -90,7 +90,7 @@ class Operands:
         return which(x, Routing(self.expert, weight), up, down)[0]
 
 
-def choose(case: Case, device: torch.device) -> Routing:
+def route(case: Case, device: torch.device) -> Routing:
     """Chosen experts, a slice of wider rows as the router leaves them, and weights."""
     generator = torch.Generator(device).manual_seed(1)
     shape = (case.tokens, case.experts)
@@ -118,7 +118,7 @@ def busiest(case: Case, expert: Tensor) -> float:
     return expert.flatten().bincount(minlength=case.experts).max().item() * case.experts / expert.numel()
 
 
-def ways(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Way]:
+def variants(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Variant]:
     """Ours, and torch's grouped products compiled and not."""
     plain = partial(moe_experts, experts=cpu.experts_grouped)
     truth = exact(operands)
@@ -143,7 +143,7 @@ def ways(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Way]:
             y, dx, dweight, *_ = both()
             return relative_error((y[:SAMPLE], dx[:SAMPLE], dweight[:SAMPLE]), truth)
 
-        yield Way(name=name, forward=forward, both=both, error=error)
+        yield Variant(name=name, forward=forward, both=both, error=error)
 
 
 def exact(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from nmoe.bench.kernels.meter import Way, draw, relative_error
+from nmoe.bench.kernels.meter import Variant, draw, relative_error
 from nmoe.effects.kernels.optim import adamw
 from nmoe.pure.formats import master
 from nmoe.pure.optim import adamw as optim
@@ -50,7 +50,7 @@ CASES = (
 SAMPLE = 1 << 16
 
 
-def ways(case: Case, device: torch.device) -> Iterator[Way]:
+def variants(case: Case, device: torch.device) -> Iterator[Variant]:
     """Ours and torch's, which keeps the value in fp32 and moves other amounts; the ratio is of times."""
     gradient = draw(device, case.size, name="gradient", scale=1e-3).detach()
     if case.pass_ == "norm":
@@ -61,26 +61,26 @@ def ways(case: Case, device: torch.device) -> Iterator[Way]:
         }
         for name, norm in norms.items():
             error = partial(lambda norm: relative_error((norm()[None],), (truth,)), norm)
-            yield Way(name=name, forward=None, both=norm, error=error)
+            yield Variant(name=name, forward=None, both=norm, error=error)
         return
     weights = torch.randn(case.size, generator=torch.Generator(device).manual_seed(3), device=device)
-    yield our_way(case, weights, gradient)
+    yield our_variant(case, weights, gradient)
     first, second = (torch.zeros_like(weights) for _ in range(2))
     step = torch.full((), float(UPDATES - 1), device=device)
-    wide = gradient.float()
+    upcast = gradient.float()
 
     def theirs() -> None:
         with torch.no_grad():
             torch_adamw(
-                [weights], [wide], [first], [second], [], [step], fused=True, amsgrad=False, lr=RATE, maximize=False,
+                [weights], [upcast], [first], [second], [], [step], fused=True, amsgrad=False, lr=RATE, maximize=False,
                 beta1=NUMBERS["beta1"], beta2=NUMBERS["beta2"], eps=NUMBERS["eps"], weight_decay=NUMBERS["decay"],
             )  # fmt: skip
 
     # value and both moments read and written, the gradient read
-    yield Way(name=PEER, forward=None, both=theirs, error=None, moved_bytes=28.0 * case.size)
+    yield Variant(name=PEER, forward=None, both=theirs, error=None, moved_bytes=28.0 * case.size)
 
 
-def our_way(case: Case, weights: Tensor, given: Tensor) -> Way:
+def our_variant(case: Case, weights: Tensor, given: Tensor) -> Variant:
     """Our pass over an arena of its own; the error is of the change it makes to the value."""
     value, remainder = master.split(weights)
     first, second = (torch.zeros(case.size, dtype=case.moments, device=weights.device) for _ in range(2))
@@ -101,4 +101,4 @@ def our_way(case: Case, weights: Tensor, given: Tensor) -> Way:
         update()
         return relative_error((master.join(value[:SAMPLE], remainder[:SAMPLE]).double() - old,), (new - old,))
 
-    return Way(name="ours", forward=None, both=update, error=error)
+    return Variant(name="ours", forward=None, both=update, error=error)

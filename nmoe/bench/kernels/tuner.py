@@ -12,7 +12,7 @@ import attrs
 import torch
 
 from nmoe.bench.kernels import attention, gqa, moe
-from nmoe.bench.kernels.meter import Way
+from nmoe.bench.kernels.meter import Variant
 from nmoe.effects.device import ops
 from nmoe.effects.kernels.tables import AttentionTile, GemmTile
 
@@ -55,7 +55,7 @@ def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) 
         shipped = ops.mixture_tiles(device, hidden, width)
         names = [field.name for field in attrs.fields(type(shipped)) if field.name not in ("group", "programs")]
 
-        fastest = best({name: PRODUCTS for name in names}, shipped, partial(moe.ways, case, operands), timed)
+        fastest = best({name: PRODUCTS for name in names}, shipped, partial(moe.variants, case, operands), timed)
         yield entry(f"moe.{hidden}x{width}", fastest, names, group=fastest.group)
     for case in attention.CASES:
         shipped = ops.mla_tiles(device, case.nope, case.rope, case.value)
@@ -69,7 +69,7 @@ def grouped(case: gqa.Case, device: torch.device, timed: Timed) -> str:
     """The entry of a layer of grouped-query attention."""
     sizes = (case.head_dim, case.window) if case.window else (case.head_dim,)
     shipped = ops.gqa_tiles(device, *sizes)
-    fastest = best(tried(GROUPED, shipped), shipped, partial(gqa.ways, case, device), timed)
+    fastest = best(tried(GROUPED, shipped), shipped, partial(gqa.variants, case, device), timed)
     return entry(f"gqa.{'x'.join(map(str, sizes))}", fastest, list(GROUPED))
 
 
@@ -84,33 +84,37 @@ def tried(blocks: Mapping[str, Sequence[tuple[int, int]]], shipped: Any) -> dict
     }
 
 
-def own_attention(case: attention.Case, device: torch.device, tiles: Any) -> Iterator[Way]:
-    """The way that runs all three passes of our own."""
-    return (way for way in attention.ways(case, device, tiles) if way.name == "deterministic, own forward")
+def own_attention(case: attention.Case, device: torch.device, tiles: Any) -> Iterator[Variant]:
+    """The variant that runs all three passes of our own."""
+    return (
+        variant for variant in attention.variants(case, device, tiles) if variant.name == "deterministic, own forward"
+    )
 
 
 def best(
     candidates: Mapping[str, Sequence[GemmTile | AttentionTile]],
     shipped: Any,
-    ways: Callable[[Any], Iterator[Way]],
+    variants: Callable[[Any], Iterator[Variant]],
     timed: Timed,
 ) -> Any:
     """The fastest tiles, starting from some that are good."""
     for name, tiles in candidates.items():
         every = [shipped, *(attrs.evolve(shipped, **{name: tile}) for tile in tiles)]
         times = [
-            (seconds, index) for index, tiling in enumerate(every) if (seconds := attempt(next(ways(tiling)), timed))
+            (seconds, index)
+            for index, tiling in enumerate(every)
+            if (seconds := attempt(next(variants(tiling)), timed))
         ]
         shipped = every[min(times)[1]]
     return shipped
 
 
-def attempt(way: Way, timed: Timed) -> float | None:
+def attempt(variant: Variant, timed: Timed) -> float | None:
     """Seconds forward and backward, or None when a tile does not fit the GPU."""
     from triton.runtime.errors import OutOfResources
 
     try:
-        return timed(way.both)
+        return timed(variant.both)
     except OutOfResources:
         return None
 

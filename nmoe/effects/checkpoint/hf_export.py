@@ -84,10 +84,11 @@ def export(
     """
     if out.exists() or out.is_symlink():
         raise InputError(f"{out}: expected a name that is free, got what is there; delete it or choose another")
-    shards = plan(source, shard_bytes)
     ids = {"bos_token_id": None, "eos_token_id": end_of_text}
     dtype = str(COMPUTE[source.compute]).removeprefix("torch.")
-    config = hf.settings(source.model) | {"architectures": ["DeepseekV3ForCausalLM"], "torch_dtype": dtype, **ids}
+    _, family = hf.family_of(source.model)
+    config = hf.settings(source.model) | {"architectures": [family.architecture], "torch_dtype": dtype, **ids}
+    shards = plan(source, shard_bytes)
     names = [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
     size = sum(shard.num_bytes() for shard in shards)
     index = {
@@ -116,7 +117,7 @@ def plan(source: Source, shard_bytes: int) -> tuple[Shard, ...]:
     parts = hf.parts(source.model)
     written = {part.path for part in parts}
     if left := [path for path, (_, shape) in source.formats.items() if path not in written and 0 not in shape]:
-        raise InputError(*(f"{path}: expected a name in deepseek_v3, got none; it cannot be exported" for path in left))
+        raise InputError(*(f"{path}: expected a name in theirs, got none; it cannot be exported" for path in left))
     groups: list[list[Part]] = []
     room = 0
     for part in parts:

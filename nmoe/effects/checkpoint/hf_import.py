@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import tomli_w
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nmoe.config import sections
 from nmoe.config.fields import table
 from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
@@ -35,16 +36,17 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 """Number format in `config.json`, of transformers 5 and of earlier ones."""
 
 
-def import_folder(folder: Path, out: Path) -> None:
+def import_folder(folder: Path, out: Path, extra: Callable[[sections.Model], Mapping[str, str]]) -> None:
     """Write `config.toml`, the model and its number format, and the weights, which `train.warm_start` takes.
 
+    extra    further files by name, of the model
     Writes:  `out`, whole or not at all.
     Raises:  InputError when `out` exists, there is no room, or the folder is not whole or of a model that nmoe has not.
     """
     if out.exists() or out.is_symlink():
         raise InputError(f"{out}: expected a name that is free, got what is there; delete it or choose another")
     where = folder / "config.json"
-    config = _object(where)
+    config = json_object(where)
     compute = _compute(where, config)
     try:
         c = hf.model_of(config)
@@ -53,15 +55,17 @@ def import_folder(folder: Path, out: Path) -> None:
     parts = hf.parts(c)
     ours = weights.formats_of(model.specs(c), model.dims(c), COMPUTE[compute])
     place = _places(folder, _wanted(parts, ours))
+    further = extra(c)
     with files.refusing(out, "to write the folder"), files.new_folder(out) as made:
         formats = {path: ours[path] for path in dict.fromkeys((*(part.path for part in parts), *ours))}
         tensor_file.write(made / WEIGHTS, formats, _tensors(folder, parts, place, ours))
         text = tomli_w.dumps({"model": table(c), "precision": {"compute": compute}})
-        (made / CONFIG).write_text(text, encoding="utf-8")
+        for name, content in ((CONFIG, text), *further.items()):
+            (made / name).write_text(content, encoding="utf-8")
     say(f"{out}: {len(ours)} tensors, {quantity(sum(map(tensor_file.num_bytes, ours.values())), 'B')}")
 
 
-def _object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:  InputError when there is none.
@@ -144,7 +148,7 @@ def _files(folder: Path) -> list[Path]:
     Raises:  InputError when there is none but pickles, which are never loaded, or the index names something else.
     """
     if files.is_file(folder / INDEX):
-        names = _object(folder / INDEX).get("weight_map")
+        names = json_object(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise InputError(
                 f"{folder / INDEX}: expected a weight_map, got {manifests.shown(str(names))}; copy it again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,13 +66,14 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     Raises:  InputError when `transformers` is not installed, or does not find every tensor and no other.
     """
     try:
-        from transformers import DeepseekV3ForCausalLM
+        import transformers
         from transformers.utils import logging
     except ImportError as error:
         raise InputError(
             f'--verify: expected the extra `hf` for "transformers", got {error}; pip install "nmoe[hf]" or --no-verify'
         ) from error
-    model_class: Any = DeepseekV3ForCausalLM
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    model_class: Any = getattr(transformers, architecture)
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -87,7 +89,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         if bar:
             logging.enable_progress_bar()
     config = network.config
-    further = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    further = range(config.num_hidden_layers, config.num_hidden_layers + getattr(config, "num_nextn_predict_layers", 0))
     ahead = tuple(f"model.layers.{layer}." for layer in further)  # they leave multi-token prediction out
     if wrong := [
         f"{kind} {name}"

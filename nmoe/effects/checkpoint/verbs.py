@@ -15,7 +15,7 @@ from nmoe.effects.checkpoint import reader, weights, writer
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.manifest import Manifest
 from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
-from nmoe.effects.terminal import say, table
+from nmoe.effects.terminal import say, say_json, table
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.model.blueprint import make_blueprint
@@ -43,11 +43,14 @@ class Checkpoint:
         return self.entry.manifest
 
 
-def list_checkpoints(run: Path) -> int:
+def list_checkpoints(run: Path, as_json: bool = False) -> int:
     """Print the checkpoints of a run, newest first: cheap checks alone, no tensor is read.
 
     returns  exit code 0
     """
+    if as_json:
+        say_json([_summary(checkpoint) for checkpoint in _all(run)])
+        return 0
     head = ("name", "state", "step", "attempt", "val loss", "tensors", "files", "bytes")
     rows = [
         (
@@ -65,28 +68,54 @@ def list_checkpoints(run: Path) -> int:
     return 0
 
 
-def verify(path: Path, everything: bool) -> int:
+def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is cheap to know of a checkpoint, for a program."""
+    entry, manifest = checkpoint.entry, checkpoint.entry.manifest
+    step, attempt = (manifests.name_fields(entry.name) or (None, None))[:2]
+    about = {"name": entry.name, "folder": str(checkpoint.folder()), "whole": not entry.problems, "step": step}
+    more = {"attempt": attempt, "problems": list(entry.problems)}
+    if manifest is not None:
+        sizes = {"tensors": len(manifest.tensors), "files": len(manifest.files), "bytes": manifest.num_bytes()}
+        more |= {"validation_loss": manifest.score, **sizes}
+    return about | more
+
+
+def verify(path: Path, everything: bool, as_json: bool = False) -> int:
     """Read a checkpoint, or all of a run, and compare every digest.
 
     returns  exit code 0, or 1 when something is damaged
     """
     damaged = 0
+    verdicts: list[dict[str, Any]] = []
     for checkpoint in _all(path) if everything else (_one(path),):
         problems = checkpoint.entry.problems or reader.verify(Disk(), checkpoint.folder(), checkpoint.manifest())
         damaged += bool(problems)
+        verdicts.append({"folder": str(checkpoint.folder()), "whole": not problems, "problems": list(problems)})
+        if as_json:
+            continue
         say(f"{checkpoint.folder()}  {'damaged' if problems else 'whole'}")
         for problem in problems:
             say(f"  {problem}")
+    if as_json:
+        say_json(verdicts)
     return 1 if damaged else 0
 
 
-def show(path: Path) -> int:
+def show(path: Path, as_json: bool = False) -> int:
     """Print what a checkpoint is: where in the training, what it belongs to, what it holds.
 
     returns  exit code 0
     """
     checkpoint = _one(path)
     manifest = checkpoint.manifest()
+    if as_json:
+        tensors = {
+            name: {"shape": x.shape, "dtype": x.dtype, "digest": x.digest} for name, x in manifest.tensors.items()
+        }
+        parent = manifest.parent.name if manifest.parent else None
+        lineage = {"lineage": manifest.lineage, "parent": parent, "serial": manifest.serial}
+        say_json({**_summary(checkpoint), **lineage, "meta": manifest.meta, "contents": tensors})
+        return 0
     kinds: dict[str, list[int]] = {}
     for name, entry in manifest.tensors.items():
         count, elements = kinds.setdefault(name.rpartition("/")[2], [0, 0])
@@ -109,7 +138,7 @@ def show(path: Path) -> int:
     return 0
 
 
-def diff(left: Path, right: Path) -> int:
+def diff(left: Path, right: Path, as_json: bool = False) -> int:
     """Print how two checkpoints differ: what they say of themselves, and which tensors, by their digests.
 
     returns  exit code 0 when they hold the same, 1 when not
@@ -119,6 +148,10 @@ def diff(left: Path, right: Path) -> int:
     for key, a, b in _differences(_flat(one.meta), _flat(other.meta)):
         lines.append(f"{key}: {a} -> {b}")
     tensors = _differences(one.tensors, other.tensors)
+    if as_json:
+        meta = {key: [a, b] for key, a, b in _differences(_flat(one.meta), _flat(other.meta))}
+        say_json({"step": [one.step, other.step], "meta": meta, "tensors": [name for name, _, _ in tensors]})
+        return 1 if lines or tensors else 0
     for name, a, b in tensors:
         if a is None or b is None:
             lines.append(f"{name}: only in {right if a is None else left}")
@@ -159,7 +192,8 @@ def export_weights(path: Path, to: Path | None) -> int:
     """
     checkpoint = _one(path)
     config = load(checkpoint.root.parent / "config.toml", {}, ()).config
-    read = weights.of_checkpoint(Disk(), checkpoint.folder(), checkpoint.manifest(), make_blueprint(config))
+    made, formats = (blueprint := make_blueprint(config)).specs, weights.formats(blueprint)
+    read = weights.of_checkpoint(Disk(), checkpoint.folder(), checkpoint.manifest(), made, formats)
     folder = checkpoint.root.parent if to is None else to
     try:
         folder.mkdir(parents=True, exist_ok=True)

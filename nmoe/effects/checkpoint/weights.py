@@ -110,16 +110,16 @@ class Weights:
         return master.join(value, self.remainders[path]) if path in self.remainders else value.float()
 
 
-def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, blueprint: Blueprint) -> Weights:
-    """The weights of the model that `blueprint` describes.
+def of_checkpoint(fs: Fs, folder: Path, manifest: Manifest, specs: Any, formats: Mapping[str, Format]) -> Weights:
+    """The weights of the model with these specs, whose tensors have these formats.
 
     Raises:  InputError when the checkpoint is damaged or of another model.
     """
-    wanted = of_manifest(folder, manifest, formats(blueprint))
+    wanted = of_manifest(folder, manifest, formats)
     tensors = {name: torch.empty(shape, dtype=manifests.DTYPES[dtype]) for name, (dtype, shape) in wanted.items()}
     reader.load_(fs, folder, manifest, [whole(*named) for named in tensors.items()], partial=True)
     return Weights(
-        params=tree.map(lambda path, _: tensors[f"param/{path}/value"], blueprint.specs),
+        params=tree.map(lambda path, _: tensors[f"param/{path}/value"], specs),
         remainders={name.split("/")[1]: low for name, low in tensors.items() if name.endswith("/remainder")},
         router_bias=tensors[ROUTER_BIAS],
     )
@@ -166,7 +166,7 @@ def of_path(fs: Fs, path: Path, blueprint: Blueprint) -> Weights:
     """
     folder = checkpoint_of(fs, path)
     if folder is not None:
-        return of_checkpoint(fs, folder, manifests.read(fs, folder), blueprint)
+        return of_checkpoint(fs, folder, manifests.read(fs, folder), blueprint.specs, formats(blueprint))
     folder = path.parent if path.name == WEIGHTS else path
     if not files.is_file(folder / WEIGHTS):
         raise InputError(f"train.warm_start: expected a run, a checkpoint or {WEIGHTS}, got {path}; fix the path")

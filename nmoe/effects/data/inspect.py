@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,13 +21,14 @@ from nmoe.effects.data.store.format import (
 )
 from nmoe.effects.data.store.records import read_record
 from nmoe.effects.data.store.shards import documents
+from nmoe.effects.terminal import Progress, say_json
 from nmoe.errors import InputError, printable
 
-PROGRESS_EVERY_S = 2.0
 
-
-def verify(folders: Sequence[Path], say: Callable[[str], None]) -> int:
+def verify(folders: Sequence[Path], say: Callable[[str], None], as_json: bool = False) -> int:
     """Read every byte of some folders and compare it with what was written.
+
+    as_json  print the folders that are whole as JSON; progress goes to `say` either way
 
     Raises:  InputError with everything that is wrong, in all of them.
     """
@@ -41,6 +40,8 @@ def verify(folders: Sequence[Path], say: Callable[[str], None]) -> int:
             problems += error.problems
     if problems:
         raise InputError(*problems)
+    if as_json:
+        say_json([{"folder": str(folder), "whole": True} for folder in folders])
     return 0
 
 
@@ -50,7 +51,7 @@ def info(folder: Path, as_json: bool, say: Callable[[str], None]) -> int:
     report = _report(folder)
     if as_json:
         whole: dict[str, Any] = cattrs.Converter().unstructure(manifest)
-        say(json.dumps({**whole, "report": cattrs.Converter().unstructure(report)}, indent=1))
+        say_json({**whole, "report": cattrs.Converter().unstructure(report)})
         return 0
     name = tokenizer.load(folder).name
     say(f"tokenizer  {name}, {manifest.tokenizer_size} ids, identity {manifest.tokenizer_identity}")
@@ -66,18 +67,26 @@ def info(folder: Path, as_json: bool, say: Callable[[str], None]) -> int:
     return 0
 
 
-def head(folder: Path, split: str, skip: int, count: int, chars: int, say: Callable[[str], None]) -> int:
+def head(
+    folder: Path, split: str, skip: int, count: int, chars: int, say: Callable[[str], None], as_json: bool = False
+) -> int:
     """Print the beginnings of some documents, control characters as escapes; each shard is verified before."""
     if min(skip, count, chars) < 0:
         raise InputError(f"--skip, --documents, --chars: expected at least 0, got {skip}, {count}, {chars}; raise them")
     manifest, stored = read_manifest(folder), tokenizer.load(folder)
     encoding = tokenizer.encoding(stored)
     first, last = min(skip, MAX_TOKENS), min(skip + count, MAX_TOKENS)
+    read: list[dict[str, Any]] = []
     for number, tokens in islice(enumerate(documents(folder, manifest, stored, split)), first, last):
         # A token is a byte at least, and a character four at most.
         text = encoding.decode(tokens[: 4 * chars].tolist())[:chars]
+        if as_json:
+            read.append({"split": split, "document": number, "tokens": len(tokens), "text": text})
+            continue
         lines = "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
         say(f"--- {split} document {number}, {len(tokens)} tokens\n{lines}")
+    if as_json:
+        say_json(read)
     return 0
 
 
@@ -92,8 +101,7 @@ def _verify(folder: Path, say: Callable[[str], None]) -> list[str]:
     if problems:
         return problems
     total = sum(receipt.tokens for receipt in manifest.splits.values())
-    began = reported = time.monotonic()
-    done = 0
+    progress, done = Progress(say, total), 0
     shards = [
         (folder / split, index, receipt)
         for split, whole in manifest.splits.items()
@@ -102,13 +110,7 @@ def _verify(folder: Path, say: Callable[[str], None]) -> list[str]:
     for where, index, receipt in shards:
         problems += shard_problems(where, index, receipt, stored)
         done += receipt.tokens
-        now = time.monotonic()
-        if now - reported >= PROGRESS_EVERY_S:
-            reported, took = now, now - began
-            say(
-                f"{folder}: {done / 1e6:.1f} of {total / 1e6:.1f} M tokens, {done / took / 1e6:.1f} M/s, "
-                f"about {took * (total - done) / done:.0f} s left"
-            )
+        progress.at(done, f"{folder}: {done / 1e6:.1f} of {total / 1e6:.1f} M tokens")
     if not problems:
         say(f"{folder}: whole, {total} tokens in {len(shards)} shards")
     return problems

@@ -17,7 +17,7 @@ from nmoe.errors import InputError
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
 from nmoe.pure.data import order
-from nmoe.pure.data.stages import Stream, choose
+from nmoe.pure.data.stages import Stream, select
 from nmoe.pure.model.model import Batch
 
 
@@ -68,7 +68,7 @@ def open_stream(
 
     def read(cursor: int) -> Batch:
         rows: list[np.ndarray] = [np.empty(0)] * share
-        for chosen in choose(stream, cursor + rank * share, share, key):
+        for chosen in select(stream, cursor + rank * share, share, key):
             for place, window in zip(chosen.places, chosen.windows, strict=True):
                 rows[place] = cuts[chosen.source](window)
         return _batch(np.stack(rows), microbatch_size, end_of_text)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from nmoe.config import Config
 from nmoe.effects.data.mixture import plan_data
 from nmoe.effects.parallel.launch import Launch
-from nmoe.effects.terminal import say, table
+from nmoe.effects.terminal import say, say_json, table
 from nmoe.pure.data.stages import Ingredient, Stream
 from nmoe.pure.units import quantity
 
@@ -18,7 +17,7 @@ def main(config: Config, launch: Launch, *, as_json: bool) -> int:
     data, train = plan_data(config, launch.home), config.train
     reads, windows = rows(data.stream, train.sequence_length, config.data.source.kind), data.stream.windows()
     if as_json:
-        say(json.dumps({"identity": data.identity, "windows": windows, "reads": reads}, indent=1))
+        say_json({"identity": data.identity, "windows": windows, "reads": reads})
         return 0
     cells = [
         (

@@ -22,6 +22,7 @@ from nmoe.effects import files
 from nmoe.effects.data import tokenizer
 from nmoe.effects.data.store import shard_writer
 from nmoe.effects.data.store.format import read_manifest, size_problems
+from nmoe.effects.terminal import Progress
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import MILLION, split_of
 
@@ -32,7 +33,6 @@ VALIDATION = TEST = MILLION * 2 // 100
 # Tests, other people's packages, and what differs between two builds of the same Python.
 SKIPPED_FOLDERS = ("test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__")
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
-PROGRESS_EVERY_S = 2.0
 
 
 @attrs.frozen(kw_only=True)
@@ -201,18 +201,12 @@ def _build(sources: Sequence[_Source], folder: Path, tokenizer_size: int, say: C
 
 def _with_progress(sources: Sequence[_Source], what: str, say: Callable[[str], None]) -> Iterator[str]:
     """The texts, with a line of progress every few seconds."""
-    began = reported = time.monotonic()
     total, done = sum(source.num_bytes for source in sources), 0
+    progress = Progress(say, total)
     for num, source in enumerate(sources, 1):
         yield source.text
         done += source.num_bytes
-        now = time.monotonic()
-        if now - reported >= PROGRESS_EVERY_S:
-            reported, took = now, now - began
-            say(
-                f"{what}: {num} of {len(sources)} files, {done / 1e6:.1f} of {total / 1e6:.1f} MB, {took:.0f} s, "
-                f"about {took * (total - done) / done:.0f} s left"
-            )
+        progress.at(done, f"{what}: {num} of {len(sources)} files, {done / 1e6:.1f} of {total / 1e6:.1f} MB")
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import attrs
 import numpy as np
 import tiktoken
 
-from nmoe.effects.data.store.records import read_record, write_record
+from nmoe.effects import files
+from nmoe.effects.data.store.records import read_record, to_text
 from nmoe.errors import InputError
 from nmoe.pure.data.text import pieces
 
@@ -129,9 +130,13 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
     Writes:  `folder`/tokenizer.json, whole or not at all.
     """
+    files.write_text(folder / FILE, content(tokenizer))
+
+
+def content(tokenizer: Tokenizer) -> str:
+    """What `save` writes."""
     tokens = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
-    write_record(
-        folder / FILE,
+    return to_text(
         _Stored(
             format=FORMAT,
             name=tokenizer.name,
@@ -140,7 +145,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
             end_of_text=tokenizer.end_of_text,
             size=tokenizer.size,
             identity=tokenizer.identity,
-        ),
+        )
     )
 
 

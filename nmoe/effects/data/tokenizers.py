@@ -7,27 +7,27 @@ import binascii
 import gzip
 import hashlib
 import io
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import attrs
 
 from nmoe.config.data_source import Source
 from nmoe.effects import files
-from nmoe.effects.data import tokenizer
+from nmoe.effects.data import hf_tokenizer, tokenizer
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.survey import cleaned, reporting, works_of
 from nmoe.effects.data.store.format import NAME
 from nmoe.effects.data.tokenizer import Tokenizer
+from nmoe.effects.terminal import Progress, say_json
 from nmoe.errors import InputError, printable
 from nmoe.pure.data.prep import MILLION, split_of
 
 FOLDER = "tokenizers"
 LARGEST = 1 << 27
-PROGRESS_EVERY_S = 2.0
 
 
 @attrs.frozen(kw_only=True)
@@ -131,12 +131,20 @@ def _place(name: str, home: Path) -> Path:
 
 
 def add(name: str, path: Path, known: Mapping[str, Known] = KNOWN) -> Tokenizer:
-    """A published tokenizer from its file of ranks, plain or gzip: a line a token, base64, blank, rank.
+    """A published tokenizer from its file.
 
-    Raises:  InputError when the name is not known, the file can not be read, or is another than the published one.
+    path     a `tokenizer.json` of Hugging Face, or the folder that holds it; else the ranks of a known one, plain or
+             gzip: a line a token, base64, blank, rank
+    Raises:  InputError as `hf_tokenizer.read`; when the name is not known, the file can not be read, or is another
+             than the published one.
     """
+    if path.is_dir() or path.suffix == ".json":
+        return hf_tokenizer.read(path, hf_tokenizer.texts())
     if name not in known:
-        raise InputError(f"tokenizer {name}: expected one of {', '.join(known)}, got another; train one instead")
+        raise InputError(
+            f"tokenizer {name}: expected one of {', '.join(known)}, got another; give a {tokenizer.FILE} of Hugging "
+            "Face, or train one"
+        )
     about = known[name]
     try:
         raw = path.read_bytes() if files.regular_size(path) <= LARGEST else b""
@@ -176,42 +184,43 @@ def learn(
     validation, test = round(source.splits.validation * MILLION), round(source.splits.test * MILLION)
 
     def texts() -> Iterator[str]:
-        began = reported = time.monotonic()
+        progress = Progress(say, len(works))
         for number, work in enumerate(works, 1):
             for entry in cleaned(work):
                 digest = hashlib.sha256(entry.text.encode("utf-8")).digest()
                 split = split_of(digest, validation=validation, test=test)
                 if entry.reason is None and split == "train" and int.from_bytes(digest[:4], "big") < share * 2**32:
                     yield entry.text
-            if (now := time.monotonic()) - reported >= PROGRESS_EVERY_S or number == len(works):
-                reported, took = now, now - began
-                done = total * number / len(works)
-                say(
-                    f"tokenizer: {number} of {len(works)} tasks read, {share:.0%} of their text learnt from, "
-                    f"{done / took / 1e6:.1f} MB/s, about {took * (len(works) - number) / number:.0f} s left"
-                )
+            progress.at(
+                number, f"tokenizer: {number} of {len(works)} tasks read, {share:.0%} of their text learnt from"
+            )
 
     with reporting(folder):
         return tokenizer.train(texts(), size, say)
 
 
-def list_tokenizers(home: Path, say: Callable[[str], None]) -> int:
+def list_tokenizers(home: Path, say: Callable[[str], None], as_json: bool = False) -> int:
     """Print name, size and identity of every tokenizer of this machine; a damaged one costs its own line only.
 
     Raises:  InputError with the damaged ones, after the others were printed.
     """
     folders = sorted(path.parent for path in (home / FOLDER).glob(f"*/{tokenizer.FILE}"))
     problems: list[str] = []
+    listed: list[dict[str, Any]] = []
     for folder in folders:
         try:
             stored = tokenizer.load(folder)
         except InputError as error:
             problems += error.problems
-        else:
+            continue
+        listed.append({"name": folder.name, "tokens": stored.size, "identity": stored.identity, "folder": str(folder)})
+        if not as_json:
             say(f"{printable(folder.name):<24} {stored.size:>7} tokens  identity {stored.identity}")
+    if as_json:
+        say_json(listed)
     if problems:
         raise InputError(*problems)
-    if not folders:
+    if not folders and not as_json:
         say(f"{home / FOLDER}: no tokenizers; train one with `nmoe data tokenizer train`")
     return 0
 

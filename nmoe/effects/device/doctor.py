@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 import re
@@ -26,7 +25,7 @@ from nmoe.config.data_mixture import load_mixture
 from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
 from nmoe.effects.parallel.launch import MULTICAST_OFF
-from nmoe.effects.terminal import say, table
+from nmoe.effects.terminal import say, say_json, table
 from nmoe.errors import InputError
 
 MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6)})
@@ -101,7 +100,7 @@ def main(as_json: bool) -> int:
     """
     lines = judge(gather())
     if as_json:
-        say(json.dumps([attrs.asdict(line) for line in lines], indent=2))
+        say_json([attrs.asdict(line) for line in lines])
     else:
         rows = [(line.level, line.what, f"{line.value} -> {line.advice}".removesuffix(" -> ")) for line in lines]
         say(table(("level", "checked", "result"), rows, left=3))
@@ -173,10 +172,12 @@ def _gpus(facts: Facts) -> Iterator[Line]:
     for index, gpu in enumerate(facts.gpus):
         good = gpu.capability in facts.supported
         yield Line(
-            level="ok" if good else "FAIL",
+            level="ok" if good else "warn",
             what=f"gpu {index}",
             value=f"{gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB, compute capability {_dotted(gpu.capability)}",
-            advice="" if good else f'use a GPU of compute capability {known}, or run.device = "cpu"',
+            advice=""
+            if good
+            else f'use a GPU of compute capability {known}, run.kernels = "torch" (slower), or run.device = "cpu"',
         )
     if len(facts.gpus) > 1:
         yield Line(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
+from nmoe.effects import files
+from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.cost.machines import PEAK_FLOPS
 
 
-def device(name: str, index: int = 0, count: int = 1) -> torch.device:
+def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton") -> torch.device:
     """The device a config asks for.
 
-    index  of the rank among those of this host, which are `count`: its GPU
+    index    of the rank among those of this host, which are `count`: its GPU
+    kernels  `run.kernels`: "torch" runs on any GPU that torch can use
 
     Raises:  InputError when it is not there or not supported; nothing else is tried.
     """
@@ -31,28 +37,71 @@ def device(name: str, index: int = 0, count: int = 1) -> torch.device:
             f"{torch.cuda.device_count()}; start fewer, or look at CUDA_VISIBLE_DEVICES"
         )
     capability = torch.cuda.get_device_capability(index)
-    if capability not in PEAK_FLOPS:
+    if capability not in PEAK_FLOPS and kernels != "torch":
         known = ", ".join(f"{major}.{minor}" for major, minor in PEAK_FLOPS)
         raise InputError(
             f"run.device: expected a GPU of a supported compute capability ({known}), got "
-            f'{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(index)}); use one of those or device = "cpu"'
+            f"{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(index)}); use one of those, write "
+            'run.kernels = "torch", which is slower, or run.device = "cpu"'
         )
     return torch.device("cuda", index)
 
 
-def peak_flops(where: torch.device) -> float:
-    """FLOP/s that count as 100 % MFU: the data sheet's for a GPU, a measured fp32 GEMM for a CPU.
+def peak_flops(where: torch.device, home: Path) -> float:
+    """FLOP/s that count as 100 % MFU: the data sheet's for a GPU the kernels are for, a measured GEMM for all else.
 
-    The CPU has no honest data sheet, so this multiplies two matrices for about a fifth of a second and takes the best.
+    A CPU has no honest data sheet. Its GEMM is measured once for a machine, number of threads and version of torch, and
+    kept: measured at each start it differed twofold on a busy machine, and MFU with it.
+
+    home    folder of what nmoe keeps
+    Writes:  `home`/peak-flops.json, when it lacks this machine.
+    Raises:  InputError when that file holds something else.
     """
+    if where.type == "cuda" and (capability := torch.cuda.get_device_capability(where)) in PEAK_FLOPS:
+        return PEAK_FLOPS[capability]
+    path, name = home / "peak-flops.json", f"{_hardware(where)}, torch {torch.__version__}"
+    known = _known_peaks(path)
+    if name not in known:
+        known = {**known, name: _measured_flops(where)}
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, json.dumps(known, indent=2) + "\n")
+        except OSError as error:
+            say(f"peak FLOP/s    measured for this start alone: {path} cannot be written, {error.strerror or error}")
+    return known[name]
+
+
+def _known_peaks(path: Path) -> dict[str, float]:
+    """FLOP/s by machine, as they were measured before; none where nothing was."""
+    if not files.is_file(path):
+        return {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): float(flops) for name, flops in known.items() if 0 < float(flops) < float("inf")}
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected FLOP/s by machine, got {type(error).__name__}: {error}; delete the file, it is measured "
+            "again"
+        ) from error
+
+
+def _hardware(where: torch.device) -> str:
+    """What a measurement is of: the GPU, or this host's CPU and the threads that torch uses."""
     if where.type == "cuda":
-        return PEAK_FLOPS[torch.cuda.get_device_capability(where)]
-    size = 1024
-    a = torch.ones(size, size)
+        return torch.cuda.get_device_name(where)
+    return f"{platform.node()}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _measured_flops(where: torch.device) -> float:
+    """FLOP/s of a GEMM in fp32 on a CPU, in bf16 on a GPU: the best of eight, about a fifth of a second."""
+    on_gpu = where.type == "cuda"
+    size = 8192 if on_gpu else 1024
+    a = torch.ones(size, size, device=where, dtype=torch.bfloat16 if on_gpu else torch.float32)
     best = float("inf")
     for _ in range(8):
         begin = time.perf_counter()
         a @ a
+        synchronize(where)
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
 

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from nmoe.effects.kernels.moe import moe as mixtures
 
 
+PLAIN_CHUNK = 1 << 24
+"""Elements of a pass of the optimizer in plain torch on a GPU: their temporaries take some hundred MB."""
+
+
 def build(
     device: torch.device,
     c: Model,
@@ -44,10 +48,12 @@ def build(
     exchange: Exchange | None = None,
     accumulator: Accumulator | None = None,
     kinds: Kinds = KINDS,
+    kernels: str = "triton",
 ) -> Ops:
     """The ops of a device for a model.
 
-    On a CPU the reference, but for experts on their own rows and fused attention; on a GPU kernels.
+    On a CPU the reference, but for experts on their own rows and fused attention; on a GPU kernels, or with
+    `kernels="torch"` what a CPU runs, by torch on that GPU.
 
     documents  whether attention keeps inside documents, which cuDNN's kernels cannot
     exchange   with the ranks that hold the other experts; None: all are here
@@ -56,7 +62,7 @@ def build(
 
     Raises:  InputError for sizes that a kernel does not take.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" or kernels == "torch":
         return labelled(
             attrs.evolve(
                 reference(attention_of(c, kinds)),
@@ -154,10 +160,12 @@ def gqa_tiles(device: torch.device, head_dim: int, *window: int) -> gqa.Tiles:
     return gqa.Tiles(**tuning.find(shipped(device), "gqa", head_dim, *window).tiles)
 
 
-def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS) -> tuple[str, ...]:
+def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels: str = "triton") -> tuple[str, ...]:
     """A line for each op without kernels, or whose tiles nobody measured for these sizes: right, and maybe slow."""
     if device.type == "cpu":
         return ()
+    if kernels == "torch":
+        return ('kernels        none, run.kernels is "torch": every operation runs as plain torch, which is slower',)
     layers = attention_layers(c, kinds)
     without = dict.fromkeys(type(section).__name__ for kind, section in layers if kind.kernel_kept_bytes is None)
     used = dict.fromkeys((type(section).__name__.lower(), kind.tile_sizes(section)) for kind, section in layers)
@@ -192,10 +200,14 @@ class ArenaOps:
     chunk: int  # elements of a pass
 
 
-def arena_ops(device: torch.device) -> ArenaOps:
-    """The passes of a device: one launch an arena on a GPU, pieces that stay in the cache on a CPU."""
-    if device.type == "cpu":
-        return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), cpu.CHUNK)
+def arena_ops(device: torch.device, kernels: str = "triton") -> ArenaOps:
+    """The passes of a device: one launch an arena on a GPU, pieces that stay in the cache on a CPU.
+
+    kernels  as of `build`
+    """
+    if device.type == "cpu" or kernels == "torch":
+        chunk = cpu.CHUNK if device.type == "cpu" else PLAIN_CHUNK
+        return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), chunk)
     from nmoe.effects.kernels.optim import adamw
 
     return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating({"adamw": adamw.adamw_}), sys.maxsize)

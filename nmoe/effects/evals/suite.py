@@ -18,7 +18,7 @@ from nmoe.effects.data import stdlib
 from nmoe.effects.evals import sandbox
 from nmoe.effects.evals.judge import Judged, of_network
 from nmoe.effects.record.names import EVALS
-from nmoe.effects.terminal import say, table, warn
+from nmoe.effects.terminal import say, say_json, table, warn
 from nmoe.effects.train.generate import open_network
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
@@ -124,7 +124,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
 )
 
 
-def main(folder: Path, suite: str, limit: int, device: str | None) -> int:
+def main(folder: Path, suite: str, limit: int, device: str | None, as_json: bool = False) -> int:
     """Judge the model in `folder`, print its scores, and keep them there.
 
     suite    of `SUITES`, or "all": then one that this machine cannot run is said and left out
@@ -137,12 +137,15 @@ def main(folder: Path, suite: str, limit: int, device: str | None) -> int:
     judged = of_network(*open_network(folder, device))
     scores: Scores = {}
     for name, scored, seconds in _each(judged, suite, limit):
-        say(f"{name:<14} {seconds:.1f} s")
+        (warn if as_json else say)(f"{name:<14} {seconds:.1f} s")
         scores |= scored
     about = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
     kept = {name: {**attrs.asdict(score), **about} for name, score in scores.items()}
     with files.refusing(folder / EVALS, "to write the scores"):
         files.write_text(folder / EVALS, json.dumps(earlier | kept, indent=2) + "\n")
+    if as_json:
+        say_json(kept)
+        return 0
     rows = [(name, f"{x.value:.4f}", f"{x.error:.4f}", f"{x.count}") for name, x in scores.items()]
     say(table(("task", "score", "std error", "items"), rows, left=1))
     return 0

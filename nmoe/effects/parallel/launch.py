@@ -75,7 +75,7 @@ class Launch:
     address: str  # where rank 0 or the launcher listens
     port: int
     launched: bool  # whether a launcher started it
-    hosts_store: bool  # whether this rank opens the meeting point
+    hosts_store: bool  # whether this rank opens the rendezvous
     restart: int  # of all ranks together, by a launcher
     heartbeats: int | None  # descriptor; None: our launcher does not watch this process
     multicast: Mapping[str, str]  # the switches of MULTICAST_OFF

@@ -30,7 +30,7 @@ HEAD_START_S = 10.0
 """Seconds that our launcher, which watches too, has to end a rank that hangs before another one gives up on it."""
 
 MARGIN_S = 2.0
-"""Seconds that the rank with the meeting point stays there longer, so that the others can say whom they miss."""
+"""Seconds that the rank with the rendezvous stays there longer, so that the others can say whom they miss."""
 
 MEETING_S = 0.05
 """Seconds between two looks for ranks that have not come."""
@@ -194,7 +194,7 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
     timeout_s     most seconds a rank waits for another in a step
 
     Writes:  which GPU is the process's own.
-    Raises:  InputError when a rank does not come, naming it, or the meeting point cannot be opened.
+    Raises:  InputError when a rank does not come, naming it, or the rendezvous cannot be opened.
     """
     if launch.world == 1:
         yield SINGLE_RANK
@@ -205,7 +205,7 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _meet(launch, timeout_s)
+    store = _rendezvous(launch, timeout_s)
     waits = timedelta(seconds=timeout_s + (HEAD_START_S if launch.heartbeats else 0))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -235,8 +235,8 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
     dist.destroy_process_group()
 
 
-def _meet(launch: Launch, timeout_s: float) -> Any:
-    """The store at the meeting point, once every rank has said there that it has come.
+def _rendezvous(launch: Launch, timeout_s: float) -> Any:
+    """The store at the rendezvous, once every rank has said there that it has come.
 
     Raises:  InputError when one does not, or the port is taken.
     """
@@ -271,7 +271,7 @@ def _meet(launch: Launch, timeout_s: float) -> Any:
 
 
 def _await_listener(launch: Launch, end: float, timeout_s: float) -> None:
-    """Wait until somebody listens at the meeting point; torch's own wait ends in pages of its own words."""
+    """Wait until somebody listens at the rendezvous; torch's own wait ends in pages of its own words."""
     while True:
         try:
             with socket.create_connection((launch.address, launch.port), timeout=timeout_s):

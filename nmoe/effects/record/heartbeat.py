@@ -24,7 +24,7 @@ class Heart:
         self._now = now
         self._lock = threading.Lock()
 
-    def tell(self, **facts: Any) -> None:
+    def update(self, **facts: Any) -> None:
         """Change facts. Writes: what the next beat says."""
         with self._lock:
             self._facts.update(facts)
@@ -33,7 +33,7 @@ class Heart:
         """Write now. Writes: run.json, whole or not at all."""
         with self._lock:
             facts = dict(self._facts)
-        # outside the lock: a slow disk must not hold the trainer, who tells
+        # outside the lock: a slow disk must not hold the trainer
         files.write_text(folder / RUN, json.dumps({**facts, "heartbeat": self._now()}) + "\n")
 
 
@@ -54,12 +54,12 @@ def beating(folder: Path, heart: Heart, every_s: float, failed: Callable[[str], 
             return True
         return False
 
-    def live() -> None:
+    def keep_beating() -> None:
         reported = attempt(False)
         while not done.wait(every_s):
             reported = attempt(reported)
 
-    thread = threading.Thread(target=live, name="heartbeat", daemon=True)
+    thread = threading.Thread(target=keep_beating, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield

@@ -7,7 +7,6 @@ strings "nan", "inf" and "-inf", because JSON has none of them.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import threading
@@ -21,23 +20,14 @@ import attrs
 
 from nmoe.effects import files
 from nmoe.effects.record import names
+from nmoe.effects.terminal import warn
 from nmoe.errors import InputError
+from nmoe.pure.units import plain
 
 
 def now() -> str:
     """The time in UTC, ISO 8601 to the millisecond. A label, never a measure of duration."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def plain(value: Any) -> Any:
-    """`value` with every number that JSON cannot hold as a string."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
 
 
 @attrs.frozen(kw_only=True)
@@ -77,6 +67,35 @@ def open_lines(path: Path) -> Iterator[LineFile]:
 
 def _unheard(event: Mapping[str, Any]) -> None:
     """For a log nobody listens to."""
+
+
+class Console:
+    """The record of the screen. What is only shown ends no run: a line that cannot be written is the last one."""
+
+    def __init__(self, file: LineFile) -> None:
+        self._file: LineFile | None = file
+
+    def __call__(self, text: str) -> None:
+        """Append lines. Writes: the file."""
+        file, self._file = self._file, None  # a warning about this file is not recorded in it
+        if file is None:
+            return
+        try:
+            file.append(text)
+        except InputError as error:
+            warn(f"nmoe: {error}; the screen is recorded no further")
+        else:
+            self._file = file
+
+
+@contextmanager
+def open_console(folder: Path, rank: int) -> Iterator[Callable[[str], None]]:
+    """Open the record of the screen in a run folder; ranks but the first, which say nothing, record nothing."""
+    if rank:
+        yield lambda text: None
+        return
+    with open_lines(folder / names.CONSOLE) as file:
+        yield Console(file)
 
 
 @attrs.frozen(kw_only=True)

@@ -15,16 +15,20 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import Config
+from nmoe.config.sections import Log as LogConfig
 from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
 from nmoe.effects.record.alive import process_start
 from nmoe.effects.record.log import LineFile, Log, now, open_lines
 from nmoe.effects.record.names import ARRAYS, TELEMETRY
-from nmoe.effects.terminal import warn
+from nmoe.effects.terminal import say, warn
 from nmoe.errors import InputError
-from nmoe.pure.watch.alerts import History, Limits, Seen, judge
+from nmoe.pure.watch.alerts import History, Limits, Observation, judge
 from nmoe.pure.watch.metrics import Step
 
 GB = 1e9
+
+LEAST_LOADS = 50
+"""Columns of a heat map over time: a run with fewer shows no trend."""
 
 
 class Monitor:
@@ -45,6 +49,7 @@ class Monitor:
         self._heart = heart
         self._foot = foot
         self._arrays = arrays
+        self._arrays_every = arrays_every(config.log, config.train.steps)
         self._aside = aside
         self._writing: Future[None] | None = None  # the last line of loads
         self._history = history
@@ -67,15 +72,15 @@ class Monitor:
         Raises:  InputError when the loads before could not be written.
         """
         step = line.rank.step
-        self._heart.tell(step=step, status="running")
+        self._heart.update(step=step, status="running")
         self._foot.step(step, line.loss)
-        if self._reports % self._config.log.arrays_every == 0:
+        if self._reports % self._arrays_every == 0:
             header = {"attempt": self.log.attempt, "time": now(), "step": step, "tokens_global": line.tokens_global}
             self._written()
             # aside, for tens of thousands of counts take long to become text; a copy, for the trainer reuses its own
             self._writing = self._aside.submit(self._whole, {**header, "layers": line.experts.layer}, load.clone())
         self._reports += 1
-        seen = Seen(
+        observation = Observation(
             step=step,
             loss=line.loss,
             grad_norm=line.grad_norm,
@@ -86,7 +91,7 @@ class Monitor:
             wait=line.rank.times.get("data", 0.0) / line.rank.step_s,
             disk_bytes=self._disk_bytes,
         )
-        self._history, alerts = judge(self._limits, self._history, seen)
+        self._history, alerts = judge(self._limits, self._history, observation)
         for alert in alerts:
             self._alert({"rule": alert.rule, "step": step, "message": alert.message, "severity": alert.severity})
 
@@ -122,6 +127,7 @@ class Monitor:
 
     def _alert(self, alert: Mapping[str, Any]) -> None:
         self.log.event("alert", **alert)
+        say(f"alert          {alert['rule']} at step {alert['step']}: {alert['message']}")
         command = self._config.log.alert_command
         if command is None:
             return
@@ -136,7 +142,12 @@ class Monitor:
     def _hear(self, event: Mapping[str, Any]) -> None:
         self._foot.event(event)
         if event["event"] == "end":
-            self._heart.tell(status=event["status"], **({"step": event["step"]} if "step" in event else {}))
+            self._heart.update(status=event["status"], **({"step": event["step"]} if "step" in event else {}))
+
+
+def arrays_every(log: LogConfig, steps: int) -> int:
+    """Logged steps between loads of every expert; fewer than configured where `steps` would have under 50 of them."""
+    return min(log.arrays_every, max(1, steps // log.every // LEAST_LOADS))
 
 
 @contextmanager

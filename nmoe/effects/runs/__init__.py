@@ -1,1 +1,1 @@
-"""What run folders tell: lists, trackers, the dashboard."""
+"""What run folders hold: lists, trackers, the dashboard."""

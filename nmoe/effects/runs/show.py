@@ -1,4 +1,4 @@
-"""`nmoe runs`: what run folders tell of themselves. Reads text files only and never imports torch.
+"""`nmoe runs`: what run folders say. Reads text files only and never imports torch.
 
 A run folder is a folder with a `config.toml`. Its append-only files may be read while the run writes them: a last line
 without its line end is one being written, and is left out.
@@ -7,7 +7,6 @@ without its line end is one being written, and is left out.
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import math
@@ -21,13 +20,14 @@ from typing import Any
 import attrs
 
 from nmoe.effects import files
-from nmoe.effects.record import lines
+from nmoe.effects.record import address, lines
 from nmoe.effects.record.lines import Line
 from nmoe.effects.record.names import CONFIG, EVALS, EVENTS, METRICS, PROVENANCE
 from nmoe.effects.record.reading import MAX_ATTEMPT, MAX_SECONDS, MAX_STEP, toml_table, utc
 from nmoe.effects.runs import status as run_status
-from nmoe.effects.terminal import say, sparkline, table
+from nmoe.effects.terminal import say, say_json, sparkline, table
 from nmoe.errors import InputError, printable
+from nmoe.pure.units import plain
 from nmoe.pure.watch.metrics import metric, summary
 
 FOLLOW_S = 0.5
@@ -53,34 +53,44 @@ class Run:
     duration_s: float  # of all attempts
 
 
-def list_runs(root: Path) -> int:
+def list_runs(root: Path, as_json: bool = False) -> int:
     """Print the runs under `root`, newest first; behind a run what of it cannot be read, if anything.
 
     returns  exit code 0
     Raises:  InputError when there are none.
     """
     listed = sorted((_listed(folder) for folder in run_folders(root)), key=lambda entry: entry[0])
+    if as_json:
+        say_json([{**numbers, "problems": problems} for _, _, numbers, problems in listed])
+        return 0
     head = ("name", "status", "step", "loss", "val loss", "bits/byte", "tokens", "started (UTC)", "duration")
-    texts = table(head, [row for _, row, _ in listed], left=2).splitlines()
+    texts = table(head, [row for _, row, _, _ in listed], left=2).splitlines()
     say(texts[0])
-    for line, (_, _, problems) in zip(texts[1:], listed, strict=True):
+    for line, (_, _, _, problems) in zip(texts[1:], listed, strict=True):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         say(f"{line}  ! {printable(problems[0])}{more}" if problems else line)
     return 0
 
 
-def _listed(folder: Path) -> tuple[tuple[bool, float, str], tuple[str, ...], list[str]]:
-    """What a run is sorted by, its row in the list, and what of it cannot be read: nothing a folder holds takes down
-    the list of all."""
+def _listed(folder: Path) -> tuple[tuple[bool, float, str], tuple[str, ...], dict[str, Any], list[str]]:
+    """What a run is sorted by, its row in the list, its numbers, and what of it cannot be read: nothing a folder holds
+    takes down the list of all."""
     problems: list[str] = []
     try:
         run = read_run(folder, problems.append)
-        return _age(folder, run), tuple(map(printable, _row(folder, run))), problems
+        return _age(folder, run), tuple(map(printable, _row(folder, run))), _numbers(run), problems
     except InputError as error:
         problems += error.problems
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         problems.append(f"{folder}: expected what `nmoe run` writes, got {type(error).__name__}: {error}; move it away")
-    return _age(folder, None), (printable(folder.name), "unreadable", *"-------"), problems
+    unreadable = {"name": folder.name, "folder": str(folder), "status": "unreadable"}
+    return _age(folder, None), (printable(folder.name), "unreadable", *"-------"), unreadable, problems
+
+
+def _numbers(run: Run) -> dict[str, Any]:
+    """Where a run stands, for a program."""
+    about = attrs.asdict(run, filter=lambda field, _: field.name not in ("events", "metrics", "provenance"))
+    return {"name": run.folder.name, **about, "started": None if run.started is None else run.started.isoformat()}
 
 
 def _row(folder: Path, run: Run) -> tuple[str, ...]:
@@ -98,15 +108,19 @@ def _row(folder: Path, run: Run) -> tuple[str, ...]:
     )
 
 
-def show(root: Path, name: str) -> int:
+def show(root: Path, name: str, as_json: bool = False) -> int:
     """Print one run on one screen: where it stands, the loss as a sparkline, the experts at the last logged step.
 
     returns  exit code 0
     Raises:  InputError when there is no such run or it cannot be read.
     """
-    run = read_run(find(root, name))
+    run = read_run(address.find_run(name, root))
     start, end = _last(run.events, "event", "start"), _last(run.events, "event", "end")
     trained, validated = _last(run.metrics, "loss"), _last(run.metrics, "validation/loss")
+    if as_json:
+        ends = {"start": start and start.fields, "end": end and end.fields}
+        say_json({**_numbers(run), "latest": trained and trained.fields, **ends, "provenance": run.provenance})
+        return 0
     hardware, code = run.provenance.get("hardware", {}), run.provenance.get("code", {})
     parts = [
         ("run", f"{run.folder}  {run.status}"),
@@ -188,7 +202,7 @@ def export(root: Path, name: str, to: Path | None) -> int:
     returns  exit code 0
     Raises:  InputError when there is no such run, it has no metrics, cannot be read, or `to` cannot be written.
     """
-    run = read_run(find(root, name))
+    run = read_run(address.find_run(name, root))
     if not run.metrics:
         raise InputError(
             f"{run.folder / METRICS}: expected metrics to export, got none yet; wait for the first logged step"
@@ -211,13 +225,14 @@ def export(root: Path, name: str, to: Path | None) -> int:
     return 0
 
 
-def tail(root: Path, name: str, count: int, follow: bool) -> int:
+def tail(root: Path, name: str, count: int, follow: bool, as_json: bool = False) -> int:
     """Print the last `count` logged steps and events of a run, and with `follow` what comes until it ends.
 
+    as_json  print each as one line of JSON, as it is in its file
     returns  exit code 0
     Raises:  InputError when there is no such run or it cannot be read.
     """
-    folder = find(root, name)
+    folder = address.find_run(name, root)
     host = str(read_provenance(folder / PROVENANCE).get("hardware", {}).get("host", ""))
     printed: Counter[tuple[str, float | None]] = Counter()  # lines of a file and attempt
     first = True
@@ -236,7 +251,7 @@ def tail(root: Path, name: str, count: int, follow: bool) -> int:
             printed |= there
         fresh.sort(key=lambda line: str(line.fields.get("time", "")))
         for line in fresh[len(fresh) - min(count, len(fresh)) :] if first else fresh:
-            say(printable(_summary(line)))
+            say(json.dumps(plain(line.fields)) if as_json else printable(_summary(line)))
         if not going:
             return 0
         first = False
@@ -291,25 +306,8 @@ def _is_run(folder: Path) -> bool:
         return True
 
 
-def find(root: Path, name: str) -> Path:
-    """The run folder called `name`.
-
-    Raises:  InputError when `name` is a path or no run is called so.
-    """
-    if name in ("", ".", "..") or any(separator in name for separator in ("/", "\\", "\0")):
-        raise InputError(
-            f"run: expected a name of a folder in {root}, got {name!r}; write the name alone, and its folder as --root"
-        )
-    names = [folder.name for folder in run_folders(root)]
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        advice = f"did you mean {close[0]}?" if close else "see `nmoe runs list`"
-        raise InputError(f"run: expected a run in {root}, got {name!r}; {advice}")
-    return root / name
-
-
 def read_run(folder: Path, damaged: Callable[[str], None] = lines.refuse) -> Run:
-    """Everything a run folder tells.
+    """Everything in a run folder.
 
     damaged  takes what is wrong with a line that is no JSON object; the line is left out when it returns
 

@@ -85,6 +85,7 @@ def blank(
         documents=train.document_mask,
         exchange=exchange,
         accumulator=accumulator,
+        kernels=config.run.kernels,
     )
     env = environment(c, train.sequence_length, built)
     return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))

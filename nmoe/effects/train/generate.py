@@ -13,7 +13,9 @@ from nmoe.config.layers import load_model
 from nmoe.config.sections import MOST_TOKENS
 from nmoe.config.sections import Model as ModelConfig
 from nmoe.effects import files
+from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import weights
+from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.hf_export import COMPUTE
 from nmoe.effects.data.tokenizer import Tokenizer, encoding, load
 from nmoe.effects.device import gpu, ops
@@ -168,12 +170,13 @@ def check_room(network: Network, prompt: int, num_tokens: int, cached: bool) -> 
         )
 
 
-def open_network(folder: Path, device: str | None) -> tuple[Network, Tokenizer]:
+def open_network(folder: Path, device: str | None, checkpoint: Path | None = None) -> tuple[Network, Tokenizer]:
     """The weights and tokenizer of a run, or of what `nmoe import hf` wrote.
 
-    device   "cuda", "cpu", or None: the GPU if torch finds one. A model in bf16 runs by the kernels there, one in fp32,
-             for which there are none, by plain torch
-    Raises:  InputError when there are none, or the device cannot run them.
+    device      "cuda", "cpu", or None: the GPU if torch finds one. A model in bf16 runs by the kernels there, one in
+                fp32, for which there are none, by plain torch
+    checkpoint  of the run, to read in the place of its weights file
+    Raises:     InputError when there are none, or the device cannot run them.
     """
     if not files.is_file(folder / CONFIG):
         raise InputError(f"{folder}: expected config.toml of a run, got none; `nmoe runs list` shows the runs")
@@ -184,13 +187,17 @@ def open_network(folder: Path, device: str | None) -> tuple[Network, Tokenizer]:
             f"{folder}: expected a tokenizer of at most model.vocab_size = {c.vocab_size} ids, got {tokenizer.size}; "
             "restore its tokenizer.json"
         )
-    where = gpu.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    plain = precision.compute == "fp32"
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = gpu.device(name, kernels="torch" if plain else "triton")
     specs = model.specs(c)
-    params, router_bias = weights.read(
-        folder, specs, weights.formats_of(specs, model.dims(c), COMPUTE[precision.compute])
-    )
-    plain = where.type == "cuda" and precision.compute == "fp32"
-    env = environment(c, c.max_positions, None if plain else ops.build(where, c))
+    formats = weights.formats_of(specs, model.dims(c), COMPUTE[precision.compute])
+    if checkpoint is None:
+        params, router_bias = weights.read(folder, specs, formats)
+    else:
+        stored = weights.of_checkpoint(Disk(), checkpoint, manifests.read(Disk(), checkpoint), specs, formats)
+        params, router_bias = stored.params, stored.router_bias
+    env = environment(c, c.max_positions, None if plain and where.type == "cuda" else ops.build(where, c))
     params, router_bias, tables = tree.map(lambda _, leaf: leaf.to(where), (params, router_bias, env.tables))
     network = Network(
         params=params,
@@ -215,10 +222,12 @@ def main(
 ) -> int:
     """Print each prompt and its continuation: a single one as it comes, several in their order, whole.
 
+    folder      of a run, or of one of its checkpoints
     num_tokens  None: `DEFAULT_TOKENS`, or as many as the model has positions for
     """
     _check(num_tokens, sampling, stops)
-    network, tokenizer = open_network(folder, device)
+    checkpoint = manifests.find(folder)
+    network, tokenizer = open_network(checkpoint.parent.parent if checkpoint else folder, device, checkpoint)
     encoder = encoding(tokenizer)
     longest = max(len(encoder.encode_ordinary(prompt)) or 1 for prompt in prompts)
     room = network.config.max_positions + 1 - longest if cached else DEFAULT_TOKENS

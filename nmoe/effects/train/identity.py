@@ -58,9 +58,12 @@ def accepted(
         for key in accept
         if key not in known
     ]
+    in_shares = identity.config.schedule != identity.config.schedule_in_tokens()
     fixed = {dotted(path) for path, key in every_key(Config) if key.shapes}
     for difference in differences:
         path, remedy = difference.path, "set it back, or train under another run.name"
+        if in_shares and path.startswith("schedule.") and path.endswith("_tokens"):
+            remedy = "set train.steps back, the schedule is in shares of the run, or train under another run.name"
         if path not in fixed:
             remedy = f"{remedy.replace(', or', ',')}, or add --accept {path} to resume all the same"
         if path in fixed or path not in accept:

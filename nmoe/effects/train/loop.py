@@ -18,7 +18,7 @@ from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.ranks import Ranks, with_rank_note
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train.evaluate import Held, evaluate, even
-from nmoe.effects.train.outcome import EXIT_UNSAVED, end, record_failure
+from nmoe.effects.train.outcome import EXIT_UNSAVED, end, record_failure, sample_on_the_way
 from nmoe.effects.train.session import Session, Start
 from nmoe.effects.train.step import State
 from nmoe.pure.model.model import Batch, model_at
@@ -114,6 +114,12 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
             if in_row >= train.max_nonfinite_steps:
                 return state, validations, False
             clock.mark("log")
+
+        # Once in a while: a text. The last step's comes at the end, after its validation.
+        if config.sample.every and state.step % config.sample.every == 0 and not last:
+            sample_on_the_way(session, state)
+            session.heartbeat.beat()
+            clock.mark("validation")  # as a validation, no part of a step's time
 
 
 def _validator(session: Session) -> Callable[[State], Held | None]:

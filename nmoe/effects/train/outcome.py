@@ -19,7 +19,7 @@ from nmoe.effects.data.tokenizer import encoding
 from nmoe.effects.device import signals
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.names import CHECKPOINTS, WEIGHTS
-from nmoe.effects.terminal import say, warn
+from nmoe.effects.terminal import note, say, warn
 from nmoe.effects.train import generate, resume, zero
 from nmoe.effects.train.rewind import Rewind
 from nmoe.effects.train.session import Session
@@ -28,6 +28,7 @@ from nmoe.errors import InputError, printable
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
 from nmoe.pure.model.decode import Sampling
+from nmoe.pure.model.model import model_at
 from nmoe.pure.model.ops import Env
 from nmoe.pure.units import duration, quantity
 from nmoe.pure.watch.validations import Validation, Validations
@@ -47,7 +48,6 @@ EXIT_UNSAVED = 6
 SHOWING = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
 """What weights, tokenizers, terminals and disks raise while something is shown."""
 
-SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 96
 
 
@@ -109,8 +109,8 @@ def end(session: Session, state: State, validations: Validations, finite: bool, 
 
 
 @contextmanager
-def reported(what: str) -> Iterator[None]:
-    """All is saved: what fails in the block is reported in one line, and decides nothing.
+def reported(what: str, where: str = "end of the run", remedy: str = "all is saved, go on") -> Iterator[None]:
+    """What fails in the block is reported in one line, and decides nothing: the state is sound.
 
     what  is shown or written in it
     """
@@ -118,7 +118,7 @@ def reported(what: str) -> Iterator[None]:
         yield
     except SHOWING as error:
         problem = printable(str(error).partition("\n")[0])
-        warn(f"nmoe: end of the run: expected {what}, got {type(error).__name__}: {problem}; all is saved, go on")
+        warn(f"nmoe: {where}: expected {what}, got {type(error).__name__}: {problem}; {remedy}")
 
 
 def show(session: Session, state: State, last: Validation) -> None:
@@ -128,9 +128,20 @@ def show(session: Session, state: State, last: Validation) -> None:
         f"validation     {last.loss:.4f} nats against unigram {corpus.unigram:.4f}, bigram "
         f"{corpus.bigram:.4f}; {last.bits_per_byte:.4f} bits/byte"
     )
-    text = sample(session.config, corpus, state, session.env)
-    session.log.event("sample", step=state.step, prompt=SAMPLE_PROMPT, text=text)
-    say(f"sample         {SAMPLE_PROMPT!r} continued:\n{text}")
+    say_sample(session, state)
+
+
+def sample_on_the_way(session: Session, state: State) -> None:
+    """`say_sample` during the training, which goes on when it fails."""
+    with reported("a sample", f"step {state.step}", "the training goes on"):
+        say_sample(session, state)
+
+
+def say_sample(session: Session, state: State) -> None:
+    """Print and record a text that the model writes. It draws by a key of its own: the training's bits stay."""
+    prompt, text = session.config.sample.prompt, sample(session.config, session.corpus, state, session.env)
+    session.log.event("sample", step=state.step, prompt=prompt, text=text)
+    say(f"sample         of step {state.step}, {prompt!r} continued:\n{text}")
 
 
 def record_failure(session: Session, error: BaseException) -> None:
@@ -141,6 +152,8 @@ def record_failure(session: Session, error: BaseException) -> None:
     code = exit_code(error)
     status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
     text = f"{type(error).__name__}: {error}"
+    if not isinstance(error, SaveError):  # which is said at once
+        note("\n".join(f"nmoe: {problem}" for problem in getattr(error, "problems", (text,))))
     for act in (
         session.saver.settle,
         session.report.settle,
@@ -165,22 +178,22 @@ def exit_code(error: BaseException) -> int:
 
 def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:
     """Sample a short text from the trained model."""
-    encoder = encoding(corpus.tokenizer)
+    encoder, prompt = encoding(corpus.tokenizer), config.sample.prompt
     limit = config.train.sequence_length
     network = generate.Network(
         params=state.params,
         router_bias=state.router_bias,
         env=env,
-        config=attrs.evolve(config.model, max_positions=limit),
+        config=attrs.evolve(model_at(config.model, env, state.tokens), max_positions=limit),
         vocab_size=corpus.tokenizer.size,
     )
-    start = encoder.encode_ordinary(SAMPLE_PROMPT)
+    start = encoder.encode_ordinary(prompt) or [corpus.tokenizer.end_of_text]
     columns = generate.steps(
         network,
         [start],
         num_tokens=SAMPLE_TOKENS,
         sampling=Sampling(temperature=0.7),
-        keys=[Key(config.run.seed).fold("sample", SAMPLE_PROMPT)],
+        keys=[Key(config.run.seed).fold("sample", prompt)],
         cached=False,  # longer than the positions of a training on short sequences, and of any kind of attention
     )
     return encoder.decode([*start, *(column[0] for column in columns)])

@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from nmoe.config import Config
+from nmoe.effects import files
 from nmoe.effects.device import gpu
 from nmoe.effects.terminal import say, table
 from nmoe.effects.train.world import World
@@ -95,8 +96,8 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
     beside = path.with_name(f".{path.name}.part")
     profiler.export_chrome_trace(str(beside))
     os.replace(beside, path)
-    device = gpu.device(config.run.device)
-    floor = gpu.peak_flops(device)
+    device = gpu.device(config.run.device, kernels=config.run.kernels)
+    floor = gpu.peak_flops(device, files.home(os.environ))
     say(
         breakdown(
             parts(profiler.events() or [], config, watch.steps, floor, on_gpu=on_gpu), watch.seconds / watch.steps

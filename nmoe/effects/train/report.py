@@ -12,7 +12,7 @@ from nmoe.effects.device import gpu, process
 from nmoe.effects.parallel.exchange import Exchange
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.monitor import Monitor
-from nmoe.effects.terminal import say
+from nmoe.effects.terminal import say, width
 from nmoe.effects.train import resume
 from nmoe.effects.train.evaluate import Held
 from nmoe.effects.train.step import Metrics, State, learning_rates, tokens_per_step
@@ -20,6 +20,9 @@ from nmoe.pure.data.stages import Stream
 from nmoe.pure.model.route import health
 from nmoe.pure.units import duration
 from nmoe.pure.watch import metrics as schema
+
+ETA_RANK, PERCENT_RANK = 3, 10
+"""Ranks, as `schema.Metric.rank`, of what a step's line has beside its metrics."""
 
 
 @attrs.frozen(kw_only=True)
@@ -77,10 +80,9 @@ class Report:
         self.log.metrics(**fields)
         self.monitor.step(line, load)
         eta = rank.elapsed_s / (state.step - self.first_step) * (train.steps - state.step)
-        say(
-            f"step {state.step:>{len(str(train.steps))}}/{train.steps}  {100 * state.step / train.steps:5.1f} %  "
-            f"{schema.summary(fields)}  eta {duration(eta)}"
-        )
+        step = (0, f"step {state.step:>{len(str(train.steps))}}/{train.steps}")
+        percent = (PERCENT_RANK, f"{100 * state.step / train.steps:5.1f} %")
+        say(schema.fitting([step, percent, *schema.parts(fields), (ETA_RANK, f"eta {duration(eta)}")], width()))
         return spikes, skipped, in_row
 
     def mixture(self, planned: Stream, state: State) -> None:
@@ -129,4 +131,5 @@ class Report:
         )
         self.log.metrics(**fields)
         self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)
-        say(f"step {step}  {schema.summary(fields)}  {held.tokens} tokens")
+        about = [(0, f"step {step}"), *schema.parts(fields), (PERCENT_RANK, f"{held.tokens} tokens")]
+        say(schema.fitting(about, width()))

@@ -1,8 +1,8 @@
 """Resume: find the checkpoints of `train.resume`, restore a State from them, list the tensors of a State to save.
 
-"auto" resumes in the run folder of this name, if there is one; "never" wants a new folder; a path is a run or a
-checkpoint to resume from. A path into the run's own folder takes the run back to that checkpoint. Another path is where
-a new folder starts; once that has a checkpoint of its own, it resumes from there.
+"auto" resumes in the run folder of this name, if there is one; "never" wants a new folder; the name of another run or a
+path is the run or checkpoint to resume from. A path into the run's own folder takes the run back to that checkpoint.
+Another path is where a new folder starts; once that has a checkpoint of its own, it resumes from there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nmoe.effects.checkpoint.manifest import DTYPES, Manifest, find, read
 from nmoe.effects.checkpoint.weights import Weights
 from nmoe.effects.device import buffers
 from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks
+from nmoe.effects.record import address
 from nmoe.effects.record.names import CHECKPOINTS
 from nmoe.effects.train import zero
 from nmoe.effects.train.identity import Identity, accepted, values
@@ -87,7 +88,7 @@ def origin(resume: str, run_folder: Path) -> Origin | None:
         return None
     if resume == "auto":
         return Origin(folder=own, single=False) if exists else None
-    named = _named(files.expanded(resume))
+    named = _named(address.resolved(resume, run_folder.parent))
     is_own = run_folder.resolve() in named.folder.resolve().parents
     if not is_own and reader.has_any(Disk(), own):
         return Origin(folder=own, single=False)

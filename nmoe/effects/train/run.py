@@ -25,8 +25,8 @@ from nmoe.effects.device import gpu, ops, process, signals
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.launch import from_environment, open_rank_heartbeat
 from nmoe.effects.parallel.ranks import check_machine, on_all_ranks, open_ranks, with_rank_note
-from nmoe.effects.record import provenance
-from nmoe.effects.record.log import create_folder, open_log
+from nmoe.effects.record import address, provenance
+from nmoe.effects.record.log import create_folder, open_console, open_log
 from nmoe.effects.record.monitor import watching
 from nmoe.effects.record.names import CHECKPOINTS, CONFIG, DIFF, LEFT_OUT, PROVENANCE, SOURCES
 from nmoe.effects.terminal import say, until_closed
@@ -48,8 +48,9 @@ from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.units import quantity
 from nmoe.pure.watch.alerts import History
 
-ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": H100.mfu})
-"""What the estimate before the first step assumes: about what docs/log.md has of each device."""
+ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": H100.mfu, "torch": 0.1})
+"""What the estimate before the first step assumes: about what docs/log.md has of each device; nobody measured a GPU in
+plain torch yet."""
 
 
 @attrs.frozen(kw_only=True)
@@ -122,11 +123,16 @@ def connect(config: Config, scope: ExitStack) -> Connected:
         nowhere = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
         scope.enter_context(redirect_stdout(nowhere))
     with with_rank_note(f"rank {launch.rank}" if launch.world > 1 else ""):
-        device = gpu.device(config.run.device, launch.local_rank, launch.local_world)
+        kernels = config.run.kernels
+        device = gpu.device(config.run.device, launch.local_rank, launch.local_world, kernels=kernels)
         check_machine(launch, expert_ranks, cuda=device.type == "cuda")
         ranks = scope.enter_context(open_ranks(launch, expert_ranks, device, config.parallel.timeout_s))
     runtime = process.Runtime(
-        device=device, rank=launch.rank, world=launch.world, peak_flops=gpu.peak_flops(device), ranks=ranks
+        device=device,
+        rank=launch.rank,
+        world=launch.world,
+        peak_flops=gpu.peak_flops(device, launch.home),
+        ranks=ranks,
     )
     on_all_ranks(ranks, lambda: check_same(ranks, {**provenance.versions(), **facts(config)}))
     return Connected(launch=launch, runtime=runtime, heartbeat=heartbeat)
@@ -156,7 +162,7 @@ def open_data(request: Request, connected: Connected) -> Job:
     planned = plan(
         config,
         blueprint,
-        mfu=ASSUMED_MFU[rt.device.type],
+        mfu=ASSUMED_MFU["torch" if config.run.kernels == "torch" and rt.device.type == "cuda" else rt.device.type],
         peak_flops=rt.peak_flops,
         dedup=parallel.dedup,
         capacity=parallel.room(),
@@ -194,7 +200,8 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
         else:
             initialise_(config, blueprint, state, rt)
             if config.train.warm_start is not None:
-                start = weights.of_path(request.world.fs, files.expanded(config.train.warm_start), blueprint)
+                where = address.resolved(config.train.warm_start, files.expanded(config.run.root))
+                start = weights.of_path(request.world.fs, where, blueprint)
                 resume.put_(state, blueprint, start, ranks)
         if state.step > config.train.steps:
             raise InputError(
@@ -276,8 +283,9 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
 
     # From here on there is something to save, whatever ends the run.
     stop = scope.enter_context(signals.stop_on_signals(config.checkpoint.grace_s, overdue))
-    scope.enter_context(until_closed(closed))
-    say("\n".join((banner(config, job.plan, corpus, job.folder), *ops.unmeasured(rt.device, config.model))))
+    console = scope.enter_context(open_console(job.folder, rt.rank))
+    scope.enter_context(until_closed(closed, console))
+    say("\n".join((banner(config, job.plan, corpus, job.folder), *_unmeasured(config, rt))))
 
     env = request.world.env(start.env)
     ahead = prefetching(corpus.read, batch_size=config.train.batch_size, depth=config.data.prefetch, device=rt.device)
@@ -358,6 +366,11 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         stop=stop,
         heartbeat=connected.heartbeat,
     )
+
+
+def _unmeasured(config: Config, rt: process.Runtime) -> tuple[str, ...]:
+    """What to say of the ops before the first step."""
+    return ops.unmeasured(rt.device, config.model, kernels=config.run.kernels)
 
 
 def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:

@@ -13,6 +13,7 @@ from nmoe.effects.record.log import Log
 from nmoe.effects.terminal import say
 from nmoe.effects.train.step import State
 from nmoe.pure.checkpoint.pieces import Piece
+from nmoe.pure.units import quantity
 from nmoe.pure.watch.validations import Validations
 
 
@@ -116,6 +117,8 @@ class Saver:
             stall_s = self._stall_s if self._settings.asynchronous else time.monotonic() - self._since
             numbers = {"step": saved.step, "bytes": saved.bytes, "seconds": saved.seconds, "stall_s": stall_s}
             self._log.event("checkpoint", **numbers, checkpoint=saved.name)
+            took = f"{quantity(saved.bytes, 'B')} in {saved.seconds:.2f} s, of which the steps waited {stall_s:.2f} s"
+            say(f"checkpoint     of step {saved.step} saved, {took}")
 
     def _raise_failure(self) -> None:
         """Raise a failure that is known, when the config says so. Writes: that it is dealt with."""

@@ -145,7 +145,7 @@ def tokens_per_step(config: Config) -> int:
 
 def learning_rates(config: Config, tokens: int) -> dict[str, float]:
     """Learning rate of each optimizer group in the step that brings the run to `tokens` tokens."""
-    share = factor(tokens, config.schedule)
+    share = factor(tokens, config.schedule_in_tokens())
     return {group: share * getattr(config.optim, group).lr for group in ("dense", "expert", "router")}
 
 
@@ -197,7 +197,7 @@ def make_step(
         blueprint=blueprint,
         env=env,
         rt=rt,
-        passes=ops.arena_ops(rt.device),
+        passes=ops.arena_ops(rt.device, config.run.kernels),
         run=run,
         mark=mark,
         before_update=before_update,

@@ -1,4 +1,4 @@
-"""What GPUs and the wires between them can do: constants with their sources, and the time of a message.
+"""What GPUs and the links between them can do: constants with their sources, and the time of a message.
 
 Alpha-beta model: a message of n bytes takes alpha + n / beta. Beta counts bytes on the wire, of one GPU, in one
 direction, while the other direction is as busy.

@@ -95,18 +95,18 @@ def activation_bytes(
     element  bytes of an activation
     square   whether attention keeps its probabilities
     """
-    width, wide = c.hidden_size, 4
+    width, fp32 = c.hidden_size, 4
     shape = {"hidden": width, "sequence_length": sequence_length, "element": element, "square": square}
     attention = sum(kind.kept_bytes(section, **shape) for kind, section in layers(c, kinds))
-    norms = 2 * 2 * width * wide + width * element  # both keep their input in fp32 and the scaled input
+    norms = 2 * 2 * width * fp32 + width * element  # both keep their input in fp32 and the scaled input
     dense = 4 * dims["I"] * element
-    rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * wide
-    routed = width * wide + 6 * dims["E"] * wide + rows + 4 * dims["S"] * element
+    rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * fp32
+    routed = width * fp32 + 6 * dims["E"] * fp32 + rows + 4 * dims["S"] * element
     mixtures, depth = len(c.mixtures()), c.depth()
     blocks = c.num_layers + depth
     a_token = attention + blocks * norms + (blocks - mixtures) * dense + mixtures * routed
-    ahead = 3 * (2 * width * wide) + 2 * width * element + width * element
-    return tokens * (a_token + 3 * width * wide + depth * ahead)
+    ahead = 3 * (2 * width * fp32) + 2 * width * element + width * element
+    return tokens * (a_token + 3 * width * fp32 + depth * ahead)
 
 
 def kernel_activation_bytes(
@@ -127,7 +127,7 @@ def kernel_activation_bytes(
     rows       (token, expert) pairs the rank's experts have room for
     recompute  train.recompute
     """
-    width, wide, element = c.hidden_size, 4, 2
+    width, fp32, element = c.hidden_size, 4, 2
     kept = [_kernel_attention_bytes(*layer, sequence_length=sequence_length) for layer in layers(c, kinds)]
     attention, norms = zip(*kept, strict=True)
     mixtures, depth = len(c.mixtures()), c.depth()
@@ -139,7 +139,7 @@ def kernel_activation_bytes(
     a_token = (
         blocks * 2 * width * element  # the residual stream before each norm
         + num_dense * 2 * dense * element
-        + mixtures * (width * wide + 6 * dims["E"] * wide + 2 * shared * element)
+        + mixtures * (width * fp32 + 6 * dims["E"] * fp32 + 2 * shared * element)
     )
     others = tokens * a_token + mixtures * routed
     again = tokens * (made_again + (num_dense * dense + mixtures * shared) * element)
@@ -219,7 +219,7 @@ def plan(
     )
     arena, rows = exchange_arena.fields(sizes) if expert_ranks > 1 else None, sizes.capacity
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
-    if config.run.device == "cuda":
+    if config.run.device == "cuda" and config.run.kernels == "triton":
         activations = kernel_activation_bytes(
             c,
             dims,
@@ -243,7 +243,7 @@ def plan(
     if config.optim.qk_clip is not None:
         activations += score_bytes(c.attention, train.microbatch_size, train.sequence_length, element=element)
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
-    total = train.steps * train.batch_size * train.sequence_length
+    total = config.tokens()
     shares = [(arena, arena.held()) for arena in arenas]
     return Plan(
         parameters=blueprint.parameters,

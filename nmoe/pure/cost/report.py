@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from nmoe.config import Config, Mixed, Model
+from nmoe.config.check import no_decay
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.cost.scale import Scaled
 from nmoe.pure.cost.traffic import Traffic
@@ -83,6 +84,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
             "rank's host memory",
         ),
         ("tokens", f"{quantity(planned.tokens)}  {train.steps} steps of {quantity(planned.tokens_per_step)}"),
+        *(("schedule", text) for text in no_decay(config)),
     )
 
 
@@ -192,7 +194,7 @@ def _pair(left: str, right: str) -> str:
 
 
 def _total(traffic: Traffic) -> float:
-    """Bytes over both wires."""
+    """Bytes over both links."""
     return traffic.inside + traffic.between
 
 
@@ -260,18 +262,18 @@ def _by_size(bests: tuple[Scaled, ...]) -> Grid:
 def _assumed(s: Scaled) -> tuple[Line, ...]:
     """What the figures rest on."""
     machine = s.machine
-    wires = (
+    links = (
         ("rows in a host", machine.push),
         ("NCCL in a host", machine.collective),
         ("between hosts", machine.network),
     )
-    used = wires if s.arrangement.hosts > 1 else wires[:2]
+    used = links if s.arrangement.hosts > 1 else links[:2]
     texts = (
         f"{name}: {time_of(wire.alpha_s)} + bytes / {quantity(wire.bytes_per_s, 'B/s')}, {wire.source}"
         for name, wire in used
     )
     return (
-        *_named("wires", texts),
+        *_named("links", texts),
         (
             "assumed",
             f"computing alone runs at {100 * s.plan.mfu:.0f} % MFU; routing is even; room for "

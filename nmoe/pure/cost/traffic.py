@@ -70,7 +70,7 @@ def exchange(*, rows: float, row_bytes: int, ranks: int, ranks_per_host: int) ->
 
 
 def exchange_seconds(traffic: Traffic, machine: Machine) -> float:
-    """Of one exchange of rows, its signal included: both wires at once, the slower one counts."""
+    """Of one exchange of rows, its signal included: both links at once, the slower one counts."""
     return max(machine.push.seconds(traffic.inside), machine.network.seconds(traffic.between))
 
 
@@ -87,5 +87,5 @@ def collective(*, num_bytes: float, ranks_per_host: int, hosts: int) -> Traffic:
 
 
 def collective_seconds(traffic: Traffic, machine: Machine) -> float:
-    """Of one collective that is cut into pieces, so that both wires are busy at once."""
+    """Of one collective that is cut into pieces, so that both links are busy at once."""
     return max(machine.collective.seconds(traffic.inside), machine.network.seconds(traffic.between))

@@ -37,9 +37,9 @@ def bigram_loss(train: NDArray[Any], held_out: NDArray[Any], vocab_size: int) ->
     pairs, counts = np.unique(_pairs(train, vocab_size), return_counts=True)
     wanted, repeats = np.unique(_pairs(held_out, vocab_size), return_counts=True)
     before, after = wanted // vocab_size, wanted % vocab_size
-    seen = np.searchsorted(pairs, wanted + 1) - np.searchsorted(pairs, wanted) > 0
+    known = np.searchsorted(pairs, wanted + 1) - np.searchsorted(pairs, wanted) > 0
     pair_count = np.zeros(len(wanted))
-    pair_count[seen] = counts[np.searchsorted(pairs, wanted[seen])]
+    pair_count[known] = counts[np.searchsorted(pairs, wanted[known])]
     before_count = np.bincount(train[:-1], minlength=vocab_size)[before]
     back_off = _unigram(train, vocab_size)[after]
     return min(
@@ -67,5 +67,5 @@ def _unigram(train: NDArray[Any], vocab_size: int) -> NDArray[np.float64]:
 
 def _pairs(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
     """Each token and the next as one number."""
-    wide = tokens.astype(np.int64)
-    return wide[:-1] * vocab_size + wide[1:]
+    token = tokens.astype(np.int64)
+    return token[:-1] * vocab_size + token[1:]

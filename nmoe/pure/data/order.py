@@ -138,8 +138,8 @@ def turns(shares: Sequence[int]) -> Turns:
     return nodes[0][2]
 
 
-def turn(tree: Turns, position: int) -> tuple[int, int]:
-    """Whose turn `position` is, and how many turns that source had before.
+def source_at(tree: Turns, position: int) -> tuple[int, int]:
+    """The source of `position`, and how many positions that source had before.
 
     position  0 <= position < tree.count
     Cost:     the depth of the leaf, about log2(count / share) small integer divisions.

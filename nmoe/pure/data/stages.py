@@ -158,7 +158,7 @@ def windows_read(stages: Sequence[Stage], position: int) -> tuple[tuple[int, ...
     )
 
 
-def choose(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]:
+def select(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]:
     """Which windows stand at positions `first` to `first` + `num`, gathered by source.
 
     Every position is computed by itself, from integers; nothing is kept between calls.
@@ -179,11 +179,11 @@ def choose(stream: Stream, first: int, num: int, key: Key) -> tuple[Chosen, ...]
 
 
 def _stretch(stream: Stream, first: int, num: int, key: Key, place: int) -> list[Chosen]:
-    """`choose` of a stretch with nothing left out, whose first window stands at `place`."""
+    """`select` of a stretch with nothing left out, whose first window stands at `place`."""
     reads: list[tuple[int, int, int]] = []
     for stage in stream.stages:
         for position in range(max(first, stage.first), min(first + num, stage.end())):
-            source, earlier = order.turn(stage.turns, position - stage.first)
+            source, earlier = order.source_at(stage.turns, position - stage.first)
             reads.append((source, stage.before[source] + earlier, place + position - first))
     chosen: list[Chosen] = []
     for source, group in groupby(sorted(reads), key=lambda read: read[0]):

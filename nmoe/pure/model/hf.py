@@ -1,4 +1,4 @@
-"""The model in the words of Hugging Face: settings, names and shapes of `deepseek_v3`, both ways.
+"""The model in the words of Hugging Face: settings, names and shapes of a model type, both ways.
 
 Values only: `transformers` is not imported here, and nothing is read or written.
 """
@@ -17,51 +17,18 @@ from torch import Tensor
 from nmoe.config import sections
 from nmoe.config.check import validate_model
 from nmoe.config.convert import structure
-from nmoe.config.fields import flat
+from nmoe.config.fields import flat, table
 from nmoe.config.toml import dotted
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
 from nmoe.pure.model import model
-from nmoe.pure.model.attention import KINDS, Hf
-from nmoe.pure.model.hf_leaf import Leaf, gated, matrix, repeated, same, scaled, stacked
+from nmoe.pure.model.attention import layers
+from nmoe.pure.model.hf_families import FAMILIES, GATED, Family, hf_of, type_of
+from nmoe.pure.model.hf_leaf import Leaf, matrix, repeated, same, scaled, stacked, zeros
 from nmoe.pure.model.model import Transformer
 
 ROUTER_BIAS = "router_bias"
 """The router bias [L E] among the parameters' paths."""
-
-KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "vocab_size": ("vocab_size",),
-        "hidden_size": ("hidden_size",),
-        "num_hidden_layers": ("num_layers",),
-        "first_k_dense_replace": ("num_dense_layers",),
-        "intermediate_size": ("intermediate_size",),
-        "max_position_embeddings": ("max_positions",),
-        "rms_norm_eps": ("norm_eps",),
-        "n_routed_experts": ("moe", "num_experts"),
-        "num_experts_per_tok": ("moe", "top_k"),
-        "n_shared_experts": ("moe", "num_shared_experts"),
-        "moe_intermediate_size": ("moe", "intermediate_size"),
-        "n_group": ("moe", "num_groups"),
-        "topk_group": ("moe", "top_k_groups"),
-        "norm_topk_prob": ("moe", "normalize"),
-        "routed_scaling_factor": ("moe", "route_scale"),
-    }
-)
-"""Key of `config.json` -> where it is in the section Model."""
-
-FIXED: Mapping[str, Any] = MappingProxyType(
-    {
-        "model_type": "deepseek_v3",
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "moe_layer_freq": 1,
-    }
-)
-"""Keys of `config.json` of which there is one value here. vLLM takes softmax, and no bias, where the two of the router
-are absent."""
 
 
 DEPTH = "num_nextn_predict_layers"
@@ -83,21 +50,63 @@ class Part:
         return {name: tuple(tensor.shape) for name, tensor in split.items()}
 
 
+GPT_OSS = "experts are a clamped SwiGLU with biases, and attention and router have biases, which nmoe has not"
+"""Why a model of grouped queries is none of gpt_oss."""
+
+TRAINING = (
+    *("embedding_scale", "logit_scale", "moe.balance", "moe.bias_update_rate", "moe.bias_decay"),
+    *("moe.sequence_balance", "attention.index_loss", "attention.index_warmup_tokens"),
+    *("mtp.weight", "mtp.later_weight", "mtp.switch_tokens"),
+)
+"""Keys of the section Model that are for training, or are folded into the weights: they are in no `config.json`."""
+
+
 def settings(c: sections.Model) -> dict[str, Any]:
-    """`config.json` but for the number format, which is also keyword arguments of `transformers.DeepseekV3Config`.
+    """`config.json` but for the number format, which is also keyword arguments of the config class of `transformers`.
 
     The ids of special tokens are the tokenizer's business and None here.
+
+    Raises:  InputError when no model type has the model, with each key that is another there.
     """
-    values = {theirs: _at(c, path) for theirs, path in KEYS.items()}
-    return {
-        **values,
-        **FIXED,
+    name, family = family_of(c)
+    said = {
+        "model_type": name,
+        **{theirs: _at(c, path) for theirs, path in family.keys.items()},
+        **family.fixed,
         DEPTH: c.depth(),
-        **_names(c.attention).settings(c.attention),
+        **family.settings(c),
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    ours, back = (
+        {dotted(path): value for path, value in flat(table(each))} for each in (family.canonical(c), model_of(said))
+    )
+    wrong = [key for key in ours | back if key not in TRAINING and ours.get(key) != back.get(key)]
+    if wrong:
+        raise InputError(
+            *(
+                f"model.{key}: expected {json.dumps(back.get(key))}, which {name} has, got "
+                f"{json.dumps(ours.get(key))}; it cannot be exported"
+                for key in wrong
+            )
+        )
+    return said
+
+
+def family_of(c: sections.Model) -> tuple[str, Family]:
+    """The model type that a model is exported as.
+
+    Raises:  InputError when there is none.
+    """
+    name = type_of(c)
+    if name is None:
+        kinds = ", ".join(type(section).__name__ for section in c.attentions().values())
+        raise InputError(
+            f"model.attention: expected the attention of one of {', '.join(FAMILIES)}, got {kinds}; "
+            + (f"of gpt_oss {GPT_OSS}" if "Gqa" in kinds else "no other can be exported")
+        )
+    return name, FAMILIES[name]
 
 
 def parts(c: sections.Model) -> tuple[Part, ...]:
@@ -109,15 +118,16 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
 
     Raises:  InputError for multi-token prediction that they cannot say: behind a `logit_scale`, or without experts.
     """
+    name, family = family_of(c)
     if c.mtp is not None and c.logit_scale != 1:
         raise InputError(
-            f"model.logit_scale: expected 1.0 beside model.mtp, got {c.logit_scale}; deepseek_v3 has no such factor, "
+            f"model.logit_scale: expected 1.0 beside model.mtp, got {c.logit_scale}; {name} has no such factor, "
             "and its layer of multi-token prediction would read the hidden state times it"
         )
     if c.mtp is not None and not c.mixtures():
         raise InputError(
             f"model.num_dense_layers: expected below num_layers = {c.num_layers} beside model.mtp, got "
-            f"{c.num_dense_layers}; in deepseek_v3 a layer of multi-token prediction has experts"
+            f"{c.num_dense_layers}; in {name} a layer of multi-token prediction has experts"
         )
     dims, mixtures = model.dims(c), c.mixtures()
     sizes = {path: spec.shape(dims) for path, spec in tree.leaves(model.specs(c))}
@@ -130,25 +140,29 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
         scaled("model.embed_tokens.weight", c.embedding_scale), *(f"{at}embed_tokens.weight" for at in further)
     )
     parts = [whole("embed", embed)]
-    for layer in range(c.num_layers + c.depth()):
+    for layer, (_, section) in enumerate(layers(c)):
         depth = layer - c.num_layers
         ours, theirs = f"mtp.{depth}.block." if depth >= 0 else f"blocks.{layer}.", f"model.layers.{layer}."
         leaves = {"attention_norm": same("input_layernorm.weight"), "ffn_norm": same("post_attention_layernorm.weight")}
-        for path, leaf in _names(c.attention).leaves(c.attention).items():
+        for path, leaf in hf_of(type(section)).leaves(section).items():
             leaves[f"attention.{path}"] = leaf.under("self_attn.")
         if layer not in mixtures:
-            leaves |= {f"ffn.{path}": leaf.under("mlp.") for path, leaf in MLP.items()}
+            leaves |= {f"ffn.{path}": leaf.under("mlp.") for path, leaf in GATED.items()}
             experts = {}
         else:
-            leaves["ffn.router"] = matrix("mlp.gate.weight")
+            leaves["ffn.router"] = matrix("gate.weight").under(family.mixture)
             if c.moe.num_shared_experts:
-                leaves |= {f"ffn.shared.{path}": leaf.under("mlp.shared_experts.") for path, leaf in MLP.items()}
-            experts = MLP
+                prefix = f"{family.mixture}shared_experts."
+                leaves |= {f"ffn.shared.{path}": leaf.under(prefix) for path, leaf in GATED.items()}
+            experts = family.expert
         parts += [whole(ours + path, leaf.under(theirs)) for path, leaf in leaves.items()]
         for path in experts:
             num_experts, *shape = sizes[f"{ours}ffn.{path}"]
             for expert in range(num_experts):
-                leaf = _expert(path, expert, shared=c.moe.num_shared_experts > 0).under(f"{theirs}mlp.")
+                leaf = experts[path].under(f"experts.{expert}.")
+                if not expert and not c.moe.num_shared_experts:
+                    leaf = _with_no_shared(leaf, path)
+                leaf = leaf.under(theirs + family.mixture)
                 parts.append(Part(path=f"{ours}ffn.{path}", index=expert, shape=tuple(shape), leaf=leaf))
     for depth, theirs in enumerate(further):
         parts += [whole(f"mtp.{depth}.{path}", leaf.under(theirs)) for path, leaf in AHEAD.items()]
@@ -156,7 +170,8 @@ def parts(c: sections.Model) -> tuple[Part, ...]:
     head = repeated(matrix("lm_head.weight"), *(f"{theirs}shared_head.head.weight" for theirs in further))
     parts.append(whole("head", head))
     for row, layer in enumerate(mixtures):
-        leaf = same(f"model.layers.{layer}.mlp.gate.e_score_correction_bias")
+        leaf = same("gate.e_score_correction_bias") if family.has_bias else zeros(ROUTER_BIAS, (c.moe.num_experts,))
+        leaf = leaf.under(f"model.layers.{layer}.{family.mixture}")
         parts.append(Part(path=ROUTER_BIAS, index=row, shape=(c.moe.num_experts,), leaf=leaf))
     return tuple(parts)
 
@@ -175,11 +190,6 @@ def tensors(p: Transformer, router_bias: Tensor, c: sections.Model) -> Iterator[
         yield from part.leaf.split(value if part.index is None else value[part.index]).items()
 
 
-MLP: Mapping[str, Leaf] = MappingProxyType(
-    {"up": gated("gate_proj.weight", "up_proj.weight"), "down": matrix("down_proj.weight")}
-)
-"""A gated MLP."""
-
 AHEAD: Mapping[str, Leaf] = MappingProxyType(
     {
         "embed_norm": same("enorm.weight"),
@@ -191,12 +201,9 @@ AHEAD: Mapping[str, Leaf] = MappingProxyType(
 """Of a layer of multi-token prediction, what stands beside its block."""
 
 
-def _expert(path: str, index: int, *, shared: bool) -> Leaf:
-    """One routed expert's `path`. Without shared experts theirs have zero width, and go with the first routed one."""
-    leaf = MLP[path].under(f"experts.{index}.")
-    if shared or index:
-        return leaf
-    empty = MLP[path].under("shared_experts.")
+def _with_no_shared(leaf: Leaf, path: str) -> Leaf:
+    """A routed expert's, with the shared experts' of zero width, which theirs have where ours has none."""
+    empty = GATED[path].under("shared_experts.")
 
     def split(ours: Tensor) -> dict[str, Tensor]:
         return leaf.split(ours) | empty.split(ours[..., :0] if path == "up" else ours[:0])
@@ -205,7 +212,7 @@ def _expert(path: str, index: int, *, shared: bool) -> Leaf:
 
 
 def state_dict(p: Transformer, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:
-    """Every parameter, and the router bias, under the names of `DeepseekV3ForCausalLM` in memory (transformers 5).
+    """Every parameter, and the router bias, under the names of a DeepSeek in memory (transformers 5).
 
     The experts of a layer are one tensor there, and multi-token prediction is left out.
 
@@ -241,28 +248,34 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
 
     Raises:  InputError with every key that is missing, unknown, or has a value that nmoe has no model for.
     """
-    names = _names()
-    problems = [f"{key}: expected a value, got nothing; write it" for key in ("model_type", *KEYS) if key not in config]
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        got = f"gpt_oss, whose {GPT_OSS}" if name == "gpt_oss" else name if isinstance(name, str) else json.dumps(name)
+        raise InputError(f"model_type: expected one of {', '.join(FAMILIES)}, got {got}; nmoe has no other")
+    family = FAMILIES[name]
+    problems = [f"{key}: expected a value, got nothing; write it" for key in family.keys if key not in config]
     problems += [
         f"{key}: expected {json.dumps(value)}, got {json.dumps(config[key])}; nmoe has no other"
-        for key, value in FIXED.items()
+        for key, value in family.fixed.items()
         if config.get(key, value) != value
     ]
-    attention, wrong = names.section(config)
+    if not family.ahead and config.get(DEPTH, 0) != 0:
+        problems.append(f"{DEPTH}: expected 0, got {json.dumps(config[DEPTH])}; nmoe has no other for {name}")
+    own, wrong = family.read(config)
     problems += wrong
-    known = {*KEYS, *FIXED, *names.keys, *BOOKKEEPING, DEPTH}
+    known = {"model_type", *family.keys, *family.fixed, *family.known, *BOOKKEEPING, DEPTH}
     problems += [
-        f"{key}: expected a key of deepseek_v3 that nmoe knows, got {json.dumps(value)}; remove it if no logit changes"
+        f"{key}: expected a key of {name} that nmoe knows, got {json.dumps(value)}; remove it if no logit changes"
         for key, value in config.items()
         if key not in known
     ]
-    tables: dict[str, Any] = {"attention": {"kind": "mla", **attention}, "moe": {}}
-    for key, path in KEYS.items():
+    tables: dict[str, Any] = {**own, "moe": dict(own.get("moe", {}))}
+    for key, path in family.keys.items():
         (tables["moe"] if path[0] == "moe" else tables)[path[-1]] = config.get(key, 0)
     if config.get(DEPTH, 0) != 0:
         tables["mtp"] = {"depth": config[DEPTH]}
     problems += [
-        f"{_theirs(path)}: expected one value, got {json.dumps(value)}; write a number"
+        f"{_theirs(path, family)}: expected one value, got {json.dumps(value)}; write a number"
         for path, value in flat(tables)
         if not isinstance(value, bool | int | float | str)
     ]
@@ -270,34 +283,16 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
         raise InputError(*problems)
     section = structure(tables, sections.Model)
     if isinstance(section, tuple):
-        raise InputError(*(f"{_theirs(fault.path)}: {fault.text}" for fault in section))
+        raise InputError(*(f"{_theirs(fault.path, family)}: {fault.text}" for fault in section))
     if unfit := validate_model(section):
         raise InputError(*unfit)
     return section
 
 
-def _theirs(path: tuple[str, ...]) -> str:
+def _theirs(path: tuple[str, ...], family: Family) -> str:
     """The key of `config.json` behind a path in the section Model, where it is not the same word."""
-    named = {**KEYS, DEPTH: ("mtp", "depth")}
+    named = {**family.keys, DEPTH: ("mtp", "depth")}
     return next((key for key, ours in named.items() if ours == path), dotted(path))
-
-
-def _names(c: Any = None) -> Hf:
-    """What a kind of attention, that of `deepseek_v3` or of a section, is in a Hugging Face folder.
-
-    Raises:  InputError for one that they do not have.
-    """
-    section = sections.Mla if c is None else type(c)
-    names = KINDS[section].hf if section in KINDS else None
-    if names is None:
-        raise InputError(
-            f"model.attention: expected a kind that deepseek_v3 has, got {section.__name__}; only mla can be exported"
-        )
-    if isinstance(c, sections.Mla) and c.position == "none":
-        raise InputError(
-            'model.attention: expected a kind that deepseek_v3 has, got position = "none"; it rotates every key'
-        )
-    return names
 
 
 def _at(c: Any, path: tuple[str, ...]) -> Any:

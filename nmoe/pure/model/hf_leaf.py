@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import torch
@@ -55,12 +55,54 @@ def columns(sizes: Mapping[str, int]) -> Leaf:
     )
 
 
+def along(leaves: Sequence[Leaf], axis: int) -> Leaf:
+    """Leaves side by side along an axis of ours that theirs have not."""
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {}
+        for leaf, part in zip(leaves, ours.unbind(axis), strict=True):
+            named |= leaf.split(part)
+        return named
+
+    return Leaf(split=split, join=lambda theirs: torch.stack([leaf.join(theirs) for leaf in leaves], dim=axis))
+
+
+def ordered(leaf: Leaf, order: Sequence[int], axis: int) -> Leaf:
+    """A leaf of which they have the entries along an axis of ours in another order: theirs i is our `order[i]`."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+
+    def taken(tensor: Tensor, places: Sequence[int]) -> Tensor:
+        return tensor.index_select(axis, torch.tensor(places, device=tensor.device))
+
+    return Leaf(
+        split=lambda ours: leaf.split(taken(ours, order)), join=lambda theirs: taken(leaf.join(theirs), inverse)
+    )
+
+
+def shaped(leaf: Leaf, theirs: tuple[int, ...], ours: tuple[int, ...]) -> Leaf:
+    """A leaf of which they have another shape, the numbers in the same order."""
+    return Leaf(
+        split=lambda tensor: {name: each.reshape(theirs) for name, each in leaf.split(tensor).items()},
+        join=lambda named: leaf.join({name: each.reshape(ours) for name, each in named.items()}),
+    )
+
+
 def gated(gate: str, up: str) -> Leaf:
     """The two matrices [in, 2, out] of a gated MLP."""
-    return Leaf(
-        split=lambda ours: {gate: ours[:, 0].T, up: ours[:, 1].T},
-        join=lambda theirs: torch.stack((theirs[gate].T, theirs[up].T), dim=1),
-    )
+    return along((matrix(gate), matrix(up)), axis=1)
+
+
+def zeros(path: str, shape: tuple[int, ...]) -> Leaf:
+    """A tensor of ours that theirs have not: zeros. Splitting another is an InputError that names `path`."""
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        if not ours.is_meta and bool(ours.any()):
+            raise InputError(
+                f"{path}: expected zeros, because this model type has no such tensor, got others; it cannot be exported"
+            )
+        return {}
+
+    return Leaf(split=split, join=lambda theirs: torch.zeros(shape))
 
 
 def scaled(name: str, factor: float) -> Leaf:

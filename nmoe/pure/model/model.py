@@ -184,6 +184,7 @@ def moe(
         top_k_groups=c.top_k_groups,
         scale=c.route_scale,
         normalize=c.normalize,
+        softmax=c.score == "softmax",
         recorded=recorded,
     )
     routing = routed.routing

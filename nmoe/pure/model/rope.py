@@ -79,7 +79,7 @@ def documents(start: Tensor | tuple[()]) -> Documents | tuple[()]:
     return Documents(start, torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start)
 
 
-def seen(new: Documents, num_keys: int, window: int | None = None) -> Tensor:
+def visible_cached(new: Documents, num_keys: int, window: int | None = None) -> Tensor:
     """Which of the last `num_keys` keys each new token of a decoding sees, the keys of the new tokens being the last.
 
     new       the new tokens; `start` is counted from the first token of the row, cached ones included

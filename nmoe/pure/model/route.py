@@ -63,6 +63,17 @@ def scores(x: Tensor, router: Tensor) -> Tensor:
     return torch.sigmoid(upcast(x) @ upcast(router))
 
 
+def softmax_scores(x: Tensor, router: Tensor) -> Tensor:
+    """Affinity of each token to each expert, softmax of fp32 logits over all experts.
+
+    x        [N D]
+    router   [D E]
+    returns  [N E] f32, rows sum to one
+    Source:  DeepSeek-V2 (arXiv:2405.04434) eq. 22.
+    """
+    return torch.softmax(upcast(x) @ upcast(router), dim=-1)
+
+
 VANISHING = 2.0**-64
 """Sum of scores below which they are filled up: all logits are then below -44. The gradient of a share, up to 1 / sum,
 stays far inside fp32."""
@@ -104,13 +115,14 @@ def route(
     top_k: int,
     num_groups: int = 1,
     top_k_groups: int = 1,
+    ranked_by: int = 2,
     scale: float = 1.0,
     normalize: bool = True,
     select: Callable[[Tensor, int], Tensor] = top_k,
 ) -> Routing:
     """Choose `top_k` experts a token by biased score, weigh them by the unbiased one.
 
-    With groups, a token first keeps the groups whose two best experts have the largest biased sum, then chooses
+    With groups, a token first keeps the groups whose `ranked_by` best experts have the largest biased sum, then chooses
     among their experts.
 
     score             [N E] f32
@@ -131,7 +143,7 @@ def route(
     choice = score.detach() + bias
     if num_groups > 1:
         grouped = choice.unflatten(-1, (num_groups, -1))
-        kept = select(grouped.topk(2, dim=-1).values.sum(-1), top_k_groups)
+        kept = select(grouped.topk(ranked_by, dim=-1).values.sum(-1), top_k_groups)
         member = (kept[..., None] == torch.arange(num_groups, device=kept.device)).any(-2)
         choice = grouped.masked_fill(~member[..., None], float("-inf")).flatten(-2)
     expert = select(choice, top_k)
@@ -168,6 +180,7 @@ def route_tokens(
     top_k_groups: int = 1,
     scale: float = 1.0,
     normalize: bool = True,
+    softmax: bool = False,
     recorded: Routing | Tensor | tuple[()] = (),
     score: Callable[[Tensor, Tensor], Tensor] = scores,
     select: Callable[[Tensor, int], Tensor] = top_k,
@@ -177,15 +190,16 @@ def route_tokens(
     x         [N D]
     router    [D E]
     bias      [E] f32
+    softmax   the router of DeepSeek-V2: `softmax_scores`, and groups ranked by their best expert
     recorded  choices to take in the place of the router's own, as in `replay`
-    score     `scores` or a kernel that implements it
+    score     `scores` or a kernel that implements it; not called for a softmax
     select    `top_k` or a kernel that implements it
     """
-    affinity = score(x, router)
+    affinity = softmax_scores(x, router) if softmax else score(x, router)
     if isinstance(recorded, Routing | Tensor):
         routing = replay(affinity, recorded, top_k=top_k, scale=scale, normalize=normalize)
     else:
-        groups = {"num_groups": num_groups, "top_k_groups": top_k_groups}
+        groups = {"num_groups": num_groups, "top_k_groups": top_k_groups, "ranked_by": 1 if softmax else 2}
         routing = route(affinity, bias, top_k=top_k, scale=scale, normalize=normalize, select=select, **groups)
     return Routed(routing, affinity, select(affinity.detach(), top_k))
 

@@ -109,15 +109,15 @@ def orthogonalize(x: Tensor, *, bf16: bool) -> Tensor:
     Source:  Jordan et al. 2024, as `torch.optim.Muon` has it; in the smaller of the two Gram matrices.
     """
     a, b, c = COEFFICIENTS
-    wide = x.shape[-2] <= x.shape[-1]
-    y = (x if wide else x.mT).reshape(-1, *sorted(x.shape[-2:]))
+    flat = x.shape[-2] <= x.shape[-1]
+    y = (x if flat else x.mT).reshape(-1, *sorted(x.shape[-2:]))
     y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=SMALLEST_NORM)
     if bf16:
         y = y.to(torch.bfloat16)
     for _ in range(ITERATIONS):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y if wide else y.mT).reshape(x.shape)
+    return (y if flat else y.mT).reshape(x.shape)
 
 
 def direction(x: Tensor, *, bf16: bool) -> Tensor:

@@ -89,9 +89,9 @@ def tree_state(params: Any, specs: Any, optim: Optim) -> TreeState:
     """The state before the first update: zeros in fp32, or in the format of a parameter that is wider."""
 
     def zeros(path: str, value: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        wide = torch.promote_types(value.dtype, torch.float32)
+        upcast = torch.promote_types(value.dtype, torch.float32)
         moments = rule(policy(spec.role, optim.optimizers()).optimizer).moments
-        return tuple(torch.zeros_like(value, dtype=wide) for _ in moments)
+        return tuple(torch.zeros_like(value, dtype=upcast) for _ in moments)
 
     return TreeState(torch.zeros((), dtype=torch.int64), tree.map(zeros, params, specs))
 

@@ -27,8 +27,8 @@ class Limits:
 
 
 @attrs.frozen(kw_only=True)
-class Seen:
-    """What one report tells."""
+class Observation:
+    """What one report says."""
 
     step: int
     loss: float
@@ -61,7 +61,7 @@ class Alert:
     message: str
 
 
-def judge(limits: Limits, history: History, seen: Seen) -> tuple[History, tuple[Alert, ...]]:
+def judge(limits: Limits, history: History, latest: Observation) -> tuple[History, tuple[Alert, ...]]:
     """Apply every rule to one report.
 
     returns  the history with this report, and the alerts whose rule holds now and did not before
@@ -69,21 +69,21 @@ def judge(limits: Limits, history: History, seen: Seen) -> tuple[History, tuple[
     alerts = tuple(
         alert
         for alert in (
-            _nonfinite(history, seen),
-            _spike(limits, history, seen),
-            _skipped(history, seen),
-            _dead(limits, seen),
-            _drop(limits, history, seen),
-            _wait(limits, seen),
-            _disk(limits, seen),
+            _nonfinite(history, latest),
+            _spike(limits, history, latest),
+            _skipped(history, latest),
+            _dead(limits, latest),
+            _drop(limits, history, latest),
+            _wait(limits, latest),
+            _disk(limits, latest),
         )
         if alert is not None
     )
     after = History(
-        losses=_recent(history.losses, seen.loss),
-        rates=_recent(history.rates, seen.tokens_per_s),
-        nonfinite_steps=max(history.nonfinite_steps, seen.nonfinite_steps),
-        spike_steps=max(history.spike_steps, seen.spike_steps),
+        losses=_recent(history.losses, latest.loss),
+        rates=_recent(history.rates, latest.tokens_per_s),
+        nonfinite_steps=max(history.nonfinite_steps, latest.nonfinite_steps),
+        spike_steps=max(history.spike_steps, latest.spike_steps),
         holding=frozenset(alert.rule for alert in alerts),
     )
     return after, tuple(alert for alert in alerts if alert.rule not in history.holding)
@@ -94,79 +94,84 @@ def _recent(values: tuple[float, ...], value: float) -> tuple[float, ...]:
     return (*values, value)[-WINDOW:] if math.isfinite(value) else values
 
 
-def _nonfinite(history: History, seen: Seen) -> Alert | None:
-    if math.isfinite(seen.loss) and math.isfinite(seen.grad_norm) and seen.nonfinite_steps <= history.nonfinite_steps:
+def _nonfinite(history: History, latest: Observation) -> Alert | None:
+    if (
+        math.isfinite(latest.loss)
+        and math.isfinite(latest.grad_norm)
+        and latest.nonfinite_steps <= history.nonfinite_steps
+    ):
         return None
     return Alert(
         rule="nonfinite",
         severity="error",
-        message=f"loss {seen.loss}, gradient norm {seen.grad_norm}, {seen.nonfinite_steps} non-finite steps so far",
+        message=f"loss {latest.loss}, gradient norm {latest.grad_norm}, "
+        f"{latest.nonfinite_steps} non-finite steps so far",
     )
 
 
-def _spike(limits: Limits, history: History, seen: Seen) -> Alert | None:
-    if len(history.losses) < ENOUGH or not math.isfinite(seen.loss):
+def _spike(limits: Limits, history: History, latest: Observation) -> Alert | None:
+    if len(history.losses) < ENOUGH or not math.isfinite(latest.loss):
         return None
     middle = statistics.median(history.losses)
     # 1.4826 makes the median deviation of a normal distribution its standard deviation; a floor for flat windows
     spread = max(1.4826 * statistics.median(abs(loss - middle) for loss in history.losses), 0.01 * abs(middle))
-    if seen.loss <= middle + limits.spike * spread:
+    if latest.loss <= middle + limits.spike * spread:
         return None
     return Alert(
         rule="spike",
         severity="warning",
-        message=f"loss {seen.loss:.4f} against a median of {middle:.4f}, over {limits.spike:g} deviations above",
+        message=f"loss {latest.loss:.4f} against a median of {middle:.4f}, over {limits.spike:g} deviations above",
     )
 
 
-def _skipped(history: History, seen: Seen) -> Alert | None:
-    if seen.spike_steps <= history.spike_steps:
+def _skipped(history: History, latest: Observation) -> Alert | None:
+    if latest.spike_steps <= history.spike_steps:
         return None
     return Alert(
         rule="skipped_spike",
         severity="warning",
-        message=f"steps skipped as spikes: {seen.spike_steps - history.spike_steps}, so far {seen.spike_steps}",
+        message=f"steps skipped as spikes: {latest.spike_steps - history.spike_steps}, so far {latest.spike_steps}",
     )
 
 
-def _dead(limits: Limits, seen: Seen) -> Alert | None:
-    if seen.dead <= limits.dead:
+def _dead(limits: Limits, latest: Observation) -> Alert | None:
+    if latest.dead <= limits.dead:
         return None
     return Alert(
         rule="dead_experts",
         severity="warning",
-        message=f"{100 * seen.dead:.0f} % of a layer's experts got no token, over {100 * limits.dead:g} %",
+        message=f"{100 * latest.dead:.0f} % of a layer's experts got no token, over {100 * limits.dead:g} %",
     )
 
 
-def _drop(limits: Limits, history: History, seen: Seen) -> Alert | None:
+def _drop(limits: Limits, history: History, latest: Observation) -> Alert | None:
     if len(history.rates) < ENOUGH:
         return None
     usual = statistics.median(history.rates)
-    if seen.tokens_per_s >= (1 - limits.drop) * usual:
+    if latest.tokens_per_s >= (1 - limits.drop) * usual:
         return None
     return Alert(
         rule="throughput",
         severity="warning",
-        message=f"{seen.tokens_per_s:.0f} tokens/s against a median of {usual:.0f}",
+        message=f"{latest.tokens_per_s:.0f} tokens/s against a median of {usual:.0f}",
     )
 
 
-def _wait(limits: Limits, seen: Seen) -> Alert | None:
-    if seen.wait <= limits.wait:
+def _wait(limits: Limits, latest: Observation) -> Alert | None:
+    if latest.wait <= limits.wait:
         return None
     return Alert(
         rule="loader_wait",
         severity="warning",
-        message=f"{100 * seen.wait:.0f} % of the step waits for data, over {100 * limits.wait:g} %",
+        message=f"{100 * latest.wait:.0f} % of the step waits for data, over {100 * limits.wait:g} %",
     )
 
 
-def _disk(limits: Limits, seen: Seen) -> Alert | None:
-    if seen.disk_bytes >= limits.disk_bytes:
+def _disk(limits: Limits, latest: Observation) -> Alert | None:
+    if latest.disk_bytes >= limits.disk_bytes:
         return None
     return Alert(
         rule="disk",
         severity="error",
-        message=f"{seen.disk_bytes / 1e9:.1f} GB free where the run is written, under {limits.disk_bytes / 1e9:g} GB",
+        message=f"{latest.disk_bytes / 1e9:.1f} GB free where the run is written, under {limits.disk_bytes / 1e9:g} GB",
     )

@@ -38,8 +38,10 @@ class Metric:
     kind: Kind
     doc: str
     screen: str = ""  # how a line on the screen has it, with `{}` for the number; empty: it does not
+    rank: int = 0  # a narrow screen leaves out the greatest first
     layers: Layers = ""  # what the screen shows of a table with one entry a mixture layer
     bad_above: float | None = None  # a value that a page marks is greater
+    best: Literal["", "min", "max"] = ""  # which value is the best; empty: there is no better and worse
 
     def format(self) -> Format:
         """How a person reads it."""
@@ -74,7 +76,12 @@ class Rank(Line):
     memory_bytes: Annotated[
         int,
         Metric(
-            "memory_bytes", "B", "time", "most memory this process has held, of the GPU or else of the host", "mem {}"
+            "memory_bytes",
+            "B",
+            "time",
+            "most memory this process has held, of the GPU or else of the host",
+            "mem {}",
+            9,
         ),
     ]
     step_s: Annotated[float, Metric("step_s", "s", "time", "a step without validation, mean since the previous line")]
@@ -100,7 +107,7 @@ class Experts:
         Metric(
             *("experts/max_over_mean", "1", "layers"),
             "load of the fullest expert over the mean load: 1 more than the max violation, MaxVio",
-            *("bal {:.2f}", "max"),
+            *("bal {:.2f}", 7, "max"),
         ),
     ]
     cv: Annotated[
@@ -108,7 +115,7 @@ class Experts:
     ]
     dead: Annotated[
         Sequence[int],
-        Metric("experts/dead", "experts", "layers", "experts without a token", "dead {:.0f}", "sum", bad_above=0),
+        Metric("experts/dead", "experts", "layers", "experts without a token", "dead {:.0f}", 6, "sum", bad_above=0),
     ]
     entropy: Annotated[Sequence[float], Metric("experts/entropy", "nats", "layers", "entropy of the routing")]
     bias_min: Annotated[Sequence[float], Metric("experts/bias_min", "1", "layers", "smallest router bias")]
@@ -120,13 +127,17 @@ class Step:
     """What the first rank reports of a step."""
 
     tokens_global: Annotated[int, Metric("tokens_global", "tokens", "count", "tokens read by all ranks")]
-    loss: Annotated[float, Metric("loss", "nats/token", "value", "cross entropy a target", "loss {:.4f}")]
+    loss: Annotated[
+        float, Metric("loss", "nats/token", "value", "cross entropy a target", "loss {:.4f}", 1, best="min")
+    ]
     mtp_losses: Annotated[
         Mapping[str, float],
         Metric(
             *("mtp/loss_*", "nats/token", "value"),
             "cross entropy a target of one depth of multi-token prediction: 1 predicts the token after the next",
             "mtp {:.4f}",
+            6,
+            best="min",
         ),
     ]
     auxiliary_loss: Annotated[
@@ -134,22 +145,35 @@ class Step:
         Metric("auxiliary_loss", "nats/token", "value", "weighted sequence-wise balance loss, and the attention's own"),
     ]
     grad_norm: Annotated[
-        float, Metric("grad_norm", "1", "value", "global norm of the gradient before the clip", "gnorm {:.3f}")
+        float, Metric("grad_norm", "1", "value", "global norm of the gradient before the clip", "gnorm {:.3f}", 4)
     ]
     update_norm: Annotated[float, Metric("update_norm", "1", "value", "norm of the change of all parameters")]
     rates: Annotated[
         Mapping[str, float],
-        Metric("lr/*", "1", "value", "learning rate of an optimizer group in this step", "lr {:.1e}"),
+        Metric("lr/*", "1", "value", "learning rate of an optimizer group in this step", "lr {:.1e}", 5),
     ]
     nonfinite_steps: Annotated[int, Metric("nonfinite_steps", "steps", "count", "skipped steps so far")]
     spike_steps: Annotated[int, Metric("spike_steps", "steps", "count", "steps skipped as spikes so far")]
     tokens_per_s: Annotated[
         float,
-        Metric("tokens_per_s", "tokens/s", "time", "throughput of all ranks, mean since the previous line", "{} tok/s"),
+        Metric(
+            *(
+                "tokens_per_s",
+                "tokens/s",
+                "time",
+                "throughput of all ranks, mean since the previous line",
+                "{} tok/s",
+                2,
+            ),
+            best="max",
+        ),
     ]
     mfu: Annotated[
         float,
-        Metric("mfu", "1", "time", "model FLOPs over peak FLOPs, mean since the previous line", "mfu {:.1f} %"),
+        Metric(
+            *("mfu", "1", "time", "model FLOPs over peak FLOPs, mean since the previous line", "mfu {:.1f} %", 8),
+            best="max",
+        ),
     ]
     rank: Rank
     experts: Experts
@@ -165,12 +189,17 @@ class Validation(Line):
             *("validation/loss", "nats/token", "value"),
             "loss over the validation split; on a line of its own",
             "validation loss {:.4f} nats",
+            1,
+            best="min",
         ),
     ]
     bits_per_byte: Annotated[
         float,
         Metric(
-            "validation/bits_per_byte", "bits/B", "value", "the same over the bytes of the text", "{:.4f} bits/byte"
+            *("validation/bits_per_byte", "bits/B", "value", "the same over the bytes of the text"),
+            "{:.4f} bits/byte",
+            5,
+            best="min",
         ),
     ]
 
@@ -206,11 +235,30 @@ def fields(record: Step | Rank | Experts | Validation) -> dict[str, Any]:
     return line
 
 
+Part = tuple[int, str]
+"""A part of a line on the screen: its rank, as `Metric.rank`, and its text."""
+
+
 def summary(line: Mapping[str, Any]) -> str:
     """A line of metrics as a person reads it, on one line of the screen."""
+    return fitting(parts(line), None)
+
+
+def fitting(line: Sequence[Part], width: int | None) -> str:
+    """The parts of a line that fit into `width` columns: of too many, those of the greatest rank are left out. One part
+    is always left. None: all fit."""
+    texts = [text for _, text in line]
+    if width is None or len(texts) == 1 or len("  ".join(texts)) <= width:
+        return "  ".join(texts)
+    last = max(range(len(line)), key=lambda place: line[place][0])
+    return fitting([part for place, part in enumerate(line) if place != last], width)
+
+
+def parts(line: Mapping[str, Any]) -> list[Part]:
+    """What the screen has of a line of metrics, part by part."""
     experts = line.get("experts", {})
     values = {**line, **{f"experts/{name}": numbers for name, numbers in experts.items()}}
-    parts: list[str] = []
+    said: list[Part] = []
     for entry in METRICS:
         value = next((values[name] for name in values if fnmatchcase(name, entry.name)), None)
         if not entry.screen or value is None or value == []:
@@ -218,8 +266,8 @@ def summary(line: Mapping[str, Any]) -> str:
         if entry.layers:
             numbers = list(map(float, value))
             value = max(numbers) if entry.layers == "max" else sum(numbers)
-        parts.append(entry.text(float(value)))
-    return "  ".join(parts)
+        said.append((entry.rank, entry.text(float(value))))
+    return said
 
 
 def metric(name: str) -> Metric | None:
@@ -238,8 +286,8 @@ def described(names: Iterable[str]) -> tuple[Metric, ...]:
 
 def names(fields: dict[str, Any]) -> tuple[str, ...]:
     """The names of a line of metrics; those of a table within it behind its own."""
-    parts = [[f"{key}/{part}" for part in value] if isinstance(value, dict) else [key] for key, value in fields.items()]
-    return tuple(name for part in parts for name in part)
+    keys = [[f"{key}/{part}" for part in value] if isinstance(value, dict) else [key] for key, value in fields.items()]
+    return tuple(name for part in keys for name in part)
 
 
 def is_timed(name: str) -> bool:

@@ -15,15 +15,42 @@ from nmoe.config.fields import table
 from nmoe.effects.checkpoint import weights
 from nmoe.pure.core import tree
 from nmoe.pure.core.spec import POLICY
-from nmoe.pure.model import model
+from nmoe.pure.model import hf, model
 from tests import shapes
 
+SPARSE = sections.Dsa(
+    num_heads=3,
+    q_lora_rank=7,
+    kv_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    index_num_heads=12,  # a key whose score is zero by every head is rare: of equal ones theirs takes any
+    index_head_dim=6,
+    index_top_k=9,
+)
+DELTA = sections.Kda(num_heads=2, head_dim=4, conv_size=3)
+LATENT = shapes.attention(position="none", q_lora_rank=None)
 MODELS = {
     **shapes.DEEPSEEK,
+    **shapes.SOFTMAX,
     "scales": shapes.config(
         embedding_scale=10.667, logit_scale=0.3, moe=shapes.mixture(num_shared_experts=2, route_scale=1.7)
     ),
     "dense": shapes.config(num_layers=2, num_dense_layers=2),
+    "indexed": shapes.config(attention=SPARSE),
+    "indexed, yarn, groups": shapes.config(
+        num_layers=4,
+        max_positions=512,
+        attention=attrs.evolve(SPARSE, yarn=shapes.YARN),
+        moe=shapes.mixture(num_groups=4, top_k_groups=2, top_k=4),
+    ),
+    "kimi linear": shapes.config(attention=sections.Mixed(pattern="aab", a=DELTA, b=LATENT)),
+    "kimi linear, tables the other way round": shapes.config(
+        num_layers=4,
+        attention=sections.Mixed(pattern="ab", last="b", a=LATENT, b=DELTA),
+        moe=shapes.mixture(num_shared_experts=0),
+    ),
     "two further tokens": shapes.config(embedding_scale=10.667, mtp=sections.Mtp(depth=2)),
 }
 
@@ -44,4 +71,5 @@ def write(folder: Path, c: sections.Model, *, compute: Any = "fp32") -> None:
 def without_scales(c: sections.Model) -> sections.Model:
     """What an import of an export of `c` says: scales are in the weights, what is for training has its default."""
     moe = attrs.evolve(c.moe, bias_update_rate=0.001, sequence_balance=0.0001)
+    c = hf.family_of(c)[1].canonical(c)
     return attrs.evolve(c, embedding_scale=1.0, logit_scale=1.0, moe=moe)

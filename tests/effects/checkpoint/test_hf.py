@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
 from nmoe.cli import main
 from nmoe.config import sections
@@ -23,6 +24,7 @@ from nmoe.effects.checkpoint import hf_export, hf_verify, tensor_file, weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.hf_export import INDEX, open_source
 from nmoe.effects.checkpoint.writer import open_writer
+from nmoe.effects.data import hf_tokenizer, tokenizer
 from nmoe.effects.record.names import WEIGHTS
 from nmoe.effects.train import generate
 from nmoe.errors import InputError
@@ -33,7 +35,7 @@ from nmoe.pure.model import hf, model
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.decode import Sampling
 from tests import shapes
-from tests.effects.checkpoint.hf_models import MODELS, without_scales, write
+from tests.effects.checkpoint.hf_models import DELTA, LATENT, MODELS, without_scales, write
 from tests.effects.checkpoint.saves import on_ranks
 from tests.effects.train import trainings
 from tests.effects.train.tiny import tiny
@@ -90,8 +92,10 @@ def test_tensors_from_memory_are_those_of_the_folder(name: str, tmp_path: Path) 
 
 @pytest.mark.usefixtures("doubled")
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_of_transformers_in_double_precision(name: str, tmp_path: Path) -> None:
+def test_logits_of_transformers_in_double_precision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder as it is on disk, loaded by them; rounding of fp32 weights is the same on both sides."""
+    if name.startswith("kimi linear"):  # which casts the decay by a method
+        monkeypatch.setattr(Tensor, "float", Tensor.double)
     write(tmp_path / "run", MODELS[name])
     source = open_source(Disk(), tmp_path / "run")
     hf_export.export(source, tmp_path / "out", shard_bytes=5000, extra={}, end_of_text=None, verify=None)
@@ -369,7 +373,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
             'rope_scaling.type: expected "default" or "yarn", got "linear"',
         ),
     ),
-    "another model": (lambda f: edit_config(f, model_type="llama"), ('expected "deepseek_v3", got "llama"',)),
+    "another model": (
+        lambda f: edit_config(f, model_type="llama"),
+        ("model_type: expected one of deepseek_v3, deepseek_v2, deepseek_v32, kimi_linear, got llama",),
+    ),
     "types": (
         lambda f: edit_config(f, num_hidden_layers="3", n_routed_experts=True),
         ("num_hidden_layers: expected an integer", "n_routed_experts: expected an integer"),
@@ -454,7 +461,7 @@ def another_config(folder: Path) -> None:
 
 BAD_RUNS: dict[str, tuple[Callable[[Path], object], str]] = {
     "out exists": (taken, "out: expected a name that is free, got what is there"),
-    "nothing there": (lambda f: shutil.rmtree(f / "run"), "expected a run, a checkpoint or a folder with"),
+    "nothing there": (lambda f: shutil.rmtree(f / "run"), "expected the name of a run in runs, or a path, got"),
     "no config": (lambda f: (f / "run" / "config.toml").unlink(), "config.toml: expected an existing file, got none"),
     "another config": (another_config, "expected 'embed' as F32 [38, 16], got F32 [37, 16]"),
     "truncated": (
@@ -472,6 +479,105 @@ def test_a_bad_run_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_kimi_linear_says_of_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names and keys as Moonshot publishes them; layers that are said twice, a gate of another kind."""
+    write(tmp_path / "run", MODELS["kimi linear"], compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 0
+    names = tensors_of(tmp_path / "out")
+    assert {name.removeprefix("model.layers.0.self_attn.") for name in names if "layers.0.self_attn" in name} == {
+        *(f"{each}_proj.weight" for each in ("q", "k", "v", "f_a", "f_b", "g_a", "g_b", "b", "o")),
+        *(f"{each}_conv1d.weight" for each in "qkv"),
+        *("A_log", "dt_bias", "o_norm.weight"),
+    }
+    assert {
+        "model.layers.1.block_sparse_moe.experts.3.w2.weight",
+        "model.layers.0.mlp.down_proj.weight",
+    } <= names.keys()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    said = config["linear_attn_config"]
+    assert (said["kda_layers"], said["full_attn_layers"]) == ([1, 2], [3])
+    capsys.readouterr()
+    edit_config(tmp_path / "out", linear_attn_config={**said, "kda_layers": [1, 3], "gate_lower_bound": -5.0})
+    assert run("import", "hf", tmp_path / "out", tmp_path / "back") == 2
+    told = capsys.readouterr().err
+    assert "expected each layer from 1 to 3 once in kda_layers or full_attn_layers, got [[1, 3], [3]]" in told
+    assert "linear_attn_config.gate_lower_bound: expected a key that nmoe knows, got -5.0" in told
+
+
+def test_gpt_oss_is_refused_by_what_nmoe_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss", "torch_dtype": "bfloat16"}')
+    assert run("import", "hf", tmp_path, tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert "got gpt_oss, whose experts are a clamped SwiGLU with biases, and attention and router have biases" in told
+
+
+UNEXPRESSED: dict[str, tuple[sections.Model, str]] = {
+    "grouped queries": (
+        shapes.config(attention=sections.Gqa(num_heads=4, num_kv_heads=2, head_dim=8)),
+        "model.attention: expected the attention of one of deepseek_v3, deepseek_v2, deepseek_v32, kimi_linear, "
+        "got Gqa; of gpt_oss experts are a clamped SwiGLU with biases, and attention and router have biases, "
+        "which nmoe has not",
+    ),
+    "a bounded gate": (
+        shapes.config(attention=sections.Mixed(pattern="ab", a=attrs.evolve(DELTA, decay_limit=5.0), b=LATENT)),
+        "model.attention.a.decay_limit: expected null, which kimi_linear has, got 5.0; it cannot be exported",
+    ),
+    "latent attention with a rotation": (
+        shapes.config(attention=sections.Mixed(pattern="ab", a=DELTA, b=shapes.attention())),
+        'model.attention.b.position: expected "none", which kimi_linear has, got null; it cannot be exported',
+    ),
+    "further tokens of a kimi": (
+        shapes.config(attention=MODELS["kimi linear"].attention, mtp=sections.Mtp(depth=1)),
+        "num_nextn_predict_layers: expected 0, got 1; nmoe has no other for kimi_linear",
+    ),
+    "no position": (
+        shapes.config(attention=shapes.attention(position="none")),
+        'model.attention.position: expected null, which deepseek_v3 has, got "none"; it cannot be exported',
+    ),
+    "a softmax of weights that sum to one": (
+        shapes.config(moe=shapes.mixture(score="softmax")),
+        "model.moe.normalize: expected false, which deepseek_v2 has, got true; it cannot be exported",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNEXPRESSED)
+def test_what_no_model_type_has_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    c, expected = UNEXPRESSED[name]
+    write(tmp_path / "run", c)
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nmoe: {expected}")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_router_bias_that_deepseek_v2_has_not_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What training moved away from zero."""
+    write(tmp_path / "run", MODELS["softmax"])
+    tensors = load_file(tmp_path / "run" / WEIGHTS)
+    save_file({**tensors, "router_bias": tensors["router_bias"] + 0.1}, tmp_path / "run" / WEIGHTS)
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 2
+    assert "router_bias: expected zeros, because this model type has no such tensor" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_transformers_saved_is_imported(tmp_path: Path) -> None:
+    """DeepSeek-V2-Lite's shape, its config in their words, the experts apart; the same logits."""
+    settings: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 50}
+    settings |= {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "intermediate_size": 20}
+    settings |= {"q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+    torch.manual_seed(0)
+    theirs = DeepseekV2ForCausalLM(DeepseekV2Config(first_k_dense_replace=1, max_position_embeddings=64, **settings))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path / "saved")
+    assert run("import", "hf", tmp_path / "saved", tmp_path / "imported") == 0
+    source = open_source(Disk(), tmp_path / "imported")
+    found = hf_verify.compare(tmp_path / "saved", source, hf_verify.load(tmp_path / "saved", torch.float32))
+    assert found.choices == 0
+    assert max(found.forced, found.natural) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -522,3 +628,36 @@ def test_a_trained_model_says_the_same_in_transformers(
     for cached in (True, False):
         columns = generate.steps(network, [start], num_tokens=24, sampling=Sampling(), keys=[Key(0)], cached=cached)
         assert said[0].tolist() == [*start, *(column[0] for column in columns)]
+
+    # in again: the tokenizer comes along, and what a run can do the imported folder can
+    assert run("import", "hf", tmp_path / "out", tmp_path / "imported") == 0
+    assert tokenizer.load(tmp_path / "imported").identity == tokenizer.load(folder).identity
+    capsys.readouterr()
+    texts: list[str] = []
+    for each in (folder, tmp_path / "imported"):
+        assert run("generate", each, "--prompt=def main(", "--tokens=12", "--device=cpu") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+    assert run("eval", tmp_path / "imported", "--suite=probes", "--limit=2", "--device=cpu") == 0
+    again = trainings.changed(trainings.config(tmp_path, "again", sources, 1), warm_start=str(tmp_path / "imported"))
+    code, last = trainings.train(again)
+    assert code == 0, last
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    (
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}}, "as model, got Unigram"),
+        ({}, "expected at most vocab_size = 37 ids, got 258; take the files of one model"),
+    ),
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    change: dict[str, Any], expected: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported, tmp_path / "hf")
+    ours = tokenizer.make("bytes", tokenizer.PATTERN, [bytes([byte]) for byte in range(256)], end_of_text=257, size=258)
+    said = json.loads(hf_tokenizer.convert(ours, ())["tokenizer.json"]) | change
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(said))
+    assert run("import", "hf", tmp_path / "hf", tmp_path / "out") == 2
+    assert expected in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

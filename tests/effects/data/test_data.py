@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmoe.config.sections import Shards
+from nmoe.effects import terminal
 from nmoe.effects.data import stdlib, tokenizer
 from nmoe.effects.data.mixture import plan_data, read_manifests
 from nmoe.effects.data.store import shard_writer, shards
@@ -425,8 +426,9 @@ def test_a_second_call_makes_nothing_and_tells_damage(
 BUILD = """
 import os, sys
 from pathlib import Path
+from nmoe.effects import terminal
 from nmoe.effects.data import stdlib
-stdlib.PROGRESS_EVERY_S = 0.0
+terminal.PROGRESS_EVERY_S = 0.0
 def say(line):
     print(line, flush=True)
     if line.startswith("train: 200 of"):
@@ -516,20 +518,19 @@ def test_too_little_text_and_a_cache_that_can_not_be_made_are_named(library: Pat
         stdlib.prepare_folder(library, tmp_path / "file", SIZE, quiet)
 
 
-def test_progress_tells_files_size_time_and_what_is_left(
+def test_progress_says_files_size_time_and_what_is_left(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a clock that goes on by one second whenever it is looked at, once a file: a line for every other file."""
-    monkeypatch.setattr(stdlib, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     lines: list[str] = []
     folder = stdlib.prepare_folder(library, tmp_path, SIZE, lines.append)
     sizes = [len(text.encode()) for text in documents(folder, "train")]
     total = sum(sizes)
     for what in ("tokenizer", "train"):
-        told = [line for line in lines if line.startswith(f"{what}: ") and " files, " in line]
-        assert len(told) == len(sizes) // 2
-        for index, line in enumerate(told):
-            num = 2 * index + 2
+        printed = [line for line in lines if line.startswith(f"{what}: ") and " files, " in line]
+        numbers = list(range(2, len(sizes), 2)) + [len(sizes)]  # the last is always said
+        for line, num in zip(printed, numbers, strict=True):
             done = sum(sizes[:num])
             assert line == (
                 f"{what}: {num} of {len(sizes)} files, {done / 1e6:.1f} of {total / 1e6:.1f} MB, {num} s, "

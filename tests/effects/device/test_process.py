@@ -10,12 +10,16 @@ import threading
 import time
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
-from nmoe.effects.device import gpu, signals
+import nmoe
+from nmoe.config.sections import Gqa
+from nmoe.effects.device import gpu, ops, signals
 from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
+from tests.effects.train.tiny import tiny
 
 
 def test_launch_reads_the_environment_it_is_given() -> None:
@@ -40,10 +44,61 @@ def test_an_unsupported_gpu_is_refused_with_the_list(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    with pytest.raises(InputError, match=r"\(9\.0, 10\.0\), got 8\.0 \(Old GPU\); "):
+    advice = (
+        r"\(9\.0, 10\.0\), got 8\.0 \(Old GPU\); use one of those, write run\.kernels = \"torch\", which is slower, or"
+    )
+    with pytest.raises(InputError, match=advice):
         gpu.device("cuda")
+    assert gpu.device("cuda", kernels="torch") == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert gpu.device("cuda") == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("attention", ["mla", "gqa"])
+def test_plain_torch_is_what_a_cpu_runs(attention: str) -> None:
+    """The record of a GPU that computes in plain torch holds the CPU's functions: no kernel, and the same numbers."""
+    c = tiny().model
+    if attention == "gqa":
+        c = attrs.evolve(c, attention=Gqa(num_heads=2, num_kv_heads=1, head_dim=8))
+    on_cpu, on_gpu = ops.build(torch.device("cpu"), c), ops.build(torch.device("cuda"), c, kernels="torch")
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(on_gpu.norm(x, torch.ones(32), eps=1e-6), on_cpu.norm(x, torch.ones(32), eps=1e-6))
+    assert type(on_gpu.attention) is type(on_cpu.attention)
+    params = nmoe.init(nmoe.Key(0), nmoe.specs(c), nmoe.dims(c))
+    tokens, bias = torch.arange(6)[None], torch.zeros(2, 8)
+    hidden = [nmoe.forward(params, tokens, bias, nmoe.environment(c, 8, each), c)[0] for each in (on_cpu, on_gpu)]
+    assert torch.equal(*hidden)
+    passes = ops.arena_ops(torch.device("cuda"), "torch")
+    assert passes.chunk == ops.PLAIN_CHUNK and passes.global_norm([x]) == x.norm()
+    (line,) = ops.unmeasured(torch.device("cuda"), c, kernels="torch")
+    assert line.startswith('kernels        none, run.kernels is "torch": ') and "slower" in line
+
+
+def test_the_peak_of_a_cpu_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kept by machine, threads and torch; a file that holds something else is named."""
+    measured: list[float] = []
+
+    def measure(where: torch.device) -> float:
+        measured.append(1e9 * (1 + len(measured)))
+        return measured[-1]
+
+    monkeypatch.setattr(gpu, "_measured_flops", measure)
+    cpu, home = torch.device("cpu"), tmp_path / "home"
+    assert gpu.peak_flops(cpu, home) == gpu.peak_flops(cpu, home) == 1e9 and len(measured) == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert gpu.peak_flops(cpu, home) == 2e9
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "_measured_flops", measure)
+    assert gpu.peak_flops(cpu, home) == 1e9, "what another number of threads reaches is beside it"
+    for text in ("", "[1]", '{"a": "b"}'):
+        (home / "peak-flops.json").write_text(text)
+        with pytest.raises(InputError, match=r"peak-flops.json: expected FLOP/s by machine, got .*; delete the file"):
+            gpu.peak_flops(cpu, home)
+    (tmp_path / "file").write_text("")
+    assert gpu.peak_flops(cpu, tmp_path / "file" / "home") == 3e9
+    assert "measured for this start alone: " in capsys.readouterr().out
 
 
 ROOT = Path(__file__).parents[3]

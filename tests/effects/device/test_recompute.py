@@ -13,14 +13,15 @@ from nmoe.effects.train.build import fresh
 from nmoe.effects.train.step import make_step
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
-from tests.effects.train.tiny import tiny
+from tests.effects.train.tiny import ATTENTIONS, tiny, with_attention
 
 RT = process.Runtime(device=torch.device("cpu"), rank=0, world=1, peak_flops=1.0)
 
 
-def trained(policy: Any, *, compute: str, steps: int = 3) -> tuple[list[torch.Tensor], int]:
+def trained(policy: Any, *, compute: str, steps: int = 3, attention: str = "") -> tuple[list[torch.Tensor], int]:
     """Arenas after some steps, and how often a norm was computed."""
     config = tiny(compute=compute, q_lora_rank=12)
+    config = with_attention(config, attention) if attention else config
     config = attrs.evolve(config, train=attrs.evolve(config.train, recompute=policy))
     blueprint = make_blueprint(config)
     state, env = fresh(config, blueprint, RT)
@@ -48,3 +49,12 @@ def test_recomputing_changes_no_bit(policy: str, compute: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     # three norms a block of three at least once more in each of three steps
     assert more - few >= 3 * 3 * 3
+
+
+@pytest.mark.parametrize("policy", ["cheap", "full"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_recomputing_changes_no_bit_of_any_kind_of_attention(policy: str, attention: str) -> None:
+    plain, few = trained("none", compute="fp32", attention=attention)
+    again, more = trained(policy, compute="fp32", attention=attention)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert more >= few + 3 * 3  # one a block and step at least

@@ -34,7 +34,7 @@ from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch, objective
 from nmoe.pure.watch.validations import Validations
 from tests.effects.parallel.rank_runs import as_world, environment, free_port, in_group, on_ranks, state_of, train
-from tests.effects.train.tiny import tiny
+from tests.effects.train.tiny import tiny, with_attention
 
 STEPS = 4
 
@@ -147,6 +147,20 @@ def test_multi_token_prediction_on_two_ranks_is_that_of_one(sources: Path, tmp_p
     shared = run("shared", 2, experts=2)
     for mine, its in zip(ahead(shared), ahead(one), strict=True):
         assert mine == pytest.approx(its, rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["kda, nsa, dsa", "gqa, kda"])
+def test_kinds_of_attention_on_two_ranks_are_those_of_one(attention: str, sources: Path, tmp_path: Path) -> None:
+    """Every tensor of every kind, its gradient reduced and its moments shared out, with documents kept apart."""
+
+    def run(name: str, ranks: int) -> Path:
+        config = with_attention(config_of(sources, tmp_path, name, microbatch_size=2), attention)
+        return trained(attrs.evolve(config, train=attrs.evolve(config.train, document_mask=True)), ranks)
+
+    one, two = run("one", 1), run("two", 2)
+    for step in range(1, STEPS + 1):
+        assert digests(two, step) == digests(one, step), step
+    assert losses(two) == losses(one)
 
 
 def test_muon_on_two_ranks_is_muon_on_one_bit_for_bit(sources: Path, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from nmoe.config import preset
+from nmoe.config.layers import load
 from nmoe.effects.record import alert_command, footer, heartbeat, telemetry
 from nmoe.effects.record.log import open_log
-from nmoe.effects.record.monitor import watching
+from nmoe.effects.record.monitor import arrays_every, watching
 from nmoe.effects.record.names import ARRAYS, RUN, TELEMETRY
 from nmoe.errors import InputError
 from nmoe.pure.watch.alerts import History
@@ -44,9 +46,21 @@ def line(step: int, dead: Sequence[int] = (0, 0), **other: Any) -> Step:
     return Step(rank=rank, experts=experts, tokens_global=32 * step, **norms, **numbers)
 
 
-def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
-    config = tiny()
-    settings = attrs.evolve(config.log, arrays_every=2, alert_disk_gb=0.0)
+@pytest.mark.parametrize("name", [name for name in preset.names() if name.startswith("quickstart")])
+def test_a_first_run_has_fifty_loads_of_its_experts(name: str) -> None:
+    config = load(preset.path_of(name), {}, ()).config
+    logged = 1 + config.train.steps // config.log.every
+    assert logged // arrays_every(config.log, config.train.steps) >= 50
+
+
+@pytest.mark.parametrize(("steps", "every"), [(10, 1), (499, 1), (999, 1), (1500, 3), (5000, 10), (100_000, 10)])
+def test_a_short_run_has_loads_more_often(steps: int, every: int) -> None:
+    assert arrays_every(attrs.evolve(tiny().log, every=10, arrays_every=10), steps) == every
+
+
+def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(steps=100)
+    settings = attrs.evolve(config.log, every=1, arrays_every=2, alert_disk_gb=0.0)
     settings = attrs.evolve(settings, alert_command=f"cat > {tmp_path}/told; echo oh >&2; exit 3")
     config = attrs.evolve(config, log=settings)
     load = torch.arange(16).reshape(2, 8)
@@ -56,7 +70,7 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
                 monitor.step(line(step, dead=[0, int(step == 3)]), load)
             monitor.log.event("end", status="finished", step=3)
     beat = json.loads((tmp_path / RUN).read_text())
-    assert (beat["status"], beat["step"], beat["steps"], beat["layers"]) == ("finished", 3, 10, [1, 2])
+    assert (beat["status"], beat["step"], beat["steps"], beat["layers"]) == ("finished", 3, 100, [1, 2])
     assert (beat["num_experts"], beat["top_k"], beat["tokens_per_step"], beat["flops_per_token"]) == (8, 2, 32, 7)
     arrays = lines(tmp_path / ARRAYS)
     assert [(line["step"], line["load"], line["attempt"]) for line in arrays] == [
@@ -64,6 +78,8 @@ def test_a_watched_run_leaves_what_readers_expect(tmp_path: Path) -> None:
         (3, load.tolist(), 4),
     ]
     events = {line["event"]: line for line in lines(tmp_path / "events.jsonl")}
+    told = capsys.readouterr().out
+    assert told.count("alert          dead_experts at step 3: 12 % of a layer's experts got no token") == 1
     assert (events["alert"]["rule"], events["alert"]["step"], events["alert"]["attempt"]) == ("dead_experts", 3, 4)
     assert events["alert_command_failed"]["error"] == "log.alert_command: expected exit code 0, got 3: oh"
     assert json.loads((tmp_path / "told").read_text())["rule"] == "dead_experts"
@@ -119,12 +135,12 @@ def test_a_heartbeat_on_a_slow_disk_holds_nobody(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(heartbeat.files, "write_text", slow)
     heart = heartbeat.Heart({}, lambda: "now")
     beat = threading.Thread(target=heart.beat, args=(tmp_path,))
-    tell = threading.Thread(target=heart.tell, kwargs={"step": 1}, daemon=True)
+    update = threading.Thread(target=heart.update, kwargs={"step": 1}, daemon=True)
     beat.start()
     begun.wait()
-    tell.start()
-    tell.join(5)
-    held = tell.is_alive()
+    update.start()
+    update.join(5)
+    held = update.is_alive()
     disk.set()
     beat.join()
     assert not held

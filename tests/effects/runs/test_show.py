@@ -158,6 +158,25 @@ def test_show_of_a_run_that_has_told_nothing_yet(tmp_path: Path, capsys: pytest.
     assert "not started" in capsys.readouterr().out
 
 
+def test_json_has_the_numbers_and_what_is_not_finite_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path, "a", metrics=(trained(10, "nan", experts=EXPERTS), validated(10, 3.25)))
+    run_folder(tmp_path, "b", ()).joinpath("provenance.toml").unlink()
+    assert runs.list_runs(tmp_path, as_json=True) == 0
+    one, other = json.loads(capsys.readouterr().out)
+    assert (one["name"], one["status"], one["step"], one["loss"]) == ("a", "finished", 10.0, "nan")
+    assert one["started"] == "2026-11-24T06:00:00+00:00" and one["validation_loss"] == 3.25 and one["problems"] == []
+    assert (other["name"], other["status"]) == ("b", "unreadable") and "provenance.toml" in other["problems"][0]
+    assert runs.show(tmp_path, "a", as_json=True) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["latest"]["experts"] == EXPERTS and shown["provenance"]["code"]["commit"] == "c0ffee"
+    assert shown["end"]["status"] == "finished" and shown["start"]["parameters"] == START["parameters"]
+    assert runs.tail(tmp_path, "a", 2, follow=False, as_json=True) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("validation/loss") for line in lines] == [3.25, None] and lines[1]["event"] == "end"
+
+
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.integers(1, 80))
 def test_sparkline_shows_the_order_of_the_means(values: list[float], width: int) -> None:
     bars = sparkline(values, width)
@@ -283,20 +302,37 @@ def test_no_runs_at_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for root in (tmp_path, tmp_path / "absent"):
         assert "got none; start one with `nmoe run CONFIG`" in problem(runs.list_runs, root)
-    assert "pass another --root" in problem(runs.show, tmp_path / "file", "a")
+    assert f"expected the name of a run in {tmp_path / 'file'}, or a path" in problem(runs.show, tmp_path / "file", "a")
 
 
 def test_an_unknown_name_suggests_one(tmp_path: Path) -> None:
     run_folder(tmp_path, "quickstart-1")
     assert problem(runs.show, tmp_path, "quikstart-1").endswith("did you mean quickstart-1?")
-    assert problem(runs.show, tmp_path, "zebra").endswith("see `nmoe runs list`")
+    assert problem(runs.show, tmp_path, "zebra").endswith(f"see `nmoe runs list --root {tmp_path}`")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc", "a/b", "a\\b", "..", ".", "", "a\0b"])
-def test_a_path_is_no_name(tmp_path: Path, name: str) -> None:
+def test_a_path_that_is_no_run_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path starts from the current folder, never from the root."""
     run_folder(tmp_path, "outside")
     run_folder(tmp_path / "root", "a")
-    assert "write the name alone" in problem(runs.export, tmp_path / "root", name, None)
+    (tmp_path / "here" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deeper")
+    text = problem(runs.export, tmp_path / "root", name, None)
+    assert "expected the name of a run in " in text or "expected config.toml of a run, got none" in text
+
+
+def test_a_name_and_a_path_are_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path / "runs", "a", metrics=(trained(1, 1.5),))
+    run_folder(tmp_path, "a", metrics=(trained(1, 2.5),))
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    for name in ("a", "runs/a", str(tmp_path / "runs" / "a"), "./a"):
+        assert runs.export(Path("runs"), name, None) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] == told[2] and "1.5" in told[0] and "2.5" in told[3]
 
 
 STRANGE = {

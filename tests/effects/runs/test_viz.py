@@ -30,12 +30,11 @@ from typing import Any
 import duckdb
 import pytest
 
-from nmoe.effects.data.store import shard_writer
 from nmoe.effects.runs import status as run_status
-from nmoe.effects.runs.viz import api, curves, experts, export, machine, mixture, views
+from nmoe.effects.runs.viz import api, curves, experts, export, folder, machine, mixture, views, words
 from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
-from nmoe.pure.data.order import turn, turns
+from nmoe.pure.data.order import source_at, turns
 from nmoe.pure.watch import curve as thinning
 from nmoe.pure.watch import metrics as schema
 from tests.effects.runs import viz_runs as runs
@@ -224,7 +223,7 @@ def test_a_zoom_shows_what_lies_in_it(index: Index) -> None:
 
 def test_events_have_their_place_on_the_axis(index: Index) -> None:
     told = {event.event: event for event in views.events(index, ["finished"], curves.Axis(x="tokens")).events}
-    assert told["checkpoint"].x == 100 * runs.TOKENS
+    assert told["checkpoint"].x == 50 * runs.TOKENS
     assert (told["alert"].severity, told["alert"].text) == ("warning", "layer 2: 1 expert is dead")
     failed = {event.event: event for event in views.events(index, ["nan-loss"], curves.Axis()).events}
     assert (failed["end"].severity, failed["nonfinite"].severity, failed["nonfinite"].x) == ("error", "error", 61)
@@ -247,6 +246,64 @@ def test_layers_and_loads_are_those_that_were_logged(index: Index) -> None:
     assert entropy.values[2][99] == 2.7 - 0.001 * 100 - 0.01 * 3
     with pytest.raises(InputError, match="crashed: expected loads of its experts, got none"):
         experts.load(index, "crashed", None)
+
+
+def test_curves_of_layers_reach_the_last_step_at_each_cadence(index: Index, tmp_path: Path) -> None:
+    steps = experts.layers(index, "finished", "entropy", curves.Axis(points=160)).x
+    assert steps[-1] > 199 and len(steps) == 160, "200 steps of 3 layers in 160 cells"
+    many = runs.folder(tmp_path, "many")
+    lines = [runs.metrics(step) for step in range(10, 4010, 10)]
+    for line in lines:
+        line["experts"] = {"layer": list(range(26)), "entropy": [0.1 * layer + line["step"] for layer in range(26)]}
+    runs.append(many / "metrics.rank0.jsonl", lines)
+    with indexed(tmp_path) as opened:
+        entropy = experts.layers(opened, "many", "entropy", curves.Axis())
+    assert entropy.x == [float(line["step"]) for line in lines]
+    assert [values[-1] for values in entropy.values] == [0.1 * layer + 4000 for layer in range(26)]
+
+
+def test_only_a_checkpoint_in_the_folder_of_the_run_is_listed(tmp_path: Path) -> None:
+    names = ("../../b/checkpoints/step-00000001.0001-0001", "..", "", "step-00000002.0001-0001", 7, None)
+    for place in ("a", "b"):
+        saved = runs.folder(tmp_path, place) / "checkpoints" / "step-00000001.0001-0001"
+        saved.mkdir(parents=True)
+        (saved / "manifest.json").write_text("{}")
+    events = [runs.event("checkpoint", 1, step=1, checkpoint=name) for name in names]
+    runs.append(tmp_path / "a" / "events.jsonl", [*events, runs.event("checkpoint", 2, step=1, checkpoint=saved.name)])
+    with indexed(tmp_path) as index:
+        told = folder.checkpoints(index, "a")
+    assert [each.name for each in told.checkpoints] == [saved.name] and told.deleted == 1
+    assert told.checkpoints[0].command.endswith(f"--train.resume={tmp_path}/a/checkpoints/{saved.name}")
+    assert (told.checkpoints[0].validation_loss, told.checkpoints[0].size_bytes) == (None, None)
+
+
+def test_the_console_is_its_end_in_whole_lines(tmp_path: Path) -> None:
+    path = runs.folder(tmp_path, "a") / "console.log"
+    with indexed(tmp_path) as index:
+        assert not folder.console(index, "a").is_there
+        path.write_bytes(b"one\xff\r\nold\rnew\n\x1b[31mred\x1b[0m")
+        assert folder.console(index, "a").lines == ["one\ufffd", "new", "red"]
+        path.write_text("".join(f"{number:07d}\n" for number in range(100_000)))
+        told = folder.console(index, "a")
+        assert told.lines[-1] == "0099999" and len(told.lines) < 40_000
+        assert told.left_out_bytes == 8 * int(told.lines[0]), "the first line that is shown is whole"
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(InputError, match=r"console.log: expected a file to read, got no regular file"):
+            folder.console(index, "a")
+
+
+EVENTS = ("start", "end", "checkpoint", "checkpoint_skipped", "validation", "sample", "mixture", "gpus", "resume", "x")
+FIELDS = ("parameters", "bytes", "seconds", "loss", "tokens", "sources", "accepted", "new", "error", "status", "prompt")
+
+
+@pytest.mark.parametrize("event", [*EVENTS, "nonfinite", "checkpoint_failed"])
+def test_any_event_has_words(event: str) -> None:
+    """Fields may be missing or of any type: a stranger wrote them."""
+    for value in (None, True, "x", 1e308, 1 << 62, [], [{}], {}, {"a": {"b": []}}):
+        assert isinstance(words.text(event, dict.fromkeys(FIELDS, value)), str)
+    assert isinstance(words.text(event, {}), str)
+    assert words.text(event, {"message": "as it says"}) == "as it says"
 
 
 def test_the_slowest_rank_is_named(index: Index) -> None:
@@ -276,7 +333,7 @@ def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: st
     for stage, quotas in runs.STAGES.items():
         order = turns(quotas)
         for place in range(first, min(position, first + sum(quotas))):
-            read[stage, ("web", "code", "books")[turn(order, place - first)[0]]] += 1
+            read[stage, ("web", "code", "books")[source_at(order, place - first)[0]]] += 1
         first += sum(quotas)
     assert told.step == step
     assert {(each.stage, each.name): each.read for each in told.sources if each.read} == {
@@ -511,27 +568,6 @@ def test_vendored_files_are_those_that_are_listed() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data, with a link that leads out of it to a file that nobody may see."""
-    import numpy as np
-
-    from nmoe.effects.data import tokenizer
-
-    base = tmp_path_factory.mktemp("data")
-    (base / "secret").write_text("CANARY-8c1f")
-    folder = base / "inside" / "prepared"
-    trained = tokenizer.train(["the cat sat on the mat. the cat sat. the mat sat. " * 4], 265, lambda text: None)
-    encoding = tokenizer.encoding(trained)
-    documents = [np.array(encoding.encode_ordinary(text)) for text in ("the cat", "sat on <b>é</b>", "the mat")]
-    shard_writer.write(folder, trained, {"train": documents, "validation": documents[:1]})
-    out = base / "inside" / "linked"
-    shutil.copytree(folder, out)
-    (out / "train" / "shard-00000.npy").unlink()
-    (out / "train" / "shard-00000.npy").symlink_to(base / "secret")
-    return base / "inside"
-
-
-@pytest.fixture(scope="module")
 def server(root: Path, data: Path) -> Iterator[Server]:
     with serving(root, "--data", str(data)) as running:
         yield running
@@ -582,7 +618,7 @@ def test_every_answer_says_what_a_page_may_do(server: Server) -> None:
         ("/api/series?run=finished", "tag: expected one value, got 0; add tag=VALUE"),
         (
             "/api/series?run=finished&tag=loss&x=y",
-            "x: expected one of step, tokens, time, flops, got 'y'; choose one of them",
+            "x: expected one of step, tokens, time, clock, flops, got 'y'; choose one of them",
         ),
         ("/api/series?run=finished&tag=loss&smooth=nan", "smooth: expected a number from 0, got 'nan'; write another"),
         (
@@ -615,6 +651,7 @@ def test_answers_have_the_fields_of_the_contract(server: Server) -> None:
         *(("Layers", "layers?run=finished&tag=cv"), ("Timing", "timing?run=finished"), ("Gpus", "gpus?run=finished")),
         *(("Folders", "folders"), ("Mixture", "mixture?run=finished")),
         ("Document", "document?folder=1&split=train&number=0"),
+        *(("Checkpoints", "checkpoints?run=finished"), ("Console", "console?run=finished")),
     ):
         held(kind, server.json(f"/api/{path}"))
 
@@ -682,6 +719,8 @@ PATHS = (
         "timing",
         "gpus",
         "mixture",
+        "checkpoints",
+        "console",
         "folders",
         "document",
         "export",

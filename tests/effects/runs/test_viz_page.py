@@ -6,67 +6,28 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from nmoe.config import dump
 from nmoe.soak import soak
 from tests.effects.runs import viz_runs as runs
+from tests.effects.runs.viz_page import drawn, opened
 from tests.effects.runs.viz_server import Server, serving
 
 VIEWS = ("runs", "charts", "experts", "timing", "gpus", "evaluations", "events", "configs", "samples", "data")
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """An installed Chromium. Without one the tests of the page do not run, and are counted so; in CI they fail."""
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
-        lacks = "the tests of the page did NOT run: no Chromium is installed; apt-get install chromium"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(lacks)
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("runs")
-    runs.everything(root)
-    with serving(root) as running:
-        yield running
-
-
-@contextmanager
-def opened(browser: Browser, address: str, **options: Any) -> Iterator[Page]:
-    """A page that has had no error, and no request that failed, by its end."""
-    page = browser.new_page(**options)
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("response", lambda answer: wrong.append(answer.url) if answer.status >= 400 else None)
-    page.goto(address)
-    yield page
-    assert wrong == []
-    page.close()
-
-
-def drawn(page: Page, count: int = 1) -> None:
-    """Wait until charts have been drawn."""
-    page.locator("[data-drawn]").nth(count - 1).wait_for(timeout=60_000)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -99,7 +60,7 @@ def test_the_table_shows_what_the_files_say(browser: Browser, server: Server) ->
             assert part in finished, part
         assert "! 1" in finished and "0.0010" in finished
         assert "NaN" in told["nan-loss"] and "✕ failed" in told["nan-loss"]
-        assert "crashed" in told["crashed"] and "1 bad lines" in told["crashed"]
+        assert "crashed" in told["crashed"] and "1 bad line" in told["crashed"]
         assert "? lost" in told["lost"] and "not started" in told["bare"]
         assert "● running" in told["resumed"] and "↻ 2" in told["resumed"]
 
@@ -115,6 +76,16 @@ def test_runs_are_found_grouped_and_chosen_by_keys_and_address(browser: Browser,
         page.get_by_role("link", name="finished").click()
         expect(page.locator("nav a.here")).to_have_text("Charts")
         assert "run=finished" in page.url and "view=charts" in page.url and "find=fin" in page.url
+
+
+def test_the_menu_adds_the_column_that_is_chosen(browser: Browser, server: Server) -> None:
+    with opened(browser, f"{server.url}/?sort=name&dir=up&find=finished") as page:
+        page.get_by_label("add a column").select_option("optim.peak_lr")
+        expect(page.locator("thead th.extra")).to_contain_text("optim.peak_lr")
+        expect(page.locator("table.runs tbody tr td").nth(-2)).to_have_text("0.0010")
+        assert "col=optim.peak_lr" in page.url
+        page.get_by_role("button", name="remove column optim.peak_lr").click()
+        expect(page.locator("thead th.extra")).to_have_count(0)
 
 
 def test_charts_show_the_last_value_and_zoom_by_dragging(browser: Browser, server: Server) -> None:
@@ -147,7 +118,7 @@ def test_charts_show_the_last_value_and_zoom_by_dragging(browser: Browser, serve
 
 def test_experts_gpus_timing_configs_and_events_are_those_of_the_run(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?view=experts&run=finished&step=100") as page:
-        expect(page.locator("#experts-about")).to_have_text("3 mixture layers, 16 experts, top 2")
+        expect(page.locator("#experts-about")).to_have_text("3 MoE layers, 16 experts, top 2")
         expect(page.locator("#load-step")).to_have_text("100")
         assert page.get_by_label("run", exact=True).input_value() == "finished"
         assert page.get_by_label("layer", exact=True).input_value() == "1"
@@ -304,12 +275,14 @@ def test_sixteen_thousand_points_are_drawn_in_a_hundred_milliseconds(browser: Br
             drawn(page)
             took = page.evaluate(
                 """async ([answer]) => {
+                    const { ordinary } = await import("/static/axes.js");
                     const data = [answer.x, ...answer.curves.map((curve) => curve.mean)];
                     const node = document.querySelector("main").appendChild(document.createElement("div"));
                     const series = [{}, ...answer.curves.map((curve) => ({stroke: "#0072b2"}))];
                     const times = [];
                     for (let turn = 0; turn < 3; turn += 1) {
                         const began = performance.now();
+                        ordinary(answer.curves.map(({mean, low, high}) => ({values: mean, low, high})));
                         const plot = new uPlot({width: 800, height: 230, series}, data, node);
                         await new Promise((done) => queueMicrotask(done));
                         plot.ctx.getImageData(0, 0, 1, 1);
@@ -324,9 +297,9 @@ def test_sixteen_thousand_points_are_drawn_in_a_hundred_milliseconds(browser: Br
         assert took < 100, took
 
 
-def training(folder: Path, corpus: Path) -> list[str]:
+def training(folder: Path, corpus: Path, steps: int) -> list[str]:
     """The command of a small training that tells every step and saves every twenty."""
-    config = soak.training(folder, "seen", corpus, STEPS)
+    config = soak.training(folder, "seen", corpus, steps)
     log = attrs.evolve(config.log, heartbeat_every_s=0.2, telemetry_every_s=0.5)
     checkpoint = attrs.evolve(config.checkpoint, every=20, on_error="stop")
     config = attrs.evolve(config, log=log, checkpoint=checkpoint)
@@ -338,9 +311,22 @@ STEPS = 1500
 
 
 @pytest.mark.long
+def test_the_command_of_a_checkpoint_resumes_from_it(tmp_path: Path, sources: Path) -> None:
+    subprocess.run(training(tmp_path, sources, 60), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    with serving(tmp_path / "runs") as server:
+        saved = server.json("/api/checkpoints?run=seen")["checkpoints"]
+    assert [each["step"] for each in saved] == [60, 40, 20]
+    command = [sys.executable, "-m", *shlex.split(saved[1]["command"])]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    lines = map(json.loads, (tmp_path / "runs" / "seen" / "metrics.rank0.jsonl").read_text().splitlines())
+    steps = {(line["step"], line["attempt"]) for line in lines if "loss" in line}
+    assert steps == {(step, 1 if step <= 40 else 2) for step in range(1, 61)}
+
+
+@pytest.mark.long
 def test_a_run_is_killed_and_resumed_while_it_is_looked_at(browser: Browser, tmp_path: Path, sources: Path) -> None:
     """Two real attempts of one training: stopped, continued, killed, resumed, seen at each moment."""
-    command = training(tmp_path, sources)
+    command = training(tmp_path, sources, STEPS)
     metrics = tmp_path / "runs" / "seen" / "metrics.rank0.jsonl"
 
     def lines() -> list[dict[str, Any]]:

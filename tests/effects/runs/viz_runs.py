@@ -126,7 +126,7 @@ def telemetry(step: int, attempt: int = 1) -> dict[str, Any]:
     return {"attempt": attempt, "time": at(step / 2), "elapsed_s": step / 2, "gpus": gpus, "host": host}
 
 
-def event(name: str, seconds: float, **fields: Any) -> dict[str, Any]:
+def event(name: str, seconds: float, /, **fields: Any) -> dict[str, Any]:
     """A line of events."""
     return {"time": at(seconds), "event": name, "attempt": 1} | fields
 
@@ -166,10 +166,20 @@ def dead_pid() -> int:
     return done.pid
 
 
+CHECKPOINT = "step-00000100.0001-0002"
+SAVED = {"bytes": 31_753_112, "seconds": 0.174012, "stall_s": 0.0312}
+CONSOLE = "config         \x1b[1mquickstart\x1b[0m\nstep 1/200\rstep 2/200\nfinished       200 steps\n"
+SCORES = {"arc_easy": {"value": 0.4125, "error": 0.0101, "count": 2376, "at": "2026-11-24T07:00:00+00:00"}}
+
+
 def finished(root: Path, name: str = "finished", steps: int = 200) -> Path:
     """A run that told everything."""
     path = folder(root, name, steps=steps)
     record(path, status="finished", pid=1, step=steps)
+    (path / "checkpoints" / CHECKPOINT).mkdir(parents=True)
+    (path / "checkpoints" / CHECKPOINT / "manifest.json").write_text("{}")
+    (path / "console.log").write_text(CONSOLE)
+    (path / "evals.json").write_text(json.dumps(SCORES))
     append(path / "metrics.rank0.jsonl", (metrics(step) for step in range(1, steps + 1)))
     validations = [
         {"attempt": 1, "time": at(step / 2), "step": step, "elapsed_s": step / 2, "validation/loss": loss(step) + 0.1}
@@ -204,7 +214,9 @@ def finished(root: Path, name: str = "finished", steps: int = 200) -> Path:
             event("start", 0, pid=1, steps=steps),
             event("gpus", 0.1, driver="570.86.15", cuda="12.8"),
             mixture(0.2),
-            event("checkpoint", 50, step=100, path="checkpoints/step-00000100"),
+            event("checkpoint", 25, step=50, **SAVED, checkpoint="step-00000050.0001-0001"),
+            event("validation", 49, step=100, loss=loss(100) + 0.1, bits_per_byte=1.5, tokens=57_984),
+            event("checkpoint", 50, step=100, **SAVED, checkpoint=CHECKPOINT),
             event("alert", 60, step=120, rule="dead", message="layer 2: 1 expert is dead", severity="warning"),
             event("sample", 70, step=140, prompt="def ", text="main():\n    return '<b>not markup</b>'"),
             event("validation", 99, step=steps, loss=loss(steps) + 0.1, bits_per_byte=1.25, tokens=4096),

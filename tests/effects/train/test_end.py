@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import pty
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,6 +186,8 @@ def test_no_room_for_the_weights_is_one_line(sources: Path, tmp_path: Path, monk
     code, output = train(config)
     assert code == 2 and f"nmoe: {folder(config) / WEIGHTS}: expected room for the weights, got No space" in output
     assert "Traceback" not in output and events(config, "end")[-1]["exit_code"] == 2
+    last = (folder(config) / "console.log").read_text().splitlines()[-1]
+    assert last.startswith(f"nmoe: {folder(config) / WEIGHTS}: expected room for the weights, got No space"), last
 
 
 @contextmanager
@@ -324,3 +330,94 @@ def train_at(config: Config, work: Path) -> tuple[int, str]:
     output = work / "out.txt"
     code = trainings.forked(lambda: run.main(config, {}, ("nmoe", "run"), "x"), output)
     return code, output.read_text()
+
+
+def test_samples_on_the_way_change_no_bit(sources: Path, tmp_path: Path) -> None:
+    """One after each step but the last, whose own comes at the end; a prompt of nothing begins at the end of text."""
+    weights: list[bytes] = []
+    for name, every, prompt in (("without", 0, "def "), ("with", 1, "class "), ("empty", 2, "")):
+        config = config_of(sources, tmp_path)
+        run_ = attrs.evolve(config.run, name=name)
+        config = attrs.evolve(config, run=run_, sample=attrs.evolve(config.sample, every=every, prompt=prompt))
+        code, output = train(config)
+        assert code == 0, output
+        samples = events(config, "sample")
+        assert [event["step"] for event in samples] == {0: [3], 1: [1, 2, 3], 2: [2, 3]}[every]
+        assert all(event["prompt"] == prompt and event["text"] for event in samples)
+        said = (folder(config) / "console.log").read_text()
+        assert said.count(f"{prompt!r} continued:") == len(samples)
+        weights.append((folder(config) / WEIGHTS).read_bytes())
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_every_file_of_a_run_has_the_mode_of_the_umask(sources: Path, tmp_path: Path, umask: int) -> None:
+    """What safetensors writes too, so that a group that may read the folder may read the weights."""
+    config = config_of(sources, tmp_path)
+    before = os.umask(umask)
+    try:
+        code, output = train(config)
+    finally:
+        os.umask(before)
+    assert code == 0, output
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder(config).rglob("*") if path.is_file()}
+    assert WEIGHTS in modes and {name: oct(mode) for name, mode in modes.items() if mode != 0o666 & ~umask} == {}
+
+
+def test_a_sample_that_fails_on_the_way_ends_nothing(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome, "sample", _refuse)
+    config = config_of(sources, tmp_path)
+    config = attrs.evolve(config, sample=attrs.evolve(config.sample, every=2))
+    code, output = train(config)
+    assert code == 0 and events(config, "end")[-1]["status"] == "finished"
+    assert "step 2: expected a sample, got RuntimeError: this terminal is on fire; the training goes on" in output
+
+
+def test_a_screen_that_cannot_be_recorded_ends_nothing(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk has no room for the line of step 2: one warning, no later line, and the training is whole."""
+    write = os.write
+
+    def refusing(descriptor: int, data: bytes) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("console.log") and b"step 2/3" in data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(log.os, "write", refusing)
+    config = config_of(sources, tmp_path)
+    code, output = train(config)
+    assert code == 0, output
+    output = (Path(config.run.root) / f"{config.run.name}.txt").read_text()
+    assert output.count("No space left on device") == 1 and "; the screen is recorded no further" in output
+    kept = (folder(config) / "console.log").read_text()
+    assert "step 1/3" in kept and "step 2/3" not in kept and "finished" not in kept
+
+
+def test_a_narrow_terminal_gets_whole_lines_and_the_record_no_control_codes(sources: Path, tmp_path: Path) -> None:
+    """A real terminal of 60 columns, with the live footer on it."""
+    config = config_of(sources, tmp_path)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    environ = {name: value for name, value in environment(TERM="xterm").items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(command(config, tmp_path), stdout=theirs, stderr=theirs, env=environ) as process:
+        os.close(theirs)
+        screen = b""
+        while True:
+            try:
+                part = os.read(ours, 1 << 16)
+            except OSError:  # the terminal's other end is closed
+                break
+            if not part:
+                break
+            screen += part
+        os.close(ours)
+    said = (folder(config) / "console.log").read_text()
+    assert process.returncode == 0, screen.decode()
+    assert b"\x1b[" in screen and "\x1b" not in said, "the footer is on the screen alone"
+    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3", "3"] and max(map(len, lines)) <= 60, lines
+    assert all("loss" in line and "tok/s" in line and "eta" in line for line in lines[:3])
+    assert all(line.encode() in screen for line in lines)

@@ -19,12 +19,14 @@ from nmoe.pure.core.key import Key
 from nmoe.pure.model.decode import Sampling
 from tests import shapes
 from tests.effects.checkpoint.hf_models import write
+from tests.effects.train.tiny import ATTENTIONS
 
 GQA = sections.Gqa(num_heads=4, num_kv_heads=2, head_dim=8, window=6, global_every=2, sinks=True)
 MOE = shapes.mixture(intermediate_size=8)  # torch's grouped product takes rows of 16 bytes
 MODELS = {
     "mla": shapes.config(vocab_size=300, moe=MOE, attention=shapes.attention(q_lora_rank=7)),
     "gqa": shapes.config(vocab_size=300, moe=MOE, attention=GQA),
+    "kda, nsa, dsa": shapes.config(vocab_size=300, moe=MOE, attention=ATTENTIONS["kda, nsa, dsa"]),
 }
 HOW = (Sampling(), Sampling(temperature=1.5), Sampling(temperature=1, top_k=9, top_p=0.8))
 PROMPTS = ("def main(", "x", "import os\nimport sys\n")

@@ -125,3 +125,21 @@ def shapes(config: Config) -> Any:
     """Path and shape of every tensor."""
     specs, dims = model.specs(config.model), model.dims(config.model)
     return [(path, spec.shape(dims)) for path, spec in tree.leaves(specs)]
+
+
+def test_more_steps_move_a_schedule_in_shares() -> None:
+    """The identity of such a run holds its lengths in tokens, so another length of the run is another schedule."""
+    shares = attrs.evolve(BASE, schedule=s.Schedule(warmup=0.1, decay=0.5))
+    kept = stored(of(shares))
+    assert accepted("step-7", kept, of(shares), ()) == ()
+    longer = of(attrs.evolve(shares, train=attrs.evolve(BASE.train, steps=2 * BASE.train.steps)))
+    told = problems(kept, longer)
+    assert [line.partition(":")[0] for line in told] == [
+        f"schedule.{part}_tokens" for part in ("warmup", "hold", "decay")
+    ]
+    assert told[2] == (
+        "schedule.decay_tokens: expected 160 as in step-7, got 320; set train.steps back, the schedule is in shares of "
+        "the run, train under another run.name, or add --accept schedule.decay_tokens to resume all the same"
+    )
+    accept = tuple(f"schedule.{part}_tokens" for part in ("warmup", "hold", "decay"))
+    assert len(accepted("step-7", kept, longer, accept)) == 3

@@ -20,7 +20,7 @@ from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data.store import shard_writer
 from nmoe.effects.runs.viz import mixture
 from nmoe.effects.runs.viz.index import open_index, poll
-from nmoe.pure.data.order import turn, turns
+from nmoe.pure.data.order import source_at, turns
 from tests.effects.train.tiny import tiny
 
 ROOT = Path(__file__).parents[3]
@@ -81,7 +81,7 @@ def windows_of(plan: dict[str, Any], windows: int) -> dict[str, int]:
     """Tokens of each source in the first windows of 32 tokens of a plan of one stage, one turn after another."""
     names = [row["source"] for row in plan["reads"]]
     order = turns([row["tokens"] // 32 for row in plan["reads"]])
-    counts = Counter(names[turn(order, position)[0]] for position in range(windows))
+    counts = Counter(names[source_at(order, position)[0]] for position in range(windows))
     return {name: 32 * counts[name] for name in names}
 
 

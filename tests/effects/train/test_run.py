@@ -116,6 +116,7 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
         "arrays.rank0.jsonl",
         "telemetry.rank0.jsonl",
         "run.json",
+        "console.log",
         "events.jsonl",
         "checkpoints",
         "weights.safetensors",
@@ -130,7 +131,7 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
     metrics = lines(folder / "metrics.rank0.jsonl")
     logged = {schema.metric(name) for line in metrics for name in schema.names(line)}
     unlogged = {entry.name for entry in schema.METRICS if entry not in logged}
-    assert None not in logged and unlogged == {"exchange/bytes", "exchange/bandwidth"}, "one rank exchanges nothing"
+    assert None not in logged and unlogged == {"exchange/bytes", "exchange/bandwidth", "mtp/loss_*"}, "one rank, no MTP"
     steps = [line["step"] for line in metrics if "loss" in line]
     assert steps == [1, 3, 6, 9, 12]
     assert [line["step"] for line in metrics if "validation/loss" in line] == [5, 10, 12]
@@ -150,6 +151,8 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
     assert events[-1]["status"] == "finished" and events[-1]["exit_code"] == 0
     assert last["loss"] < metrics[0]["loss"]
     assert "sample" in done.stdout and "bigram" in done.stdout and "eta" in done.stdout
+    assert "checkpoint     of step 12 saved, " in done.stdout
+    assert (folder / "console.log").read_text() == done.stdout, "all of the screen"
 
     told = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "3", cwd=workplace)
     again = nmoe("generate", folder, "--prompt", "def ", "--tokens", "8", "--seed", "3", cwd=workplace)
@@ -193,7 +196,9 @@ def test_a_signal_ends_the_run_cleanly(corpus: Path, workplace: Path, number: si
     assert kept.name.startswith(f"step-{end['step']:08d}.")
     assert (workplace / "runs" / "long" / "weights.safetensors").exists() == (number == signal.SIGINT)
     more = ("--run.name=long", f"--train.steps={end['step'] + 2}")
+    before = (workplace / "runs" / "long" / "console.log").read_text()
     done = nmoe("run", path, *more, cwd=workplace)
+    assert (workplace / "runs" / "long" / "console.log").read_text() == before + done.stdout
     assert done.returncode == 0 and f"resume         at step {end['step']} from " in done.stdout, done.stderr
 
 
@@ -246,6 +251,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus: Path, workplace: Path)
     shard.write_bytes(flipped)
     refused(nmoe("run", good, f"--data.source.path={broken}", cwd=workplace), shard.name)
     assert not (workplace / "runs").exists()
+
+
+def test_a_batch_is_fitted_to_the_processes_that_share_it(corpus: Path, workplace: Path) -> None:
+    path = write(workplace, config_for(corpus, steps=1, batch_size=2, microbatch_size=2))
+    done = nmoe("run", path, "--gpus", "2", "--fit", "--run.name=fitted", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fitted         train.microbatch_size: 2 -> 1\n") == 1
+    folder = workplace / "runs" / "fitted"
+    assert tomli.loads((folder / "sources.toml").read_text())["train.microbatch_size"] == "--fit"
+    assert load(folder / "config.toml", {}, ()).config.train.microbatch_size == 1
 
 
 def test_an_unwritable_run_folder_is_refused(corpus: Path, workplace: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+import attrs
 
 from nmoe.config import sections as s
 
@@ -55,3 +59,48 @@ def tiny(
         validation=s.Validation(every=5, tokens=512),
         run=s.Run(device="cpu"),
     )
+
+
+PARTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "gqa": s.Gqa(num_heads=4, num_kv_heads=2, head_dim=8, window=6, global_every=2, sinks=True),
+        "kda": s.Kda(num_heads=2, head_dim=8),
+        "nsa": s.Nsa(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            v_head_dim=6,
+            compressed_block=4,
+            compressed_stride=2,
+            selected_block=4,
+            num_selected=3,
+            window=4,
+        ),
+        # two steps of 32 tokens in the dense stage, then the sparse one
+        "dsa": s.Dsa(
+            num_heads=2,
+            q_lora_rank=12,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+            index_num_heads=2,
+            index_head_dim=8,
+            index_top_k=5,
+            index_warmup_tokens=64,
+        ),
+    }
+)
+ATTENTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        **PARTS,
+        "kda, nsa, dsa": s.Mixed(pattern="abc", a=PARTS["kda"], b=PARTS["nsa"], c=PARTS["dsa"]),
+        "gqa, kda": s.Mixed(pattern="ab", last="a", a=PARTS["gqa"], b=PARTS["kda"]),
+    }
+)
+"""Every kind of attention but the latent one, alone and mixed by layer."""
+
+
+def with_attention(config: s.Config, name: str) -> s.Config:
+    """A config with one of `ATTENTIONS`."""
+    return attrs.evolve(config, model=attrs.evolve(config.model, attention=ATTENTIONS[name]))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
-from nmoe.pure.data.order import quotas, taken, turn, turns
-from nmoe.pure.data.stages import Ingredient, Recipe, Stream, choose, identity, plan
+from nmoe.pure.data.order import quotas, source_at, taken, turns
+from nmoe.pure.data.stages import Ingredient, Recipe, Stream, identity, plan, select
 
 NO_LIMIT = 10**15
 WEIGHTS = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=12).filter(any)
@@ -69,7 +69,7 @@ def test_every_source_has_its_share_of_turns_one_after_another(shares: list[int]
     counts = [0] * len(shares)
     for position in range(sum(shares)):
         assert list(taken(tree, position, len(shares))) == counts
-        source, earlier = turn(tree, position)
+        source, earlier = source_at(tree, position)
         assert earlier == counts[source]
         counts[source] += 1
     assert counts == shares
@@ -81,7 +81,7 @@ def test_drift_is_bounded_at_any_position_of_a_long_stream(shares: list[int], da
     position = data.draw(st.integers(0, sum(shares)))
     assert drift(shares, range(position, position + 1)) < 1.7
     if position < sum(shares):
-        source, earlier = turn(turns(shares), position)
+        source, earlier = source_at(turns(shares), position)
         assert 0 <= earlier < shares[source]
 
 
@@ -102,19 +102,19 @@ def test_one_large_source_is_never_far_away() -> None:
     """A thousand small ones of equal share do not come in one lump."""
     shares = [9000] + [1] * 1000
     tree = turns(shares)
-    gaps = [turn(tree, position)[0] != 0 for position in range(10_000)]
+    gaps = [source_at(tree, position)[0] != 0 for position in range(10_000)]
     assert sum(gaps) == 1000 and not any(one and other for one, other in zip(gaps, gaps[1:], strict=False))
 
 
 def test_one_source_and_none() -> None:
-    assert [turn(turns([0, 5]), position) for position in range(5)] == [(1, position) for position in range(5)]
+    assert [source_at(turns([0, 5]), position) for position in range(5)] == [(1, position) for position in range(5)]
     with pytest.raises(InputError, match="a share above 0, got none"):
         turns([0, 0])
 
 
 def test_the_order_is_the_same_on_every_machine_and_for_ever() -> None:
     tree = turns([5, 3, 1, 0, 1])
-    assert [turn(tree, position)[0] for position in range(10)] == [1, 0, 4, 0, 1, 0, 2, 0, 1, 0]
+    assert [source_at(tree, position)[0] for position in range(10)] == [1, 0, 4, 0, 1, 0, 2, 0, 1, 0]
 
 
 def test_a_stream_with_stretches_left_out_reads_the_others_in_the_same_order() -> None:
@@ -126,7 +126,7 @@ def test_a_stream_with_stretches_left_out_reads_the_others_in_the_same_order() -
     def read(of: Stream, first: int, num: int) -> list[tuple[int, int]]:
         by_place = {
             place: (chosen.source, window)
-            for chosen in choose(of, first, num, key)
+            for chosen in select(of, first, num, key)
             for place, window in zip(chosen.places, chosen.windows, strict=True)
         }
         return [by_place[place] for place in range(num)]
@@ -139,4 +139,4 @@ def test_a_stream_with_stretches_left_out_reads_the_others_in_the_same_order() -
             num = min(num, 41 - first)
             assert read(shorter, first, num) == expected[first : first + num]
     with pytest.raises(InputError, match="expected a stream of 42 windows, got 41"):
-        choose(shorter, 40, 2, key)
+        select(shorter, 40, 2, key)

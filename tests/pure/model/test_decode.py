@@ -20,6 +20,28 @@ from nmoe.pure.model.ops import environment
 from tests import shapes
 
 GQA = sections.Gqa(num_heads=6, num_kv_heads=2, head_dim=8)
+NSA = sections.Nsa(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    v_head_dim=6,
+    compressed_block=4,
+    compressed_stride=2,
+    selected_block=4,
+    num_selected=3,
+    window=5,
+)
+DSA = sections.Dsa(
+    num_heads=3,
+    q_lora_rank=7,
+    kv_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    index_num_heads=2,
+    index_head_dim=6,
+    index_top_k=4,
+)
 MODELS = {
     "mla": shapes.config(),
     "mla, query latent": shapes.config(num_dense_layers=0, attention=shapes.attention(q_lora_rank=7)),
@@ -28,6 +50,22 @@ MODELS = {
     "gqa, window and sinks": shapes.config(attention=attrs.evolve(GQA, window=4, sinks=True)),
     "gqa, window of one": shapes.config(attention=attrs.evolve(GQA, window=1)),
     "gqa, global in turn": shapes.config(attention=attrs.evolve(GQA, window=5, global_every=2, sinks=True)),
+    "kda": shapes.config(attention=sections.Kda(num_heads=2, head_dim=8)),
+    "kda, one tap, bounded": shapes.config(
+        attention=sections.Kda(num_heads=2, head_dim=8, conv_size=1, decay_limit=5.0)
+    ),
+    "nsa": shapes.config(attention=NSA),
+    "nsa, long blocks": shapes.config(
+        attention=attrs.evolve(NSA, compressed_block=6, compressed_stride=3, selected_block=6, window=1)
+    ),
+    "nsa, longer than the row": shapes.config(
+        attention=attrs.evolve(NSA, compressed_block=32, compressed_stride=16, selected_block=32)
+    ),
+    "dsa": shapes.config(attention=DSA),
+    "dsa, dense stage": shapes.config(attention=attrs.evolve(DSA, index_warmup_tokens=10)),
+    "kda, nsa, dsa": shapes.config(
+        attention=sections.Mixed(pattern="abc", a=sections.Kda(num_heads=2, head_dim=8), b=NSA, c=DSA)
+    ),
 }
 POSITIONS = 23
 
@@ -68,15 +106,16 @@ def test_a_cache_changes_nothing(name: str, sizes: list[int]) -> None:
     torch.testing.assert_close(y @ head, x @ head, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("padding", "sizes"), [(6, [9, 1, 13]), (9, [9, 1, 13]), (5, [1] * 23), (8, [9, 1, 13])])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_padding_changes_nothing(name: str) -> None:
-    """A shorter prompt beside a longer one, whatever the ids in front of it."""
+def test_padding_changes_nothing(name: str, padding: int, sizes: list[int]) -> None:
+    """A shorter prompt beside a longer one, whatever the ids in front of it; it may begin a part of its own."""
     c = MODELS[name]
     tokens = tokens_of(c)
-    y, _ = extended(c, tokens, [9, 1, 13], torch.tensor([0, 6], dtype=torch.int32))
+    y, _ = extended(c, tokens, sizes, torch.tensor([0, padding], dtype=torch.int32))
     p, env = parameters(c), environment(c, c.max_positions)
-    for row, first in ((0, 0), (1, 6)):
+    for row, first in ((0, 0), (1, padding)):
         x, _ = model.forward(p, tokens[row : row + 1, first:], shapes.router_bias(c), env, c)
         torch.testing.assert_close(y[row : row + 1, first:] @ p.head, x @ p.head, rtol=0, atol=1e-9)
 

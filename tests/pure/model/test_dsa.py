@@ -88,24 +88,11 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def hf_tensors(p: dsa.Dsa, c: sections.Dsa) -> dict[str, Tensor]:
-    """Names and tensors of `transformers`.
-
-    Of the indexer it rotates channel i with channel i + P/2, we rotate neighbours: even channels come first.
-    """
-    named: dict[str, Tensor] = {}
-    leaves = dict(tree.leaves(p.latent))
-    for path, leaf in mla.hf_leaves(c).items():
+    """Names and tensors of `transformers`."""
+    named, leaves = dict[str, Tensor](), dict(tree.leaves(p))
+    for path, leaf in dsa.hf_leaves(c).items():
         named |= leaf.split(leaves[path])
-    rotated, index = c.qk_rope_head_dim, torch.arange(c.index_head_dim)
-    order = torch.cat((index[:rotated:2], index[1:rotated:2], index[rotated:]))
-    own = p.indexer
-    return named | {
-        "indexer.wq_b.weight": own.query[..., order].flatten(1).T,
-        "indexer.wk.weight": own.key[:, order].T,
-        "indexer.k_norm.weight": own.gain[order],
-        "indexer.k_norm.bias": own.shift[order],
-        "indexer.weights_proj.weight": own.weight.T,
-    }
+    return named
 
 
 YARN = sections.Yarn(factor=8.0, original_positions=64, beta_fast=4.0, mscale=0.7, mscale_all_dim=1.3)
@@ -147,14 +134,14 @@ def test_outputs_and_every_gradient_are_those_of_deepseek(name: str) -> None:
     rows = torch.arange(positions)[:, None]
     masked = found[0].long().masked_fill(found[0] > rows, positions).sort(-1).values
     chosen = masked.masked_fill(masked == positions, -1).int()
-    ops = attrs.evolve(KIND.reference, choose=lambda *_, **__: chosen)
+    ops = attrs.evolve(KIND.reference, select=lambda *_, **__: chosen)
     output, _ = KIND.apply(p, x, rope, rms_norm, ops, c, eps=1e-6)
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
     # of equal scores, where no head of the indexer is positive, theirs takes any
     low = rms_norm(x @ p.latent.down[:, : c.q_lora_rank], p.latent.query.norm, eps=1e-6)  # pyright: ignore[reportAttributeAccessIssue]
     index = dsa.project_index(p.indexer, x, low, rope, ())
-    scores, own = dsa.index_scores(*index).detach(), dsa.choose(*index, count=top_k)
+    scores, own = dsa.index_scores(*index).detach(), dsa.select(*index, count=top_k)
     values = [
         scores.gather(-1, each.clamp(min=0).long()).masked_fill(each < 0, -torch.inf).sort(-1).values
         for each in (own, chosen)
@@ -291,10 +278,10 @@ def test_keys_beyond_65535_are_chosen() -> None:
 
 def test_of_equal_scores_the_lower_index_is_chosen() -> None:
     q, k, w = torch.zeros(1, 9, 2, 4), random(1, 9, 4).float(), random(1, 9, 2).float()
-    chosen = dsa.choose(q, k, w, count=3)
+    chosen = dsa.select(q, k, w, count=3)
     assert chosen[0].tolist() == [[0, -1, -1], [0, 1, -1], *[[0, 1, 2]] * 7]
     start = torch.tensor([[0, 0, 2, 2, 2, 2, 2, 7, 7]], dtype=torch.int32)
-    assert dsa.choose(q, k, w, start, count=3)[0].tolist() == [
+    assert dsa.select(q, k, w, start, count=3)[0].tolist() == [
         *([0, -1, -1], [0, 1, -1], [2, -1, -1], [2, 3, -1], [2, 3, 4], [2, 3, 4], [2, 3, 4], [7, -1, -1], [7, 8, -1])
     ]
 
@@ -305,7 +292,7 @@ def test_gradients_are_those_of_finite_differences(dense_stage: bool) -> None:
     shape = {"q": (1, 6, 2, 3), "kv": (1, 6, 3), "index_q": (1, 6, 2, 2), "index_k": (1, 6, 2), "index_w": (1, 6, 2)}
     inputs = [random(*each, seed=seed, grad=True) for seed, each in enumerate(shape.values())]
     _, _, iq, ik, iw = inputs
-    chosen = () if dense_stage else dsa.choose(iq, ik, iw, count=3)
+    chosen = () if dense_stage else dsa.select(iq, ik, iw, count=3)
 
     def output(q: Tensor, kv: Tensor) -> Tensor:
         return dsa.attend_dsa(q, kv, iq, ik, iw, chosen, scale=0.7, rank=2)[0]

@@ -11,13 +11,12 @@ from transformers import KimiLinearConfig, KimiLinearForCausalLM
 from transformers.models.kimi_linear import modeling_kimi_linear
 
 from nmoe.config import sections
-from nmoe.errors import InputError
 from nmoe.pure.core import tree
 from nmoe.pure.core.init import init
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.flops import forward_flops
 from nmoe.pure.cost.plan import activation_bytes
-from nmoe.pure.model import hf, model
+from nmoe.pure.model import model
 from nmoe.pure.model.attention import KINDS, layers
 from nmoe.pure.model.ops import environment
 from nmoe.pure.optim.muon import by_matrix
@@ -190,10 +189,3 @@ def test_the_mixed_model_learns(limit: float | None) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
-
-
-@pytest.mark.parametrize("c", [mixed("ab"), shapes.config(attention=DELTA), shapes.config(attention=LATENT)], ids=str)
-def test_what_deepseek_v3_does_not_have_is_not_exported(c: sections.Model) -> None:
-    for make in (hf.settings, hf.parts):
-        with pytest.raises(InputError, match=r"^model\.attention: expected a kind that deepseek_v3 has, got "):
-            make(c)

@@ -1,13 +1,15 @@
-"""The model against `transformers`' DeepSeek-V3."""
+"""The model against `transformers`' DeepSeek-V3 and DeepSeek-V2."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import attrs
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from nmoe.config import sections
 from nmoe.pure.core import tree
@@ -21,30 +23,35 @@ from tests import shapes
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
 
 
-def theirs(c: sections.Model, p: Transformer, bias: Tensor) -> DeepseekV3ForCausalLM:
+def theirs(c: sections.Model, p: Transformer, bias: Tensor) -> Any:
     """Their model with our parameters, every name matched."""
-    config = DeepseekV3Config(**hf.settings(c))
+    model_class = getattr(transformers, hf.family_of(c)[1].architecture)
+    config = model_class.config_class(**hf.settings(c))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    network = DeepseekV3ForCausalLM(config)
+    network = model_class(config)
     for layer in network.model.layers:
         # theirs is 1e-6 whatever the config says
         for norm in ("q_a_layernorm", "kv_a_layernorm"):
             if getattr(layer.self_attn, norm, None) is not None:
                 getattr(layer.self_attn, norm).variance_epsilon = c.norm_eps
-    network.to(dtype=p.embed.dtype)  # pyright: ignore[reportCallIssue]
+    network.to(dtype=p.embed.dtype)
     network.load_state_dict(hf.state_dict(p, bias, c), strict=True)
     return network
 
 
-def their_table(network: DeepseekV3ForCausalLM, positions: int) -> Rope:
-    """Their rotation table, in the format of their parameters; they keep every column twice."""
-    cos, sin = network.model.rotary_emb(network.lm_head.weight, torch.arange(positions)[None])
+def their_table(network: Any, positions: int) -> Rope:
+    """Their rotation table, in the format of their parameters; V3 keeps every column twice, V2 complex numbers."""
+    table = network.model.rotary_emb(network.lm_head.weight, torch.arange(positions)[None])
+    if isinstance(table, Tensor):
+        return Rope(table[0].real, table[0].imag)
+    cos, sin = table
     return Rope(*(each[0].chunk(2, dim=-1)[0] for each in (cos, sin)))
 
 
 CONFIGS = {
     **shapes.DEEPSEEK,
+    **shapes.SOFTMAX,
     "everything": shapes.config(
         max_positions=512,
         norm_eps=1e-3,

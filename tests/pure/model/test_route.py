@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nmoe.pure.model.route import balance, entropy, health, load, replay, route, scores, sequence_imbalance, top_k
+from nmoe.pure.model.route import (
+    balance,
+    entropy,
+    health,
+    load,
+    replay,
+    route,
+    route_tokens,
+    scores,
+    sequence_imbalance,
+    top_k,
+)
 
 
 def uniform(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,6 +87,26 @@ def test_a_group_is_worth_its_two_best() -> None:
     score = torch.tensor([[0.9, 0.1, 0.1, 0.6, 0.5, 0.0]])
     routing = route(score, torch.zeros(6), top_k=2, num_groups=2, top_k_groups=1)
     assert routing.expert.tolist() == [[3, 4]]
+
+
+def test_a_softmax_router_ranks_groups_by_their_best_and_weighs_by_shares_of_all() -> None:
+    """The router of DeepSeek-V2; of two experts each group's best decides, though the other group's sum is larger."""
+    logits = torch.tensor([[0.9, 0.1, 0.1, 0.6, 0.5, 0.0]], dtype=torch.float64)
+    routed = route_tokens(
+        logits,
+        torch.eye(6, dtype=torch.float64),
+        torch.zeros(6),
+        top_k=2,
+        num_groups=2,
+        top_k_groups=1,
+        scale=3.0,
+        normalize=False,
+        softmax=True,
+    )
+    assert routed.routing.expert.tolist() == [[0, 1]]
+    total = sum(math.exp(each) for each in logits[0].tolist())
+    expected = [3 * math.exp(0.9) / total, 3 * math.exp(0.1) / total]
+    torch.testing.assert_close(routed.routing.weight, torch.tensor([expected], dtype=torch.float64))
 
 
 def test_no_excluded_group_however_low_the_kept_one() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nmoe.pure.watch.alerts import ENOUGH, Alert, History, Limits, Seen, judge
+from nmoe.pure.watch.alerts import ENOUGH, Alert, History, Limits, Observation, judge
 
 LIMITS = Limits(spike=8.0, dead=0.1, drop=0.3, wait=0.2, disk_bytes=5e9)
 GOOD: dict[str, Any] = dict(
@@ -18,7 +18,7 @@ GOOD: dict[str, Any] = dict(
 def told(*reports: dict[str, Any]) -> list[tuple[Alert, ...]]:
     history, alerts = History(), []
     for step, report in enumerate(reports):
-        history, new = judge(LIMITS, history, Seen(step=step, **{**GOOD, **report}))
+        history, new = judge(LIMITS, history, Observation(step=step, **{**GOOD, **report}))
         alerts.append(new)
     return alerts
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from nmoe.pure.watch import metrics
 
 
@@ -82,3 +84,24 @@ def test_a_line_reads_the_same_wherever_it_is_printed() -> None:
     )
     assert metrics.summary(metrics.fields(VALIDATION)) == "validation loss 2.5000 nats  1.2500 bits/byte"
     assert metrics.summary({"loss": "nan", "experts": {"layer": [], "dead": []}}) == "loss nan"
+
+
+LINE = {
+    **{"loss": 4.6, "grad_norm": 1.2, "lr/dense": 8e-3, "tokens_per_s": 4610.0, "mfu": 0.35, "memory_bytes": 623e6},
+    "experts": {"layer": [1], "max_over_mean": [3.66], "dead": [2]},
+}
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (None, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  mfu 35.0 %  mem 623 MB  bal 3.66  dead 2"),
+        (92, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  mfu 35.0 %  mem 623 MB  bal 3.66  dead 2"),
+        (91, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  mfu 35.0 %  bal 3.66  dead 2"),
+        (60, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  dead 2"),
+        (30, "loss 4.6000  4.61 k tok/s"),
+        (5, "loss 4.6000"),
+    ],
+)
+def test_a_narrow_screen_leaves_out_what_matters_least(width: int | None, expected: str) -> None:
+    assert metrics.fitting(metrics.parts(LINE), width) == expected

@@ -39,6 +39,7 @@ from nmoe.effects.data.prepare.survey import Work, reporting, survey, works_of
 from nmoe.effects.data.store.format import MANIFEST, Receipt, stem
 from nmoe.effects.data.store.records import read_record, write_record
 from nmoe.effects.data.store.shard_writer import commit
+from nmoe.effects.terminal import Progress
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item
 
@@ -46,7 +47,6 @@ FORMAT = 1
 WORK = ".work"
 PLAN = "plan.json"
 REPORT = "report.json"
-PROGRESS_EVERY_S = 2.0
 WAITING_EVERY_S = 30.0
 
 
@@ -183,19 +183,11 @@ def _stage(
     if end.exists():
         return
     total, done_bytes = sum(sizes[work.index] for work in missing), 0
-    began = reported = time.monotonic()
+    progress = Progress(say, total or len(missing))
     for number, (work, _) in enumerate(run(function, missing, pool), 1):
         done_bytes += sizes[work.index]
-        now = time.monotonic()
-        if now - reported >= PROGRESS_EVERY_S or number == len(missing):
-            reported, took = now, now - began
-            if total:
-                left_s = took * (total - done_bytes) / max(done_bytes, 1)
-                left = f", {done_bytes / took / 1e6:.1f} MB/s, about {left_s:.0f} s left"
-            else:
-                left = f", about {took * (len(missing) - number) / number:.0f} s left"
-            size = f", {done_bytes / 1e6:.1f} of {total / 1e6:.1f} MB" if total else ""
-            say(f"{name}: {number} of {len(missing)} tasks{size}, {took:.0f} s{left}")
+        size = f", {done_bytes / 1e6:.1f} of {total / 1e6:.1f} MB" if total else ""
+        progress.at(done_bytes if total else number, f"{name}: {number} of {len(missing)} tasks{size}")
     reported = time.monotonic()
     while (others := sum(not done(work).exists() for work in works)) and not end.exists():
         if time.monotonic() - reported >= WAITING_EVERY_S:

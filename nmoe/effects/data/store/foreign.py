@@ -174,10 +174,10 @@ def _read_headerless(path: Path, tokenizer: Tokenizer, dtype: str | None) -> np.
     if chosen not in DTYPES:
         raise InputError(f"--dtype: expected one of {', '.join(DTYPES)}, got {chosen}; choose one of them")
     tokens = _mapped(path, f"<{chosen[0]}{int(chosen[1:]) // 8}", 0)
-    highest = _highest(tokens)
-    if highest >= tokenizer.size:
+    largest = _largest(tokens)
+    if largest >= tokenizer.size:
         raise InputError(
-            f"{path}: expected {chosen} ids below {tokenizer.size}, got {highest}; give the tokenizer it was made "
+            f"{path}: expected {chosen} ids below {tokenizer.size}, got {largest}; give the tokenizer it was made "
             f"with, or --dtype {other}"
         )
     # Ids below 65,536 written as u32 have a 0 in every other place when they are read as u16.
@@ -189,7 +189,7 @@ def _read_headerless(path: Path, tokenizer: Tokenizer, dtype: str | None) -> np.
     return tokens
 
 
-def _highest(tokens: np.ndarray) -> int:
+def _largest(tokens: np.ndarray) -> int:
     """The largest of some ids; -1 of none."""
     return max((int(tokens[at : at + SCAN_TOKENS].max()) for at in range(0, len(tokens), SCAN_TOKENS)), default=-1)
 

@@ -20,6 +20,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from nmoe.config.toml import closest
 from nmoe.effects.data import tokenizer
 from nmoe.effects.data.store.records import read_record, to_text
 from nmoe.errors import InputError
@@ -121,9 +122,9 @@ def split_of(folder: Path, manifest: Manifest, split: str) -> SplitReceipt:
     Raises:  InputError when the folder has none of this name, or its files have other names or sizes than they should.
     """
     if split not in manifest.splits:
-        raise InputError(
-            f"{folder}: expected one of the splits {', '.join(manifest.splits)}, got {split}; choose one of them"
-        )
+        near = closest(split, tuple(manifest.splits))
+        remedy = f"did you mean {near}?" if near else "choose one of them"
+        raise InputError(f"{folder}: expected one of the splits {', '.join(manifest.splits)}, got {split}; {remedy}")
     if problems := size_problems(folder, manifest, split):
         raise InputError(*problems)
     return manifest.splits[split]
@@ -171,12 +172,12 @@ def content_problems(where: Path, index: int, receipt: Receipt, tokenizer_size: 
         ]
         if (where / f"{stem(index)}.json").read_bytes() != to_text(receipt).encode("ascii"):
             problems.append(f"{where / stem(index)}.json: expected the receipt in the manifest, got another; {REMEDY}")
-        highest = int(mapped(path, dtype, receipt.tokens).max())
+        largest = int(mapped(path, dtype, receipt.tokens).max())
     except OSError as error:
         return [f"{where / stem(index)}: expected readable files, got {error.strerror}; {REMEDY}"]
-    if highest >= tokenizer_size:
+    if largest >= tokenizer_size:
         problems.append(
-            f"{path}: expected ids below the tokenizer's {tokenizer_size}, got {highest}; prepare the data again"
+            f"{path}: expected ids below the tokenizer's {tokenizer_size}, got {largest}; prepare the data again"
         )
     return problems
 

@@ -47,10 +47,10 @@ def store_block_(x, b, h, t, value, size: tl.constexpr, channels: tl.constexpr):
 @triton.jit
 def visible(queries, keys, first_key, documents: tl.constexpr):
     """Where a query sees a key; the three broadcast."""
-    seen = queries >= keys
+    visible = queries >= keys
     if documents:
-        seen = seen & (first_key <= keys)
-    return seen
+        visible = visible & (first_key <= keys)
+    return visible
 
 
 def ends(start: Tensor) -> Tensor:

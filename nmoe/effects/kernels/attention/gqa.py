@@ -78,8 +78,8 @@ def gqa_attention(
     Cost:    forward 4·C, backward 10·C FLOPs for each pair of query and visible key, times H.
     """
     check(q, k, v, scale=scale, window=window)
-    seen = None if window is None or window >= q.shape[1] else window
-    return GqaAttention.apply(q, k, v, sinks, Mask(start=start, window=seen), scale, tiles[window])
+    span = None if window is None or window >= q.shape[1] else window
+    return GqaAttention.apply(q, k, v, sinks, Mask(start=start, window=span), scale, tiles[window])
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> None:

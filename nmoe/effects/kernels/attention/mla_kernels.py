@@ -193,10 +193,10 @@ def dkv_range(
         p = tl.exp2(s * scale2 - tl.reshape(top.load([row, m]), (1, block_m)))
         if masked:
             queries = m + tl.arange(0, block_m)
-            seen = queries[None, :] >= at[:, None]
+            visible = queries[None, :] >= at[:, None]
             if documents:
-                seen = seen & (queries[None, :] < last[:, None])
-            p = tl.where(seen, p, 0.0)
+                visible = visible & (queries[None, :] < last[:, None])
+            p = tl.where(visible, p, 0.0)
         acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v)
         ds = (p * (dp - tl.reshape(delta.load([row, m]), (1, block_m)))).to(tile.dtype)
         acc = tl.dot(ds, tile, acc)

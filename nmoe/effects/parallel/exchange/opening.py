@@ -231,8 +231,8 @@ def _refuse_unreachable(group: dist.ProcessGroup, device: torch.device) -> None:
     """Every GPU of the group is one whose memory this one reaches."""
     indices: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(indices, device.index, group=group)
-    seen = [index for index in indices if index != device.index and index < torch.cuda.device_count()]
-    far = [index for index in seen if not torch.cuda.can_device_access_peer(device.index, index)]
+    others = [index for index in indices if index != device.index and index < torch.cuda.device_count()]
+    far = [index for index in others if not torch.cuda.can_device_access_peer(device.index, index)]
     if far:
         raise InputError(
             f"parallel.experts: expected GPUs that reach each other's memory in an expert group, got GPU "

@@ -1,4 +1,4 @@
-"""`nmoe track`: tell another tracker what a run's files say. A process of its own that only reads the run's files.
+"""`nmoe track`: mirror what a run's files say to another tracker. A process of its own that only reads the run's files.
 
 How far it has come stands in `track/<target>.json` in the run folder, written after the target has the lines before it.
 A resumed run cuts its file and goes on: what was sent of steps after the cut stays sent, and the new attempt follows.
@@ -181,11 +181,11 @@ def _given(sink: Sink, name: str, lines: list[Line], every_s: float, say: Callab
 
     Raises:  InputError when it has failed `TRIES` times.
     """
-    for turn in range(1, TRIES):
+    for attempt in range(1, TRIES):
         try:
             return sink.write(lines)
         except sink.failures as error:
-            pause = every_s * 2**turn
+            pause = every_s * 2**attempt
             say(f"{name}  failed with {type(error).__name__}: {error}; tries again in {pause:.3g} s")
             time.sleep(pause)
     try:
@@ -199,7 +199,7 @@ def _given(sink: Sink, name: str, lines: list[Line], every_s: float, say: Callab
 
 
 def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bool, say: Callable[[str], None]) -> int:
-    """Tell a target every line, once, until the run has ended.
+    """Send a target every line, once, until the run has ended.
 
     name   of the target
     once   stop at the last line there is
@@ -218,7 +218,7 @@ def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bo
             position = Position(cuts=found_again(metrics, position).cuts if metrics.exists() else ())
         began, first = time.monotonic(), position.index()
         while True:
-            why = "told" if once else ended(folder)  # before reading: what was written until then is read
+            why = "read" if once else ended(folder)  # before reading: what was written until then is read
             while metrics.exists() and (lines := new_lines(metrics, here := found_again(metrics, position))):
                 target = _given(sink, name, lines, every_s, say)
                 position = attrs.evolve(after(here, lines[-1]), target=target)

@@ -31,7 +31,7 @@ def opener(name: str) -> Open:
 
 
 @contextmanager
-def _told(name: str, failures: tuple[type[Exception], ...]) -> Iterator[None]:
+def _sent(name: str, failures: tuple[type[Exception], ...]) -> Iterator[None]:
     """What a target refuses while it is opened or closed, as one line."""
     try:
         yield
@@ -120,7 +120,7 @@ def wandb(folder: Path, position: Position) -> Iterator[Sink]:
     module = _module("wandb", "wandb")
     failures = (module.Error, OSError)
     settings = module.Settings(x_disable_stats=True, x_disable_machine_info=True, console="off")
-    with _told("wandb", failures):
+    with _sent("wandb", failures):
         run = module.init(
             project="nmoe",
             id=folder.name,
@@ -134,7 +134,7 @@ def wandb(folder: Path, position: Position) -> Iterator[Sink]:
     try:
         yield Wandb(run, first, failures)
     finally:
-        with _told("wandb", failures):
+        with _sent("wandb", failures):
             run.finish()
 
 
@@ -159,14 +159,14 @@ class Trackio:
 def trackio(folder: Path, position: Position) -> Iterator[Sink]:
     """Open, or go on with, the run that has the folder's name."""
     module = _module("trackio", "trackio")
-    with _told("trackio", (OSError, ValueError)):
+    with _sent("trackio", (OSError, ValueError)):
         module.init(
             project="nmoe", name=folder.name, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
         )
     try:
         yield Trackio(module)
     finally:
-        with _told("trackio", Trackio.failures):
+        with _sent("trackio", Trackio.failures):
             module.finish()
 
 
@@ -199,7 +199,7 @@ def mlflow(folder: Path, position: Position) -> Iterator[Sink]:
     tracking = _module("mlflow.tracking", "mlflow")
     entities = _module("mlflow.entities", "mlflow")
     failures = (_module("mlflow.exceptions", "mlflow").MlflowException, OSError)
-    with _told("mlflow", failures):
+    with _sent("mlflow", failures):
         client = tracking.MlflowClient()
         experiment = client.get_experiment_by_name("nmoe")
         where = client.create_experiment("nmoe") if experiment is None else experiment.experiment_id

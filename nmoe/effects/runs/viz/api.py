@@ -30,15 +30,18 @@ class Run:
     tokens: float | None
     loss: float | str | None  # a str: nan, inf or -inf
     validation_loss: float | str | None
+    best_validation_loss: float | None
     bits_per_byte: float | str | None
     tokens_per_s: float | str | None
     mfu: float | str | None
     started: float | None
     updated: float | None
     elapsed_s: float | None
+    left_s: float | None  # to the last step at the speed it has; None unless it is training
     alerts: int
     nonfinite: int
     bad_lines: int
+    tags: list[int]  # it has logged, as places in the tags of `Runs`
     columns: dict[str, Any]  # the config keys and tags asked for
 
 
@@ -49,6 +52,7 @@ class Column:
     name: str
     title: str
     format: str  # number, count, bytes, percent, duration or ago
+    best: str  # min, max or empty: which value is the best
 
 
 @attrs.frozen(kw_only=True)
@@ -61,6 +65,7 @@ class Metric:
     doc: str
     format: str  # number, count, bytes or percent
     bad_above: float | None  # a value that is marked is greater
+    best: str  # min, max or empty: which value is the best
 
 
 @attrs.frozen(kw_only=True)
@@ -85,6 +90,8 @@ class Curve:
     high: Numbers
     smooth: Numbers
     last: float | str | None  # newest value of the stretch, not thinned; a str: nan, inf or -inf
+    min: float | None  # lowest finite value of the stretch, not thinned
+    max: float | None
     nonfinite: list[float]  # places of values that are not finite
 
 
@@ -118,6 +125,39 @@ class Events:
 
     events: list[Event]
     left_out: int
+
+
+@attrs.frozen(kw_only=True)
+class SavedState:
+    """A checkpoint of a run."""
+
+    name: str
+    step: int
+    attempt: int
+    time: float | None
+    validation_loss: float | None  # of the last validation up to its step
+    size_bytes: int | None
+    seconds: float | None  # that writing it took
+    command: str  # that resumes from it
+
+
+@attrs.frozen(kw_only=True)
+class Checkpoints:
+    """The checkpoints that a run's folder holds, newest first."""
+
+    run: str
+    checkpoints: list[SavedState]
+    deleted: int  # that were saved and are no longer there
+
+
+@attrs.frozen(kw_only=True)
+class Console:
+    """What a run printed: the end of its console.log."""
+
+    run: str
+    lines: list[str]
+    left_out_bytes: int  # before them
+    is_there: bool  # the run folder has the file
 
 
 @attrs.frozen(kw_only=True)
@@ -230,11 +270,25 @@ class Evaluation:
 
 
 @attrs.frozen(kw_only=True)
+class Score:
+    """What `nmoe eval` measured of one task, as texts."""
+
+    run: str
+    task: str
+    value: str
+    error: str  # standard error
+    items: str
+    at: str
+
+
+@attrs.frozen(kw_only=True)
 class Evaluations:
-    """Results, newest first."""
+    """Results, newest first, and scores of benchmarks."""
 
     names: list[str]
     rows: list[Evaluation]
+    scores: list[Score]
+    problems: list[str]  # files of scores that cannot be read
 
 
 @attrs.frozen(kw_only=True)
@@ -352,7 +406,7 @@ class Document:
     split: str
     number: int
     documents: int
-    num_tokens: int
+    num_tokens: int  # without the end of text
     text: str
     tokens: list[Token]
     left_out: int  # tokens beyond what is shown
@@ -367,7 +421,7 @@ class Problems:
 
 ANSWERS = (
     *(Runs, Series, Events, Layers, Experts, Load, Timing, Gpus, Evaluations, Samples, Configs, Folders, Mixture),
-    *(Document, Problems),
+    *(Document, Problems, Checkpoints, Console),
 )
 
 

@@ -14,7 +14,7 @@ from nmoe.effects.runs.viz import api
 from nmoe.effects.runs.viz.index import Index, arrays, known, query, tags
 from nmoe.pure.watch import curve
 
-AXES = ("step", "tokens", "time", "flops")
+AXES = ("step", "tokens", "time", "clock", "flops")
 HOUR_S = 3600.0
 MAX_CELLS = 60_000
 """Cells of all runs of a chart together."""
@@ -47,6 +47,8 @@ class Extent:
     high: float
     shown: int  # points in the stretch asked for
     last: float | None  # of them
+    min: float | None  # of them, where finite
+    max: float | None
     nonfinite: int
 
 
@@ -73,9 +75,7 @@ def series(index: Index, names: Sequence[str], tag: str, axis: Axis) -> api.Seri
         else:
             sampled = points(index, numbers, column, axis)
             grid = grid_of([x for x, _, _ in sampled.values()], axis, len(sampled))
-            curves = [
-                _curve(numbers[run], sampled[run], grid, axis, extents[run].last) for run in numbers if run in sampled
-            ]
+            curves = [_curve(numbers[run], sampled[run], grid, axis, extents[run]) for run in numbers if run in sampled]
     return api.Series(
         tag=tag,
         x=[] if grid is None else grid[1].tolist(),
@@ -89,14 +89,15 @@ def _extents(index: Index, numbers: Mapping[int, str], column: str, axis: Axis) 
     rows = query(
         index,
         "select run, min(x), max(x), count(*) filter (inside), arg_max(y, step) filter (inside), "
-        "count(*) filter (not isfinite(y)) "
+        "count(*) filter (not isfinite(y)), min(y) filter (inside and isfinite(y)), "
+        "max(y) filter (inside and isfinite(y)) "
         f"from (select *, x between ? and ? as inside from ({_points(axis, column)})) group by run",
         *_stretch(axis),
         *chosen(index, numbers, axis),
     )
     return {
-        run: Extent(low=low, high=high, shown=shown, last=last, nonfinite=nonfinite)
-        for run, low, high, shown, last, nonfinite in rows
+        run: Extent(low=low, high=high, shown=shown, last=last, nonfinite=nonfinite, min=least, max=most)
+        for run, low, high, shown, last, nonfinite, least, most in rows
     }
 
 
@@ -152,6 +153,8 @@ def _thinned_by_index(
             high=api.numbers(extremes[1][row]) if axis.bands else [],
             smooth=[],
             last=api.plain(extents[run].last),
+            min=extents[run].min,
+            max=extents[run].max,
             nonfinite=lost.get(run, []),
         )
         for row, (run, name) in enumerate(numbers.items())
@@ -224,6 +227,7 @@ def place(axis: Axis) -> str:
         "step": "m.step::double",
         "tokens": tokens,
         "time": f"(v.before_s + m.elapsed_s) / {HOUR_S}",
+        "clock": "m.time_s",
         "flops": f"{tokens} * c.flops",
     }
     return expressions[axis.x]
@@ -269,11 +273,11 @@ def _curve(
     points: tuple[np.ndarray, np.ndarray, np.ndarray],
     grid: tuple[np.ndarray, np.ndarray] | None,
     axis: Axis,
-    last: float | None,
+    extent: Extent,
 ) -> api.Curve:
     x, step, y = points
     if grid is None:
-        return api.Curve(run=name, mean=[], low=[], high=[], smooth=[], last=None, nonfinite=[])
+        return api.Curve(run=name, mean=[], low=[], high=[], smooth=[], last=None, min=None, max=None, nonfinite=[])
     thinned = curve.thin(x, y, curve.smooth(step, y, axis.smooth), grid[0])
     return api.Curve(
         run=name,
@@ -281,6 +285,8 @@ def _curve(
         low=api.numbers(thinned.low) if axis.bands else [],
         high=api.numbers(thinned.high) if axis.bands else [],
         smooth=api.numbers(thinned.smooth) if axis.smooth > 0 else [],
-        last=api.plain(last),
+        last=api.plain(extent.last),
+        min=extent.min,
+        max=extent.max,
         nonfinite=thinned.nonfinite[:MAX_NONFINITE].tolist(),
     )

@@ -148,7 +148,7 @@ def document(roots: Sequence[Path], folder: int, split: str, number: int) -> api
         split=split,
         number=number,
         documents=documents,
-        num_tokens=len(ids),
+        num_tokens=max(0, len(ids) - 1),
         text=b"".join(pieces[: len(shown)]).decode("utf-8", "replace"),
         tokens=[
             api.Token(id=token, text=piece.decode("utf-8", "backslashreplace"))

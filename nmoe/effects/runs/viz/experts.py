@@ -60,7 +60,8 @@ def layers(index: Index, name: str, tag: str, axis: curves.Axis) -> api.Layers:
     x, step, y, at = (np.ma.getdata(got[key]) for key in ("x", "step", "y", "place"))
     y = np.where(np.ma.getmaskarray(got["y"]), np.nan, y.astype(np.float64))
     count = int(at.max()) if len(at) else 0
-    grid = curves.grid_of([x], axis, max(count, 1)) if len(x) else None
+    # A step has a row a layer: the grid is made of its places, each once.
+    grid = curves.grid_of([np.unique(x)], axis, max(count, 1)) if len(x) else None
     if grid is None:
         return api.Layers(tag=tag, x=[], layers=[], values=[])
     values: list[api.Numbers] = []

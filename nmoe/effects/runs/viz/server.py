@@ -27,7 +27,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from nmoe.effects.runs.viz import api, curves, data, experts, export, machine, mixture, views
+from nmoe.effects.runs.viz import api, curves, data, experts, export, folder, machine, mixture, views
 from nmoe.effects.runs.viz.index import Index, Poll, poll
 from nmoe.errors import InputError
 
@@ -94,7 +94,7 @@ def application(settings: Settings) -> Starlette:
     answers: Mapping[str, Callable[[Ask], Any]] = {
         "runs": lambda ask: views.runs(settings.index, ask.texts("column")),
         "series": lambda ask: curves.series(settings.index, ask.runs(), ask.text("tag"), ask.axis()),
-        "events": lambda ask: views.events(settings.index, ask.runs(), ask.axis()),
+        "events": lambda ask: views.events(settings.index, ask.runs(), ask.axis(), alerts=ask.texts("alerts") == ["1"]),
         "configs": lambda ask: views.configs(settings.index, ask.runs()),
         "evaluations": lambda ask: views.evaluations(settings.index, ask.runs()),
         "samples": lambda ask: views.samples(settings.index, ask.runs()),
@@ -107,6 +107,8 @@ def application(settings: Settings) -> Starlette:
         "timing": lambda ask: machine.timing(settings.index, ask.text("run")),
         "gpus": lambda ask: machine.gpus(settings.index, ask.text("run")),
         "mixture": lambda ask: mixture.mixture(settings.index, ask.text("run")),
+        "checkpoints": lambda ask: folder.checkpoints(settings.index, ask.text("run")),
+        "console": lambda ask: folder.console(settings.index, ask.text("run")),
         "folders": lambda ask: data.folders(settings.data_roots),
         "document": lambda ask: data.document(
             settings.data_roots,

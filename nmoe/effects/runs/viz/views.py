@@ -12,27 +12,37 @@ from typing import Any
 
 import numpy as np
 
-from nmoe.effects.record.names import CONFIG, PROVENANCE
+from nmoe.effects.record.names import CONFIG, EVALS, PROVENANCE
 from nmoe.effects.record.reading import toml_table
 from nmoe.effects.runs import status as run_status
-from nmoe.effects.runs.viz import api
+from nmoe.effects.runs.show import read_scores
+from nmoe.effects.runs.viz import api, words
 from nmoe.effects.runs.viz.curves import HOUR_S, Axis, chosen
 from nmoe.effects.runs.viz.index import Index, arrays, known, query, tags
+from nmoe.errors import InputError
 from nmoe.pure.watch import metrics as schema
 
 MAX_EVENTS = 2000
 
+ALERTS = (
+    "(event in ('alert', 'nonfinite', 'checkpoint_failed', 'checkpoint_damaged') or (event = 'end' and "
+    "coalesce(json_extract_string(line, '$.status'), '') not in ('finished', 'interrupted')))"
+)
+"""Events that someone should look at, as a condition over table events."""
+
 COLUMNS = tuple(
-    api.Column(name=name, title=title, format=format)
-    for name, title, format in (
-        ("loss", "loss", "number"),
-        ("validation_loss", "val loss", "number"),
-        ("bits_per_byte", "bits/byte", "number"),
-        ("tokens", "tokens", "count"),
-        ("tokens_per_s", "tokens/s", "count"),
-        ("mfu", "MFU", "percent"),
-        ("elapsed_s", "trained", "duration"),
-        ("started", "started", "ago"),
+    api.Column(name=name, title=title, format=format, best=best)
+    for name, title, format, best in (
+        ("loss", "loss", "number", "min"),
+        ("validation_loss", "val loss", "number", "min"),
+        ("best_validation_loss", "best val", "number", "min"),
+        ("bits_per_byte", "bits/byte", "number", "min"),
+        ("tokens", "tokens", "count", ""),
+        ("tokens_per_s", "tokens/s", "count", "max"),
+        ("mfu", "MFU", "percent", "max"),
+        ("elapsed_s", "trained", "duration", ""),
+        ("left_s", "left", "duration", ""),
+        ("started", "started", "ago", ""),
     )
 )
 """Of the run table, here and in the browser."""
@@ -66,6 +76,14 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
     }
     bad = dict(query(index, "select run, sum(bad)::bigint from files group by run"))
     elapsed = dict(query(index, "select run, sum(elapsed_s) from spans group by run"))
+    column = tags(index).get("validation/loss")
+    best = dict(
+        query(index, f"select run, min({column}) from metrics where rank = 0 and isfinite({column}) group by run")
+        if column
+        else ()
+    )
+    described = schema.described(tags(index))
+    places = {entry.name: place for place, entry in enumerate(described)}
     rows: list[api.Run] = []
     keys: dict[str, None] = {}
     for run, name in numbers:
@@ -76,31 +94,37 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
         record = run_status.read(folder)
         began, start, last = told_events.get(run, (None, {}, None))
         host = str(config_of(folder, PROVENANCE).get("hardware.host", "another host"))
+        status = run_status.status(record, last, host, now)
+        step = _whole(values.get("step", (record.get("step"), 0))[0])
+        steps = _whole(record.get("steps", start.get("steps")))
+        tokens, rate = (values.get(tag, (None, 0))[0] for tag in ("tokens_global", "tokens_per_s"))
         rows.append(
             api.Run(
                 name=name,
-                status=run_status.status(record, last, host, now),
+                status=status,
                 attempt=_whole(record.get("attempt", start.get("attempt"))),
-                step=_whole(values.get("step", (record.get("step"), 0))[0]),
-                steps=_whole(record.get("steps", start.get("steps"))),
+                step=step,
+                steps=steps,
                 tokens=_value(values, "tokens_global"),
                 loss=_value(values, "loss"),
                 validation_loss=_value(values, "validation/loss"),
+                best_validation_loss=best.get(run),
                 bits_per_byte=_value(values, "validation/bits_per_byte"),
                 tokens_per_s=_value(values, "tokens_per_s"),
                 mfu=_value(values, "mfu"),
                 started=began,
                 updated=_value(values, "time"),
                 elapsed_s=elapsed.get(run),
+                left_s=_left_s(step, steps, tokens, rate) if status in run_status.GOING else None,
                 alerts=counts.get((run, "alert"), 0),
                 nonfinite=counts.get((run, "nonfinite"), 0),
                 bad_lines=bad.get(run) or 0,
+                tags=sorted(places[tag] for tag in values if tag in places),
                 columns={key: api.plain(config.get(key, values.get(key, (None, 0))[0])) for key in columns},
             )
         )
     rows.sort(key=lambda row: (-(row.started or row.updated or math.inf), row.name))
     by_layer = [entry for entry in schema.METRICS if entry.kind == "layers"]
-    described = schema.described(tags(index))
     return api.Runs(
         root=str(index.root),
         runs=rows,
@@ -114,6 +138,7 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
                 doc=entry.doc,
                 format=entry.format(),
                 bad_above=entry.bad_above,
+                best=entry.best,
             )
             for entry in (*described, *by_layer)
         ],
@@ -121,22 +146,25 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
     )
 
 
-def events(index: Index, names: Sequence[str], axis: Axis) -> api.Events:
-    """What happened to some runs, with its place on an axis."""
+def events(index: Index, names: Sequence[str], axis: Axis, *, alerts: bool = False) -> api.Events:
+    """What happened to some runs, with its place on an axis.
+
+    alerts  only alerts, steps that were not finite, and ends that are failures
+    """
     numbers = known(index, names)
+    wanted = f"from events where run in (select unnest(?::integer[])){f' and {ALERTS}' if alerts else ''}"
     rows = query(
         index,
-        "select run, event, attempt, step, time_s, line from events where run in (select unnest(?::integer[])) "
-        "order by time_s desc nulls last, rowid desc limit ?",
+        f"select run, event, attempt, step, time_s, line {wanted} order by time_s desc nulls last, rowid desc limit ?",
         list(numbers),
         MAX_EVENTS + 1,
     )
-    (count,) = query(index, "select count(*) from events where run in (select unnest(?::integer[]))", list(numbers))[0]
+    (count,) = query(index, f"select count(*) {wanted}", list(numbers))[0]
     runs_, per_step, flops = chosen(index, numbers, axis)
     rates = dict(zip(runs_, zip(per_step, flops, strict=True), strict=True))
     at = _times(index, list(numbers)) if axis.x == "time" else {}
     shown = [
-        _event(numbers[run], row, _event_place(axis, row[2], rates[run], at.get(run)))
+        _event(numbers[run], row, row[3] if axis.x == "clock" else _event_place(axis, row[2], rates[run], at.get(run)))
         for run, *row in rows[:MAX_EVENTS]
     ]
     return api.Events(events=shown, left_out=max(0, count - MAX_EVENTS))
@@ -145,14 +173,6 @@ def events(index: Index, names: Sequence[str], axis: Axis) -> api.Events:
 def _event(name: str, row: Sequence[Any], x: float | None) -> api.Event:
     event, attempt, step, time_s, line = row
     fields = json.loads(line)
-    details = {
-        key: value for key, value in fields.items() if key not in ("time", "event", "attempt", "step", "severity")
-    }
-    text = (
-        str(details["message"])
-        if "message" in details
-        else ", ".join(f"{key} {_shown(v)}" for key, v in details.items())
-    )
     severity = str(fields.get("severity") or api.SEVERITY.get(event or "", "info"))
     if event == "end" and fields.get("status") not in ("finished", "interrupted"):
         severity = "error"
@@ -164,7 +184,7 @@ def _event(name: str, row: Sequence[Any], x: float | None) -> api.Event:
         step=step,
         x=x,
         time=time_s,
-        text=text[:500],
+        text=words.text(event or "", fields)[:500],
     )
 
 
@@ -215,7 +235,19 @@ def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
         results = {key: v for key, v in fields.items() if key not in ("time", "event", "attempt", "step")}
         answers.append(api.Evaluation(run=numbers[run], attempt=attempt, step=step, time=time_s, results=results))
     names_ = dict.fromkeys(key for row in answers for key in row.results)
-    return api.Evaluations(names=list(names_), rows=answers)
+    scores: list[api.Score] = []
+    problems: list[str] = []
+    for name in numbers.values():
+        try:
+            measured = read_scores(index.root / name / EVALS)
+        except InputError as error:
+            problems += error.problems
+        else:
+            scores += [
+                api.Score(run=name, task=task, value=value, error=error, items=items, at=at)
+                for task, value, error, items, at in measured
+            ]
+    return api.Evaluations(names=list(names_), rows=answers, scores=scores, problems=problems)
 
 
 def samples(index: Index, names: Sequence[str]) -> api.Samples:
@@ -279,6 +311,14 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _left_s(step: int | None, steps: int | None, tokens: float | None, rate: float | None) -> float | None:
+    """Seconds to the last step at `rate` tokens a second."""
+    if not step or steps is None or tokens is None or rate is None or not 0 < rate < math.inf:
+        return None
+    left = (steps - step) * tokens / step / rate
+    return left if 0 <= left < math.inf else None
+
+
 def _value(values: Mapping[str, tuple[float, int]], tag: str) -> Any:
     """A last value, by its name when it is not finite; None when there is none."""
     return api.plain(values.get(tag, (None, 0))[0])
@@ -287,10 +327,6 @@ def _value(values: Mapping[str, tuple[float, int]], tag: str) -> Any:
 def _whole(value: Any) -> int | None:
     number = api.number(value)
     return None if number is None or not math.isfinite(number) else int(number)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _text(line: str, key: str) -> str:

@@ -127,6 +127,8 @@ KINDS: Kinds = MappingProxyType(
             flops=kda.flops,
             kept_bytes=kda.kept_bytes,
             reference=kda.REFERENCE,
+            cache=Cache(empty=kda.empty_cache, extend=kda.extend),
+            hf=Hf(settings=kda.hf_settings, leaves=kda.hf_leaves, section=kda.hf_section, keys=(kda.HF,)),
         ),
         sections.Nsa: Kind(
             specs=nsa.specs,
@@ -136,6 +138,7 @@ KINDS: Kinds = MappingProxyType(
             flops=nsa.flops,
             kept_bytes=nsa.kept_bytes,
             reference=nsa.REFERENCE,
+            cache=Cache(empty=nsa.empty_cache, extend=nsa.extend),
         ),
         sections.Dsa: Kind(
             specs=dsa.specs,
@@ -146,6 +149,13 @@ KINDS: Kinds = MappingProxyType(
             flops=dsa.flops,
             kept_bytes=dsa.kept_bytes,
             reference=dsa.REFERENCE,
+            cache=Cache(empty=dsa.empty_cache, extend=dsa.extend),
+            hf=Hf(
+                settings=dsa.hf_settings,
+                leaves=dsa.hf_leaves,
+                section=dsa.hf_section,
+                keys=(*mla.HF_KEYS, *mla.HF_FIXED, *mla.HF_OTHERS, *dsa.HF_KEYS),
+            ),
         ),
     }
 )
@@ -185,6 +195,9 @@ def attention_of(c: sections.Model, kinds: Kinds = KINDS) -> Kind:
         flops=lambda c, **shape: c.kind.flops(c.section, **shape),
         kept_bytes=lambda c, **shape: c.kind.kept_bytes(c.section, **shape),
         reference=mixed.MixedOps(tuple(part.kind.reference for part in parts.values())),
+        cache=None
+        if any(part.kind.cache is None for part in parts.values())
+        else Cache(empty=mixed.empty_cache, extend=mixed.extend),
     )
 
 

@@ -8,7 +8,9 @@ t, n the queries of one block of queries, and the keys that it sees
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import attrs
 import torch
@@ -22,8 +24,9 @@ from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention import mla
 from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
 from nmoe.pure.model.attention.gqa import attended
+from nmoe.pure.model.hf_leaf import Leaf, matrix, ordered, same
 from nmoe.pure.model.norm import upcast
-from nmoe.pure.model.rope import Documents, Rope, rotate
+from nmoe.pure.model.rope import Documents, Rope, rotate, visible_cached
 
 QUERIES = 64
 """Queries whose scores, and whose copies of the keys they read, exist at once."""
@@ -71,7 +74,7 @@ class DsaOps:
     """What a device implements of sparse latent attention; a field has the signature of its reference."""
 
     query: Callable[..., tuple[Tensor, Tensor]]
-    choose: Callable[..., Tensor]
+    select: Callable[..., Tensor]
     attend: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -100,20 +103,84 @@ def dsa(
     """
     start, position = (documents.start, documents.position) if isinstance(documents, Documents) else ((), ())
     main, rank, nope = p.latent, c.kv_lora_rank, c.qk_nope_head_dim
-    query, latent, key = (x @ main.down).split((c.q_lora_rank, rank, c.qk_rope_head_dim), dim=-1)
-    if not isinstance(main.query, mla.QueryUp):
-        raise ValueError("dsa: expected a latent of the query, which the indexer reads, got none; set q_lora_rank")
-    low = norm(query, main.query.norm, eps=eps)
-    q, k_rope = ops.query(low, main.query.up, key, rope, position)
-    kv = torch.cat((norm(latent, main.norm, eps=eps), k_rope), dim=-1)
+    low, q, kv = _inputs(main, x, rope, norm, ops, c, position, eps)
     up_key, up_value = main.up.split((nope, c.v_head_dim), dim=-1)
     q = torch.cat((torch.einsum("bthc,rhc->bthr", q[..., :nope], up_key), q[..., nope:]), dim=-1)
 
     index = project_index(p.indexer, x.detach(), low.detach(), rope, position)
-    chosen = () if c.index_warmup_tokens else ops.choose(*index, start, count=c.index_top_k)
+    chosen = () if c.index_warmup_tokens else ops.select(*index, start, count=c.index_top_k)
     o, loss = ops.attend(q, kv, *index, chosen, start, scale=mla.scale(c), rank=rank)
     o = torch.einsum("bthr,rhu->bthu", o, up_value)
     return o.flatten(-2) @ main.out.flatten(0, 1), c.index_loss * loss
+
+
+def _inputs(
+    p: mla.Mla,
+    x: Tensor,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: DsaOps,
+    c: sections.Dsa,
+    position: Tensor | tuple[()],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed latent of the query [B T Q], queries [B T H C] and latents behind which are rotated keys [B T R+P]."""
+    query, latent, key = (x @ p.down).split((c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+    if not isinstance(p.query, mla.QueryUp):
+        raise ValueError("dsa: expected a latent of the query, which the indexer reads, got none; set q_lora_rank")
+    low = norm(query, p.query.norm, eps=eps)
+    q, k_rope = ops.query(low, p.query.up, key, rope, position)
+    return low, q, torch.cat((norm(latent, p.norm, eps=eps), k_rope), dim=-1)
+
+
+@record
+class DsaCache:
+    """What later tokens read of earlier ones."""
+
+    latent: mla.LatentCache
+    index: Tensor  # [B S Y], keys of the indexer
+
+
+def empty_cache(c: sections.Dsa, num_sequences: int, like: Tensor) -> DsaCache:
+    """The cache before the first token, in the format of `like`."""
+    return DsaCache(mla.empty_cache(c, num_sequences, like), like.new_zeros(num_sequences, 0, c.index_head_dim))
+
+
+def extend(
+    p: Dsa,
+    x: Tensor,
+    cache: DsaCache,
+    documents: Documents,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: DsaOps,
+    c: sections.Dsa,
+    *,
+    eps: float,
+) -> tuple[Tensor, DsaCache]:
+    """`dsa` of new tokens that also see those in the cache, in the sparse stage.
+
+    x          [B T D]   normed block input of the new tokens
+    documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
+    returns    [B T D], and the cache with the new tokens [B S + T]
+    """
+    low, q, kv = _inputs(p.latent, x, rope, norm, ops, c, documents.position, eps)
+    latent, key = kv.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+    index_q, index_k, index_w = project_index(p.indexer, x, low, rope, documents.position)
+    after = DsaCache(
+        mla.LatentCache(torch.cat((cache.latent.latent, latent), dim=1), torch.cat((cache.latent.key, key), dim=1)),
+        torch.cat((cache.index, index_k), dim=1),
+    )
+    visible = visible_cached(documents, after.index.shape[1])
+    if not c.index_warmup_tokens:
+        score = index_scores(index_q, after.index, index_w).masked_fill(~visible, -torch.inf)
+        chosen = best(score, c.index_top_k).long()
+        none = visible.shape[-1]  # a column for the queries that read fewer
+        visible = F.pad(torch.zeros_like(visible), (0, 1)).scatter(-1, chosen.where(chosen >= 0, none), True)[
+            ..., :none
+        ]
+    o = mla.attend_latent(q, after.latent, p.latent.up, visible, scale=mla.scale(c))
+    return o.flatten(-2) @ p.latent.out.flatten(0, 1), after
 
 
 def project_index(
@@ -128,8 +195,10 @@ def project_index(
     """
     rotated = 2 * rope.cos.shape[-1]
     q = (low @ p.query.flatten(1)).unflatten(-1, p.query.shape[1:])
-    wide = upcast(x @ p.key)
-    k = F.layer_norm(wide, wide.shape[-1:], p.gain.to(wide.dtype), p.shift.to(wide.dtype), NORM_EPS).to(x.dtype)
+    upcasted = upcast(x @ p.key)
+    k = F.layer_norm(upcasted, upcasted.shape[-1:], p.gain.to(upcasted.dtype), p.shift.to(upcasted.dtype), NORM_EPS).to(
+        x.dtype
+    )
     q, k = (
         torch.cat((rotate(tensor[..., :rotated], rope, positions), tensor[..., rotated:]), dim=-1) for tensor in (q, k)
     )
@@ -147,7 +216,7 @@ def index_scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     return (upcast(w)[..., None, :] @ upcast(score).relu())[..., 0, :]
 
 
-def choose(q: Tensor, k: Tensor, w: Tensor, start: Tensor | tuple[()] = (), *, count: int) -> Tensor:
+def select(q: Tensor, k: Tensor, w: Tensor, start: Tensor | tuple[()] = (), *, count: int) -> Tensor:
     """The keys that each query reads: exactly the `count` of the highest score among those up to its own.
 
     One block of queries at a time: no scores of all queries exist. There is no gradient.
@@ -236,7 +305,7 @@ def _hidden(begin: int, end: int, start: Tensor | tuple[()], device: torch.devic
     return hidden | (key < start[:, begin:end, None]) if isinstance(start, Tensor) else hidden
 
 
-REFERENCE = DsaOps(mla.query, choose, attend_dsa)
+REFERENCE = DsaOps(mla.query, select, attend_dsa)
 
 
 def flops(c: sections.Dsa, *, sequence_length: int, causal: bool) -> int:
@@ -260,7 +329,7 @@ def kept_bytes(c: sections.Dsa, *, hidden: int, sequence_length: int, element: i
     element  bytes of an activation
     square   whether attention keeps its probabilities: never, it makes them again
     """
-    wide, index, statistics = 4, 4, 4
+    fp32, index, statistics = 4, 4, 4
     heads, rank, rotated = c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim
     narrow = (
         hidden  # input of `down`, and of the indexer
@@ -274,4 +343,38 @@ def kept_bytes(c: sections.Dsa, *, hidden: int, sequence_length: int, element: i
     )
     # the latents' norms keep their input and the scaled one, the norm of the indexer's keys its input
     norms = 2 * (c.q_lora_rank + rank) + c.index_head_dim + statistics
-    return narrow * element + norms * wide + min(c.index_top_k, sequence_length) * index
+    return narrow * element + norms * fp32 + min(c.index_top_k, sequence_length) * index
+
+
+HF_KEYS: Mapping[str, str] = MappingProxyType(
+    {"index_topk": "index_top_k", "index_n_heads": "index_num_heads", "index_head_dim": "index_head_dim"}
+)
+"""Key of `transformers.DeepseekV32Config` -> field of the section, beside those of latent attention."""
+
+
+def hf_settings(c: sections.Dsa) -> dict[str, Any]:
+    """Keys of `transformers.DeepseekV32Config` that describe this attention."""
+    return mla.hf_settings(c) | {theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()}
+
+
+def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The table of this section in a `config.json`, values unchecked, and what this attention cannot express."""
+    section, problems = mla.hf_section(config)
+    problems += [f"{key}: expected a value, got nothing; write it" for key in HF_KEYS if key not in config]
+    return section | {ours: config[theirs] for theirs, ours in HF_KEYS.items() if theirs in config}, problems
+
+
+def hf_leaves(c: sections.Dsa) -> dict[str, Leaf]:
+    """What each parameter is in `transformers`.
+
+    Of the indexer it rotates channel i with channel i + P/2, we rotate neighbours: even channels come first.
+    """
+    rotated, index = c.qk_rope_head_dim, list(range(c.index_head_dim))
+    order = (*index[:rotated:2], *index[1:rotated:2], *index[rotated:])
+    return {f"latent.{path}": leaf for path, leaf in mla.hf_leaves(c).items()} | {
+        "indexer.query": ordered(matrix("indexer.wq_b.weight", outs=(c.index_num_heads, -1)), order, 2),
+        "indexer.key": ordered(matrix("indexer.wk.weight"), order, 1),
+        "indexer.gain": ordered(same("indexer.k_norm.weight"), order, 0),
+        "indexer.shift": ordered(same("indexer.k_norm.bias"), order, 0),
+        "indexer.weight": matrix("indexer.weights_proj.weight"),
+    }

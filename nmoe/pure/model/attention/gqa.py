@@ -18,7 +18,7 @@ from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.norm import upcast
-from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, seen, table
+from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table, visible_cached
 
 QUERIES = 128
 """Queries whose scores exist at once; of those scores, a window of 128 lets half through."""
@@ -99,6 +99,14 @@ class KvCache:
     k: Tensor  # [B S K C], rotated
     v: Tensor  # [B S K C]
 
+    def joined(self, k: Tensor, v: Tensor) -> KvCache:
+        """With those of further tokens behind."""
+        return KvCache(torch.cat((self.k, k), dim=1), torch.cat((self.v, v), dim=1))
+
+    def without(self, count: int) -> KvCache:
+        """All but the first `count` tokens."""
+        return KvCache(self.k[:, count:], self.v[:, count:])
+
 
 def empty_cache(c: sections.Gqa, num_sequences: int, like: Tensor) -> KvCache:
     """The cache before the first token, in the format of `like`."""
@@ -125,10 +133,10 @@ def extend(
     returns    [B T D], and the cache with the new tokens, no longer than a window needs
     """
     q, k, v = ops.project(x, p.qkv, rope, documents.position, num_heads=c.num_heads)
-    k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
-    o = attend_cached(q, k, v, p.sinks, seen(documents, k.shape[1], c.window), scale=scale(c))
-    dropped = 0 if c.window is None else max(0, k.shape[1] - c.window + 1)
-    return o.flatten(-2) @ p.out.flatten(0, 1), KvCache(k[:, dropped:], v[:, dropped:])
+    cache = cache.joined(k, v)
+    length = cache.k.shape[1]
+    o = attend_cached(q, cache.k, cache.v, p.sinks, visible_cached(documents, length, c.window), scale=scale(c))
+    return o.flatten(-2) @ p.out.flatten(0, 1), cache.without(0 if c.window is None else max(0, length - c.window + 1))
 
 
 def attend_cached(
@@ -225,12 +233,12 @@ def _visible(
     """Which of the keys first..end-1 the queries begin..end-1 see: bool, broadcasts with [B K t G s]."""
     query = torch.arange(begin, end, device=device)[:, None]
     key = torch.arange(first, end, device=device)
-    seen = key <= query
+    visible = key <= query
     if window is not None:
-        seen = seen & (key > query - window)
+        visible = visible & (key > query - window)
     if isinstance(start, Tensor):
-        seen = seen & (key >= start[:, None, begin:end, None])
-    return seen.unsqueeze(-2)
+        visible = visible & (key >= start[:, None, begin:end, None])
+    return visible.unsqueeze(-2)
 
 
 REFERENCE = GqaOps(project, attend_gqa)
@@ -243,8 +251,8 @@ def tables(c: sections.Gqa, num_positions: int) -> Rope:
 
 def attended(length: int, window: int | None) -> int:
     """Pairs of query and key of one sequence and head that the mask lets through."""
-    seen = length if window is None else min(window, length)
-    return seen * (seen + 1) // 2 + (length - seen) * seen
+    span = length if window is None else min(window, length)
+    return span * (span + 1) // 2 + (length - span) * span
 
 
 def executed(length: int, window: int | None) -> int:
@@ -267,10 +275,10 @@ def kept_bytes(c: sections.Gqa, *, hidden: int, sequence_length: int, element: i
     element  bytes of an activation
     square   whether attention keeps its probabilities
     """
-    wide = 4
+    fp32 = 4
     kept = hidden + (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim  # input of `qkv`, q, k, v, input of `out`
     # the softmax keeps its result in fp32; a narrower product of probabilities and values keeps its own
-    a_pair = wide + (element if element < wide else 0)
+    a_pair = fp32 + (element if element < fp32 else 0)
     pairs = executed(sequence_length, c.window) if square else 0
     return kept * element + c.num_heads * pairs * a_pair // sequence_length
 

@@ -6,8 +6,11 @@ W taps of the short convolutions · N chunks of L tokens
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual, zeros
 from nmoe.pure.core.spec import Dims, Role, Spec, spec_tree
 from nmoe.pure.core.tree import param, record
+from nmoe.pure.model.hf_leaf import Leaf, along, columns, matrix, same, shaped
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.rope import Documents
 
@@ -132,12 +136,51 @@ def kda_after(
     o, memory = ops.attend(q, k, v, decay, upcast(step).sigmoid(), start, memory)
     gate = upcast((low_gate @ p.gate.flatten(1)).unflatten(-1, heads)).sigmoid()
     o = (norm(o, p.norm, eps=eps) * gate).to(x.dtype)
-    return o.flatten(-2) @ p.out.flatten(0, 1), KdaState(_last_inputs(projected, inputs, c.conv_size - 1), memory)
+    return o.flatten(-2) @ p.out.flatten(0, 1), KdaState(
+        _last_inputs(projected, inputs, start, c.conv_size - 1), memory
+    )
 
 
-def _last_inputs(x: Tensor, before: Tensor | tuple[()], count: int) -> Tensor:
-    """The last inputs of the convolutions, [B count J]: zeros before the first token there is."""
-    return _preceded(x, before, count)[:, x.shape[1] :]
+def empty_cache(c: sections.Kda, num_sequences: int, like: Tensor) -> KdaState:
+    """The state before the first token, in the format of `like`; the memory in fp32 at least."""
+    inputs = like.new_zeros(num_sequences, c.conv_size - 1, 3 * c.num_heads * c.head_dim)
+    return KdaState(inputs, upcast(like.new_zeros(num_sequences, c.num_heads, c.head_dim, c.head_dim)))
+
+
+def extend(
+    p: Kda,
+    x: Tensor,
+    cache: KdaState,
+    documents: Documents,
+    tables: tuple[()],
+    norm: Callable[..., Tensor],
+    ops: KdaOps,
+    c: sections.Kda,
+    *,
+    eps: float,
+) -> tuple[Tensor, KdaState]:
+    """`kda` of new tokens that also read what the state remembers.
+
+    x          [B T D]   normed block input of the new tokens
+    documents  of the new tokens; `start` is counted from the first token of the row, remembered ones included
+    returns    [B T D], and the state after the last of them
+    """
+    earlier = documents.start[:, :1] + documents.position[:, :1]
+    goes_on = documents.position[:, 0] > 0  # else the first new token begins its document, and remembers nothing
+    before = KdaState(
+        cache.inputs.where(goes_on[:, None, None], 0), cache.memory.where(goes_on[:, None, None, None], 0)
+    )
+    here = Documents((documents.start - earlier).clamp(min=0), documents.position)
+    return kda_after(p, x, before, norm, ops, c, here, eps=eps)
+
+
+def _last_inputs(x: Tensor, before: Tensor | tuple[()], start: Tensor | tuple[()], count: int) -> Tensor:
+    """The last inputs of the convolutions, [B count J]: zeros before the first token of the last one's document."""
+    last = _preceded(x, before, count)[:, x.shape[1] :]
+    if not isinstance(start, Tensor):
+        return last
+    place, begins = torch.arange(-count, 0, device=x.device) + x.shape[1], start[:, -1:]
+    return last.masked_fill(((place < begins) & (begins > 0))[..., None], 0)
 
 
 def _preceded(x: Tensor, before: Tensor | tuple[()], count: int) -> Tensor:
@@ -216,10 +259,10 @@ def attend_kda(
         score = score.masked_fill(~same[..., None, :], 0)
         since, until = since.masked_fill(~sees[..., None], -torch.inf), until.masked_fill(~stays[..., None], -torch.inf)
     weight, overlap = score.unbind(-2)
-    seen = since.exp()
-    entered, left, carried = q * seen, k * until.exp(), seen[..., -1, :, None]
+    decay = since.exp()
+    entered, left, carried = q * decay, k * until.exp(), decay[..., -1, :, None]
     # the corrections of a chunk depend on one another: (1 + step · overlap below the diagonal) x = known
-    known = torch.cat((step * v, step * k * seen), -1)
+    known = torch.cat((step * v, step * k * decay), -1)
     solved = torch.linalg.solve_triangular(step * overlap, known, upper=False, unitriangular=True)
     value, correction = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
     state = memory if isinstance(memory, Tensor) else q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1])
@@ -306,15 +349,64 @@ def kept_bytes(c: sections.Kda, *, hidden: int, sequence_length: int, element: i
     element  bytes of an activation
     square   whether attention keeps its probabilities; those of a chunk, with `hidden` = 0 as well, are always counted
     """
-    wide, size, width = 4, _chunk(sequence_length), c.head_dim
+    fp32, size, width = 4, _chunk(sequence_length), c.head_dim
     levels = size.bit_length() - 1
-    unit = 3 * element if element == wide else 2 * wide  # queries and keys as they come, or their fp32 copies
+    unit = 3 * element if element == fp32 else 2 * fp32  # queries and keys as they come, or their fp32 copies
     channel = (
         5 * element + unit  # inputs of the convolutions, the output gate and `out`
-        + (3 + 2) * wide  # inputs of SiLU and softplus, the latter's output
-        + (3 + 2.5 * levels) * wide  # rows and keys; of each level decayed halves and their factors
-        + (5 + 2 + 3) * wide  # decayed queries, keys and values; the solution; corrections
-        + 3 * wide  # the head norm's input and scaled input; the output gate
+        + (3 + 2) * fp32  # inputs of SiLU and softplus, the latter's output
+        + (3 + 2.5 * levels) * fp32  # rows and keys; of each level decayed halves and their factors
+        + (5 + 2 + 3) * fp32  # decayed queries, keys and values; the solution; corrections
+        + 3 * fp32  # the head norm's input and scaled input; the output gate
     )  # fmt: skip
-    head = width * channel + (5 + 3 * size + width * width // size) * wide  # scores of pairs, and a memory a chunk
+    head = width * channel + (5 + 3 * size + width * width // size) * fp32  # scores of pairs, and a memory a chunk
     return int(hidden * element + (2 * width + c.num_heads) * element + c.num_heads * head)
+
+
+HF = "linear_attn_config"
+HF_KEYS: Mapping[str, str] = MappingProxyType(
+    {"num_heads": "num_heads", "head_dim": "head_dim", "short_conv_kernel_size": "conv_size"}
+)
+"""Key of that table in the `config.json` of Kimi Linear -> field of the section."""
+
+HF_LAYERS = ("kda_layers", "full_attn_layers")
+"""Keys of that table that say which layers have this attention."""
+
+
+def hf_settings(c: sections.Kda) -> dict[str, Any]:
+    """The table of the `config.json` of Kimi Linear that describes this attention, layers apart."""
+    return {HF: {theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()}}
+
+
+def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The table of this section in a `config.json`, values unchecked, and what this attention cannot express."""
+    given = config.get(HF)
+    if not isinstance(given, dict):
+        return {}, [f"{HF}: expected an object, got {json.dumps(given)}; write it"]
+    table: dict[str, Any] = given
+    problems = [f"{HF}.{key}: expected a value, got nothing; write it" for key in HF_KEYS if key not in table]
+    problems += [
+        f"{HF}.{key}: expected a key that nmoe knows, got {json.dumps(value)}; remove it if no logit changes"
+        for key, value in table.items()
+        if key not in (*HF_KEYS, *HF_LAYERS)
+    ]
+    return {ours: table[theirs] for theirs, ours in HF_KEYS.items() if theirs in table}, problems
+
+
+def hf_leaves(c: sections.Kda) -> dict[str, Leaf]:
+    """What each parameter is in the folders of Kimi Linear."""
+    heads = (c.num_heads, c.head_dim)
+    wide = c.num_heads * c.head_dim
+    low = {"f_a_proj.weight": c.head_dim, "g_a_proj.weight": c.head_dim, "b_proj.weight": c.num_heads}
+    taps = [shaped(same(f"{each}_conv1d.weight"), (wide, 1, c.conv_size), (*heads, c.conv_size)) for each in "qkv"]
+    return {
+        "qkv": along([matrix(f"{each}_proj.weight", outs=heads) for each in "qkv"], 1),
+        "taps": along(taps, 0),
+        "low": columns(low),
+        "decay": matrix("f_b_proj.weight", outs=heads),
+        "decay_bias": shaped(same("dt_bias"), (wide,), heads),
+        "log_rate": shaped(same("A_log"), (1, 1, c.num_heads, 1), (c.num_heads,)),
+        "gate": matrix("g_b_proj.weight", outs=heads),
+        "norm": same("o_norm.weight"),
+        "out": matrix("o_proj.weight", ins=heads),
+    }

@@ -84,3 +84,24 @@ def apply(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The part's attention; see that of its kind."""
     return c.kind.apply(p, x, tables[c.place], norm, ops.parts[c.place], c.section, documents, eps=eps)
+
+
+def empty_cache(c: Part, num_sequences: int, like: Tensor) -> Any:
+    """The cache of the part's kind before the first token."""
+    return c.kind.cache.empty(c.section, num_sequences, like)
+
+
+def extend(
+    p: Any,
+    x: Tensor,
+    cache: Any,
+    documents: Any,
+    tables: tuple[Any, ...],
+    norm: Callable[..., Tensor],
+    ops: MixedOps,
+    c: Part,
+    *,
+    eps: float,
+) -> tuple[Tensor, Any]:
+    """The part's attention of new tokens; see that of its kind."""
+    return c.kind.cache.extend(p, x, cache, documents, tables[c.place], norm, ops.parts[c.place], c.section, eps=eps)

@@ -19,7 +19,7 @@ from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.hf_leaf import Leaf, columns, matrix, same
 from nmoe.pure.model.norm import upcast
-from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, seen, table
+from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table, visible_cached
 
 
 @record
@@ -169,7 +169,7 @@ def extend(
     """
     q, latent, key = _inputs(p, x, rope, norm, ops, c, documents.position, eps)
     cache = LatentCache(torch.cat((cache.latent, latent), dim=1), torch.cat((cache.key, key), dim=1))
-    o = attend_latent(q, cache, p.up, seen(documents, cache.key.shape[1]), scale=scale(c))
+    o = attend_latent(q, cache, p.up, visible_cached(documents, cache.key.shape[1]), scale=scale(c))
     return o.flatten(-2) @ p.out.flatten(0, 1), cache
 
 

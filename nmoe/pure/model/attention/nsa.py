@@ -18,8 +18,8 @@ from nmoe.pure.core.init import normal, residual, zeros
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
-from nmoe.pure.model.attention.gqa import attend_gqa, attended, executed
-from nmoe.pure.model.rope import Documents, Rope, rotate, table
+from nmoe.pure.model.attention.gqa import KvCache, attend_cached, attend_gqa, attended, executed
+from nmoe.pure.model.rope import Documents, Rope, rotate, table, visible_cached
 
 QUERIES = 128
 """Queries whose scores, and whose copies of selected keys, exist at once."""
@@ -97,16 +97,13 @@ def nsa(
     Source:    NSA (arXiv:2502.11089) eq. 5-12.
     """
     start, position = (documents.start, documents.position) if isinstance(documents, Documents) else ((), ())
-    q = rotate((x @ p.q.flatten(1)).unflatten(-1, p.q.shape[1:]), rope, position)
-    k, v = ((x @ tensor.flatten(1)).unflatten(-1, tensor.shape[1:]) for tensor in (p.k, p.v))
-    k_pooled, k_rotated = k.split((1, 2), dim=2)
-    k_selected, k_window = rotate(k_rotated, rope, position).unbind(2)
+    q, k_pooled, k_selected, k_window, v = _inputs(p, x, rope, position)
     v_pooled, v_selected, v_window = v.unbind(2)
 
     first = first_tokens(x.shape[1], start, block=c.compressed_block, stride=c.compressed_stride, device=x.device)
     at = first.clamp(max=x.shape[1] - 1)
     placed = position.gather(1, at) if isinstance(position, Tensor) else at.expand(x.shape[0], -1)
-    k_pooled = rotate(pool(p.key_pool, k_pooled[:, :, 0], at), rope, placed)
+    k_pooled = rotate(pool(p.key_pool, k_pooled, at), rope, placed)
     v_pooled = pool(p.value_pool, v_pooled, at)
 
     scale = c.head_dim**-0.5
@@ -124,9 +121,104 @@ def nsa(
     )
     selected = ops.selected(q, k_selected, v_selected, chosen, start, scale=scale, block=c.selected_block)
     window = ops.window(q, k_window, v_window, (), start, scale=scale, window=c.window)
-    gate = (x @ p.gate.flatten(1)).sigmoid().unflatten(-1, (3, c.num_heads, 1))
-    o = gate[:, :, 0] * compressed + gate[:, :, 1] * selected + gate[:, :, 2] * window
+    return _joined(p, x, compressed, selected, window)
+
+
+def _inputs(
+    p: Nsa, x: Tensor, rope: Rope, position: Tensor | tuple[()]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Queries [B T H C], keys [B T K C] of each branch, the compressed one's unrotated, and values [B T 3 K U]."""
+    q = rotate((x @ p.q.flatten(1)).unflatten(-1, p.q.shape[1:]), rope, position)
+    k, v = ((x @ tensor.flatten(1)).unflatten(-1, tensor.shape[1:]) for tensor in (p.k, p.v))
+    k_pooled, k_rotated = k.split((1, 2), dim=2)
+    k_selected, k_window = rotate(k_rotated, rope, position).unbind(2)
+    return q, k_pooled[:, :, 0], k_selected, k_window, v
+
+
+def _joined(p: Nsa, x: Tensor, *branches: Tensor) -> Tensor:
+    """The gated sum of the branches [B T H U], projected: [B T D]."""
+    gate = (x @ p.gate.flatten(1)).sigmoid().unflatten(-1, (3, branches[0].shape[2], 1))
+    o = gate[:, :, 0] * branches[0] + gate[:, :, 1] * branches[1] + gate[:, :, 2] * branches[2]
     return o.flatten(-2) @ p.out.flatten(0, 1)
+
+
+@record
+class NsaCache:
+    """What later tokens read of earlier ones."""
+
+    pooled: KvCache  # keys and values of the compressed blocks that are certain, [B M K C] and [B M K U]
+    unpooled: KvCache  # of the tokens from the first block on that is not, keys unrotated
+    selected: KvCache  # of all S tokens
+    window: KvCache  # of the last window - 1
+
+
+def empty_cache(c: sections.Nsa, num_sequences: int, like: Tensor) -> NsaCache:
+    """The cache before the first token, in the format of `like`."""
+    k, v = (like.new_zeros(num_sequences, 0, c.num_kv_heads, width) for width in (c.head_dim, c.v_head_dim))
+    return NsaCache(*(KvCache(k, v) for _ in range(4)))
+
+
+def extend(
+    p: Nsa,
+    x: Tensor,
+    cache: NsaCache,
+    documents: Documents,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: NsaOps,
+    c: sections.Nsa,
+    *,
+    eps: float,
+) -> tuple[Tensor, NsaCache]:
+    """`nsa` of new tokens that also see those in the cache.
+
+    x          [B T D]   normed block input of the new tokens
+    documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
+    returns    [B T D], and the cache with the new tokens
+    """
+    before, block, stride = cache.selected.k.shape[1], c.compressed_block, c.compressed_stride
+    total = before + x.shape[1]
+    q, k_pooled, k_selected, k_window, v = _inputs(p, x, rope, documents.position)
+    unpooled = cache.unpooled.joined(k_pooled, v[:, :, 0])
+    selected = cache.selected.joined(k_selected, v[:, :, 1])
+    window = cache.window.joined(k_window, v[:, :, 2])
+
+    # a row has one document, behind padding of which each token is its own
+    start = torch.minimum(torch.arange(total, device=x.device), documents.start[:, -1:])
+    first = first_tokens(total, start, block=block, stride=stride, device=x.device)
+    done = cache.pooled.k.shape[1]
+    at = first[:, done:].clamp(max=total - 1)
+    placed = at - start.gather(1, at)
+    within = at - done * stride
+    pooled = cache.pooled.joined(
+        rotate(pool(p.key_pool, unpooled.k, within), rope, placed), pool(p.value_pool, unpooled.v, within)
+    )
+    scale = c.head_dim**-0.5
+    compressed, chosen = attend_compressed(
+        *(q, pooled.k, pooled.v, first, documents.start),
+        scale=scale,
+        block=block,
+        stride=stride,
+        selected_block=c.selected_block,
+        num_selected=c.num_selected,
+        before=before,
+    )
+    branches = (
+        compressed,
+        attend_selected(
+            *(q, selected.k, selected.v, chosen, documents.start), scale=scale, block=c.selected_block, before=before
+        ),
+        attend_cached(q, window.k, window.v, (), visible_cached(documents, window.k.shape[1], c.window), scale=scale),
+    )
+    # a block begins up to stride - 1 tokens after its place, so the last place may still get one
+    certain = max(0, _num_pooled(total, block, stride) - 1)
+    kept = NsaCache(
+        KvCache(pooled.k[:, :certain], pooled.v[:, :certain]),
+        unpooled.without((certain - done) * stride),
+        selected,
+        window.without(max(0, window.k.shape[1] - c.window + 1)),
+    )
+    return _joined(p, x, *branches), kept
 
 
 def first_tokens(length: int, start: Tensor | tuple[()], *, block: int, stride: int, device: torch.device) -> Tensor:
@@ -177,6 +269,7 @@ def attend_compressed(
     stride: int,
     selected_block: int,
     num_selected: int,
+    before: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the compressed blocks that end at or before a query, and the blocks it selects.
 
@@ -189,17 +282,18 @@ def attend_compressed(
     first    [B M] or [1 M] i64, first token of each block, T where there is none
     start    [B T] i32 or ()   index in the row of each token's document; (): rows are whole
     block, stride              tokens a compressed block, and between the first ones of two
+    before   tokens of the row before the first query's
     returns  [B T H U], zeros of a query that sees no block, and the selection [B T K S] i32 as `select` has it
     Cost:    2·B·H·(C + U) FLOPs a query and block that ends before the end of the query's block of queries.
     """
     groups, length = k.shape[2], q.shape[1]
-    most = min(num_selected, _num_blocks(length, selected_block))
+    most = min(num_selected, _num_blocks(before + length, selected_block))
     q = (q * scale).unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
     k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
         last = first[:, None, : k.shape[2]] + block - 1
-        hidden = last > torch.arange(begin, end, device=q.device)[:, None]
+        hidden = last > torch.arange(before + begin, before + end, device=q.device)[:, None]
         if isinstance(start, Tensor):
             hidden = hidden | (first[:, None, : k.shape[2]] < start[:, begin:end, None])
         score = (q.flatten(2, 3) @ k.mT).unflatten(2, q.shape[2:4])
@@ -210,10 +304,10 @@ def attend_compressed(
     blocks: list[Tensor] = []
     chosen: list[Tensor] = []
     for begin, end in query_blocks(length, QUERIES):
-        count = _num_pooled(end, block, stride)
+        count = _num_pooled(before + end, block, stride)
         o, weight = again(attend, q[:, :, begin:end], k[:, :, :count], v[:, :, :count], begin, end)
         blocks.append(o)
-        position = torch.arange(begin, end, device=q.device)[None]
+        position = torch.arange(before + begin, before + end, device=q.device)[None]
         if isinstance(start, Tensor):
             weight = _of_document(weight, start[:, None, begin:end, None] // stride)
             position = position - start[:, begin:end]
@@ -223,7 +317,7 @@ def attend_compressed(
             block=block,
             stride=stride,
             selected_block=selected_block,
-            num_blocks=_num_blocks(end, selected_block),
+            num_blocks=_num_blocks(before + end, selected_block),
             count=num_selected,
         )
         chosen.append(F.pad(here, (0, most - here.shape[-1]), value=-1))
@@ -273,6 +367,7 @@ def attend_selected(
     *,
     scale: float,
     block: int,
+    before: int = 0,
 ) -> Tensor:
     """Causal softmax attention over the tokens of the selected blocks.
 
@@ -285,6 +380,7 @@ def attend_selected(
     chosen   [B T K S] i32     blocks that a query reads, in its document, ascending; -1: none
     start    [B T] i32 or ()   index in the row of each token's document; (): rows are whole
     block    tokens a block
+    before   tokens of the row before the first query's
     returns  [B T H U]
     Cost:    2·B·T·H·(C + U)·S·block FLOPs at most.
     """
@@ -297,7 +393,7 @@ def attend_selected(
         if isinstance(start, Tensor):
             first = first + start[:, None, begin:end, None]
         token = (first[..., None] + torch.arange(block, device=q.device)).flatten(-2)
-        query = torch.arange(begin, end, device=q.device)[:, None]
+        query = torch.arange(before + begin, before + end, device=q.device)[:, None]
         hidden = (chosen < 0).repeat_interleave(block, -1) | (token > query)
         at = token.masked_fill(hidden, 0)
         score = q @ gathered(k, at).mT
@@ -305,7 +401,7 @@ def attend_selected(
 
     blocks: list[Tensor] = []
     for begin, end in query_blocks(length, QUERIES):
-        here = chosen[:, :, begin:end, : _num_blocks(end, block)]
+        here = chosen[:, :, begin:end, : _num_blocks(before + end, block)]
         blocks.append(again(attend, q[:, :, begin:end], k, v, here, begin, end))
     return torch.cat(blocks, dim=2).transpose(1, 2).flatten(2, 3)
 
@@ -331,10 +427,10 @@ def attended_compressed(length: int, block: int, stride: int) -> int:
 
 def attended_selected(length: int, block: int, count: int) -> int:
     """Pairs of query and selected token of one sequence and head that the mask lets through."""
-    seen = min(length, count * block)
-    whole, rest = divmod(length - seen, block)
+    complete = min(length, count * block)
+    whole, rest = divmod(length - complete, block)
     own = (whole * block * (block + 1) + rest * (rest + 1)) // 2
-    return seen * (seen + 1) // 2 + (length - seen) * (count - 1) * block + own
+    return complete * (complete + 1) // 2 + (length - complete) * (count - 1) * block + own
 
 
 def flops(c: sections.Nsa, *, sequence_length: int, causal: bool) -> int:
@@ -367,10 +463,10 @@ def kept_bytes(c: sections.Nsa, *, hidden: int, sequence_length: int, element: i
     element  bytes of an activation
     square   whether attention keeps its probabilities; here those of the window
     """
-    wide, index, both = 4, 4, c.head_dim + c.v_head_dim
+    fp32, index, both = 4, 4, c.head_dim + c.v_head_dim
     blocks = _num_pooled(sequence_length, c.compressed_block, c.compressed_stride)
     # of a compressed block: its tokens, both sides of the activation, the key and value
-    a_block = c.num_kv_heads * both * (c.compressed_block + 3) * element + c.head_dim * wide
+    a_block = c.num_kv_heads * both * (c.compressed_block + 3) * element + c.head_dim * fp32
     a_token = (
         hidden  # input of `q`, `k`, `v` and `gate`
         + 3 * c.num_heads * c.head_dim  # queries of each branch
@@ -380,5 +476,5 @@ def kept_bytes(c: sections.Nsa, *, hidden: int, sequence_length: int, element: i
     ) * element
     selection = c.num_kv_heads * min(c.num_selected, _num_blocks(sequence_length, c.selected_block)) * index
     pairs = executed(sequence_length, c.window) if square else 0
-    window = c.num_heads * pairs * (wide + (element if element < wide else 0))
+    window = c.num_heads * pairs * (fp32 + (element if element < fp32 else 0))
     return a_token + selection + (window + a_block * blocks) // sequence_length

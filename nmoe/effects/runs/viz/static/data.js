@@ -28,17 +28,24 @@ function Mixture({ data }) {
       <tbody>${data.sources.map((source) => html`<tr>${stages.size > 1 ? html`<td class="left">${source.stage}</td>` : null}<td class="left">${source.name}</td>
         <td>${percent(source.planned_share)}</td><td>${percent(source.read_share)}</td><td>${count(source.planned)}</td><td>${count(source.read)}</td>
         <td><span class="bar" title=${percent(source.read / source.planned)}><span style=${{ width: `${100 * source.read / source.planned}%` }}></span></span></td><td>${number(source.passes, 2)}</td></tr>`)}</tbody></table></div>`
-      : html`<p class="note">${Object.entries(data.config).map(([key, value]) => `${key} = ${Array.isArray(value) ? `${value.length} entries` : value}`).join(" · ")}</p>`}`;
+      : html`<div class="scroll"><table id="data-config">${Object.entries(data.config).map(([key, value]) => html`<tr><th class="left">${key.replace(/^data\./, "").replaceAll(/[._]/g, " ")}</th>
+        <td class="left">${Array.isArray(value) ? value.join(", ") : String(value)}</td></tr>`)}</table></div>`}`;
 }
 
 function Splits({ folder }) {
   return html`<div class="scroll"><table id="splits"><thead><tr><th class="left">split / shard</th><th>tokens</th><th>documents</th><th>tokens a document</th><th>text</th><th>bytes a token</th><th>on disk</th></tr></thead>
-    ${folder.splits.map((split) => html`<tbody><tr class="group"><th class="left">${split.name}</th><${Cells} of=${split} /><td>${split.shards.length} shards</td></tr>
+    ${folder.splits.map((split) => html`<tbody><tr class="group"><th class="left">${split.name}</th><${Cells} of=${split} /><td>${onDisk(split)}</td></tr>
       ${split.shards.slice(0, 100).map((shard) => html`<tr><td class="left" title=${shard.sha256}>${shard.file}</td><${Cells} of=${shard} /><td class=${shard.size_bytes === null ? "bad" : ""}>${shard.size_bytes === null ? "missing" : bytes(shard.size_bytes)}</td></tr>`)}</tbody>`)}</table></div>`;
 }
 
 const Cells = ({ of }) => html`<td>${count(of.tokens)}</td><td>${count(of.documents)}</td><td>${number(of.documents ? of.tokens / of.documents : null, 1)}</td>
   <td>${bytes(of.bytes)}</td><td>${number(of.tokens ? of.bytes / of.tokens : null, 2)}</td>`;
+
+/** Shards of a split, and the bytes of those that are there. */
+function onDisk(split) {
+  const size = split.shards.reduce((sum, shard) => sum + (shard.size_bytes ?? 0), 0);
+  return `${split.shards.length} ${split.shards.length === 1 ? "shard" : "shards"}, ${bytes(size)}`;
+}
 
 function Documents({ state, set, folder }) {
   const split = folder.splits.find((each) => each.name === state.split) ?? folder.splits[0];
@@ -50,7 +57,7 @@ function Documents({ state, set, folder }) {
       <button onClick=${() => go(doc - 1)}>previous</button><button onClick=${() => go(doc + 1)}>next</button>
       <label><input type="checkbox" checked=${state.tokens === "1"} onChange=${() => set({ tokens: state.tokens === "1" ? null : "1" })} />tokens</label></div>
     ${problem ? html`<p class="problem">${problem}</p>` : null}
-    ${data ? html`<article class="sample"><h3>document ${count(data.number)} of ${data.documents} <span class="soft">${data.num_tokens} tokens${data.left_out ? `, the last ${data.left_out} not shown` : ""}</span></h3>
+    ${data ? html`<article class="sample"><h3>document ${count(data.number)} of ${data.documents} <span class="soft">${data.num_tokens} ${data.num_tokens === 1 ? "token" : "tokens"} and the end of text${data.left_out ? `, the last ${data.left_out} not shown` : ""}</span></h3>
       ${state.tokens === "1" ? html`<pre class="tokens">${data.tokens.map((token, place) => html`<span class=${place % 2 ? "odd" : "even"} title=${`token ${token.id}`}>${token.text}</span>`)}</pre>`
         : html`<pre id="document">${data.text}</pre>`}</article>` : null}`;
 }

@@ -2,20 +2,20 @@
 import { html, useMemo } from "./vendor/preact-htm.mjs";
 import { address, useAnswer } from "./api.js";
 import { Chart } from "./chart.js";
-import { AxisTools, Lazy, X_NAMES, axis, metricOf } from "./charts.js";
+import { AxisTools, Lazy, axis, drawing, metricOf, unitOf } from "./charts.js";
 import { Heatmap } from "./heatmap.js";
 import { count, number, viridis } from "./format.js";
 
 /** What the server says of a quantity of the experts. */
 function titleOf(table, tag) {
-  const metric = metricOf(table, `experts/${tag}`);
-  return metric ? `${metric.doc} (${metric.unit})` : tag;
+  return metricOf(table, `experts/${tag}`)?.doc || tag;
 }
 
 /** One of the chosen runs. */
-export function OneRun({ state, set, selected, one, children }) {
+export function OneRun({ runs, set, selected, one, children }) {
+  const begun = new Set(runs.filter((run) => run.step !== null).map((run) => run.name));
   return html`<div class="tools"><label>run <select aria-label="run" value=${one} onChange=${(event) => set({ one: event.target.value, step: null, layer: null })}>
-    ${selected.map((name) => html`<option key=${name} value=${name} selected=${name === one}>${name}</option>`)}</select></label>${children}</div>`;
+    ${selected.map((name) => html`<option key=${name} value=${name} selected=${name === one}>${name}${begun.has(name) ? "" : " (no step yet)"}</option>`)}</select></label>${children}</div>`;
 }
 
 export function ExpertsView(props) {
@@ -25,7 +25,7 @@ export function ExpertsView(props) {
   if (problem) return html`<${OneRun} ...${props} /><p class="problem">${problem}</p>`;
   if (!data) return html`<${OneRun} ...${props} />`;
   return html`<${OneRun} ...${props}><span class="soft" id="experts-about">
-      ${data.layers.length} mixture layers${data.num_experts ? `, ${data.num_experts} experts, top ${data.top_k}` : ""}</span></${OneRun}>
+      ${data.layers.length} MoE ${data.layers.length === 1 ? "layer" : "layers"}${data.num_experts ? `, ${data.num_experts} experts, top ${data.top_k}` : ""}</span></${OneRun}>
     ${data.steps.length ? html`<${Loads} ...${props} about=${data} />`
       : html`<p class="note">This run has logged no loads of single experts (<code>arrays.rank0.jsonl</code>). What it logged of each layer follows.</p>`}
     ${data.tags.length ? html`<${Health} about=${data} table=${props.table} />
@@ -59,37 +59,49 @@ function LoadMap({ title, load, rows, rowName, turned, theme }) {
       const mean = line.reduce((sum, each) => sum + each, 0) / Math.max(line.length, 1);
       return line.map((each) => (mean ? each / mean : 0));
     });
-    const top = Math.max(2, ...shares.map((line) => Math.max(0, ...line)));
     const experts = [...(load[0] ?? []).keys()];
     const across = turned ? experts.map((expert) => shares.map((line) => line[expert] ?? 0)) : shares;
-    return { shares, top: Math.min(top, 6), experts, across };
+    return { shares, experts, across };
   }, [load, turned]);
   const describe = (row, column) => {
     const [line, expert] = turned ? [column, row] : [row, column];
     return `${rowName} ${rows[line]}, expert ${expert}: ${count(load[line][expert])} rows, ${number(drawn.shares[line][expert], 2)} × mean`;
   };
-  return html`<${Heatmap} title=${title} rows=${turned ? drawn.experts : rows} columns=${turned ? rows : drawn.experts} values=${drawn.across} top=${drawn.top}
+  return html`<${Heatmap} title=${title} rows=${turned ? drawn.experts : rows} columns=${turned ? rows : drawn.experts} values=${drawn.across}
     rowName=${turned ? "expert" : rowName} columnName=${turned ? rowName : "expert"} describe=${describe} theme=${theme} />`;
 }
 
 function Health({ about, table }) {
   const tags = about.tags;
   const limit = (tag) => metricOf(table, `experts/${tag}`)?.bad_above ?? Infinity;
-  return html`<h3>Latest, step ${count(about.step)}</h3><div class="scroll"><table id="experts-latest"><thead><tr><th>layer</th>${tags.map((tag) => html`<th title=${titleOf(table, tag)}>${tag}</th>`)}</tr></thead>
+  return html`<h3>Latest, step ${count(about.step)}</h3><div class="scroll"><table id="experts-latest"><thead><tr><th>layer</th>${tags.map((tag) => html`<th title=${titleOf(table, tag)}>${tag.replaceAll("_", " ")}</th>`)}</tr></thead>
     <tbody>${about.layers.map((layer, place) => html`<tr key=${layer}><th>${layer}</th>
       ${tags.map((tag) => { const value = about.latest[tag][place]; return html`<td class=${value !== null && value > limit(tag) ? "bad" : ""}>${number(value)}</td>`; })}</tr>`)}</tbody></table></div>`;
 }
 
 function LayerChart({ state, set, table, run, tag, version, theme }) {
-  const { data, problem } = useAnswer("Layers", address("layers", { run, tag, ...axis(state) }), version);
-  const title = titleOf(table, tag);
+  const { data, problem, path } = useAnswer("Layers", address("layers", { run, tag, ...axis(state) }), version);
+  const metric = metricOf(table, `experts/${tag}`);
+  const title = tag.replaceAll("_", " ");
+  const lines = useMemo(() => (data ? layerLines(data, theme) : []), [data, theme]);
   if (problem) return html`<figure class="chart"><figcaption>${title}</figcaption><p class="problem">${problem}</p></figure>`;
   if (!data) return html`<figure class="chart waiting"><figcaption>${title}</figcaption></figure>`;
-  const top = theme === "dark" ? [0.3, 1] : [0, 0.85];
-  const shade = (place) => hex(viridis(top[0] + (top[1] - top[0]) * (data.layers.length > 1 ? place / (data.layers.length - 1) : 0.3)));
-  const lines = data.values.map((values, place) => ({ name: `layer ${data.layers[place]}`, values, colour: shade(place), dash: [] }));
-  return html`<${Chart} title=${title} about=${`${tag} by layer, dark to bright with depth`} x=${data.x} lines=${lines} logX=${!!state.logx} logY=${!!state.logy}
-    xName=${X_NAMES[state.x ?? "step"]} sync=${state.x ?? "step"} theme=${theme} onZoom=${(low, high) => set({ low: low && Math.max(0, low), high })} />`;
+  const name = `experts/${tag}`;
+  return html`<${Chart} title=${title} unit=${unitOf(metric)} about=${`${titleOf(table, tag)}; dark to bright with depth`} x=${data.x} lines=${lines}
+    theme=${theme} ...${drawing(state, set, path)} full=${state.full === name} onFull=${(full) => set({ full: full ? name : null })} />`;
+}
+
+/** A line a layer, dark to bright with depth. */
+function layerLines(data, theme) {
+  const [low, high] = theme === "dark" ? [0.3, 1] : [0, 0.85];
+  const share = (place) => (data.layers.length > 1 ? place / (data.layers.length - 1) : 0.3);
+  return data.values.map((values, place) => {
+    const there = values.filter((value) => value !== null);
+    return {
+      name: `layer ${data.layers[place]}`, values, colour: hex(viridis(low + (high - low) * share(place))), dash: [],
+      min: there.length ? Math.min(...there) : null, max: there.length ? Math.max(...there) : null,
+    };
+  });
 }
 
 const hex = (parts) => `#${parts.map((part) => part.toString(16).padStart(2, "0")).join("")}`;

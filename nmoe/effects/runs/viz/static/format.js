@@ -1,20 +1,27 @@
 // Numbers, times and colours as people read them.
 export const NONE = "–";
 
-const UNITS = [[1e24, "Y"], [1e21, "Z"], [1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+export const UNITS = [[1e24, "Y"], [1e21, "Z"], [1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]];
+export const BYTES = ["PiB", "TiB", "GiB", "MiB", "KiB"].map((name, place) => [2 ** (50 - 10 * place), name]);
 
+/** Size and name of the largest unit that a value reaches; no name where it reaches none. */
+export function unitOf(value, units) {
+  return units.find(([size]) => Math.abs(value) >= size * 0.9995) ?? [1, ""];
+}
+
+/** A number of tokens, steps or FLOPs: as it is below 10,000, else with four digits and a unit, as in `3.67 B`. */
 export function count(value) {
   if (value === null || value === undefined) return NONE;
   if (typeof value === "string") return value;
-  const unit = UNITS.find(([size]) => Math.abs(value) >= size * 9.9995);
-  return unit ? `${trimmed(value / unit[0], 4)} ${unit[1]}` : trimmed(value, 4);
+  if (Math.abs(value) < 9999.5) return trimmed(value, 4);
+  const [size, name] = unitOf(value, UNITS);
+  return `${trimmed(value / size, 4)} ${name}`;
 }
 
 export function bytes(value) {
-  if (value === null || value === undefined) return NONE;
-  let power = 0;
-  while (Math.abs(value) >= 1024 && power < 5) { value /= 1024; power += 1; }
-  return `${trimmed(value, 4)} ${["B", "KiB", "MiB", "GiB", "TiB", "PiB"][power]}`;
+  if (typeof value !== "number") return number(value);
+  const [size, name] = unitOf(value, BYTES);
+  return `${trimmed(value / size, 4)} ${name || "B"}`;
 }
 
 function trimmed(value, digits) {
@@ -28,11 +35,19 @@ export function number(value, digits = 4) {
   if (typeof value !== "number") return String(value);
   if (value === 0 || Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
-  return size >= 1000 ? value.toFixed(1) : value.toFixed(digits);
+  if (size >= 1e6) return count(value);
+  if (size < 1e-3) return value.toExponential(2);
+  return value.toFixed(size >= 1000 ? 1 : size >= 100 ? Math.min(digits, 2) : digits);
 }
 
-export const percent = (value) => (typeof value === "number" ? `${(100 * value).toFixed(1)} %` : number(value));
+/** A time given in hours, in the unit that fits. */
+export function hours(value) {
+  return value === null || value === undefined ? NONE : duration(3600 * value);
+}
+
+export function percent(value) {
+  return typeof value === "number" ? `${(100 * value).toFixed(1)} %` : number(value);
+}
 
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return NONE;

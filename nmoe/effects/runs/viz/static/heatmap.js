@@ -1,27 +1,29 @@
 // A heat map on a canvas: rows by columns, colour by value.
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.mjs";
-import { number, save, viridis } from "./format.js";
+import { css } from "./marks.js";
+import { save } from "./format.js";
 
+const TOP_SHARE = 3;
 const LEFT = 46, BOTTOM = 30, TOP = 4, RIGHT = 8;
 
 /**
  * rows, columns   names along the axes
  * values          [rows][columns]
- * top             value of the brightest colour
+ * values are shares of the mean: 1 is balanced; the colours are the same in every map
  * describe        (row, column) -> the text beside the cursor
  */
-export function Heatmap({ title, rows, columns, values, top, rowName, columnName, describe, theme }) {
+export function Heatmap({ title, rows, columns, values, rowName, columnName, describe, theme }) {
   const place = useRef(null);
   const [over, setOver] = useState(null);
   const height = Math.min(420, Math.max(110, rows.length * 18)) + TOP + BOTTOM;
 
   useEffect(() => {
-    const paint = () => draw(place.current, { rows, columns, values, top, rowName, columnName, height });
+    const paint = () => draw(place.current, { rows, columns, values, rowName, columnName, height });
     paint();
     const watcher = new ResizeObserver(paint);
     watcher.observe(place.current.parentElement);
     return () => watcher.disconnect();
-  }, [rows, columns, values, top, theme, height]);
+  }, [rows, columns, values, theme, height]);
 
   const move = (event) => {
     const box = place.current.getBoundingClientRect();
@@ -37,31 +39,39 @@ export function Heatmap({ title, rows, columns, values, top, rowName, columnName
     </figcaption>
     <div class="heat"><canvas ref=${place} onMouseMove=${move} onMouseLeave=${() => setOver(null)} role="img"
       aria-label=${`${title}: ${rows.length} rows, ${columns.length} columns`}></canvas></div>
-    <div class="heat-key"><span class="dead-key"></span>none<span class="ramp"></span>
-      <span>0 to ${number(top, 2)} × the mean load; 1 is balanced</span></div>
+    <div class="heat-key"><span class="dead-key"></span>none <span class="ramp"></span>
+      <span>0 · 1, balanced · ${TOP_SHARE} or more × the mean load</span></div>
   </figure>`;
 }
 
-function draw(canvas, { rows, columns, values, top, rowName, columnName, height }) {
+const parts = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+
+/** Colour of a share of the mean: from one end at 0 over the middle at 1 to the other end at `TOP_SHARE`. */
+function shade(value, [under, even, over]) {
+  const [from, to, at] = value < 1 ? [under, even, value] : [even, over, Math.min(1, (value - 1) / (TOP_SHARE - 1))];
+  return `rgb(${from.map((part, place) => Math.round(part + (to[place] - part) * at))})`;
+}
+
+function draw(canvas, { rows, columns, values, rowName, columnName, height }) {
   const ratio = devicePixelRatio || 1;
   const width = canvas.parentElement.clientWidth;
   canvas.width = width * ratio;
   canvas.height = height * ratio;
   canvas.style.width = `${width}px`;
   canvas.style.height = `${height}px`;
-  const style = getComputedStyle(document.documentElement);
   const ctx = canvas.getContext("2d");
   ctx.scale(ratio, ratio);
-  ctx.fillStyle = style.getPropertyValue("--card");
+  ctx.fillStyle = css("--card");
   ctx.fillRect(0, 0, width, height);
   const w = (width - LEFT - RIGHT) / columns.length, h = (height - TOP - BOTTOM) / rows.length;
   const gap = w > 6 && h > 6 ? 1 : 0;
-  const dead = style.getPropertyValue("--dead");
+  const stops = ["--under", "--even", "--over"].map((name) => parts(css(name)));
+  const dead = css("--dead");
   values.forEach((line, row) => line.forEach((value, column) => {
-    ctx.fillStyle = value === 0 ? dead : `rgb(${viridis(value / top)})`;
+    ctx.fillStyle = value === 0 ? dead : shade(value, stops);
     ctx.fillRect(LEFT + column * w, TOP + row * h, Math.max(w - gap, 1), Math.max(h - gap, 1));
   }));
-  ctx.fillStyle = style.getPropertyValue("--soft");
+  ctx.fillStyle = css("--soft");
   ctx.font = "11px system-ui, sans-serif";
   ctx.textAlign = "right";
   ctx.textBaseline = "middle";
@@ -74,5 +84,5 @@ function draw(canvas, { rows, columns, values, top, rowName, columnName, height 
     if (column % each === 0) ctx.fillText(name, LEFT + (column + 0.5) * w, height - BOTTOM + 4);
   });
   ctx.textAlign = "left";
-  ctx.fillText(`${rowName} ↑   ${columnName} →`, LEFT, height - 12);
+  ctx.fillText(`${rowName} ↓   ${columnName} →`, LEFT, height - 12);
 }

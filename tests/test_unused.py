@@ -14,6 +14,7 @@ from tests.test_architecture import imports, modules, within
 KEPT = (
     ("nmoe.__main__", "python -m nmoe"),
     ("nmoe.cli.reference", "make docs"),
+    ("nmoe.effects.parallel.torchrun", "the command nmoe-torchrun of pyproject.toml, which `nmoe launch` writes"),
     ("nmoe.effects.kernels.exchange.nvshmem", "puts between hosts: compiled, and no exchange opens with them yet"),
 )
 """What nothing of nmoe names, and why it is there."""

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from nmoe.cli import bench, ckpt, config, data, hf, runs, soak, track, train, viz
+from nmoe.cli import bench, ckpt, config, data, hf, launch, runs, soak, track, train, viz
 from nmoe.cli.parser import Parser, under
 from nmoe.errors import InputError, printable
 
@@ -177,6 +177,6 @@ def build_parser() -> tuple[Parser, Mapping[str, Sequence[str]]]:
     )
     root.add_argument("--version", action="store_true", help="print the version")
     verbs = root.add_subparsers(metavar="VERB", required=True)
-    for family in (train, config, data, runs, viz, ckpt, hf, track, soak, bench):
+    for family in (train, launch, config, data, runs, viz, ckpt, hf, track, soak, bench):
         family.verbs(verbs)
     return root, {name: tuple(under(parser)) for name, parser in verbs.choices.items()}

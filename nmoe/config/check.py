@@ -62,6 +62,22 @@ def unrunnable(config: Config, world: int) -> tuple[str, ...]:
     )
 
 
+def beyond_hosts(expert_ranks: int, per_host: int) -> tuple[str, ...]:
+    """What keeps `expert_ranks` neighbouring ranks from lying on one host of `per_host` ranks, in the form of
+    `validate`."""
+    if expert_ranks > per_host:
+        return (
+            f"parallel.experts: expected at most the {per_host} ranks of one host, got {expert_ranks}; add "
+            f"--parallel.experts={per_host}, between hosts the exchange of rows is not tried",
+        )
+    if per_host % expert_ranks:
+        return (
+            f"parallel.experts: expected a divisor of the {per_host} ranks of a host, got {expert_ranks}; "
+            "choose one, so that neighbours are on one host",
+        )
+    return ()
+
+
 def remarks(config: Config) -> tuple[str, ...]:
     """What is right in a config and not what one may expect, each `<path>: <what>`."""
     if _plain(config):

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nmoe.config.check import beyond_hosts
 from nmoe.effects.parallel.launch import MULTICAST_OFF, Launch
 from nmoe.errors import InputError
 from nmoe.pure.core.layout import ArenaLayout
@@ -157,17 +158,7 @@ def check_machine(launch: Launch, expert_ranks: int, *, cuda: bool) -> None:
     Raises:  InputError for NVLink multicast that is on, experts shared out beyond one host, GPUs that cannot reach
              each other.
     """
-    problems: list[str] = []
-    if expert_ranks > launch.local_world:
-        problems.append(
-            f"parallel.experts: expected at most the {launch.local_world} ranks of one host, got {expert_ranks}; add "
-            f"--parallel.experts={launch.local_world}, between hosts the exchange of rows is not tried"
-        )
-    elif launch.local_world % expert_ranks:
-        problems.append(
-            f"parallel.experts: expected a divisor of the {launch.local_world} ranks of a host, got {expert_ranks}; "
-            "choose one, so that neighbours are on one host"
-        )
+    problems = [*beyond_hosts(expert_ranks, launch.local_world)]
     if cuda and launch.world > 1:
         wrong = [f"{name}={value}" for name, value in MULTICAST_OFF.items() if launch.multicast.get(name) != value]
         if wrong:

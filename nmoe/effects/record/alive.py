@@ -47,7 +47,15 @@ def heartbeat_age_s(record: Mapping[str, Any], now: datetime) -> float | None:
         return None
 
 
+def lost_after_s(every_s: float) -> float:
+    """Age of a heartbeat, in seconds, above which its process counts as dead.
+
+    every_s  `log.heartbeat_every_s` of the run
+    """
+    return MISSED * every_s + GRACE_S
+
+
 def heart_stopped(record: Mapping[str, Any], now: datetime) -> bool:
     """Whether the heartbeat in a `run.json` is so old that its process counts as dead."""
     age, every = heartbeat_age_s(record, now), record.get("heartbeat_every_s")
-    return age is not None and isinstance(every, int | float) and age > MISSED * every + GRACE_S
+    return age is not None and isinstance(every, int | float) and age > lost_after_s(every)

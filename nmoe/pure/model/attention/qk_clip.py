@@ -34,7 +34,7 @@ def largest_scores(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[
         score = score + torch.einsum("bthp,bsp->bhts", q[:, rows, :, nope:], k_rope[:, keys])
         visible = (position[keys] <= position[rows, None])[None]
         if isinstance(start, Tensor):
-            visible = seen & (position[keys] >= start[:, rows, None])
+            visible = visible & (position[keys] >= start[:, rows, None])
         score = (upcast(score) * scale).masked_fill(~visible[:, None], -torch.inf)
         largest = torch.maximum(largest, score.amax((0, 2, 3)))
     return largest

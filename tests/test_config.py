@@ -1108,10 +1108,12 @@ def test_an_unknown_choice_is_one_line_with_the_known_ones(override: str, messag
 
 
 def test_plain_torch_on_a_gpu_takes_what_the_kernels_do_not() -> None:
-    """Any size and fp32; no recorded step, no exchange among GPUs. On a CPU the key changes nothing."""
-    gpu_config = ("--run.device=cuda", "--model.attention.v_head_dim=300")
-    assert len(validate(rules_config("run.device=cuda", "model.attention.v_head_dim=300"), 1)) == 2, gpu_config
-    plain = rules_config("run.device=cuda", "model.attention.v_head_dim=300", "run.kernels=torch")
+    """Heads of any size; no recorded step, no exchange among GPUs. On a CPU the key changes nothing."""
+    on_gpu = ("run.device=cuda", "precision.compute=bf16", "model.attention.v_head_dim=300")
+    assert [problem.partition(":")[0] for problem in validate(rules_config(*on_gpu), 1)] == [
+        "model.attention.v_head_dim"
+    ]
+    plain = rules_config(*on_gpu, "run.kernels=torch")
     assert validate(plain, 1) == ()
     assert remarks(plain) == ('run.kernels: "torch" runs every operation of a GPU as plain torch: right, and slow',)
     (problem,) = validate(attrs.evolve(plain, train=attrs.evolve(plain.train, graph=True)), 1)

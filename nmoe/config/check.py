@@ -132,10 +132,10 @@ def out_of_bounds(section: Any) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _precision(config: Config) -> Iterator[str]:
-    if config.precision.compute == "fp32" and config.run.device == "cuda" and not _plain(config):
+    if config.precision.compute == "fp32" and config.run.device == "cuda":
         yield (
-            'precision.compute: expected "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16", '
-            'device = "cpu" or run.kernels = "torch"'
+            'precision.compute: expected "bf16" when run.device is "cuda", got "fp32"; write compute = "bf16" or '
+            'device = "cpu"'
         )
     if config.precision.compute == "fp32" and config.precision.moments == "bf16":
         yield (

@@ -457,7 +457,7 @@ class Run:
 
     device: Literal["cpu", "cuda"] = setting("where it computes", identity=False)
     kernels: Literal["triton", "torch"] = setting(
-        "what a GPU computes with: nmoe's kernels, or plain torch, which is slower and runs on any GPU of torch",
+        "what a GPU computes with: nmoe's kernels, or plain torch: slower, on compute capability 8.0 and newer",
         default="triton",
         identity=False,
     )

@@ -72,16 +72,13 @@ def test_two_processes_leave_the_same_bits(gpus: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compute", ["bf16", "fp32"])
-def test_plain_torch_learns_what_the_kernels_learn(compute: str, tmp_path: Path) -> None:
+def test_plain_torch_learns_what_the_kernels_learn(tmp_path: Path) -> None:
     """The same losses, as far as bf16 goes; the run says that it is slower."""
     losses: list[list[float]] = []
-    for kernels, number in (("triton", "bf16"), ("torch", compute)):
+    for kernels in ("triton", "torch"):
         folder = tmp_path / kernels
         folder.mkdir()
-        plain = ("--train.graph=false", "--precision.moments=fp32")
-        chosen = (f"--run.kernels={kernels}", f"--precision.compute={number}", *plain)
-        run = trained(folder, 1, *chosen, poison=255)
+        run = trained(folder, 1, f"--run.kernels={kernels}", "--train.graph=false", poison=255)
         lines = map(json.loads, (run / "metrics.rank0.jsonl").read_text().splitlines())
         losses.append([line["loss"] for line in lines if "loss" in line])
         assert ('run.kernels is "torch"' in (run / "console.log").read_text()) == (kernels == "torch")

@@ -177,7 +177,9 @@ def _gpus(facts: Facts) -> Iterator[Line]:
             value=f"{gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB, compute capability {_dotted(gpu.capability)}",
             advice=""
             if good
-            else f'use a GPU of compute capability {known}, run.kernels = "torch" (slower), or run.device = "cpu"',
+            else f"use a GPU of compute capability {known}, "
+            + ('run.kernels = "torch" (slower), ' if gpu.capability >= (8, 0) else "")
+            + 'or run.device = "cpu"',
         )
     if len(facts.gpus) > 1:
         yield Line(

@@ -16,12 +16,15 @@ from nmoe.effects.terminal import say
 from nmoe.errors import InputError
 from nmoe.pure.cost.machines import PEAK_FLOPS
 
+PLAIN_CAPABILITY = (8, 0)
+"""Oldest compute capability of plain torch: that of `torch.nn.functional.grouped_mm`, which takes bf16 alone there."""
+
 
 def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton") -> torch.device:
     """The device a config asks for.
 
     index    of the rank among those of this host, which are `count`: its GPU
-    kernels  `run.kernels`: "torch" runs on any GPU that torch can use
+    kernels  `run.kernels`: "torch" runs from `PLAIN_CAPABILITY` on
 
     Raises:  InputError when it is not there or not supported; nothing else is tried.
     """
@@ -37,12 +40,12 @@ def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton"
             f"{torch.cuda.device_count()}; start fewer, or look at CUDA_VISIBLE_DEVICES"
         )
     capability = torch.cuda.get_device_capability(index)
-    if capability not in PEAK_FLOPS and kernels != "torch":
+    if capability not in PEAK_FLOPS and not (kernels == "torch" and capability >= PLAIN_CAPABILITY):
         known = ", ".join(f"{major}.{minor}" for major, minor in PEAK_FLOPS)
         raise InputError(
             f"run.device: expected a GPU of a supported compute capability ({known}), got "
             f"{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(index)}); use one of those, write "
-            'run.kernels = "torch", which is slower, or run.device = "cpu"'
+            'run.kernels = "torch" from 8.0 on, which is slower, or run.device = "cpu"'
         )
     return torch.device("cuda", index)
 

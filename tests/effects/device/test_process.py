@@ -44,12 +44,13 @@ def test_an_unsupported_gpu_is_refused_with_the_list(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    advice = (
-        r"\(9\.0, 10\.0\), got 8\.0 \(Old GPU\); use one of those, write run\.kernels = \"torch\", which is slower, or"
-    )
+    advice = r"\(9\.0, 10\.0\), got 8\.0 \(Old GPU\); use one of those, write run\.kernels = \"torch\" from 8\.0 on, "
     with pytest.raises(InputError, match=advice):
         gpu.device("cuda")
     assert gpu.device("cuda", kernels="torch") == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(InputError, match=r"got 7\.5 \(Old GPU\); "):
+        gpu.device("cuda", kernels="torch")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert gpu.device("cuda") == torch.device("cuda", 0)
 

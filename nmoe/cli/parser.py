@@ -86,14 +86,14 @@ def add_fit(parser: Parser) -> None:
 
 
 def config_path(text: str) -> Path:
-    """The file of an argument CONFIG: a plain word is the name of a preset, everything else is a path."""
-    if not re.fullmatch(r"[\w-]+", text):
-        return Path(text)
+    """The file of an argument CONFIG: what a preset is called, and any plain word, is a name; else a path."""
     from nmoe.config import preset
 
     known = preset.names()
     if text in known:
         return preset.path_of(text)
+    if not re.fullmatch(r"[\w-]+", text):
+        return Path(text)
     near = difflib.get_close_matches(text, known, n=1)
     remedy = f"did you mean {near[0]}?" if near else f"a file of that name is ./{text}"
     raise argparse.ArgumentTypeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from nmoe.cli import main
 from nmoe.config import load, preset
 from nmoe.config.check import unrunnable
 from tests.configs import ROOT
+from tests.test_docs import blocks
 
 KUBERNETES = ("--image=nmoe:gpu", "--claim=work")
 
@@ -90,3 +92,18 @@ def test_data_is_prepared_where_the_config_reads_it(capsys: pytest.CaptureFixtur
     assert code == 0 and "--nodes=5\n" in out and "nmoe data prep 'raw texts' data/pretrain\n" in out
     code, out, _ = answered(capsys, "kubernetes", "dsv3", "--hosts=5", "--prepare=raw", "--viz", *KUBERNETES)
     assert code == 0 and [one["kind"] for one in json.loads(out)["items"]] == ["Job", "Deployment", "Service"]
+
+
+COMMANDS = [
+    line
+    for block in blocks("docs/cluster.md", "")
+    for line in block.replace("\\\n", "").splitlines()
+    if line.startswith("nmoe launch")
+]
+
+
+def test_the_commands_of_the_page_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(COMMANDS) == 4
+    for command in COMMANDS:
+        code, out, err = answered(capsys, *shlex.split(command.partition(" > ")[0])[2:])
+        assert (code, err) == (0, "") and out, command

@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+from hypothesis import strategies as st
 
 from nmoe.config import Config, load
 from nmoe.pure.cluster.job import Job, plan_job
 from tests.configs import ROOT
 
 MOONLIGHT = load(ROOT / "configs" / "moonlight.toml", {}, ()).config
+TEXTS = st.text(
+    st.sampled_from("$()`'\"\\ \n!*x") | st.characters(exclude_characters="\0", exclude_categories=("Cs",)),
+    min_size=1,
+    max_size=20,
+)
+"""What no shell and no template takes for itself, half of it what they look for."""
+
 RUN_RULE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
 

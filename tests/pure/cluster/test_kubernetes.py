@@ -20,7 +20,7 @@ from nmoe.config import Shards, dump
 from nmoe.errors import InputError
 from nmoe.pure.cluster import kubernetes
 from nmoe.pure.cluster.kubernetes import Cluster
-from tests.pure.cluster.jobs import RUN_RULE, config, job
+from tests.pure.cluster.jobs import RUN_RULE, TEXTS, config, job
 
 SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("kubernetes-1.34.json").read_text())
 CLUSTER = Cluster(image="registry.example/nmoe:gpu", claim="work", data_claim=None)
@@ -147,9 +147,7 @@ def test_a_pod_lives_while_the_heart_beats(pod: tuple[Path, dict[str, Any]]) -> 
         assert (probed(probe, folder) == 0) == alive, (age, started)
 
 
-PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1).filter(
-    kubernetes.inside
-)
+PATHS = TEXTS.filter(kubernetes.inside)
 
 
 @given(source=PATHS, out=PATHS)

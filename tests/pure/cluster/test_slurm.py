@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nmoe.errors import InputError
 from nmoe.pure.cluster import slurm
-from tests.pure.cluster.jobs import job
+from tests.pure.cluster.jobs import TEXTS, job
 
 RECORDER = f"""#!{sys.executable} -ES
 import json, os, sys
@@ -77,9 +77,6 @@ def test_directives_are_those_of_the_job() -> None:
 
 def test_a_cpu_asks_for_no_gpus() -> None:
     assert "--gpus-per-node" not in directives(slurm.training(job(device="cpu"), "quickstart", ()))
-
-
-TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=20)
 
 
 @settings(max_examples=25, deadline=None)

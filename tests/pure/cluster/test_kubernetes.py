@@ -1,16 +1,14 @@
-"""Objects for kubectl: against the schemas of Kubernetes, and what of a config and a user's words they hold."""
+"""Objects for kubectl: against the fields of Kubernetes' API, and what of a config and a user's words they hold."""
 
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
-import jsonschema
 import pytest
 import tomli
 from hypothesis import given, settings
@@ -20,17 +18,11 @@ from nmoe.config import Shards, dump
 from nmoe.errors import InputError
 from nmoe.pure.cluster import kubernetes
 from nmoe.pure.cluster.kubernetes import Cluster
+from tests.pure.cluster.fields import faults
 from tests.pure.cluster.jobs import RUN_RULE, TEXTS, config, job
 
-SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("kubernetes-1.34.json").read_text())
 CLUSTER = Cluster(image="registry.example/nmoe:gpu", claim="work", data_claim=None)
 WITH_DATA = attrs.evolve(CLUSTER, data_claim="shards")
-
-
-def faults(one: dict[str, Any]) -> list[str]:
-    """What the schema of its kind has against an object."""
-    schema = {**SCHEMAS[one["kind"]], "$defs": SCHEMAS["$defs"]}
-    return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(one)]
 
 
 def training(**changes: Any) -> dict[str, Any]:
@@ -55,7 +47,7 @@ def test_every_object_is_one_of_kubernetes(cluster: Cluster, device: str) -> Non
     assert [fault for one in objects for fault in faults(one)] == []
 
 
-def test_the_schemas_refuse_what_is_wrong() -> None:
+def test_the_fields_refuse_what_is_wrong() -> None:
     good = training()["Job"]
     for path, value in (
         (("spec", "completions"), "2"),

@@ -30,7 +30,7 @@ def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
     # a scale of a tiny block is rounded: its values may be above 448 by a bit, which no fp8 number holds
     values = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST)
-    return values.flatten(0, 1).flatten(1)[: matrix.shape[0], : matrix.shape[1]].to(torch.float8_e4m3fn), scale
+    return values.flatten(0, 1).flatten(1)[: matrix.shape[0], : matrix.shape[1]].type(torch.float8_e4m3fn), scale
 
 
 def dequantise(values: Tensor, scale: Tensor) -> Tensor:

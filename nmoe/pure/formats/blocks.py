@@ -9,8 +9,7 @@ from torch import Tensor
 from nmoe.pure.core.shape import expect_shape
 
 BLOCK = 128
-FORMAT = torch.float8_e4m3fn
-LARGEST = torch.finfo(FORMAT).max
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
 """448."""
 
 
@@ -31,7 +30,7 @@ def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
     # a scale of a tiny block is rounded: its values may be above 448 by a bit, which no fp8 number holds
     values = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST)
-    return values.flatten(0, 1).flatten(1)[: matrix.shape[0], : matrix.shape[1]].to(FORMAT), scale
+    return values.flatten(0, 1).flatten(1)[: matrix.shape[0], : matrix.shape[1]].type(torch.float8_e4m3fn), scale
 
 
 def dequantise(values: Tensor, scale: Tensor) -> Tensor:

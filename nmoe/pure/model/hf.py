@@ -115,10 +115,12 @@ def family_of(c: sections.Model) -> tuple[str, Family]:
 
 
 FP8_KEY = "quantization_config"
-FP8: Mapping[str, Any] = MappingProxyType(
-    {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
-)
-"""What `config.json` says under that key of weights in fp8 blocks; V3.2 says how it rounds scales too, `scale_fmt`."""
+
+
+def fp8_settings() -> dict[str, Any]:
+    """What `config.json` says under `FP8_KEY` of weights in fp8 blocks; V3.2 adds how it rounds scales, `scale_fmt`."""
+    return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+
 
 FP8_NAMES = re.compile(
     r"model\.layers\.\d+\.(self_attn|mlp)\.(.*\.)?((?!weights_)\w+_proj(_with_mqa)?|wq_b|wk)\.weight"
@@ -314,10 +316,12 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
         problems.append(f"{DEPTH}: expected 0, got {json.dumps(config[DEPTH])}; nmoe has no other for {name}")
     own, wrong = family.read(config)
     problems += wrong
-    given: Any = config.get(FP8_KEY, dict(FP8))
-    if family.fp8 and (not isinstance(given, dict) or {**given, "scale_fmt": None} != {**FP8, "scale_fmt": None}):
+    given: Any = config.get(FP8_KEY, dict(fp8_settings()))
+    if family.fp8 and (
+        not isinstance(given, dict) or {**given, "scale_fmt": None} != {**fp8_settings(), "scale_fmt": None}
+    ):
         problems.append(
-            f"{FP8_KEY}: expected {json.dumps(dict(FP8))}, got {json.dumps(given)}; nmoe reads no other format"
+            f"{FP8_KEY}: expected {json.dumps(dict(fp8_settings()))}, got {json.dumps(given)}; nmoe reads no other format"
         )
     known = {
         "model_type",

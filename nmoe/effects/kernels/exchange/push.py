@@ -60,15 +60,15 @@ def barrier_kernel(
             begin = globaltimer()
         for rank in range(W):
             # tl.load takes no memory order; adding 0 is an acquire at system scope
-            flag = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
-            while flag < now:
+            received = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
+            while received < now:
                 if LIMIT > 0:
                     if globaltimer() - begin > LIMIT:  # pyright: ignore[reportOperatorIssue]
                         tl.store(missing, rank + 1)
                         tl.inline_asm_elementwise(
                             "membar.sys; trap; mov.u32 $0, 0;", "=r,r", [rank], dtype=tl.int32, is_pure=False, pack=1
                         )
-                flag = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
+                received = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
 
 
 @triton.jit

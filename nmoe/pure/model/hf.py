@@ -316,12 +316,11 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
         problems.append(f"{DEPTH}: expected 0, got {json.dumps(config[DEPTH])}; nmoe has no other for {name}")
     own, wrong = family.read(config)
     problems += wrong
-    given: Any = config.get(FP8_KEY, dict(fp8_settings()))
-    if family.fp8 and (
-        not isinstance(given, dict) or {**given, "scale_fmt": None} != {**fp8_settings(), "scale_fmt": None}
-    ):
+    blocks = fp8_settings()
+    given: Any = config.get(FP8_KEY, blocks)
+    if family.fp8 and (not isinstance(given, dict) or {**given, "scale_fmt": None} != {**blocks, "scale_fmt": None}):
         problems.append(
-            f"{FP8_KEY}: expected {json.dumps(dict(fp8_settings()))}, got {json.dumps(given)}; nmoe reads no other format"
+            f"{FP8_KEY}: expected {json.dumps(blocks)}, got {json.dumps(given)}; nmoe reads no other format"
         )
     known = {
         "model_type",

@@ -39,6 +39,7 @@ from nmoe.pure.core.key import Key
 from nmoe.pure.model import hf, model
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.decode import Sampling
+from nmoe.pure.model.ops import environment
 from tests import shapes
 from tests.effects.checkpoint.hf_models import DELTA, LATENT, MODELS, without_scales, write
 from tests.effects.checkpoint.saves import on_ranks
@@ -693,7 +694,11 @@ def test_a_trained_model_says_the_same_in_transformers(
     assert "logits differ by" in capsys.readouterr().out
     language, theirs = hf_verify.load(tmp_path / "out", torch.float64), AutoTokenizer.from_pretrained(tmp_path / "out")
     network, _ = generate.open_network(folder, "cpu")
-    network = attrs.evolve(network, params=tree.map(lambda _, leaf: leaf.double(), network.params))
+    network = attrs.evolve(
+        network,
+        params=tree.map(lambda _, leaf: leaf.double(), network.params),
+        env=environment(network.config, network.config.max_positions),
+    )
     prompt = theirs("def main(", return_tensors="pt")
     said = language.generate(**prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
     (start,) = prompt["input_ids"].tolist()

@@ -267,12 +267,12 @@ def _end_of_text(path: Path, special: Mapping[str, int]) -> int:
     Raises:  InputError when neither the files beside `path` nor its special tokens say which.
     """
     beside = {name: path.with_name(name) for name in ("tokenizer_config.json", "config.json")}
-    told = {name: json_object(file) if files.is_file(file) else {} for name, file in beside.items()}
-    named = told["tokenizer_config.json"].get("eos_token")
+    read = {name: json_object(file) if files.is_file(file) else {} for name, file in beside.items()}
+    named = read["tokenizer_config.json"].get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     if isinstance(named, str) and named in special:
         return special[named]
-    numbered = told["config.json"].get("eos_token_id")
+    numbered = read["config.json"].get("eos_token_id")
     numbered = numbered[0] if isinstance(numbered, list) and numbered else numbered
     if isinstance(numbered, int) and numbered in special.values():
         return numbered

@@ -1,7 +1,7 @@
 """`nmoe-torchrun`: torchrun, with the exit code of its ranks.
 
-torchrun itself ends with 1 whatever its ranks ended with, so that no scheduler could tell a preempted run, which ended
-with 75, from a crash.
+torchrun itself ends with 1 whatever its ranks ended with, so that no scheduler could distinguish a preempted run, which
+ended with 75, from a crash.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nmoe.effects.parallel.launch import ORDERLY
 from nmoe.effects.terminal import warn
 
 EXIT_STOPPED = 75
-"""Of a launcher that got a signal: it has ended its ranks by the same signal, and the same command goes on."""
+"""Of a launcher that got a signal: it has ended its ranks by the same signal, and the same command resumes."""
 
 
 def main() -> None:

@@ -132,8 +132,8 @@ def show(session: Session, state: State, last: Validation) -> None:
 
 
 def sample_on_the_way(session: Session, state: State) -> None:
-    """`say_sample` during the training, which goes on when it fails."""
-    with reported("a sample", f"step {state.step}", "the training goes on"):
+    """`say_sample` during the training, which continues when it fails."""
+    with reported("a sample", f"step {state.step}", "training continues"):
         say_sample(session, state)
 
 

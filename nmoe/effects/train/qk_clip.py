@@ -19,7 +19,7 @@ from nmoe.pure.model.ops import Ops
 
 
 class Scores:
-    """The largest score of each head and layer in a step. Layers are told apart by the order of a forward pass."""
+    """The largest score of each head and layer in a step. Layers are in the order of a forward pass."""
 
     def __init__(self) -> None:
         self._layers: list[Tensor] = []  # of one microbatch, [H] a layer

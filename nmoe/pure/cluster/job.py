@@ -14,7 +14,7 @@ from nmoe.config.check import beyond_hosts
 from nmoe.errors import InputError
 
 EXIT_AGAIN = 75
-"""Exit code of a run that the same command goes on with (docs/architecture.md)."""
+"""Exit code of a run that the same command resumes (docs/architecture.md)."""
 
 EXITS_FOR_GOOD = (2, 5, 6)
 """Exit codes after which the same command would end in the same way: bad input, steps that are not finite, no room."""

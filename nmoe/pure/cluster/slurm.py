@@ -12,7 +12,7 @@ LONGEST_SIGNAL_S = 65535
 
 
 def training(job: Job, config: str, overrides: tuple[str, ...]) -> str:
-    """The script of a training: it is requeued when the run ends with exit code 75, and goes on where it was.
+    """The script of a training: it is requeued when the run ends with exit code 75, and resumes.
 
     config     CONFIG of `nmoe run`, a path from where sbatch is called
     Raises:    InputError for a grace time that Slurm cannot give.
@@ -40,7 +40,7 @@ def training(job: Job, config: str, overrides: tuple[str, ...]) -> str:
         '  \'exec nmoe-torchrun --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" '
         f'"$@"\' nmoe-torchrun {arguments} || code=$?',
         '[ ! -d "$run" ] || mv -- "$log" "$run/"',
-        f"# {EXIT_AGAIN}: ended by a signal after it was saved; the same job goes on.",
+        f"# {EXIT_AGAIN}: ended by a signal after it was saved; the same job resumes.",
         f'[ "$code" -ne {EXIT_AGAIN} ] || scontrol requeue "$SLURM_JOB_ID"',
         'exit "$code"',
     )

@@ -355,7 +355,7 @@ def _check(
 
 
 def targets_ahead(batch: Batch, depth: int) -> Tensor:
-    """The targets `depth` tokens further on: position i, which has read up to token i + depth, has to tell the next.
+    """The targets `depth` tokens further on: position i, which has read up to token i + depth, predicts the next.
 
     Where documents are kept apart a target counts only in the document of its position; the last of a row, whose
     document is not known, does not.

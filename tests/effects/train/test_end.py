@@ -372,7 +372,7 @@ def test_a_sample_that_fails_on_the_way_ends_nothing(
     config = attrs.evolve(config, sample=attrs.evolve(config.sample, every=2))
     code, output = train(config)
     assert code == 0 and events(config, "end")[-1]["status"] == "finished"
-    assert "step 2: expected a sample, got RuntimeError: this terminal is on fire; the training goes on" in output
+    assert "step 2: expected a sample, got RuntimeError: this terminal is on fire; training continues" in output
 
 
 def test_a_screen_that_cannot_be_recorded_ends_nothing(

@@ -53,19 +53,20 @@ def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton"
 def peak_flops(where: torch.device, home: Path) -> float:
     """FLOP/s that count as 100 % MFU: the data sheet's for a GPU the kernels are for, a measured GEMM for all else.
 
-    A CPU has no honest data sheet. Its GEMM is measured once for a machine, number of threads and version of torch, and
-    kept: measured at each start it differed twofold on a busy machine, and MFU with it.
+    A CPU has no honest data sheet. Its GEMM is measured at each start, and the fastest that a machine, number of
+    threads and version of torch have shown is kept: beside other work the same GEMM took twice as long, and MFU was
+    twice too high.
 
     home    folder of what nmoe keeps
-    Writes:  `home`/peak-flops.json, when it lacks this machine.
+    Writes:  `home`/peak-flops.json, when this machine is new or has become faster.
     Raises:  InputError when that file holds something else.
     """
     if where.type == "cuda" and (capability := torch.cuda.get_device_capability(where)) in PEAK_FLOPS:
         return PEAK_FLOPS[capability]
     path, name = home / "peak-flops.json", f"{_hardware(where)}, torch {torch.__version__}"
-    known = _known_peaks(path)
-    if name not in known:
-        known = {**known, name: _measured_flops(where)}
+    known, measured = _known_peaks(path), _measured_flops(where)
+    if measured > known.get(name, 0):
+        known = {**known, name: measured}
         try:
             home.mkdir(parents=True, exist_ok=True)
             files.write_text(path, json.dumps(known, indent=2) + "\n")

@@ -16,5 +16,5 @@ COPY nmoe nmoe
 RUN pip install --no-cache-dir --constraint constraints.txt torch==2.13.0 '.[data,viz]'
 
 USER 10001
-WORKDIR /work
+WORKDIR /workspace
 CMD ["nmoe", "doctor"]

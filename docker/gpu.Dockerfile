@@ -16,5 +16,5 @@ COPY nmoe nmoe
 RUN pip install --no-cache-dir --constraint constraints-gpu.txt torch==2.11.0 '.[data,telemetry,viz]'
 
 USER 10001
-WORKDIR /work
+WORKDIR /workspace
 CMD ["nmoe", "doctor"]

@@ -27,6 +27,38 @@ def attention(**changes: Any) -> sections.Mla:
     return attrs.evolve(c, **changes)
 
 
+def nsa(**changes: Any) -> sections.Nsa:
+    """Four query heads in two groups; blocks of four tokens."""
+    c = sections.Nsa(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        v_head_dim=6,
+        compressed_block=4,
+        compressed_stride=2,
+        selected_block=4,
+        num_selected=3,
+        window=5,
+    )
+    return attrs.evolve(c, **changes)
+
+
+def dsa(**changes: Any) -> sections.Dsa:
+    """Three heads and two of the indexer, all sizes different; a query reads four keys."""
+    c = sections.Dsa(
+        num_heads=3,
+        q_lora_rank=7,
+        kv_lora_rank=10,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=5,
+        index_num_heads=2,
+        index_head_dim=6,
+        index_top_k=4,
+    )
+    return attrs.evolve(c, **changes)
+
+
 def mixture(**changes: Any) -> sections.Moe:
     """Eight experts, three a token."""
     c = sections.Moe(num_experts=8, top_k=3, num_shared_experts=1, intermediate_size=9, route_scale=2.5)

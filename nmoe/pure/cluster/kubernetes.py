@@ -12,7 +12,7 @@ from nmoe.config import Config, dump
 from nmoe.errors import InputError
 from nmoe.pure.cluster.job import EXIT_AGAIN, EXITS_FOR_GOOD, Job, label, torchrun
 
-HOME = "/work"
+HOME = "/workspace"
 """Folder that a pod works in: the claim is mounted there, and the paths of the config start from it."""
 
 CONFIG = "/etc/nmoe/config.toml"

@@ -18,17 +18,8 @@ from nmoe.pure.core.spec import POLICY
 from nmoe.pure.model import hf, model
 from tests import shapes
 
-SPARSE = sections.Dsa(
-    num_heads=3,
-    q_lora_rank=7,
-    kv_lora_rank=10,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=5,
-    index_num_heads=12,  # a key whose score is zero by every head is rare: of equal ones theirs takes any
-    index_head_dim=6,
-    index_top_k=9,
-)
+# with 12 heads a key whose score is zero by every head is rare: of equal ones theirs takes any
+SPARSE = shapes.dsa(index_num_heads=12, index_top_k=9)
 DELTA = sections.Kda(num_heads=2, head_dim=4, conv_size=3)
 LATENT = shapes.attention(position="none", q_lora_rank=None)
 MODELS = {

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from nmoe.config import sections as s
+from tests import shapes
 
 
 def tiny(
@@ -65,17 +66,7 @@ PARTS: Mapping[str, Any] = MappingProxyType(
     {
         "gqa": s.Gqa(num_heads=4, num_kv_heads=2, head_dim=8, window=6, global_every=2, sinks=True),
         "kda": s.Kda(num_heads=2, head_dim=8),
-        "nsa": s.Nsa(
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=8,
-            v_head_dim=6,
-            compressed_block=4,
-            compressed_stride=2,
-            selected_block=4,
-            num_selected=3,
-            window=4,
-        ),
+        "nsa": shapes.nsa(window=4),
         # two steps of 32 tokens in the dense stage, then the sparse one
         "dsa": s.Dsa(
             num_heads=2,

@@ -93,7 +93,7 @@ def test_the_config_is_the_one_that_was_read() -> None:
     made = training(**changes)
     assert made["ConfigMap"]["data"]["config.toml"] == dump(config(ranks=8, experts=1, **changes))
     mounted = {mount["name"]: mount["mountPath"] for mount in container(made["Job"])["volumeMounts"]}
-    assert mounted == {"work": "/work", "shm": "/dev/shm", "config": "/etc/nmoe"}
+    assert mounted == {"work": "/workspace", "shm": "/dev/shm", "config": "/etc/nmoe"}
     assert container(made["Job"])["args"][-1] == "/etc/nmoe/config.toml"
 
 
@@ -109,7 +109,7 @@ def test_exit_codes_decide_what_follows() -> None:
 
 def probed(probe: dict[str, Any], folder: Path) -> int:
     """Exit code of a probe, with the folders of a pod replaced by `folder`."""
-    places = {"/tmp/started": str(folder / "started"), "/work/": f"{folder}/"}
+    places = {"/tmp/started": str(folder / "started"), "/workspace/": f"{folder}/"}
     command: list[str] = probe["exec"]["command"]
     for old, new in places.items():
         command = [part.replace(old, new) for part in command]

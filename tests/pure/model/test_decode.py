@@ -20,28 +20,7 @@ from nmoe.pure.model.ops import environment
 from tests import shapes
 
 GQA = sections.Gqa(num_heads=6, num_kv_heads=2, head_dim=8)
-NSA = sections.Nsa(
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    v_head_dim=6,
-    compressed_block=4,
-    compressed_stride=2,
-    selected_block=4,
-    num_selected=3,
-    window=5,
-)
-DSA = sections.Dsa(
-    num_heads=3,
-    q_lora_rank=7,
-    kv_lora_rank=10,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=5,
-    index_num_heads=2,
-    index_head_dim=6,
-    index_top_k=4,
-)
+NSA, DSA = shapes.nsa(), shapes.dsa()
 MODELS = {
     "mla": shapes.config(),
     "mla, query latent": shapes.config(num_dense_layers=0, attention=shapes.attention(q_lora_rank=7)),

@@ -33,20 +33,8 @@ WIDTH = 12
 
 
 def section(**changes: Any) -> sections.Dsa:
-    """Three heads and two of the indexer, all sizes different; a query reads five keys."""
-    c = sections.Dsa(
-        num_heads=3,
-        q_lora_rank=7,
-        kv_lora_rank=10,
-        qk_nope_head_dim=6,
-        qk_rope_head_dim=4,
-        v_head_dim=5,
-        rope_theta=100.0,
-        index_num_heads=2,
-        index_head_dim=8,
-        index_top_k=5,
-    )
-    return attrs.evolve(c, **changes)
+    """A query reads five keys."""
+    return attrs.evolve(shapes.dsa(rope_theta=100.0, index_head_dim=8, index_top_k=5), **changes)
 
 
 def parameters(c: sections.Dsa, dtype: torch.dtype = torch.float64) -> dsa.Dsa:

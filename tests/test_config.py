@@ -937,7 +937,7 @@ def test_reading_takes_time_in_proportion_to_the_text(text: str, tmp_path: Path)
     began = time.process_time()
     assert len(problems(file)) > 0
     # 0.1 to 0.5 s of a quiet core; the array took 1,000 s when every line parsed its statement so far, the tables 60 s
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 15
 
 
 def test_a_hundred_faults_are_enough(tmp_path: Path) -> None:
@@ -989,7 +989,7 @@ def test_numbers_that_nothing_could_use(key: str, value: str) -> None:
     began = time.process_time()
     found = problems(ROOT / "configs" / "quickstart.toml", f"--{key}={value}", valid=True)
     assert any(f"--{key}={value}: {key}: expected " in problem for problem in found), found
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 15
 
 
 def test_experts_over_several_hosts_are_planned_and_not_run() -> None:

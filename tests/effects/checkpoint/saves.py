@@ -66,7 +66,7 @@ class Ranks:
     """As many ranks as asked for, each a thread of this process, and their all-gather of texts."""
 
     def __init__(self, world: int) -> None:
-        self.barrier = threading.Barrier(world, timeout=30)
+        self.barrier = threading.Barrier(world, timeout=120)
         self.texts = [""] * world
 
     def all_gather_text(self, rank: int) -> AllGatherText:

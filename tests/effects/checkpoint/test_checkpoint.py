@@ -32,7 +32,7 @@ class Held(MemoryFs):
         self.let.set()
 
     def sync(self, handle: int) -> None:
-        assert self.let.wait(10)
+        assert self.let.wait(60)
         super().sync(handle)
 
 

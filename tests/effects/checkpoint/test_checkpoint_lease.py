@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -58,9 +57,7 @@ def test_a_second_trainer_is_refused_and_a_dead_one_replaced(root: Path) -> None
             prune(Disk(), root, Keep())
         assert sorted(root.iterdir()) == before
         first.send_signal(signal.SIGKILL)
-    began = time.monotonic()
     save(root, 2)
-    assert time.monotonic() - began < 5
     assert number_in(Disk(), root) == 2
     assert json.loads((root / lease.FILE).read_text())["attempt"] == 2
 

@@ -34,7 +34,7 @@ from nmoe.pure.model.blueprint import make_blueprint
 from tests.effects.checkpoint.saves import manifest_in, number_in, pieces, values
 from tests.effects.train.tiny import tiny
 
-SECONDS = 10
+SECONDS = 10  # of the processor: what is read without a bound takes minutes
 GROWTH_MB = 200
 STRANGE: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 7, 1 << 31, 1 << 62, 1 << 63, 1 << 200, -(1 << 63), 0.5, -0.0, 1e308, float("nan")),
@@ -87,9 +87,9 @@ def dumped(value: Any) -> bytes:
 @contextmanager
 def bounded() -> Iterator[None]:
     """The block takes neither long nor much memory."""
-    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH_MB << 10
 
 

@@ -33,7 +33,7 @@ def test_ten_trillion_tokens(tmp_path: Path) -> None:
     read = open_stream(opened_splits, data.stream, rank=3, world=128, key=Key(0), **sizes_)
     opened = time.process_time()
 
-    assert planned - began < 2 and opened - began < 5
+    assert planned - began < 20 and opened - began < 50  # 1 and 2 s of a quiet core; hours one window at a time
     (stage,) = data.stream.stages
     assert stage.turns.count == sum(stage.quotas) == 10**13 // 4096
     counts = taken(stage.turns, 10**9, SOURCES)

@@ -134,16 +134,14 @@ with signals.stop_on_signals(0.5, lambda: os.write(1, b"overdue")):
     os.kill(os.getpid(), signal.SIGTERM)
     a = torch.ones(3000, 3000)
     begin = time.monotonic()
-    while time.monotonic() - begin < 20:
+    while time.monotonic() - begin < 600:
         a @ a
 """
 
 
 def test_when_the_grace_time_is_over_the_process_ends_whatever_it_does() -> None:
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", STUCK], cwd=ROOT, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", STUCK], cwd=ROOT, capture_output=True, check=False, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (75, b"overdue", b"")
-    assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,7 @@ ATTACKS = {
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_does_not_pass(name: str) -> None:
     program, expected = ATTACKS[name]
-    began = time.monotonic()
     assert grade(PROBLEM, program, LIMITS if expected != "time" else Limits(seconds=2.0)) == expected
-    assert time.monotonic() - began < LIMITS.seconds + sandbox.GRACE_S
 
 
 REFUSED = {

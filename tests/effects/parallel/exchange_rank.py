@@ -25,7 +25,7 @@ from nmoe.pure.model import experts, route
 from nmoe.pure.model.route import Routing
 
 TOKENS, EXPERTS, TOP_K = 12, 8, 3
-TIMEOUT_S = 2.0
+TIMEOUT_S = 2.0  # for a peer that is gone; all others are waited for, however loaded the machine is
 
 Mixture = Callable[..., tuple[Tensor, Tensor]]
 
@@ -61,7 +61,9 @@ def main(what: str, device: str, rank: int, ranks: int, store: str) -> None:
         dedup=what != "plain",
         dtype=torch.float32 if small else torch.bfloat16,
     )
-    open_here = partial(exchange.open_exchange, device=where, sizes=sizes, timeout_s=TIMEOUT_S if small else 20.0)
+    open_here = partial(
+        exchange.open_exchange, device=where, sizes=sizes, timeout_s=TIMEOUT_S if what == "hung" else 60.0
+    )
     found: dict[str, Any] = {}
     everybody: Any = dist.group.WORLD
     if what in ("astray", "hosts"):

@@ -148,13 +148,20 @@ def test_a_heartbeat_on_a_slow_disk_holds_nobody(tmp_path: Path, monkeypatch: py
 
 def test_a_command_that_hangs_is_killed_and_holds_nobody(tmp_path: Path) -> None:
     problems: list[str] = []
-    begin = time.monotonic()
     thread = alert_command.start(f"(sleep 2; touch {tmp_path}/late) & wait", {}, 0.2, problems.append)
-    assert time.monotonic() - begin < 0.1
     thread.join()
     assert problems == ["log.alert_command: expected an end within 0.2 s, got none; it was killed"]
     time.sleep(2.2)
     assert not (tmp_path / "late").exists()
+
+
+def test_a_command_is_not_waited_for(tmp_path: Path) -> None:
+    problems: list[str] = []
+    os.mkfifo(tmp_path / "go")
+    thread = alert_command.start(f"read word < {tmp_path}/go; touch {tmp_path}/$word", {}, 60.0, problems.append)
+    (tmp_path / "go").write_text("after\n")  # only now can the command end
+    thread.join()
+    assert problems == [] and (tmp_path / "after").exists()
 
 
 def test_a_full_disk_is_an_alert_once_telemetry_tells(tmp_path: Path) -> None:
@@ -189,7 +196,7 @@ def test_a_reading_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
         taken.set()
 
     with telemetry.sampling(tmp_path, 1000.0, cuda=False, append=append, event=refuse):
-        assert taken.wait(10)
+        assert taken.wait(60)
     assert readings[0]["host"]["memory_total_bytes"] > 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from nmoe.effects.data import tokenizer
 from nmoe.effects.data.store import shard_writer
@@ -24,6 +24,7 @@ def browser() -> Iterator[Browser]:
     if found is None:
         lacks = "the tests of the page did NOT run: no Chromium is installed; apt-get install chromium"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(lacks)
+    expect.set_options(timeout=60_000)  # milliseconds: beside the other lane of tests a page takes its time
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield opened

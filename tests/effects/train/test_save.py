@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -15,6 +15,7 @@ import torch
 from nmoe.config.sections import Checkpoint
 from nmoe.effects.checkpoint.writer import Saved, SaveError
 from nmoe.effects.record import log
+from nmoe.effects.train import save
 from nmoe.effects.train.save import Saver
 from nmoe.effects.train.step import State
 from nmoe.errors import InputError
@@ -74,19 +75,23 @@ def events(opened: log.Log) -> list[tuple[str, int]]:
     return [(line["event"], line["step"]) for line in lines]
 
 
-def test_due_by_steps_and_by_time(opened: log.Log) -> None:
+def test_due_by_steps_and_by_time(opened: log.Log, monkeypatch: pytest.MonkeyPatch) -> None:
     each = saver(opened, Told(), every=4, saved_step=8)
     assert [step for step in range(17) if each.due(step)] == [4, 12, 16], "what it goes on from is saved"
     each.save(at(12), Validations())
     assert not each.due(12) and each.due(16)
     assert not any(saver(opened, Told(), every=0).due(step) for step in range(99))
-    timed = saver(opened, Told(), every=0, minutes=0.05 / 60)
+    clock = [100.0]
+    monkeypatch.setattr(save, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    timed = saver(opened, Told(), every=0, minutes=3)
+    clock[0] += 179
     assert not timed.due(5)
-    time.sleep(0.06)
+    clock[0] += 1
     assert timed.due(5) and not timed.due(0)
     timed.save(at(5), Validations())
+    clock[0] += 179
     assert not timed.due(6)
-    time.sleep(0.06)
+    clock[0] += 1
     assert timed.due(6)
 
 

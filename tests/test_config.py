@@ -406,6 +406,9 @@ FREE_ON_RESUME = {
     "checkpoint.on_error",
     "checkpoint.asynchronous",
     "checkpoint.grace_s",
+    "memory.expandable_segments",
+    "memory.fraction",
+    "memory.pinned",
     "log.every",
     "log.arrays_every",
     "log.telemetry_every_s",
@@ -436,6 +439,7 @@ OTHER_VALUES = {
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full"},
+    **{"expandable_segments": "true", "fraction": "0.5", "pinned": "false"},
     **{"balance": "quantile", "optimizer": "muon", "score": "softmax"},
 }
 """Other values of the keys that are no numbers."""

@@ -21,13 +21,10 @@ from nmoe.config.attention import Mixed, Single
 from nmoe.config.attention import Mla as Mla
 from nmoe.config.attention import Nsa as Nsa
 from nmoe.config.attention import Yarn as Yarn
-from nmoe.config.setting import MOST_POSITIONS, MOST_TOKENS, WIDEST, setting
+from nmoe.config.log import Log as Log
+from nmoe.config.setting import MOST_POSITIONS, MOST_SECONDS, MOST_STEPS, MOST_TOKENS, WIDEST, setting
 
-MOST_STEPS = 10**9
 MOST_SEQUENCES = 2**20
-
-MOST_SECONDS = 7 * 86_400.0
-"""Threads cannot wait longer than 292 years; who waits longer than a week for a rank waits in vain."""
 
 
 @attrs.frozen(kw_only=True)
@@ -404,50 +401,21 @@ class Parallel:
 
 
 @attrs.frozen(kw_only=True)
-class Log:
-    """What is printed and written, and when."""
+class Memory:
+    """What torch's allocators may do; set once, before anything is on the GPU. A run on the CPU takes none of it."""
 
-    every: int = setting("steps between logged steps", default=10, unit="steps", low=1, high=MOST_STEPS, identity=False)
-    arrays_every: int = setting(
-        "logged steps between loads of every expert; fewer in a run that would have under 50 of them",
-        default=10,
-        unit="logged steps",
-        low=1,
-        high=MOST_STEPS,
+    expandable_segments: bool = setting(
+        "whether the GPU's segments grow in place: less fragmentation where sizes differ from step to step",
+        default=False,
         identity=False,
     )
-    telemetry_every_s: float = setting(
-        "time between readings of GPUs and host", default=5.0, unit="s", low=0.1, high=MOST_SECONDS, identity=False
+    fraction: float = setting(
+        "share of the GPU's memory that this process may take", default=1.0, above=0.0, high=1.0, identity=False
     )
-    heartbeat_every_s: float = setting(
-        "time between replacements of run.json", default=5.0, unit="s", low=0.1, high=MOST_SECONDS, identity=False
-    )
-    footer: bool = setting("a live footer under the lines when they go to a terminal", default=True, identity=False)
-    alert_spike: float = setting(
-        "loss above the recent median that is an alert",
-        default=8.0,
-        unit="deviations",
-        above=0.0,
-        high=1e6,
+    pinned: bool = setting(
+        "whether batches and checkpoints pass through pinned host memory; without it the host waits for each copy",
+        default=True,
         identity=False,
-    )
-    alert_dead: float = setting(
-        "share of a layer's experts without a token that is an alert", default=0.1, low=0.0, high=1.0, identity=False
-    )
-    alert_drop: float = setting(
-        "loss of throughput against the recent median that is an alert", default=0.5, low=0.0, high=1.0, identity=False
-    )
-    alert_wait: float = setting(
-        "share of a step waiting for data that is an alert", default=0.2, low=0.0, high=1.0, identity=False
-    )
-    alert_disk_gb: float = setting(
-        "free disk that is an alert", default=5.0, unit="GB", low=0.0, high=1e9, identity=False
-    )
-    alert_command: str | None = setting(
-        "shell command run for each alert, JSON on its standard input; absent: none", default=None, identity=False
-    )
-    alert_timeout_s: float = setting(
-        "time the command may take", default=30.0, unit="s", above=0.0, high=MOST_SECONDS, identity=False
     )
 
 
@@ -481,6 +449,7 @@ class Config:
     validation: Validation = setting("loss on held-out documents")
     run: Run = setting("where it happens")
     parallel: Parallel = setting("how many processes", default=attrs.Factory(Parallel))
+    memory: Memory = setting("what the allocators may do", default=attrs.Factory(Memory))
     sample: Sample = setting("texts it writes while it trains", default=attrs.Factory(Sample))
     checkpoint: Checkpoint = setting("when the state is saved, and what is kept", default=attrs.Factory(Checkpoint))
     log: Log = setting("what is printed and written", default=attrs.Factory(Log))

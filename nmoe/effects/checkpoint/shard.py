@@ -108,7 +108,7 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
         if code:
             raise InputError(
                 f"checkpoint: expected {size} bytes of pinned host memory for the copy a save is written from, got "
-                f"CUDA error {code}; free memory, or raise the limit that `ulimit -l` shows"
+                f"CUDA error {code}; free memory, raise what `ulimit -l` shows, or write memory.pinned = false"
             )
     return data
 
@@ -122,7 +122,7 @@ def free_host(data: Tensor) -> None:
 def stage(shard: Shard, data: Tensor, streams: tuple[Any, Any] | None) -> Staged:
     """Copy the pieces to `data`; beside it, when they are on a GPU, digest them there.
 
-    data     u8 [bytes of the pieces], in host memory, pinned when they are on a GPU
+    data     u8 [bytes of the pieces], in host memory, pinned when they are on a GPU that shall not be waited for
     streams  CUDA streams of the copy and of the digests; None: the copy is done when this returns
     Writes:  `data`.
     """

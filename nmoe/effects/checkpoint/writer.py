@@ -72,6 +72,7 @@ class Place:
     lease: Lease | None  # rank 0 has it
     attempt: int
     lineage: str
+    pinned: bool
 
 
 class Writer:
@@ -129,7 +130,7 @@ class Writer:
         if self._buffer is not None and self._buffer.numel() != size:
             self.release()
         if self._buffer is None:
-            self._buffer = host_memory(size, pinned=bool(gpus))
+            self._buffer = host_memory(size, pinned=self._place.pinned and bool(gpus))
         if gpus and self._streams is None:
             device = next(iter(gpus))
             self._streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -178,12 +179,14 @@ def open_writer(
     world: int = 1,
     all_gather_text: AllGatherText = single_rank,
     chunk_bytes: int = CHUNK_BYTES,
+    pinned: bool = True,
 ) -> Iterator[Writer]:
     """The one writer of a folder of checkpoints; when the block ends, the save in flight is awaited.
 
     parent           what the run resumes from, as `restore_` returned it; None: from nothing, in a folder without
                      checkpoints
     all_gather_text  called in the background, so it needs a process group of its own
+    pinned           whether a GPU copies to pinned memory; without it a save holds the host until the copy is made
     Writes:  `root`, made when absent, and the lease in it.
     Raises:  InputError when another trainer writes there, or `parent` is None and there are checkpoints.
              SaveError, at the end, when the save in flight failed.
@@ -199,6 +202,7 @@ def open_writer(
         lease=None,
         attempt=0,
         lineage=parent.lineage if parent else uuid.uuid4().hex,
+        pinned=pinned,
     )
     leading = _leading(place, fresh=parent is None)
     with leading as place, ExitStack() as last, ThreadPoolExecutor(1, "checkpoint") as pool:

@@ -16,7 +16,9 @@ Read = Callable[[int], Batch]
 
 
 @contextmanager
-def prefetching(read: Read, *, batch_size: int, depth: int, device: torch.device) -> Iterator[Read]:
+def prefetching(
+    read: Read, *, batch_size: int, depth: int, device: torch.device, pinned: bool = True
+) -> Iterator[Read]:
     """`read` with the next `depth` batches made beforehand, and moved to the device.
 
     What comes back depends on the cursor alone: a call with another cursor than the expected one throws away what was
@@ -25,8 +27,9 @@ def prefetching(read: Read, *, batch_size: int, depth: int, device: torch.device
 
     batch_size  how far the cursor moves from call to call
     depth       batches; 0: none, everything happens in the call
+    pinned      False: a GPU's batches stay in pageable memory, and the host waits for their copy
     """
-    pinned = device.type == "cuda"
+    pinned = pinned and device.type == "cuda"
 
     def fetch(cursor: int) -> Batch:
         batch = read(cursor)

@@ -24,7 +24,7 @@ from nmoe.config.check import remarks
 from nmoe.config.data_mixture import load_mixture
 from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
-from nmoe.effects.parallel.launch import MULTICAST_OFF
+from nmoe.effects.parallel.launch import ALLOCATOR, MULTICAST_OFF
 from nmoe.effects.terminal import say, say_json, table
 from nmoe.errors import InputError
 
@@ -181,6 +181,10 @@ def _gpus(facts: Facts) -> Iterator[Line]:
             + ('run.kernels = "torch" (slower), ' if gpu.capability >= (8, 0) else "")
             + 'or run.device = "cpu"',
         )
+    for name in ALLOCATOR if facts.gpus else ():
+        if name in facts.environ:
+            advice = f"unset {name}, the allocator is set by [memory] of the config"
+            yield Line(level="warn", what=name, value=facts.environ[name], advice=advice)
     if len(facts.gpus) > 1:
         yield Line(
             level="ok" if facts.peers else "warn",
@@ -266,7 +270,7 @@ def gather() -> Facts:
         gpus=gpus,
         supported=supported,
         peers=peers,
-        environ={name: os.environ[name] for name in MULTICAST_OFF if name in os.environ},
+        environ={name: os.environ[name] for name in (*ALLOCATOR, *MULTICAST_OFF) if name in os.environ},
         runs_problem=probe(Path("runs")),
         presets=tuple(map(read_preset, preset.names())),
     )

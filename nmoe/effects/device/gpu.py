@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from nmoe.config.sections import Memory
 from nmoe.effects import files
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
@@ -18,6 +21,10 @@ from nmoe.pure.cost.machines import PEAK_FLOPS
 
 PLAIN_CAPABILITY = (8, 0)
 """Oldest compute capability of plain torch: that of `torch.nn.functional.grouped_mm`, which takes bf16 alone there."""
+
+
+REPLAY = "replay"
+"""Name of the part that is a whole step in a CUDA graph."""
 
 
 def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton") -> torch.device:
@@ -48,6 +55,28 @@ def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton"
             'run.kernels = "torch" from 8.0 on, which is slower, or run.device = "cpu"'
         )
     return torch.device("cuda", index)
+
+
+def set_allocator(where: torch.device, memory: Memory, environ: Mapping[str, str]) -> None:
+    """Set torch's allocator of the GPU as the config says; nothing on a CPU.
+
+    environ  the variables through which torch would take settings that no config shows
+
+    Writes:  the allocator's settings, which are the process's.
+    Raises:  InputError where the environment sets them too.
+    """
+    if where.type == "cpu":
+        return
+    if environ:
+        raise InputError(
+            *(
+                f"{name}: expected to be unset, because [memory] of the config sets the allocator, got {value!r}; "
+                "unset it, and write memory.expandable_segments = true if it asks for that"
+                for name, value in environ.items()
+            )
+        )
+    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{memory.expandable_segments}")  # pyright: ignore
+    torch.cuda.set_per_process_memory_fraction(memory.fraction, where)
 
 
 def peak_flops(where: torch.device, home: Path) -> float:
@@ -127,35 +156,47 @@ class Clock:
     """Seconds spent in each named part of a step.
 
     `mark(name)` ends the part that began at the previous mark. On a GPU marks are events in the stream, read only by
-    `split`, so that marking never waits for the device.
+    `split`, so that marking never waits for the device. Marks inside a CUDA graph become a part of it: every replay
+    records them anew, so that they tell of the last one.
     """
 
     def __init__(self, where: torch.device) -> None:
         self._cuda = where.type == "cuda"
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._in_graph: list[tuple[str, float | torch.cuda.Event]] = []
 
     def mark(self, name: str) -> None:
         """End the part `name`. Writes: the list of marks."""
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((name, event))
-        else:
+        if not self._cuda:
             self._marks.append((name, time.perf_counter()))
+            return
+        captured = torch.cuda.is_current_stream_capturing()
+        event = torch.cuda.Event(enable_timing=True, external=captured)
+        event.record()
+        (self._in_graph if captured else self._marks).append((name, event))
 
     def split(self) -> dict[str, float]:
         """Seconds of each part since the first mark, summed by name; starts anew at the last mark.
 
-        Waits for the device.
+        Waits for the device. The part `REPLAY` is shared out as the marks in the graph divided its last replay.
         """
         if self._cuda:
             torch.cuda.synchronize()
-        seconds: dict[str, float] = {}
-        for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
-            if isinstance(begin, float) and isinstance(end, float):
-                passed = end - begin
-            else:
-                passed = begin.elapsed_time(end) / 1000  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-            seconds[name] = seconds.get(name, 0.0) + passed
+        seconds, replay = _between(self._marks), _between(self._in_graph)
+        if REPLAY in seconds and replay:
+            share = seconds.pop(REPLAY) / sum(replay.values())
+            seconds |= {name: seconds.get(name, 0.0) + share * passed for name, passed in replay.items()}
         del self._marks[:-1]
         return seconds
+
+
+def _between(marks: Sequence[tuple[str, float | torch.cuda.Event]]) -> dict[str, float]:
+    """Seconds from each mark to the next, summed by the name of the latter."""
+    seconds: dict[str, float] = {}
+    for (_, begin), (name, end) in itertools.pairwise(marks):
+        if isinstance(begin, float) and isinstance(end, float):
+            passed = end - begin
+        else:
+            passed = begin.elapsed_time(end) / 1000  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        seconds[name] = seconds.get(name, 0.0) + passed
+    return seconds

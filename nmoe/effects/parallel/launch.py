@@ -36,6 +36,9 @@ MULTICAST_OFF = MappingProxyType(
 )
 """NVLink multicast can hang a whole machine, so it is off before any library looks."""
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables with settings of torch's allocator, which are the config's own: `[memory]`."""
+
 HEARTBEATS = "NMOE_HEARTBEATS"
 """Name of the variable with the descriptor, open in every rank, of the memory for heartbeats to our launcher."""
 
@@ -79,6 +82,7 @@ class Launch:
     restart: int  # of all ranks together, by a launcher
     heartbeats: int | None  # descriptor; None: our launcher does not watch this process
     multicast: Mapping[str, str]  # the switches of MULTICAST_OFF
+    allocator: Mapping[str, str]  # the variables of ALLOCATOR
 
 
 def from_environment(environ: Mapping[str, str]) -> Launch:
@@ -118,6 +122,7 @@ def from_environment(environ: Mapping[str, str]) -> Launch:
         restart=numbers.get("TORCHELASTIC_RESTART_COUNT", 0),
         heartbeats=numbers.get(HEARTBEATS),
         multicast={name: environ[name] for name in MULTICAST_OFF if name in environ},
+        allocator={name: environ[name] for name in ALLOCATOR if name in environ},
     )
 
 

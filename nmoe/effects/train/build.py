@@ -123,6 +123,7 @@ def check_memory(config: Config, planned: Plan, device: torch.device) -> None:
         there, whose = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "machine"
     else:
         there, whose = torch.cuda.get_device_properties(device).total_memory, "GPU"
+        there = int(there * config.memory.fraction)
     wanted, train = planned.memory.total(), config.train
     if wanted > there:
         raise InputError(

@@ -125,6 +125,7 @@ def connect(config: Config, scope: ExitStack) -> Connected:
     with with_rank_note(f"rank {launch.rank}" if launch.world > 1 else ""):
         kernels = config.run.kernels
         device = gpu.device(config.run.device, launch.local_rank, launch.local_world, kernels=kernels)
+        gpu.set_allocator(device, config.memory, launch.allocator)
         check_machine(launch, expert_ranks, cuda=device.type == "cuda")
         ranks = scope.enter_context(open_ranks(launch, expert_ranks, device, config.parallel.timeout_s))
     runtime = process.Runtime(
@@ -232,6 +233,7 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
             rt.device,
             request.command,
             config=identity(config),
+            memory=attrs.asdict(config.memory),
             tokenizer=job.identity.tokenizer,
             data=job.identity.data,
         ),
@@ -252,6 +254,7 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
                 rank=rt.rank,
                 world=rt.world,
                 all_gather_text=ranks.background,
+                pinned=config.memory.pinned,
             )
         ),
     )
@@ -288,7 +291,13 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
     say("\n".join((banner(config, job.plan, corpus, job.folder), *_unmeasured(config, rt))))
 
     env = request.world.env(start.env)
-    ahead = prefetching(corpus.read, batch_size=config.train.batch_size, depth=config.data.prefetch, device=rt.device)
+    ahead = prefetching(
+        corpus.read,
+        batch_size=config.train.batch_size,
+        depth=config.data.prefetch,
+        device=rt.device,
+        pinned=config.memory.pinned,
+    )
     read = request.world.read(scope.enter_context(ahead))
     clock = gpu.Clock(rt.device)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Config, Optim
-from nmoe.effects.device import graph, ops, recompute
+from nmoe.effects.device import gpu, graph, ops, recompute
 from nmoe.effects.device.process import Runtime
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange
@@ -176,7 +176,7 @@ def make_step(
     for an update; nor does one that `train.skip_spikes` takes for a spike, which is counted too. Nothing in a step
     waits for the device.
 
-    mark           called with the name of each part of a step when it ends; a replayed step is one part
+    mark           called with the name of each part of a step when it ends, also while a graph of it is recorded
     before_update  called before anything but gradients is written; of a replayed step, before all of it
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     accumulator    the one that the ops of `env` write weight gradients through, if they do
@@ -214,14 +214,19 @@ def make_step(
             return compute(setup, donate(state), batch, rates)
 
         return eager
-    recorded = attrs.evolve(setup, mark=lambda name: None, before_update=lambda: None)
-    replayed = graph.replaying(lambda state, batch, rates: compute(recorded, state, batch, rates))
+    recorded = attrs.evolve(setup, before_update=lambda: None)
+
+    def marked(state: State, batch: Batch, rates: Rates) -> tuple[State, Metrics]:
+        mark("data")  # in the graph: where its first part begins
+        return compute(recorded, state, batch, rates)
+
+    replayed = graph.replaying(marked)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         before_update()
         rates = place_rates(config, state, rt.device)
         after = replayed(donate(state), batch, rates)
-        mark("step")
+        mark(gpu.REPLAY)
         return after
 
     return step
@@ -283,7 +288,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         if ranks.world.size > 1:
             for work in gathers:
                 work.wait()
-            setup.mark("reduce_gather")
+            setup.mark("gather")
     after = attrs.evolve(
         state,
         router_bias=bias,
@@ -339,13 +344,15 @@ def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) ->
         )
         if setup.scores is not None:
             setup.scores.end()
+        setup.mark("forward")
         if index == count - 1:
             with zero.scattering_(layouts, state.arenas, state.params, setup.accumulator, ranks) as finish:
                 loss.backward()
-                setup.mark("forward_backward")
+                setup.mark("backward")
                 finish()
         else:
             loss.backward()
+            setup.mark("backward")
         nll = nll + part
         ahead = ahead + torch.stack(report.ahead) if report.ahead else ahead
         load = load + report.load

@@ -86,7 +86,14 @@ class Rank(Line):
     ]
     step_s: Annotated[float, Metric("step_s", "s", "time", "a step without validation, mean since the previous line")]
     times: Annotated[
-        Mapping[str, float], Metric("time/*_s", "s", "time", "a part of a step, mean since the previous line")
+        Mapping[str, float],
+        Metric(
+            "time/*_s",
+            "s",
+            "time",
+            "a part of a step, mean since the previous line: data, forward, backward, reduce, optimizer, gather, log, "
+            "checkpoint",
+        ),
     ]
     exchange_bytes: Annotated[
         float | None,

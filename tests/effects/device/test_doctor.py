@@ -89,6 +89,7 @@ def test_a_good_machine_has_nothing_to_fix() -> None:
         ({"peers": False}, "gpu to gpu", "warn", "NVLink"),
         ({"environ": OFF | {"NCCL_NVLS_ENABLE": "1"}}, "NCCL_NVLS_ENABLE", "warn", "export NCCL_NVLS_ENABLE=0"),
         ({"environ": {}}, "NVSHMEM_DISABLE_NVLS", "warn", "unset"),
+        ({"environ": OFF | {"PYTORCH_ALLOC_CONF": "a:1"}}, "PYTORCH_ALLOC_CONF", "warn", "unset PYTORCH_ALLOC_CONF"),
         ({"gpus": (H100,)}, "a", "warn", "meant for 2 GPUs, this machine has 1"),
         ({"gpus": (H100, A100)}, "a", "warn", "has 1 to use"),
         ({"gpus": ()}, "a", "warn", "has none to use"),

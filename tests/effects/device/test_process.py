@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import nmoe
-from nmoe.config.sections import Gqa
+from nmoe.config.sections import Gqa, Memory
 from nmoe.effects.device import gpu, ops, signals
 from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
@@ -176,3 +176,62 @@ def test_the_clock_splits_time_by_name_and_starts_anew() -> None:
     assert clock.split() == {}
     clock.mark("c")
     assert set(clock.split()) == {"c"}
+
+
+@attrs.define
+class FakeEvent:
+    """An event of a GPU that is not there: `record` takes the time of the test's clock."""
+
+    times: list[float]
+    external: bool
+    at_s: float = 0.0
+
+    def record(self) -> None:
+        self.at_s = self.times.pop(0)
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1000 * (end.at_s - self.at_s)
+
+
+def test_a_replayed_step_is_divided_as_the_marks_in_its_graph_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, capturing = [0.0, 1.0, 9.0, 1.5, 4.5, 5.5, 2.0, 12.0, 13.0], [False]
+    made: list[FakeEvent] = []
+
+    def event(*, enable_timing: bool, external: bool) -> FakeEvent:
+        assert enable_timing
+        made.append(FakeEvent(times, external))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    clock = gpu.Clock(torch.device("cuda"))
+    clock.mark("start")
+    clock.mark("data")
+    clock.mark(gpu.REPLAY)
+    assert clock.split() == {"data": 1.0, gpu.REPLAY: 8.0}, "nothing in the graph is marked"
+    capturing[0] = True
+    for name in ("data", "forward", "backward"):
+        clock.mark(name)
+    capturing[0] = False
+    assert [each.external for each in made] == [False] * 3 + [True] * 3
+    made[2].at_s = times.pop(0)
+    clock.mark(gpu.REPLAY)
+    clock.mark("log")
+    assert clock.split() == {"forward": 7.5, "backward": 2.5, "log": 1.0}
+
+
+def test_the_allocator_is_set_by_the_config_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", made.append)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: made.append(given))
+    memory = Memory(expandable_segments=True, fraction=0.5)
+    gpu.set_allocator(torch.device("cpu"), memory, {"PYTORCH_ALLOC_CONF": "a:1"})
+    assert made == []
+    where = torch.device("cuda", 1)
+    gpu.set_allocator(where, memory, {})
+    assert made == ["expandable_segments:True", (0.5, where)]
+    environ = from_environment({"PYTORCH_CUDA_ALLOC_CONF": "a:1", "HOME": "/home/a"}).allocator
+    with pytest.raises(InputError, match=r"^PYTORCH_CUDA_ALLOC_CONF: expected to be unset, .*got 'a:1'; unset it"):
+        gpu.set_allocator(where, memory, environ)
+    assert len(made) == 2

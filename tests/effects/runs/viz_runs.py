@@ -88,7 +88,8 @@ def metrics(step: int, attempt: int = 1, elapsed: float | None = None, **more: A
         "mfu": 0.31,
         "step_s": 0.5,
         "time/data_s": 0.01,
-        "time/forward_backward_s": 0.4,
+        "time/forward_s": 0.15,
+        "time/backward_s": 0.25,
         "time/exchange_s": 0.06,
         "time/optimizer_s": 0.03,
         "exchange/bytes_per_s": 1.5e9 + 1e6 * step,
@@ -193,7 +194,8 @@ def finished(root: Path, name: str = "finished", steps: int = 200) -> Path:
                 "attempt": 1,
                 "step": step,
                 "time/data_s": 0.01 + slow,
-                "time/forward_backward_s": 0.4 + slow,
+                "time/forward_s": 0.15,
+                "time/backward_s": 0.25 + slow,
                 "step_s": 0.5,
             }
             for step in range(1, steps + 1)

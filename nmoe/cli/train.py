@@ -41,7 +41,7 @@ def verbs(root: Verbs) -> None:
         "--profile",
         type=Path,
         metavar="FILE",
-        help="write a trace of three steps there, and say what their time went to",
+        help="write a trace of three steps there, one a rank, and say what their time went to",
     )
 
     plan = add(

@@ -103,7 +103,9 @@ def main(
         with memory_explained(job.plan):
             start = begin(request, job, connected.runtime, scope)
             session = open_session(request, job, start, connected, scope)
-            return train(session, start)
+            code = train(session, start)
+            request.world.ended(connected.runtime)
+            return code
 
 
 def connect(config: Config, scope: ExitStack) -> Connected:

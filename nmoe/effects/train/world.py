@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from nmoe.effects.checkpoint.fs import Disk, Fs
+from nmoe.effects.device.process import Runtime
 from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env
 
@@ -17,10 +18,15 @@ def unchanged(thing: Any) -> Any:
     return thing
 
 
+def nothing(runtime: Runtime) -> None:
+    """Do nothing."""
+
+
 @attrs.frozen(kw_only=True)
 class World:
-    """The disk, the reader of batches and the ops of a training."""
+    """The disk, the reader of batches and the ops of a training; what follows it while the ranks are joined."""
 
     fs: Fs = attrs.Factory(Disk)
     read: Callable[[Callable[[int], Batch]], Callable[[int], Batch]] = unchanged
     env: Callable[[Env], Env] = unchanged
+    ended: Callable[[Runtime], None] = nothing

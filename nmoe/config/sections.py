@@ -21,13 +21,13 @@ from nmoe.config.attention import Mixed, Single
 from nmoe.config.attention import Mla as Mla
 from nmoe.config.attention import Nsa as Nsa
 from nmoe.config.attention import Yarn as Yarn
-from nmoe.config.setting import MOST_POSITIONS, MOST_TOKENS, WIDEST, setting
+from nmoe.config.setting import MOST_POSITIONS, MOST_SECONDS, MOST_STEPS, MOST_TOKENS, WIDEST, setting
+from nmoe.config.watch import Eval as Eval
+from nmoe.config.watch import Log as Log
+from nmoe.config.watch import Sample as Sample
+from nmoe.config.watch import Validation as Validation
 
-MOST_STEPS = 10**9
 MOST_SEQUENCES = 2**20
-
-MOST_SECONDS = 7 * 86_400.0
-"""Threads cannot wait longer than 292 years; who waits longer than a week for a rank waits in vain."""
 
 
 @attrs.frozen(kw_only=True)
@@ -316,26 +316,6 @@ class Train:
 
 
 @attrs.frozen(kw_only=True)
-class Validation:
-    """Loss on held-out documents."""
-
-    every: int = setting(
-        "steps between validations; one more at the end", unit="steps", low=1, high=MOST_STEPS, identity=False
-    )
-    tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, high=MOST_TOKENS, identity=False)
-
-
-@attrs.frozen(kw_only=True)
-class Sample:
-    """A text that the model writes while it trains. One more is written at the end."""
-
-    every: int = setting(
-        "steps between samples; 0: at the end alone", default=0, unit="steps", low=0, high=MOST_STEPS, identity=False
-    )
-    prompt: str = setting("text that is continued", default="def ", identity=False)
-
-
-@attrs.frozen(kw_only=True)
 class Checkpoint:
     """When the state is saved, and what is kept. One more is saved at the end and at a stop."""
 
@@ -404,54 +384,6 @@ class Parallel:
 
 
 @attrs.frozen(kw_only=True)
-class Log:
-    """What is printed and written, and when."""
-
-    every: int = setting("steps between logged steps", default=10, unit="steps", low=1, high=MOST_STEPS, identity=False)
-    arrays_every: int = setting(
-        "logged steps between loads of every expert; fewer in a run that would have under 50 of them",
-        default=10,
-        unit="logged steps",
-        low=1,
-        high=MOST_STEPS,
-        identity=False,
-    )
-    telemetry_every_s: float = setting(
-        "time between readings of GPUs and host", default=5.0, unit="s", low=0.1, high=MOST_SECONDS, identity=False
-    )
-    heartbeat_every_s: float = setting(
-        "time between replacements of run.json", default=5.0, unit="s", low=0.1, high=MOST_SECONDS, identity=False
-    )
-    footer: bool = setting("a live footer under the lines when they go to a terminal", default=True, identity=False)
-    alert_spike: float = setting(
-        "loss above the recent median that is an alert",
-        default=8.0,
-        unit="deviations",
-        above=0.0,
-        high=1e6,
-        identity=False,
-    )
-    alert_dead: float = setting(
-        "share of a layer's experts without a token that is an alert", default=0.1, low=0.0, high=1.0, identity=False
-    )
-    alert_drop: float = setting(
-        "loss of throughput against the recent median that is an alert", default=0.5, low=0.0, high=1.0, identity=False
-    )
-    alert_wait: float = setting(
-        "share of a step waiting for data that is an alert", default=0.2, low=0.0, high=1.0, identity=False
-    )
-    alert_disk_gb: float = setting(
-        "free disk that is an alert", default=5.0, unit="GB", low=0.0, high=1e9, identity=False
-    )
-    alert_command: str | None = setting(
-        "shell command run for each alert, JSON on its standard input; absent: none", default=None, identity=False
-    )
-    alert_timeout_s: float = setting(
-        "time the command may take", default=30.0, unit="s", above=0.0, high=MOST_SECONDS, identity=False
-    )
-
-
-@attrs.frozen(kw_only=True)
 class Run:
     """One run: where it happens and where it is written."""
 
@@ -482,6 +414,7 @@ class Config:
     run: Run = setting("where it happens")
     parallel: Parallel = setting("how many processes", default=attrs.Factory(Parallel))
     sample: Sample = setting("texts it writes while it trains", default=attrs.Factory(Sample))
+    eval: Eval = setting("tasks that are scored while it trains", default=attrs.Factory(Eval))
     checkpoint: Checkpoint = setting("when the state is saved, and what is kept", default=attrs.Factory(Checkpoint))
     log: Log = setting("what is printed and written", default=attrs.Factory(Log))
 

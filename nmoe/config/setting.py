@@ -12,6 +12,11 @@ MOST_POSITIONS = 2**24
 MOST_TOKENS = 2**53
 """Counts of tokens are exact in fp64, as JSON is read, up to here."""
 
+MOST_STEPS = 10**9
+
+MOST_SECONDS = 7 * 86_400.0
+"""Threads cannot wait longer than 292 years; who waits longer than a week for a rank waits in vain."""
+
 WIDEST = 2**20
 """Channels, and whatever else is one side of a matrix: a hundred times what anybody trains."""
 

@@ -98,7 +98,7 @@ bench: .venv/.dev
 
 .venv/.dev: .venv/.run
 	@echo "setting up .venv to develop: transformers, pytest, ruff, pyright, about a minute"
-	$(INSTALL) --editable '.[data,hub,cluster,viz,hf,dev]'
+	$(INSTALL) --editable '.[data,hub,cluster,viz,hf,eval,dev]'
 	touch $@
 	echo "set up in $$SECONDS s"
 

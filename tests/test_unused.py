@@ -16,6 +16,10 @@ KEPT = (
     ("nmoe.cli.reference", "make docs"),
     ("nmoe.effects.parallel.torchrun", "the command nmoe-torchrun of pyproject.toml, which `nmoe launch` writes"),
     ("nmoe.effects.kernels.exchange.nvshmem", "puts between hosts: compiled, and no exchange opens with them yet"),
+    *(
+        (f"nmoe.effects.evals.harness.{name}", "called by lm-eval")
+        for name in ("tok_encode", "loglikelihood_rolling", "generate_until")
+    ),
 )
 """What nothing of nmoe names, and why it is there."""
 

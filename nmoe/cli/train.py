@@ -92,9 +92,18 @@ def verbs(root: Verbs) -> None:
     evaluate = add(root, "eval", _eval, "judge a trained model", "NAME --suite bits", reads=True)
     evaluate.add_argument("folder", type=run_path, metavar="RUN", help="name of a run in runs, or a path")
     suites = ("all", "bits", "choices", "probes", "syntax", "programs")
-    evaluate.add_argument("--suite", default="all", choices=suites, help="what is asked of it (default: %(default)s)")
+    evaluate.add_argument("--suite", choices=suites, help="what is asked of it (default: all)")
     evaluate.add_argument(
-        "--limit", type=int, default=200, metavar="N", help="items of a task at most (default: %(default)s)"
+        "--limit", type=int, metavar="N", help="items of a task at most (default: 200; with --lm-eval all)"
+    )
+    evaluate.add_argument(
+        "--lm-eval", nargs="+", metavar="TASK", help="tasks of lm-eval in the place of a suite, such as hellaswag"
+    )
+    evaluate.add_argument(
+        "--tasks", type=Path, metavar="FOLDER", help="with --lm-eval: YAML files of tasks, in the place of its own"
+    )
+    evaluate.add_argument(
+        "--shots", type=int, metavar="N", help="with --lm-eval: examples in a prompt (default: as the task says)"
     )
     evaluate.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: the GPU if there is one)")
 
@@ -206,6 +215,17 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from nmoe.effects.evals import suite
+    if args.lm_eval is None:
+        from nmoe.effects.evals import suite
 
-    return suite.main(args.folder, args.suite, args.limit, args.device, args.json)
+        for option, value in (("--tasks", args.tasks), ("--shots", args.shots)):
+            if value is not None:
+                raise InputError(f"{option}: expected --lm-eval beside it, got {value} alone; name tasks of lm-eval")
+        limit = suite.LIMIT if args.limit is None else args.limit
+        return suite.main(args.folder, args.suite or "all", limit, args.device, args.json)
+    from nmoe.effects.evals import harness
+
+    if args.suite is not None:
+        raise InputError("--lm-eval: expected no --suite beside it, got both; call `nmoe eval` twice")
+    about = {"include": args.tasks, "shots": args.shots, "limit": args.limit, "device": args.device}
+    return harness.main(args.folder, args.lm_eval, **about, as_json=args.json)

@@ -27,6 +27,9 @@ KEY = Key(0).fold("evals")
 PASSAGE_CHARS = 2000
 """Of a text that is one item: short enough for the error of bits per byte to be known from a few files."""
 
+LIMIT = 200
+"""Items of a task at most, unless the user says how many."""
+
 PROGRAM_TOKENS = 96
 """Tokens of a generated program at most."""
 

@@ -128,18 +128,44 @@ def texts(
     cached: bool = True,
     show: Callable[[int, str], None] = lambda place, piece: None,
 ) -> list[str]:
+    """`continued` of prompts that are texts; an empty one begins at the end of another text."""
+    encoder = encoding(tokenizer)
+    return continued(
+        network,
+        tokenizer,
+        [encoder.encode_ordinary(prompt) or [tokenizer.end_of_text] for prompt in prompts],
+        num_tokens=num_tokens,
+        sampling=sampling,
+        key=key,
+        stops=stops,
+        cached=cached,
+        show=show,
+    )
+
+
+def continued(
+    network: Network,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_tokens: int,
+    sampling: Sampling,
+    key: Key,
+    stops: Sequence[str] = (),
+    cached: bool = True,
+    show: Callable[[int, str], None] = lambda place, piece: None,
+) -> list[str]:
     """What the model adds to each prompt: up to the end of text, a stop text, or `num_tokens` tokens.
 
-    key   of the draws, folded with the place of the prompt
-    show  takes the place of a prompt and a piece of its continuation as soon as no later token can change it
+    prompts  ids, none empty
+    key      of the draws, folded with the place of the prompt
+    show     takes the place of a prompt and a piece of its continuation as soon as no later token can change it
     """
-    encoder = encoding(tokenizer)
-    start = [encoder.encode_ordinary(prompt) or [tokenizer.end_of_text] for prompt in prompts]
-    check_room(network, max(map(len, start)), num_tokens, cached)
+    check_room(network, max(map(len, prompts)), num_tokens, cached)
     piece_of = {rank: token for token, rank in tokenizer.ranks.items()}
     keys = [key.fold(place) for place in range(len(prompts))]
     data, shown, going = [b""] * len(prompts), [""] * len(prompts), set(range(len(prompts)))
-    columns = steps(network, start, num_tokens=num_tokens, sampling=sampling, keys=keys, cached=cached)
+    columns = steps(network, prompts, num_tokens=num_tokens, sampling=sampling, keys=keys, cached=cached)
     for count, column in enumerate(columns, 1):
         for place in sorted(going):
             data[place] += piece_of.get(column[place], b"")

@@ -135,3 +135,24 @@ def linear_cross_entropy(
     wanted_by = (grad and x.requires_grad, grad and head.requires_grad)
     total, nll, _, _ = LinearCrossEntropy.apply(x, head, target, chunk, logit_scale, z_loss, wanted_by)
     return total, nll
+
+
+def token_losses(
+    x: Tensor, head: Tensor, target: Tensor, *, chunk: int, logit_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token, for scoring: without gradients.
+
+    x        [N D]
+    head     [D V]
+    target   [N] i64
+    chunk    tokens whose logits are held at once
+    returns  [N] f32 in nats, and [N] bool: whether no other token is likelier
+    """
+    losses: list[Tensor] = []
+    likeliest: list[Tensor] = []
+    for rows, wanted in zip(x.split(chunk), target.split(chunk), strict=True):
+        logits = upcast((rows * logit_scale) @ head)
+        picked = logits.gather(-1, wanted[:, None])[:, 0]
+        losses.append(logits.logsumexp(-1) - picked)
+        likeliest.append(picked >= logits.amax(-1))
+    return torch.cat(losses), torch.cat(likeliest)

@@ -65,6 +65,7 @@ class Ranks:
     experts: Group = Group()  # share out the experts
     replicas: Group = Group()  # hold the same experts
     host: Group = Group()  # all; for numbers of the host
+    rendezvous: str = "127.0.0.1"  # address where the ranks met, which every host reaches
     all_gather_text: AllGatherText = single_rank
     background: AllGatherText = single_rank  # the same, for another thread
 
@@ -152,13 +153,13 @@ def with_rank_note(where: str) -> Iterator[None]:
         raise
 
 
-def check_machine(launch: Launch, expert_ranks: int, *, cuda: bool) -> None:
+def check_machine(launch: Launch, expert_ranks: int, transport: str, *, cuda: bool) -> None:
     """Refuse what this machine cannot do, before any rank waits for another.
 
-    Raises:  InputError for NVLink multicast that is on, experts shared out beyond one host, GPUs that cannot reach
-             each other.
+    Raises:  InputError for NVLink multicast that is on, experts shared out beyond what the transport reaches, GPUs that
+             cannot reach each other.
     """
-    problems = [*beyond_hosts(expert_ranks, launch.local_world)]
+    problems = [*beyond_hosts(expert_ranks, launch.local_world, transport)]
     if cuda and launch.world > 1:
         wrong = [f"{name}={value}" for name, value in MULTICAST_OFF.items() if launch.multicast.get(name) != value]
         if wrong:
@@ -166,11 +167,12 @@ def check_machine(launch: Launch, expert_ranks: int, *, cuda: bool) -> None:
                 f"NVLink multicast: expected it off in the environment of every rank, got it unset; "
                 f"export {' '.join(wrong)}, or start with `nmoe run --gpus N`"
             )
-        here, first = launch.local_rank, launch.local_rank - launch.local_rank % expert_ranks
+        near = min(expert_ranks, launch.local_world)
+        here, first = launch.local_rank, launch.local_rank - launch.local_rank % near
         problems += [
             f"GPU {here}: expected direct access (P2P) to GPU {other}, got none; see `nvidia-smi topo -p2p r`, "
             "or add --parallel.experts=1"
-            for other in range(first, first + expert_ranks)
+            for other in range(first, first + near)
             if other != here and not torch.cuda.can_device_access_peer(here, other)
         ]
     if problems:
@@ -218,6 +220,7 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
         experts=_own(world, rows, waits),
         replicas=_own(world, columns, waits),
         host=attrs.evolve(world, handle=dist.new_group(backend="gloo", timeout=waits)),
+        rendezvous=launch.address,
         all_gather_text=_texts(setup, launch.world),
         background=_texts(saving, launch.world),
     )

@@ -7,7 +7,9 @@ the same experts. On a CPU torch's gloo carries everything, on GPUs NCCL what is
 from __future__ import annotations
 
 import json
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nmoe.config.check import beyond_hosts
+from nmoe.effects.parallel.exchange.arena import PeerError, named
 from nmoe.effects.parallel.launch import MULTICAST_OFF, Launch
+from nmoe.effects.terminal import warn
 from nmoe.errors import InputError
 from nmoe.pure.core.layout import ArenaLayout
 
@@ -35,6 +39,12 @@ MARGIN_S = 2.0
 
 MEETING_S = 0.05
 """Seconds between two looks for ranks that have not come."""
+
+ROLL_CALL_S = 5.0
+"""Seconds that ranks whose collective ran out of time wait for each other: all began to wait in one step."""
+
+LAST_S = 10.0
+"""Seconds that a rank has to end after others are lost: what still waits for them, as a save does, may half an hour."""
 
 T = TypeVar("T")
 
@@ -66,6 +76,9 @@ class Ranks:
     replicas: Group = Group()  # hold the same experts
     host: Group = Group()  # all; for numbers of the host
     rendezvous: str = "127.0.0.1"  # address where the ranks met, which every host reaches
+    hosts: Sequence[str] = ()  # name of each rank's host
+    store: Any = None  # torch's, at the rendezvous; None: nobody else
+    timeout_s: float = 0.0  # most seconds a rank waits for another in a step
     all_gather_text: AllGatherText = single_rank
     background: AllGatherText = single_rank  # the same, for another thread
 
@@ -134,7 +147,7 @@ def on_all_ranks(ranks: Ranks, act: Callable[[], T]) -> T:
             by_problem.setdefault(problem, []).append(rank)
     everybody = list(range(ranks.world.size))
     raise InputError(
-        *(problem if who == everybody else f"{_named(who)}: {problem}" for problem, who in by_problem.items())
+        *(problem if who == everybody else f"{named(who)}: {problem}" for problem, who in by_problem.items())
     ) from cause
 
 
@@ -151,6 +164,78 @@ def with_rank_note(where: str) -> Iterator[None]:
         if where:
             error.add_note(where)
         raise
+
+
+@contextmanager
+def lost_ranks_named(ranks: Ranks) -> Iterator[None]:
+    """When a collective or an exchange of the block fails because others are gone, say who, and end soon.
+
+    The first rank that knows writes so at the rendezvous, where the others look first: a rank that gave up on a lost
+    one is not lost itself.
+
+    Raises:  PeerError in the place of what gloo or NCCL raised.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if ranks.store is None or not _is_loss(error):
+            raise
+        loss = _lost(ranks, error)
+        warn(f"nmoe: {loss}")
+        timer = threading.Timer(LAST_S, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+        raise loss from error
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether another rank is what failed."""
+    return isinstance(error, PeerError | dist.DistError) or "gloo" in str(error)
+
+
+def _lost(ranks: Ranks, error: Exception) -> PeerError:
+    """What to say of ranks that do not come to the rendezvous after a collective failed."""
+    late = "timed out" in str(error).lower()
+    patience = ROLL_CALL_S if late else ranks.timeout_s + ROLL_CALL_S
+    is_named = isinstance(error, PeerError)
+    found: list[Sequence[int]] = []
+
+    def call() -> None:
+        try:
+            ranks.store.set(f"present/{ranks.world.rank}", "1")
+            if not is_named:
+                found.append(_absentees(ranks, patience))
+        except dist.DistError:  # who holds the store is gone
+            found.append([0])
+
+    thread = threading.Thread(target=call, name="roll call", daemon=True)  # a store that is cut off never answers
+    thread.start()
+    thread.join(MARGIN_S if is_named else patience + MARGIN_S)
+    if isinstance(error, PeerError):
+        return error
+    if found == [[]]:
+        return PeerError(
+            f"rank {ranks.world.rank}: expected connections between ranks that last, got {str(error).splitlines()[0]}; "
+            "every rank is there: look at the network between the hosts, the same command resumes"
+        )
+    return PeerError(
+        f"rank {ranks.world.rank}: expected every rank within {ranks.timeout_s:g} s, got nothing from "
+        f"{named(found[0] if found else [0], ranks.hosts)}; look at that rank's log, the same command resumes, on "
+        "fewer hosts too"
+    )
+
+
+def _absentees(ranks: Ranks, patience_s: float) -> Sequence[int]:
+    """The ranks that the first one to know found missing. Writes: what it found, at the rendezvous."""
+    missing = [rank for rank in range(ranks.world.size) if rank != ranks.world.rank]
+    end = time.monotonic() + patience_s
+    while not ranks.store.check(["lost"]):
+        missing = [rank for rank in missing if not ranks.store.check([f"present/{rank}"])]
+        if time.monotonic() > end or not missing:
+            ranks.store.set("lost", json.dumps(missing))
+            return missing
+        time.sleep(MEETING_S)
+    return json.loads(ranks.store.get("lost"))
 
 
 def check_machine(launch: Launch, expert_ranks: int, transport: str, *, cuda: bool) -> None:
@@ -215,13 +300,17 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
     world = Group(rank=launch.rank, size=launch.world, handle=everybody)
     rows = [range(begin, begin + expert_ranks) for begin in range(0, launch.world, expert_ranks)]
     columns = [range(begin, launch.world, expert_ranks) for begin in range(expert_ranks)]
+    all_gather_text = _texts(setup, launch.world)
     yield Ranks(
         world=world,
         experts=_own(world, rows, waits),
         replicas=_own(world, columns, waits),
         host=attrs.evolve(world, handle=dist.new_group(backend="gloo", timeout=waits)),
         rendezvous=launch.address,
-        all_gather_text=_texts(setup, launch.world),
+        hosts=all_gather_text(os.uname().nodename),
+        store=store,
+        timeout_s=timeout_s,
+        all_gather_text=all_gather_text,
         background=_texts(saving, launch.world),
     )
     # Not when an error passes by: whom one waits for may be dead.
@@ -280,7 +369,7 @@ def _absent(launch: Launch, missing: Sequence[int], timeout_s: float) -> InputEr
     """What to say of ranks that did not come."""
     return InputError(
         f"parallel.ranks: expected all {launch.world} ranks at {launch.address}:{launch.port} within {timeout_s:g} s, "
-        f"got none of {_named(missing)}; look why it did not start, or raise parallel.timeout_s"
+        f"got none of {named(missing)}; look why it did not start, or raise parallel.timeout_s"
     )
 
 
@@ -305,8 +394,3 @@ def _texts(handle: Any, world: int) -> Callable[[str], Sequence[str]]:
         return texts_of_ranks
 
     return all_gather_text
-
-
-def _named(who: Sequence[int]) -> str:
-    """`rank 3`, or `ranks 1, 3`."""
-    return f"rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"

@@ -180,12 +180,22 @@ def lost_ranks_named(ranks: Ranks) -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if ranks.store is None or not _is_loss(error):
             raise
+        if isinstance(error, PeerError):
+            warn(f"nmoe: {error}")
+            _roll_call(ranks, error)
+            _end_soon()
+            raise
         loss = _lost(ranks, error)
         warn(f"nmoe: {loss}")
-        timer = threading.Timer(LAST_S, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
+        _end_soon()
         raise loss from error
+
+
+def _end_soon() -> None:
+    """End this process, whatever in it still waits for ranks that are gone, unless it ends by itself before."""
+    timer = threading.Timer(LAST_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _is_loss(error: Exception) -> bool:
@@ -194,48 +204,65 @@ def _is_loss(error: Exception) -> bool:
 
 
 def _lost(ranks: Ranks, error: Exception) -> PeerError:
-    """What to say of ranks that do not come to the rendezvous after a collective failed."""
-    late = "timed out" in str(error).lower()
-    patience = ROLL_CALL_S if late else ranks.timeout_s + ROLL_CALL_S
-    is_named = isinstance(error, PeerError)
-    found: list[Sequence[int]] = []
-
-    def call() -> None:
-        try:
-            ranks.store.set(f"present/{ranks.world.rank}", "1")
-            if not is_named:
-                found.append(_absentees(ranks, patience))
-        except dist.DistError:  # who holds the store is gone
-            found.append([0])
-
-    thread = threading.Thread(target=call, name="roll call", daemon=True)  # a store that is cut off never answers
-    thread.start()
-    thread.join(MARGIN_S if is_named else patience + MARGIN_S)
-    if isinstance(error, PeerError):
-        return error
-    if found == [[]]:
+    """What to say after a collective failed."""
+    lost = _roll_call(ranks, error)
+    if not lost:
         return PeerError(
             f"rank {ranks.world.rank}: expected connections between ranks that last, got {str(error).splitlines()[0]}; "
             "every rank is there: look at the network between the hosts, the same command resumes"
         )
     return PeerError(
         f"rank {ranks.world.rank}: expected every rank within {ranks.timeout_s:g} s, got nothing from "
-        f"{named(found[0] if found else [0], ranks.hosts)}; look at that rank's log, the same command resumes, on "
-        "fewer hosts too"
+        f"{named(lost, ranks.hosts)}; look at that rank's log, the same command resumes, on fewer hosts too"
     )
 
 
+def _roll_call(ranks: Ranks, error: Exception) -> Sequence[int]:
+    """The ranks that do not come to the rendezvous after `error`; the first one, where there is no rendezvous left.
+
+    Ranks whose collective ran out of time began to wait in one step, others may wait as long as a step may take.
+    """
+    patience = ROLL_CALL_S if "timed out" in str(error).lower() else ranks.timeout_s + ROLL_CALL_S
+    found: list[Sequence[int]] = []
+
+    def call() -> None:
+        try:
+            found.append(_absentees(ranks, patience))
+            if ranks.world.rank == 0:
+                _await_readers(ranks, found[0], patience)
+        except dist.DistError:  # who holds the store is gone
+            found.append([0])
+
+    thread = threading.Thread(target=call, name="roll call", daemon=True)  # a store that is cut off never answers
+    thread.start()
+    thread.join(2 * patience + MARGIN_S if ranks.world.rank == 0 else patience + MARGIN_S)
+    return found[0] if found else [0]
+
+
 def _absentees(ranks: Ranks, patience_s: float) -> Sequence[int]:
-    """The ranks that the first one to know found missing. Writes: what it found, at the rendezvous."""
-    missing = [rank for rank in range(ranks.world.size) if rank != ranks.world.rank]
+    """The ranks that the first one to know found missing. Writes: at the rendezvous, this rank and what it found."""
+    store, me = ranks.store, ranks.world.rank
+    store.set(f"present/{me}", "1")
+    missing = [rank for rank in range(ranks.world.size) if rank != me]
     end = time.monotonic() + patience_s
-    while not ranks.store.check(["lost"]):
-        missing = [rank for rank in missing if not ranks.store.check([f"present/{rank}"])]
+    while not store.check(["lost"]):
+        missing = [rank for rank in missing if not store.check([f"present/{rank}"])]
         if time.monotonic() > end or not missing:
-            ranks.store.set("lost", json.dumps(missing))
-            return missing
+            store.set("lost", json.dumps(missing))
+            break
         time.sleep(MEETING_S)
-    return json.loads(ranks.store.get("lost"))
+    found = json.loads(store.get("lost"))
+    store.set(f"told/{me}", "1")
+    return found
+
+
+def _await_readers(ranks: Ranks, lost: Sequence[int], patience_s: float) -> None:
+    """Keep the rendezvous until every rank that is left has read who is lost."""
+    readers = [rank for rank in range(1, ranks.world.size) if rank not in lost]
+    end = time.monotonic() + patience_s
+    while readers and time.monotonic() < end:
+        readers = [rank for rank in readers if not ranks.store.check([f"told/{rank}"])]
+        time.sleep(MEETING_S)
 
 
 def check_machine(launch: Launch, expert_ranks: int, transport: str, *, cuda: bool) -> None:

@@ -1000,14 +1000,16 @@ def test_numbers_that_nothing_could_use(key: str, value: str) -> None:
     assert time.process_time() - began < 15
 
 
-def test_experts_over_several_hosts_are_planned_and_not_run() -> None:
+def test_experts_over_several_hosts_need_a_transport_between_them() -> None:
     path = ROOT / "configs" / "dsv3.toml"
-    with pytest.raises(
-        InputError, match=r"dsv3.toml: parallel.experts: expected at most the 8 GPUs of a host, got 256"
-    ):
-        load_valid(path, {}, (), to_run=True)
-    load_valid(path, {}, ())
-    load_valid(path, {}, ("--parallel.experts=8",), to_run=True)
+    load_valid(path, {}, (), to_run=True)
+    near = "--parallel.transport=peer"
+    with pytest.raises(InputError, match=r"parallel.experts: expected at most the 8 ranks of one host, got 256"):
+        load_valid(path, {}, (near,), to_run=True)
+    load_valid(path, {}, (near,))
+    load_valid(path, {}, (near, "--parallel.experts=8"), to_run=True)
+    with pytest.raises(InputError, match=r'transport: expected one of "peer", "proxy", got "nvshmem"; choose one'):
+        load_valid(path, {}, ("--parallel.transport=nvshmem",))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -1126,6 +1128,11 @@ def test_plain_torch_on_a_gpu_takes_what_the_kernels_do_not() -> None:
     assert remarks(plain) == ('run.kernels: "torch" runs every operation of a GPU as plain torch: right, and slow',)
     (problem,) = validate(attrs.evolve(plain, train=attrs.evolve(plain.train, graph=True)), 1)
     assert problem.startswith('train.graph: expected false when run.kernels is "torch", got true; ')
+    graphed = attrs.evolve(plain, run=attrs.evolve(plain.run, kernels="triton"))
+    graphed = attrs.evolve(graphed, train=attrs.evolve(plain.train, graph=True))
+    assert validate(graphed, 1) == ()
+    (problem,) = validate(attrs.evolve(graphed, parallel=attrs.evolve(plain.parallel, transport="proxy")), 1)
+    assert problem.startswith('train.graph: expected false when parallel.transport is "proxy", got true; write false')
     two = attrs.evolve(plain, train=attrs.evolve(plain.train, microbatch_size=8))
     (problem,) = validate(two, 2)
     assert problem.startswith('parallel.experts: expected 1 when run.kernels is "torch", got 2; write 1, ')

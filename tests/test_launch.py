@@ -50,8 +50,8 @@ def test_run_refuses_what_check_machine_would(capsys: pytest.CaptureFixture[str]
     code, out, err = answered(capsys, "slurm", "moonlight", "--hosts=2", "--gpus-per-host=4", "--run.name=first")
     assert (code, out) == (2, "")
     assert err == (
-        "nmoe: parallel.experts: expected at most the 4 ranks of one host, got 8; add --parallel.experts=4, between "
-        "hosts the exchange of rows is not tried\n"
+        "nmoe: parallel.experts: expected at most the 4 ranks of one host, got 8; add --parallel.experts=4, or "
+        "--parallel.transport=proxy, which sends rows to other hosts over TCP\n"
     )
 
 

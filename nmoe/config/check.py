@@ -53,24 +53,25 @@ def validate_model(c: Model) -> tuple[str, ...]:
 def unrunnable(config: Config, world: int) -> tuple[str, ...]:
     """What `nmoe plan` can say the cost of and `nmoe run` refuses, on `world` ranks, in the form of `validate`."""
     experts = config.parallel.experts or world
-    if config.run.device != "cuda" or experts <= GPUS_PER_HOST:
+    if config.run.device != "cuda" or experts <= GPUS_PER_HOST or config.parallel.transport != "peer":
         return ()
-    return (
-        f"parallel.experts: expected at most the {GPUS_PER_HOST} GPUs of a host, got {experts}; "
-        f"`nmoe run` exchanges rows within a host: write {GPUS_PER_HOST} or less where `nmoe plan "
-        f"--experts={GPUS_PER_HOST}` says that it fits",
-    )
+    return beyond_hosts(experts, GPUS_PER_HOST, config.parallel.transport)
 
 
-def beyond_hosts(expert_ranks: int, per_host: int) -> tuple[str, ...]:
-    """What keeps `expert_ranks` neighbouring ranks from lying on one host of `per_host` ranks, in the form of
+def beyond_hosts(expert_ranks: int, per_host: int, transport: str) -> tuple[str, ...]:
+    """What keeps `expert_ranks` neighbouring ranks from exchanging rows on hosts of `per_host` ranks, in the form of
     `validate`."""
-    if expert_ranks > per_host:
+    if expert_ranks > per_host and transport == "peer":
         return (
             f"parallel.experts: expected at most the {per_host} ranks of one host, got {expert_ranks}; add "
-            f"--parallel.experts={per_host}, between hosts the exchange of rows is not tried",
+            f"--parallel.experts={per_host}, or --parallel.transport=proxy, which sends rows to other hosts over TCP",
         )
-    if per_host % expert_ranks:
+    if expert_ranks > per_host and expert_ranks % per_host:
+        return (
+            f"parallel.experts: expected a multiple of the {per_host} ranks of a host, got {expert_ranks}; choose one, "
+            "so that experts lie on whole hosts",
+        )
+    if expert_ranks <= per_host and per_host % expert_ranks:
         return (
             f"parallel.experts: expected a divisor of the {per_host} ranks of a host, got {expert_ranks}; "
             "choose one, so that neighbours are on one host",
@@ -238,6 +239,11 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
         yield (
             f'parallel.experts: expected 1 when run.kernels is "torch", got {experts or world}; write 1, so that each '
             "rank holds all experts: only the kernels exchange rows among GPUs"
+        )
+    if config.train.graph and config.parallel.transport == "proxy":
+        yield (
+            'train.graph: expected false when parallel.transport is "proxy", got true; write false, a thread sends '
+            "while the step is recorded"
         )
     if 0 < config.parallel.capacity < 1:
         yield (

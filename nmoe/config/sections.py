@@ -369,6 +369,12 @@ class Parallel:
     dedup: bool = setting(
         "whether a token goes once to a rank that holds several of its experts", default=True, identity=False
     )
+    transport: Literal["peer", "proxy"] = setting(
+        "how rows reach the ranks that hold their experts: by memory that a host's ranks share, or to other hosts by a "
+        "thread and TCP, slowly",
+        default="peer",
+        identity=False,
+    )
     timeout_s: float = setting(
         "time without a step after which a run has hung; longer than a save or a validation batch takes",
         default=300.0,

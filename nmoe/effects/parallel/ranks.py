@@ -7,7 +7,9 @@ the same experts. On a CPU torch's gloo carries everything, on GPUs NCCL what is
 from __future__ import annotations
 
 import json
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +23,9 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from nmoe.config.check import beyond_hosts
+from nmoe.effects.parallel.exchange.arena import PeerError, named
 from nmoe.effects.parallel.launch import MULTICAST_OFF, Launch
+from nmoe.effects.terminal import warn
 from nmoe.errors import InputError
 from nmoe.pure.core.layout import ArenaLayout
 
@@ -36,6 +40,12 @@ MARGIN_S = 2.0
 
 MEETING_S = 0.05
 """Seconds between two looks for ranks that have not come."""
+
+ROLL_CALL_S = 5.0
+"""Seconds that ranks whose collective ran out of time wait for each other: all began to wait in one step."""
+
+LAST_S = 10.0
+"""Seconds that a rank has to end after others are lost: what still waits for them, as a save does, may half an hour."""
 
 T = TypeVar("T")
 
@@ -66,6 +76,10 @@ class Ranks:
     experts: Group = Group()  # share out the experts
     replicas: Group = Group()  # hold the same experts
     host: Group = Group()  # all; for numbers of the host
+    rendezvous: str = "127.0.0.1"  # address where the ranks met, which every host reaches
+    hosts: Sequence[str] = ()  # name of each rank's host
+    store: Any = None  # torch's, at the rendezvous; None: nobody else
+    timeout_s: float = 0.0  # most seconds a rank waits for another in a step
     all_gather_text: AllGatherText = single_rank
     background: AllGatherText = single_rank  # the same, for another thread
 
@@ -135,7 +149,7 @@ def on_all_ranks(ranks: Ranks, act: Callable[[], T]) -> T:
             by_problem.setdefault(problem, []).append(rank)
     everybody = list(range(ranks.world.size))
     raise InputError(
-        *(problem if who == everybody else f"{_named(who)}: {problem}" for problem, who in by_problem.items())
+        *(problem if who == everybody else f"{named(who)}: {problem}" for problem, who in by_problem.items())
     ) from cause
 
 
@@ -154,13 +168,112 @@ def with_rank_note(where: str) -> Iterator[None]:
         raise
 
 
-def check_machine(launch: Launch, expert_ranks: int, *, cuda: bool) -> None:
+@contextmanager
+def lost_ranks_named(ranks: Ranks) -> Iterator[None]:
+    """When a collective or an exchange of the block fails because others are gone, say who, and end soon.
+
+    The first rank that knows writes so at the rendezvous, where the others look first: a rank that gave up on a lost
+    one is not lost itself.
+
+    Raises:  PeerError in the place of what gloo or NCCL raised.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if ranks.store is None or not _is_loss(error):
+            raise
+        if isinstance(error, PeerError):
+            warn(f"nmoe: {error}")
+            _roll_call(ranks, error)
+            _end_soon()
+            raise
+        loss = _lost(ranks, error)
+        warn(f"nmoe: {loss}")
+        _end_soon()
+        raise loss from error
+
+
+def _end_soon() -> None:
+    """End this process, whatever in it still waits for ranks that are gone, unless it ends by itself before."""
+    timer = threading.Timer(LAST_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether another rank is what failed."""
+    return isinstance(error, PeerError | dist.DistError) or "gloo" in str(error)
+
+
+def _lost(ranks: Ranks, error: Exception) -> PeerError:
+    """What to say after a collective failed."""
+    lost = _roll_call(ranks, error)
+    if not lost:
+        return PeerError(
+            f"rank {ranks.world.rank}: expected connections between ranks that last, got {str(error).splitlines()[0]}; "
+            "every rank is there: look at the network between the hosts, the same command resumes"
+        )
+    return PeerError(
+        f"rank {ranks.world.rank}: expected every rank within {ranks.timeout_s:g} s, got nothing from "
+        f"{named(lost, ranks.hosts)}; look at that rank's log, the same command resumes, on fewer hosts too"
+    )
+
+
+def _roll_call(ranks: Ranks, error: Exception) -> Sequence[int]:
+    """The ranks that do not come to the rendezvous after `error`; the first one, where there is no rendezvous left.
+
+    Ranks whose collective ran out of time began to wait in one step, others may wait as long as a step may take.
+    """
+    patience = ROLL_CALL_S if "timed out" in str(error).lower() else ranks.timeout_s + ROLL_CALL_S
+    found: list[Sequence[int]] = []
+
+    def call() -> None:
+        try:
+            found.append(_absentees(ranks, patience))
+            if ranks.world.rank == 0:
+                _await_readers(ranks, found[0], patience)
+        except dist.DistError:  # who holds the store is gone
+            found.append([0])
+
+    thread = threading.Thread(target=call, name="roll call", daemon=True)  # a store that is cut off never answers
+    thread.start()
+    thread.join(2 * patience + MARGIN_S if ranks.world.rank == 0 else patience + MARGIN_S)
+    return found[0] if found else [0]
+
+
+def _absentees(ranks: Ranks, patience_s: float) -> Sequence[int]:
+    """The ranks that the first one to know found missing. Writes: at the rendezvous, this rank and what it found."""
+    store, me = ranks.store, ranks.world.rank
+    store.set(f"present/{me}", "1")
+    missing = [rank for rank in range(ranks.world.size) if rank != me]
+    end = time.monotonic() + patience_s
+    while not store.check(["lost"]):
+        missing = [rank for rank in missing if not store.check([f"present/{rank}"])]
+        if time.monotonic() > end or not missing:
+            store.set("lost", json.dumps(missing))
+            break
+        time.sleep(MEETING_S)
+    found = json.loads(store.get("lost"))
+    store.set(f"told/{me}", "1")
+    return found
+
+
+def _await_readers(ranks: Ranks, lost: Sequence[int], patience_s: float) -> None:
+    """Keep the rendezvous until every rank that is left has read who is lost."""
+    readers = [rank for rank in range(1, ranks.world.size) if rank not in lost]
+    end = time.monotonic() + patience_s
+    while readers and time.monotonic() < end:
+        readers = [rank for rank in readers if not ranks.store.check([f"told/{rank}"])]
+        time.sleep(MEETING_S)
+
+
+def check_machine(launch: Launch, expert_ranks: int, transport: str, *, cuda: bool) -> None:
     """Refuse what this machine cannot do, before any rank waits for another.
 
-    Raises:  InputError for NVLink multicast that is on, experts shared out beyond one host, GPUs that cannot reach
-             each other.
+    Raises:  InputError for NVLink multicast that is on, experts shared out beyond what the transport reaches, GPUs that
+             cannot reach each other.
     """
-    problems = [*beyond_hosts(expert_ranks, launch.local_world)]
+    problems = [*beyond_hosts(expert_ranks, launch.local_world, transport)]
     if cuda and launch.world > 1:
         wrong = [f"{name}={value}" for name, value in MULTICAST_OFF.items() if launch.multicast.get(name) != value]
         if wrong:
@@ -168,11 +281,12 @@ def check_machine(launch: Launch, expert_ranks: int, *, cuda: bool) -> None:
                 f"NVLink multicast: expected it off in the environment of every rank, got it unset; "
                 f"export {' '.join(wrong)}, or start with `nmoe run --gpus N`"
             )
-        here, first = launch.local_rank, launch.local_rank - launch.local_rank % expert_ranks
+        near = min(expert_ranks, launch.local_world)
+        here, first = launch.local_rank, launch.local_rank - launch.local_rank % near
         problems += [
             f"GPU {here}: expected direct access (P2P) to GPU {other}, got none; see `nvidia-smi topo -p2p r`, "
             "or add --parallel.experts=1"
-            for other in range(first, first + expert_ranks)
+            for other in range(first, first + near)
             if other != here and not torch.cuda.can_device_access_peer(here, other)
         ]
     if problems:
@@ -215,12 +329,17 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
     world = Group(rank=launch.rank, size=launch.world, handle=everybody)
     rows = [range(begin, begin + expert_ranks) for begin in range(0, launch.world, expert_ranks)]
     columns = [range(begin, launch.world, expert_ranks) for begin in range(expert_ranks)]
+    all_gather_text = _texts(setup, launch.world)
     yield Ranks(
         world=world,
         experts=_own(world, rows, waits),
         replicas=_own(world, columns, waits),
         host=attrs.evolve(world, handle=dist.new_group(backend="gloo", timeout=waits)),
-        all_gather_text=_texts(setup, launch.world),
+        rendezvous=launch.address,
+        hosts=all_gather_text(os.uname().nodename),
+        store=store,
+        timeout_s=timeout_s,
+        all_gather_text=all_gather_text,
         background=_texts(saving, launch.world),
     )
     # Not when an error passes by: whom one waits for may be dead.
@@ -279,7 +398,7 @@ def _absent(launch: Launch, missing: Sequence[int], timeout_s: float) -> InputEr
     """What to say of ranks that did not come."""
     return InputError(
         f"parallel.ranks: expected all {launch.world} ranks at {launch.address}:{launch.port} within {timeout_s:g} s, "
-        f"got none of {_named(missing)}; look why it did not start, or raise parallel.timeout_s"
+        f"got none of {named(missing)}; look why it did not start, or raise parallel.timeout_s"
     )
 
 
@@ -304,8 +423,3 @@ def _texts(handle: Any, world: int) -> Callable[[str], Sequence[str]]:
         return texts_of_ranks
 
     return all_gather_text
-
-
-def _named(who: Sequence[int]) -> str:
-    """`rank 3`, or `ranks 1, 3`."""
-    return f"rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"

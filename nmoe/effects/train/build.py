@@ -108,7 +108,14 @@ def exchanging(
         dedup=parallel.dedup,
         dtype=torch.bfloat16 if config.precision.compute == "bf16" else torch.float32,
     )
-    return open_exchange(device=device, group=group.handle, sizes=sizes, timeout_s=parallel.timeout_s)
+    return open_exchange(
+        device=device,
+        group=group.handle,
+        sizes=sizes,
+        timeout_s=parallel.timeout_s,
+        transport=parallel.transport,
+        rendezvous=ranks.rendezvous,
+    )
 
 
 LESS_MEMORY = 'lower train.microbatch_size, write train.recompute = "cheap" or "full", or precision.moments = "bf16"'

@@ -16,7 +16,7 @@ from nmoe.effects.checkpoint.writer import SaveError
 from nmoe.effects.data.tokenizer import Tokenizer, byte_lengths
 from nmoe.effects.device import signals
 from nmoe.effects.parallel import exchange
-from nmoe.effects.parallel.ranks import Ranks, with_rank_note
+from nmoe.effects.parallel.ranks import Ranks, lost_ranks_named, with_rank_note
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train.evaluate import Held, evaluate, even
 from nmoe.effects.train.outcome import EXIT_UNSAVED, end, network, record_failure, sample_on_the_way
@@ -38,7 +38,8 @@ def train(session: Session, start: Start) -> int:
     rt, saver, stop = session.runtime, session.saver, session.stop
     validations = Validations() if start.restored is None else start.restored.validations
     try:
-        state, validations, finite = train_until(session, start.state, validations)
+        with lost_ranks_named(rt.ranks):
+            state, validations, finite = train_until(session, start.state, validations)
 
         # At the end.
         session.heartbeat.rest()

@@ -129,7 +129,7 @@ def connect(config: Config, scope: ExitStack) -> Connected:
         kernels = config.run.kernels
         device = gpu.device(config.run.device, launch.local_rank, launch.local_world, kernels=kernels)
         gpu.set_allocator(device, config.memory, launch.allocator)
-        check_machine(launch, expert_ranks, cuda=device.type == "cuda")
+        check_machine(launch, expert_ranks, config.parallel.transport, cuda=device.type == "cuda")
         ranks = scope.enter_context(open_ranks(launch, expert_ranks, device, config.parallel.timeout_s))
     runtime = process.Runtime(
         device=device,
@@ -138,7 +138,8 @@ def connect(config: Config, scope: ExitStack) -> Connected:
         peak_flops=gpu.peak_flops(device, launch.home),
         ranks=ranks,
     )
-    on_all_ranks(ranks, lambda: check_same(ranks, {**provenance.versions(), **facts(config)}))
+    same = {**provenance.versions(), **facts(config), "ranks of its host": str(launch.local_world)}
+    on_all_ranks(ranks, lambda: check_same(ranks, same))
     return Connected(launch=launch, runtime=runtime, heartbeat=heartbeat)
 
 

@@ -93,7 +93,7 @@ def _problems(config: Config, hosts: int, per_host: int) -> Iterator[str]:
             f"{remedy}add --parallel.ranks={got}"
         )
     else:
-        yield from beyond_hosts(config.parallel.experts or ranks, per_host)
+        yield from beyond_hosts(config.parallel.experts or ranks, per_host, config.parallel.transport)
     if config.run.name is None:
         yield "run.name: expected a name, got nothing; add --run.name=NAME, a restarted job finds its run by it"
 

@@ -61,4 +61,9 @@ def forked(
 
     ends = on_ranks(ranks, folder, call)
     assert [code for rank, (code, _) in enumerate(ends) if rank != gone] == [0] * (ranks - (gone is not None)), ends
-    return [{} if rank == gone else json.loads(text.splitlines()[-1]) for rank, (_, text) in enumerate(ends)]
+    return [{} if rank == gone else found_by(text) for rank, (_, text) in enumerate(ends)]
+
+
+def found_by(text: str) -> dict[str, Any]:
+    """What a rank found, from all it wrote."""
+    return json.loads(next(line for line in reversed(text.splitlines()) if line.startswith("{")))

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -478,18 +479,25 @@ def test_multicast_and_hosts_are_looked_at_before_anybody_is_met(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, other: (here, other) != (0, 1))
     two = environment(0, 2, free_port())
     told = from_environment(two)
-    meeting.check_machine(told, 2, cuda=False)
-    problems = problems_of(lambda: meeting.check_machine(told, 2, cuda=True))
+    meeting.check_machine(told, 2, "peer", cuda=False)
+    problems = problems_of(lambda: meeting.check_machine(told, 2, "peer", cuda=True))
     assert len(problems) == 2 and "export TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1" in problems[0]
     assert "NCCL_NVLS_ENABLE=0" in problems[0] and problems[1].startswith(
         "GPU 0: expected direct access (P2P) to GPU 1"
     )
     on = from_environment({**two, **MULTICAST_OFF, "NCCL_NVLS_ENABLE": "1"})
-    assert "NCCL_NVLS_ENABLE=0" in problems_of(lambda: meeting.check_machine(on, 1, cuda=True))[0]
-    meeting.check_machine(from_environment({**two, **MULTICAST_OFF}), 1, cuda=True)
+    assert "NCCL_NVLS_ENABLE=0" in problems_of(lambda: meeting.check_machine(on, 1, "peer", cuda=True))[0]
+    meeting.check_machine(from_environment({**two, **MULTICAST_OFF}), 1, "peer", cuda=True)
     hosts = from_environment({**environment(0, 16, free_port()), "LOCAL_WORLD_SIZE": "8"})
-    assert "--parallel.experts=8" in problems_of(lambda: meeting.check_machine(hosts, 16, cuda=False))[0]
-    assert "expected a divisor of the 8 ranks" in problems_of(lambda: meeting.check_machine(hosts, 3, cuda=False))[0]
+    for experts, transport, said in (
+        (16, "peer", "--parallel.experts=8, or --parallel.transport=proxy"),
+        (3, "peer", "expected a divisor of the 8 ranks"),
+        (3, "proxy", "expected a divisor of the 8 ranks"),
+        (12, "proxy", "expected a multiple of the 8 ranks"),
+    ):
+        (problem,) = problems_of(partial(meeting.check_machine, hosts, experts, transport, cuda=False))
+        assert said in problem
+    meeting.check_machine(hosts, 16, "proxy", cuda=False)
 
 
 def problems_of(act: Callable[[], None]) -> Sequence[str]:

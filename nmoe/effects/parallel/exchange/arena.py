@@ -89,12 +89,20 @@ class Exchange:
     programs: int  # that push rows when nothing else runs
 
     def named(self, ranks: Sequence[int]) -> str:
-        """`rank 3`, or `ranks 2, 3 on host b` where an exchange has several hosts."""
-        text = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        if len(set(self.hosts)) == 1:
-            return text
-        names = list(dict.fromkeys(self.hosts[rank] for rank in ranks))
-        return f"{text} on host{'s' if len(names) > 1 else ''} {', '.join(names)}"
+        """What messages call ranks of this exchange."""
+        return named(ranks, self.hosts)
+
+
+def named(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
+    """`rank 3`, or `ranks 2, 3 on host b` where there are several hosts.
+
+    hosts  of each rank; none: not known
+    """
+    text = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    if len(set(hosts)) < 2:
+        return text
+    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
+    return f"{text} on host{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def fit(e: Exchange, x: Tensor, expert: Tensor, up: Tensor) -> None:

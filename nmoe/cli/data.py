@@ -24,11 +24,16 @@ def verbs(root: Verbs) -> None:
     """From files to shards, and what is in them."""
     data = group(root, "data", "prepare data, and look at it")
 
-    prep = add(data, "prep", _prep, "turn a folder of files, or what a source TOML names, into shards", "FOLDER OUT")
+    prep = add(data, "prep", _prep, "turn a folder of files, or what a TOML names, into shards", "FOLDER OUT")
     prep.add_argument(
-        "source", type=Path, metavar="FOLDER", help="text, code, .jsonl, .parquet, .gz, .zst; or a source TOML"
+        "source",
+        type=Path,
+        metavar="FOLDER",
+        help="text, code, .jsonl, .parquet, .arrow, .gz, .zst; or TOML: a source, a mixture",
     )
-    prep.add_argument("out", type=Path, metavar="OUT", help="folder to write; a begun one is continued")
+    prep.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT", help="folder to write; a begun one is continued; of a mixture none"
+    )
     prep.add_argument(
         "--vocab", type=int, metavar="N", help=f"tokens of the tokenizer that is trained (default: {VOCAB})"
     )
@@ -79,12 +84,13 @@ def _prep(args: argparse.Namespace) -> int:
     from nmoe.effects.data.tokenizer import load
     from nmoe.effects.data.tokenizers import learn, resolve
 
-    share = (0, 1) if args.worker is None else _share(args.worker)
-    workers = args.workers if args.workers is not None else (1 if args.worker else len(os.sched_getaffinity(0)))
-    if workers < 1:
-        raise InputError(f"--workers: expected at least 1, got {workers}; raise it")
-    if args.dask is not None and (args.worker or args.workers):
-        raise InputError("--dask: expected it without --worker and --workers, got both; leave those to the cluster")
+    if args.source.suffix == ".toml" and not args.source.is_dir():
+        _refuse_folder_options(args)
+        if _is_mixture(args.source):
+            return _prep_mixture(args)
+    if args.out is None:
+        raise InputError("nmoe data prep: expected a folder OUT to write, got none; name it behind the source")
+    share, workers = _work(args)
     home, out = files.home(os.environ), args.out.resolve()
     source, base, named = _source(args, out)
     known = None if named is None else resolve(source.tokenizer, home, named)
@@ -104,18 +110,70 @@ def _prep(args: argparse.Namespace) -> int:
     return 0
 
 
+def _prep_mixture(args: argparse.Namespace) -> int:
+    from nmoe.config.data_mixture import load_mixture
+    from nmoe.effects import files
+    from nmoe.effects.data.prepare import mixture
+    from nmoe.effects.data.prepare.execute import open_pool
+    from nmoe.effects.data.prepare.prep import prepare, report_lines
+
+    if args.out is not None:
+        raise InputError(
+            f"{args.out}: expected no folder behind a mixture, which names one a source, got it; remove it"
+        )
+    share, workers = _work(args)
+    loaded = load_mixture(args.source)
+    every = mixture.jobs(loaded, files.home(os.environ))
+    if args.dry_run:
+        say("\n".join(mixture.plan_lines(every, say)))
+        return 0
+    finished = True
+    with open_pool(workers=workers, dask=args.dask) as pool:
+        for job in every:
+            say(f"source     {job.name} -> {job.out}")
+            report = prepare(job.source, job.tokenizer, job.base, job.out, pool, say, share)
+            finished = finished and report is not None
+            if report is not None:
+                say("\n".join(report_lines(report)))
+    if finished:
+        say("\n".join(mixture.next_lines(loaded, every)))
+    return 0
+
+
+def _is_mixture(path: Path) -> bool:
+    """Whether a TOML file is a data mixture; a source has no table of sources."""
+    from nmoe.config.toml import read
+
+    return "sources" in read(path).tables
+
+
+def _work(args: argparse.Namespace) -> tuple[tuple[int, int], int]:
+    """The share of the tasks that is done here, and in how many processes."""
+    share = (0, 1) if args.worker is None else _share(args.worker)
+    workers = args.workers if args.workers is not None else (1 if args.worker else len(os.sched_getaffinity(0)))
+    if workers < 1:
+        raise InputError(f"--workers: expected at least 1, got {workers}; raise it")
+    if args.dask is not None and (args.worker or args.workers):
+        raise InputError("--dask: expected it without --worker and --workers, got both; leave those to the cluster")
+    return share, workers
+
+
+def _refuse_folder_options(args: argparse.Namespace) -> None:
+    """Refuse options that a folder alone has."""
+    options = {
+        **{"--vocab": args.vocab, "--tokenizer": args.tokenizer},
+        **{"--exclude": args.exclude, "--text-field": args.text_field},
+    }
+    if said := [name for name, value in options.items() if value is not None]:
+        raise InputError(f"{said[0]}: expected it with a folder, got {args.source}; write it into that file")
+
+
 def _source(args: argparse.Namespace, out: Path) -> tuple[Source, Path, Path | None]:
     """What is prepared, and the folders that its paths and its tokenizer's start from; None: no tokenizer is named."""
     from nmoe.config.data_source import load_source
     from nmoe.effects.data.prepare import folder
 
     if args.source.suffix == ".toml" and not args.source.is_dir():
-        options = {
-            **{"--vocab": args.vocab, "--tokenizer": args.tokenizer},
-            **{"--exclude": args.exclude, "--text-field": args.text_field},
-        }
-        if said := [name for name, value in options.items() if value is not None]:
-            raise InputError(f"{said[0]}: expected it with a folder, got {args.source}; write it into that file")
         return load_source(args.source), args.source.parent.resolve(), args.source.parent
     if args.tokenizer is not None and args.vocab is not None:
         raise InputError(f"--vocab: expected it without --tokenizer, got both; {args.tokenizer} has its own size")

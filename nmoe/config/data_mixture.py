@@ -27,6 +27,11 @@ class Part:
     """One source. A weight says how much of a stage it is, relative to the others' weights; 0: it is never read."""
 
     path: str = setting("folder that holds manifest.json, relative to the mixture file")
+    prepare: str | None = setting(
+        "source TOML that `nmoe data prep` prepares into that folder, relative to the mixture file; absent: it is "
+        "prepared already",
+        default=None,
+    )
     at_end: Literal["repeat", "stop"] = setting(
         "when all is read: again, in another order, or no more; what is missing comes from the others",
         default="repeat",

@@ -65,10 +65,35 @@ class Parquet:
 
 
 @attrs.frozen(kw_only=True)
+class Arrow:
+    """A document a row of Arrow files, streams or random access, as `datasets` writes them."""
+
+    kind: ClassVar[str] = "arrow"
+
+    paths: tuple[str, ...] = setting("folders, files and globs, relative to this TOML")
+    exclude: tuple[str, ...] = setting("globs of what is left out", default=())
+    text_field: str = setting("column of the text", default="text")
+    id_field: str | None = setting("column of the document's id, which must not repeat; absent: no ids", default=None)
+
+
+@attrs.frozen(kw_only=True)
 class Hub:
-    """A data set that the package `datasets` finds: its JSONL or Parquet files are listed, then read as above."""
+    """A data set that the package `datasets` finds: its JSONL, Parquet or Arrow files are fetched, then read."""
 
     kind: ClassVar[str] = "hub"
+
+    dataset: str = setting("name or folder of the data set")
+    subset: str | None = setting("configuration of the data set; absent: its default", default=None)
+    split: str = setting("split of the data set", default="train")
+    text_field: str = setting("key of the text", default="text")
+    id_field: str | None = setting("key of the document's id, which must not repeat; absent: no ids", default=None)
+
+
+@attrs.frozen(kw_only=True)
+class Streamed:
+    """A data set that the package `datasets` finds, its records streamed until `max_tokens` is reached."""
+
+    kind: ClassVar[str] = "stream"
 
     dataset: str = setting("name or folder of the data set")
     subset: str | None = setting("configuration of the data set; absent: its default", default=None)
@@ -84,7 +109,7 @@ class Library:
     kind: ClassVar[str] = "stdlib"
 
 
-Input = Files | Jsonl | Parquet | Hub | Library
+Input = Files | Jsonl | Parquet | Arrow | Hub | Streamed | Library
 
 
 @attrs.frozen(kw_only=True)
@@ -159,7 +184,16 @@ class Source:
         low=1,
         high=MOST_BYTES,
     )
-    input: Files | Jsonl | Parquet | Hub | Library = setting("what is read; `kind` chooses the table's keys")
+    max_tokens: int | None = setting(
+        "tokens of the training split at most, whole documents in the order they are read; absent: all",
+        unit="tokens",
+        default=None,
+        low=1,
+        high=MOST_BYTES,
+    )
+    input: Files | Jsonl | Parquet | Arrow | Hub | Streamed | Library = setting(
+        "what is read; `kind` chooses the table's keys"
+    )
     clean: Clean = setting("what is done to a text", default=attrs.Factory(Clean))
     filter: Filter = setting("which documents stay", default=attrs.Factory(Filter))
     deduplicate: Deduplicate = setting("which repeated documents go", default=attrs.Factory(Deduplicate))
@@ -176,7 +210,7 @@ def load_source(path: Path) -> Source:
     if isinstance(source, tuple):
         raise InputError(*(document.fault(fault.path, fault.text) for fault in source))
     problems = [document.fault(key, text) for key, text in out_of_bounds(source)]
-    if not isinstance(source.input, Hub | Library) and not source.input.paths:
+    if not isinstance(source.input, Hub | Streamed | Library) and not source.input.paths:
         problems.append(document.fault(("input", "paths"), "expected at least one path, got none; name one"))
     if problems:
         raise InputError(*problems)

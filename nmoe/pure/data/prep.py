@@ -14,7 +14,7 @@ MILLION = 1_000_000
 SPLIT_SALT = b"nmoe stdlib split"
 """Part of what a split is: another salt is another split. It is the embedded corpus's, whose splits must not move."""
 
-Form = Literal["text", "text.gz", "text.zst", "python", "lines", "gzip", "zstd", "parquet"]
+Form = Literal["text", "text.gz", "text.zst", "python", "lines", "gzip", "zstd", "parquet", "arrow"]
 
 
 @attrs.frozen(kw_only=True)

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from nmoe.cli import main
-from nmoe.config.data_source import Clean, Files, Jsonl, Parquet, Source, load_source
+from nmoe.config.data_source import Arrow, Clean, Files, Jsonl, Parquet, Source, load_source
 from nmoe.effects.data import inspect
 from nmoe.effects.data import tokenizer as tokenizers
 from nmoe.effects.data import tokenizers as vocabulary
@@ -209,6 +209,8 @@ def source_of(kind: str) -> Source:
         return Source(tokenizer="x", input=Files(paths=("in",)))
     if kind == "parquet":
         return Source(tokenizer="x", input=Parquet(paths=("in",), id_field="id"))
+    if kind == "arrow":
+        return Source(tokenizer="x", input=Arrow(paths=("in",), id_field="id"))
     return Source(tokenizer="x", input=Jsonl(paths=("in",), id_field="id"), clean=skip if kind == "skip" else Clean())
 
 
@@ -242,6 +244,10 @@ def seeds(folder: Path) -> dict[str, Callable[[Path], object]]:
     (seed("gzip", reader("jsonl")) / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     (seed("zstd", reader("jsonl")) / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
     pq.write_table(pa.Table.from_pylist(records), seed("parquet", reader("parquet")) / "a.parquet", row_group_size=6)
+    table = pa.Table.from_pylist(records)
+    for name, write in (("arrow", pa.ipc.new_file), ("arrow stream", pa.ipc.new_stream)):
+        with write(str(seed(name, reader("arrow")) / "a.arrow"), table.schema) as file:
+            file.write_table(table, max_chunksize=6)
     corpus(folder / "corpus")
     for kind in convert.FORMATS:
         place = seed(kind, foreign(kind, "a"))

@@ -138,6 +138,21 @@ def as_parquet(folder: Path, records: list[dict[str, str]]) -> str:
     return 'kind = "parquet"\npaths = ["in/*.parquet"]\nid_field = "id"'
 
 
+def as_arrow(folder: Path, records: list[dict[str, str]]) -> str:
+    """A stream, as `datasets` keeps one, and a file of random access; both with several batches."""
+    table = pa.Table.from_pylist(records)
+    with pa.ipc.new_stream(str(folder / "a.arrow"), table.schema) as stream:
+        stream.write_table(table.slice(0, 90), max_chunksize=70)
+    with pa.ipc.new_file(str(folder / "b.arrow"), table.schema) as file:
+        file.write_table(table.slice(90), max_chunksize=11)
+    return 'kind = "arrow"\npaths = ["in"]\nid_field = "id"'
+
+
+def as_mixed(folder: Path, records: list[dict[str, str]]) -> str:
+    as_arrow(folder, records)
+    return 'kind = "files"\npaths = ["in"]'
+
+
 def as_hub(folder: Path, records: list[dict[str, str]]) -> str:
     (folder / "train-0.jsonl").write_bytes(jsonl(records))
     return f'kind = "hub"\ndataset = "{folder}"'
@@ -149,6 +164,8 @@ KINDS: dict[str, Callable[[Path, list[dict[str, str]]], str]] = {
     "gzip": as_gzip,
     "zstd": as_zstd,
     "parquet": as_parquet,
+    "arrow": as_arrow,
+    "mixed": as_mixed,
     "hub": as_hub,
 }
 

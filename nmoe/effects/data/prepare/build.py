@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -18,11 +19,13 @@ from nmoe.effects.data.prepare.survey import FORMAT, Work, cleaned, reporting
 from nmoe.effects.data.store.format import Receipt
 from nmoe.effects.data.store.records import read_record, write_record
 from nmoe.effects.data.store.shard_writer import Sink
+from nmoe.effects.data.store.shards import documents_of
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import MILLION, split_of
 
 RECORD = "built.json"
-SPLITS = ("train", "validation", "test")
+TRAIN = "train"
+SPLITS = (TRAIN, "validation", "test")
 NAMES = MappingProxyType({"exact": "duplicate", "near": "near duplicate"})
 
 
@@ -51,6 +54,35 @@ def build(work: Work) -> Built:
         if not done.exists():
             with files.new_folder(done) as folder:
                 _write_shards(work, folder)
+        return read_record(done / RECORD, Built, version=FORMAT)
+
+
+def cut_folder(work: Work) -> Path:
+    """The folder that is there when the shards of a task are cut."""
+    return work.folder / "cut" / f"task-{work.index:05d}"
+
+
+def cut(work: Work, room: int) -> Built:
+    """The shards of a task that was built, with the first documents of its training split alone.
+
+    room  tokens that the training split may have
+
+    Writes:  one folder, whole or not at all; what was built stays.
+    """
+    built, done = build(work), cut_folder(work)
+    with reporting(work.folder):
+        if not done.exists():
+            stored, _ = _tokenizer(work.folder)
+            with files.new_folder(done) as folder:
+                for split in SPLITS[1:]:
+                    shutil.copytree(built_folder(work) / split, folder / split)
+                sink = Sink(folder / TRAIN, stored, work.source.tokens_per_shard)
+                for document in documents_of(built_folder(work) / TRAIN, built.shards[TRAIN], stored):
+                    room -= len(document) + 1
+                    if room < 0:
+                        break
+                    sink.add(document)
+                write_record(folder / RECORD, attrs.evolve(built, shards={**built.shards, TRAIN: sink.close()}))
         return read_record(done / RECORD, Built, version=FORMAT)
 
 

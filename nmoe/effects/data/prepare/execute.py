@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -62,10 +62,10 @@ def open_pool(*, workers: int, dask: str | None) -> Iterator[Pool]:
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def run(function: Callable[[W], R], works: Sequence[W], pool: Pool) -> Iterator[tuple[W, R]]:
+def run(function: Callable[[W], R], works: Iterable[W], pool: Pool) -> Iterator[tuple[W, R]]:
     """Call `function` on every work, and yield each with its result as it ends, in any order.
 
-    The next work is submitted when one has ended, so that an executor never holds a long queue.
+    The next work is taken when one has ended, so that an executor never holds a long queue.
 
     Raises:  InputError with the problems of all works, once the others are through.
     """

@@ -13,9 +13,10 @@ import attrs
 import numpy as np
 
 from nmoe.config import load, preset
-from nmoe.config.data_source import Files, Source, Splits
+from nmoe.config.data_source import Files, Hub, Source, Splits, Streamed
 from nmoe.config.run_name import label
-from nmoe.effects.data.prepare.inputs import find
+from nmoe.effects.data.prepare import stream
+from nmoe.effects.data.prepare.inputs import find, hub_files
 from nmoe.effects.data.prepare.prep import begun
 from nmoe.effects.data.store.format import MANIFEST, Manifest, read_manifest, stem
 from nmoe.errors import InputError
@@ -86,16 +87,29 @@ def dry_run_lines(source: Source, base: Path, out: Path, tokenizer: str, say: Ca
 
     Raises:  InputError as `find`, or when `out` holds something else.
     """
-    items = find(source.input, base, out=out, skip_unreadable=source.clean.unreadable == "skip", say=say)
-    forms = Counter(FORMS.get(item.form, item.form) for item in items)
     state = "prepared already" if (out / MANIFEST).exists() else "begun, is continued" if begun(out) else "new"
     shares = f"validation {source.splits.validation:.0%}, test {source.splits.test:.0%}"
+    limit = "" if source.max_tokens is None else f", until train has {source.max_tokens} tokens"
     return [
-        f"would read  {len(items)} files, {sum(sum(item.sizes) for item in items) / 1e6:.1f} MB: "
-        + ", ".join(f"{count} {form}" for form, count in sorted(forms.items())),
+        f"would read  {_inputs(source, base, out, say)}{limit}",
         f"tokenizer   {tokenizer}",
         f"would write {out} ({state}): shards of train, {shares} of the documents",
     ]
+
+
+def _inputs(source: Source, base: Path, out: Path, say: Callable[[str], None]) -> str:
+    """What a source reads, with its size where it is on this machine; nothing is fetched to find out."""
+    said = source.input
+    if isinstance(said, Streamed):
+        stream.open_set(said)
+        return f"records of {said.dataset}, split {said.split}, streamed"
+    if isinstance(said, Hub):
+        return f"{len(hub_files(said)[1])} files of {said.dataset}, split {said.split}"
+    items = find(said, base, out=out, skip_unreadable=source.clean.unreadable == "skip", say=say)
+    forms = Counter(FORMS.get(item.form, item.form) for item in items)
+    return f"{len(items)} files, {sum(sum(item.sizes) for item in items) / 1e6:.1f} MB: " + ", ".join(
+        f"{count} {form}" for form, count in sorted(forms.items())
+    )
 
 
 def next_lines(out: Path, said: str) -> list[str]:
@@ -104,10 +118,10 @@ def next_lines(out: Path, said: str) -> list[str]:
     said  the folder as the user wrote it
     """
     manifest = read_manifest(out)
-    return [*_large_documents(out, said, manifest), *_command(said, out.name, manifest)]
+    return [*large_documents(out, said, manifest), *_command(said, out.name, manifest)]
 
 
-def _large_documents(out: Path, said: str, manifest: Manifest) -> Iterator[str]:
+def large_documents(out: Path, said: str, manifest: Manifest) -> Iterator[str]:
     """A line for each split of which one document is more than a tenth."""
     for split, receipt in manifest.splits.items():
         largest = where = before = 0

@@ -8,22 +8,23 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from nmoe.config.data_source import Files, Hub, Input, Library, Parquet
+from nmoe.config.data_source import Arrow, Files, Hub, Input, Library, Parquet, Streamed
 from nmoe.effects.data import stdlib
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Form, Item
 
 ENDINGS: tuple[tuple[str, Form], ...] = (
     (".parquet", "parquet"),
+    (".arrow", "arrow"),
     *(((f"{ending}.gz"), "gzip") for ending in (".jsonl", ".json", ".ndjson")),
     *(((f"{ending}.zst"), "zstd") for ending in (".jsonl", ".json", ".ndjson")),
     *((ending, "lines") for ending in (".jsonl", ".json", ".ndjson")),
 )
-KNOWN = ", ".join(ending for ending, _ in ENDINGS)
 
 MIXED: tuple[tuple[str, Form], ...] = (
-    *(ending for ending in ENDINGS if ending[0].startswith((".parquet", ".jsonl", ".ndjson"))),
+    *(ending for ending in ENDINGS if not ending[0].startswith(".json.") and ending[0] != ".json"),
     (".gz", "text.gz"),
     (".zst", "text.zst"),
 )
@@ -43,7 +44,7 @@ def find(
     skip_unreadable  leave out what can not be opened, and say so
 
     Raises:  InputError, one line a problem: nothing found, a file or folder that can not be read, an ending that says
-             nothing, Parquet without `pyarrow`, a data set without `datasets`.
+             nothing, Parquet without `pyarrow`, a data set without `datasets`, or a streamed one, which has no files.
     """
     items: list[Item] = []
     problems: list[str] = []
@@ -51,7 +52,12 @@ def find(
         root = Path(sysconfig.get_path("stdlib"))
         named = [(path.relative_to(root).as_posix(), str(path)) for path in stdlib.paths(root)]
     elif isinstance(source, Hub):
-        named = _hub_files(source)
+        named = _fetched(source)
+    elif isinstance(source, Streamed):
+        raise InputError(
+            f"input.dataset {source.dataset}: expected a source of files to train a tokenizer on, got a stream; train "
+            "it on another, or add a published one with `nmoe data tokenizer add`"
+        )
     else:
         named = _matching(source.paths, source.exclude, base, problems)
     if out is not None:
@@ -179,17 +185,24 @@ def _form(source: Input, name: str) -> Form:
                 return form
         return "text"
     for ending, form in ENDINGS:
-        if name.lower().endswith(ending) and (
-            isinstance(source, Hub) or (form == "parquet") == isinstance(source, Parquet)
-        ):
+        if name.lower().endswith(ending) and form in _forms(source):
             return form
     raise InputError(f"{name}: expected an ending of {_endings(source)}, got another; rename or exclude it")
 
 
-def _endings(source: Input) -> str:
+def _forms(source: Input) -> frozenset[Form]:
+    """The forms of the files that a source of records reads."""
+    columns: frozenset[Form] = frozenset({"parquet", "arrow"})
     if isinstance(source, Parquet):
-        return ".parquet"
-    return KNOWN if isinstance(source, Hub) else KNOWN.removeprefix(".parquet, ")
+        return columns - {"arrow"}
+    if isinstance(source, Arrow):
+        return columns - {"parquet"}
+    every: frozenset[Form] = frozenset(form for _, form in ENDINGS)
+    return every if isinstance(source, Hub) else every - columns
+
+
+def _endings(source: Input) -> str:
+    return ", ".join(ending for ending, form in ENDINGS if form in _forms(source))
 
 
 def _item(name: str, path: str, form: Form) -> Item:
@@ -221,8 +234,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def _hub_files(source: Hub) -> list[tuple[str, str]]:
-    """Name and local path of each file of a data set's split, fetched by `datasets` where it is not local."""
+def hub_files(source: Hub) -> tuple[Any, list[str]]:
+    """The module `datasets`, and the address of each file of a data set's split; nothing is fetched.
+
+    Raises:  InputError when `datasets` is not installed, or finds no such data set or split.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -239,9 +255,15 @@ def _hub_files(source: Hub) -> list[tuple[str, str]]:
         raise InputError(
             f"{where}: expected one of the splits {', '.join(files) or 'none'}, got {source.split}; choose another"
         )
-    remote = [str(file) for file in files[source.split]]
+    return datasets, [str(file) for file in files[source.split]]
+
+
+def _fetched(source: Hub) -> list[tuple[str, str]]:
+    """Name and local path of each file of a data set's split, fetched by `datasets` where it is not local."""
+    datasets, remote = hub_files(source)
     try:
         local = datasets.DownloadManager(dataset_name=source.dataset).download(remote)
     except (OSError, ValueError) as error:
+        where = f"input.dataset {source.dataset}"
         raise InputError(f"{where}: expected files that can be fetched, got {one_line(error)}; try again") from error
     return list(zip(remote, map(str, local), strict=True))

@@ -1,6 +1,7 @@
 """`nmoe data prep`: a source TOML in, a folder of shards out.
 
     plan     which files, cut into tasks; a pure function of the source, so every process makes the same one
+    stream   of a data set that is streamed: its records as files  -> .work/stream/
     survey   each task: clean, filter, hash                         -> .work/survey/task-00000/
     match    each bucket of hashes: what repeats an earlier document -> .work/match/bucket-00000/
     build    each task: tokenize what stays, write shards            -> .work/build/task-00000/
@@ -21,17 +22,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
 import attrs
 
-from nmoe.config.data_source import Source, canonical
+from nmoe.config.data_source import Source, Streamed, canonical
 from nmoe.config.fields import flat
 from nmoe.config.toml import dotted
 from nmoe.effects import files
 from nmoe.effects.data import tokenizer
-from nmoe.effects.data.prepare.build import SPLITS, build, built_folder
+from nmoe.effects.data.prepare import stream
+from nmoe.effects.data.prepare.build import SPLITS, TRAIN, Built, build, built_folder, cut, cut_folder
 from nmoe.effects.data.prepare.execute import Pool, run
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.match import Match, match
@@ -101,9 +104,20 @@ def prepare(
     Writes:  `out`, which must be absent, empty, or of the same plan.
     Raises:  InputError, one line a problem; tasks that are done stay so.
     """
-    items = find(source.input, base, out=out, skip_unreadable=source.clean.unreadable == "skip", say=say)
-    planned = Plan(format=FORMAT, tokenizer=stored.identity, source=canonical(source), items=items)
-    with reporting(out), _claimed(out, stored, planned, shared=share[1] > 1) as finished:
+    said, shared = source.input, share[1] > 1
+    opened, items = None, ()
+    if not isinstance(said, Streamed):
+        items = find(said, base, out=out, skip_unreadable=source.clean.unreadable == "skip", say=say)
+    elif shared:
+        raise InputError("--worker: expected files that each worker can read, got a stream; use --workers")
+    elif not (out / MANIFEST).exists():
+        begun(out)
+        opened = stream.open_set(said)
+    with reporting(out), _locked(out, shared=shared):
+        if opened is not None and isinstance(said, Streamed):
+            items = stream.fetch(opened, said, source, stored, out / WORK, say)
+        planned = Plan(format=FORMAT, tokenizer=stored.identity, source=canonical(source), items=items)
+        finished = _claimed(out, stored, planned, shared=shared)
         if finished is not None:
             say(f"{out}: prepared already, nothing to do")
             return finished
@@ -116,7 +130,9 @@ def prepare(
         end, none = out / MANIFEST, [0] * len(matches)
         _stage("survey", survey, works, lambda work: work.done(), sizes, pool, share, end, say)
         _stage("match", match, matches, lambda bucket: bucket.done(), none, pool, share, end, say)
-        _stage("build", build, works, built_folder, sizes, pool, share, end, say)
+        # The others of a job array may still build when worker 0 folds, unless it has waited for all tasks.
+        enough = None if source.max_tokens is None or shared else _enough(works, source.max_tokens)
+        _stage("build", build, works, built_folder, sizes, pool, share, end, say, enough)
         if share[0] != 0:
             say(f"{out}: worker {share[0]} of {share[1]} is done; worker 0 finishes the folder")
             return None
@@ -173,21 +189,26 @@ def _stage(
     share: tuple[int, int],
     end: Path,
     say: Callable[[str], None],
+    enough: Callable[[], bool] | None = None,
 ) -> None:
     """Do this worker's part of what is missing, then wait until the others have done theirs.
 
     sizes    bytes of input of each work, for the estimate
     end      a file that is there when worker 0 has finished everything, after which what was done is gone
+    enough   whether what is done makes the rest needless; None: it never does
     """
     missing = [work for work in works[share[0] :: share[1]] if not done(work).exists()]
     if end.exists():
         return
     total, done_bytes = sum(sizes[work.index] for work in missing), 0
     progress = Progress(say, total or len(missing))
-    for number, (work, _) in enumerate(run(function, missing, pool), 1):
+    wanted = missing if enough is None else takewhile(lambda _: not enough(), missing)
+    for number, (work, _) in enumerate(run(function, wanted, pool), 1):
         done_bytes += sizes[work.index]
         size = f", {done_bytes / 1e6:.1f} of {total / 1e6:.1f} MB" if total else ""
         progress.at(done_bytes if total else number, f"{name}: {number} of {len(missing)} tasks{size}")
+    if enough is not None:
+        return
     reported = time.monotonic()
     while (others := sum(not done(work).exists() for work in works)) and not end.exists():
         if time.monotonic() - reported >= WAITING_EVERY_S:
@@ -196,26 +217,65 @@ def _stage(
         time.sleep(0.2)
 
 
+def _enough(works: Sequence[Work], max_tokens: int) -> Callable[[], bool]:
+    """Whether the first tasks, built one behind the other, hold `max_tokens` of the training split."""
+    tokens = place = 0
+
+    def enough() -> bool:
+        nonlocal tokens, place
+        while tokens < max_tokens and place < len(works) and built_folder(works[place]).exists():
+            tokens += _train_tokens(build(works[place]))
+            place += 1
+        return tokens >= max_tokens
+
+    return enough
+
+
+def _train_tokens(built: Built) -> int:
+    return sum(receipt.tokens for receipt in built.shards[TRAIN])
+
+
+def _taken(works: Sequence[Work], max_tokens: int | None) -> Iterator[tuple[Path, Built]]:
+    """Folder and record of the tasks that make up the first `max_tokens` of the training split; the last may be cut."""
+    room = max_tokens
+    for work in works:
+        built, folder = build(work), built_folder(work)
+        if room is not None and _train_tokens(built) > room:
+            yield cut_folder(work), cut(work, room)
+            return
+        yield folder, built
+        room = None if room is None else room - _train_tokens(built)
+        if room == 0:
+            return
+
+
 def _fold(out: Path, stored: tokenizer.Tokenizer, planned: Plan, works: Sequence[Work]) -> Report:
     """Move every shard to its place in the order of the tasks, then write report and manifest.
 
     A shard that an interrupted fold has moved is in its place already.
     """
-    surveys, builts = [survey(work) for work in works], [build(work) for work in works]
+    limit = works[0].source.max_tokens
+    surveys, taken = [survey(work) for work in works], list(_taken(works, limit))
+    if limit is not None and not any(built.shards[TRAIN] for _, built in taken):
+        raise InputError(f"max_tokens: expected at least one document of the training split, got {limit}; raise it")
     receipts: dict[str, list[Receipt]] = {split: [] for split in SPLITS}
     for split, placed in receipts.items():
         (out / split).mkdir(exist_ok=True)
-        for work, built in zip(works, builts, strict=True):
+        for folder, built in taken:
             for at, receipt in enumerate(built.shards[split]):
                 for ending in (".npy", ".ends.npy", ".json"):
-                    source = built_folder(work) / split / f"{stem(at)}{ending}"
+                    source = folder / split / f"{stem(at)}{ending}"
                     if source.exists():
                         os.replace(source, out / split / f"{stem(len(placed))}{ending}")
                 placed.append(receipt)
         files.sync_folder(out / split)
     dropped: Counter[str] = Counter()
-    for record in (*surveys, *builts):
+    for record in (*surveys, *(built for _, built in taken)):
         dropped.update(record.dropped)
+    documents_in = sum(record.documents for record in surveys)
+    if limit is not None:
+        kept = sum(receipt.documents for placed in receipts.values() for receipt in placed)
+        dropped["beyond max_tokens"] = documents_in - sum(dropped.values()) - kept
     report = Report(
         format=FORMAT,
         tokenizer=stored.name,
@@ -224,7 +284,7 @@ def _fold(out: Path, stored: tokenizer.Tokenizer, planned: Plan, works: Sequence
         inputs_sha256=_inputs(planned.items),
         files=len(planned.items),
         bytes_read=sum(sum(item.sizes) for item in planned.items),
-        documents_in=sum(record.documents for record in surveys),
+        documents_in=documents_in,
         documents_with_replaced_bytes=sum(record.replaced for record in surveys),
         dropped=dict(sorted(dropped.items())),
         documents_out={split: sum(receipt.documents for receipt in placed) for split, placed in receipts.items()},
@@ -242,12 +302,12 @@ def _fold(out: Path, stored: tokenizer.Tokenizer, planned: Plan, works: Sequence
 
 
 @contextmanager
-def _claimed(out: Path, stored: tokenizer.Tokenizer, planned: Plan, *, shared: bool) -> Iterator[Report | None]:
-    """The folder for this plan alone, locked while the block runs; the report where it is prepared already.
+def _locked(out: Path, *, shared: bool) -> Iterator[None]:
+    """The folder, locked while the block runs.
 
     shared   whether other workers may have it at the same time
 
-    Writes:  `out`, its plan and its tokenizer.
+    Writes:  `out`, and the folder of its work.
     """
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with open(out / WORK / ".lock", "a") as lock:
@@ -255,27 +315,33 @@ def _claimed(out: Path, stored: tokenizer.Tokenizer, planned: Plan, *, shared: b
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{out}: expected no other process preparing it, got one; wait for its end") from error
-        if (out / MANIFEST).exists():
-            try:
-                report = _finished(out, planned)
-            finally:
-                shutil.rmtree(out / WORK)
-            yield report
-            return
-        path = out / WORK / PLAN
-        if path.exists():
-            _same_plan(path, planned)
-        elif others := _others(out):
+        yield
+
+
+def _claimed(out: Path, stored: tokenizer.Tokenizer, planned: Plan, *, shared: bool) -> Report | None:
+    """Take a locked folder for this plan alone; the report where it is prepared already.
+
+    Writes:  its plan and its tokenizer.
+    """
+    if (out / MANIFEST).exists():
+        try:
+            return _finished(out, planned)
+        finally:
             shutil.rmtree(out / WORK)
-            raise InputError(others)
-        else:
-            write_record(path, planned)
-        if not shared:
-            for dead in (out / WORK).glob("*/.*.tmp"):
-                shutil.rmtree(dead)
-        if not (out / WORK / tokenizer.FILE).exists():
-            tokenizer.save(stored, out / WORK)
-        yield None
+    path = out / WORK / PLAN
+    if path.exists():
+        _same_plan(path, planned)
+    elif others := _others(out):
+        shutil.rmtree(out / WORK)
+        raise InputError(others)
+    else:
+        write_record(path, planned)
+    if not shared:
+        for dead in (out / WORK).glob("**/.*.tmp"):
+            shutil.rmtree(dead)
+    if not (out / WORK / tokenizer.FILE).exists():
+        tokenizer.save(stored, out / WORK)
+    return None
 
 
 def _others(out: Path) -> str:
@@ -294,7 +360,8 @@ def _finished(out: Path, planned: Plan) -> Report:
     problems = [
         f"{out}: expected a folder prepared with {what} {new}, got {old}; choose another folder"
         for what, old, new in zip(("tokenizer", "input files of sha256"), before, now, strict=True)
-        if old != new
+        # a stream that was read is not read again to be compared
+        if old != new and (planned.items or what == "tokenizer")
     ]
     problems += _source_problems(out, report.source, planned.source)
     if problems:

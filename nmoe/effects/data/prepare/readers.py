@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import attrs
 
-from nmoe.config.data_source import Files, Hub, Jsonl, Parquet, Source
+from nmoe.config.data_source import Arrow, Files, Hub, Jsonl, Parquet, Source, Streamed
 from nmoe.effects.data.prepare.inputs import extra, one_line
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item, Range
@@ -27,6 +27,8 @@ OTHER_FIELDS_BYTES = 1 << 26
 ZSTD_CHUNK_BYTES = 1 << 12
 """A compressed chunk can grow by any factor; a small one keeps what it grows to small."""
 ROWS = 64
+ARROW_MAGIC = b"ARROW1"
+"""First bytes of a file of random access; a stream has none."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a pair that JSON can write and UTF-8 can not."""
 
@@ -56,7 +58,7 @@ def read(item: Item, part: Range, source: Source) -> Iterator[Document]:
     """
     if item.form in ("text", "text.gz", "text.zst", "python"):
         records = _whole(item, source)
-    elif item.form == "parquet":
+    elif item.form in ("parquet", "arrow"):
         records = _rows(item, part, source)
     else:
         records = _lines(item, part, source)
@@ -198,7 +200,7 @@ def _record(line: bytes, position: int, name: str, source: Source) -> Document:
 def _checked(get: Any, position: int, place: str, replaced: bool, name: str, source: Source, remedy: str) -> Document:
     """The document of a record whose fields `get` looks up."""
     fields = source.input
-    if not isinstance(fields, Files | Jsonl | Parquet | Hub):
+    if not isinstance(fields, Files | Jsonl | Parquet | Arrow | Hub | Streamed):
         raise TypeError(f"{name}: read as records, but its source has no fields")
     text = get(fields.text_field)
     if not isinstance(text, str):
@@ -280,40 +282,78 @@ def _cut(chunks: Iterator[bytes], begin: int, most: int) -> Iterator[tuple[int, 
 
 
 def _rows(item: Item, part: Range, source: Source) -> Iterator[Document]:
-    """The rows of some row groups of a Parquet file."""
+    """The rows of an Arrow file, or of some row groups of a Parquet file."""
     try:
         import pyarrow
-        import pyarrow.parquet
     except ImportError as error:
         raise extra("pyarrow", item.name, "nmoe[data]") from error
     fields = source.input
-    if not isinstance(fields, Files | Parquet | Hub):
+    if not isinstance(fields, Files | Parquet | Arrow | Hub):
         raise TypeError(f"{item.name}: read as rows, but its source has no columns")
     id_field = None if isinstance(fields, Files) else fields.id_field
     columns = [fields.text_field, *([] if id_field is None else [id_field])]
     remedy = 'restore it, or write clean.unreadable = "skip"'
+    batches = _parquet_batches if item.form == "parquet" else _arrow_batches
     try:
-        with pyarrow.parquet.ParquetFile(item.path) as file:
-            if absent := [name for name in columns if name not in file.schema_arrow.names]:
-                raise InputError(
-                    f"{item.name}: expected a column {', '.join(absent)}, got "
-                    f"{', '.join(file.schema_arrow.names)[:200]}; set input.text_field and input.id_field"
-                )
-            for name in columns:
-                # of other types the values may have no Python object: a time beyond the year 9999
-                if not _is_text_or_integer(file.schema_arrow.field(name).type, pyarrow.types):
-                    raise InputError(
-                        f"{item.name}: expected texts or integers in column {name}, got "
-                        f"{str(file.schema_arrow.field(name).type)[:80]}; set input.text_field and input.id_field"
-                    )
-            row = sum(file.metadata.row_group(index).num_rows for index in range(part.start))
-            groups = list(range(part.start, part.end))
-            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=columns):
-                for record in _plain(batch, pyarrow):
-                    yield _row(record, row, item.name, source)
-                    row += 1
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{item.name}: expected Parquet, got {one_line(error)}; {remedy}") from error
+        for row, batch in batches(item, part, columns, pyarrow):
+            for number, record in enumerate(_plain(batch, pyarrow), row):
+                yield _row(record, number, item.name, source)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of a damaged schema
+        noun = item.form.capitalize()
+        raise InputError(f"{item.name}: expected {noun}, got {one_line(error)}; {remedy}") from error
+
+
+def _parquet_batches(item: Item, part: Range, columns: list[str], pyarrow: Any) -> Iterator[tuple[int, Any]]:
+    """Number of the first row, and up to ROWS rows of these columns, of some row groups."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(item.path) as file:
+        _check_columns(item.name, file.schema_arrow, columns, pyarrow.types)
+        row = sum(file.metadata.row_group(index).num_rows for index in range(part.start))
+        groups = list(range(part.start, part.end))
+        for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=columns):
+            yield row, batch
+            row += batch.num_rows
+
+
+def _arrow_batches(item: Item, part: Range, columns: list[str], pyarrow: Any) -> Iterator[tuple[int, Any]]:
+    """Number of the first row, and up to ROWS rows of these columns, of a whole file, checked before they are used."""
+    with pyarrow.memory_map(item.path) as file:
+        random_access = file.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+        file.seek(0)
+        reader = pyarrow.ipc.open_file(file) if random_access else pyarrow.ipc.open_stream(file)
+        _check_columns(item.name, reader.schema, columns, pyarrow.types)
+        row = 0
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if random_access else reader:
+            # Only a whole batch knows its buffers: offsets that point outside them would read foreign memory.
+            arrays = [_as_bytes(batch.column(name), pyarrow) for name in columns]
+            for array in arrays:
+                array.validate(full=True)
+            for at in range(0, batch.num_rows, ROWS):
+                yield row + at, pyarrow.RecordBatch.from_arrays([array.slice(at, ROWS) for array in arrays], columns)
+            row += batch.num_rows
+
+
+def _as_bytes(array: Any, pyarrow: Any) -> Any:
+    """Texts as bytes, unread: what is not UTF-8 is ours to judge."""
+    kinds = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    return array.view(kinds[array.type]) if array.type in kinds else array
+
+
+def _check_columns(name: str, schema: Any, columns: list[str], types: Any) -> None:
+    """Refuse a table without these columns, or with other values in them than texts and integers."""
+    if absent := [column for column in columns if column not in schema.names]:
+        raise InputError(
+            f"{name}: expected a column {', '.join(absent)}, got "
+            f"{', '.join(schema.names)[:200]}; set input.text_field and input.id_field"
+        )
+    for column in columns:
+        # of other types the values may have no Python object: a time beyond the year 9999
+        if not _is_text_or_integer(schema.field(column).type, types):
+            raise InputError(
+                f"{name}: expected texts or integers in column {column}, got "
+                f"{str(schema.field(column).type)[:80]}; set input.text_field and input.id_field"
+            )
 
 
 def _is_text_or_integer(column: Any, types: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -90,11 +90,15 @@ def documents(folder: Path, manifest: Manifest, tokenizer: Tokenizer, split: str
     Raises:  InputError when there is no such split, or at the first shard that is not what its receipt says.
     Cost:    reads and hashes a shard before its first document, about 1 GB/s.
     """
-    where = folder / split
-    for index, receipt in enumerate(split_of(folder, manifest, split).shards):
+    return documents_of(folder / split, split_of(folder, manifest, split).shards, tokenizer)
+
+
+def documents_of(where: Path, receipts: Sequence[Receipt], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """`documents` of the shards in a folder, by their receipts."""
+    for index, receipt in enumerate(receipts):
         if problems := shard_problems(where, index, receipt, tokenizer):
             raise InputError(*problems)
-        tokens = mapped(where / f"{stem(index)}.npy", dtype_of(manifest.tokenizer_size), receipt.tokens)
+        tokens = mapped(where / f"{stem(index)}.npy", dtype_of(tokenizer.size), receipt.tokens)
         begin = 0
         for end in mapped(where / f"{stem(index)}.ends.npy", np.dtype("<i8"), receipt.documents).tolist():
             yield tokens[begin : end - 1]

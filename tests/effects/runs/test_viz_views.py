@@ -411,22 +411,6 @@ def test_groups_are_a_mean_and_a_band(browser: Browser, odd: Server) -> None:
         assert (made[0]["values"], made[0]["low"], made[0]["high"]) == ([2, 3, 3], [1, 2, 3], [3, 4, 3])
 
 
-def test_a_result_is_compared_against_a_key_of_the_config(browser: Browser, odd: Server) -> None:
-    with opened(browser, f"{odd.url}/?view=compare&run=a&run=b&run=c&cx=optim.peak_lr&cy=loss") as page:
-        points = page.locator("svg.scatter circle")
-        expect(points).to_have_count(3)
-        places = {
-            each.get_attribute("data-run"): (float(each.get_attribute("cx") or 0), float(each.get_attribute("cy") or 0))
-            for each in points.all()
-        }
-        assert places["a"][0] == places["b"][0] < places["c"][0]
-        assert places["a"][1] > places["b"][1] > places["c"][1], "the greater loss is higher up"
-        middle = places["a"][1] + (places["c"][1] - places["a"][1]) / 3
-        assert places["b"][1] == pytest.approx(middle), "2.01, 3.01 and 5.01"
-        page.locator("circle[data-run=c]").hover()
-        expect(page.locator(".chart-note")).to_have_text("c: 0.0100, 5.0100")
-
-
 def test_every_address_for_programs_answers(server: Server) -> None:
     text = (Path(__file__).resolve().parents[3] / "docs" / "viz.md").read_text()
     contract: dict[str, Any] = server.json("/api/contract")

@@ -95,7 +95,7 @@ def application(settings: Settings) -> Starlette:
         "runs": lambda ask: views.runs(settings.index, ask.texts("column")),
         "series": lambda ask: curves.series(settings.index, ask.runs(), ask.text("tag"), ask.axis()),
         "events": lambda ask: views.events(settings.index, ask.runs(), ask.axis(), alerts=ask.texts("alerts") == ["1"]),
-        "configs": lambda ask: views.configs(settings.index, ask.runs()),
+        "configs": lambda ask: views.configs(settings.index, ask.runs(), differing=ask.texts("differs") == ["1"]),
         "evaluations": lambda ask: views.evaluations(settings.index, ask.runs()),
         "samples": lambda ask: views.samples(settings.index, ask.runs()),
         "experts": lambda ask: experts.experts(settings.index, ask.text("run")),

@@ -267,8 +267,11 @@ def samples(index: Index, names: Sequence[str]) -> api.Samples:
     )
 
 
-def configs(index: Index, names: Sequence[str]) -> api.Configs:
-    """The configs of some runs side by side: what differs first, and where the runs come from."""
+def configs(index: Index, names: Sequence[str], *, differing: bool = False) -> api.Configs:
+    """The configs of some runs side by side: what differs first, and where the runs come from.
+
+    differing  only the keys that differ
+    """
     folders = [index.root / name for name in known(index, names).values()]
     tables = [
         {**config_of(folder), **{f"provenance.{k}": v for k, v in config_of(folder, PROVENANCE).items()}}
@@ -283,7 +286,7 @@ def configs(index: Index, names: Sequence[str]) -> api.Configs:
         for key in dict.fromkeys(key for table in tables for key in table)
     ]
     rows.sort(key=lambda row: (not row.differs, row.key.startswith("provenance.")))
-    return api.Configs(runs=list(names), rows=rows)
+    return api.Configs(runs=list(names), rows=[row for row in rows if row.differs or not differing])
 
 
 def config_of(folder: Path, file: str = CONFIG) -> Mapping[str, Any]:

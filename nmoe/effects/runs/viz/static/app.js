@@ -22,7 +22,7 @@ const VIEWS = [
 ];
 
 /** Keys of the config and metrics that the view asks for beside those of the table. */
-const columnsOf = (state) => [...new Set([...(state.col ?? []), ...[state.group, state.cx, state.cy].filter(Boolean)])];
+const columnsOf = (state) => [...new Set([...(state.col ?? []), ...[state.group, state.cy].filter(Boolean)])];
 const SHOWN_AT_FIRST = 6;
 
 /** The address as a value, and what changes it. */

@@ -4,7 +4,7 @@ import { address, useAnswer } from "./api.js";
 import { Chart } from "./chart.js";
 import { AxisTools, Lazy, axis, drawing, metricOf, unitOf } from "./charts.js";
 import { Heatmap } from "./heatmap.js";
-import { count, number, viridis } from "./format.js";
+import { count, hex, number, viridis } from "./format.js";
 
 /** What the server says of a quantity of the experts. */
 function titleOf(table, tag) {
@@ -103,5 +103,3 @@ function layerLines(data, theme) {
     };
   });
 }
-
-const hex = (parts) => `#${parts.map((part) => part.toString(16).padStart(2, "0")).join("")}`;

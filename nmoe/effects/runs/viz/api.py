@@ -19,6 +19,17 @@ Numbers = list[float | None]
 
 
 @attrs.frozen(kw_only=True)
+class Notes:
+    """What people wrote about a run."""
+
+    note: str
+    tags: list[str]
+    hidden: bool
+    is_editable: bool  # the server may write into the run folder
+    problem: str | None  # with its file; there is nothing else then
+
+
+@attrs.frozen(kw_only=True)
 class Run:
     """A row of the run table. Times in seconds since 1970; None where the run has not reported."""
 
@@ -42,6 +53,7 @@ class Run:
     nonfinite: int
     bad_lines: int
     tags: list[int]  # it has logged, as places in the tags of `Runs`
+    notes: Notes
     columns: dict[str, Any]  # the config keys and tags asked for
 
 

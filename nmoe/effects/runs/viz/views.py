@@ -14,6 +14,7 @@ import numpy as np
 
 from nmoe.effects.record.names import CONFIG, EVALS, PROVENANCE
 from nmoe.effects.record.reading import toml_table
+from nmoe.effects.runs import notes
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.show import read_scores
 from nmoe.effects.runs.viz import api, words
@@ -120,6 +121,7 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
                 nonfinite=counts.get((run, "nonfinite"), 0),
                 bad_lines=bad.get(run) or 0,
                 tags=sorted(places[tag] for tag in values if tag in places),
+                notes=notes_of(folder),
                 columns={key: api.plain(config.get(key, values.get(key, (None, 0))[0])) for key in columns},
             )
         )
@@ -144,6 +146,34 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
         ],
         keys=sorted(keys),
     )
+
+
+def notes_of(folder: Path) -> api.Notes:
+    """What people wrote about a run, or why that cannot be read."""
+    try:
+        written, problem = notes.read(folder), None
+    except InputError as error:
+        written, problem = notes.Notes(), "\n".join(error.problems)
+    return api.Notes(
+        note=written.note,
+        tags=list(written.tags),
+        hidden=written.hidden,
+        is_editable=problem is None and notes.is_editable(folder),
+        problem=problem,
+    )
+
+
+def write_notes(index: Index, name: str, fields: Mapping[str, Any]) -> api.Notes:
+    """Change what people wrote about a run; what `fields` lack stays.
+
+    Writes:  the notes in the run folder.
+    Raises:  InputError for a run that is not there, other fields, or a folder that cannot be written.
+    """
+    known(index, [name])
+    folder = index.root / name
+    with index.noting:
+        notes.write(folder, notes.changed(notes.read(folder), fields, name))
+    return notes_of(folder)
 
 
 def events(index: Index, names: Sequence[str], axis: Axis, *, alerts: bool = False) -> api.Events:

@@ -1,9 +1,10 @@
-"""Runs against each other, on values: a result against keys of the config, parallel coordinates."""
+"""Runs against each other, on values: results against keys of configs, parallel coordinates, experts of two runs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -107,3 +108,39 @@ def test_a_stretch_of_an_axis_keeps_the_runs_that_pass_there(browser: Browser, s
         expect(page.locator("#kept")).to_have_text("1 of 4 runs")
         page.get_by_role("button", name="all runs").click()
         expect(page.locator("polyline[data-kept='0']")).to_have_count(0)
+
+
+def test_experts_of_two_runs_stand_side_by_side_on_the_same_axes(browser: Browser, tmp_path: Path) -> None:
+    for name, steps in (("short", 100), ("long", 200)):
+        runs.finished(tmp_path, name, steps=steps)
+    with serving(tmp_path) as server:
+        where = f"{server.url}/?view=experts&run=short&run=long&one=short"
+        with opened(browser, where, viewport={"width": 1280, "height": 4000}) as page:
+            page.get_by_label("beside").select_option("long")
+            expect(page.locator("#experts-about")).to_have_text(
+                "3 MoE layers, 16 experts, top 2 · 3 MoE layers, 16 experts, top 2"
+            )
+            titles = page.locator(".pair figure.wide .chart-title")
+            expect(titles).to_have_count(4)
+            assert [title.inner_text() for title in titles.all()][::2] == [
+                "Load of each expert at step 100",
+                "Load of each expert at step 200",
+            ], "each at its newest step"
+            page.goto(f"{where}&two=long&step=50&layer=2")
+            expect(titles).to_have_count(4)
+            expect(titles.nth(0)).to_have_text("Load of each expert at step 50")
+            expect(titles.nth(2)).to_have_text("Load of each expert at step 50")
+            expect(titles.nth(3)).to_have_text("Load of each expert of layer 2 over time")
+            dead = [
+                cell.inner_text()
+                for cell in page.locator("#experts-latest tbody tr:nth-child(2) td:nth-child(4)").all()
+            ]
+            assert dead == ["0", "1"], "expert 5 of layer 2 is dead after step 100"
+            axes: list[str | None] = []
+            for name in ("short", "long"):
+                chart = page.get_by_role("figure", name=f"entropy, {name}")
+                expect(chart.locator("[data-drawn]")).to_have_count(1)
+                axes.append(chart.locator(".plot").get_attribute("data-y"))
+            assert axes[0] == axes[1] and axes[0], "entropies of 2.60 and of 2.50 at the end, on one axis"
+            page.get_by_label("beside").select_option("")
+            expect(page.locator(".pair")).to_have_count(0)

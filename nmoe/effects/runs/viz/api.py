@@ -388,6 +388,7 @@ class Source:
     name: str
     planned: int  # tokens
     read: int  # tokens
+    left_out: int  # tokens of the plan that are not read since a rewind
     planned_share: float  # of the stage
     read_share: float | None  # of what was read of the stage; None before its first token
     passes: float  # over the source in this stage so far

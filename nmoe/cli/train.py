@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import attrs
 
 from nmoe.cli.parser import Verbs, add, add_fit, load, run_path
 from nmoe.errors import InputError
@@ -41,7 +44,7 @@ def verbs(root: Verbs) -> None:
         "--profile",
         type=Path,
         metavar="FILE",
-        help="write a trace of three steps there, and say what their time went to",
+        help="write a trace of three steps there, one a rank, and say what their time went to",
     )
 
     plan = add(
@@ -128,14 +131,18 @@ def _train(args: argparse.Namespace) -> int:
     from nmoe.config.run_name import label
     from nmoe.config.secrets import masked_arguments
     from nmoe.effects.train import run
+    from nmoe.effects.train.profile import profiling
+    from nmoe.effects.train.world import World
 
     command, name = masked_arguments(args.command), label(args.config.stem)
-    if args.profile is not None:
-        from nmoe.effects.train.profile import profiling
+    judge = None
+    if config.eval.every:
+        from nmoe.effects.evals import suite
 
-        with profiling(args.profile, config) as world:
-            return run.main(config, loaded.sources, command, name, args.accept, world, args.rewind)
-    return run.main(config, loaded.sources, command, name, args.accept, rewind=args.rewind)
+        judge = suite.judging(config.eval)
+    with nullcontext(World()) if args.profile is None else profiling(args.profile, config) as world:
+        world = attrs.evolve(world, judge=judge)
+        return run.main(config, loaded.sources, command, name, args.accept, world, args.rewind)
 
 
 def _say_fitted(loaded: Loaded, *, aside: bool = False) -> None:

@@ -21,8 +21,11 @@ from nmoe.config.attention import Mixed, Single
 from nmoe.config.attention import Mla as Mla
 from nmoe.config.attention import Nsa as Nsa
 from nmoe.config.attention import Yarn as Yarn
-from nmoe.config.log import Log as Log
 from nmoe.config.setting import MOST_POSITIONS, MOST_SECONDS, MOST_STEPS, MOST_TOKENS, WIDEST, setting
+from nmoe.config.watch import Eval as Eval
+from nmoe.config.watch import Log as Log
+from nmoe.config.watch import Sample as Sample
+from nmoe.config.watch import Validation as Validation
 
 MOST_SEQUENCES = 2**20
 
@@ -313,26 +316,6 @@ class Train:
 
 
 @attrs.frozen(kw_only=True)
-class Validation:
-    """Loss on held-out documents."""
-
-    every: int = setting(
-        "steps between validations; one more at the end", unit="steps", low=1, high=MOST_STEPS, identity=False
-    )
-    tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, high=MOST_TOKENS, identity=False)
-
-
-@attrs.frozen(kw_only=True)
-class Sample:
-    """A text that the model writes while it trains. One more is written at the end."""
-
-    every: int = setting(
-        "steps between samples; 0: at the end alone", default=0, unit="steps", low=0, high=MOST_STEPS, identity=False
-    )
-    prompt: str = setting("text that is continued", default="def ", identity=False)
-
-
-@attrs.frozen(kw_only=True)
 class Checkpoint:
     """When the state is saved, and what is kept. One more is saved at the end and at a stop."""
 
@@ -451,6 +434,7 @@ class Config:
     parallel: Parallel = setting("how many processes", default=attrs.Factory(Parallel))
     memory: Memory = setting("what the allocators may do", default=attrs.Factory(Memory))
     sample: Sample = setting("texts it writes while it trains", default=attrs.Factory(Sample))
+    eval: Eval = setting("tasks that are scored while it trains", default=attrs.Factory(Eval))
     checkpoint: Checkpoint = setting("when the state is saved, and what is kept", default=attrs.Factory(Checkpoint))
     log: Log = setting("what is printed and written", default=attrs.Factory(Log))
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import attrs
-
-from nmoe.effects import files
+from nmoe.config.sections import Eval
 from nmoe.effects.data import stdlib
+from nmoe.effects.data.tokenizer import Tokenizer
 from nmoe.effects.evals import sandbox
 from nmoe.effects.evals.judge import Judged, of_network
-from nmoe.effects.record.names import EVALS
+from nmoe.effects.record import scores as score_file
 from nmoe.effects.terminal import say, say_json, table, warn
-from nmoe.effects.train.generate import open_network
+from nmoe.effects.train.generate import Network, open_network
+from nmoe.effects.train.world import Judge
 from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.evals import items
 from nmoe.pure.evals.items import Choice
 from nmoe.pure.evals.problems import PROBLEMS, Problem
-from nmoe.pure.evals.score import Score, chosen, mean, ratio
+from nmoe.pure.evals.score import Score, chosen, mean, ratio, rows
 
 KEY = Key(0).fold("evals")
 PASSAGE_CHARS = 2000
@@ -111,10 +107,10 @@ def programs(judged: Judged, sources: Sequence[str], limit: int) -> Scores:
     sandbox.check()
     problems: Sequence[Problem] = PROBLEMS[:limit]
     added = judged.extend([problem.prompt for problem in problems], PROGRAM_TOKENS)
-    outcomes = [
-        sandbox.grade(problem, problem.prompt + items.function_body(text))
-        for problem, text in zip(problems, added, strict=True)
-    ]
+    outcomes: list[str] = []
+    for problem, text in zip(problems, added, strict=True):
+        outcomes.append(sandbox.grade(problem, problem.prompt + items.function_body(text)))
+        judged.between()
     return {"programs/passed": mean([float(outcome == "passed") for outcome in outcomes])}
 
 
@@ -133,22 +129,33 @@ def main(folder: Path, suite: str, limit: int, device: str | None, as_json: bool
     """
     if limit < 2:
         raise InputError(f"--limit: expected at least 2, got {limit}; a standard error needs two items")
-    earlier = _earlier(folder / EVALS)
+    score_file.read(folder)  # a damaged file is refused before the work
     judged = of_network(*open_network(folder, device))
     scores: Scores = {}
     for name, scored, seconds in _each(judged, suite, limit):
         (warn if as_json else say)(f"{name:<14} {seconds:.1f} s")
         scores |= scored
-    about = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
-    kept = {name: {**attrs.asdict(score), **about} for name, score in scores.items()}
-    with files.refusing(folder / EVALS, "to write the scores"):
-        files.write_text(folder / EVALS, json.dumps(earlier | kept, indent=2) + "\n")
+    kept = score_file.keep(folder, scores)
     if as_json:
         say_json(kept)
         return 0
-    rows = [(name, f"{x.value:.4f}", f"{x.error:.4f}", f"{x.count}") for name, x in scores.items()]
-    say(table(("task", "score", "std error", "items"), rows, left=1))
+    say(table(("task", "score", "std error", "items"), rows(scores), left=1))
     return 0
+
+
+def judging(c: Eval) -> Judge:
+    """What scores a model while it trains.
+
+    Raises:  InputError for a suite that this machine cannot run.
+    """
+    if c.suite == "programs":
+        sandbox.check()
+
+    def judge(network: Network, tokenizer: Tokenizer, between: Callable[[], None]) -> Scores:
+        judged = of_network(network, tokenizer, between)
+        return {task: score for _, scored, _ in _each(judged, c.suite, c.limit) for task, score in scored.items()}
+
+    return judge
 
 
 def _each(judged: Judged, suite: str, limit: int) -> Iterator[tuple[str, Scores, float]]:
@@ -164,16 +171,3 @@ def _each(judged: Judged, suite: str, limit: int) -> Iterator[tuple[str, Scores,
             warn(f"nmoe: programs: left out: {error}")
             continue
         yield name, scored, time.monotonic() - began
-
-
-def _earlier(path: Path) -> dict[str, Any]:
-    """What the file of scores holds; nothing where there is none. Raises: InputError when it is damaged."""
-    if not files.is_file(path):
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected JSON, got {error}; delete the file") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}; delete the file")
-    return content

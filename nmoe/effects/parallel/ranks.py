@@ -18,6 +18,7 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from nmoe.config.check import beyond_hosts
 from nmoe.effects.parallel.launch import MULTICAST_OFF, Launch
@@ -92,8 +93,9 @@ def all_reduce_sum(group: Group, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
     """
     if group.handle is None:
         return tuple(tensors)
-    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
-    dist.all_reduce(flat, group=group.handle)
+    with record_function("reduce"):
+        flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+        dist.all_reduce(flat, group=group.handle)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return tuple(part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True))
 

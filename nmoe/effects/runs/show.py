@@ -166,12 +166,12 @@ def show(root: Path, name: str, as_json: bool = False) -> int:
         say(f"\nexperts at step {_count(number(trained, 'step'))}")
         say(table(tuple(experts), [(layer, *row) for layer, row in zip(layers, rows, strict=True)], left=0))
     if scores := read_scores(run.folder / EVALS):
-        say(f"\n{table(('task', 'score', 'std error', 'items', 'judged (UTC)'), scores, left=1)}")
+        say(f"\n{table(('task', 'score', 'std error', 'items', 'step', 'judged (UTC)'), scores, left=1)}")
     return 0
 
 
 def read_scores(path: Path) -> list[tuple[str, ...]]:
-    """What `nmoe eval` measured: a row a task; none where nothing was.
+    """What `nmoe eval` and evaluations in training measured: a row a task; none where nothing was.
 
     Raises:  InputError when the file holds something else.
     """
@@ -185,6 +185,7 @@ def read_scores(path: Path) -> list[tuple[str, ...]]:
                 _digits(float(x["value"])),
                 _digits(float(x["error"])),
                 _count(float(x["count"])),
+                _count(None if x.get("step") is None else float(x["step"])),
                 str(x["at"])[:16].replace("T", " "),
             )
             for task, x in saved.items()

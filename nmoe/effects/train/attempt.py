@@ -16,23 +16,23 @@ from nmoe.effects.record.lines import read
 from nmoe.effects.record.names import ATTEMPTS, OF_STEPS, WEIGHTS
 from nmoe.errors import InputError
 
-VALIDATION = "validation/loss"
-"""Field of a line of metrics that reports a validation."""
+VALIDATION, EVALUATION = "validation/", "evaluation/"
+"""First part of the fields of a line of metrics that reports a validation, or an evaluation, which comes after it."""
 
 
-def fix(folder: Path, step: int, *, validated: bool = True) -> None:
+def fix(folder: Path, step: int, *, validated: bool = True, evaluated: bool = True) -> None:
     """Make the files a run appends to those of a run that stands at `step`.
 
     Everything is read before anything is cut, so that a line that cannot be read leaves the folder as it was.
 
     validated  whether the run knows of a validation at `step`: if not, it validates and reports it again
+    evaluated  the same of an evaluation
 
     Writes:  every `*.jsonl` in `folder`: without a torn last line, and of what belongs to steps without later ones.
     Raises:  InputError with file and line of what cannot be read.
     """
-    lengths = {
-        path: _good_length(path, step, validated) for path in sorted(folder.iterdir()) if path.suffix == ".jsonl"
-    }
+    unknown = tuple(prefix for prefix, known in ((VALIDATION, validated), (EVALUATION, evaluated)) if not known)
+    lengths = {path: _good_length(path, step, unknown) for path in sorted(folder.iterdir()) if path.suffix == ".jsonl"}
     for path, length in lengths.items():
         if length < path.stat().st_size:
             os.truncate(path, length)
@@ -58,15 +58,16 @@ def record(folder: Path, attempt: int, contents: Mapping[str, str]) -> None:
         os.replace(folder / WEIGHTS, archive / WEIGHTS)
 
 
-def _good_length(path: Path, step: int, validated: bool) -> int:
-    """Bytes of a file up to its first line of a later step, or else of its whole lines."""
+def _good_length(path: Path, step: int, unknown: tuple[str, ...]) -> int:
+    """Bytes of a file up to its first line of a later step, or one of `step` with fields of these first parts, or else
+    of its whole lines."""
     length = 0
     for line in read(path):
         if path.name.startswith(OF_STEPS):
             at = line.fields.get("step")
             if not isinstance(at, int):
                 raise InputError(f"{line.where}: expected a number as step, got {at!r}; fix or delete the line")
-            if at > step or (at == step and VALIDATION in line.fields and not validated):
+            if at > step or (at == step and any(name.startswith(unknown) for name in line.fields)):
                 break
         length = line.end
     return length

@@ -19,6 +19,7 @@ from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.hf_export import COMPUTE
 from nmoe.effects.data.tokenizer import Tokenizer, encoding, load
 from nmoe.effects.device import gpu, ops
+from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks
 from nmoe.effects.record.names import CONFIG
 from nmoe.effects.terminal import say, stream
 from nmoe.errors import InputError
@@ -33,6 +34,9 @@ from nmoe.pure.model.ops import Env, environment
 DEFAULT_TOKENS = 128
 """Tokens that are added unless the user says how many, where the model has positions for them."""
 
+BATCH_TOKENS = 8192
+"""Tokens of a forward pass that scores texts, as far as one text has fewer."""
+
 PREFILL = 512
 """Tokens of a prompt that are read at once: their scores against all earlier ones exist together."""
 
@@ -46,6 +50,8 @@ class Network:
     env: Env
     config: ModelConfig
     vocab_size: int  # ids that the tokenizer knows; the model may have more rows
+    ranks: Ranks = SINGLE_RANK  # that compute it together: each calls the same functions with the same arguments
+    batch_tokens: int = BATCH_TOKENS
 
 
 @torch.no_grad()

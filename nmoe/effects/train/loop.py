@@ -5,8 +5,9 @@ V = ids of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+import attrs
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.ranks import Ranks, with_rank_note
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train.evaluate import Held, evaluate, even
-from nmoe.effects.train.outcome import EXIT_UNSAVED, end, record_failure, sample_on_the_way
+from nmoe.effects.train.outcome import EXIT_UNSAVED, end, network, record_failure, sample_on_the_way
 from nmoe.effects.train.session import Session, Start
 from nmoe.effects.train.step import State
+from nmoe.pure.evals.score import Score
 from nmoe.pure.model.model import Batch, model_at
 from nmoe.pure.watch.validations import Validations, validated
 
@@ -80,6 +82,16 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
                 report.validation(state.step, held)
                 validations = validated(validations, state.step, held.loss, held.bits_per_byte)
             clock.mark("validation")
+
+        # Once in a while: an evaluation, at the head as a validation.
+        every = config.eval.every
+        due = every > 0 and state.step > 0 and (state.step % every == 0 or state.step >= train.steps)
+        if due and validations.evaluated != state.step and not agreed(stop, ranks)[0]:
+            scores = _scores(session, state)
+            if scores is not None:
+                report.evaluation(state.step, scores)
+                validations = attrs.evolve(validations, evaluated=state.step)
+            clock.mark("validation")  # no part of a step's time either
 
         # Once in a while: a checkpoint.
         stopped, save = agreed(stop, ranks, saver.due(state.step))
@@ -149,6 +161,32 @@ def _validator(session: Session) -> Callable[[State], Held | None]:
         return None if agreed(stop, ranks)[0] else held
 
     return validate
+
+
+class _Stopped(Exception):
+    """A signal came while the model was evaluated."""
+
+
+def _scores(session: Session, state: State) -> Mapping[str, Score] | None:
+    """Scores of the tasks; None when a signal came meanwhile, or nobody judges."""
+    config, ranks = session.config, session.runtime.ranks
+    if session.judge is None:
+        return None
+    # Of these tokens all may choose the experts of one rank, which has room for `capacity` times the mean.
+    share = min(1.0, config.parallel.room() / ranks.experts.size)
+    tokens = int(share * config.train.microbatch_size * config.train.sequence_length)
+    model = network(config, session.corpus, state, session.env)
+
+    def between() -> None:
+        session.heartbeat.beat()
+        if agreed(session.stop, ranks)[0]:
+            raise _Stopped
+
+    try:
+        together = attrs.evolve(model, ranks=ranks, batch_tokens=min(model.batch_tokens, tokens))
+        return session.judge(together, session.corpus.tokenizer, between)
+    except _Stopped:
+        return None
 
 
 def _byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:

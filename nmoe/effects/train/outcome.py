@@ -176,20 +176,24 @@ def exit_code(error: BaseException) -> int:
     return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
-def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:
-    """Sample a short text from the trained model."""
-    encoder, prompt = encoding(corpus.tokenizer), config.sample.prompt
+def network(config: Config, corpus: Corpus, state: State, env: Env) -> generate.Network:
+    """The model as it stands, for texts as long as those it trains on."""
     limit = config.train.sequence_length
-    network = generate.Network(
+    return generate.Network(
         params=state.params,
         router_bias=state.router_bias,
         env=env,
         config=attrs.evolve(model_at(config.model, env, state.tokens), max_positions=limit),
         vocab_size=corpus.tokenizer.size,
     )
+
+
+def sample(config: Config, corpus: Corpus, state: State, env: Env) -> str:
+    """Sample a short text from the trained model."""
+    encoder, prompt = encoding(corpus.tokenizer), config.sample.prompt
     start = encoder.encode_ordinary(prompt) or [corpus.tokenizer.end_of_text]
     columns = generate.steps(
-        network,
+        network(config, corpus, state, env),
         [start],
         num_tokens=SAMPLE_TOKENS,
         sampling=Sampling(temperature=0.7),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from nmoe.config import Config
-from nmoe.effects import files
-from nmoe.effects.device import gpu
+from nmoe.effects.device.process import Runtime
+from nmoe.effects.parallel.launch import from_environment
+from nmoe.effects.parallel.ranks import on_all_ranks
 from nmoe.effects.terminal import say, table
 from nmoe.effects.train.world import World
 from nmoe.errors import InputError
@@ -31,22 +33,29 @@ STEPS = 3
 """Steps that are traced."""
 
 PARTS = (
-    *(
-        "norm",
-        "add_norm",
-        "swiglu",
-        "project",
-        "query",
-        "convolve",
-        "attend",
-        "route",
-        "dispatch",
-        "experts",
-        "combine",
-    ),
-    *("linear_cross_entropy", "global_norm", "adamw_"),
+    "norm",
+    "add_norm",
+    "swiglu",
+    "project",
+    "query",
+    "convolve",
+    "attend",
+    "route",
+    "dispatch",
+    "experts",
+    "combine",
+    "linear_cross_entropy",
+    "global_norm",
+    "adamw_",
+    "muon_",
+    "reduce",
+    "gather",
 )
-"""Fields of the records of ops, and the parts kernels name inside them; of an exchange all that begin with its name."""
+"""Fields of the records of ops, and the parts kernels name inside them; of an exchange all that begin with its name.
+`reduce` and `gather` are the collectives of several ranks, with the waiting for those that come late."""
+
+WAITING = frozenset({"exchange wait", "reduce", "gather"})
+"""Parts in which a rank waits for the others: the slowest rank is the one with the most of all the rest."""
 
 FLOPS: Mapping[str, str] = MappingProxyType(
     {"attend": "attention", "route": "router", "experts": "routed", "linear_cross_entropy": "head"}
@@ -71,39 +80,70 @@ class Part:
         return self.forward_s + self.backward_s
 
 
+@attrs.frozen(kw_only=True)
+class Profile:
+    """Where the time of a rank's steps went."""
+
+    step_s: float  # by the clock
+    parts: tuple[Part, ...]
+
+    def busy_s(self) -> float:
+        """Of a step, but for what the rank waited for others in."""
+        return sum(part.total_s() for part in self.parts if part.name not in WAITING)
+
+
 @contextmanager
 def profiling(path: Path, config: Config) -> Iterator[World]:
-    """Profile a run in the World yielded; after enough steps write the trace and print the times.
+    """Profile a run in the World yielded; after enough steps write each rank's trace and print the times.
 
-    path     of the trace, which must not exist yet; Chrome and Perfetto open it
+    path     of the trace of rank 0, which must not exist yet; Chrome and Perfetto open it
 
     Raises:  InputError where it cannot be written, a step is replayed or the run takes too few steps.
     """
-    check(path, config)
+    own = path_of(path, from_environment(os.environ).rank)
+    check(own, config)
     on_gpu = config.run.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     profiler = torch.profiler.profile(activities=activities)
     watch = Watch(profiler=profiler, on_gpu=on_gpu)
+
+    def ended(runtime: Runtime) -> None:
+        watch.end()
+        on_all_ranks(runtime.ranks, lambda: _check_steps(watch))
+        beside = own.with_name(f".{own.name}.part")
+        profiler.export_chrome_trace(str(beside))
+        os.replace(beside, own)
+        seen = Profile(
+            step_s=watch.seconds / watch.steps,
+            parts=parts(profiler.events() or [], config, watch.steps, runtime.peak_flops, on_gpu=on_gpu),
+        )
+        texts = runtime.ranks.all_gather_text(json.dumps(attrs.asdict(seen)))
+        say(breakdown([_profile(json.loads(text)) for text in texts]))
+        more = f", and of the other ranks as {path_of(path, 1).name}" if len(texts) > 1 else ""
+        say(f"trace          {path}{more}; open it in chrome://tracing or https://ui.perfetto.dev")
+
     try:
-        yield World(read=watch.reading)
+        yield World(read=watch.reading, ended=ended)
     finally:
         watch.end()
+
+
+def path_of(path: Path, rank: int) -> Path:
+    """The trace of a rank: beside that of rank 0, with its number."""
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
+
+
+def _check_steps(watch: Watch) -> None:
     if watch.steps == 0:
         raise InputError(
             f"--profile: expected a run of more than {FIRST} steps, got {watch.reads}; raise train.steps, or start a "
             "new run"
         )
-    beside = path.with_name(f".{path.name}.part")
-    profiler.export_chrome_trace(str(beside))
-    os.replace(beside, path)
-    device = gpu.device(config.run.device, kernels=config.run.kernels)
-    floor = gpu.peak_flops(device, files.home(os.environ))
-    say(
-        breakdown(
-            parts(profiler.events() or [], config, watch.steps, floor, on_gpu=on_gpu), watch.seconds / watch.steps
-        )
-    )
-    say(f"trace          {path}; open it in chrome://tracing or https://ui.perfetto.dev")
+
+
+def _profile(fields: Mapping[str, Any]) -> Profile:
+    """A Profile as another rank sent it."""
+    return Profile(step_s=fields["step_s"], parts=tuple(Part(**part) for part in fields["parts"]))
 
 
 def check(path: Path, config: Config) -> None:
@@ -117,8 +157,6 @@ def check(path: Path, config: Config) -> None:
         problems.append(
             "--profile: expected steps that are not replayed, got train.graph = true; add --train.graph=false"
         )
-    if config.parallel.ranks > 1:
-        problems.append(f"--profile: expected one rank, got {config.parallel.ranks}; add --gpus 1")
     if config.train.steps <= FIRST:
         problems.append(
             f"--profile: expected a run of more than {FIRST} steps, got {config.train.steps}; raise train.steps"
@@ -190,7 +228,7 @@ def parts(events: Sequence[Any], config: Config, steps: int, peak_flops: float, 
         key = (name or "rest", node is not None)
         spent[key] = spent.get(key, 0.0) + time_of(event, on_gpu) * 1e-6 / steps
     per_token = attrs.asdict(plan(config, make_blueprint(config), mfu=1.0, peak_flops=peak_flops).flops)
-    tokens = config.train.batch_size * config.train.sequence_length
+    tokens = config.train.batch_size * config.train.sequence_length // config.parallel.ranks  # of a rank
     named = sorted({name for name, _ in spent} | set(PARTS), key=lambda name: -total(spent, name))
     named = [*(name for name in named if name != "rest"), "rest"]
     others = sum(value for key, value in per_token.items() if key not in FLOPS.values())
@@ -228,17 +266,41 @@ def time_of(event: Any, on_gpu: bool) -> float:
     return sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
 
 
-def breakdown(times: Sequence[Part], step_s: float) -> str:
-    """Format the times of a step as a table.
+def breakdown(profiles: Sequence[Profile]) -> str:
+    """Format the times of a step, means over the ranks, as a table; of several ranks, the slowest in each part too.
 
-    step_s   of a step, by the clock
+    profiles  of each rank
     """
-    rows = [_row(part, step_s) for part in times]
-    idle_s = max(0.0, step_s - sum(part.total_s() for part in times))
-    rows.append(("nothing runs", _ms(idle_s), "", _percent(idle_s, step_s), "", ""))
-    head = ("profile", "forward", "backward", "share", "at best", "of it")
-    note = f"a step took {_ms(step_s)} with the profiler on; at best: its FLOPs at the device's peak"
-    return f"{table(head, rows, left=1)}\n{note}"
+    count = len(profiles)
+    step_s = sum(each.step_s for each in profiles) / count
+    of_rank = [{part.name: part for part in each.parts} for each in profiles]
+    names = {name: None for each in of_rank for name in each if name != "rest"} | {"rest": None}
+    rows: list[tuple[str, ...]] = []
+    spent_s = 0.0
+    for name in names:
+        found = [each.get(name) or Part(name=name, forward_s=0.0, backward_s=0.0, floor_s=None) for each in of_rank]
+        mean = Part(
+            name=name,
+            forward_s=sum(part.forward_s for part in found) / count,
+            backward_s=sum(part.backward_s for part in found) / count,
+            floor_s=found[0].floor_s,
+        )
+        spent_s += mean.total_s()
+        longest = max(range(count), key=lambda rank: found[rank].total_s())
+        slowest = (f"{longest}: {_ms(found[longest].total_s())}",) if count > 1 else ()
+        rows.append((*_row(mean, step_s), *slowest))
+    beyond = ("nothing runs", step_s - spent_s) if spent_s < step_s else ("in overlap", spent_s - step_s)
+    rows.append((beyond[0], _ms(beyond[1]), "", _percent(beyond[1], step_s), "", "", *([""] if count > 1 else [])))
+    head = ("profile", "forward", "backward", "share", "at best", "of it", *(["slowest rank"] if count > 1 else []))
+    notes = [f"a step took {_ms(step_s)} with the profiler on; at best: its FLOPs at the device's peak"]
+    if count > 1:
+        busy = [each.busy_s() for each in profiles]
+        last = busy.index(max(busy))
+        notes.append(
+            f"slowest rank: {last}, {_ms(busy[last])} of its own work a step, {_ms(sum(busy) / count)} in the mean: "
+            f"all but {', '.join(sorted(WAITING))}, where ranks wait for each other"
+        )
+    return "\n".join((table(head, rows, left=1), *notes))
 
 
 def _row(part: Part, step_s: float) -> tuple[str, ...]:

@@ -10,13 +10,15 @@ import attrs
 from nmoe.config import Config
 from nmoe.effects.device import gpu, process
 from nmoe.effects.parallel.exchange import Exchange
+from nmoe.effects.record import scores as score_file
 from nmoe.effects.record.log import Log
 from nmoe.effects.record.monitor import Monitor
-from nmoe.effects.terminal import say, width
+from nmoe.effects.terminal import say, table, width
 from nmoe.effects.train import resume
 from nmoe.effects.train.evaluate import Held
 from nmoe.effects.train.step import Metrics, State, learning_rates, tokens_per_step
 from nmoe.pure.data.stages import Stream
+from nmoe.pure.evals.score import Score, rows
 from nmoe.pure.model.route import health
 from nmoe.pure.units import duration
 from nmoe.pure.watch import metrics as schema
@@ -133,3 +135,20 @@ class Report:
         self.log.event("validation", step=step, loss=held.loss, bits_per_byte=held.bits_per_byte, tokens=held.tokens)
         about = [(0, f"step {step}"), *schema.parts(fields), (PERCENT_RANK, f"{held.tokens} tokens")]
         say(schema.fitting(about, width()))
+
+    def evaluation(self, step: int, scores: Mapping[str, Score]) -> None:
+        """Report an evaluation: in metrics, as an event, and in the file of scores."""
+        if self.monitor is None:
+            return
+        values = {name: score.value for name, score in scores.items()}
+        line = schema.Evaluation(
+            step=step,
+            elapsed_s=time.monotonic() - self.began,
+            bits={name.removeprefix("bits/"): value for name, value in values.items() if name.startswith("bits/")},
+            shares={name: value for name, value in values.items() if not name.startswith("bits/")},
+            errors={name: score.error for name, score in scores.items()},
+        )
+        self.log.metrics(**schema.fields(line))
+        self.log.event("evaluation", step=step, scores={name: attrs.asdict(score) for name, score in scores.items()})
+        score_file.keep(self.log.folder, scores, step)
+        say(table((f"step {step}", "score", "std error", "items"), rows(scores), left=1))

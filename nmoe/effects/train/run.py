@@ -47,6 +47,7 @@ from nmoe.pure.cost.report import render
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.units import quantity
 from nmoe.pure.watch.alerts import History
+from nmoe.pure.watch.validations import Validations
 
 ASSUMED_MFU = MappingProxyType({"cpu": 0.35, "cuda": H100.mfu, "torch": 0.1})
 """What the estimate before the first step assumes: about what docs/log.md has of each device; nobody measured a GPU in
@@ -103,7 +104,9 @@ def main(
         with memory_explained(job.plan):
             start = begin(request, job, connected.runtime, scope)
             session = open_session(request, job, start, connected, scope)
-            return train(session, start)
+            code = train(session, start)
+            request.world.ended(connected.runtime)
+            return code
 
 
 def connect(config: Config, scope: ExitStack) -> Connected:
@@ -262,7 +265,8 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
     def prepare() -> None:
         with files.refusing(folder, "a run folder one may write"):
             if not is_new:
-                attempt.fix(folder, step, validated=restored is not None and restored.validations.at(step))
+                known = Validations() if restored is None else restored.validations
+                attempt.fix(folder, step, validated=known.at(step), evaluated=known.evaluated == step)
                 attempt.record(folder, writer.attempt, contents)
             tokenizer.save(job.corpus.tokenizer, folder)
 
@@ -272,8 +276,13 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
 
 
 def open_session(request: Request, job: Job, start: Start, connected: Connected, scope: ExitStack) -> Session:
-    """Open what writes and reads while the training runs, and say what is about to happen."""
+    """Open what writes and reads while the training runs, and say what is about to happen.
+
+    Raises:  ValueError for a config that has the model evaluated, by nobody.
+    """
     config, corpus, rt, step = request.config, job.corpus, connected.runtime, start.state.step
+    if config.eval.every and request.world.judge is None:
+        raise ValueError("run: expected World.judge for a config with eval.every, got None; pass evals.suite.judging")
     writer = open_folder(request, job, start, rt, scope)
     log = scope.enter_context(open_log(job.folder, attempt=writer.attempt, rank=rt.rank))
 
@@ -371,6 +380,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         read=read,
         report=report,
         saver=saver,
+        judge=request.world.judge if config.eval.every else None,
         clock=clock,
         stop=stop,
         heartbeat=connected.heartbeat,

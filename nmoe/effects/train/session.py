@@ -19,6 +19,7 @@ from nmoe.effects.train.identity import Identity
 from nmoe.effects.train.report import Report
 from nmoe.effects.train.save import Saver
 from nmoe.effects.train.step import Metrics, State
+from nmoe.effects.train.world import Judge
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.model.model import Batch
@@ -73,6 +74,7 @@ class Session:
     read: Callable[[int], Batch]
     report: Report
     saver: Saver
+    judge: Judge | None  # None: nobody is asked
     clock: gpu.Clock
     stop: signals.Stop
     heartbeat: RankHeartbeat

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from nmoe.config.sections import Config, Optim
 from nmoe.effects.device import gpu, graph, ops, recompute
@@ -286,8 +287,9 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
 
         # All-gather of the parameters that the ranks updated, in overlap with the updates of later buckets.
         if ranks.world.size > 1:
-            for work in gathers:
-                work.wait()
+            with record_function("gather"):
+                for work in gathers:
+                    work.wait()
             setup.mark("gather")
     after = attrs.evolve(
         state,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from nmoe.effects.device.buffers import Arena
 from nmoe.effects.kernels.accumulate import Accumulator, nobody
@@ -76,8 +77,9 @@ def scattering_(
     def finish() -> None:
         missing[:] = [0] * len(buckets)  # a parameter without a gradient in this step has a sum as well
         reduce()
-        for work in works:
-            work.wait()
+        with record_function("reduce"):
+            for work in works:
+                work.wait()
 
     hooks = [leaves[path].register_post_accumulate_grad_hook(added) for *_, paths in buckets for path in paths]
     accumulator.added = added
@@ -130,11 +132,13 @@ def _part(group: Group, flat: Tensor) -> Tensor:
 
 
 def _reduce_scatter_(group: Group, flat: Tensor) -> Any:
-    return group.handle._reduce_scatter_base(_part(group, flat), flat)
+    with record_function("reduce"):
+        return group.handle._reduce_scatter_base(_part(group, flat), flat)
 
 
 def all_gather_(group: Group, flat: Tensor) -> Any:
     """Start the all-gather of a flat tensor, of which each rank of the group has its part; what to wait for."""
     # as bytes: gloo and NCCL know no i16, and no format matters
     raw = flat.view(torch.uint8)
-    return group.handle._allgather_base(raw, _part(group, raw))
+    with record_function("gather"):
+        return group.handle._allgather_base(raw, _part(group, raw))

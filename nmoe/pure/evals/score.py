@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -46,6 +46,11 @@ def chosen(costs: Sequence[float], answer: int) -> float:
     """1 when the answer costs least, 0 when another choice does; of n equal ones 1/n, which is what guessing gives."""
     best = min(costs)
     return (costs[answer] == best) / sum(cost == best for cost in costs)
+
+
+def rows(scores: Mapping[str, Score]) -> list[tuple[str, str, str, str]]:
+    """Scores as a person reads them: task, score, standard error, items."""
+    return [(name, f"{x.value:.4f}", f"{x.error:.4f}", f"{x.count}") for name, x in scores.items()]
 
 
 def same(got: Any, expected: Any) -> bool:

@@ -211,13 +211,34 @@ class Validation(Line):
     ]
 
 
+@attrs.frozen(kw_only=True)
+class Evaluation(Line):
+    """What the first rank reports of an evaluation, on a line of its own."""
+
+    bits: Annotated[
+        Mapping[str, float],
+        Metric(
+            *("evaluation/bits/*", "bits/B", "value", "bits per byte of held-out texts of one kind"),
+            best="min",
+        ),
+    ]
+    shares: Annotated[
+        Mapping[str, float],
+        Metric("evaluation/*", "1", "value", "share of the items of a task that are right", best="max"),
+    ]
+    errors: Annotated[
+        Mapping[str, float],
+        Metric("evaluation_error/*", "", "value", "standard error of a score of an evaluation, in its unit"),
+    ]
+
+
 def _entries(kind: type) -> tuple[tuple[str, Metric | None], ...]:
     """Fields of a record with their metrics; None for a field that is a record itself."""
     hints = get_type_hints(kind, include_extras=True).items()
     return tuple((name, next(iter(getattr(hint, "__metadata__", ())), None)) for name, hint in hints)
 
 
-_ENTRIES = MappingProxyType({kind: _entries(kind) for kind in (Line, Step, Rank, Experts, Validation)})
+_ENTRIES = MappingProxyType({kind: _entries(kind) for kind in (Line, Step, Rank, Experts, Validation, Evaluation)})
 
 METRICS = (
     Metric("attempt", "", "place", "which start of the run"),
@@ -226,7 +247,7 @@ METRICS = (
 )
 
 
-def fields(record: Step | Rank | Experts | Validation) -> dict[str, Any]:
+def fields(record: Step | Rank | Experts | Validation | Evaluation) -> dict[str, Any]:
     """A record as a line of metrics has it: names to numbers, and `experts` to its table."""
     line: dict[str, Any] = {}
     for attribute, entry in _ENTRIES[type(record)]:

@@ -1,4 +1,4 @@
-"""The last and the best validation of a run: saved and restored with its State."""
+"""The last and the best validation of a run, and its last evaluation: saved and restored with its State."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Validations:
 
     last: Validation | None = None
     best: Validation | None = None
+    evaluated: int = 0  # step of the last evaluation; 0: none
 
     def at(self, step: int) -> bool:
         """Whether `step` is validated."""
@@ -36,7 +37,7 @@ def validated(validations: Validations, step: int, loss: float, bits_per_byte: f
     """`validations` after one more validation; the earlier one stays the best when they are equal, a NaN never is."""
     last = Validation(step=step, loss=loss, bits_per_byte=bits_per_byte)
     better = not math.isnan(loss) and (validations.best is None or loss < validations.best.loss)
-    return Validations(last=last, best=last if better else validations.best)
+    return attrs.evolve(validations, last=last, best=last if better else validations.best)
 
 
 def dumped(validations: Validations) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def dumped(validations: Validations) -> dict[str, Any]:
             return None
         return {key: value if math.isfinite(value) else str(value) for key, value in attrs.asdict(validation).items()}
 
-    return {"last": plain(validations.last), "best": plain(validations.best)}
+    return {"last": plain(validations.last), "best": plain(validations.best), "evaluated": validations.evaluated}
 
 
 def parse(where: str, values: Mapping[str, Any]) -> Validations:
@@ -63,6 +64,7 @@ def parse(where: str, values: Mapping[str, Any]) -> Validations:
         return Validation(step=int(fields["step"]), loss=loss, bits_per_byte=bits_per_byte)
 
     try:
-        return Validations(last=one(values["last"]), best=one(values["best"]))
+        evaluated = int(values.get("evaluated", 0))  # absent in checkpoints of before there were evaluations
+        return Validations(last=one(values["last"]), best=one(values["best"]), evaluated=evaluated)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: expected the run's validations, got {values!r}; use another checkpoint") from error

@@ -175,7 +175,7 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     assert run("--suite=probes", "--limit=3") == 0
     first = json.loads((folder / EVALS).read_text())
-    assert set(first["probes/copy"]) == {"value", "error", "count", "at", "python"}
+    assert set(first["probes/copy"]) == {"value", "error", "count", "step", "at", "python"}
     assert run("--suite=bits", "--limit=3") == 0
     both = json.loads((folder / EVALS).read_text())
     assert {name: both[name] for name in first} == first and "bits/code" in both

@@ -1,20 +1,24 @@
 """One rank of an exchange in its own process:
 
-    python -m tests.effects.parallel.exchange_rank WHAT DEVICE RANK RANKS STORE
+    python -m tests.effects.parallel.exchange_rank WHAT DEVICE RANK RANKS STORE [PER_HOST [RENDEZVOUS]]
 
-What it found is one line of JSON on standard output.
+With PER_HOST ranks lie on hosts of so many, which the proxy joins; with RENDEZVOUS they are hosts already. What a rank
+found is one line of JSON on standard output.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,10 +31,17 @@ from nmoe.pure.model.route import Routing
 TOKENS, EXPERTS, TOP_K = 12, 8, 3
 TIMEOUT_S = 2.0  # for a peer that is gone; all others are waited for, however loaded the machine is
 
+GONE: Mapping[str, Callable[[], None]] = MappingProxyType(
+    {"dead": lambda: os.kill(os.getpid(), signal.SIGKILL), "asleep": lambda: time.sleep(4 * TIMEOUT_S)}
+)
+"""How the last rank leaves after a pass: killed, or its threads alone go on."""
+
 Mixture = Callable[..., tuple[Tensor, Tensor]]
 
 
-def main(what: str, device: str, rank: int, ranks: int, store: str) -> None:
+def main(
+    what: str, device: str, rank: int, ranks: int, store: str, per_host: str = "", rendezvous: str = "127.0.0.1"
+) -> None:
     """Open an exchange and do what is asked."""
     torch.set_num_threads(1)
     if what == "kernels" and device == "cpu":
@@ -62,12 +73,22 @@ def main(what: str, device: str, rank: int, ranks: int, store: str) -> None:
         dtype=torch.float32 if small else torch.bfloat16,
     )
     open_here = partial(
-        exchange.open_exchange, device=where, sizes=sizes, timeout_s=TIMEOUT_S if what == "hung" else 60.0
+        exchange.open_exchange,
+        device=where,
+        sizes=sizes,
+        timeout_s=TIMEOUT_S if small and what in ("hung", *GONE) else 60.0,
+        transport="proxy" if per_host else "peer",
+        rendezvous=rendezvous,
+        peers=kernels_of_a_cpu() if what == "kernels" and small else None,
     )
+    if per_host and rendezvous == "127.0.0.1":
+        be_on_host(rank // int(per_host))
     found: dict[str, Any] = {}
     everybody: Any = dist.group.WORLD
-    if what in ("astray", "hosts"):
-        lead_astray(what, rank)
+    if what == "astray":
+        lead_astray(rank)
+    if what == "hosts":
+        be_on_host(rank)
     try:
         with open_here(group=everybody) as e:
             take, whole = mixtures(what, e, where)
@@ -75,6 +96,8 @@ def main(what: str, device: str, rank: int, ranks: int, store: str) -> None:
                 if what == "hung" and rank == ranks - 1 and seed == 1:
                     print("hung", flush=True)
                     time.sleep(60)
+                if what in GONE and rank == ranks - 1 and seed == 1:
+                    GONE[what]()
                 if what == "slow":
                     time.sleep(0.2 * ((rank + seed) % 2))
                 compare(take, whole, sizes, rank, where, (tokens, hidden, width), seed, found)
@@ -87,21 +110,31 @@ def main(what: str, device: str, rank: int, ranks: int, store: str) -> None:
         dist.destroy_process_group()
 
 
-def lead_astray(what: str, rank: int) -> None:
-    """Arenas of others in the wrong order, or a host of its own."""
+def kernels_of_a_cpu() -> Any:
+    """How interpreted kernels reach the memory of other processes."""
+    from nmoe.effects.parallel.exchange import device
+
+    return device.PEER
+
+
+def be_on_host(number: int) -> None:
+    """A host of its own."""
+    name = os.uname
+    os.uname = lambda: os.uname_result((*name()[:1], f"host{number}", *name()[2:]))  # pyright: ignore
+
+
+def lead_astray(rank: int) -> None:
+    """Arenas of others in the wrong order."""
     from nmoe.effects.parallel.exchange import opening
 
-    shared, name = opening._shared, os.uname
+    shared = opening._shared
 
     @contextmanager
     def turned(*arguments: Any) -> Iterator[tuple[Tensor, ...]]:
         with shared(*arguments) as peers:
             yield peers[::-1] if rank == 0 else peers
 
-    if what == "astray":
-        opening._shared = turned
-    else:
-        os.uname = lambda: os.uname_result((*name()[:1], f"host{rank}", *name()[2:]))  # pyright: ignore
+    opening._shared = turned
 
 
 def mixtures(what: str, e: Any, where: torch.device) -> tuple[Mixture, Mixture]:
@@ -161,10 +194,19 @@ def compare(
     plain = graded(whole, slice(None), slice(None))
     wanted = [plain[0][mine], route.load(expert[mine], EXPERTS), plain[2][mine], plain[3][mine]]
     wanted += [plain[4][held], plain[5][held]]
+    found["bits"] = digest(found.get("bits", ""), ours)
     for name, a, b in zip(("y", "count", "dx", "d_weight", "d_up", "d_down"), ours, wanted, strict=True):
         gap = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
         found[name] = max(gap, found.get(name, 0.0))
 
 
+def digest(before: str, tensors: list[Tensor]) -> str:
+    """Of all bits of tensors, and what came before."""
+    hashed = hashlib.sha256(before.encode())
+    for tensor in tensors:
+        hashed.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return hashed.hexdigest()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

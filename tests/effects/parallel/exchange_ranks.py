@@ -1,4 +1,4 @@
-"""The processes of an exchange, started together and waited for."""
+"""The processes of an exchange, started together and waited for: fresh ones, or forks of this one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.effects.parallel import exchange_rank
+from tests.effects.parallel.rank_runs import on_ranks
+
 
 def started(
-    what: str, ranks: int, folder: Path, device: str = "cpu", environ: Mapping[str, str] | None = None
+    what: str,
+    ranks: int,
+    folder: Path,
+    device: str = "cpu",
+    environ: Mapping[str, str] | None = None,
+    per_host: int | None = None,
 ) -> list[subprocess.Popen[str]]:
     """One process a rank."""
     command = [sys.executable, "-m", "tests.effects.parallel.exchange_rank", what, device]
     return [
         subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder / "store")],
+            [*command, str(rank), str(ranks), str(folder / "store"), *([] if per_host is None else [str(per_host)])],
             cwd=Path(__file__).resolve().parents[3],
             env={**os.environ, "PYTHONWARNINGS": "ignore", **(environ or {})},
             stdout=subprocess.PIPE,
@@ -36,3 +44,21 @@ def ended(process: subprocess.Popen[str], timeout_s: float = 60.0) -> dict[str, 
     if not lines:
         raise AssertionError(f"a rank says what it found, got exit code {process.returncode} and {error[-3000:]}")
     return json.loads(lines[-1])
+
+
+def forked(
+    what: str, ranks: int, folder: Path, per_host: int | None = None, gone: int | None = None
+) -> list[dict[str, Any]]:
+    """What each rank found, each a fork of this process.
+
+    gone  a rank that finds nothing
+    """
+    sizes = () if per_host is None else (str(per_host),)
+
+    def call(rank: int) -> int:
+        exchange_rank.main(what, "cpu", rank, ranks, str(folder / "store"), *sizes)
+        return 0
+
+    ends = on_ranks(ranks, folder, call)
+    assert [code for rank, (code, _) in enumerate(ends) if rank != gone] == [0] * (ranks - (gone is not None)), ends
+    return [{} if rank == gone else json.loads(text.splitlines()[-1]) for rank, (_, text) in enumerate(ends)]

@@ -323,6 +323,8 @@ def test_any_event_has_words(event: str) -> None:
 def test_a_rewind_and_a_spike_are_told_by_their_numbers() -> None:
     rewind = {"step": 100, "reached": 1250, "left_out": [[800, 9000], [20_000, 20_010]]}
     assert words.text("rewind", rewind) == "from step 1,250: 8,210 sequences are left out"
+    scores = {"bits/code": {"value": 2.5, "error": 0.1, "count": 6}, "of a stranger": 3}
+    assert words.text("evaluation", {"scores": scores}) == "bits/code 2.5000"
     assert words.text("spike", {"new": 2}) == "2 more skipped, far above recent losses or gradient norms"
 
 

@@ -376,7 +376,7 @@ def test_scores_of_benchmarks_are_evaluations(browser: Browser, server: Server) 
     with opened(browser, f"{server.url}/?view=evaluations&run=finished&run=crashed") as page:
         row = page.locator("#scores tbody tr")
         expect(row).to_have_count(1)
-        assert row.inner_text().split("\t")[1:] == ["arc_easy", "0.4125", "0.0101", "2,376", "2026-11-24 07:00"]
+        assert row.inner_text().split("\t")[1:] == ["arc_easy", "0.4125", "0.0101", "2,376", "-", "2026-11-24 07:00"]
 
 
 def test_the_panel_of_alerts_leads_to_the_run(browser: Browser, server: Server) -> None:

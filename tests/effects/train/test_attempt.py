@@ -95,3 +95,13 @@ def test_a_validation_the_checkpoint_does_not_know_is_told_again_and_once(tmp_pa
     assert len(path.read_text().splitlines()) == 2
     attempt.fix(tmp_path, 4, validated=False)
     assert [json.loads(line) for line in path.read_text().splitlines()] == told[:1]
+
+
+def test_an_evaluation_the_checkpoint_does_not_know_is_reported_again_and_once(tmp_path: Path) -> None:
+    """It comes after the validation of its step, which stays."""
+    lines = [{"step": 4, "validation/loss": 1.9}, {"step": 4, "evaluation/bits/code": 2.0}]
+    metrics = write(tmp_path, "metrics.rank0.jsonl", *lines)
+    attempt.fix(tmp_path, 4)
+    assert len(steps(metrics)) == 2
+    attempt.fix(tmp_path, 4, evaluated=False)
+    assert [json.loads(line) for line in metrics.read_text().splitlines()] == lines[:1]

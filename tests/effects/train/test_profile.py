@@ -14,6 +14,7 @@ from nmoe.config import dump
 from nmoe.effects.train import profile
 from nmoe.effects.train.profile import BACKWARD, FIRST, PARTS, STEPS, parts
 from nmoe.errors import InputError
+from tests.effects.train.test_step import RT
 from tests.effects.train.tiny import tiny
 from tests.test_cli import nmoe, refused
 
@@ -110,6 +111,45 @@ def test_a_run_tells_where_its_time_goes(tmp_path: Path) -> None:
     )
 
 
+def test_two_ranks_are_profiled_and_the_slowest_is_named(tmp_path: Path) -> None:
+    config = tiny(vocab_size=4096, steps=FIRST + STEPS + 2)
+    config = attrs.evolve(config, validation=attrs.evolve(config.validation, every=100))
+    (tmp_path / "tiny.toml").write_text(dump(config))
+    options = ("--gpus", "2", "--train.batch_size=4", "--train.microbatch_size=1", "--run.root=runs", "--run.name=two")
+    done = nmoe("run", "tiny.toml", *options, "--profile", "trace.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("*.json")} == {"trace.json", "trace.rank1.json"}
+    assert [line.startswith("slowest rank: ") for line in done.stdout.splitlines()].count(True) == 1
+    table = done.stdout[done.stdout.index("profile ") :]
+    cells = r"^([a-z_ ]+?) +([\d.]+) ms +([\d.]+) ms +([\d.]+) %.* ([01]): ([\d.]+) ms$"
+    rows = {row[0]: [*map(float, row[1:])] for row in re.findall(cells, table, re.MULTILINE)}
+    assert {*PARTS, "rest", "exchange dispatch", "exchange return"} <= set(rows)
+    assert all(rows[name][0] > 0 for name in ("reduce", "gather", "exchange dispatch", "experts"))
+    assert all(row[4] >= row[0] + row[1] - 0.02 for row in rows.values()), "the slowest is no quicker than the mean"
+    step, beyond = (
+        re.search(r"a step took ([\d.]+) ms", table),
+        re.search(r"(nothing runs|in overlap) +([\d.]+)", table),
+    )
+    assert step is not None and beyond is not None
+    spent = sum(row[0] + row[1] for row in rows.values())
+    sign = 1 if beyond[1] == "nothing runs" else -1
+    assert spent + sign * float(beyond[2]) == pytest.approx(float(step[1]), rel=0.02)
+
+
+def test_the_slowest_rank_has_most_work_beside_waiting() -> None:
+    def rank(attend: float, reduce: float) -> profile.Profile:
+        times = {"attend": attend, "reduce": reduce}
+        parts = [profile.Part(name=name, forward_s=s, backward_s=0.0, floor_s=None) for name, s in times.items()]
+        return profile.Profile(step_s=0.010, parts=tuple(parts))
+
+    text = profile.breakdown([rank(0.002, 0.007), rank(0.006, 0.003)])
+    assert "slowest rank: 1, 6.00 ms of its own work a step, 4.00 ms in the mean" in text
+    assert re.search(r"attend +4.00 ms +0.00 ms +40.0 % +1: 6.00 ms", text)
+    assert re.search(r"reduce +5.00 ms +0.00 ms +50.0 % +0: 7.00 ms", text)
+    assert re.search(r"nothing runs +1.00 ms +10.0 %", text)
+    assert re.search(r"in overlap +2.00 ms +20.0 %", profile.breakdown([rank(0.005, 0.007)]))
+
+
 def test_what_would_not_end_in_a_trace_is_refused(tmp_path: Path) -> None:
     replayed = attrs.evolve(tiny(), train=attrs.evolve(tiny().train, graph=True))
     with pytest.raises(InputError) as error, profile.profiling(tmp_path / "absent" / "trace.json", replayed):
@@ -119,7 +159,7 @@ def test_what_would_not_end_in_a_trace_is_refused(tmp_path: Path) -> None:
     assert re.fullmatch(r"--profile: .* not replayed, got train.graph = true; add --train.graph=false", graph)
     with (
         pytest.raises(InputError, match="a run of more than 3 steps, got 0; raise train.steps"),
-        profile.profiling(tmp_path / "trace.json", tiny()),
+        profile.profiling(tmp_path / "trace.json", tiny()) as world,
     ):
-        """A run that goes on where nothing is left to do."""
+        world.ended(RT)  # of a run that was resumed where nothing is left to do
     assert not list(tmp_path.iterdir())

@@ -131,7 +131,9 @@ def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> N
     metrics = lines(folder / "metrics.rank0.jsonl")
     logged = {schema.metric(name) for line in metrics for name in schema.names(line)}
     unlogged = {entry.name for entry in schema.METRICS if entry not in logged}
-    assert None not in logged and unlogged == {"exchange/bytes", "exchange/bandwidth", "mtp/loss_*"}, "one rank, no MTP"
+    evaluations = {"evaluation/bits/*", "evaluation/*", "evaluation_error/*"}
+    absent = {"exchange/bytes", "exchange/bandwidth", "mtp/loss_*", *evaluations}
+    assert None not in logged and unlogged == absent, "one rank, no MTP, no evaluation"
     steps = [line["step"] for line in metrics if "loss" in line]
     assert steps == [1, 3, 6, 9, 12]
     assert [line["step"] for line in metrics if "validation/loss" in line] == [5, 10, 12]

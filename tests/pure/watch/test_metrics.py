@@ -61,10 +61,13 @@ STEP = metrics.Step(
     experts=EXPERTS,
 )
 VALIDATION = metrics.Validation(step=3, elapsed_s=1.5, loss=2.5, bits_per_byte=1.25)
+EVALUATION = metrics.Evaluation(
+    step=3, elapsed_s=1.5, bits={"code": 2.0}, shares={"probes/copy": 0.25}, errors={"bits/code": 0.1}
+)
 
 
 def test_what_is_logged_and_the_schema_have_the_same_names() -> None:
-    lines = (metrics.fields(STEP), metrics.fields(RANK), metrics.fields(VALIDATION))
+    lines = [metrics.fields(record) for record in (STEP, RANK, VALIDATION, EVALUATION)]
     logged = {name for line in lines for name in metrics.names(line)} | {"attempt", "time"}
     assert {name for name in logged if metrics.metric(name) is None} == set()
     assert {metrics.metric(name) for name in logged} == set(metrics.METRICS)

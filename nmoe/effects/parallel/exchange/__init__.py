@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nmoe.effects.parallel.exchange.arena import Exchange, PeerError
-from nmoe.effects.parallel.exchange.opening import check, open_exchange
+from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, check
+from nmoe.effects.parallel.exchange.opening import open_exchange
 from nmoe.pure.parallel.exchange_arena import Sizes
 
 __all__ = ["Exchange", "PeerError", "Sizes", "check", "open_exchange"]

@@ -28,7 +28,7 @@ from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
 from nmoe.effects.kernels.moe.moe import Tiles
-from nmoe.effects.parallel.exchange.arena import Exchange, fit, view
+from nmoe.effects.parallel.exchange.arena import Exchange, Put, Transport, fit, view
 from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel.exchange_arena import Field
 
@@ -87,13 +87,39 @@ def run_(exchanges: Sequence[Exchange], works: Sequence[Stretches[T]]) -> list[T
 
 def barrier_(e: Exchange, *, signal: bool, wait: bool) -> None:
     """Signal, wait, or both, for one rank. Writes: its flag in all arenas, `e.epoch`."""
+    with record_function("exchange wait"):
+        e.transport.barrier_(e, signal=signal, wait=wait)
+
+
+def _barrier_(e: Exchange, *, signal: bool, wait: bool) -> None:
+    """The same, where flags are in memory that the device reaches."""
     limit = int(e.timeout_s * 1e9) if e.raw.is_cuda else 0
     arrived = view(e.raw, e.fields.arrived)
     offset = e.fields.arrived.offset
-    with record_function("exchange wait"):
-        moves.barrier_(
-            e.epoch, arrived, e.missing, e.addresses, offset, e.rank, signal=signal, wait=wait, limit_ns=limit
-        )
+    moves.barrier_(e.epoch, arrived, e.missing, e.addresses, offset, e.rank, signal=signal, wait=wait, limit_ns=limit)
+
+
+def _push_(e: Exchange, put: Put) -> None:
+    """Push rows. Writes: `put.field` of every arena."""
+    valid: Any = put.valid
+    moves.push_(put.values, put.to, put.at, e.addresses, put.field.offset, valid, put.programs, back=put.back)
+
+
+def _push_words_(e: Exchange, put: Put) -> None:
+    """Push words. Writes: `put.field` of every arena."""
+    valid: Any = put.valid
+    moves.push_words_(put.values, put.item, put.to, put.at, e.addresses, put.field.offset, valid, back=put.back)
+
+
+def _push_counts_(e: Exchange, count: Tensor, tokens: Tensor | None) -> None:
+    """Push this rank's row of the matrix of counts. Writes: `counts` of every arena."""
+    moves.push_counts_(count, tokens, e.addresses, e.fields.counts.offset, e.rank)
+
+
+PEER = Transport(
+    put_rows_=_push_, put_words_=_push_words_, put_counts_=_push_counts_, barrier_=_barrier_, flush=lambda e: None
+)
+"""Memory of other devices, which kernels reach."""
 
 
 def begin_(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
@@ -108,7 +134,7 @@ def begin_(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
         at = places.dispatch(expert, s.experts)
         owner = plans.owners(expert, s.ranks, s.experts) if s.dedup else None
         tokens = None if owner is None else places.dispatch(owner, s.ranks + 1)
-        moves.push_counts_(at.count, None if tokens is None else tokens.count, e.addresses, f.counts.offset, e.rank)
+        e.transport.put_counts_(e, at.count, None if tokens is None else tokens.count)
     yield
     with record_function("exchange plan"):
         plan = plans.plan_(view(e.raw, f.counts), e.needed, e.rank, s.capacity)
@@ -116,7 +142,8 @@ def begin_(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
         token = row if owner is None or landing is None else plans.Destination(to=owner, at=landing)
         origin = plans.origins(plan, s.capacity)
         if landing is not None:
-            moves.push_words_(landing, at.slot, row.to, row.at, e.addresses, f.source.offset, plan.valid, back=False)
+            words = Put(field=f.source, values=landing.flatten(), to=row.to, at=row.at, valid=plan.valid, item=at.slot)
+            e.transport.put_words_(e, words)
     kept = Kept(
         slot=at.slot,
         place=at.place,
@@ -201,9 +228,15 @@ def backward_(
     """
     s, f = e.sizes, e.fields
     with record_function("exchange dispatch"):
-        moves.push_words_(
-            weight, kept.slot, kept.row_to, kept.row_at, e.addresses, f.gate.offset, kept.valid, back=False
+        gates = Put(
+            field=f.gate,
+            values=weight.flatten(),
+            to=kept.row_to,
+            at=kept.row_at,
+            valid=kept.valid,
+            item=kept.slot,
         )
+        e.transport.put_words_(e, gates)
         send_(e, grad_output, kept, f.land_gradient)
         count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
     yield
@@ -224,9 +257,15 @@ def backward_(
         dx = experts.grouped_gemm(dh, up.flatten(2), kept.end, cut, t.input, t.group, transposed=True)
     with record_function("exchange return"), aside(e):
         send_back_(e, dx, kept, SIDE_PROGRAMS)
-        moves.push_words_(
-            d_gate, None, kept.origin_to, kept.origin_at, e.addresses, f.gate_gradient.offset, kept.valid, back=True
+        gates = Put(
+            field=f.gate_gradient,
+            values=d_gate,
+            to=kept.origin_to,
+            at=kept.origin_at,
+            valid=kept.valid,
+            back=True,
         )
+        e.transport.put_words_(e, gates)
     with record_function("experts"):
         moves.pad_(a, kept.valid, t.down_gradient.block_k)
         d_down = experts.weight_gradient(
@@ -272,8 +311,8 @@ def send_(e: Exchange, x: Tensor, kept: Kept, field: Field, most: int = sys.maxs
 
     Writes:  a landing buffer of every arena.
     """
-    programs = min(e.programs, most)
-    moves.push_(x, kept.token_to, kept.token_at, e.addresses, field.offset, kept.valid, programs, back=False)
+    to, at, programs = kept.token_to, kept.token_at, min(e.programs, most)
+    e.transport.put_rows_(e, Put(field=field, values=x, to=to, at=at, valid=kept.valid, programs=programs))
 
 
 def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:
@@ -293,8 +332,9 @@ def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, 
 
 def send_back_(e: Exchange, y: Tensor, kept: Kept, most: int = sys.maxsize) -> None:
     """Send rows back to their origins, with at most so many programs. Writes: `back` of every arena."""
-    programs, offset = min(e.programs, most), e.fields.back.offset
-    moves.push_(y, kept.origin_to, kept.origin_at, e.addresses, offset, kept.valid, programs, back=True)
+    to, at, programs = kept.origin_to, kept.origin_at, min(e.programs, most)
+    rows = Put(field=e.fields.back, values=y, to=to, at=at, valid=kept.valid, programs=programs, back=True)
+    e.transport.put_rows_(e, rows)
 
 
 def received(e: Exchange, field: Field, kept: Kept) -> Tensor:

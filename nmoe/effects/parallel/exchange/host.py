@@ -1,16 +1,15 @@
-"""The exchange between processes of one host that share memory, in plain torch: `pure.experts.mixture` over ranks.
+"""The exchange between processes of a CPU, in plain torch: `pure.experts.mixture` over ranks.
 
 The protocol is that of the kernels (`device`); a process waits for another by polling a word in its own arena.
 
 W ranks · E experts of all ranks · N tokens of this rank · K choices of a token · P = N K pairs · D hidden size
-F width of an expert · U tokens sent, counted once a rank with dedup
+F width of an expert
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -19,8 +18,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from nmoe.effects.kernels.derivative import first_order
-from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, fit, view
-from nmoe.effects.parallel.exchange.opening import check
+from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, Put, Transport, check, fence, fit, store_, view
 from nmoe.pure.model import experts as reference
 from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.norm import upcast
@@ -38,50 +36,55 @@ class Sorted:
 
     plan: planning.Plan
     slot: Tensor  # [P] pair in that order -> pair in the order of tokens
-    row: Tensor  # [P] its row at the holder
-    holder: Tensor  # [P] rank that holds its expert
-    token: Tensor  # [U] with dedup: token of each place in a landing buffer, by rank; else of each pair
-    place: Tensor  # [U] its place there
-    to: Tensor  # [U] the rank whose landing buffer it is
+    row_to: Tensor  # [N K] rank that holds the pair's expert
+    row_at: Tensor  # [N K] its row there
+    token_to: Tensor  # [N K] rank to send the token to for this choice; W if it goes there already
+    token_at: Tensor  # [N K] place in the landing buffer
 
 
-def barrier_(e: Exchange) -> None:
+def barrier_(e: Exchange, *, signal: bool, wait: bool) -> None:
     """Barrier: signal every rank that this one's writes are done, and wait for the signals of all.
 
     Writes:  the flags of all arenas, `e.epoch`.
-    Raises:  PeerError naming who did not come within `e.timeout_s`.
+    Raises:  PeerError naming who did not come within `e.timeout_s`, or whose connection broke.
     """
-    e.epoch.add_(1)
-    epoch = int(e.epoch)
-    fence()
-    for peer in e.peers:
-        view(peer, e.fields.arrived)[e.rank, 0] = epoch
+    if signal:
+        e.epoch.add_(1)
+        fence()
+        for peer in e.peers:
+            if peer is not None:
+                view(peer, e.fields.arrived)[e.rank, 0] = int(e.epoch)
+    if wait:
+        _wait(e, int(e.epoch))
+
+
+def _wait(e: Exchange, epoch: int) -> None:
+    """Wait until every rank has signalled this epoch."""
     arrived = view(e.raw, e.fields.arrived)[:, 0]
     end = time.monotonic() + e.timeout_s
-    while True:
-        late = (arrived < epoch).nonzero().flatten().tolist()
-        if not late:
-            break
+    while late := (arrived < epoch).nonzero().flatten().tolist():
+        # Not of a rank that has signalled: it gave up on another one, whom the time-out names.
+        if lost := [rank for rank in late if e.lost[rank]]:
+            raise PeerError(
+                f"rank {e.rank}: expected an open connection to {e.named(lost)}, got its end in phase {epoch}; "
+                "look at that rank's log and the network between"
+            )
         if time.monotonic() > end:
             e.missing.fill_(late[0] + 1)
-            absent = ", ".join(str(rank) for rank in late)
             raise PeerError(
-                f"rank {e.rank}: expected every rank of the exchange within {e.timeout_s:g} s, got nothing from rank "
-                f"{absent} in phase {epoch}; look at that rank's log, or raise parallel.timeout_s if it was only slow"
+                f"rank {e.rank}: expected every rank of the exchange within {e.timeout_s:g} s, got nothing from "
+                f"{e.named(_silent(e, late))} in phase {epoch}; look at that rank's log, or raise parallel.timeout_s "
+                "if it was only slow"
             )
         time.sleep(PAUSE_S)
     fence()
 
 
-def fence() -> None:
-    """Order what this thread reads and writes before and after it, on processors that reorder too.
-
-    What comes before a lock's release stays before it, what comes after the next acquire after it.
-    """
-    lock = threading.Lock()
-    for _ in range(2):
-        lock.acquire()
-        lock.release()
+def _silent(e: Exchange, late: Sequence[int]) -> list[int]:
+    """Of the ranks that are late those to blame: what a rank of another host sends, one of this host delivers."""
+    per_host = e.hosts.count(e.hosts[e.rank])
+    first = e.rank - e.rank % per_host
+    return [rank for rank in late if (by := first + rank % per_host) == rank or by not in late]
 
 
 def begin_(expert: Tensor, e: Exchange) -> tuple[Sorted, Tensor]:
@@ -96,41 +99,65 @@ def begin_(expert: Tensor, e: Exchange) -> tuple[Sorted, Tensor]:
     flat = expert.flatten()
     sorted_expert, slot = flat.sort(stable=True)
     count = flat.new_zeros(s.experts).scatter_add(0, flat, torch.ones_like(flat))
-    owner, item = planning.owners(expert, ranks=s.ranks, experts=s.experts).flatten().sort(stable=True)
+    to = planning.owners(expert, ranks=s.ranks, experts=s.experts)
+    owner, item = to.flatten().sort(stable=True)
     once = owner < s.ranks
     owner, item = owner[once], item[once]
     tokens = flat.new_zeros(s.ranks).scatter_add(0, owner, torch.ones_like(owner))
-    row = torch.cat([count, tokens]).int()
-    for peer in e.peers:
-        view(peer, e.fields.counts)[e.rank] = row
-    barrier_(e)
+    e.transport.put_counts_(e, count, tokens)
+    e.transport.barrier_(e, signal=True, wait=True)
     plan = planning.plan(view(e.raw, e.fields.counts).clone(), rank=e.rank, capacity=s.capacity)
     e.needed.copy_(torch.maximum(e.needed, plan.needed.int()))
     check(e)
     at = torch.arange(len(slot)) + plan.shift[sorted_expert]
-    holder = sorted_expert // s.local()
+    row_to, row_at = expert // s.local(), torch.empty_like(slot).index_copy_(0, slot, at).view_as(expert)
     if not s.dedup:
-        return Sorted(plan=plan, slot=slot, row=at, holder=holder, token=slot // s.top_k, place=at, to=holder), count
+        return Sorted(plan=plan, slot=slot, row_to=row_to, row_at=row_at, token_to=row_to, token_at=row_at), count
     place = torch.arange(len(item)) + plan.token_shift[owner]
     landing = torch.full((s.ranks, len(expert)), -1)
     landing[owner, item // s.top_k] = place
-    put_(e, e.fields.source, holder, at, landing[holder, slot // s.top_k].int())
-    return Sorted(plan=plan, slot=slot, row=at, holder=holder, token=item // s.top_k, place=place, to=owner), count
+    token_at = landing[row_to, torch.arange(len(expert))[:, None]]
+    put_(e, e.transport.put_words_, e.fields.source, token_at.flatten().int(), row_to, row_at)
+    return Sorted(plan=plan, slot=slot, row_to=row_to, row_at=row_at, token_to=to, token_at=token_at), count
 
 
-def put_(e: Exchange, field: Field, to: Tensor, at: Tensor, values: Tensor) -> None:
-    """Write values into a field of other ranks' arenas.
+def put_(
+    e: Exchange, over: Callable[[Exchange, Put], None], field: Field, values: Tensor, to: Tensor, at: Tensor
+) -> None:
+    """Put values into a field of other ranks' arenas.
 
-    to       [P] rank whose arena it is
-    at       [P] index in the field
-    values   [P ...]
-    Writes:  that field.
+    over     `put_rows_` or `put_words_` of the transport
+    values   [M ...]
+    to       [M K] rank whose arena it is; W: nowhere
+    at       [M K] place in the field
+    Writes:  that field, `e.sent`.
     """
+    over(e, Put(field=field, values=values, to=to, at=at))
+    crossing = int(((to != e.rank) & (to < e.sizes.ranks)).sum())
+    e.sent.add_(crossing * (values[0].nbytes if len(values) else 0))
+
+
+def _store_(e: Exchange, put: Put) -> None:
+    """Copy rows or words to their places in the arenas of this host. Writes: `put.field` of these."""
+    to, at = put.places()
     for rank, peer in enumerate(e.peers):
-        mine = to == rank
-        view(peer, field).index_copy_(0, at[mine], values[mine])
-        if rank != e.rank:
-            e.sent.add_(values[mine].nbytes)
+        if peer is not None:
+            item, choice = (to == rank).nonzero(as_tuple=True)
+            store_(peer, put.field, at[item, choice].long(), put.values[item])
+
+
+def _store_counts_(e: Exchange, count: Tensor, tokens: Tensor | None) -> None:
+    """Copy this rank's row of the matrix of counts into the arenas of this host. Writes: `counts` of these."""
+    tail = count.new_zeros(e.sizes.ranks) if tokens is None else tokens[: e.sizes.ranks]
+    for peer in e.peers:
+        if peer is not None:
+            view(peer, e.fields.counts)[e.rank] = torch.cat([count, tail]).int()
+
+
+PEER = Transport(
+    put_rows_=_store_, put_words_=_store_, put_counts_=_store_counts_, barrier_=barrier_, flush=lambda e: None
+)
+"""Memory that the processes of a host share."""
 
 
 class Mixture(torch.autograd.Function):
@@ -141,18 +168,19 @@ class Mixture(torch.autograd.Function):
         ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, e: Exchange, run: Any
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
+        over = e.transport
         with record_function("exchange plan"):
             at, count = begin_(expert, e)
         with record_function("exchange dispatch"):
-            put_(e, e.fields.land, at.to, at.place, x[at.token])
-            barrier_(e)
+            put_(e, over.put_rows_, e.fields.land, x, at.token_to, at.token_at)
+            over.barrier_(e, signal=True, wait=True)
         with record_function("experts"):
             rows = torch.arange(int(at.plan.valid[2]))
             source = view(e.raw, e.fields.source)[: len(rows)].long() if e.sizes.dedup else rows
             y = run(received(e, at, source), up, down)
         with record_function("exchange return"):
-            put_(e, e.fields.back, *planning.origins(at.plan, len(y)), y)
-            barrier_(e)
+            put_(e, over.put_rows_, e.fields.back, y, *planning.origins(at.plan, len(y)))
+            over.barrier_(e, signal=True, wait=True)
         chosen = returned(e, e.fields.back, at).unflatten(0, weight.shape)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, weight, up, down, source)
@@ -167,12 +195,12 @@ class Mixture(torch.autograd.Function):
         x, weight, up, down, source = ctx.saved_tensors
         e: Exchange = ctx.e
         at: Sorted = ctx.at
-        f = e.fields
+        f, over = e.fields, e.transport
         with record_function("exchange dispatch"):
-            put_(e, f.land, at.to, at.place, x[at.token])
-            put_(e, f.land_gradient, at.to, at.place, outputs[0][at.token])
-            put_(e, f.gate, at.holder, at.row, weight.flatten()[at.slot])
-            barrier_(e)
+            put_(e, over.put_rows_, f.land, x, at.token_to, at.token_at)
+            put_(e, over.put_rows_, f.land_gradient, outputs[0], at.token_to, at.token_at)
+            put_(e, over.put_words_, f.gate, weight.flatten(), at.row_to, at.row_at)
+            over.barrier_(e, signal=True, wait=True)
         with record_function("experts"), torch.enable_grad():
             rows = received(e, at, source)
             leaves = [tensor.detach().requires_grad_() for tensor in (rows.x, up, down)]
@@ -183,9 +211,9 @@ class Mixture(torch.autograd.Function):
             d_gate = (upcast(grad_output) * upcast(y.detach())).sum(-1)
         with record_function("exchange return"):
             origin = planning.origins(at.plan, len(y))
-            put_(e, f.back, *origin, dx)
-            put_(e, f.gate_gradient, *origin, d_gate)
-            barrier_(e)
+            put_(e, over.put_rows_, f.back, dx, *origin)
+            put_(e, over.put_words_, f.gate_gradient, d_gate, *origin)
+            over.barrier_(e, signal=True, wait=True)
         d_rows = returned(e, f.back, at).unflatten(0, weight.shape)
         d_weight = returned(e, f.gate_gradient, at).view_as(weight)
         return upcast(d_rows).sum(-2).to(x.dtype), None, d_weight, d_up, d_down, None, None

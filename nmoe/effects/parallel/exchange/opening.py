@@ -1,4 +1,7 @@
-"""Open an exchange: allocate the arena, exchange addresses with all ranks, test every mapping, release at the end."""
+"""Open an exchange: allocate the arena, exchange addresses with all ranks, test every mapping, release at the end.
+
+W ranks · L ranks of a host
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, view
+from nmoe.effects.parallel.exchange import proxy
+from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, Put, Transport, view
 from nmoe.errors import InputError
 from nmoe.pure.parallel.exchange_arena import Fields, Sizes, fields
 
 SHARED_MEMORY = Path("/dev/shm")
-
-
-def check(e: Exchange) -> None:
-    """Whether every rank could hold its rows so far. Waits for the device.
-
-    Raises:  InputError, the same on all ranks, with the capacity it takes.
-    """
-    needed = int(e.needed)
-    if needed:
-        s = e.sizes
-        mean = s.tokens * s.top_k
-        raise InputError(
-            f"parallel.capacity: expected at most {s.capacity} rows on a rank ({s.capacity / mean:.2f} x the "
-            f"mean), got {needed} "
-            f"on one; set it to {needed / mean + 0.005:.2f} or more, or to 0 for what can come at the worst"
-        )
 
 
 PROGRAMS = 264
@@ -44,32 +33,57 @@ reach 301; 346 and 343 with 16,384 rows (docs/log.md, 2026-11-28)."""
 
 @contextmanager
 def open_exchange(
-    *, device: torch.device, group: dist.ProcessGroup, sizes: Sizes, timeout_s: float, programs: int = PROGRAMS
+    *,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    sizes: Sizes,
+    timeout_s: float,
+    transport: str = "peer",
+    rendezvous: str = "127.0.0.1",
+    peers: Transport | None = None,
+    programs: int = PROGRAMS,
 ) -> Iterator[Exchange]:
     """This process's part in an exchange among the ranks of `group`: on a CPU over shared memory, else P2P over NVLink.
 
     Collective: every rank of the group opens at the same place, with the same sizes, and closes at the same place.
 
-    group      whose ranks are all on one host
-    timeout_s  how long a rank is waited for in each phase
-    programs   that push rows
+    timeout_s   how long a rank is waited for in each phase
+    transport   "peer": all ranks are on one host; "proxy": a thread sends what goes to another host over TCP
+    rendezvous  address that all hosts reach
+    peers       how ranks of one host write to each other; None: `host` on a CPU, else `device`
+    programs    that push rows
 
-    Raises:    InputError when ranks disagree about sizes, are on several hosts, or cannot reach each other's memory;
-               PeerError, from what came first, when the time for a rank had run out.
+    Raises:    InputError when ranks disagree about sizes or hosts, are on several hosts without a transport between
+               them, or cannot reach each other's memory; PeerError, from what came first, when the time for a rank had
+               run out.
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    _agree(sizes, rank, ranks, group)
+    hosts = _agree(sizes, rank, ranks, group, transport)
+    place = proxy.Hosts(rank=rank, ranks=ranks, per_host=hosts.count(hosts[0]))
+    near = range(place.first(), place.first() + place.per_host)
+    beyond = len(near) < ranks
     f = fields(sizes)
     with ExitStack() as scope:
+        within = _of_host(group, near, ranks)
         if device.type == "cpu":
-            peers = scope.enter_context(_shared(f.size, group))
-            raw = peers[rank]
-            addresses = [peer.data_ptr() for peer in peers]
+            arenas: Sequence[Tensor] = scope.enter_context(_shared(f.size, within))
+            raw = arenas[rank - near.start]
+            addresses = [arena.data_ptr() for arena in arenas]
         else:
-            peers = ()
-            raw, addresses = scope.enter_context(_symmetric(f.size, group, device))
-        e = _exchange(rank, sizes, f, raw, tuple(peers), addresses, timeout_s, programs)
-        _shake_hands_(e, group)
+            raw, addresses, arenas = scope.enter_context(_symmetric(f.size, within, device, as_tensors=beyond))
+        # Kernels write counts, words and flags for every rank; those of other hosts fall here, and nobody reads them.
+        sink = torch.empty(f.land.offset if beyond else 0, dtype=torch.uint8, device=device)
+        addresses = [addresses[other - near.start] if other in near else sink.data_ptr() for other in range(ranks)]
+        mapped = tuple(arenas[other - near.start] if other in near else None for other in range(ranks) if arenas)
+        e = _exchange(rank, sizes, f, raw, mapped, addresses, timeout_s, programs, hosts, peers or _peers(device))
+        carried = None
+        if beyond:
+            connections = scope.enter_context(proxy.connections(place, group, rendezvous, timeout_s))
+            areas = proxy.areas(sizes, f, device)
+            carried = proxy.Proxy(place, areas, mapped, f.arrived, e.lost, connections, device)
+            e = attrs.evolve(e, transport=proxy.over(e.transport, carried))
+            scope.enter_context(_carrying(carried))
+        _shake_hands_(e, group, beyond=beyond)
         try:
             yield e
         except PeerError:
@@ -78,19 +92,58 @@ def open_exchange(
             late = int(e.missing)
             if late:
                 raise PeerError(
-                    f"rank {rank}: expected every rank of the exchange within {timeout_s:g} s, got nothing from rank "
-                    f"{late - 1}; look at that rank's log, or raise parallel.timeout_s if it was only slow"
+                    f"rank {rank}: expected every rank of the exchange within {timeout_s:g} s, got nothing from "
+                    f"{e.named([late - 1])}; look at that rank's log, or raise parallel.timeout_s if it was only slow"
                 ) from error
             raise
+        e.transport.flush(e)
+        del sink
+
+
+@contextmanager
+def _carrying(carried: proxy.Proxy) -> Iterator[None]:
+    """Threads of the proxy run inside the block."""
+    carried.start()
+    orderly = False
+    try:
+        yield
+        orderly = True
+    finally:
+        carried.stop(orderly=orderly)
+
+
+def _peers(device: torch.device) -> Transport:
+    """How ranks of one host write to each other."""
+    if device.type == "cpu":
+        from nmoe.effects.parallel.exchange.host import PEER
+    else:
+        # only here: triton is not everywhere
+        from nmoe.effects.parallel.exchange.device import PEER
+    return PEER
+
+
+def _of_host(group: dist.ProcessGroup, near: range, ranks: int) -> dist.ProcessGroup:
+    """The ranks of this host as a group. Only they call it."""
+    if len(near) == ranks:
+        return group
+    members = [dist.get_global_rank(group, rank) for rank in near]
+    handle: Any = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+    return handle
 
 
 def virtual(sizes: Sizes, device: torch.device, *, programs: int = PROGRAMS) -> tuple[Exchange, ...]:
     """All ranks of an exchange in this process, on one device: for tests, and to measure with one GPU."""
+    # only here: triton is not everywhere
+    from nmoe.effects.parallel.exchange.device import PEER
+
     f = fields(sizes)
-    arenas = [torch.zeros(f.size, dtype=torch.uint8, device=device) for _ in range(sizes.ranks)]
+    arenas = tuple(torch.zeros(f.size, dtype=torch.uint8, device=device) for _ in range(sizes.ranks))
     addresses = [arena.data_ptr() for arena in arenas]
-    peers = tuple(arenas) if device.type == "cpu" else ()
-    return tuple(_exchange(rank, sizes, f, raw, peers, addresses, 60.0, programs) for rank, raw in enumerate(arenas))
+    hosts = ("",) * sizes.ranks
+    return tuple(
+        _exchange(rank, sizes, f, raw, arenas, addresses, 60.0, programs, hosts, PEER)
+        for rank, raw in enumerate(arenas)
+    )
 
 
 def _exchange(
@@ -98,10 +151,12 @@ def _exchange(
     sizes: Sizes,
     f: Fields,
     raw: Tensor,
-    peers: tuple[Tensor, ...],
+    peers: tuple[Tensor | None, ...],
     addresses: Sequence[int],
     timeout_s: float,
     programs: int,
+    hosts: tuple[str, ...],
+    transport: Transport,
 ) -> Exchange:
     """The record around an arena."""
     device = raw.device
@@ -114,20 +169,23 @@ def _exchange(
         sizes=sizes,
         fields=f,
         raw=raw,
+        hosts=hosts,
+        transport=transport,
         peers=peers,
         addresses=torch.tensor(addresses, dtype=torch.int64, device=device),
         epoch=word(torch.int64),
         needed=word(torch.int32),
         sent=word(torch.int64),
         missing=torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
+        lost=torch.zeros(sizes.ranks, dtype=torch.bool),
         stream=torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None,
         timeout_s=timeout_s,
         programs=programs,
     )
 
 
-def _agree(sizes: Sizes, rank: int, ranks: int, group: dist.ProcessGroup) -> None:
-    """Refuse what cannot work, before anything is allocated."""
+def _agree(sizes: Sizes, rank: int, ranks: int, group: dist.ProcessGroup, transport: str) -> tuple[str, ...]:
+    """The host of each rank. Refuses what cannot work, before anything is allocated."""
     problems: list[str] = []
     if sizes.ranks != ranks:
         problems.append(
@@ -145,13 +203,14 @@ def _agree(sizes: Sizes, rank: int, ranks: int, group: dist.ProcessGroup) -> Non
             f"{sizes.hidden_size * sizes.dtype.itemsize} bytes; take a multiple of {16 // sizes.dtype.itemsize}"
         )
     answers: list[Any] = [None] * ranks
-    dist.all_gather_object(answers, (os.uname().nodename, sizes), group=group)
-    for other, (host, theirs) in enumerate(answers):
-        if host != answers[0][0]:
+    dist.all_gather_object(answers, (os.uname().nodename, sizes, transport), group=group)
+    hosts = tuple(host for host, _, _ in answers)
+    problems += _hosts_problems(hosts, transport)
+    for other, (_, theirs, by) in enumerate(answers):
+        if by != transport:
             problems.append(
-                f"parallel.experts: expected the ranks of an expert group on one host, got rank {other} on "
-                f"{host} and rank "
-                f"0 on {answers[0][0]}; lower parallel.experts to the ranks of a host"
+                f'parallel.transport: expected one for all ranks, got "{transport}" on rank {rank} and "{by}" on '
+                f"rank {other}; start all ranks with one config"
             )
         if theirs != sizes:
             problems.append(
@@ -159,6 +218,32 @@ def _agree(sizes: Sizes, rank: int, ranks: int, group: dist.ProcessGroup) -> Non
             )
     if problems:
         raise InputError(*problems)
+    return hosts
+
+
+def _hosts_problems(hosts: Sequence[str], transport: str) -> Iterator[str]:
+    """What keeps ranks on these hosts from an exchange."""
+    names = list(dict.fromkeys(hosts))
+    if len(names) == 1:
+        return
+    if transport == "peer":
+        other = next(rank for rank, host in enumerate(hosts) if host != hosts[0])
+        yield (
+            f"parallel.experts: expected the ranks of an expert group on one host, got rank {other} on {hosts[other]} "
+            f"and rank 0 on {hosts[0]}; lower parallel.experts to the ranks of a host, or write parallel.transport = "
+            '"proxy"'
+        )
+        return
+    counts = {name: hosts.count(name) for name in names}
+    if len(set(counts.values())) > 1:
+        text = ", ".join(f"{count} on {name}" for name, count in counts.items())
+        yield f"parallel.ranks: expected equally many ranks on every host, got {text}; start as many on each"
+    elif list(hosts) != [name for name in names for _ in range(counts[name])]:
+        text = ", ".join(f"rank {rank} on {host}" for rank, host in enumerate(hosts))
+        yield (
+            f"parallel.experts: expected neighbouring ranks on each host, got {text}; number the ranks host by host, "
+            "as torchrun does"
+        )
 
 
 @contextmanager
@@ -187,8 +272,10 @@ def _shared(size: int, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, ...]]
 
 
 @contextmanager
-def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Iterator[tuple[Tensor, list[int]]]:
-    """This rank's arena, in memory that the group's GPUs reach, and where this process sees each rank's.
+def _symmetric(
+    size: int, group: dist.ProcessGroup, device: torch.device, *, as_tensors: bool
+) -> Iterator[tuple[Tensor, list[int], list[Tensor]]]:
+    """This rank's arena, in memory that the group's GPUs reach; where this process sees each rank's; if asked, tensors.
 
     One allocation for the life of the exchange, and none through torch's pools: a pool may give two ranks different
     slots of it, and data would go astray without a word (pytorch issue 190977).
@@ -207,11 +294,13 @@ def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Ite
     raw.zero_()
     torch.cuda.synchronize(device)
     dist.barrier(group=group)
-    yield raw, [address + before for address in handle.buffer_ptrs]
+    ranks = range(dist.get_world_size(group) if as_tensors else 0)
+    arenas = [handle.get_buffer(rank, (size,), torch.uint8, before) for rank in ranks]
+    yield raw, [address + before for address in handle.buffer_ptrs], arenas
     # not after an error: the device may have trapped, and a peer may be gone
     torch.cuda.synchronize(device)
     dist.barrier(group=group)
-    del handle
+    del handle, arenas
 
 
 def _refuse_multicast(device: torch.device) -> None:
@@ -241,8 +330,10 @@ def _refuse_unreachable(group: dist.ProcessGroup, device: torch.device) -> None:
         )
 
 
-def _shake_hands_(e: Exchange, group: dist.ProcessGroup) -> None:
+def _shake_hands_(e: Exchange, group: dist.ProcessGroup, *, beyond: bool) -> None:
     """Write a word into every arena and look whether each rank's arrived in ours: a wrong mapping shows here.
+
+    beyond   whether there are other hosts, whose words arrive with a signal
 
     Writes:  the first word of this rank's row of counts in every arena.
     Raises:  InputError naming the rank whose word is not there.
@@ -251,15 +342,11 @@ def _shake_hands_(e: Exchange, group: dist.ProcessGroup) -> None:
     counts = e.fields.counts
     rank = torch.arange(ranks, dtype=torch.int32, device=e.raw.device)
     mine = rank + 1000 * (e.rank + 1)
-    if e.peers:
-        for other, peer in enumerate(e.peers):
-            view(peer, counts)[e.rank, 0] = mine[other]
-    else:
-        # only here: triton is not everywhere
-        from nmoe.effects.kernels.exchange import push as moves
-
-        at = torch.full_like(rank, e.rank * counts.shape[1])
-        moves.push_words_(mine, None, rank, at, e.addresses, counts.offset, torch.full_like(rank, ranks), back=False)
+    at = torch.full_like(rank, e.rank * counts.shape[1])
+    e.transport.put_words_(e, Put(field=counts, values=mine, to=rank, at=at, valid=torch.full_like(rank, ranks)))
+    if beyond:
+        e.transport.barrier_(e, signal=True, wait=True)
+    if e.raw.is_cuda:
         torch.cuda.synchronize(e.raw.device)
     dist.barrier(group=group)
     got = view(e.raw, counts)[:, 0].tolist()

@@ -283,13 +283,14 @@ class Evaluation:
 
 @attrs.frozen(kw_only=True)
 class Score:
-    """What `nmoe eval` measured of one task, as texts."""
+    """What `nmoe eval` or an evaluation in training measured of one task, as texts."""
 
     run: str
     task: str
     value: str
     error: str  # standard error
     items: str
+    step: str  # of the training
     at: str
 
 

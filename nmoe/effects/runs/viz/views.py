@@ -250,17 +250,17 @@ def _times(index: Index, numbers: list[int]) -> dict[int, tuple[np.ndarray, np.n
 
 
 def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
-    """What validations and evaluations of some runs found."""
+    """What validations of some runs measured, and the newest scores of each task."""
     numbers = known(index, names)
     rows = query(
         index,
-        "select run, attempt, step, time_s, event, line from events where run in (select unnest(?::integer[])) "
-        "and event in ('validation', 'evaluation') order by time_s desc nulls last, rowid desc limit ?",
+        "select run, attempt, step, time_s, line from events where run in (select unnest(?::integer[])) "
+        "and event = 'validation' order by time_s desc nulls last, rowid desc limit ?",
         list(numbers),
         MAX_EVENTS,
     )
     answers: list[api.Evaluation] = []
-    for run, attempt, step, time_s, _, line in rows:
+    for run, attempt, step, time_s, line in rows:
         fields = api.plain(json.loads(line))
         results = {key: v for key, v in fields.items() if key not in ("time", "event", "attempt", "step")}
         answers.append(api.Evaluation(run=numbers[run], attempt=attempt, step=step, time=time_s, results=results))
@@ -274,8 +274,8 @@ def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
             problems += error.problems
         else:
             scores += [
-                api.Score(run=name, task=task, value=value, error=error, items=items, at=at)
-                for task, value, error, items, at in measured
+                api.Score(run=name, task=task, value=value, error=error, items=items, step=step, at=at)
+                for task, value, error, items, step, at in measured
             ]
     return api.Evaluations(names=list(names_), rows=answers, scores=scores, problems=problems)
 

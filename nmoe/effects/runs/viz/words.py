@@ -32,6 +32,8 @@ def text(event: str, fields: Mapping[str, Any]) -> str:
         case "validation":
             loss, bits = (_digits(fields, key) for key in ("loss", "bits_per_byte"))
             return f"{loss} nats/token, {bits} bits/byte, over {_count(fields, 'tokens')} tokens"
+        case "evaluation" if isinstance(scores := fields.get("scores"), Mapping):
+            return ", ".join(f"{task} {_digits(x, 'value')}" for task, x in scores.items() if isinstance(x, Mapping))
         case "sample":
             return f"{str(fields.get('prompt', ''))!r} continued: {' '.join(str(fields.get('text', '')).split())[:80]}"
         case "mixture":

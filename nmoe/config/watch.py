@@ -1,10 +1,45 @@
-"""The section of what is printed and written, and of what is an alert."""
+"""The sections of what is measured and written while a model trains."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import attrs
 
-from nmoe.config.setting import MOST_SECONDS, MOST_STEPS, setting
+from nmoe.config.setting import MOST_SECONDS, MOST_STEPS, MOST_TOKENS, setting
+
+
+@attrs.frozen(kw_only=True)
+class Validation:
+    """Loss on held-out documents."""
+
+    every: int = setting(
+        "steps between validations; one more at the end", unit="steps", low=1, high=MOST_STEPS, identity=False
+    )
+    tokens: int = setting("tokens a validation reads at most", unit="tokens", low=1, high=MOST_TOKENS, identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """A text that the model writes while it trains. One more is written at the end."""
+
+    every: int = setting(
+        "steps between samples; 0: at the end alone", default=0, unit="steps", low=0, high=MOST_STEPS, identity=False
+    )
+    prompt: str = setting("text that is continued", default="def ", identity=False)
+
+
+@attrs.frozen(kw_only=True)
+class Eval:
+    """Tasks of `nmoe eval` that are scored while it trains. They are scored once more at the end."""
+
+    every: int = setting(
+        "steps between evaluations; 0: none", default=0, unit="steps", low=0, high=MOST_STEPS, identity=False
+    )
+    suite: Literal["all", "bits", "choices", "probes", "syntax", "programs"] = setting(
+        "which tasks, as --suite of `nmoe eval`", default="choices", identity=False
+    )
+    limit: int = setting("items of a task at most", default=100, unit="items", low=2, high=10**6, identity=False)
 
 
 @attrs.frozen(kw_only=True)

@@ -32,6 +32,7 @@ import pytest
 
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api, curves, experts, export, folder, machine, mixture, views, words
+from nmoe.effects.runs.viz.contract import contract
 from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
 from nmoe.pure.data.order import source_at, turns
@@ -691,13 +692,13 @@ def test_bad_parameters_are_told(server: Server, path: str, problem: str) -> Non
 
 
 def test_answers_have_the_fields_of_the_contract(server: Server) -> None:
-    contract = server.json("/api/contract")
-    assert contract == api.contract()
+    told = server.json("/api/contract")
+    assert told == contract()
 
     def held(kind: str, value: Any) -> None:
         for each in value if isinstance(value, list) else [value]:
-            assert set(each) == set(contract[kind])
-            for name, inner in contract[kind].items():
+            assert set(each) == set(told[kind])
+            for name, inner in told[kind].items():
                 if inner:
                     held(inner, each[name])
 

@@ -30,6 +30,7 @@ from starlette.staticfiles import StaticFiles
 
 from nmoe.effects.record.reading import json_object
 from nmoe.effects.runs.viz import api, curves, data, experts, export, folder, machine, mixture, views
+from nmoe.effects.runs.viz.contract import contract, to_json
 from nmoe.effects.runs.viz.index import Index, Poll, poll
 from nmoe.errors import InputError
 
@@ -309,7 +310,7 @@ def _answer(answer: Callable[[Ask], Any], settings: Settings) -> Callable[[Reque
         await _freshen(settings, request.app.state.watch)
         try:
             ask = _ask(request)
-            content = await asyncio.to_thread(lambda: api.to_json(answer(ask)))
+            content = await asyncio.to_thread(lambda: to_json(answer(ask)))
         except InputError as error:
             return _problem(400, *error.problems)
         return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
@@ -318,7 +319,7 @@ def _answer(answer: Callable[[Ask], Any], settings: Settings) -> Callable[[Reque
 
 
 async def _contract(request: Request) -> Response:
-    return Response(api.to_json(api.contract()), media_type="application/json", headers={"cache-control": "no-store"})
+    return Response(to_json(contract()), media_type="application/json", headers={"cache-control": "no-store"})
 
 
 def _export(settings: Settings) -> Callable[[Request], Awaitable[Response]]:
@@ -345,7 +346,7 @@ def _notes(settings: Settings) -> Callable[[Request], Awaitable[Response]]:
             name = fields.pop("run", None)
             if not isinstance(name, str):
                 raise InputError("run: expected the name of a run, got none; add it to the body")
-            content = await asyncio.to_thread(lambda: api.to_json(views.write_notes(settings.index, name, fields)))
+            content = await asyncio.to_thread(lambda: to_json(views.write_notes(settings.index, name, fields)))
         except ClientDisconnect:
             return Response(status_code=400)
         except TimeoutError:
@@ -453,7 +454,7 @@ async def _icon(request: Request) -> Response:
 
 
 def _problem(code: int, *problems: str) -> Response:
-    return Response(api.to_json(api.Problems(problems=list(problems))), code, media_type="application/json")
+    return Response(to_json(api.Problems(problems=list(problems))), code, media_type="application/json")
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:

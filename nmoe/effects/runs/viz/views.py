@@ -250,18 +250,23 @@ def _times(index: Index, numbers: list[int]) -> dict[int, tuple[np.ndarray, np.n
 
 
 def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
-    """What validations of some runs measured, and the newest scores of each task."""
+    """What validations and evaluations of some runs measured, and the newest score of each task."""
     numbers = known(index, names)
     rows = query(
         index,
-        "select run, attempt, step, time_s, line from events where run in (select unnest(?::integer[])) "
-        "and event = 'validation' order by time_s desc nulls last, rowid desc limit ?",
+        "select run, attempt, step, time_s, event, line from events where run in (select unnest(?::integer[])) "
+        "and event in ('validation', 'evaluation') order by time_s desc nulls last, rowid desc limit ?",
         list(numbers),
         MAX_EVENTS,
     )
     answers: list[api.Evaluation] = []
-    for run, attempt, step, time_s, line in rows:
+    scored: list[api.Scored] = []
+    for run, attempt, step, time_s, event, line in rows:
         fields = api.plain(json.loads(line))
+        if event == "evaluation":
+            measured = _scores(fields.get("scores"))
+            scored.append(api.Scored(run=numbers[run], attempt=attempt, step=step, time=time_s, scores=measured))
+            continue
         results = {key: v for key, v in fields.items() if key not in ("time", "event", "attempt", "step")}
         answers.append(api.Evaluation(run=numbers[run], attempt=attempt, step=step, time=time_s, results=results))
     names_ = dict.fromkeys(key for row in answers for key in row.results)
@@ -277,7 +282,20 @@ def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
                 api.Score(run=name, task=task, value=value, error=error, items=items, step=step, at=at)
                 for task, value, error, items, step, at in measured
             ]
-    return api.Evaluations(names=list(names_), rows=answers, scores=scores, problems=problems)
+    tasks = dict.fromkeys(task for row in scored for task in row.scores)
+    return api.Evaluations(
+        names=list(names_), rows=answers, tasks=list(tasks), scored=scored, scores=scores, problems=problems
+    )
+
+
+def _scores(value: Any) -> dict[str, api.Numbers]:
+    """Task -> score and standard error of an event, which a stranger may have written; what is no number is None."""
+    tasks = value.items() if isinstance(value, Mapping) else ()
+    return {
+        str(task): [api.number(score.get(key)) for key in ("value", "error")]
+        for task, score in tasks
+        if isinstance(score, Mapping)
+    }
 
 
 def samples(index: Index, names: Sequence[str]) -> api.Samples:

@@ -23,6 +23,9 @@ ATTEMPTS = "attempts"
 LEFT_OUT = "left_out.json"
 """Rewinds of a run: which sequences of the stream are read no more."""
 
+NOTES = "notes.json"
+"""What people wrote about a run in the dashboard."""
+
 TRACK = "track"
 """Folder of how far each target of `nmoe track` has come."""
 

@@ -18,7 +18,8 @@ import pytest
 from nmoe.effects.record import lines as lines_of
 from nmoe.effects.runs import show
 from nmoe.effects.runs.track import follow
-from nmoe.effects.runs.viz import api, curves, experts, export, machine, mixture, tables, views
+from nmoe.effects.runs.viz import curves, experts, export, machine, mixture, tables, views
+from nmoe.effects.runs.viz.contract import to_json
 from nmoe.effects.runs.viz.index import Index, open_index, poll
 from nmoe.errors import InputError
 from tests.effects.runs import viz_runs as runs
@@ -67,7 +68,7 @@ def ask_everything(index: Index, name: str) -> None:
     """Ask about a run as the server does: an answer that is JSON, or an error that a person understands."""
     for answer in answers(index, name):
         try:
-            json.loads(api.to_json(answer()))
+            json.loads(to_json(answer()))
         except InputError:
             continue
     assert export.export(index, [name], "csv") and export.export(index, [name], "parquet")

@@ -32,6 +32,7 @@ import pytest
 
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import api, curves, experts, export, folder, machine, mixture, views, words
+from nmoe.effects.runs.viz.contract import contract
 from nmoe.effects.runs.viz.index import Index, known, open_index, poll, query, tags
 from nmoe.errors import InputError
 from nmoe.pure.data.order import source_at, turns
@@ -371,6 +372,34 @@ def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: st
     assert (rows["anneal", "web"].read_share is None) == (position < 1200)
 
 
+@pytest.mark.parametrize("step", [10, 40, 100, 151, 160, 200])
+def test_what_a_rewind_left_out_counts_as_not_read(tmp_path: Path, step: int) -> None:
+    """Counted window by window: 8 a step, and two stretches that nobody reads, the second over the end of a stage."""
+    left_out = [[80, 240], [1100, 1300]]
+    path = runs.folder(tmp_path, "rewound")
+    runs.append(path / "events.jsonl", [runs.mixture(0.0, left_out=left_out)])
+    runs.append(path / "metrics.rank0.jsonl", [runs.metrics(step)])
+    with indexed(tmp_path) as index:
+        rows = mixture.mixture(index, "rewound").sources
+    read: Counter[tuple[str, str]] = Counter()
+    without: Counter[tuple[str, str]] = Counter()
+    first = position = 0
+    for stage, quotas in runs.STAGES.items():
+        order = turns(quotas)
+        for place in range(sum(quotas)):
+            key = stage, ("web", "code", "books")[source_at(order, place)[0]]
+            if any(begin <= first + place < end for begin, end in left_out):
+                without[key] += 1
+            elif position < 8 * step:
+                read[key] += 1
+                position += 1
+        first += sum(quotas)
+    assert position == 8 * step
+    assert {(row.stage, row.name): (row.read, row.left_out) for row in rows} == {
+        (row.stage, row.name): (128 * read[row.stage, row.name], 128 * without[row.stage, row.name]) for row in rows
+    }
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -386,6 +415,13 @@ def test_what_was_read_of_a_mixture_follows_from_the_step(index: Index, name: st
         {"cursor": None},
         {"step": 1.5},
         {"batch_size": True},
+        {"left_out": 5},
+        {"left_out": [[3, 3]]},
+        {"left_out": [[8, 16], [0, 8]]},
+        {"left_out": [[0, 9], [8, 16]]},
+        {"left_out": [[0, 1 << 40]]},
+        {"left_out": [[0]]},
+        {"left_out": [[0, 1]] * 2000},
     ],
 )
 def test_a_plan_that_is_none_is_told(tmp_path: Path, broken: dict[str, Any]) -> None:
@@ -656,13 +692,13 @@ def test_bad_parameters_are_told(server: Server, path: str, problem: str) -> Non
 
 
 def test_answers_have_the_fields_of_the_contract(server: Server) -> None:
-    contract = server.json("/api/contract")
-    assert contract == api.contract()
+    told = server.json("/api/contract")
+    assert told == contract()
 
     def held(kind: str, value: Any) -> None:
         for each in value if isinstance(value, list) else [value]:
-            assert set(each) == set(contract[kind])
-            for name, inner in contract[kind].items():
+            assert set(each) == set(told[kind])
+            for name, inner in told[kind].items():
                 if inner:
                     held(inner, each[name])
 

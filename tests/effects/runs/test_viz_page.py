@@ -82,7 +82,7 @@ def test_the_menu_adds_the_column_that_is_chosen(browser: Browser, server: Serve
     with opened(browser, f"{server.url}/?sort=name&dir=up&find=finished") as page:
         page.get_by_label("add a column").select_option("optim.peak_lr")
         expect(page.locator("thead th.extra")).to_contain_text("optim.peak_lr")
-        expect(page.locator("table.runs tbody tr td").nth(-2)).to_have_text("0.0010")
+        expect(page.locator("table.runs tbody tr td").nth(-3)).to_have_text("0.0010")
         assert "col=optim.peak_lr" in page.url
         page.get_by_role("button", name="remove column optim.peak_lr").click()
         expect(page.locator("thead th.extra")).to_have_count(0)

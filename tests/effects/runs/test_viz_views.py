@@ -337,12 +337,7 @@ def test_there_is_one_list_of_runs(browser: Browser, server: Server) -> None:
     with opened(browser, server.url) as page:
         expect(page.locator("table.runs")).to_be_visible()
         expect(page.locator("aside")).to_have_count(0)
-        page.get_by_label("hide lost").focus()
-        page.get_by_label("hide lost").press("Enter")
-        expect(page.locator("table.runs tbody tr")).to_have_count(5)
         page.get_by_role("link", name="Charts").click()
-        expect(page.locator("aside li")).to_have_count(5)
-        page.get_by_role("button", name="1 hidden").click()
         expect(page.locator("aside li")).to_have_count(6)
 
 
@@ -384,6 +379,55 @@ def test_scores_of_benchmarks_are_evaluations(browser: Browser, server: Server) 
         assert row.inner_text().split("\t")[1:] == ["arc_easy", "0.4125", "0.0101", "2,376", "-", "2026-11-24 07:00"]
 
 
+def test_evaluations_over_steps_have_their_standard_errors(browser: Browser, tmp_path: Path) -> None:
+    """Two runs that were evaluated thrice, as training logs it; the last error is of one item, and infinite."""
+    for name, shift in (("a", 0.0), ("b", 0.1)):
+        path = runs.folder(tmp_path, name)
+        runs.append(path / "metrics.rank0.jsonl", (runs.metrics(step) for step in range(1, 151)))
+        for step, error in ((50, 0.04), (100, 0.02), (150, 0.01 if name == "a" else "inf")):
+            score = round(0.25 + shift + step / 1000, 3)
+            line = {"attempt": 1, "time": runs.at(step / 2), "step": step, "elapsed_s": step / 2}
+            line |= {"evaluation/bodies": score, "evaluation_error/bodies": error}
+            runs.append(path / "metrics.rank0.jsonl", [line])
+            scores = {"bodies": {"value": score, "error": error, "count": 40}, "odd": 1}
+            runs.append(path / "events.jsonl", [runs.event("evaluation", step / 2, step=step, scores=scores)])
+        runs.append(path / "events.jsonl", [runs.event("evaluation", 99, step=160, scores="none")])
+    with serving(tmp_path) as server:
+        with opened(browser, f"{server.url}/?view=evaluations&run=a") as page:
+            chart = figure(page, "evaluation/bodies")
+            expect(chart.locator(".chart-note")).to_have_text("0.4000 ± 0.0100")
+            expect(page.locator("#scored thead th")).to_have_text(["run", "step", "bodies", "time"])
+            cells = [row.inner_text().split("\t")[1:3] for row in page.locator("#scored tbody tr").all()]
+            assert cells == [
+                ["160", "–"],
+                ["150", "0.4000 ± 0.0100"],
+                ["100", "0.3500 ± 0.0200"],
+                ["50", "0.3000 ± 0.0400"],
+            ]
+            page.goto(f"{server.url}/?view=evaluations&run=a&run=b")
+            expect(page.locator("#scored tbody tr")).to_have_count(8)
+            expect(chart.locator(".legend tbody tr")).to_have_text([re.compile("a.*0.4000"), re.compile("b.*0.5000")])
+            assert "0.5000 ±" not in page.locator("#scored").inner_text(), "an infinite error is none"
+            page.goto(f"{server.url}/?view=charts&run=a")
+            expect(page.locator("summary", has_text="evaluation")).to_have_text("evaluation 1")
+        band = browser.new_page()
+        band.goto(f"{server.url}/?view=charts&run=a&tags=evaluation")
+        drawn(band)
+        made = band.evaluate(
+            """async () => {
+                const { aroundScore } = await import("/static/charts.js");
+                const curve = { run: "a", mean: [0.3, null, 0.4] };
+                return aroundScore(curve, [50, 60, 150], { x: [50, 150], curves: [{ run: "a", mean: [0.04, null] }] });
+            }"""
+        )
+        assert made == {
+            "low": [pytest.approx(0.26), None, None],
+            "high": [pytest.approx(0.34), None, None],
+            "error": 0.04,
+        }
+        band.close()
+
+
 def test_the_panel_of_alerts_leads_to_the_run(browser: Browser, server: Server) -> None:
     with opened(browser, server.url) as page:
         page.get_by_role("button", name="alerts", exact=True).first.click()
@@ -409,22 +453,6 @@ def test_groups_are_a_mean_and_a_band(browser: Browser, odd: Server) -> None:
             }"""
         )
         assert (made[0]["values"], made[0]["low"], made[0]["high"]) == ([2, 3, 3], [1, 2, 3], [3, 4, 3])
-
-
-def test_a_result_is_compared_against_a_key_of_the_config(browser: Browser, odd: Server) -> None:
-    with opened(browser, f"{odd.url}/?view=compare&run=a&run=b&run=c&cx=optim.peak_lr&cy=loss") as page:
-        points = page.locator("svg.scatter circle")
-        expect(points).to_have_count(3)
-        places = {
-            each.get_attribute("data-run"): (float(each.get_attribute("cx") or 0), float(each.get_attribute("cy") or 0))
-            for each in points.all()
-        }
-        assert places["a"][0] == places["b"][0] < places["c"][0]
-        assert places["a"][1] > places["b"][1] > places["c"][1], "the greater loss is higher up"
-        middle = places["a"][1] + (places["c"][1] - places["a"][1]) / 3
-        assert places["b"][1] == pytest.approx(middle), "2.01, 3.01 and 5.01"
-        page.locator("circle[data-run=c]").hover()
-        expect(page.locator(".chart-note")).to_have_text("c: 0.0100, 5.0100")
 
 
 def test_every_address_for_programs_answers(server: Server) -> None:

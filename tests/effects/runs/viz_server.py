@@ -10,7 +10,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ class Server:
 
     def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
         """Code and text of an answer."""
-        request = urllib.request.Request(self.url + path, method=method)
+        return self._answer(urllib.request.Request(self.url + path, method=method), headers)
+
+    def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, str]:
+        """Code and text of the answer to a body."""
+        return self._answer(urllib.request.Request(self.url + path, data=body, method="POST"), headers)
+
+    def _answer(self, request: urllib.request.Request, headers: Mapping[str, str]) -> tuple[int, str]:
         for name, value in headers.items():
             request.add_header(name, value.encode().decode("latin-1"))
         try:

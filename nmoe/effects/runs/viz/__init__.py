@@ -1,4 +1,4 @@
-"""`nmoe viz`: what runs are doing, in a browser. The run folders are read, never written."""
+"""`nmoe viz`: what runs are doing, in a browser. Of a run folder the notes alone are written."""
 
 from __future__ import annotations
 

@@ -1,13 +1,8 @@
-"""What the server answers, field by field: the one contract that the page is held to as well.
-
-The page gets `contract()` and wraps what it reads, so that a field of another name is an error there, not a blank.
-"""
+"""What the server answers, field by field: the one contract that the page is held to as well (`contract`)."""
 
 from __future__ import annotations
 
-import json
 import math
-import typing
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +11,17 @@ import numpy as np
 
 Numbers = list[float | None]
 """JSON has no NaN: None stands for it."""
+
+
+@attrs.frozen(kw_only=True)
+class Notes:
+    """What people wrote about a run."""
+
+    note: str
+    tags: list[str]
+    hidden: bool
+    is_editable: bool  # the server may write into the run folder
+    problem: str | None  # with its file; there is nothing else then
 
 
 @attrs.frozen(kw_only=True)
@@ -42,6 +48,7 @@ class Run:
     nonfinite: int
     bad_lines: int
     tags: list[int]  # it has logged, as places in the tags of `Runs`
+    notes: Notes
     columns: dict[str, Any]  # the config keys and tags asked for
 
 
@@ -283,11 +290,24 @@ class Score:
 
 
 @attrs.frozen(kw_only=True)
-class Evaluations:
-    """Results, newest first, and scores of benchmarks."""
+class Scored:
+    """An evaluation in training."""
 
-    names: list[str]
+    run: str
+    attempt: int
+    step: int | None
+    time: float | None
+    scores: dict[str, Numbers]  # by task: the score and its standard error
+
+
+@attrs.frozen(kw_only=True)
+class Evaluations:
+    """Validations and evaluations, newest first, and the newest score of each task."""
+
+    names: list[str]  # of results of validations
     rows: list[Evaluation]
+    tasks: list[str]  # of evaluations
+    scored: list[Scored]
     scores: list[Score]
     problems: list[str]  # files of scores that cannot be read
 
@@ -377,6 +397,7 @@ class Source:
     name: str
     planned: int  # tokens
     read: int  # tokens
+    left_out: int  # tokens of the plan that are not read since a rewind
     planned_share: float  # of the stage
     read_share: float | None  # of what was read of the stage; None before its first token
     passes: float  # over the source in this stage so far
@@ -418,42 +439,6 @@ class Problems:
     """Why there is no answer: one line each."""
 
     problems: list[str]
-
-
-ANSWERS = (
-    *(Runs, Series, Events, Layers, Experts, Load, Timing, Gpus, Evaluations, Samples, Configs, Folders, Mixture),
-    *(Document, Problems, Checkpoints, Console),
-)
-
-
-def contract() -> dict[str, dict[str, str]]:
-    """Class -> field -> the class of what it holds, empty for plain values."""
-    records: dict[str, dict[str, str]] = {}
-    waiting = list(ANSWERS)
-    while waiting:
-        cls = waiting.pop()
-        if cls.__name__ not in records:
-            hints = typing.get_type_hints(cls)
-            inner = {name: _record(hint) for name, hint in hints.items()}
-            records[cls.__name__] = {
-                name: inner_record.__name__ if inner_record else "" for name, inner_record in inner.items()
-            }
-            waiting += [inner_record for inner_record in inner.values() if inner_record]
-    return dict(sorted(records.items()))
-
-
-def _record(hint: Any) -> type | None:
-    """The record in a type: itself, or what a list of it holds."""
-    return next((kind for kind in (hint, *typing.get_args(hint)) if attrs.has(kind)), None)
-
-
-def to_json(answer: Any) -> bytes:
-    """An answer as JSON."""
-    return json.dumps(answer, default=_fields, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in attrs.fields(type(record))}
 
 
 def numbers(values: np.ndarray) -> Numbers:

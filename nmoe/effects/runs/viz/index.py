@@ -73,6 +73,7 @@ class Index:
     work: Path  # folder of what is read or made right now
     connection: DuckDBPyConnection
     writing: threading.Lock = attrs.field(factory=threading.Lock)
+    noting: threading.Lock = attrs.field(factory=threading.Lock)  # of notes in run folders
 
 
 @attrs.frozen(kw_only=True)

@@ -1,7 +1,8 @@
-"""The server of `nmoe viz`: GET only, answers as JSON, one stream that says which runs grew.
+"""The server of `nmoe viz`: answers as JSON to GET, one stream that says which runs grew, and one POST for notes.
 
 It listens to this host alone by default, answers only to the names it was started under, and reads nothing
-but the runs it has scanned and the data folders it was given.
+but the runs it has scanned and the data folders it was given. Of a run folder it writes the notes alone, and those
+only for its own page: see `Guard`.
 """
 
 from __future__ import annotations
@@ -15,23 +16,28 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 import attrs
 import duckdb
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from nmoe.effects.record.reading import json_object
 from nmoe.effects.runs.viz import api, curves, data, experts, export, folder, machine, mixture, views
+from nmoe.effects.runs.viz.contract import contract, to_json
 from nmoe.effects.runs.viz.index import Index, Poll, poll
 from nmoe.errors import InputError
 
 COOKIE = "nmoe_viz"
+NOTES = "/api/notes"
+MAX_BODY = 64 << 10
+BODY_S = 5.0
 POLL_S = 1.0
 KEEP_ALIVE_S = 15.0
 MAX_RUNS = 500
@@ -95,7 +101,7 @@ def application(settings: Settings) -> Starlette:
         "runs": lambda ask: views.runs(settings.index, ask.texts("column")),
         "series": lambda ask: curves.series(settings.index, ask.runs(), ask.text("tag"), ask.axis()),
         "events": lambda ask: views.events(settings.index, ask.runs(), ask.axis(), alerts=ask.texts("alerts") == ["1"]),
-        "configs": lambda ask: views.configs(settings.index, ask.runs()),
+        "configs": lambda ask: views.configs(settings.index, ask.runs(), differing=ask.texts("differs") == ["1"]),
         "evaluations": lambda ask: views.evaluations(settings.index, ask.runs()),
         "samples": lambda ask: views.samples(settings.index, ask.runs()),
         "experts": lambda ask: experts.experts(settings.index, ask.text("run")),
@@ -119,6 +125,7 @@ def application(settings: Settings) -> Starlette:
     }
     routes = [Route(f"/api/{name}", _answer(answer, settings), methods=["GET"]) for name, answer in answers.items()]
     routes += [
+        Route(NOTES, _notes(settings), methods=["POST"]),
         Route("/api/contract", _contract, methods=["GET"]),
         Route("/api/export", _export(settings), methods=["GET"]),
         Route("/api/stream", _stream, methods=["GET"]),
@@ -161,8 +168,11 @@ class Guard:
             return _problem(
                 421, f"host: expected one of {names}, got another; open the address that `nmoe viz` printed"
             )
-        if request.method not in ("GET", "HEAD"):
-            return _problem(405, f"method: expected GET, got {request.method[:20]}; nothing here can be changed")
+        if request.method == "POST" and request.url.path == NOTES:
+            if problem := _foreign(request):
+                return _problem(403, problem)
+        elif request.method not in ("GET", "HEAD"):
+            return _problem(405, f"method: expected GET, got {request.method[:20]}; only notes can be changed")
         token = self.settings.token
         if token is None or _same(request.cookies.get(COOKIE, ""), token):
             return None
@@ -172,6 +182,21 @@ class Guard:
             answer.set_cookie(COOKIE, token, httponly=True, samesite="strict")
             return answer
         return _problem(401, "token: the one that `nmoe viz` printed, got none or another; open the address it printed")
+
+
+def _foreign(request: Request) -> str | None:
+    """Why a POST may come from a page of another site; None when it cannot.
+
+    A browser asks the server before another site's page may send JSON, and never gets leave here; it also names the
+    page that sends.
+    """
+    headers = request.headers
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return "content-type: expected application/json, got another; send JSON"
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
+    if site != "same-origin" or (origin is not None and urlsplit(origin).netloc.lower() != headers["host"].lower()):
+        return "origin: expected the page of this server, got another; open the address that `nmoe viz` printed"
+    return None
 
 
 def _host_name(header: str) -> str:
@@ -285,7 +310,7 @@ def _answer(answer: Callable[[Ask], Any], settings: Settings) -> Callable[[Reque
         await _freshen(settings, request.app.state.watch)
         try:
             ask = _ask(request)
-            content = await asyncio.to_thread(lambda: api.to_json(answer(ask)))
+            content = await asyncio.to_thread(lambda: to_json(answer(ask)))
         except InputError as error:
             return _problem(400, *error.problems)
         return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
@@ -294,7 +319,7 @@ def _answer(answer: Callable[[Ask], Any], settings: Settings) -> Callable[[Reque
 
 
 async def _contract(request: Request) -> Response:
-    return Response(api.to_json(api.contract()), media_type="application/json", headers={"cache-control": "no-store"})
+    return Response(to_json(contract()), media_type="application/json", headers={"cache-control": "no-store"})
 
 
 def _export(settings: Settings) -> Callable[[Request], Awaitable[Response]]:
@@ -309,6 +334,40 @@ def _export(settings: Settings) -> Callable[[Request], Awaitable[Response]]:
         return Response(content, media_type=export.MEDIA_TYPES[kind], headers=headers)
 
     return endpoint
+
+
+def _notes(settings: Settings) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint that changes what people wrote about a run: `{"run": NAME, "note": ..., "tags": ..., ...}`."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            async with asyncio.timeout(BODY_S):
+                fields = json_object(await _body(request))
+            name = fields.pop("run", None)
+            if not isinstance(name, str):
+                raise InputError("run: expected the name of a run, got none; add it to the body")
+            content = await asyncio.to_thread(lambda: to_json(views.write_notes(settings.index, name, fields)))
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except TimeoutError:
+            return _problem(408, f"body: expected it within {BODY_S:g} s, got a part; send it at once")
+        except InputError as error:
+            return _problem(400, *error.problems)
+        except ValueError as error:
+            return _problem(400, f"body: expected a JSON object, got another ({error}); send one")
+        return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
+
+    return endpoint
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request. Raises: InputError when it has more than `MAX_BODY` bytes."""
+    content = b""
+    async for part in request.stream():
+        content += part
+        if len(content) > MAX_BODY:
+            raise InputError(f"body: expected at most {MAX_BODY} bytes, got more; write less")
+    return content
 
 
 async def _freshen(settings: Settings, watch: Watch) -> None:
@@ -395,7 +454,7 @@ async def _icon(request: Request) -> Response:
 
 
 def _problem(code: int, *problems: str) -> Response:
-    return Response(api.to_json(api.Problems(problems=list(problems))), code, media_type="application/json")
+    return Response(to_json(api.Problems(problems=list(problems))), code, media_type="application/json")
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:

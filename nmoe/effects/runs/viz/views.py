@@ -14,6 +14,7 @@ import numpy as np
 
 from nmoe.effects.record.names import CONFIG, EVALS, PROVENANCE
 from nmoe.effects.record.reading import toml_table
+from nmoe.effects.runs import notes
 from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.show import read_scores
 from nmoe.effects.runs.viz import api, words
@@ -120,6 +121,7 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
                 nonfinite=counts.get((run, "nonfinite"), 0),
                 bad_lines=bad.get(run) or 0,
                 tags=sorted(places[tag] for tag in values if tag in places),
+                notes=notes_of(folder),
                 columns={key: api.plain(config.get(key, values.get(key, (None, 0))[0])) for key in columns},
             )
         )
@@ -144,6 +146,34 @@ def runs(index: Index, columns: Sequence[str]) -> api.Runs:
         ],
         keys=sorted(keys),
     )
+
+
+def notes_of(folder: Path) -> api.Notes:
+    """What people wrote about a run, or why that cannot be read."""
+    try:
+        written, problem = notes.read(folder), None
+    except InputError as error:
+        written, problem = notes.Notes(), "\n".join(error.problems)
+    return api.Notes(
+        note=written.note,
+        tags=list(written.tags),
+        hidden=written.hidden,
+        is_editable=problem is None and notes.is_editable(folder),
+        problem=problem,
+    )
+
+
+def write_notes(index: Index, name: str, fields: Mapping[str, Any]) -> api.Notes:
+    """Change what people wrote about a run; what `fields` lack stays.
+
+    Writes:  the notes in the run folder.
+    Raises:  InputError for a run that is not there, other fields, or a folder that cannot be written.
+    """
+    known(index, [name])
+    folder = index.root / name
+    with index.noting:
+        notes.write(folder, notes.changed(notes.read(folder), fields, name))
+    return notes_of(folder)
 
 
 def events(index: Index, names: Sequence[str], axis: Axis, *, alerts: bool = False) -> api.Events:
@@ -220,18 +250,23 @@ def _times(index: Index, numbers: list[int]) -> dict[int, tuple[np.ndarray, np.n
 
 
 def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
-    """What validations of some runs measured, and the newest scores of each task."""
+    """What validations and evaluations of some runs measured, and the newest score of each task."""
     numbers = known(index, names)
     rows = query(
         index,
-        "select run, attempt, step, time_s, line from events where run in (select unnest(?::integer[])) "
-        "and event = 'validation' order by time_s desc nulls last, rowid desc limit ?",
+        "select run, attempt, step, time_s, event, line from events where run in (select unnest(?::integer[])) "
+        "and event in ('validation', 'evaluation') order by time_s desc nulls last, rowid desc limit ?",
         list(numbers),
         MAX_EVENTS,
     )
     answers: list[api.Evaluation] = []
-    for run, attempt, step, time_s, line in rows:
+    scored: list[api.Scored] = []
+    for run, attempt, step, time_s, event, line in rows:
         fields = api.plain(json.loads(line))
+        if event == "evaluation":
+            measured = _scores(fields.get("scores"))
+            scored.append(api.Scored(run=numbers[run], attempt=attempt, step=step, time=time_s, scores=measured))
+            continue
         results = {key: v for key, v in fields.items() if key not in ("time", "event", "attempt", "step")}
         answers.append(api.Evaluation(run=numbers[run], attempt=attempt, step=step, time=time_s, results=results))
     names_ = dict.fromkeys(key for row in answers for key in row.results)
@@ -247,7 +282,20 @@ def evaluations(index: Index, names: Sequence[str]) -> api.Evaluations:
                 api.Score(run=name, task=task, value=value, error=error, items=items, step=step, at=at)
                 for task, value, error, items, step, at in measured
             ]
-    return api.Evaluations(names=list(names_), rows=answers, scores=scores, problems=problems)
+    tasks = dict.fromkeys(task for row in scored for task in row.scores)
+    return api.Evaluations(
+        names=list(names_), rows=answers, tasks=list(tasks), scored=scored, scores=scores, problems=problems
+    )
+
+
+def _scores(value: Any) -> dict[str, api.Numbers]:
+    """Task -> score and standard error of an event, which a stranger may have written; what is no number is None."""
+    tasks = value.items() if isinstance(value, Mapping) else ()
+    return {
+        str(task): [api.number(score.get(key)) for key in ("value", "error")]
+        for task, score in tasks
+        if isinstance(score, Mapping)
+    }
 
 
 def samples(index: Index, names: Sequence[str]) -> api.Samples:
@@ -267,8 +315,11 @@ def samples(index: Index, names: Sequence[str]) -> api.Samples:
     )
 
 
-def configs(index: Index, names: Sequence[str]) -> api.Configs:
-    """The configs of some runs side by side: what differs first, and where the runs come from."""
+def configs(index: Index, names: Sequence[str], *, differing: bool = False) -> api.Configs:
+    """The configs of some runs side by side: what differs first, and where the runs come from.
+
+    differing  only the keys that differ
+    """
     folders = [index.root / name for name in known(index, names).values()]
     tables = [
         {**config_of(folder), **{f"provenance.{k}": v for k, v in config_of(folder, PROVENANCE).items()}}
@@ -283,7 +334,7 @@ def configs(index: Index, names: Sequence[str]) -> api.Configs:
         for key in dict.fromkeys(key for table in tables for key in table)
     ]
     rows.sort(key=lambda row: (not row.differs, row.key.startswith("provenance.")))
-    return api.Configs(runs=list(names), rows=rows)
+    return api.Configs(runs=list(names), rows=[row for row in rows if row.differs or not differing])
 
 
 def config_of(folder: Path, file: str = CONFIG) -> Mapping[str, Any]:

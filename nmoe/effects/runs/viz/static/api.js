@@ -37,8 +37,8 @@ export function address(name, parameters) {
   return `/api/${name}?${query}`;
 }
 
-async function fetched(path) {
-  const answer = await fetch(path);
+async function fetched(path, options) {
+  const answer = await fetch(path, options);
   const body = await answer.json();
   if (!answer.ok) throw new ApiError((body.problems ?? [`the server answered ${answer.status}`]).join("\n"));
   return body;
@@ -48,6 +48,11 @@ export async function ask(type, path) {
   const [told, body] = await Promise.all([contract ?? fetched("/api/contract"), fetched(path)]);
   contract = told;
   return strict(type, body);
+}
+
+/** Change something on the server; the answer, or an ApiError. */
+export async function send(path, body) {
+  return fetched(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
 }
 
 /**

@@ -22,7 +22,7 @@ const VIEWS = [
 ];
 
 /** Keys of the config and metrics that the view asks for beside those of the table. */
-const columnsOf = (state) => [...new Set([...(state.col ?? []), ...[state.group, state.cx, state.cy].filter(Boolean)])];
+const columnsOf = (state) => [...new Set([...(state.col ?? []), ...[state.group, state.cy].filter(Boolean)])];
 const SHOWN_AT_FIRST = 6;
 
 /** The address as a value, and what changes it. */
@@ -93,11 +93,12 @@ function App() {
   const [alerts, setAlerts] = useState(false);
   const theme = useTheme(state.theme);
   const filter = useRef(null);
-  const answer = useAnswer("Runs", address("runs", { column: columnsOf(state) }), growth.version);
+  const [changes, setChanges] = useState(0);
+  const answer = useAnswer("Runs", address("runs", { column: columnsOf(state) }), growth.version + changes);
   const table = answer.data;
   const all = table ? table.runs : [];
-  const hidden = state.hide?.join("\n");
-  const runs = useMemo(() => (state.hide ? all.filter((run) => !state.hide.includes(run.name)) : all), [table, hidden]);
+  const runs = useMemo(() => all.filter((run) => state.hidden || !run.notes.hidden), [table, state.hidden]);
+  const saved = () => setChanges((old) => old + 1);
   const selected = useMemo(() => chosen(state, runs), [state.run, runs]);
   const places = useMemo(() => new Map(all.map((run, place) => [run.name, all.length - 1 - place])), [table]);
   const view = VIEWS.find(([name]) => name === state.view) ?? VIEWS[0];
@@ -130,7 +131,7 @@ function App() {
     ...growth.problems, ...(answer.problem ? [answer.problem] : []),
   ];
   const present = useMemo(() => presentTags(table, runs, selected), [table, runs, selected]);
-  const shared = { state, set, growth, table, runs, selected, places, one, theme, toggle, filter, present };
+  const shared = { state, set, growth, table, runs, selected, places, one, theme, toggle, filter, present, saved };
   const grown = (name) => growth.runs[name] ?? 0;
   return html`
     <header>
@@ -150,7 +151,7 @@ function App() {
       ${view[0] === "runs" ? null : html`<aside class=${open ? "open" : ""} aria-label="runs"><${RunList} ...${shared} /></aside>`}
       <main onClick=${() => open && setOpen(false)}>
         ${table === null ? html`<p class="empty">${answer.problem ? "" : "loading"}</p>`
-          : runs.length === 0 && view[0] !== "data" ? html`<${NoRuns} root=${table.root} />`
+          : all.length === 0 && view[0] !== "data" ? html`<${NoRuns} root=${table.root} />`
           : html`<${view[2]} ...${shared} version=${selected.reduce((sum, name) => sum + grown(name), 0)} oneVersion=${grown(one)} />`}
       </main>
     </div>`;

@@ -1,5 +1,5 @@
 // What the axes of charts say: ticks that differ, all in one unit, and ends that one outlier does not stretch.
-import { BYTES, UNITS, bytes, clock, hours, percent, unitOf } from "./format.js";
+import { BYTES, UNITS, bytes, clock, hours, number, percent, unitOf } from "./format.js";
 
 const TIMES = [[24, "d"], [1, "h"], [1 / 60, "min"], [1 / 3600, "s"]];
 const SIXTIES = [1, 2, 5, 10, 15, 30];
@@ -117,4 +117,29 @@ export function around(low, high, least) {
   const wanted = high - low <= 1e-9 * size ? Math.max(least, 0.2) : least;
   const edge = 0.05 * (high - low) + Math.max(0, wanted * size - (high - low)) / 2;
   return [low >= 0 && low < edge ? 0 : low - edge, high + edge];
+}
+
+/** Where values lie between two ends of the picture, which value lies where, and about five ticks; on a logarithm only if all are positive. */
+export function scale(values, log, from, to) {
+  const useLog = log && values.every((value) => value > 0);
+  const to01 = useLog ? Math.log10 : (value) => value;
+  const from01 = useLog ? (power) => 10 ** power : (value) => value;
+  const [bottom, top] = around(Math.min(...values.map(to01)), Math.max(...values.map(to01)), useLog ? 0 : 0.02);
+  const place = (value) => from + ((to01(value) - bottom) / (top - bottom || 1)) * (to - from);
+  const value = (at) => from01(bottom + ((at - from) / (to - from)) * (top - bottom || 1));
+  if (useLog) {
+    const all = [...Array(Math.floor(top) - Math.ceil(bottom) + 1).keys()].map((power) => 10 ** (Math.ceil(bottom) + power));
+    const marks = all.length > 1 ? all : [...new Set(values)].sort((a, b) => a - b);
+    return { place, value, ticks: marks.map((value) => [value, number(value)]) };
+  }
+  const step = niceStep((top - bottom) / 5);
+  const marks = [...Array(Math.floor(top / step) - Math.ceil(bottom / step) + 1).keys()].map((at) => (Math.ceil(bottom / step) + at) * step);
+  const texts = ticks(marks, true, number);
+  return { place, value, ticks: marks.map((value, at) => [value, texts[at]]) };
+}
+
+/** 1, 2 or 5 times a power of ten, next above `step`. */
+function niceStep(step) {
+  const power = 10 ** Math.floor(Math.log10(step || 1));
+  return power * [1, 2, 5, 10].find((times) => times * power >= step * 0.999);
 }

@@ -19,8 +19,8 @@ export const X_AXES = {
 /**
  * x        places, ascending
  * axis     a name of `X_AXES`
- * lines    [{name, values, low, high, under, colour, dash, nonfinite, last, min, max}]; `low`, `high`: a band;
- *          `under`: drawn faintly
+ * lines    [{name, values, low, high, error, under, colour, dash, nonfinite, last, min, max}]; `low`, `high`: a band;
+ *          `error`: standard error of the last value; `under`: drawn faintly
  * best     "min" or "max": which value of a line is its best; "" where there is no better and worse
  * events   [{x, event, severity, text, run}]
  * fixed    [low, high] of the y axis; undefined: as the values ask for
@@ -93,7 +93,8 @@ function note(lines, format) {
   if (lines.length !== 1) return marks;
   const values = lines[0].under ?? lines[0].values;
   const last = lines[0].last ?? values.findLast((value) => value !== null);
-  return marks + (last === undefined ? "" : format(last));
+  const error = typeof lines[0].error === "number" ? ` ± ${format(lines[0].error)}` : "";
+  return marks + (last === undefined ? "" : format(last) + error);
 }
 
 /** Width and height there is for a plot. */

@@ -7,6 +7,7 @@ import { grouped } from "./groups.js";
 
 const SPANS = [0, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
 const BANDS_UP_TO = 12;
+const SCORE = "evaluation/", ERROR = "evaluation_error/";
 const EVENTS = { none: "none", alerts: "alerts", all: "all" };
 
 /** What a chart asks the server for. */
@@ -73,7 +74,7 @@ function sections(tags) {
 
 export function ChartsView(props) {
   const { state, set, table, selected, version, present } = props;
-  const tags = present.filter(finder(state.tags));
+  const tags = present.filter((tag) => !tag.startsWith(ERROR)).filter(finder(state.tags));
   const kind = EVENTS[state.events] ?? "alerts";
   const marked = selected.length && selected.length <= BANDS_UP_TO && kind !== "none";
   const path = address("events", { run: selected, x: state.x, alerts: kind === "alerts" });
@@ -126,13 +127,16 @@ export function Lazy({ children }) {
 }
 
 /** One tag of some runs, or of groups of them. */
-export function RunChart({ state, set, table, runs, selected, places, tag, title, events, version, theme }) {
+export function RunChart({ state, set, table, runs, selected, places, present, tag, title, events, version, theme }) {
   const plain = !!state.nobands || selected.length > BANDS_UP_TO;
   const path = address("series", { run: selected, tag, ...axis(state), bands: plain || state.group ? "0" : null });
   const { data, problem, path: answered } = useAnswer("Series", path, version);
+  const error = tag.startsWith(SCORE) && !plain && !state.group ? tag.replace(SCORE, ERROR) : null;
+  const errorPath = present.includes(error) ? address("series", { run: selected, tag: error, ...axis(state), smooth: null, bands: "0" }) : null;
+  const errors = useAnswer("Series", errorPath, version).data;
   const groups = state.group ? JSON.stringify(runs.map((run) => groupOf(state, run))) : "";
-  const made = () => (data ? linesOf(state, data, { runs, selected, places, plain }) : []);
-  const lines = useMemo(made, [data, places, plain, state.smooth, theme, state.group, groups]);
+  const made = () => (data ? linesOf(state, data, { runs, selected, places, plain, errors: error ? errors : null }) : []);
+  const lines = useMemo(made, [data, errors, places, plain, state.smooth, theme, state.group, groups]);
   const name = title ?? tag;
   if (problem) return html`<figure class="chart"><figcaption>${name}</figcaption><p class="problem">${problem}</p></figure>`;
   if (!data) return html`<figure class="chart waiting"><figcaption>${name}</figcaption></figure>`;
@@ -154,7 +158,8 @@ export function unitOf(metric) {
   return metric.format === "bytes" ? { "B/s": "per second", "B/step": "per step" }[metric.unit] ?? "" : metric.unit;
 }
 
-function linesOf(state, data, { runs, selected, places, plain }) {
+/** Lines of a chart; scores have their standard error to both sides as the band, metrics the lowest and highest value. */
+function linesOf(state, data, { runs, selected, places, plain, errors }) {
   const smoothed = !!state.smooth;
   if (state.group) {
     const group = new Map(runs.map((run) => [run.name, String(groupOf(state, run))]));
@@ -166,7 +171,16 @@ function linesOf(state, data, { runs, selected, places, plain }) {
     name: curve.run, colour: colour(places.get(curve.run) ?? 0), dash: dash(places.get(curve.run) ?? 0),
     nonfinite: curve.nonfinite, last: curve.last, min: curve.min, max: curve.max,
     values: smoothed ? curve.smooth : curve.mean,
-    ...(plain ? {} : { low: curve.low, high: curve.high }),
+    ...(plain ? {} : errors ? aroundScore(curve, data.x, errors) : { low: curve.low, high: curve.high }),
     ...(smoothed && selected.length <= BANDS_UP_TO ? { under: curve.mean } : {}),
   }));
+}
+
+/** A score less and plus its standard error, where both are logged; the last error. */
+export function aroundScore(curve, x, errors) {
+  const places = new Map(errors.x.map((at, place) => [at, place]));
+  const own = errors.curves.find((each) => each.run === curve.run);
+  const error = x.map((at) => (own && places.has(at) ? own.mean[places.get(at)] : null));
+  const aside = (sign) => curve.mean.map((value, place) => (value === null || error[place] === null ? null : value + sign * error[place]));
+  return { low: aside(-1), high: aside(1), error: error.findLast((each) => each !== null) ?? null };
 }

@@ -1,6 +1,7 @@
 // The data: what prepared folders hold, and single documents as the model sees them.
 import { html } from "./vendor/preact-htm.mjs";
 import { address, useAnswer } from "./api.js";
+import { OneRun } from "./experts.js";
 import { bytes, count, number, percent } from "./format.js";
 
 export function DataView(props) {
@@ -11,6 +12,8 @@ export function DataView(props) {
   if (!data) return null;
   const folder = data.folders[Number(state.folder ?? 0)];
   return html`
+    ${one ? html`<${OneRun} ...${props} />` : null}
+    ${mixture.problem ? html`<p class="problem">${mixture.problem}</p>` : null}
     ${mixture.data && (mixture.data.sources.length || Object.keys(mixture.data.config).length) ? html`<${Mixture} data=${mixture.data} />` : null}
     ${data.folders.length ? null : html`<div class="empty"><h2>No prepared data</h2><p>Name folders to look into:</p><pre>nmoe viz --data FOLDER</pre></div>`}
     ${folder ? html`<div class="tools"><label>folder <select aria-label="data folder" value=${folder.number} onChange=${(event) => set({ folder: event.target.value, split: null, doc: null })}>
@@ -22,12 +25,14 @@ export function DataView(props) {
 
 function Mixture({ data }) {
   const stages = new Set(data.sources.map((source) => source.stage));
+  const isRewound = data.sources.some((source) => source.left_out);
+  const share = (source) => source.read / Math.max(1, source.planned - source.left_out);
   return html`<h3>What ${data.run} reads ${data.step === null ? null : html`<span class="soft">at step ${data.step}</span>`}</h3>
     ${data.sources.length ? html`<div class="scroll"><table id="mixture"><thead><tr>${stages.size > 1 ? html`<th class="left">stage</th>` : null}<th class="left">source</th>
-        <th>planned share</th><th>read share</th><th>planned tokens</th><th>read tokens</th><th>read</th><th>passes</th></tr></thead>
+        <th>planned share</th><th>read share</th><th>planned tokens</th>${isRewound ? html`<th title="not read since a rewind">left out</th>` : null}<th>read tokens</th><th>read</th><th>passes</th></tr></thead>
       <tbody>${data.sources.map((source) => html`<tr>${stages.size > 1 ? html`<td class="left">${source.stage}</td>` : null}<td class="left">${source.name}</td>
-        <td>${percent(source.planned_share)}</td><td>${percent(source.read_share)}</td><td>${count(source.planned)}</td><td>${count(source.read)}</td>
-        <td><span class="bar" title=${percent(source.read / source.planned)}><span style=${{ width: `${100 * source.read / source.planned}%` }}></span></span></td><td>${number(source.passes, 2)}</td></tr>`)}</tbody></table></div>`
+        <td>${percent(source.planned_share)}</td><td>${percent(source.read_share)}</td><td>${count(source.planned)}</td>${isRewound ? html`<td>${count(source.left_out)}</td>` : null}<td>${count(source.read)}</td>
+        <td><span class="bar" title=${percent(share(source))}><span style=${{ width: `${100 * share(source)}%` }}></span></span></td><td>${number(source.passes, 2)}</td></tr>`)}</tbody></table></div>`
       : html`<div class="scroll"><table id="data-config">${Object.entries(data.config).map(([key, value]) => html`<tr><th class="left">${key.replace(/^data\./, "").replaceAll(/[._]/g, " ")}</th>
         <td class="left">${Array.isArray(value) ? value.join(", ") : String(value)}</td></tr>`)}</table></div>`}`;
 }

@@ -97,6 +97,8 @@ export function viridis(share) {
   return STOPS[low].map((from, place) => Math.round(from + (STOPS[low + 1][place] - from) * (at - low)));
 }
 
+export const hex = (parts) => `#${parts.map((part) => part.toString(16).padStart(2, "0")).join("")}`;
+
 export const STATUS = {
   running: "●", starting: "◌", finished: "✓", interrupted: "‖", failed: "✕", crashed: "✕", lost: "?", "not started": "○",
 };

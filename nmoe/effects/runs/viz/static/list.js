@@ -8,23 +8,24 @@ import { highlight } from "./legend.js";
 export const statusClass = (run) => `status ${run.status.split(",")[0].replace(" ", "-")}`;
 
 /** Finds runs, and chooses many at once. */
-export function ListTools({ state, set, runs, selected, shown, filter }) {
-  const hidden = (state.hide ?? []).length;
+export function ListTools({ state, set, table, runs, selected, shown, filter }) {
+  const hidden = (table?.runs ?? []).filter((run) => run.notes.hidden).length;
   return html`<input type="search" ref=${filter} placeholder="find runs  ( / )" aria-label="find runs" value=${state.find ?? ""}
       onInput=${(event) => set({ find: event.target.value })} />
     <div class="list-tools">
       <button class="quiet" onClick=${() => set({ run: state.find ? shown.map((run) => run.name) : ["*"] })}>show all</button>
       <button class="quiet" onClick=${() => set({ run: ["-"] })}>none</button>
       <button class="quiet" onClick=${() => set({ run: null })}>newest</button>
-      ${hidden ? html`<button class="quiet" title="show the hidden runs again" onClick=${() => set({ hide: null })}>${hidden} hidden</button>` : null}
+      ${hidden ? html`<button class="quiet" aria-pressed=${!!state.hidden} title=${state.hidden ? "leave the hidden runs out" : "show the hidden runs, too"}
+        onClick=${() => set({ hidden: state.hidden ? null : "1" })}>${hidden} hidden</button>` : null}
       <span>${selected.length} of ${runs.length}</span>
     </div>`;
 }
 
-/** Whether a run is looked for: by its name, its status, and what its columns of choice hold. */
+/** Whether a run is looked for: by its name, its status, its notes, and what its columns of choice hold. */
 export function finding(text) {
   const wanted = (text ?? "").toLowerCase();
-  return (run) => `${run.name} ${run.status} ${Object.values(run.columns).join(" ")}`.toLowerCase().includes(wanted);
+  return (run) => `${run.name} ${run.status} ${run.notes.tags.join(" ")} ${run.notes.note} ${Object.values(run.columns).join(" ")}`.toLowerCase().includes(wanted);
 }
 
 export function RunList(props) {

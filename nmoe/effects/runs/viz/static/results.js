@@ -14,14 +14,25 @@ export function EvaluationsView(props) {
   if (problem) return html`<p class="problem">${problem}</p>`;
   return html`<div class="grid">${tags.map((tag) => html`<${Lazy} key=${tag}><${RunChart} ...${props} tag=${tag} /></${Lazy}>`)}</div>
     ${data ? data.problems.map((each) => html`<p class="problem">${each}</p>`) : null}
-    ${data && data.scores.length ? html`<h3>Benchmarks</h3><div class="scroll"><table id="scores"><thead><tr><th class="left">run</th><th class="left">task</th>
+    ${data && data.scores.length ? html`<h3>Newest score of each task</h3><div class="scroll"><table id="scores"><thead><tr><th class="left">run</th><th class="left">task</th>
       <th>score</th><th>standard error</th><th>items</th><th>step</th><th>judged (UTC)</th></tr></thead><tbody>${data.scores.map((score) => html`<tr>
       <td class="left name"><${Swatch} run=${score.run} places=${places} />${score.run}</td><td class="left">${score.task}</td><td>${score.value}</td>
       <td>${score.error}</td><td>${score.items}</td><td>${score.step}</td><td>${score.at}</td></tr>`)}</tbody></table></div>` : null}
-    ${data && !data.rows.length && !data.scores.length ? html`<p class="empty">No validation and no evaluation yet.</p>` : null}
+    ${data && data.scored.length ? html`<h3>Each evaluation <span class="soft">score ± standard error</span></h3><div class="scroll"><table id="scored"><thead><tr>
+      <th class="left">run</th><th>step</th>${data.tasks.map((task) => html`<th>${task}</th>`)}<th>time</th></tr></thead>
+      <tbody>${data.scored.map((row) => html`<tr><td class="left name"><${Swatch} run=${row.run} places=${places} />${row.run}</td>
+        <td>${count(row.step)}${row.attempt > 1 ? html` <span class="soft">↻ ${row.attempt}</span>` : null}</td>
+        ${data.tasks.map((task) => html`<td>${withError(row.scores[task])}</td>`)}<td>${clock(row.time)}</td></tr>`)}</tbody></table></div>` : null}
+    ${data && !data.rows.length && !data.scores.length && !data.scored.length ? html`<p class="empty">No validation and no evaluation yet.</p>` : null}
     ${data && data.rows.length ? html`<h3>Each validation</h3><div class="scroll"><table id="evaluations"><thead><tr><th class="left">run</th><th>step</th>${data.names.map((name) => html`<th>${name.replaceAll("_", " ")}</th>`)}<th>time</th></tr></thead>
       <tbody>${data.rows.map((row) => html`<tr><td class="left name"><${Swatch} run=${row.run} places=${places} />${row.run}</td><td>${count(row.step)}</td>
         ${data.names.map((name) => html`<td>${plain(row.results[name])}</td>`)}<td>${clock(row.time)}</td></tr>`)}</tbody></table></div>` : null}`;
+}
+
+/** A score and its standard error, as texts; of one item there is no error. */
+function withError(score) {
+  const [value, error] = score ?? [null, null];
+  return value !== null && error !== null ? `${number(value)} ± ${number(error)}` : number(value);
 }
 
 function plain(value) {

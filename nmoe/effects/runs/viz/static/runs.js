@@ -1,12 +1,15 @@
 // The table of runs: sorted, filtered, grouped, with columns of choice.
-import { html } from "./vendor/preact-htm.mjs";
+import { html, useState } from "./vendor/preact-htm.mjs";
 import { GroupBy, groupOf } from "./charts.js";
 import { FORMATS, STATUS, clock, count, number, percent } from "./format.js";
 import { highlight } from "./legend.js";
+import { HideButton, NotesCell, NotesEditor } from "./notes.js";
 import { ListTools, Swatch, finding, statusClass } from "./list.js";
 
 export function RunsView(props) {
-  const { state, set, table, runs, selected, places, toggle } = props;
+  const { state, set, table, runs, selected, places, toggle, saved } = props;
+  const [edited, setEdited] = useState(null);
+  const editing = runs.find((run) => run.name === edited);
   const extra = state.col ?? [];
   const [by, down] = [state.sort ?? "started", state.dir !== "up"];
   const value = (run, key) => (key.startsWith("+") ? run.columns[key.slice(1)] : run[key]);
@@ -30,10 +33,10 @@ export function RunsView(props) {
       <thead><tr><th class="choose"></th>${head("name", "run", "left stay", true)}${head("status", "status", "left", true)}${head("step", "step", "wide-only")}
         ${table.shown.map((column) => head(column.name, column.title, "", column.best === "min"))}${head("alerts", "alerts")}
         ${extra.map((key) => html`<th class="extra"><button class="quiet" onClick=${() => sort(`+${key}`)}>${key}${arrow(`+${key}`)}</button>
-          <button class="quiet" aria-label=${`remove column ${key}`} onClick=${() => set({ col: extra.filter((each) => each !== key) })}>×</button></th>`)}<th></th></tr></thead>
+          <button class="quiet" aria-label=${`remove column ${key}`} onClick=${() => set({ col: extra.filter((each) => each !== key) })}>×</button></th>`)}<th class="left">notes</th><th></th></tr></thead>
       ${groups.map(([name, members]) => html`<tbody>
-        ${state.group ? html`<tr class="group"><th colspan=${6 + table.shown.length + extra.length}>${state.group} = ${String(name)} <span class="soft">${members.length}</span></th></tr>` : null}
-        ${members.map((run) => html`<tr key=${run.name} class=${selected.includes(run.name) ? "chosen" : ""}
+        ${state.group ? html`<tr class="group"><th colspan=${7 + table.shown.length + extra.length}>${state.group} = ${String(name)} <span class="soft">${members.length}</span></th></tr>` : null}
+        ${members.map((run) => html`<tr key=${run.name} class=${run.notes.hidden ? "hidden-run" : selected.includes(run.name) ? "chosen" : ""}
             onMouseEnter=${() => highlight(run.name)} onMouseLeave=${() => highlight(null)}>
           <td class="choose"><input type="checkbox" aria-label=${`show ${run.name}`} checked=${selected.includes(run.name)} onChange=${() => toggle(run.name)} /></td>
           <td class="left name stay"><${Swatch} run=${run.name} selected=${selected} places=${places} />
@@ -46,10 +49,11 @@ export function RunsView(props) {
             ${run.alerts ? html`<span class="warn" title="alerts">! ${run.alerts}</span>` : null}
             ${run.bad_lines ? html`<span class="bad" title="lines of its files that are no JSON">${run.bad_lines} bad ${run.bad_lines === 1 ? "line" : "lines"}</span>` : null}</td>
           ${extra.map((key) => html`<td>${show(run.columns[key])}</td>`)}
-          <td><button class="quiet hide" title="hide this run; the address of the page remembers it" aria-label=${`hide ${run.name}`}
-            onClick=${() => set({ hide: [...(state.hide ?? []), run.name] })}>hide</button></td>
+          <td class="left"><${NotesCell} run=${run} edit=${setEdited} find=${(find) => set({ find })} /></td>
+          <td><${HideButton} run=${run} saved=${saved} /></td>
         </tr>`)}</tbody>`)}
-    </table></div>`;
+    </table></div>
+    ${editing ? html`<${NotesEditor} run=${editing} saved=${saved} close=${() => setEdited(null)} />` : null}`;
 }
 
 function Progress({ step, steps }) {

@@ -1,5 +1,5 @@
 // What the page shows is in its address: a link opens the same picture.
-const LISTS = ["run", "col", "closed", "hide"];
+const LISTS = ["run", "col", "closed", "axis", "brush"];
 
 export function read() {
   const query = new URLSearchParams(location.search);

@@ -798,10 +798,10 @@ def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
     assert all(section.has_kernels == (kind.kernel_kept_bytes is not None) for section, kind in KINDS.items())
     on_gpu, on_cpu, *others = (
         load(ROOT / "configs" / f"{name}.toml", {}, ()).config
-        for name in ("kimi-linear-48b", "quickstart-kda", "gpt-oss-20b", "quickstart-gqa", "moonlet")
+        for name in ("deepseek-v3.2", "quickstart-dsa", "kimi-linear-48b", "gpt-oss-20b", "moonlet")
     )
     (remark,) = remarks(on_gpu)
-    assert remark.startswith('model.attention.a.kind: "kda" has no kernels, a GPU runs it as plain torch')
+    assert remark.startswith('model.attention.kind: "dsa" has no kernels, a GPU runs it as plain torch')
     assert [remarks(config) for config in (on_cpu, *others)] == [(), (), (), ()]
 
 
@@ -809,6 +809,14 @@ def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
 def test_heads_that_the_kernels_of_grouped_queries_take(size: int, wrong: bool) -> None:
     config = load(ROOT / "configs" / "gpt-oss-20b.toml", {}, (f"--model.attention.head_dim={size}",)).config
     told = f"model.attention.head_dim: expected 64 or 128 for the attention kernels, got {size}; write one of them"
+    assert validate(config, 8) == ((told,) if wrong else ())
+
+
+@pytest.mark.parametrize(("size", "wrong"), [(64, False), (128, False), (32, True), (96, True), (256, True)])
+def test_heads_that_the_kernels_of_the_delta_rule_take(size: int, wrong: bool) -> None:
+    """As a part of mixed layers."""
+    config = load(ROOT / "configs" / "kimi-linear-48b.toml", {}, (f"--model.attention.a.head_dim={size}",)).config
+    told = f"model.attention.a.head_dim: expected 64 or 128 for the attention kernels, got {size}; write one of them"
     assert validate(config, 8) == ((told,) if wrong else ())
 
 

@@ -13,6 +13,9 @@ from nmoe.config.toml import shown
 GQA_HEAD_DIMS = (64, 128)
 """Channels of a head that the kernels of `gqa` take."""
 
+KDA_HEAD_DIMS = (64, 128)
+"""Channels of a head that the kernels of `kda` take."""
+
 
 class Rules:
     """What the checks ask the section of an attention; problems in the form of `check.validate`.
@@ -146,11 +149,7 @@ class Gqa(Rules):
             )
 
     def kernel_problems(self, where: str, step: int) -> Iterator[str]:
-        if self.head_dim not in GQA_HEAD_DIMS:
-            yield (
-                f"{where}.head_dim: expected {' or '.join(map(str, GQA_HEAD_DIMS))} for the attention kernels, got "
-                f"{self.head_dim}; write one of them"
-            )
+        yield from _head_dim(where, self.head_dim, GQA_HEAD_DIMS)
 
 
 @attrs.frozen(kw_only=True)
@@ -158,6 +157,7 @@ class Kda(Rules):
     """Kimi delta attention, a linear recurrence by the gated delta rule (Kimi Linear, arXiv:2510.26692)."""
 
     kind: ClassVar[str] = "kda"
+    has_kernels: ClassVar[bool] = True
 
     num_heads: int = setting("attention heads", low=1, high=WIDEST, shapes=True)
     head_dim: int = setting(
@@ -178,6 +178,9 @@ class Kda(Rules):
         above=0,
         high=1e3,
     )
+
+    def kernel_problems(self, where: str, step: int) -> Iterator[str]:
+        yield from _head_dim(where, self.head_dim, KDA_HEAD_DIMS)
 
 
 @attrs.frozen(kw_only=True)
@@ -326,6 +329,14 @@ def _odd(where: str, key: str, rotated: int) -> Iterator[str]:
     if rotated % 2:
         yield (
             f"{where}.{key}: expected an even number, got {rotated}; write {rotated + 1}, channels are rotated in pairs"
+        )
+
+
+def _head_dim(where: str, size: int, taken: tuple[int, ...]) -> Iterator[str]:
+    if size not in taken:
+        yield (
+            f"{where}.head_dim: expected {' or '.join(map(str, taken))} for the attention kernels, got {size}; write "
+            "one of them"
         )
 
 

@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
 from nmoe.bench import kernels as kernel_bench
-from nmoe.bench.kernels import attention, gqa, loss, meter, moe
+from nmoe.bench.kernels import attention, gqa, kda, loss, meter, moe
 from nmoe.bench.kernels.meter import Meter, Variant
 from nmoe.effects.kernels.attention.gqa import Tiles as GroupedTiles
+from nmoe.effects.kernels.attention.kda import Tiles as DeltaTiles
 from nmoe.effects.kernels.attention.mla import Tiles as AttentionTiles
-from nmoe.effects.kernels.tables import AttentionTile
+from nmoe.effects.kernels.tables import AttentionTile, DeltaTile
 from nmoe.effects.terminal import table
 from tests.kernels.moe.test_moe import TILES
 
@@ -38,14 +40,20 @@ def grouped(window: int) -> Variant:
     return next(gqa.variants(case, CPU, GroupedTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK)))
 
 
+def delta() -> Variant:
+    case = kda.Case(batch=1, length=65, heads=1, head_dim=64)
+    tile = DeltaTile(values=64, num_warps=4, num_stages=1)
+    return next(kda.variants(case, CPU, DeltaTiles(**dict.fromkeys(attrs.fields_dict(DeltaTiles), tile))))
+
+
 def cross_entropy() -> Variant:
     return next(loss.variants(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU))
 
 
 @pytest.mark.parametrize(
     "variant",
-    [lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), cross_entropy],
-    ids=["moe", "mla", "gqa in a window", "gqa", "loss"],
+    [lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), delta, cross_entropy],
+    ids=["moe", "mla", "gqa in a window", "gqa", "kda", "loss"],
 )
 def test_a_right_kernel_has_a_small_error(variant: Callable[[], Variant]) -> None:
     error = variant().error

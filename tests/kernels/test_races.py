@@ -16,6 +16,7 @@ from nmoe.effects.kernels.optim import adamw
 from tests.kernels import aot, shipped, test_shipped
 from tests.kernels.aot import Request
 from tests.kernels.attention import test_shipped_gqa as grouped
+from tests.kernels.attention import test_shipped_kda as delta
 from tests.kernels.attention import test_shipped_mla as attention
 from tests.kernels.exchange import test_exchange_aot, test_nvshmem_aot
 from tests.kernels.moe import test_shipped_moe as moe
@@ -115,6 +116,7 @@ def requests() -> list[Request]:
         *OTHERS.values(),
         *attended,
         *(request for target in aot.TARGETS for request in grouped.requests(grouped.GPT_OSS, target)),
+        *(request for target in aot.TARGETS for request in delta.requests(delta.KIMI, target)),
         attention.rotation(inverse=True),
         *(request for target in aot.TARGETS for request in moe.requests(target)),
         *test_exchange_aot.REQUESTS.values(),

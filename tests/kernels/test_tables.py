@@ -12,6 +12,7 @@ import torch
 from nmoe.config import load
 from nmoe.effects.device import ops
 from nmoe.effects.kernels import tables
+from nmoe.effects.kernels.attention.kda import kda_attention
 from nmoe.errors import InputError
 from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention.gqa import GqaOps
@@ -45,6 +46,19 @@ def test_each_kind_runs_on_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "gqa: no measured tiles for 64 in sm_90.toml, those of entry '64' are used"
     ]
     assert not [line for line in ops.unmeasured(device, latent) if not line.startswith("moe")]
+
+
+def test_layers_of_kimi_linear_run_on_the_kernels_of_either_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    device = torch.device("cuda", 0)
+    model = load(ROOT / "configs" / "kimi-linear-48b.toml", {}, ()).config.model
+    delta, latent = ops._by_part(model, KINDS, lambda kind, c: ops._gpu_attention(device, kind, c, True, True)).parts
+    assert isinstance(latent, MlaOps)
+    assert delta.attend.func is kda_attention and delta.attend.keywords == {"tiles": ops.kda_tiles(device, 128)}
+    assert [line for line in ops.unmeasured(device, model) if line.startswith("kda")] == [
+        "kda: no measured tiles for 128 in sm_90.toml, those of entry 'default' are used"
+    ]
 
 
 def test_a_kind_without_kernels_runs_its_reference_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from nmoe.bench.kernels import attention, gqa, loss, moe, optimizer, tuner
+from nmoe.bench.kernels import attention, gqa, kda, loss, moe, optimizer, tuner
 from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Variant, gpu_meter, measure
 from nmoe.effects import files
 from nmoe.effects.device import gpu, ops
@@ -65,6 +65,10 @@ def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:
         for case in gqa.CASES:
             tiles = ops.gqa_tiles(device, case.head_dim, *((case.window,) if case.window else ()))
             measured = rows("attention", case, gqa.variants(case, device, tiles), gqa.PEER, meter)
+            yield f"attention  {described(case)}", measured
+        for case in kda.CASES:
+            tiles = ops.kda_tiles(device, case.head_dim)
+            measured = rows("attention", case, kda.variants(case, device, tiles), kda.peer(device), meter)
             yield f"attention  {described(case)}", measured
     elif kind == "loss":
         for case in loss.CASES:

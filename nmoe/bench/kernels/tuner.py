@@ -11,10 +11,10 @@ from typing import Any
 import attrs
 import torch
 
-from nmoe.bench.kernels import attention, gqa, moe
+from nmoe.bench.kernels import attention, gqa, kda, moe
 from nmoe.bench.kernels.meter import Variant
 from nmoe.effects.device import ops
-from nmoe.effects.kernels.tables import AttentionTile, GemmTile
+from nmoe.effects.kernels.tables import AttentionTile, DeltaTile, GemmTile, Tile
 
 PRODUCTS = tuple(
     GemmTile(block_m=m, block_n=n, block_k=k, num_warps=8, num_stages=stages)
@@ -40,6 +40,18 @@ GROUPED = MappingProxyType(
 )
 """Rows and keys a step, or queries and keys, tried for each pass of grouped-query attention."""
 
+DELTA = MappingProxyType(
+    {
+        "sums": (128,),
+        "prepare": (32, 64, 128),
+        "scan": (32, 64),
+        "output": (64, 128),
+        "scan_backward": (32, 64),
+        "backward": (32, 64),
+    }
+)
+"""Channels of the value, tried for each kernel of the delta rule."""
+
 Timed = Callable[[Callable[[], object]], float]
 
 
@@ -63,6 +75,8 @@ def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) 
         yield entry(f"mla.{case.nope}x{case.rope}x{case.value}", fastest, list(ATTENTION))
     for case in gqa.CASES:
         yield grouped(case, device, timed)
+    for case in kda.CASES:
+        yield delta(case, device, timed)
 
 
 def grouped(case: gqa.Case, device: torch.device, timed: Timed) -> str:
@@ -71,6 +85,20 @@ def grouped(case: gqa.Case, device: torch.device, timed: Timed) -> str:
     shipped = ops.gqa_tiles(device, *sizes)
     fastest = best(tried(GROUPED, shipped), shipped, partial(gqa.variants, case, device), timed)
     return entry(f"gqa.{'x'.join(map(str, sizes))}", fastest, list(GROUPED))
+
+
+def delta(case: kda.Case, device: torch.device, timed: Timed) -> str:
+    """The entry of a layer of Kimi delta attention."""
+    shipped = ops.kda_tiles(device, case.head_dim)
+    candidates = {
+        name: tuple(
+            DeltaTile(values=values, num_warps=warps, num_stages=stages)
+            for values, warps, stages in itertools.product(sizes, (4, 8), (1, 2, 3))
+        )
+        for name, sizes in DELTA.items()
+    }
+    fastest = best(candidates, shipped, partial(kda.variants, case, device), timed)
+    return entry(f"kda.{case.head_dim}", fastest, list(DELTA))
 
 
 def tried(blocks: Mapping[str, Sequence[tuple[int, int]]], shipped: Any) -> dict[str, tuple[AttentionTile, ...]]:
@@ -92,7 +120,7 @@ def own_attention(case: attention.Case, device: torch.device, tiles: Any) -> Ite
 
 
 def best(
-    candidates: Mapping[str, Sequence[GemmTile | AttentionTile]],
+    candidates: Mapping[str, Sequence[Tile]],
     shipped: Any,
     variants: Callable[[Any], Iterator[Variant]],
     timed: Timed,

@@ -23,6 +23,7 @@ from nmoe.pure.core.tree import record
 from nmoe.pure.model.attention import KINDS, Kind, Kinds, attention_of, kind_of
 from nmoe.pure.model.attention import layers as attention_layers
 from nmoe.pure.model.attention.gqa import GqaOps
+from nmoe.pure.model.attention.kda import KdaOps
 from nmoe.pure.model.attention.mixed import MixedOps
 from nmoe.pure.model.attention.mla import MlaOps
 from nmoe.pure.model.ops import Ops, labelled, reference
@@ -31,7 +32,7 @@ from nmoe.pure.optim.clip import global_norm
 from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
-    from nmoe.effects.kernels.attention import gqa, mla
+    from nmoe.effects.kernels.attention import gqa, kda, mla
     from nmoe.effects.kernels.moe import moe as mixtures
 
 
@@ -116,6 +117,8 @@ def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool
     """The kind's ops on a GPU: its kernels, or the reference of a kind that has none."""
     if isinstance(kind.reference, GqaOps):
         return _gpu_gqa(device, kind, c)
+    if isinstance(kind.reference, KdaOps):
+        return _gpu_kda(device, kind, c)
     if not isinstance(kind.reference, MlaOps):
         return kind.reference
     from nmoe.effects.kernels.attention import mla as attention
@@ -135,6 +138,14 @@ def _gpu_gqa(device: torch.device, kind: Kind, c: Any) -> GqaOps:
     layers = (attrs.evolve(c, window=window, global_every=None) for window in {c.window, None})
     tiles = {layer.window: gqa_tiles(device, *kind.tile_sizes(layer)) for layer in layers}
     return GqaOps(project=attention.project, attend=partial(attention.gqa_attention, tiles=tiles))
+
+
+def _gpu_kda(device: torch.device, kind: Kind, c: Any) -> KdaOps:
+    """Kimi delta attention."""
+    from nmoe.effects.kernels.attention import kda as attention
+
+    tiles = kda_tiles(device, *kind.tile_sizes(c))
+    return attrs.evolve(kind.reference, attend=partial(attention.kda_attention, tiles=tiles))
 
 
 def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:
@@ -158,6 +169,13 @@ def gqa_tiles(device: torch.device, head_dim: int, *window: int) -> gqa.Tiles:
     from nmoe.effects.kernels.attention import gqa
 
     return gqa.Tiles(**tuning.find(shipped(device), "gqa", head_dim, *window).tiles)
+
+
+def kda_tiles(device: torch.device, head_dim: int) -> kda.Tiles:
+    """How the delta rule over heads of this size is cut up on this GPU."""
+    from nmoe.effects.kernels.attention import kda
+
+    return kda.Tiles(**tuning.find(shipped(device), "kda", head_dim).tiles)
 
 
 def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels: str = "triton") -> tuple[str, ...]:

@@ -41,8 +41,19 @@ class AttentionTile:
     num_stages: int
 
 
-RECORDS: Mapping[str, type[GemmTile | AttentionTile]] = MappingProxyType(
-    {"moe": GemmTile, "mla": AttentionTile, "gqa": AttentionTile}
+@attrs.frozen(kw_only=True)
+class DeltaTile:
+    """Block size and launch options of one kernel of the chunked delta rule."""
+
+    values: int  # channels of a head's value that a program owns, or takes a step
+    num_warps: int
+    num_stages: int
+
+
+Tile = GemmTile | AttentionTile | DeltaTile
+
+RECORDS: Mapping[str, type[Tile]] = MappingProxyType(
+    {"moe": GemmTile, "mla": AttentionTile, "gqa": AttentionTile, "kda": DeltaTile}
 )
 """The record of a tile, by op; attention goes by its kind."""
 
@@ -85,7 +96,7 @@ def load(capability: tuple[int, int]) -> Table:
     return Table(where=path.name, entries=MappingProxyType(entries))
 
 
-def entry(record: type[GemmTile | AttentionTile], size: str, fields: Mapping[str, Any]) -> Entry:
+def entry(record: type[Tile], size: str, fields: Mapping[str, Any]) -> Entry:
     """One entry of a table.
 
     fields  `measured`; `group`, 1 if absent; all others are tiles, by their fields' names

@@ -363,6 +363,23 @@ def kept_bytes(c: sections.Kda, *, hidden: int, sequence_length: int, element: i
     return int(hidden * element + (2 * width + c.num_heads) * element + c.num_heads * head)
 
 
+def kernel_kept_bytes(c: sections.Kda) -> tuple[int, int]:
+    """Bytes a token that the kernels keep in one layer, bf16, and those of norms that recompute makes again: none.
+
+    Of the last chunk's fill nothing is counted, which is less than a chunk a row.
+    """
+    fp32, element, size, width = 4, 2, CHUNK, c.head_dim
+    channel = (
+        (3 + 3) * element + 3 * fp32  # inputs and outputs of the convolutions, inputs of SiLU
+        + 2 * fp32  # input and output of the decay's softplus
+        + fp32 + (4 + 1) * element  # sums of decays; a chunk as prepared and what its tokens write; the output
+        + element + fp32 + element  # the normed output, its gate, the input of `out`
+    )  # fmt: skip
+    # steps, the norm's scale; weights and inverse of pairs; the memory that enters a chunk, and what it keeps
+    head = width * channel + 2 * fp32 + 2 * size * element + (width * width * element + width * fp32) // size
+    return (2 * width + c.num_heads) * element + c.num_heads * head, 0
+
+
 HF = "linear_attn_config"
 HF_KEYS: Mapping[str, str] = MappingProxyType(
     {"num_heads": "num_heads", "head_dim": "head_dim", "short_conv_kernel_size": "conv_size"}

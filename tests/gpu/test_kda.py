@@ -1,0 +1,132 @@
+"""Kimi delta attention on a GPU: near fp64 at the shipped tiles, the same bits ten times, linear memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmoe.effects.device import ops
+from nmoe.effects.kernels.attention import kda as kernel
+from nmoe.pure.model.attention import kda as pure
+from tests.gpu.test_gqa import documents
+from tests.kernels import truth
+from tests.kernels.truth import graded
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
+]
+
+normal = partial(truth.normal, dtype=torch.bfloat16, device="cuda")
+
+
+def tiles(channels: int) -> kernel.Tiles:
+    return ops.kda_tiles(torch.device("cuda"), channels)
+
+
+def sample(batch: int, positions: int, heads: int, channels: int = 128, strength: float = 0.05) -> list[Tensor]:
+    """q, k, v as slices of one product; decays and steps in fp32."""
+    product = normal(batch, positions, 3, heads, channels)
+    decay = -strength * normal(batch, positions, heads, channels, seed=1).float().abs()
+    return [*product.unbind(2), decay, normal(batch, positions, heads, seed=2).float().sigmoid()]
+
+
+def pulls(inputs: list[Tensor]) -> list[Tensor]:
+    batch, _, heads, channels = inputs[0].shape
+    return [normal(*inputs[0].shape, seed=3), normal(batch, heads, channels, channels, seed=4).float()]
+
+
+def compare(inputs: list[Tensor], start: Tensor | tuple[()] = (), *, steps: float = 2) -> None:
+    """Results and gradients within two steps of bf16 of fp64, beside what plain torch errs, which computes in fp32."""
+    memory = inputs[5:]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, step: Tensor, *memory: Tensor) -> tuple[Tensor, Tensor]:
+        return kernel.kda_attention(q, k, v, decay, step, start, *memory, tiles=tiles(q.shape[-1]))
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, step: Tensor, *memory: Tensor) -> tuple[Tensor, Tensor]:
+        return pure.attend_kda(q, k, v, decay, step, start, *memory)
+
+    found, allowed, right = (
+        graded(which, inputs, pulls(inputs), dtype)
+        for which, dtype in ((ours, None), (plain, None), (plain, torch.float64))
+    )
+    names = ("o", "after", "q", "k", "v", "decay", "step", *("memory" for _ in memory))
+    wrong = [
+        (name, error, others, size)
+        for name, a, b, t in zip(names, found, allowed, right, strict=True)
+        for error, others, size in [((a.double() - t).norm(), (b.double() - t).norm(), t.norm())]
+        if not error <= 1.5 * others + steps * torch.finfo(torch.bfloat16).eps * size
+    ]
+    assert wrong == []
+    assert [each.dtype for each in found] == [each.dtype for each in allowed]
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("shape", [(2, 2048, 4), (1, 1000, 3), (2, 1, 2), (1, 64, 1), (1, 65, 1)], ids=str)
+def test_near_the_truth(shape: tuple[int, int, int], channels: int) -> None:
+    compare(sample(*shape, channels))
+
+
+@pytest.mark.parametrize("number", [1, 8, 700])
+def test_documents_and_a_memory(number: int) -> None:
+    memory = normal(2, 4, 128, 128, seed=5).float()
+    compare([*sample(2, 1500, 4), memory], documents(2, 1500, number))
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-3, 1.0, 20.0])
+def test_decays(strength: float) -> None:
+    """Under the strongest a gradient of decays is what is left of terms a thousand times as large."""
+    inputs = sample(1, 700, 2, strength=strength)
+    inputs[3][:, ::5] *= 1e-3
+    compare(inputs, steps=2 if strength < 2 else 4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_key_that_repeats_and_steps_of_nothing_and_all(value: float) -> None:
+    inputs = sample(1, 300, 2, strength=0.0)
+    inputs[1] = inputs[1][:, :1].expand_as(inputs[1]).contiguous()
+    inputs[4].fill_(value)
+    compare(inputs, steps=4)
+
+
+def test_ten_times_the_same_and_never_waiting() -> None:
+    inputs = sample(2, 2000, 8)
+    start = documents(2, 2000, 5)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        return kernel.kda_attention(q, k, v, decay, step, start, tiles=tiles(128))
+
+    first = graded(ours, inputs, pulls(inputs))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = [graded(ours, inputs, pulls(inputs)) for _ in range(9)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for run in again:
+        assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
+
+
+def test_memory_is_linear() -> None:
+    """What a call holds beyond its arguments, by token and channel: 26 bytes forward, and backward 18 more."""
+
+    def held(positions: int) -> tuple[int, int]:
+        leaves = [x.requires_grad_() for x in sample(1, positions, 8)]
+        pull = normal(1, positions, 8, 128, seed=3)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        o, _ = kernel.kda_attention(*leaves, tiles=tiles(128))
+        forward = torch.cuda.max_memory_allocated() - before
+        gradients = torch.autograd.grad(o, leaves, pull)
+        peak = torch.cuda.max_memory_allocated() - before
+        del gradients
+        return forward, peak
+
+    for positions in (4096, 8192, 32768):
+        forward, both = held(positions)
+        assert forward <= positions * 8 * 128 * 26 + 2**22
+        assert both <= positions * 8 * 128 * 44 + 2**22

@@ -22,6 +22,7 @@ from nmoe.errors import InputError
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.attention import KINDS, Kind, Kinds, attention_of, kind_of
 from nmoe.pure.model.attention import layers as attention_layers
+from nmoe.pure.model.attention.dsa import DsaOps
 from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.mixed import MixedOps
 from nmoe.pure.model.attention.mla import MlaOps
@@ -31,7 +32,7 @@ from nmoe.pure.optim.clip import global_norm
 from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
-    from nmoe.effects.kernels.attention import gqa, mla
+    from nmoe.effects.kernels.attention import dsa, gqa, mla
     from nmoe.effects.kernels.moe import moe as mixtures
 
 
@@ -116,6 +117,8 @@ def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool
     """The kind's ops on a GPU: its kernels, or the reference of a kind that has none."""
     if isinstance(kind.reference, GqaOps):
         return _gpu_gqa(device, kind, c)
+    if isinstance(kind.reference, DsaOps):
+        return _gpu_dsa(device, kind, c)
     if not isinstance(kind.reference, MlaOps):
         return kind.reference
     from nmoe.effects.kernels.attention import mla as attention
@@ -135,6 +138,19 @@ def _gpu_gqa(device: torch.device, kind: Kind, c: Any) -> GqaOps:
     layers = (attrs.evolve(c, window=window, global_every=None) for window in {c.window, None})
     tiles = {layer.window: gqa_tiles(device, *kind.tile_sizes(layer)) for layer in layers}
     return GqaOps(project=attention.project, attend=partial(attention.gqa_attention, tiles=tiles))
+
+
+def _gpu_dsa(device: torch.device, kind: Kind, c: Any) -> DsaOps:
+    """Sparse latent attention; its dense stage is the reference."""
+    from nmoe.effects.kernels.attention import dsa as attention
+    from nmoe.effects.kernels.attention import project
+
+    tiles = dsa_tiles(device, *kind.tile_sizes(c))
+    return DsaOps(
+        query=project.query,
+        select=partial(attention.select, tiles=tiles),
+        attend=partial(attention.dsa_attention, tiles=tiles),
+    )
 
 
 def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:
@@ -158,6 +174,13 @@ def gqa_tiles(device: torch.device, head_dim: int, *window: int) -> gqa.Tiles:
     from nmoe.effects.kernels.attention import gqa
 
     return gqa.Tiles(**tuning.find(shipped(device), "gqa", head_dim, *window).tiles)
+
+
+def dsa_tiles(device: torch.device, heads: int, rank: int, rope: int) -> dsa.Tiles:
+    """How sparse latent attention over so many heads and channels is cut up on this GPU."""
+    from nmoe.effects.kernels.attention import dsa
+
+    return dsa.Tiles(**tuning.find(shipped(device), "dsa", heads, rank, rope).tiles)
 
 
 def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels: str = "triton") -> tuple[str, ...]:

@@ -41,8 +41,21 @@ class AttentionTile:
     num_stages: int
 
 
-RECORDS: Mapping[str, type[GemmTile | AttentionTile]] = MappingProxyType(
-    {"moe": GemmTile, "mla": AttentionTile, "gqa": AttentionTile}
+@attrs.frozen(kw_only=True)
+class SparseTile:
+    """Block sizes and launch options of one kernel of sparse attention; 1 is what it does not cut up."""
+
+    block_m: int = 1  # heads of a query a step or program; of the indexer's scores, queries a program
+    block_n: int = 1  # keys a step or program
+    block_k: int = 1  # channels a step or program
+    num_warps: int
+    num_stages: int
+
+
+Tile = GemmTile | AttentionTile | SparseTile
+
+RECORDS: Mapping[str, type[Tile]] = MappingProxyType(
+    {"moe": GemmTile, "mla": AttentionTile, "gqa": AttentionTile, "dsa": SparseTile}
 )
 """The record of a tile, by op; attention goes by its kind."""
 
@@ -85,7 +98,7 @@ def load(capability: tuple[int, int]) -> Table:
     return Table(where=path.name, entries=MappingProxyType(entries))
 
 
-def entry(record: type[GemmTile | AttentionTile], size: str, fields: Mapping[str, Any]) -> Entry:
+def entry(record: type[Tile], size: str, fields: Mapping[str, Any]) -> Entry:
     """One entry of a table.
 
     fields  `measured`; `group`, 1 if absent; all others are tiles, by their fields' names

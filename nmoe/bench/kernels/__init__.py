@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from nmoe.bench.kernels import attention, gqa, loss, moe, optimizer, tuner
+from nmoe.bench.kernels import attention, dsa, gqa, loss, moe, optimizer, tuner
 from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Variant, gpu_meter, measure
 from nmoe.effects import files
 from nmoe.effects.device import gpu, ops
@@ -65,6 +65,11 @@ def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:
         for case in gqa.CASES:
             tiles = ops.gqa_tiles(device, case.head_dim, *((case.window,) if case.window else ()))
             measured = rows("attention", case, gqa.variants(case, device, tiles), gqa.PEER, meter)
+            yield f"attention  {described(case)}", measured
+        for case in dsa.CASES:
+            tiles = ops.dsa_tiles(device, case.heads, case.rank, case.rope)
+            dense = ops.mla_tiles(device, 128, case.rope, 128)
+            measured = rows("attention", case, dsa.variants(case, device, tiles, dense), dsa.PEER, meter)
             yield f"attention  {described(case)}", measured
     elif kind == "loss":
         for case in loss.CASES:

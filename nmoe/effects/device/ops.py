@@ -146,11 +146,13 @@ def _gpu_dsa(device: torch.device, kind: Kind, c: Any) -> DsaOps:
     from nmoe.effects.kernels.attention import project
 
     tiles = dsa_tiles(device, *kind.tile_sizes(c))
-    return DsaOps(
-        query=project.query,
-        select=partial(attention.select, tiles=tiles),
-        attend=partial(attention.dsa_attention, tiles=tiles),
-    )
+    sparse, dense = partial(attention.dsa_attention, tiles=tiles), kind.reference.attend
+
+    def attend(*operands: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        chosen = operands[5]
+        return (sparse if isinstance(chosen, Tensor) else dense)(*operands, **options)
+
+    return DsaOps(query=project.query, select=partial(attention.select, tiles=tiles), attend=attend)
 
 
 def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:

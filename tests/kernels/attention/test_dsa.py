@@ -22,6 +22,9 @@ from nmoe.pure.model.rope import Rope
 from tests.kernels.attention.test_mla import starts
 from tests.memory import Kept, Peak
 
+select: Any = kernel.select
+attend_sparse: Any = kernel.dsa_attention
+
 NAMES = [field.name for field in attrs.fields(kernel.Tiles)]
 
 
@@ -69,8 +72,9 @@ def sample(
 
 def chosen(s: Sample, **changes: int) -> Tensor:
     """The kernel's choice, which must be the reference's."""
-    found = kernel.select(*s.index, s.start, count=s.count, tiles=tiles(**changes))
-    right = pure.select(*(tensor.double() for tensor in s.index), s.start, count=s.count)
+    found = select(*s.index, s.start, count=s.count, tiles=tiles(**changes))
+    q, k, w = (tensor.double() for tensor in s.index)
+    right = pure.select(q, k, w, s.start, count=s.count)
     assert torch.equal(found, right), (found, right)
     return found
 
@@ -136,9 +140,8 @@ def selected(scores: Tensor, count: int, block: int = 32) -> list[int]:
     """What the last query of a row chooses."""
     length = scores.shape[1]
     keys = torch.empty(1, length, count, dtype=torch.int32)
-    dsa_index_kernels.select_kernel[(1,)](
-        scores, None, keys, length - 1, length, length, count, count, block_m=1, block_n=block, documents=False
-    )
+    sizes: dict[str, Any] = {"block_m": 1, "block_n": block, "documents": False}
+    dsa_index_kernels.select_kernel[(1,)](scores, None, keys, length - 1, length, length, count, count, **sizes)
     return keys[0, -1].tolist()
 
 
@@ -155,9 +158,9 @@ def test_indices_beyond_16_bits() -> None:
     keys, o, lse = torch.tensor([[[69_998]]], dtype=torch.int32), torch.empty(1, 1, 1, 16), torch.empty(1, 1, 1)
     sizes: dict[str, Any] = {"positions": length, "heads": 1, "slots": 1, "rank": 16, "rope": 8}
     blocks: dict[str, Any] = {"block_m": 16, "block_n": 16}
-    dsa_kernels.forward_kernel[(1,)](
-        q=q, kv=kv, chosen=keys, o=o, lse=lse, scale=1.0, rank_box=16, rope_box=16, **blocks, **sizes
-    )
+    boxes: dict[str, Any] = {"rank_box": 16, "rope_box": 16}
+    wide: dict[str, Any] = {"block_n": 32_768, "block_k": 32}
+    dsa_kernels.forward_kernel[(1,)](q=q, kv=kv, chosen=keys, o=o, lse=lse, scale=1.0, **blocks, **sizes, **boxes)
     assert torch.equal(o, torch.ones_like(o))
     sums = kernel.Sums.of(kv, 1, 1, 24, tiles().gather)
     p, ds = torch.empty(2, 1, 1, 1)
@@ -167,9 +170,7 @@ def test_indices_beyond_16_bits() -> None:
         q=q, kv=kv, do=do, chosen=keys, lse=lse, delta=lse * 0, p=p, ds=ds, place=sums.place, scale=1.0, **given
     )
     dsa_kernels.parts_kernel[(1, 1, 1)](q=q, do=do, chosen=keys, p=p, ds=ds, parts=sums.parts, **given)
-    dsa_kernels.gather_kernel[(3, 1)](
-        sums.parts, sums.place, sums.total[0], sums.rest, 1, length, 1, 24, block_n=32_768, block_k=32
-    )
+    dsa_kernels.gather_kernel[(3, 1)](sums.parts, sums.place, sums.total[0], sums.rest, 1, length, 1, 24, **wide)
     assert sums.total[0].any(1).nonzero().flatten().tolist() == [69_998]
 
 
@@ -203,13 +204,6 @@ def test_a_sum_over_chunks_keeps_twice_the_bits(monkeypatch: pytest.MonkeyPatch)
     for _ in range(64):
         sums.add_(0, 1)
     assert torch.equal(sums.total, torch.full_like(sums.total, 1 + 2**-6))
-
-
-def test_the_dense_stage_is_the_reference() -> None:
-    s = sample(9, 4)
-    told: dict[str, Any] = {"scale": 0.3, "rank": 24}
-    ours = kernel.dsa_attention(s.q, s.kv, *s.index, (), tiles=tiles(), **told)
-    assert all(map(torch.equal, ours, pure.attend_dsa(s.q, s.kv, *s.index, (), **told)))
 
 
 class Silent:
@@ -254,10 +248,10 @@ def test_workspace_at_the_published_sizes() -> None:
         **dict.fromkeys(NAMES, SparseTile(block_m=64, block_n=64, block_k=64, num_warps=8, num_stages=1))
     )
     with Peak() as choosing:
-        keys = kernel.select(*index, count=c.index_top_k, tiles=own)
+        keys = select(*index, count=c.index_top_k, tiles=own)
     assert choosing.bytes <= keys.nbytes + 64 * 2**20
     with Peak() as forward:
-        o, loss = kernel.dsa_attention(q, kv, *index, keys, scale=0.1, rank=512, tiles=own)
+        o, loss = attend_sparse(q, kv, *index, keys, scale=0.1, rank=512, tiles=own)
     target, row = keys.nbytes, 128 * 32_768 * 4
     assert forward.bytes <= o.nbytes + target + 2 * row + 2**20
     gate = torch.empty_like(o)
@@ -291,8 +285,8 @@ def kept_bytes(c: Dsa, length: int) -> int:
     rope = Rope(*(torch.empty(length, 32, device="meta") for _ in range(2)))
     ops = pure.DsaOps(
         query=lambda x, up, key, rope, position: project_without_kernels(x, up, key),
-        select=lambda *given, **told: kernel.select(*given, **told, tiles=own),
-        attend=lambda *given, **told: kernel.dsa_attention(*given, **told, tiles=own),
+        select=lambda *given, **told: select(*given, **told, tiles=own),
+        attend=lambda *given, **told: attend_sparse(*given, **told, tiles=own),
     )
     held = Kept([x, rope.cos, rope.sin, *(leaf for _, leaf in tree.leaves(p))])
     with held:
@@ -309,17 +303,14 @@ def project_without_kernels(x: Tensor, up: Tensor, key: Tensor) -> tuple[Tensor,
 def test_what_the_kernels_do_not_take() -> None:
     q, kv = torch.randn(1, 3, 2, 40), torch.randn(1, 3, 40)
     index, keys = (torch.ones(1, 3, 1, 8), torch.ones(1, 3, 8), torch.ones(1, 3, 1)), torch.zeros(1, 3, 1).int()
+    wide = [torch.ones(*each.shape[:-1], 600) for each in (q, kv)]
     cases: dict[str, tuple[Tensor, Tensor, float, int]] = {
         "expected queries and keys of one width": (q, kv[..., :32], 0.3, 32),
-        "up to 512 channels are the latent's, got 600, 600 and 592": (
-            *(torch.ones(*each.shape[:-1], 600) for each in (q, kv)),
-            0.3,
-            592,
-        ),
+        "up to 512 channels are the latent's, got 600, 600 and 592": (wide[0], wide[1], 0.3, 592),
         "both in bf16 or both in fp16, got torch.float32 and torch.float16": (q, kv.half(), 0.3, 32),
         "scale > 0, got 0.0": (q, kv, 0.0, 32),
     }
     for told, (queries, rows, scale, rank) in cases.items():
         with pytest.raises(InputError, match=told):
-            kernel.dsa_attention(queries, rows, *index, keys, scale=scale, rank=rank, tiles=tiles())
+            attend_sparse(queries, rows, *index, keys, scale=scale, rank=rank, tiles=tiles())
     assert DSA_MOST["kv_lora_rank"] == 512

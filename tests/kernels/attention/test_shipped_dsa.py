@@ -39,9 +39,9 @@ ARGUMENTS: Mapping[str, str] = {
 }
 """Pointers with the letter of their type, and integers, of each kernel."""
 
-SPILLS = {90: 0, 100: 2}
-"""The output of 64 heads takes all registers: Triton 3.7 moves two values of the forward kernel out on sm_100, Triton
-3.6 two of the kernel of pairs."""
+SPILLS = {90: 0, 100: 4}
+"""The output of 64 heads takes all registers: on sm_100 Triton 3.7 moves two values of the forward kernel out, 3.6 two
+of the kernel of pairs; of a model of four heads it is four of the targets' kernel."""
 
 TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32"}
 

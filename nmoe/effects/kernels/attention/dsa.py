@@ -24,7 +24,7 @@ from nmoe.effects.kernels.attention.blocks import box
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
-from nmoe.pure.model.attention.dsa import WORKSPACE, attend_dsa
+from nmoe.pure.model.attention.dsa import WORKSPACE
 
 
 @attrs.frozen(kw_only=True)
@@ -101,7 +101,7 @@ def dsa_attention(
     index_q: Tensor,
     index_k: Tensor,
     index_w: Tensor,
-    chosen: Tensor | tuple[()],
+    chosen: Tensor,
     start: Tensor | tuple[()] = (),
     *,
     scale: float,
@@ -113,8 +113,8 @@ def dsa_attention(
     q        [B T H R+P]       in the latent's channels, then the rotated ones; bf16 or fp16
     kv       [B T R+P]         latents and rotated keys, shared by all heads; the value is the latent
     index_q, index_k, index_w  as `project_index` makes them
-    chosen   [B T S] i32       as `select` makes it; (): dense, by `attend_dsa` in plain torch
-    start    [B T] i32 or ()   first token of each token's document; only read without `chosen`, which holds to it
+    chosen   [B T S] i32       as `select` makes it
+    start    [B T] i32 or ()   first token of each token's document, which `chosen` holds to: not read
     scale    factor on the scores, positive
     rank     R
     returns  [B T H R], and the sum over queries of KL(mean of the heads' probabilities || the indexer's), 0-d, whose
@@ -123,8 +123,6 @@ def dsa_attention(
     Cost:    forward 2·(3 R + 2 P), backward 2·(5 R + 3 P) FLOPs for each pair of query and key, times H; the indexer
              2·X·Y forward and 8·X·Y backward.
     """
-    if not isinstance(chosen, Tensor):
-        return attend_dsa(q, kv, index_q, index_k, index_w, chosen, start, scale=scale, rank=rank)
     check(q, kv, scale=scale, rank=rank)
     o, lse = DsaAttention.apply(q, kv, chosen, scale, rank, tiles)
     given = (tensor.detach() for tensor in (q, kv, lse))

@@ -805,6 +805,28 @@ def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
     assert [remarks(config) for config in (on_cpu, *others)] == [(), (), (), ()]
 
 
+def test_what_the_sparse_kernels_do_not_take_is_named() -> None:
+    """And that the dense stage has none."""
+    config = load(ROOT / "configs" / "deepseek-v3.2.toml", {}, ()).config
+    small = load(ROOT / "configs" / "quickstart-dsa.toml", {}, ()).config
+    assert tuple(kernel_sizes(config.model, device="cuda", compute="bf16")) == ()
+    assert tuple(kernel_sizes(small.model, device="cuda", compute="bf16")) == ()
+    assert remarks(small) == () and remarks(attrs.evolve(config, run=attrs.evolve(config.run, device="cpu"))) == ()
+    warm = attrs.evolve(config.model.attention, index_warmup_tokens=1)
+    model, run = attrs.evolve(config.model, attention=warm), attrs.evolve(config.run, device="cuda")
+    assert [line for line in remarks(attrs.evolve(config, model=model, run=run)) if "attention" in line] == [
+        "model.attention.index_warmup_tokens: a GPU runs the dense stage as plain torch: right, and slow"
+    ]
+    wide = {"kv_lora_rank": 520, "qk_rope_head_dim": 12, "index_num_heads": 65, "index_head_dim": 130}
+    model = attrs.evolve(config.model, attention=attrs.evolve(config.model.attention, **wide))
+    told = [
+        f"{key}: expected" in line
+        for key, line in zip(wide, kernel_sizes(model, device="cuda", compute="bf16"), strict=True)
+    ]
+    assert told == [True] * 4
+    assert tuple(kernel_sizes(model, device="cpu", compute="bf16")) == ()
+
+
 @pytest.mark.parametrize(("size", "wrong"), [(64, False), (128, False), (32, True), (96, True), (256, True)])
 def test_heads_that_the_kernels_of_grouped_queries_take(size: int, wrong: bool) -> None:
     config = load(ROOT / "configs" / "gpt-oss-20b.toml", {}, (f"--model.attention.head_dim={size}",)).config

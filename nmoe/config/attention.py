@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -15,6 +16,11 @@ GQA_HEAD_DIMS = (64, 128)
 
 KDA_HEAD_DIMS = (64, 128)
 """Channels of a head that the kernels of `kda` take."""
+
+DSA_MOST: Mapping[str, int] = MappingProxyType(
+    {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_num_heads": 64, "index_head_dim": 128}
+)
+"""The largest sizes that the kernels of `dsa` take: those of DeepSeek-V3.2."""
 
 
 class Rules:
@@ -237,7 +243,6 @@ class Dsa(Mla):
     """Sparse latent attention to the keys that an indexer finds (DeepSeek-V3.2)."""
 
     kind: ClassVar[str] = "dsa"
-    has_kernels: ClassVar[bool] = False
 
     q_lora_rank: int = setting("low rank of the query, which the indexer reads", low=1, high=WIDEST, shapes=True)
     index_num_heads: int = setting("heads of the indexer", low=1, high=WIDEST, shapes=True)
@@ -271,6 +276,16 @@ class Dsa(Mla):
             )
         if self.position == "none":
             yield f'{where}.position: expected no value, got "none"; remove it, the indexer\'s queries are rotated'
+
+    def kernel_problems(self, where: str, step: int) -> Iterator[str]:
+        for key, most in DSA_MOST.items():
+            size, steps = getattr(self, key), 1 if key == "index_num_heads" else step
+            if size % steps or size > most:
+                multiple = "at most" if steps == 1 else f"a multiple of {steps} up to"
+                yield (
+                    f"{where}.{key}: expected {multiple} {most} for the attention kernels, got {size}; write "
+                    f"{min(most, -(-size // steps) * steps)}"
+                )
 
     def has_stages(self) -> bool:
         return self.index_warmup_tokens > 0

@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from nmoe.bench import kernels as kernel_bench
-from nmoe.bench.kernels import attention, gqa, kda, loss, meter, moe
+from nmoe.bench.kernels import attention, dsa, gqa, kda, loss, meter, moe
 from nmoe.bench.kernels.meter import Meter, Variant
+from nmoe.effects.kernels.attention.dsa import Tiles as SparseTiles
 from nmoe.effects.kernels.attention.gqa import Tiles as GroupedTiles
 from nmoe.effects.kernels.attention.kda import Tiles as DeltaTiles
 from nmoe.effects.kernels.attention.mla import Tiles as AttentionTiles
-from nmoe.effects.kernels.tables import AttentionTile, DeltaTile
+from nmoe.effects.kernels.tables import AttentionTile, DeltaTile, SparseTile
 from nmoe.effects.terminal import table
 from tests.kernels.moe.test_moe import TILES
 
 CPU = torch.device("cpu")
 SMALL = moe.Case(tokens=96, hidden=32, width=16, experts=8, top_k=2, routing="natural")
+SPARSE = SparseTile(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=2)
 BLOCK = AttentionTile(block_m=16, block_n=16, heads=2, num_warps=4, num_stages=2)
 
 
@@ -46,14 +48,22 @@ def delta() -> Variant:
     return next(kda.variants(case, CPU, DeltaTiles(**dict.fromkeys(attrs.fields_dict(DeltaTiles), tile))))
 
 
+def sparse() -> Variant:
+    sizes = {"heads": 2, "rank": 16, "rope": 8, "index_heads": 2, "index_channels": 16}
+    case = dsa.Case(batch=1, length=12, top_k=5, **sizes)
+    own = SparseTiles(**dict.fromkeys((field.name for field in attrs.fields(SparseTiles)), SPARSE))
+    variants = dsa.variants(case, CPU, own, AttentionTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK))
+    return next(variant for variant in variants if variant.name == "ours")
+
+
 def cross_entropy() -> Variant:
     return next(loss.variants(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU))
 
 
 @pytest.mark.parametrize(
     "variant",
-    [lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), delta, cross_entropy],
-    ids=["moe", "mla", "gqa in a window", "gqa", "kda", "loss"],
+    [lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), delta, sparse, cross_entropy],
+    ids=["moe", "mla", "gqa in a window", "gqa", "kda", "dsa", "loss"],
 )
 def test_a_right_kernel_has_a_small_error(variant: Callable[[], Variant]) -> None:
     error = variant().error

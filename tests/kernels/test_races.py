@@ -15,6 +15,7 @@ from nmoe.effects import kernels
 from nmoe.effects.kernels.optim import adamw
 from tests.kernels import aot, shipped, test_shipped
 from tests.kernels.aot import Request
+from tests.kernels.attention import test_shipped_dsa as sparse
 from tests.kernels.attention import test_shipped_gqa as grouped
 from tests.kernels.attention import test_shipped_kda as delta
 from tests.kernels.attention import test_shipped_mla as attention
@@ -117,6 +118,7 @@ def requests() -> list[Request]:
         *attended,
         *(request for target in aot.TARGETS for request in grouped.requests(grouped.GPT_OSS, target)),
         *(request for target in aot.TARGETS for request in delta.requests(delta.KIMI, target)),
+        *(request for target in aot.TARGETS for request in sparse.requests(sparse.V32, target)),
         attention.rotation(inverse=True),
         *(request for target in aot.TARGETS for request in moe.requests(target)),
         *test_exchange_aot.REQUESTS.values(),

@@ -12,9 +12,11 @@ import torch
 from nmoe.config import load
 from nmoe.effects.device import ops
 from nmoe.effects.kernels import tables
+from nmoe.effects.kernels.attention import dsa
 from nmoe.effects.kernels.attention.kda import kda_attention
 from nmoe.errors import InputError
 from nmoe.pure.model.attention import KINDS
+from nmoe.pure.model.attention.dsa import DsaOps, attend_dsa
 from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.mla import MlaOps
 from tests.configs import ROOT
@@ -59,6 +61,21 @@ def test_layers_of_kimi_linear_run_on_the_kernels_of_either_kind(monkeypatch: py
     assert [line for line in ops.unmeasured(device, model) if line.startswith("kda")] == [
         "kda: no measured tiles for 128 in sm_90.toml, those of entry 'default' are used"
     ]
+
+
+def test_sparse_latent_attention_runs_on_its_kernels_but_for_its_dense_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    c, device = load(ROOT / "configs" / "deepseek-v3.2.toml", {}, ()).config.model.attention, torch.device("cuda", 0)
+    kind = KINDS[type(c)]
+    monkeypatch.setattr(dsa, "dsa_attention", lambda *given, tiles, **told: tiles)
+    found = ops._gpu_attention(device, kind, c, True, False)
+    assert isinstance(found, DsaOps)
+    generator = torch.Generator().manual_seed(0)
+    operands = [torch.randn(1, 3, *shape, generator=generator) for shape in ((2, 24), (24,), (2, 8), (8,), (2,))]
+    options: Any = {"scale": 0.3, "rank": 16}
+    assert found.attend(*operands, torch.zeros(1, 3, 1), **options) == ops.dsa_tiles(device, 128, 512, 64)
+    plain: Any = attend_dsa
+    assert all(map(torch.equal, found.attend(*operands, (), **options), plain(*operands, (), **options)))
 
 
 def test_a_kind_without_kernels_runs_its_reference_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from nmoe.errors import InputError
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.attention import KINDS, Kind, Kinds, attention_of, kind_of
 from nmoe.pure.model.attention import layers as attention_layers
+from nmoe.pure.model.attention.dsa import DsaOps
 from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.kda import KdaOps
 from nmoe.pure.model.attention.mixed import MixedOps
@@ -32,7 +33,7 @@ from nmoe.pure.optim.clip import global_norm
 from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
-    from nmoe.effects.kernels.attention import gqa, kda, mla
+    from nmoe.effects.kernels.attention import dsa, gqa, kda, mla
     from nmoe.effects.kernels.moe import moe as mixtures
 
 
@@ -119,6 +120,8 @@ def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool
         return _gpu_gqa(device, kind, c)
     if isinstance(kind.reference, KdaOps):
         return _gpu_kda(device, kind, c)
+    if isinstance(kind.reference, DsaOps):
+        return _gpu_dsa(device, kind, c)
     if not isinstance(kind.reference, MlaOps):
         return kind.reference
     from nmoe.effects.kernels.attention import mla as attention
@@ -146,6 +149,21 @@ def _gpu_kda(device: torch.device, kind: Kind, c: Any) -> KdaOps:
 
     tiles = kda_tiles(device, *kind.tile_sizes(c))
     return attrs.evolve(kind.reference, attend=partial(attention.kda_attention, tiles=tiles))
+
+
+def _gpu_dsa(device: torch.device, kind: Kind, c: Any) -> DsaOps:
+    """Sparse latent attention; its dense stage is the reference."""
+    from nmoe.effects.kernels.attention import dsa as attention
+    from nmoe.effects.kernels.attention import project
+
+    tiles = dsa_tiles(device, *kind.tile_sizes(c))
+    sparse, dense = partial(attention.dsa_attention, tiles=tiles), kind.reference.attend
+
+    def attend(*operands: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        chosen = operands[5]
+        return (sparse if isinstance(chosen, Tensor) else dense)(*operands, **options)
+
+    return DsaOps(query=project.query, select=partial(attention.select, tiles=tiles), attend=attend)
 
 
 def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:
@@ -176,6 +194,13 @@ def kda_tiles(device: torch.device, head_dim: int) -> kda.Tiles:
     from nmoe.effects.kernels.attention import kda
 
     return kda.Tiles(**tuning.find(shipped(device), "kda", head_dim).tiles)
+
+
+def dsa_tiles(device: torch.device, heads: int, rank: int, rope: int) -> dsa.Tiles:
+    """How sparse latent attention over so many heads and channels is cut up on this GPU."""
+    from nmoe.effects.kernels.attention import dsa
+
+    return dsa.Tiles(**tuning.find(shipped(device), "dsa", heads, rank, rope).tiles)
 
 
 def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels: str = "triton") -> tuple[str, ...]:

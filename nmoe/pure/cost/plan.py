@@ -153,6 +153,12 @@ def kernel_activation_bytes(
     total += tokens * depth * (3 + 2 + 1) * width * element
     # of one mixture at a time: gradients of pre-activation and rows, and the activation
     passing = rows * (3 * dims["F"] + width) * element
+    # or of one attention: what its kernels hold beside what they keep
+    held = (
+        kind.kernel_passing_bytes(section, tokens=tokens, sequence_length=sequence_length)
+        for kind, section in layers(c, kinds)
+    )
+    passing = max(passing, *held)
     return total + passing + tokens * 2 * width * element
 
 

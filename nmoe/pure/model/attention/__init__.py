@@ -62,6 +62,8 @@ class Kind:
     kernel_kept_bytes  (c) -> the same of the kernels, and the bytes of norms that train.recompute makes again; None: it
                        has no kernels, a GPU runs the reference
     reference          record of ops in plain torch; a device gives its own record of the same class
+    kernel_passing_bytes  (c, *, tokens, sequence_length) -> bytes that the kernels hold beside that during the
+                       backward pass of one layer
     tile_sizes         (c) -> the key of a layer in the table of tiles, () when its kernels have none
     hf                 its settings and tensors in `transformers`; None: it has no such attention
     cache              how text is generated without reading all of it again for each token; None: it is read again, by
@@ -76,6 +78,7 @@ class Kind:
     kept_bytes: Callable[..., int]
     reference: Any
     kernel_kept_bytes: Callable[[Any], tuple[int, int]] | None = None
+    kernel_passing_bytes: Callable[..., int] = lambda c, *, tokens, sequence_length: 0
     at_layer: Callable[[Any, int], Any] = lambda c, layer: c
     at_tokens: Callable[[Any, int], Any] = lambda c, tokens: c
     tile_sizes: Callable[[Any], tuple[int, ...]] = lambda c: ()
@@ -150,7 +153,10 @@ KINDS: Kinds = MappingProxyType(
             apply=dsa.dsa,
             flops=dsa.flops,
             kept_bytes=dsa.kept_bytes,
+            kernel_kept_bytes=dsa.kernel_kept_bytes,
+            kernel_passing_bytes=dsa.kernel_passing_bytes,
             reference=dsa.REFERENCE,
+            tile_sizes=lambda c: (c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim),
             cache=Cache(empty=dsa.empty_cache, extend=dsa.extend),
             hf=Hf(
                 settings=dsa.hf_settings,

@@ -31,6 +31,9 @@ from nmoe.pure.model.rope import Documents, Rope, rotate, visible_cached
 QUERIES = 64
 """Queries whose scores, and whose copies of the keys they read, exist at once."""
 
+WORKSPACE = 24 * 2**20
+"""Bytes that a device's kernels may take for scores, or for pairs and what they add to the gradients of keys."""
+
 NORM_EPS = 1e-6
 """Of the norm of the indexer's keys, whatever the model's is: as published."""
 
@@ -344,6 +347,35 @@ def kept_bytes(c: sections.Dsa, *, hidden: int, sequence_length: int, element: i
     # the latents' norms keep their input and the scaled one, the norm of the indexer's keys its input
     norms = 2 * (c.q_lora_rank + rank) + c.index_head_dim + statistics
     return narrow * element + norms * fp32 + min(c.index_top_k, sequence_length) * index
+
+
+def kernel_kept_bytes(c: sections.Dsa) -> tuple[int, int]:
+    """Bytes a token that the kernels keep in one layer, bf16, and those of the norm that recompute makes again.
+
+    Of a sequence shorter than `index_top_k` they keep fewer indices and targets.
+    """
+    fp32, index, element = 4, 4, 2
+    heads, rank, rotated = c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim
+    narrow = (
+        (c.q_lora_rank + rank + rotated)  # product of `down`, which the norms read
+        + heads * (c.qk_nope_head_dim + rotated)  # queries
+        + heads * (rank + rotated)  # the same in the latent's channels
+        + (rank + rotated)  # keys
+        + heads * (rank + c.v_head_dim)  # outputs, before and after the expansion
+        + (c.index_num_heads + 1) * c.index_head_dim
+        + c.index_num_heads
+    )
+    # input of the norm of the indexer's keys and its statistics, the log-sums of heads and of the indexer
+    wide = (c.index_head_dim + 2 + heads + 1) * fp32
+    return narrow * element + wide + c.index_top_k * (index + fp32), c.q_lora_rank * element
+
+
+def kernel_passing_bytes(c: sections.Dsa, *, tokens: int, sequence_length: int) -> int:
+    """Bytes of one layer's backward pass beside what is kept: gradients in the latent's channels, and the workspace."""
+    element, fp32 = 2, 4
+    width = c.kv_lora_rank + c.qk_rope_head_dim
+    a_token = c.num_heads * ((c.kv_lora_rank + width) * element + fp32) + width * element
+    return tokens * a_token + sequence_length * width * element + WORKSPACE
 
 
 HF_KEYS: Mapping[str, str] = MappingProxyType(

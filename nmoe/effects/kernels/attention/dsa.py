@@ -1,0 +1,426 @@
+"""Sparse latent attention and its indexer: `pure.model.attention.dsa.select` and `attend_dsa`, bitwise repeatable.
+
+Letters: B sequences, T positions, H heads, R latent and P rotated channels of a key, X heads of the indexer of Y
+channels, S slots: keys that a query reads.
+
+No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer,
+and what pairs add to the gradients of keys, are made for so many queries at a time as `WORKSPACE` holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import torch
+import triton
+from torch import Tensor
+
+from nmoe.config.attention import DSA_MOST
+from nmoe.effects.kernels.attention import dsa_index_kernels as index_kernels
+from nmoe.effects.kernels.attention import dsa_kernels as kernels
+from nmoe.effects.kernels.attention.blocks import box
+from nmoe.effects.kernels.derivative import first_order
+from nmoe.effects.kernels.tables import SparseTile
+from nmoe.errors import InputError
+from nmoe.pure.model.attention.dsa import WORKSPACE
+
+
+@attrs.frozen(kw_only=True)
+class Tiles:
+    """Tile sizes of each kernel."""
+
+    score: SparseTile
+    select: SparseTile
+    forward: SparseTile
+    target: SparseTile
+    delta: SparseTile
+    pairs: SparseTile
+    dq: SparseTile
+    parts: SparseTile
+    gather: SparseTile
+    index_gradient: SparseTile
+    index_parts: SparseTile
+
+
+def select(q: Tensor, k: Tensor, w: Tensor, start: Tensor | tuple[()] = (), *, count: int, tiles: Tiles) -> Tensor:
+    """The `count` keys of the highest score of each query among those up to its own; of equal ones the lower.
+
+    q, k, w  [B T X Y], [B T Y], [B T X]   as `project_index` makes them; no gradient
+    start    [B T] i32 or ()   query i reads no key before start[i]; must not decrease along T. (): all keys up to i
+    returns  [B T S] i32       indices in the row, ascending, -1 where there are fewer; S = min(count, T)
+    Cost:    2·X·(Y + 1) FLOPs for each pair of query and visible key, of queries with more keys than `count`.
+    """
+    q, k, w = (tensor.detach().contiguous() for tensor in (q, k, w))
+    batch, length, heads, channels = q.shape
+    tile, slots = tiles.score, min(count, length)
+    chosen = torch.empty(batch, length, slots, dtype=torch.int32, device=q.device)
+    row_blocks = triton.cdiv(length, tile.block_m)
+    blocks = batch * row_blocks
+    at_once = min(blocks, max(1, WORKSPACE // (tile.block_m * length * 4)))
+    scores = q.new_empty(at_once * tile.block_m, length, dtype=torch.float32)
+    common: dict[str, Any] = {
+        "start": start if isinstance(start, Tensor) else None,
+        "scores": scores,
+        "row_blocks": row_blocks,
+        "positions": length,
+        "count": count,
+        "block_m": tile.block_m,
+        "documents": isinstance(start, Tensor),
+    }
+    for first in range(0, blocks, at_once):
+        number = min(at_once, blocks - first)
+        index_kernels.score_kernel[(number * triton.cdiv(length, tile.block_n),)](
+            q=q,
+            k=k,
+            w=w,
+            first_block=first,
+            heads=heads,
+            block_n=tile.block_n,
+            channels=channels,
+            channels_box=box(channels),
+            heads_box=box(heads),
+            **common,
+            **launch(tile),
+        )
+        index_kernels.select_kernel[(number * tile.block_m,)](
+            chosen=chosen,
+            first_block=first,
+            slots=slots,
+            block_n=tiles.select.block_n,
+            **common,
+            **launch(tiles.select),
+        )
+    return chosen
+
+
+def dsa_attention(
+    q: Tensor,
+    kv: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_w: Tensor,
+    chosen: Tensor,
+    start: Tensor | tuple[()] = (),
+    *,
+    scale: float,
+    rank: int,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention to the chosen keys, and how far the indexer's softmax over them is from it.
+
+    q        [B T H R+P]       in the latent's channels, then the rotated ones; bf16 or fp16
+    kv       [B T R+P]         latents and rotated keys, shared by all heads; the value is the latent
+    index_q, index_k, index_w  as `project_index` makes them
+    chosen   [B T S] i32       as `select` makes it
+    start    [B T] i32 or ()   first token of each token's document, which `chosen` holds to: not read
+    scale    factor on the scores, positive
+    rank     R
+    returns  [B T H R], and the sum over queries of KL(mean of the heads' probabilities || the indexer's), 0-d, whose
+             gradient goes to the indexer alone
+    Raises:  InputError for formats and sizes that the kernels do not take.
+    Cost:    forward 2·(3 R + 2 P), backward 2·(5 R + 3 P) FLOPs for each pair of query and key, times H; the indexer
+             2·X·Y forward and 8·X·Y backward.
+    """
+    check(q, kv, scale=scale, rank=rank)
+    o, lse = DsaAttention.apply(q, kv, chosen, scale, rank, tiles)
+    given = (tensor.detach() for tensor in (q, kv, lse))
+    return o, IndexLoss.apply(index_q, index_k, index_w, *given, chosen, scale, rank, tiles)
+
+
+def check(q: Tensor, kv: Tensor, *, scale: float, rank: int) -> None:
+    """Refuse what the kernels would compute wrongly or not at all.
+
+    Raises:  InputError with each problem.
+    """
+    problems: list[str] = []
+    most = DSA_MOST["kv_lora_rank"]
+    if not 0 < rank <= most or kv.shape[-1] <= rank or q.shape[-1] != kv.shape[-1]:
+        problems.append(
+            f"dsa_attention: expected queries and keys of one width, of which up to {most} channels are the latent's, "
+            f"got {q.shape[-1]}, {kv.shape[-1]} and {rank}; use the reference"
+        )
+    if q.dtype != kv.dtype or (q.is_cuda and q.dtype not in (torch.bfloat16, torch.float16)):
+        problems.append(
+            f"dsa_attention: expected q and kv both in bf16 or both in fp16, got {q.dtype} and {kv.dtype}; use the "
+            "reference for other formats"
+        )
+    if not scale > 0:
+        problems.append(f"dsa_attention: expected scale > 0, got {scale}; negate q instead")
+    if problems:
+        raise InputError(*problems)
+
+
+class DsaAttention(torch.autograd.Function):
+    """Output and log-sums of the chosen keys; the backward pass goes through the queries in chunks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, kv: Tensor, chosen: Tensor, scale: float, rank: int, tiles: Tiles
+    ) -> tuple[Tensor, Tensor]:
+        """Output [B T H R], and the logarithm to base 2 of each row's sum of exponentials [B T H] f32."""
+        q, kv = q.contiguous(), kv.contiguous()
+        batch, length, heads, width = q.shape
+        o = q.new_empty(batch, length, heads, rank)
+        lse = q.new_empty(batch, length, heads, dtype=torch.float32)
+        rows = blocks_of_heads(tiles.forward, heads)
+        kernels.forward_kernel[(batch * length * triton.cdiv(heads, rows),)](
+            q=q,
+            kv=kv,
+            chosen=chosen,
+            o=o,
+            lse=lse,
+            positions=length,
+            heads=heads,
+            slots=chosen.shape[-1],
+            scale=scale,
+            block_m=rows,
+            block_n=tiles.forward.block_n,
+            rank=rank,
+            rope=width - rank,
+            rank_box=box(rank),
+            rope_box=box(width - rank),
+            **launch(tiles.forward),
+        )
+        ctx.save_for_backward(q, kv, chosen, o, lse)
+        ctx.scale, ctx.rank, ctx.tiles = scale, rank, tiles
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # of `lse` there is none
+        return o, lse
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q and kv."""
+        q, kv, chosen, o, lse = ctx.saved_tensors
+        return *backward_pass(q, kv, chosen, o, lse, gradients[0].contiguous(), ctx.scale, ctx.tiles), *[None] * 4
+
+
+def backward_pass(
+    q: Tensor, kv: Tensor, chosen: Tensor, o: Tensor, lse: Tensor, do: Tensor, scale: float, tiles: Tiles
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and kv: pairs of a chunk of queries, their sum over keys, and their sum over queries."""
+    length, heads, width = q.shape[1:]
+    rank, slots = o.shape[-1], chosen.shape[-1]
+    delta = torch.empty_like(lse)
+    rows = lse.numel()
+    kernels.delta_kernel[(triton.cdiv(rows, tiles.delta.block_m),)](
+        o=o,
+        do=do,
+        delta=delta,
+        rows=rows,
+        block_m=tiles.delta.block_m,
+        rank=rank,
+        rank_box=box(rank),
+        **launch(tiles.delta),
+    )
+    a_query = slots * (2 * heads + width) * q.element_size() + length * 4
+    size = min(length, max(1, WORKSPACE // a_query))
+    p, ds = q.new_empty(2, size, slots, heads)
+    sums = Sums.of(kv, slots, size, width, tiles.gather)
+    dq = torch.empty_like(q)
+    common: dict[str, Any] = {"positions": length, "heads": heads, "slots": slots, "rank": rank, "rope": width - rank}
+    for first, number in sums.chunks():
+        cut, across = tiles.pairs, blocks_of_heads(tiles.pairs, heads)
+        kernels.pairs_kernel[(number, triton.cdiv(slots, cut.block_n), triton.cdiv(heads, across))](
+            q=q,
+            kv=kv,
+            do=do,
+            chosen=chosen,
+            lse=lse,
+            delta=delta,
+            p=p,
+            ds=ds,
+            place=sums.place,
+            first_query=first,
+            scale=scale,
+            block_m=across,
+            block_n=cut.block_n,
+            block_k=cut.block_k,
+            **common,
+            **launch(cut),
+        )
+        cut, across = tiles.dq, blocks_of_heads(tiles.dq, heads)
+        kernels.dq_kernel[(number, triton.cdiv(heads, across), triton.cdiv(width, cut.block_k))](
+            kv=kv,
+            chosen=chosen,
+            ds=ds,
+            dq=dq,
+            first_query=first,
+            block_m=across,
+            block_n=cut.block_n,
+            block_k=cut.block_k,
+            **common,
+            **launch(cut),
+        )
+        cut = tiles.parts
+        kernels.parts_kernel[(number, triton.cdiv(slots, cut.block_n), triton.cdiv(width, cut.block_k))](
+            q=q,
+            do=do,
+            chosen=chosen,
+            p=p,
+            ds=ds,
+            parts=sums.parts,
+            first_query=first,
+            block_m=blocks_of_heads(cut, heads),
+            block_n=cut.block_n,
+            block_k=cut.block_k,
+            **common,
+            **launch(cut),
+        )
+        sums.add_(first, number)
+    return dq, sums.total
+
+
+class IndexLoss(torch.autograd.Function):
+    """KL(mean of the heads' probabilities || the indexer's softmax), summed over queries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        index_q: Tensor,
+        index_k: Tensor,
+        index_w: Tensor,
+        q: Tensor,
+        kv: Tensor,
+        lse: Tensor,
+        chosen: Tensor,
+        scale: float,
+        rank: int,
+        tiles: Tiles,
+    ) -> Tensor:
+        """The sum; what is kept of the attention is the mean of its heads, a number a query and slot."""
+        q, kv, index_q, index_k, index_w = (each.contiguous() for each in (q, kv, index_q, index_k, index_w))
+        batch, length, heads, width = q.shape
+        target = torch.empty(chosen.shape, dtype=torch.float32, device=q.device)
+        top, loss = (q.new_empty(batch, length, dtype=torch.float32) for _ in range(2))
+        cut = tiles.target
+        kernels.target_kernel[(batch * length,)](
+            q=q,
+            kv=kv,
+            lse=lse,
+            target=target,
+            loss=loss,
+            index_heads=index_q.shape[2],
+            heads=heads,
+            scale=scale,
+            block_m=blocks_of_heads(cut, heads),
+            block_n=cut.block_n,
+            block_k=cut.block_k,
+            rank=rank,
+            rope=width - rank,
+            **indexed(index_q, index_k, index_w, chosen, top),
+            **launch(cut),
+        )
+        ctx.save_for_backward(index_q, index_k, index_w, chosen, target, top)
+        ctx.tiles = tiles
+        return loss.sum()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the indexer's queries, keys and weights."""
+        q, k, w, chosen, target, top = ctx.saved_tensors
+        tiles, (batch, length, heads, channels), slots = ctx.tiles, q.shape, chosen.shape[-1]
+        common = {"heads": heads, "target": target, "pull": gradients[0].float(), **indexed(q, k, w, chosen, top)}
+        given = {name.removeprefix("index_"): value for name, value in common.items()}
+        dq, dw = torch.empty_like(q), torch.empty_like(w)
+        cut = tiles.index_gradient
+        index_kernels.index_gradient_kernel[(batch * length,)](
+            dq=dq, dw=dw, block_n=cut.block_n, **given, **launch(cut)
+        )
+        size = min(length, max(1, WORKSPACE // (slots * channels * q.element_size() + length * 4)))
+        sums, cut = Sums.of(k, slots, size, channels, tiles.gather), tiles.index_parts
+        for first, number in sums.chunks():
+            index_kernels.index_parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
+                parts=sums.parts, place=sums.place, first_query=first, block_n=cut.block_n, **given, **launch(cut)
+            )
+            sums.add_(first, number)
+        return dq, sums.total, dw, *[None] * 7
+
+
+@attrs.frozen(kw_only=True)
+class Sums:
+    """Sums over queries with one owner: the gradients of keys [B T C], made of what each pair of a chunk adds.
+
+    An inverted list of a chunk: `place` has the slot at which a query reads a key, so that each key finds what was
+    written for it, in the order of the queries. Twice the bits of a format are kept of each sum: what rounding takes
+    off `total` is in `rest`, of one sequence at a time.
+    """
+
+    total: Tensor  # [B T C]
+    rest: Tensor  # [T C]
+    parts: Tensor  # [g S C], what a chunk's pairs add
+    place: Tensor  # [g T] i32, -1 where a query does not read a key
+    tile: SparseTile
+
+    @classmethod
+    def of(cls, k: Tensor, slots: int, size: int, width: int, tile: SparseTile) -> Sums:
+        """Sums of no query yet, for chunks of `size` queries."""
+        return cls(
+            total=torch.zeros(k.shape, dtype=k.dtype, device=k.device),
+            rest=k.new_zeros(k.shape[1:]),
+            parts=k.new_empty(size, slots, width),
+            place=torch.empty(size, k.shape[1], dtype=torch.int32, device=k.device),
+            tile=tile,
+        )
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """First query, counted over all sequences, and number of each chunk; one lies in one sequence.
+
+        Writes:  place, empty before each; rest, zero before each sequence.
+        """
+        batch, length = self.total.shape[:2]
+        for b in range(batch):
+            self.rest.zero_()
+            for first in range(0, length, self.place.shape[0]):
+                self.place.fill_(-1)
+                yield b * length + first, min(self.place.shape[0], length - first)
+
+    def add_(self, first: int, number: int) -> None:
+        """Add what the chunk of `number` queries from `first` on has.
+
+        Writes:  total, rest.
+        """
+        length, width = self.rest.shape
+        keys = first % length + number  # no query of the chunk sees a later one
+        kernels.gather_kernel[(triton.cdiv(keys, self.tile.block_n), triton.cdiv(width, self.tile.block_k))](
+            parts=self.parts,
+            place=self.place,
+            total=self.total[first // length],
+            rest=self.rest,
+            queries=number,
+            positions=length,
+            slots=self.parts.shape[1],
+            width=width,
+            block_n=self.tile.block_n,
+            block_k=self.tile.block_k,
+            **launch(self.tile),
+        )
+
+
+def indexed(q: Tensor, k: Tensor, w: Tensor, chosen: Tensor, top: Tensor) -> dict[str, Any]:
+    """What every kernel of the indexer's loss is given."""
+    return {
+        "index_q": q,
+        "index_k": k,
+        "index_w": w,
+        "chosen": chosen,
+        "top": top,
+        "positions": q.shape[1],
+        "slots": chosen.shape[-1],
+        "channels": q.shape[-1],
+        "channels_box": box(q.shape[-1]),
+        "heads_box": box(q.shape[2]),
+    }
+
+
+def blocks_of_heads(tile: SparseTile, heads: int) -> int:
+    """Heads that a program takes at once: no more than there are, rounded up to what the tensor cores take."""
+    return min(tile.block_m, box(heads))
+
+
+def launch(tile: SparseTile) -> dict[str, int]:
+    """Options of a launch."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}

@@ -1,0 +1,154 @@
+"""The kernels of sparse latent attention as they ship, compiled ahead of time: tensor cores, no atomics, no spills."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import pytest
+
+from nmoe.effects.kernels import tables as tuning
+from nmoe.effects.kernels.attention import dsa
+from nmoe.effects.kernels.attention.blocks import box
+from tests.kernels import aot
+from tests.kernels.aot import Compiled, Request
+
+CAPABILITIES = {90: (9, 0), 100: (10, 0)}
+
+PRODUCTS: Mapping[str, int] = {
+    **{"score": 1, "select": 0, "forward": 3, "target": 2, "delta": 0, "pairs": 2, "dq": 1, "parts": 2, "gather": 0},
+    **{"index_gradient": 2, "index_parts": 2},
+}
+"""Products of two blocks in each kernel."""
+
+ARGUMENTS: Mapping[str, str] = {
+    "score": "q:h k:h w:h start:i scores:f | first_block row_blocks positions heads count",
+    "select": "scores:f start:i chosen:i | first_block row_blocks positions count slots",
+    "forward": "q:h kv:h chosen:i o:h lse:f | positions heads slots",
+    "target": "q:h kv:h chosen:i lse:f index_q:h index_k:h index_w:h target:f top:f loss:f | positions heads slots "
+    "index_heads",
+    "delta": "o:h do:h delta:f | rows",
+    "pairs": "q:h kv:h do:h chosen:i lse:f delta:f p:h ds:h place:i | first_query positions heads slots",
+    "dq": "kv:h chosen:i ds:h dq:h | first_query positions heads slots",
+    "parts": "q:h do:h chosen:i p:h ds:h parts:h | first_query positions heads slots",
+    "gather": "parts:h place:i total:h rest:h | queries positions slots width",
+    "index_gradient": "q:h k:h w:h chosen:i target:f top:f pull:f dq:h dw:h | positions heads slots",
+    "index_parts": "q:h k:h w:h chosen:i target:f top:f pull:f parts:h place:i | first_query positions heads slots",
+}
+"""Pointers with the letter of their type, and integers, of each kernel."""
+
+SPILLS = {90: 0, 100: 4}
+"""The output of 64 heads takes all registers: on sm_100 Triton 3.7 moves two values of the forward kernel out, 3.6 two
+of the kernel of pairs; of a model of four heads it is four of the targets' kernel."""
+
+TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32"}
+
+ALIGNED = ("positions", "heads", "slots", "width", "index_heads", "rows")
+"""Integers that are multiples of 16 at the published sizes."""
+
+
+@attrs.frozen(kw_only=True)
+class Sizes:
+    """What a layer's kernels are compiled for; those of DeepSeek-V3.2."""
+
+    heads: int = 128
+    rank: int = 512
+    rope: int = 64
+    index_heads: int = 64
+    index_channels: int = 128
+    documents: bool = False
+
+
+V32 = Sizes()
+SMALL = (
+    Sizes(heads=16, rank=256, rope=64, index_heads=16, index_channels=64),
+    Sizes(heads=4, rank=32, rope=8, index_heads=2, index_channels=16, documents=True),
+)
+"""Fewer heads than a product on tensor cores of these generations has rows, and sizes that fill no block."""
+
+
+def request(name: str, sizes: Sizes, tile: Any) -> Request:
+    """One of the kernels, in bf16."""
+    pointers, integers = (part.split() for part in ARGUMENTS[name].split("|"))
+    types = {key: TYPES[kind] for key, kind in (each.split(":") for each in pointers)}
+    types |= dict.fromkeys(integers, "i32")
+    indexes = name in ("score", "select", "index_gradient", "index_parts")
+    across = dsa.blocks_of_heads(tile, sizes.heads)
+    values: dict[str, Any] = {
+        "block_m": tile.block_m if name in ("score", "select", "delta") else across,
+        "block_n": tile.block_n,
+        "block_k": tile.block_k,
+        "rank": sizes.rank,
+        "rope": sizes.rope,
+        "rank_box": box(sizes.rank),
+        "rope_box": box(sizes.rope),
+        "channels": sizes.index_channels,
+        "channels_box": box(sizes.index_channels),
+        "heads_box": box(sizes.index_heads),
+        "documents": sizes.documents,
+    }
+    if name == "select":
+        values["block_m"] = 64  # queries of a block of scores
+    module = "dsa_index_kernels" if indexes else "dsa_kernels"
+    kernel = f"nmoe.effects.kernels.attention.{module}:{name}_kernel"
+    if "scale" in arguments(kernel):
+        types["scale"] = "fp32"
+    constants = {key: value for key, value in values.items() if key in arguments(kernel)}
+    if "start" in types and not sizes.documents:
+        del types["start"]
+        constants["start"] = None
+    full = sizes.heads % 16 == 0 and sizes.index_heads % 16 == 0
+    return Request(
+        kernel=kernel,
+        signature=types,
+        constants=constants,
+        aligned=[*(key for key, kind in types.items() if kind[0] == "*"), *(set(ALIGNED) & set(types) if full else ())],
+        warps=tile.num_warps,
+        stages=tile.num_stages,
+    )
+
+
+def arguments(kernel: str) -> Sequence[str]:
+    """Names of a kernel's arguments."""
+    module, name = kernel.split(":")
+    return getattr(importlib.import_module(module), name).arg_names
+
+
+def requests(sizes: Sizes, target: int) -> list[Request]:
+    """Every kernel at these sizes."""
+    tiles = tuning.find(tuning.load(CAPABILITIES[target]), "dsa", sizes.heads).tiles
+    return [request(name, sizes, tiles[name]) for name in PRODUCTS]
+
+
+def problems(found: Sequence[Compiled], *, small: bool = False) -> list[str]:
+    """What would make a kernel slow or its sums depend on chance; small blocks are products of the old kind."""
+    said: list[str] = []
+    for each in found:
+        at = f"{each.kernel} on sm_{each.target}"
+        products = 0 if small else PRODUCTS[each.kernel.split(":")[1].removesuffix("_kernel")]
+        said += each.problems(spills=SPILLS[each.target], tensor_cores=products > 0)
+        used = each.wgmma if each.target < 100 else each.tcgen05
+        if used < products:
+            said.append(f"{at}: {used} tensor-core instructions, {products} products")
+        if each.atomics or each.scratch:
+            said.append(f"{at}: {each.atomics} atomics, {each.scratch} bytes of scratch")
+    return said
+
+
+def compiled(factory: pytest.TempPathFactory, layers: Sequence[Sizes], target: int) -> list[Compiled]:
+    made = [request for sizes in layers for request in requests(sizes, target)]
+    return aot.compile_all(made, factory.mktemp("triton"), targets=[target])
+
+
+@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
+def test_published_sizes(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
+    assert problems(compiled(tmp_path_factory, [V32], target)) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_documents_and_small_models(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
+    assert problems(compiled(tmp_path_factory, [attrs.evolve(V32, documents=True)], target)) == []
+    assert problems(compiled(tmp_path_factory, SMALL, target), small=True) == []

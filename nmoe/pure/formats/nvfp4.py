@@ -1,4 +1,4 @@
-"""NVFP4: e2m1 codes, an e4m3 scale for each 16 values (16 x 16 of a weight), and one fp32 factor a tensor."""
+"""NVFP4: e2m1 codes, an e4m3 scale for each 16 values (16 x 16 of a weight), and one fp32 factor a matrix."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SMALLEST_SCALE = torch.finfo(torch.float8_e4m3fn).tiny
 """2**-6, the smallest normal e4m3."""
 
 SMALLEST_FACTOR = 2.0**-120
-"""Of an amax of 2e-33; below it a tensor uses fewer codes. No reciprocal of a factor and a scale is infinite."""
+"""Of an amax of 2e-33; below it a matrix uses fewer codes. No reciprocal of a factor and a scale is infinite."""
 
 
 def quantise(x: Tensor, *, rows: int = 1, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Round to e2m1 with two levels of scales: a tensor's amax becomes 448 * 6, a block's 6.
+    """Round to e2m1 with two levels of scales: a matrix's amax becomes 448 * 6, a block's 6.
 
-    A tensor that holds an infinity or a NaN has the factor NaN: e2m1 itself has none.
+    A matrix that holds an infinity or a NaN has the factor NaN: e2m1 itself has none.
 
     x        [... R C]   C a multiple of 16, R of `rows`
     rows     of a block: 1, or 16 of a weight, whose transpose then has the same values
     noise    [... R C] f32 in [0, 1): round to the upper neighbour with the probability of the distance, instead of to
              the nearest, ties to even
-    returns  [... R C/2] u8, the first of two codes in the low half; [... R/rows C/16] e4m3; 0-d f32
+    returns  [... R C/2] u8, the first of two codes in the low half; [... R/rows C/16] e4m3; [...] f32
     Raises:  ValueError for other sizes.
     Source:  NVIDIA (arXiv:2509.25149), appendix C.
     """
@@ -38,13 +38,13 @@ def quantise(x: Tensor, *, rows: int = 1, noise: Tensor | None = None) -> tuple[
     expect_divisor("nvfp4.quantise: expected blocks", rows, x.shape[-2], "rows")
     blocks = x.float().unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows))
     amax = blocks.abs().amax(dim=(-3, -1), keepdim=True)
-    factor = (amax.amax() / (e4m3.LARGEST * LARGEST)).clamp(min=SMALLEST_FACTOR)
+    factor = (amax.amax(dim=(-4, -3, -2, -1), keepdim=True) / (e4m3.LARGEST * LARGEST)).clamp(min=SMALLEST_FACTOR)
     factor = torch.where(factor.isfinite(), factor, torch.nan)
     scale = (amax / LARGEST / factor).clamp(SMALLEST_SCALE, e4m3.LARGEST).type(torch.float8_e4m3fn)
     # the order of torchao and its kernels: one reciprocal, then products
     scaled = blocks * ((1.0 / factor) / scale.float())
     scaled = scaled.flatten(-2).flatten(-3, -2)
-    return pack(encode(scaled, noise)), scale.squeeze(-1).squeeze(-2), factor
+    return pack(encode(scaled, noise)), scale.squeeze(-1).squeeze(-2), factor.flatten(-4).squeeze(-1)
 
 
 def dequantise(packed: Tensor, scale: Tensor, factor: Tensor, *, rows: int = 1) -> Tensor:
@@ -56,7 +56,7 @@ def dequantise(packed: Tensor, scale: Tensor, factor: Tensor, *, rows: int = 1) 
     wanted = (*outer, height // rows, 2 * width // BLOCK)
     expect_shape("nvfp4.dequantise: expected scales", scale.shape, wanted, "pass one a block")
     spread = scale.float().repeat_interleave(rows, -2).repeat_interleave(BLOCK, -1)
-    return decode(unpack(packed)) * spread * factor
+    return decode(unpack(packed)) * spread * factor[..., None, None]
 
 
 def encode(x: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -46,6 +46,18 @@ def verbs(root: Verbs) -> None:
                 metavar="DxF",
                 help="hidden and expert size of a mixture to tune for (default: 2048x1408)",
             )
+    gate = add(
+        bench,
+        "gate",
+        _bench_gate,
+        "measure all kernels and name those that fell by more than 5 % beside their peers; exit code 1 if one did",
+        "--jsonl rows.jsonl",
+    )
+    gate.add_argument("--rows", type=Path, metavar="FILE", help="judge rows measured earlier, without a GPU")
+    gate.add_argument(
+        "--against", type=Path, metavar="FILE", help="rows to compare with (default: those shipped for this GPU)"
+    )
+    gate.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a row there")
     loader = add(
         bench,
         "loader",
@@ -108,6 +120,12 @@ def _bench_kernels(args: argparse.Namespace) -> int:
         if args.tune
         else kernel_bench.kernels(kernel_bench.KINDS, args.jsonl)
     )
+
+
+def _bench_gate(args: argparse.Namespace) -> int:
+    from nmoe.bench import kernels as kernel_bench
+
+    return kernel_bench.gated(args.rows, args.against, args.jsonl)
 
 
 def _bench_step(args: argparse.Namespace) -> int:

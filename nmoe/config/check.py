@@ -18,6 +18,10 @@ GPUS_PER_HOST = 8
 
 ITEM_BYTES = MappingProxyType({"fp32": 4, "bf16": 2})
 
+LOW_BLOCK = 128
+"""What hidden size and expert size are multiples of in fp8, MXFP8 and NVFP4: the largest block of values that share a
+scale, and the unit in which Blackwell lays scales out."""
+
 
 def validate(config: Config, world: int) -> tuple[str, ...]:
     """What is wrong with a config for `world` ranks, each `<path>: expected <what>, got <value>; <remedy>`."""
@@ -29,10 +33,11 @@ def validate(config: Config, world: int) -> tuple[str, ...]:
         *_parallel(config, world),
         *config.model.attention.problems("model.attention", config.model.num_layers, config.model.max_positions),
         *kernel_sizes(
-            config.model, device="cpu" if _plain(config) else config.run.device, compute=config.precision.compute
+            config.model, device="cpu" if _plain(config) else config.run.device, compute=config.precision.storage()
         ),
         *_optimizers(config),
         *_precision(config),
+        *_low_precision(config, world),
         *_length(config),
         *_schedule(config),
         *_run(config, world),
@@ -147,6 +152,45 @@ def _precision(config: Config) -> Iterator[str]:
         yield (
             'precision.moments: expected "fp32" when precision.compute is "fp32", got "bf16"; write moments = "fp32" '
             'or compute = "bf16"'
+        )
+
+
+def _low_precision(config: Config, world: int) -> Iterator[str]:
+    """Where fp8, MXFP8 and NVFP4 can be computed, and for which models."""
+    c, moe, p = config.model, config.model.moe, config.precision
+    if not p.low():
+        if p.emulate:
+            yield (
+                f'precision.emulate: expected false when precision.compute is "{p.compute}", got true; remove the key, '
+                "there is nothing to emulate"
+            )
+        return
+    if not p.emulate:
+        yield (
+            f'precision.emulate: expected true when precision.compute is "{p.compute}", got false; write emulate = '
+            f'true, no kernel multiplies in this format on run.device = "{config.run.device}", or compute = "bf16"'
+        )
+    elif p.compute == "fp8" and config.run.device == "cuda":
+        yield (
+            'precision.compute: expected "mxfp8" or "nvfp4" when run.device is "cuda", got "fp8"; write one of them, '
+            "no product of a GPU holds a code times an fp32 scale exactly"
+        )
+    if not c.mixtures():
+        yield (
+            f'precision.compute: expected "bf16" for a model without experts, got "{p.compute}"; write it, all other '
+            "products stay in bf16"
+        )
+    for key, size in {"model.hidden_size": c.hidden_size, "model.moe.intermediate_size": moe.intermediate_size}.items():
+        if size % LOW_BLOCK:
+            yield (
+                f'{key}: expected a multiple of {LOW_BLOCK} when precision.compute is "{p.compute}", got {size}; write '
+                f"{-(-size // LOW_BLOCK) * LOW_BLOCK}"
+            )
+    experts = config.parallel.experts or world
+    if config.run.device == "cuda" and experts > 1:
+        yield (
+            f'parallel.experts: expected 1 when precision.compute is "{p.compute}", got {experts}; write 1, rows that '
+            "GPUs exchange are multiplied in bf16"
         )
 
 

@@ -21,6 +21,7 @@ from nmoe.config.attention import Mixed, Single
 from nmoe.config.attention import Mla as Mla
 from nmoe.config.attention import Nsa as Nsa
 from nmoe.config.attention import Yarn as Yarn
+from nmoe.config.precision import Precision as Precision
 from nmoe.config.setting import MOST_POSITIONS, MOST_SECONDS, MOST_STEPS, MOST_TOKENS, WIDEST, setting
 from nmoe.config.watch import Eval as Eval
 from nmoe.config.watch import Log as Log
@@ -123,18 +124,6 @@ class Model:
         if isinstance(self.attention, Mixed):
             return {f"model.attention.{letter}": part for letter, part in self.attention.parts().items()}
         return {"model.attention": self.attention}
-
-
-@attrs.frozen(kw_only=True)
-class Precision:
-    """Number formats."""
-
-    compute: Literal["fp32", "bf16"] = setting(
-        "format of weights and activations; bf16 keeps an exact fp32 master", shapes=True
-    )
-    moments: Literal["fp32", "bf16"] = setting(
-        "format of the moments of what is stored in bf16", default="fp32", shapes=True
-    )
 
 
 @attrs.frozen(kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from nmoe.bench.kernels import attention, dsa, gqa, kda, loss, moe, optimizer, tuner
+from nmoe.bench.kernels import attention, dsa, gate, gqa, kda, loss, moe, optimizer, tuner
 from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Variant, gpu_meter, measure
 from nmoe.effects import files
 from nmoe.effects.device import gpu, ops
@@ -23,7 +23,29 @@ KINDS = ("moe", "attention", "loss", "optimizer")
 
 
 def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
-    """Measure on random data and print a table for each case.
+    """`nmoe bench kernels` and its parts: `measured`, printed."""
+    measured(kinds, jsonl)
+    return 0
+
+
+def gated(rows: Path | None, against: Path | None, jsonl: Path | None) -> int:
+    """`nmoe bench gate`: 1 when a kernel fell beside its peer, which is named.
+
+    rows     measured earlier, as `kernels` writes them; None: measure now
+    against  rows to compare with; None: those that are shipped
+    jsonl    also write what is measured there
+
+    Raises:  InputError when there is no GPU to measure on, or a file is not one of rows.
+    """
+    shipped = gate.ratios(against or gate.SHIPPED)
+    found = gate.ratios(rows) if rows is not None else gate.by_gpu(measured(KINDS, jsonl))
+    fell = [f"{gpu}: {line}" for gpu, now in found.items() for line in gate.judge(gpu, shipped, now)]
+    say("\n".join(fell) or f"no kernel fell by more than {100 * gate.FALL:.0f} % beside its peer")
+    return 1 if fell else 0
+
+
+def measured(kinds: Sequence[str], jsonl: Path | None) -> list[dict[str, Any]]:
+    """Measure on random data and print a table for each case; the rows, each with its machine.
 
     kinds  of `KINDS`
     jsonl  also write one line a row there
@@ -39,13 +61,16 @@ def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
         f"{machine}; medians of {REPEATS}; a large product reaches {meter.flops / 1e12:.0f} TFLOP/s, a pass "
         f"{meter.bandwidth / 1e9:.0f} GB/s"
     )
+    every: list[dict[str, Any]] = []
     for kind in kinds:
         for title, rows in cases(kind, meter):
             say(f"\n{title}\n{table(HEAD, [cells(row) for row in rows], left=1)}")
+            written = [{"machine": machine, **attrs.asdict(row)} for row in rows]
             if jsonl is not None:
                 with jsonl.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps({"machine": machine, **attrs.asdict(row)}) + "\n" for row in rows)
-    return 0
+                    file.writelines(json.dumps(row) + "\n" for row in written)
+            every += written
+    return every
 
 
 def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:

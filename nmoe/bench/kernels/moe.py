@@ -1,7 +1,9 @@
-"""The routed experts, beside torch's grouped products."""
+"""The routed experts, beside torch's grouped products and, where it is installed, SonicMoE."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -118,32 +120,65 @@ def busiest(case: Case, expert: Tensor) -> float:
     return expert.flatten().bincount(minlength=case.experts).max().item() * case.experts / expert.numel()
 
 
+Layer = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+"""An implementation, and its arguments that have a gradient: tokens, weights of the choices, matrices."""
+
+
 def variants(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Variant]:
-    """Ours, and torch's grouped products compiled and not."""
+    """Ours, torch's grouped products compiled and not, and SonicMoE where it is installed."""
     plain = partial(moe_experts, experts=cpu.experts_grouped)
     truth = exact(operands)
-    given: dict[str, Callable[[], Any]] = {
-        "ours": lambda: partial(fused_experts, tiles=tiles),
+
+    def layer(which: Callable[..., Any]) -> Layer:
+        return partial(operands.apply, which), operands.leaves()
+
+    given: dict[str, Callable[[], Layer]] = {
+        "ours": lambda: layer(partial(fused_experts, tiles=tiles)),
         # a graph that compiles anew for every number of rows would measure the compiler
-        PEER: lambda: torch.compile(plain, dynamic=False),
-        "grouped_mm": lambda: plain,
+        PEER: lambda: layer(torch.compile(plain, dynamic=False)),
+        "grouped_mm": lambda: layer(plain),
     }
+    if importlib.util.find_spec("sonicmoe") is not None:
+        given["SonicMoE"] = lambda: sonic(operands)
     for name, build in given.items():
-        which = build()
+        apply, leaves = build()
 
-        def forward(which: Any = which) -> Tensor:
+        def forward(apply: Any = apply, leaves: Any = leaves) -> Tensor:
             with torch.no_grad():
-                return operands.apply(which, *operands.leaves())
+                return apply(*leaves)
 
-        def both(which: Any = which) -> tuple[Tensor, ...]:
-            y = operands.apply(which, *operands.leaves())
-            return y.detach(), *torch.autograd.grad(y, operands.leaves(), operands.grad_output)
+        def both(apply: Any = apply, leaves: Any = leaves) -> tuple[Tensor, ...]:
+            y = apply(*leaves)
+            return y.detach(), *torch.autograd.grad(y, leaves, operands.grad_output)
 
         def error(both: Callable[[], tuple[Tensor, ...]] = both) -> float:
             y, dx, dweight, *_ = both()
             return relative_error((y[:SAMPLE], dx[:SAMPLE], dweight[:SAMPLE]), truth)
 
         yield Variant(name=name, forward=forward, both=both, error=error)
+
+
+def sonic(operands: Operands) -> Layer:
+    """SonicMoE (arXiv:2512.14080) on the same choices; its matrices have rows of gate and value in turn.
+
+    Its first call tunes for minutes; `QUACK_CACHE_AUTOTUNING=1` keeps what it finds for the next process.
+    """
+    theirs: Any = importlib.import_module("sonicmoe.functional")
+    activation: Any = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
+    tokens, k = operands.expert.shape
+    source = torch.arange(tokens * k, device=operands.x.device, dtype=torch.int32) // k
+    expert, experts = operands.expert.flatten().to(torch.int32), operands.up.shape[0]
+    up, down = operands.up.detach(), operands.down.detach()
+    # gate 0, value 0, gate 1, ...
+    w1 = up.permute(0, 3, 2, 1).flatten(1, 2).contiguous().requires_grad_()
+    w2 = down.mT.contiguous().requires_grad_()
+
+    def apply(x: Tensor, weight: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+        arguments = (w1.permute(1, 2, 0), None, w2.permute(1, 2, 0), None, experts, stream, activation)
+        return theirs.moe_general_routing_inputs(x, weight.flatten(), source, expert, *arguments)[0]
+
+    return apply, (operands.x, operands.weight, w1, w2)
 
 
 def exact(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:

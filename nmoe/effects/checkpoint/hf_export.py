@@ -30,7 +30,7 @@ from nmoe.pure.units import quantity
 
 INDEX = "model.safetensors.index.json"
 COMPUTE: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
-"""Formats of `precision.compute`."""
+"""Formats of `precision.storage()`."""
 
 VERIFIED_PARAMETERS = 1_000_000_000
 """Models below are compared with `transformers` unless the user says otherwise: two copies in fp32 are 8 GB."""
@@ -42,7 +42,7 @@ class Source:
 
     folder: Path  # of the run
     model: sections.Model
-    compute: str  # precision.compute
+    compute: str  # precision.storage()
     formats: Mapping[str, Format]  # of every tensor
     read: Callable[[Sequence[Part]], list[Tensor]]
 
@@ -162,12 +162,12 @@ def open_source(fs: Fs, path: Path) -> Source:
     if checkpoint is None and not files.is_file(folder / WEIGHTS):
         raise InputError(f"{path}: expected a run, a checkpoint or a folder with {WEIGHTS}, got neither; fix the path")
     c, precision = load_model(folder / CONFIG)
-    formats = weights.formats_of(model.specs(c), model.dims(c), COMPUTE[precision.compute])
+    formats = weights.formats_of(model.specs(c), model.dims(c), COMPUTE[precision.storage()])
     if checkpoint is None:
         read = _of_file(folder / WEIGHTS, formats)
     else:
         read = _of_checkpoint(fs, checkpoint, formats)
-    return Source(folder=folder, model=c, compute=precision.compute, formats=formats, read=read)
+    return Source(folder=folder, model=c, compute=precision.storage(), formats=formats, read=read)
 
 
 def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Callable[[Sequence[Part]], list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,11 +43,18 @@ def experts_grouped(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
     return F.grouped_mm(y, down, offs=ends)
 
 
-def moe_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def moe_experts(
+    x: Tensor,
+    routing: Routing,
+    up: Tensor,
+    down: Tensor,
+    *,
+    experts: Callable[[Rows, Tensor, Tensor], Tensor] = experts_grouped,
+) -> tuple[Tensor, Tensor]:
     """`pure.model.experts.moe_experts` by `experts_grouped`, each part in a profiler range."""
     with record_function("dispatch"):
         rows = dispatch(x, routing, num_experts=up.shape[0])
-    y = experts_grouped(rows, up, down)
+    y = experts(rows, up, down)
     with record_function("combine"):
         return combine(y, rows, routing), rows.count
 

@@ -27,6 +27,7 @@ from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.kda import KdaOps
 from nmoe.pure.model.attention.mixed import MixedOps
 from nmoe.pure.model.attention.mla import MlaOps
+from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import route_tokens
 from nmoe.pure.optim.clip import global_norm
@@ -51,6 +52,7 @@ def build(
     accumulator: Accumulator | None = None,
     kinds: Kinds = KINDS,
     kernels: str = "triton",
+    low: Callable[[Rows, Tensor, Tensor], Tensor] | None = None,
 ) -> Ops:
     """The ops of a device for a model.
 
@@ -61,6 +63,7 @@ def build(
     exchange   with the ranks that hold the other experts; None: all are here
     accumulator  takes the weight gradients that kernels write themselves; a CPU leaves all to autograd
     kinds      of attention
+    low        the experts on their rows in fewer bits; None: in the format of the weights
 
     Raises:  InputError for sizes that a kernel does not take.
     """
@@ -69,9 +72,9 @@ def build(
             attrs.evolve(
                 reference(attention_of(c, kinds)),
                 attention=_by_part(c, kinds, lambda kind, section: _cpu_attention(kind)),
-                experts=cpu.moe_experts
+                experts=partial(cpu.moe_experts, experts=low or cpu.experts_grouped)
                 if exchange is None
-                else partial(host.mixture, exchange=exchange, experts=cpu.experts_grouped),
+                else partial(host.mixture, exchange=exchange, experts=low or cpu.experts_grouped),
             )
         )
     # only here: triton is not everywhere
@@ -93,7 +96,9 @@ def build(
                 c, kinds, lambda kind, section: _gpu_attention(device, kind, section, deterministic, documents)
             ),
             route=partial(route_tokens, score=router.scores, select=router.top_k),
-            experts=partial(mixtures.moe_experts, tiles=tiles, accumulator=accumulator)
+            experts=partial(cpu.moe_experts, experts=low)
+            if low is not None
+            else partial(mixtures.moe_experts, tiles=tiles, accumulator=accumulator)
             if exchange is None
             else partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator),
             linear_cross_entropy=cross_entropy.linear_cross_entropy,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import attrs
 import torch
+from torch import Tensor
 
 from nmoe.config import Checkpoint, Config
 from nmoe.effects.device import buffers, ops, process
@@ -22,6 +24,7 @@ from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import Plan
+from nmoe.pure.model import low_precision
 from nmoe.pure.model.ops import Env, environment
 from nmoe.pure.optim import spikes
 from nmoe.pure.parallel import exchange_arena
@@ -86,9 +89,18 @@ def blank(
         exchange=exchange,
         accumulator=accumulator,
         kernels=config.run.kernels,
+        low=low_experts(config),
     )
     env = environment(c, train.sequence_length, built)
     return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))
+
+
+def low_experts(config: Config) -> Callable[..., Tensor] | None:
+    """The routed experts in the precision of the config, emulated; None in bf16 and fp32."""
+    if not config.precision.low():
+        return None
+    key = Key(config.run.seed).fold("precision")
+    return partial(low_precision.experts_low, recipe=low_precision.RECIPES[config.precision.compute], key=key)
 
 
 def exchanging(
@@ -106,7 +118,7 @@ def exchanging(
         tokens=train.microbatch_size * train.sequence_length,
         capacity=parallel.room(),
         dedup=parallel.dedup,
-        dtype=torch.bfloat16 if config.precision.compute == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if config.precision.storage() == "bf16" else torch.float32,
     )
     return open_exchange(
         device=device,

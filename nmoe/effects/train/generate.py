@@ -223,7 +223,7 @@ def open_network(folder: Path, device: str | None, checkpoint: Path | None = Non
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = gpu.device(name, kernels="torch" if plain else "triton")
     specs = model.specs(c)
-    formats = weights.formats_of(specs, model.dims(c), COMPUTE[precision.compute])
+    formats = weights.formats_of(specs, model.dims(c), COMPUTE[precision.storage()])
     if checkpoint is None:
         params, router_bias = weights.read(folder, specs, formats)
     else:

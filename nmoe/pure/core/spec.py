@@ -52,8 +52,9 @@ class Policy:
     group      table of `[optim]` that holds its learning rate
     decay      whether weight decay applies
     shard      axis letter that is split over the expert-parallel ranks, or "" for none
-    storage    "compute": the format of `precision.compute`; "fp32": always fp32
+    storage    "compute": the format of `precision.storage()`; "fp32": always fp32
     flops      whether each token is multiplied with it in a GEMM
+    lowered    whether that GEMM is in fp8, MXFP8 or NVFP4 where `precision.compute` is; else it stays in bf16
     """
 
     optimizer: str
@@ -62,6 +63,7 @@ class Policy:
     shard: Literal["E", ""]
     storage: Literal["compute", "fp32"]
     flops: bool
+    lowered: bool
 
 
 def row(
@@ -72,9 +74,12 @@ def row(
     shard: Literal["E", ""] = "",
     storage: Literal["compute", "fp32"] = "compute",
     optimizer: str = "adamw",
+    lowered: bool = False,
 ) -> Policy:
     """One row of the table."""
-    return Policy(optimizer=optimizer, group=group, decay=decay, shard=shard, storage=storage, flops=flops)
+    return Policy(
+        optimizer=optimizer, group=group, decay=decay, shard=shard, storage=storage, flops=flops, lowered=lowered
+    )
 
 
 POLICY: Mapping[Role, Policy] = MappingProxyType(
@@ -82,7 +87,7 @@ POLICY: Mapping[Role, Policy] = MappingProxyType(
         Role.EMBED: row("dense", decay=False, flops=False),
         Role.HEAD: row("dense", decay=False, flops=True),
         Role.MATRIX: row("dense", decay=True, flops=True, optimizer=BY_GROUP),
-        Role.EXPERT: row("expert", decay=True, flops=True, shard="E", optimizer=BY_GROUP),
+        Role.EXPERT: row("expert", decay=True, flops=True, shard="E", optimizer=BY_GROUP, lowered=True),
         Role.ROUTER: row("router", decay=False, flops=True, storage="fp32"),
         Role.GAIN: row("dense", decay=False, flops=False, storage="fp32"),
         Role.POOL: row("dense", decay=True, flops=False, optimizer=BY_GROUP),

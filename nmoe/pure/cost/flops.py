@@ -64,3 +64,9 @@ def forward_flops(
         head=products(specs.head) * (1 + c.depth()),
         mtp=sum(products(part.project) for part in specs.mtp),
     )
+
+
+def lowered_flops(c: sections.Model, specs: Transformer, dims: Dims) -> int:
+    """Forward FLOPs a token in products of fewer bits where the config has them: of what POLICY lowers."""
+    lowered = [spec for _, spec in tree.leaves(specs) if POLICY[spec.role].lowered]
+    return sum(2 * active(spec, dims, c.moe.top_k) for spec in lowered)

@@ -66,6 +66,7 @@ class Plan:
     flop_total: float  # of the whole training
     mfu: float
     peak_flops: float  # of one rank
+    lowered: int  # of the forward FLOPs a token, in products of fewer bits, where the config has them
 
     def tokens_per_second(self) -> float:
         """Of all ranks, at the stated MFU."""
@@ -162,6 +163,16 @@ def kernel_activation_bytes(
     return total + passing + tokens * 2 * width * element
 
 
+def emulation_bytes(dims: Dims, *, rows: int, expert_ranks: int) -> int:
+    """What emulated products hold at once, of the largest one of a block: its operands in fp32 four times, as given,
+    scaled, rounded and back.
+
+    rows  (token, expert) pairs the rank's experts have room for
+    """
+    width, hidden = dims["D"], 2 * dims["F"]
+    return 4 * 4 * (dims["E"] // expert_ranks * width * hidden + rows * (width + hidden))
+
+
 def _kernel_attention_bytes(kind: Kind, section: Any, *, sequence_length: int) -> tuple[int, int]:
     """Bytes a token that attention keeps on a GPU in one layer, and those of its norms that recompute makes again.
 
@@ -248,6 +259,8 @@ def plan(
         activations += 3 * len(c.mixtures()) * c.moe.num_experts * BINS * 8
     if config.optim.qk_clip is not None:
         activations += score_bytes(c.attention, train.microbatch_size, train.sequence_length, element=element)
+    if config.precision.emulate and c.mixtures():
+        activations += emulation_bytes(dims, rows=rows, expert_ranks=expert_ranks)
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
     total = config.tokens()
     shares = [(arena, arena.held()) for arena in arenas]
@@ -291,4 +304,5 @@ def plan(
         flop_total=float(total) * causal.training(),
         mfu=mfu,
         peak_flops=peak_flops,
+        lowered=flops.lowered_flops(c, specs, dims),
     )

@@ -71,6 +71,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
             f"{quantity(planned.flops_executed.training(), 'FLOP')} training as the reference executes it",
         ),
         ("", parts),
+        *_precision(config, planned),
         (
             "ranks",
             f"{planned.ranks}  experts over {planned.expert_ranks}  {planned.microbatches} microbatches of "
@@ -86,6 +87,15 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
         ("tokens", f"{quantity(planned.tokens)}  {train.steps} steps of {quantity(planned.tokens_per_step)}"),
         *(("schedule", text) for text in no_decay(config)),
     )
+
+
+def _precision(config: Config, planned: Plan) -> tuple[Line, ...]:
+    """What is multiplied in fewer bits than it is stored in; nothing where nothing is."""
+    p = config.precision
+    if not p.low():
+        return ()
+    share, how = planned.lowered / planned.flops.total(), ", emulated: right, and slow" if p.emulate else ""
+    return (("precision", f"{p.compute} in {100 * share:.1f} % of the FLOPs, the routed experts; bf16 elsewhere{how}"),)
 
 
 def _heads(c: Model) -> str:

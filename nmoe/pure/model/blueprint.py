@@ -33,7 +33,7 @@ def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1, *, kin
             specs,
             dims,
             optimizers=config.optim.optimizers(),
-            compute=config.precision.compute,
+            compute=config.precision.storage(),
             moments=config.precision.moments,
             accumulate=train.batch_size > train.microbatch_size,
             world=expert_ranks,

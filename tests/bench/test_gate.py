@@ -1,0 +1,107 @@
+"""`nmoe bench gate` on rows that were made up: what fell is named, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nmoe.bench import kernels as kernel_bench
+from nmoe.bench.kernels import attention, gate, loss, moe, optimizer
+from nmoe.errors import InputError
+from tests.configs import ROOT
+
+H200 = "NVIDIA H200, torch 2.11.0"
+
+
+def row(variant: str, ratio: Any, *, machine: str = H200, case: str = "tokens 8") -> dict[str, Any]:
+    return {"machine": machine, "what": "moe", "case": case, "variant": variant, "beside": "peer", "ratio": ratio}
+
+
+def written(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return path
+
+
+def judged(tmp_path: Path, shipped: list[dict[str, Any]], now: list[dict[str, Any]]) -> tuple[int, list[str]]:
+    against, rows = written(tmp_path / "against", *shipped), written(tmp_path / "rows", *now)
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_bench, "say", said.append)
+        return kernel_bench.gated(rows, against, None), said[0].splitlines()
+
+
+def test_what_fell_by_more_than_five_percent_is_named(tmp_path: Path) -> None:
+    shipped = [row("a", 1.0), row("b", 1.0), row("c", 2.0), row("peer", None)]
+    code, said = judged(tmp_path, shipped, [row("a", 0.951), row("b", 0.949), row("c", 2.5), row("new", 0.1)])
+    assert code == 1
+    assert said == ["NVIDIA H200: moe  tokens 8  b: 0.95 x peer, shipped at 1.00 x: fell by 5 %"]
+
+
+def test_a_kernel_that_is_not_measured_any_more_is_named(tmp_path: Path) -> None:
+    code, said = judged(tmp_path, [row("a", 1.0), row("a", 1.5, case="tokens 9")], [row("a", 1.0)])
+    assert code == 1 and said == ["NVIDIA H200: moe  tokens 9  a: shipped at 1.50 x peer, not measured"]
+
+
+def test_nothing_fell(tmp_path: Path) -> None:
+    code, said = judged(tmp_path, [row("a", 1.0)], [row("a", 0.4), row("a", 1.2)])
+    assert code == 0 and said == ["no kernel fell by more than 5 % beside its peer"], "the last of several runs counts"
+
+
+def test_another_gpu_has_ratios_of_its_own(tmp_path: Path) -> None:
+    shipped = [row("a", 1.0), row("a", 5.0, machine="NVIDIA B200, torch 2.11.0")]
+    assert judged(tmp_path, shipped, [row("a", 1.0)])[0] == 0
+    with pytest.raises(InputError, match=r"of which ratios are known \(NVIDIA B200, NVIDIA H200\), got NVIDIA A100"):
+        judged(tmp_path, shipped, [row("a", 1.0, machine="NVIDIA A100, torch 2.11.0")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "[]",
+        "null",
+        "{}",
+        json.dumps(row("a", "1")),
+        json.dumps(row("a", -1.0)),
+        json.dumps(row("a", float("nan"))),
+        json.dumps({**row("a", 1.0), "machine": 7}),
+        json.dumps({key: value for key, value in row("a", 1.0).items() if key != "beside"}),
+    ],
+)
+def test_a_file_of_another_form_is_refused_at_its_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_text(json.dumps(row("a", 1.0)) + "\n" + text + "\n")
+    with pytest.raises(InputError, match=r"rows:2: expected a row of `nmoe bench kernels --jsonl`, got"):
+        gate.ratios(path)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a file one may read, got No such file"):
+        gate.ratios(tmp_path / "none")
+
+
+def test_the_shipped_ratios_are_of_kernels_and_cases_that_are_measured() -> None:
+    known = {
+        "moe": (moe.CASES, moe.PEER),
+        "attention": (attention.CASES, attention.PEER),
+        "loss": (loss.CASES, loss.PEER),
+        "optimizer": (optimizer.CASES, optimizer.PEER),
+    }
+    shipped = gate.ratios(gate.SHIPPED)
+    assert shipped.keys() == {"NVIDIA H200"}
+    for what, case, variant, beside in shipped["NVIDIA H200"]:
+        cases, peer = known[what]
+        assert case in map(kernel_bench.described, cases) and beside == peer, (what, case, variant)
+
+
+def test_the_command_judges_rows_without_a_gpu(tmp_path: Path) -> None:
+    shipped = [json.loads(line) for line in gate.SHIPPED.read_text().splitlines()]
+    rows = written(tmp_path / "rows", *({**each, "ratio": each["ratio"] * 0.9} for each in shipped))
+    run = [sys.executable, "-m", "nmoe", "bench", "gate", "--rows", str(rows)]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1 and done.stdout.count("fell by 10 %") == len(shipped), done.stderr

@@ -1,0 +1,89 @@
+"""What a config says of number formats: refused in one line before anything is allocated, and seen in the plan."""
+
+from __future__ import annotations
+
+import re
+
+import attrs
+import pytest
+
+from nmoe.config import Config, identity, load_valid
+from nmoe.pure.cost.plan import plan
+from nmoe.pure.cost.report import render
+from nmoe.pure.model.blueprint import make_blueprint
+from tests.configs import ROOT, problems
+
+QUICKSTART = ROOT / "configs" / "quickstart.toml"
+FITTING = ("--model.moe.intermediate_size=128", "--precision.emulate=true")
+ON_GPU = ("--run.device=cuda", *FITTING)
+
+
+def config(*overrides: str) -> Config:
+    return load_valid(QUICKSTART, {}, overrides, None).config
+
+
+@pytest.mark.parametrize("compute", ["fp8", "mxfp8", "nvfp4"])
+def test_every_format_is_emulated_on_a_cpu(compute: str) -> None:
+    assert problems(QUICKSTART, f"--precision.compute={compute}", *FITTING, valid=True) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--precision.compute=fp4", *FITTING), r'precision.compute: expected one of .*"nvfp4", got "fp4"'),
+        (
+            ("--precision.compute=fp8", FITTING[0]),
+            r'precision.emulate: expected true when precision.compute is "fp8", got false; .*run.device = "cpu"',
+        ),
+        (
+            ("--precision.compute=nvfp4", "--run.device=cuda", FITTING[0]),
+            r'precision.emulate: expected true when precision.compute is "nvfp4", got false; .*run.device = "cuda"',
+        ),
+        (
+            ("--precision.compute=fp8", *ON_GPU),
+            r'precision.compute: expected "mxfp8" or "nvfp4" when run.device is "cuda", got "fp8"',
+        ),
+        (
+            ("--precision.compute=bf16", "--precision.emulate=true"),
+            r'precision.emulate: expected false when precision.compute is "bf16", got true',
+        ),
+        (
+            ("--precision.compute=mxfp8", "--precision.emulate=true"),
+            r'model.moe.intermediate_size: expected a multiple of 128 when .* is "mxfp8", got 96; write 128',
+        ),
+        (
+            ("--precision.compute=mxfp8", *FITTING, "--model.hidden_size=160"),
+            r'model.hidden_size: expected a multiple of 128 when precision.compute is "mxfp8", got 160; write 256',
+        ),
+        (
+            ("--precision.compute=nvfp4", *FITTING, "--model.num_dense_layers=4", "--model.num_layers=4"),
+            r'precision.compute: expected "bf16" for a model without experts, got "nvfp4"',
+        ),
+        (
+            ("--precision.compute=mxfp8", *ON_GPU, "--parallel.ranks=2", "--train.microbatch_size=8"),
+            r'parallel.experts: expected 1 when precision.compute is "mxfp8", got 2',
+        ),
+    ],
+)
+def test_what_cannot_be_computed_is_said_in_one_line(overrides: tuple[str, ...], message: str) -> None:
+    found = problems(QUICKSTART, *overrides, valid=True)
+    assert len(found) == 1 and re.search(message, found[0]), found
+
+
+def test_emulation_does_not_make_another_run_and_the_format_does() -> None:
+    low = config("--precision.compute=nvfp4", *FITTING)
+    native = attrs.evolve(low, precision=attrs.evolve(low.precision, emulate=False))
+    other = attrs.evolve(low, precision=attrs.evolve(low.precision, compute="mxfp8"))
+    assert identity(low) == identity(native) != identity(other)
+
+
+def test_the_plan_says_what_is_multiplied_in_fewer_bits() -> None:
+    low, wide = config("--precision.compute=fp8", *FITTING), config("--precision.compute=bf16", FITTING[0])
+    planned, before = (plan(c, make_blueprint(c), mfu=0.4) for c in (low, wide))
+    assert planned.lowered == planned.flops.routed > 0
+    assert planned.memory.activations > before.memory.activations, "rounded operands"
+    share = 100 * planned.flops.routed / planned.flops.total()
+    assert f"precision      fp8 in {share:.1f} % of the FLOPs, the routed experts; bf16 elsewhere, emulated" in render(
+        low, planned
+    )
+    assert "precision" not in render(wide, before)

@@ -117,7 +117,7 @@ def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
         blueprint.specs,
         blueprint.dims,
         optimizers=config.optim.optimizers(),
-        compute=config.precision.compute,
+        compute=config.precision.storage(),
         moments=config.precision.moments,
         accumulate=True,
         world=ranks.experts.size,

@@ -18,11 +18,12 @@ from nmoe.config import Config
 from nmoe.effects import files
 from nmoe.effects.device import gpu
 from nmoe.effects.terminal import say, table
-from nmoe.effects.train.world import World
+from nmoe.effects.train.world import World, unchanged
 from nmoe.errors import InputError
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
+from nmoe.pure.model.ops import labelled
 
 FIRST = 3
 """Steps before the trace: kernels are built, memory is allocated."""
@@ -85,7 +86,10 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
     profiler = torch.profiler.profile(activities=activities)
     watch = Watch(profiler=profiler, on_gpu=on_gpu)
     try:
-        yield World(read=watch.reading)
+        # A GPU's ops have their ranges, see `ops.build`.
+        yield World(
+            read=watch.reading, env=unchanged if on_gpu else lambda env: attrs.evolve(env, ops=labelled(env.ops))
+        )
     finally:
         watch.end()
     if watch.steps == 0:

@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from nmoe.pure.formats import master
 from nmoe.pure.model.attention.mla import attend_mla
 from nmoe.pure.model.experts import Rows, combine, dispatch, swiglu
+from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.route import Routing
 from nmoe.pure.optim.update import Rule, rule
 
@@ -43,6 +44,21 @@ def experts_grouped(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
     return F.grouped_mm(y, down, offs=ends)
 
 
+def few_rows(x: Tensor, routing: Routing, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """`pure.model.experts.moe_experts` of a few tokens on a CPU: a product a row, with the weights where they are.
+
+    torch's grouped product slices and multiplies for all E experts, also for those without a row: of one token of the
+    quickstart, which chooses 2 of 16, that is 64 products and a third of its time.
+    """
+    chosen, top_k = routing.expert.flatten(), routing.expert.shape[1]
+    order: list[int] = chosen.tolist()
+    y = torch.stack([x[row // top_k] @ up[expert].flatten(1) for row, expert in enumerate(order)])
+    y = swiglu(y.unflatten(-1, (2, -1)))
+    y = torch.stack([y[row] @ down[expert] for row, expert in enumerate(order)]).unflatten(0, routing.expert.shape)
+    count = chosen.new_zeros(len(up)).scatter_add(0, chosen, torch.ones_like(chosen))
+    return (upcast(y) * routing.weight[..., None]).sum(-2).to(x.dtype), count
+
+
 def moe_experts(
     x: Tensor,
     routing: Routing,
@@ -51,7 +67,12 @@ def moe_experts(
     *,
     experts: Callable[[Rows, Tensor, Tensor], Tensor] = experts_grouped,
 ) -> tuple[Tensor, Tensor]:
-    """`pure.model.experts.moe_experts` by `experts_grouped`, each part in a profiler range."""
+    """`pure.model.experts.moe_experts` by `experts`, each part in a profiler range.
+
+    Where `experts` are the plain ones, a CPU takes `few_rows` for fewer rows than there are experts.
+    """
+    if x.device.type == "cpu" and experts is experts_grouped and routing.expert.numel() < len(up):
+        return few_rows(x, routing, up, down)
     with record_function("dispatch"):
         rows = dispatch(x, routing, num_experts=up.shape[0])
     y = experts(rows, up, down)

@@ -20,11 +20,12 @@ from nmoe.effects.device.process import Runtime
 from nmoe.effects.parallel.launch import from_environment
 from nmoe.effects.parallel.ranks import on_all_ranks
 from nmoe.effects.terminal import say, table
-from nmoe.effects.train.world import World
+from nmoe.effects.train.world import World, unchanged
 from nmoe.errors import InputError
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.model import Batch
+from nmoe.pure.model.ops import labelled
 
 FIRST = 3
 """Steps before the trace: kernels are built, memory is allocated."""
@@ -123,7 +124,9 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
         say(f"trace          {path}{more}; open it in chrome://tracing or https://ui.perfetto.dev")
 
     try:
-        yield World(read=watch.reading, ended=ended)
+        # A GPU's ops have their ranges, see `ops.build`.
+        env = unchanged if on_gpu else lambda env: attrs.evolve(env, ops=labelled(env.ops))
+        yield World(read=watch.reading, env=env, ended=ended)
     finally:
         watch.end()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from nmoe.config import sections
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.attention import Cache
-from nmoe.pure.model.model import Transformer, at_layer, feed_forward
+from nmoe.pure.model.model import Transformer, at_layer, feed_forward, moe_output
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.ops import Env
 from nmoe.pure.model.rope import Documents
@@ -69,7 +69,7 @@ def extend(
             *(block.attention, y, before, documents, env.tables, ops.norm, ops.attention, here.attention),
             eps=c.norm_eps,
         )
-        x, _ = feed_forward(block, x, y, bias[row] if row >= 0 else (), env, here)
+        x, _ = feed_forward(block, x, y, bias[row] if row >= 0 else (), env, here, mix=moe_output)
         caches.append(after)
     return ops.norm(x, p.norm, eps=c.norm_eps), Decoding(tuple(caches), state.padding, total)
 

@@ -166,12 +166,34 @@ def model_at(c: sections.Model, env: Env, tokens: int) -> sections.Model:
 def moe(
     p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe, recorded: Routing | Tensor | tuple[()] = ()
 ) -> tuple[Tensor, RouterReport]:
+    """`moe_output`, and what the router did."""
+    y, (routed, count) = moe_output(p, x, bias, env, c, recorded)
+    routing = routed.routing
+    score, favoured = (by_token.unflatten(0, x.shape[:-1]) for by_token in (routed.score, routed.favoured))
+    margins = count.new_zeros(len(bias), 0)
+    if c.balance == "quantile":
+        margins = route.margin_histogram(routed.score.detach(), bias, routing.expert)
+    report = RouterReport(
+        count,
+        route.entropy(routed.score.detach()),
+        route.sequence_imbalance(score, favoured),
+        margins,
+        (Routing(routing.expert, routing.weight.detach()),),
+        (),
+        (),
+    )
+    return y, report
+
+
+def moe_output(
+    p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe, recorded: Routing | Tensor | tuple[()] = ()
+) -> tuple[Tensor, tuple[route.Routed, Tensor]]:
     """Sum of the chosen experts' outputs and the shared experts'.
 
     x         [B T D]   normed block input
     bias      [E] f32   router bias of this layer
     recorded  choices to take in the place of the router's
-    returns   [B T D] and what the router did
+    returns   [B T D], and the routing with its scores and the tokens of each expert [E]
     Source:   DeepSeek-V3 (arXiv:2412.19437) eq. 12.
     """
     flat = x.flatten(0, -2)
@@ -187,25 +209,11 @@ def moe(
         softmax=c.score == "softmax",
         recorded=recorded,
     )
-    routing = routed.routing
-    y, count = env.ops.experts(flat, routing, p.up, p.down)
+    y, count = env.ops.experts(flat, routed.routing, p.up, p.down)
     y = y.view_as(x)
     if isinstance(p.shared, Shared):
         y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)
-    score, favoured = (by_token.unflatten(0, x.shape[:-1]) for by_token in (routed.score, routed.favoured))
-    margins = count.new_zeros(len(bias), 0)
-    if c.balance == "quantile":
-        margins = route.margin_histogram(routed.score.detach(), bias, routing.expert)
-    report = RouterReport(
-        count,
-        route.entropy(routed.score.detach()),
-        route.sequence_imbalance(score, favoured),
-        margins,
-        (Routing(routing.expert, routing.weight.detach()),),
-        (),
-        (),
-    )
-    return y, report
+    return y, (routed, count)
 
 
 def block(
@@ -241,16 +249,19 @@ def feed_forward(
     env: Env,
     c: sections.Model,
     recorded: Routing | Tensor | tuple[()] = (),
-) -> tuple[Tensor, RouterReport | tuple[()]]:
+    mix: Callable[..., tuple[Tensor, Any]] = moe,
+) -> tuple[Tensor, Any]:
     """The second half of a block: what attention gave is added, then a dense MLP or routed experts.
 
     x        [B T D]   residual stream
     y        [B T D]   output of the block's attention
+    mix      `moe`, or `moe_output` for who reads no report
+    returns  [B T D], and what `mix` gave beside its output; () for a dense MLP
     Raises:  ValueError as `block`.
     """
     x, y = env.ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
-        y, report = moe(p.ffn, y, bias, env, c.moe, recorded)
+        y, report = mix(p.ffn, y, bias, env, c.moe, recorded)
         return x + y, report
     if isinstance(p.ffn, Dense):
         return x + mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()

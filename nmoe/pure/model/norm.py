@@ -10,7 +10,7 @@ from nmoe.pure.core.shape import expect_shape
 
 def upcast(x: Tensor) -> Tensor:
     """`x` in at least fp32: the format of reductions, probabilities and rotations."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:

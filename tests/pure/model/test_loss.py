@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nmoe.pure.model.loss import linear_cross_entropy
+from nmoe.pure.model.loss import linear_cross_entropy, token_losses
 
 TOKENS, WIDTH, VOCAB = 23, 8, 31
 
@@ -183,3 +183,14 @@ def test_whole_logits_never_exist(fn: str) -> None:
     assert (seen.elements < tokens * VOCAB) == (fn == "chunked")
     if fn == "chunked":
         assert seen.elements <= max(chunk * VOCAB, tokens * WIDTH, WIDTH * VOCAB)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, TOKENS, 1000])
+def test_losses_of_single_tokens(chunk: int) -> None:
+    x, head, target = problem()
+    target = target.clamp(min=0)
+    losses, likeliest = token_losses(x, head, target, chunk=chunk, logit_scale=0.25)
+    logits = 0.25 * x @ head
+    torch.testing.assert_close(losses, F.cross_entropy(logits, target, reduction="none"), rtol=1e-12, atol=1e-12)
+    assert torch.equal(likeliest, logits.argmax(-1) == target)
+    assert token_losses(x, head, logits.argmax(-1), chunk=chunk, logit_scale=0.25)[1].all()

@@ -140,7 +140,7 @@ def _inputs(
 class DsaCache:
     """What later tokens read of earlier ones."""
 
-    latent: mla.LatentCache
+    latent: Tensor  # [B S R+P], as `mla.empty_cache` has it
     index: Tensor  # [B S Y], keys of the indexer
 
 
@@ -168,12 +168,8 @@ def extend(
     returns    [B T D], and the cache with the new tokens [B S + T]
     """
     low, q, kv = _inputs(p.latent, x, rope, norm, ops, c, documents.position, eps)
-    latent, key = kv.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
     index_q, index_k, index_w = project_index(p.indexer, x, low, rope, documents.position)
-    after = DsaCache(
-        mla.LatentCache(torch.cat((cache.latent.latent, latent), dim=1), torch.cat((cache.latent.key, key), dim=1)),
-        torch.cat((cache.index, index_k), dim=1),
-    )
+    after = DsaCache(torch.cat((cache.latent, kv), dim=1), torch.cat((cache.index, index_k), dim=1))
     visible = visible_cached(documents, after.index.shape[1])
     if not c.index_warmup_tokens:
         score = index_scores(index_q, after.index, index_w).masked_fill(~visible, -torch.inf)

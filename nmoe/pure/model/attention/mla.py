@@ -134,25 +134,18 @@ def _inputs(
     return q, norm(latent, p.norm, eps=eps), k_rope
 
 
-@record
-class LatentCache:
-    """What later tokens need of earlier ones: R + P numbers a token, however many heads there are."""
+def empty_cache(c: sections.Mla, num_sequences: int, like: Tensor) -> Tensor:
+    """The cache before the first token, in the format of `like`.
 
-    latent: Tensor  # [B S R], normed
-    key: Tensor  # [B S P], rotated
-
-
-def empty_cache(c: sections.Mla, num_sequences: int, like: Tensor) -> LatentCache:
-    """The cache before the first token, in the format of `like`."""
-    return LatentCache(
-        like.new_zeros(num_sequences, 0, c.kv_lora_rank), like.new_zeros(num_sequences, 0, c.qk_rope_head_dim)
-    )
+    returns  [B S R+P], S = 0: of each token its latent, normed, then its key, rotated, however many heads there are
+    """
+    return like.new_zeros(num_sequences, 0, c.kv_lora_rank + c.qk_rope_head_dim)
 
 
 def extend(
     p: Mla,
     x: Tensor,
-    cache: LatentCache,
+    cache: Tensor,
     documents: Documents,
     rope: Rope,
     norm: Callable[..., Tensor],
@@ -160,7 +153,7 @@ def extend(
     c: sections.Mla,
     *,
     eps: float,
-) -> tuple[Tensor, LatentCache]:
+) -> tuple[Tensor, Tensor]:
     """`mla` of new tokens that also see those in the cache.
 
     x          [B T D]   normed block input of the new tokens
@@ -168,28 +161,30 @@ def extend(
     returns    [B T D], and the cache with the new tokens [B S + T]
     """
     q, latent, key = _inputs(p, x, rope, norm, ops, c, documents.position, eps)
-    cache = LatentCache(torch.cat((cache.latent, latent), dim=1), torch.cat((cache.key, key), dim=1))
-    o = attend_latent(q, cache, p.up, visible_cached(documents, cache.key.shape[1]), scale=scale(c))
+    cache = torch.cat((cache, torch.cat((latent, key), dim=-1)), dim=1)
+    o = attend_latent(q, cache, p.up, visible_cached(documents, cache.shape[1]), scale=scale(c))
     return o.flatten(-2) @ p.out.flatten(0, 1), cache
 
 
-def attend_latent(q: Tensor, cache: LatentCache, up: Tensor, visible: Tensor, *, scale: float) -> Tensor:
+def attend_latent(q: Tensor, cache: Tensor, up: Tensor, visible: Tensor, *, scale: float) -> Tensor:
     """Softmax attention over latents: `up` is absorbed into query and output, so that no key or value is expanded.
 
     q        [B T H C]    the last P channels are rotated
+    cache    [B S R+P]    as `empty_cache` has it
     up       [R H Z]      C - P channels of key, then U of value
     visible  [B T S]      bool, keys that each query sees
     returns  [B T H U]    in the format of `q`; softmax in fp32 at least
     Source:  DeepSeek-V2 (arXiv:2405.04434), section 2.1.2.
     Cost:    2·B·T·S·H·(2 R + P) FLOPs, and B·T·S·H scores at once.
     """
-    nope = q.shape[-1] - cache.key.shape[-1]
+    rotated = cache.shape[-1] - up.shape[0]
+    nope = q.shape[-1] - rotated
     up_key, up_value = up.split((nope, up.shape[-1] - nope), dim=-1)
-    q_nope, q_rope = q.split((nope, cache.key.shape[-1]), dim=-1)
+    q_nope, q_rope = q.split((nope, rotated), dim=-1)
     query = torch.cat((torch.einsum("bthn,rhn->bthr", q_nope, up_key), q_rope), dim=-1)
-    score = torch.einsum("bthr,bsr->bths", query, torch.cat((cache.latent, cache.key), dim=-1))
+    score = torch.einsum("bthr,bsr->bths", query, cache)
     score = (upcast(score) * scale).masked_fill(~visible[:, :, None], -torch.inf)
-    o = torch.einsum("bths,bsr->bthr", score.softmax(dim=-1).to(q.dtype), cache.latent)
+    o = torch.einsum("bths,bsr->bthr", score.softmax(dim=-1).to(q.dtype), cache[..., : up.shape[0]])
     return torch.einsum("bthr,rhu->bthu", o, up_value)
 
 

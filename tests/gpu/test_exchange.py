@@ -79,9 +79,12 @@ def test_too_many_rows() -> None:
         exchange.check(exchanges[0])
 
 
-@pytest.mark.parametrize("what", ["kernels", "plain", "slow"])
-def test_two_processes_on_one_gpu(tmp_path: Path, what: str) -> None:
-    for found in [ended(each, 200) for each in started(what, 2, tmp_path, "cuda", ONE_GPU)]:
+@pytest.mark.parametrize(
+    ("what", "per_host"), [("kernels", None), ("plain", None), ("slow", None), ("kernels", 1), ("plain", 1)]
+)
+def test_two_processes_on_one_gpu(tmp_path: Path, what: str, per_host: int | None) -> None:
+    """Of one host, and of two that the proxy joins."""
+    for found in [ended(each, 200) for each in started(what, 2, tmp_path, "cuda", ONE_GPU, per_host)]:
         assert "error" not in found, found
         assert [found[name] for name in (*NAMES, "count")] == [0.0] * 6, found
 

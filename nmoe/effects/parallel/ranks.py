@@ -293,6 +293,21 @@ def check_machine(launch: Launch, expert_ranks: int, transport: str, *, cuda: bo
         raise InputError(*problems)
 
 
+def check_hosts(ranks: Ranks, local_world: int) -> None:
+    """Refuse hosts that differ in how many ranks they have.
+
+    local_world  ranks that the launcher of this host started
+    Raises:      InputError on every rank.
+    """
+    counts = [int(text) for text in ranks.all_gather_text(str(local_world))]
+    if len(set(counts)) > 1:
+        differing = next(rank for rank, count in enumerate(counts) if count != counts[0])
+        raise InputError(
+            f"parallel.ranks: expected equally many ranks on every host, got {counts[0]} where rank 0 is and "
+            f"{counts[differing]} where rank {differing} is; start as many on each"
+        )
+
+
 @contextmanager
 def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     """Join the process group of the other ranks, until the block ends.

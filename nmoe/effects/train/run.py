@@ -24,7 +24,7 @@ from nmoe.effects.data.prefetch import prefetching
 from nmoe.effects.device import gpu, ops, process, signals
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.launch import from_environment, open_rank_heartbeat
-from nmoe.effects.parallel.ranks import check_machine, on_all_ranks, open_ranks, with_rank_note
+from nmoe.effects.parallel.ranks import check_hosts, check_machine, on_all_ranks, open_ranks, with_rank_note
 from nmoe.effects.record import address, provenance
 from nmoe.effects.record.log import create_folder, open_console, open_log
 from nmoe.effects.record.monitor import watching
@@ -138,8 +138,8 @@ def connect(config: Config, scope: ExitStack) -> Connected:
         peak_flops=gpu.peak_flops(device, launch.home),
         ranks=ranks,
     )
-    same = {**provenance.versions(), **facts(config), "ranks of its host": str(launch.local_world)}
-    on_all_ranks(ranks, lambda: check_same(ranks, same))
+    on_all_ranks(ranks, lambda: check_hosts(ranks, launch.local_world))
+    on_all_ranks(ranks, lambda: check_same(ranks, {**provenance.versions(), **facts(config)}))
     return Connected(launch=launch, runtime=runtime, heartbeat=heartbeat)
 
 

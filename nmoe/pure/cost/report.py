@@ -234,6 +234,7 @@ def _in_detail(s: Scaled) -> tuple[Line, ...]:
             "",
             _symmetric_memory(planned.arena),
         ),
+        *_once(s),
         ("gradients", f"reduce-scatter {_sent(s.reduce)}: {time_of(s.reduce_s)} a step"),
         ("parameters", f"all-gather {_sent(s.gather)}: {time_of(s.gather_s)} a step"),
         (
@@ -245,6 +246,20 @@ def _in_detail(s: Scaled) -> tuple[Line, ...]:
             "time",
             f"{duration(s.seconds())} at {quantity(s.tokens_per_second())} tokens/s, {100 * s.mfu():.1f} % MFU of "
             f"{quantity(machine.peak_flops, 'FLOP/s')}; {duration(planned.seconds())} if everything were hidden",
+        ),
+    )
+
+
+def _once(s: Scaled) -> tuple[Line, ...]:
+    """What the exchange takes of a step where rows cross once to each host, beside the step of the other lines."""
+    if s.arrangement.expert_hosts() == 1:
+        return ()
+    share, before = s.once_exchange_s / s.once_step_s(), s.exchange_s / s.step_s()
+    return (
+        (
+            "once a host",
+            f"dispatch {_sent(s.once)}: {time_of(s.once_s)}; exchanges {100 * share:.0f} % of a step of "
+            f"{time_of(s.once_step_s())}, else {100 * before:.0f} %",
         ),
     )
 

@@ -58,6 +58,9 @@ class Scaled:
     dispatches: int  # a step; the backward pass sends rows again, beside their gradients
     combines: int
     exchange_s: float  # a step, in all
+    once: Traffic  # a dispatch whose rows cross once to each host, which passes them on
+    once_s: float
+    once_exchange_s: float  # a step, in all, with such dispatches
     reduce: Traffic  # gradients, a step
     reduce_s: float
     reduce_exposed_s: float  # of these, not hidden by the backward pass
@@ -69,6 +72,10 @@ class Scaled:
     def step_s(self) -> float:
         """Of one step."""
         return self.compute_s + self.exchange_s + self.reduce_exposed_s + self.gather_exposed_s
+
+    def once_step_s(self) -> float:
+        """Of one step whose rows cross once to each host."""
+        return self.step_s() - self.exchange_s + self.once_exchange_s
 
     def tokens_per_second(self) -> float:
         """Of all GPUs."""
@@ -124,6 +131,7 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
     dispatch_s, combine_s, counts_s, again_s = (
         traffic.exchange_seconds(moved, machine) for moved in (dispatch, combine, counts, again)
     )
+    once, once_s, once_again_s = _once(config, a, machine, dispatch, copies_sent)
 
     dense, experts = 0, 0
     dense_parameters, expert_parameters = 0, 0
@@ -148,6 +156,9 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
         dispatches=layers * (passes + 2),
         combines=layers * (passes + 1),
         exchange_s=layers * (passes * (counts_s + dispatch_s) + again_s + (passes + 1) * combine_s),
+        once=once,
+        once_s=once_s,
+        once_exchange_s=layers * (passes * (counts_s + once_s) + once_again_s + (passes + 1) * combine_s),
         reduce=reduce,
         reduce_s=reduce_s,
         reduce_exposed_s=max(0.0, reduce_s - microbatch_s * 2 / 3),
@@ -156,6 +167,41 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
         gather_exposed_s=max(0.0, gather_s - microbatch_s / 3),
         compute_s=compute_s,
     )
+
+
+def _once(
+    config: Config, a: Arrangement, machine: Machine, dispatch: Traffic, copies_sent: float
+) -> tuple[Traffic, float, float]:
+    """A dispatch whose rows cross once to each host, its time, and that of one with gradients beside the rows.
+
+    What crossed is passed on inside the host when it has arrived.
+
+    dispatch     of rows that cross once to each GPU or expert
+    copies_sent  of a row, to all GPUs
+    """
+    c, hosts = config.model, a.expert_hosts()
+    if hosts == 1:
+        again = Traffic(inside=2 * dispatch.inside, between=0.0)
+        return dispatch, traffic.exchange_seconds(dispatch, machine), traffic.exchange_seconds(again, machine)
+    tokens = config.train.microbatch_size * config.train.sequence_length
+    row_bytes = c.hidden_size * (4 if config.precision.compute == "fp32" else 2)
+    reached = traffic.distinct_ranks(
+        num_experts=c.moe.num_experts,
+        top_k=c.moe.top_k,
+        ranks=hosts,
+        num_groups=c.moe.num_groups,
+        top_k_groups=c.moe.top_k_groups,
+    )
+    crossing = traffic.exchange(rows=tokens * reached, row_bytes=row_bytes, ranks=hosts, ranks_per_host=1).between
+    passed_on = traffic.forwarded(
+        rows=tokens * copies_sent, row_bytes=row_bytes, ranks=a.expert_ranks, ranks_per_host=a.per_host()
+    )
+
+    def seconds(times: int) -> float:
+        first = Traffic(inside=times * dispatch.inside, between=times * crossing)
+        return traffic.exchange_seconds(first, machine) + machine.push.seconds(times * passed_on)
+
+    return Traffic(inside=dispatch.inside + passed_on, between=crossing), seconds(1), seconds(2)
 
 
 def _collectives(a: Arrangement, machine: Machine, dense: int, experts: int) -> tuple[Traffic, float]:

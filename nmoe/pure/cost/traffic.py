@@ -69,6 +69,15 @@ def exchange(*, rows: float, row_bytes: int, ranks: int, ranks_per_host: int) ->
     return Traffic(inside=sent * (near - 1), between=sent * (ranks - near))
 
 
+def forwarded(*, rows: float, row_bytes: int, ranks: int, ranks_per_host: int) -> float:
+    """Bytes a GPU passes on inside its host of what others sent there once: all but those for itself.
+
+    rows  of one rank, as in `exchange`
+    """
+    near = min(ranks, ranks_per_host)
+    return rows * row_bytes / ranks * (ranks - near) * (near - 1) / near
+
+
 def exchange_seconds(traffic: Traffic, machine: Machine) -> float:
     """Of one exchange of rows, its signal included: both links at once, the slower one counts."""
     return max(machine.push.seconds(traffic.inside), machine.network.seconds(traffic.between))

@@ -76,7 +76,7 @@ def main(
         exchange.open_exchange,
         device=where,
         sizes=sizes,
-        timeout_s=TIMEOUT_S if small and what in ("hung", *GONE) else 60.0,
+        timeout_s=20.0 if not small else TIMEOUT_S if what in ("hung", *GONE) else 60.0,
         transport="proxy" if per_host else "peer",
         rendezvous=rendezvous,
         peers=kernels_of_a_cpu() if what == "kernels" and small else None,

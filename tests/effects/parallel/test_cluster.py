@@ -58,9 +58,9 @@ def test_rows_over_a_network_have_the_bits_of_one_host(
     assert [found_by(end.text)["bits"] for end in ends] == [rank["bits"] for rank in one]
 
 
-def configured(sources: Path, work: Path, name: str) -> Config:
-    """Four ranks that share out all experts."""
-    config = as_world(config_of(sources, work, name), 4, experts=4, transport="proxy", capacity=0.0)
+def configured(sources: Path, work: Path, name: str, experts: int = 4) -> Config:
+    """Four ranks, so many of which share out all experts."""
+    config = as_world(config_of(sources, work, name), 4, experts=experts, transport="proxy", capacity=0.0)
     return attrs.evolve(config, parallel=attrs.evolve(config.parallel, timeout_s=TIMEOUT_S))
 
 
@@ -112,6 +112,21 @@ def test_a_training_on_two_hosts_is_that_of_one(whole: Path, sources: Path, tmp_
     assert losses(two) == losses(whole)
     for step in range(1, STEPS + 1):
         assert digests(two, step) == digests(whole, step), step
+
+
+@LONG
+def test_experts_over_pairs_of_hosts_and_replicas_over_the_rest(sources: Path, tmp_path: Path) -> None:
+    """Four hosts of one rank, each two of which have all experts: moments and gradients are sharded over the pairs."""
+    configs = {name: configured(sources, tmp_path, name, experts=2) for name in ("one", "four")}
+
+    def call(rank: int) -> int:
+        return run.main(configs["four"], {}, ("nmoe", "run"), "x")
+
+    ends = on_hosts(4, 1, tmp_path / "out", call, Network(delay_s=0.001))
+    assert [end.code for end in ends] == [0] * 4, ends
+    assert [code for code, _ in train(configs["one"], tmp_path / "one")] == [0] * 4
+    assert losses(tmp_path / "runs" / "four") == losses(tmp_path / "runs" / "one")
+    assert digests(tmp_path / "runs" / "four", STEPS) == digests(tmp_path / "runs" / "one", STEPS)
 
 
 @pytest.mark.parametrize(

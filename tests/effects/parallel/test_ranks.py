@@ -420,6 +420,23 @@ def test_ranks_with_different_configs_are_refused_by_name(sources: Path, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_hosts_of_unequally_many_ranks_are_refused_by_name(sources: Path, tmp_path: Path) -> None:
+    """As of hosts with another number of GPUs; before a folder is made."""
+    config = as_world(config_of(sources, tmp_path, "x"), 2, experts=1)
+
+    def call(rank: int) -> int:
+        os.environ["LOCAL_WORLD_SIZE"] = str(1 + rank)
+        return run.main(config, {}, ("nmoe", "run"), "x")
+
+    told = on_ranks(2, tmp_path / "out", call)
+    assert [code for code, _ in told] == [2, 2] and told[1][1].strip() == ""
+    assert told[0][1] == (
+        "nmoe: parallel.ranks: expected equally many ranks on every host, got 1 where rank 0 is and 2 where rank 1 is; "
+        "start as many on each\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_goes_wrong_on_one_rank_is_told_once_with_its_number(tmp_path: Path, sources: Path) -> None:
     config = as_world(config_of(sources, tmp_path, "x"), 2, experts=1)
 

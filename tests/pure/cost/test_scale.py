@@ -13,7 +13,7 @@ from nmoe.pure.core.spec import POLICY
 from nmoe.pure.cost.machines import H200, Link
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.cost.scale import Arrangement, best, choices, scale
-from nmoe.pure.cost.traffic import Traffic
+from nmoe.pure.cost.traffic import Traffic, distinct_ranks
 from nmoe.pure.model import model
 from nmoe.pure.model.blueprint import make_blueprint
 from tests.configs import ROOT
@@ -75,6 +75,20 @@ def test_exchanges_of_deepseek_v3_by_hand() -> None:
     across = scale(DSV3, arranged(256, 32, 256), H200, mfu=0.4)
     assert across.dispatch == Traffic(inside=4096 * 8 * 14336 * 7 / 256, between=4096 * 8 * 14336 * 248 / 256)
     assert across.dispatch_s == pytest.approx(400e-6 + across.dispatch.between / 45e9)
+
+
+def test_rows_that_cross_once_to_a_host_by_hand() -> None:
+    """Eight hosts of eight GPUs: a token of four groups of experts, each a host, is in 3.7 hosts on average."""
+    found = scale(DSV3, arranged(256, 32, 64), H200, mfu=0.4)
+    reached = distinct_ranks(num_experts=256, top_k=8, ranks=8, num_groups=8, top_k_groups=4)
+    crossing, passed_on = 4096 * reached * 14336 * 7 / 8, 4096 * 8 * 14336 * 56 / 64 * 7 / 8
+    assert found.once.between == pytest.approx(crossing) and crossing < found.dispatch.between / 2
+    assert found.once.inside == pytest.approx(found.dispatch.inside + passed_on)
+    assert found.once_s == pytest.approx(400e-6 + crossing / 45e9 + 5e-6 + passed_on / 320e9)
+    assert found.once_step_s() - found.step_s() == pytest.approx(found.once_exchange_s - found.exchange_s)
+    assert found.once_exchange_s < found.exchange_s
+    near = scale(DSV3, arranged(256, 32, 8), H200, mfu=0.4)
+    assert near.once == near.dispatch and near.once_exchange_s == pytest.approx(near.exchange_s)
 
 
 def test_only_the_way_to_the_experts_is_deduplicated() -> None:

@@ -18,6 +18,7 @@ from nmoe.pure.cost.traffic import (
     distinct_ranks,
     exchange,
     exchange_seconds,
+    forwarded,
 )
 from nmoe.pure.model.route import route
 from nmoe.pure.parallel.exchange_arena import expert_rows
@@ -50,6 +51,25 @@ def test_ranks_a_token_reaches_counted_over_every_choice(
         num_experts=num_experts, top_k=top_k, ranks=ranks, num_groups=num_groups, top_k_groups=top_k_groups
     )
     assert found == float(counted)
+
+
+@pytest.mark.parametrize(("ranks", "per_host"), [(4, 2), (8, 2), (8, 4), (6, 6)])
+def test_rows_that_cross_once_to_a_host_counted_over_every_choice(ranks: int, per_host: int) -> None:
+    """Each of a token's rows goes to its host's rank of the sender's number, which passes it on to the others there."""
+    experts, top_k, hosts = 2 * ranks, 3, ranks // per_host
+    crossing = passed_on = cases = 0
+    for source in range(ranks):
+        for chosen in itertools.combinations(range(experts), top_k):
+            there = {expert // 2 for expert in chosen if expert // 2 // per_host != source // per_host}
+            crossing += len({rank // per_host for rank in there})
+            passed_on += len([rank for rank in there if rank % per_host != source % per_host])
+            cases += 1
+    reached = distinct_ranks(num_experts=experts, top_k=top_k, ranks=hosts)
+    copies = distinct_ranks(num_experts=experts, top_k=top_k, ranks=ranks)
+    sent = exchange(rows=reached, row_bytes=10, ranks=hosts, ranks_per_host=1).between
+    assert sent == pytest.approx(10 * crossing / cases)
+    found = forwarded(rows=copies, row_bytes=10, ranks=ranks, ranks_per_host=per_host)
+    assert found == pytest.approx(10 * passed_on / cases)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,8 @@ class Proxy:
 
     def flush(self) -> None:
         """Wait until everything that was signalled has left, or a connection broke."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         while self._sent < int(self.rung) and not self._lost.any():
             time.sleep(PAUSE_S)
 

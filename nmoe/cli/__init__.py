@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from nmoe.cli import bench, ckpt, config, data, hf, launch, runs, soak, track, train, viz
+from nmoe.cli import bench, ckpt, completion, config, data, hf, launch, runs, soak, track, train, viz
 from nmoe.cli.parser import Parser, under
 from nmoe.errors import InputError, printable
 
@@ -64,6 +64,10 @@ def _call(arguments: Sequence[str]) -> int:
         print(f"nmoe {_version()}")
         return 0
     parser, verbs = build_parser()
+    if "_ARGCOMPLETE" in os.environ:
+        from nmoe.cli.complete import complete
+
+        complete(parser)
     arguments = _asking_for_help(arguments, verbs)
     _check_verb(arguments, verbs)
     overrides, rest = _split(arguments)
@@ -177,6 +181,6 @@ def build_parser() -> tuple[Parser, Mapping[str, Sequence[str]]]:
     )
     root.add_argument("--version", action="store_true", help="print the version")
     verbs = root.add_subparsers(metavar="VERB", required=True)
-    for family in (train, launch, config, data, runs, viz, ckpt, hf, track, soak, bench):
+    for family in (train, launch, config, data, runs, viz, ckpt, hf, track, soak, bench, completion):
         family.verbs(verbs)
     return root, {name: tuple(under(parser)) for name, parser in verbs.choices.items()}

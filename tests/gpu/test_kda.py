@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -28,10 +29,11 @@ def tiles(channels: int) -> kernel.Tiles:
 
 
 def sample(batch: int, positions: int, heads: int, channels: int = 128, strength: float = 0.05) -> list[Tensor]:
-    """q, k, v as slices of one product; decays and steps in fp32."""
+    """q, k, v as slices of one product; gates; bias, logarithm of the rate and steps in fp32."""
     product = normal(batch, positions, 3, heads, channels)
-    decay = -strength * normal(batch, positions, heads, channels, seed=1).float().abs()
-    return [*product.unbind(2), decay, normal(batch, positions, heads, seed=2).float().sigmoid()]
+    gate = [normal(batch, positions, heads, channels, seed=1), normal(heads, channels, seed=6).float()]
+    rate = torch.full((heads,), strength, device="cuda").log()
+    return [*product.unbind(2), *gate, rate, normal(batch, positions, heads, seed=2).float().sigmoid()]
 
 
 def pulls(inputs: list[Tensor]) -> list[Tensor]:
@@ -39,21 +41,20 @@ def pulls(inputs: list[Tensor]) -> list[Tensor]:
     return [normal(*inputs[0].shape, seed=3), normal(batch, heads, channels, channels, seed=4).float()]
 
 
-def compare(inputs: list[Tensor], start: Tensor | tuple[()] = (), *, steps: float = 2) -> None:
+def compare(
+    inputs: list[Tensor], start: Tensor | tuple[()] = (), *, limit: float | None = None, steps: float = 2
+) -> None:
     """Results and gradients within two steps of bf16 of fp64, beside what plain torch errs, which computes in fp32."""
-    memory = inputs[5:]
+    memory, attend = inputs[7:], partial(kernel.kda_attention, tiles=tiles(inputs[0].shape[-1]))
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, step: Tensor, *memory: Tensor) -> tuple[Tensor, Tensor]:
-        return kernel.kda_attention(q, k, v, decay, step, start, *memory, tiles=tiles(q.shape[-1]))
-
-    def plain(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, step: Tensor, *memory: Tensor) -> tuple[Tensor, Tensor]:
-        return pure.attend_kda(q, k, v, decay, step, start, *memory)
+    def run(which: Callable[..., tuple[Tensor, Tensor]], *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        return which(*leaves[:7], start, *leaves[7:], limit=limit)
 
     found, allowed, right = (
-        graded(which, inputs, pulls(inputs), dtype)
-        for which, dtype in ((ours, None), (plain, None), (plain, torch.float64))
+        graded(partial(run, which), inputs, pulls(inputs), dtype)
+        for which, dtype in ((attend, None), (pure.attend_gated, None), (pure.attend_gated, torch.float64))
     )
-    names = ("o", "after", "q", "k", "v", "decay", "step", *("memory" for _ in memory))
+    names = ("o", "after", "q", "k", "v", "x", "bias", "log_rate", "step", *("memory" for _ in memory))
     wrong = [
         (name, error, others, size)
         for name, a, b, t in zip(names, found, allowed, right, strict=True)
@@ -80,15 +81,19 @@ def test_documents_and_a_memory(number: int) -> None:
 def test_decays(strength: float) -> None:
     """Under the strongest a gradient of decays is what is left of terms a thousand times as large."""
     inputs = sample(1, 700, 2, strength=strength)
-    inputs[3][:, ::5] *= 1e-3
+    inputs[3][:, ::5] = -100
     compare(inputs, steps=2 if strength < 2 else 4)
+
+
+def test_the_bounded_gate() -> None:
+    compare(sample(1, 700, 2, strength=1.0), limit=5.0)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_key_that_repeats_and_steps_of_nothing_and_all(value: float) -> None:
     inputs = sample(1, 300, 2, strength=0.0)
     inputs[1] = inputs[1][:, :1].expand_as(inputs[1]).contiguous()
-    inputs[4].fill_(value)
+    inputs[6].fill_(value)
     compare(inputs, steps=4)
 
 
@@ -96,8 +101,9 @@ def test_ten_times_the_same_and_never_waiting() -> None:
     inputs = sample(2, 2000, 8)
     start = documents(2, 2000, 5)
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        return kernel.kda_attention(q, k, v, decay, step, start, tiles=tiles(128))
+    def ours(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        attend: Callable[..., tuple[Tensor, Tensor]] = kernel.kda_attention
+        return attend(*leaves, start, limit=None, tiles=tiles(128))
 
     first = graded(ours, inputs, pulls(inputs))
     torch.cuda.synchronize()
@@ -113,13 +119,15 @@ def test_ten_times_the_same_and_never_waiting() -> None:
 def test_memory_is_linear() -> None:
     """What a call holds beyond its arguments, by token and channel: 26 bytes forward, and backward 18 more."""
 
+    attend: Callable[..., tuple[Tensor, Tensor]] = kernel.kda_attention
+
     def held(positions: int) -> tuple[int, int]:
         leaves = [x.requires_grad_() for x in sample(1, positions, 8)]
         pull = normal(1, positions, 8, 128, seed=3)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        o, _ = kernel.kda_attention(*leaves, tiles=tiles(128))
+        o, _ = attend(*leaves, limit=None, tiles=tiles(128))
         forward = torch.cuda.max_memory_allocated() - before
         gradients = torch.autograd.grad(o, leaves, pull)
         peak = torch.cuda.max_memory_allocated() - before

@@ -42,7 +42,7 @@ GROUPED = MappingProxyType(
 
 DELTA = MappingProxyType(
     {
-        "sums": (128,),
+        "sums": (32, 64),
         "prepare": (32, 64, 128),
         "scan": (32, 64),
         "output": (64, 128),
@@ -50,7 +50,7 @@ DELTA = MappingProxyType(
         "backward": (32, 64),
     }
 )
-"""Channels of the value, tried for each kernel of the delta rule."""
+"""Channels, tried for each kernel of the delta rule."""
 
 Timed = Callable[[Callable[[], object]], float]
 

@@ -45,7 +45,7 @@ class AttentionTile:
 class DeltaTile:
     """Block size and launch options of one kernel of the chunked delta rule."""
 
-    values: int  # channels of a head's value that a program owns, or takes a step
+    values: int  # channels of a head that a program owns, or takes a step
     num_warps: int
     num_stages: int
 

@@ -16,7 +16,7 @@ from tests.kernels.aot import Compiled, Request
 
 CAPABILITIES = {90: (9, 0), 100: (10, 0)}
 
-PRODUCTS = {"sum": 0, "sum_backward": 0, "prepare": 6, "scan": 2, "output": 2, "scan_backward": 4, "backward": 12}
+PRODUCTS = {"sum": 0, "sum_backward": 3, "prepare": 6, "scan": 2, "output": 2, "scan_backward": 4, "backward": 12}
 """Products of two blocks in each kernel."""
 
 SPILLS = {"prepare": {90: 16, 100: 16}, "scan_backward": {100: 8}, "backward": {90: 64, 100: 8}}
@@ -35,7 +35,7 @@ class Layer:
 
     channels: int = 128
     documents: bool = False
-    memory: bool = False  # whether a row goes on from another, and what it leaves has a gradient
+    memory: bool = False  # whether a row goes on from another, and what it leaves has a gradient; gates are bounded
 
 
 def tiles(layer: Layer, target: int) -> kda.Tiles:
@@ -49,10 +49,10 @@ def typed(kind: str, names: str) -> dict[str, str]:
 def request(name: str, layer: Layer, target: int) -> Request:
     """One of the kernels, in bf16."""
     tile = getattr(tiles(layer, target), TILES.get(name, name))
-    constants: dict[str, Any] = {"length": CHUNK, "channels": layer.channels}
+    constants: dict[str, Any] = {"length": CHUNK, "channels": layer.channels, "values": tile.values}
     types = {
-        "sum": typed("*fp32", "decay total"),
-        "sum_backward": typed("*fp32", "dtotal ddecay"),
+        "sum": typed("*bf16", "x") | typed("*fp32", "bias log_rate total"),
+        "sum_backward": typed("*bf16", "x dx") | typed("*fp32", "bias log_rate dtotal dbias drate"),
         "prepare": typed("*bf16", "q k v entered left correction value weight inverse") | typed("*fp32", "carried"),
         "scan": typed("*bf16", "correction value left states fresh") | typed("*fp32", "carried after"),
         "output": typed("*bf16", "entered states weight fresh o"),
@@ -69,8 +69,9 @@ def request(name: str, layer: Layer, target: int) -> Request:
     if name in ("scan", "scan_backward"):
         optional = ["before"] if name == "scan" else ["dafter", "dbefore"]
         constants |= {"goes_on": layer.memory} | ({} if name == "scan" else {"pulled": layer.memory})
-    if not name.startswith("sum"):
-        constants["values"] = tile.values
+    if name.startswith("sum"):
+        types["limit"] = "fp32"
+        constants["bounded"] = layer.memory
     types |= typed("*fp32", " ".join(optional)) if layer.memory else {}
     constants |= {} if layer.memory else dict.fromkeys(optional)
     types |= typed("i32", "heads chunks" if name == "scan" else "positions heads chunks")

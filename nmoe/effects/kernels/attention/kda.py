@@ -2,9 +2,10 @@
 
 Letters: B sequences, T tokens, H heads, C channels of a head's query, key and value, N chunks, L tokens of a chunk.
 
-Four kernels forward: sums of decays, all of a chunk that does not depend on the memory, the memory from chunk to chunk,
-the output. Three backward: the memory's gradient from the last chunk to the first, all of a chunk, sums of decays. The
-memory is in fp32; that which enters a chunk is kept, rounded, so that backward does not compute it again.
+Four kernels forward: gates and sums of decays, all of a chunk that does not depend on the memory, the memory from chunk
+to chunk, the output. Three backward: the memory's gradient from the last chunk to the first, all of a chunk, sums of
+decays and gates. The memory is in fp32; that which enters a chunk is kept, rounded, so that backward does not compute
+it again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nmoe.pure.model.attention.kda import CHUNK, UNIT_EPS
 
 @attrs.frozen(kw_only=True)
 class Tiles:
-    """Channels of the value and launch options of the kernels; `prepare` and the sums of decays take all channels."""
+    """Channels and launch options of the kernels."""
 
     sums: DeltaTile
     prepare: DeltaTile
@@ -77,9 +78,28 @@ class Shape:
         """One program a chunk and head."""
         return (self.batch * self.chunks * self.heads,)
 
+    def parts(self, tile: DeltaTile) -> tuple[int, int]:
+        """One program a chunk, head and block of channels."""
+        return *self.grid(), self.channels // tile.values
+
     def lanes(self, tile: DeltaTile) -> tuple[int]:
         """One program a block of the channels of a head's value; it goes through all chunks."""
         return (self.batch * self.heads * (self.channels // tile.values),)
+
+
+@attrs.frozen(kw_only=True)
+class Gate:
+    """What decays follow from."""
+
+    x: Tensor  # [B T H C]
+    bias: Tensor  # [H C]
+    log_rate: Tensor  # [H]
+    limit: float | None
+
+    def given(self) -> dict[str, Any]:
+        """What kernels are given of it."""
+        limit = {"limit": self.limit or 0.0, "bounded": self.limit is not None}
+        return {"x": self.x, "bias": self.bias, "log_rate": self.log_rate, **limit}
 
 
 @attrs.frozen(kw_only=True)
@@ -99,23 +119,29 @@ def kda_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    decay: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    log_rate: Tensor,
     step: Tensor,
     start: Tensor | tuple[()] = (),
     memory: Tensor | tuple[()] = (),
     *,
+    limit: float | None,
     tiles: Tiles,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule.
+    """The gated delta rule; `pure.model.attention.kda.log_decay` says what decays follow from the four of the gate.
 
-    q, k, v  [B T H C]           bf16 or fp16, not yet of unit length; may be slices of one product
-    decay    [B T H C] f32       logarithms, none above 0
-    step     [B T H] f32         between 0 and 1
-    start    [B T] i32 or ()     first token of each one's document; must not decrease along T. (): rows are whole
-    memory   [B H C C] f32 or () before the row, of documents that begin at 0; (): zeros
-    chunk    tokens of a chunk, a power of two
-    returns  [B T H C], and the memory after the row in fp32
+    q, k, v   [B T H C]           bf16 or fp16, not yet of unit length; may be slices of one product
+    x         [B T H C]           gates
+    bias      [H C]               of the gates
+    log_rate  [H]
+    step      [B T H] f32         between 0 and 1
+    start     [B T] i32 or ()     first token of each one's document; must not decrease along T. (): rows are whole
+    memory    [B H C C] f32 or () before the row, of documents that begin at 0; (): zeros
+    limit     largest decay in nats; None: the softplus gate, whose decays count as 87 nats beyond that
+    chunk     tokens of a chunk, a power of two
+    returns   [B T H C], and the memory after the row in fp32
     Raises:  InputError for formats and sizes that the kernels do not take.
     Cost:    `pure.model.attention.kda.flops`, and the scores once for each of log2(chunk) levels.
     """
@@ -124,7 +150,7 @@ def kda_attention(
     shape = Shape(
         tiles=tiles, batch=batch, positions=positions, heads=heads, channels=channels, length=chunk
     )  # fmt: skip
-    return KdaAttention.apply(q, k, v, decay, step, start, memory, shape)
+    return KdaAttention.apply(q, k, v, x, bias, log_rate, step, start, memory, limit, shape)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -159,33 +185,36 @@ class KdaAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        decay: Tensor,
+        x: Tensor,
+        bias: Tensor,
+        log_rate: Tensor,
         step: Tensor,
         start: Tensor | tuple[()],
         memory: Tensor | tuple[()],
+        limit: float | None,
         shape: Shape,
     ) -> tuple[Tensor, Tensor]:
         """Output and memory; kept are the arguments, sums of decays, chunks as prepared, memories and values."""
         q, k, v = strided(q, k, v)
-        step = step.contiguous()
-        total = sums(decay.contiguous(), shape)
+        step, gate = step.contiguous(), Gate(x=x.contiguous(), bias=bias, log_rate=log_rate, limit=limit)
+        total = sums(gate, shape)
         prepared = prepare(q, k, v, total, step, start, shape)
         states, fresh, after = scan(prepared, memory, shape)
         o = output(prepared, states, fresh, shape)
         kept = (prepared.entered, prepared.left, prepared.correction, prepared.weight, prepared.inverse)
         starts = (start,) if isinstance(start, Tensor) else ()
-        ctx.save_for_backward(q, k, v, o, step, total, *kept, prepared.carried, states, fresh, *starts)
-        ctx.shape, ctx.goes_on = shape, isinstance(memory, Tensor)
+        gates = (gate.x, bias, log_rate)
+        ctx.save_for_backward(q, k, v, *gates, o, step, total, *kept, prepared.carried, states, fresh, *starts)
+        ctx.shape, ctx.goes_on, ctx.limit = shape, isinstance(memory, Tensor), limit
         ctx.set_materialize_grads(False)
         return o, after
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v, decay, step and memory."""
-        q, k, v, o, step, total, entered, left, correction, weight, inverse, carried, states, fresh, *rest = (
-            ctx.saved_tensors
-        )
+        """Gradients of q, k, v, the gate, step and memory."""
+        q, k, v, x, bias, log_rate, o, step, total, *rest = ctx.saved_tensors
+        entered, left, correction, weight, inverse, carried, states, fresh, *rest = rest
         shape: Shape = ctx.shape
         start = (*rest, ())[0]
         prepared = Prepared(
@@ -198,7 +227,8 @@ class KdaAttention(torch.autograd.Function):
         dq, dk, dv, dtotal, dstep = backward(
             q, k, v, o, total, step, start, inverse, states, fresh, do, dstates, dfresh, shape
         )  # fmt: skip
-        return dq, dk, dv, sums_backward(dtotal, shape), dstep, None, dmemory, None
+        gate = Gate(x=x, bias=bias, log_rate=log_rate, limit=ctx.limit)
+        return dq, dk, dv, *sums_backward(gate, dtotal, shape), dstep, None, dmemory, None, None
 
 
 def strided(*tensors: Tensor) -> list[Tensor]:
@@ -208,21 +238,30 @@ def strided(*tensors: Tensor) -> list[Tensor]:
     return [*tensors] if fits and len({x.stride() for x in tensors}) == 1 else [x.contiguous() for x in tensors]
 
 
-def sums(decay: Tensor, shape: Shape) -> Tensor:
-    """Sums to base 2 of decays from the begin of each chunk through each token, [B N H L C]."""
-    total = shape.tokens(decay, torch.float32)
-    tile = shape.tiles.sums
-    kernels.sum_kernel[shape.grid()](decay=decay, total=total, positions=shape.positions, **shape.common(tile))
+def sums(gate: Gate, shape: Shape) -> Tensor:
+    """Sums to base 2 of decays from the begin of each chunk through each token, [B N H L C] f32."""
+    tile, total = shape.tiles.sums, shape.tokens(gate.x, torch.float32)
+    kernels.sum_kernel[shape.parts(tile)](
+        total=total, positions=shape.positions, values=tile.values, **gate.given(), **shape.common(tile)
+    )
     return total
 
 
-def sums_backward(dtotal: Tensor, shape: Shape) -> Tensor:
-    """Gradient of decays, [B T H C] f32."""
-    ddecay = dtotal.new_empty(shape.batch, shape.positions, shape.heads, shape.channels)
-    kernels.sum_backward_kernel[shape.grid()](
-        dtotal=dtotal, ddecay=ddecay, positions=shape.positions, **shape.common(shape.tiles.sums)
+def sums_backward(gate: Gate, dtotal: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gates, bias and log_rate; the latter two are sums over tokens in two stages, in fp32."""
+    tile, dx = shape.tiles.sums, torch.empty_like(gate.x)
+    dbias, drate = (dtotal.new_empty(shape.batch, shape.chunks, shape.heads, shape.channels) for _ in range(2))
+    kernels.sum_backward_kernel[shape.parts(tile)](
+        dtotal=dtotal,
+        dx=dx,
+        dbias=dbias,
+        drate=drate,
+        positions=shape.positions,
+        values=tile.values,
+        **gate.given(),
+        **shape.common(tile),
     )
-    return ddecay
+    return dx, dbias.sum((0, 1)).to(gate.bias.dtype), drate.sum((0, 1, 3)).to(gate.log_rate.dtype)
 
 
 def prepare(
@@ -292,7 +331,7 @@ def output(prepared: Prepared, states: Tensor, fresh: Tensor, shape: Shape) -> T
     """What each query reads, [B T H C]."""
     tile = shape.tiles.output
     o = states.new_empty(shape.batch, shape.positions, shape.heads, shape.channels)
-    kernels.output_kernel[(*shape.grid(), shape.channels // tile.values)](
+    kernels.output_kernel[shape.parts(tile)](
         entered=prepared.entered,
         states=states,
         weight=prepared.weight,

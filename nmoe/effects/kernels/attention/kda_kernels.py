@@ -78,30 +78,62 @@ def across(level, length: tl.constexpr):
 
 
 @triton.jit
+def gated(x, bias, log_rate, limit, h, channel, channels: tl.constexpr, bounded: tl.constexpr):
+    """Decays [L C] of rows of gates in nats, and their derivatives by the gate and by the logarithm of the rate."""
+    rate = tl.exp(tl.load(log_rate + h).to(tl.float32))
+    x += tl.load(bias + h * channels + channel).to(tl.float32)[None, :]
+    if bounded:
+        share = 1.0 / (1.0 + tl.exp(-rate * x))
+        slope = -limit * share * (1.0 - share) * rate
+        return -limit * share, slope, slope * x
+    else:
+        small = tl.exp(-tl.abs(x))
+        decay = -rate * (tl.maximum(x, 0.0) + tl.log(1.0 + small))
+        return decay, -rate * tl.where(x > 0, 1.0, small) / (1.0 + small), decay
+
+
+@triton.jit
 def sum_kernel(
-    decay, total, positions, heads, chunks, length: tl.constexpr, channels: tl.constexpr
+    x, bias, log_rate, total, limit, positions, heads, chunks, length: tl.constexpr, channels: tl.constexpr,
+    values: tl.constexpr, bounded: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a tile's decays through each token, to base 2."""
+    """Sums of a tile's decays through each token, to base 2; tokens beyond the end keep all."""
     b, n, h, tile = placed(heads, chunks)
     row = tl.arange(0, length)
-    decay += outer(b, n, h, positions, heads, length) * channels
-    x = load_rows(decay, row * heads * channels, tl.arange(0, channels), n * length + row < positions)
+    inside = n * length + row < positions
+    x += outer(b, n, h, positions, heads, length) * channels
+    channel = tl.program_id(1) * values + tl.arange(0, values)
+    gates = load_rows(x, row * heads * channels, channel, inside)
+    decay, _, _ = gated(gates, bias, log_rate, limit, h, channel, channels, bounded)
+    decay = tl.where(inside[:, None], tl.maximum(decay * LOG2_E, LEAST), 0.0)
     total += tile * (length * channels)
-    tl.store(total + square(length, channels), tl.cumsum(tl.maximum(x * LOG2_E, LEAST), 0))
+    tl.store(total + row[:, None] * channels + channel[None, :], tl.cumsum(decay, 0))
 
 
 @triton.jit
 def sum_backward_kernel(
-    dtotal, ddecay, positions, heads, chunks, length: tl.constexpr, channels: tl.constexpr
+    x, bias, log_rate, dtotal, dx, dbias, drate, limit, positions, heads, chunks, length: tl.constexpr,
+    channels: tl.constexpr, values: tl.constexpr, bounded: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of decays from that of their sums, both of natural logarithms."""
+    """Gradient of a tile's gates from that of the sums of its decays, and its parts of those of bias and log_rate."""
     b, n, h, tile = placed(heads, chunks)
     row = tl.arange(0, length)
+    inside = n * length + row < positions
+    given = outer(b, n, h, positions, heads, length) * channels
+    x, dx = x + given, dx + given
+    channel = tl.program_id(1) * values + tl.arange(0, values)
+    gates = load_rows(x, row * heads * channels, channel, inside)
+    decay, by_gate, by_rate = gated(gates, bias, log_rate, limit, h, channel, channels, bounded)
+    # A decay is part of the sums from its token on. A product, as a scan beside a sum has crashed on sm_90.
+    later = tl.where(row[:, None] <= row[None, :], 1.0, 0.0)
     dtotal += tile * (length * channels)
-    x = tl.cumsum(tl.load(dtotal + square(length, channels)), 0, reverse=True)
-    ddecay += outer(b, n, h, positions, heads, length) * channels
-    at = (row * heads * channels)[:, None] + tl.arange(0, channels)[None, :]
-    tl.store(ddecay + at, x, mask=(n * length + row < positions)[:, None])
+    sums = tl.load(dtotal + row[:, None] * channels + channel[None, :])
+    gradient = tl.dot(later, sums, input_precision="tf32x3")
+    gradient = tl.where(inside[:, None] & (decay * LOG2_E > LEAST), gradient, 0.0)
+    at = (row * heads * channels)[:, None] + channel[None, :]
+    tl.store(dx + at, (gradient * by_gate).to(dx.dtype.element_ty), mask=inside[:, None])
+    tl.store(dbias + tile * channels + channel, tl.sum(gradient * by_gate, 0))
+    tl.store(drate + tile * channels + channel, tl.sum(gradient * by_rate, 0))
 
 
 @triton.jit

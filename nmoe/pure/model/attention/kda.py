@@ -132,8 +132,8 @@ def kda_after(
     convolved = ops.convolve(projected, p.taps.flatten(0, 2), start, inputs)
     q, k, v = convolved.unflatten(-1, (3, *heads)).unbind(2)
     low_decay, low_gate, step = (x @ p.low).split((rank, rank, c.num_heads), dim=-1)
-    decay = log_decay((low_decay @ p.decay.flatten(1)).unflatten(-1, heads), p.decay_bias, p.log_rate, c.decay_limit)
-    o, memory = ops.attend(q, k, v, decay, upcast(step).sigmoid(), start, memory)
+    gate = (low_decay @ p.decay.flatten(1)).unflatten(-1, heads), p.decay_bias, p.log_rate
+    o, memory = ops.attend(q, k, v, *gate, upcast(step).sigmoid(), start, memory, limit=c.decay_limit)
     gate = upcast((low_gate @ p.gate.flatten(1)).unflatten(-1, heads)).sigmoid()
     o = (norm(o, p.norm, eps=eps) * gate).to(x.dtype)
     return o.flatten(-2) @ p.out.flatten(0, 1), KdaState(
@@ -220,6 +220,23 @@ def log_decay(x: Tensor, bias: Tensor, log_rate: Tensor, limit: float | None) ->
     """
     x, rate = upcast(x) + bias, log_rate.exp()[:, None]
     return -rate * F.softplus(x) if limit is None else -limit * torch.sigmoid(rate * x)
+
+
+def attend_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    log_rate: Tensor,
+    step: Tensor,
+    start: Tensor | tuple[()] = (),
+    memory: Tensor | tuple[()] = (),
+    *,
+    limit: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`attend_kda` under the decays that `log_decay` makes of x, bias, log_rate and limit."""
+    return attend_kda(q, k, v, log_decay(x, bias, log_rate, limit), step, start, memory)
 
 
 def attend_kda(
@@ -326,7 +343,7 @@ def _documents(start: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return start[..., None] <= position[:, None], sees, start[..., -1:] <= position
 
 
-REFERENCE = KdaOps(convolve, attend_kda)
+REFERENCE = KdaOps(convolve, attend_gated)
 
 
 def flops(c: sections.Kda, *, sequence_length: int, causal: bool) -> int:
@@ -371,7 +388,7 @@ def kernel_kept_bytes(c: sections.Kda) -> tuple[int, int]:
     fp32, element, size, width = 4, 2, CHUNK, c.head_dim
     channel = (
         (3 + 3) * element + 3 * fp32  # inputs and outputs of the convolutions, inputs of SiLU
-        + 2 * fp32  # input and output of the decay's softplus
+        + element  # the decay's gate
         + fp32 + (4 + 1) * element  # sums of decays; a chunk as prepared and what its tokens write; the output
         + element + fp32 + element  # the normed output, its gate, the input of `out`
     )  # fmt: skip

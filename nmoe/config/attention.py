@@ -22,6 +22,12 @@ DSA_MOST: Mapping[str, int] = MappingProxyType(
 )
 """The largest sizes that the kernels of `dsa` take: those of DeepSeek-V3.2."""
 
+NSA_MOST: Mapping[str, int] = MappingProxyType({"head_dim": 192, "v_head_dim": 128, "selected_block": 64})
+"""The largest sizes that the kernels of `nsa` take: those of the paper."""
+
+NSA_GROUP = 64
+"""Query heads of a group that the kernels of `nsa` take."""
+
 
 class Rules:
     """What the checks ask the section of an attention; problems in the form of `check.validate`.
@@ -194,6 +200,7 @@ class Nsa(Rules):
     """Native sparse attention: compressed blocks, selected blocks and a window (arXiv:2502.11089)."""
 
     kind: ClassVar[str] = "nsa"
+    has_kernels: ClassVar[bool] = True
 
     num_heads: int = setting("query heads", low=1, high=WIDEST, shapes=True)
     num_kv_heads: int = setting(
@@ -236,6 +243,21 @@ class Nsa(Rules):
                     f"{where}.compressed_stride: expected a divisor of {key} = {size}, got {self.compressed_stride}; "
                     "choose blocks of whole strides"
                 )
+
+    def kernel_problems(self, where: str, step: int) -> Iterator[str]:
+        for key, most in NSA_MOST.items():
+            size, steps = getattr(self, key), 1 if key == "selected_block" else step
+            if size % steps or size > most:
+                multiple = "at most" if steps == 1 else f"a multiple of {steps} up to"
+                yield (
+                    f"{where}.{key}: expected {multiple} {most} for the attention kernels, got {size}; write "
+                    f"{min(most, -(-size // steps) * steps)}"
+                )
+        if self.num_heads > NSA_GROUP * self.num_kv_heads:
+            yield (
+                f"{where}.num_kv_heads: expected at least a {NSA_GROUP}th of num_heads = {self.num_heads} for the "
+                f"attention kernels, got {self.num_kv_heads}; raise it"
+            )
 
 
 @attrs.frozen(kw_only=True)

@@ -19,6 +19,7 @@ from tests.kernels.attention import test_shipped_dsa as sparse
 from tests.kernels.attention import test_shipped_gqa as grouped
 from tests.kernels.attention import test_shipped_kda as delta
 from tests.kernels.attention import test_shipped_mla as attention
+from tests.kernels.attention import test_shipped_nsa as native
 from tests.kernels.exchange import test_exchange_aot, test_nvshmem_aot
 from tests.kernels.moe import test_shipped_moe as moe
 
@@ -119,6 +120,7 @@ def requests() -> list[Request]:
         *(request for target in aot.TARGETS for request in grouped.requests(grouped.GPT_OSS, target)),
         *(request for target in aot.TARGETS for request in delta.requests(delta.KIMI, target)),
         *(request for target in aot.TARGETS for request in sparse.requests(sparse.V32, target)),
+        *(request for target in aot.TARGETS for request in native.requests(native.PAPER, target)),
         attention.rotation(inverse=True),
         *(request for target in aot.TARGETS for request in moe.requests(target)),
         *test_exchange_aot.REQUESTS.values(),

@@ -27,6 +27,7 @@ from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.kda import KdaOps
 from nmoe.pure.model.attention.mixed import MixedOps
 from nmoe.pure.model.attention.mla import MlaOps
+from nmoe.pure.model.attention.nsa import NsaOps
 from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import route_tokens
@@ -34,7 +35,7 @@ from nmoe.pure.optim.clip import global_norm
 from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
-    from nmoe.effects.kernels.attention import dsa, gqa, kda, mla
+    from nmoe.effects.kernels.attention import dsa, gqa, kda, mla, nsa
     from nmoe.effects.kernels.moe import moe as mixtures
 
 
@@ -127,6 +128,8 @@ def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool
         return _gpu_kda(device, kind, c)
     if isinstance(kind.reference, DsaOps):
         return _gpu_dsa(device, kind, c)
+    if isinstance(kind.reference, NsaOps):
+        return _gpu_nsa(device, kind, c)
     if not isinstance(kind.reference, MlaOps):
         return kind.reference
     from nmoe.effects.kernels.attention import mla as attention
@@ -171,6 +174,14 @@ def _gpu_dsa(device: torch.device, kind: Kind, c: Any) -> DsaOps:
     return DsaOps(query=project.query, select=partial(attention.select, tiles=tiles), attend=attend)
 
 
+def _gpu_nsa(device: torch.device, kind: Kind, c: Any) -> NsaOps:
+    """Native sparse attention."""
+    from nmoe.effects.kernels.attention import nsa as attention
+
+    tiles = nsa_tiles(device, *kind.tile_sizes(c))
+    return NsaOps(*(partial(op, tiles=tiles) for op in (attention.compressed, attention.selected, attention.window)))
+
+
 def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:
     """How a mixture of these sizes is cut up on this GPU."""
     from nmoe.effects.kernels.moe import moe as mixtures
@@ -206,6 +217,13 @@ def dsa_tiles(device: torch.device, heads: int, rank: int, rope: int) -> dsa.Til
     from nmoe.effects.kernels.attention import dsa
 
     return dsa.Tiles(**tuning.find(shipped(device), "dsa", heads, rank, rope).tiles)
+
+
+def nsa_tiles(device: torch.device, head_dim: int, value: int) -> nsa.Tiles:
+    """How native sparse attention over heads of these sizes is cut up on this GPU."""
+    from nmoe.effects.kernels.attention import nsa
+
+    return nsa.Tiles(**tuning.find(shipped(device), "nsa", head_dim, value).tiles)
 
 
 def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels: str = "triton") -> tuple[str, ...]:

@@ -54,7 +54,9 @@ class DeltaTile:
 class SparseTile:
     """Block sizes and launch options of one kernel of sparse attention; 1 is what it does not cut up."""
 
-    block_m: int = 1  # heads of a query a step or program; of the indexer's scores, queries a program
+    block_m: int = (
+        1  # heads of a query a step or program; of the indexer's scores queries, of `nsa` queries times heads
+    )
     block_n: int = 1  # keys a step or program
     block_k: int = 1  # channels a step or program
     num_warps: int
@@ -64,7 +66,14 @@ class SparseTile:
 Tile = GemmTile | AttentionTile | DeltaTile | SparseTile
 
 RECORDS: Mapping[str, type[Tile]] = MappingProxyType(
-    {"moe": GemmTile, "mla": AttentionTile, "gqa": AttentionTile, "kda": DeltaTile, "dsa": SparseTile}
+    {
+        "moe": GemmTile,
+        "mla": AttentionTile,
+        "gqa": AttentionTile,
+        "kda": DeltaTile,
+        "dsa": SparseTile,
+        "nsa": SparseTile,
+    }
 )
 """The record of a tile, by op; attention goes by its kind."""
 

@@ -104,14 +104,42 @@ def digit_of_threshold(scores, visible, prefix, need, which: tl.constexpr, block
 
 
 @triton.jit
+def choose(scores, out, first, visible, count, slots, block_n: tl.constexpr):
+    """Writes to `out` [slots] the places of the `count` best of `visible` scores, counted from `first`, ascending.
+
+    Of equal scores the lower place; -1 behind them. Four passes over the scores find the lowest chosen number, eight
+    bits each, and a fifth writes. Places have 32 bits.
+    """
+    need = tl.minimum(visible, count)
+    lowest = tl.zeros((), tl.uint32)
+    if visible > count:
+        for which in tl.static_range(4):
+            lowest, need = digit_of_threshold(scores, visible, lowest, need, which, block_n)
+    taken = tl.zeros((), tl.int32)
+    equal = tl.zeros((), tl.int32)
+    for n in tl.range(0, visible, block_n):
+        at = n + tl.arange(0, block_n)
+        take = at < visible
+        if visible > count:
+            number = ordered(tl.load(scores + at, mask=take, other=0.0))
+            same = (number == lowest) & take
+            rank = tl.cumsum(same.to(tl.int32), 0) + equal
+            equal += tl.sum(same.to(tl.int32), 0)
+            take = take & ((number > lowest) | (same & (rank <= need)))
+        place = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+        tl.store(out + place, first + at, mask=take)
+        taken += tl.sum(take.to(tl.int32), 0)
+    for n in tl.range(taken, slots, block_n):
+        at = n + tl.arange(0, block_n)
+        tl.store(out + at, -1, mask=at < slots)
+
+
+@triton.jit
 def select_kernel(
     scores, start, chosen, first_block, row_blocks, positions, count, slots, block_m: tl.constexpr,
     block_n: tl.constexpr, documents: tl.constexpr,
 ):  # fmt: skip
-    """The `count` best keys of one query, in ascending order, of equal ones the lower; -1 behind them.
-
-    Four passes over the row find the lowest chosen number, eight bits each, and a fifth writes. Indices have 32 bits.
-    """
+    """The `count` best keys of one query, in ascending order, of equal ones the lower; -1 behind them."""
     index = tl.program_id(0) // block_m
     b = (first_block + index) // row_blocks
     i = (first_block + index) % row_blocks * block_m + tl.program_id(0) % block_m
@@ -120,28 +148,7 @@ def select_kernel(
         visible = i - first + 1
         row = scores + tl.program_id(0).to(tl.int64) * positions + first
         out = chosen + (b.to(tl.int64) * positions + i) * slots
-        need = tl.minimum(visible, count)
-        lowest = tl.zeros((), tl.uint32)
-        if visible > count:
-            for which in tl.static_range(4):
-                lowest, need = digit_of_threshold(row, visible, lowest, need, which, block_n)
-        taken = tl.zeros((), tl.int32)
-        equal = tl.zeros((), tl.int32)
-        for n in tl.range(0, visible, block_n):
-            at = n + tl.arange(0, block_n)
-            take = at < visible
-            if visible > count:
-                number = ordered(tl.load(row + at, mask=take, other=0.0))
-                same = (number == lowest) & take
-                rank = tl.cumsum(same.to(tl.int32), 0) + equal
-                equal += tl.sum(same.to(tl.int32), 0)
-                take = take & ((number > lowest) | (same & (rank <= need)))
-            place = taken + tl.cumsum(take.to(tl.int32), 0) - 1
-            tl.store(out + place, first + at, mask=take)
-            taken += tl.sum(take.to(tl.int32), 0)
-        for n in tl.range(taken, slots, block_n):
-            at = n + tl.arange(0, block_n)
-            tl.store(out + at, -1, mask=at < slots)
+        choose(row, out, first, visible, count, slots, block_n)
 
 
 @triton.jit

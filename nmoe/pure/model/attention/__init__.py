@@ -142,7 +142,10 @@ KINDS: Kinds = MappingProxyType(
             apply=nsa.nsa,
             flops=nsa.flops,
             kept_bytes=nsa.kept_bytes,
+            kernel_kept_bytes=nsa.kernel_kept_bytes,
+            kernel_passing_bytes=nsa.kernel_passing_bytes,
             reference=nsa.REFERENCE,
+            tile_sizes=lambda c: (c.head_dim, c.v_head_dim),
             cache=Cache(empty=nsa.empty_cache, extend=nsa.extend),
         ),
         sections.Dsa: Kind(

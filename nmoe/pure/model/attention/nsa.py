@@ -24,6 +24,9 @@ from nmoe.pure.model.rope import Documents, Rope, rotate, table, visible_cached
 QUERIES = 128
 """Queries whose scores, and whose copies of selected keys, exist at once."""
 
+WORKSPACE = 24 * 2**20
+"""Bytes that a device's kernels may take for the weights that queries select blocks by."""
+
 
 @record
 class KeyPool:
@@ -465,8 +468,7 @@ def kept_bytes(c: sections.Nsa, *, hidden: int, sequence_length: int, element: i
     """
     fp32, index, both = 4, 4, c.head_dim + c.v_head_dim
     blocks = _num_pooled(sequence_length, c.compressed_block, c.compressed_stride)
-    # of a compressed block: its tokens, both sides of the activation, the key and value
-    a_block = c.num_kv_heads * both * (c.compressed_block + 3) * element + c.head_dim * fp32
+    a_block = _block_bytes(c, element)
     a_token = (
         hidden  # input of `q`, `k`, `v` and `gate`
         + 3 * c.num_heads * c.head_dim  # queries of each branch
@@ -478,3 +480,30 @@ def kept_bytes(c: sections.Nsa, *, hidden: int, sequence_length: int, element: i
     pairs = executed(sequence_length, c.window) if square else 0
     window = c.num_heads * pairs * (fp32 + (element if element < fp32 else 0))
     return a_token + selection + (window + a_block * blocks) // sequence_length
+
+
+def _block_bytes(c: sections.Nsa, element: int) -> int:
+    """Bytes that autograd keeps of a compressed block: tokens, both sides of the activation, key, value, rotation."""
+    both, fp32 = c.head_dim + c.v_head_dim, 4
+    return c.num_kv_heads * both * (c.compressed_block + 3) * element + c.head_dim * fp32
+
+
+def kernel_kept_bytes(c: sections.Nsa) -> tuple[int, int]:
+    """Bytes a token that the kernels keep in one layer, bf16; there are no norms that recompute makes again."""
+    fp32, index, element = 4, 4, 2
+    heads, groups = c.num_heads, c.num_kv_heads
+    narrow = (
+        heads * c.head_dim  # queries, of all branches
+        + groups * (2 * c.head_dim + 3 * c.v_head_dim)  # rotated keys of two branches, values of three
+        + 4 * heads * c.v_head_dim  # results of each branch, input of `out`
+        + 3 * heads  # gates
+    )
+    numbers = 3 * heads * fp32 + groups * c.num_selected * index
+    return narrow * element + numbers + (_block_bytes(c, element) + index) // c.compressed_stride, 0
+
+
+def kernel_passing_bytes(c: sections.Nsa, *, tokens: int, sequence_length: int) -> int:
+    """Bytes of one layer's backward pass beside what is kept: gradients of two branches, lists, and the workspace."""
+    element, pair = 2, 4 + 4 + 8  # of a query and selected block: owner, sorted owner, place
+    a_token = c.num_heads * (2 * c.head_dim + 3 * c.v_head_dim) * element + c.num_kv_heads * c.num_selected * pair
+    return tokens * a_token + WORKSPACE

@@ -1,0 +1,310 @@
+"""Kernels of the routed experts in fp8: block quantisation, and grouped GEMMs whose sums are promoted every 128.
+
+Letters: P rows sorted by expert, N tokens, E experts, D hidden size and F expert width, multiples of 128. A tile has M
+rows and 128 columns, the block of a scale. Codes and scales are those of `pure.formats.e4m3`.
+
+On sm_90 an fp8 product accumulates with about 14 bits, and takes both operands with the summed axis last: partial sums
+of 128 are scaled and added in fp32 registers, and a weight is quantised in the direction that a product needs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nmoe.effects.kernels.moe.dispatch import RowTiles
+from nmoe.effects.kernels.moe.experts import _swizzle
+from nmoe.effects.kernels.tables import GemmTile
+
+BLOCK = 128
+"""Values that share a scale, and columns of a tile."""
+
+ROWS = 32
+"""Rows that one program quantises."""
+
+
+@triton.jit
+def e4m3_bits(x):
+    """e4m3 codes of fp32 values within +-448, nearest with ties to even; a NaN is 127."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+    # exponent bias 127 to 7, and the round to even at bit 20
+    normal = ((magnitude + 0x0007FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # below 2**-6 codes are multiples of 2**-9: added to 2**14 they are the last bits of the sum, rounded to even
+    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, small, normal)
+    return tl.where(magnitude > 0x7F800000, 0x7F, code | sign).to(tl.uint8)
+
+
+@triton.jit
+def _factor(largest):
+    """Factor on a block, from the bits of its largest magnitude: as integers infinities and NaNs are larger still."""
+    amax = largest.to(tl.float32, bitcast=True)
+    factor = tl.minimum(tl.div_rn(tl.full(amax.shape, 448.0, tl.float32), amax), 448.0 / 1e-12)
+    return tl.where(largest >= 0x7F800000, float("nan"), factor)
+
+
+@triton.jit
+def _magnitude_bits(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scaled_codes(x, factor):
+    """Codes of a block of values; a NaN of the factor stays one through the clamp."""
+    scaled = x * factor
+    clamped = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
+    return e4m3_bits(tl.where(scaled != scaled, scaled, clamped))
+
+
+@triton.jit
+def _store_quantised(x, codes, scale, row, real, first, WIDTH):
+    """Epilogue: quantise M x 128 values, a scale a row; `first` is a multiple of 128, WIDTH that of the whole rows."""
+    factor = _factor(tl.max(_magnitude_bits(x), 1))
+    column = first + tl.arange(0, 128)
+    at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(codes + at, _scaled_codes(x, factor[:, None]), mask=real[:, None])
+    one = tl.full(factor.shape, 1.0, tl.float32)
+    tl.store(scale + row.to(tl.int64) * (WIDTH // 128) + first // 128, tl.div_rn(one, factor), mask=real)
+
+
+@triton.jit
+def quantise_rows_kernel(x, codes, scale, rows, WIDTH, M: tl.constexpr):
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    first = tl.program_id(1) * 128
+    real = row < rows
+    at = row.to(tl.int64)[:, None] * WIDTH + (first + tl.arange(0, 128))[None, :]
+    value = tl.load(x + at, mask=real[:, None], other=0.0).to(tl.float32)
+    _store_quantised(value, codes, scale, row, real, first, WIDTH)
+
+
+@triton.jit
+def quantise_weight_kernel(w, codes, scale, R, C, ACROSS: tl.constexpr):
+    expert = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * 128 + tl.arange(0, 128)
+    column = tl.program_id(1) * 128 + tl.arange(0, 128)
+    at = expert * R * C + row.to(tl.int64)[:, None] * C + column[None, :]
+    value = tl.load(w + at).to(tl.float32)
+    factor = _factor(tl.max(tl.max(_magnitude_bits(value), 1), 0))
+    code = _scaled_codes(value, factor)
+    if ACROSS:
+        tl.store(codes + expert * R * C + column.to(tl.int64)[:, None] * R + row[None, :], tl.trans(code))
+    else:
+        tl.store(codes + at, code)
+    block = (expert * (R // 128) + tl.program_id(0)) * (C // 128) + tl.program_id(1)
+    tl.store(scale + block, tl.div_rn(1.0, factor))
+
+
+@triton.jit
+def gather_gemm_swiglu_fp8_kernel(
+    x, x_scale, source, w, w_scale, h, a_codes, a_scale, tile_expert, tile_row, end, NUM_M, F, D,
+    M: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    columns = F // 128
+    tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert >= 0:
+        row = tl.load(tile_row + tile) + tl.arange(0, M)
+        real = row < tl.load(end + expert)
+        token = tl.load(source + row, mask=real, other=0).to(tl.int64)
+        address = x + token[:, None] * D + tl.arange(0, 128)[None, :]
+        # scales lie as the weight [D 2 F] does: a row of them for each 128 of D
+        gate_at = w_scale + expert.to(tl.int64) * (D // 128) * 2 * columns + column
+        gate = tl.zeros((M, 128), tl.float32)
+        value = tl.zeros((M, 128), tl.float32)
+        for k in range(0, D // 128):
+            rows = tl.load(address)
+            share = tl.load(x_scale + token * (D // 128) + k)
+            here = gate_at + k * 2 * columns
+            part = tl.dot(rows, w.load([expert * 2 * F + column * 128, k * 128]).T)
+            gate += part * (share * tl.load(here))[:, None]
+            part = tl.dot(rows, w.load([expert * 2 * F + F + column * 128, k * 128]).T)
+            value += part * (share * tl.load(here + columns))[:, None]
+            address += 128
+        f = column * 128 + tl.arange(0, 128)
+        gate = gate.to(h.dtype.element_ty)
+        value = value.to(h.dtype.element_ty)
+        at = h + row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
+        tl.store(at, gate, mask=real[:, None])
+        tl.store(at + F, value, mask=real[:, None])
+        gate = gate.to(tl.float32)
+        a = (gate * tl.sigmoid(gate) * value.to(tl.float32)).to(h.dtype.element_ty).to(tl.float32)
+        _store_quantised(a, a_codes, a_scale, row, real, column * 128, F)
+
+
+@triton.jit
+def grouped_gemm_fp8_kernel(
+    rows, row_scale, w, w_scale, out, tile_expert, tile_row, end, NUM_M, INNER, OUTER, STEP_IN, STEP_OUT,
+    M: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    columns = OUTER // 128
+    tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert >= 0:
+        first = tl.load(tile_row + tile)
+        row = first + tl.arange(0, M)
+        real = row < tl.load(end + expert)
+        share_at = row_scale + row.to(tl.int64) * (INNER // 128)
+        block_at = w_scale + expert.to(tl.int64) * columns * (INNER // 128) + column * STEP_OUT
+        acc = tl.zeros((M, 128), tl.float32)
+        for k in range(0, INNER // 128):
+            part = tl.dot(rows.load([first, k * 128]), w.load([expert * OUTER + column * 128, k * 128]).T)
+            share = tl.load(share_at + k, mask=real, other=0.0) * tl.load(block_at + k * STEP_IN)
+            acc += part * share[:, None]
+        at = row.to(tl.int64)[:, None] * OUTER + (column * 128 + tl.arange(0, 128))[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def swiglu_backward_gemm_fp8_kernel(
+    dy, dy_scale, source, w, w_scale, h, weight, slot, dh, dh_codes, dh_scale, a, gate_part,
+    tile_expert, tile_row, end, NUM_M, F, D, M: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    columns = F // 128
+    tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
+    expert = tl.load(tile_expert + tile)
+    if expert >= 0:
+        row = tl.load(tile_row + tile) + tl.arange(0, M)
+        real = row < tl.load(end + expert)
+        token = tl.load(source + row, mask=real, other=0).to(tl.int64)
+        address = dy + token[:, None] * D + tl.arange(0, 128)[None, :]
+        block_at = w_scale + (expert.to(tl.int64) * columns + column) * (D // 128)
+        da = tl.zeros((M, 128), tl.float32)
+        for k in range(0, D // 128):
+            part = tl.dot(tl.load(address), w.load([expert * F + column * 128, k * 128]).T)
+            da += part * (tl.load(dy_scale + token * (D // 128) + k) * tl.load(block_at + k))[:, None]
+            address += 128
+        share = tl.load(weight + tl.load(slot + row, mask=real, other=0), mask=real, other=0.0)
+        f = column * 128 + tl.arange(0, 128)
+        here = row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
+        gate = tl.load(h + here, mask=real[:, None], other=0.0).to(tl.float32)
+        value = tl.load(h + here + F, mask=real[:, None], other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        tl.store(gate_part + row * columns + column, tl.sum(da * silu * value, 1), mask=real)
+        dtype: tl.constexpr = dh.dtype.element_ty
+        at = a + row.to(tl.int64)[:, None] * F + f[None, :]
+        tl.store(at, (silu * value * share[:, None]).to(dtype), mask=real[:, None])
+        da = da * share[:, None]
+        d_gate = (da * value * (sigmoid + silu * (1 - sigmoid))).to(dtype)
+        tl.store(dh + here, d_gate, mask=real[:, None])
+        _store_quantised(d_gate.to(tl.float32), dh_codes, dh_scale, row, real, column * 128, 2 * F)
+        d_value = (da * silu).to(dtype)
+        tl.store(dh + here + F, d_value, mask=real[:, None])
+        _store_quantised(d_value.to(tl.float32), dh_codes, dh_scale, row, real, F + column * 128, 2 * F)
+
+
+def _codes(*shape: int, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float8_e4m3fn, device=like.device)
+
+
+def _scales(*shape: int, like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`pure.formats.e4m3.quantise` of rows.
+
+    x        [P C]
+    returns  [P C] e4m3, [P C/128] f32
+    """
+    rows, width = x.shape
+    codes, scale = _codes(rows, width, like=x), _scales(rows, width // BLOCK, like=x)
+    quantise_rows_kernel[(triton.cdiv(rows, ROWS), width // BLOCK)](
+        x, codes.view(torch.uint8), scale, rows, width, ROWS, num_warps=4
+    )
+    return codes, scale
+
+
+def quantise_weight(w: Tensor, *, across: bool) -> tuple[Tensor, Tensor]:
+    """`pure.formats.e4m3.quantise` of weights in blocks of 128 x 128.
+
+    w        [E R C]
+    across   whether the codes are those of the transpose
+    returns  [E R C], or [E C R] if `across`, e4m3; [E R/128 C/128] f32 either way
+    """
+    experts, r, c = w.shape
+    codes = _codes(experts, *((c, r) if across else (r, c)), like=w)
+    scale = _scales(experts, r // BLOCK, c // BLOCK, like=w)
+    quantise_weight_kernel[(r // BLOCK, c // BLOCK, experts)](
+        w, codes.view(torch.uint8), scale, r, c, across, num_warps=8
+    )
+    return codes, scale
+
+
+def gather_gemm_swiglu(
+    x: Tensor, x_scale: Tensor, source: Tensor, w: Tensor, w_scale: Tensor, end: Tensor, tiles: RowTiles,
+    tile: GemmTile, group: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Pre-activation of every row, and its activation quantised.
+
+    x        [N D] e4m3, x_scale [N D/128]
+    source   [P] i32    row -> token
+    w        [E 2F D] e4m3, w_scale [E D/128 2F/128]
+    dtype    of the pre-activation
+    returns  h [P 2 F], the activation's codes [P F] and scales [P F/128]
+    """
+    experts, double, d = w.shape
+    f, pairs, num = double // 2, source.shape[0], tiles.expert.shape[0]
+    h = torch.empty(pairs, 2, f, dtype=dtype, device=x.device)
+    codes, scale = _codes(pairs, f, like=x), _scales(pairs, f // BLOCK, like=x)
+    gather_gemm_swiglu_fp8_kernel[(num * (f // BLOCK),)](
+        x, x_scale, source, TensorDescriptor.from_tensor(w.view(experts * double, d), [BLOCK, BLOCK]), w_scale,
+        h, codes.view(torch.uint8), scale, tiles.expert, tiles.row, end, num, f, d, tile.block_m, group,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return h, codes, scale
+
+
+def grouped_gemm(
+    rows: Tensor, row_scale: Tensor, w: Tensor, w_scale: Tensor, end: Tensor, tiles: RowTiles, tile: GemmTile,
+    group: int, dtype: torch.dtype, *, across: bool,
+) -> Tensor:  # fmt: skip
+    """Grouped GEMM: out[p] = rows[p] @ w[expert of p].T, one launch.
+
+    rows     [P I] e4m3, row_scale [P I/128]
+    w        [E O I] e4m3
+    w_scale  [E O/128 I/128], or [E I/128 O/128] if `across`
+    returns  [P O] in `dtype`
+    """
+    experts, outer, inner = w.shape
+    out = torch.empty(rows.shape[0], outer, dtype=dtype, device=rows.device)
+    num = tiles.expert.shape[0]
+    step_in, step_out = (outer // BLOCK, 1) if across else (1, inner // BLOCK)
+    grouped_gemm_fp8_kernel[(num * (outer // BLOCK),)](
+        TensorDescriptor.from_tensor(rows, [tile.block_m, BLOCK]), row_scale,
+        TensorDescriptor.from_tensor(w.view(experts * outer, inner), [BLOCK, BLOCK]), w_scale,
+        out, tiles.expert, tiles.row, end, num, inner, outer, step_in, step_out, tile.block_m, group,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def swiglu_backward_gemm(
+    dy: Tensor, dy_scale: Tensor, source: Tensor, slot: Tensor, weight: Tensor, w: Tensor, w_scale: Tensor, h: Tensor,
+    end: Tensor, tiles: RowTiles, tile: GemmTile, group: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Grouped GEMM with the gradient of SwiGLU as epilogue, which is quantised there.
+
+    dy       [N D] e4m3, dy_scale [N D/128]: gradient of each token's output, no gate applied
+    weight   [N K] f32 gate of each pair
+    w        [E F D] e4m3, w_scale [E F/128 D/128]
+    h        [P 2 F]
+    returns  dh [P 2 F], its codes [P 2F] and scales [P 2F/128], the activation times its gate [P F], and the gate's
+             gradient in parts [P F/128] f32
+    """
+    experts, f, d = w.shape
+    pairs, num = source.shape[0], tiles.expert.shape[0]
+    dh, a = torch.empty_like(h), torch.empty(pairs, f, dtype=h.dtype, device=h.device)
+    codes, scale = _codes(pairs, 2 * f, like=h), _scales(pairs, 2 * f // BLOCK, like=h)
+    part = _scales(pairs, f // BLOCK, like=h)
+    swiglu_backward_gemm_fp8_kernel[(num * (f // BLOCK),)](
+        dy, dy_scale, source, TensorDescriptor.from_tensor(w.view(experts * f, d), [BLOCK, BLOCK]), w_scale,
+        h, weight, slot, dh, codes.view(torch.uint8), scale, a, part, tiles.expert, tiles.row, end, num, f, d,
+        tile.block_m, group, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dh, codes, scale, a, part

@@ -1,0 +1,120 @@
+"""The routed experts of one block in fp8 as one differentiable function; the weight gradients stay in bf16.
+
+Letters: N tokens, D hidden size, E experts, F expert width; D and F are multiples of 128.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import record_function
+
+from nmoe.effects.kernels.accumulate import Accumulator
+from nmoe.effects.kernels.derivative import first_order
+from nmoe.effects.kernels.moe import combine as sums
+from nmoe.effects.kernels.moe import dispatch as places
+from nmoe.effects.kernels.moe import experts, fp8
+from nmoe.effects.kernels.moe.moe import Tiles
+from nmoe.effects.kernels.tables import GemmTile
+from nmoe.pure.model.route import Routing
+
+# Two accumulators, or an epilogue with gate and value beside one, spill at 128 rows: 95 and 757 instructions on sm_90.
+UP = GemmTile(block_m=64, block_n=fp8.BLOCK, block_k=fp8.BLOCK, num_warps=8, num_stages=4)
+BACK = GemmTile(block_m=64, block_n=fp8.BLOCK, block_k=fp8.BLOCK, num_warps=8, num_stages=3)
+PLAIN = GemmTile(block_m=128, block_n=fp8.BLOCK, block_k=fp8.BLOCK, num_warps=8, num_stages=3)
+
+
+class MoeExpertsFp8(torch.autograd.Function):
+    """Keeps the input, the pre-activation and indices in bf16; weights are quantised again in the backward pass, where
+    the codes of all layers would take a byte a parameter till then."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        expert: Tensor,
+        weight: Tensor,
+        up: Tensor,
+        down: Tensor,
+        t: Tiles,
+        accumulator: Accumulator | None,
+    ) -> tuple[Tensor, Tensor]:
+        x, weight = x.contiguous(), weight.contiguous()
+        pairs = expert.numel()
+        with record_function("dispatch"):
+            at = places.dispatch(expert, up.shape[0])
+        with record_function("quantise"):
+            x_codes, x_scale = fp8.quantise_rows(x)
+            up_codes, up_scale = fp8.quantise_weight(up.flatten(2), across=True)
+            down_codes, down_scale = fp8.quantise_weight(down, across=True)
+        with record_function("experts"):
+            cut = places.tiles(at.count, pairs, UP.block_m)
+            h, a, a_scale = fp8.gather_gemm_swiglu(
+                x_codes, x_scale, at.source, up_codes, up_scale, at.end, cut, UP, t.group, x.dtype
+            )
+            cut = places.tiles(at.count, pairs, PLAIN.block_m)
+            y = fp8.grouped_gemm(a, a_scale, down_codes, down_scale, at.end, cut, PLAIN, t.group, x.dtype, across=True)
+        with record_function("combine"):
+            out = sums.combine(y, at.place, weight)
+        count = at.count.to(torch.int64)
+        ctx.mark_non_differentiable(count)
+        ctx.save_for_backward(x, h, weight, up, down, at.source, at.slot, at.place, at.count, at.end)
+        ctx.t, ctx.accumulator = t, accumulator
+        return out, count
+
+    @staticmethod
+    @first_order
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, h, weight, up, down, source, slot, place, count, end = ctx.saved_tensors
+        t: Tiles = ctx.t
+        accumulator: Accumulator | None = ctx.accumulator
+        pairs, dy = place.numel(), outputs[0].contiguous()
+        with record_function("quantise"):
+            dy_codes, dy_scale = fp8.quantise_rows(dy)
+            up_codes, up_scale = fp8.quantise_weight(up.flatten(2), across=False)
+            down_codes, down_scale = fp8.quantise_weight(down, across=False)
+        with record_function("experts"):
+            cut = places.tiles(count, pairs, BACK.block_m)
+            dh, dh_codes, dh_scale, a, part = fp8.swiglu_backward_gemm(
+                dy_codes, dy_scale, source, slot, weight, down_codes, down_scale, h, end, cut, BACK, t.group
+            )
+            d_weight = part.sum(-1)[place.to(torch.int64)]
+            rows = places.spread(dy, place)
+            d_down = experts.weight_gradient(
+                a, rows, end, count, t.down_gradient, t.group, parameter=down, accumulator=accumulator
+            )
+            del a, part, rows
+            rows = places.spread(x, place)
+            d_up = experts.weight_gradient(
+                rows, dh.flatten(1), end, count, t.up_gradient, t.group, parameter=up, accumulator=accumulator
+            )
+            del rows, dh
+            cut = places.tiles(count, pairs, PLAIN.block_m)
+            dx = fp8.grouped_gemm(
+                dh_codes, dh_scale, up_codes, up_scale, end, cut, PLAIN, t.group, x.dtype, across=False
+            )
+        with record_function("dispatch"):
+            d_input = sums.combine(dx, place, None)
+        return d_input, None, d_weight, d_up, d_down, None, None
+
+
+def moe_experts_fp8(
+    x: Tensor,
+    routing: Routing,
+    up: Tensor,
+    down: Tensor,
+    *,
+    tiles: Tiles,
+    accumulator: Accumulator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Routed experts with the recipe "fp8" of `pure.model.low_precision`; the rest as `moe.moe_experts`.
+
+    tiles    of the weight gradients
+    """
+    return MoeExpertsFp8.apply(  # pyright: ignore[reportReturnType]
+        x, routing.expert, routing.weight, up, down, tiles, accumulator
+    )

@@ -35,22 +35,11 @@ def train(session: Session, start: Start) -> int:
 
     returns  exit code
     """
-    rt, saver, stop = session.runtime, session.saver, session.stop
+    rt = session.runtime
     validations = Validations() if start.restored is None else start.restored.validations
     try:
         with lost_ranks_named(rt.ranks):
-            state, validations, finite = train_until(session, start.state, validations)
-
-        # At the end.
-        session.heartbeat.rest()
-        if finite:
-            # in whole milliseconds, of the rank that has the least
-            if state.step > start.state.step:
-                say(f"checkpoint     writing the last one, of step {state.step}")
-            left_ms = int(1000 * min(stop.left_s(session.config.checkpoint.grace_s), FOREVER_S))
-            saver.finish(state, validations, -rt.ranks.all_reduce_max([-left_ms])[0] / 1000)
-        saver.settle()
-        return end(session, state, validations, finite, settled(stop, rt.ranks))
+            return take_steps_and_end(session, start.state, validations)
     except SaveError as error:
         record_failure(session, error)
         if rt.rank == 0:
@@ -60,6 +49,23 @@ def train(session: Session, start: Start) -> int:
         record_failure(session, error)
         with with_rank_note(f"rank {rt.rank}, step {session.heartbeat.step}" if rt.world > 1 else ""):
             raise
+
+
+def take_steps_and_end(session: Session, state: State, validations: Validations) -> int:
+    """Take the steps, save the last state, save the weights; the exit code."""
+    rt, saver, stop, first = session.runtime, session.saver, session.stop, state.step
+    state, validations, finite = train_until(session, state, validations)
+
+    # At the end.
+    session.heartbeat.rest()
+    if finite:
+        # in whole milliseconds, of the rank that has the least
+        if state.step > first:
+            say(f"checkpoint     writing the last one, of step {state.step}")
+        left_ms = int(1000 * min(stop.left_s(session.config.checkpoint.grace_s), FOREVER_S))
+        saver.finish(state, validations, -rt.ranks.all_reduce_max([-left_ms])[0] / 1000)
+    saver.settle()
+    return end(session, state, validations, finite, settled(stop, rt.ranks))
 
 
 def train_until(session: Session, state: State, validations: Validations) -> tuple[State, Validations, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from nmoe.config.sections import Config
 from nmoe.effects.train import run
 from nmoe.effects.train.world import World
 from nmoe.pure.model.model import Batch
-from tests.effects.parallel import exchange_rank
+from tests.effects.parallel import cluster, exchange_rank
 from tests.effects.parallel.cluster import CUT, FIRST, End, Network, on_hosts
 from tests.effects.parallel.exchange_ranks import forked, found_by
 from tests.effects.parallel.rank_runs import as_world, train
@@ -150,3 +151,14 @@ def test_a_host_that_is_gone_is_named_and_the_rest_goes_on_with_fewer(
     again = train(config, tmp_path / "again")
     assert [code for code, _ in again] == [0] * 4 and "resume         at step" in again[0][1], again
     assert digests(tmp_path / "runs" / "two", STEPS) == digests(whole, STEPS)
+
+
+def test_where_namespaces_are_forbidden_the_tests_count_as_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(flags: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(cluster, "_unshare", forbidden)
+    with pytest.raises(pytest.skip.Exception, match="expected the right to make them, got Operation not permitted"):
+        on_hosts(2, 1, tmp_path, lambda rank: 0)

@@ -8,7 +8,7 @@
 #   make check        formatting, lint, types
 #   make gpu-test     the GPU's tests with the versions of constraints-gpu.txt: in .venv-gpu, or in that of GPU_PYTHON
 #   make gpu2-test    those that need two GPUs of one host, with the same
-#   make docs         write the pages and the schema that come from the code
+#   make docs         write the pages and the schema that come from the code, then the site of all pages into site/
 #   make bench        one training step against transformers
 
 SHELL := bash
@@ -79,10 +79,13 @@ gpu2-test: $(if $(filter .venv-gpu/bin/python,$(GPU_PYTHON)),.venv-gpu/.test)
 	@$(GPU_PYTHON) -c "$$SAME_VERSIONS" $(GPU_PAIR)
 	$(GPU_PYTHON) -m pytest -m gpu2 tests/gpu
 
-docs: .venv/.dev
+docs: .venv/.docs
 	@$(BIN)/python -c 'from nmoe.cli.reference import reference; print(reference(), end="")' > docs/cli.md
 	$(BIN)/nmoe config reference > docs/config.md
 	$(BIN)/nmoe config schema > configs/nmoe.schema.json
+	PYTHONPATH=$(CURDIR) $(BIN)/python tests/notebook.py docs/compose.ipynb
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs site
+	echo "open site/index.html"
 
 bench: .venv/.dev
 	@$(BIN)/nmoe bench step quickstart --against transformers
@@ -101,6 +104,11 @@ bench: .venv/.dev
 	$(INSTALL) --editable '.[data,hub,cluster,viz,hf,eval,dev]'
 	touch $@
 	echo "set up in $$SECONDS s"
+
+.venv/.docs: .venv/.dev
+	@echo "setting up Sphinx, a quarter of a minute"
+	$(INSTALL) --editable '.[docs]'
+	touch $@
 
 # A second Triton beside the first, put before it on the path: torch is not installed twice.
 .venv/.triton: constraints-gpu.txt .venv/.dev

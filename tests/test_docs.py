@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 import nmoe
 from nmoe.effects.record.names import METRICS
 from tests.effects.train import trainings
+from tests.notebook import code_cells, kept
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,14 +72,73 @@ def test_public_names_are_shown_and_there() -> None:
     assert nmoe.config.Model.__name__ not in nmoe.__all__, "the parameters are a Transformer, Model is the section"
 
 
-def links(page: Path) -> list[str]:
-    return [target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if "://" not in target]
+def test_the_notebook_prints_what_it_says_it_prints() -> None:
+    """Text word by word; numbers to a tenth, as another processor sums in another order."""
+    path = ROOT / "docs" / "compose.ipynb"
+    notebook = json.loads(path.read_text())
+    wanted = [kept(cell) for cell in code_cells(notebook)]
+    program = "print(json.dumps(list(printed(json.load(open(sys.argv[1]))))))"
+    done = run("-c", f"import json, sys\nfrom tests.notebook import printed\n{program}", str(path))
+    assert done.returncode == 0, done.stderr
+    number = re.compile(r"\d+\.\d+")
+    got = json.loads(done.stdout)
+    assert [number.sub("#", text) for text in got] == [number.sub("#", text) for text in wanted]
+    pairs = [
+        (float(mine), float(theirs))
+        for texts in zip(got, wanted, strict=True)
+        for mine, theirs in zip(*map(number.findall, texts), strict=True)
+    ]
+    assert len(pairs) == 4 and all(abs(mine - theirs) <= 0.1 * abs(theirs) + 0.1 for mine, theirs in pairs)
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name)
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """File and anchor of each link that stays in the repository; code is no text."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [(file, anchor) for file, _, anchor in (target.partition("#") for target in targets) if "://" not in file]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ +(.+?) *$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    missing = [target for target in links(page) if not (page.parent / target).exists()]
+    missing = [file for file, _ in links(page) if not (page.parent / file).exists()]
     assert not missing
+    wrong = [
+        (file, anchor)
+        for file, anchor in links(page)
+        if anchor and anchor not in anchors(page.parent / file if file else page)
+    ]
+    assert not wrong
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    lines = [line for tree in blocks("docs/index.md", "{toctree}") for line in tree.splitlines()]
+    named = [line for line in lines if line and not line.startswith(":")]
+    found = [path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    reached = [path for name in named for path in found if fnmatch.fnmatch(path, name)]
+    assert sorted([*reached, "index"]) == sorted(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_code_are_code(page: Path) -> None:
+    """Python compiles, TOML parses; every block is closed and names a language that is known here, or none."""
+    text = page.read_text()
+    languages = re.findall(r"^```(.*)$", text, flags=re.MULTILINE)
+    assert len(languages) % 2 == 0 and not any(languages[1::2])
+    assert set(languages) <= {"", "python", "toml", "json", "{toctree}", "mermaid"}
+    for program in blocks(str(page.relative_to(ROOT)), "python"):
+        ast.parse(program)
+    for table in blocks(str(page.relative_to(ROOT)), "toml"):
+        tomllib.loads(table)
 
 
 @pytest.mark.parametrize("page", ["README.md", "AGENTS.md", "docs/architecture.md", "docs/extend.md"])

@@ -146,6 +146,13 @@ def test_one_outlier_does_not_flatten_a_chart(browser: Browser, odd: Server) -> 
         expect(page.get_by_label("outliers")).to_be_checked()
 
 
+def test_what_the_axis_shows_is_not_beyond_it(browser: Browser, server: Server) -> None:
+    """Two GPUs of 603 and 613 W: further apart than either moves, and both within an axis of a tenth of their size."""
+    with opened(browser, f"{server.url}/?view=gpus&run=finished", viewport={"width": 1280, "height": 2000}) as page:
+        assert last_number(ticks(figure(page, "Power"), "y")) >= 610
+        expect(figure(page, "Power").locator(".beyond")).to_have_count(0)
+
+
 def test_ordinary_curves_are_shown_whole(browser: Browser, server: Server) -> None:
     asked = """async ([start, spread]) => {
         const { ordinary } = await import("/static/axes.js");
@@ -288,7 +295,7 @@ def test_metrics_are_in_sections_and_found_by_expressions(browser: Browser, serv
         drawn(page)
         names = [each.inner_text().split()[0] for each in page.locator("details.section summary").all()]
         assert names == ["training", "lr", "time", "validation", "exchange"]
-        find = page.get_by_label("find tags")
+        find = page.get_by_label("find metrics")
         find.fill("^time/(data|opt)")
         expect(page.locator(".lazy")).to_have_count(2)
         find.fill("^loss$ mfu")

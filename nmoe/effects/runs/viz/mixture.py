@@ -31,7 +31,10 @@ def mixture(index: Index, name: str) -> api.Mixture:
     (run,) = known(index, [name])
     config = {key: value for key, value in config_of(index.root / name).items() if key.startswith("data.")}
     events = query(
-        index, "select attempt, line from events where run = ? and event = 'mixture' order by attempt desc limit 1", run
+        index,
+        "select attempt, line from events where run = ? and event = 'mixture' "
+        "order by attempt desc, rowid desc limit 1",
+        run,
     )
     if not events:
         return api.Mixture(run=name, step=None, sources=[], config=api.plain(config))

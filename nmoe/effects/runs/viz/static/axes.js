@@ -70,9 +70,11 @@ function digitsOf(step) {
  * Ends of the y axis without what lies far from the rest: further beyond the middle 90 % of a line's values than 4
  * times their spread, or further beyond the median line than its height. The middle of each line is inside.
  * lines    [{values, low, high}], with null for no value
- * returns  {low, high, outside}: ends, and how many values lie beyond; null where nothing lies far away
+ * least    lowest height of the axis, as of `around`
+ * returns  {low, high, outside}: ends, and how many values lie beyond the axis that is made of them; null where nothing
+ *          lies far away
  */
-export function ordinary(lines) {
+export function ordinary(lines, least = 0) {
   const ranges = lines.map((line) => own(line.values)).filter((range) => range !== null);
   if (!ranges.length) return null;
   const lower = (values) => values.sort((a, b) => a - b)[Math.floor((values.length - 1) / 2)];
@@ -86,7 +88,8 @@ export function ordinary(lines) {
     low = Math.min(low, inside[0]);
     high = Math.max(high, inside.at(-1));
   }
-  const beyond = (values) => values.reduce((sum, value) => sum + (value < low || value > high), 0);
+  const [bottomOfAxis, topOfAxis] = around(low, high, least);
+  const beyond = (values) => values.reduce((sum, value) => sum + (value < bottomOfAxis || value > topOfAxis), 0);
   const outside = ranges.reduce((sum, range) => sum + beyond(range.values), 0);
   const far = 4 * (high - low);
   const spikes = lines.some((line) => line.low?.some((value) => value !== null && value < low - far)

@@ -35,7 +35,7 @@ export function Chart(props) {
   const place = useRef(null);
   const held = useRef({ plot: null, shape: null });
   const input = useRef(null);
-  const ends = useMemo(() => (logY || all || props.fixed ? null : ordinary(lines)), [lines, logY, all, props.fixed]);
+  const ends = useMemo(() => (logY || all || props.fixed ? null : ordinary(lines, props.least)), [lines, logY, all, props.fixed, props.least]);
   const lit = useHighlight();
   input.current = { ...props, format, ends };
 

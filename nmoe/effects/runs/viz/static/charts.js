@@ -90,7 +90,7 @@ export function ChartsView(props) {
           onChange=${({ target }) => set({ events: target.value === "alerts" ? null : target.value })}>
         ${Object.keys(EVENTS).map((each) => html`<option key=${each} value=${each} selected=${each === kind}>${each}</option>`)}</select></label>
       <${GroupBy} state=${state} set=${set} table=${table} />
-      <input type="search" placeholder="tags: loss|norm, ^time" aria-label="find tags" title="a regular expression; several with blanks between"
+      <input type="search" placeholder="loss|norm, ^time" aria-label="find metrics" title="a regular expression; several with blanks between"
         value=${state.tags ?? ""} onInput=${(event) => set({ tags: event.target.value })} />
       <span class="exports">export <a href=${address("export", { run: selected, format: "csv" })} download>CSV</a>
         <a href=${address("export", { run: selected, format: "parquet" })} download>Parquet</a></span>

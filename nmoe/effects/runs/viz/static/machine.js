@@ -48,7 +48,7 @@ export function GpusView(props) {
   if (problem || !data) return html`<${OneRun} ...${props} /><p class="problem">${problem}</p>`;
   const host = Object.entries(data.host);
   return html`<${OneRun} ...${props}><span class="soft" id="gpus-about">${data.driver ? `driver ${data.driver}, CUDA ${data.cuda}` : ""}
-      ${data.seen ? ` seen ${clock(data.seen)}` : ""}</span></${OneRun}>
+      ${data.seen ? `, seen ${clock(data.seen)}` : ""}</span></${OneRun}>
     ${data.gpus.length ? html`<div class="scroll"><table id="gpus"><thead><tr><th>GPU</th><th class="left">name</th><th>utilization</th><th>memory</th><th>power</th><th>temperature</th><th>SM clock</th><th>memory clock</th><th class="left">throttled by</th><th>ECC</th></tr></thead>
       <tbody>${data.gpus.map((gpu) => html`<tr key=${`${gpu.rank} ${gpu.index}`}><th title=${gpu.uuid}>${gpu.rank ? `${gpu.rank}/` : ""}${gpu.index}</th><td class="left">${gpu.name}</td>
         <td>${number(gpu.utilization, 0)} %</td><td>${bytes(gpu.memory_used_bytes)} of ${bytes(gpu.memory_total_bytes)}</td><td>${number(gpu.power_w, 0)} of ${number(gpu.power_limit_w, 0)} W</td>

@@ -1,0 +1,61 @@
+"""The pictures of the dashboard in docs/: real trainings of the quickstart, and the page in a browser.
+
+    python -m tests.effects.runs.viz_pictures FOLDER
+
+FOLDER keeps the runs; those that are there are not trained again. On two CPU cores it takes about ten minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from tests.effects.runs.viz_page import drawn, opened
+from tests.effects.runs.viz_server import serving
+
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+STEPS = 240
+COMMON = (f"--train.steps={STEPS}", "--schedule.warmup=0.06", "--schedule.decay=0.6", "--validation.every=40")
+RUNS = {
+    "adamw": (),
+    "adamw-lr-2e-3": ("--optim.dense.lr=2e-3", "--optim.expert.lr=2e-3", "--optim.router.lr=2e-3"),
+    "muon": ("--optim.dense.optimizer=muon", "--optim.expert.optimizer=muon"),
+}
+METRICS = "^loss|grad_norm|validation/"
+CHARTS = f"view=charts&run=adamw&run=adamw-lr-2e-3&run=muon&events=none&smooth=20&tags={METRICS}"
+EXPERTS = "view=experts&run=muon&one=muon&layer=2"
+
+
+def train(root: Path) -> None:
+    """Train the runs that are not there. Writes: run folders."""
+    for name, options in RUNS.items():
+        if not (root / name).exists():
+            where = (f"--run.root={root}", f"--run.name={name}", "--log.every=2", "--log.arrays_every=2")
+            command = [sys.executable, "-m", "nmoe", "run", "quickstart", *where, *COMMON, *options]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
+
+
+def picture(root: Path, folder: Path) -> None:
+    """Open two views of the runs. Writes: the pictures in `folder`."""
+    with sync_playwright() as playwright, serving(root) as server:
+        found = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        for name, query, charts in (("viz-charts", CHARTS, 4), ("viz-experts", EXPERTS, 0)):
+            view = {"width": 1440, "height": 900}
+            with opened(browser, f"{server.url}/?{query}&theme=light", viewport=view) as page:
+                drawn(page, charts) if charts else page.locator("canvas").nth(1).wait_for()
+                page.wait_for_timeout(1000)
+                page.screenshot(path=folder / f"{name}.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    runs = Path(sys.argv[1]).resolve()
+    runs.mkdir(parents=True, exist_ok=True)
+    train(runs)
+    picture(runs, DOCS)

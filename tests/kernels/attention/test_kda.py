@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nmoe.config.sections import Kda
 from nmoe.effects.kernels import norm
+from nmoe.effects.kernels.attention import convolve, kda_kernels
 from nmoe.effects.kernels.attention import kda as kernel
-from nmoe.effects.kernels.attention import kda_kernels
 from nmoe.effects.kernels.tables import DeltaTile
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
@@ -199,7 +199,8 @@ def test_what_is_kept_is_what_the_plan_counts(monkeypatch: pytest.MonkeyPatch) -
 
     for name in KERNELS:
         monkeypatch.setattr(kda_kernels, name, Nothing())
-    monkeypatch.setattr(norm, "forward_kernel", Nothing())
+    for module in (norm, convolve):
+        monkeypatch.setattr(module, "forward_kernel", Nothing())
     section, width = Kda(num_heads=3, head_dim=64), 48
     kind = KINDS[Kda]
     sizes = {"D": width, "L": 1, **kind.dims(section)}
@@ -216,7 +217,7 @@ def test_what_is_kept_is_what_the_plan_counts(monkeypatch: pytest.MonkeyPatch) -
             kind.apply(p, x, (), norm.rms_norm, ops, section, eps=1e-6)
         return found.nbytes()
 
-    ops = pure.KdaOps(pure.convolve, partial(kernel.kda_attention, tiles=TILES))
+    ops = pure.KdaOps(convolve.convolve_heads, partial(kernel.kda_attention, tiles=TILES))
     slope = (kept(2048) - kept(1024)) / 1024
     assert slope == pytest.approx(kind.kernel_kept_bytes(section)[0], rel=0.01)  # pyright: ignore[reportOptionalCall]
     assert kept(4096) - kept(2048) == 2 * (kept(2048) - kept(1024))

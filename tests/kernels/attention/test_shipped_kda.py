@@ -9,7 +9,7 @@ import attrs
 import pytest
 
 from nmoe.effects.kernels import tables as tuning
-from nmoe.effects.kernels.attention import kda
+from nmoe.effects.kernels.attention import convolve, kda
 from nmoe.pure.model.attention.kda import CHUNK
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
@@ -86,8 +86,30 @@ def request(name: str, layer: Layer, target: int) -> Request:
     )
 
 
+def convolution(name: str, layer: Layer) -> Request:
+    """One of the kernels of the short convolutions over four tokens."""
+    tile = convolve.TILE
+    types = {
+        "forward": typed("*bf16", "x y"),
+        "backward": typed("*bf16", "x dq dk dv dtotal") | typed("*fp32", "dtaps") | typed("i32", "heads"),
+        "input": typed("*bf16", "dtotal dx"),
+    }[name]
+    types |= typed("*fp32", "taps") | typed("i32", "positions width")
+    types |= typed("*i32", "start") if layer.documents else {}
+    constants = {"count": 4, "tokens": tile.tokens, "channels": layer.channels, "documents": layer.documents}
+    return Request(
+        kernel=f"nmoe.effects.kernels.attention.convolve:{name}_kernel",
+        signature=types,
+        constants=constants | ({} if layer.documents else {"start": None}),
+        aligned=[*(each for each, kind in types.items() if kind.startswith("*")), "width"],
+        warps=tile.num_warps,
+        stages=tile.num_stages,
+    )
+
+
 def requests(layer: Layer, target: int) -> list[Request]:
-    return [request(name, layer, target) for name in PRODUCTS]
+    convolutions = [convolution(name, layer) for name in ("forward", "backward", "input")]
+    return [*(request(name, layer, target) for name in PRODUCTS), *convolutions]
 
 
 KIMI = Layer()
@@ -102,8 +124,8 @@ def problems(found: Sequence[Compiled]) -> list[str]:
     said: list[str] = []
     for each in found:
         name, at = each.kernel.split(":")[1].removesuffix("_kernel"), f"{each.kernel} on sm_{each.target}"
-        products = PRODUCTS[name]
-        spills = SPILLS.get(name, {}).get(each.target, 0)
+        products = PRODUCTS[name] if "kda_kernels" in each.kernel else 0
+        spills = SPILLS.get(name, {}).get(each.target, 0) if products else 0
         said += each.problems(spills=spills, tensor_cores=products > 0)
         used = each.wgmma if each.target < 100 else each.tcgen05
         if used < products:

@@ -75,7 +75,7 @@ def dims(c: sections.Kda) -> dict[str, int]:
 class KdaOps:
     """What a device implements of Kimi delta attention; a field has the signature of its reference."""
 
-    convolve: Callable[..., Tensor]
+    convolve: Callable[..., tuple[Tensor, Tensor, Tensor]]
     attend: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -129,8 +129,7 @@ def kda_after(
     inputs, memory = (before.inputs, before.memory) if isinstance(before, KdaState) else ((), ())
     rank, heads = c.head_dim, (c.num_heads, c.head_dim)
     projected = x @ p.qkv.flatten(1)
-    convolved = ops.convolve(projected, p.taps.flatten(0, 2), start, inputs)
-    q, k, v = convolved.unflatten(-1, (3, *heads)).unbind(2)
+    q, k, v = ops.convolve(projected, p.taps, start, inputs)
     low_decay, low_gate, step = (x @ p.low).split((rank, rank, c.num_heads), dim=-1)
     gate = (low_decay @ p.decay.flatten(1)).unflatten(-1, heads), p.decay_bias, p.log_rate
     o, memory = ops.attend(q, k, v, *gate, upcast(step).sigmoid(), start, memory, limit=c.decay_limit)
@@ -207,6 +206,14 @@ def convolve(x: Tensor, taps: Tensor, start: Tensor | tuple[()] = (), before: Te
             part = part.masked_fill((outside & (start > 0))[..., None], 0)
         total = total + part * taps[:, -1 - back]
     return F.silu(total).to(x.dtype)
+
+
+def convolve_heads(
+    x: Tensor, taps: Tensor, start: Tensor | tuple[()] = (), before: Tensor | tuple[()] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`convolve` with taps [3 H C W]: queries, keys and values, each [B T H C]."""
+    q, k, v = convolve(x, taps.flatten(0, 2), start, before).unflatten(-1, taps.shape[:3]).unbind(2)
+    return q, k, v
 
 
 def log_decay(x: Tensor, bias: Tensor, log_rate: Tensor, limit: float | None) -> Tensor:
@@ -343,7 +350,7 @@ def _documents(start: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return start[..., None] <= position[:, None], sees, start[..., -1:] <= position
 
 
-REFERENCE = KdaOps(convolve, attend_gated)
+REFERENCE = KdaOps(convolve_heads, attend_gated)
 
 
 def flops(c: sections.Kda, *, sequence_length: int, causal: bool) -> int:
@@ -387,7 +394,7 @@ def kernel_kept_bytes(c: sections.Kda) -> tuple[int, int]:
     """
     fp32, element, size, width = 4, 2, CHUNK, c.head_dim
     channel = (
-        (3 + 3) * element + 3 * fp32  # inputs and outputs of the convolutions, inputs of SiLU
+        (3 + 3) * element  # inputs and outputs of the convolutions
         + element  # the decay's gate
         + fp32 + (4 + 1) * element  # sums of decays; a chunk as prepared and what its tokens write; the output
         + element + fp32 + element  # the normed output, its gate, the input of `out`

@@ -827,6 +827,23 @@ def test_what_the_sparse_kernels_do_not_take_is_named() -> None:
     assert tuple(kernel_sizes(model, device="cpu", compute="bf16")) == ()
 
 
+def test_what_the_kernels_of_native_sparse_attention_do_not_take_is_named() -> None:
+    """A group of 64 heads and the paper's sizes are taken."""
+    config = load(ROOT / "configs" / "quickstart-nsa.toml", {}, ()).config
+    paper = {"num_heads": 64, "num_kv_heads": 1, "head_dim": 192, "v_head_dim": 128, "selected_block": 64}
+    wide = {"head_dim": 200, "v_head_dim": 130, "selected_block": 72, "num_kv_heads": 1}
+    found = [
+        tuple(kernel_sizes(attrs.evolve(config.model, attention=section), device="cuda", compute="bf16"))
+        for section in (
+            config.model.attention,
+            attrs.evolve(config.model.attention, **paper),
+            attrs.evolve(config.model.attention, **wide, num_heads=65),
+        )
+    ]
+    assert found[:2] == [(), ()]
+    assert [f"{key}: expected" in line for key, line in zip(wide, found[2], strict=True)] == [True] * 4
+
+
 @pytest.mark.parametrize(("size", "wrong"), [(64, False), (128, False), (32, True), (96, True), (256, True)])
 def test_heads_that_the_kernels_of_grouped_queries_take(size: int, wrong: bool) -> None:
     config = load(ROOT / "configs" / "gpt-oss-20b.toml", {}, (f"--model.attention.head_dim={size}",)).config

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from nmoe.bench import kernels as kernel_bench
-from nmoe.bench.kernels import attention, dsa, gqa, kda, loss, meter, moe
+from nmoe.bench.kernels import attention, dsa, gqa, kda, loss, meter, moe, nsa
 from nmoe.bench.kernels.meter import Meter, Variant
 from nmoe.effects.kernels.attention.dsa import Tiles as SparseTiles
 from nmoe.effects.kernels.attention.gqa import Tiles as GroupedTiles
 from nmoe.effects.kernels.attention.kda import Tiles as DeltaTiles
 from nmoe.effects.kernels.attention.mla import Tiles as AttentionTiles
+from nmoe.effects.kernels.attention.nsa import Tiles as NativeTiles
 from nmoe.effects.kernels.tables import AttentionTile, DeltaTile, SparseTile
 from nmoe.effects.terminal import table
 from tests.kernels.moe.test_moe import TILES
@@ -56,14 +57,23 @@ def sparse() -> Variant:
     return next(variant for variant in variants if variant.name == "ours")
 
 
+def native() -> Variant:
+    sizes = {"heads": 2, "kv_heads": 1, "head_dim": 16, "value": 16}
+    blocks = {"block": 4, "stride": 2, "selected_block": 4, "selected": 3, "window": 5}
+    case = nsa.Case(batch=1, length=13, **sizes, **blocks)
+    own = NativeTiles(**dict.fromkeys((field.name for field in attrs.fields(NativeTiles)), SPARSE))
+    variants = nsa.variants(case, CPU, own, AttentionTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK))
+    return next(variant for variant in variants if variant.name == "selected")
+
+
 def cross_entropy() -> Variant:
     return next(loss.variants(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU))
 
 
 @pytest.mark.parametrize(
     "variant",
-    [lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), delta, sparse, cross_entropy],
-    ids=["moe", "mla", "gqa in a window", "gqa", "kda", "dsa", "loss"],
+    [lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), delta, sparse, native, cross_entropy],
+    ids=["moe", "mla", "gqa in a window", "gqa", "kda", "dsa", "nsa", "loss"],
 )
 def test_a_right_kernel_has_a_small_error(variant: Callable[[], Variant]) -> None:
     error = variant().error

@@ -12,7 +12,7 @@ import torch
 from nmoe.config import load
 from nmoe.effects.device import ops
 from nmoe.effects.kernels import tables
-from nmoe.effects.kernels.attention import dsa
+from nmoe.effects.kernels.attention import dsa, nsa
 from nmoe.effects.kernels.attention.convolve import convolve_heads
 from nmoe.effects.kernels.attention.kda import kda_attention
 from nmoe.errors import InputError
@@ -20,6 +20,7 @@ from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention.dsa import DsaOps, attend_dsa
 from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.mla import MlaOps
+from nmoe.pure.model.attention.nsa import NsaOps
 from tests.configs import ROOT
 
 
@@ -78,6 +79,16 @@ def test_sparse_latent_attention_runs_on_its_kernels_but_for_its_dense_stage(mon
     assert found.attend(*operands, torch.zeros(1, 3, 1), **options) == ops.dsa_tiles(device, 128, 512, 64)
     plain: Any = attend_dsa
     assert all(map(torch.equal, found.attend(*operands, (), **options), plain(*operands, (), **options)))
+
+
+def test_native_sparse_attention_runs_on_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    c, device = load(ROOT / "configs" / "quickstart-nsa.toml", {}, ()).config.model.attention, torch.device("cuda", 0)
+    found = ops._gpu_attention(device, KINDS[type(c)], c, True, True)
+    assert isinstance(found, NsaOps)
+    chosen: list[Any] = [found.compressed, found.selected, found.window]
+    assert [op.func for op in chosen] == [nsa.compressed, nsa.selected, nsa.window]
+    assert all(op.keywords == {"tiles": ops.nsa_tiles(device, 32, 32)} for op in chosen)
 
 
 def test_a_kind_without_kernels_runs_its_reference_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import torch
 
-from nmoe.bench.kernels import attention, dsa, gate, gqa, kda, loss, moe, optimizer, tuner
+from nmoe.bench.kernels import attention, dsa, gate, gqa, kda, loss, moe, nsa, optimizer, tuner
 from nmoe.bench.kernels.meter import REPEATS, Meter, Row, Taken, Variant, gpu_meter, measure
 from nmoe.effects import files
 from nmoe.effects.device import gpu, ops
@@ -99,6 +99,11 @@ def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:
             tiles = ops.dsa_tiles(device, case.heads, case.rank, case.rope)
             dense = ops.mla_tiles(device, 128, case.rope, 128)
             measured = rows("attention", case, dsa.variants(case, device, tiles, dense), dsa.PEER, meter)
+            yield f"attention  {described(case)}", measured
+        for case in nsa.CASES:
+            tiles = ops.nsa_tiles(device, case.head_dim, case.value)
+            dense = ops.mla_tiles(device, case.value, case.head_dim - case.value, case.value)
+            measured = rows("attention", case, nsa.variants(case, device, tiles, dense), nsa.PEER, meter)
             yield f"attention  {described(case)}", measured
     elif kind == "loss":
         for case in loss.CASES:

@@ -180,7 +180,11 @@ def _gpu_nsa(device: torch.device, kind: Kind, c: Any) -> NsaOps:
     from nmoe.effects.kernels.attention import nsa as attention
 
     tiles = nsa_tiles(device, *kind.tile_sizes(c))
-    return NsaOps(*(partial(op, tiles=tiles) for op in (attention.compressed, attention.selected, attention.window)))
+    return NsaOps(
+        compressed=partial(attention.compressed, tiles=tiles),
+        selected=partial(attention.selected, tiles=tiles),
+        window=partial(attention.window, tiles=tiles),
+    )
 
 
 def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Tiles:

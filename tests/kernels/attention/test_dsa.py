@@ -101,7 +101,7 @@ def check(s: Sample, dtype: torch.dtype = torch.float32, **changes: int) -> None
         assert error <= 3 * allowed + 2 * size, (place, error, allowed, size)
 
 
-@pytest.mark.parametrize(("positions", "count"), [(1, 1), (1, 100), (16, 5), (17, 1), (17, 100), (33, 18)])
+@pytest.mark.parametrize(("positions", "count"), [(1, 100), (16, 5), (17, 1), (18, 17)])
 def test_lengths_and_counts(positions: int, count: int) -> None:
     """One position, a block, and one more; one key a query, a block and two, and more than there are."""
     check(sample(positions, count))

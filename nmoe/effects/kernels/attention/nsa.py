@@ -295,7 +295,7 @@ def inverted(reach: Reach, length: int) -> tuple[Tensor, Tensor, int, int]:
         owners, step = triton.cdiv(length, reach.span), reach.span
         owner = chosen
     row = torch.arange(batch * groups, dtype=torch.int32, device=chosen.device).view(batch, groups, 1, 1)
-    owner = (owner + row * owners).masked_fill(chosen < 0, batch * groups * owners)
+    owner = torch.where(chosen < 0, batch * groups * owners, owner + row * owners)
     found, order = owner.flatten().sort(stable=True)
     edges = torch.arange(batch * groups * owners + 1, dtype=found.dtype, device=found.device)
     return order, torch.searchsorted(found, edges), owners, step

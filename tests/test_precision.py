@@ -27,6 +27,10 @@ def test_every_format_is_emulated_on_a_cpu(compute: str) -> None:
     assert problems(QUICKSTART, f"--precision.compute={compute}", *FITTING, valid=True) == []
 
 
+def test_a_gpu_has_kernels_for_fp8() -> None:
+    assert problems(QUICKSTART, "--precision.compute=fp8", "--run.device=cuda", FITTING[0], valid=True) == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -41,7 +45,11 @@ def test_every_format_is_emulated_on_a_cpu(compute: str) -> None:
         ),
         (
             ("--precision.compute=fp8", *ON_GPU),
-            r'precision.compute: expected "mxfp8" or "nvfp4" when run.device is "cuda", got "fp8"',
+            r'precision.emulate: expected false when precision.compute is "fp8" on a GPU, got true',
+        ),
+        (
+            ("--precision.compute=fp8", "--run.device=cuda", "--run.kernels=torch", FITTING[0]),
+            r'precision.compute: expected "bf16", "mxfp8" or "nvfp4" when run.kernels is "torch", got "fp8"',
         ),
         (
             ("--precision.compute=bf16", "--precision.emulate=true"),

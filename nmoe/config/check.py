@@ -165,15 +165,22 @@ def _low_precision(config: Config, world: int) -> Iterator[str]:
                 "there is nothing to emulate"
             )
         return
-    if not p.emulate:
+    if p.compute == "fp8" and config.run.device == "cuda":
+        # no product of plain torch on a GPU holds a code times its fp32 scale
+        if _plain(config):
+            yield (
+                'precision.compute: expected "bf16", "mxfp8" or "nvfp4" when run.kernels is "torch", got "fp8"; write '
+                "one of them, only the kernels multiply in fp8"
+            )
+        elif p.emulate:
+            yield (
+                'precision.emulate: expected false when precision.compute is "fp8" on a GPU, got true; remove the key, '
+                "kernels multiply in fp8"
+            )
+    elif not p.emulate:
         yield (
             f'precision.emulate: expected true when precision.compute is "{p.compute}", got false; write emulate = '
-            f'true, no kernel multiplies in this format on run.device = "{config.run.device}", or compute = "bf16"'
-        )
-    elif p.compute == "fp8" and config.run.device == "cuda":
-        yield (
-            'precision.compute: expected "mxfp8" or "nvfp4" when run.device is "cuda", got "fp8"; write one of them, '
-            "no product of a GPU holds a code times an fp32 scale exactly"
+            f'true, nothing multiplies in this format on run.device = "{config.run.device}", or compute = "bf16"'
         )
     if not c.mixtures():
         yield (

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from nmoe.bench.kernels.meter import Variant, draw, relative_error
 from nmoe.effects.device import cpu
+from nmoe.effects.kernels.moe import fp8
 from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.kernels.moe.moe import moe_experts as fused_experts
+from nmoe.effects.kernels.moe.moe_fp8 import moe_experts_fp8
 from nmoe.pure.model.experts import moe_experts
 from nmoe.pure.model.route import Routing
 
@@ -125,7 +127,7 @@ Layer = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
 def variants(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Variant]:
-    """Ours, torch's grouped products compiled and not, and SonicMoE where it is installed."""
+    """Ours, torch's grouped products compiled and not, ours in fp8, and SonicMoE where it is installed."""
     plain = partial(moe_experts, experts=cpu.experts_grouped)
     truth = exact(operands)
 
@@ -138,6 +140,8 @@ def variants(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Variant]:
         PEER: lambda: layer(torch.compile(plain, dynamic=False)),
         "grouped_mm": lambda: layer(plain),
     }
+    if case.hidden % fp8.BLOCK == case.width % fp8.BLOCK == 0:
+        given["ours, fp8"] = lambda: layer(partial(moe_experts_fp8, tiles=tiles))
     if importlib.util.find_spec("sonicmoe") is not None:
         given["SonicMoE"] = lambda: sonic(operands)
     for name, build in given.items():

@@ -54,6 +54,7 @@ def build(
     kinds: Kinds = KINDS,
     kernels: str = "triton",
     low: Callable[[Rows, Tensor, Tensor], Tensor] | None = None,
+    fp8: bool = False,
 ) -> Ops:
     """The ops of a device for a model.
 
@@ -64,7 +65,8 @@ def build(
     exchange   with the ranks that hold the other experts; None: all are here
     accumulator  takes the weight gradients that kernels write themselves; a CPU leaves all to autograd
     kinds      of attention
-    low        the experts on their rows in fewer bits; None: in the format of the weights
+    low        the experts on their rows in fewer bits, emulated; None: by kernels, or in the format of the weights
+    fp8        whether the kernels of the experts multiply in fp8
 
     Raises:  InputError for sizes that a kernel does not take.
     """
@@ -82,7 +84,7 @@ def build(
     from nmoe.effects.kernels import loss as cross_entropy
     from nmoe.effects.kernels import norm as rms_norm
     from nmoe.effects.kernels.moe import moe as mixtures
-    from nmoe.effects.kernels.moe import router, swiglu
+    from nmoe.effects.kernels.moe import moe_fp8, router, swiglu
     from nmoe.effects.parallel.exchange import device as exchanged
 
     if problems := tuple(kernel_sizes(c, device="cuda", compute="bf16")):
@@ -99,7 +101,7 @@ def build(
             route=partial(route_tokens, score=router.scores, select=router.top_k),
             experts=partial(cpu.moe_experts, experts=low)
             if low is not None
-            else partial(mixtures.moe_experts, tiles=tiles, accumulator=accumulator)
+            else partial(moe_fp8.moe_experts_fp8 if fp8 else mixtures.moe_experts, tiles=tiles, accumulator=accumulator)
             if exchange is None
             else partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator),
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
@@ -231,7 +233,9 @@ def nsa_tiles(device: torch.device, head_dim: int, value: int) -> nsa.Tiles:
     return nsa.Tiles(**tuning.find(shipped(device), "nsa", head_dim, value).tiles)
 
 
-def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels: str = "triton") -> tuple[str, ...]:
+def unmeasured(
+    device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels: str = "triton", fp8: bool = False
+) -> tuple[str, ...]:
     """A line for each op without kernels, or whose tiles nobody measured for these sizes: right, and maybe slow."""
     if device.type == "cpu":
         return ()
@@ -247,6 +251,7 @@ def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels:
         if sizes
     )
     return (
+        *(("precision: the experts' kernels in fp8 are not measured yet on any GPU: maybe slow",) if fp8 else ()),
         *(f"attention: {name} has no kernels, it runs as plain torch: right, and slow" for name in without),
         *(
             f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"

@@ -90,14 +90,15 @@ def blank(
         accumulator=accumulator,
         kernels=config.run.kernels,
         low=low_experts(config),
+        fp8=config.precision.compute == "fp8" and not config.precision.emulate,
     )
     env = environment(c, train.sequence_length, built)
     return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))
 
 
 def low_experts(config: Config) -> Callable[..., Tensor] | None:
-    """The routed experts in the precision of the config, emulated; None in bf16 and fp32."""
-    if not config.precision.low():
+    """The routed experts in the precision of the config, emulated; None where nothing is."""
+    if not config.precision.emulate:
         return None
     key = Key(config.run.seed).fold("precision")
     return partial(low_precision.experts_low, recipe=low_precision.RECIPES[config.precision.compute], key=key)

@@ -11,17 +11,21 @@ from torch import Tensor
 
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import fp8, moe_fp8
+from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.core.key import Key
 from nmoe.pure.formats import e4m3
 from nmoe.pure.model.experts import moe_experts
 from nmoe.pure.model.low_precision import RECIPES, experts_low
 from nmoe.pure.model.route import Routing
-from tests.kernels.moe.test_moe import TILES
 from tests.pure.formats.vectors import inputs, uniform
 
 N, D, F, E, K = 40, 256, 128, 5, 2
 TILE = GemmTile(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=2)
+LARGE = GemmTile(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2)
+TILES = Tiles(
+    up=LARGE, down=LARGE, activation=LARGE, down_gradient=LARGE, input=LARGE, up_gradient=LARGE, group=3, programs=5
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -148,7 +152,7 @@ def test_the_gradient_goes_through_swiglu_and_is_quantised() -> None:
 
 
 def test_the_mixture_is_that_of_the_recipe_with_its_gradients() -> None:
-    """Output, and gradients of tokens, gates and weights; random gates, so that a wrong gate's gradient shows."""
+    """Output, and gradients of tokens, gates and weights."""
     x = draw(N, D).requires_grad_()
     up, down = (draw(E, D, 2, F, seed=5) * D**-0.5).requires_grad_(), (draw(E, F, D, seed=6) * F**-0.5).requires_grad_()
     expert = torch.rand(N, E - 1, generator=torch.Generator().manual_seed(1)).argsort(-1)[:, :K]
@@ -167,5 +171,6 @@ def test_the_mixture_is_that_of_the_recipe_with_its_gradients() -> None:
     exact = run(moe_experts)
     for name, got, wanted, truth in zip(("y", "x", "weight", "up", "down"), mine, pure, exact, strict=True):
         # the gradient is quantised before its gate is applied, in the pure form after: codes beside a tie differ
-        assert error(got, wanted) < (1e-5 if name == "y" else 0.03), name
+        # a gate's gradient is <activation, its gradient> here, <row, its gradient> there: both are rounded once
+        assert error(got, wanted) < (0.05 if name == "weight" else 1e-5), name
         assert error(got, truth) < 1.1 * error(wanted, truth), name

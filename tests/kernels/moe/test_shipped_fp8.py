@@ -1,0 +1,91 @@
+"""The fp8 kernels of the experts with the tiles that ship, compiled ahead of time: fp8 tensor cores, no spills."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nmoe.effects.kernels.moe import fp8, moe_fp8
+from nmoe.effects.kernels.tables import GemmTile
+from tests.kernels import aot
+from tests.kernels.aot import Request
+
+TILED = {"tile_expert": "*i32", "tile_row": "*i32", "end": "*i32", "NUM_M": "i32"}
+BLOCK = f"tensordesc<fp8e4nv[{fp8.BLOCK},{fp8.BLOCK}]>"
+
+
+def request(
+    name: str, types: dict[str, str], constants: dict[str, Any], sizes: str, warps: int, stages: int
+) -> Request:
+    pointers = [key for key, kind in types.items() if kind.startswith("*")]
+    return Request(
+        kernel=f"nmoe.effects.kernels.moe.fp8:{name}_kernel",
+        signature=types,
+        constants=constants,
+        aligned=[*pointers, *sizes.split()],
+        warps=warps,
+        stages=stages,
+    )
+
+
+def product(name: str, tile: GemmTile, types: dict[str, str], sizes: str) -> Request:
+    constants = {"M": tile.block_m, "GROUP": 8}
+    return request(f"{name}_fp8", types | TILED, constants, sizes, tile.num_warps, tile.num_stages)
+
+
+def products() -> list[Request]:
+    up, back, plain = moe_fp8.UP, moe_fp8.BACK, moe_fp8.PLAIN
+    operands = {"source": "*i32", "w": BLOCK, "w_scale": "*fp32", "h": "*bf16"}
+    return [
+        product(
+            "gather_gemm_swiglu",
+            up,
+            {"x": "*fp8e4nv", "x_scale": "*fp32", **operands, "a_codes": "*u8", "a_scale": "*fp32"}
+            | {"F": "i32", "D": "i32"},
+            "F D",
+        ),
+        product(
+            "swiglu_backward_gemm",
+            back,
+            {"dy": "*fp8e4nv", "dy_scale": "*fp32", **operands, "weight": "*fp32", "slot": "*i32", "dh": "*bf16"}
+            | {"dh_codes": "*u8", "dh_scale": "*fp32", "a": "*bf16", "gate_part": "*fp32", "F": "i32", "D": "i32"},
+            "F D",
+        ),
+        product(
+            "grouped_gemm",
+            plain,
+            {"rows": f"tensordesc<fp8e4nv[{plain.block_m},{fp8.BLOCK}]>", "row_scale": "*fp32", "w": BLOCK}
+            | {"w_scale": "*fp32", "out": "*bf16", "INNER": "i32", "OUTER": "i32", "STEP_IN": "i32", "STEP_OUT": "i32"},
+            "INNER OUTER",
+        ),
+    ]
+
+
+def quantisers() -> list[Request]:
+    codes = {"codes": "*u8", "scale": "*fp32"}
+    weight = {"w": "*bf16", **codes, "R": "i32", "C": "i32"}
+    return [
+        request(
+            "quantise_rows", {"x": "*bf16", **codes, "rows": "i32", "WIDTH": "i32"}, {"M": fp8.ROWS}, "WIDTH", 4, 3
+        ),
+        *(request("quantise_weight", weight, {"ACROSS": across}, "R C", 8, 3) for across in (False, True)),
+    ]
+
+
+@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
+def test_products_are_on_the_fp8_tensor_cores(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
+    """wgmma of e4m3 by e4m3 on sm_90, and none that was widened to fp16; tcgen05 of 8 bits on sm_100."""
+    for made in aot.compile_all(products(), tmp_path_factory.mktemp("triton"), targets=[target]):
+        assert made.problems(tensor_cores=True) == []
+        assert (made.mma, made.atomics, made.scratch) == (0, 0, 0)
+        instructions = [line for line in made.ptx.splitlines() if "wgmma.mma_async" in line or "tcgen05.mma" in line]
+        kind = "f32.e4m3.e4m3" if target == 90 else "kind::f8f6f4"
+        assert instructions and all(kind in line for line in instructions), instructions[:2]
+
+
+@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
+def test_quantisers_move_whole_words_and_spill_nothing(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
+    for made in aot.compile_all(quantisers(), tmp_path_factory.mktemp("triton"), targets=[target]):
+        assert made.problems() == [] and made.atomics == 0
+        assert made.wide >= 2 and made.narrow <= 2, "all but the scale is read and written by 16 bytes"

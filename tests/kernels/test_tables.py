@@ -14,6 +14,7 @@ from nmoe.effects.device import ops
 from nmoe.effects.kernels import tables
 from nmoe.effects.kernels.attention import dsa, nsa
 from nmoe.effects.kernels.attention.convolve import convolve_heads
+from nmoe.effects.kernels.attention.gated_norm import gated_norm
 from nmoe.effects.kernels.attention.kda import kda_attention
 from nmoe.errors import InputError
 from nmoe.pure.model.attention import KINDS
@@ -59,7 +60,7 @@ def test_layers_of_kimi_linear_run_on_the_kernels_of_either_kind(monkeypatch: py
     model = load(ROOT / "configs" / "kimi-linear-48b.toml", {}, ()).config.model
     delta, latent = ops._by_part(model, KINDS, lambda kind, c: ops._gpu_attention(device, kind, c, True, True)).parts
     assert isinstance(latent, MlaOps)
-    assert delta.convolve is convolve_heads and delta.attend.func is kda_attention
+    assert delta.convolve is convolve_heads and delta.gated_norm is gated_norm and delta.attend.func is kda_attention
     assert delta.attend.keywords == {"tiles": ops.kda_tiles(device, 128)}
     assert [line for line in ops.unmeasured(device, model) if line.startswith("kda")] == [
         "kda: no measured tiles for 128 in sm_90.toml, those of entry 'default' are used"

@@ -155,11 +155,15 @@ def _gpu_gqa(device: torch.device, kind: Kind, c: Any) -> GqaOps:
 
 def _gpu_kda(device: torch.device, kind: Kind, c: Any) -> KdaOps:
     """Kimi delta attention."""
-    from nmoe.effects.kernels.attention import convolve
+    from nmoe.effects.kernels.attention import convolve, gated_norm
     from nmoe.effects.kernels.attention import kda as attention
 
     tiles = kda_tiles(device, *kind.tile_sizes(c))
-    return KdaOps(convolve=convolve.convolve_heads, attend=partial(attention.kda_attention, tiles=tiles))
+    return KdaOps(
+        convolve=convolve.convolve_heads,
+        attend=partial(attention.kda_attention, tiles=tiles),
+        gated_norm=gated_norm.gated_norm,
+    )
 
 
 def _gpu_dsa(device: torch.device, kind: Kind, c: Any) -> DsaOps:

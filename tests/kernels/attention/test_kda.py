@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Kda
-from nmoe.effects.kernels import norm
-from nmoe.effects.kernels.attention import convolve, kda_kernels
+from nmoe.effects.kernels.attention import convolve, gated_norm, kda_kernels
 from nmoe.effects.kernels.attention import kda as kernel
 from nmoe.effects.kernels.tables import DeltaTile
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
+from nmoe.pure.core.init import init
+from nmoe.pure.core.key import Key
 from nmoe.pure.core.spec import Spec
 from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention import kda as pure
+from nmoe.pure.model.norm import rms_norm
+from nmoe.pure.model.rope import Documents, documents
+from tests.kernels import truth
 from tests.kernels.attention.test_mla import starts
 from tests.memory import Kept
 
@@ -28,6 +32,7 @@ C, L = 64, 16
 WHOLE = DeltaTile(values=64, num_warps=4, num_stages=1)
 TILES = kernel.Tiles(**dict.fromkeys(attrs.fields_dict(kernel.Tiles), WHOLE))
 PARTS = kernel.Tiles(**dict.fromkeys(attrs.fields_dict(kernel.Tiles), attrs.evolve(WHOLE, values=32)))
+OPS = pure.KdaOps(convolve.convolve_heads, partial(kernel.kda_attention, tiles=TILES, chunk=L), gated_norm.gated_norm)
 KERNELS = tuple(name for name in vars(kda_kernels) if name.endswith("_kernel"))
 
 
@@ -199,7 +204,7 @@ def test_what_is_kept_is_what_the_plan_counts(monkeypatch: pytest.MonkeyPatch) -
 
     for name in KERNELS:
         monkeypatch.setattr(kda_kernels, name, Nothing())
-    for module in (norm, convolve):
+    for module in (gated_norm, convolve):
         monkeypatch.setattr(module, "forward_kernel", Nothing())
     section, width = Kda(num_heads=3, head_dim=64), 48
     kind = KINDS[Kda]
@@ -214,13 +219,46 @@ def test_what_is_kept_is_what_the_plan_counts(monkeypatch: pytest.MonkeyPatch) -
         x = torch.empty(1, length, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
         found = Kept([x, *(leaf for _, leaf in tree.leaves(p))])
         with found:
-            kind.apply(p, x, (), norm.rms_norm, ops, section, eps=1e-6)
+            kind.apply(p, x, (), rms_norm, ops, section, eps=1e-6)
         return found.nbytes()
 
-    ops = pure.KdaOps(convolve.convolve_heads, partial(kernel.kda_attention, tiles=TILES))
+    ops = attrs.evolve(OPS, attend=partial(kernel.kda_attention, tiles=TILES))
     slope = (kept(2048) - kept(1024)) / 1024
     assert slope == pytest.approx(kind.kernel_kept_bytes(section)[0], rel=0.01)  # pyright: ignore[reportOptionalCall]
     assert kept(4096) - kept(2048) == 2 * (kept(2048) - kept(1024))
+
+
+def layer(c: Kda, dtype: torch.dtype) -> pure.Kda:
+    """Parameters of one layer over 24 channels."""
+    sizes = {"D": 24, "L": 1, **KINDS[Kda].dims(c)}
+
+    def leaf(path: str, value: Tensor) -> Tensor:
+        return (value.to(dtype) + 0.2 * truth.normal(*value.shape, dtype=dtype)).requires_grad_()
+
+    return tree.map(leaf, init(Key(0), KINDS[Kda].specs(c), sizes))
+
+
+@pytest.mark.parametrize("limit", [None, 5.0])
+def test_a_layer_is_the_reference(limit: float | None) -> None:
+    """With documents: gradients of all parameters, and a row that goes on token by token from what was before it."""
+    c = Kda(num_heads=1, head_dim=C, decay_limit=limit)
+    x, where = truth.normal(1, L + 3, 24), documents(starts(L + 3, [5, L - 3]))
+
+    def run(ops: pure.KdaOps, dtype: torch.dtype) -> list[Tensor]:
+        p = layer(c, dtype)
+        y = pure.kda(p, x.to(dtype), (), rms_norm, ops, c, where, eps=1e-6)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [leaf for _, leaf in tree.leaves(p)])]
+
+    assert isinstance(where, Documents)
+    right, plain = run(pure.REFERENCE, torch.float64), run(pure.REFERENCE, torch.float32)
+    truth.check(run(OPS, torch.float32), plain, right, factor=4, steps=32)
+    with torch.no_grad():
+        p, cache, parts = layer(c, torch.float32), pure.empty_cache(c, 1, x), list[Tensor]()
+        for begin, end in ((0, L), (L, L + 1), (L + 1, L + 3)):
+            here = Documents(where.start[:, begin:end], where.position[:, begin:end])
+            part, cache = pure.extend(p, x[:, begin:end], cache, here, (), rms_norm, OPS, c, eps=1e-6)
+            parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1).double(), right[0], rtol=1e-4, atol=1e-4)
 
 
 def test_twice_the_same_bits() -> None:

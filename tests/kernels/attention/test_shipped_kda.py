@@ -9,7 +9,7 @@ import attrs
 import pytest
 
 from nmoe.effects.kernels import tables as tuning
-from nmoe.effects.kernels.attention import convolve, kda
+from nmoe.effects.kernels.attention import convolve, gated_norm, kda
 from nmoe.pure.model.attention.kda import CHUNK
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
@@ -107,9 +107,24 @@ def convolution(name: str, layer: Layer) -> Request:
     )
 
 
+def norm(name: str, layer: Layer) -> Request:
+    """One of the kernels of the head norm."""
+    tile = gated_norm.TILE
+    types = typed("*bf16", "x gate y" if name == "forward" else "x gate dy dx dgate") | typed("*fp32", "gain")
+    types |= {} if name == "forward" else {"dgain": "*fp32"}
+    return Request(
+        kernel=f"nmoe.effects.kernels.attention.gated_norm:{name}_kernel",
+        signature=types | {"number": "i32", "eps": "fp32"},
+        constants={"rows": tile.rows, "channels": layer.channels},
+        warps=tile.num_warps,
+        stages=tile.num_stages,
+    )
+
+
 def requests(layer: Layer, target: int) -> list[Request]:
+    norms = [norm(name, layer) for name in ("forward", "backward")]
     convolutions = [convolution(name, layer) for name in ("forward", "backward", "input")]
-    return [*(request(name, layer, target) for name in PRODUCTS), *convolutions]
+    return [*(request(name, layer, target) for name in PRODUCTS), *convolutions, *norms]
 
 
 KIMI = Layer()

@@ -77,6 +77,7 @@ class KdaOps:
 
     convolve: Callable[..., tuple[Tensor, Tensor, Tensor]]
     attend: Callable[..., tuple[Tensor, Tensor]]
+    gated_norm: Callable[..., Tensor]
 
 
 @record
@@ -133,8 +134,7 @@ def kda_after(
     low_decay, low_gate, step = (x @ p.low).split((rank, rank, c.num_heads), dim=-1)
     gate = (low_decay @ p.decay.flatten(1)).unflatten(-1, heads), p.decay_bias, p.log_rate
     o, memory = ops.attend(q, k, v, *gate, upcast(step).sigmoid(), start, memory, limit=c.decay_limit)
-    gate = upcast((low_gate @ p.gate.flatten(1)).unflatten(-1, heads)).sigmoid()
-    o = (norm(o, p.norm, eps=eps) * gate).to(x.dtype)
+    o = ops.gated_norm(o, p.norm, (low_gate @ p.gate.flatten(1)).unflatten(-1, heads), norm=norm, eps=eps)
     return o.flatten(-2) @ p.out.flatten(0, 1), KdaState(
         _last_inputs(projected, inputs, start, c.conv_size - 1), memory
     )
@@ -227,6 +227,11 @@ def log_decay(x: Tensor, bias: Tensor, log_rate: Tensor, limit: float | None) ->
     """
     x, rate = upcast(x) + bias, log_rate.exp()[:, None]
     return -rate * F.softplus(x) if limit is None else -limit * torch.sigmoid(rate * x)
+
+
+def gated_norm(x: Tensor, gain: Tensor, gate: Tensor, *, norm: Callable[..., Tensor], eps: float) -> Tensor:
+    """`norm` of x [... C] with gains [C], times the sigmoid of a gate [... C]; in the format of the gate."""
+    return (norm(x, gain, eps=eps) * upcast(gate).sigmoid()).to(gate.dtype)
 
 
 def attend_gated(
@@ -350,7 +355,7 @@ def _documents(start: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return start[..., None] <= position[:, None], sees, start[..., -1:] <= position
 
 
-REFERENCE = KdaOps(convolve_heads, attend_gated)
+REFERENCE = KdaOps(convolve_heads, attend_gated, gated_norm)
 
 
 def flops(c: sections.Kda, *, sequence_length: int, causal: bool) -> int:
@@ -397,10 +402,10 @@ def kernel_kept_bytes(c: sections.Kda) -> tuple[int, int]:
         (3 + 3) * element  # inputs and outputs of the convolutions
         + element  # the decay's gate
         + fp32 + (4 + 1) * element  # sums of decays; a chunk as prepared and what its tokens write; the output
-        + element + fp32 + element  # the normed output, its gate, the input of `out`
+        + 2 * element  # the output's gate, the input of `out`
     )  # fmt: skip
-    # steps, the norm's scale; weights and inverse of pairs; the memory that enters a chunk, and what it keeps
-    head = width * channel + 2 * fp32 + 2 * size * element + (width * width * element + width * fp32) // size
+    # steps; weights and inverse of pairs; the memory that enters a chunk, and what it keeps
+    head = width * channel + fp32 + 2 * size * element + (width * width * element + width * fp32) // size
     return (2 * width + c.num_heads) * element + c.num_heads * head, 0
 
 

@@ -363,3 +363,12 @@ def test_a_command_in_a_config_from_elsewhere_is_said_before_the_first_step(tmp_
         nmoe("run", "x.toml", "--no-commands", cwd=here),
         r'x.toml:\d+: log.alert_command: expected no command with --no-commands, got "curl evil"; remove the key',
     )
+
+
+def test_a_run_says_something_before_torch_is_imported(tmp_path: Path) -> None:
+    """Its import takes two seconds of a quiet machine, ten of a busy one. One that cannot be imported shows when."""
+    (tmp_path / "torch.py").write_text("raise SystemExit(9)\n")
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "nmoe", "run", "quickstart"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("config         quickstart is checked; loading torch\n", 9), done.stderr

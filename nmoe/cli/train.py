@@ -135,10 +135,15 @@ def _train(args: argparse.Namespace) -> int:
     if config.parallel.ranks > 1 and not started.launched:
         patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}
         return launch.start(config.parallel.ranks, args.command[1:], os.environ, **patience)
-    if started.rank == 0:
-        _say_fitted(loaded)
     from nmoe.config.run_name import label
     from nmoe.config.secrets import masked_arguments
+
+    if started.rank == 0:
+        # before torch, whose import takes longer than a person waits for a sign of life
+        from nmoe.effects.terminal import say
+
+        say(f"config         {args.config.stem} is checked; loading torch")
+        _say_fitted(loaded)
     from nmoe.effects.train import run
     from nmoe.effects.train.profile import profiling
     from nmoe.effects.train.world import World

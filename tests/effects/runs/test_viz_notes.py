@@ -70,6 +70,10 @@ def test_notes_are_written_in_the_page_and_found(browser: Browser, noted: Server
         page.get_by_label("edit notes of first").click()
         expect(page.get_by_label("note", exact=True)).to_have_value("diverged <b>twice</b>\nsecond line")
         expect(page.get_by_label("tags, with commas between")).to_have_value("baseline, wide")
+        page.get_by_label("note", exact=True).fill("thrown away")
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("dialog", name="notes")).to_have_count(0)
+        assert "thrown" not in (root / "first" / NOTES).read_text()
     assert contents(root / "first") == before, "nothing else of the run is touched"
 
 

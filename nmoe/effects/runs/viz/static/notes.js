@@ -44,7 +44,8 @@ export function NotesEditor({ run, saved, close }) {
     setProblem(failed);
     if (failed === null) close();
   };
-  return html`<form class="panel editor" role="dialog" aria-label="notes" onSubmit=${save} key=${run.name}>
+  return html`<form class="panel editor" role="dialog" aria-label="notes" onSubmit=${save} key=${run.name}
+      onKeyDown=${(event) => event.key === "Escape" && close()}>
     <h3>Notes of ${run.name} <button type="button" class="quiet" aria-label="close the notes" onClick=${close}>×</button></h3>
     <label>tags, with commas between <input type="text" ref=${first} defaultValue=${run.notes.tags.join(", ")} /></label>
     <label>note <textarea aria-label="note" rows="6" maxlength="10000" ref=${note} defaultValue=${run.notes.note}></textarea></label>

@@ -12,7 +12,8 @@ from torch import Tensor
 from nmoe.bench.kernels.meter import Variant, draw, relative_error
 from nmoe.effects.kernels.attention import mla, nsa
 from nmoe.pure.model.attention.gqa import attended
-from nmoe.pure.model.attention.nsa import attend_selected, attended_compressed, attended_selected, first_tokens
+from nmoe.pure.model.attention.nsa import attend_selected, first_tokens
+from nmoe.pure.model.attention.nsa_cost import attended_compressed, attended_selected
 
 PEER = "dense MLA"
 

@@ -15,7 +15,7 @@ import attrs
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure.model.attention import dsa, gqa, kda, mixed, mla, nsa
+from nmoe.pure.model.attention import dsa, gqa, kda, mixed, mla, nsa, nsa_cost
 from nmoe.pure.model.hf_leaf import Leaf
 
 
@@ -140,10 +140,10 @@ KINDS: Kinds = MappingProxyType(
             dims=nsa.dims,
             tables=nsa.tables,
             apply=nsa.nsa,
-            flops=nsa.flops,
-            kept_bytes=nsa.kept_bytes,
-            kernel_kept_bytes=nsa.kernel_kept_bytes,
-            kernel_passing_bytes=nsa.kernel_passing_bytes,
+            flops=nsa_cost.flops,
+            kept_bytes=nsa_cost.kept_bytes,
+            kernel_kept_bytes=nsa_cost.kernel_kept_bytes,
+            kernel_passing_bytes=nsa_cost.kernel_passing_bytes,
             reference=nsa.REFERENCE,
             tile_sizes=lambda c: (c.head_dim, c.v_head_dim),
             cache=Cache(empty=nsa.empty_cache, extend=nsa.extend),

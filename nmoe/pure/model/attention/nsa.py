@@ -18,14 +18,9 @@ from nmoe.pure.core.init import normal, residual, zeros
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
-from nmoe.pure.model.attention.gqa import KvCache, attend_cached, attend_gqa, attended, executed
+from nmoe.pure.model.attention.gqa import KvCache, attend_cached, attend_gqa
+from nmoe.pure.model.attention.nsa_cost import QUERIES, num_blocks, num_pooled
 from nmoe.pure.model.rope import Documents, Rope, rotate, table, visible_cached
-
-QUERIES = 128
-"""Queries whose scores, and whose copies of selected keys, exist at once."""
-
-WORKSPACE = 24 * 2**20
-"""Bytes that a device's kernels may take for the weights that queries select blocks by."""
 
 
 @record
@@ -214,7 +209,7 @@ def extend(
         attend_cached(q, window.k, window.v, (), visible_cached(documents, window.k.shape[1], c.window), scale=scale),
     )
     # a block begins up to stride - 1 tokens after its place, so the last place may still get one
-    certain = max(0, _num_pooled(total, block, stride) - 1)
+    certain = max(0, num_pooled(total, block, stride) - 1)
     kept = NsaCache(
         KvCache(pooled.k[:, :certain], pooled.v[:, :certain]),
         unpooled.without((certain - done) * stride),
@@ -233,18 +228,13 @@ def first_tokens(length: int, start: Tensor | tuple[()], *, block: int, stride: 
     start    [B T] i32 or ()   index in the row of each token's document; (): rows are whole
     returns  [B M] i64, or [1 M] for whole rows
     """
-    count = _num_pooled(length, block, stride)
+    count = num_pooled(length, block, stride)
     token = torch.arange(count * stride, device=device)  # below `length`, because a stride is no longer than a block
     if not isinstance(start, Tensor):
         return token[None, ::stride]
     last = (token + block - 1).clamp(max=length - 1)
     begins = (token + block <= length) & ((token - start[:, token]) % stride == 0) & (start[:, last] == start[:, token])
     return torch.where(begins, token, length).unflatten(1, (count, stride)).amin(2)
-
-
-def _num_pooled(length: int, block: int, stride: int) -> int:
-    """Compressed blocks that end among the first `length` tokens of a row."""
-    return 0 if length < block else (length - block) // stride + 1
 
 
 def pool(p: KeyPool | ValuePool, x: Tensor, first: Tensor) -> Tensor:
@@ -290,7 +280,7 @@ def attend_compressed(
     Cost:    2·B·H·(C + U) FLOPs a query and block that ends before the end of the query's block of queries.
     """
     groups, length = k.shape[2], q.shape[1]
-    most = min(num_selected, _num_blocks(before + length, selected_block))
+    most = min(num_selected, num_blocks(before + length, selected_block))
     q = (q * scale).unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
     k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
 
@@ -307,7 +297,7 @@ def attend_compressed(
     blocks: list[Tensor] = []
     chosen: list[Tensor] = []
     for begin, end in query_blocks(length, QUERIES):
-        count = _num_pooled(before + end, block, stride)
+        count = num_pooled(before + end, block, stride)
         o, weight = again(attend, q[:, :, begin:end], k[:, :, :count], v[:, :, :count], begin, end)
         blocks.append(o)
         position = torch.arange(before + begin, before + end, device=q.device)[None]
@@ -320,7 +310,7 @@ def attend_compressed(
             block=block,
             stride=stride,
             selected_block=selected_block,
-            num_blocks=_num_blocks(before + end, selected_block),
+            num_blocks=num_blocks(before + end, selected_block),
             count=num_selected,
         )
         chosen.append(F.pad(here, (0, most - here.shape[-1]), value=-1))
@@ -404,14 +394,9 @@ def attend_selected(
 
     blocks: list[Tensor] = []
     for begin, end in query_blocks(length, QUERIES):
-        here = chosen[:, :, begin:end, : _num_blocks(before + end, block)]
+        here = chosen[:, :, begin:end, : num_blocks(before + end, block)]
         blocks.append(again(attend, q[:, :, begin:end], k, v, here, begin, end))
     return torch.cat(blocks, dim=2).transpose(1, 2).flatten(2, 3)
-
-
-def _num_blocks(length: int, block: int) -> int:
-    """Blocks that the first `length` tokens reach into."""
-    return -(-length // block)
 
 
 REFERENCE = NsaOps(attend_compressed, attend_selected, attend_gqa)
@@ -420,90 +405,3 @@ REFERENCE = NsaOps(attend_compressed, attend_selected, attend_gqa)
 def tables(c: sections.Nsa, num_positions: int) -> Rope:
     """The rotation table; every channel of a query and key is rotated."""
     return table(num_positions, c.head_dim, theta=c.rope_theta, yarn=None)
-
-
-def attended_compressed(length: int, block: int, stride: int) -> int:
-    """Pairs of query and compressed block of one sequence and head that the mask lets through."""
-    whole, rest = divmod(max(0, length - block + 1), stride)
-    return stride * whole * (whole + 1) // 2 + rest * (whole + 1)
-
-
-def attended_selected(length: int, block: int, count: int) -> int:
-    """Pairs of query and selected token of one sequence and head that the mask lets through."""
-    complete = min(length, count * block)
-    whole, rest = divmod(length - complete, block)
-    own = (whole * block * (block + 1) + rest * (rest + 1)) // 2
-    return complete * (complete + 1) // 2 + (length - complete) * (count - 1) * block + own
-
-
-def flops(c: sections.Nsa, *, sequence_length: int, causal: bool) -> int:
-    """FLOPs of scores and weighted values of the three branches and of making compressed keys, a token of one layer.
-
-    causal  count the attended pairs only; False: those that the reference computes
-    """
-    block, stride = c.compressed_block, c.compressed_stride
-    if causal:
-        compressed = attended_compressed(sequence_length, block, stride)
-        selected = attended_selected(sequence_length, c.selected_block, c.num_selected)
-        pairs = compressed + selected + attended(sequence_length, c.window)
-    else:
-        pairs = executed(sequence_length, c.window) + sum(
-            (end - begin)
-            * (
-                _num_pooled(end, block, stride)
-                + min(c.num_selected, _num_blocks(end, c.selected_block)) * c.selected_block
-            )
-            for begin, end in query_blocks(sequence_length, QUERIES)
-        )
-    attention = 2 * c.num_heads * (c.head_dim + c.v_head_dim) * pairs
-    a_block = 2 * c.num_kv_heads * (block + 1) * (c.head_dim**2 + c.v_head_dim**2)
-    return (attention + a_block * _num_pooled(sequence_length, block, stride)) // sequence_length
-
-
-def kept_bytes(c: sections.Nsa, *, hidden: int, sequence_length: int, element: int, square: bool) -> int:
-    """Bytes a token that autograd keeps of the reference in one layer, its norm apart.
-
-    element  bytes of an activation
-    square   whether attention keeps its probabilities; here those of the window
-    """
-    fp32, index, both = 4, 4, c.head_dim + c.v_head_dim
-    blocks = _num_pooled(sequence_length, c.compressed_block, c.compressed_stride)
-    a_block = _block_bytes(c, element)
-    a_token = (
-        hidden  # input of `q`, `k`, `v` and `gate`
-        + 3 * c.num_heads * c.head_dim  # queries of each branch
-        + 2 * c.num_kv_heads * both
-        + 4 * c.num_heads * c.v_head_dim  # results of each branch, input of `out`
-        + 3 * c.num_heads  # gates
-    ) * element
-    selection = c.num_kv_heads * min(c.num_selected, _num_blocks(sequence_length, c.selected_block)) * index
-    pairs = executed(sequence_length, c.window) if square else 0
-    window = c.num_heads * pairs * (fp32 + (element if element < fp32 else 0))
-    return a_token + selection + (window + a_block * blocks) // sequence_length
-
-
-def _block_bytes(c: sections.Nsa, element: int) -> int:
-    """Bytes that autograd keeps of a compressed block: tokens, both sides of the activation, key, value, rotation."""
-    both, fp32 = c.head_dim + c.v_head_dim, 4
-    return c.num_kv_heads * both * (c.compressed_block + 3) * element + c.head_dim * fp32
-
-
-def kernel_kept_bytes(c: sections.Nsa) -> tuple[int, int]:
-    """Bytes a token that the kernels keep in one layer, bf16; there are no norms that recompute makes again."""
-    fp32, index, element = 4, 4, 2
-    heads, groups = c.num_heads, c.num_kv_heads
-    narrow = (
-        heads * c.head_dim  # queries, of all branches
-        + groups * (2 * c.head_dim + 3 * c.v_head_dim)  # rotated keys of two branches, values of three
-        + 4 * heads * c.v_head_dim  # results of each branch, input of `out`
-        + 3 * heads  # gates
-    )
-    numbers = 3 * heads * fp32 + groups * c.num_selected * index
-    return narrow * element + numbers + (_block_bytes(c, element) + index) // c.compressed_stride, 0
-
-
-def kernel_passing_bytes(c: sections.Nsa, *, tokens: int, sequence_length: int) -> int:
-    """Bytes of one layer's backward pass beside what is kept: gradients of two branches, lists, and the workspace."""
-    element, pair = 2, 4 + 4 + 8  # of a query and selected block: owner, sorted owner, place
-    a_token = c.num_heads * (2 * c.head_dim + 3 * c.v_head_dim) * element + c.num_kv_heads * c.num_selected * pair
-    return tokens * a_token + WORKSPACE

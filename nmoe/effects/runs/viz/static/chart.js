@@ -53,7 +53,7 @@ export function Chart(props) {
       held.current = { shape, plot: new uPlot(options(node, input, { logX, logY }), data, node) };
     }
     requestAnimationFrame(() => { node.dataset.drawn = String(performance.now() - began); });
-  }, [x, lines, logX, logY, axis, theme, all, props.events]);
+  }, [x, lines, logX, logY, axis, theme, all, props.events, props.fixed?.[0], props.fixed?.[1]]);
   useEffect(() => {
     const fit = () => {
       const { plot } = held.current, [width, height] = room(place.current);

@@ -110,10 +110,11 @@ def test_ten_times_the_same_and_never_waiting(number: int) -> None:
     start: Any = documents(2, 2000, number) if number else ()
     first = pure.first_tokens(2000, start, block=32, stride=16, device=inputs[0].device)
     told: dict[str, Any] = {"scale": 0.07, "tiles": shipped()}
+    paper: dict[str, Any] = {**told, **PAPER}
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
         pooled = k[:, : first.shape[1]], v[:, : first.shape[1]]
-        o, chosen = kernel.compressed(q, *pooled, first, start, **told, **PAPER)
+        o, chosen = kernel.compressed(q, *pooled, first, start, **paper)
         selected = kernel.selected(q, k, v, chosen, start, block=64, **told)
         return o, selected, kernel.window(q, k, v, (), start, window=512, **told)
 

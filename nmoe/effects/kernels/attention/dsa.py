@@ -24,7 +24,7 @@ from nmoe.effects.kernels.attention.blocks import box
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
-from nmoe.pure.model.attention.dsa import WORKSPACE
+from nmoe.pure.model.attention.blocks import WORKSPACE
 
 
 @attrs.frozen(kw_only=True)

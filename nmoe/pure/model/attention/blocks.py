@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nmoe.pure.model.norm import upcast
 
+WORKSPACE = 24 * 2**20
+"""Bytes that a device's kernels may take at once for what is made of so many queries at a time."""
+
 
 def query_blocks(length: int, queries: int) -> Iterator[tuple[int, int]]:
     """Begin and end of each block of so many queries."""

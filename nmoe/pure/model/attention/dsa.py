@@ -22,7 +22,7 @@ from nmoe.pure.core.init import normal, ones, zeros
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention import mla
-from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
+from nmoe.pure.model.attention.blocks import WORKSPACE, again, best, gathered, query_blocks, softmax
 from nmoe.pure.model.attention.gqa import attended
 from nmoe.pure.model.hf_leaf import Leaf, matrix, ordered, same
 from nmoe.pure.model.norm import upcast
@@ -30,9 +30,6 @@ from nmoe.pure.model.rope import Documents, Rope, rotate, visible_cached
 
 QUERIES = 64
 """Queries whose scores, and whose copies of the keys they read, exist at once."""
-
-WORKSPACE = 24 * 2**20
-"""Bytes that a device's kernels may take for scores, or for pairs and what they add to the gradients of keys."""
 
 NORM_EPS = 1e-6
 """Of the norm of the indexer's keys, whatever the model's is: as published."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from nmoe.config import sections
-from nmoe.pure.model.attention.blocks import query_blocks
+from nmoe.pure.model.attention.blocks import WORKSPACE, query_blocks
 from nmoe.pure.model.attention.gqa import attended, executed
 
 QUERIES = 128
 """Queries whose scores, and whose copies of selected keys, exist at once."""
-
-WORKSPACE = 24 * 2**20
-"""Bytes that a device's kernels may take for the weights that queries select blocks by."""
 
 
 def num_blocks(length: int, block: int) -> int:
@@ -69,7 +66,6 @@ def kept_bytes(c: sections.Nsa, *, hidden: int, sequence_length: int, element: i
     """
     fp32, index, both = 4, 4, c.head_dim + c.v_head_dim
     blocks = num_pooled(sequence_length, c.compressed_block, c.compressed_stride)
-    a_block = _block_bytes(c, element)
     a_token = (
         hidden  # input of `q`, `k`, `v` and `gate`
         + 3 * c.num_heads * c.head_dim  # queries of each branch
@@ -80,31 +76,26 @@ def kept_bytes(c: sections.Nsa, *, hidden: int, sequence_length: int, element: i
     selection = c.num_kv_heads * min(c.num_selected, num_blocks(sequence_length, c.selected_block)) * index
     pairs = executed(sequence_length, c.window) if square else 0
     window = c.num_heads * pairs * (fp32 + (element if element < fp32 else 0))
-    return a_token + selection + (window + a_block * blocks) // sequence_length
+    return a_token + selection + (window + _block_bytes(c, element) * blocks) // sequence_length
 
 
 def _block_bytes(c: sections.Nsa, element: int) -> int:
     """Bytes that autograd keeps of a compressed block: tokens, both sides of the activation, key, value, rotation."""
-    both, fp32 = c.head_dim + c.v_head_dim, 4
-    return c.num_kv_heads * both * (c.compressed_block + 3) * element + c.head_dim * fp32
+    both = c.head_dim + c.v_head_dim
+    return c.num_kv_heads * both * (c.compressed_block + 3) * element + c.head_dim * 4
 
 
 def kernel_kept_bytes(c: sections.Nsa) -> tuple[int, int]:
     """Bytes a token that the kernels keep in one layer, bf16; there are no norms that recompute makes again."""
-    fp32, index, element = 4, 4, 2
-    heads, groups = c.num_heads, c.num_kv_heads
-    narrow = (
-        heads * c.head_dim  # queries, of all branches
-        + groups * (2 * c.head_dim + 3 * c.v_head_dim)  # rotated keys of two branches, values of three
-        + 4 * heads * c.v_head_dim  # results of each branch, input of `out`
-        + 3 * heads  # gates
-    )
-    numbers = 3 * heads * fp32 + groups * c.num_selected * index
-    return narrow * element + numbers + (_block_bytes(c, element) + index) // c.compressed_stride, 0
+    heads, groups, values = c.num_heads, c.num_kv_heads, c.v_head_dim
+    # queries, rotated keys of two branches, values of three, results of each and of all, gates
+    narrow = heads * c.head_dim + groups * (2 * c.head_dim + 3 * values) + 4 * heads * values + 3 * heads
+    # log-sums, the lists, and the first token of each compressed block
+    numbers = 4 * (3 * heads + groups * c.num_selected) + (_block_bytes(c, 2) + 4) // c.compressed_stride
+    return 2 * narrow + numbers, 0
 
 
 def kernel_passing_bytes(c: sections.Nsa, *, tokens: int, sequence_length: int) -> int:
-    """Bytes of one layer's backward pass beside what is kept: gradients of two branches, lists, and the workspace."""
-    element, pair = 2, 4 + 4 + 8  # of a query and selected block: owner, sorted owner, place
-    a_token = c.num_heads * (2 * c.head_dim + 3 * c.v_head_dim) * element + c.num_kv_heads * c.num_selected * pair
-    return tokens * a_token + WORKSPACE
+    """Bytes of one layer's backward pass beside what is kept: gradients, inverted lists, and the workspace."""
+    lists = (4 + 4 + 8) * c.num_kv_heads * c.num_selected  # owner, sorted owner and place of a query and block
+    return tokens * (2 * c.num_heads * (2 * c.head_dim + 3 * c.v_head_dim) + lists) + WORKSPACE

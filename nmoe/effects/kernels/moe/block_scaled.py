@@ -1,8 +1,8 @@
 """Grouped GEMM of MXFP8 and NVFP4 on the block-scaled tensor cores of sm_100.
 
 Letters: P rows sorted by expert, E experts, I the axis summed over, O the axis of the result. Codes and scales are
-those of `pure.formats.mxfp8` and `nvfp4`, both operands with I last. No other generation has such products: on sm_90 Triton
-widens MXFP8 to bf16, and compiles NVFP4 to wrong numbers or not at all.
+those of `pure.formats.mxfp8` and `nvfp4`, both operands with I last. No other generation has such products: on sm_90
+Triton widens MXFP8 to bf16, and compiles NVFP4 to wrong numbers or not at all.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def test_products_are_those_of_the_codes(kind: str, monkeypatch: pytest.MonkeyPa
         scale, w_scale = scale.view(torch.uint8), w_scale.view(torch.uint8)
     out = torch.empty(N * K, OUTER)
     width = k if kind == "e4m3" else k // 2
-    launch: Any = block_scaled.grouped_gemm_scaled_kernel[(tiles.expert.shape[0] * triton.cdiv(OUTER, n),)]
-    launch(
+    launch: Any = block_scaled.grouped_gemm_scaled_kernel
+    launch[(tiles.expert.shape[0] * triton.cdiv(OUTER, n),)](
         TensorDescriptor.from_tensor(codes.view(torch.uint8), [m, width]), scale, factor.view(-1),
         TensorDescriptor.from_tensor(w_codes.view(torch.uint8).view(E * OUTER, -1), [n, width]), w_scale, w_factor,
         out, tiles.expert, tiles.row, at.end, tiles.expert.shape[0], INNER, OUTER, kind, m, n, k, 2,

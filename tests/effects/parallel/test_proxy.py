@@ -44,8 +44,11 @@ def test_the_kernels_send_by_the_proxy_too(tmp_path: Path) -> None:
 
 
 @contextmanager
-def two_hosts() -> Iterator[tuple[Exchange, Proxy, list[torch.Tensor]]]:
-    """Rank 0 of hosts {0, 1} and {2, 3}, and the arenas of the second, which the proxy of rank 2 serves."""
+def two_hosts(*, late: bool = False) -> Iterator[tuple[Exchange, Proxy, list[torch.Tensor]]]:
+    """Rank 0 of hosts {0, 1} and {2, 3}, and the arenas of the second, which the proxy of rank 2 serves.
+
+    late  the threads of rank 0 are started by the test
+    """
     f, cpu = fields(SIZES), torch.device("cpu")
     arenas = [torch.zeros(f.size, dtype=torch.uint8) for _ in range(4)]
     ends = socket.socketpair()
@@ -59,7 +62,7 @@ def two_hosts() -> Iterator[tuple[Exchange, Proxy, list[torch.Tensor]]]:
         return attrs.evolve(e, transport=proxy.over(PEER, carried)), carried
 
     (here, sender), (_, receiver) = opened(0, ends[0], 2), opened(2, ends[1], 0)
-    for each in (sender, receiver):
+    for each in (receiver,) if late else (sender, receiver):
         each.start()
     try:
         yield here, sender, arenas
@@ -99,7 +102,7 @@ def test_a_row_crosses_once_to_a_host_and_lands_at_each_place() -> None:
 
 def test_words_and_counts_arrive_before_the_signal_that_follows_them() -> None:
     """Two signals one after the other, the second before the thread has seen the first."""
-    with two_hosts() as (e, _, arenas):
+    with two_hosts(late=True) as (e, sender, arenas):
         count, tokens = torch.arange(8), torch.tensor([1, 2, 3, 4])
         gates = Put(
             field=e.fields.gate,
@@ -111,6 +114,7 @@ def test_words_and_counts_arrive_before_the_signal_that_follows_them() -> None:
         e.transport.barrier_(e, signal=True, wait=False)
         e.transport.put_words_(e, gates)
         e.transport.barrier_(e, signal=True, wait=False)
+        sender.start()
         for rank, arena in enumerate(arenas):
             settled(arena, e.fields, 2)
             assert view(arena, e.fields.counts)[0].tolist() == [*range(8), 1, 2, 3, 4]

@@ -95,7 +95,7 @@ class Model:
         "rows of the embedding; at least the tokenizer's", unit="tokens", low=2, high=WIDEST * 2**4, shapes=True
     )
     hidden_size: int = setting("width of the residual stream", low=1, high=WIDEST, shapes=True)
-    num_layers: int = setting("blocks, dense and mixture together", low=1, high=1000, shapes=True)
+    num_layers: int = setting("blocks, dense and MoE together", low=1, high=1000, shapes=True)
     num_dense_layers: int = setting(
         "leading blocks with a dense MLP; num_layers: a dense model", default=1, low=0, high=1000, shapes=True
     )
@@ -107,7 +107,7 @@ class Model:
     embedding_scale: float = setting("factor on the embedding (muP input scale)", default=1.0, low=1e-6, high=1e6)
     logit_scale: float = setting("factor on the logits (muP output scale)", default=1.0, low=1e-6, high=1e6)
     attention: Single | Mixed = setting("attention of every block; `kind` chooses the table's keys")
-    moe: Moe = setting("mixture of every block after the dense ones")
+    moe: Moe = setting("MoE layer of every block after the dense ones")
     mtp: Mtp | None = setting("multi-token prediction; absent: the next token alone", default=None)
 
     def depth(self) -> int:

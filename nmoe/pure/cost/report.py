@@ -56,7 +56,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
     return (
         (
             "model",
-            f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} mixture){ahead}  hidden {c.hidden_size}  "
+            f"{c.num_layers} layers ({c.num_dense_layers} dense, {mixtures} MoE){ahead}  hidden {c.hidden_size}  "
             f"{_heads(c)}  {c.moe.num_experts} experts, top {c.moe.top_k}, "
             f"{c.moe.num_shared_experts} shared",
         ),

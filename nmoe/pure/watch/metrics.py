@@ -16,7 +16,7 @@ from nmoe.pure.units import quantity
 
 Kind = Literal["place", "count", "value", "time", "layers"]
 """place: which line this is; count: a running total; value: what the training computed; time: what depends on the
-machine and differs from run to run; layers: a table with one entry a mixture layer."""
+machine and differs from run to run; layers: a table with one entry an MoE layer."""
 
 
 Format = Literal["number", "count", "bytes", "percent"]
@@ -39,7 +39,7 @@ class Metric:
     doc: str
     screen: str = ""  # how a line on the screen has it, with `{}` for the number; empty: it does not
     rank: int = 0  # a narrow screen leaves out the greatest first
-    layers: Layers = ""  # what the screen shows of a table with one entry a mixture layer
+    layers: Layers = ""  # what the screen shows of a table with one entry an MoE layer
     bad_above: float | None = None  # a value that a page marks is greater
     best: Literal["", "min", "max"] = ""  # which value is the best; empty: there is no better and worse
 
@@ -106,7 +106,7 @@ class Rank(Line):
 
 @attrs.frozen(kw_only=True)
 class Experts:
-    """How the work is divided among experts, one entry a mixture layer."""
+    """How the work is divided among experts, one entry an MoE layer."""
 
     layer: Annotated[Sequence[int], Metric("experts/layer", "", "place", "number of the layer")]
     max_over_mean: Annotated[

@@ -94,7 +94,7 @@ def test_a_dense_model_trains_plans_and_is_continued(corpus: Path, workplace: Pa
     assert done.returncode == 0, done.stderr
     assert len(lines(workplace / "runs" / "dense" / "metrics.rank0.jsonl")) >= 5
     planned = nmoe("plan", path, cwd=workplace)
-    assert planned.returncode == 0 and "(3 dense, 0 mixture)" in planned.stdout
+    assert planned.returncode == 0 and "(3 dense, 0 MoE)" in planned.stdout
 
 
 def test_a_run_leaves_what_the_documents_say(corpus: Path, workplace: Path) -> None:

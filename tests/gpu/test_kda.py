@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmoe.config.sections import Kda
 from nmoe.effects.device import ops
 from nmoe.effects.kernels.attention import kda as kernel
+from nmoe.pure.core import tree
+from nmoe.pure.core.init import init
+from nmoe.pure.core.key import Key
+from nmoe.pure.model import rope
+from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention import kda as pure
+from nmoe.pure.model.norm import rms_norm
 from tests.gpu.test_gqa import documents
 from tests.kernels import truth
 from tests.kernels.truth import graded
@@ -95,6 +102,32 @@ def test_a_key_that_repeats_and_steps_of_nothing_and_all(value: float) -> None:
     inputs[1] = inputs[1][:, :1].expand_as(inputs[1]).contiguous()
     inputs[6].fill_(value)
     compare(inputs, steps=4)
+
+
+@pytest.mark.parametrize("limit", [None, 5.0])
+def test_a_layer_near_the_truth(limit: float | None) -> None:
+    """Convolutions, gates, delta rule, head norm: output and gradients of input and parameters, beside plain torch."""
+    c = Kda(num_heads=4, head_dim=128, decay_limit=limit)
+    kind = KINDS[Kda]
+    values = init(Key(0), kind.specs(c), {"D": 256, "L": 1, **kind.dims(c)})
+    names = [path for path, _ in tree.leaves(values)]
+    wide = {"taps", "decay_bias", "log_rate", "norm"}
+    leaves = [each.to("cuda", torch.float32 if path in wide else torch.bfloat16) for path, each in tree.leaves(values)]
+    where = rope.documents(documents(2, 500, 4))
+    built = ops._gpu_kda(torch.device("cuda"), kind, c)
+
+    def run(which: pure.KdaOps, x: Tensor, *leaves: Tensor) -> Tensor:
+        given = dict(zip(names, leaves, strict=True))
+        return pure.kda(tree.map(lambda path, _: given[path], values), x, (), rms_norm, which, c, where, eps=1e-6)
+
+    inputs = [normal(2, 500, 256), *leaves]
+    found, allowed, right = (
+        graded(partial(run, which), inputs, [normal(2, 500, 256, seed=3)], dtype)
+        for which, dtype in ((built, None), (pure.REFERENCE, None), (pure.REFERENCE, torch.float64))
+    )
+    for name, a, b, t in zip(("y", "x", *names), found, allowed, right, strict=True):
+        error, others = ((each.double() - t).norm() for each in (a, b))
+        assert error <= 2 * others + 2 * torch.finfo(torch.bfloat16).eps * t.norm(), (name, error, others, t.norm())
 
 
 def test_ten_times_the_same_and_never_waiting() -> None:

@@ -42,15 +42,15 @@ GROUPED = MappingProxyType(
 
 DELTA = MappingProxyType(
     {
-        "sums": (32, 64),
-        "prepare": (32, 64, 128),
-        "scan": (32, 64),
-        "output": (64, 128),
-        "scan_backward": (32, 64),
-        "backward": (32, 64),
+        "sums": ((32, 64), (1,)),
+        "prepare": ((32, 64, 128), (1,)),
+        "scan": ((32, 64), (2, 3)),
+        "output": ((64, 128), (1,)),
+        "scan_backward": ((32, 64), (2, 3)),
+        "backward": ((16, 32, 64), (1,)),
     }
 )
-"""Channels, tried for each kernel of the delta rule."""
+"""Channels and stages, tried for each kernel of the delta rule."""
 
 Timed = Callable[[Callable[[], object]], float]
 
@@ -93,9 +93,9 @@ def delta(case: kda.Case, device: torch.device, timed: Timed) -> str:
     candidates = {
         name: tuple(
             DeltaTile(values=values, num_warps=warps, num_stages=stages)
-            for values, warps, stages in itertools.product(sizes, (4, 8), (1, 2, 3))
+            for values, warps, stages in itertools.product(sizes, (4, 8), depths)
         )
-        for name, sizes in DELTA.items()
+        for name, (sizes, depths) in DELTA.items()
     }
     fastest = best(candidates, shipped, partial(kda.variants, case, device), timed)
     return entry(f"kda.{case.head_dim}", fastest, list(DELTA))

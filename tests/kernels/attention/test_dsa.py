@@ -195,8 +195,8 @@ def test_twice_the_same_bits() -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_a_sum_over_chunks_keeps_twice_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand small addends in fp16 beside a large one: alone each would be rounded off."""
+def test_a_sum_over_chunks_keeps_twice_the_bits() -> None:
+    """Small addends in fp16 beside a large one: alone each would be rounded off."""
     parts = torch.full((1, 1, 16), 2**-12, dtype=torch.float16)
     sums = kernel.Sums.of(torch.zeros(1, 1, 16, dtype=torch.float16), 1, 1, 16, tiles().gather)
     sums = attrs.evolve(sums, parts=parts, place=torch.zeros(1, 1, dtype=torch.int32))

@@ -402,6 +402,7 @@ FREE_ON_RESUME = {
     "checkpoint.minutes",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
+    "precision.emulate",
     "checkpoint.keep_best",
     "checkpoint.on_error",
     "checkpoint.asynchronous",
@@ -442,7 +443,7 @@ OTHER_VALUES = {
     },
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
-    **{"deterministic": "false", "graph": "true", "recompute": "full"},
+    **{"deterministic": "false", "graph": "true", "recompute": "full", "emulate": "true"},
     **{"expandable_segments": "true", "fraction": "0.5", "pinned": "false"},
     **{"balance": "quantile", "optimizer": "muon", "score": "softmax"},
 }

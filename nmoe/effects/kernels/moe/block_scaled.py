@@ -19,8 +19,8 @@ def grouped_gemm_scaled_kernel(
     FORMAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # values a byte, and values a scale
-    PACKED: tl.constexpr = 2 if FORMAT == "e2m1" else 1  # pyright: ignore[reportAssignmentType]
-    SHARED: tl.constexpr = 16 if FORMAT == "e2m1" else 32  # pyright: ignore[reportAssignmentType]
+    PACKED: tl.constexpr = tl.constexpr(2 if FORMAT == "e2m1" else 1)
+    SHARED: tl.constexpr = tl.constexpr(16 if FORMAT == "e2m1" else 32)
     tile, column = _swizzle(tl.program_id(0), tl.cdiv(OUTER, N), NUM_M, GROUP)
     expert = tl.load(tile_expert + tile)
     if expert >= 0:

@@ -13,7 +13,7 @@ from nmoe.config.sections import Config
 from nmoe.effects.train import run
 from nmoe.effects.train.world import World
 from nmoe.soak import soak
-from nmoe.soak.forked import forked, tail
+from nmoe.soak.forked import forked
 
 
 def config(work: Path, name: str, corpus: Path, steps: int, **checkpoint: Any) -> Config:
@@ -29,12 +29,12 @@ def changed(config: Config, **train: Any) -> Config:
 
 
 def train(config: Config, *, accept: Sequence[str] = (), world: World | None = None) -> tuple[int, str]:
-    """Exit code and the last lines of an attempt."""
+    """Exit code and what an attempt wrote to the terminal."""
     folder = Path(config.run.root)
     folder.mkdir(exist_ok=True, parents=True)
     output = folder / f"{config.run.name}.txt"
     code = forked(lambda: run.main(config, {}, ("nmoe", "run"), "x", accept, world), output)
-    return code, tail(output)
+    return code, output.read_text(errors="replace")
 
 
 def folder(config: Config) -> Path:

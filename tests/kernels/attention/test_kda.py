@@ -106,10 +106,13 @@ def check(s: Sample, dtype: torch.dtype = torch.float32, *, tiles: kernel.Tiles 
 LENGTHS = {"one token": 1, "one chunk": L, "one chunk and one": L + 1, "several": 2 * L + 5}
 
 
-@pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("positions", LENGTHS.values(), ids=LENGTHS)
-def test_lengths(positions: int, memory: bool) -> None:
-    check(sample(positions, memory=memory))
+def test_lengths(positions: int) -> None:
+    check(sample(positions))
+
+
+def test_a_row_that_begins_with_nothing() -> None:
+    check(sample(L + 1, memory=False))
 
 
 def test_heads_and_sequences_in_parts_of_their_channels() -> None:
@@ -126,7 +129,7 @@ def test_documents(lengths: list[int]) -> None:
     check(sample(2 * L + 4, batch=2, start=starts(2 * L + 4, lengths, [L + 1, 5])))
 
 
-@pytest.mark.parametrize("strength", [0.0, 1e-4, 3.0, 30.0, 1e3, 1e30])
+@pytest.mark.parametrize("strength", [0.0, 3.0, 30.0, 1e30])
 def test_decays(strength: float) -> None:
     """From none to those that leave nothing, beside tokens that keep all."""
     s = sample(2 * L + 1, strength=strength)

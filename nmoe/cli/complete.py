@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-import argcomplete
-from argcomplete.completers import DirectoriesCompleter, FilesCompleter
+from argcomplete.completers import ChoicesCompleter, DirectoriesCompleter, FilesCompleter
+from argcomplete.finders import CompletionFinder
 
 from nmoe.cli.parser import Parser, config_path, run_path, under
 
@@ -34,7 +34,7 @@ def complete(parser: Parser) -> None:
     finder(parser, always_complete_options=False)
 
 
-class _Finder(argcomplete.CompletionFinder):
+class _Finder(CompletionFinder):
     """The finder, with `=` behind the name of an override, whose value belongs to the same word."""
 
     overrides: frozenset[str] = frozenset()
@@ -61,7 +61,7 @@ def _add_overrides_(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Make each key of a config an option of the parser, with its values where they can be listed. yields  the names"""
     for name, (doc, values) in sorted(_keys().items()):
         action = parser.add_argument(f"--{name}", metavar="VALUE", help=doc.replace("%", "%%"))
-        action.completer = argcomplete.ChoicesCompleter(dict.fromkeys(values, ""))  # pyright: ignore[reportAttributeAccessIssue]
+        action.completer = ChoicesCompleter(dict.fromkeys(values, ""))  # pyright: ignore[reportAttributeAccessIssue]
         yield f"--{name}"
 
 

@@ -17,7 +17,7 @@ def verbs(root: Verbs) -> None:
 
 
 def _completion(args: argparse.Namespace) -> int:
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    say(argcomplete.shellcode(["nmoe"], shell=args.shell))
+    say(shellcode(["nmoe"], shell=args.shell))
     return 0

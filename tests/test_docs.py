@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import nmoe
 from nmoe.effects.record.names import METRICS
@@ -130,15 +131,17 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_of_code_are_code(page: Path) -> None:
-    """Python compiles, TOML parses; every block is closed and names a language that is known here, or none."""
+    """Python compiles, TOML and YAML parse; every block is closed and names a language that is known here, or none."""
     text = page.read_text()
     languages = re.findall(r"^```(.*)$", text, flags=re.MULTILINE)
     assert len(languages) % 2 == 0 and not any(languages[1::2])
-    assert set(languages) <= {"", "python", "toml", "json", "{toctree}", "mermaid"}
+    assert set(languages) <= {"", "python", "toml", "yaml", "json", "{toctree}", "mermaid"}
     for program in blocks(str(page.relative_to(ROOT)), "python"):
         ast.parse(program)
     for table in blocks(str(page.relative_to(ROOT)), "toml"):
         tomllib.loads(table)
+    for tree in blocks(str(page.relative_to(ROOT)), "yaml"):
+        yaml.safe_load(tree)
 
 
 @pytest.mark.parametrize("page", ["README.md", "AGENTS.md", "docs/architecture.md", "docs/extend.md"])

@@ -60,6 +60,7 @@ QUICK = "tests/test_install.py::test_an_installed_wheel_trains"
 LAUNCH = "tests/test_launch.py::test_the_commands_of_the_page_work"
 TUTORIAL = "tests/effects/data/test_own_data.py::test_the_tutorial_trains_on_a_folder_of_mixed_files"
 FOLDERS = "tests/effects/checkpoint/test_hf.py::test_export_import_export_gives_equal_bytes"
+HARNESS = "tests/effects/evals/test_harness.py::test_every_kind_of_task_is_scored_and_kept"
 SHELLS = "tests/test_completion.py::test_the_script_of_each_shell_is_printed"
 
 ELSEWHERE = {
@@ -77,6 +78,9 @@ ELSEWHERE = {
     "nmoe import hf FOLDER OUT": FOLDERS,
     "nmoe export hf runs/first out": FOLDERS,
     "nmoe import hf out imported": FOLDERS,
+    "nmoe run configs/quickstart.toml --gpus 2 --run.device=cpu --profile trace.json": "tests/effects/train/"
+    "test_profile.py::test_two_ranks_are_profiled_and_the_slowest_is_named",
+    "nmoe eval runs/first --lm-eval my_task --tasks folder/of/yaml": HARNESS,
     "nmoe run CONFIG --gpus 2": "tests/effects/parallel/test_launch.py::test_a_dead_rank_ends_all_and_a_signal_to_the_"
     "launcher_saves_on_all",
     "nmoe launch slurm moonlight --hosts 4 --parallel.ranks=32 --parallel.experts=8 --train.microbatch_size=2 "
@@ -108,6 +112,8 @@ NOT_RUN = {
     "pip install --constraint constraints.txt torch==2.13.0 '.[data]'": SETUP,
     "pip install --constraint constraints-gpu.txt torch==2.11.0 '.[data,telemetry]'": SETUP,
     "pip install 'nmoe[viz]'": SETUP,
+    'pip install "nmoe[eval]"': SETUP,
+    "nmoe eval runs/first --lm-eval hellaswag arc_easy --limit 500": "downloads its tasks' data",
     "make test": SUITE,
     "make test-kernels": SUITE,
     "make test-long": SUITE,

@@ -21,6 +21,7 @@ from tests.kernels.attention import test_shipped_kda as delta
 from tests.kernels.attention import test_shipped_mla as attention
 from tests.kernels.attention import test_shipped_nsa as native
 from tests.kernels.exchange import test_exchange_aot, test_nvshmem_aot
+from tests.kernels.moe import test_block_scaled, test_shipped_fp8
 from tests.kernels.moe import test_shipped_moe as moe
 
 OTHERS = {**shipped.of_dispatch(256, 8), **shipped.of_assembly(), **shipped.of_exchange()}
@@ -123,6 +124,9 @@ def requests() -> list[Request]:
         *(request for target in aot.TARGETS for request in native.requests(native.PAPER, target)),
         attention.rotation(inverse=True),
         *(request for target in aot.TARGETS for request in moe.requests(target)),
+        *test_shipped_fp8.products(),
+        *test_shipped_fp8.quantisers(),
+        *map(test_block_scaled.request, test_block_scaled.INSTRUCTION),
         *test_exchange_aot.REQUESTS.values(),
         *test_nvshmem_aot.requests(""),
     ]

@@ -70,9 +70,8 @@ def test_products_are_those_of_the_codes(kind: str, monkeypatch: pytest.MonkeyPa
     assert ((out - wanted).norm() / wanted.norm()).item() < 1e-6
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", INSTRUCTION)
-def test_sm_100_multiplies_it_natively(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def request(kind: str) -> Request:
+    """The product as sm_100 gets it."""
     four = kind == "e2m1"
     element, scale, width = ("u8", "*fp8e4nv", 64) if four else ("fp8e4nv", "*u8", 128)
     block = f"tensordesc<{element}[128,{width}]>"
@@ -83,14 +82,19 @@ def test_sm_100_multiplies_it_natively(kind: str, tmp_path_factory: pytest.TempP
     types |= dict.fromkeys(factors, "*fp32") if four else {}
     constants |= {} if four else dict.fromkeys(factors)
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
-    request = Request(
+    return Request(
         kernel="nmoe.effects.kernels.moe.block_scaled:grouped_gemm_scaled_kernel",
         signature=types,
         constants=constants,
         aligned=[*pointers, "INNER", "OUTER"],
         warps=4,
     )
-    (made,) = aot.compile_all([request], tmp_path_factory.mktemp("triton"), targets=[100])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", INSTRUCTION)
+def test_sm_100_multiplies_it_natively(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (made,) = aot.compile_all([request(kind)], tmp_path_factory.mktemp("triton"), targets=[100])
     assert made.problems(tensor_cores=True) == [] and made.mma == 0
     products = [line for line in made.ptx.splitlines() if "tcgen05.mma" in line]
     assert products and all(INSTRUCTION[kind] in line for line in products)

@@ -396,6 +396,7 @@ FREE_ON_RESUME = {
     "parallel.capacity",
     "parallel.dedup",
     "parallel.timeout_s",
+    "parallel.transport",
     "sample.every",
     "sample.prompt",
     "checkpoint.every",
@@ -439,6 +440,7 @@ OTHER_VALUES = {
         "name": "x",
         "prompt": "x",
         "suite": "probes",
+        "transport": "proxy",
         "kernels": "torch",
     },
     **{"normalize": "false", "footer": "false", "alert_dead": "0.7", "alert_drop": "0.7", "alert_wait": "0.7"},
@@ -794,13 +796,15 @@ def test_a_recorded_step_has_no_warm_up() -> None:
     assert validate(attrs.evolve(on_gpu, model=attrs.evolve(config.model, attention=sparse)), 1) == ()
 
 
-def test_a_kind_without_kernels_is_named_on_a_gpu_alone() -> None:
+def test_a_kind_without_kernels_is_named_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sections, which know no torch, and the kinds themselves say the same."""
     assert all(section.has_kernels == (kind.kernel_kept_bytes is not None) for section, kind in KINDS.items())
     on_gpu, on_cpu, *others = (
         load(ROOT / "configs" / f"{name}.toml", {}, ()).config
         for name in ("deepseek-v3.2", "quickstart-dsa", "kimi-linear-48b", "gpt-oss-20b", "moonlet")
     )
+    assert [remarks(config) for config in (on_gpu, on_cpu, *others)] == [(), (), (), (), ()], "all have kernels"
+    monkeypatch.setattr(type(on_gpu.model.attention), "has_kernels", False)
     (remark,) = remarks(on_gpu)
     assert remark.startswith('model.attention.kind: "dsa" has no kernels, a GPU runs it as plain torch')
     assert [remarks(config) for config in (on_cpu, *others)] == [(), (), (), ()]
@@ -1176,8 +1180,7 @@ def test_plain_torch_on_a_gpu_takes_what_the_kernels_do_not() -> None:
     assert remarks(plain) == ('run.kernels: "torch" runs every operation of a GPU as plain torch: right, and slow',)
     (problem,) = validate(attrs.evolve(plain, train=attrs.evolve(plain.train, graph=True)), 1)
     assert problem.startswith('train.graph: expected false when run.kernels is "torch", got true; ')
-    graphed = attrs.evolve(plain, run=attrs.evolve(plain.run, kernels="triton"))
-    graphed = attrs.evolve(graphed, train=attrs.evolve(plain.train, graph=True))
+    graphed = rules_config(*on_gpu[:2], "train.graph=true")
     assert validate(graphed, 1) == ()
     (problem,) = validate(attrs.evolve(graphed, parallel=attrs.evolve(plain.parallel, transport="proxy")), 1)
     assert problem.startswith('train.graph: expected false when parallel.transport is "proxy", got true; write false')

@@ -34,7 +34,7 @@ def train(config: Config, *, accept: Sequence[str] = (), world: World | None = N
     folder.mkdir(exist_ok=True, parents=True)
     output = folder / f"{config.run.name}.txt"
     code = forked(lambda: run.main(config, {}, ("nmoe", "run"), "x", accept, world), output)
-    return code, output.read_text(errors="replace")
+    return code, output.read_text(errors="replace").removesuffix("\n")
 
 
 def folder(config: Config) -> Path:

@@ -62,7 +62,7 @@ CASES = (
 
 @attrs.frozen(kw_only=True)
 class Operands:
-    """What a mixture is given, and the gradient it is pulled by."""
+    """What a mixture is given, and the gradient of its output."""
 
     x: Tensor
     expert: Tensor

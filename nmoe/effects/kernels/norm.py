@@ -89,11 +89,11 @@ def backward_kernel(
         here = row[:, None] * width + column[None, :]
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         unit = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32) * scale
-        pulled = tl.load(grad_output + here, mask=inside, other=0.0).to(tl.float32)
-        summed += pulled * unit
-        pulled *= factor
-        along = tl.sum(pulled * unit, 1)[:, None] / width
-        result = (pulled - unit * along) * scale
+        dy = tl.load(grad_output + here, mask=inside, other=0.0).to(tl.float32)
+        summed += dy * unit
+        dy *= factor
+        along = tl.sum(dy * unit, 1)[:, None] / width
+        result = (dy - unit * along) * scale
         if adds:
             result += tl.load(residual + here, mask=inside, other=0.0).to(tl.float32)
         tl.store(gradient + here, result.to(gradient.dtype.element_ty), mask=inside)

@@ -34,8 +34,8 @@ ARGUMENTS: Mapping[str, str] = {
     "dq": "kv:h chosen:i ds:h dq:h | first_query positions heads slots",
     "parts": "q:h do:h chosen:i p:h ds:h parts:h | first_query positions heads slots",
     "gather": "parts:h place:i total:h rest:h | queries positions slots width",
-    "index_gradient": "q:h k:h w:h chosen:i target:f top:f pull:f dq:h dw:h | positions heads slots",
-    "index_parts": "q:h k:h w:h chosen:i target:f top:f pull:f parts:h place:i | first_query positions heads slots",
+    "index_gradient": "q:h k:h w:h chosen:i target:f top:f dy:f dq:h dw:h | positions heads slots",
+    "index_parts": "q:h k:h w:h chosen:i target:f top:f dy:f parts:h place:i | first_query positions heads slots",
 }
 """Pointers with the letter of their type, and integers, of each kernel."""
 

@@ -68,7 +68,7 @@ def request(name: str, layer: Layer, target: int) -> Request:
         constants |= {} if layer.documents else {"start": None}
     if name in ("scan", "scan_backward"):
         optional = ["before"] if name == "scan" else ["dafter", "dbefore"]
-        constants |= {"goes_on": layer.memory} | ({} if name == "scan" else {"pulled": layer.memory})
+        constants |= {"goes_on": layer.memory} | ({} if name == "scan" else {"has_dafter": layer.memory})
     if name.startswith("sum"):
         types["limit"] = "fp32"
         constants["bounded"] = layer.memory

@@ -86,17 +86,17 @@ def backward_kernel(
     first = b.to(tl.int64) * positions + begin
     own = first * width + h * channels
     x, dtotal, taps = x + own, dtotal + own, taps + h * channels
-    pulled = dq
+    dy_at = dq
     if h >= 2 * heads:
-        pulled = dv
+        dy_at = dv
     elif h >= heads:
-        pulled = dk
-    pulled += (first * heads + h % heads) * channels
+        dy_at = dk
+    dy_at += (first * heads + h % heads) * channels
     at = (row * heads * channels)[:, None] + channel[None, :]
-    pull = tl.load(pulled + at, mask=(t < positions)[:, None], other=0.0).to(tl.float32)
+    dy = tl.load(dy_at + at, mask=(t < positions)[:, None], other=0.0).to(tl.float32)
     total = summed(x, taps, start, b, t, row, channel, positions, width, count, channels, documents)
     share = 1.0 / (1.0 + tl.exp(-total))
-    gradient = pull * share * (1.0 + total * (1.0 - share))
+    gradient = dy * share * (1.0 + total * (1.0 - share))
     at = row[:, None] * width + channel[None, :]
     tl.store(dtotal + at, gradient.to(dtotal.dtype.element_ty), mask=(t < positions)[:, None])
     dtaps += (tl.program_id(0) * tl.num_programs(1) + b).to(tl.int64) * count * width + h * channels
@@ -176,8 +176,8 @@ class Convolve(torch.autograd.Function):
         dtotal, dx = torch.empty_like(x), torch.empty_like(x)
         blocks = triton.cdiv(x.shape[1], tile.tokens) * x.shape[0]
         dtaps = torch.empty(blocks, taps.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
-        pulled = {"dq": dq, "dk": dk, "dv": dv, "heads": taps.shape[1]}
-        launch(backward_kernel, x, taps, start, tile, x=x, dtotal=dtotal, dtaps=dtaps, **pulled)
+        outputs = {"dq": dq, "dk": dk, "dv": dv, "heads": taps.shape[1]}
+        launch(backward_kernel, x, taps, start, tile, x=x, dtotal=dtotal, dtaps=dtaps, **outputs)
         launch(input_kernel, x, taps, start, tile, dtotal=dtotal, dx=dx)
         return dx, dtaps.sum(0).T.reshape(taps.shape).to(taps.dtype), None, None
 

@@ -323,7 +323,7 @@ class IndexLoss(torch.autograd.Function):
         """Gradients of the indexer's queries, keys and weights."""
         q, k, w, chosen, target, top = ctx.saved_tensors
         tiles, (batch, length, heads, channels), slots = ctx.tiles, q.shape, chosen.shape[-1]
-        common = {"heads": heads, "target": target, "pull": gradients[0].float(), **indexed(q, k, w, chosen, top)}
+        common = {"heads": heads, "target": target, "dy": gradients[0].float(), **indexed(q, k, w, chosen, top)}
         given = {name.removeprefix("index_"): value for name, value in common.items()}
         dq, dw = torch.empty_like(q), torch.empty_like(w)
         cut = tiles.index_gradient

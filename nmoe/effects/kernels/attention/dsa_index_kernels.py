@@ -162,15 +162,15 @@ def load_keys(k, chosen, t, b, j, slots, until, positions, block_n: tl.constexpr
 
 
 @triton.jit
-def pull_of_scores(score, top, target, t, slot, there, slots, pulled):
+def gradient_of_scores(score, top, target, t, slot, there, slots, grad_output):
     """Gradient of the loss towards the scores of some slots: what softmax gives them, less their target."""
     wanted = tl.load(target + t.to(tl.int64) * slots + slot, mask=there, other=0.0)
-    return tl.where(there, tl.exp(score - top) - wanted, 0.0) * pulled
+    return tl.where(there, tl.exp(score - top) - wanted, 0.0) * grad_output
 
 
 @triton.jit
 def index_gradient_kernel(
-    q, k, w, chosen, target, top, pull, dq, dw, positions, heads, slots, block_n: tl.constexpr,
+    q, k, w, chosen, target, top, dy, dq, dw, positions, heads, slots, block_n: tl.constexpr,
     channels: tl.constexpr, channels_box: tl.constexpr, heads_box: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one query's heads and weights. Heads are the rows of each product, so that its sums stay here."""
@@ -181,7 +181,7 @@ def index_gradient_kernel(
     channel = tl.arange(0, channels_box)
     tile = load_heads(q, t, heads, channels, heads_box, channels_box)
     weight = tl.load(w + t.to(tl.int64) * heads + head, mask=head < heads, other=0.0).to(tl.float32)
-    pulled = tl.load(pull)
+    grad_output = tl.load(dy)
     highest = tl.load(top + t)
     acc = tl.zeros([heads_box, channels_box], tl.float32)
     acc_w = tl.zeros([heads_box], tl.float32)
@@ -190,7 +190,7 @@ def index_gradient_kernel(
         x = tl.dot(tile, keys.T)
         score = tl.sum(tl.maximum(x, 0.0) * weight[:, None], 0)
         slot = j + tl.arange(0, block_n)
-        ds = pull_of_scores(score, highest, target, t, slot, there, slots, pulled)
+        ds = gradient_of_scores(score, highest, target, t, slot, there, slots, grad_output)
         acc_w += tl.sum(tl.maximum(x, 0.0) * ds[None, :], 1)
         dx = tl.where(x > 0, weight[:, None] * ds[None, :], 0.0)
         acc = tl.dot(dx.to(keys.dtype), keys, acc)
@@ -202,7 +202,7 @@ def index_gradient_kernel(
 
 @triton.jit
 def index_parts_kernel(
-    q, k, w, chosen, target, top, pull, parts, place, first_query, positions, heads, slots, block_n: tl.constexpr,
+    q, k, w, chosen, target, top, dy, parts, place, first_query, positions, heads, slots, block_n: tl.constexpr,
     channels: tl.constexpr, channels_box: tl.constexpr, heads_box: tl.constexpr,
 ):  # fmt: skip
     """What one query adds to the gradients of `block_n` of its keys, and where each key finds it."""
@@ -220,7 +220,7 @@ def index_parts_kernel(
         x = tl.dot(keys, tile.T)
         score = tl.sum(tl.maximum(x, 0.0) * weight[None, :], 1)
         slot = j + tl.arange(0, block_n)
-        ds = pull_of_scores(score, tl.load(top + t), target, t, slot, there, slots, tl.load(pull))
+        ds = gradient_of_scores(score, tl.load(top + t), target, t, slot, there, slots, tl.load(dy))
         dx = tl.where(x > 0, weight[None, :] * ds[:, None], 0.0)
         part = tl.dot(dx.to(tile.dtype), tile)
         at = (g.to(tl.int64) * slots + slot)[:, None] * channels + channel[None, :]

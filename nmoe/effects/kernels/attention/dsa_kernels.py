@@ -145,12 +145,12 @@ def dq_kernel(
     acc = tl.zeros([block_m, block_k], tl.float32)
     for j in tl.range(0, list_of(t, positions, slots), block_n):
         slot, at, there = load_slots(chosen, t, positions, slots, j, block_n)
-        pulled = tl.load(
+        dscore = tl.load(
             ds + (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :],
             mask=there[:, None] & (head < heads)[None, :],
             other=0.0,
         )
-        acc = tl.dot(pulled.T, load_part(kv, at, there, width, c, width, block_k), acc)
+        acc = tl.dot(dscore.T, load_part(kv, at, there, width, c, width, block_k), acc)
     to = (t.to(tl.int64) * heads + head)[:, None] * width + channel[None, :]
     inside = (head < heads)[:, None] & (channel < width)[None, :]
     tl.store(dq + to, acc.to(dq.dtype.element_ty), mask=inside)
@@ -179,8 +179,8 @@ def parts_kernel(
             inside = (slot < until)[:, None] & (head < heads)[None, :]
             weight = tl.load(p + at, mask=inside, other=0.0)
             acc = tl.dot(weight, load_part(do, row, head < heads, rank, c, rank, block_k), acc)
-            pulled = tl.load(ds + at, mask=inside, other=0.0)
-            acc = tl.dot(pulled, load_part(q, row, head < heads, width, c, width, block_k), acc)
+            dscore = tl.load(ds + at, mask=inside, other=0.0)
+            acc = tl.dot(dscore, load_part(q, row, head < heads, width, c, width, block_k), acc)
         to = (g.to(tl.int64) * slots + slot)[:, None] * width + channel[None, :]
         inside = (slot < until)[:, None] & (channel < width)[None, :]
         tl.store(parts + to, acc.to(parts.dtype.element_ty), mask=inside)

@@ -58,12 +58,12 @@ def backward_kernel(
     channel = tl.arange(0, channels)
     at = row[:, None] * channels + channel[None, :]
     normed, factor, share, gains = loaded(x, gate, gain, at, inside, eps, channels)
-    pull = tl.load(dy + at, mask=inside[:, None], other=0.0).to(tl.float32) * share
-    tl.store(dgain + tl.program_id(0).to(tl.int64) * channels + channel, tl.sum(pull * normed, 0))
-    pull *= gains[None, :]
-    tl.store(dgate + at, (pull * normed * (1.0 - share)).to(dgate.dtype.element_ty), mask=inside[:, None])
-    off = tl.sum(pull * normed, 1) / channels
-    tl.store(dx + at, (factor[:, None] * (pull - normed * off[:, None])).to(dx.dtype.element_ty), mask=inside[:, None])
+    grad = tl.load(dy + at, mask=inside[:, None], other=0.0).to(tl.float32) * share
+    tl.store(dgain + tl.program_id(0).to(tl.int64) * channels + channel, tl.sum(grad * normed, 0))
+    grad *= gains[None, :]
+    tl.store(dgate + at, (grad * normed * (1.0 - share)).to(dgate.dtype.element_ty), mask=inside[:, None])
+    off = tl.sum(grad * normed, 1) / channels
+    tl.store(dx + at, (factor[:, None] * (grad - normed * off[:, None])).to(dx.dtype.element_ty), mask=inside[:, None])
 
 
 def gated_norm(

@@ -221,8 +221,8 @@ class KdaAttention(torch.autograd.Function):
             entered=entered, left=left, correction=correction, value=fresh, weight=weight, inverse=inverse,
             carried=carried,
         )  # fmt: skip
-        pull, dafter = gradients
-        do = v.new_zeros(v.shape) if pull is None else pull.contiguous()
+        grad_output, dafter = gradients
+        do = v.new_zeros(v.shape) if grad_output is None else grad_output.contiguous()
         dstates, dfresh, dmemory = scan_backward(prepared, do, dafter, ctx.goes_on, shape)
         dq, dk, dv, dtotal, dstep = backward(
             q, k, v, o, total, step, start, inverse, states, fresh, do, dstates, dfresh, shape
@@ -365,7 +365,7 @@ def scan_backward(
         dbefore=dbefore,
         positions=shape.positions,
         values=tile.values,
-        pulled=dafter is not None,
+        has_dafter=dafter is not None,
         goes_on=goes_on,
         **shape.common(tile),
     )

@@ -278,7 +278,7 @@ def output_kernel(
 @triton.jit
 def scan_backward_kernel(
     entered, correction, left, carried, weight, do, dafter, dstates, dfresh, dbefore, positions, heads, chunks,
-    length: tl.constexpr, channels: tl.constexpr, values: tl.constexpr, pulled: tl.constexpr, goes_on: tl.constexpr,
+    length: tl.constexpr, channels: tl.constexpr, values: tl.constexpr, has_dafter: tl.constexpr, goes_on: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the memory from the last chunk to the first.
 
@@ -294,7 +294,7 @@ def scan_backward_kernel(
     inner = row[:, None] * channels
     whole = pair.to(tl.int64) * (channels * channels)
     state = tl.zeros([channels, values], tl.float32)
-    if pulled:
+    if has_dafter:
         state += tl.load(dafter + whole + own)
     for back in tl.range(0, chunks):
         n = chunks - 1 - back
@@ -305,12 +305,12 @@ def scan_backward_kernel(
         tl.store(dstates + tile * (channels * channels) + own, memory)
         rows = do + outer(b, n, h, positions, heads, length) * channels
         rows += (row * heads * channels)[:, None] + column[None, :]
-        pull = tl.load(rows, mask=(n * length + row < positions)[:, None], other=0.0)
-        written = tl.dot(tl.trans(tl.load(weight + tile * (length * length) + square(length, length))), pull)
+        dy = tl.load(rows, mask=(n * length + row < positions)[:, None], other=0.0)
+        written = tl.dot(tl.trans(tl.load(weight + tile * (length * length) + square(length, length))), dy)
         written = tl.dot(tl.load(left + at + full), memory, written).to(dfresh.dtype.element_ty)
         tl.store(dfresh + at + inner + column[None, :], written)
         keeps = tl.load(carried + tile * channels + tl.arange(0, channels))
-        state = tl.dot(tl.trans(tl.load(entered + at + full)), pull, state * keeps[:, None])
+        state = tl.dot(tl.trans(tl.load(entered + at + full)), dy, state * keeps[:, None])
         state -= tl.dot(tl.trans(tl.load(correction + at + full)), written)
     if goes_on:
         tl.store(dbefore + whole + own, state)
@@ -360,13 +360,13 @@ def backward_kernel(
         column = begin + tl.arange(0, values)
         at = row[:, None] * channels + column[None, :]
         out = number[:, None] * channels + column[None, :]
-        pull = tl.load(do + out, mask=inside[:, None], other=0.0)
+        dy = tl.load(do + out, mask=inside[:, None], other=0.0)
         written = tl.load(fresh + at)
         dvalue = tl.dot(solution, tl.load(dfresh + at))
         worth = load_rows(v, given, column, inside)
         dbeta += tl.sum(dvalue * worth, 1)
         off_key += tl.sum(dvalue * (2 * written.to(tl.float32) - beta[:, None] * worth), 1)
-        off_query += tl.sum(load_rows(o, number * channels, column, inside) * pull.to(tl.float32), 1)
+        off_query += tl.sum(load_rows(o, number * channels, column, inside) * dy.to(tl.float32), 1)
         queries = load_rows(q, given, column, inside)
         keys = load_rows(k, given, column, inside)
         by_query += tl.sum(queries * queries, 1)
@@ -374,8 +374,8 @@ def backward_kernel(
         tl.store(dv + out, (dvalue * beta[:, None]).to(dv.dtype.element_ty), mask=inside[:, None])
         dvalue = dvalue.to(q.dtype.element_ty)
         # transposes are products of their own: Triton 3.6 gets the transpose of a product wrong on sm_90
-        dweight = tl.dot(pull, tl.trans(written), dweight)
-        dweight_t = tl.dot(written, tl.trans(pull), dweight_t)
+        dweight = tl.dot(dy, tl.trans(written), dweight)
+        dweight_t = tl.dot(written, tl.trans(dy), dweight_t)
         doverlap = tl.dot(dvalue, tl.trans(written), doverlap)
         doverlap_t = tl.dot(written, tl.trans(dvalue), doverlap_t)
     by_query = tl.rsqrt(by_query + eps) * scale
@@ -406,8 +406,8 @@ def backward_kernel(
             kept += tl.sum(memory.to(tl.float32) * dmemory.to(tl.float32), 1)
             at = row[:, None] * channels + column[None, :]
             out = number[:, None] * channels + column[None, :]
-            pull = tl.load(do + out, mask=inside[:, None], other=0.0)
-            dentered = tl.dot(pull, tl.trans(memory), dentered)
+            dy = tl.load(do + out, mask=inside[:, None], other=0.0)
+            dentered = tl.dot(dy, tl.trans(memory), dentered)
             taken = tl.dot(tl.load(dfresh + at), tl.trans(memory), taken)
             dleft = tl.dot(tl.load(fresh + at), tl.trans(dmemory), dleft)
         own_rows = row[:, None] * channels + channel[None, :]

@@ -46,11 +46,11 @@ def backward_kernel(x, grad_output, gradient, rows, width, block_m: tl.constexpr
     gate_at = row[:, None] * (2 * width) + column[None, :]
     gate = tl.load(x + gate_at, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(x + width + gate_at, mask=inside, other=0.0).to(tl.float32)
-    pulled = tl.load(grad_output + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(grad_output + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     share = 1.0 / (1.0 + tl.exp(-gate))
-    gate_gradient = pulled * value * share * (1.0 + gate * (1.0 - share))
+    gate_gradient = dy * value * share * (1.0 + gate * (1.0 - share))
     tl.store(gradient + gate_at, gate_gradient.to(gradient.dtype.element_ty), mask=inside)
-    tl.store(gradient + width + gate_at, (pulled * gate * share).to(gradient.dtype.element_ty), mask=inside)
+    tl.store(gradient + width + gate_at, (dy * gate * share).to(gradient.dtype.element_ty), mask=inside)
 
 
 class Swiglu(torch.autograd.Function):

@@ -14,6 +14,8 @@ import pytest
 from nmoe.soak.soak import differences
 from tests.configs import ROOT
 
+PATIENCE_S = 300.0
+
 
 def trained(folder: Path, gpus: int, *more: str, poison: int) -> Path:
     """The folder of a run of 12 steps, of two microbatches a rank each, with gradients in fp32 beside bf16 values."""
@@ -24,6 +26,7 @@ def trained(folder: Path, gpus: int, *more: str, poison: int) -> Path:
         capture_output=True,
         text=True,
         check=False,
+        timeout=PATIENCE_S,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return folder / "runs" / "same"
@@ -52,7 +55,8 @@ def started(folder: Path, gpus: int, *more: str, poison: int) -> list[str]:
     model = "--model.num_layers=2 --model.vocab_size=4104 --model.hidden_size=512 --model.moe.num_experts=16"
     batch = f"--train.sequence_length=512 --train.batch_size={8 * gpus} --train.microbatch_size=4 --train.steps=12"
     command = [sys.executable, "-m", "nmoe", "run", "run.toml", *model.split(), *batch.split()]
-    return [*command, "--run.name=same", "--log.every=1", "--validation.every=1000", "--gpus", str(gpus), *more]
+    often = "--log.every=1 --validation.every=1000 --parallel.timeout_s=60"
+    return [*command, "--run.name=same", *often.split(), "--gpus", str(gpus), *more]
 
 
 @pytest.mark.parametrize(

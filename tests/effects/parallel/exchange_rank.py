@@ -108,6 +108,7 @@ def main(
                 if what == "slow":
                     time.sleep(0.2 * ((rank + seed) % 2))
                 compare(take, whole, sizes, rank, where, (tokens, hidden, width), seed, found)
+                exchange.check(e)
             found["sent"] = int(e.sent)
     except (RuntimeError, ValueError) as error:
         found["error"] = f"{type(error).__name__}: {error}"

@@ -811,7 +811,7 @@ def test_a_kind_without_kernels_is_named_on_a_gpu_alone(monkeypatch: pytest.Monk
 
 
 def test_what_the_sparse_kernels_do_not_take_is_named() -> None:
-    """And that the dense stage has none."""
+    """And what those of `mla`, which the dense stage runs on, do not."""
     config = load(ROOT / "configs" / "deepseek-v3.2.toml", {}, ()).config
     small = load(ROOT / "configs" / "quickstart-dsa.toml", {}, ()).config
     assert tuple(kernel_sizes(config.model, device="cuda", compute="bf16")) == ()
@@ -819,8 +819,14 @@ def test_what_the_sparse_kernels_do_not_take_is_named() -> None:
     assert remarks(small) == () and remarks(attrs.evolve(config, run=attrs.evolve(config.run, device="cpu"))) == ()
     warm = attrs.evolve(config.model.attention, index_warmup_tokens=1)
     model, run = attrs.evolve(config.model, attention=warm), attrs.evolve(config.run, device="cuda")
-    assert [line for line in remarks(attrs.evolve(config, model=model, run=run)) if "attention" in line] == [
-        "model.attention.index_warmup_tokens: a GPU runs the dense stage as plain torch: right, and slow"
+    assert [line for line in remarks(attrs.evolve(config, model=model, run=run)) if "attention" in line] == []
+    odd = attrs.evolve(config.model.attention, qk_nope_head_dim=100, v_head_dim=264)
+    model = attrs.evolve(config.model, attention=odd)
+    assert tuple(kernel_sizes(model, device="cuda", compute="bf16")) == ()
+    model = attrs.evolve(config.model, attention=attrs.evolve(odd, index_warmup_tokens=1))
+    assert [line.split(" for ")[0] for line in kernel_sizes(model, device="cuda", compute="bf16")] == [
+        "model.attention.qk_nope_head_dim: expected a multiple of 8 up to 256",
+        "model.attention.v_head_dim: expected a multiple of 8 up to 256",
     ]
     wide = {"kv_lora_rank": 520, "qk_rope_head_dim": 12, "index_num_heads": 65, "index_head_dim": 130}
     model = attrs.evolve(config.model, attention=attrs.evolve(config.model.attention, **wide))

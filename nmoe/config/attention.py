@@ -113,7 +113,11 @@ class Mla(Rules):
             yield from self.yarn.problems(f"{where}.yarn", max_positions)
 
     def kernel_problems(self, where: str, step: int) -> Iterator[str]:
-        for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        yield from self.wide_heads(where, step, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+
+    def wide_heads(self, where: str, step: int, keys: tuple[str, ...]) -> Iterator[str]:
+        """Sizes of a head that the kernels of `mla` do not take."""
+        for key in keys:
             size = getattr(self, key)
             if size % step or not step <= size <= 256:
                 yield (
@@ -300,6 +304,8 @@ class Dsa(Mla):
             yield f'{where}.position: expected no value, got "none"; remove it, the indexer\'s queries are rotated'
 
     def kernel_problems(self, where: str, step: int) -> Iterator[str]:
+        if self.has_stages():  # the dense one runs on the kernels of `mla`
+            yield from self.wide_heads(where, step, ("qk_nope_head_dim", "v_head_dim"))
         for key, most in DSA_MOST.items():
             size, steps = getattr(self, key), 1 if key == "index_num_heads" else step
             if size % steps or size > most:

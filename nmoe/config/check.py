@@ -94,11 +94,6 @@ def remarks(config: Config) -> tuple[str, ...]:
         for where, c in config.model.attentions().items()
         if not c.has_kernels and config.run.device == "cuda"
     )
-    plain += tuple(
-        f"{where}.index_warmup_tokens: a GPU runs the dense stage as plain torch: right, and slow"
-        for where, c in config.model.attentions().items()
-        if c.has_stages() and c.has_kernels and config.run.device == "cuda"
-    )
     return (*plain, *(f"schedule.decay_tokens: {text}" for text in no_decay(config)))
 
 

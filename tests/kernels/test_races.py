@@ -16,6 +16,7 @@ from nmoe.effects.kernels.optim import adamw
 from tests.kernels import aot, shipped, test_shipped
 from tests.kernels.aot import Request
 from tests.kernels.attention import test_shipped_dsa as sparse
+from tests.kernels.attention import test_shipped_dsa_dense as dense
 from tests.kernels.attention import test_shipped_gqa as grouped
 from tests.kernels.attention import test_shipped_kda as delta
 from tests.kernels.attention import test_shipped_mla as attention
@@ -121,6 +122,7 @@ def requests() -> list[Request]:
         *(request for target in aot.TARGETS for request in grouped.requests(grouped.GPT_OSS, target)),
         *(request for target in aot.TARGETS for request in delta.requests(delta.KIMI, target)),
         *(request for target in aot.TARGETS for request in sparse.requests(sparse.V32, target)),
+        *(request for target in aot.TARGETS for request in dense.requests(sparse.V32, target)),
         *(request for target in aot.TARGETS for request in native.requests(native.PAPER, target)),
         attention.rotation(inverse=True),
         *(request for target in aot.TARGETS for request in moe.requests(target)),

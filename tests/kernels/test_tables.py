@@ -12,13 +12,13 @@ import torch
 from nmoe.config import load
 from nmoe.effects.device import ops
 from nmoe.effects.kernels import tables
-from nmoe.effects.kernels.attention import dsa, nsa
+from nmoe.effects.kernels.attention import dsa, dsa_dense, nsa
 from nmoe.effects.kernels.attention.convolve import convolve_heads
 from nmoe.effects.kernels.attention.gated_norm import gated_norm
 from nmoe.effects.kernels.attention.kda import kda_attention
 from nmoe.errors import InputError
 from nmoe.pure.model.attention import KINDS
-from nmoe.pure.model.attention.dsa import DsaOps, attend_dsa
+from nmoe.pure.model.attention.dsa import DsaOps
 from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.mla import MlaOps
 from nmoe.pure.model.attention.nsa import NsaOps
@@ -67,19 +67,19 @@ def test_layers_of_kimi_linear_run_on_the_kernels_of_either_kind(monkeypatch: py
     ]
 
 
-def test_sparse_latent_attention_runs_on_its_kernels_but_for_its_dense_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_latent_attention_runs_on_its_kernels_in_both_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     c, device = load(ROOT / "configs" / "deepseek-v3.2.toml", {}, ()).config.model.attention, torch.device("cuda", 0)
     kind = KINDS[type(c)]
-    monkeypatch.setattr(dsa, "dsa_attention", lambda *given, tiles, **told: tiles)
-    found = ops._gpu_attention(device, kind, c, True, False)
-    assert isinstance(found, DsaOps)
-    generator = torch.Generator().manual_seed(0)
-    operands = [torch.randn(1, 3, *shape, generator=generator) for shape in ((2, 24), (24,), (2, 8), (8,), (2,))]
-    options: Any = {"scale": 0.3, "rank": 16}
-    assert found.attend(*operands, torch.zeros(1, 3, 1), **options) == ops.dsa_tiles(device, 128, 512, 64)
-    plain: Any = attend_dsa
-    assert all(map(torch.equal, found.attend(*operands, (), **options), plain(*operands, (), **options)))
+    chosen = ops._gpu_attention(device, kind, c, True, False)
+    assert isinstance(chosen, DsaOps)
+    sparse: list[Any] = [chosen.select, chosen.attend]
+    assert [op.func for op in sparse] == [dsa.select, dsa.dsa_attention]
+    assert all(op.keywords == {"tiles": ops.dsa_tiles(device, 128, 512, 64)} for op in sparse)
+    dense: Any = chosen.dense
+    assert dense.func is dsa_dense.dense_attention
+    tiles = {"tiles": ops.dsa_dense_tiles(device), "attention": ops.mla_tiles(device, 128, 64, 128)}
+    assert dense.keywords == tiles
 
 
 def test_native_sparse_attention_runs_on_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

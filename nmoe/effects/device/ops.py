@@ -35,7 +35,7 @@ from nmoe.pure.optim.clip import global_norm
 from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
-    from nmoe.effects.kernels.attention import dsa, gqa, kda, mla, nsa
+    from nmoe.effects.kernels.attention import dsa, dsa_dense, gqa, kda, mla, nsa
     from nmoe.effects.kernels.moe import moe as mixtures
 
 
@@ -167,18 +167,18 @@ def _gpu_kda(device: torch.device, kind: Kind, c: Any) -> KdaOps:
 
 
 def _gpu_dsa(device: torch.device, kind: Kind, c: Any) -> DsaOps:
-    """Sparse latent attention; its dense stage is the reference."""
+    """Sparse latent attention; its dense stage runs on the kernels of latent attention."""
     from nmoe.effects.kernels.attention import dsa as attention
-    from nmoe.effects.kernels.attention import project
+    from nmoe.effects.kernels.attention import dsa_dense, project
 
     tiles = dsa_tiles(device, *kind.tile_sizes(c))
-    sparse, dense = partial(attention.dsa_attention, tiles=tiles), kind.reference.attend
-
-    def attend(*operands: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        chosen = operands[5]
-        return (sparse if isinstance(chosen, Tensor) else dense)(*operands, **options)
-
-    return DsaOps(query=project.query, select=partial(attention.select, tiles=tiles), attend=attend)
+    heads = mla_tiles(device, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
+    return DsaOps(
+        query=project.query,
+        select=partial(attention.select, tiles=tiles),
+        attend=partial(attention.dsa_attention, tiles=tiles),
+        dense=partial(dsa_dense.dense_attention, tiles=dsa_dense_tiles(device), attention=heads),
+    )
 
 
 def _gpu_nsa(device: torch.device, kind: Kind, c: Any) -> NsaOps:
@@ -228,6 +228,13 @@ def dsa_tiles(device: torch.device, heads: int, rank: int, rope: int) -> dsa.Til
     from nmoe.effects.kernels.attention import dsa
 
     return dsa.Tiles(**tuning.find(shipped(device), "dsa", heads, rank, rope).tiles)
+
+
+def dsa_dense_tiles(device: torch.device) -> dsa_dense.Tiles:
+    """How the indexer's loss of the dense stage is cut up on this GPU."""
+    from nmoe.effects.kernels.attention import dsa_dense
+
+    return dsa_dense.Tiles(**tuning.find(shipped(device), "dsa_dense").tiles)
 
 
 def nsa_tiles(device: torch.device, head_dim: int, value: int) -> nsa.Tiles:

@@ -72,10 +72,11 @@ RECORDS: Mapping[str, type[Tile]] = MappingProxyType(
         "gqa": AttentionTile,
         "kda": DeltaTile,
         "dsa": SparseTile,
+        "dsa_dense": SparseTile,
         "nsa": SparseTile,
     }
 )
-"""The record of a tile, by op; attention goes by its kind."""
+"""The record of a tile, by op; attention goes by its kind, and by its stage where that has kernels of its own."""
 
 
 @attrs.frozen(kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -277,19 +277,19 @@ def test_of_equal_scores_the_lower_index_is_chosen() -> None:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dense_stage", [False, True])
 def test_gradients_are_those_of_finite_differences(dense_stage: bool) -> None:
-    shape = {"q": (1, 6, 2, 3), "kv": (1, 6, 3), "index_q": (1, 6, 2, 2), "index_k": (1, 6, 2), "index_w": (1, 6, 2)}
-    inputs = [random(*each, seed=seed, grad=True) for seed, each in enumerate(shape.values())]
-    _, _, iq, ik, iw = inputs
-    chosen = () if dense_stage else dsa.select(iq, ik, iw, count=3)
+    """Of heads of two channels and a value of one, or of a latent of two; one channel is rotated."""
+    index = [random(1, 6, *each, seed=seed, grad=True) for seed, each in enumerate(((2, 2), (2,), (2,)))]
+    shapes = ((2, 3), (2, 3), (1,)) if dense_stage else ((2, 3), (3,))
+    given = [random(1, 6, *each, seed=seed + 3, grad=True) for seed, each in enumerate(shapes)]
+    chosen = dsa.select(*index, count=3)
 
-    def output(q: Tensor, kv: Tensor) -> Tensor:
-        return dsa.attend_dsa(q, kv, iq, ik, iw, chosen, scale=0.7, rank=2)[0]
+    def attend(given: Sequence[Tensor], index: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        if dense_stage:
+            return dsa.attend_dense(given[0], given[1], given[2], *index, scale=0.7)
+        return dsa.attend_dsa(given[0], given[1], index[0], index[1], index[2], chosen, scale=0.7, rank=2)
 
-    def loss(index_q: Tensor, index_k: Tensor, index_w: Tensor) -> Tensor:
-        return dsa.attend_dsa(inputs[0], inputs[1], index_q, index_k, index_w, chosen, scale=0.7, rank=2)[1]
-
-    assert torch.autograd.gradcheck(output, tuple(inputs[:2]))
-    assert torch.autograd.gradcheck(loss, tuple(inputs[2:]))
+    assert torch.autograd.gradcheck(lambda *given: attend(given, index)[0], given)
+    assert torch.autograd.gradcheck(lambda *index: attend(given, index)[1], index)
 
 
 def kept(

@@ -60,6 +60,20 @@ def mla_attention(
     Raises:  InputError for formats and sizes that the kernels do not take.
     Cost:    forward 2·(C + U), backward 2·(4·C + 3·U) FLOPs for each pair of query and visible key, times H.
     """
+    return mla_attention_sums(q, kv, k_rope, start, scale=scale, tiles=tiles, forward=forward)[0]
+
+
+def mla_attention_sums(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    start: Tensor | tuple[()] = (),
+    *,
+    scale: float,
+    tiles: Tiles,
+    forward: Literal["cudnn", "triton"],
+) -> tuple[Tensor, Tensor]:
+    """`mla_attention`, and the natural logarithms [B H T] f32 of the sums of exponentials, without a gradient."""
     check(q, kv, k_rope, start, scale=scale, forward=forward)
     return MlaAttention.apply(q, kv, k_rope, start, scale, forward, tiles)
 
@@ -115,8 +129,8 @@ class MlaAttention(torch.autograd.Function):
         scale: float,
         forward: str,
         tiles: Tiles,
-    ) -> Tensor:
-        """Output, and the logarithm of each row's sum of exponentials kept for backward."""
+    ) -> tuple[Tensor, Tensor]:
+        """Output, and the logarithm of each row's sum of exponentials, which is kept for backward."""
         q, kv, k_rope = (readable(x) for x in (q, kv, k_rope))
         if forward == "cudnn" and q.shape[1] > 1:
             o, lse = cudnn_forward(q, kv, k_rope, scale)
@@ -124,7 +138,9 @@ class MlaAttention(torch.autograd.Function):
             o, lse = triton_forward(q, kv, k_rope, start, scale, tiles.forward)
         ctx.save_for_backward(q, kv, k_rope, o, lse, *((start,) if isinstance(start, Tensor) else ()))
         ctx.scale, ctx.tiles = scale, tiles
-        return o
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # of `lse` there is none
+        return o, lse
 
     @staticmethod
     @first_order

@@ -8,7 +8,7 @@ t, n the queries of one block of queries, and the keys that it sees
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -76,6 +76,7 @@ class DsaOps:
     query: Callable[..., tuple[Tensor, Tensor]]
     select: Callable[..., Tensor]
     attend: Callable[..., tuple[Tensor, Tensor]]
+    dense: Callable[..., tuple[Tensor, Tensor]]
 
 
 def dsa(
@@ -91,9 +92,10 @@ def dsa(
 ) -> tuple[Tensor, Tensor]:
     """Sparse latent attention of each sequence, or each of its documents, over itself, and the indexer's loss.
 
-    The attention reads latents: all heads share the keys [latent | rotated key], and a head's own part of the expansion
-    is in its query and output. No gradient of the attention reaches the indexer, and none of the indexer's loss the
-    rest: its inputs and its target are constants.
+    The sparse stage reads latents: all heads share the keys [latent | rotated key], and a head's own part of the
+    expansion is in its query and output. The dense stage expands them as `mla` does: a pair costs less then, and no
+    key is read by itself. No gradient of the attention reaches the indexer, and none of the indexer's loss the rest:
+    its inputs and its target are constants.
 
     x          [B T D]   normed block input
     c          section at this point of the run, as `at_tokens` has it: with a warm-up left every key is read
@@ -104,13 +106,16 @@ def dsa(
     start, position = (documents.start, documents.position) if isinstance(documents, Documents) else ((), ())
     main, rank, nope = p.latent, c.kv_lora_rank, c.qk_nope_head_dim
     low, q, kv = _inputs(main, x, rope, norm, ops, c, position, eps)
-    up_key, up_value = main.up.split((nope, c.v_head_dim), dim=-1)
-    q = torch.cat((torch.einsum("bthc,rhc->bthr", q[..., :nope], up_key), q[..., nope:]), dim=-1)
-
     index = project_index(p.indexer, x.detach(), low.detach(), rope, position)
-    chosen = () if c.index_warmup_tokens else ops.select(*index, start, count=c.index_top_k)
-    o, loss = ops.attend(q, kv, *index, chosen, start, scale=mla.scale(c), rank=rank)
-    o = torch.einsum("bthr,rhu->bthu", o, up_value)
+    if c.index_warmup_tokens:
+        expanded = (kv[..., :rank] @ main.up.flatten(1)).unflatten(-1, main.up.shape[1:])
+        o, loss = ops.dense(q, expanded, kv[..., rank:], *index, start, scale=mla.scale(c))
+    else:
+        up_key, up_value = main.up.split((nope, c.v_head_dim), dim=-1)
+        q = torch.cat((torch.einsum("bthc,rhc->bthr", q[..., :nope], up_key), q[..., nope:]), dim=-1)
+        chosen = ops.select(*index, start, count=c.index_top_k)
+        o, loss = ops.attend(q, kv, *index, chosen, start, scale=mla.scale(c), rank=rank)
+        o = torch.einsum("bthr,rhu->bthu", o, up_value)
     return o.flatten(-2) @ main.out.flatten(0, 1), c.index_loss * loss
 
 
@@ -238,7 +243,7 @@ def attend_dsa(
     index_q: Tensor,
     index_k: Tensor,
     index_w: Tensor,
-    chosen: Tensor | tuple[()],
+    chosen: Tensor,
     start: Tensor | tuple[()] = (),
     *,
     scale: float,
@@ -252,46 +257,94 @@ def attend_dsa(
     q        [B T H R+P]       in the latent's channels, then the rotated ones
     kv       [B T R+P]         latents and rotated keys, shared by all heads; the value is the latent
     index_q, index_k, index_w  as `project_index` makes them
-    chosen   [B T S] i32       keys that a query reads, -1: none; (): all from `start` up to its own
-    start    [B T] i32 or ()   first token of each token's document
+    chosen   [B T S] i32       keys that a query reads, -1: none
+    start    [B T] i32 or ()   first token of each token's document, which `chosen` holds to: not read
     rank     R
     returns  [B T H R], and the sum over queries of KL(mean of the heads' probabilities || the indexer's), 0-d; the
              gradient of the latter goes to the indexer alone
     Cost:    2·B·T·S·(H·(2 R + P) + X·(Y + 1)) FLOPs.
-    Source:  DeepSeek-V3.2-Exp eq. 2-4.
+    Source:  DeepSeek-V3.2-Exp eq. 4.
     """
 
     def attend(
-        q: Tensor, kv: Tensor, index_q: Tensor, index_k: Tensor, index_w: Tensor, here: Tensor | tuple[()], begin: int
+        q: Tensor, index_q: Tensor, index_w: Tensor, here: Tensor, kv: Tensor, index_k: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if isinstance(here, Tensor):
-            hidden, at = here < 0, here.clamp(min=0).long()
-            kv, index_k = (gathered(tensor[:, None], at[:, None])[:, 0] for tensor in (kv, index_k))
-            score = q @ kv.mT
-        else:
-            hidden = _hidden(begin, begin + q.shape[1], start, q.device)
-            score = (q.flatten(1, 2) @ kv.mT).unflatten(1, q.shape[1:3])
-        probability = softmax(score * scale, hidden[:, :, None])
-        narrow, value = probability.to(kv.dtype), kv[..., :rank]
-        if isinstance(here, Tensor):
-            o = narrow @ value
-        else:
-            o = (narrow.flatten(1, 2) @ value).unflatten(1, q.shape[1:3])
-        target = probability.detach().mean(2)
-        own = index_scores(index_q, index_k, index_w)
-        own = own.masked_fill(hidden, torch.finfo(own.dtype).min).log_softmax(-1).masked_fill(hidden, 0)
-        return o, (torch.xlogy(target, target) - target * own).sum()
+        hidden, at = here < 0, here.clamp(min=0).long()
+        kv, index_k = (gathered(tensor[:, None], at[:, None])[:, 0] for tensor in (kv, index_k))
+        probability = softmax(q @ kv.mT * scale, hidden[:, :, None])
+        o = probability.to(kv.dtype) @ kv[..., :rank]
+        return o, _divergence(probability, index_scores(index_q, index_k, index_w), hidden)
 
-    blocks: list[Tensor] = []
-    loss = upcast(q.new_zeros(()))
-    for begin, end in query_blocks(q.shape[1], QUERIES):
-        queries = slice(begin, end)
-        here, keys = (chosen[:, queries], slice(None)) if isinstance(chosen, Tensor) else ((), slice(end))
-        mine = (index_q[:, queries], index_k[:, keys], index_w[:, queries])
-        o, part = again(attend, q[:, queries], kv[:, keys], *mine, here, begin)
-        blocks.append(o)
-        loss = loss + part
-    return torch.cat(blocks, dim=1), loss
+    return _by_blocks(
+        (attend, *(tensor[:, begin:end] for tensor in (q, index_q, index_w, chosen)), kv, index_k)
+        for begin, end in query_blocks(q.shape[1], QUERIES)
+    )
+
+
+def attend_dense(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_w: Tensor,
+    start: Tensor | tuple[()] = (),
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`attend_mla`, and how far the indexer's softmax over all keys is from it: the stage in which the indexer begins.
+
+    In blocks of queries, as `attend_dsa`.
+
+    q        [B T H C]         the last P channels are rotated
+    kv       [B T H Z]         C - P channels of key, then U of value
+    k_rope   [B T P]           rotated key, shared by all heads
+    index_q, index_k, index_w  as `project_index` makes them
+    start    [B T] i32 or ()   query i sees the keys start[i]..i; (): the keys up to i
+    returns  [B T H U], and the sum over queries of KL(mean of the heads' probabilities || the indexer's), 0-d; the
+             gradient of the latter goes to the indexer alone
+    Cost:    2·B·T²·(H·(C + U) + X·(Y + 1)) FLOPs, half of them above the diagonal.
+    Source:  DeepSeek-V3.2-Exp eq. 3.
+    """
+    nope = q.shape[-1] - k_rope.shape[-1]
+
+    def attend(
+        q: Tensor, index_q: Tensor, index_w: Tensor, kv: Tensor, k_rope: Tensor, index_k: Tensor, begin: int
+    ) -> tuple[Tensor, Tensor]:
+        hidden = _hidden(begin, begin + q.shape[1], start, q.device)
+        score = torch.einsum("bthc,bnhc->bthn", q[..., :nope], kv[..., :nope])
+        score = score + torch.einsum("bthp,bnp->bthn", q[..., nope:], k_rope)
+        probability = softmax(score * scale, hidden[:, :, None])
+        o = torch.einsum("bthn,bnhu->bthu", probability.to(kv.dtype), kv[..., nope:])
+        return o, _divergence(probability, index_scores(index_q, index_k, index_w), hidden)
+
+    return _by_blocks(
+        (
+            attend,
+            *(tensor[:, begin:end] for tensor in (q, index_q, index_w)),
+            *(tensor[:, :end] for tensor in (kv, k_rope, index_k)),
+            begin,
+        )
+        for begin, end in query_blocks(q.shape[1], QUERIES)
+    )
+
+
+def _divergence(probability: Tensor, own: Tensor, hidden: Tensor) -> Tensor:
+    """KL(mean of the heads' probabilities || softmax of the indexer's scores), summed over queries; the first is given.
+
+    probability  [B t H n]
+    own          [B t n]     scores of the indexer
+    hidden       [b t n]     bool
+    """
+    target = probability.detach().mean(2)
+    own = own.masked_fill(hidden, torch.finfo(own.dtype).min).log_softmax(-1).masked_fill(hidden, 0)
+    return (torch.xlogy(target, target) - target * own).sum()
+
+
+def _by_blocks(blocks: Iterable[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
+    """Outputs of blocks of queries behind each other, and the sum of their losses, each computed `again`."""
+    outputs, losses = zip(*(again(*block) for block in blocks), strict=True)
+    return torch.cat(outputs, dim=1), torch.stack(losses).sum()
 
 
 def _hidden(begin: int, end: int, start: Tensor | tuple[()], device: torch.device) -> Tensor:
@@ -301,7 +354,7 @@ def _hidden(begin: int, end: int, start: Tensor | tuple[()], device: torch.devic
     return hidden | (key < start[:, begin:end, None]) if isinstance(start, Tensor) else hidden
 
 
-REFERENCE = DsaOps(mla.query, select, attend_dsa)
+REFERENCE = DsaOps(mla.query, select, attend_dsa, attend_dense)
 
 
 def flops(c: sections.Dsa, *, sequence_length: int, causal: bool) -> int:

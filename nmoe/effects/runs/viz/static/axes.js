@@ -7,12 +7,11 @@ const HOUR_STEPS = [
   ...SIXTIES.map((seconds) => seconds / 3600), ...SIXTIES.map((minutes) => minutes / 60),
   1, 2, 3, 6, 12, 24, 48, 120, 240, 480, 1200, 2400,
 ];
-const BINARY_STEPS = [...Array(64).keys()].map((power) => 2 ** power);
 
 /** Where ticks lie, so that they are whole in the unit people read; undefined leaves the choice to the chart. */
 export function tickPlaces(format) {
-  const steps = format === bytes ? BINARY_STEPS : format === hours ? HOUR_STEPS : null;
-  return steps ? (u, axis, low, high, step, space) => evenPlaces(steps, low, high, space && (high - low) / step * space) : undefined;
+  if (format !== hours) return undefined;
+  return (u, axis, low, high, step, space) => evenPlaces(HOUR_STEPS, low, high, space && (high - low) / step * space);
 }
 
 /** Multiples of the smallest of `steps` that leaves 50 pixels between two of them. */
@@ -48,7 +47,7 @@ export function clockTexts(seconds) {
 function evenText(step, top, format) {
   if (format === percent) return (value) => `${(100 * value).toFixed(digitsOf(100 * step))} %`;
   if (format === hours) return inUnit(TIMES.find(([size]) => isWhole(step / size)) ?? TIMES.at(-1), step);
-  if (format === bytes) return inUnit(top < 1024 ? [1, "B"] : unitOf(top, BYTES), step);
+  if (format === bytes) return inUnit(top < 999.5 ? [1, "B"] : unitOf(top, BYTES), step);
   if (top < 1e-3) return (value) => value.toExponential(Math.max(0, tens(value) - tens(step)));
   return inUnit(top < 9999.5 ? [1, ""] : unitOf(top, UNITS), step);
 }

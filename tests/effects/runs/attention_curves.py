@@ -79,10 +79,8 @@ def drawn(curves: Mapping[str, list[tuple[int, float]]], yardstick: float) -> st
     for step in range(STEPS[0], STEPS[1] + 1, 50):
         parts.append(f'<text x="{across(step)}" y="{BOTTOM + 20}" text-anchor="middle">{step}</text>')
     parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">step of 2,048 tokens</text>')
-    middle = (TOP + BOTTOM) / 2
-    parts.append(
-        f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">validation loss, nats a token</text>'
-    )
+    turned = f"translate(16 {(TOP + BOTTOM) / 2}) rotate(-90)"
+    parts.append(f'<text transform="{turned}" text-anchor="middle">validation loss, nats a token</text>')
     parts.append(f'<path d="M{LEFT} {down(yardstick)}H{RIGHT}" stroke="#222" stroke-dasharray="5 4"/>')
     parts.append(f'<text x="{RIGHT + 10}" y="{down(yardstick) + 4}">bigram {yardstick:.3f}</text>')
     for place, (name, points) in enumerate(sorted(curves.items(), key=lambda item: -item[1][-1][1])):

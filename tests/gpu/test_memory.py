@@ -1,4 +1,4 @@
-"""Memory of a layer of every kind of attention on a GPU, from 4 k to 128 k tokens: the slopes of tensors without values."""
+"""Memory of a layer of every kind of attention on a GPU from 4 k to 128 k tokens: as of tensors without values."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ def test_memory_is_linear(name: str) -> None:
         assert all(gradient.isfinite().all() for gradient in gradients)
         del gradients
         beside = taken - slope * length
-        print(
-            f"{name}, {length:,} tokens: {taken / length:,.0f} bytes a token, {beside / 2**20:,.1f} MiB beside the slope"
-        )
+        print(f"{name}, {length:,} tokens: {taken / length:,.0f} bytes a token, {beside / 2**20:,.1f} MiB beside it")
         # sorting takes memory of its own, and the allocator rounds up
-        assert -(2**20) <= beside <= layers.WORKSPACE + 0.02 * slope * length
+        assert -0.05 * slope * length <= beside <= layers.WORKSPACE + 0.02 * slope * length

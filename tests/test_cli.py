@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import tomli
 
+from nmoe.cli import build_parser
+from nmoe.cli.parser import under
 from nmoe.cli.reference import reference
 from nmoe.config import Shards, dump, load, schema
 from tests.effects.train.tiny import tiny
@@ -275,6 +278,15 @@ def test_each_verb_has_help_with_an_example(verb: str) -> None:
     done = nmoe(*verb.split(), "--help")
     assert done.returncode == 0
     assert f"example: nmoe {verb} " in done.stdout
+
+
+def test_each_parser_has_help_that_can_be_printed() -> None:
+    """Those of groups too: argparse formats what their verbs are about, in which a per cent sign is a placeholder."""
+    parsers: list[argparse.ArgumentParser] = [build_parser()[0]]
+    for parser in parsers:
+        assert parser.format_help().startswith("usage: nmoe")
+        parsers.extend(under(parser).values())
+    assert len(parsers) > 40
 
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")

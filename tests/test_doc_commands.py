@@ -66,6 +66,7 @@ SHELLS = "tests/test_completion.py::test_the_script_of_each_shell_is_printed"
 ELSEWHERE = {
     "nmoe run quickstart": QUICK,
     "nmoe run quickstart --run.name=first": QUICK,
+    "nmoe bench records docs/records/cpu-study.toml out --jobs 2": "tests/bench/test_records.py",
     "nmoe doctor": "tests/effects/device/test_doctor.py::test_this_machine",
     "nmoe viz": "tests/test_install.py::test_an_installed_wheel_loads_every_file",
     "nmoe viz --runs runs --data data/prepared": "tests/effects/runs/test_viz.py",

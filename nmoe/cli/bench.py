@@ -108,6 +108,42 @@ def verbs(root: Verbs) -> None:
     )
     save.add_argument("--steps", type=int, default=10, metavar="N", help="steps beside a save (default: %(default)s)")
     save.add_argument("--rounds", type=int, default=3, metavar="N", help="how often (default: %(default)s)")
+    records = add(
+        bench,
+        "records",
+        _bench_records,
+        "train variants of a config with several seeds, and compare them by bits a byte of held-out text; the same "
+        "command goes on where it was stopped",
+        "docs/records/quickstart.toml out --jobs 2",
+    )
+    records.set_defaults(takes_overrides=True)
+    records.usage = f"{records.prog} STUDY OUT [options] [--section.key=value ...]"
+    records.add_argument("study", type=Path, metavar="STUDY", help="TOML file that says what is trained and compared")
+    records.add_argument("out", type=Path, metavar="OUT", help="folder of the results and the table")
+    records.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at once (default: %(default)s)")
+    records.add_argument(
+        "--threads", type=int, default=2, metavar="N", help="CPU threads of each (default: %(default)s)"
+    )
+    records.add_argument(
+        "--gpus", type=int, default=0, metavar="N", help="GPUs, one training each at once, in the place of --jobs"
+    )
+    records.add_argument(
+        "--minutes", type=float, default=float("inf"), metavar="N", help="time after which trainings are stopped"
+    )
+
+
+def _bench_records(args: argparse.Namespace) -> int:
+    from nmoe.bench.records.train import main
+
+    return main(
+        args.study,
+        args.out,
+        jobs_at_once=args.jobs,
+        threads=args.threads,
+        gpus=args.gpus,
+        minutes=args.minutes,
+        more=tuple(args.overrides),
+    )
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:

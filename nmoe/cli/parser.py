@@ -45,7 +45,7 @@ def add(
     reads    whether it prints what it read, and so takes --json
     """
     parser: Parser = verbs.add_parser(
-        name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
+        name, help=about.replace("%", "%%"), description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
     )
     verb = parser.prog.removeprefix("nmoe ")
     parser.epilog = f"example: {parser.prog} {example}"
@@ -63,7 +63,7 @@ def add(
 def group(verbs: Verbs, name: str, about: str) -> Verbs:
     """A verb that has verbs of its own."""
     parser: Parser = verbs.add_parser(
-        name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
+        name, help=about.replace("%", "%%"), description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
     )
     return parser.add_subparsers(metavar="VERB", required=True)
 

@@ -89,7 +89,8 @@ def compare(inputs: list[Tensor], count: int, start: Any = ()) -> None:
         graded(which, inputs, pulls, dtype) for which, dtype in ((ours, None), (plain, None), (plain, torch.float64))
     )
     # the loss is one number in fp32: half a step of bf16 in its terms
-    check([found[0], *found[2:]], [allowed[0], *allowed[2:]], [right[0], *right[2:]])
+    # a query with one key has no gradient: o . do less kv . do, two sums of 512 products in fp32
+    check(*([each[0], *each[2:]] for each in (found, allowed, right)), floor=1e-3)
     assert abs(found[1].double() - right[1]) <= 2**-8 * right[1].abs() + 1e-3
 
 

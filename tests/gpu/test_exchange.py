@@ -84,13 +84,13 @@ def test_too_many_rows() -> None:
 )
 def test_two_processes_on_one_gpu(tmp_path: Path, what: str, per_host: int | None) -> None:
     """Of one host, and of two that the proxy joins."""
-    for found in [ended(each, 200) for each in started(what, 2, tmp_path, "cuda", ONE_GPU, per_host)]:
+    for found in [ended(each, 200) for each in started(what, 2, tmp_path, "cuda:0", ONE_GPU, per_host)]:
         assert "error" not in found, found
         assert [found[name] for name in (*NAMES, "count")] == [0.0] * 6, found
 
 
 def test_a_peer_that_hangs_is_named(tmp_path: Path) -> None:
-    processes = started("hung", 2, tmp_path, "cuda", ONE_GPU)
+    processes = started("hung", 2, tmp_path, "cuda:0", ONE_GPU)
     try:
         found = ended(processes[0], 200)
         assert found["error"].startswith("PeerError: rank 0: expected every rank of the exchange within 20 s, got")

@@ -44,9 +44,9 @@ def sample(batch: int, positions: int, heads: int, groups: int, width: int = 192
 def compare(ours: Callable[..., Any], plain: Callable[..., Any], inputs: list[Tensor]) -> None:
     """Ours has at most a small factor of the error of the pure form in bf16: output and every gradient."""
     pulls = [normal(*inputs[0].shape[:3], inputs[2].shape[-1], seed=5)]
-    check(
-        *(graded(which, inputs, pulls, dtype) for which, dtype in ((ours, None), (plain, None), (plain, torch.float64)))
-    )
+    runs = ((ours, None), (plain, None), (plain, torch.float64))
+    # a query with one key has no gradient: o . do less v . do, two sums of 128 products in fp32
+    check(*(graded(which, inputs, pulls, dtype) for which, dtype in runs), floor=1e-3)
 
 
 def lists(positions: int, groups: int, count: int, start: Any, block: int) -> Tensor:

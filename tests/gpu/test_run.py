@@ -14,9 +14,32 @@ import pytest
 from nmoe.soak.soak import differences
 from tests.configs import ROOT
 
+PATIENCE_S = 300.0
+
 
 def trained(folder: Path, gpus: int, *more: str, poison: int) -> Path:
-    """The folder of a run of 12 steps, of two microbatches a rank each, with gradients in fp32 beside bf16 values.
+    """The folder of a run of 12 steps, of two microbatches a rank each, with gradients in fp32 beside bf16 values."""
+    run = subprocess.run(
+        started(folder, gpus, *more, poison=poison),
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder / "runs" / "same"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a process of its own: the packages of this one."""
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    return {**os.environ, "PYTHONPATH": path, "NMOE_HOME": str(folder.parent / "home")}
+
+
+def started(folder: Path, gpus: int, *more: str, poison: int) -> list[str]:
+    """The command of such a run.
 
     more    arguments
     poison  fills the GPU's free memory before the run, through the allocator's pools of another process
@@ -31,31 +54,9 @@ def trained(folder: Path, gpus: int, *more: str, poison: int) -> Path:
     subprocess.run([sys.executable, "-c", fill], check=True)
     model = "--model.num_layers=2 --model.vocab_size=4104 --model.hidden_size=512 --model.moe.num_experts=16"
     batch = f"--train.sequence_length=512 --train.batch_size={8 * gpus} --train.microbatch_size=4 --train.steps=12"
-    command = [
-        sys.executable,
-        "-m",
-        "nmoe",
-        "run",
-        "run.toml",
-        *model.split(),
-        *batch.split(),
-        "--run.name=same",
-        "--log.every=1",
-    ]
-    run = subprocess.run(
-        [*command, "--validation.every=1000", "--gpus", str(gpus), *more],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
-            "NMOE_HOME": str(folder.parent / "home"),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return folder / "runs" / "same"
+    command = [sys.executable, "-m", "nmoe", "run", "run.toml", *model.split(), *batch.split()]
+    often = "--log.every=1 --validation.every=1000 --parallel.timeout_s=60"
+    return [*command, "--run.name=same", *often.split(), "--gpus", str(gpus), *more]
 
 
 @pytest.mark.parametrize(

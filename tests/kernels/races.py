@@ -52,8 +52,9 @@ ACCESSES = {
     "ttng.async_tma_copy_local_to_global": "async store",
     "ttng.async_tma_scatter": "async store",
     "ttng.async_tma_reduce": "async store",
+    "tt.elementwise_inline_asm": "atomic",
 }
-"""Operations that touch global memory at their first operand."""
+"""Operations that touch global memory at their first operand; assembly does when that is a pointer."""
 
 UNKNOWN = frozenset(("tt.call", "ttg.warp_specialize", "cf.br", "cf.cond_br"))
 """Operations behind which accesses would be missed."""
@@ -375,7 +376,7 @@ class Walk:
             return
         shape, layout = layout_of(operation.types, self.layouts)
         roots, loads = frozenset[str]().union(*(operand.roots for operand in operands)), frozenset[int]()
-        if name in ACCESSES:
+        if name in ACCESSES and (roots or name != "tt.elementwise_inline_asm"):
             address = operands[0]
             coordinates = re.match(r"%[\w-]+\[([^\]]*)\]", operation.head)
             if coordinates is not None:

@@ -31,17 +31,24 @@ def graded(
 
 
 def check(
-    ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], *, factor: float = 1.5, steps: float = 0.5
+    ours: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    *,
+    factor: float = 1.5,
+    steps: float = 0.5,
+    floor: float = 0.0,
 ) -> None:
     """Each result has at most `factor` times the error of the plain computation, or half a step of its format.
 
     truth    in fp64
     steps    error that is granted to a plain computation that happens to be exact, in steps of the format at the
              root mean square of the truth
+    floor    norm of an error that is granted beside, where the truth is the difference of two equal sums
     """
     for place, (a, b, t) in enumerate(zip(ours, plain, truth, strict=True)):
         assert a.dtype is b.dtype, (place, a.dtype, b.dtype)
         assert a.shape == t.shape, (place, a.shape, t.shape)
-        step = steps * torch.finfo(a.dtype).eps * t.norm()
+        step = steps * torch.finfo(a.dtype).eps * t.norm() + floor
         error, plain_error = ((each.double() - t).norm() for each in (a, b))
         assert error <= factor * plain_error + step, f"result {place}: error {error:.3g}, plain {plain_error:.3g}"

@@ -2,6 +2,7 @@
 
     python -m tests.effects.parallel.exchange_rank WHAT DEVICE RANK RANKS STORE [PER_HOST [RENDEZVOUS]]
 
+DEVICE is "cpu", "cuda" (a GPU a rank) or "cuda:0" (one GPU for all).
 With PER_HOST ranks lie on hosts of so many, which the proxy joins; with RENDEZVOUS they are hosts already. What a rank
 found is one line of JSON on standard output.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -29,6 +31,7 @@ from nmoe.pure.model import experts, route
 from nmoe.pure.model.route import Routing
 
 TOKENS, EXPERTS, TOP_K = 12, 8, 3
+MANY = 5000
 TIMEOUT_S = 2.0  # for a peer that is gone; all others are waited for, however loaded the machine is
 
 GONE: Mapping[str, Callable[[], None]] = MappingProxyType(
@@ -50,9 +53,11 @@ def main(
         interpreter.turn_on()
     from nmoe.effects.parallel import exchange
 
-    where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    if device == "cuda":
+    where = torch.device(device if device != "cuda" else f"cuda:{rank}")
+    if where.type == "cuda":
         torch.cuda.set_device(where)
+        # what is allocated from here on is NaN until it is written
+        torch.full((2**31,), 255, dtype=torch.uint8, device=where)
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, ranks),  # pyright: ignore[reportPrivateImportUsage]
@@ -60,7 +65,7 @@ def main(
         world_size=ranks,
         timeout=timedelta(seconds=60),
     )
-    small = device == "cpu"
+    small = where.type == "cpu"
     tokens, hidden, width = (TOKENS, 16, 16) if small else (2048, 1024, 512)
     sizes = exchange.Sizes(
         ranks=ranks,
@@ -92,7 +97,9 @@ def main(
     try:
         with open_here(group=everybody) as e:
             take, whole = mixtures(what, e, where)
-            for seed in range(1 if what == "kernels" else 5):
+            if what == "many":
+                many(take, whole, sizes, rank, where, (tokens, hidden, width), found)
+            for seed in range({"kernels": 1, "many": 0}.get(what, 5)):
                 if what == "hung" and rank == ranks - 1 and seed == 1:
                     print("hung", flush=True)
                     time.sleep(60)
@@ -101,6 +108,7 @@ def main(
                 if what == "slow":
                     time.sleep(0.2 * ((rank + seed) % 2))
                 compare(take, whole, sizes, rank, where, (tokens, hidden, width), seed, found)
+                exchange.check(e)
             found["sent"] = int(e.sent)
     except (RuntimeError, ValueError) as error:
         found["error"] = f"{type(error).__name__}: {error}"
@@ -198,6 +206,63 @@ def compare(
     for name, a, b in zip(("y", "count", "dx", "d_weight", "d_up", "d_down"), ours, wanted, strict=True):
         gap = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
         found[name] = max(gap, found.get(name, 0.0))
+
+
+def many(
+    take: Mixture,
+    whole: Mixture,
+    sizes: Any,
+    rank: int,
+    where: torch.device,
+    shape: tuple[int, int, int],
+    found: dict[str, Any],
+) -> None:
+    """Thousands of passes on routing of their own, of which half are replayed from one graph, with random delays of the
+    host and of the device: how many results have a bit that one GPU's do not have. Nothing waits for the device."""
+    tokens, hidden, width = shape
+    count, local = tokens * sizes.ranks, sizes.local()
+    mine, held = slice(rank * tokens, (rank + 1) * tokens), slice(rank * local, (rank + 1) * local)
+    draw, late = torch.Generator(where).manual_seed(1), random.Random(rank)
+    x, grad_output = (torch.randn(count, hidden, generator=draw, device=where).to(sizes.dtype) for _ in range(2))
+    up = (torch.randn(EXPERTS, hidden, 2, width, generator=draw, device=where) / hidden**0.5).to(sizes.dtype)
+    down = (torch.randn(EXPERTS, width, hidden, generator=draw, device=where) / width**0.5).to(sizes.dtype)
+    expert = torch.zeros(count, TOP_K, dtype=torch.int64, device=where)
+    weight = torch.zeros(count, TOP_K, device=where)
+    wrong = torch.zeros(6, dtype=torch.int64, device=where)
+
+    def graded(apply: Mixture, mine: slice, held: slice) -> list[Tensor]:
+        leaves = [each.detach().requires_grad_() for each in (x[mine], weight[mine], up[held], down[held])]
+        y, chosen = apply(leaves[0], Routing(expert[mine], leaves[1]), leaves[2], leaves[3])
+        return [y.detach(), chosen, *torch.autograd.grad(y, leaves, grad_output[mine])]
+
+    graph, ours = torch.cuda.CUDAGraph(), []
+    for number in range(MANY):
+        x.copy_(x.roll(1, 0))
+        score = torch.rand(count, EXPERTS, generator=draw, device=where)
+        if number % 3 == 0:
+            score[:, number % EXPERTS] += 1  # every token there
+        if number % 3 == 1:
+            score[:, : EXPERTS // 2] -= 1  # nearly none there
+        weight.copy_(score.topk(TOP_K).values.abs())
+        expert.copy_(score.topk(TOP_K).indices)
+        if late.random() < 0.02:
+            time.sleep(0.01 * late.random())
+        if late.random() < 0.1:
+            torch.cuda._sleep(late.randrange(1_000_000))  # cycles
+        if number == MANY // 2:
+            torch.cuda.synchronize()
+            dist.barrier()
+            with torch.cuda.graph(graph):
+                ours = graded(take, mine, held)
+        if number < MANY // 2:
+            ours = graded(take, mine, held)
+        else:
+            graph.replay()
+        plain = graded(whole, slice(None), slice(None))
+        wanted = [plain[0][mine], route.load(expert[mine], EXPERTS), plain[2][mine], plain[3][mine]]
+        wanted += [plain[4][held], plain[5][held]]
+        wrong += torch.stack([(a != b).any() for a, b in zip(ours, wanted, strict=True)])
+    found["wrong"], found["passes"] = wrong.tolist(), 2 * MANY
 
 
 def digest(before: str, tensors: list[Tensor]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -14,10 +14,10 @@ import torch
 
 from nmoe.effects.parallel.exchange import opening, proxy
 from nmoe.effects.parallel.exchange.arena import Exchange, Put, view
-from nmoe.effects.parallel.exchange.host import PEER, _silent
+from nmoe.effects.parallel.exchange.host import PEER, RELAY, _silent
 from nmoe.effects.parallel.exchange.proxy import Hosts, Proxy
 from nmoe.errors import InputError
-from nmoe.pure.parallel.exchange_arena import Fields, Sizes, fields
+from nmoe.pure.parallel.exchange_arena import Sizes, fields
 from tests.effects.parallel.exchange_rank import TIMEOUT_S
 from tests.effects.parallel.exchange_ranks import ended, forked
 from tests.effects.parallel.test_exchange import RESULTS, running
@@ -44,8 +44,10 @@ def test_the_kernels_send_by_the_proxy_too(tmp_path: Path) -> None:
 
 
 @contextmanager
-def two_hosts(*, late: bool = False) -> Iterator[tuple[Exchange, Proxy, list[torch.Tensor]]]:
-    """Rank 0 of hosts {0, 1} and {2, 3}, and the arenas of the second, which the proxy of rank 2 serves.
+def two_hosts(
+    *, late: bool = False
+) -> Iterator[tuple[Exchange, Proxy, list[torch.Tensor], Callable[[Sequence[Put]], None]]]:
+    """Rank 0 of hosts {0, 1} and {2, 3}, the arenas of both, and how rank 2 delivers what rank 0 put.
 
     late  the threads of rank 0 are started by the test
     """
@@ -57,26 +59,24 @@ def two_hosts(*, late: bool = False) -> Iterator[tuple[Exchange, Proxy, list[tor
         mapped = tuple(arena if other // 2 == rank // 2 else None for other, arena in enumerate(arenas))
         e = opening._exchange(rank, SIZES, f, arenas[rank], mapped, [0] * 4, 5.0, 1, tuple("aabb"), PEER)
         hosts = Hosts(rank=rank, ranks=4, per_host=2)
-        areas = proxy.areas(SIZES, f, cpu)
-        carried = Proxy(hosts, areas, mapped, f.arrived, e.lost, {far: connection}, cpu)
-        return attrs.evolve(e, transport=proxy.over(PEER, carried)), carried
+        carried = Proxy(hosts, partial(proxy.areas, SIZES, f, cpu), e.lost, {far: connection}, cpu)
+        return attrs.evolve(e, transport=proxy.over(PEER, RELAY, carried)), carried
 
-    (here, sender), (_, receiver) = opened(0, ends[0], 2), opened(2, ends[1], 0)
+    def deliver(puts: Sequence[Put]) -> None:
+        """At the barrier after puts of the same fields, which are of nothing."""
+        for put in puts:
+            receiver.stage_(there, attrs.evolve(put, to=torch.full_like(put.to, 4)))
+        there.transport.barrier_(there, signal=True, wait=False)
+        receiver.deliver_(there, PEER, RELAY)
+
+    (here, sender), (there, receiver) = opened(0, ends[0], 2), opened(2, ends[1], 0)
     for each in (receiver,) if late else (sender, receiver):
         each.start()
     try:
-        yield here, sender, arenas
+        yield here, sender, arenas, deliver
     finally:
         for each in (sender, receiver):
             each.stop(orderly=False)
-
-
-def settled(arena: torch.Tensor, f: Fields, epoch: int) -> None:
-    """Wait for the signal of rank 0."""
-    end = time.monotonic() + 30
-    while int(view(arena, f.arrived)[0, 0]) < epoch:
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_a_row_crosses_once_to_a_host_and_lands_at_each_place() -> None:
@@ -84,11 +84,12 @@ def test_a_row_crosses_once_to_a_host_and_lands_at_each_place() -> None:
     x = torch.arange(40.0).view(5, 8)
     to = torch.tensor([[2, 3, 0], [3, 4, 4], [0, 1, 4], [4, 4, 4], [2, 1, 3]])
     at = torch.tensor([[5, 6, 0], [7, 0, 0], [1, 2, 0], [0, 0, 0], [8, 3, 9]])
-    with two_hosts() as (e, sender, arenas):
-        e.transport.put_rows_(e, Put(field=e.fields.land, values=x, to=to, at=at))
+    with two_hosts() as (e, sender, arenas, deliver):
+        put = Put(field=e.fields.land, values=x, to=to, at=at)
+        e.transport.put_rows_(e, put)
         e.transport.barrier_(e, signal=True, wait=False)
-        for arena in arenas[2:]:
-            settled(arena, e.fields, 1)
+        deliver([put])
+        assert [int(view(arena, e.fields.arrived)[0, 0]) for arena in arenas] == [1] * 4
         land = [view(arena, e.fields.land) for arena in arenas]
         for rank in range(4):
             wanted = torch.zeros_like(land[rank])
@@ -102,7 +103,7 @@ def test_a_row_crosses_once_to_a_host_and_lands_at_each_place() -> None:
 
 def test_words_and_counts_arrive_before_the_signal_that_follows_them() -> None:
     """Two signals one after the other, the second before the thread has seen the first."""
-    with two_hosts(late=True) as (e, sender, arenas):
+    with two_hosts(late=True) as (e, sender, arenas, deliver):
         count, tokens = torch.arange(8), torch.tensor([1, 2, 3, 4])
         gates = Put(
             field=e.fields.gate,
@@ -115,8 +116,11 @@ def test_words_and_counts_arrive_before_the_signal_that_follows_them() -> None:
         e.transport.put_words_(e, gates)
         e.transport.barrier_(e, signal=True, wait=False)
         sender.start()
+        deliver([Put(field=e.fields.counts, values=torch.zeros(1, 12), to=torch.zeros(1, 4), at=torch.zeros(1, 4))])
+        assert [int(view(arena, e.fields.arrived)[0, 0]) for arena in arenas] == [2, 2, 1, 1]
+        deliver([gates])
         for rank, arena in enumerate(arenas):
-            settled(arena, e.fields, 2)
+            assert int(view(arena, e.fields.arrived)[0, 0]) == 2
             assert view(arena, e.fields.counts)[0].tolist() == [*range(8), 1, 2, 3, 4]
             here = [float(number) for number in range(15) if number % 4 == rank]
             assert view(arena, e.fields.gate)[: len(here)].tolist() == here
@@ -134,7 +138,7 @@ def test_a_rank_of_another_host_that_is_gone_is_named_with_its_host(tmp_path: Pa
 
 def test_who_delivers_for_another_host_is_blamed_in_its_place() -> None:
     """Rank 0 of hosts {0, 1} and {2, 3}: what rank 3 sends arrives by rank 1."""
-    with two_hosts() as (e, _, _):
+    with two_hosts() as (e, *_):
         assert _silent(e, [1, 3]) == [1]
         assert _silent(e, [2, 3]) == [2, 3]
         assert e.named([2, 3]) == "ranks 2, 3 on host b" and e.named([1, 2]) == "ranks 1, 2 on hosts a, b"
@@ -182,8 +186,8 @@ def test_a_host_goes_by_the_interface_that_leads_to_the_rendezvous() -> None:
 def test_rows_for_another_host_are_nowhere_for_the_kernels_of_this_one() -> None:
     """Whose stores would run beyond the memory that stands for arenas of other hosts."""
     given: list[Put] = []
-    with two_hosts() as (e, sender, _):
-        transport = proxy.over(attrs.evolve(PEER, put_rows_=lambda e, put: given.append(put)), sender)
+    with two_hosts() as (e, sender, *_):
+        transport = proxy.over(attrs.evolve(PEER, put_rows_=lambda e, put: given.append(put)), RELAY, sender)
         to = torch.tensor([[0, 1, 2], [3, 4, 1]])
         x, at = torch.ones(2, 8), torch.zeros_like(to)
         transport.put_rows_(e, Put(field=e.fields.land, values=x, to=to, at=at))

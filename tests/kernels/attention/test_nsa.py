@@ -8,6 +8,8 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nmoe.config.sections import Nsa
@@ -136,6 +138,29 @@ def test_documents(lengths: list[int]) -> None:
 def test_other_blocks() -> None:
     """Overlapping by three quarters, a selected block longer than a tile, and more of them than there are."""
     check(sample(21, heads=2, groups=1, block=8, stride=2, span=20, count=9), branches="cs")
+
+
+@pytest.mark.parametrize("lengths", [[], [1, 9, 11]], ids=str)
+def test_readers_that_several_programs_share(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
+    """A block that two queries read or more, and keys compressed whose queries are cut in three."""
+    monkeypatch.setattr(kernel, "SHARE", 2)
+    monkeypatch.setattr(kernel, "SHARERS", 3)
+    start = starts(21, lengths, [8, 13]) if lengths else ()
+    check(sample(21, batch=2, heads=2, groups=1, start=start), branches="cs")
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(1, 9), st.integers(0, 3))
+def test_every_reader_is_in_one_share(readers: list[int], chunk: int, spare: int) -> None:
+    """The programs of an owner have its readers, `chunk` each, and places for their sums that no other has."""
+    needed = sum(max(0, number - 1) // chunk for number in readers)
+    shares = kernel.Shares.of(torch.tensor(readers), chunk, needed + spare)
+    beside = list(zip(shares.owner_of.tolist(), shares.chunk_of.tolist(), strict=True))
+    wanted = [(o, c) for o, number in enumerate(readers) for c in range(1, -(-number // chunk))]
+    assert [each for each in beside if each[1] >= 0] == wanted and len(beside) == needed + spare
+    more, base = shares.more.tolist(), shares.base.tolist()
+    assert more == [max(0, -(-number // chunk) - 1) for number in readers]
+    places = [base[o] + c for o, number in enumerate(more) if number for c in range(number + 1)]
+    assert len(set(places)) == len(places) and all(place < 2 * needed for place in places)
 
 
 def test_half_precision() -> None:

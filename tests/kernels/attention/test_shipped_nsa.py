@@ -16,13 +16,13 @@ from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
 from tests.kernels.attention.test_shipped_dsa import CAPABILITIES
 
-PRODUCTS: Mapping[str, int] = {"forward": 2, "dq": 3, "dkv": 4, "weight": 1, "total": 0, "select": 0}
+PRODUCTS: Mapping[str, int] = {"forward": 2, "dq": 3, "dkv": 4, "join": 0, "weight": 1, "total": 0, "select": 0}
 """Products of two blocks in each kernel."""
 
 POINTERS: Mapping[str, str] = {
     **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "*bf16"),
-    **dict.fromkeys(("lse", "delta", "weight", "total"), "*fp32"),
-    **dict.fromkeys(("start", "end", "begins", "chosen"), "*i32"),
+    **dict.fromkeys(("lse", "delta", "weight", "total", "part", "part_v"), "*fp32"),
+    **dict.fromkeys(("start", "end", "begins", "chosen", "more", "base", "owner_of", "chunk_of"), "*i32"),
     **dict.fromkeys(("order", "bounds"), "*i64"),
 }
 
@@ -56,7 +56,7 @@ def request(name: str, mode: int, sizes: Sizes, tile: Any) -> Request:
     listed = mode == nsa_kernels.SELECTED.value
     values: dict[str, Any] = {
         **nsa.rows(tile, sizes.group, listed=listed and name != "dkv"),
-        "block_n": box(sizes.span) if name == "dkv" and listed else tile.block_n,
+        "block_n": box(sizes.span) if name in ("dkv", "join") and listed else tile.block_n,
         "block_k": tile.block_k,
         "width": sizes.width,
         "width_box": box(sizes.width),
@@ -70,6 +70,7 @@ def request(name: str, mode: int, sizes: Sizes, tile: Any) -> Request:
         values["pack"] = max(16, values["pack"])
     missing = {"start": sizes.documents, "end": sizes.documents, "chosen": listed or name == "select"}
     missing |= {"begins": mode == nsa_kernels.COMPRESSED.value, "order": listed, "bounds": listed}
+    missing |= dict.fromkeys(("more", "base", "owner_of", "chunk_of", "part", "part_v"), mode != MODES["window"])
     constants = {key: values[key] for key in names if key in values}
     constants |= {key: None for key in names if missing.get(key) is False}
     types = {key: POINTERS.get(key, "fp32" if key == "scale" else "i32") for key in names if key not in constants}
@@ -88,6 +89,7 @@ def requests(sizes: Sizes, target: int) -> list[Request]:
     tiles = tuning.find(tuning.load(CAPABILITIES[target]), "nsa", sizes.width).tiles
     ranges = [request(name, mode, sizes, tiles[name]) for mode in MODES.values() for name in ("forward", "dq", "dkv")]
     lists = [request(name[5:], nsa_kernels.SELECTED.value, sizes, tiles[name]) for name in LISTS]
+    ranges += [request("join", mode, sizes, attrs.evolve(tiles["dkv"], num_warps=4)) for mode in (1, 2)]
     weights = request("weight", MODES["compressed"], sizes, tiles["weight"])
     choice = [request(name, MODES["compressed"], sizes, tiles["select"]) for name in ("total", "select")]
     return [*ranges, *lists, weights, *choice]

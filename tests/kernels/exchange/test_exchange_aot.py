@@ -48,6 +48,17 @@ REQUESTS = {
         {"W": 2, "WP": 2, "FLAG": 16, "SIGNAL": 1, "WAIT": 1, "LIMIT": 10**10},
         warps=1,
     ),
+    "ring": request("exchange.push:ring", "epoch:*i64 word:*i64", "", {}, warps=1),
+    "await": request(
+        "exchange.push:await", "epoch:*i64 word:*i64 missing:*i32 RANK:i32", "", {"LIMIT": 10**10}, warps=1
+    ),
+    "pass on": request(
+        "exchange.push:pass_on",
+        "epoch:*i64 addresses:*i64 OFFSET:i64 RANK:i32",
+        "OFFSET",
+        {"W": 2, "WP": 2, "FLAG": 16},
+        warps=1,
+    ),
     "plan": request(
         "exchange.plan:plan",
         "counts:*i32 shift:*i32 token_shift:*i32 count:*i32 end:*i32 origin_end:*i32 origin_shift:*i32 valid:*i32 "
@@ -99,6 +110,15 @@ def test_flags_are_released_to_and_acquired_from_the_whole_system(compiled: dict
     assert found["membar.sys"] == found["trap"] > 0, found
 
 
+def test_words_of_the_host_are_written_and_read_in_order_and_never_by_an_atomic(compiled: dict[str, Compiled]) -> None:
+    """An atomic of the device on memory of the host is none to the host over PCIe: it could undo a write."""
+    ring, poll = (instructions(compiled[name].ptx) for name in ("ring", "await"))
+    assert ring["st.release.sys.global.b64"] == 1 and poll["ld.acquire.sys.global.b64"] == 2, (ring, poll)
+    assert not [key for key in (*ring, *poll) if key.startswith(("atom", "red"))], (ring, poll)
+    assert poll["membar.sys"] == poll["trap"] == 1, poll
+    assert instructions(compiled["pass on"].ptx)["atom.global.sys.release.exch.b64"], compiled["pass on"].ptx
+
+
 def test_nothing_spills_and_slots_are_not_drawn_by_atomics(compiled: dict[str, Compiled]) -> None:
     assert [problem for each in compiled.values() for problem in each.problems()] == []
-    assert [name for name, each in compiled.items() if each.atomics] == ["barrier"]
+    assert [name for name, each in compiled.items() if each.atomics] == ["barrier", "pass on"]

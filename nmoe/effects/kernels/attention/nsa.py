@@ -24,7 +24,7 @@ from nmoe.effects.kernels.attention.dsa_kernels import delta_kernel
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
-from nmoe.pure.model.attention.blocks import WORKSPACE
+from nmoe.pure.model.attention.blocks import SHARE, SHARERS, WORKSPACE
 
 
 @attrs.frozen(kw_only=True)
@@ -261,20 +261,74 @@ def backward_pass(
     if listed:
         tile = attrs.evolve(tile, block_n=box(reach.span))
     owners = owners or triton.cdiv(k.shape[1], step)
-    kernels.dkv_kernel[(owners * batch * groups,)](
+    number, cut = owners * batch * groups, rows(tile, heads // groups, listed=False)
+    shares, chunk = None, 0
+    if bounds is not None and reach.chosen is not None:
+        chunk = SHARE
+        shares = Shares.of(bounds.diff(), chunk, reach.chosen.numel() // chunk)
+    elif reach.mode == kernels.COMPRESSED.value:
+        chunk = triton.cdiv(triton.cdiv(length, SHARERS), cut["size"]) * cut["size"]
+        readers = torch.full((number,), length, dtype=torch.int64, device=k.device)
+        shares = Shares.of(readers, chunk, number * (triton.cdiv(length, chunk) - 1))
+    extra = 0 if shares is None else len(shares.owner_of)
+    told = {**common(q, v, k, reach, scale, tile), "owners": owners, "step": step}
+    # an owner that is shared has two sums at least
+    parts = [lse.new_empty(2 * extra, tile.block_n, size) for size in (width, values)]
+    kernels.dkv_kernel[(extra + number,)](
         dk=dk,
         dv=dv,
         end=ends(reach.start) if isinstance(reach.start, Tensor) else None,
         order=order,
         bounds=bounds,
-        owners=owners,
-        step=step,
+        more=None if shares is None else shares.more,
+        base=None if shares is None else shares.base,
+        owner_of=None if shares is None else shares.owner_of,
+        chunk_of=None if shares is None else shares.chunk_of,
+        part=None if shares is None else parts[0],
+        part_v=None if shares is None else parts[1],
+        extra=extra,
+        chunk=chunk,
         value_box=box(values),
         **given,
-        **common(q, v, k, reach, scale, tile),
-        **rows(tile, heads // groups, listed=False),
+        **told,
+        **cut,
     )
+    if shares is not None and extra:
+        names = ("start", "positions", "kv_heads", "num_keys", "step", "owners", "block_n", "span", "mode", "documents")
+        for part, to in zip(parts, (dk, dv), strict=True):
+            kernels.join_kernel[(number,)](
+                part=part,
+                dk=to,
+                more=shares.more,
+                base=shares.base,
+                width=to.shape[-1],
+                width_box=box(to.shape[-1]),
+                **{name: told[name] for name in names},
+                **launch(tiles.delta),
+            )
     return dq, dk, dv
+
+
+@attrs.frozen(kw_only=True)
+class Shares:
+    """Owners of keys whose readers several programs share, as one would go through them for too long."""
+
+    more: Tensor  # [owners] i32, programs beside the first one
+    base: Tensor  # [owners] i32, place of the first one's sum among the parts
+    owner_of: Tensor  # [extra] i32, of the programs beside
+    chunk_of: Tensor  # [extra] i32, which part of the readers each has; -1: there is nothing for it
+
+    @classmethod
+    def of(cls, readers: Tensor, chunk: int, extra: int) -> Shares:
+        """Shares of `chunk` readers. extra: at least the sum of (readers - 1) // chunk."""
+        more = (readers - 1).clamp(min=0) // chunk
+        until, held = more.cumsum(0), more + (more > 0)
+        number = torch.arange(extra, device=readers.device)
+        owner = torch.searchsorted(until, number, right=True)
+        there = owner < len(readers)
+        owner = owner.clamp(max=len(readers) - 1)
+        chunk_of = torch.where(there, number - (until - more)[owner] + 1, -1)
+        return cls(more=more.int(), base=(held.cumsum(0) - held).int(), owner_of=owner.int(), chunk_of=chunk_of.int())
 
 
 def inverted(reach: Reach, length: int) -> tuple[Tensor, Tensor, int, int]:

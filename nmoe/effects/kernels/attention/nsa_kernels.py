@@ -211,40 +211,71 @@ def readers(
 
 
 @triton.jit
-def dkv_kernel(
-    q, k, v, do, dk, dv, lse, delta, start, end, begins, order, bounds, positions, heads, kv_heads, group, num_keys,
-    slots, window, block, stride, step, owners, k_batch, k_row, k_head, v_batch, v_row, v_head, scale,
-    size: tl.constexpr, pack: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, width: tl.constexpr,
-    width_box: tl.constexpr, value: tl.constexpr, value_box: tl.constexpr, span: tl.constexpr, mode: tl.constexpr,
+def keys_of(
+    start, b, n, positions, num_keys, span: tl.constexpr, mode: tl.constexpr, block_n: tl.constexpr,
     documents: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of keys and values of a group, over every query that reads it, `size` at a time.
-
-    order   [pairs] i64     of the selected branch: places in the lists, sorted by the block there, then by the query
-    bounds  [owners + 1]    where each owner's begin
-    """
-    rows: tl.constexpr = size * pack
-    index = tl.program_id(0) % owners
-    other = tl.program_id(0) // owners
-    b = other // kv_heads
-    g = other % kv_heads
-    n = index * step
+    """Keys of the owner that begins at n, and which are there."""
     offset = tl.arange(0, block_n)
     key = n + offset
+    there = key < num_keys
     if mode == SELECTED:
-        low = tl.load(bounds + tl.program_id(0))
-        until = tl.load(bounds + tl.program_id(0) + 1)
         there = (offset < span) & (key < positions)
         if documents:
             # a block ends with its document
             one = first_key(start, b, key, positions, documents)
             there = there & (one == first_key(start, b, n, positions, documents))
+    return key, there
+
+
+@triton.jit
+def dkv_kernel(
+    q, k, v, do, dk, dv, lse, delta, start, end, begins, order, bounds, more, base, owner_of, chunk_of, part, part_v,
+    positions, heads, kv_heads, group, num_keys, slots, window, block, stride, step, owners, extra, chunk, k_batch,
+    k_row, k_head, v_batch, v_row, v_head, scale, size: tl.constexpr, pack: tl.constexpr, block_n: tl.constexpr,
+    block_k: tl.constexpr, width: tl.constexpr, width_box: tl.constexpr, value: tl.constexpr,
+    value_box: tl.constexpr, span: tl.constexpr, mode: tl.constexpr, documents: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one block of keys and values of a group, over the queries that read it, `size` at a time.
+
+    Where more than `chunk` queries read a block, several programs share them, and `join_kernel` adds their sums: the
+    first block of a document is read by every query.
+
+    order               [pairs] i64    places in the lists, sorted by the block there, then by the query
+    bounds              [owners + 1]   where each owner's begin
+    more                [owners] i32   programs of an owner beside its first one
+    base                [owners] i32   place of its sums among the parts
+    owner_of, chunk_of  [extra] i32    of the programs beside, which come first; those of no owner do nothing
+    part                [parts block_n width] f32, part_v the same of values
+    """
+    rows: tl.constexpr = size * pack
+    index = tl.program_id(0) - extra
+    c = 0
+    if mode != WINDOW:
+        if index < 0:
+            c = tl.load(chunk_of + tl.program_id(0))
+            index = tl.load(owner_of + tl.program_id(0))
+    other = index // owners
+    b = other // kv_heads
+    g = other % kv_heads
+    n = index % owners * step
+    key, there = keys_of(start, b, n, positions, num_keys, span, mode, block_n, documents)
+    if mode == SELECTED:
+        low = tl.load(bounds + index)
+        until = tl.load(bounds + index + 1)
     else:
-        there = key < num_keys
         low, until = readers(
             start, end, begins, b, n, tl.minimum(n + block_n, num_keys) - 1, positions, num_keys, window, block,
             stride, mode, documents,
         )  # fmt: skip
+    written = there
+    if mode == SELECTED:
+        # what nobody begins a block at is owned by the block before
+        written = there & (until > low)
+    if mode != WINDOW:
+        low += c * chunk
+        until = tl.minimum(until, low + chunk)
+        until = tl.where(c < 0, low, until)
     here = tl.where(there, key, 0).to(tl.int64)
     key_row = b.to(tl.int64) * k_batch + here * k_row + g * k_head
     value_row = b.to(tl.int64) * v_batch + here * v_row + g * v_head
@@ -268,17 +299,43 @@ def dkv_kernel(
         acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v)
         tile = load_part(q, row, mine, width, 0, width, width_box)
         acc = tl.dot((p * (dp - off[None, :]) * scale).to(tile.dtype), tile, acc)
-    to = (b.to(tl.int64) * num_keys + here) * kv_heads + g
-    # what nobody begins a block at is owned by the block before
-    written = there
-    if mode == SELECTED:
-        written = there & (until > low)
     channel = tl.arange(0, width_box)
+    channel_v = tl.arange(0, value_box)
+    if mode != WINDOW:
+        shared = tl.load(more + index) > 0
+        at = (tl.load(base + index).to(tl.int64) + c) * block_n + tl.arange(0, block_n)
+        written = written & (shared == 0) & (c == 0)
+        inside = (there & shared & (c >= 0))[:, None]
+        tl.store(part + at[:, None] * width + channel[None, :], acc, mask=inside & (channel < width)[None, :])
+        tl.store(part_v + at[:, None] * value + channel_v[None, :], acc_v, mask=inside & (channel_v < value)[None, :])
+    to = (b.to(tl.int64) * num_keys + here) * kv_heads + g
     inside = written[:, None] & (channel < width)[None, :]
     tl.store(dk + to[:, None] * width + channel[None, :], acc.to(dk.dtype.element_ty), mask=inside)
-    channel = tl.arange(0, value_box)
-    inside = written[:, None] & (channel < value)[None, :]
-    tl.store(dv + to[:, None] * value + channel[None, :], acc_v.to(dv.dtype.element_ty), mask=inside)
+    inside = written[:, None] & (channel_v < value)[None, :]
+    tl.store(dv + to[:, None] * value + channel_v[None, :], acc_v.to(dv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def join_kernel(
+    part, dk, more, base, start, positions, kv_heads, num_keys, step, owners, block_n: tl.constexpr,
+    width: tl.constexpr, width_box: tl.constexpr, span: tl.constexpr, mode: tl.constexpr, documents: tl.constexpr,
+):  # fmt: skip
+    """The sums of an owner that several programs have shared, in the order of their queries."""
+    index = tl.program_id(0)
+    number = tl.load(more + index)
+    if number > 0:
+        other = index // owners
+        b = other // kv_heads
+        n = index % owners * step
+        key, there = keys_of(start, b, n, positions, num_keys, span, mode, block_n, documents)
+        channel = tl.arange(0, width_box)
+        inside = there[:, None] & (channel < width)[None, :]
+        acc = tl.zeros([block_n, width_box], tl.float32)
+        for c in tl.range(0, number + 1):
+            at = (tl.load(base + index).to(tl.int64) + c) * block_n + tl.arange(0, block_n)
+            acc += tl.load(part + at[:, None] * width + channel[None, :], mask=inside, other=0.0)
+        to = (b.to(tl.int64) * num_keys + tl.where(there, key, 0)) * kv_heads + other % kv_heads
+        tl.store(dk + to[:, None] * width + channel[None, :], acc.to(dk.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
+from nmoe.pure.parallel.exchange_arena import Field
+
 ROWS = 4
 """Rows a program of `push` moves at once."""
 
@@ -69,6 +71,42 @@ def barrier_kernel(
                             "membar.sys; trap; mov.u32 $0, 0;", "=r,r", [rank], dtype=tl.int32, is_pure=False, pack=1
                         )
                 received = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
+
+
+@triton.jit
+def ring_kernel(epoch, word):
+    # release, system scope: copies and launches before this one on the stream are visible to the host before the word
+    tl.inline_asm_elementwise(
+        "st.release.sys.global.b64 [$1], $2; mov.u32 $0, 0;", "=r,l,l", [word, tl.load(epoch)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def await_kernel(epoch, word, missing, RANK, LIMIT: tl.constexpr):
+    # A load, not an atomic addition of 0: on PCIe that could write an old value over one the host has just written.
+    now = tl.load(epoch)
+    begin = globaltimer()
+    received = tl.inline_asm_elementwise(
+        "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [word], dtype=tl.int64, is_pure=False, pack=1
+    )
+    while received < now:
+        if globaltimer() - begin > LIMIT:  # pyright: ignore[reportOperatorIssue]
+            tl.store(missing, RANK + 1)
+            tl.inline_asm_elementwise(
+                "membar.sys; trap; mov.u32 $0, 0;", "=r,r", [RANK], dtype=tl.int32, is_pure=False, pack=1
+            )
+        received = tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [word], dtype=tl.int64, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def pass_on_kernel(epoch, addresses, OFFSET, RANK, W: tl.constexpr, WP: tl.constexpr, FLAG: tl.constexpr):
+    rank = tl.arange(0, WP)
+    base = tl.load(addresses + rank, mask=rank < W, other=0) + OFFSET
+    flag = base.to(tl.pointer_type(tl.int64)) + RANK * FLAG
+    tl.atomic_xchg(flag, tl.load(epoch), mask=rank < W, sem="release", scope="sys")
 
 
 @triton.jit
@@ -187,6 +225,43 @@ def barrier_(
         epoch, addresses, arrived, missing, offset, rank, ranks, triton.next_power_of_2(ranks), flag, signal, wait,
         limit_ns, num_warps=1,
     )  # fmt: skip
+
+
+def ring_(epoch: Tensor, word: Tensor) -> None:
+    """Write the epoch into a word of the host, which sees all earlier work of the stream with it.
+
+    epoch    [1] i64
+    word     [1] i64     pinned
+    Writes:  word.
+    """
+    ring_kernel[(1,)](epoch, word, num_warps=1)
+
+
+def await_(epoch: Tensor, word: Tensor, missing: Tensor, rank: int, *, limit_ns: int) -> None:
+    """Hold the stream until a word of the host has reached the epoch.
+
+    epoch    [1] i64
+    word     [1 ...] i64   pinned
+    missing  [1] i32       on the host
+    rank     that `missing` gets, and one, before the device traps
+
+    Writes:  nothing, or `missing`.
+    """
+    await_kernel[(1,)](epoch, word, missing, rank, limit_ns, num_warps=1)
+
+
+def pass_on_(epoch: Tensor, addresses: Tensor, arrived: Field, rank: int) -> None:
+    """Write the epoch into a rank's flag of every arena, in its place.
+
+    epoch      [1] i64
+    addresses  [W] i64     of the arenas
+
+    Writes:  that flag.
+    """
+    ranks, flag = arrived.shape
+    pass_on_kernel[(1,)](
+        epoch, addresses, arrived.offset, rank, ranks, triton.next_power_of_2(ranks), flag, num_warps=1
+    )
 
 
 def push_(

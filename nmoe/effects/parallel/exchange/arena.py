@@ -68,6 +68,18 @@ class Transport:
 
 
 @attrs.frozen(kw_only=True)
+class Relay:
+    """Words between what runs on a rank's stream and the threads of its process, in memory of the host.
+
+    All three act in the order of the stream.
+    """
+
+    ring_: Callable[[Exchange, Tensor], None]  # [1] i64 gets the epoch, after everything before is written
+    await_: Callable[[Exchange, Tensor, Sequence[int]], None]  # [W] i64 has the epoch for each of these ranks
+    pass_on_: Callable[[Exchange, Sequence[int]], None]  # the flags of these ranks, in the arenas of this host
+
+
+@attrs.frozen(kw_only=True)
 class Exchange:
     """One rank's part in an exchange, open from before the first step to after the last."""
 

@@ -28,7 +28,7 @@ from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
 from nmoe.effects.kernels.moe.moe import Tiles
-from nmoe.effects.parallel.exchange.arena import Exchange, Put, Transport, fit, view
+from nmoe.effects.parallel.exchange.arena import Exchange, Put, Relay, Transport, fit, view
 from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel.exchange_arena import Field
 
@@ -120,6 +120,23 @@ PEER = Transport(
     put_rows_=_push_, put_words_=_push_words_, put_counts_=_push_counts_, barrier_=_barrier_, flush=lambda e: None
 )
 """Memory of other devices, which kernels reach."""
+
+
+def _await_(e: Exchange, arrived: Tensor, ranks: Sequence[int]) -> None:
+    """Wait for words of the host. Writes: nothing, or `e.missing`."""
+    limit = int(e.timeout_s * 1e9)
+    for rank in ranks:
+        moves.await_(e.epoch, arrived[rank:], e.missing, rank, limit_ns=limit)
+
+
+def _pass_on_(e: Exchange, ranks: Sequence[int]) -> None:
+    """Signal in the place of ranks of other hosts. Writes: their flags in the arenas of this host."""
+    for rank in ranks:
+        moves.pass_on_(e.epoch, e.addresses, e.fields.arrived, rank)
+
+
+RELAY = Relay(ring_=lambda e, word: moves.ring_(e.epoch, word), await_=_await_, pass_on_=_pass_on_)
+"""Pinned words, which kernels and threads of the host reach."""
 
 
 def begin_(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:

@@ -18,7 +18,18 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from nmoe.effects.kernels.derivative import first_order
-from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, Put, Transport, check, fence, fit, store_, view
+from nmoe.effects.parallel.exchange.arena import (
+    Exchange,
+    PeerError,
+    Put,
+    Relay,
+    Transport,
+    check,
+    fence,
+    fit,
+    store_,
+    view,
+)
 from nmoe.pure.model import experts as reference
 from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.norm import upcast
@@ -50,19 +61,26 @@ def barrier_(e: Exchange, *, signal: bool, wait: bool) -> None:
     """
     if signal:
         e.epoch.add_(1)
-        fence()
-        for peer in e.peers:
-            if peer is not None:
-                view(peer, e.fields.arrived)[e.rank, 0] = int(e.epoch)
+        _flag_(e, [e.rank])
     if wait:
-        _wait(e, int(e.epoch))
+        _wait(e, view(e.raw, e.fields.arrived)[:, 0], range(e.sizes.ranks))
 
 
-def _wait(e: Exchange, epoch: int) -> None:
-    """Wait until every rank has signalled this epoch."""
-    arrived = view(e.raw, e.fields.arrived)[:, 0]
-    end = time.monotonic() + e.timeout_s
-    while late := (arrived < epoch).nonzero().flatten().tolist():
+def _flag_(e: Exchange, ranks: Sequence[int]) -> None:
+    """Write the epoch into the flags of ranks in all arenas of this host, after everything before. Writes: these."""
+    fence()
+    for peer in e.peers:
+        if peer is not None:
+            view(peer, e.fields.arrived)[list(ranks), 0] = int(e.epoch)
+
+
+def _wait(e: Exchange, arrived: Tensor, ranks: Sequence[int]) -> None:
+    """Wait until each of these ranks has signalled the epoch.
+
+    arrived  [W] i64
+    """
+    end, epoch = time.monotonic() + e.timeout_s, int(e.epoch)
+    while late := [rank for rank, word in enumerate(arrived.tolist()) if word < epoch and rank in ranks]:
         # Not of a rank that has signalled: it gave up on another one, whom the time-out names.
         if lost := [rank for rank in late if e.lost[rank]]:
             raise PeerError(
@@ -158,6 +176,16 @@ PEER = Transport(
     put_rows_=_store_, put_words_=_store_, put_counts_=_store_counts_, barrier_=barrier_, flush=lambda e: None
 )
 """Memory that the processes of a host share."""
+
+
+def _ring_(e: Exchange, word: Tensor) -> None:
+    """Write the epoch into a word, after everything before. Writes: it."""
+    fence()
+    word.copy_(e.epoch)
+
+
+RELAY = Relay(ring_=_ring_, await_=_wait, pass_on_=_flag_)
+"""Words of a process and its threads."""
 
 
 class Mixture(torch.autograd.Function):

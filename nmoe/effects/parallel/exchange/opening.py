@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nmoe.effects.parallel.exchange import proxy
-from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, Put, Transport, view
+from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, Put, Relay, Transport, view
 from nmoe.errors import InputError
 from nmoe.pure.parallel.exchange_arena import Fields, Sizes, fields
 
@@ -65,12 +66,16 @@ def open_exchange(
     f = fields(sizes)
     with ExitStack() as scope:
         within = _of_host(group, near, ranks)
+        arenas: Sequence[Tensor] = ()
         if device.type == "cpu":
-            arenas: Sequence[Tensor] = scope.enter_context(_shared(f.size, within))
+            arenas = scope.enter_context(_shared(f.size, within))
             raw = arenas[rank - near.start]
             addresses = [arena.data_ptr() for arena in arenas]
+        elif len(near) == 1:
+            raw = torch.zeros(f.size, dtype=torch.uint8, device=device)  # no other process reaches it
+            addresses = [raw.data_ptr()]
         else:
-            raw, addresses, arenas = scope.enter_context(_symmetric(f.size, within, device, as_tensors=beyond))
+            raw, addresses = scope.enter_context(_symmetric(f.size, within, device))
         # Kernels write counts, words and flags for every rank; those of other hosts fall here, and nobody reads them.
         sink = torch.empty(f.land.offset if beyond else 0, dtype=torch.uint8, device=device)
         addresses = [addresses[other - near.start] if other in near else sink.data_ptr() for other in range(ranks)]
@@ -79,9 +84,8 @@ def open_exchange(
         carried = None
         if beyond:
             connections = scope.enter_context(proxy.connections(place, group, rendezvous, timeout_s))
-            areas = proxy.areas(sizes, f, device)
-            carried = proxy.Proxy(place, areas, mapped, f.arrived, e.lost, connections, device)
-            e = attrs.evolve(e, transport=proxy.over(e.transport, carried))
+            carried = proxy.Proxy(place, partial(proxy.areas, sizes, f, device), e.lost, connections, device)
+            e = attrs.evolve(e, transport=proxy.over(e.transport, _relay(device), carried))
             scope.enter_context(_carrying(carried))
         _shake_hands_(e, group, beyond=beyond)
         try:
@@ -120,6 +124,16 @@ def _peers(device: torch.device) -> Transport:
         # only here: triton is not everywhere
         from nmoe.effects.parallel.exchange.device import PEER
     return PEER
+
+
+def _relay(device: torch.device) -> Relay:
+    """How a rank and the threads of its process reach each other."""
+    if device.type == "cpu":
+        from nmoe.effects.parallel.exchange.host import RELAY
+    else:
+        # only here: triton is not everywhere
+        from nmoe.effects.parallel.exchange.device import RELAY
+    return RELAY
 
 
 def _of_host(group: dist.ProcessGroup, near: range, ranks: int) -> dist.ProcessGroup:
@@ -272,10 +286,8 @@ def _shared(size: int, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, ...]]
 
 
 @contextmanager
-def _symmetric(
-    size: int, group: dist.ProcessGroup, device: torch.device, *, as_tensors: bool
-) -> Iterator[tuple[Tensor, list[int], list[Tensor]]]:
-    """This rank's arena, in memory that the group's GPUs reach; where this process sees each rank's; if asked, tensors.
+def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Iterator[tuple[Tensor, list[int]]]:
+    """This rank's arena, in memory that the group's GPUs reach, and where this process sees each rank's.
 
     One allocation for the life of the exchange, and none through torch's pools: a pool may give two ranks different
     slots of it, and data would go astray without a word (pytorch issue 190977).
@@ -294,13 +306,11 @@ def _symmetric(
     raw.zero_()
     torch.cuda.synchronize(device)
     dist.barrier(group=group)
-    ranks = range(dist.get_world_size(group) if as_tensors else 0)
-    arenas = [handle.get_buffer(rank, (size,), torch.uint8, before) for rank in ranks]
-    yield raw, [address + before for address in handle.buffer_ptrs], arenas
+    yield raw, [address + before for address in handle.buffer_ptrs]
     # not after an error: the device may have trapped, and a peer may be gone
     torch.cuda.synchronize(device)
     dist.barrier(group=group)
-    del handle, arenas
+    del handle
 
 
 def _refuse_multicast(device: torch.device) -> None:

@@ -5,8 +5,13 @@
 2. A thread polls that word. For each other host it picks the items that go there, each once, whatever number of ranks
    and choices there want them, and sends them with their places to the rank of that host with this rank's number on
    its own; then the epoch.
-3. That rank's thread copies every item to its places in the arenas of its host, by the memory they share, and then the
-   epoch into the sender's flag of each of these arenas. Who waits there polls the same word as within a host.
+3. That rank's thread receives into an area of its own for this connection, and writes the epoch into a word last. The
+   stream, where it waits at the barrier, waits for this word, copies every item to its places in the arenas of its
+   host by the memory they share, and signals in the sender's place there. Ranks wait for the same flags as within a
+   host.
+
+A thread calls nothing of CUDA: a launch could wait for a lock that the main thread holds while it allocates or loads a
+kernel, which may take until the device is idle, that is until the barrier is over.
 
 An area is written again two barriers later at the earliest: then every rank has signalled the first of them, for which
 it had waited for this rank's signal, so that the rows had been delivered. Nothing is allocated in a step but messages.
@@ -21,8 +26,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -30,15 +35,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nmoe.effects.parallel.exchange.arena import Exchange, Put, Transport, fence, store_, view
+from nmoe.effects.parallel.exchange.arena import Exchange, Put, Relay, Transport, fence
 from nmoe.errors import InputError
 from nmoe.pure.parallel.exchange_arena import Field, Fields, Sizes
 
 PAUSE_S = 100e-6
 """Time between two looks at the word that a signal writes."""
 
-HEADER = struct.Struct("<iiiiq")
-"""Kind of a message, number of its area, items, places of an item, epoch."""
+HEADER = struct.Struct("<iiiq")
+"""Kind of a message, number of its area, items, epoch."""
 
 ITEMS, SIGNAL, END = range(3)
 
@@ -54,14 +59,14 @@ Key = tuple[Field, int]
 
 @attrs.frozen(kw_only=True)
 class Area:
-    """Registered memory through which the puts of one field leave."""
+    """Registered memory through which the puts of one field leave, or arrive."""
 
     field: Field
     values: Tensor  # [M ...]
     to: Tensor  # [M K] i32
     at: Tensor  # [M K] i32
     count: Tensor  # [1] i32, places of all items that are sent
-    posted: Tensor  # [1] i64, epoch of the barrier before which they are sent
+    posted: Tensor  # [1] i64, epoch of the barrier before which they leave
 
 
 @attrs.frozen(kw_only=True)
@@ -87,19 +92,20 @@ class Proxy:
     def __init__(
         self,
         hosts: Hosts,
-        areas: Mapping[Key, Area],
-        arenas: Sequence[Tensor | None],
-        arrived: Field,
+        open_areas: Callable[[], Mapping[Key, Area]],
         lost: Tensor,
         connections: Mapping[int, socket.socket],
         device: torch.device,
     ) -> None:
-        """arenas: those of this host, by rank; lost: [W] gets true for a rank whose connection breaks."""
-        self.hosts, self.areas, self.connections = hosts, areas, connections
+        """open_areas: allocates them; lost: [W] gets true for a rank whose connection breaks."""
+        self.hosts, self.connections = hosts, connections
+        self.areas = open_areas()
+        self.inboxes = {rank: open_areas() for rank in connections}
         self.rung = _registered(1, torch.int64, device)  # epoch of the last signal
+        self.arrived = _registered(hosts.ranks, torch.int64, device)  # by rank, epoch of its last signal that came
         self.bytes_sent = 0
-        self._numbered, self._arenas = list(areas.values()), [each for each in arenas if each is not None]
-        self._arrived, self._lost, self._device = arrived, lost, device
+        self._staged: list[Key] = []  # puts since the last delivery: every rank puts the same fields
+        self._lost, self._device = lost, device
         self._sent, self._closing = 0, False
         self._threads = [
             threading.Thread(target=self._send, name="rows to other hosts", daemon=True),
@@ -130,8 +136,10 @@ class Proxy:
 
     def stage_(self, e: Exchange, put: Put) -> None:
         """Copy what a put sends, with its places, into its area, in the order of the stream. Writes: that area."""
-        area, (to, at) = self.areas[put.field, put.values.dim()], put.places()
+        key = (put.field, put.values.dim())
+        area, (to, at) = self.areas[key], put.places()
         items = len(put.values)
+        self._staged.append(key)
         for target, source in ((area.values, put.values), (area.to, to), (area.at, at)):
             target[:items].copy_(source, non_blocking=True)
         if put.valid is None:
@@ -141,11 +149,17 @@ class Proxy:
             area.count.copy_(put.valid[which : which + 1], non_blocking=True)
         area.posted.copy_(e.epoch + 1, non_blocking=True)
 
-    def ring_(self, e: Exchange) -> None:
-        """Signal: what was staged may leave. Writes: the word that the thread polls."""
-        if self._device.type == "cpu":
-            fence()
-        self.rung.copy_(e.epoch, non_blocking=True)
+    def deliver_(self, e: Exchange, peers: Transport, relay: Relay) -> None:
+        """Wait for what ranks of other hosts put before their signal, store it, and pass the signal on.
+
+        Writes:  those fields and flags in the arenas of this host.
+        """
+        relay.await_(e, self.arrived, list(self.connections))
+        for rank, inbox in self.inboxes.items():
+            for key in self._staged:
+                _store_(attrs.evolve(e, rank=rank), inbox[key], peers)
+        relay.pass_on_(e, list(self.connections))
+        self._staged.clear()
 
     def flush(self) -> None:
         """Wait until everything that was signalled has left, or a connection broke."""
@@ -165,17 +179,17 @@ class Proxy:
                 continue
             fence()
             epoch = self._sent + 1  # a second signal may follow before this thread has seen the first, not a third
-            for number, area in enumerate(self._numbered):
+            for number, area in enumerate(self.areas.values()):
                 if int(area.posted) == epoch:
                     self._send_items(number, area, epoch)
             for rank in self.connections:
-                self._send_to(rank, HEADER.pack(SIGNAL, 0, 0, 0, epoch))
+                self._send_to(rank, HEADER.pack(SIGNAL, 0, 0, epoch))
             self._sent = epoch
         for rank in self.connections:
-            self._send_to(rank, HEADER.pack(END, 0, 0, 0, 0))
+            self._send_to(rank, HEADER.pack(END, 0, 0, 0))
 
     def _send_items(self, number: int, area: Area, epoch: int) -> None:
-        """Send to each other host the items that any of its ranks wants, each once."""
+        """Send to each other host the items that any of its ranks wants, each once, or that there are none."""
         choices = area.to.shape[1]
         items = int(area.count) // choices
         to, at = area.to[:items], area.at[:items]
@@ -183,11 +197,10 @@ class Proxy:
             first = rank - rank % self.hosts.per_host
             there = (to >= first) & (to < first + self.hosts.per_host)
             which = there.any(1).nonzero().flatten()
-            if len(which):
-                wanted = to[which].masked_fill(~there[which], self.hosts.ranks)
-                self._send_to(rank, HEADER.pack(ITEMS, number, len(which), choices, epoch))
-                for part in (wanted, at[which], area.values[which]):
-                    self._send_to(rank, _bytes(part))
+            wanted = to[which].masked_fill(~there[which], self.hosts.ranks)
+            self._send_to(rank, HEADER.pack(ITEMS, number, len(which), epoch))
+            for part in (wanted, at[which], area.values[which]):
+                self._send_to(rank, _bytes(part))
 
     def _send_to(self, rank: int, message: Any) -> None:
         """Send all of a message, unless the connection broke: the others go on."""
@@ -201,47 +214,25 @@ class Proxy:
             self.bytes_sent += len(message)
 
     def _receive(self, rank: int) -> None:
-        """Deliver what a rank of another host sends for this host, until nothing follows."""
+        """Receive what a rank of another host sends for this host, until nothing follows."""
+        connection, header = self.connections[rank], bytearray(HEADER.size)
+        inbox = list(self.inboxes[rank].values())
         try:
-            with _side_stream(self._device):
-                while self._is_passed_on(rank):
-                    pass
+            while True:
+                _receive_into(connection, memoryview(header))
+                kind, number, items, epoch = HEADER.unpack(header)
+                if kind == END:
+                    return
+                if kind == ITEMS:
+                    area = inbox[number]
+                    for part in (area.to, area.at, area.values):
+                        _receive_into(connection, _bytes(part[:items]))
+                    area.count.fill_(items * area.to.shape[1])
+                else:
+                    fence()
+                    self.arrived[rank] = epoch
         except (OSError, EOFError):
             self._lost[rank] = True
-
-    def _is_passed_on(self, rank: int) -> bool:
-        """Deliver one message; whether another one follows."""
-        connection, header = self.connections[rank], bytearray(HEADER.size)
-        _receive_into(connection, memoryview(header))
-        kind, number, items, choices, epoch = HEADER.unpack(header)
-        if kind == ITEMS:
-            self._deliver_(connection, self._numbered[number], items, choices)
-        elif kind == SIGNAL:
-            self._signal_(rank, epoch)
-        return kind != END
-
-    def _deliver_(self, connection: socket.socket, area: Area, items: int, choices: int) -> None:
-        """Copy received items to their places in the arenas of this host. Writes: a field of these."""
-        shapes = (((items, choices), torch.int32), ((items, choices), torch.int32))
-        shapes += (((items, *area.values.shape[1:]), area.values.dtype),)
-        parts: list[Tensor] = []
-        for shape, dtype in shapes:
-            part = torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
-            _receive_into(connection, _bytes(part))
-            parts.append(part)
-        to, at, values = parts[0], parts[1].long(), parts[2].to(self._device)
-        for number, arena in enumerate(self._arenas, self.hosts.first()):
-            item, choice = (to == number).nonzero(as_tuple=True)
-            if len(item):
-                store_(arena, area.field, at[item, choice].to(self._device), values[item.to(self._device)])
-
-    def _signal_(self, rank: int, epoch: int) -> None:
-        """Pass a signal on, after what was delivered before. Writes: that rank's flag in the arenas of this host."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        fence()
-        for arena in self._arenas:
-            view(arena, self._arrived)[rank, 0] = epoch
 
 
 def areas(sizes: Sizes, f: Fields, device: torch.device) -> dict[Key, Area]:
@@ -272,7 +263,29 @@ def areas(sizes: Sizes, f: Fields, device: torch.device) -> dict[Key, Area]:
     }
 
 
-def over(peers: Transport, proxy: Proxy) -> Transport:
+def _store_(e: Exchange, area: Area, peers: Transport) -> None:
+    """Put what has arrived to the ranks of this host. Writes: a field of their arenas.
+
+    e  with the rank that it came from
+    """
+    if area.field == e.fields.counts and area.values.dim() > 1:
+        count, tokens = area.values[0].split([e.sizes.experts, e.sizes.ranks])
+        peers.put_counts_(e, count, tokens)
+        return
+    # on a CPU a put is of all items; a device has all and a number, which the host does not know when it launches
+    which = slice(None if e.raw.is_cuda else int(area.count) // area.to.shape[1])
+    put = Put(
+        field=area.field,
+        values=area.values[which],
+        to=area.to[which],
+        at=area.at[which],
+        valid=area.count,
+        programs=e.programs,
+    )
+    (peers.put_rows_ if put.values.dim() > 1 else peers.put_words_)(e, put)
+
+
+def over(peers: Transport, relay: Relay, proxy: Proxy) -> Transport:
     """Puts by memory that a host shares to its own ranks, and by the proxy to those of other hosts.
 
     peers  writes to ranks of other hosts nowhere, or where nobody reads
@@ -298,8 +311,9 @@ def over(peers: Transport, proxy: Proxy) -> Transport:
     def barrier_(e: Exchange, *, signal: bool, wait: bool) -> None:
         if signal:
             peers.barrier_(e, signal=True, wait=False)
-            proxy.ring_(e)
+            relay.ring_(e, proxy.rung)
         if wait:
+            proxy.deliver_(e, peers, relay)
             peers.barrier_(e, signal=False, wait=True)
 
     return Transport(
@@ -441,11 +455,3 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _registered(shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros in memory of the host that the device reaches without its help."""
     return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
-
-
-def _side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """A stream of this thread's own, beside the one that waits."""
-    if device.type != "cuda":
-        return nullcontext()
-    torch.cuda.set_device(device)
-    return torch.cuda.stream(torch.cuda.Stream(device))

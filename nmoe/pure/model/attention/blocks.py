@@ -15,6 +15,12 @@ from nmoe.pure.model.norm import upcast
 WORKSPACE = 24 * 2**20
 """Bytes that a device's kernels may take at once for what is made of so many queries at a time."""
 
+SHARE = 1024
+"""Readers of a selected block that one program goes through: the first block of a row has every query for a reader."""
+
+SHARERS = 16
+"""Programs that share the queries of a block of compressed keys, of which there are few."""
+
 
 def query_blocks(length: int, queries: int) -> Iterator[tuple[int, int]]:
     """Begin and end of each block of so many queries."""

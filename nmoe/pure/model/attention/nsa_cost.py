@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nmoe.config import sections
-from nmoe.pure.model.attention.blocks import WORKSPACE, query_blocks
+from nmoe.pure.model.attention.blocks import SHARE, SHARERS, WORKSPACE, query_blocks
 from nmoe.pure.model.attention.gqa import attended, executed
 
 QUERIES = 128
@@ -96,6 +96,9 @@ def kernel_kept_bytes(c: sections.Nsa) -> tuple[int, int]:
 
 
 def kernel_passing_bytes(c: sections.Nsa, *, tokens: int, sequence_length: int) -> int:
-    """Bytes of one layer's backward pass beside what is kept: gradients, inverted lists, and the workspace."""
-    lists = (4 + 4 + 8) * c.num_kv_heads * c.num_selected  # owner, sorted owner and place of a query and block
-    return tokens * (2 * c.num_heads * (2 * c.head_dim + 3 * c.v_head_dim) + lists) + WORKSPACE
+    """Bytes of one layer's backward pass beside what is kept: gradients, inverted lists, sums in fp32 of keys that
+    several programs share, of one branch at a time, and the workspace."""
+    groups, a_key = c.num_kv_heads, 4 * (c.head_dim + c.v_head_dim)
+    lists = (4 + 4 + 8) * groups * c.num_selected  # owner, sorted owner and place of a query and block
+    shared = groups * a_key * max(2 * c.num_selected * c.selected_block // SHARE, 2 * SHARERS // c.compressed_stride)
+    return tokens * (2 * c.num_heads * (2 * c.head_dim + 3 * c.v_head_dim) + lists + shared) + WORKSPACE

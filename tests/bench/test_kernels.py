@@ -9,11 +9,14 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from torch import Tensor
 
 from nmoe.bench import kernels as kernel_bench
 from nmoe.bench.kernels import attention, dsa, gqa, kda, loss, meter, moe, nsa
 from nmoe.bench.kernels.meter import Meter, Variant
+from nmoe.effects.kernels.attention import mla
 from nmoe.effects.kernels.attention.dsa import Tiles as SparseTiles
+from nmoe.effects.kernels.attention.dsa_dense import Tiles as DenseTiles
 from nmoe.effects.kernels.attention.gqa import Tiles as GroupedTiles
 from nmoe.effects.kernels.attention.kda import Tiles as DeltaTiles
 from nmoe.effects.kernels.attention.mla import Tiles as AttentionTiles
@@ -49,12 +52,13 @@ def delta() -> Variant:
     return next(kda.variants(case, CPU, DeltaTiles(**dict.fromkeys(attrs.fields_dict(DeltaTiles), tile))))
 
 
-def sparse() -> Variant:
+def sparse(name: str) -> Variant:
     sizes = {"heads": 2, "rank": 16, "rope": 8, "index_heads": 2, "index_channels": 16}
     case = dsa.Case(batch=1, length=12, top_k=5, **sizes)
     own = SparseTiles(**dict.fromkeys((field.name for field in attrs.fields(SparseTiles)), SPARSE))
-    variants = dsa.variants(case, CPU, own, AttentionTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK))
-    return next(variant for variant in variants if variant.name == "ours")
+    stage = DenseTiles(**dict.fromkeys((field.name for field in attrs.fields(DenseTiles)), SPARSE))
+    variants = dsa.variants(case, CPU, own, stage, AttentionTiles(forward=BLOCK, dq=BLOCK, dkv=BLOCK))
+    return next(variant for variant in variants if variant.name == name)
 
 
 def native() -> Variant:
@@ -70,10 +74,24 @@ def cross_entropy() -> Variant:
     return next(loss.variants(loss.Case(tokens=70, hidden=16, vocabulary=50, chunk=32), CPU))
 
 
+@pytest.fixture
+def own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our forward pass of latent attention in the place of cuDNN's, which needs a GPU."""
+
+    def own(q: Tensor, kv: Tensor, k_rope: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return mla.triton_forward(q, kv, k_rope, (), scale, BLOCK)
+
+    monkeypatch.setattr(mla, "cudnn_forward", own)
+
+
+@pytest.mark.usefixtures("own_forward")
 @pytest.mark.parametrize(
     "variant",
-    [lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), delta, sparse, native, cross_entropy],
-    ids=["moe", "mla", "gqa in a window", "gqa", "kda", "dsa", "nsa", "loss"],
+    [
+        *(lambda: ours(SMALL), attend, lambda: grouped(9), lambda: grouped(0), delta),
+        *(lambda: sparse("ours"), lambda: sparse("dense stage"), native, cross_entropy),
+    ],
+    ids=["moe", "mla", "gqa in a window", "gqa", "kda", "dsa", "dsa's dense stage", "nsa", "loss"],
 )
 def test_a_right_kernel_has_a_small_error(variant: Callable[[], Variant]) -> None:
     error = variant().error

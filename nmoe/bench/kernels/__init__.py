@@ -98,7 +98,8 @@ def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:
         for case in dsa.CASES:
             tiles = ops.dsa_tiles(device, case.heads, case.rank, case.rope)
             dense = ops.mla_tiles(device, 128, case.rope, 128)
-            measured = rows("attention", case, dsa.variants(case, device, tiles, dense), dsa.PEER, meter)
+            stage = ops.dsa_dense_tiles(device)
+            measured = rows("attention", case, dsa.variants(case, device, tiles, stage, dense), dsa.PEER, meter)
             yield f"attention  {described(case)}", measured
         for case in nsa.CASES:
             tiles = ops.nsa_tiles(device, case.head_dim, case.value)

@@ -1,4 +1,4 @@
-"""Sparse latent attention and its indexer, beside dense latent attention of the same model."""
+"""Sparse latent attention and its indexer, and its dense stage, beside dense latent attention of the same model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from nmoe.bench.kernels.meter import Variant, draw, relative_error
-from nmoe.effects.kernels.attention import dsa, mla
-from nmoe.pure.model.attention.dsa import attend_dsa
+from nmoe.effects.kernels.attention import dsa, dsa_dense, mla
+from nmoe.pure.model.attention.dsa import attend_dense, attend_dsa
 from nmoe.pure.model.attention.gqa import attended
 
 PEER = "dense MLA"
+
+NOPE, VALUE = 128, 128
+"""Channels of a head without position, and of its value, in dense attention."""
 
 CHECKED = 64
 """Last queries whose output and gradient are compared with fp64."""
@@ -50,8 +53,10 @@ CASES = tuple(
 )
 
 
-def variants(case: Case, device: torch.device, tiles: dsa.Tiles, dense: mla.Tiles) -> Iterator[Variant]:
-    """The choice alone, attention with it and without, and dense attention; no projection is part of any."""
+def variants(
+    case: Case, device: torch.device, tiles: dsa.Tiles, stage: dsa_dense.Tiles, dense: mla.Tiles
+) -> Iterator[Variant]:
+    """The choice alone, attention with it and without, the dense stage and dense attention; projections are apart."""
     shape, scale = (case.batch, case.length), (128 + case.rope) ** -0.5
     q = draw(device, *shape, case.heads, case.rank + case.rope, name="q")
     kv = draw(device, *shape, case.rank + case.rope, name="kv")
@@ -87,19 +92,54 @@ def variants(case: Case, device: torch.device, tiles: dsa.Tiles, dense: mla.Tile
     yield Variant(name="choice", forward=select, both=select, error=None)
     for name, keys in (("ours", select), ("ours, keys given", lambda: chosen)):
         yield Variant(name=name, forward=partial(forward, keys), both=partial(both, keys), error=error)
-    if device.type == "cuda":
-        yield whole(case, device, dense, scale)
-
-
-def whole(case: Case, device: torch.device, tiles: mla.Tiles, scale: float) -> Variant:
-    """Dense attention of heads of 128 channels of key and of value, and the rotated ones: deterministic."""
-    shape = (case.batch, case.length)
-    leaves = (
-        draw(device, *shape, case.heads, 128 + case.rope, name="dense_q"),
-        draw(device, *shape, case.heads, 256, name="dense_kv"),
+    expanded = (
+        draw(device, *shape, case.heads, NOPE + case.rope, name="dense_q"),
+        draw(device, *shape, case.heads, NOPE + VALUE, name="dense_kv"),
         draw(device, *shape, case.rope, name="dense_k"),
     )
-    grad_output = draw(device, *shape, case.heads, 128, name="dense_grad").detach()
+    grad_of_values = draw(device, *shape, case.heads, VALUE, name="dense_grad").detach()
+    yield warm_up(case, (*expanded, *index), grad_of_values, stage, dense, scale)
+    if device.type == "cuda":
+        yield whole(expanded, grad_of_values, dense, scale)
+
+
+def warm_up(
+    case: Case,
+    leaves: tuple[Tensor, ...],
+    grad_output: Tensor,
+    tiles: dsa_dense.Tiles,
+    dense: mla.Tiles,
+    scale: float,
+) -> Variant:
+    """The dense stage: `whole`, and the indexer's loss over all keys."""
+    attend = partial(dsa_dense.dense_attention, scale=scale, tiles=tiles, attention=dense)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return attend(*leaves)
+
+    def both() -> tuple[Tensor, ...]:
+        o, loss = attend(*leaves)
+        one = torch.ones_like(loss)
+        return o.detach(), loss.detach(), *torch.autograd.grad((o, loss), leaves, (grad_output, one))
+
+    def error() -> float:
+        """Of the first queries, which see few keys: the reference has scores of all pairs of a block and head."""
+        first = slice(0, min(case.length, 4 * CHECKED))
+        cut = tuple(leaf[:1, first].detach() for leaf in leaves)
+        exact = [leaf.double().requires_grad_() for leaf in cut]
+        y, distance = attend_dense(*exact, scale=scale)
+        right = torch.autograd.grad(distance, exact[3:])
+        own = [leaf.requires_grad_() for leaf in cut]
+        o, loss = attend(*own)
+        gradients = torch.autograd.grad(loss, own[3:])
+        return relative_error([o.detach(), loss.detach(), *gradients], [y.detach(), distance.detach(), *right])
+
+    return Variant(name="dense stage", forward=forward, both=both, error=error)
+
+
+def whole(leaves: tuple[Tensor, ...], grad_output: Tensor, tiles: mla.Tiles, scale: float) -> Variant:
+    """Dense attention of heads of 128 channels of key and of value, and the rotated ones: deterministic."""
     attend = partial(mla.mla_attention, scale=scale, forward="cudnn", tiles=tiles)
 
     def forward() -> Tensor:

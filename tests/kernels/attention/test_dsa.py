@@ -287,6 +287,7 @@ def kept_bytes(c: Dsa, length: int) -> int:
         query=lambda x, up, key, rope, position: project_without_kernels(x, up, key),
         select=lambda *given, **told: select(*given, **told, tiles=own),
         attend=lambda *given, **told: attend_sparse(*given, **told, tiles=own),
+        dense=pure.attend_dense,
     )
     held = Kept([x, rope.cos, rope.sin, *(leaf for _, leaf in tree.leaves(p))])
     with held:

@@ -10,6 +10,7 @@ heads' probabilities are computed once again and not twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -88,10 +89,9 @@ class DenseIndexLoss(torch.autograd.Function):
         tiles: Tiles,
     ) -> Tensor:
         """The sum; what is kept are its gradients."""
-        index = tuple(tensor.contiguous() for tensor in (index_q, index_k, index_w))
-        loss, gradients = loss_and_gradients(
-            *index, *(readable(x) for x in (q, kv, k_rope)), lse.contiguous(), start, scale, graded, tiles
-        )
+        index = [tensor.contiguous() for tensor in (index_q, index_k, index_w)]
+        attended = [*(readable(x) for x in (q, kv, k_rope)), lse.contiguous()]
+        loss, gradients = loss_and_gradients(index, attended, start, scale, graded, tiles)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -105,23 +105,21 @@ class DenseIndexLoss(torch.autograd.Function):
 
 
 def loss_and_gradients(
-    index_q: Tensor,
-    index_k: Tensor,
-    index_w: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    k_rope: Tensor,
-    lse: Tensor,
+    index: Sequence[Tensor],
+    attended: Sequence[Tensor],
     start: Tensor | tuple[()],
     scale: float,
     graded: bool,
     tiles: Tiles,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss, 0-d f32, and if `graded` what it adds to the gradients of the indexer's queries, keys and weights.
+    """The loss, 0-d f32, and if `graded` its gradients towards the indexer's queries, keys and weights, `index`.
 
     A chunk of blocks of queries lies in one sequence. Gradients of keys are sums over chunks, in fp32 of one sequence
     at a time.
+
+    attended  q, kv, k_rope, and log-sums [B H T] of the attention, as `mla_attention_sums` has them
     """
+    (index_q, index_k, index_w), (q, kv, k_rope, lse) = index, attended
     batch, length, heads, channels = index_q.shape
     size, across = tiles.score.block_m, tiles.target.block_n
     row_blocks = triton.cdiv(length, size)
@@ -138,7 +136,7 @@ def loss_and_gradients(
     indexed: dict[str, Any] = {"q": index_q, "k": index_k, "w": index_w, "heads": heads, "channels": channels}
     indexed["channels_box"] = box(channels)
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
-    attended: dict[str, Any] = {
+    heads_of_keys: dict[str, Any] = {
         "q": described(q[..., :nope], size),
         "q_rope": described(q[..., nope:], size),
         "k": described(kv[..., :nope], across),
@@ -173,7 +171,7 @@ def loss_and_gradients(
             key_blocks=key_blocks,
             scale=scale,
             block_n=across,
-            **attended,
+            **heads_of_keys,
             **common,
             **launch(tiles.target),
         )

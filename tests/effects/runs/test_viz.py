@@ -333,6 +333,7 @@ def test_the_slowest_rank_is_named(index: Index) -> None:
     told = machine.timing(index, "finished")
     assert (len(told.ranks), told.slowest, told.steps) == (4, 2, 50)
     assert told.ranks[2].parts_s[told.parts.index("data")] == pytest.approx(0.11)
+    assert told.parts == ["data", "forward", "backward", "reduce", "optimizer"], "in the order of a step"
     assert machine.timing(index, "crashed").slowest is None
 
 

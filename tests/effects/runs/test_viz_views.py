@@ -160,12 +160,14 @@ def test_ordinary_curves_are_shown_whole(browser: Browser, server: Server) -> No
         const apart = [0.001, 5, 900].map((level) => ({ values: decay.map((value) => level * value) }));
         const spike = decay.map((value, step) => (step === 200 ? 1e9 : value));
         const far = ordinary([{ values: spike }, { values: decay.map(() => null) }]);
-        return [ordinary([{ values: decay }]), ordinary([]), ordinary([{ values: [3, 3, 3] }]),
+        const ramp = (steps) => ({ values: [...Array(steps).keys()].map((step) => 2000 + step) });
+        const longer = [40, 70, 150, 200].map(ramp);
+        return [ordinary([{ values: decay }]), ordinary([]), ordinary([{ values: [3, 3, 3] }]), ordinary(longer),
             ordinary(apart)?.high > 1800, far.outside, far.high];
     }"""
     with opened(browser, server.url) as page:
-        whole, none, constant, seen, outside, high = page.evaluate(asked, [9, 40])
-        assert (whole, none, constant, outside) == (None, None, None, 1)
+        whole, none, constant, longer, seen, outside, high = page.evaluate(asked, [9, 40])
+        assert (whole, none, constant, longer, outside) == (None, None, None, None, 1)
         assert seen is not False and high == pytest.approx(11)
 
 

@@ -13,6 +13,9 @@ from nmoe.effects.runs.viz.index import Index, known, query, tags
 LAST_LINES = 50
 """Logged steps in a mean of times."""
 
+PARTS = ("data", "forward", "backward", "reduce", "optimizer", "gather", "log", "checkpoint")
+"""Parts of a step in the order in which they happen."""
+
 WAITED = ("reduce", "gather")
 """Parts of a step in which a rank waits for others; an exchange and its waiting are inside forward and backward."""
 
@@ -31,7 +34,7 @@ def timing(index: Index, name: str) -> api.Timing:
     columns = tags(index)
     sent = columns.get("exchange/bytes")
     exchanges = bool(sent and query(index, f"select 1 from metrics where run = ? and {sent} > 0 limit 1", run))
-    parts = {tag: column for tag, column in columns.items() if tag.startswith("time/")}
+    parts = {tag: columns[tag] for tag in sorted((tag for tag in columns if tag.startswith("time/")), key=_order)}
     if not parts:
         return api.Timing(run=name, parts=[], ranks=[], slowest=None, exchanges=exchanges, steps=0)
     # Times that no step takes are left out, so that their mean is finite.
@@ -53,7 +56,7 @@ def timing(index: Index, name: str) -> api.Timing:
         )
         for row in rows
     ]
-    names = [tag.removeprefix("time/").removesuffix("_s") for tag in parts]
+    names = [_part(tag) for tag in parts]
     return api.Timing(
         run=name,
         parts=[names[place] for place in used],
@@ -62,6 +65,16 @@ def timing(index: Index, name: str) -> api.Timing:
         exchanges=exchanges,
         steps=max((row[1] for row in rows), default=0),
     )
+
+
+def _order(tag: str) -> tuple[int, str]:
+    """Where a part of a step stands; an unknown one is last."""
+    part = _part(tag)
+    return (PARTS.index(part) if part in PARTS else len(PARTS), part)
+
+
+def _part(tag: str) -> str:
+    return tag.removeprefix("time/").removesuffix("_s")
 
 
 def _slowest(ranks: list[api.RankTime], parts: list[str]) -> int | None:

@@ -67,7 +67,7 @@ function digitsOf(step) {
 
 /**
  * Ends of the y axis without what lies far from the rest: further beyond the middle 90 % of a line's values than 4
- * times their spread, or further beyond the median line than its height. The middle of each line is inside.
+ * times their spread, or further beyond the median line than 4 times its height. The middle of each line is inside.
  * lines    [{values, low, high}], with null for no value
  * least    lowest height of the axis, as of `around`
  * returns  {low, high, outside}: ends, and how many values lie beyond the axis that is made of them; null where nothing
@@ -77,7 +77,7 @@ export function ordinary(lines, least = 0) {
   const ranges = lines.map((line) => own(line.values)).filter((range) => range !== null);
   if (!ranges.length) return null;
   const lower = (values) => values.sort((a, b) => a - b)[Math.floor((values.length - 1) / 2)];
-  const reach = lower(ranges.map((range) => range.high - range.low));
+  const reach = 4 * lower(ranges.map((range) => range.high - range.low));
   const top = lower(ranges.map((range) => range.high)) + reach, bottom = -lower(ranges.map((range) => -range.low)) - reach;
   const ceiling = Math.max(top, ...ranges.map((range) => range.median));
   const floor = Math.min(bottom, ...ranges.map((range) => range.median));

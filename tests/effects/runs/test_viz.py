@@ -7,6 +7,7 @@ import csv
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import platform
@@ -748,23 +749,30 @@ def test_the_stream_tells_of_a_new_line(tmp_path: Path) -> None:
         while not stream.readline().startswith(b"data:"):
             pass
         runs.append(folder / "metrics.rank0.jsonl", [runs.metrics(2)])
-        while "a" not in next_message(stream)["grown"]:
-            pass
+        messages_until(stream, grown=["a"])
         # What cannot be read is told, and the next look that can takes it back.
         (folder / "metrics.rank1.jsonl").mkdir()
-        assert "metrics.rank1.jsonl: expected a regular file, got another" in next_message(stream)["problems"][0]
+        (problem,) = next_message(stream)["problems"]
+        assert "metrics.rank1.jsonl: expected a regular file, got another" in problem
         (folder / "metrics.rank1.jsonl").rmdir()
-        assert next_message(stream)["problems"] == []
+        messages_until(stream, problems=[])
         folder.rename(tmp_path / "b")
         (tmp_path / "a").symlink_to(tmp_path / "a")
-        told = next_message(stream)
-        assert (told["gone"], told["grown"]) == (["a"], ["b"])
+        messages_until(stream, gone=["a"], grown=["b"])
 
 
 def next_message(stream: Any) -> dict[str, Any]:
-    while not (line := stream.readline()).startswith(b"data:"):
-        pass
-    return json.loads(line[5:])
+    """The next message of a stream, which has two lines without one every 15 seconds."""
+    text = next((line for line in itertools.islice(stream, 20) if line.startswith(b"data:")), None)
+    assert text is not None, "no message in two minutes"
+    return json.loads(text[5:])
+
+
+def messages_until(stream: Any, **wanted: list[str]) -> None:
+    """Read until each field has had its value: a look at the folders may fall between two changes, or into one."""
+    while wanted:
+        message = next_message(stream)
+        wanted = {field: value for field, value in wanted.items() if message[field] != value}
 
 
 PIECES = (

@@ -333,7 +333,20 @@ def test_the_slowest_rank_is_named(index: Index) -> None:
     told = machine.timing(index, "finished")
     assert (len(told.ranks), told.slowest, told.steps) == (4, 2, 50)
     assert told.ranks[2].parts_s[told.parts.index("data")] == pytest.approx(0.11)
+    assert told.parts == ["data", "forward", "backward", "reduce", "optimizer"], "in the order of a step"
     assert machine.timing(index, "crashed").slowest is None
+
+
+@pytest.mark.parametrize(("sent", "slowest"), [(None, 0), (0, 0), (4096, None)])
+def test_a_rank_that_waits_is_not_the_slowest(tmp_path: Path, sent: int | None, slowest: int | None) -> None:
+    """Rank 1 waits longest for the gather; with an exchange, waiting is inside the other parts and names no rank."""
+    path = runs.folder(tmp_path, "two")
+    for rank, (forward, gather) in enumerate([(0.2, 0.0), (0.1, 0.3)]):
+        line = {"attempt": 1, "step": 1, "time/forward_s": forward, "time/gather_s": gather, "exchange/bytes": sent}
+        runs.append(path / f"metrics.rank{rank}.jsonl", [line])
+    with indexed(tmp_path) as index:
+        told = machine.timing(index, "two")
+    assert (told.slowest, told.exchanges) == (slowest, bool(sent))
 
 
 def test_gpus_are_what_the_telemetry_says(index: Index) -> None:

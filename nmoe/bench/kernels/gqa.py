@@ -89,7 +89,8 @@ def flex(case: Case, device: torch.device, scale: float) -> Callable[..., Tensor
         causal = query >= key
         return causal & (query - key < case.window) if case.window else causal
 
-    mask = create_block_mask(visible, None, None, case.length, case.length, device=device.type, _compile=True)
+    # not compiled: with torch 2.11 and triton 3.6 that does not end within minutes
+    mask = create_block_mask(visible, None, None, case.length, case.length, device=device.type)
     compiled: Any = torch.compile(flex_attention, dynamic=False)
 
     def attend(*operands: Tensor) -> Tensor:

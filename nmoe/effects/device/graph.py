@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import attrs
@@ -30,11 +32,14 @@ class Recorded:
     advance: dict[str, int]  # what a step adds to each number of the State
 
 
-def replaying(compute: Compute) -> Compute:
+def replaying(compute: Compute, scope: ExitStack) -> Compute:
     """`compute(state, batch, rates) -> (state, metrics)` that records its third call and replays it from then on.
 
     Sizes must not change. What the graph holds, and the caller gets in a State, are the same tensors in every step: a
     State is read before the next step, as its donation demands. Metrics are copies.
+
+    scope  at whose end the graph is destroyed: NCCL does not give up a communicator that a graph has recorded, and
+           `destroy_process_group` would wait for ever (pytorch issue 115388)
     """
     calls = 0
     recorded: Recorded | None = None
@@ -46,9 +51,17 @@ def replaying(compute: Compute) -> Compute:
             return compute(state, batch, rates)
         if recorded is None:
             recorded = record(compute, state, batch, rates)
+            scope.push(partial(_destroy, recorded.graph))
         return replay(recorded, state, batch, rates)
 
     return step
+
+
+def _destroy(graph: torch.cuda.CUDAGraph, error: type[BaseException] | None, *_: object) -> None:
+    """Destroy a graph at an orderly end; after an error the device may have trapped, and nobody waits for NCCL."""
+    if error is None:
+        torch.cuda.synchronize()
+        graph.reset()
 
 
 def record(compute: Compute, state: Any, batch: Any, rates: Any) -> Recorded:

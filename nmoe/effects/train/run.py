@@ -324,6 +324,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         before_update=writer.staged,
         exchange=start.exchange,
         accumulator=start.accumulator,
+        scope=scope,
     )
     began = time.monotonic()
     flops, monitor = job.plan.flops.training(), None

@@ -7,6 +7,7 @@ sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import attrs
@@ -168,6 +169,7 @@ def make_step(
     before_update: Callable[[], None] = lambda: None,
     exchange: Exchange | None = None,
     accumulator: Accumulator | None = None,
+    scope: ExitStack | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`step(state, batch) -> (state, metrics)`. It consumes its state: the storages are reused.
 
@@ -181,6 +183,7 @@ def make_step(
     before_update  called before anything but gradients is written; of a replayed step, before all of it
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     accumulator    the one that the ops of `env` write weight gradients through, if they do
+    scope          at whose end a recorded graph is destroyed, before the ranks part; None: with the process
     """
     # What the backward pass computes again in the place of keeping it.
     run: Callable[..., tuple[Tensor, Any, Any]] = block
@@ -221,7 +224,7 @@ def make_step(
         mark("data")  # in the graph: where its first part begins
         return compute(recorded, state, batch, rates)
 
-    replayed = graph.replaying(marked)
+    replayed = graph.replaying(marked, scope or ExitStack())
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         before_update()

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.effects.runs import viz_runs as runs
-from tests.effects.runs.viz_page import opened
+from tests.effects.runs.viz_page import drawn, goto, opened
 from tests.effects.runs.viz_server import Server, serving
 
 SWEEP = {
@@ -97,6 +97,7 @@ def test_a_stretch_of_an_axis_keeps_the_runs_that_pass_there(browser: Browser, s
         assert kept == {"b", "d"}, "losses of 2.0 and 2.5"
         page.wait_for_url(re.compile("brush="))
         page.reload()
+        drawn(page)
         expect(page.locator("#kept")).to_have_text("2 of 4 runs")
         optimizer = corners(page)["b"][1]
         draw(optimizer[1] - 8, optimizer[1] + 8, optimizer[0])
@@ -104,7 +105,7 @@ def test_a_stretch_of_an_axis_keeps_the_runs_that_pass_there(browser: Browser, s
         page.get_by_role("button", name="choose these 1").click()
         page.wait_for_url(re.compile("run=b"))
         page.go_back()
-        page.goto(f"{sweep.url}/?view=compare&run=*&cy=loss&brush=2.4 2.6 result")
+        goto(page, f"{sweep.url}/?view=compare&run=*&cy=loss&brush=2.4 2.6 result")
         expect(page.locator("#kept")).to_have_text("1 of 4 runs")
         page.get_by_role("button", name="all runs").click()
         expect(page.locator("polyline[data-kept='0']")).to_have_count(0)
@@ -127,7 +128,7 @@ def test_experts_of_two_runs_stand_side_by_side_on_the_same_axes(browser: Browse
                 "Load of each expert at step 100",
                 "Load of each expert at step 200",
             ], "each at its newest step"
-            page.goto(f"{where}&two=long&step=50&layer=2")
+            goto(page, f"{where}&two=long&step=50&layer=2")
             expect(titles).to_have_count(4)
             expect(titles.nth(0)).to_have_text("Load of each expert at step 50")
             expect(titles.nth(2)).to_have_text("Load of each expert at step 50")

@@ -17,7 +17,7 @@ from nmoe.effects.record.names import NOTES
 from nmoe.effects.runs import notes
 from nmoe.errors import InputError
 from tests.effects.runs import viz_runs as runs
-from tests.effects.runs.viz_page import opened
+from tests.effects.runs.viz_page import drawn, goto, opened
 from tests.effects.runs.viz_server import Server, serving
 
 JSON = {"content-type": "application/json"}
@@ -67,6 +67,7 @@ def test_notes_are_written_in_the_page_and_found(browser: Browser, noted: Server
         row.get_by_role("button", name="wide").click()
         expect(page.locator("table.runs tbody tr")).to_have_count(1)
         page.reload()
+        drawn(page)
         page.get_by_label("edit notes of first").click()
         expect(page.get_by_label("note", exact=True)).to_have_value("diverged <b>twice</b>\nsecond line")
         expect(page.get_by_label("tags, with commas between")).to_have_value("baseline, wide")
@@ -85,7 +86,7 @@ def test_a_hidden_run_is_in_no_list_until_hidden_ones_are_asked_for(
         page.get_by_label("hide second").press("Enter")
         expect(page.locator("table.runs tbody tr")).to_have_count(2)
         assert json.loads((root / "second" / NOTES).read_text())["hidden"] is True
-        page.goto(f"{noted.url}/?view=charts")
+        goto(page, f"{noted.url}/?view=charts")
         expect(page.locator("aside li")).to_have_count(2)
         page.get_by_role("button", name="1 hidden").click()
         expect(page.locator("aside li")).to_have_count(3)
@@ -221,6 +222,6 @@ def test_where_nothing_may_be_written_the_page_says_so(browser: Browser, noted: 
             route.fulfill(response=answer, body=json.dumps(table))
 
         page.route("**/api/runs?*", fixed)
-        page.goto(noted.url)
+        goto(page, noted.url)
         expect(page.get_by_label("edit notes of first")).to_be_disabled()
         expect(page.get_by_label("hide first")).to_be_disabled()

@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, expect
 from nmoe.config import dump
 from nmoe.soak import soak
 from tests.effects.runs import viz_runs as runs
-from tests.effects.runs.viz_page import drawn, opened
+from tests.effects.runs.viz_page import drawn, goto, opened
 from tests.effects.runs.viz_server import Server, serving
 
 VIEWS = ("runs", "charts", "experts", "timing", "gpus", "evaluations", "events", "configs", "samples", "data")
@@ -36,7 +36,7 @@ def test_every_view_opens_without_an_error(browser: Browser, server: Server, the
         for key, view in enumerate(VIEWS, 1):
             page.keyboard.press(str(key % 10))
             expect(page.locator("nav a.here")).to_have_text(re.compile(view, re.I))
-            page.wait_for_load_state("domcontentloaded")
+            drawn(page)
             expect(page.locator("main .problem")).to_have_count(0)
         assert page.locator("html").get_attribute("data-theme") == theme
         page.go_back()
@@ -90,7 +90,6 @@ def test_the_menu_adds_the_column_that_is_chosen(browser: Browser, server: Serve
 
 def test_charts_show_the_last_value_and_zoom_by_dragging(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?view=charts&run=finished") as page:
-        drawn(page, 4)
         loss = page.get_by_role("figure", name="loss", exact=True)
         expect(loss.locator(".chart-note")).to_have_text(f"{runs.loss(200):.4f}")
         expect(page.get_by_role("figure", name="mfu").locator(".chart-note")).to_have_text("31.0 %")
@@ -132,17 +131,17 @@ def test_experts_gpus_timing_configs_and_events_are_those_of_the_run(browser: Br
         heat.hover(position={"x": 46 + (box["width"] - 54) * (5.5 / 16), "y": 4 + (box["height"] - 34) * 0.5})
         note = page.locator(".chart.wide .chart-note").first
         expect(note).to_contain_text(f"layer 2, expert 5: {runs.loads(100, 2)[5]} rows")
-        page.goto(f"{server.url}/?view=gpus&run=finished")
+        goto(page, f"{server.url}/?view=gpus&run=finished")
         expect(page.locator("#gpus tbody tr")).to_have_count(2)
         assert "91 %\t61 GiB of 80 GiB" in page.locator("#gpus tbody tr").nth(1).inner_text()
         expect(page.locator("#gpus-about")).to_contain_text("driver 570.86.15, CUDA 12.8")
-        page.goto(f"{server.url}/?view=timing&run=finished")
+        goto(page, f"{server.url}/?view=timing&run=finished")
         expect(page.locator("#slowest")).to_have_text("rank 2")
-        page.goto(f"{server.url}/?view=configs&run=finished&run=resumed")
+        goto(page, f"{server.url}/?view=configs&run=finished&run=resumed")
         expect(page.locator("#configs tbody tr")).to_have_text([re.compile(r"optim\.peak_lr\s*0\.001\s*0\.002")])
-        page.goto(f"{server.url}/?view=events&run=finished&event=alert")
+        goto(page, f"{server.url}/?view=events&run=finished&event=alert")
         expect(page.locator("#events tbody tr")).to_have_text([re.compile("layer 2: 1 expert is dead")])
-        page.goto(f"{server.url}/?view=samples&run=finished")
+        goto(page, f"{server.url}/?view=samples&run=finished")
         expect(page.locator(".sample pre")).to_contain_text("<b>not markup</b>")
         assert page.locator(".sample pre b").count() == 1, "the prompt alone is bold: a text is never markup"
 
@@ -162,9 +161,8 @@ def test_a_phone_scrolls_down_and_never_sideways(browser: Browser, server: Serve
     with opened(browser, f"{server.url}/?one=finished", viewport={"width": 360, "height": 740}) as page:
         expect(page.locator("table.runs")).to_be_visible()
         for view in VIEWS:
-            page.goto(f"{server.url}/?view={view}&one=finished&run=finished&run=resumed")
+            goto(page, f"{server.url}/?view={view}&one=finished&run=finished&run=resumed")
             expect(page.locator("main")).to_be_visible()
-            page.wait_for_timeout(150)
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
         page.get_by_role("button", name="list of runs").click()
         expect(page.locator("aside")).to_be_in_viewport()
@@ -236,7 +234,7 @@ def many(root: Path, count: int, steps: int) -> None:
 
 def opening(browser: Browser, address: str, until: Callable[[Page], None]) -> float:
     """Seconds from asking for a page until `until` returns."""
-    with opened(browser, address) as page:
+    with opened(browser, "about:blank") as page:
         began = time.monotonic()
         page.goto(address)
         until(page)
@@ -356,6 +354,6 @@ def test_a_run_is_killed_and_resumed_while_it_is_looked_at(browser: Browser, tmp
         assert hours == sorted(hours) and len(set(hours)) == STEPS, "time goes on where the attempt before ended"
         (resumed,) = [each for each in server.json("/api/events?run=seen")["events"] if each["event"] == "resume"]
         assert 0 < reached - resumed["x"] <= 20 and {line["attempt"] for line in lines()} == {1, 2}
-        page.goto(f"{server.url}/?view=charts&run=seen&tags=loss")
+        goto(page, f"{server.url}/?view=charts&run=seen&tags=loss")
         note = page.get_by_role("figure", name="loss", exact=True).locator(".chart-note")
         expect(note).to_have_text(f"{told[STEPS]:.4f}")

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.effects.runs import viz_runs as runs
-from tests.effects.runs.viz_page import drawn, opened
+from tests.effects.runs.viz_page import drawn, goto, opened
 from tests.effects.runs.viz_server import Server, serving
 
 VIEWS = (
@@ -83,11 +83,11 @@ def test_views_of_one_run_begin_with_one_that_has_begun(browser: Browser, server
 def test_on_a_phone_the_current_view_is_in_sight(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?run=finished", viewport={"width": 390, "height": 740}) as page:
         for view in VIEWS:
-            page.goto(f"{server.url}/?view={view}&run=finished")
+            goto(page, f"{server.url}/?view={view}&run=finished")
             expect(page.locator("nav a.here")).to_be_in_viewport(ratio=0.98)
-        page.goto(f"{server.url}/?find=finished")
+        goto(page, f"{server.url}/?find=finished")
         expect(page.get_by_role("cell", name=f"{runs.loss(200):.4f}")).to_be_in_viewport(ratio=0.98)
-        page.goto(f"{server.url}/?view=events&run=finished&event=alert")
+        goto(page, f"{server.url}/?view=events&run=finished&event=alert")
         expect(page.locator("#events td.text")).to_be_in_viewport(ratio=0.9)
 
 
@@ -121,7 +121,6 @@ def test_numbers_have_the_unit_that_fits(browser: Browser, server: Server) -> No
 
 def test_axes_of_the_machine_say_what_is_much(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?view=gpus&run=finished") as page:
-        drawn(page, 6)
         busy = ticks(figure(page, "Utilization"), "y")
         assert (busy[0], last_number(busy)) == ("0", 100)
         memory = ticks(figure(page, "Memory used"), "y")
@@ -185,14 +184,11 @@ def test_the_arrows_of_a_heat_map_point_along_its_axes(browser: Browser, server:
         const write = CanvasRenderingContext2D.prototype.fillText;
         CanvasRenderingContext2D.prototype.fillText = function (text, ...at) {
             window.texts.push(String(text)); return write.call(this, text, ...at); };"""
-    page = browser.new_page()
-    page.add_init_script(spy)
-    page.goto(f"{server.url}/?view=experts&run=finished")
-    page.get_by_role("img", name="Load of each expert of layer 1 over time").scroll_into_view_if_needed()
-    page.wait_for_function("window.texts.filter((each) => each.includes('→')).length > 1")
-    arrows = {text for text in page.evaluate("window.texts") if "→" in text}
-    assert arrows == {"layer ↓   expert →", "expert ↓   step →"}, "rows are counted downwards"
-    page.close()
+    with opened(browser, "about:blank") as page:
+        page.add_init_script(spy)
+        goto(page, f"{server.url}/?view=experts&run=finished")
+        arrows = {text for text in page.evaluate("window.texts") if "→" in text}
+        assert arrows == {"layer ↓   expert →", "expert ↓   step →"}, "rows are counted downwards"
 
 
 def test_it_says_live_only_of_runs_that_train(browser: Browser, odd: Server, tmp_path: Path) -> None:
@@ -208,15 +204,14 @@ def test_it_says_live_only_of_runs_that_train(browser: Browser, odd: Server, tmp
 
 
 def test_no_card_is_empty(browser: Browser, odd: Server) -> None:
-    with opened(browser, f"{odd.url}/?view=timing&run=c") as page:
-        drawn(page)
+    with opened(browser, f"{odd.url}/?view=timing&run=c", viewport={"width": 1280, "height": 4000}) as page:
         names = [each.get_attribute("aria-label") for each in page.locator("figure").all()]
         assert "step_s" in names and not [name for name in names if name and name.startswith("exchange")]
         expect(page.locator("main .none")).to_have_count(0)
-        page.goto(f"{odd.url}/?view=charts&run=c&x=flops&tags=^loss")
+        goto(page, f"{odd.url}/?view=charts&run=c&x=flops&tags=^loss")
         expect(page.locator("main .none")).to_have_text("loss no FLOPs a token in these runs")
         assert page.locator(".lazy").evaluate("node => node.clientHeight") < 60
-        page.goto(f"{odd.url}/?view=gpus&run=c")
+        goto(page, f"{odd.url}/?view=gpus&run=c")
         expect(page.locator("main .empty")).to_contain_text("No GPU telemetry")
 
 
@@ -274,25 +269,23 @@ def test_charts_show_lines_of_alerts_unless_all_are_asked_for(browser: Browser, 
     with opened(browser, "about:blank") as page:
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url) if "/api/events" in request.url else None)
-        page.goto(f"{server.url}/?view=charts&run=finished&run=nan-loss&tags=^loss")
-        drawn(page)
+        goto(page, f"{server.url}/?view=charts&run=finished&run=nan-loss&tags=^loss")
         assert asked and all("alerts=1" in url for url in asked)
         kinds = {event["event"] for event in server.json(asked[0].removeprefix(server.url))["events"]}
         assert kinds == {"alert", "nonfinite", "end"}, "of the ends only the failure"
         asked.clear()
         page.get_by_label("events in charts").select_option("all")
         page.wait_for_url(re.compile("events=all"))
-        page.wait_for_timeout(300)
+        drawn(page)
         assert asked and not any("alerts=1" in url for url in asked)
         asked.clear()
         page.get_by_label("events in charts").select_option("none")
-        page.wait_for_timeout(300)
+        drawn(page)
         assert asked == []
 
 
 def test_metrics_are_in_sections_and_found_by_expressions(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?view=charts&run=finished") as page:
-        drawn(page)
         names = [each.inner_text().split()[0] for each in page.locator("details.section summary").all()]
         assert names == ["training", "lr", "time", "validation", "exchange"]
         find = page.get_by_label("find metrics")
@@ -310,7 +303,6 @@ def test_metrics_are_in_sections_and_found_by_expressions(browser: Browser, serv
 
 def test_a_chart_fills_the_screen_and_shrinks_again(browser: Browser, server: Server) -> None:
     with opened(browser, f"{server.url}/?view=charts&run=finished&tags=^loss") as page:
-        drawn(page)
         small = figure(page, "loss").locator("canvas").bounding_box()
         page.get_by_role("button", name="enlarge loss").click()
         page.wait_for_function("document.querySelector('.full canvas')?.clientHeight > 500")
@@ -328,7 +320,6 @@ def test_the_wall_clock_is_an_axis(browser: Browser, server: Server) -> None:
     assert events["alert"]["x"] == runs.BEGAN.timestamp() + 60
     address = f"{server.url}/?view=charts&run=finished&tags=^loss"
     with opened(browser, address, timezone_id="UTC") as page:
-        drawn(page)
         page.get_by_label("x axis").select_option("wall clock")
         page.wait_for_url(re.compile("x=clock"))
         expect(figure(page, "loss").locator(".plot")).to_have_attribute("data-drawn", re.compile("."))
@@ -375,7 +366,7 @@ def test_the_console_is_what_was_printed(browser: Browser, server: Server) -> No
         )
         page.get_by_label("find lines").fill("step 2/")
         expect(page.locator("#console")).to_have_text("step 2/200", use_inner_text=True)
-        page.goto(f"{server.url}/?view=console&run=crashed")
+        goto(page, f"{server.url}/?view=console&run=crashed")
         expect(page.locator("main .empty")).to_have_text("This run folder has no console.log.")
 
 
@@ -411,28 +402,24 @@ def test_evaluations_over_steps_have_their_standard_errors(browser: Browser, tmp
                 ["100", "0.3500 ± 0.0200"],
                 ["50", "0.3000 ± 0.0400"],
             ]
-            page.goto(f"{server.url}/?view=evaluations&run=a&run=b")
+            goto(page, f"{server.url}/?view=evaluations&run=a&run=b")
             expect(page.locator("#scored tbody tr")).to_have_count(8)
             expect(chart.locator(".legend tbody tr")).to_have_text([re.compile("a.*0.4000"), re.compile("b.*0.5000")])
             assert "0.5000 ±" not in page.locator("#scored").inner_text(), "an infinite error is none"
-            page.goto(f"{server.url}/?view=charts&run=a")
+            goto(page, f"{server.url}/?view=charts&run=a")
             expect(page.locator("summary", has_text="evaluation")).to_have_text("evaluation 1")
-        band = browser.new_page()
-        band.goto(f"{server.url}/?view=charts&run=a&tags=evaluation")
-        drawn(band)
-        made = band.evaluate(
-            """async () => {
-                const { aroundScore } = await import("/static/charts.js");
-                const curve = { run: "a", mean: [0.3, null, 0.4] };
-                return aroundScore(curve, [50, 60, 150], { x: [50, 150], curves: [{ run: "a", mean: [0.04, null] }] });
-            }"""
-        )
-        assert made == {
-            "low": [pytest.approx(0.26), None, None],
-            "high": [pytest.approx(0.34), None, None],
-            "error": 0.04,
-        }
-        band.close()
+            made = page.evaluate(
+                """async () => {
+                    const { aroundScore } = await import("/static/charts.js");
+                    const curve = { run: "a", mean: [0.3, null, 0.4] }, curves = [{ run: "a", mean: [0.04, null] }];
+                    return aroundScore(curve, [50, 60, 150], { x: [50, 150], curves });
+                }"""
+            )
+            assert made == {
+                "low": [pytest.approx(0.26), None, None],
+                "high": [pytest.approx(0.34), None, None],
+                "error": 0.04,
+            }
 
 
 def test_the_panel_of_alerts_leads_to_the_run(browser: Browser, server: Server) -> None:
@@ -447,7 +434,6 @@ def test_the_panel_of_alerts_leads_to_the_run(browser: Browser, server: Server) 
 
 def test_groups_are_a_mean_and_a_band(browser: Browser, odd: Server) -> None:
     with opened(browser, f"{odd.url}/?view=charts&run=a&run=b&run=c&tags=^loss&group=optim.peak_lr") as page:
-        drawn(page)
         rows = figure(page, "loss").locator(".legend tbody tr")
         expect(rows).to_have_count(2)
         assert rows.nth(0).inner_text().split("\t") == ["optim.peak_lr = 0.001 (2)", "2.5100", "2.5100"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from tests.effects.runs.viz_page import drawn, opened
+from tests.effects.runs.viz_page import opened
 from tests.effects.runs.viz_server import serving
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -45,11 +45,9 @@ def picture(root: Path, folder: Path) -> None:
     with sync_playwright() as playwright, serving(root) as server:
         found = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        for name, query, charts in (("viz-charts", CHARTS, 4), ("viz-experts", EXPERTS, 0)):
+        for name, query in (("viz-charts", CHARTS), ("viz-experts", EXPERTS)):
             view = {"width": 1440, "height": 900}
             with opened(browser, f"{server.url}/?{query}&theme=light", viewport=view) as page:
-                drawn(page, charts) if charts else page.locator("canvas").nth(1).wait_for()
-                page.wait_for_timeout(1000)
                 page.screenshot(path=folder / f"{name}.png")
         browser.close()
 

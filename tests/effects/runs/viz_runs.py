@@ -231,7 +231,8 @@ def finished(root: Path, name: str = "finished", steps: int = 200) -> Path:
 def resumed(root: Path) -> Path:
     """Killed at step 100, continued from 80, running: steps 81 to 100 are told twice, by losses 100 apart."""
     path = folder(root, "resumed", lr=0.002)
-    record(path, status="running", pid=os.getpid(), step=150, attempt=2)
+    # It runs as long as the tests of a module do: by a heartbeat every ten seconds it is lost after 35.
+    record(path, status="running", pid=os.getpid(), step=150, attempt=2, heartbeat_every_s=3600)
     append(path / "metrics.rank0.jsonl", (metrics(step, loss=100 + loss(step)) for step in range(81, 81)))
     append(path / "metrics.rank0.jsonl", (metrics(step) for step in range(1, 81)))
     append(path / "metrics.rank0.jsonl", (metrics(step, loss=100 + loss(step)) for step in range(81, 101)))

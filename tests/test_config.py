@@ -485,12 +485,14 @@ def test_identity_is_of_what_must_not_change() -> None:
     assert identity(with_yarn) != identity(before.config)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_softmax_router_is_for_a_cpu(device: str) -> None:
-    config = rules_config('model.moe.score="softmax"')
-    wrong = tuple(kernel_sizes(config.model, device=device, compute="bf16"))
-    expected = 'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got "softmax"; '
-    assert [problem.startswith(expected) for problem in wrong] == [True] * (device == "cuda")
+@pytest.mark.parametrize(("key", "value"), [("biases", "true"), ("swiglu_limit", "7.0")])
+def test_experts_in_fewer_bits_have_no_biases_and_no_clamp(key: str, value: str) -> None:
+    config = rules_config(f"model.moe.{key}={value}", 'precision.compute="mxfp8"', "precision.emulate=true")
+    wrong = [problem for problem in validate(config, 1) if problem.startswith("precision.compute")]
+    assert wrong == [
+        f'precision.compute: expected "bf16" beside model.moe.{key}, got "mxfp8"; write it, experts in fewer bits have '
+        "neither"
+    ]
 
 
 def test_a_schedule_in_shares_is_the_run_of_its_tokens(tmp_path: Path) -> None:

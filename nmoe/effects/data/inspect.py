@@ -1,4 +1,4 @@
-"""`nmoe data verify`, `info`, `head`: what a prepared folder holds, and whether it still does."""
+"""`nmoe data verify`, `digest`, `info`, `head`: what a prepared folder holds, and whether it still does."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from typing import Any
 
 import cattrs
 
+from nmoe.effects import files
 from nmoe.effects.data import tokenizer
 from nmoe.effects.data.prepare.prep import FORMAT, REPORT, Report, report_lines
+from nmoe.effects.data.store.blocks import digests
 from nmoe.effects.data.store.format import (
+    HEADER_BYTES,
     MAX_TOKENS,
     REMEDY,
     Manifest,
+    blocks_name,
+    dtype_of,
+    header,
+    header_problems,
     read_manifest,
     shard_problems,
     size_problems,
+    stem,
 )
 from nmoe.effects.data.store.records import read_record
 from nmoe.effects.data.store.shards import documents
@@ -42,6 +50,31 @@ def verify(folders: Sequence[Path], say: Callable[[str], None], as_json: bool = 
         raise InputError(*problems)
     if as_json:
         say_json([{"folder": str(folder), "whole": True} for folder in folders])
+    return 0
+
+
+def digest(folders: Sequence[Path], say: Callable[[str], None]) -> int:
+    """Write the digests of blocks of folders that were prepared before there were any, each shard compared first.
+
+    Writes:  files of digests beside the shards.
+    Raises:  InputError for a shard that is not what its receipt says.
+    """
+    for folder in folders:
+        manifest = read_manifest(folder)
+        dtype = dtype_of(manifest.tokenizer_size)
+        shards = [(split, *each) for split, whole in manifest.splits.items() for each in enumerate(whole.shards)]
+        for split, index, receipt in shards:
+            path = folder / split / f"{stem(index)}.npy"
+            with files.refusing(path, "a readable file of tokens"):
+                problems = header_problems(path, header(dtype, receipt.tokens))
+                with open(path, "rb") as file:
+                    file.seek(HEADER_BYTES)
+                    actual, text = digests(file)
+            if problems or actual != receipt.sha256:
+                wrong = f"{path}: expected content with sha256 {receipt.sha256[:80]}, got {actual}; {REMEDY}"
+                raise InputError(*problems or [wrong])
+            files.write_text(folder / split / blocks_name(index), text)
+        say(f"{folder}: digests of blocks beside {len(shards)} shards")
     return 0
 
 

@@ -98,7 +98,7 @@ def build(
             attention=_by_part(
                 c, kinds, lambda kind, section: _gpu_attention(device, kind, section, deterministic, documents)
             ),
-            route=partial(route_tokens, score=router.scores, select=router.top_k),
+            route=partial(route_tokens, score=router.scores, softmax_score=router.softmax_scores, select=router.top_k),
             experts=partial(cpu.moe_experts, experts=low)
             if low is not None
             else partial(moe_fp8.moe_experts_fp8 if fp8 else mixtures.moe_experts, tiles=tiles, accumulator=accumulator)

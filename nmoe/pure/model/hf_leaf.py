@@ -57,6 +57,26 @@ def columns(sizes: Mapping[str, int]) -> Leaf:
     )
 
 
+def beside(leaves: Sequence[Leaf], sizes: Sequence[int], axis: int) -> Leaf:
+    """Leaves side by side along an axis, each with so many entries of it."""
+
+    def split(ours: Tensor) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {}
+        for leaf, part in zip(leaves, ours.split(tuple(sizes), axis), strict=True):
+            named |= leaf.split(part)
+        return named
+
+    return Leaf(split=split, join=lambda theirs: torch.cat([leaf.join(theirs) for leaf in leaves], axis))
+
+
+def interleaved(name: str) -> Leaf:
+    """Gate and value [... 2 F], of which their tensor [... 2F] has the two of a column in turn."""
+    return Leaf(
+        split=lambda ours: {name: ours.mT.flatten(-2)},
+        join=lambda theirs: theirs[name].unflatten(-1, (-1, 2)).mT.contiguous(),
+    )
+
+
 def along(leaves: Sequence[Leaf], axis: int) -> Leaf:
     """Leaves side by side along an axis of ours that theirs have not."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,31 @@ def info(folder: Path, as_json: bool, say: Callable[[str], None]) -> int:
     say(f"tokenizer  {name}, {manifest.tokenizer_size} ids, identity {manifest.tokenizer_identity}")
     for split, about in manifest.splits.items():
         per_token = f", {about.bytes / about.tokens:.2f} bytes a token" if about.tokens else ""
+        shards = f"{len(about.shards)} shard{'' if len(about.shards) == 1 else 's'}"
         say(
             f"{split:<10} {about.tokens} tokens, {about.documents} documents, {about.bytes / 1e6:.1f} MB of text, "
-            f"{len(about.shards)} shards{per_token}"
+            f"{shards}{per_token}"
         )
     if report is not None:
-        say(f"source     {printable(report.source)}")
-        say("\n".join(map(printable, report_lines(report))))
+        # of the report what the manifest has not said above; --json has the whole source
+        said = {*manifest.splits, "tokenizer"}
+        say(printable(f"source     {_input(folder, report)}"))
+        say("\n".join(printable(line) for line in report_lines(report) if line.split()[0] not in said))
     return 0
+
+
+def _input(folder: Path, report: Report) -> str:
+    """The table `input` of the source that a folder was made from, on one line; without what it does not set.
+
+    Raises:  InputError when the report holds no source.
+    """
+    try:
+        table: Mapping[str, Any] = json.loads(report.source)["input"]
+        shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = report.source[:80]
+        raise InputError(f"{folder / REPORT}: expected a source as JSON, got {what!r}; {REMEDY}") from error
+    return "  ".join(f"{key} {value}" for key, value in shown.items() if value not in (None, ""))
 
 
 def head(

@@ -192,6 +192,12 @@ def test_a_tokenizer_is_trained_on_the_training_split_of_a_source(
     assert main(["data", "info", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokenizer_identity"] == identity and told["report"]["documents_in"] == 60
+    assert main(["data", "info", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == (
+        ["tokenizer", "train", "validation", "test", "source", "read", "kept"]
+    ), "each once"
+    assert "kind jsonl" in lines[4] and "paths a.jsonl" in lines[4] and ", 1 shard, " in lines[1]
     assert main(["data", "head", str(tmp_path / "out"), "--documents", "1", "--chars", "11"]) == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("word")
 

@@ -25,6 +25,7 @@ from nmoe.effects.record.lines import Line
 from nmoe.effects.record.names import CONFIG, EVALS, EVENTS, METRICS, PROVENANCE
 from nmoe.effects.record.reading import MAX_ATTEMPT, MAX_SECONDS, MAX_STEP, toml_table, utc
 from nmoe.effects.runs import status as run_status
+from nmoe.effects.runs.viz import words
 from nmoe.effects.terminal import say, say_json, sparkline, table
 from nmoe.errors import InputError, printable
 from nmoe.pure.units import plain, quantity
@@ -269,8 +270,8 @@ def _summary(line: Line) -> str:
     attempt = fields.pop("attempt", 1)
     again = f"  attempt {attempt}" if attempt != 1 else ""
     if "event" in fields:
-        event = fields.pop("event")
-        return f"{at}  {event}{again}  " + "  ".join(f"{key} {_brief(value)}" for key, value in fields.items())
+        event, step = str(fields.pop("event")), number(line, "step")
+        return f"{at}  {event}{again}{'' if step is None else f'  step {_count(step)}'}  {words.text(event, fields)}"
     step = f"{at}  step {_count(number(line, 'step'))}{again}"
     shown = {key: number(line, key) for key in fields if (entry := metric(key)) is not None and entry.screen}
     return f"{step}  {summary({**shown, 'experts': _experts(line)} if 'experts' in fields else shown)}"
@@ -278,10 +279,6 @@ def _summary(line: Line) -> str:
 
 def _bytes(value: float | None) -> str:
     return "-" if value is None else quantity(value, "B")
-
-
-def _brief(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def run_folders(root: Path) -> tuple[Path, ...]:

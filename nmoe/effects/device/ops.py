@@ -262,7 +262,13 @@ def unmeasured(
         if sizes
     )
     return (
-        *(("precision: the experts' kernels in fp8 are not measured yet on any GPU: maybe slow",) if fp8 else ()),
+        *(
+            (
+                "precision: the experts' kernels in fp8 are slower than in bf16, 20.7 against 18.9 ms a layer of moonlet on an H200",
+            )
+            if fp8
+            else ()
+        ),
         *(f"attention: {name} has no kernels, it runs as plain torch: right, and slow" for name in without),
         *(
             f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"

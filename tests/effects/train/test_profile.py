@@ -10,11 +10,13 @@ from typing import Any
 
 import attrs
 import pytest
+import torch
 
 from nmoe.config import dump
 from nmoe.effects.train import profile
 from nmoe.effects.train.profile import BACKWARD, FIRST, PARTS, STEPS, attribute, parts
 from nmoe.errors import InputError
+from nmoe.pure.model.model import Batch
 from tests.effects.train.test_step import RT
 from tests.effects.train.tiny import tiny
 from tests.test_cli import nmoe, refused
@@ -172,6 +174,32 @@ def test_all_ranges_of_the_package_are_parts() -> None:
     names = {name for path in sources for name in re.findall(r'record_function\("([^"]+)"\)', path.read_text())}
     assert "experts" in names
     assert {name for name in names if not name.startswith("exchange ")} <= set(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("reads", "calls", "steps"),
+    [
+        (2, [], 0),
+        (3, ["start at 2", "stop at 3"], 0),
+        (5, ["start at 2", "step at 3", "stop at 5"], 2),
+        (9, ["start at 2", "step at 3", "stop at 6"], 3),
+    ],
+)
+def test_the_profiler_is_loaded_a_step_before_the_trace(reads: int, calls: list[str], steps: int) -> None:
+    seen: list[str] = []
+
+    class Profiler:
+        def __getattr__(self, name: str) -> Any:
+            return lambda: seen.append(f"{name} at {watch.reads}")
+
+    watch = profile.Watch(profiler=Profiler(), on_gpu=False)
+    read = watch.reading(lambda cursor: Batch(tokens=torch.zeros(1), targets=torch.zeros(1), start=()))
+    for cursor in range(reads):
+        read(cursor)
+    watch.end()
+    watch.end()
+    assert seen == calls
+    assert watch.steps == steps
 
 
 def test_a_run_tells_where_its_time_goes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,7 +29,9 @@ from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import labelled
 
 FIRST = 3
-"""Steps before the trace: kernels are built, memory is allocated."""
+"""Steps before the trace: kernels are built, memory is allocated, and before the last of them the profiler is loaded.
+When it was loaded at the first traced step, the first all-reduce there took 456 ms on one of two H200, and the other
+eight at most 0.05 ms; that wait was not in the other rank's time, so it was probably still loading."""
 
 STEPS = 3
 """Steps that are traced."""
@@ -43,6 +46,7 @@ PARTS = (
     "attend",
     "route",
     "dispatch",
+    "quantise",
     "experts",
     "combine",
     "linear_cross_entropy",
@@ -64,7 +68,13 @@ FLOPS: Mapping[str, str] = MappingProxyType(
 """Which FLOPs of a plan a part makes; the others move memory or are a part of the rest."""
 
 BACKWARD = "autograd::engine::evaluate_function"
-"""What the profiler calls a node of the backward pass; its sequence number is that of the forward op it belongs to."""
+"""What the profiler calls a node of the backward pass; its sequence number is that of the forward op that made it."""
+
+LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})
+"""Categories of a trace's events by which the host launches work: torch's kernels by the first, Triton's by both."""
+
+KERNELS = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+"""Categories of what a GPU runs; the events have the correlation of their launch."""
 
 
 @attrs.frozen(kw_only=True)
@@ -105,7 +115,8 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
     check(own, config)
     on_gpu = config.run.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    profiler = torch.profiler.profile(activities=activities)
+    warmed = torch.profiler.schedule(wait=0, warmup=1, active=STEPS)
+    profiler = torch.profiler.profile(activities=activities, schedule=warmed)
     watch = Watch(profiler=profiler, on_gpu=on_gpu)
 
     def ended(runtime: Runtime) -> None:
@@ -116,7 +127,7 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
         os.replace(beside, own)
         seen = Profile(
             step_s=watch.seconds / watch.steps,
-            parts=parts(profiler.events() or [], config, watch.steps, runtime.peak_flops, on_gpu=on_gpu),
+            parts=parts(_trace(own), config, watch.steps, runtime.peak_flops, on_gpu=on_gpu),
         )
         texts = runtime.ranks.all_gather_text(json.dumps(attrs.asdict(seen)))
         say(breakdown([_profile(json.loads(text)) for text in texts]))
@@ -129,6 +140,11 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
         yield World(read=watch.reading, env=env, ended=ended)
     finally:
         watch.end()
+
+
+def _trace(path: Path) -> Sequence[Mapping[str, Any]]:
+    """The events of a trace; times are decimals, because nanoseconds since the machine's start do not fit a float."""
+    return json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)["traceEvents"]
 
 
 def path_of(path: Path, rank: int) -> Path:
@@ -170,24 +186,28 @@ def check(path: Path, config: Config) -> None:
 
 @attrs.define
 class Watch:
-    """Starts and stops the profiler at the head of a step, where a run reads its next batch."""
+    """Loads, starts and stops the profiler at the head of a step, where a run reads its next batch."""
 
     profiler: Any
     on_gpu: bool
     reads: int = 0  # batches read, one a step
     steps: int = 0  # of these, traced to their end
     seconds: float = 0.0  # that they took
+    warm: bool = False  # the profiler is loaded and must be stopped
     began: float | None = None
 
     def reading(self, read: Callable[[int], Batch]) -> Callable[[int], Batch]:
-        """`read`, counted: it starts and stops the profiler."""
+        """`read`, counted: it loads, starts and stops the profiler."""
 
         def counted(cursor: int) -> Batch:
             if self.began is not None and self.reads == FIRST + STEPS:
                 self.end()
-            if self.reads == FIRST:
-                self.wait()
+            if self.reads == FIRST - 1:
                 self.profiler.start()
+                self.warm = True
+            elif self.reads == FIRST:
+                self.wait()
+                self.profiler.step()
                 self.began = time.perf_counter()
             self.reads += 1
             return read(cursor)
@@ -196,12 +216,14 @@ class Watch:
 
     def end(self) -> None:
         """Stop the profiler, if it runs."""
-        if self.began is None:
+        if not self.warm:
             return
         self.wait()
-        self.seconds, self.began = time.perf_counter() - self.began, None
+        if self.began is not None:
+            self.seconds, self.began = time.perf_counter() - self.began, None
+            self.steps = self.reads - FIRST
+        self.warm = False
         self.profiler.stop()
-        self.steps = self.reads - FIRST
 
     def wait(self) -> None:
         """Synchronize with the device, so that the work of a step is counted in that step."""
@@ -209,27 +231,15 @@ class Watch:
             torch.cuda.synchronize()
 
 
-def parts(events: Sequence[Any], config: Config, steps: int, peak_flops: float, *, on_gpu: bool) -> tuple[Part, ...]:
-    """Attribute the time of events to parts, longest first; the last part, `rest`, is all that has no name.
+def parts(
+    events: Sequence[Mapping[str, Any]], config: Config, steps: int, peak_flops: float, *, on_gpu: bool
+) -> tuple[Part, ...]:
+    """Attribute the time of a trace to parts, longest first; the last part, `rest`, is all that has no name.
 
-    An event belongs to the innermost name around it; in the backward pass, where there is none, to the name around the
-    forward op of the same sequence number.
-
-    events      the profiler's, of its CPU threads
+    events      as of `attribute`
     peak_flops  FLOP/s of the device
     """
-    forward: dict[int, str] = {}
-    for event in events:
-        name, node = owner(event)
-        if name is not None and node is None and event.sequence_nr >= 0:
-            forward.setdefault(event.sequence_nr, name)
-    spent: dict[tuple[str, bool], float] = {}
-    for event in events:
-        name, node = owner(event)
-        if name is None and node is not None:
-            name = forward.get(node.sequence_nr)
-        key = (name or "rest", node is not None)
-        spent[key] = spent.get(key, 0.0) + time_of(event, on_gpu) * 1e-6 / steps
+    spent = {key: us * 1e-6 / steps for key, us in attribute(events, on_gpu=on_gpu).items()}
     per_token = attrs.asdict(plan(config, make_blueprint(config), mfu=1.0, peak_flops=peak_flops).flops)
     tokens = config.train.batch_size * config.train.sequence_length // config.parallel.ranks  # of a rank
     named = sorted({name for name, _ in spent} | set(PARTS), key=lambda name: -total(spent, name))
@@ -252,21 +262,80 @@ def total(spent: Mapping[tuple[str, bool], float], name: str) -> float:
     return spent.get((name, False), 0.0) + spent.get((name, True), 0.0)
 
 
-def owner(event: Any) -> tuple[str | None, Any]:
-    """The innermost name around an event, and the node of the backward pass it lies in, if any."""
-    name, node = None, None
-    while event is not None:
-        if name is None and (event.name in PARTS or event.name.startswith("exchange ")):
-            name = event.name
-        if event.name.startswith(BACKWARD):
-            node = event
-        event = event.cpu_parent
-    return name, node
+def attribute(events: Sequence[Mapping[str, Any]], *, on_gpu: bool) -> dict[tuple[str, bool], float]:
+    """Microseconds by part and by whether they are the backward pass's.
+
+    On a GPU a kernel belongs where the host launched it, because torch's profiler attaches kernels to operators, never
+    to the ranges inside which Triton launches; on a CPU the time of an operator without those inside it counts. Either
+    belongs to the innermost name around it on its thread, and in the backward pass, where there is none, to the name
+    around the forward op that made the node.
+
+    events  `traceEvents` of the Chrome trace that torch's profiler exports
+    """
+    cpu: list[Mapping[str, Any]] = []
+    kernels: list[Mapping[str, Any]] = []
+    for event in events:
+        kind = event.get("cat")
+        if kind in LAUNCHES or kind == "cpu_op" or _is_part(event):
+            cpu.append(event)
+        elif kind in KERNELS:
+            kernels.append(event)
+    nested = list(_nested(cpu))
+    # An op that makes no node has the sequence number of the next that does: of all with a number the last made it.
+    maker = {_number(event): _name(around) for event, around in nested if _node(around) is None}
+
+    def owner(around: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
+        """The part that the innermost of these events belongs to."""
+        node = _node(around)
+        made = None if node is None or (number := _number(node)) is None else maker.get(number)
+        return _name(around) or made or "rest", node is not None
+
+    spent: dict[tuple[str, bool], Any] = {}
+
+    def spend(key: tuple[str, bool], us: Any) -> None:
+        spent[key] = spent.get(key, 0) + us
+
+    if on_gpu:
+        at = {event["args"]["correlation"]: around for event, around in nested if event["cat"] in LAUNCHES}
+        for kernel in kernels:
+            spend(owner(at.get(kernel["args"]["correlation"], ())), kernel["dur"])
+    else:
+        for event, around in nested:
+            spend(owner(around), event["dur"])
+            if len(around) > 1:
+                spend(owner(around[:-1]), -event["dur"])
+    return {key: float(us) for key, us in spent.items()}
 
 
-def time_of(event: Any, on_gpu: bool) -> float:
-    """Microseconds of an event without those inside it: of the kernels it launched, or of the CPU."""
-    return sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
+def _nested(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]]:
+    """Each event, by its start, and the events around it on its thread, from the outermost to itself."""
+    threads: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        around = threads.setdefault((event["pid"], event["tid"]), [])
+        while around and around[-1]["ts"] + around[-1]["dur"] <= event["ts"]:
+            around.pop()
+        around.append(event)
+        yield event, tuple(around)
+
+
+def _is_part(event: Mapping[str, Any]) -> bool:
+    """Whether an event is a range that has the name of a part."""
+    return event.get("cat") == "user_annotation" and (event["name"] in PARTS or event["name"].startswith("exchange "))
+
+
+def _name(around: Sequence[Mapping[str, Any]]) -> str | None:
+    """The innermost name around an event."""
+    return next((event["name"] for event in reversed(around) if _is_part(event)), None)
+
+
+def _node(around: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The outermost node of the backward pass around an event."""
+    return next((event for event in around if event["name"].startswith(BACKWARD)), None)
+
+
+def _number(event: Mapping[str, Any]) -> int | None:
+    """The sequence number of an operator."""
+    return event.get("args", {}).get("Sequence number")
 
 
 def breakdown(profiles: Sequence[Profile]) -> str:

@@ -124,7 +124,7 @@ def gated(gate: str, up: str) -> Leaf:
         ours = theirs[gate].new_empty(ins, 2, outs)
         for place, name in enumerate((gate, up)):
             for columns, rows in zip(ours[:, place].split(BLOCK, 1), theirs[name].split(BLOCK), strict=True):
-                columns.copy_(rows.T.contiguous())
+                columns[:] = rows.T.contiguous()
         return ours
 
     return Leaf(split=lambda ours: {gate: ours[:, 0].T, up: ours[:, 1].T}, join=join)

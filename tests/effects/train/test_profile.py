@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -9,62 +10,196 @@ from typing import Any
 
 import attrs
 import pytest
+import torch
 
 from nmoe.config import dump
 from nmoe.effects.train import profile
-from nmoe.effects.train.profile import BACKWARD, FIRST, PARTS, STEPS, parts
+from nmoe.effects.train.profile import BACKWARD, FIRST, PARTS, STEPS, attribute, parts
 from nmoe.errors import InputError
+from nmoe.pure.model.model import Batch
 from tests.effects.train.test_step import RT
 from tests.effects.train.tiny import tiny
 from tests.test_cli import nmoe, refused
 
-
-@attrs.frozen(kw_only=True, eq=False)
-class Kernel:
-    duration: float
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Event:
-    """What the profiler tells of a call, as far as it is read."""
-
-    name: str
-    cpu_parent: Any = None
-    sequence_nr: int = -1
-    self_cpu_time_total: float = 0.0
-    kernels: tuple[Kernel, ...] = ()
+REAL = Path(__file__).with_name("two_h200.trace.json.gz")
+"""Rank 0 of two H200 with experts shared: three steps of two layers of `moonlet` in torch 2.11, without what nobody
+reads, times from 0."""
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_time_goes_to_the_innermost_name_and_in_the_backward_pass_to_the_op_it_belongs_to(on_gpu: bool) -> None:
-    def call(name: str, parent: Event | None = None, number: int = -1, us: float = 0.0) -> Event:
-        cpu, gpu = (1.0, us) if on_gpu else (us, 1.0)
-        return Event(
-            name=name, cpu_parent=parent, sequence_nr=number, self_cpu_time_total=cpu, kernels=(Kernel(duration=gpu),)
-        )
+@attrs.define
+class Trace:
+    """A trace made by hand: ranges of the host, and the launches in them."""
 
-    router, attention = call("route"), call("attend")
-    wide = call("aten::matmul", router, number=4, us=10)
-    inner = call("dispatch", call("exchange plan", attention))
-    node = call(f"{BACKWARD}: MmBackward0", number=4)
-    unnamed = call(f"{BACKWARD}: SumBackward0", number=7)
-    events = [
-        wide,
-        call("aten::mm", wide, us=100),
-        call("aten::sort", inner, number=5, us=1000),
-        call("aten::add", number=7, us=2000),
-        call("aten::mm", call("MmBackward0", node, number=4), us=10_000),
-        call("experts work", unnamed, us=20_000),
-        call("aten::mm", call("experts", unnamed), us=100_000),
-    ]
-    found = {each.name: each for each in parts(events, tiny(), 2, 1e12, on_gpu=on_gpu)}
-    assert {name for name, each in found.items() if each.total_s()} == {"route", "dispatch", "experts", "rest"}
-    assert found["route"].forward_s == pytest.approx(110e-6 / 2)
-    assert found["route"].backward_s == pytest.approx(10_000e-6 / 2)
-    assert found["dispatch"].forward_s == pytest.approx(1000e-6 / 2)
-    assert found["experts"].backward_s == pytest.approx(100_000e-6 / 2)
-    assert found["rest"].forward_s == pytest.approx(2000e-6 / 2)
-    assert found["rest"].backward_s == pytest.approx(20_000e-6 / 2)
+    events: list[dict[str, Any]] = attrs.field(factory=list)
+
+    def range_(self, name: str, ts: int, dur: int, number: int | None = None, tid: int = 1) -> None:
+        """An operator, or a named range where the name is a part's. Writes: `events`."""
+        named = name in PARTS or name.startswith("exchange ")
+        event = {"cat": "user_annotation" if named else "cpu_op", "name": name, "pid": 1, "tid": tid}
+        args = {} if number is None else {"Sequence number": number}
+        self.events.append(event | {"ts": ts, "dur": dur, "args": args})
+
+    def launch_(self, ts: int, us: int, tid: int = 1, cat: str = "cuda_driver", kind: str = "kernel") -> None:
+        """A launch of the host, and its kernel long after. Writes: `events`."""
+        args = {"correlation": len(self.events)}
+        self.events += [
+            {"cat": kind, "name": "kernel", "pid": 0, "tid": 7, "ts": ts + 10**6, "dur": us, "args": args},
+            {"cat": cat, "name": "launch", "pid": 1, "tid": tid, "ts": ts, "dur": 1, "args": args},
+        ]
+
+
+def test_a_kernel_belongs_to_the_innermost_name_around_its_launch() -> None:
+    trace = Trace()
+    trace.range_("route", 0, 100)
+    trace.range_("aten::matmul", 10, 80)
+    trace.launch_(20, 1, cat="cuda_runtime")  # inside an operator inside a name, as torch does
+    trace.range_("attend", 100, 800)
+    trace.range_("exchange plan", 110, 700)
+    trace.range_("dispatch", 120, 300)
+    trace.launch_(130, 2)  # straight inside the name, as Triton does
+    trace.launch_(420, 4)  # as the range ends
+    trace.launch_(130, 8, tid=2)  # in another thread
+    assert attribute(trace.events, on_gpu=True) == {
+        ("route", False): 1,
+        ("dispatch", False): 2,
+        ("exchange plan", False): 4,
+        ("rest", False): 8,
+    }
+
+
+def test_a_name_inside_an_operator_has_what_is_launched_in_it_in_both_passes() -> None:
+    trace = Trace()
+    trace.range_("Mixture", 0, 100, number=4)
+    trace.range_("experts", 10, 10)
+    trace.launch_(12, 1)
+    trace.range_("exchange dispatch", 30, 10)
+    trace.launch_(32, 2, cat="cuda_runtime", kind="gpu_memset")
+    trace.range_(f"{BACKWARD}: MixtureBackward", 200, 100, number=4, tid=2)
+    trace.range_("MixtureBackward", 210, 80, number=4, tid=2)
+    trace.range_("experts", 220, 10, tid=2)
+    trace.launch_(222, 4, tid=2)
+    trace.range_("exchange combine", 240, 10, tid=2)
+    trace.launch_(242, 8, tid=2, kind="gpu_memcpy")
+    assert attribute(trace.events, on_gpu=True) == {
+        ("experts", False): 1,
+        ("exchange dispatch", False): 2,
+        ("experts", True): 4,
+        ("exchange combine", True): 8,
+    }
+
+
+@pytest.mark.parametrize("maker", ["experts", None])
+def test_a_node_belongs_to_the_op_that_made_it_not_to_the_first_of_its_number(maker: str | None) -> None:
+    trace = Trace()
+    trace.range_("route", 0, 100)
+    trace.range_("aten::detach", 10, 10, number=4)  # makes no node: the number is still the next one's
+    if maker is not None:
+        trace.range_(maker, 200, 300)
+    trace.range_("aten::linear", 210, 200, number=4)
+    trace.range_("aten::mm", 220, 100, number=4)
+    trace.range_("swiglu", 600, 300)
+    trace.range_("aten::mul", 610, 100, number=5)
+    trace.range_(f"{BACKWARD}: MulBackward0", 1000, 100, number=5, tid=2)
+    trace.launch_(1010, 1, tid=2)
+    trace.range_(f"{BACKWARD}: MmBackward0", 1100, 100, number=4, tid=2)
+    trace.range_("MmBackward0", 1110, 80, number=4, tid=2)
+    trace.launch_(1120, 2, tid=2)
+    assert attribute(trace.events, on_gpu=True) == {("swiglu", True): 1, (maker or "rest", True): 2}
+
+
+def test_on_a_cpu_an_operator_counts_without_those_inside_it() -> None:
+    trace = Trace()
+    trace.range_("attend", 0, 100)
+    trace.range_("aten::matmul", 10, 80, number=4)
+    trace.range_("aten::mm", 20, 60, number=4)
+    trace.range_("exchange dispatch", 30, 40)
+    trace.range_("aten::add", 100, 7)
+    trace.range_(f"{BACKWARD}: MmBackward0", 200, 1000, number=4)
+    trace.range_("MmBackward0", 210, 900, number=4)
+    trace.range_("experts", 220, 800)
+    assert attribute(trace.events, on_gpu=False) == {
+        ("attend", False): 60,
+        ("exchange dispatch", False): 40,
+        ("rest", False): 7,
+        ("attend", True): 200,
+        ("experts", True): 800,
+    }
+
+
+def test_a_kernel_whose_launch_was_not_traced_is_counted() -> None:
+    trace = Trace()
+    trace.range_("attend", 0, 100)
+    trace.launch_(10, 3_000)
+    trace.events.pop()
+    assert attribute(trace.events, on_gpu=True) == {("rest", False): 3_000}
+
+
+def test_times_of_parts_are_a_step_s() -> None:
+    trace = Trace()
+    trace.range_("attend", 0, 100)
+    trace.launch_(10, 3_000)
+    found = {part.name: part for part in parts(trace.events, tiny(), 2, 1e12, on_gpu=True)}
+    assert set(found) == {*PARTS, "rest"}
+    assert {name: part.total_s() for name, part in found.items() if part.total_s()} == {"attend": pytest.approx(1.5e-3)}
+
+
+def test_a_real_trace_is_split_as_the_names_of_its_kernels_say() -> None:
+    events = json.loads(gzip.decompress(REAL.read_bytes()))["traceEvents"]
+    ran = [event for event in events if event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")]
+
+    def of(*names: str) -> float:
+        return sum(event["dur"] for event in ran if event["name"].startswith(names))
+
+    spent = attribute(events, on_gpu=True)
+    assert len(ran) == 1890
+    assert sum(spent.values()) == pytest.approx(of(""), rel=1e-9)
+    assert spent["route", True] < 0.05 * spent["experts", True]
+    assert spent["experts", True] > 1.5 * spent["experts", False] > 0
+    gemms = of("grouped_", "gather_gemm_swiglu_kernel", "swiglu_backward_gemm_kernel")
+    assert gemms < profile.total(spent, "experts") < 1.3 * gemms
+    both = ("exchange dispatch", "exchange return", "exchange combine", "exchange wait")
+    assert all(spent[name, backward] > 100 for name in both for backward in (False, True))
+    assert spent["exchange plan", False] > 100
+    assert profile.total(spent, "exchange wait") == pytest.approx(of("barrier_kernel"), rel=1e-9)
+    pushed = profile.total(spent, "exchange dispatch") + profile.total(spent, "exchange return")
+    assert of("push_kernel") < pushed < 1.3 * of("push_kernel")
+    assert spent["gather", False] == pytest.approx(of("ncclDevKernel_AllGather"), rel=1e-9)
+    assert spent["reduce", True] == pytest.approx(of("ncclDevKernel_ReduceScatter"), rel=1e-9)
+    assert of("ncclDevKernel_AllReduce") < spent["reduce", False] < 1.01 * of("ncclDevKernel_AllReduce")
+
+
+def test_all_ranges_of_the_package_are_parts() -> None:
+    """A range whose name is no part would count as what is around it."""
+    sources = Path(profile.__file__).parents[2].rglob("*.py")
+    names = {name for path in sources for name in re.findall(r'record_function\("([^"]+)"\)', path.read_text())}
+    assert "experts" in names
+    assert {name for name in names if not name.startswith("exchange ")} <= set(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("reads", "calls", "steps"),
+    [
+        (2, [], 0),
+        (3, ["start at 2", "stop at 3"], 0),
+        (5, ["start at 2", "step at 3", "stop at 5"], 2),
+        (9, ["start at 2", "step at 3", "stop at 6"], 3),
+    ],
+)
+def test_the_profiler_is_loaded_a_step_before_the_trace(reads: int, calls: list[str], steps: int) -> None:
+    seen: list[str] = []
+
+    class Profiler:
+        def __getattr__(self, name: str) -> Any:
+            return lambda: seen.append(f"{name} at {watch.reads}")
+
+    watch = profile.Watch(profiler=Profiler(), on_gpu=False)
+    read = watch.reading(lambda cursor: Batch(tokens=torch.zeros(1), targets=torch.zeros(1), start=()))
+    for cursor in range(reads):
+        read(cursor)
+    watch.end()
+    watch.end()
+    assert seen == calls
+    assert watch.steps == steps
 
 
 def test_a_run_tells_where_its_time_goes(tmp_path: Path) -> None:

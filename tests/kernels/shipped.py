@@ -195,6 +195,14 @@ def of_dispatch(num_experts: int, top_k: int = 6) -> dict[str, Request]:
     }
 
 
+def of_biases() -> dict[str, Request]:
+    """What experts with biases have beside the products."""
+    arguments = "dh:*bf16 out:*bf16 end:*i32 count:*i32 WIDTH:i32"
+    return {
+        "bias gradient": request("moe.experts:bias_gradient_kernel", arguments, Launch(), {"M": 32, "N": 128}, "WIDTH")
+    }
+
+
 def of_assembly() -> dict[str, Request]:
     """Whole keys for an attention of a library, and their gradients."""
     sizes = {"NOPE": 128, "ROPE": 64, "NOPE_BOX": 128, "ROPE_BOX": 64, "HEADS": mla_assemble.HEADS}

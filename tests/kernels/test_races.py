@@ -25,7 +25,7 @@ from tests.kernels.exchange import test_exchange_aot, test_nvshmem_aot
 from tests.kernels.moe import test_block_scaled, test_shipped_fp8
 from tests.kernels.moe import test_shipped_moe as moe
 
-OTHERS = {**shipped.of_dispatch(256, 8), **shipped.of_assembly(), **shipped.of_exchange()}
+OTHERS = {**shipped.of_dispatch(256, 8), **shipped.of_biases(), **shipped.of_assembly(), **shipped.of_exchange()}
 """What ships and no other test compiles, for as many experts as any preset has."""
 
 FEWER = {

@@ -26,7 +26,7 @@ from nmoe.effects.terminal import Progress
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import MILLION, split_of
 
-# Raise it when the same files would give other shards.
+# Raise it when the same files would give other shards, or other files beside them.
 FORMAT = 3
 SPLITS = ("train", "validation", "test")
 VALIDATION = TEST = MILLION * 2 // 100

@@ -214,8 +214,14 @@ def test_digests_are_written_for_a_folder_of_an_earlier_version(tmp_path: Path, 
         inspect.digest([folder], said.append)
     path.write_bytes(written[path])
     inspect.digest([folder], said.append)
+    (folder / "train" / "shard-00001.blocks").unlink()
+    with pytest.raises(
+        InputError, match=rf"^{folder}/train: .* \(shard-00001.blocks and .*: nmoe data digest {folder}$"
+    ):
+        read_manifests([folder])  # preparation that an earlier version began
+    inspect.digest([folder], said.append)
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == written
-    assert said == [f"{folder}: digests of blocks beside 3 shards"]
+    assert said == [f"{folder}: digests of blocks beside 3 shards"] * 2
     assert inspect.verify([folder], said.append) == 0
     patched("train/shard-00001.blocks", 3)(folder)
     with pytest.raises(InputError, match="shard-00001.blocks: expected the digests of the blocks of shard-00001.npy, "):

@@ -150,15 +150,15 @@ def size_problems(folder: Path, manifest: Manifest, split: str) -> list[str]:
         actual = {}
     except OSError as error:
         return [f"{where}: expected a readable folder of files, got {error.strerror}; {REMEDY}"]
-    if receipts and not any(blocks_name(index) in actual for index in range(len(receipts))):
-        # in the place of a line for each shard
+    problems: list[str] = []
+    names = (blocks_name(index) for index in range(len(receipts)))
+    if undigested := [name for name in names if name not in actual]:
+        # in the place of a line for each shard: an earlier version wrote them, or began to
         problems = [
-            f"{where}: expected digests of blocks ({blocks_name(0)} and the next ones), got none, as of earlier "
+            f"{where}: expected digests of blocks ({undigested[0]} and the next ones), got none, as of earlier "
             f"versions of nmoe; write them: nmoe data digest {folder}"
         ]
-        expected = {name: size for name, size in expected.items() if not name.endswith(blocks.ENDING)}
-    else:
-        problems = []
+        expected = {name: size for name, size in expected.items() if name not in undigested}
     problems += [f"{where / name}: expected a file, got none; {REMEDY}" for name in expected if name not in actual]
     problems += [
         f"{where / name}: expected no file, the manifest does not name it, got one; remove it"

@@ -466,7 +466,7 @@ OTHER_VALUES = {
     **{"keep_best": "false", "asynchronous": "false", "on_error": "continue", "resume": "x"},
     **{"deterministic": "false", "graph": "true", "recompute": "full", "emulate": "true"},
     **{"expandable_segments": "true", "fraction": "0.5", "pinned": "false"},
-    **{"balance": "quantile", "optimizer": "muon", "score": "softmax"},
+    **{"balance": "quantile", "optimizer": "muon", "score": "softmax", "biases": "true"},
 }
 """Other values of the keys that are no numbers."""
 

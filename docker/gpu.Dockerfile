@@ -7,7 +7,8 @@ FROM python:3.12-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 nmoe
+    && useradd --create-home --uid 10001 nmoe \
+    && install --directory --owner=nmoe --group=nmoe /workspace
 
 WORKDIR /opt/nmoe
 COPY constraints-gpu.txt pyproject.toml README.md LICENSE ./

@@ -109,7 +109,7 @@ class Doubled:
 
 @pytest.fixture
 def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers' DeepSeeks and Kimi Linear in fp64.
+    """transformers' DeepSeeks, gpt-oss and Kimi Linear in fp64.
 
     They cast to a literal fp32 inside RMSNorm, the router, the softmax and the rotation. Honest, because every line of
     theirs still runs as written: only the format those four lines round to is wider, so the formula is the only thing
@@ -119,10 +119,11 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from transformers.models.deepseek_v2 import modeling_deepseek_v2
     from transformers.models.deepseek_v3 import modeling_deepseek_v3
     from transformers.models.deepseek_v32 import modeling_deepseek_v32
+    from transformers.models.gpt_oss import modeling_gpt_oss
     from transformers.models.kimi_linear import modeling_kimi_linear
 
     deepseeks = (modeling_deepseek_v2, modeling_deepseek_v3, modeling_deepseek_v32)
-    for module in (*deepseeks, modeling_kimi_linear, modeling_rope_utils):
+    for module in (*deepseeks, modeling_gpt_oss, modeling_kimi_linear, modeling_rope_utils):
         monkeypatch.setattr(module, "torch", Doubled())
     rotate = modeling_deepseek_v2.apply_rotary_emb
 

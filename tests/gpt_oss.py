@@ -19,7 +19,7 @@ def hf_settings(c: sections.Gqa) -> dict[str, Any]:
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
         "sliding_window": c.window,
-        "attention_bias": False,
+        "attention_bias": c.biases,
         "attention_dropout": 0.0,
         "rope_parameters": hf_rotation(c),
     }
@@ -51,7 +51,14 @@ def hf_tensors(p: gqa.Gqa, c: sections.Gqa) -> dict[str, Tensor]:
     halves = (torch.cat((heads[..., ::2], heads[..., 1::2]), dim=-1) for heads in (q, k))
     sinks = p.sinks if isinstance(p.sinks, Tensor) else p.qkv.new_full((c.num_heads,), -torch.inf)
     named = dict(zip(("q_proj", "k_proj", "v_proj"), (*halves, v), strict=True))
+    biases: dict[str, Tensor] = {}
+    if isinstance(p.qkv_bias, Tensor) and isinstance(p.out_bias, Tensor):
+        q, k, v = p.qkv_bias.split((c.num_heads, c.num_kv_heads, c.num_kv_heads))
+        halves = (torch.cat((heads[..., ::2], heads[..., 1::2]), dim=-1) for heads in (q, k))
+        own = zip(("q_proj", "k_proj", "v_proj"), (*halves, v), strict=True)
+        biases = {f"{name}.bias": heads.flatten() for name, heads in own} | {"o_proj.bias": p.out_bias}
     return {
+        **biases,
         **{f"{name}.weight": heads.flatten(1).T for name, heads in named.items()},
         "sinks": sinks,
         "o_proj.weight": p.out.flatten(0, 1).T,

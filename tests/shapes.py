@@ -118,6 +118,36 @@ SOFTMAX = MappingProxyType(
 )
 """Models that nmoe and transformers' DeepSeek-V2 both have; heads divide its width, and the first is like V2-Lite."""
 
+CLAMPED = config(
+    num_layers=4,
+    num_dense_layers=0,
+    intermediate_size=9,
+    attention=sections.Gqa(num_heads=4, num_kv_heads=2, head_dim=6, window=5, global_every=2, sinks=True, biases=True),
+    moe=mixture(
+        **{"num_shared_experts": 0, "route_scale": 1.0, "score": "softmax"},
+        # lower than the published 7: a tenth of the gates and values of these models lies beyond
+        **{"biases": True, "swiglu_limit": 0.6, "swiglu_alpha": 1.702},
+    ),
+)
+GPT_OSS = MappingProxyType(
+    {
+        "gpt-oss": CLAMPED,
+        "gpt-oss, yarn, no window, no biases of attention": attrs.evolve(
+            CLAMPED,
+            max_positions=512,
+            attention=attrs.evolve(
+                CLAMPED.attention,
+                **{"window": None, "global_every": None, "biases": False},
+                yarn=attrs.evolve(YARN, mscale=1.0, mscale_all_dim=1.0, truncate=False),
+            ),
+        ),
+        "gpt-oss, a window in every layer": attrs.evolve(
+            CLAMPED, attention=attrs.evolve(CLAMPED.attention, global_every=None, num_kv_heads=1)
+        ),
+    }
+)
+"""Models that nmoe and transformers' gpt-oss both have."""
+
 
 def parameters(c: sections.Model, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> model.Transformer:
     """Leaves that require gradients; gains are uneven, so that a forgotten or misplaced one shows."""
@@ -125,7 +155,7 @@ def parameters(c: sections.Model, *, seed: int = 0, dtype: torch.dtype = torch.f
     values = init(Key(seed).fold("init"), specs, dims)
 
     def leaf(path: str, value: Tensor, spec: Any) -> Tensor:
-        if spec.role is Role.GAIN:
+        if spec.role in (Role.GAIN, Role.BIAS):
             noise = torch.randn(value.shape, generator=Key(seed).fold("gain", path).generator())
             value = value + 0.3 * noise
         return value.to(dtype).requires_grad_()

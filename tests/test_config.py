@@ -7,7 +7,7 @@ import re
 import time
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from nmoe.config import Config, annotated, diff, dump, identity, load, load_valid, validate
 from nmoe.config.check import kernel_sizes, remarks
 from nmoe.config.convert import structure
-from nmoe.config.data_mixture import Part, Rest
-from nmoe.config.data_source import Source
+from nmoe.config.data_mixture import Part, Rest, load_mixture
+from nmoe.config.data_source import Source, load_source
 from nmoe.config.fields import Key, is_table, keys, members
 from nmoe.config.run_name import is_run_name, label
 from nmoe.config.secrets import masked, masked_arguments
@@ -241,6 +241,25 @@ def test_files_that_cannot_be_read(
     Path("x.toml").write_bytes(content)
     (problem,) = problems(Path("x.toml"))
     assert re.fullmatch(expected, problem), problem
+
+
+def test_a_file_of_another_kind_is_named() -> None:
+    """A data source where a config is wanted was ten lines about keys."""
+    training, source, mixture = (
+        ROOT / "configs" / name for name in ("quickstart.toml", "sources/stdlib.toml", "mixtures/local.toml")
+    )
+    what = {training: "the config of a training", source: "a data source", mixture: "a data mixture"}
+    loads: dict[Path, Callable[[Path], object]] = {
+        training: lambda path: load(path, {}, ()), source: load_source, mixture: load_mixture,
+    }  # fmt: skip
+    for own, loader in loads.items():
+        loader(own)
+        for other in what.keys() - {own}:
+            with pytest.raises(InputError) as caught:
+                loader(other)
+            (problem,) = caught.value.problems
+            assert problem.startswith(f"{other}: expected {what[own]}, got {what[other]}; ")
+            assert f"`nmoe {'run' if other == training else 'data prep'} {other}" in problem
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
@@ -466,12 +485,14 @@ def test_identity_is_of_what_must_not_change() -> None:
     assert identity(with_yarn) != identity(before.config)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_softmax_router_is_for_a_cpu(device: str) -> None:
-    config = rules_config('model.moe.score="softmax"')
-    wrong = tuple(kernel_sizes(config.model, device=device, compute="bf16"))
-    expected = 'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got "softmax"; '
-    assert [problem.startswith(expected) for problem in wrong] == [True] * (device == "cuda")
+@pytest.mark.parametrize(("key", "value"), [("biases", "true"), ("swiglu_limit", "7.0")])
+def test_experts_in_fewer_bits_have_no_biases_and_no_clamp(key: str, value: str) -> None:
+    config = rules_config(f"model.moe.{key}={value}", 'precision.compute="mxfp8"', "precision.emulate=true")
+    wrong = [problem for problem in validate(config, 1) if problem.startswith("precision.compute")]
+    assert wrong == [
+        f'precision.compute: expected "bf16" beside model.moe.{key}, got "mxfp8"; write it, experts in fewer bits have '
+        "neither"
+    ]
 
 
 def test_a_schedule_in_shares_is_the_run_of_its_tokens(tmp_path: Path) -> None:

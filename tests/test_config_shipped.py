@@ -24,7 +24,7 @@ from nmoe.config.sections import Dsa, Gqa, Mla
 from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import count
 from nmoe.pure.cost.plan import plan
-from nmoe.pure.model import model
+from nmoe.pure.model import hf, model
 from nmoe.pure.model.attention import kind_of, mla
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.hf import settings
@@ -285,9 +285,13 @@ def test_gpt_oss_has_the_published_shape() -> None:
     assert [kind.at_layer(c.attention, layer).window for layer in range(24)] == [128, None] * 12
     assert (c.num_layers, c.hidden_size, c.vocab_size, c.max_positions) == (24, 2880, 201088, 131072)
     assert (c.moe.num_experts, c.moe.top_k, c.moe.intermediate_size) == (32, 4, 2880)
-    # 20,914,757,184 published (model card, table 1: 20.91 B) less every bias: experts', attention's, routers'
-    biases = 24 * (32 * (2 * 2880 + 2880) + (64 + 16) * 64 + 2880 + 32)
-    assert count(specs, sizes, top_k=4).total == 20_914_757_184 - biases
+    assert found["attention_bias"] is True
+    theirs = hf.settings(c)
+    assert (theirs["swiglu_limit"], theirs["swiglu_alpha"], theirs["model_type"]) == (7.0, 1.702, "gpt_oss")
+    # published (model card, table 1: 20.91 B and 3.61 B, the active ones without the embedding)
+    counted = count(specs, sizes, top_k=4)
+    assert counted.total == 20_914_757_184
+    assert 3.60e9 < counted.active - counted.embedding < 3.62e9
 
 
 def test_deepseek_v32_has_the_published_shape() -> None:

@@ -70,6 +70,8 @@ def test_nobody_is_root(kind: str) -> None:
     assert not {"RUN", "COPY", "ADD"} & set(names[names.index("USER") :])
     assert f"--uid {USER}" in arguments(kind, "RUN")[0]
     assert arguments(kind, "WORKDIR")[-1] == HOME
+    # a folder that WORKDIR makes is root's, whoever the user is: without a volume nothing could be written there
+    assert f"install --directory --owner=nmoe --group=nmoe {HOME}" in arguments(kind, "RUN")[0]
 
 
 def ignored(path: str) -> bool:

@@ -48,6 +48,9 @@ def verbs(root: Verbs) -> None:
     verify = add(data, "verify", _verify, "read every byte of prepared folders and compare digests", "OUT", reads=True)
     verify.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
 
+    digest = add(data, "digest", _digest, "write digests of blocks that an earlier version did not", "OUT")
+    digest.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+
     info = add(data, "info", _info, "what a prepared folder holds", "OUT --json", reads=True)
     info.add_argument("folder", type=Path, metavar="FOLDER")
 
@@ -197,6 +200,12 @@ def _verify(args: argparse.Namespace) -> int:
     from nmoe.effects.data import inspect
 
     return inspect.verify(args.folders, warn if args.json else say, args.json)
+
+
+def _digest(args: argparse.Namespace) -> int:
+    from nmoe.effects.data import inspect
+
+    return inspect.digest(args.folders, say)
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -15,17 +15,15 @@ from nmoe.pure.cost.report import numbers, render, screen
 from nmoe.pure.cost.scale import Arrangement, Scaled, best, choices, scale
 
 
-def main(
-    config: Config, gpus: int, hosts: int | None, experts: int | None, machine: str, mfu: float | None, as_json: bool
-) -> int:
-    """Print the plan of `config` on GPUs of a kind.
+def main(config: Config, gpus: int, hosts: int | None, machine: str, mfu: float | None, as_json: bool) -> int:
+    """Print the plan of `config` on GPUs of a kind; without `parallel.experts`, of the fastest number that fits.
 
     mfu      of the computation alone; None: what was measured on such a GPU
     hosts    they are in; None: as few as the kind's hosts allow
-    experts  GPUs that share out one set of experts; None: the fastest number that fits
     Raises:  InputError with everything that is wrong with the options.
     """
-    check(config, gpus, hosts, experts, machine, mfu)
+    check(config, gpus, hosts, machine, mfu)
+    experts = config.parallel.experts
     kind = MACHINES[machine]
     mfu = kind.mfu if mfu is None else mfu
     hosts = hosts or -(-gpus // kind.gpus_per_host)
@@ -47,11 +45,11 @@ def main(
     for problem in () if as_json else unrunnable(attrs.evolve(config, parallel=as_planned), gpus):
         say("planned only   " + problem.replace("; ", f"\n{'':<15}"))
     if not as_json and taken.arrangement.expert_hosts() > 1 and config.parallel.transport == "proxy":
-        say('transport      "proxy" sends by a thread and TCP, slower than these links: no GPU, no network has run it')
+        say('transport      "proxy" sends by a thread and TCP, slower than these links: no network has run it')
     return 0
 
 
-def check(config: Config, gpus: int, hosts: int | None, experts: int | None, machine: str, mfu: float | None) -> None:
+def check(config: Config, gpus: int, hosts: int | None, machine: str, mfu: float | None) -> None:
     """Refuse options that make no sense, all of them at once."""
     problems: list[str] = []
     if gpus < 1:
@@ -67,13 +65,15 @@ def check(config: Config, gpus: int, hosts: int | None, experts: int | None, mac
     per_host = 8 if machine not in MACHINES else MACHINES[machine].gpus_per_host
     if hosts is None and gpus > per_host and gpus % per_host:
         problems.append(f"--gpus: expected a multiple of the {per_host} GPUs of a host, got {gpus}; say --hosts too")
+    experts = config.parallel.experts
     if not problems and experts is not None:
         there = gpus // (hosts or -(-gpus // per_host))
         possible = sorted({1, *choices(gpus=gpus, hosts=gpus // there, num_experts=config.model.moe.num_experts)})
         if experts not in possible:
             problems.append(
-                f"--experts: expected GPUs that hold equal parts of {config.model.moe.num_experts} experts, within a "
-                f"host or on whole hosts, one of {', '.join(map(str, possible))}, got {experts}; write one of them"
+                f"parallel.experts: expected GPUs that hold equal parts of {config.model.moe.num_experts} experts, "
+                f"within a host or on whole hosts, one of {', '.join(map(str, possible))}, got {experts}; write one of "
+                "them"
             )
     if problems:
         raise InputError(*problems)

@@ -27,14 +27,18 @@ def verbs(data: Verbs) -> None:
     added = add(
         tokenizer, "add", _add, "add a published tokenizer from its file", "o200k_harmony --from o200k_base.tiktoken"
     )
-    added.add_argument("name", metavar="NAME", help="o200k_harmony, or any name for a tokenizer.json")
+    added.add_argument(
+        "name",
+        metavar="NAME",
+        help="r50k_base, cl100k_base, o200k_base or o200k_harmony; any name for a tokenizer.json",
+    )
     added.add_argument(
         "--from",
         dest="path",
         type=Path,
         required=True,
         metavar="FILE",
-        help="tokenizer.json of Hugging Face or its folder; of o200k_harmony the file of ranks, or its .gz",
+        help="tokenizer.json of Hugging Face or its folder; of the four named the .tiktoken file, or its .gz",
     )
 
     add(tokenizer, "list", _list, "list the tokenizers of this machine", "", reads=True)

@@ -53,9 +53,6 @@ def verbs(root: Verbs) -> None:
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
     add_fit(plan)
     plan.add_argument("--hosts", type=int, metavar="N", help="hosts they are in (default: as few as hold 8 each)")
-    plan.add_argument(
-        "--experts", type=int, metavar="N", help="GPUs that share out one set of experts (default: the best number)"
-    )
     plan.add_argument("--machine", default="h200", metavar="GPU", help="h100 or h200 (default: %(default)s)")
     plan.add_argument("--mfu", type=float, metavar="X", help="MFU of the computation alone (default: measured)")
 
@@ -195,7 +192,7 @@ def _plan(args: argparse.Namespace) -> int:
     from nmoe.cli import plan as scale
 
     gpus = loaded.config.parallel.ranks if args.gpus is None else args.gpus
-    return scale.main(loaded.config, gpus, args.hosts, args.experts, args.machine, args.mfu, args.json)
+    return scale.main(loaded.config, gpus, args.hosts, args.machine, args.mfu, args.json)
 
 
 def _doctor(args: argparse.Namespace) -> int:

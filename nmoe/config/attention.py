@@ -145,6 +145,7 @@ class Gqa(Rules):
     sinks: bool = setting(
         "whether each query head has a learned logit in the softmax's denominator", default=False, shapes=True
     )
+    biases: bool = setting("whether both projections have biases", default=False, shapes=True)
     rope_theta: float = setting("base of the rotation frequencies", default=10000.0, above=1, high=1e12)
     yarn: Yarn | None = setting("position range extension; absent: none", default=None)
 

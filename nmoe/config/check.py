@@ -182,6 +182,12 @@ def _low_precision(config: Config, world: int) -> Iterator[str]:
             f'precision.compute: expected "bf16" for a model without experts, got "{p.compute}"; write it, all other '
             "products stay in bf16"
         )
+    if c.mixtures() and not moe.plain():
+        got = " and ".join(f"model.moe.{key}" for key in ("biases", "swiglu_limit") if getattr(moe, key))
+        yield (
+            f'precision.compute: expected "bf16" beside {got}, got "{p.compute}"; write it, experts in fewer bits have '
+            "neither"
+        )
     for key, size in {"model.hidden_size": c.hidden_size, "model.moe.intermediate_size": moe.intermediate_size}.items():
         if size % LOW_BLOCK:
             yield (
@@ -364,11 +370,6 @@ def kernel_sizes(c: Model, *, device: str, compute: str) -> Iterator[str]:
                 f"at once, got {size}; write {-(-size // step) * step}"
             )
     if device == "cuda":
-        if c.moe.score != "sigmoid" and c.num_dense_layers < c.num_layers:
-            yield (
-                f'model.moe.score: expected "sigmoid" on a GPU, whose router has no other kernel, got '
-                f'{shown(c.moe.score)}; write score = "sigmoid" or run it on a CPU'
-            )
         for where, part in c.attentions().items():
             if isinstance(part, Rules):  # a script's own kind runs as plain torch
                 yield from part.kernel_problems(where, step)

@@ -15,7 +15,7 @@ from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import Fault, structure
 from nmoe.config.sections import MOST_TOKENS
 from nmoe.config.setting import setting
-from nmoe.config.toml import read, shown
+from nmoe.config.toml import read_kind, shown
 from nmoe.errors import InputError
 
 STAGES = ("pretrain", "mid", "long")
@@ -111,7 +111,7 @@ def load_mixture(path: Path) -> DataMixture:
 
     Raises:  InputError with everything that is wrong, each with file, line and key.
     """
-    document = read(path)
+    document = read_kind(path, "sources")
     tables = dict(document.tables)
     parts, faults = _parts(tables.pop("sources", {}))
     rest = structure(tables, Rest)

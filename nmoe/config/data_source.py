@@ -15,7 +15,7 @@ from nmoe.config.check import out_of_bounds
 from nmoe.config.convert import structure
 from nmoe.config.fields import table
 from nmoe.config.setting import setting
-from nmoe.config.toml import read
+from nmoe.config.toml import read_kind
 from nmoe.errors import InputError
 
 MOST_BYTES = 2**40
@@ -205,7 +205,7 @@ def load_source(path: Path) -> Source:
 
     Raises:  InputError with everything that is wrong, each with file, line and key.
     """
-    document = read(path)
+    document = read_kind(path, "input")
     source = structure(document.tables, Source)
     if isinstance(source, tuple):
         raise InputError(*(document.fault(fault.path, fault.text) for fault in source))

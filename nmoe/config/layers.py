@@ -28,7 +28,7 @@ from nmoe.config.convert import structure
 from nmoe.config.fields import KeyPath, every_key, flat, is_table, keys, members, table
 from nmoe.config.secrets import masked
 from nmoe.config.sections import OTHER_FORMS, Config, Model, Precision
-from nmoe.config.toml import Document, closest, dotted, literal, read, shown
+from nmoe.config.toml import Document, closest, dotted, literal, read_kind, shown
 from nmoe.errors import InputError, printable
 
 DEFAULT = "default"
@@ -208,7 +208,7 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Layer]:
 
     above  the files that extend this one
     """
-    document = read(path)
+    document = read_kind(path, "model")
     extends = document.tables.pop("extends", None)
     if extends is not None:
         place = f"{path}:{document.lines[('extends',)]}"

@@ -33,7 +33,8 @@ MOST_SEQUENCES = 2**20
 
 @attrs.frozen(kw_only=True)
 class Moe:
-    """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437), or V2 for a softmax."""
+    """Routed and shared experts of a block, router as in DeepSeek-V3 (arXiv:2412.19437), or V2 for a softmax;
+    biases and the clamped SwiGLU as in gpt-oss (arXiv:2508.10925)."""
 
     num_experts: int = setting("routed experts", low=2, high=2**16, shapes=True)
     top_k: int = setting("routed experts a token", low=1, high=2**16)
@@ -52,6 +53,17 @@ class Moe:
         "over all experts, groups ranked by their best",
         default="sigmoid",
     )
+    biases: bool = setting(
+        "whether the router's logits and both products of a routed expert have biases", default=False, shapes=True
+    )
+    swiglu_limit: float | None = setting(
+        "largest gate, and value of either sign, of a routed expert's clamped SwiGLU: (value + 1) * gate * "
+        "sigmoid(swiglu_alpha * gate), as gpt-oss has it; absent: gate * sigmoid(gate) * value",
+        default=None,
+        above=0,
+        high=1e6,
+    )
+    swiglu_alpha: float = setting("factor in the sigmoid of the clamped SwiGLU", default=1.702, above=0, high=1e3)
     balance: Literal["sign", "quantile"] = setting(
         "how the router bias evens out expert load: steps of one size, or quantiles of the scores", default="sign"
     )
@@ -63,6 +75,10 @@ class Moe:
         high=0.9999,
     )
     sequence_balance: float = setting("weight of the sequence-wise auxiliary loss", default=0.0001, low=0, high=1e3)
+
+    def plain(self) -> bool:
+        """Whether a routed expert is a SwiGLU without biases."""
+        return not self.biases and self.swiglu_limit is None
 
 
 @attrs.frozen(kw_only=True)

@@ -23,6 +23,15 @@ LONGEST = 80
 ALIKE = 0.7
 """Likeness of a word to one that is suggested, from 0 to 1: "gpu" and "cpu" have 0.67, "sede" and "seed" 0.75."""
 
+KINDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "model": ("the config of a training", "train it with `nmoe run {}`"),
+        "input": ("a data source", "prepare it with `nmoe data prep {} OUT`"),
+        "sources": ("a data mixture", "prepare it with `nmoe data prep {}`"),
+    }
+)
+"""By a table that files of one kind have and others have not: what such a file is, and what it is for."""
+
 SYNONYMS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("gpu", "gpus", "nvidia"), "cuda"),
@@ -150,6 +159,19 @@ def read(path: Path) -> Document:
             f"{path}:{line}: expected text in UTF-8, got the byte 0x{byte:02x}; save the file as UTF-8"
         ) from error
     return Document(path=path, tables=_parse(text, path), lines=lines(text))
+
+
+def read_kind(path: Path, own: str) -> Document:
+    """A TOML file of the kind that has the table `own`, one of `KINDS`.
+
+    Raises:  InputError as `read`, and when the file is of another kind; one that extends another is taken for its own.
+    """
+    document = read(path)
+    other = next((key for key in KINDS if key in document.tables), own)
+    if other != own and not document.tables.keys() & {own, "extends"}:
+        name = printable(str(path))
+        raise InputError(f"{name}: expected {KINDS[own][0]}, got {KINDS[other][0]}; {KINDS[other][1].format(name)}")
+    return document
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import attrs
@@ -179,6 +183,30 @@ def test_trainings_are_kept_and_a_study_goes_on_where_it_was_stopped(
     assert "| fails | 0, 1 failed |" in said and "2 results, 0 trainings known and left" in said
     assert (out / "table.md").read_text(encoding="utf-8") in said
     assert once(10.0) == 1 and "done" not in capsys.readouterr().out  # nothing is trained again
+
+
+def test_a_study_that_is_ended_ends_its_trainings_and_goes_on_with_them(tmp_path: Path) -> None:
+    text = (
+        'base = "quickstart"\nseeds = 1\n'
+        "[set]\ntrain = { steps = 1000000, batch_size = 2, microbatch_size = 2, sequence_length = 32 }\n"
+        "validation.tokens = 256\nmodel.hidden_size = 16\nlog.every = 1\n"
+        '[variants]\nlong = {}\nlike-it = { like = "long" }\n'
+        '[comparisons.both]\nbaseline = "long"\nvariants = ["like-it"]\n'
+    )
+    (tmp_path / "study.toml").write_text(text, encoding="utf-8")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "nmoe", "bench", "records", str(tmp_path / "study.toml"), str(out)]
+    with subprocess.Popen([*command, "--threads", "1"]) as study:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not any(
+            path.stat().st_size for path in out.glob("unfinished/*/metrics.rank0.jsonl")
+        ):
+            time.sleep(0.1)
+        study.send_signal(signal.SIGTERM)
+        assert study.wait(60) == 75
+    (run,) = (path for path in (out / "unfinished").iterdir() if path.is_dir())
+    end = json.loads((run / "events.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert (end["event"], end["exit_code"]) == ("end", 75) and list((run / "checkpoints").glob("step-*"))
 
 
 def test_the_shipped_studies_can_be_trained() -> None:

@@ -58,7 +58,8 @@ def compare(inputs: list[Tensor], start: Any = ()) -> None:
         for form, dtype in ((lambda *leaves: attend(*leaves, start), None), (plain, None), (plain, torch.float64))
     )
     # the loss is one number in fp32: half a step of bf16 in its terms
-    check([found[0], *found[2:]], [allowed[0], *allowed[2:]], [right[0], *right[2:]])
+    # a query with one key has no gradient: two logarithms in fp32, or o . do less v . do
+    check(*([run[0], *run[2:]] for run in (found, allowed, right)), floor=1e-3)
     assert abs(found[1].double() - right[1]) <= 2**-8 * right[1].abs() + 1e-3
 
 

@@ -20,6 +20,7 @@ from nmoe.bench.records.report import markdown, numbers
 from nmoe.bench.records.study import Job, Result, Study, config_of, jobs, load_study
 from nmoe.config import dump
 from nmoe.effects import files
+from nmoe.effects.device import signals
 from nmoe.effects.record import lines
 from nmoe.effects.record.names import CHECKPOINTS, EVENTS, METRICS, WEIGHTS
 from nmoe.effects.terminal import say
@@ -67,7 +68,7 @@ def main(
         (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
     results = read_results(out)
     began = time.monotonic()
-    with _trainings() as running:
+    with signals.exit_on_signals(), _trainings() as running:
         while True:
             ended = [x for x in running if x.process.poll() is not None]
             for training in ended:

@@ -91,7 +91,7 @@ def export(
     config = hf.settings(source.model) | {"architectures": [family.architecture], "torch_dtype": dtype, **ids}
     if fp8:
         hf.check_fp8(source.model)
-        config[hf.FP8_KEY] = hf.fp8_settings()
+        config[hf.QUANTISED] = hf.fp8_settings()
     shards = plan(source, shard_bytes, fp8=fp8)
     names = [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
     size = sum(shard.num_bytes() for shard in shards)

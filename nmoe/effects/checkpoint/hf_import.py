@@ -51,7 +51,7 @@ def import_folder(folder: Path, out: Path, extra: Callable[[sections.Model], Map
         c = hf.model_of(config)
     except InputError as error:
         raise InputError(*(f"{where}: {problem}" for problem in error.problems)) from error
-    parts = hf.parts(c, fp8=hf.FP8_KEY in config)
+    parts = hf.parts(c, fp8=hf.QUANTISED in config)
     ours = weights.formats_of(model.specs(c), model.dims(c), COMPUTE[compute])
     place = _places(folder, _wanted(parts, ours))
     further = extra(c)

@@ -12,6 +12,7 @@ from nmoe.config import Config
 from nmoe.config.sections import Mixture
 from nmoe.effects.data.loader import held_out, num_held_out, open_stream
 from nmoe.effects.data.mixture import plan_data
+from nmoe.effects.data.store.blocks import Blocks
 from nmoe.effects.data.store.shards import open_split
 from nmoe.effects.data.tokenizer import Tokenizer, load
 from nmoe.effects.parallel.launch import Launch
@@ -20,7 +21,7 @@ from nmoe.pure.data import ngram, order
 from nmoe.pure.data.stages import Recipe, Stream, plan
 from nmoe.pure.model.model import Batch
 
-# Training tokens that the n-gram baselines count at most; they are read, and their shards hashed, before step 1.
+# Training tokens that the n-gram baselines count at most; they are read, and their blocks hashed, before step 1.
 NGRAM_TOKENS = 10_000_000
 
 ENDLESS = 1 << 62
@@ -46,6 +47,7 @@ class Corpus:
     num_tokens: int
     unigram: float
     bigram: float
+    blocks: Sequence[Blocks]  # of the files that this rank owns, of what is read
 
 
 def open_corpus(config: Config, launch: Launch, left_out: tuple[tuple[int, int], ...] = ()) -> Corpus:
@@ -66,8 +68,12 @@ def open_corpus(config: Config, launch: Launch, left_out: tuple[tuple[int, int],
         "world": launch.world,
         "end_of_text": tokenizer.end_of_text if train.document_mask else None,
     }
+    # Numbered through, so that sources of one shard each have several owners.
     splits, held_splits = (
-        [open_split(folder, manifest, name) for folder, manifest in zip(data.folders, data.manifests, strict=True)]
+        [
+            open_split(folder, manifest, name, rank=launch.rank - number, world=launch.world)
+            for number, (folder, manifest) in enumerate(zip(data.folders, data.manifests, strict=True))
+        ]
         for name in ("train", "validation")
     )
     quotas = [sum(stage.quotas[index] for stage in data.stream.stages) for index in range(len(splits))]
@@ -99,6 +105,7 @@ def open_corpus(config: Config, launch: Launch, left_out: tuple[tuple[int, int],
         num_tokens=sum(splits[index].num_tokens for index in used),
         unigram=ngram.unigram_loss(np.concatenate(counted), np.concatenate(judged), vocab_size),
         bigram=ngram.bigram_loss(np.concatenate(counted), np.concatenate(judged), vocab_size),
+        blocks=[each for index in used for split in (held_splits[index], splits[index]) for each in split.blocks()],
     )
 
 

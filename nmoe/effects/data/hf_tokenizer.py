@@ -12,6 +12,7 @@ from typing import Any
 from nmoe.config import sections
 from nmoe.effects import files
 from nmoe.effects.checkpoint.hf_import import json_object
+from nmoe.effects.data import hf_pattern
 from nmoe.effects.data.tokenizer import (
     END_OF_TEXT,
     FILE,
@@ -181,8 +182,8 @@ def _expressed(said: Mapping[str, Any]) -> tuple[str, list[str]]:
     cut = said["pre_tokenizer"]
     parts = cut["pretokenizers"] if _type(cut) == "Sequence" else [cut]
     types = [_type(part) for part in parts]
-    if types not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        problems.append(f"pre_tokenizer: expected one Split and ByteLevel, got {', '.join(types)}; {remedy}")
+    if types[-1] != "ByteLevel" or set(types[:-1]) - {"Split"}:
+        problems.append(f"pre_tokenizer: expected Splits and ByteLevel, got {', '.join(types)}; {remedy}")
         return "", problems
     if parts[-1]["add_prefix_space"]:
         problems.append("pre_tokenizer: expected add_prefix_space = false, got true; it changes texts")
@@ -190,15 +191,27 @@ def _expressed(said: Mapping[str, Any]) -> tuple[str, list[str]]:
         if not parts[0]["use_regex"]:
             problems.append(f"pre_tokenizer: expected a pattern, got none; {remedy}")
         return GPT2_PATTERN, problems
-    if parts[1]["use_regex"]:
+    if parts[-1]["use_regex"]:
         problems.append(f"pre_tokenizer: expected one pattern, got that of Split and that of ByteLevel; {remedy}")
-    behavior, pattern = (parts[0]["behavior"], parts[0]["invert"]), parts[0]["pattern"]
-    if behavior not in (("Isolated", False), ("Removed", True)):
-        said_so = f"{behavior[0]}{', inverted' if behavior[1] else ''}"
-        problems.append(f"pre_tokenizer: expected matches as pieces, Isolated, got {said_so}; {remedy}")
-    if "Regex" not in pattern:
-        problems.append(f"pre_tokenizer: expected a regular expression, got the text {json.dumps(pattern)}; {remedy}")
-    return pattern.get("Regex", ""), problems
+    for split in parts[:-1]:
+        behavior, pattern = (split["behavior"], split["invert"]), split["pattern"]
+        if behavior not in (("Isolated", False), *((("Removed", True),) if len(parts) == 2 else ())):
+            said_so = f"{behavior[0]}{', inverted' if behavior[1] else ''}"
+            problems.append(f"pre_tokenizer: expected matches as pieces, Isolated, got {said_so}; {remedy}")
+        if "Regex" not in pattern:
+            problems.append(
+                f"pre_tokenizer: expected a regular expression, got the text {json.dumps(pattern)}; {remedy}"
+            )
+    patterns = [split["pattern"].get("Regex", "") for split in parts[:-1]]
+    if len(patterns) == 1 or problems:
+        return patterns[0], problems
+    one = hf_pattern.joined(patterns)
+    if one is None:
+        problems.append(
+            "pre_tokenizer: expected Splits of which all but the last are one class of characters each, apart from "
+            f"each other, got {json.dumps(patterns)}; nmoe cannot write them as one pattern"
+        )
+    return one or "", problems
 
 
 def _type(part: Any) -> str:

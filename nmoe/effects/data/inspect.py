@@ -1,23 +1,32 @@
-"""`nmoe data verify`, `info`, `head`: what a prepared folder holds, and whether it still does."""
+"""`nmoe data verify`, `digest`, `info`, `head`: what a prepared folder holds, and whether it still does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import cattrs
 
+from nmoe.effects import files
 from nmoe.effects.data import tokenizer
 from nmoe.effects.data.prepare.prep import FORMAT, REPORT, Report, report_lines
+from nmoe.effects.data.store.blocks import digests
 from nmoe.effects.data.store.format import (
+    HEADER_BYTES,
     MAX_TOKENS,
     REMEDY,
     Manifest,
+    blocks_name,
+    dtype_of,
+    header,
+    header_problems,
     read_manifest,
     shard_problems,
     size_problems,
+    stem,
 )
 from nmoe.effects.data.store.records import read_record
 from nmoe.effects.data.store.shards import documents
@@ -45,6 +54,31 @@ def verify(folders: Sequence[Path], say: Callable[[str], None], as_json: bool = 
     return 0
 
 
+def digest(folders: Sequence[Path], say: Callable[[str], None]) -> int:
+    """Write the digests of blocks of folders that were prepared before there were any, each shard compared first.
+
+    Writes:  files of digests beside the shards.
+    Raises:  InputError for a shard that is not what its receipt says.
+    """
+    for folder in folders:
+        manifest = read_manifest(folder)
+        dtype = dtype_of(manifest.tokenizer_size)
+        shards = [(split, *each) for split, whole in manifest.splits.items() for each in enumerate(whole.shards)]
+        for split, index, receipt in shards:
+            path = folder / split / f"{stem(index)}.npy"
+            with files.refusing(path, "a readable file of tokens"):
+                problems = header_problems(path, header(dtype, receipt.tokens))
+                with open(path, "rb") as file:
+                    file.seek(HEADER_BYTES)
+                    actual, text = digests(file)
+            if problems or actual != receipt.sha256:
+                wrong = f"{path}: expected content with sha256 {receipt.sha256[:80]}, got {actual}; {REMEDY}"
+                raise InputError(*problems or [wrong])
+            files.write_text(folder / split / blocks_name(index), text)
+        say(f"{folder}: digests of blocks beside {len(shards)} shards")
+    return 0
+
+
 def info(folder: Path, as_json: bool, say: Callable[[str], None]) -> int:
     """Say what a prepared folder holds, and what it was made from where that is known."""
     manifest = read_manifest(folder)
@@ -57,14 +91,31 @@ def info(folder: Path, as_json: bool, say: Callable[[str], None]) -> int:
     say(f"tokenizer  {name}, {manifest.tokenizer_size} ids, identity {manifest.tokenizer_identity}")
     for split, about in manifest.splits.items():
         per_token = f", {about.bytes / about.tokens:.2f} bytes a token" if about.tokens else ""
+        shards = f"{len(about.shards)} shard{'' if len(about.shards) == 1 else 's'}"
         say(
             f"{split:<10} {about.tokens} tokens, {about.documents} documents, {about.bytes / 1e6:.1f} MB of text, "
-            f"{len(about.shards)} shards{per_token}"
+            f"{shards}{per_token}"
         )
     if report is not None:
-        say(f"source     {printable(report.source)}")
-        say("\n".join(map(printable, report_lines(report))))
+        # of the report what the manifest has not said above; --json has the whole source
+        said = {*manifest.splits, "tokenizer"}
+        say(printable(f"source     {_input(folder, report)}"))
+        say("\n".join(printable(line) for line in report_lines(report) if line.split()[0] not in said))
     return 0
+
+
+def _input(folder: Path, report: Report) -> str:
+    """The table `input` of the source that a folder was made from, on one line; without what it does not set.
+
+    Raises:  InputError when the report holds no source.
+    """
+    try:
+        table: Mapping[str, Any] = json.loads(report.source)["input"]
+        shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = report.source[:80]
+        raise InputError(f"{folder / REPORT}: expected a source as JSON, got {what!r}; {REMEDY}") from error
+    return "  ".join(f"{key} {value}" for key, value in shown.items() if value not in (None, ""))
 
 
 def head(

@@ -9,16 +9,49 @@ from contextlib import contextmanager
 
 import torch
 
+from nmoe.errors import InputError
 from nmoe.pure.core import tree
 from nmoe.pure.model.model import Batch
 
 Read = Callable[[int], Batch]
 
 
+class Ahead:
+    """Batches by cursor, the next of which are made beforehand. Every call is of one thread."""
+
+    def __init__(
+        self, submit: Callable[[int], Future[Batch]], place: Callable[[Batch], Batch], *, batch_size: int, depth: int
+    ) -> None:
+        """submit: begins to make the batch of a cursor; place: moves it to the device; the rest as `prefetching`."""
+        self._submit, self._place, self._batch_size, self._depth = submit, place, batch_size, depth
+        self._pending: deque[tuple[int, Future[Batch]]] = deque()
+
+    def __call__(self, cursor: int) -> Batch:
+        """The batch of a cursor, on the device."""
+        batch = self._next(cursor).result()
+        self._pending.popleft()
+        return self._place(batch)
+
+    def refusal(self, cursor: int) -> InputError | None:
+        """Why the batch of a cursor can not be had, if the data is to blame; waits for it, the call for it does not."""
+        error = self._next(cursor).exception()
+        return error if isinstance(error, InputError) else None
+
+    def _next(self, cursor: int) -> Future[Batch]:
+        """The batch of a cursor as it is being made, with the next ones begun."""
+        if self._pending and self._pending[0][0] != cursor:
+            while self._pending:
+                self._pending.popleft()[1].cancel()
+        for index in range(len(self._pending), self._depth + 1):
+            at = cursor + index * self._batch_size
+            self._pending.append((at, self._submit(at)))
+        return self._pending[0][1]
+
+
 @contextmanager
 def prefetching(
     read: Read, *, batch_size: int, depth: int, device: torch.device, pinned: bool = True
-) -> Iterator[Read]:
+) -> Iterator[Ahead]:
     """`read` with the next `depth` batches made beforehand, and moved to the device.
 
     What comes back depends on the cursor alone: a call with another cursor than the expected one throws away what was
@@ -35,25 +68,24 @@ def prefetching(
         batch = read(cursor)
         return tree.map(lambda path, leaf: leaf.pin_memory(), batch) if pinned else batch
 
-    def placed(batch: Batch) -> Batch:
+    def place(batch: Batch) -> Batch:
         return tree.map(lambda path, leaf: leaf.to(device, non_blocking=True), batch)
 
     if not depth:
-        yield lambda cursor: placed(fetch(cursor))
+        yield Ahead(lambda cursor: _made(fetch, cursor), place, batch_size=batch_size, depth=0)
         return
-    pending: deque[tuple[int, Future[Batch]]] = deque()
     with ThreadPoolExecutor(1, "prefetch") as executor:
-
-        def ahead(cursor: int) -> Batch:
-            if pending and pending[0][0] != cursor:
-                while pending:
-                    pending.popleft()[1].cancel()
-            for index in range(len(pending), depth + 1):
-                at = cursor + index * batch_size
-                pending.append((at, executor.submit(fetch, at)))
-            return placed(pending.popleft()[1].result())
-
         try:
-            yield ahead
+            yield Ahead(lambda cursor: executor.submit(fetch, cursor), place, batch_size=batch_size, depth=depth)
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+def _made(fetch: Read, cursor: int) -> Future[Batch]:
+    """A batch that was made at once, or why not."""
+    future: Future[Batch] = Future()
+    try:
+        future.set_result(fetch(cursor))
+    except InputError as error:
+        future.set_exception(error)
+    return future

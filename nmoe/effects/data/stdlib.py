@@ -27,7 +27,7 @@ from nmoe.errors import InputError
 from nmoe.pure.data.prep import MILLION, split_of
 
 # Raise it when the same files would give other shards.
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("train", "validation", "test")
 VALIDATION = TEST = MILLION * 2 // 100
 # Tests, other people's packages, and what differs between two builds of the same Python.

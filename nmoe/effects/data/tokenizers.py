@@ -40,25 +40,40 @@ class Known:
     size: int
 
 
+O200K = Known(
+    sha256="446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    pattern="|".join(
+        (
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        )
+    ),
+    end_of_text=199_999,
+    size=200_019,
+)
 KNOWN: Mapping[str, Known] = MappingProxyType(
     {
-        # As tiktoken publishes it: the ranks and the pattern of o200k_base, the special tokens of gpt-oss.
-        "o200k_harmony": Known(
-            sha256="446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
-            pattern="|".join(
-                (
-                    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-                    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-                    r"\p{N}{1,3}",
-                    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-                    r"\s*[\r\n]+",
-                    r"\s+(?!\S)",
-                    r"\s+",
-                )
-            ),
-            end_of_text=199_999,
-            size=201_088,
-        )
+        # Ranks, patterns and special tokens as tiktoken has them; of o200k_harmony the special tokens are gpt-oss's.
+        "r50k_base": Known(
+            sha256="306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+            pattern=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+            end_of_text=50_256,
+            size=50_257,
+        ),
+        "cl100k_base": Known(
+            sha256="223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+            pattern=r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
+            r"\s*[\r\n]|\s+(?!\S)|\s",
+            end_of_text=100_257,
+            size=100_277,
+        ),
+        "o200k_base": O200K,
+        "o200k_harmony": attrs.evolve(O200K, size=201_088),
     }
 )
 
@@ -142,8 +157,8 @@ def add(name: str, path: Path, known: Mapping[str, Known] = KNOWN) -> Tokenizer:
         return hf_tokenizer.read(path, hf_tokenizer.texts())
     if name not in known:
         raise InputError(
-            f"tokenizer {name}: expected one of {', '.join(known)}, got another; give a {tokenizer.FILE} of Hugging "
-            "Face, or train one"
+            f"tokenizer {name}: expected one of {', '.join(known)}, got another, and a file of ranks has no pattern "
+            f"and no special tokens; give the {tokenizer.FILE} of Hugging Face that the model comes with, or train one"
         )
     about = known[name]
     try:

@@ -94,7 +94,7 @@ def initialise_(arenas: tuple[Arena, ...], blueprint: Blueprint, key: Key, *, ra
     for described, arena in zip(blueprint.layouts, arenas, strict=True):
         for slot in described.slots:
             value = initial(key, slot.path, slot.spec, dims, rank=held.rank, world=held.size, device=arena.value.device)
-            put_(arena, described, slot, value, part=ranks.sharing(described).rank)
+            put_(arena, described, slot, value, part=ranks.sharing(described).part())
 
 
 def place(node: Any, device: torch.device) -> Any:

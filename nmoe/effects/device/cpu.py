@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from nmoe.pure.formats import master
 from nmoe.pure.model.attention.mla import attend_mla
-from nmoe.pure.model.experts import Rows, combine, dispatch, swiglu
+from nmoe.pure.model.experts import Rows, activation, combine, dispatch, swiglu
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.route import Routing
 from nmoe.pure.optim.update import Rule, rule
@@ -32,7 +32,13 @@ def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tup
     return attend_mla(q, F.pad(kv, (0, max(0, q.shape[-1] - width))), k_rope, start, scale=scale)[..., :width]
 
 
-def experts_grouped(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
+def experts_grouped(
+    rows: Rows,
+    up: Tensor,
+    down: Tensor,
+    bias: Tensor | tuple[()] = (),
+    activate: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
     """`pure.model.experts.experts` with torch's grouped product; counts stay on the device.
 
     rows.x   [M D]   bf16, or fp32 on a CPU
@@ -40,11 +46,19 @@ def experts_grouped(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
     """
     ends = rows.count.cumsum(0).to(torch.int32)
     x = rows.x.index_select(0, rows.source)
-    y = swiglu(F.grouped_mm(x, up.flatten(2), offs=ends).unflatten(-1, (2, -1)))
-    return F.grouped_mm(y, down, offs=ends)
+    h = F.grouped_mm(x, up.flatten(2), offs=ends).unflatten(-1, (2, -1))
+    h = h + bias[rows.expert] if isinstance(bias, Tensor) else h
+    return F.grouped_mm(activate(h), down, offs=ends)
 
 
-def few_rows(x: Tensor, routing: Routing, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def few_rows(
+    x: Tensor,
+    routing: Routing,
+    up: Tensor,
+    down: Tensor,
+    bias: Tensor | tuple[()] = (),
+    activate: Callable[[Tensor], Tensor] = swiglu,
+) -> tuple[Tensor, Tensor]:
     """`pure.model.experts.moe_experts` of a few tokens on a CPU: a product a row, with the weights where they are.
 
     torch's grouped product slices and multiplies for all E experts, also for those without a row: of one token of the
@@ -53,7 +67,8 @@ def few_rows(x: Tensor, routing: Routing, up: Tensor, down: Tensor) -> tuple[Ten
     chosen, top_k = routing.expert.flatten(), routing.expert.shape[1]
     order: list[int] = chosen.tolist()
     y = torch.stack([x[row // top_k] @ up[expert].flatten(1) for row, expert in enumerate(order)])
-    y = swiglu(y.unflatten(-1, (2, -1)))
+    h = y.unflatten(-1, (2, -1))
+    y = activate(h + bias[chosen] if isinstance(bias, Tensor) else h)
     y = torch.stack([y[row] @ down[expert] for row, expert in enumerate(order)]).unflatten(0, routing.expert.shape)
     count = chosen.new_zeros(len(up)).scatter_add(0, chosen, torch.ones_like(chosen))
     return (upcast(y) * routing.weight[..., None]).sum(-2).to(x.dtype), count
@@ -64,18 +79,22 @@ def moe_experts(
     routing: Routing,
     up: Tensor,
     down: Tensor,
+    bias: Tensor | tuple[()] = (),
     *,
-    experts: Callable[[Rows, Tensor, Tensor], Tensor] = experts_grouped,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    experts: Callable[..., Tensor] = experts_grouped,
 ) -> tuple[Tensor, Tensor]:
     """`pure.model.experts.moe_experts` by `experts`, each part in a profiler range.
 
     Where `experts` are the plain ones, a CPU takes `few_rows` for fewer rows than there are experts.
     """
+    activate = activation(limit, alpha)
     if x.device.type == "cpu" and experts is experts_grouped and routing.expert.numel() < len(up):
-        return few_rows(x, routing, up, down)
+        return few_rows(x, routing, up, down, bias, activate)
     with record_function("dispatch"):
         rows = dispatch(x, routing, num_experts=up.shape[0])
-    y = experts(rows, up, down)
+    y = experts(rows, up, down, bias, activate)
     with record_function("combine"):
         return combine(y, rows, routing), rows.count
 

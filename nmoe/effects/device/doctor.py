@@ -27,6 +27,7 @@ from nmoe.effects import files
 from nmoe.effects.parallel.launch import ALLOCATOR, MULTICAST_OFF
 from nmoe.effects.terminal import say, say_json, table
 from nmoe.errors import InputError
+from nmoe.pure.units import quantity
 
 MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6)})
 """Oldest version of each that nmoe works with."""
@@ -37,8 +38,7 @@ TESTED = MappingProxyType({"2.13.0": "3.7.1", "2.11.0": "3.6.0"})
 REQUIREMENT = re.compile(r"([\w.-]+).*extra == [\"'](\w+)")
 """A package of an extra, as metadata has it: `name>=1.0; extra == "viz"`."""
 
-GIB = 2**30
-LITTLE_MEMORY, LITTLE_DISK = 4 * GIB, 4 * GIB
+LITTLE_MEMORY, LITTLE_DISK = 4 * 10**9, 4 * 10**9  # bytes
 
 
 @attrs.frozen(kw_only=True)
@@ -148,15 +148,15 @@ def _machine(facts: Facts) -> Iterator[Line]:
     yield Line(
         level="warn" if little else "ok",
         what="cpu and memory",
-        value=f"{facts.cpus} cores, {facts.memory_bytes / GIB:.1f} GiB",
-        advice=f"have {LITTLE_MEMORY // GIB} GiB, or lower train.microbatch_size" if little else "",
+        value=f"{facts.cpus} cores, {quantity(facts.memory_bytes, 'B')}",
+        advice=f"have {quantity(LITTLE_MEMORY, 'B')}, or lower train.microbatch_size" if little else "",
     )
     little = facts.free_bytes < LITTLE_DISK
     yield Line(
         level="warn" if little else "ok",
         what="free disk",
-        value=f"{facts.free_bytes / GIB:.1f} GiB",
-        advice=f"free {LITTLE_DISK // GIB} GiB, or set run.root to a folder on another disk" if little else "",
+        value=quantity(facts.free_bytes, "B"),
+        advice=f"free {quantity(LITTLE_DISK, 'B')}, or set run.root to a folder on another disk" if little else "",
     )
     if facts.runs_problem is None:
         yield Line(level="ok", what="folder runs", value="write, fsync and rename work")
@@ -174,7 +174,7 @@ def _gpus(facts: Facts) -> Iterator[Line]:
         yield Line(
             level="ok" if good else "warn",
             what=f"gpu {index}",
-            value=f"{gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB, compute capability {_dotted(gpu.capability)}",
+            value=f"{gpu.name}, {quantity(gpu.memory_bytes, 'B')}, compute capability {_dotted(gpu.capability)}",
             advice=""
             if good
             else f"use a GPU of compute capability {known}, "

@@ -57,6 +57,17 @@ class Group:
     rank: int = 0  # of this process among them
     size: int = 1
     handle: Any = None  # torch's process group; None: nobody else
+    levels: Sequence[Group] = ()  # what they sum in, one after another; none: all at once
+    stream: Any = None  # of a GPU, on which levels wait for each other
+
+    def part(self) -> int:
+        """Which of as many equal parts this rank has after a reduce-scatter: a level cuts what the one before left."""
+        if not self.levels:
+            return self.rank
+        part = 0
+        for level in self.levels:
+            part = part * level.size + level.rank
+        return part
 
 
 AllGatherText = Callable[[str], Sequence[str]]
@@ -345,10 +356,12 @@ def open_ranks(launch: Launch, expert_ranks: int, device: torch.device, timeout_
     rows = [range(begin, begin + expert_ranks) for begin in range(0, launch.world, expert_ranks)]
     columns = [range(begin, launch.world, expert_ranks) for begin in range(expert_ranks)]
     all_gather_text = _texts(setup, launch.world)
+    replicas = _own(world, columns, waits)
+    levelled = _levelled(world, [range(launch.world)], waits, device)
     yield Ranks(
-        world=world,
+        world=levelled,
         experts=_own(world, rows, waits),
-        replicas=_own(world, columns, waits),
+        replicas=levelled if replicas is world else _levelled(replicas, columns, waits, device),
         host=attrs.evolve(world, handle=dist.new_group(backend="gloo", timeout=waits)),
         rendezvous=launch.address,
         hosts=all_gather_text(os.uname().nodename),
@@ -427,6 +440,43 @@ def _own(world: Group, groups: Sequence[range], timeout: timedelta) -> Group:
         if world.rank in members:
             own = Group(rank=members.index(world.rank), size=len(members), handle=handle)
     return own
+
+
+def level_sizes(size: int) -> list[int]:
+    """Ranks of a group at each level of a sum over `size` of them: its prime factors, the smallest first.
+
+    Neighbours sum first, so hosts whose ranks are a power of two sum within themselves before anything leaves them. The
+    order of sums is a function of the number of ranks, not of hosts, and among pairs there is only one.
+    """
+    sizes: list[int] = []
+    factor = 2
+    while size > 1:
+        while size % factor == 0:
+            sizes.append(factor)
+            size //= factor
+        factor += 1
+    return sizes
+
+
+def _levelled(own: Group, groups: Sequence[range], timeout: timedelta, device: torch.device) -> Group:
+    """A group with its levels. Every rank has to call it, with all groups that share out the world."""
+    sizes = level_sizes(own.size)
+    if len(sizes) < 2:
+        return own
+    levels: list[Group] = []
+    apart = 1
+    for size in sizes:
+        for members in groups:
+            for first in range(own.size):
+                if first // apart % size:
+                    continue
+                among = [first + apart * digit for digit in range(size)]
+                handle = dist.new_group([members[index] for index in among], timeout=timeout)
+                if dist.get_rank() in members and own.rank in among:
+                    levels.append(Group(rank=among.index(own.rank), size=size, handle=handle))
+        apart *= size
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    return attrs.evolve(own, levels=tuple(levels), stream=stream)
 
 
 def _texts(handle: Any, world: int) -> Callable[[str], Sequence[str]]:

@@ -25,9 +25,10 @@ from nmoe.effects.record.lines import Line
 from nmoe.effects.record.names import CONFIG, EVALS, EVENTS, METRICS, PROVENANCE
 from nmoe.effects.record.reading import MAX_ATTEMPT, MAX_SECONDS, MAX_STEP, toml_table, utc
 from nmoe.effects.runs import status as run_status
+from nmoe.effects.runs.viz import words
 from nmoe.effects.terminal import say, say_json, sparkline, table
 from nmoe.errors import InputError, printable
-from nmoe.pure.units import plain
+from nmoe.pure.units import plain, quantity
 from nmoe.pure.watch.metrics import metric, summary
 
 FOLLOW_S = 0.5
@@ -150,7 +151,7 @@ def show(root: Path, name: str, as_json: bool = False) -> int:
         rate, mfu, held = (number(trained, key) for key in ("tokens_per_s", "mfu", "memory_bytes"))
         losses = [value for line in run.metrics if (value := number(line, "loss")) is not None]
         parts.append(
-            ("speed", f"{_count(rate)} tokens/s  mfu {_digits(mfu and 100 * mfu, 1)} %  memory {_count(held)} bytes")
+            ("speed", f"{_count(rate)} tokens/s  mfu {_digits(mfu and 100 * mfu, 1)} %  memory {_bytes(held)}")
         )
         parts.append(("loss", f"{_digits(losses[0])} {sparkline(losses, SPARKLINE_WIDTH)} {_digits(losses[-1])} nats"))
     if validated:
@@ -223,6 +224,7 @@ def export(root: Path, name: str, to: Path | None) -> int:
         raise InputError(
             f"{to}: expected a file that can be written, got {error.strerror}; choose another file"
         ) from error
+    say(f"{to}: {len(rows)} lines of {len(columns)} columns")
     return 0
 
 
@@ -245,6 +247,8 @@ def tail(root: Path, name: str, count: int, follow: bool, as_json: bool = False)
             # A resumed attempt cuts the lines of those before it, and appends its own: places in the file do not last.
             there: Counter[tuple[str, float | None]] = Counter()
             for line in read_lines(folder / file):
+                if not as_json and line.fields.get("event") == "validation":
+                    continue  # the metrics have a line of it, which says the same
                 key = (file, number(line, "attempt"))
                 there[key] += 1
                 if there[key] > printed[key]:
@@ -266,15 +270,15 @@ def _summary(line: Line) -> str:
     attempt = fields.pop("attempt", 1)
     again = f"  attempt {attempt}" if attempt != 1 else ""
     if "event" in fields:
-        event = fields.pop("event")
-        return f"{at}  {event}{again}  " + "  ".join(f"{key} {_brief(value)}" for key, value in fields.items())
+        event, step = str(fields.pop("event")), number(line, "step")
+        return f"{at}  {event}{again}{'' if step is None else f'  step {_count(step)}'}  {words.text(event, fields)}"
     step = f"{at}  step {_count(number(line, 'step'))}{again}"
     shown = {key: number(line, key) for key in fields if (entry := metric(key)) is not None and entry.screen}
     return f"{step}  {summary({**shown, 'experts': _experts(line)} if 'experts' in fields else shown)}"
 
 
-def _brief(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
+def _bytes(value: float | None) -> str:
+    return "-" if value is None else quantity(value, "B")
 
 
 def run_folders(root: Path) -> tuple[Path, ...]:

@@ -54,7 +54,7 @@ class Network:
     batch_tokens: int = BATCH_TOKENS
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def steps(
     network: Network,
     prompts: Sequence[Sequence[int]],

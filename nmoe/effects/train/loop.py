@@ -16,12 +16,13 @@ from nmoe.effects.checkpoint.writer import SaveError
 from nmoe.effects.data.tokenizer import Tokenizer, byte_lengths
 from nmoe.effects.device import signals
 from nmoe.effects.parallel import exchange
-from nmoe.effects.parallel.ranks import Ranks, lost_ranks_named, with_rank_note
+from nmoe.effects.parallel.ranks import Ranks, lost_ranks_named, on_all_ranks, with_rank_note
 from nmoe.effects.terminal import say, warn
 from nmoe.effects.train.evaluate import Held, evaluate, even
 from nmoe.effects.train.outcome import EXIT_UNSAVED, end, network, record_failure, sample_on_the_way
 from nmoe.effects.train.session import Session, Start
 from nmoe.effects.train.step import State
+from nmoe.errors import InputError
 from nmoe.pure.evals.score import Score
 from nmoe.pure.model.model import Batch, model_at
 from nmoe.pure.watch.validations import Validations, validated
@@ -100,8 +101,12 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
                 validations = attrs.evolve(validations, evaluated=state.step)
             clock.mark("validation")  # no part of a step's time either
 
-        # Once in a while: a checkpoint.
-        stopped, save = agreed(stop, ranks, saver.due(state.step))
+        # Once in a while: a checkpoint. All see here, before the next step, that one of them can not read its batch.
+        refused = _refusal(session, state)
+        clock.mark("data")
+        stopped, save, bad = agreed(stop, ranks, saver.due(state.step), refused is not None)
+        if bad:
+            _refuse(ranks, refused)
         if state.step >= train.steps or stopped:
             return state, validations, True
         if save:
@@ -139,6 +144,25 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
             sample_on_the_way(session, state)
             session.heartbeat.beat()
             clock.mark("validation")  # as a validation, no part of a step's time
+
+
+def _refusal(session: Session, state: State) -> InputError | None:
+    """Why data can not be read: of the next step, if there is one, or of shards that are verified beside the steps."""
+    problem = session.refusal(state.cursor) if state.step < session.config.train.steps else None
+    return problem or session.verification.problem
+
+
+def _refuse(ranks: Ranks, problem: InputError | None) -> None:
+    """End the run on every rank, because data can not be read on one.
+
+    Raises:  InputError.
+    """
+
+    def act() -> None:
+        if problem is not None:
+            raise problem
+
+    on_all_ranks(ranks, act)
 
 
 def _validator(session: Session) -> Callable[[State], Held | None]:

@@ -187,7 +187,7 @@ def pieces(state: State, blueprint: Blueprint, *, ranks: Ranks = SINGLE_RANK, sh
         kinds = {"value": arena.value, **moments}
         if layout.has_remainder():
             kinds["remainder"] = arena.remainder
-        part = ranks.sharing(layout).rank
+        part = ranks.sharing(layout).part()
         sharded += arena_pieces(
             layout, kinds, blueprint.dims, rank=ranks.experts.rank, world=ranks.experts.size, part=part
         )
@@ -238,5 +238,5 @@ def put_(state: State, blueprint: Blueprint, start: Weights, ranks: Ranks = SING
             exact = start.exact(slot.path, values[slot.path])
             if layout.policy.shard:
                 exact = exact.chunk(ranks.experts.size)[ranks.experts.rank]
-            buffers.put_(arena, layout, slot, exact, part=ranks.sharing(layout).rank)
+            buffers.put_(arena, layout, slot, exact, part=ranks.sharing(layout).part())
     state.router_bias.copy_(start.router_bias)

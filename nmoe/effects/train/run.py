@@ -21,6 +21,7 @@ from nmoe.effects.checkpoint.writer import Writer, open_writer
 from nmoe.effects.data import tokenizer
 from nmoe.effects.data.corpus import Corpus, open_corpus
 from nmoe.effects.data.prefetch import prefetching
+from nmoe.effects.data.store.blocks import Verification
 from nmoe.effects.device import gpu, ops, process, signals
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.launch import from_environment, open_rank_heartbeat
@@ -308,7 +309,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         device=rt.device,
         pinned=config.memory.pinned,
     )
-    read = request.world.read(scope.enter_context(ahead))
+    batches = scope.enter_context(ahead)
     clock = gpu.Clock(rt.device)
 
     def mark(name: str) -> None:
@@ -379,7 +380,9 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         exchange=start.exchange,
         log=log,
         step=step_,
-        read=read,
+        read=request.world.read(batches),
+        refusal=batches.refusal,
+        verification=scope.enter_context(Verification(corpus.blocks)),
         report=report,
         saver=saver,
         judge=request.world.judge if config.eval.every else None,

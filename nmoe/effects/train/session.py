@@ -9,6 +9,7 @@ import attrs
 
 from nmoe.config import Config
 from nmoe.effects.data.corpus import Corpus
+from nmoe.effects.data.store.blocks import Verification
 from nmoe.effects.device import gpu, process, signals
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.exchange import Exchange
@@ -20,6 +21,7 @@ from nmoe.effects.train.report import Report
 from nmoe.effects.train.save import Saver
 from nmoe.effects.train.step import Metrics, State
 from nmoe.effects.train.world import Judge
+from nmoe.errors import InputError
 from nmoe.pure.core.blueprint import Blueprint
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.model.model import Batch
@@ -72,6 +74,8 @@ class Session:
     log: Log
     step: Callable[[State, Batch], tuple[State, Metrics]]
     read: Callable[[int], Batch]
+    refusal: Callable[[int], InputError | None]  # why `read` of a cursor would raise
+    verification: Verification  # of the shards that this rank owns
     report: Report
     saver: Saver
     judge: Judge | None  # None: nobody is asked

@@ -391,7 +391,7 @@ def update_(
     for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
         rule, name, sharing = layout.policy.optimizer, layout.policy.group, ranks.sharing(layout)
         update = passes.update_(rule)
-        for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.rank), strict=True):
+        for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.part()), strict=True):
             for begin, end, of_matrix in _passes(layout, own, passes.chunk, setup.blueprint.dims, optim):
                 part, held = slice(begin, end), slice(begin - own.begin + own.at, end - own.begin + own.at)
                 changes.append(
@@ -411,7 +411,7 @@ def update_(
                 )
             for slot in layout.slots:
                 if low <= slot.offset < high and slot.path in factors:
-                    qk_clip.multiply_(arena, layout, slot, factors[slot.path], part=sharing.rank)
+                    qk_clip.multiply_(arena, layout, slot, factors[slot.path], part=sharing.part())
             if sharing.size > 1:
                 gathers.append(zero.all_gather_(sharing, arena.value[low:high]))
                 # what others own, of which this rank had a part; the update cleared its own

@@ -1,13 +1,15 @@
 """ZeRO-2 (arXiv:1910.02054): reduce-scatter of gradients, all-gather of updated values; a rank updates its shard.
 
-Each bucket is one reduce-scatter and one all-gather, in place. What is summed in which order follows from the layout
-and the number of ranks alone, never from arrival order.
+Each bucket is a reduce-scatter and an all-gather, in place, in levels where their number is no prime: neighbours,
+which share a host, sum first, and what leaves a host is summed over its ranks. What is summed in which order follows
+from the layout and the number of ranks alone, never from arrival order or hosts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ def owned(layouts: Sequence[ArenaLayout], flats: Sequence[Tensor], ranks: Ranks)
     return [
         flat[stretch.begin : stretch.end]
         for described, flat in zip(layouts, flats, strict=True)
-        for stretch in described.stretches(ranks.sharing(described).rank)
+        for stretch in described.stretches(ranks.sharing(described).part())
     ]
 
 
@@ -128,12 +130,59 @@ def _part(group: Group, flat: Tensor) -> Tensor:
     return flat[group.rank * size : (group.rank + 1) * size]
 
 
+class _Rest:
+    """Collectives of which each begins when the one before is over: the first has begun, the others do in `wait`."""
+
+    def __init__(self, first: Any, rest: Sequence[Callable[[], Any]]) -> None:
+        self._first, self._rest = first, rest
+
+    def wait(self) -> None:
+        """Wait for all of them."""
+        self._first.wait()
+        for start in self._rest:
+            start().wait()
+
+
+class _Queued:
+    """Collectives that wait for each other on a stream of their own."""
+
+    def __init__(self, stream: torch.cuda.Stream, starts: Sequence[Callable[[], Any]]) -> None:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for start in starts:
+                start().wait()
+            self._event = stream.record_event()
+
+    def wait(self) -> None:
+        """The current stream waits for all of them, the host does not."""
+        torch.cuda.current_stream().wait_event(self._event)
+
+
+def _in_turn(group: Group, starts: Sequence[Callable[[], Any]]) -> Any:
+    """Start collectives one after another; what to wait for."""
+    if len(starts) == 1:
+        return starts[0]()
+    return _Rest(starts[0](), starts[1:]) if group.stream is None else _Queued(group.stream, starts)
+
+
+def _levels(group: Group, flat: Tensor) -> list[tuple[Group, Tensor]]:
+    """Each level of a group with what it cuts, from the whole to this rank's part."""
+    cuts: list[tuple[Group, Tensor]] = []
+    for level in group.levels or (group,):
+        cuts.append((level, flat))
+        flat = _part(level, flat)
+    return cuts
+
+
 # The methods of a process group, because torch 2.13 renames the functions around them that torch 2.11 has.
 
 
 def _reduce_scatter_(group: Group, flat: Tensor) -> Any:
     with record_function("reduce"):
-        return group.handle._reduce_scatter_base(_part(group, flat), flat)
+        return _in_turn(
+            group,
+            [partial(level.handle._reduce_scatter_base, _part(level, cut), cut) for level, cut in _levels(group, flat)],
+        )
 
 
 def all_gather_(group: Group, flat: Tensor) -> Any:
@@ -141,4 +190,5 @@ def all_gather_(group: Group, flat: Tensor) -> Any:
     # as bytes: gloo and NCCL know no i16, and no format matters
     raw = flat.view(torch.uint8)
     with record_function("gather"):
-        return group.handle._allgather_base(raw, _part(group, raw))
+        cuts = reversed(_levels(group, raw))
+        return _in_turn(group, [partial(level.handle._allgather_base, cut, _part(level, cut)) for level, cut in cuts])

@@ -41,9 +41,9 @@ class Blueprint:
 
 
 def active(spec: Spec, dims: Dims, top_k: int) -> int:
-    """Elements of a parameter that one token uses."""
+    """Elements of a parameter that one token uses: of what has a row or more an expert, those of `top_k` experts."""
     size = spec.size(dims)
-    return size // dims["E"] * top_k if spec.role is Role.EXPERT else size
+    return size // dims["E"] * top_k if spec.axes[0] == "E" and len(spec.axes) > 1 else size
 
 
 def count(specs: Any, dims: Dims, *, top_k: int) -> Parameters:

@@ -41,6 +41,7 @@ class Role(enum.Enum):
     EXPERT = "expert"
     ROUTER = "router"
     GAIN = "gain"
+    BIAS = "bias"  # added to a product in the format of the product
     POOL = "pool"  # a hidden matrix that meets several tokens at once: its kind of attention counts the FLOPs
 
 
@@ -90,6 +91,7 @@ POLICY: Mapping[Role, Policy] = MappingProxyType(
         Role.EXPERT: row("expert", decay=True, flops=True, shard="E", optimizer=BY_GROUP, lowered=True),
         Role.ROUTER: row("router", decay=False, flops=True, storage="fp32"),
         Role.GAIN: row("dense", decay=False, flops=False, storage="fp32"),
+        Role.BIAS: row("dense", decay=False, flops=False),
         Role.POOL: row("dense", decay=True, flops=False, optimizer=BY_GROUP),
     }
 )

@@ -11,7 +11,7 @@ from nmoe.pure.core import tree
 from nmoe.pure.core.blueprint import active
 from nmoe.pure.core.spec import POLICY, Dims
 from nmoe.pure.model.attention import KINDS, Kinds, layers
-from nmoe.pure.model.model import Moe, Transformer
+from nmoe.pure.model.model import Biases, Moe, Transformer
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +50,10 @@ def forward_flops(
         matrices = [spec for _, spec in tree.leaves(part) if POLICY[spec.role].flops]
         return sum(2 * active(spec, dims, c.moe.top_k) for spec in matrices)
 
+    def down_biases(ffn: Moe) -> int:
+        """The product of a token's weights and the biases of all experts."""
+        return 2 * dims["E"] * dims["D"] if isinstance(ffn.biases, Biases) else 0
+
     blocks = (*specs.blocks, *(part.block for part in specs.mtp))
     mixtures = [block.ffn for block in blocks if isinstance(block.ffn, Moe)]
     return Flops(
@@ -59,7 +63,7 @@ def forward_flops(
         ),
         dense=sum(products(block.ffn) for block in blocks if not isinstance(block.ffn, Moe)),
         router=sum(products(ffn.router) for ffn in mixtures),
-        routed=sum(products((ffn.up, ffn.down)) for ffn in mixtures),
+        routed=sum(products((ffn.up, ffn.down)) + down_biases(ffn) for ffn in mixtures),
         shared=sum(products(ffn.shared) for ffn in mixtures),
         head=products(specs.head) * (1 + c.depth()),
         mtp=sum(products(part.project) for part in specs.mtp),

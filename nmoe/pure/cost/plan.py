@@ -101,7 +101,9 @@ def activation_bytes(
     attention = sum(kind.kept_bytes(section, **shape) for kind, section in layers(c, kinds))
     norms = 2 * 2 * width * fp32 + width * element  # both keep their input in fp32 and the scaled input
     dense = 4 * dims["I"] * element
-    rows = c.moe.top_k * (width * 2 + 4 * dims["F"]) * element + c.moe.top_k * width * fp32
+    # a SwiGLU keeps both halves, silu and its result; a clamped one also both clamped, the sigmoid and gate * sigmoid
+    gates = (4 if c.moe.swiglu_limit is None else 7) * dims["F"]
+    rows = c.moe.top_k * (width * 2 + gates) * element + c.moe.top_k * width * fp32
     routed = width * fp32 + 6 * dims["E"] * fp32 + rows + 4 * dims["S"] * element
     mixtures, depth = len(c.mixtures()), c.depth()
     blocks = c.num_layers + depth

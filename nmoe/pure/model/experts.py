@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,25 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
+def clamped_swiglu(x: Tensor, *, limit: float, alpha: float) -> Tensor:
+    """Gated activation of two halves that no outlier leaves: of a gate above `limit` it does not depend.
+
+    x        [... 2 F]   gate, then value
+    limit    largest gate, and largest value of either sign
+    alpha    factor in the sigmoid
+    returns  [... F]     (value + 1) * gate * sigmoid(alpha * gate), of both clamped
+    Source:  gpt-oss (arXiv:2508.10925), section 2; alpha is in its reference implementation.
+    """
+    gate, value = x.unbind(-2)
+    gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+    return (value + 1) * (gate * torch.sigmoid(alpha * gate))
+
+
+def activation(limit: float | None, alpha: float) -> Callable[[Tensor], Tensor]:
+    """The activation of a routed expert: `swiglu`, or with a limit `clamped_swiglu`."""
+    return swiglu if limit is None else partial(clamped_swiglu, limit=limit, alpha=alpha)
+
+
 def mlp(x: Tensor, up: Tensor, down: Tensor, activate: Callable[[Tensor], Tensor] = swiglu) -> Tensor:
     """Gated MLP.
 
@@ -71,21 +91,32 @@ def dispatch(x: Tensor, routing: Routing, *, num_experts: int) -> Rows:
     return Rows(x, slot // routing.expert.shape[1], expert, count, slot)
 
 
-def experts(rows: Rows, up: Tensor, down: Tensor) -> Tensor:
+def experts(
+    rows: Rows,
+    up: Tensor,
+    down: Tensor,
+    bias: Tensor | tuple[()] = (),
+    activate: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
     """Every row through its own expert's gated MLP.
 
     The reference runs every expert on every row and keeps one result: slow, and free of data-dependent shapes.
 
-    up       [E D 2 F]
-    down     [E F D]
-    returns  [P D]
-    Raises:  ValueError for matrices of other shapes, or another number of experts than the rows are for.
+    up        [E D 2 F]
+    down      [E F D]
+    bias      [E 2 F] or ()   added before the activation
+    activate  `swiglu` or another activation of gate and value
+    returns   [P D]
+    Raises:   ValueError for matrices of other shapes, or another number of experts than the rows are for.
     """
     count, width = rows.count.shape[0], rows.x.shape[-1]
     expect_shape("experts: expected up", up.shape, (count, width, 2, down.shape[1]), GATED)
     expect_shape("experts: expected down", down.shape, (count, up.shape[-1], down.shape[-1]), GATED)
     x = rows.x.index_select(0, rows.source).expand(up.shape[0], -1, -1)
-    y = torch.bmm(swiglu(torch.bmm(x, up.flatten(2)).unflatten(-1, (2, -1))), down)
+    h = torch.bmm(x, up.flatten(2)).unflatten(-1, (2, -1))
+    if isinstance(bias, Tensor):
+        h = h + bias[:, None]
+    y = torch.bmm(activate(h), down)
     return y[rows.expert, torch.arange(y.shape[1], device=y.device)]
 
 
@@ -104,16 +135,33 @@ def moe_experts(
     routing: Routing,
     up: Tensor,
     down: Tensor,
+    bias: Tensor | tuple[()] = (),
     *,
-    experts: Callable[[Rows, Tensor, Tensor], Tensor] = experts,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    experts: Callable[..., Tensor] = experts,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the chosen experts' outputs: dispatch, experts, combine.
 
-    x        [N D]
-    up       [E D 2 F]
-    down     [E F D]
-    experts  `experts` or another implementation of it
-    returns  [N D] in the format of `x`, and the rows of each expert [E] i64
+    x             [N D]
+    up            [E D 2 F]
+    down          [E F D]
+    bias          [E 2 F] or ()   added before the activation; `down_biases` are added to the result
+    limit, alpha  of `activation`
+    experts       `experts` or another implementation of it
+    returns       [N D] in the format of `x`, and the rows of each expert [E] i64
     """
     rows = dispatch(x, routing, num_experts=up.shape[0])
-    return combine(experts(rows, up, down), rows, routing), rows.count
+    return combine(experts(rows, up, down, bias, activation(limit, alpha)), rows, routing), rows.count
+
+
+def down_biases(routing: Routing, bias: Tensor) -> Tensor:
+    """The biases of the second products in the sum over a token's experts: of each by its weight.
+
+    A product [N E] x [E D] of its own, beside experts that may lie on other ranks.
+
+    bias     [E D]
+    returns  [N D] in the format of `bias`
+    """
+    weight = routing.weight.new_zeros(len(routing.weight), len(bias)).scatter(-1, routing.expert, routing.weight)
+    return (weight @ bias.to(weight.dtype)).to(bias.dtype)

@@ -27,6 +27,7 @@ from nmoe.pure.formats.blocks import BLOCK
 from nmoe.pure.model import model
 from nmoe.pure.model.attention import layers
 from nmoe.pure.model.hf_families import FAMILIES, GATED, Family, hf_of, type_of
+from nmoe.pure.model.hf_families import QUANTISED as QUANTISED
 from nmoe.pure.model.hf_leaf import Leaf, matrix, repeated, same, scaled, stacked, zeros
 from nmoe.pure.model.model import Transformer
 
@@ -54,9 +55,6 @@ class Part:
         """Names in their folder with tensors of their formats and shapes, which hold nothing, where ours is `dtype`."""
         return self.leaf.split(torch.empty(self.shape, device="meta", dtype=dtype))
 
-
-GPT_OSS = "experts are a clamped SwiGLU with biases, and attention and router have biases, which nmoe has not"
-"""Why a model of grouped queries is none of gpt_oss."""
 
 TRAINING = (
     *("embedding_scale", "logit_scale", "moe.balance", "moe.bias_update_rate", "moe.bias_decay"),
@@ -108,17 +106,14 @@ def family_of(c: sections.Model) -> tuple[str, Family]:
     if name is None:
         kinds = ", ".join(type(section).__name__ for section in c.attentions().values())
         raise InputError(
-            f"model.attention: expected the attention of one of {', '.join(FAMILIES)}, got {kinds}; "
-            + (f"of gpt_oss {GPT_OSS}" if "Gqa" in kinds else "no other can be exported")
+            f"model.attention: expected the attention of one of {', '.join(FAMILIES)}, got {kinds}; no other can be "
+            "exported"
         )
     return name, FAMILIES[name]
 
 
-FP8_KEY = "quantization_config"
-
-
 def fp8_settings() -> dict[str, Any]:
-    """What `config.json` says under `FP8_KEY` of weights in fp8 blocks; V3.2 adds how it rounds scales, `scale_fmt`."""
+    """What `config.json` says under `QUANTISED` of fp8 blocks; V3.2 adds how it rounds scales, `scale_fmt`."""
     return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 
 
@@ -203,7 +198,7 @@ def parts(c: sections.Model, *, fp8: bool = False) -> tuple[Part, ...]:
             leaves |= {f"ffn.{path}": leaf.under("mlp.") for path, leaf in GATED.items()}
             experts = {}
         else:
-            leaves["ffn.router"] = matrix("gate.weight").under(family.mixture)
+            leaves |= {f"ffn.{path}": leaf.under(family.mixture) for path, leaf in family.whole.items()}
             if c.moe.num_shared_experts:
                 prefix = f"{family.mixture}shared_experts."
                 leaves |= {f"ffn.shared.{path}": leaf.under(prefix) for path, leaf in GATED.items()}
@@ -265,7 +260,7 @@ def _with_no_shared(leaf: Leaf, path: str) -> Leaf:
 
 
 def state_dict(p: Transformer, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:
-    """Every parameter, and the router bias, under the names of a DeepSeek in memory (transformers 5).
+    """Every parameter, and the router bias, under the names of a DeepSeek or gpt-oss in memory (transformers 5).
 
     The experts of a layer are one tensor there, and multi-token prediction is left out.
 
@@ -277,7 +272,7 @@ def state_dict(p: Transformer, bias: Tensor, c: sections.Model) -> dict[str, Ten
     c = attrs.evolve(c, mtp=None)  # they read multi-token prediction nowhere
     for part in parts(c):
         named |= part.leaf.split(leaves[part.path] if part.index is None else leaves[part.path][part.index])
-    for layer in range(c.num_dense_layers, c.num_layers):
+    for layer in c.mixtures() if family_of(c)[1].expert else ():
         prefix = f"model.layers.{layer}.mlp.experts."
         experts = [
             {kind: named.pop(f"{prefix}{expert}.{kind}_proj.weight") for kind in ("gate", "up", "down")}
@@ -303,7 +298,7 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        got = f"gpt_oss, whose {GPT_OSS}" if name == "gpt_oss" else name if isinstance(name, str) else json.dumps(name)
+        got = name if isinstance(name, str) else json.dumps(name)
         raise InputError(f"model_type: expected one of {', '.join(FAMILIES)}, got {got}; nmoe has no other")
     family = FAMILIES[name]
     problems = [f"{key}: expected a value, got nothing; write it" for key in family.keys if key not in config]
@@ -317,14 +312,14 @@ def model_of(config: Mapping[str, Any]) -> sections.Model:
     own, wrong = family.read(config)
     problems += wrong
     blocks = fp8_settings()
-    given: Any = config.get(FP8_KEY, blocks)
+    given: Any = config.get(QUANTISED, blocks)
     if family.fp8 and (not isinstance(given, dict) or {**given, "scale_fmt": None} != {**blocks, "scale_fmt": None}):
         problems.append(
-            f"{FP8_KEY}: expected {json.dumps(blocks)}, got {json.dumps(given)}; nmoe reads no other format"
+            f"{QUANTISED}: expected {json.dumps(blocks)}, got {json.dumps(given)}; nmoe reads no other format"
         )
     known = {
         "model_type",
-        *((FP8_KEY,) if family.fp8 else ()),
+        *((QUANTISED,) if family.fp8 else ()),
         *family.keys,
         *family.fixed,
         *family.known,

@@ -10,11 +10,13 @@ from typing import Any
 import attrs
 
 from nmoe.config import sections
-from nmoe.pure.model.attention import KINDS, Hf
-from nmoe.pure.model.hf_leaf import Leaf, gated, matrix
+from nmoe.pure.model.attention import KINDS, Hf, gqa
+from nmoe.pure.model.hf_leaf import Leaf, gated, interleaved, matrix, same
 
 GATED = MappingProxyType({"up": gated("gate_proj.weight", "up_proj.weight"), "down": matrix("down_proj.weight")})
 """A gated MLP."""
+
+ROUTER = MappingProxyType({"router": matrix("gate.weight")})
 
 
 @attrs.frozen(kw_only=True)
@@ -30,11 +32,12 @@ class Family:
     keys: Mapping[str, tuple[str, ...]]  # key of `config.json` -> where it is in the section Model
     fixed: Mapping[str, Any]  # keys of which there is one value here
     settings: Callable[[sections.Model], dict[str, Any]]
-    read: Callable[[Mapping[str, Any]], tuple[dict[str, dict[str, Any]], list[str]]]
+    read: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]]
     known: tuple[str, ...]  # keys that `read` reads
     canonical: Callable[[sections.Model], sections.Model] = lambda c: c
     mixture: str = "mlp."  # before the names of a mixture
-    expert: Mapping[str, Leaf] = GATED
+    whole: Mapping[str, Leaf] = ROUTER  # tensors of a mixture that are one there
+    expert: Mapping[str, Leaf] = GATED  # and those that are one an expert
     has_bias: bool = True  # whether there is a router bias
     fp8: bool = False  # whether it is published in fp8 blocks
     ahead: bool = True  # whether there may be multi-token prediction
@@ -96,6 +99,8 @@ KIMI: Mapping[str, str] = MappingProxyType(
     }
 )
 """Key of DeepSeek-V3 -> of Kimi Linear."""
+
+DENSE = ("first_k_dense_replace", "intermediate_size")
 
 ROUTER_V2 = ("topk_method", "n_group", "topk_group")
 
@@ -188,6 +193,50 @@ def _read_kimi(config: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], li
     return {"attention": {"kind": "mixed", "pattern": pattern, **parts}}, problems
 
 
+GQA = hf_of(sections.Gqa)
+
+SWIGLU = MappingProxyType({"swiglu_limit": 7.0, "swiglu_alpha": 1.702})
+"""Keys of gpt_oss, and of the section Moe -> what holds where they are absent."""
+
+ALIASES = MappingProxyType({"experts_per_token": "num_experts_per_tok"})
+"""Second names of keys in what OpenAI publishes."""
+
+
+QUANTISED = "quantization_config"
+
+
+def _settings_gpt_oss(c: sections.Model) -> dict[str, Any]:
+    attention: Any = c.attention
+    layers = gqa.hf_layers(attention, c.num_layers)
+    gate = {key: getattr(c.moe, key) or value for key, value in SWIGLU.items()}
+    return GQA.settings(c.attention) | gate | {"layer_types": layers}
+
+
+def _canonical_gpt_oss(c: sections.Model) -> sections.Model:
+    """Without dense layers their width says nothing."""
+    return attrs.evolve(c, intermediate_size=c.moe.intermediate_size)
+
+
+def _read_gpt_oss(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    attention, problems = GQA.section(config)
+    problems += [
+        f"{alias}: expected {key} = {json.dumps(config.get(key))}, got {json.dumps(config[alias])}; remove one"
+        for alias, key in ALIASES.items()
+        if alias in config and config[alias] != config.get(key)
+    ]
+    if QUANTISED in config:
+        given: Any = config[QUANTISED]
+        method = given.get("quant_method") if isinstance(given, dict) else given
+        got = method if isinstance(method, str) else json.dumps(method)
+        problems.append(
+            f"{QUANTISED}: expected no key, because weights are read in bf16 or fp32, got {got}; convert the folder"
+        )
+    moe = {key: config.get(key, value) for key, value in SWIGLU.items()}
+    moe |= {"score": "softmax", "biases": True}
+    dense = {"num_dense_layers": 0, "intermediate_size": config.get("intermediate_size")}
+    return {"attention": {"kind": "gqa", **attention}, "moe": moe, **dense}, problems
+
+
 def _numbers(places: list[Any]) -> list[int]:
     return [at for each in places if isinstance(each, list) for at in each if isinstance(at, int)]
 
@@ -248,6 +297,35 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             expert=MappingProxyType({"up": gated("w1.weight", "w3.weight"), "down": matrix("w2.weight")}),
             ahead=False,
         ),
+        "gpt_oss": Family(
+            architecture="GptOssForCausalLM",
+            keys=MappingProxyType(
+                {
+                    **{key: path for key, path in KEYS.items() if len(path) == 1 and key not in DENSE},
+                    "num_local_experts": ("moe", "num_experts"),
+                    "num_experts_per_tok": ("moe", "top_k"),
+                    "intermediate_size": ("moe", "intermediate_size"),
+                }
+            ),
+            fixed=MappingProxyType({"hidden_act": "silu", "tie_word_embeddings": False}),
+            settings=_settings_gpt_oss,
+            read=_read_gpt_oss,
+            known=(*GQA.keys, *SWIGLU, *ALIASES, "router_aux_loss_coef", QUANTISED),
+            canonical=_canonical_gpt_oss,
+            whole=MappingProxyType(
+                {
+                    "router": matrix("router.weight"),
+                    "biases.router": same("router.bias"),
+                    "up": interleaved("experts.gate_up_proj"),
+                    "biases.up": interleaved("experts.gate_up_proj_bias"),
+                    "down": same("experts.down_proj"),
+                    "biases.down": same("experts.down_proj_bias"),
+                }
+            ),
+            expert=MappingProxyType({}),
+            has_bias=False,
+            ahead=False,
+        ),
     }
 )
 """Model type -> what it is here."""
@@ -267,5 +345,7 @@ def type_of(c: sections.Model) -> str | None:
         (sections.Mla, "sigmoid"): "deepseek_v3",
         (sections.Mla, "softmax"): "deepseek_v2",
         (sections.Dsa, "sigmoid"): "deepseek_v32",
+        (sections.Gqa, "sigmoid"): "gpt_oss",  # whose settings name the softmax among what is another there
+        (sections.Gqa, "softmax"): "gpt_oss",
     }
     return types.get((kinds.pop(), c.moe.score))

@@ -168,7 +168,16 @@ def _in_blocks(rows: Tensor, dy: Tensor, expert: Tensor, count: Tensor, block: i
     return x.mT, d.mT, end.to(torch.int32)
 
 
-def experts_low(rows: Rows, up: Tensor, down: Tensor, *, recipe: Recipe, key: Key) -> Tensor:
+def experts_low(
+    rows: Rows,
+    up: Tensor,
+    down: Tensor,
+    bias: Tensor | tuple[()] = (),
+    activate: Callable[[Tensor], Tensor] = swiglu,
+    *,
+    recipe: Recipe,
+    key: Key,
+) -> Tensor:
     """`pure.model.experts.experts` with the products of a recipe.
 
     up       [E D 2 F]   D and F multiples of 128
@@ -177,8 +186,9 @@ def experts_low(rows: Rows, up: Tensor, down: Tensor, *, recipe: Recipe, key: Ke
     returns  [P D] in the format of `rows.x`
     """
     x = rows.x.index_select(0, rows.source)
-    h = _product(x, up.flatten(2), rows, recipe, key.fold("up"))
-    return _product(swiglu(h.unflatten(-1, (2, -1))), down, rows, recipe, key.fold("down"))
+    h = _product(x, up.flatten(2), rows, recipe, key.fold("up")).unflatten(-1, (2, -1))
+    h = h + bias[rows.expert] if isinstance(bias, Tensor) else h
+    return _product(activate(h), down, rows, recipe, key.fold("down"))
 
 
 def _product(x: Tensor, weight: Tensor, rows: Rows, recipe: Recipe, key: Key) -> Tensor:

@@ -1,4 +1,4 @@
-"""The network: its parameter records, and the functions from tokens to loss."""
+"""The network: the functions from tokens to loss, over the records of `parameters`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmoe.config import sections
-from nmoe.pure.core.init import normal, ones, residual
 from nmoe.pure.core.shape import expect_shape
-from nmoe.pure.core.spec import Role, spec_tree
-from nmoe.pure.core.tree import param, record
+from nmoe.pure.core.spec import spec_tree
+from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
 from nmoe.pure.model.attention import KINDS, Kinds, attention_of
-from nmoe.pure.model.experts import mlp
+from nmoe.pure.model.experts import down_biases, mlp
 from nmoe.pure.model.ops import Env
+from nmoe.pure.model.parameters import Biases as Biases
+from nmoe.pure.model.parameters import Block as Block
+from nmoe.pure.model.parameters import Dense as Dense
+from nmoe.pure.model.parameters import Moe as Moe
+from nmoe.pure.model.parameters import Mtp as Mtp
+from nmoe.pure.model.parameters import Shared as Shared
+from nmoe.pure.model.parameters import Transformer as Transformer
 from nmoe.pure.model.rope import Documents, documents
 from nmoe.pure.model.route import Routing
 
@@ -34,70 +40,6 @@ class Batch:
     tokens: Tensor  # i64
     targets: Tensor  # i64
     start: Tensor | tuple[()]  # i32
-
-
-@record
-class Dense:
-    """Gated MLP of a block without experts."""
-
-    up: Tensor = param("D 2 I", Role.MATRIX, normal("D"))
-    down: Tensor = param("I D", Role.MATRIX, residual("I"))
-
-
-@record
-class Shared:
-    """All shared experts as one wide gated MLP."""
-
-    up: Tensor = param("D 2 S", Role.MATRIX, normal("D"))
-    down: Tensor = param("S D", Role.MATRIX, residual("S"))
-
-
-@record
-class Moe:
-    """Routed experts of one block, and the shared ones or ().
-
-    A script may put a record of its own in the place of `router`; its `Ops.route` reads it.
-    """
-
-    router: Any = param("D E", Role.ROUTER, normal("D"))
-    up: Tensor = param("E D 2 F", Role.EXPERT, normal("D"))
-    down: Tensor = param("E F D", Role.EXPERT, residual("F"))
-    shared: Shared | tuple[()]
-
-
-@record
-class Block:
-    """One layer."""
-
-    attention_norm: Tensor = param("D", Role.GAIN, ones)
-    attention: Any  # the record of the kind of attention
-    ffn_norm: Tensor = param("D", Role.GAIN, ones)
-    ffn: Dense | Moe
-
-
-@record
-class Mtp:
-    """One depth of multi-token prediction; embedding and head are the main model's.
-
-    `project` has the rows of the embedding first, then those of the hidden state, as the published weights.
-    """
-
-    embed_norm: Tensor = param("D", Role.GAIN, ones)
-    hidden_norm: Tensor = param("D", Role.GAIN, ones)
-    project: Tensor = param("2 D D", Role.MATRIX, normal("2", "D"))
-    block: Block
-    norm: Tensor = param("D", Role.GAIN, ones)
-
-
-@record
-class Transformer:
-    """All parameters."""
-
-    embed: Tensor = param("V D", Role.EMBED, normal("D"))
-    blocks: tuple[Block, ...]
-    norm: Tensor = param("D", Role.GAIN, ones)
-    head: Tensor = param("D V", Role.HEAD, normal("D"))
-    mtp: tuple[Mtp, ...]  # one a depth
 
 
 @record
@@ -122,7 +64,8 @@ def specs(c: sections.Model, *, kinds: Kinds = KINDS) -> Transformer:
     def ffn(layer: int) -> Dense | Moe:
         if layer < c.num_dense_layers:
             return spec_tree(Dense)
-        return spec_tree(Moe, shared=spec_tree(Shared) if c.moe.num_shared_experts else ())
+        shared = spec_tree(Shared) if c.moe.num_shared_experts else ()
+        return spec_tree(Moe, shared=shared, biases=spec_tree(Biases) if c.moe.biases else ())
 
     def block_at(layer: int) -> Block:
         return spec_tree(Block, attention=kind.specs(kind.at_layer(c.attention, layer)), ffn=ffn(layer))
@@ -197,10 +140,14 @@ def moe_output(
     Source:   DeepSeek-V3 (arXiv:2412.19437) eq. 12.
     """
     flat = x.flatten(0, -2)
+    shift, up_bias = (p.biases.router, p.biases.up) if isinstance(p.biases, Biases) else ((), ())
+    # only where the model has them: the kernels in fp8 take neither
+    form = {} if c.plain() else {"bias": up_bias, "limit": c.swiglu_limit, "alpha": c.swiglu_alpha}
     routed = env.ops.route(
         flat,
         p.router,
         bias,
+        shift,
         top_k=c.top_k,
         num_groups=c.num_groups,
         top_k_groups=c.top_k_groups,
@@ -209,7 +156,9 @@ def moe_output(
         softmax=c.score == "softmax",
         recorded=recorded,
     )
-    y, count = env.ops.experts(flat, routed.routing, p.up, p.down)
+    y, count = env.ops.experts(flat, routed.routing, p.up, p.down, **form)
+    if isinstance(p.biases, Biases):
+        y = y + down_biases(routed.routing, p.biases.down)
     y = y.view_as(x)
     if isinstance(p.shared, Shared):
         y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)

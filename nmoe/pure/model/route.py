@@ -52,26 +52,36 @@ def top_k(x: Tensor, num: int) -> Tensor:
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :num]
 
 
-def scores(x: Tensor, router: Tensor) -> Tensor:
+def logits(x: Tensor, router: Tensor, shift: Tensor | tuple[()] = ()) -> Tensor:
+    """[N E] f32; `shift` is the router's own bias, see `scores`."""
+    y = upcast(x) @ upcast(router)
+    return y + upcast(shift) if isinstance(shift, Tensor) else y
+
+
+def scores(x: Tensor, router: Tensor, shift: Tensor | tuple[()] = ()) -> Tensor:
     """Affinity of each token to each expert, sigmoid of fp32 logits.
 
     x        [N D]
     router   [D E]
+    shift    [E] or ()   added to the logits: of choices and weights, unlike the router bias of `route`
     returns  [N E] f32 in (0, 1)
     Source:  DeepSeek-V3 (arXiv:2412.19437) eq. 15.
     """
-    return torch.sigmoid(upcast(x) @ upcast(router))
+    return torch.sigmoid(logits(x, router, shift))
 
 
-def softmax_scores(x: Tensor, router: Tensor) -> Tensor:
+def softmax_scores(x: Tensor, router: Tensor, shift: Tensor | tuple[()] = ()) -> Tensor:
     """Affinity of each token to each expert, softmax of fp32 logits over all experts.
+
+    Normalised over the chosen experts, they are the softmax of the chosen logits, as gpt-oss weighs.
 
     x        [N D]
     router   [D E]
+    shift    [E] or ()   as in `scores`
     returns  [N E] f32, rows sum to one
     Source:  DeepSeek-V2 (arXiv:2405.04434) eq. 22.
     """
-    return torch.softmax(upcast(x) @ upcast(router), dim=-1)
+    return torch.softmax(logits(x, router, shift), dim=-1)
 
 
 VANISHING = 2.0**-64
@@ -174,6 +184,7 @@ def route_tokens(
     x: Tensor,
     router: Tensor,
     bias: Tensor,
+    shift: Tensor | tuple[()] = (),
     *,
     top_k: int,
     num_groups: int = 1,
@@ -182,7 +193,8 @@ def route_tokens(
     normalize: bool = True,
     softmax: bool = False,
     recorded: Routing | Tensor | tuple[()] = (),
-    score: Callable[[Tensor, Tensor], Tensor] = scores,
+    score: Callable[..., Tensor] = scores,
+    softmax_score: Callable[..., Tensor] = softmax_scores,
     select: Callable[[Tensor, int], Tensor] = top_k,
 ) -> Routed:
     """Scores, what `route` makes of them, and what the balance loss needs.
@@ -190,12 +202,14 @@ def route_tokens(
     x         [N D]
     router    [D E]
     bias      [E] f32
+    shift     [E] or ()   as in `scores`
     softmax   the router of DeepSeek-V2: `softmax_scores`, and groups ranked by their best expert
     recorded  choices to take in the place of the router's own, as in `replay`
     score     `scores` or a kernel that implements it; not called for a softmax
+    softmax_score  the same of `softmax_scores`
     select    `top_k` or a kernel that implements it
     """
-    affinity = softmax_scores(x, router) if softmax else score(x, router)
+    affinity = (softmax_score if softmax else score)(x, router, shift)
     if isinstance(recorded, Routing | Tensor):
         routing = replay(affinity, recorded, top_k=top_k, scale=scale, normalize=normalize)
     else:

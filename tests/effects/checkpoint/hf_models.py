@@ -25,6 +25,7 @@ LATENT = shapes.attention(position="none", q_lora_rank=None)
 MODELS = {
     **shapes.DEEPSEEK,
     **shapes.SOFTMAX,
+    **shapes.GPT_OSS,
     "scales": shapes.config(
         embedding_scale=10.667, logit_scale=0.3, moe=shapes.mixture(num_shared_experts=2, route_scale=1.7)
     ),

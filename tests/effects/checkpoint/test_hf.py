@@ -381,7 +381,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "another model": (
         lambda f: edit_config(f, model_type="llama"),
-        ("model_type: expected one of deepseek_v3, deepseek_v2, deepseek_v32, kimi_linear, got llama",),
+        ("model_type: expected one of deepseek_v3, deepseek_v2, deepseek_v32, kimi_linear, gpt_oss, got llama",),
     ),
     "types": (
         lambda f: edit_config(f, num_hidden_layers="3", n_routed_experts=True),
@@ -576,19 +576,58 @@ def test_what_kimi_linear_says_of_its_layers(tmp_path: Path, capsys: pytest.Capt
     assert "linear_attn_config.gate_lower_bound: expected a key that nmoe knows, got -5.0" in told
 
 
-def test_gpt_oss_is_refused_by_what_nmoe_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss", "torch_dtype": "bfloat16"}')
-    assert run("import", "hf", tmp_path, tmp_path / "out") == 2
+def test_what_gpt_oss_says_of_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names and keys as OpenAI publishes them; then what it cannot be."""
+    write(tmp_path / "run", MODELS["gpt-oss"], compute="bf16")
+    assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify") == 0
+    names = tensors_of(tmp_path / "out")
+    first_layer = "model.layers.0."
+    assert {name.removeprefix(first_layer) for name in names if name.startswith(first_layer)} == {
+        *("input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.sinks"),
+        *(f"self_attn.{each}_proj.{kind}" for each in "qkvo" for kind in ("weight", "bias")),
+        *("mlp.router.weight", "mlp.router.bias"),
+        *(f"mlp.experts.{each}_proj{kind}" for each in ("gate_up", "down") for kind in ("", "_bias")),
+    }
+    ours = load_file(tmp_path / "run" / WEIGHTS)["blocks.0.ffn.up"]
+    assert torch.equal(names["model.layers.0.mlp.experts.gate_up_proj"][..., ::2], ours[:, :, 0])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["layer_types"] == ["sliding_attention", "full_attention"] * 2
+    published = {"experts_per_token": 3, "router_aux_loss_coef": 0.9, "swiglu_alpha": ..., "rope_parameters": ...}
+    edit_config(tmp_path / "out", **published)
+    assert run("import", "hf", tmp_path / "out", tmp_path / "back") == 0
+    assert load_model(tmp_path / "back" / "config.toml")[0] == without_scales(MODELS["gpt-oss"])
+    capsys.readouterr()
+    edit_config(
+        tmp_path / "out",
+        layer_types=["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        experts_per_token=2,
+        swiglu_limit=None,
+        quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []},
+    )
+    assert run("import", "hf", tmp_path / "out", tmp_path / "again") == 2
     told = capsys.readouterr().err
-    assert "got gpt_oss, whose experts are a clamped SwiGLU with biases, and attention and router have biases" in told
+    assert "layer_types: expected sliding_attention, and full_attention in every so many-th of 4 layers, got" in told
+    assert "experts_per_token: expected num_experts_per_tok = 3, got 2; remove one" in told
+    assert "moe.swiglu_limit: expected one value, got null" in told
+    assert "quantization_config: expected no key, because weights are read in bf16 or fp32, got mxfp4" in told
 
 
 UNEXPRESSED: dict[str, tuple[sections.Model, str]] = {
     "grouped queries": (
-        shapes.config(attention=sections.Gqa(num_heads=4, num_kv_heads=2, head_dim=8)),
-        "model.attention: expected the attention of one of deepseek_v3, deepseek_v2, deepseek_v32, kimi_linear, "
-        "got Gqa; of gpt_oss experts are a clamped SwiGLU with biases, and attention and router have biases, "
-        "which nmoe has not",
+        attrs.evolve(MODELS["gpt-oss"], moe=attrs.evolve(MODELS["gpt-oss"].moe, score="sigmoid")),
+        'model.moe.score: expected "softmax", which gpt_oss has, got "sigmoid"; it cannot be exported',
+    ),
+    "a dense layer before gpt-oss": (
+        attrs.evolve(MODELS["gpt-oss"], num_dense_layers=1),
+        "model.num_dense_layers: expected 0, which gpt_oss has, got 1; it cannot be exported",
+    ),
+    "an expert without biases": (
+        attrs.evolve(MODELS["gpt-oss"], moe=attrs.evolve(MODELS["gpt-oss"].moe, biases=False)),
+        "model.moe.biases: expected true, which gpt_oss has, got false; it cannot be exported",
+    ),
+    "an expert without a clamp": (
+        attrs.evolve(MODELS["gpt-oss"], moe=attrs.evolve(MODELS["gpt-oss"].moe, swiglu_limit=None)),
+        "model.moe.swiglu_limit: expected 7.0, which gpt_oss has, got null; it cannot be exported",
     ),
     "a bounded gate": (
         shapes.config(attention=sections.Mixed(pattern="ab", a=attrs.evolve(DELTA, decay_limit=5.0), b=LATENT)),

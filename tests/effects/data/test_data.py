@@ -82,6 +82,12 @@ def whole(folder: Path, split: str) -> np.ndarray:
     return stretch(opened.tokens, 0, opened.num_tokens)
 
 
+def read_whole(folder: Path) -> None:
+    """As a training reads the split, and then document by document, as everything else does."""
+    whole(folder, "train")
+    list(shards.documents(folder, read_manifest(folder), tokenizer.load(folder), "train"))
+
+
 def documents(folder: Path, split: str) -> list[str]:
     """The texts of a split, cut at end of text."""
     known = tokenizer.load(folder)
@@ -267,6 +273,7 @@ def id_too_high(folder: Path) -> None:
     content = path.read_bytes()[:128] + b"\x90\x01" + path.read_bytes()[130:]
     path.write_bytes(content)
     digest = hashlib.sha256(content[128:]).hexdigest()
+    path.with_suffix(".blocks").write_text(digest + "\n")
     edited("train/shard-00000.json", lambda v: v.update(sha256=digest))(folder)
     edited("manifest.json", lambda v: v["splits"]["train"]["shards"][0].update(sha256=digest))(folder)
 
@@ -275,8 +282,16 @@ SHARD = "train/shard-00000.npy"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda f: os.truncate(f / SHARD, 1000), rf"{SHARD}: expected \d+ bytes, got 1000; restore"),
     "longer": (lambda f: os.truncate(f / SHARD, 10**6), rf"{SHARD}: expected (\d+) bytes, got (?!\1)\d+; restore"),
-    "bit": (patched(SHARD, 200), rf"{SHARD}: expected content with sha256 (\w{{64}}), got (?!\1)\w{{64}}; restore"),
-    "last bit": (patched(SHARD, -1), f"{SHARD}: expected content with sha256"),
+    "bit": (
+        patched(SHARD, 200),
+        rf"{SHARD}: expected block 0, bytes 0 to \d+ of .*, with sha256 (\w{{64}}), got (?!\1)\w{{64}}; restore",
+    ),
+    "last bit": (patched(SHARD, -1), f"{SHARD}: expected block 0, bytes 0 to "),
+    "blocks": (patched("train/shard-00000.blocks", 3), f"{SHARD}: expected block 0, bytes 0 to "),
+    "no blocks": (
+        lambda f: (f / "train/shard-00000.blocks").unlink(),
+        r"train: expected digests of blocks \(shard-00000.blocks and .*\), got none, .*: nmoe data digest .*/copy$",
+    ),
     "header": (patched(SHARD, 20), f"{SHARD}: expected header"),
     "ends": (patched("train/shard-00000.ends.npy", 130), "shard-00000.ends.npy: expected content with sha256"),
     "receipt": (
@@ -342,10 +357,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_refused_with_its_damage(copy: Path, name: str) -> None:
     damage, message = DAMAGES[name]
-    whole(copy, "train")
+    read_whole(copy)
     damage(copy)
     with pytest.raises(InputError, match=message):
-        whole(copy, "train")
+        read_whole(copy)
 
 
 def test_several_problems_are_named_at_once(copy: Path) -> None:

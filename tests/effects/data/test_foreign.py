@@ -11,12 +11,14 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from tiktoken_ext import openai_public
 
 from nmoe.cli import main
 from nmoe.config.data_source import Arrow, Clean, Files, Jsonl, Parquet, Source, load_source
@@ -146,10 +148,27 @@ def test_published_tokenizers_are_added_from_a_verified_file(tmp_path: Path) -> 
     (tmp_path / "file").write_bytes(raw[:-1])
     with pytest.raises(InputError, match=f"sha256 {digest}, got (?!{digest})"):
         vocabulary.add("made", tmp_path / "file", known)
-    with pytest.raises(InputError, match="tokenizer gpt5: expected one of o200k_harmony, got another; "):
+    with pytest.raises(InputError, match="tokenizer gpt5: expected one of r50k_base, .*, o200k_harmony, got another, "):
         vocabulary.add("gpt5", tmp_path / "file")
     with pytest.raises(InputError, match="one of those in .*: made, got one that is not there; train"):
         vocabulary.resolve("mode", tmp_path / "home", tmp_path)
+
+
+@pytest.mark.parametrize("name", list(vocabulary.KNOWN))
+def test_the_published_are_those_of_tiktoken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against tiktoken's own tables, with 256 bytes in place of the ranks, which it would fetch."""
+    asked: dict[str, str] = {}
+
+    def ranks(url: str, expected_hash: str) -> dict[bytes, int]:
+        asked[url] = expected_hash
+        return {bytes([byte]): byte for byte in range(256)}
+
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", ranks)
+    theirs: dict[str, Any] = openai_public.ENCODING_CONSTRUCTORS[name]()
+    ours = vocabulary.KNOWN[name]
+    assert (list(asked.values()), theirs["pat_str"]) == ([ours.sha256], ours.pattern)
+    special = theirs["special_tokens"]
+    assert (special["<|endoftext|>"], max(special.values()) + 1) == (ours.end_of_text, ours.size)
 
 
 def test_a_tokenizer_is_trained_on_the_training_split_of_a_source(
@@ -173,6 +192,12 @@ def test_a_tokenizer_is_trained_on_the_training_split_of_a_source(
     assert main(["data", "info", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokenizer_identity"] == identity and told["report"]["documents_in"] == 60
+    assert main(["data", "info", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == (
+        ["tokenizer", "train", "validation", "test", "source", "read", "kept"]
+    ), "each once"
+    assert "kind jsonl" in lines[4] and "paths a.jsonl" in lines[4] and ", 1 shard, " in lines[1]
     assert main(["data", "head", str(tmp_path / "out"), "--documents", "1", "--chars", "11"]) == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("word")
 

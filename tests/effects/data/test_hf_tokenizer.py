@@ -96,10 +96,19 @@ LLAMA = (
 WORDS = r"\w+"
 
 
-def cut_by(pattern: str, behavior: Any = "isolated", *, invert: bool = False) -> Any:
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+"""Of DeepSeek-V3, one after another."""
+
+
+def cut_by(*patterns: str, behavior: Any = "isolated", invert: bool = False) -> Any:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(pattern), behavior, invert=invert),
+            *(pre_tokenizers.Split(Regex(pattern), behavior, invert=invert) for pattern in patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -120,8 +129,10 @@ def learnt(cut: Any) -> Any:
 CUTS: dict[str, Any] = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "llama": cut_by(LLAMA),
-    "only matches": cut_by(LLAMA, "removed", invert=True),
+    "only matches": cut_by(LLAMA, behavior="removed", invert=True),
     "leaves text out": cut_by(WORDS),
+    "deepseek": cut_by(*DEEPSEEK),
+    "a run whose pieces are cut again": cut_by("[a-m ]+", r"[a-f]+|[^\S\n]+(?!\S)|\p{L}x"),
 }
 
 
@@ -137,6 +148,8 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=60))
 @example(text=hf_tokenizer.HARD)
+@example(text="12345abc 678 一二か\u3099゠・か 漢12字  三 \u3040x\n\n 9\u0301e\u0301!abc ...\n 1st")
+@example(text="abc  dex nox\tmn a b  c  z\n k  \n")
 @example(text="the  the\n\n\tdef f(x):\r\n    return 東京 \U0001f642" * 50)
 def test_a_published_one_gives_the_same_tokens(text: str, published: tuple[Any, Tokenizer]) -> None:
     theirs, ours = published
@@ -224,13 +237,23 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "suffix": (changed(model_end_of_word_suffix="</w>"), 'end_of_word_suffix: expected none, got "</w>"'),
     "normalizer": (changed(normalizer=NFC), "normalizer: expected none, got NFC; it changes texts"),
     "decoder": (changed(decoder=None), "decoder: expected ByteLevel, got none"),
-    "no pattern": (changed(pre_tokenizer=None), "pre_tokenizer: expected one Split and ByteLevel, got none"),
+    "no pattern": (changed(pre_tokenizer=None), "pre_tokenizer: expected Splits and ByteLevel, got none"),
     "whitespace": (another_cut(pre_tokenizers.Whitespace()), "got Whitespace"),
     "prefix": (another_cut(pre_tokenizers.ByteLevel()), "expected add_prefix_space = false, got true"),
     "merged": (
-        another_cut(cut_by(r"\s", "merged_with_next")),
+        another_cut(cut_by(r"\s", behavior="merged_with_next")),
         "expected matches as pieces, Isolated, got MergedWithNext",
     ),
+    **{
+        f"several patterns: {name}": (another_cut(cut_by(*patterns)), "pre_tokenizer: expected Splits of which all but")
+        for name, patterns in {
+            "not a class": (r"\s?\p{L}+", r"\s+"),
+            "classes that overlap": (r"\p{L}+", "[a-z]+", r"\s+"),
+            "three of a class that are cut again": (r"\p{N}{1,3}", r"\p{N}|\s+"),
+            "a line's end": (r"\p{N}+", r"\s+$"),
+            "what is before": (r"\p{N}+", r"(?<=a)b"),
+        }.items()
+    },
     "a text": (
         another_cut(
             pre_tokenizers.Sequence(

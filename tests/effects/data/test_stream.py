@@ -219,7 +219,7 @@ def test_a_flipped_bit_stops_the_run_before_a_token_of_the_shard_is_used(folder:
     path.write_bytes(content)
     read = reader(data, 0, 1)
     with prefetching(read, batch_size=24, depth=2, device=CPU) as ahead:
-        with pytest.raises(InputError, match="shard-00002.npy: expected content with sha256"):
+        with pytest.raises(InputError, match="shard-00002.npy: expected block 0, bytes 0 to 1376 of the tokens, with"):
             for step in range(STEPS):
                 batch = ahead(24 * step)
                 assert batch.tokens.shape == (24, 1, T)
@@ -274,6 +274,7 @@ def test_an_id_beyond_the_vocabulary_is_found_when_the_shard_is_read(folder: Pat
     path.write_bytes(content)
     receipt = manifest["splits"]["train"]["shards"][0]
     receipt["sha256"] = hashlib.sha256(content[128:]).hexdigest()
+    path.with_suffix(".blocks").write_text(receipt["sha256"] + "\n")
     (folder / "code" / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     (folder / "code" / "train" / "shard-00000.json").write_text(json.dumps(receipt, indent=1) + "\n")
     split = shards.open_split(folder / "code", read_manifest(folder / "code"), "train")

@@ -43,6 +43,9 @@ MTU = 60000
 CUT = "cut"
 """Name of the file that has the number of a host that no packet reaches or leaves."""
 
+SENT = "sent"
+"""Name of the file that gets how many bytes of packets went between hosts."""
+
 EXIT_FORBIDDEN = 77
 STOPPED = "stopped"
 
@@ -113,7 +116,8 @@ def _supervise(hosts: int, per_host: int, folder: Path, call: Callable[[int], in
                 codes[pid] = STOPPED if os.WIFSTOPPED(status) else str(os.waitstatus_to_exitcode(status))
         return len(codes) == len(pids) or time.monotonic() > end
 
-    _switch(taps, network, folder / CUT, over)
+    sent = _switch(taps, network, folder / CUT, over)
+    (folder / SENT).write_text(str(sent))
     for pid in pids:
         if codes.get(pid, STOPPED) == STOPPED:
             os.kill(pid, signal.SIGKILL)
@@ -151,16 +155,16 @@ def _started(host: int, local: int, hosts: int, per_host: int, folder: Path, cal
     return pid
 
 
-def _switch(taps: Sequence[int], network: Network, cut: Path, over: Callable[[], bool]) -> None:
-    """Pass packets on until it is over."""
-    chance, free, number = random.Random(0), defaultdict[tuple[int, int], float](float), 0
+def _switch(taps: Sequence[int], network: Network, cut: Path, over: Callable[[], bool]) -> int:
+    """Pass packets on until it is over; their bytes."""
+    chance, free, number, sent = random.Random(0), defaultdict[tuple[int, int], float](float), 0, 0
     waiting: list[tuple[float, int, int, bytes]] = []
     looked, away = 0.0, -1
     while True:
         now = time.monotonic()
         if now - looked > 0.02:
             if over():
-                return
+                return sent
             looked, away = now, int(cut.read_text() or -1) if cut.exists() else -1
         patience = min(0.02, max(0.0, waiting[0][0] - now)) if waiting else 0.02
         for tap in select.select(taps, [], [], patience)[0]:
@@ -171,7 +175,7 @@ def _switch(taps: Sequence[int], network: Network, cut: Path, over: Callable[[],
                 continue
             begin = max(time.monotonic(), free[source, target])
             free[source, target] = begin + len(packet) / network.bytes_per_s
-            number += 1
+            number, sent = number + 1, sent + len(packet)
             heapq.heappush(waiting, (free[source, target] + network.delay_s, number, target, packet))
         while waiting and waiting[0][0] <= time.monotonic():
             *_, target, packet = heapq.heappop(waiting)

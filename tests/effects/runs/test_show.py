@@ -207,7 +207,35 @@ def test_export_writes_the_scalars_and_one_column_a_layer(tmp_path: Path, capsys
     target.write_text("old")
     assert runs.export(tmp_path, "a", target) == 0
     assert target.read_text() == out
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"{target}: 3 lines of {len(first)} columns\n"
+
+
+def test_a_validation_is_shown_once_and_memory_in_the_unit_of_the_step_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validation = {
+        "event": "validation",
+        "attempt": 1,
+        "step": 10,
+        "loss": 3.25,
+        "time": "2026-11-24T06:01:00.000+00:00",
+    }
+    metrics = (trained(10, 4.5, memory_bytes=623_411_200), validated(10, 3.25))
+    saved = {
+        **validation,
+        "event": "checkpoint",
+        "bytes": 31_753_112,
+        "seconds": 0.174,
+        "checkpoint": "c",
+        "stall_s": 0.03,
+    }
+    run_folder(tmp_path, "a", (START, validation, saved), metrics)
+    assert runs.tail(tmp_path, "a", 9, follow=False) == 0
+    told = capsys.readouterr().out
+    assert told.count("validation") == 1 and "step 10  validation loss 3.2500 nats" in told and "mem 623 MB" in told
+    assert "checkpoint  step 10  c: 31.8 MB in 0.174 s, training waited 0.03 s" in told
+    assert runs.show(tmp_path, "a") == 0
+    assert "memory 623 MB" in capsys.readouterr().out
 
 
 def test_export_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ def line(step: int, attempt: int = 1, **fields: Any) -> str:
 
 def beat(folder: Path, status: str, age_s: float = 0.0) -> None:
     moment = datetime.fromtimestamp(time.time() - age_s, UTC).isoformat(timespec="milliseconds")
-    # whole or not at all, as a run writes it: a follower reads it meanwhile
-    record = {"status": status, "heartbeat": moment, "heartbeat_every_s": 1.0}
+    # whole or not at all, as a run writes it: a follower reads it meanwhile; lost after 305 s, which no test takes
+    record = {"status": status, "heartbeat": moment, "heartbeat_every_s": 100.0}
     files.write_text(folder / "run.json", json.dumps(record))
 
 
@@ -165,7 +165,7 @@ def test_a_follower_ends_when_the_run_has(run: Path) -> None:
     assert ended(run) == "failed"
 
 
-@pytest.mark.parametrize(("age_s", "word"), [(7.0, "running"), (9.0, "lost")])
+@pytest.mark.parametrize(("age_s", "word"), [(275.0, "running"), (335.0, "lost")])
 def test_a_follower_and_the_list_of_runs_call_the_same_run_dead(run: Path, age_s: float, word: str) -> None:
     beat(run, "running", age_s)
     assert status.of(run, (), "another host") == word

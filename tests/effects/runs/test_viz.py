@@ -7,6 +7,7 @@ import csv
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import platform
@@ -333,7 +334,20 @@ def test_the_slowest_rank_is_named(index: Index) -> None:
     told = machine.timing(index, "finished")
     assert (len(told.ranks), told.slowest, told.steps) == (4, 2, 50)
     assert told.ranks[2].parts_s[told.parts.index("data")] == pytest.approx(0.11)
+    assert told.parts == ["data", "forward", "backward", "reduce", "optimizer"], "in the order of a step"
     assert machine.timing(index, "crashed").slowest is None
+
+
+@pytest.mark.parametrize(("sent", "slowest"), [(None, 0), (0, 0), (4096, None)])
+def test_a_rank_that_waits_is_not_the_slowest(tmp_path: Path, sent: int | None, slowest: int | None) -> None:
+    """Rank 1 waits longest for the gather; with an exchange, waiting is inside the other parts and names no rank."""
+    path = runs.folder(tmp_path, "two")
+    for rank, (forward, gather) in enumerate([(0.2, 0.0), (0.1, 0.3)]):
+        line = {"attempt": 1, "step": 1, "time/forward_s": forward, "time/gather_s": gather, "exchange/bytes": sent}
+        runs.append(path / f"metrics.rank{rank}.jsonl", [line])
+    with indexed(tmp_path) as index:
+        told = machine.timing(index, "two")
+    assert (told.slowest, told.exchanges) == (slowest, bool(sent))
 
 
 def test_gpus_are_what_the_telemetry_says(index: Index) -> None:
@@ -735,23 +749,30 @@ def test_the_stream_tells_of_a_new_line(tmp_path: Path) -> None:
         while not stream.readline().startswith(b"data:"):
             pass
         runs.append(folder / "metrics.rank0.jsonl", [runs.metrics(2)])
-        while "a" not in next_message(stream)["grown"]:
-            pass
+        messages_until(stream, grown=["a"])
         # What cannot be read is told, and the next look that can takes it back.
         (folder / "metrics.rank1.jsonl").mkdir()
-        assert "metrics.rank1.jsonl: expected a regular file, got another" in next_message(stream)["problems"][0]
+        (problem,) = next_message(stream)["problems"]
+        assert "metrics.rank1.jsonl: expected a regular file, got another" in problem
         (folder / "metrics.rank1.jsonl").rmdir()
-        assert next_message(stream)["problems"] == []
+        messages_until(stream, problems=[])
         folder.rename(tmp_path / "b")
         (tmp_path / "a").symlink_to(tmp_path / "a")
-        told = next_message(stream)
-        assert (told["gone"], told["grown"]) == (["a"], ["b"])
+        messages_until(stream, gone=["a"], grown=["b"])
 
 
 def next_message(stream: Any) -> dict[str, Any]:
-    while not (line := stream.readline()).startswith(b"data:"):
-        pass
-    return json.loads(line[5:])
+    """The next message of a stream, which has two lines without one every 15 seconds."""
+    text = next((line for line in itertools.islice(stream, 20) if line.startswith(b"data:")), None)
+    assert text is not None, "no message in two minutes"
+    return json.loads(text[5:])
+
+
+def messages_until(stream: Any, **wanted: list[str]) -> None:
+    """Read until each field has had its value: a look at the folders may fall between two changes, or into one."""
+    while wanted:
+        message = next_message(stream)
+        wanted = {field: value for field, value in wanted.items() if message[field] != value}
 
 
 PIECES = (

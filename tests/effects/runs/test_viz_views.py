@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from nmoe.pure.units import quantity
 from tests.effects.runs import viz_runs as runs
 from tests.effects.runs.viz_page import drawn, goto, opened
 from tests.effects.runs.viz_server import Server, serving
@@ -94,11 +95,10 @@ def test_on_a_phone_the_current_view_is_in_sight(browser: Browser, server: Serve
 def test_numbers_have_the_unit_that_fits(browser: Browser, server: Server) -> None:
     asked = """async () => {
         const f = await import("/static/format.js"), a = await import("/static/axes.js");
-        const gib = 2 ** 30;
         return [
             f.count(3.67e9), f.count(3_039_000), f.count(9999), f.count(10_490_000_000), f.number(4.19e6),
-            f.hours(0.0002), f.hours(1.5), f.bytes(65.67 * gib),
-            a.ticks([65, 65.5, 66].map((each) => each * gib), true, f.bytes).join("|"),
+            f.hours(0.0002), f.hours(1.5), ...[70.51e9, 999, 1024, 31_753_112].map(f.bytes),
+            a.ticks([65e9, 65.5e9, 66e9], true, f.bytes).join("|"),
             a.ticks([0, 1 / 60, 2 / 60], true, f.hours).join("|"),
             a.ticks([0, 2e9, 4e9], true, f.count).join("|"),
             a.ticks([0, 0.0002, 0.0004], true, f.number).join("|"),
@@ -109,8 +109,9 @@ def test_numbers_have_the_unit_that_fits(browser: Browser, server: Server) -> No
     with opened(browser, server.url) as page:
         assert page.evaluate(asked) == [
             *("3.67 B", "3.039 M", "9999", "10.49 B", "4.19 M"),
-            *("1 s", "1 h 30 min", "65.67 GiB"),
-            "65.0 GiB|65.5 GiB|66.0 GiB",
+            *("1 s", "1 h 30 min"),
+            *(quantity(value, "B") for value in (70.51e9, 999, 1024, 31_753_112)),
+            "65.0 GB|65.5 GB|66.0 GB",
             "0|1 min|2 min",
             "0|2 B|4 B",
             "0|2e-4|4e-4",
@@ -124,14 +125,14 @@ def test_axes_of_the_machine_say_what_is_much(browser: Browser, server: Server) 
         busy = ticks(figure(page, "Utilization"), "y")
         assert (busy[0], last_number(busy)) == ("0", 100)
         memory = ticks(figure(page, "Memory used"), "y")
-        assert memory[0] == "0" and len(set(memory)) == len(memory) and all("GiB" in text for text in memory[1:])
-        assert last_number(memory) >= 64, "up to the memory there is"
+        assert memory[0] == "0" and len(set(memory)) == len(memory) and all("GB" in text for text in memory[1:])
+        assert last_number(memory) >= 80, "up to the memory there is"
         errors = ticks(figure(page, "ECC errors, not corrected"), "y")
         assert (errors[0], last_number(errors)) == ("0", 1)
         power = [float(text) for text in ticks(figure(page, "Power"), "y")]
         assert power[-1] - power[0] >= 40, "a constant with noise is not stretched over the chart"
         assert ticks(figure(page, "Power"), "x") == ["0", *(f"{seconds} s" for seconds in range(15, 95, 15))]
-        expect(page.locator("#host")).to_have_text("host: CPU 31.5 % · memory 12 GiB of 64 GiB · disk 9 TiB free")
+        expect(page.locator("#host")).to_have_text("host: CPU 31.5 % · memory 12.9 GB of 68.7 GB · disk 9.9 TB free")
         expect(figure(page, "Power").locator(".chart-unit")).to_have_text("W")
 
 
@@ -159,12 +160,14 @@ def test_ordinary_curves_are_shown_whole(browser: Browser, server: Server) -> No
         const apart = [0.001, 5, 900].map((level) => ({ values: decay.map((value) => level * value) }));
         const spike = decay.map((value, step) => (step === 200 ? 1e9 : value));
         const far = ordinary([{ values: spike }, { values: decay.map(() => null) }]);
-        return [ordinary([{ values: decay }]), ordinary([]), ordinary([{ values: [3, 3, 3] }]),
+        const ramp = (steps) => ({ values: [...Array(steps).keys()].map((step) => 2000 + step) });
+        const longer = [40, 70, 150, 200].map(ramp);
+        return [ordinary([{ values: decay }]), ordinary([]), ordinary([{ values: [3, 3, 3] }]), ordinary(longer),
             ordinary(apart)?.high > 1800, far.outside, far.high];
     }"""
     with opened(browser, server.url) as page:
-        whole, none, constant, seen, outside, high = page.evaluate(asked, [9, 40])
-        assert (whole, none, constant, outside) == (None, None, None, 1)
+        whole, none, constant, longer, seen, outside, high = page.evaluate(asked, [9, 40])
+        assert (whole, none, constant, longer, outside) == (None, None, None, None, 1)
         assert seen is not False and high == pytest.approx(11)
 
 
@@ -352,7 +355,7 @@ def test_checkpoints_have_the_command_that_resumes(browser: Browser, server: Ser
         row = page.locator("#checkpoints tbody tr")
         expect(row).to_have_count(1)
         cells = [cell.inner_text().strip() for cell in row.locator("td").all()]
-        assert cells[:4] == ["100", f"{runs.loss(100) + 0.1:.4f}", "30.28 MiB", "0.17 s"]
+        assert cells[:4] == ["100", f"{runs.loss(100) + 0.1:.4f}", "31.8 MB", "0.17 s"]
         folder = f"{root}/finished"
         command = f"nmoe run {folder}/config.toml --train.resume={folder}/checkpoints/{runs.CHECKPOINT}"
         assert row.locator("code").inner_text() == command

@@ -90,7 +90,7 @@ def metrics(step: int, attempt: int = 1, elapsed: float | None = None, **more: A
         "time/data_s": 0.01,
         "time/forward_s": 0.15,
         "time/backward_s": 0.25,
-        "time/exchange_s": 0.06,
+        "time/reduce_s": 0.06,
         "time/optimizer_s": 0.03,
         "exchange/bytes_per_s": 1.5e9 + 1e6 * step,
         "experts": experts,

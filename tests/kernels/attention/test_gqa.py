@@ -220,14 +220,16 @@ def test_projection_is_the_reference(stretch: float, lengths: list[int] | None) 
     """Rotated in its own memory; with YaRN's magnitude the gradient is the transpose, not the inverse."""
     generator = torch.Generator().manual_seed(0)
     x, qkv = torch.randn(2, 19, 12, generator=generator), torch.randn(12, 8, C, generator=generator)
+    bias = torch.randn(8, C, generator=generator)
     rope = table(25, C, theta=100.0, yarn=None)
     rope = Rope(stretch * rope.cos, stretch * rope.sin)
     made = documents(() if lengths is None else starts(19, lengths, [5]))
     placed = () if lengths is None else made.position  # pyright: ignore[reportAttributeAccessIssue]
 
     def run(project: Callable[..., Any]) -> tuple[Any, list[Tensor]]:
-        leaves = [x.clone().requires_grad_(), qkv.clone().requires_grad_()]
-        results = project(*leaves, rope, placed, num_heads=4)
+        leaves = [each.clone().requires_grad_() for each in (x, qkv, bias)]
+        results = project(*leaves[:2], rope, placed, num_heads=4, bias=leaves[2] if stretch > 1 else ())
+        leaves = leaves[: 3 if stretch > 1 else 2]
         gates = [torch.randn(each.shape, generator=torch.Generator().manual_seed(2)) for each in results]
         return results, [*(each.detach() for each in results), *torch.autograd.grad(results, leaves, gates)]
 

@@ -104,3 +104,21 @@ def test_documents_and_small_models(tmp_path_factory: pytest.TempPathFactory, ta
     larger = [request for sizes in (attrs.evolve(V32, documents=True), SMALL[0]) for request in requests(sizes, target)]
     assert problems(aot.compile_all(larger, folder, targets=[target])) == []
     assert problems(aot.compile_all(requests(SMALL[1], target), folder, targets=[target]), small=True) == []
+
+
+@pytest.mark.parametrize("documents", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_rows_of_one_block(tmp_path_factory: pytest.TempPathFactory, documents: bool) -> None:
+    """Integers of 1, which Triton makes constants: one head, block, or position, and the second sequence of those."""
+
+    def ones(made: Request) -> Request:
+        integers = [name for name, kind in made.signature.items() if kind == "i32"]
+        return attrs.evolve(
+            made,
+            signature={name: kind for name, kind in made.signature.items() if kind != "i32"},
+            constants={**made.constants, **dict.fromkeys(integers, 1)},
+            aligned=[name for name in made.aligned or () if name not in integers],
+        )
+
+    made = [ones(request) for request in requests(attrs.evolve(V32, documents=documents), 90)]
+    compiled = aot.compile_all(made, tmp_path_factory.mktemp("triton"), targets=[90])
+    assert [problem for kernel in compiled for problem in kernel.problems()] == []

@@ -86,7 +86,7 @@ def request(name: str, mode: int, sizes: Sizes, tile: Any) -> Request:
 
 def requests(sizes: Sizes, target: int) -> list[Request]:
     """Every kernel in every mode at these sizes."""
-    tiles = tuning.find(tuning.load(CAPABILITIES[target]), "nsa", sizes.width).tiles
+    tiles = tuning.find(tuning.load(CAPABILITIES[target]), "nsa", sizes.width, sizes.value).tiles
     ranges = [request(name, mode, sizes, tiles[name]) for mode in MODES.values() for name in ("forward", "dq", "dkv")]
     lists = [request(name[5:], nsa_kernels.SELECTED.value, sizes, tiles[name]) for name in LISTS]
     ranges += [request("join", mode, sizes, attrs.evolve(tiles["dkv"], num_warps=4)) for mode in (1, 2)]

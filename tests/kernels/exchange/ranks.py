@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from nmoe.effects.kernels.moe.experts import Form
 from nmoe.effects.kernels.moe.moe import Tiles, moe_experts
 from nmoe.effects.parallel.exchange import Exchange, Sizes, arena, device
 from nmoe.effects.parallel.exchange.opening import virtual
@@ -26,7 +27,11 @@ class Case:
     weight: Tensor
     up: Tensor
     down: Tensor
+    bias: Tensor
     grad_output: Tensor
+
+
+LIMIT, ALPHA = 0.7, 1.702  # many gates and values lie beyond
 
 
 def chosen(kind: str, tokens: int, experts: int, top_k: int) -> Tensor:
@@ -62,14 +67,15 @@ def case(
         weight=normal(tokens, top_k, seed=1, device=where).abs(),
         up=draw(experts, hidden, 2, width, seed=2) / hidden**0.5,
         down=draw(experts, width, hidden, seed=3) / width**0.5,
+        bias=draw(experts, 2, width, seed=5),
         grad_output=draw(tokens, hidden, seed=4),
     )
 
 
 def single_rank(c: Case, tiles: Tiles) -> list[Tensor]:
-    """Output and gradients of x, weight, up, down by the kernels of one rank."""
-    leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down)]
-    y, _ = moe_experts(leaves[0], Routing(c.expert, leaves[1]), leaves[2], leaves[3], tiles=tiles)
+    """Output and gradients of x, weight, up, down, bias by the kernels of one rank."""
+    leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down, c.bias)]
+    y, _ = moe_experts(leaves[0], Routing(c.expert, leaves[1]), *leaves[2:], tiles=tiles, limit=LIMIT, alpha=ALPHA)
     return [y.detach(), *torch.autograd.grad(y, leaves, c.grad_output)]
 
 
@@ -103,10 +109,13 @@ def shared(c: Case, exchanges: Sequence[Exchange], parts: Sequence[int], tiles: 
     """The same as `single_rank`, by ranks that each have some of the tokens and of the experts."""
     x, expert, weight, grad_output = (each.split(list(parts)) for each in (c.x, c.expert, c.weight, c.grad_output))
     up, down = c.up.chunk(len(parts)), c.down.chunk(len(parts))
-    forward = [device.forward_(e, x[r], expert[r], weight[r], up[r], down[r], tiles) for r, e in enumerate(exchanges)]
+    forms = [Form(bias=bias, limit=LIMIT, alpha=ALPHA) for bias in c.bias.chunk(len(parts))]
+    forward = [
+        device.forward_(e, x[r], expert[r], weight[r], up[r], down[r], tiles, forms[r]) for r, e in enumerate(exchanges)
+    ]
     out = device.run_(exchanges, forward)
     backward = [
-        device.backward_(e, grad_output[r], x[r], weight[r], up[r], down[r], *out[r][2:], tiles)
+        device.backward_(e, grad_output[r], x[r], weight[r], up[r], down[r], *out[r][2:], tiles, form=forms[r])
         for r, e in enumerate(exchanges)
     ]
     back = device.run_(exchanges, backward)

@@ -28,7 +28,7 @@ SMALL = GemmTile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2)
 TILES = Tiles(
     up=SMALL, down=SMALL, activation=SMALL, down_gradient=SMALL, input=SMALL, up_gradient=SMALL, group=3, programs=5
 )
-NAMES = ("y", "dx", "d_weight", "d_up", "d_down")
+NAMES = ("y", "dx", "d_weight", "d_up", "d_down", "d_bias")
 
 
 def differing(found: list[Tensor], wanted: list[Tensor]) -> list[str]:

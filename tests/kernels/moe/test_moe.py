@@ -70,6 +70,29 @@ def test_near_the_truth(shape: tuple[int, ...], kind: str) -> None:
     assert torch.equal(count, route.load(expert, num_experts))
 
 
+@pytest.mark.parametrize(("shape", "kind"), ROUTED[:5], ids=str)
+@pytest.mark.parametrize("form", ({"limit": 0.7, "alpha": 1.702}, {}), ids=("clamped", "SwiGLU"))
+def test_biases_and_a_clamp_near_the_truth(form: dict[str, float], shape: tuple[int, ...], kind: str) -> None:
+    """An expert without rows has a gradient of zeros; a tenth of the gates and values lies beyond the clamp."""
+    tokens, hidden, width, num_experts, top_k = shape
+    expert = chosen(kind, tokens, num_experts, top_k)
+    inputs = [
+        normal(tokens, hidden),
+        normal(tokens, top_k, seed=1).abs(),
+        normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5,
+        normal(num_experts, width, hidden, seed=3) / width**0.5,
+        normal(num_experts, 2, width, seed=5),
+    ]
+
+    def by(which: Any) -> Any:
+        return lambda x, weight, *rest: which(x, Routing(expert, weight), *rest, **form)[0]
+
+    pulls = [normal(tokens, hidden, seed=4)]
+    ours, plain = by(partial(moe_experts, tiles=TILES)), by(experts.moe_experts)
+    truth = graded(plain, inputs, pulls, torch.float64)
+    check(graded(ours, inputs, pulls), graded(plain, inputs, pulls), truth, factor=2.0)
+
+
 def test_weight_gradients_go_into_their_buffers() -> None:
     """Stored by the first microbatch, whatever was there, and added by the second: the bits that autograd sums."""
     tokens, hidden, width, num_experts, top_k = 33, 40, 24, 6, 2

@@ -66,6 +66,16 @@ def test_scores_are_as_near_the_truth_as_those_in_fp32() -> None:
     check(found, plain, truth, factor=1.1)
 
 
+@pytest.mark.parametrize("softmax", (True, False))
+def test_logits_with_a_shift_are_as_near_the_truth(softmax: bool) -> None:
+    name = "softmax_scores" if softmax else "scores"
+    inputs = [normal(300, 96, dtype=torch.bfloat16), normal(96, 12, seed=1) / 10, normal(12, seed=3)]
+    pulls = [normal(300, 12, seed=2)]
+    plain = graded(getattr(route, name), inputs, pulls)
+    truth = graded(getattr(route, name), inputs, pulls, torch.float64)
+    check(graded(getattr(router, name), inputs, pulls), plain, truth, factor=1.1)
+
+
 def test_a_product_of_rounded_factors_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         high = x.to(torch.bfloat16)

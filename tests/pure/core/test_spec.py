@@ -36,8 +36,8 @@ def test_every_role_has_a_row_and_nothing_else_has() -> None:
 def test_every_role_is_used_and_every_letter_is_known() -> None:
     sparse = Nsa(num_heads=2, num_kv_heads=1, head_dim=4, v_head_dim=3)
     used: set[Role] = set()
-    for attention in (shapes.attention(q_lora_rank=7), sparse):
-        c = shapes.config(attention=attention)
+    configs = [shapes.config(attention=attention) for attention in (shapes.attention(q_lora_rank=7), sparse)]
+    for c in (*configs, shapes.CLAMPED):
         for path, spec in tree.leaves(model.specs(c)):
             used.add(spec.role)
             assert all(size > 0 for size in spec.shape(model.dims(c))), path

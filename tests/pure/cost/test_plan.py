@@ -24,6 +24,7 @@ from nmoe.pure.model import model
 from nmoe.pure.model.blueprint import make_blueprint
 from nmoe.pure.model.experts import moe_experts
 from nmoe.pure.model.ops import environment
+from tests import shapes
 from tests.effects.train.tiny import tiny
 from tests.kernels.exchange.nvshmem import experts_by_segment
 
@@ -68,6 +69,20 @@ def test_flops_are_those_of_torchs_counter(q_lora_rank: int | None, shared: int,
             mtp_weight=0.3,
         )[0].backward()
     assert training.get_total_flops() == tokens.numel() * planned.training()
+
+
+def test_flops_of_gpt_oss_are_those_of_torchs_counter() -> None:
+    """Rows through their own experts only; the biases of the second products are a product of their own."""
+    c = shapes.CLAMPED
+    p, tokens = shapes.parameters(c, dtype=torch.float32), shapes.batch(c, positions=24).tokens
+    env = shapes.env(c)
+    by_segment = partial(moe_experts, experts=experts_by_segment)
+    env = attrs.evolve(env, ops=attrs.evolve(env.ops, experts=by_segment))
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        x, _ = model.forward(p, tokens, shapes.router_bias(c, dtype=torch.float32), env, c)
+        x @ p.head
+    planned = flops.forward_flops(c, model.specs(c), model.dims(c), sequence_length=24, causal=False)
+    assert counted.get_total_flops() == tokens.numel() * planned.total()
 
 
 def test_causal_flops_count_the_kept_half() -> None:
@@ -122,7 +137,7 @@ def test_every_parameter_has_its_own_place(compute: str, world: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 3])
-@pytest.mark.parametrize("shape", ["small", "wide"])
+@pytest.mark.parametrize("shape", ["small", "wide", "clamped"])
 def test_activation_estimate_is_near_what_autograd_keeps(shape: str, depth: int) -> None:
     config = tiny(vocab_size=61, sequence_length=48, q_lora_rank=24)
     c = (
@@ -132,6 +147,8 @@ def test_activation_estimate_is_near_what_autograd_keeps(shape: str, depth: int)
             config.model, hidden_size=96, moe=attrs.evolve(config.model.moe, intermediate_size=64, top_k=4)
         )
     )
+    if shape == "clamped":
+        c = attrs.evolve(c, moe=attrs.evolve(c.moe, biases=True, swiglu_limit=0.5, intermediate_size=128))
     c = attrs.evolve(c, mtp=s.Mtp(depth=depth) if depth else None)
     specs, dims = model.specs(c), model.dims(c)
     params = tree.map(lambda _, leaf: leaf.requires_grad_(), init(Key(0), specs, dims))

@@ -44,11 +44,11 @@ def random(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
 
 
 def parameters(c: sections.Gqa) -> gqa.Gqa:
-    """Leaves in fp64 that require gradients; sinks are uneven."""
+    """Leaves in fp64 that require gradients; sinks and biases are uneven."""
     values = init(Key(0), KIND.specs(c), {"D": WIDTH, "L": 1, **KIND.dims(c)})
 
     def leaf(path: str, value: Tensor) -> Tensor:
-        return (value.double() + random(*value.shape) * (path == "sinks")).requires_grad_()
+        return (value.double() + random(*value.shape) * (path in ("sinks", "qkv_bias", "out_bias"))).requires_grad_()
 
     return tree.map(leaf, values)
 
@@ -75,6 +75,8 @@ SECTIONS = {
     "window beyond the row": section(window=100),
     "all keys": section(window=None),
     "no sinks": section(sinks=False),
+    "biases": section(biases=True),
+    "biases, one group, no window": section(biases=True, num_kv_heads=1, window=None),
     "one head": section(num_heads=1, num_kv_heads=1),
     "one group": section(num_kv_heads=1),
     "a key head a query head": section(num_kv_heads=6),
@@ -199,9 +201,9 @@ def test_gradients_are_those_of_finite_differences(window: int | None) -> None:
 
 def kept(c: sections.Gqa, length: int, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
     """Bytes that autograd keeps of one layer on the device "meta", masks apart, and the largest tensor's elements."""
-    shapes_of = tree.map(lambda _, spec: spec.shape({"D": WIDTH, **KIND.dims(c)}), KIND.specs(c))
+    sizes = {"D": WIDTH, **KIND.dims(c)}
     with torch.device("meta"):
-        p = gqa.Gqa(*(torch.empty(shape, dtype=dtype, requires_grad=True) for shape in attrs.astuple(shapes_of)))
+        p = tree.map(lambda _, spec: torch.empty(spec.shape(sizes), dtype=dtype, requires_grad=True), KIND.specs(c))
         x = torch.empty(1, length, WIDTH, dtype=dtype, requires_grad=True)
         rope = Rope(*(torch.empty(length, c.head_dim // 2) for _ in range(2)))
         found = Kept((p.qkv, p.out, p.sinks, rope.cos, rope.sin))

@@ -1,4 +1,4 @@
-"""The model against `transformers`' DeepSeek-V3 and DeepSeek-V2."""
+"""The model against `transformers`' DeepSeek-V3, DeepSeek-V2 and gpt-oss."""
 
 from __future__ import annotations
 
@@ -41,17 +41,24 @@ def theirs(c: sections.Model, p: Transformer, bias: Tensor) -> Any:
 
 
 def their_table(network: Any, positions: int) -> Rope:
-    """Their rotation table, in the format of their parameters; V3 keeps every column twice, V2 complex numbers."""
+    """Their rotation table, in the format of their parameters; V3 keeps every column twice, V2 complex numbers.
+
+    That of gpt-oss has YaRN's whole factor on queries and keys, of which ours leaves all to the scores.
+    """
     table = network.model.rotary_emb(network.lm_head.weight, torch.arange(positions)[None])
     if isinstance(table, Tensor):
         return Rope(table[0].real, table[0].imag)
     cos, sin = table
+    if network.config.model_type == "gpt_oss":
+        factor = network.model.rotary_emb.attention_scaling
+        return Rope(cos[0] / factor, sin[0] / factor)
     return Rope(*(each[0].chunk(2, dim=-1)[0] for each in (cos, sin)))
 
 
 CONFIGS = {
     **shapes.DEEPSEEK,
     **shapes.SOFTMAX,
+    **shapes.GPT_OSS,
     "everything": shapes.config(
         max_positions=512,
         norm_eps=1e-3,

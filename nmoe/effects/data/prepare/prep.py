@@ -39,6 +39,7 @@ from nmoe.effects.data.prepare.execute import Pool, run
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.match import Match, match
 from nmoe.effects.data.prepare.survey import Work, reporting, survey, works_of
+from nmoe.effects.data.store import blocks
 from nmoe.effects.data.store.format import MANIFEST, Receipt, stem
 from nmoe.effects.data.store.records import read_record, write_record
 from nmoe.effects.data.store.shard_writer import commit
@@ -263,7 +264,7 @@ def _fold(out: Path, stored: tokenizer.Tokenizer, planned: Plan, works: Sequence
         (out / split).mkdir(exist_ok=True)
         for folder, built in taken:
             for at, receipt in enumerate(built.shards[split]):
-                for ending in (".npy", ".ends.npy", ".json"):
+                for ending in (".npy", ".ends.npy", ".json", blocks.ENDING):
                     source = folder / split / f"{stem(at)}{ending}"
                     if source.exists():
                         os.replace(source, out / split / f"{stem(len(placed))}{ending}")

@@ -4,13 +4,13 @@
     <folder>/<split>/shard-00000.npy        1-D u2 or u4, every document followed by end of text
                      shard-00000.ends.npy   i64, position after each document's end of text
                      shard-00000.json       the shard's receipt, repeated in the manifest
+                     shard-00000.blocks     digests of its blocks, see `blocks`
 
 Any NumPy reads the arrays; nothing here knows where the text came from.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -22,6 +22,7 @@ import numpy as np
 
 from nmoe.config.toml import closest
 from nmoe.effects.data import tokenizer
+from nmoe.effects.data.store import blocks
 from nmoe.effects.data.store.records import read_record, to_text
 from nmoe.errors import InputError
 
@@ -137,7 +138,8 @@ def size_problems(folder: Path, manifest: Manifest, split: str) -> list[str]:
     """
     where, dtype = folder / split, dtype_of(manifest.tokenizer_size)
     expected: dict[str, int] = {}
-    for index, receipt in enumerate(manifest.splits[split].shards):
+    receipts = manifest.splits[split].shards
+    for index, receipt in enumerate(receipts):
         expected |= sizes(index, receipt, dtype)
     # names, not paths: a large folder has tens of thousands
     actual: dict[str, int] = {}
@@ -148,7 +150,16 @@ def size_problems(folder: Path, manifest: Manifest, split: str) -> list[str]:
         actual = {}
     except OSError as error:
         return [f"{where}: expected a readable folder of files, got {error.strerror}; {REMEDY}"]
-    problems = [f"{where / name}: expected a file, got none; {REMEDY}" for name in expected if name not in actual]
+    if receipts and not any(blocks_name(index) in actual for index in range(len(receipts))):
+        # in the place of a line for each shard
+        problems = [
+            f"{where}: expected digests of blocks ({blocks_name(0)} and the next ones), got none, as of earlier "
+            f"versions of nmoe; write them: nmoe data digest {folder}"
+        ]
+        expected = {name: size for name, size in expected.items() if not name.endswith(blocks.ENDING)}
+    else:
+        problems = []
+    problems += [f"{where / name}: expected a file, got none; {REMEDY}" for name in expected if name not in actual]
     problems += [
         f"{where / name}: expected no file, the manifest does not name it, got one; remove it"
         for name in sorted(actual.keys() - expected.keys())
@@ -167,7 +178,7 @@ def content_problems(where: Path, index: int, receipt: Receipt, tokenizer_size: 
     path, ends_path = where / f"{stem(index)}.npy", where / f"{stem(index)}.ends.npy"
     try:
         problems = [
-            *_array_problems(path, header(dtype, receipt.tokens), receipt.sha256),
+            *_array_problems(path, header(dtype, receipt.tokens), receipt.sha256, blocked=True),
             *_array_problems(ends_path, header(np.dtype("<i8"), receipt.documents), receipt.ends_sha256),
         ]
         if (where / f"{stem(index)}.json").read_bytes() != to_text(receipt).encode("ascii"):
@@ -197,19 +208,29 @@ def shard_problems(where: Path, index: int, receipt: Receipt, stored: tokenizer.
     return []
 
 
-def _array_problems(path: Path, header: bytes, sha256: str) -> list[str]:
-    """One line each for another header and another digest than given."""
+def _array_problems(path: Path, header: bytes, sha256: str, *, blocked: bool = False) -> list[str]:
+    """One line each for another header and another digest than given; if asked, of the file or of its blocks."""
+    problems = header_problems(path, header)
     with open(path, "rb") as file:
-        actual_header = file.read(HEADER_BYTES)
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    problems: list[str] = []
-    if actual_header != header:
-        problems.append(
-            f"{path}: expected header {header[10:].strip()!r}, got {actual_header[10:].strip()!r}; {REMEDY}"
-        )
+        file.seek(HEADER_BYTES)
+        actual, text = blocks.digests(file)
     if actual != sha256:
         problems.append(f"{path}: expected content with sha256 {sha256[:80]}, got {actual}; {REMEDY}")
+    elif blocked and (beside := path.with_suffix(blocks.ENDING)).read_bytes() != text.encode("ascii"):
+        problems.append(
+            f"{beside}: expected the digests of the blocks of {path.name}, got others; write them again: "
+            f"nmoe data digest {path.parent.parent}"
+        )
     return problems
+
+
+def header_problems(path: Path, header: bytes) -> list[str]:
+    """One line for another header than given."""
+    with open(path, "rb") as file:
+        actual = file.read(HEADER_BYTES)
+    if actual == header:
+        return []
+    return [f"{path}: expected header {header[10:].strip()!r}, got {actual[10:].strip()!r}; {REMEDY}"]
 
 
 def sizes(index: int, receipt: Receipt, dtype: np.dtype[Any]) -> dict[str, int]:
@@ -218,6 +239,7 @@ def sizes(index: int, receipt: Receipt, dtype: np.dtype[Any]) -> dict[str, int]:
         f"{stem(index)}.npy": HEADER_BYTES + receipt.tokens * dtype.itemsize,
         f"{stem(index)}.ends.npy": HEADER_BYTES + receipt.documents * 8,
         f"{stem(index)}.json": len(to_text(receipt)),
+        blocks_name(index): blocks.LINE_BYTES * blocks.num_blocks(receipt.tokens * dtype.itemsize),
     }
 
 
@@ -230,6 +252,11 @@ def totals(shards: Iterable[Receipt]) -> tuple[int, int, int]:
 def stem(index: int) -> str:
     """File name of a shard without its ending."""
     return f"shard-{index:05d}"
+
+
+def blocks_name(index: int) -> str:
+    """Name of the file of digests beside a shard."""
+    return stem(index) + blocks.ENDING
 
 
 def dtype_of(tokenizer_size: int) -> np.dtype[Any]:

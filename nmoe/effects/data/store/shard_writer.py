@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nmoe.effects import files
+from nmoe.effects.data.store.blocks import Hasher
 from nmoe.effects.data.store.format import (
     FORMAT,
     HEADER_BYTES,
@@ -16,6 +17,7 @@ from nmoe.effects.data.store.format import (
     Manifest,
     Receipt,
     SplitReceipt,
+    blocks_name,
     dtype_of,
     header,
     name_problems,
@@ -115,9 +117,10 @@ def _shard(
 ) -> Generator[None, np.ndarray | None, tuple[Receipt, np.ndarray | None]]:
     """Write one shard from `first` and what is sent in, and give back the document that did not fit, if any.
 
-    Writes:  the three files of the shard; the receipt last.
+    Writes:  the four files of the shard; the receipt last.
     """
     dtype, lengths, digest = dtype_of(tokenizer.size), byte_lengths(tokenizer), hashlib.sha256()
+    hasher = Hasher()
     ends: list[int] = []
     num_tokens = num_bytes = 0
     document: np.ndarray | None = first
@@ -132,6 +135,7 @@ def _shard(
             payload = np.append(document, tokenizer.end_of_text).astype(dtype).tobytes()
             file.write(payload)
             digest.update(payload)
+            hasher.update(payload)
             num_tokens += len(document) + 1
             num_bytes += int(lengths[document].sum())
             ends.append(num_tokens)
@@ -142,6 +146,7 @@ def _shard(
     positions = np.array(ends, dtype="<i8").tobytes()
     with files.replacing(where / f"{stem(index)}.ends.npy") as temporary:
         temporary.write_bytes(header(np.dtype("<i8"), len(ends)) + positions)
+    files.write_text(where / blocks_name(index), hasher.text())
     receipt = Receipt(
         tokens=num_tokens,
         documents=len(ends),

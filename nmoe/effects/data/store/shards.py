@@ -1,4 +1,7 @@
-"""A split of a prepared folder as one stream of tokens; a shard is verified when it is first read."""
+"""A split of a prepared folder as one stream of tokens, whose blocks are verified before they are first read.
+
+Of several ranks each verifies the files it owns, in the background too, and trusts the others' ranks for the rest.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ from pathlib import Path
 import attrs
 import numpy as np
 
+from nmoe.effects import files
+from nmoe.effects.data.store.blocks import Blocks
 from nmoe.effects.data.store.format import (
+    HEADER_BYTES,
     Manifest,
     Receipt,
-    content_problems,
     dtype_of,
+    header,
+    header_problems,
     mapped,
     shard_problems,
     size_problems,
@@ -27,24 +34,30 @@ from nmoe.errors import InputError
 class Shard:
     """The tokens of one shard, as a 1-D array that is mapped when it is first sliced."""
 
-    def __init__(self, where: Path, index: int, receipt: Receipt, tokenizer_size: int) -> None:
-        self._where, self._index, self._receipt, self._size = where, index, receipt, tokenizer_size
+    def __init__(self, path: Path, receipt: Receipt, tokenizer_size: int, *, owned: bool) -> None:
+        """owned: blocks are verified here, not by another rank."""
+        self._path, self._length, self._dtype = path, receipt.tokens, dtype_of(tokenizer_size)
+        size = self._length * self._dtype.itemsize
+        self.blocks = Blocks(path, HEADER_BYTES, size, self._dtype, tokenizer_size) if owned else None
         self._array: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return self._receipt.tokens
+        return self._length
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Some tokens.
 
-        Raises:  InputError when the shard is not what its receipt says.
-        Cost:    the first time, reads and hashes the shard, about 1 GB/s.
+        Raises:  InputError when the header, or a block that they are in, is not what was written.
+        Cost:    reads and hashes blocks the first time, about 1 GB/s.
         """
         if self._array is None:
-            if problems := content_problems(self._where, self._index, self._receipt, self._size):
-                raise InputError(*problems)
-            path = self._where / f"{stem(self._index)}.npy"
-            self._array = mapped(path, dtype_of(self._size), self._receipt.tokens)
+            with files.refusing(self._path, "a readable file of tokens"):
+                if problems := header_problems(self._path, header(self._dtype, self._length)):
+                    raise InputError(*problems)
+                self._array = mapped(self._path, self._dtype, self._length)
+        if self.blocks is not None:
+            first, last, _ = part.indices(self._length)
+            self.blocks.verify(first * self._dtype.itemsize, last * self._dtype.itemsize)
         return self._array[part]
 
 
@@ -56,17 +69,24 @@ class Split:
     tokens: tuple[Shard, ...]
     num_tokens: int
 
+    def blocks(self) -> list[Blocks]:
+        """Of the shards that this rank owns."""
+        return [shard.blocks for shard in self.tokens if shard.blocks is not None]
 
-def open_split(folder: Path, manifest: Manifest, split: str) -> Split:
+
+def open_split(folder: Path, manifest: Manifest, split: str, *, rank: int = 0, world: int = 1) -> Split:
     """Open one split of a folder whose manifest was read; `split_problems` lists what may be wrong with the files.
 
+    rank     of `world`: owns each `world`-th shard from this one on
     Cost:    nothing is read.
     """
     where, size = folder / split, manifest.tokenizer_size
-    receipts = manifest.splits[split].shards
     return Split(
         where=str(where),
-        tokens=tuple(Shard(where, index, receipt, size) for index, receipt in enumerate(receipts)),
+        tokens=tuple(
+            Shard(where / f"{stem(index)}.npy", receipt, size, owned=index % world == rank % world)
+            for index, receipt in enumerate(manifest.splits[split].shards)
+        ),
         num_tokens=manifest.splits[split].tokens,
     )
 

@@ -48,10 +48,18 @@ class Mask:
 
 
 def project(
-    x: Tensor, qkv: Tensor, rope: Rope, positions: Tensor | tuple[()] = (), *, num_heads: int
+    x: Tensor,
+    qkv: Tensor,
+    rope: Rope,
+    positions: Tensor | tuple[()] = (),
+    *,
+    num_heads: int,
+    bias: Tensor | tuple[()] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`pure.model.attention.gqa.project`: all three are views of one product, rotated in place while it is fresh."""
-    return rotate_heads_((x @ qkv.flatten(1)).unflatten(-1, qkv.shape[1:]), rope, positions, num_heads=num_heads)
+    heads = (x @ qkv.flatten(1)).unflatten(-1, qkv.shape[1:])
+    heads = heads + bias if isinstance(bias, Tensor) else heads
+    return rotate_heads_(heads, rope, positions, num_heads=num_heads)
 
 
 def gqa_attention(

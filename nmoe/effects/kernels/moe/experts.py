@@ -10,6 +10,7 @@ gradient>: neither a row's output nor that output's gradient is kept for it (0.8
 
 from __future__ import annotations
 
+import attrs
 import torch
 import triton
 import triton.language as tl
@@ -33,8 +34,8 @@ def _swizzle(pid, num_n, num_m, GROUP: tl.constexpr):
 
 @triton.jit
 def gather_gemm_swiglu_kernel(
-    x, source, w, h, a, tile_expert, tile_row, end, NUM_M, F, D: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    x, source, w, bias, h, a, tile_expert, tile_row, end, NUM_M, F, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     tile, column = _swizzle(tl.program_id(0), tl.cdiv(F, N), NUM_M, GROUP)
     expert = tl.load(tile_expert + tile)
@@ -55,32 +56,54 @@ def gather_gemm_swiglu_kernel(
             address += K
         f = column * N + tl.arange(0, N)
         inside = real[:, None] & (f < F)[None, :]
+        if bias is not None:
+            own = bias + expert * (2 * F) + f
+            gate += tl.load(own, mask=f < F, other=0.0).to(tl.float32)[None, :]
+            value += tl.load(own + F, mask=f < F, other=0.0).to(tl.float32)[None, :]
         gate = gate.to(h.dtype.element_ty)
         value = value.to(h.dtype.element_ty)
         at = row.to(tl.int64)[:, None] * F + f[None, :]
         here = h + row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
         tl.store(here, gate, mask=inside)
         tl.store(here + F, value, mask=inside)
-        gate = gate.to(tl.float32)
-        tl.store(a + at, (gate * tl.sigmoid(gate) * value.to(tl.float32)).to(a.dtype.element_ty), mask=inside)
+        gate, value = gate.to(tl.float32), value.to(tl.float32)
+        if LIMIT is None:
+            activation = gate * tl.sigmoid(gate) * value
+        else:
+            gate = tl.minimum(gate, LIMIT)
+            activation = (tl.clamp(value, -LIMIT, LIMIT) + 1) * (gate * tl.sigmoid(ALPHA * gate))
+        tl.store(a + at, activation.to(a.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _swiglu_backward_epilogue(da, first, row, real, share, h, dh, a, F, N: tl.constexpr):
+def _swiglu_backward_epilogue(
+    da, first, row, real, share, h, dh, a, F, N: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr
+):
     """Epilogue: gradient of SwiGLU on N columns; returns the gate's gradient summed over them."""
     f = first + tl.arange(0, N)
     inside = real[:, None] & (f < F)[None, :]
     here = row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
     gate = tl.load(h + here, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(h + here + F, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    activation = silu * value
-    part = tl.sum(da * activation, 1)
-    da = da * share[:, None]
     dtype: tl.constexpr = dh.dtype.element_ty
-    tl.store(dh + here, (da * value * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
-    tl.store(dh + here + F, (da * silu).to(dtype), mask=inside)
+    if LIMIT is None:
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        activation = silu * value
+        part = tl.sum(da * activation, 1)
+        da = da * share[:, None]
+        tl.store(dh + here, (da * value * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
+        tl.store(dh + here + F, (da * silu).to(dtype), mask=inside)
+    else:
+        below = tl.minimum(gate, LIMIT)
+        sigmoid = tl.sigmoid(ALPHA * below)
+        silu = below * sigmoid
+        activation = silu * (tl.clamp(value, -LIMIT, LIMIT) + 1)
+        part = tl.sum(da * activation, 1)
+        da = da * share[:, None]
+        tl.store(dh + here + F, tl.where(tl.abs(value) <= LIMIT, da * silu, 0.0).to(dtype), mask=inside)
+        da *= (tl.clamp(value, -LIMIT, LIMIT) + 1) * (sigmoid + ALPHA * silu * (1 - sigmoid))
+        tl.store(dh + here, tl.where(gate <= LIMIT, da, 0.0).to(dtype), mask=inside)
     at = row.to(tl.int64)[:, None] * F + f[None, :]
     tl.store(a + at, (activation * share[:, None]).to(dtype), mask=inside)
     return part
@@ -90,6 +113,7 @@ def _swiglu_backward_epilogue(da, first, row, real, share, h, dh, a, F, N: tl.co
 def swiglu_backward_gemm_kernel(
     rows, w, h, weight, slot, dh, a, gate_part, tile_expert, tile_row, num_needed, end, F, D,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(F, N)
     num_m = tl.load(num_needed)
@@ -107,8 +131,10 @@ def swiglu_backward_gemm_kernel(
         share = tl.load(weight + tl.load(slot + row, mask=real, other=0), mask=real, other=0.0)
         # half the columns at a time: the whole tile's gate and value beside its accumulator spill (187 instructions)
         left, right = tl.split(tl.permute(tl.reshape(da, (M, 2, N // 2)), (0, 2, 1)))
-        part = _swiglu_backward_epilogue(left, column * N, row, real, share, h, dh, a, F, N // 2)
-        part += _swiglu_backward_epilogue(right, column * N + N // 2, row, real, share, h, dh, a, F, N // 2)
+        part = _swiglu_backward_epilogue(left, column * N, row, real, share, h, dh, a, F, N // 2, LIMIT, ALPHA)
+        part += _swiglu_backward_epilogue(
+            right, column * N + N // 2, row, real, share, h, dh, a, F, N // 2, LIMIT, ALPHA
+        )
         tl.store(gate_part + row * columns + column, part, mask=real)
 
 
@@ -184,8 +210,53 @@ def _add(acc, to, column, real, B):
     tl.debug_barrier()  # what is read next is other columns, but no compiler or check of races has to know
 
 
+@triton.jit
+def bias_gradient_kernel(dh, out, end, count, WIDTH, M: tl.constexpr, N: tl.constexpr):
+    expert = tl.program_id(0)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    stop = tl.load(end + expert)
+    acc = tl.zeros((M, N), tl.float32)
+    for first in range(stop - tl.load(count + expert), stop, M):
+        row = first + tl.arange(0, M)
+        inside = (row < stop)[:, None] & (column < WIDTH)[None, :]
+        acc += tl.load(dh + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + expert * WIDTH + column, tl.sum(acc, 0).to(out.dtype.element_ty), mask=column < WIDTH)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Form:
+    """What a routed expert has beside a plain SwiGLU.
+
+    bias           [E 2 F] or ()   of the experts here, added before the activation
+    limit, alpha   of `pure.model.experts.activation`
+    """
+
+    bias: Tensor | tuple[()] = ()
+    limit: float | None = None
+    alpha: float = 1.0
+
+    def gradient(self, dh: Tensor, end: Tensor, count: Tensor) -> Tensor | None:
+        """Of the bias, in its format; rows are summed in fp32 and in one order."""
+        if not isinstance(self.bias, Tensor):
+            return None
+        out = torch.empty_like(self.bias, memory_format=torch.contiguous_format)
+        width = out[0].numel()
+        bias_gradient_kernel[(len(out), triton.cdiv(width, 128))](dh, out, end, count, width, 32, 128, num_warps=4)
+        return out
+
+
+PLAIN = Form()
+
+
 def gather_gemm_swiglu(
-    x: Tensor, source: Tensor, weight: Tensor, end: Tensor, tiles: RowTiles, tile: GemmTile, group: int
+    x: Tensor,
+    source: Tensor,
+    weight: Tensor,
+    end: Tensor,
+    tiles: RowTiles,
+    tile: GemmTile,
+    group: int,
+    form: Form = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Pre-activation and activation of every row.
 
@@ -201,9 +272,11 @@ def gather_gemm_swiglu(
     h = torch.empty(pairs, 2, f, dtype=x.dtype, device=x.device)
     a = torch.empty(pairs, f, dtype=x.dtype, device=x.device)
     w = TensorDescriptor.from_tensor(weight.view(experts * d, 2 * f), [tile.block_k, tile.block_n])
+    bias = form.bias.contiguous() if isinstance(form.bias, Tensor) else None
     num = tiles.expert.shape[0]
     gather_gemm_swiglu_kernel[(num * triton.cdiv(f, tile.block_n),)](
-        x, source, w, h, a, tiles.expert, tiles.row, end, num, f, d, tile.block_m, tile.block_n, tile.block_k, group,
+        x, source, w, bias, h, a, tiles.expert, tiles.row, end, num, f, d, tile.block_m, tile.block_n, tile.block_k,
+        group, form.limit, form.alpha,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return h, a
@@ -220,6 +293,7 @@ def swiglu_backward_gemm(
     tile: GemmTile,
     group: int,
     programs: int,
+    form: Form = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped GEMM with the gradient of SwiGLU as epilogue: from the output's gradient to the pre-activation's.
 
@@ -242,7 +316,7 @@ def swiglu_backward_gemm(
         TensorDescriptor.from_tensor(rows, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(down.view(experts * f, d), [tile.block_n, tile.block_k]),
         h, weight, slot, dh, a, part, tiles.expert, tiles.row, tiles.needed, end, f, d,
-        tile.block_m, tile.block_n, tile.block_k, group, min(programs, num * columns),
+        tile.block_m, tile.block_n, tile.block_k, group, min(programs, num * columns), form.limit, form.alpha,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dh, a, part

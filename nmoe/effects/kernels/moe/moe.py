@@ -46,16 +46,19 @@ class MoeExperts(torch.autograd.Function):
         weight: Tensor,
         up: Tensor,
         down: Tensor,
+        bias: Tensor | tuple[()],
+        limit: float | None,
+        alpha: float,
         t: Tiles,
         accumulator: Accumulator | None,
     ) -> tuple[Tensor, Tensor]:
         x, weight = x.contiguous(), weight.contiguous()
-        pairs = expert.numel()
+        pairs, form = expert.numel(), experts.Form(bias=bias, limit=limit, alpha=alpha)
         with record_function("dispatch"):
             at = places.dispatch(expert, up.shape[0])
         with record_function("experts"):
             h, a = experts.gather_gemm_swiglu(
-                x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.block_m), t.up, t.group
+                x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.block_m), t.up, t.group, form
             )
             cut = places.tiles(at.count, pairs, t.down.block_m)
             y = experts.grouped_gemm(a, down, at.end, cut, t.down, t.group, transposed=False)
@@ -64,7 +67,7 @@ class MoeExperts(torch.autograd.Function):
         count = at.count.to(torch.int64)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, h, weight, up, down, at.slot, at.place, at.count, at.end)
-        ctx.t, ctx.accumulator = t, accumulator
+        ctx.t, ctx.accumulator, ctx.form = t, accumulator, form
         return out, count
 
     @staticmethod
@@ -74,6 +77,7 @@ class MoeExperts(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, h, weight, up, down, slot, place, count, end = ctx.saved_tensors
         t: Tiles = ctx.t
+        form: experts.Form = ctx.form
         accumulator: Accumulator | None = ctx.accumulator
         pairs = place.numel()
         with record_function("combine"):
@@ -81,9 +85,10 @@ class MoeExperts(torch.autograd.Function):
         with record_function("experts"):
             cut = places.tiles(count, pairs, t.activation.block_m)
             dh, a, part = experts.swiglu_backward_gemm(
-                rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs
+                rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs, form
             )
             dh = dh.flatten(1)
+            d_bias = form.gradient(dh, end, count)
             d_weight = part.sum(-1)[place.to(torch.int64)]
             d_down = experts.weight_gradient(
                 a, rows, end, count, t.down_gradient, t.group, parameter=down, accumulator=accumulator
@@ -98,7 +103,7 @@ class MoeExperts(torch.autograd.Function):
             dx = experts.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
-        return d_input, None, d_weight, d_up, d_down, None, None
+        return d_input, None, d_weight, d_up, d_down, d_bias, None, None, None, None
 
 
 def moe_experts(
@@ -106,18 +111,23 @@ def moe_experts(
     routing: Routing,
     up: Tensor,
     down: Tensor,
+    bias: Tensor | tuple[()] = (),
     *,
     tiles: Tiles,
     accumulator: Accumulator | None = None,
+    limit: float | None = None,
+    alpha: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Routed experts, as `pure.model.experts`: the weighted sum of the chosen experts' outputs, and each expert's rows.
 
     x        [N D]
     up       [E D 2 F]
     down     [E F D]
+    bias     [E 2 F] or ()   added before the activation
     accumulator  takes the gradients of `up` and `down` that it has buffers for
+    limit, alpha  of `pure.model.experts.activation`
     returns  [N D] in the format of `x`, [E] i64
     """
     return MoeExperts.apply(  # pyright: ignore[reportReturnType]
-        x, routing.expert, routing.weight, up, down, tiles, accumulator
+        x, routing.expert, routing.weight, up, down, bias, limit, alpha, tiles, accumulator
     )

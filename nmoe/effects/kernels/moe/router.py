@@ -96,6 +96,15 @@ def matmul_bf16x3(x: Tensor, w: Tensor) -> Tensor:
     return matmul_fp32(x, torch.cat(split_bf16x3(w), -1)).unflatten(-1, (3, -1)).sum(-2)
 
 
+def product_gradients(x: Tensor, router: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and w from that of `matmul_bf16x3(x, w)`."""
+    high, middle, _ = split_bf16x3(d)
+    w_high, w_middle, _ = split_bf16x3(router)
+    # sixteen bits of each factor: the sum is rounded to the eight of bf16
+    dx = torch.cat((high, high, middle), -1) @ torch.cat((w_high, w_middle, w_high), -1).T
+    return dx, matmul_bf16x3(x.T, d)
+
+
 class Scores(torch.autograd.Function):
     """Keeps its arguments and its result."""
 
@@ -112,19 +121,44 @@ class Scores(torch.autograd.Function):
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         x, router, score = ctx.saved_tensors
-        d = outputs[0] * score * (1 - score)
-        high, middle, _ = split_bf16x3(d)
-        w_high, w_middle, _ = split_bf16x3(router)
-        # sixteen bits of each factor: the sum is rounded to the eight of bf16
-        dx = torch.cat((high, high, middle), -1) @ torch.cat((w_high, w_middle, w_high), -1).T
-        return dx, matmul_bf16x3(x.T, d)
+        return product_gradients(x, router, outputs[0] * score * (1 - score))
 
 
-def scores(x: Tensor, router: Tensor) -> Tensor:
+class Logits(torch.autograd.Function):
+    """Keeps its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
+        ctx.save_for_backward(x, router)
+        return matmul_bf16x3(x, router)
+
+    @staticmethod
+    @first_order
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return product_gradients(*ctx.saved_tensors, outputs[0])
+
+
+def logits(x: Tensor, router: Tensor, shift: Tensor | tuple[()]) -> Tensor:
+    """`pure.route.logits`."""
+    y: Any = Logits.apply(x, router)
+    return y + shift if isinstance(shift, Tensor) else y
+
+
+def scores(x: Tensor, router: Tensor, shift: Tensor | tuple[()] = ()) -> Tensor:
     """`pure.route.scores`: affinity of each token to each expert.
 
     x        [N D] bf16
     router   [D E] f32
+    shift    [E] f32 or ()
     returns  [N E] f32 in (0, 1)
     """
+    if isinstance(shift, Tensor):
+        return torch.sigmoid(logits(x, router, shift)).clamp_min(TINY)
     return Scores.apply(x, router)  # pyright: ignore[reportReturnType]
+
+
+def softmax_scores(x: Tensor, router: Tensor, shift: Tensor | tuple[()] = ()) -> Tensor:
+    """`pure.route.softmax_scores`; arguments as of `scores`."""
+    return torch.softmax(logits(x, router, shift), -1)

@@ -27,6 +27,7 @@ from nmoe.effects.kernels.exchange import push as moves
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
+from nmoe.effects.kernels.moe.experts import PLAIN, Form
 from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.parallel.exchange.arena import Exchange, Put, Relay, Transport, fit, view
 from nmoe.pure.model.route import Routing
@@ -208,7 +209,14 @@ def combine_(e: Exchange, y: Tensor, weight: Tensor, kept: Kept) -> Stretches[Te
 
 
 def forward_(
-    e: Exchange, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, t: Tiles
+    e: Exchange,
+    x: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    t: Tiles,
+    form: Form = PLAIN,
 ) -> Stretches[tuple[Tensor, Tensor, Kept, Tensor]]:
     """Output, how many chose each expert, and what to keep: plan and pre-activation [C 2 F]. Shapes as `mixture`."""
     capacity = e.sizes.capacity
@@ -216,7 +224,8 @@ def forward_(
     kept = yield from dispatch_(e, x, kept)
     with record_function("experts"):
         cut = places.tiles(kept.count, capacity, t.up.block_m)
-        h, a = experts.gather_gemm_swiglu(view(e.raw, e.fields.land), kept.source, up, kept.end, cut, t.up, t.group)
+        land = view(e.raw, e.fields.land)
+        h, a = experts.gather_gemm_swiglu(land, kept.source, up, kept.end, cut, t.up, t.group, form)
         cut = places.tiles(kept.count, capacity, t.down.block_m)
         y = experts.grouped_gemm(a, down, kept.end, cut, t.down, t.group, transposed=False)
         del a
@@ -235,8 +244,9 @@ def backward_(
     h: Tensor,
     t: Tiles,
     accumulator: Accumulator | None = None,
-) -> Stretches[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """Gradients of x, weight, up and down, from the output's.
+    form: Form = PLAIN,
+) -> Stretches[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]:
+    """Gradients of x, weight, up, down and the bias, from the output's.
 
     Overlap: rows of x are sent again, rather than kept, during the GEMMs on the output's gradient; rows of the input's
     gradient are sent back during the gradient of `down`. That of `up`, which reads the received x, comes last.
@@ -266,9 +276,10 @@ def backward_(
         pulls = received(e, f.land_gradient, kept)
         cut = places.tiles(kept.count, s.capacity, t.activation.block_m)
         dh, a, part = experts.swiglu_backward_gemm(
-            pulls, identity, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, sys.maxsize
+            pulls, identity, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, sys.maxsize, form
         )
         dh = dh.flatten(1)
+        d_bias = form.gradient(dh, kept.end, kept.count)
         d_gate = part.sum(-1)
         cut = places.tiles(kept.count, s.capacity, t.input.block_m)
         dx = experts.grouped_gemm(dh, up.flatten(2), kept.end, cut, t.input, t.group, transposed=True)
@@ -300,7 +311,7 @@ def backward_(
         d_up = experts.weight_gradient(
             rows, dh, kept.end, kept.count, t.up_gradient, t.group, parameter=up, accumulator=accumulator
         )
-    return d_x, d_weight, d_up, d_down
+    return d_x, d_weight, d_up, d_down, d_bias
 
 
 @contextmanager
@@ -376,16 +387,20 @@ class Mixture(torch.autograd.Function):
         weight: Tensor,
         up: Tensor,
         down: Tensor,
+        bias: Tensor | tuple[()],
+        limit: float | None,
+        alpha: float,
         e: Exchange,
         t: Tiles,
         accumulator: Accumulator | None,
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
         x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
-        [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, t)])
+        form = Form(bias=bias, limit=limit, alpha=alpha)
+        [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, t, form)])
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, weight, up, down, h, *(getattr(kept, field.name) for field in attrs.fields(Kept)))
-        ctx.e, ctx.t, ctx.accumulator = e, t, accumulator
+        ctx.e, ctx.t, ctx.accumulator, ctx.form = e, t, accumulator, form
         return out, count
 
     @staticmethod
@@ -395,9 +410,10 @@ class Mixture(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, up, down, h, *rest = ctx.saved_tensors
         kept = Kept(**{field.name: tensor for field, tensor in zip(attrs.fields(Kept), rest, strict=True)})
-        work = backward_(ctx.e, outputs[0].contiguous(), x, weight, up, down, kept, h, ctx.t, ctx.accumulator)
-        [(dx, d_weight, d_up, d_down)] = run_([ctx.e], [work])
-        return dx, None, d_weight, d_up, d_down, None, None, None
+        pulls = outputs[0].contiguous()
+        work = backward_(ctx.e, pulls, x, weight, up, down, kept, h, ctx.t, ctx.accumulator, ctx.form)
+        [(dx, d_weight, d_up, d_down, d_bias)] = run_([ctx.e], [work])
+        return dx, None, d_weight, d_up, d_down, d_bias, None, None, None, None, None
 
 
 def mixture(
@@ -405,10 +421,13 @@ def mixture(
     routing: Routing,
     up: Tensor,
     down: Tensor,
+    bias: Tensor | tuple[()] = (),
     *,
     exchange: Exchange,
     tiles: Tiles,
     accumulator: Accumulator | None = None,
+    limit: float | None = None,
+    alpha: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`pure.experts.mixture` of this rank's tokens, with experts that all ranks of the exchange hold together.
 
@@ -418,8 +437,11 @@ def mixture(
     x        [N D]
     up       [E/W D 2 F]   of this rank's experts
     down     [E/W F D]
+    bias     [E 2 F] or ()   of all experts: each rank has all biases, and the gradient of its own experts'
+    limit, alpha  of `pure.model.experts.activation`
     returns  [N D] in the format of `x`, and how many of this rank's tokens chose each expert [E] i64
     """
+    own = bias.unflatten(0, (-1, len(up)))[exchange.rank] if isinstance(bias, Tensor) else ()
     return Mixture.apply(  # pyright: ignore[reportReturnType]
-        x, routing.expert, routing.weight, up, down, exchange, tiles, accumulator
+        x, routing.expert, routing.weight, up, down, own, limit, alpha, exchange, tiles, accumulator
     )

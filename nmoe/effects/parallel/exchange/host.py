@@ -193,9 +193,9 @@ class Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, up: Tensor, down: Tensor, e: Exchange, run: Any
+        ctx: Any, x: Tensor, expert: Tensor, weight: Tensor, e: Exchange, run: Any, *matrices: Tensor
     ) -> tuple[Tensor, Tensor]:
-        fit(e, x, expert, up)
+        fit(e, x, expert, matrices[0])
         over = e.transport
         with record_function("exchange plan"):
             at, count = begin_(expert, e)
@@ -205,13 +205,13 @@ class Mixture(torch.autograd.Function):
         with record_function("experts"):
             rows = torch.arange(int(at.plan.valid[2]))
             source = view(e.raw, e.fields.source)[: len(rows)].long() if e.sizes.dedup else rows
-            y = run(received(e, at, source), up, down)
+            y = run(received(e, at, source), *matrices)
         with record_function("exchange return"):
             put_(e, over.put_rows_, e.fields.back, y, *planning.origins(at.plan, len(y)))
             over.barrier_(e, signal=True, wait=True)
         chosen = returned(e, e.fields.back, at).unflatten(0, weight.shape)
         ctx.mark_non_differentiable(count)
-        ctx.save_for_backward(x, weight, up, down, source)
+        ctx.save_for_backward(x, weight, source, *matrices)
         ctx.e, ctx.at, ctx.run = e, at, run
         return (upcast(chosen) * weight[..., None]).sum(-2).to(x.dtype), count
 
@@ -220,7 +220,7 @@ class Mixture(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, weight, up, down, source = ctx.saved_tensors
+        x, weight, source, *matrices = ctx.saved_tensors
         e: Exchange = ctx.e
         at: Sorted = ctx.at
         f, over = e.fields, e.transport
@@ -231,11 +231,11 @@ class Mixture(torch.autograd.Function):
             over.barrier_(e, signal=True, wait=True)
         with record_function("experts"), torch.enable_grad():
             rows = received(e, at, source)
-            leaves = [tensor.detach().requires_grad_() for tensor in (rows.x, up, down)]
+            leaves = [tensor.detach().requires_grad_() for tensor in (rows.x, *matrices)]
             y = ctx.run(Rows(leaves[0], rows.source, rows.expert, rows.count, rows.slot), *leaves[1:])
             grad_output = view(e.raw, f.land_gradient)[source]
             gate = view(e.raw, f.gate)[: len(y), None]
-            dx, d_up, d_down = torch.autograd.grad(y, leaves, (upcast(grad_output) * gate).to(y.dtype))
+            dx, *gradients = torch.autograd.grad(y, leaves, (upcast(grad_output) * gate).to(y.dtype))
             d_gate = (upcast(grad_output) * upcast(y.detach())).sum(-1)
         with record_function("exchange return"):
             origin = planning.origins(at.plan, len(y))
@@ -244,7 +244,7 @@ class Mixture(torch.autograd.Function):
             over.barrier_(e, signal=True, wait=True)
         d_rows = returned(e, f.back, at).unflatten(0, weight.shape)
         d_weight = returned(e, f.gate_gradient, at).view_as(weight)
-        return upcast(d_rows).sum(-2).to(x.dtype), None, d_weight, d_up, d_down, None, None
+        return upcast(d_rows).sum(-2).to(x.dtype), None, d_weight, None, None, *gradients
 
 
 def received(e: Exchange, at: Sorted, source: Tensor) -> Rows:
@@ -265,9 +265,12 @@ def mixture(
     routing: Routing,
     up: Tensor,
     down: Tensor,
+    bias: Tensor | tuple[()] = (),
     *,
     exchange: Exchange,
-    experts: Callable[[Rows, Tensor, Tensor], Tensor] = reference.experts,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    experts: Callable[..., Tensor] = reference.experts,
 ) -> tuple[Tensor, Tensor]:
     """`pure.experts.mixture` of this rank's tokens, with experts that all ranks of the exchange hold together.
 
@@ -276,7 +279,16 @@ def mixture(
     x        [N D]
     up       [E/W D 2 F]   of this rank's experts
     down     [E/W F D]
+    bias     [E 2 F] or ()   of all experts: each rank has all biases, and the gradient of its own experts'
     returns  [N D] in the format of `x`, and how many of this rank's tokens chose each expert [E] i64
     Raises:  InputError on all ranks when a rank cannot hold its rows, PeerError when one does not come.
     """
-    return Mixture.apply(x, routing.expert, routing.weight, up, down, exchange, experts)  # pyright: ignore[reportReturnType]
+    matrices = [up, down]
+    if isinstance(bias, Tensor):
+        matrices.append(bias.unflatten(0, (-1, len(up)))[exchange.rank])
+    activate = reference.activation(limit, alpha)
+
+    def run(rows: Rows, up: Tensor, down: Tensor, *own: Tensor) -> Tensor:
+        return experts(rows, up, down, own[0] if own else (), activate)
+
+    return Mixture.apply(x, routing.expert, routing.weight, exchange, run, *matrices)  # pyright: ignore[reportReturnType]

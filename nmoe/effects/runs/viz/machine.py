@@ -13,6 +13,12 @@ from nmoe.effects.runs.viz.index import Index, known, query, tags
 LAST_LINES = 50
 """Logged steps in a mean of times."""
 
+PARTS = ("data", "forward", "backward", "reduce", "optimizer", "gather", "log", "checkpoint")
+"""Parts of a step in the order in which they happen."""
+
+WAITED = ("reduce", "gather")
+"""Parts of a step in which a rank waits for others; an exchange and its waiting are inside forward and backward."""
+
 MAX_LINES = 1000
 """Telemetry lines in a chart."""
 
@@ -25,9 +31,12 @@ QUANTITIES = (
 def timing(index: Index, name: str) -> api.Timing:
     """Where the time of a step goes, by rank: means of the last logged steps."""
     (run,) = known(index, [name])
-    parts = {tag: column for tag, column in tags(index).items() if tag.startswith("time/")}
+    columns = tags(index)
+    sent = columns.get("exchange/bytes")
+    exchanges = bool(sent and query(index, f"select 1 from metrics where run = ? and {sent} > 0 limit 1", run))
+    parts = {tag: columns[tag] for tag in sorted((tag for tag in columns if tag.startswith("time/")), key=_order)}
     if not parts:
-        return api.Timing(run=name, parts=[], ranks=[], slowest=None, steps=0)
+        return api.Timing(run=name, parts=[], ranks=[], slowest=None, exchanges=exchanges, steps=0)
     # Times that no step takes are left out, so that their mean is finite.
     wanted = "".join(f", avg({column}) filter ({column} between 0 and {MAX_SECONDS})" for column in parts.values())
     present = " or ".join(f"{column} is not null" for column in parts.values())
@@ -47,21 +56,32 @@ def timing(index: Index, name: str) -> api.Timing:
         )
         for row in rows
     ]
-    names = [tag.removeprefix("time/").removesuffix("_s") for tag in parts]
+    names = [_part(tag) for tag in parts]
     return api.Timing(
         run=name,
         parts=[names[place] for place in used],
         ranks=ranks,
-        slowest=_slowest(ranks, [names[place] for place in used]),
+        slowest=None if exchanges else _slowest(ranks, [names[place] for place in used]),
+        exchanges=exchanges,
         steps=max((row[1] for row in rows), default=0),
     )
 
 
+def _order(tag: str) -> tuple[int, str]:
+    """Where a part of a step stands; an unknown one is last."""
+    part = _part(tag)
+    return (PARTS.index(part) if part in PARTS else len(PARTS), part)
+
+
+def _part(tag: str) -> str:
+    return tag.removeprefix("time/").removesuffix("_s")
+
+
 def _slowest(ranks: list[api.RankTime], parts: list[str]) -> int | None:
-    """The rank that the others wait for: it takes longest itself, waiting in exchanges and reductions left out."""
+    """The rank that the others wait for: its own work takes longest."""
     if len(ranks) < 2:
         return None
-    own = [place for place, part in enumerate(parts) if not part.startswith(("wait", "reduce", "barrier"))]
+    own = [place for place, part in enumerate(parts) if part not in WAITED]
     return max(ranks, key=lambda rank: sum(rank.parts_s[place] or 0.0 for place in own)).rank
 
 

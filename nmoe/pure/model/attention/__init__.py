@@ -121,6 +121,12 @@ KINDS: Kinds = MappingProxyType(
             reference=gqa.REFERENCE,
             tile_sizes=lambda c: (c.head_dim,) if c.window is None else (c.head_dim, c.window),
             cache=Cache(empty=gqa.empty_cache, extend=gqa.extend),
+            hf=Hf(
+                settings=gqa.hf_settings,
+                leaves=gqa.hf_leaves,
+                section=gqa.hf_section,
+                keys=(*gqa.HF_KEYS, *gqa.HF_OTHERS),
+            ),
         ),
         sections.Kda: Kind(
             specs=kda.specs,

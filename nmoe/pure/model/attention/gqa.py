@@ -6,7 +6,10 @@ J = H + 2 K heads of the fused projection · C channels a head · W window
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import attrs
 import torch
@@ -17,6 +20,8 @@ from nmoe.pure.core.init import normal, residual, zeros
 from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
+from nmoe.pure.model.attention import hf_rotation
+from nmoe.pure.model.hf_leaf import Leaf, beside, matrix, ordered, same, shaped
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table, visible_cached
 
@@ -28,17 +33,26 @@ QUERIES = 128
 class Gqa:
     """Attention of one block.
 
-    `qkv` makes, in one product, [queries | keys | values]. `sinks` has a logit a query head, or is () without sinks.
+    `qkv` makes, in one product, [queries | keys | values]. `sinks` has a logit a query head, or is () without sinks;
+    the biases of both products are () without them.
     """
 
     qkv: Tensor = param("D (H+K+K C)", Role.MATRIX, normal("D"))
     sinks: Tensor | tuple[()] = param("H", Role.GAIN, zeros)
     out: Tensor = param("(H C) D", Role.MATRIX, residual("H", "C"))
+    qkv_bias: Tensor | tuple[()] = param("H+K+K C", Role.BIAS, zeros)
+    out_bias: Tensor | tuple[()] = param("D", Role.BIAS, zeros)
+
+    def result(self, o: Tensor) -> Tensor:
+        """What the heads' outputs [B T H C] add to the residual stream."""
+        y = o.flatten(-2) @ self.out.flatten(0, 1)
+        return y + self.out_bias if isinstance(self.out_bias, Tensor) else y
 
 
 def specs(c: sections.Gqa) -> Gqa:
     """Specs of one block's attention."""
-    return spec_tree(Gqa) if c.sinks else spec_tree(Gqa, sinks=())
+    absent = (*(() if c.sinks else ("sinks",)), *(() if c.biases else ("qkv_bias", "out_bias")))
+    return spec_tree(Gqa, **dict.fromkeys(absent, ()))
 
 
 def dims(c: sections.Gqa) -> dict[str, int]:
@@ -87,9 +101,9 @@ def gqa(
     Source:    gpt-oss (arXiv:2508.10925), section 2; sinks as in its reference implementation.
     """
     start, position = (documents.start, documents.position) if isinstance(documents, Documents) else ((), ())
-    q, k, v = ops.project(x, p.qkv, rope, position, num_heads=c.num_heads)
+    q, k, v = ops.project(x, p.qkv, rope, position, num_heads=c.num_heads, bias=p.qkv_bias)
     o = ops.attend(q, k, v, p.sinks, start, scale=scale(c), window=c.window)
-    return o.flatten(-2) @ p.out.flatten(0, 1)
+    return p.result(o)
 
 
 @record
@@ -132,11 +146,11 @@ def extend(
     documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
     returns    [B T D], and the cache with the new tokens, no longer than a window needs
     """
-    q, k, v = ops.project(x, p.qkv, rope, documents.position, num_heads=c.num_heads)
+    q, k, v = ops.project(x, p.qkv, rope, documents.position, num_heads=c.num_heads, bias=p.qkv_bias)
     cache = cache.joined(k, v)
     length = cache.k.shape[1]
     o = attend_cached(q, cache.k, cache.v, p.sinks, visible_cached(documents, length, c.window), scale=scale(c))
-    return o.flatten(-2) @ p.out.flatten(0, 1), cache.without(0 if c.window is None else max(0, length - c.window + 1))
+    return p.result(o), cache.without(0 if c.window is None else max(0, length - c.window + 1))
 
 
 def attend_cached(
@@ -156,17 +170,25 @@ def attend_cached(
 
 
 def project(
-    x: Tensor, qkv: Tensor, rope: Rope, positions: Tensor | tuple[()] = (), *, num_heads: int
+    x: Tensor,
+    qkv: Tensor,
+    rope: Rope,
+    positions: Tensor | tuple[()] = (),
+    *,
+    num_heads: int,
+    bias: Tensor | tuple[()] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values in one product; queries and keys with their position.
 
     x          [B T D]
     qkv        [D J C]
     positions  [B T]     of each token, within the table; (): 0..T-1
+    bias       [J C] or ()
     returns    q [B T H C], k [B T K C], v [B T K C]
     """
     groups = (qkv.shape[1] - num_heads) // 2
     heads = (x @ qkv.flatten(1)).unflatten(-1, qkv.shape[1:])
+    heads = heads + bias if isinstance(bias, Tensor) else heads
     q, k, v = heads.split((num_heads, groups, groups), dim=2)
     return rotate(q, rope, positions), rotate(k, rope, positions), v
 
@@ -290,3 +312,105 @@ def kernel_kept_bytes(c: sections.Gqa) -> tuple[int, int]:
     """
     upcast, element, sizes = 4, 2, dims(c)
     return 2 * (sizes["H"] + sizes["K"]) * sizes["C"] * element + sizes["H"] * upcast, 0
+
+
+HF_KEYS: Mapping[str, str] = MappingProxyType(
+    {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim"}
+)
+"""Key of `transformers.GptOssConfig` -> field of the section."""
+
+HF_YARN: Mapping[str, str] = MappingProxyType(
+    {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_positions",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+    }
+)
+"""Key of their `rope_scaling` -> field of Yarn; their magnitude is that of coefficients of 1."""
+
+HF_OTHERS = (
+    *("attention_bias", "attention_dropout", "sliding_window", "layer_types", "num_hidden_layers"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "initial_context_length"),
+)
+"""Keys of theirs that `hf_section` reads besides HF_KEYS; dropout is for their training."""
+
+HF_WINDOW = 128
+"""Theirs where the key is absent."""
+
+HF_LAYERS = ("sliding_attention", "full_attention")
+
+
+def hf_settings(c: sections.Gqa) -> dict[str, Any]:
+    """Keys of `transformers.GptOssConfig` that describe this attention, `layer_types` apart.
+
+    The rotation is there twice: transformers 5 takes its default, YaRN, where `rope_parameters` is absent, and older
+    readers know `rope_scaling`.
+    """
+    scaling = hf_rotation.scaling(c.yarn, HF_YARN) or {}
+    kind = scaling.pop("type", "default")
+    return {
+        **{theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()},
+        "attention_bias": c.biases,
+        "attention_dropout": 0.0,
+        "sliding_window": c.window or HF_WINDOW,  # they want one where no layer has it, too
+        "rope_theta": c.rope_theta,
+        "rope_scaling": {"rope_type": kind, **scaling} if scaling else None,
+        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": kind, **scaling},
+    }
+
+
+def hf_layers(c: sections.Gqa, num_layers: int) -> list[str]:
+    """Their `layer_types`."""
+    return [HF_LAYERS[at_layer(c, layer).window is None] for layer in range(num_layers)]
+
+
+def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The table of this section in a `config.json`, values unchecked, and what this attention cannot express."""
+    problems = [f"{key}: expected a value, got nothing; write it" for key in HF_KEYS if key not in config]
+    tables = {ours: config.get(theirs) for theirs, ours in HF_KEYS.items() if config.get(theirs) is not None}
+    rotation, wrong = hf_rotation.read(config, HF_YARN)
+    tables |= rotation | {"sinks": True, "biases": config.get("attention_bias", True)}
+    problems += wrong
+    layers: Any = config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return tables, problems
+    kinds: Any = config.get("layer_types") or [HF_LAYERS[layer % 2] for layer in range(layers)]
+    full = [at for at, kind in enumerate(kinds, 1) if kind == HF_LAYERS[1]] if isinstance(kinds, list) else []
+    every = full[0] if full else layers + 1
+    if kinds != [HF_LAYERS[not at % every] for at in range(1, layers + 1)]:
+        problems.append(
+            f"layer_types: expected {HF_LAYERS[0]}, and {HF_LAYERS[1]} in every so many-th of {layers} layers, got "
+            f"{json.dumps(kinds)}; nmoe has no other order"
+        )
+    elif every > 1:
+        tables["window"] = config.get("sliding_window", HF_WINDOW)
+        if every <= layers:
+            tables["global_every"] = every
+    return tables, problems
+
+
+def hf_leaves(c: sections.Gqa) -> dict[str, Leaf]:
+    """What each parameter is in `transformers`.
+
+    It rotates channel i with channel i + C/2, we rotate neighbours: of queries and keys even channels come first.
+    """
+    channels = list(range(c.head_dim))
+    order = (*channels[::2], *channels[1::2])
+    heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
+
+    def rotated(leaf: Leaf, name: str, axis: int) -> Leaf:
+        return leaf if name == "v_proj" else ordered(leaf, order, axis)
+
+    def bias(name: str, size: int) -> Leaf:
+        return shaped(same("bias"), (size * c.head_dim,), (size, c.head_dim)).under(f"{name}.")
+
+    matrices = [rotated(matrix(f"{name}.weight", outs=(size, -1)), name, 2) for name, size in heads.items()]
+    biases = [rotated(bias(name, size), name, 1) for name, size in heads.items()]
+    added = {"qkv_bias": beside(biases, tuple(heads.values()), 0), "out_bias": same("o_proj.bias")}
+    return {
+        "qkv": beside(matrices, tuple(heads.values()), 1),
+        **({"sinks": same("sinks")} if c.sinks else {}),
+        "out": matrix("o_proj.weight", ins=(c.num_heads, c.head_dim)),
+        **(added if c.biases else {}),
+    }

@@ -17,6 +17,7 @@ from nmoe.pure.core.init import normal, ones, residual
 from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
+from nmoe.pure.model.attention import hf_rotation
 from nmoe.pure.model.hf_leaf import Leaf, columns, matrix, same
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table, visible_cached
@@ -181,11 +182,14 @@ def attend_latent(q: Tensor, cache: Tensor, up: Tensor, visible: Tensor, *, scal
     nope = q.shape[-1] - rotated
     up_key, up_value = up.split((nope, up.shape[-1] - nope), dim=-1)
     q_nope, q_rope = q.split((nope, rotated), dim=-1)
-    query = torch.cat((torch.einsum("bthn,rhn->bthr", q_nope, up_key), q_rope), dim=-1)
-    score = torch.einsum("bthr,bsr->bths", query, cache)
+    # products by hand: of one new token, einsum takes longer to find them than they take
+    by_head = q_nope.flatten(0, 1).transpose(0, 1) @ up_key.permute(1, 2, 0)
+    query = torch.cat((by_head.transpose(0, 1).unflatten(0, q.shape[:2]), q_rope), dim=-1)
+    score = (query.flatten(1, 2) @ cache.mT).unflatten(1, q.shape[1:3])
     score = (upcast(score) * scale).masked_fill(~visible[:, :, None], -torch.inf)
-    o = torch.einsum("bths,bsr->bthr", score.softmax(dim=-1).to(q.dtype), cache[..., : up.shape[0]])
-    return torch.einsum("bthr,rhu->bthu", o, up_value)
+    o = score.softmax(dim=-1).to(q.dtype).flatten(1, 2) @ cache[..., : up.shape[0]]
+    by_head = o.reshape(-1, q.shape[2], up.shape[0]).transpose(0, 1) @ up_value.transpose(0, 1)
+    return by_head.transpose(0, 1).unflatten(0, q.shape[:2])
 
 
 def rotate_mla(q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> tuple[Tensor, Tensor]:
@@ -345,13 +349,7 @@ def hf_settings(c: sections.Mla) -> dict[str, Any]:
         **HF_FIXED,
         "attention_dropout": 0.0,
         "rope_theta": c.rope_theta,
-        "rope_scaling": None
-        if c.yarn is None
-        else {
-            "type": "yarn",
-            **{theirs: getattr(c.yarn, ours) for theirs, ours in HF_YARN.items()},
-            **({} if c.yarn.truncate else {"truncate": False}),
-        },
+        "rope_scaling": hf_rotation.scaling(c.yarn, HF_YARN),
     }
 
 
@@ -363,11 +361,7 @@ HF_OTHERS = ("num_key_value_heads", "attention_dropout", "rope_theta", "rope_sca
 
 
 def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The table of this section in a `config.json`, values unchecked, and what this attention cannot express.
-
-    The rotation is in `rope_theta` and `rope_scaling` as DeepSeek publishes it, or in `rope_parameters` (transformers
-    5).
-    """
+    """The table of this section in a `config.json`, values unchecked, and what this attention cannot express."""
     problems = [f"{key}: expected a value, got nothing; write it" for key in HF_KEYS if key not in config]
     problems += [
         f"{key}: expected {json.dumps(value)}, got {json.dumps(config[key])}; nmoe has no other"
@@ -381,34 +375,8 @@ def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             f"{json.dumps(config['num_key_value_heads'])}; latent attention has keys for every head"
         )
     tables = {ours: config.get(theirs) for theirs, ours in HF_KEYS.items() if config.get(theirs) is not None}
-    where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    given: Any = config.get(where) or {}
-    if not isinstance(given, dict):
-        return tables, [*problems, f"{where}: expected an object, got {json.dumps(given)}; write null for none"]
-    rotation: dict[str, Any] = dict(given)
-    theta: Any = rotation.pop("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        problems.append("rope_theta: expected a number, got nothing; write it")
-    else:
-        tables["rope_theta"] = theta
-    types: list[Any] = [rotation.pop(key) for key in ("type", "rope_type") if key in rotation]
-    if types and any(name not in ("default", "yarn") for name in types):
-        problems.append(f'{where}.type: expected "default" or "yarn", got {json.dumps(types[-1])}; nmoe has no other')
-    if "yarn" in types:
-        missing = [key for key in HF_YARN if key not in rotation]
-        problems += [f"{where}.{key}: expected a value, got nothing; write it" for key in missing]
-        tables["yarn"] = {ours: rotation.pop(theirs) for theirs, ours in HF_YARN.items() if theirs in rotation}
-        if "truncate" in rotation:
-            tables["yarn"]["truncate"] = rotation.pop("truncate")
-    elif rotation and not types:
-        problems.append(f'{where}.type: expected "yarn", got nothing; write it')
-    problems += [
-        f"{where}.{key}: expected a key of {'yarn' if 'yarn' in types else 'no extension'}, got {json.dumps(value)}; "
-        "nmoe does not know what it does"
-        for key, value in rotation.items()
-        if types
-    ]
-    return tables, problems
+    rotation, wrong = hf_rotation.read(config, HF_YARN)
+    return tables | rotation, problems + wrong
 
 
 def hf_leaves(c: sections.Mla) -> dict[str, Leaf]:

@@ -7,12 +7,11 @@ const HOUR_STEPS = [
   ...SIXTIES.map((seconds) => seconds / 3600), ...SIXTIES.map((minutes) => minutes / 60),
   1, 2, 3, 6, 12, 24, 48, 120, 240, 480, 1200, 2400,
 ];
-const BINARY_STEPS = [...Array(64).keys()].map((power) => 2 ** power);
 
 /** Where ticks lie, so that they are whole in the unit people read; undefined leaves the choice to the chart. */
 export function tickPlaces(format) {
-  const steps = format === bytes ? BINARY_STEPS : format === hours ? HOUR_STEPS : null;
-  return steps ? (u, axis, low, high, step, space) => evenPlaces(steps, low, high, space && (high - low) / step * space) : undefined;
+  if (format !== hours) return undefined;
+  return (u, axis, low, high, step, space) => evenPlaces(HOUR_STEPS, low, high, space && (high - low) / step * space);
 }
 
 /** Multiples of the smallest of `steps` that leaves 50 pixels between two of them. */
@@ -48,7 +47,7 @@ export function clockTexts(seconds) {
 function evenText(step, top, format) {
   if (format === percent) return (value) => `${(100 * value).toFixed(digitsOf(100 * step))} %`;
   if (format === hours) return inUnit(TIMES.find(([size]) => isWhole(step / size)) ?? TIMES.at(-1), step);
-  if (format === bytes) return inUnit(top < 1024 ? [1, "B"] : unitOf(top, BYTES), step);
+  if (format === bytes) return inUnit(top < 999.5 ? [1, "B"] : unitOf(top, BYTES), step);
   if (top < 1e-3) return (value) => value.toExponential(Math.max(0, tens(value) - tens(step)));
   return inUnit(top < 9999.5 ? [1, ""] : unitOf(top, UNITS), step);
 }
@@ -68,7 +67,7 @@ function digitsOf(step) {
 
 /**
  * Ends of the y axis without what lies far from the rest: further beyond the middle 90 % of a line's values than 4
- * times their spread, or further beyond the median line than its height. The middle of each line is inside.
+ * times their spread, or further beyond the median line than 4 times its height. The middle of each line is inside.
  * lines    [{values, low, high}], with null for no value
  * least    lowest height of the axis, as of `around`
  * returns  {low, high, outside}: ends, and how many values lie beyond the axis that is made of them; null where nothing
@@ -78,7 +77,7 @@ export function ordinary(lines, least = 0) {
   const ranges = lines.map((line) => own(line.values)).filter((range) => range !== null);
   if (!ranges.length) return null;
   const lower = (values) => values.sort((a, b) => a - b)[Math.floor((values.length - 1) / 2)];
-  const reach = lower(ranges.map((range) => range.high - range.low));
+  const reach = 4 * lower(ranges.map((range) => range.high - range.low));
   const top = lower(ranges.map((range) => range.high)) + reach, bottom = -lower(ranges.map((range) => -range.low)) - reach;
   const ceiling = Math.max(top, ...ranges.map((range) => range.median));
   const floor = Math.min(bottom, ...ranges.map((range) => range.median));

@@ -14,12 +14,12 @@ export function CheckpointsView(props) {
   const isBest = (saved) => saved.validation_loss !== null && saved.validation_loss === best;
   const deleted = data.deleted ? `, ${data.deleted} deleted since` : "";
   return html`<${OneRun} ...${props}><span class="soft">${data.checkpoints.length} here${deleted}</span></${OneRun}>
-    ${data.checkpoints.length ? html`<div class="scroll"><table id="checkpoints"><thead><tr><th>step</th><th>val loss</th><th>size</th>
-      <th>saved in</th><th>time</th><th class="left">resume from it</th></tr></thead>
+    ${data.checkpoints.length ? html`<div class="scroll"><table id="checkpoints"><thead><tr><th>step</th><th>val loss</th><th class="wide-only">size</th>
+      <th class="wide-only">saved in</th><th class="wide-only">time</th><th class="left">resume from it</th></tr></thead>
       <tbody>${data.checkpoints.map((saved) => html`<tr key=${saved.name}>
         <td title=${saved.name}>${count(saved.step)}${saved.attempt > 1 ? html` <span class="soft">↻ ${saved.attempt}</span>` : null}</td>
-        <td class=${isBest(saved) ? "good" : ""}>${number(saved.validation_loss)}</td><td>${bytes(saved.size_bytes)}</td>
-        <td>${saved.seconds === null ? "–" : `${number(saved.seconds, 2)} s`}</td><td>${clock(saved.time)}</td>
+        <td class=${isBest(saved) ? "good" : ""}>${number(saved.validation_loss)}</td><td class="wide-only">${bytes(saved.size_bytes)}</td>
+        <td class="wide-only">${saved.seconds === null ? "–" : `${number(saved.seconds, 2)} s`}</td><td class="wide-only">${clock(saved.time)}</td>
         <td class="left"><${Command} text=${saved.command} /></td></tr>`)}</tbody></table></div>
       <p class="note">The loss is of the last validation up to the step. The command resumes the run in its own folder, and removes what was logged
         after that step; with <code>--run.name=ANOTHER</code> behind it, it branches off instead.</p>`
@@ -30,8 +30,8 @@ export function CheckpointsView(props) {
 function Command({ text }) {
   const [copied, setCopied] = useState(false);
   const copy = async () => { await navigator.clipboard.writeText(text); setCopied(true); setTimeout(() => setCopied(false), 1500); };
-  return html`<span class="command"><code>${text}</code>
-    ${navigator.clipboard ? html`<button class="quiet" onClick=${copy}>${copied ? "copied" : "copy"}</button>` : null}</span>`;
+  return html`<span class="command">${navigator.clipboard ? html`<button class="quiet" onClick=${copy}>${copied ? "copied" : "copy"}</button>` : null}
+    <code>${text}</code></span>`;
 }
 
 export function ConsoleView(props) {

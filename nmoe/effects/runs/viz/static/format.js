@@ -2,7 +2,7 @@
 export const NONE = "–";
 
 export const UNITS = [[1e24, "Y"], [1e21, "Z"], [1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]];
-export const BYTES = ["PiB", "TiB", "GiB", "MiB", "KiB"].map((name, place) => [2 ** (50 - 10 * place), name]);
+export const BYTES = ["PB", "TB", "GB", "MB", "kB"].map((name, place) => [10 ** (15 - 3 * place), name]);
 
 /** Size and name of the largest unit that a value reaches; no name where it reaches none. */
 export function unitOf(value, units) {
@@ -18,10 +18,11 @@ export function count(value) {
   return `${trimmed(value / size, 4)} ${name}`;
 }
 
+/** Bytes as the terminal has them: three digits and a decimal unit, as in `31.8 MB`. */
 export function bytes(value) {
   if (typeof value !== "number") return number(value);
   const [size, name] = unitOf(value, BYTES);
-  return `${trimmed(value / size, 4)} ${name || "B"}`;
+  return `${trimmed(value / size, 3)} ${name || "B"}`;
 }
 
 function trimmed(value, digits) {

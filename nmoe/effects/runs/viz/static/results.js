@@ -37,7 +37,7 @@ function withError(score) {
 
 function plain(value) {
   if (value === undefined || value === null) return "–";
-  return typeof value === "object" ? JSON.stringify(value) : number(value);
+  return typeof value === "object" ? JSON.stringify(value) : Number.isInteger(value) ? count(value) : number(value);
 }
 
 export function EventsView({ state, set, selected, places, version }) {

@@ -450,6 +450,7 @@ FREE_ON_RESUME = {
 
 OTHER_VALUES = {
     "document_mask": "true",
+    **dict.fromkeys(("optim.dense.optimizer", "optim.expert.optimizer"), "adamw"),
     "dedup": "false",
     **{
         "compute": "bf16",
@@ -476,7 +477,7 @@ def test_identity_is_of_what_must_not_change() -> None:
     name = "--run.name=first"
     before = load(path, {}, (name,))
     for key, source in before.sources.items():
-        value = OTHER_VALUES.get(key.split(".")[-1], "77")
+        value = OTHER_VALUES.get(key, OTHER_VALUES.get(key.split(".")[-1], "77"))
         if not key.endswith(".kind"):
             after = load(path, {}, (name, f"--{key}={value}")).config
             assert after != before.config, (key, source)
@@ -501,9 +502,9 @@ def test_a_schedule_in_shares_is_the_run_of_its_tokens(tmp_path: Path) -> None:
     shares = load_valid(path, {}, ("--schedule.warmup=0.05", "--schedule.decay=0.6")).config
     written = shares.schedule
     assert (written.warmup, written.warmup_tokens, written.hold_tokens, written.decay) == (0.05, 0, None, 0.6)
-    tokens = ("--schedule.warmup_tokens=71680", "--schedule.hold_tokens=501760", "--schedule.decay_tokens=860160")
+    tokens = ("--schedule.warmup_tokens=92160", "--schedule.hold_tokens=645120", "--schedule.decay_tokens=1105920")
     assert identity(shares) == identity(load_valid(path, {}, tokens).config)
-    longer = load_valid(path, {}, ("--schedule.warmup=0.05", "--schedule.decay=0.6", "--train.steps=701")).config
+    longer = load_valid(path, {}, ("--schedule.warmup=0.05", "--schedule.decay=0.6", "--train.steps=901")).config
     assert identity(longer) != identity(shares)
     file = tmp_path / "shares.toml"
     file.write_text(dump(shares))
@@ -519,10 +520,10 @@ def test_a_run_that_ends_before_its_decay_is_named() -> None:
     path = ROOT / "configs" / "quickstart.toml"
     (text,) = remarks(load_valid(path, {}, ("--train.steps=100",)).config)
     assert text == (
-        "schedule.decay_tokens: the run ends at 204,800 tokens, before its decay begins at 532,480; raise train.steps, "
+        "schedule.decay_tokens: the run ends at 204,800 tokens, before its decay begins at 681,984; raise train.steps, "
         "or write schedule.decay"
     )
-    for override in ("--train.steps=261", "--schedule={warmup = 0.1, decay = 0.1}", "--schedule.decay_tokens=0"):
+    for override in ("--train.steps=334", "--schedule={warmup = 0.1, decay = 0.1}", "--schedule.decay_tokens=0"):
         assert remarks(load(path, {}, ("--train.steps=100", override)).config) == (), override
 
 
@@ -569,7 +570,7 @@ RULES = [
         'optim.router.optimizer: expected "adamw", got "muon"; write "adamw", a router has no hidden matrix',
     ),
     (
-        'optim.muon_heads="apart"',
+        'optim={muon_heads = "apart", dense.optimizer = "adamw"}',
         1,
         'optim.muon_heads: expected optim.dense.optimizer = "muon" beside it, got "adamw"; remove the key, or write ',
     ),
@@ -620,12 +621,12 @@ RULES = [
     (
         "schedule={warmup = 0.5, decay = 0.6}",
         1,
-        "schedule.decay: expected what a warm-up of 0.5 leaves of the run's 2867200 tokens, got 0.6; ",
+        "schedule.decay: expected what a warm-up of 0.5 leaves of the run's 3686400 tokens, got 0.6; ",
     ),
     (
         "schedule={decay = 0.98}",
         1,
-        "schedule.decay: expected what a warm-up of 81920 tokens leaves of the run's 2867200 tokens, got 0.98; ",
+        "schedule.decay: expected what a warm-up of 102400 tokens leaves of the run's 3686400 tokens, got 0.98; ",
     ),
     (
         "schedule={warmup = 0.1, warmup_tokens = 5}",

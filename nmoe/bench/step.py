@@ -53,7 +53,8 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
     """Time `steps` optimizer steps of `config` on one batch of random tokens, in each of some rounds.
 
     Data, log and validation are left out. With `against`, the same weights take the same steps there: its own
-    attention and experts, `torch.optim.AdamW`, the same clip. Each trainer has a process of its own in each round.
+    attention and experts, `torch.optim.AdamW`, the same clip, and so AdamW here whatever the config says. Each trainer
+    has a process of its own in each round.
 
     against  "transformers" or None
     jsonl    also write one line a trainer there
@@ -69,6 +70,9 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
     if jsonl is not None:
         files.new_file(jsonl, "--jsonl")
     names = ("nmoe",) if against is None else (against, "nmoe")
+    if against is not None and "muon" in (config.optim.dense.optimizer, config.optim.expert.optimizer):
+        config = by_adamw(config)
+        say(f"{'optimizer':<14} AdamW on both sides, which {against} has; the config says Muon")
     rounds: dict[str, list[Timing]] = {name: [] for name in names}
     for _ in range(ROUNDS):
         for name in names:
@@ -90,6 +94,13 @@ def step(config: Config, against: str | None, steps: int, jsonl: Path | None = N
         memory = f", {theirs.memory_bytes / ours.memory_bytes:.2f} in memory" if known else ""
         say(f"{'ratio':<14} {faster:.2f} in time{memory}  ({against} / nmoe)")
     return 0
+
+
+def by_adamw(config: Config) -> Config:
+    """A config with AdamW in every group."""
+    groups = {name: getattr(config.optim, name) for name in ("dense", "expert")}
+    adamw = {name: attrs.evolve(group, optimizer="adamw") for name, group in groups.items()}
+    return attrs.evolve(config, optim=attrs.evolve(config.optim, **adamw))
 
 
 def in_fresh_process(config: Config, name: str, steps: int) -> Timing:

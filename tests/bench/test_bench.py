@@ -91,6 +91,27 @@ def test_what_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert ratio.split(maxsplit=1)[1] == "1.50 in time, 50.00 in memory  (transformers / nmoe)"
 
 
+def test_a_config_of_muon_is_compared_by_adamw_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used: list[tuple[str, str, str]] = []
+
+    def timed(config: Config, name: str, steps: int) -> bench.Timing:
+        used.append((name, config.optim.dense.optimizer, config.optim.expert.optimizer))
+        return bench.Timing(seconds=(0.1,) * steps, loss=4.5, memory_bytes=10**8)
+
+    monkeypatch.setattr(bench, "in_fresh_process", timed)
+    muon = attrs.evolve(tiny().optim.dense, optimizer="muon")
+    config = attrs.evolve(tiny(), optim=attrs.evolve(tiny().optim, dense=muon, expert=muon))
+    assert bench.step(config, "transformers", 3) == 0
+    assert set(used) == {("transformers", "adamw", "adamw"), ("nmoe", "adamw", "adamw")}
+    assert "AdamW on both sides" in capsys.readouterr().out
+    used.clear()
+    assert bench.step(config, None, 3) == 0
+    assert set(used) == {("nmoe", "muon", "muon")}
+    assert "AdamW" not in capsys.readouterr().out
+
+
 def test_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Once, in a real process of its own; the line of the file says what the screen says, and is not written over."""
     monkeypatch.setattr(bench, "ROUNDS", 1)

@@ -1,8 +1,10 @@
 """The pictures of the dashboard in docs/: real trainings of the quickstart, and the page in a browser.
 
     python -m tests.effects.runs.viz_pictures FOLDER
+    python -m tests.effects.runs.viz_pictures FOLDER records/cpu VARIANT VARIANT ...
 
-FOLDER keeps the runs; those that are there are not trained again. On two CPU cores it takes about ten minutes.
+FOLDER keeps the runs; those that are there are not trained again. On two CPU cores it takes about ten minutes. The second
+form draws seed 0 of variants whose results `nmoe bench records` put into FOLDER.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ RUNS = {
 METRICS = "^loss|grad_norm|validation/"
 CHARTS = f"view=charts&run=adamw&run=adamw-lr-2e-3&run=muon&events=none&smooth=20&tags={METRICS}"
 EXPERTS = "view=experts&run=muon&one=muon&layer=2"
+STUDY = "view=charts&events=none&smooth=40&tags=^loss|validation/bits&{}"
 
 
 def train(root: Path) -> None:
@@ -40,12 +43,12 @@ def train(root: Path) -> None:
             subprocess.run(command, check=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
 
 
-def picture(root: Path, folder: Path) -> None:
-    """Open two views of the runs. Writes: the pictures in `folder`."""
+def picture(root: Path, folder: Path, views: tuple[tuple[str, str], ...]) -> None:
+    """Open views of the runs: name and address of each. Writes: the pictures in `folder`."""
     with sync_playwright() as playwright, serving(root) as server:
         found = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        for name, query in (("viz-charts", CHARTS), ("viz-experts", EXPERTS)):
+        for name, query in views:
             view = {"width": 1440, "height": 900}
             with opened(browser, f"{server.url}/?{query}&theme=light", viewport=view) as page:
                 page.screenshot(path=folder / f"{name}.png")
@@ -55,5 +58,9 @@ def picture(root: Path, folder: Path) -> None:
 if __name__ == "__main__":
     runs = Path(sys.argv[1]).resolve()
     runs.mkdir(parents=True, exist_ok=True)
-    train(runs)
-    picture(runs, DOCS)
+    if len(sys.argv) == 2:
+        train(runs)
+        picture(runs, DOCS, (("viz-charts", CHARTS), ("viz-experts", EXPERTS)))
+    else:
+        chosen = [f"run={path.name}" for name in sys.argv[3:] for path in runs.glob(f"{name}-s0-*")]
+        picture(runs, DOCS, ((sys.argv[2], STUDY.format("&".join(chosen))),))

@@ -3,8 +3,8 @@
     python -m tests.effects.runs.viz_pictures FOLDER
     python -m tests.effects.runs.viz_pictures FOLDER records/cpu VARIANT VARIANT ...
 
-FOLDER keeps the runs; those that are there are not trained again. On two CPU cores it takes about ten minutes. The second
-form draws seed 0 of variants whose results `nmoe bench records` put into FOLDER.
+FOLDER keeps the runs; those that are there are not trained again. On two CPU cores it takes about ten minutes.
+The second form draws seed 0 of variants whose results `nmoe bench records` put into FOLDER.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors raised as InputError instead of printed with the usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog.removeprefix('nmoe ')}: {message}; see `{self.prog} --help`")
+        verb = self.prog.removeprefix("nmoe").strip()
+        raise InputError(f"{verb}: {message}; see `{self.prog} --help`" if verb else f"{message}; see `nmoe --help`")
 
 
 Verbs = Any  # argparse names no public type for what add_subparsers returns

@@ -502,7 +502,7 @@ def test_a_schedule_in_shares_is_the_run_of_its_tokens(tmp_path: Path) -> None:
     shares = load_valid(path, {}, ("--schedule.warmup=0.05", "--schedule.decay=0.6")).config
     written = shares.schedule
     assert (written.warmup, written.warmup_tokens, written.hold_tokens, written.decay) == (0.05, 0, None, 0.6)
-    tokens = ("--schedule.warmup_tokens=92160", "--schedule.hold_tokens=645120", "--schedule.decay_tokens=1105920")
+    tokens = ("--schedule.warmup_tokens=75776", "--schedule.hold_tokens=530432", "--schedule.decay_tokens=909312")
     assert identity(shares) == identity(load_valid(path, {}, tokens).config)
     longer = load_valid(path, {}, ("--schedule.warmup=0.05", "--schedule.decay=0.6", "--train.steps=901")).config
     assert identity(longer) != identity(shares)
@@ -520,10 +520,10 @@ def test_a_run_that_ends_before_its_decay_is_named() -> None:
     path = ROOT / "configs" / "quickstart.toml"
     (text,) = remarks(load_valid(path, {}, ("--train.steps=100",)).config)
     assert text == (
-        "schedule.decay_tokens: the run ends at 204,800 tokens, before its decay begins at 681,984; raise train.steps, "
+        "schedule.decay_tokens: the run ends at 204,800 tokens, before its decay begins at 561,152; raise train.steps, "
         "or write schedule.decay"
     )
-    for override in ("--train.steps=334", "--schedule={warmup = 0.1, decay = 0.1}", "--schedule.decay_tokens=0"):
+    for override in ("--train.steps=275", "--schedule={warmup = 0.1, decay = 0.1}", "--schedule.decay_tokens=0"):
         assert remarks(load(path, {}, ("--train.steps=100", override)).config) == (), override
 
 
@@ -621,12 +621,12 @@ RULES = [
     (
         "schedule={warmup = 0.5, decay = 0.6}",
         1,
-        "schedule.decay: expected what a warm-up of 0.5 leaves of the run's 3686400 tokens, got 0.6; ",
+        "schedule.decay: expected what a warm-up of 0.5 leaves of the run's 3031040 tokens, got 0.6; ",
     ),
     (
         "schedule={decay = 0.98}",
         1,
-        "schedule.decay: expected what a warm-up of 102400 tokens leaves of the run's 3686400 tokens, got 0.98; ",
+        "schedule.decay: expected what a warm-up of 102400 tokens leaves of the run's 3031040 tokens, got 0.98; ",
     ),
     (
         "schedule={warmup = 0.1, warmup_tokens = 5}",

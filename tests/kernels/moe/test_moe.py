@@ -45,16 +45,22 @@ ROUTED = [
 """Tokens, hidden size, width, experts, chosen ones: few tokens, K = E, sizes that no tile divides, many experts."""
 
 
-@pytest.mark.parametrize(("shape", "kind"), ROUTED, ids=str)
-def test_near_the_truth(shape: tuple[int, ...], kind: str) -> None:
+def operands(shape: tuple[int, ...]) -> list[Tensor]:
+    """Tokens, weights of the choices, and both matrices of every expert."""
     tokens, hidden, width, num_experts, top_k = shape
-    expert = chosen(kind, tokens, num_experts, top_k)
-    inputs = [
+    return [
         normal(tokens, hidden),
         normal(tokens, top_k, seed=1).abs(),
         normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5,
         normal(num_experts, width, hidden, seed=3) / width**0.5,
     ]
+
+
+@pytest.mark.parametrize(("shape", "kind"), ROUTED, ids=str)
+def test_near_the_truth(shape: tuple[int, ...], kind: str) -> None:
+    tokens, hidden, _, num_experts, top_k = shape
+    expert = chosen(kind, tokens, num_experts, top_k)
+    inputs = operands(shape)
 
     def by(which: Any) -> Any:
         def apply(x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -76,13 +82,7 @@ def test_biases_and_a_clamp_near_the_truth(form: dict[str, float], shape: tuple[
     """An expert without rows has a gradient of zeros; a tenth of the gates and values lies beyond the clamp."""
     tokens, hidden, width, num_experts, top_k = shape
     expert = chosen(kind, tokens, num_experts, top_k)
-    inputs = [
-        normal(tokens, hidden),
-        normal(tokens, top_k, seed=1).abs(),
-        normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5,
-        normal(num_experts, width, hidden, seed=3) / width**0.5,
-        normal(num_experts, 2, width, seed=5),
-    ]
+    inputs = [*operands(shape), normal(num_experts, 2, width, seed=5)]
 
     def by(which: Any) -> Any:
         return lambda x, weight, *rest: which(x, Routing(expert, weight), *rest, **form)[0]

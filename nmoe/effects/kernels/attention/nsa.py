@@ -274,18 +274,16 @@ def backward_pass(
     told = {**common(q, v, k, reach, scale, tile), "owners": owners, "step": step}
     # an owner that is shared has two sums at least
     parts = [lse.new_empty(2 * extra, tile.block_n, size) for size in (width, values)]
+    shared: dict[str, Any] = dict.fromkeys(("more", "base", "owner_of", "chunk_of", "part", "part_v"))
+    if shares is not None:
+        shared = {**attrs.asdict(shares, recurse=False), "part": parts[0], "part_v": parts[1]}
     kernels.dkv_kernel[(extra + number,)](
         dk=dk,
         dv=dv,
         end=ends(reach.start) if isinstance(reach.start, Tensor) else None,
         order=order,
         bounds=bounds,
-        more=None if shares is None else shares.more,
-        base=None if shares is None else shares.base,
-        owner_of=None if shares is None else shares.owner_of,
-        chunk_of=None if shares is None else shares.chunk_of,
-        part=None if shares is None else parts[0],
-        part_v=None if shares is None else parts[1],
+        **shared,
         extra=extra,
         chunk=chunk,
         value_box=box(values),

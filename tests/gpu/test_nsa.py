@@ -89,6 +89,38 @@ def test_near_the_truth(shape: tuple[int, int, int, int], number: int) -> None:
         )
 
 
+@pytest.mark.parametrize("begins", [(), (0, 1, 65, 200)], ids=str)
+def test_selected_branch_is_that_of_fla(begins: tuple[int, ...]) -> None:
+    """fla 0.6.0's naive form, another group's reading of the equations, in fp32: the pure form, and the kernel."""
+    naive: Any = pytest.importorskip("fla.ops.nsa.naive", reason="fla-core is not installed").naive_nsa_selection
+    near_naive(naive, begins, partial(kernel.selected, tiles=shipped()), "cuda")
+
+
+def near_naive(naive: Callable[..., Tensor], begins: tuple[int, ...], ours: Callable[..., Tensor], device: str) -> None:
+    """Output and every gradient of a row of 300 tokens, two groups of 16 heads, lists with empty places."""
+    positions, groups, scale = 300, 2, 192**-0.5
+    inputs = [each[:1].to(device) for each in sample(1, positions, 16 * groups, groups)]
+    pulls = [normal(1, positions, 16 * groups, 128, seed=5).to(device)]
+    ends = torch.tensor([*begins, positions])
+    start: Any = torch.tensor(begins).repeat_interleave(ends.diff()).int()[None].to(device) if begins else ()
+    chosen = lists(positions, groups, 4, start, 64)[:1].to(device)
+    assert (chosen < 0).any() and (chosen >= 0).any()
+    told: dict[str, Any] = {"scale": scale, "block": 64}
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ends_told = ends.to(device) if begins else None
+        return naive(q, k, v, chosen.long(), block_size=64, scale=scale, cu_seqlens=ends_told)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return pure.attend_selected(q, k, v, chosen, start, **told)
+
+    truth = graded(exact, inputs, pulls, torch.float64)
+    for a, b in zip(graded(plain, inputs, pulls, torch.float64), truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+    own = graded(lambda q, k, v: ours(q, k, v, chosen, start, **told), inputs, pulls)
+    check(own, graded(plain, inputs, pulls), truth, floor=1e-3)
+
+
 def test_selection_of_what_is_far_apart() -> None:
     """Keys that make a few blocks much heavier: rounding cannot change the choice."""
     positions = 3000

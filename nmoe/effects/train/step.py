@@ -13,7 +13,6 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 
 from nmoe.config.sections import Config, Optim
 from nmoe.effects.device import gpu, graph, ops, recompute
@@ -30,6 +29,7 @@ from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
 from nmoe.pure.model.model import Batch, Transformer, block, model_at, objective, targets_ahead
 from nmoe.pure.model.ops import Env
+from nmoe.pure.model.parameters import Block
 from nmoe.pure.optim import spikes
 from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
@@ -42,7 +42,11 @@ class SpentStateError(RuntimeError):
 
 @record
 class State:
-    """Everything a step reads and replaces."""
+    """Everything a step reads and replaces.
+
+    Of several ranks each has the new values of the parameters that it updated; `zero.gather_` brings those of the
+    others, which the next step does beside its forward pass.
+    """
 
     params: Transformer  # views of the arenas
     arenas: tuple[Any, ...]
@@ -273,7 +277,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         updates = state.updates + allowed
         shrink = clip_scale(norm, config.optim.clip_norm)
         factors = {} if setup.scores is None else setup.scores.factors(config, allowed, ranks)
-        change, gathers = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1), factors)
+        change = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1), factors)
         (square,) = all_reduce_sum(ranks.world, [change.double().square()])
         change = square.sqrt().to(change.dtype)
 
@@ -287,13 +291,6 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         skipped = state.skipped + ~sound
         skipped_in_row = torch.where(sound, 0, state.skipped_in_row + 1)
         setup.mark("optimizer")
-
-        # All-gather of the parameters that the ranks updated, in overlap with the updates of later buckets.
-        if ranks.world.size > 1:
-            with record_function("gather"):
-                for work in gathers:
-                    work.wait()
-            setup.mark("gather")
     after = attrs.evolve(
         state,
         router_bias=bias,
@@ -330,6 +327,18 @@ def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) ->
     margins = torch.zeros((), dtype=torch.int64, device=device)
     entropy = torch.zeros(state.router_bias.shape[0], device=device)
     count = batch.tokens.shape[0]
+
+    # All-gather of the parameters that the ranks updated in the step before, in overlap with the first forward pass.
+    need = zero.gathering_(layouts, state.arenas, state.params, ranks)
+
+    def waiting(p: Block, *arguments: Any) -> tuple[Tensor, Any, Any]:
+        need(p)
+        outputs = setup.run(p, *arguments)
+        if p is state.params.blocks[-1]:
+            need(state.params)
+        return outputs
+
+    need(state.params.embed)
     for index in range(count):
         setup.accumulator.first = index == 0
         if setup.scores is not None:
@@ -345,7 +354,7 @@ def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) ->
             chunk=train.loss_chunk,
             z_loss=train.z_loss,
             mtp_weight=mtp_weight,
-            run=setup.run,
+            run=waiting if index == 0 else setup.run,
         )
         if setup.scores is not None:
             setup.scores.end()
@@ -377,17 +386,16 @@ def update_(
     shrink: Tensor,
     updates: Tensor,
     factors: Mapping[str, Tensor],
-) -> tuple[Tensor, list[Any]]:
-    """Update what this rank owns of every arena, where allowed, and start the all-gather of each bucket behind it.
+) -> Tensor:
+    """Update what this rank owns of every arena, where allowed; the next step gathers what the others updated.
 
     factors  path of a parameter -> what multiplies its new value
-    returns  norm of the change; the all-gathers to wait for
+    returns  norm of the change
 
     Writes:  the arenas; gradients are zero afterwards.
     """
     passes, ranks, optim = setup.passes, setup.rt.ranks, setup.config.optim
     changes: list[Tensor] = []
-    gathers: list[Any] = []
     for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
         rule, name, sharing = layout.policy.optimizer, layout.policy.group, ranks.sharing(layout)
         update = passes.update_(rule)
@@ -413,11 +421,10 @@ def update_(
                 if low <= slot.offset < high and slot.path in factors:
                     qk_clip.multiply_(arena, layout, slot, factors[slot.path], part=sharing.part())
             if sharing.size > 1:
-                gathers.append(zero.all_gather_(sharing, arena.value[low:high]))
                 # what others own, of which this rank had a part; the update cleared its own
                 arena.gradient[low : own.begin].zero_()
                 arena.gradient[own.end : high].zero_()
-    return torch.linalg.vector_norm(torch.stack(changes)), gathers
+    return torch.linalg.vector_norm(torch.stack(changes))
 
 
 def _passes(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nmoe.effects.checkpoint.writer import SaveError
 from nmoe.effects.data.tokenizer import Tokenizer, byte_lengths
-from nmoe.effects.device import signals
+from nmoe.effects.device import gpu, signals
 from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.ranks import Ranks, lost_ranks_named, on_all_ranks, with_rank_note
 from nmoe.effects.terminal import say, warn
@@ -92,7 +92,7 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
             if held is not None:
                 report.validation(state.step, held)
                 validations = validated(validations, state.step, held.loss, held.bits_per_byte)
-            clock.mark("validation")
+            clock.mark(gpu.APART)
 
         # Once in a while: an evaluation, at the head as a validation.
         every = config.eval.every
@@ -103,7 +103,7 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
             if scores is not None:
                 report.evaluation(state.step, scores)
                 validations = attrs.evolve(validations, evaluated=state.step)
-            clock.mark("validation")  # no part of a step's time either
+            clock.mark(gpu.APART)  # no part of a step's time either
 
         # Once in a while: a checkpoint. All see here, before the next step, that one of them can not read its batch.
         refused = _refusal(session, state)
@@ -148,7 +148,7 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
             gather_(session, state)
             sample_on_the_way(session, state)
             session.heartbeat.beat()
-            clock.mark("validation")  # as a validation, no part of a step's time
+            clock.mark(gpu.APART)  # as a validation, no part of a step's time
 
 
 def gather_(session: Session, state: State) -> None:

@@ -7,7 +7,7 @@ sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import attrs
@@ -109,6 +109,7 @@ class Setup:
     passes         of the optimizer over an arena
     run            `block`, or the wrapper around it that recomputes
     mark           called with the name of each part of a step when it ends
+    within         around what is a part of its own within another
     before_update  called before anything but gradients is written
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     accumulator    of the weight gradients that kernels write themselves
@@ -122,6 +123,7 @@ class Setup:
     passes: ops.ArenaOps
     run: Callable[..., tuple[Tensor, Any, Any]]
     mark: Callable[[str], None]
+    within: Callable[[str], AbstractContextManager[None]]
     before_update: Callable[[], None]
     exchange: Exchange | None
     accumulator: Accumulator
@@ -170,6 +172,7 @@ def make_step(
     rt: Runtime,
     *,
     mark: Callable[[str], None],
+    within: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     before_update: Callable[[], None] = lambda: None,
     exchange: Exchange | None = None,
     accumulator: Accumulator | None = None,
@@ -184,6 +187,7 @@ def make_step(
     waits for the device.
 
     mark           called with the name of each part of a step when it ends, also while a graph of it is recorded
+    within         around a part within another: what is waited for of the all-gather, in the forward pass
     before_update  called before anything but gradients is written; of a replayed step, before all of it
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     accumulator    the one that the ops of `env` write weight gradients through, if they do
@@ -208,6 +212,7 @@ def make_step(
         passes=ops.arena_ops(rt.device, config.run.kernels),
         run=run,
         mark=mark,
+        within=within,
         before_update=before_update,
         exchange=exchange,
         accumulator=accumulator or Accumulator(),
@@ -329,7 +334,7 @@ def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) ->
     count = batch.tokens.shape[0]
 
     # All-gather of the parameters that the ranks updated in the step before, in overlap with the first forward pass.
-    need = zero.gathering_(layouts, state.arenas, state.params, ranks)
+    need = zero.gathering_(layouts, state.arenas, state.params, ranks, setup.within)
 
     def waiting(p: Block, *arguments: Any) -> tuple[Tensor, Any, Any]:
         need(p)

@@ -8,7 +8,7 @@ from the layout and the number of ranks alone, never from arrival order or hosts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -87,13 +87,18 @@ def scattering_(
 
 @torch.no_grad()
 def gathering_(
-    layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], params: Any, ranks: Ranks
+    layouts: Sequence[ArenaLayout],
+    arenas: Sequence[Arena],
+    params: Any,
+    ranks: Ranks,
+    within: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> Callable[[Any], None]:
     """Start the all-gather of the values that each rank updated, bucket by bucket in the order of the model.
 
     Between two steps a rank has the new values of what it owns alone. Gathered values are gathered again to the same
     bits, so that nobody has to know whether they were.
 
+    within   around each time to wait
     returns  what to call with a parameter, or a tree of them, before it is read: waits for its buckets, on a GPU the
              stream and not the host
 
@@ -107,11 +112,11 @@ def gathering_(
         waiting[len(waiting)] = all_gather_(group, value)
 
     def need(node: Any) -> None:
-        with record_function("gather"):
-            for _, leaf in tree.leaves(node):
-                work = waiting.pop(bucket.get(leaf.data_ptr(), -1), None)
-                if work is not None:
-                    work.wait()
+        wanted = {bucket.get(leaf.data_ptr(), -1) for _, leaf in tree.leaves(node)} & waiting.keys()
+        if wanted:
+            with within("gather"), record_function("gather"):
+                for index in sorted(wanted):
+                    waiting.pop(index).wait()
 
     return need
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import attrs
@@ -99,6 +100,7 @@ class Exchange:
     stream: torch.cuda.Stream | None  # side stream, for rows sent in overlap with GEMMs; None on a CPU
     timeout_s: float
     programs: int  # that push rows when nothing else runs
+    within: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()  # part of a step's time
 
     def named(self, ranks: Sequence[int]) -> str:
         """What messages call ranks of this exchange."""

@@ -220,8 +220,9 @@ def forward_(
 ) -> Stretches[tuple[Tensor, Tensor, Kept, Tensor]]:
     """Output, how many chose each expert, and what to keep: plan and pre-activation [C 2 F]. Shapes as `mixture`."""
     capacity = e.sizes.capacity
-    kept, count = yield from begin_(e, expert)
-    kept = yield from dispatch_(e, x, kept)
+    with e.within("exchange"):
+        kept, count = yield from begin_(e, expert)
+        kept = yield from dispatch_(e, x, kept)
     with record_function("experts"):
         cut = places.tiles(kept.count, capacity, t.up.block_m)
         land = view(e.raw, e.fields.land)
@@ -229,7 +230,8 @@ def forward_(
         cut = places.tiles(kept.count, capacity, t.down.block_m)
         y = experts.grouped_gemm(a, down, kept.end, cut, t.down, t.group, transposed=False)
         del a
-    out = yield from combine_(e, y, weight, kept)
+    with e.within("exchange"):
+        out = yield from combine_(e, y, weight, kept)
     return out, count, kept, h
 
 
@@ -254,19 +256,20 @@ def backward_(
     grad_output  [N D]
     """
     s, f = e.sizes, e.fields
-    with record_function("exchange dispatch"):
-        gates = Put(
-            field=f.gate,
-            values=weight.flatten(),
-            to=kept.row_to,
-            at=kept.row_at,
-            valid=kept.valid,
-            item=kept.slot,
-        )
-        e.transport.put_words_(e, gates)
-        send_(e, grad_output, kept, f.land_gradient)
-        count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
-    yield
+    with e.within("exchange"):
+        with record_function("exchange dispatch"):
+            gates = Put(
+                field=f.gate,
+                values=weight.flatten(),
+                to=kept.row_to,
+                at=kept.row_at,
+                valid=kept.valid,
+                item=kept.slot,
+            )
+            e.transport.put_words_(e, gates)
+            send_(e, grad_output, kept, f.land_gradient)
+            count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
+        yield
     with record_function("exchange dispatch"), aside(e):
         send_(e, x, kept, f.land, SIDE_PROGRAMS)
     with record_function("experts"):
@@ -299,12 +302,13 @@ def backward_(
         d_down = experts.weight_gradient(
             a, pulls, kept.end, kept.count, t.down_gradient, t.group, parameter=down, accumulator=accumulator
         )
-    join(e)
-    del a, part, pulls, dx, d_gate
-    yield
-    with record_function("exchange combine"):
-        d_x = sums.combine(returned(e, x.shape[0]), kept.place, None)
-        d_weight = view(e.raw, f.gate_gradient)[kept.place.to(torch.int64)]
+    with e.within("exchange"):
+        join(e)
+        del a, part, pulls, dx, d_gate
+        yield
+        with record_function("exchange combine"):
+            d_x = sums.combine(returned(e, x.shape[0]), kept.place, None)
+            d_weight = view(e.raw, f.gate_gradient)[kept.place.to(torch.int64)]
     with record_function("experts"):
         rows = received(e, f.land, kept)
         moves.pad_(rows, kept.valid, t.up_gradient.block_k)

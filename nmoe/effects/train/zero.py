@@ -107,7 +107,9 @@ def gathering_(
     leaves = dict(tree.leaves(params))
     bucket: dict[int, int] = {}
     waiting: dict[int, Any] = {}
-    for group, value, paths in _buckets(layouts, [arena.value for arena in arenas], params, ranks):
+    # `data` has a version of its own: autograd refuses a version that rises after an earlier block has kept its
+    # parameters, and levels begin in `wait`. What a block keeps is whole by then.
+    for group, value, paths in _buckets(layouts, [arena.value.data for arena in arenas], params, ranks):
         bucket |= {leaves[path].data_ptr(): len(waiting) for path in paths}
         waiting[len(waiting)] = all_gather_(group, value)
 

@@ -33,7 +33,7 @@ class Late:
 
 def trained(config: Any, ranks: Ranks, late: bool) -> list[Tensor]:
     """Losses and norms of three steps of half the batch, and the parameters that every rank has in the end."""
-    blueprint, state, (env, rt) = state_of(config, ranks, bucket=1024)
+    blueprint, state, (env, rt) = state_of(config, ranks, bucket=256)
     step = make_step(config, blueprint, env, rt, mark=lambda name: None)
     shipped = zero.all_gather_
 
@@ -76,7 +76,7 @@ def test_blocks_do_not_wait_for_later_ones(tmp_path: Path) -> None:
     config = as_world(tiny(batch_size=4, microbatch_size=2), 2, experts=1)
 
     def check(ranks: Ranks) -> None:
-        blueprint, state, _ = state_of(config, ranks, bucket=1024)
+        blueprint, state, _ = state_of(config, ranks, bucket=256)
         started: list[int] = []
         waited: list[int] = []
         place = {leaf.data_ptr(): number for number, (_, leaf) in enumerate(tree.leaves(state.params))}

@@ -240,7 +240,7 @@ def _in_detail(s: Scaled) -> tuple[Line, ...]:
         (
             "a step",
             f"{time_of(s.step_s())} = {time_of(s.compute_s)} compute + {time_of(s.exchange_s)} exchanges + "
-            f"{time_of(s.reduce_exposed_s)} gradients + {time_of(s.gather_s)} parameters, as far as not hidden",
+            f"{time_of(s.reduce_exposed_s)} gradients + {time_of(s.gather_exposed_s)} parameters, as far as not hidden",
         ),
         (
             "time",

@@ -65,12 +65,13 @@ class Scaled:
     reduce_s: float
     reduce_exposed_s: float  # of these, not hidden by the backward pass
     gather: Traffic  # parameters, a step
-    gather_s: float  # hidden by nothing: 11 of 12 ms were waited for on two H200 (docs/log.md, 2026-11-28)
+    gather_s: float
+    gather_exposed_s: float  # of these, not hidden by the forward pass
     compute_s: float  # a step
 
     def step_s(self) -> float:
         """Of one step."""
-        return self.compute_s + self.exchange_s + self.reduce_exposed_s + self.gather_s
+        return self.compute_s + self.exchange_s + self.reduce_exposed_s + self.gather_exposed_s
 
     def once_step_s(self) -> float:
         """Of one step whose rows cross once to each host."""
@@ -163,6 +164,7 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
         reduce_exposed_s=max(0.0, reduce_s - microbatch_s * 2 / 3),
         gather=gather,
         gather_s=gather_s,
+        gather_exposed_s=max(0.0, gather_s - microbatch_s / 3),
         compute_s=compute_s,
     )
 

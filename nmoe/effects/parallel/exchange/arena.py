@@ -66,6 +66,7 @@ class Transport:
     put_counts_: Callable[[Exchange, Tensor, Tensor | None], None]  # [E] pairs of each expert, [W ...] tokens by rank
     barrier_: Barrier
     flush: Callable[[Exchange], None]  # the host waits until every put that was signalled has left this process
+    direct: bool = False  # whether kernels reach the arenas of all ranks
 
 
 @attrs.frozen(kw_only=True)

@@ -304,7 +304,7 @@ def _assumed(s: Scaled) -> tuple[Line, ...]:
             f"computing alone runs at {100 * s.plan.mfu:.0f} % MFU; routing is even; room for "
             f"{s.arrangement.capacity:g} x the mean rows; exchanges hide behind",
         ),
-        ("", "nothing; gradients hide behind a microbatch's backward pass, parameters behind nothing"),
+        ("", "nothing; gradients hide behind a microbatch's backward pass, parameters behind its forward pass"),
     )
 
 

@@ -77,7 +77,7 @@ REQUESTS = {
     ),
     "expand": request(
         "exchange.push:expand",
-        "x:*bf16 source:*i32 out:*bf16 valid:*i32 D:i32",
+        "x:*bf16 source:*i32 out:*bf16 end:*i32 count:*i32 D:i32 E:i32 PROGRAMS:i32",
         "D",
         {"ROWS": exchange.ROWS, "BLOCK": 2048},
         warps=8,

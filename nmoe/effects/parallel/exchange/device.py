@@ -411,7 +411,7 @@ def return_product_(
 def received(e: Exchange, field: Field, kept: Kept) -> Tensor:
     """Rows by expert: the landing buffer itself, or with dedup a copy that has a token at each of its rows."""
     land = view(e.raw, field)
-    return moves.expand(land, kept.source, kept.valid) if e.sizes.dedup else land
+    return moves.expand(land, kept.source, kept.end, kept.count) if e.sizes.dedup else land
 
 
 def returned(e: Exchange, tokens: int) -> Tensor:

@@ -110,7 +110,7 @@ class Setup:
     run            `block`, or the wrapper around it that recomputes
     mark           called with the name of each part of a step when it ends
     within         around what is a part of its own within another
-    before_update  called before anything but gradients is written
+    before_update  called before anything is written but gradients, and values that other ranks own
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     accumulator    of the weight gradients that kernels write themselves
     scores         of the attention, where `optim.qk_clip` limits them
@@ -188,7 +188,8 @@ def make_step(
 
     mark           called with the name of each part of a step when it ends, also while a graph of it is recorded
     within         around a part within another: what is waited for of the all-gather, in the forward pass
-    before_update  called before anything but gradients is written; of a replayed step, before all of it
+    before_update  called before anything is written but gradients, and values that other ranks own; of a
+                   replayed step, before all of it
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     accumulator    the one that the ops of `env` write weight gradients through, if they do
     scope          at whose end a recorded graph is destroyed, before the ranks part; None: with the process

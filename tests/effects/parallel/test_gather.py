@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ from torch import Tensor
 
 from nmoe.effects.parallel import ranks as meeting
 from nmoe.effects.parallel.ranks import Ranks
-from nmoe.effects.train import zero
+from nmoe.effects.train import loop, run, zero
 from nmoe.effects.train.step import make_step
 from nmoe.pure.core import tree
-from tests.effects.parallel.rank_runs import as_world, in_group, state_of
+from nmoe.pure.model.model import Batch
+from tests.effects.parallel.rank_runs import as_world, in_group, state_of, train
+from tests.effects.parallel.test_ranks import config_of
 from tests.effects.train.test_step import batches
 from tests.effects.train.tiny import tiny
 
@@ -105,3 +110,44 @@ def test_blocks_do_not_wait_for_later_ones(tmp_path: Path) -> None:
             assert sorted(waited) == started, "each once"
 
     in_group(config, tmp_path, check)
+
+
+def test_whoever_reads_parameters_between_steps_finds_those_of_all_ranks(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation, evaluation, sample, and the weights of a run that is interrupted; none of them completes the
+    parameters for the one behind it, as a step lies between."""
+    config = as_world(config_of(sources, tmp_path, "read", steps=1000), 2, experts=1)
+    config = attrs.evolve(
+        config,
+        validation=attrs.evolve(config.validation, every=2),
+        eval=attrs.evolve(config.eval, every=3),
+        sample=attrs.evolve(config.sample, every=5),
+    )
+
+    def noted(who: str, state: Any) -> None:
+        digest = hashlib.sha256(b"".join(leaf.detach().numpy().tobytes() for _, leaf in tree.leaves(state.params)))
+        (tmp_path / f"{who}.{state.step}.{os.environ['RANK']}").write_text(digest.hexdigest())
+
+    def noting(who: str, result: Any) -> Callable[..., Any]:
+        return lambda session, state, *_: (noted(who, state), result)[1]
+
+    def interrupted(read: Callable[[int], Batch]) -> Callable[[int], Batch]:
+        def at(cursor: int) -> Batch:
+            if cursor == 6 * config.train.batch_size:
+                os.kill(os.getpid(), signal.SIGINT)
+            return read(cursor)
+
+        return at
+
+    monkeypatch.setattr(loop, "_validator", lambda session: lambda state: noted("validation", state))
+    monkeypatch.setattr(loop, "_scores", noting("evaluation", None))
+    monkeypatch.setattr(loop, "sample_on_the_way", noting("sample", None))
+    monkeypatch.setattr(loop, "end", noting("end", 0))
+    world = run.World(read=interrupted, judge=lambda *_: {})
+    told = train(config, tmp_path / "out", {0: world, 1: world})
+    assert [code for code, _ in told] == [0, 0], told
+    found = {path.name: path.read_text() for path in tmp_path.glob("*.*.[01]")}
+    wanted = ("end.7", "evaluation.3", "evaluation.6", "sample.5", "validation.2", "validation.4", "validation.6")
+    assert set(found) == {f"{name}.{rank}" for name in wanted for rank in range(2)}
+    assert [name for name in wanted if found[f"{name}.0"] != found[f"{name}.1"]] == []

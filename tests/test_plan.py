@@ -57,7 +57,7 @@ def test_the_screen_and_the_numbers_agree(capsys: pytest.CaptureFixture[str]) ->
     assert told == pytest.approx([taken["step_s"], taken["compute_s"], taken["exchange_s"]], rel=0.005)
     assert numbers["seconds"] == pytest.approx(numbers["tokens"] / taken["tokens_per_second"])
     assert taken["step_s"] == pytest.approx(
-        sum(taken[key] for key in ("compute_s", "exchange_s", "reduce_exposed_s", "gather_s"))
+        sum(taken[key] for key in ("compute_s", "exchange_s", "reduce_exposed_s", "gather_exposed_s"))
     )
     # 256, and half as often down to one host; twice as many would not divide the batch
     assert [each["arrangement"]["gpus"] for each in numbers["sizes"]] == [256, 128, 64, 32, 16, 8]

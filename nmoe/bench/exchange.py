@@ -197,7 +197,8 @@ def round_trip_row(bench: Bench, shape: Shape, *, dedup: bool) -> str:
         kept, _ = yield from device.begin_(e, expert)
         kept = yield from device.dispatch_(e, x, kept)
         y = device.received(e, e.fields.land, kept)
-        return (yield from device.combine_(e, y, weight, kept))
+        device.send_back_(e, y, kept)
+        return (yield from device.combine_(e, weight, kept))
 
     seconds = bench.seconds(
         lambda: device.run_(exchanges, [trip(e, *arguments) for e, arguments in zip(exchanges, given, strict=True)])

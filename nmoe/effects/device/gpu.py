@@ -8,7 +8,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +26,12 @@ PLAIN_CAPABILITY = (8, 0)
 
 REPLAY = "replay"
 """Name of the part that is a whole step in a CUDA graph."""
+
+APART = "validation"
+"""Name of the part that belongs to no step; so does what is within it."""
+
+_PAUSE = ""
+"""Name of the mark at which a part within another one begins."""
 
 
 def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton") -> torch.device:
@@ -175,6 +182,13 @@ class Clock:
         event.record()
         (self._in_graph if captured else self._marks).append((name, event))
 
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """What the block takes is the part `name`, and none of the part around it. Writes: the list of marks."""
+        self.mark(_PAUSE)
+        yield
+        self.mark(name)
+
     def split(self) -> dict[str, float]:
         """Seconds of each part since the first mark, summed by name; starts anew at the last mark.
 
@@ -191,9 +205,15 @@ class Clock:
 
 
 def _between(marks: Sequence[tuple[str, float | torch.cuda.Event]]) -> dict[str, float]:
-    """Seconds from each mark to the next, summed by the name of the latter."""
+    """Seconds from each mark to the next, summed by the name of the latter; a pause ends what the part around it has
+    had by then."""
     seconds: dict[str, float] = {}
-    for (_, begin), (name, end) in itertools.pairwise(marks):
+    around = _PAUSE
+    for (before, begin), (name, end) in reversed(list(itertools.pairwise(marks))):
+        if before != _PAUSE and name != _PAUSE:
+            around = name
+        if name == _PAUSE or around == APART:
+            name = around
         if isinstance(begin, float) and isinstance(end, float):
             passed = end - begin
         else:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import words
 from nmoe.effects.terminal import say, say_json, sparkline, table
 from nmoe.errors import InputError, printable
-from nmoe.pure.units import plain, quantity
+from nmoe.pure.units import plain, quantity, time_of
 from nmoe.pure.watch.metrics import metric, summary
 
 FOLLOW_S = 0.5
@@ -153,6 +154,8 @@ def show(root: Path, name: str, as_json: bool = False) -> int:
         parts.append(
             ("speed", f"{_count(rate)} tokens/s  mfu {_digits(mfu and 100 * mfu, 1)} %  memory {_bytes(held)}")
         )
+        if split := _split(trained):
+            parts.append(("a step", split))
         parts.append(("loss", f"{_digits(losses[0])} {sparkline(losses, SPARKLINE_WIDTH)} {_digits(losses[-1])} nats"))
     if validated:
         at = f"{_digits(run.validation_loss)} nats  {_digits(run.bits_per_byte)} bits/byte"
@@ -169,6 +172,17 @@ def show(root: Path, name: str, as_json: bool = False) -> int:
     if scores := read_scores(run.folder / EVALS):
         say(f"\n{table(('task', 'score', 'std error', 'items', 'step', 'judged (UTC)'), scores, left=1)}")
     return 0
+
+
+def _split(line: Line) -> str:
+    """Where the time of a logged step goes, the longest part first; nothing where the line does not say so."""
+    whole = number(line, "step_s")
+    parts = {key[5:-2]: number(line, key) or 0.0 for key in line.fields if fnmatchcase(key, "time/*_s")}
+    if whole is None or not 0 < whole < MAX_SECONDS:
+        return ""
+    shares = sorted(((seconds / whole, part) for part, seconds in parts.items()), reverse=True)
+    shown = [f"{part} {100 * share:.1f} %" for share, part in shares if 0.0005 <= share <= 1]
+    return f"{time_of(whole)}: {'  '.join(shown)}"
 
 
 def read_scores(path: Path) -> list[tuple[str, ...]]:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from nmoe.effects.checkpoint.writer import SaveError
 from nmoe.effects.data.tokenizer import Tokenizer, byte_lengths
-from nmoe.effects.device import signals
+from nmoe.effects.device import gpu, signals
 from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.ranks import Ranks, lost_ranks_named, on_all_ranks, with_rank_note
 from nmoe.effects.terminal import say, warn
+from nmoe.effects.train import zero
 from nmoe.effects.train.evaluate import Held, evaluate, even
 from nmoe.effects.train.outcome import EXIT_UNSAVED, end, network, record_failure, sample_on_the_way
 from nmoe.effects.train.session import Session, Start
@@ -59,6 +60,7 @@ def take_steps_and_end(session: Session, state: State, validations: Validations)
 
     # At the end.
     session.heartbeat.rest()
+    gather_(session, state)
     if finite:
         # in whole milliseconds, of the rank that has the least
         if state.step > first:
@@ -85,21 +87,23 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
         # Once in a while: a validation. At the head, so that a resumed run makes up for one its last attempt missed.
         due = state.step > 0 and (state.step % config.validation.every == 0 or state.step >= train.steps)
         if due and not validations.at(state.step) and not agreed(stop, ranks)[0]:
+            gather_(session, state)
             held = validate(state)
             if held is not None:
                 report.validation(state.step, held)
                 validations = validated(validations, state.step, held.loss, held.bits_per_byte)
-            clock.mark("validation")
+            clock.mark(gpu.APART)
 
         # Once in a while: an evaluation, at the head as a validation.
         every = config.eval.every
         due = every > 0 and state.step > 0 and (state.step % every == 0 or state.step >= train.steps)
         if due and validations.evaluated != state.step and not agreed(stop, ranks)[0]:
+            gather_(session, state)
             scores = _scores(session, state)
             if scores is not None:
                 report.evaluation(state.step, scores)
                 validations = attrs.evolve(validations, evaluated=state.step)
-            clock.mark("validation")  # no part of a step's time either
+            clock.mark(gpu.APART)  # no part of a step's time either
 
         # Once in a while: a checkpoint. All see here, before the next step, that one of them can not read its batch.
         refused = _refusal(session, state)
@@ -141,9 +145,15 @@ def train_until(session: Session, state: State, validations: Validations) -> tup
 
         # Once in a while: a text. The last step's comes at the end, after its validation.
         if config.sample.every and state.step % config.sample.every == 0 and not last:
+            gather_(session, state)
             sample_on_the_way(session, state)
             session.heartbeat.beat()
-            clock.mark("validation")  # as a validation, no part of a step's time
+            clock.mark(gpu.APART)  # as a validation, no part of a step's time
+
+
+def gather_(session: Session, state: State) -> None:
+    """Complete the parameters, before anything but a step or a save reads them. Writes: values of `state`."""
+    zero.gather_(session.blueprint.layouts, state.arenas, state.params, session.runtime.ranks)
 
 
 def _refusal(session: Session, state: State) -> InputError | None:

@@ -102,7 +102,7 @@ class Report:
 
     def _rank(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> schema.Rank:
         """What this rank alone knows of itself; times are means over the last `steps`."""
-        times = {name: value / steps for name, value in seconds.items() if name != "validation"}
+        times = {name: value / steps for name, value in seconds.items() if name != gpu.APART}
         step_s = sum(times.values())
         # written into the memory of other ranks in the last step
         sent = None if self.exchange is None else int(metrics.sent.item())

@@ -141,7 +141,7 @@ def restore(
         manifest = reader.restore_(fs, origin.folder, checked, report=damaged.append, **place)
     if manifest is None:
         return None
-    zero.gather_(blueprint.layouts, blank.arenas, ranks)
+    zero.gather_(blueprint.layouts, blank.arenas, blank.params, ranks)
     counts = _tokens_by_rank(manifest)
     return Restored(
         state=attrs.evolve(blank, cursor=_entry(manifest, "cursor", int), tokens=sum(counts), step=manifest.step),

@@ -191,6 +191,9 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
     """
     config, blueprint, ranks = request.config, job.blueprint, rt.ranks
     exchange = on_all_ranks(ranks, lambda: scope.enter_context(exchanging(config, ranks, rt.device)))
+    clock = gpu.Clock(rt.device)
+    if exchange is not None:
+        exchange = attrs.evolve(exchange, within=clock.within)
 
     def restore_or_initialise() -> Start:
         check_memory(config, job.plan, rt.device)
@@ -222,7 +225,7 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
                 f"{state.cursor} are read, got {needed}; lower train.steps or train.batch_size, or raise the tokens of "
                 "the flow"
             )
-        return Start(state=state, env=env, exchange=exchange, accumulator=accumulator, restored=restored)
+        return Start(state=state, env=env, exchange=exchange, accumulator=accumulator, clock=clock, restored=restored)
 
     return on_all_ranks(ranks, restore_or_initialise)
 
@@ -310,7 +313,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         pinned=config.memory.pinned,
     )
     batches = scope.enter_context(ahead)
-    clock = gpu.Clock(rt.device)
+    clock = start.clock
 
     def mark(name: str) -> None:
         clock.mark(name)
@@ -322,6 +325,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
         env,
         rt,
         mark=mark,
+        within=clock.within,
         before_update=writer.staged,
         exchange=start.exchange,
         accumulator=start.accumulator,

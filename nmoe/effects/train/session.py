@@ -58,6 +58,7 @@ class Start:
     env: Env
     exchange: Exchange | None
     accumulator: Accumulator
+    clock: gpu.Clock
     restored: resume.Restored | None
 
 

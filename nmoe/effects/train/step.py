@@ -7,13 +7,12 @@ sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 
 from nmoe.config.sections import Config, Optim
 from nmoe.effects.device import gpu, graph, ops, recompute
@@ -30,6 +29,7 @@ from nmoe.pure.core.tree import record
 from nmoe.pure.model import route
 from nmoe.pure.model.model import Batch, Transformer, block, model_at, objective, targets_ahead
 from nmoe.pure.model.ops import Env
+from nmoe.pure.model.parameters import Block
 from nmoe.pure.optim import spikes
 from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
@@ -42,7 +42,11 @@ class SpentStateError(RuntimeError):
 
 @record
 class State:
-    """Everything a step reads and replaces."""
+    """Everything a step reads and replaces.
+
+    Of several ranks each has the new values of the parameters that it updated; `zero.gather_` brings those of the
+    others, which the next step does beside its forward pass.
+    """
 
     params: Transformer  # views of the arenas
     arenas: tuple[Any, ...]
@@ -105,7 +109,8 @@ class Setup:
     passes         of the optimizer over an arena
     run            `block`, or the wrapper around it that recomputes
     mark           called with the name of each part of a step when it ends
-    before_update  called before anything but gradients is written
+    within         around what is a part of its own within another
+    before_update  called before anything is written but gradients, and values that other ranks own
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     accumulator    of the weight gradients that kernels write themselves
     scores         of the attention, where `optim.qk_clip` limits them
@@ -118,6 +123,7 @@ class Setup:
     passes: ops.ArenaOps
     run: Callable[..., tuple[Tensor, Any, Any]]
     mark: Callable[[str], None]
+    within: Callable[[str], AbstractContextManager[None]]
     before_update: Callable[[], None]
     exchange: Exchange | None
     accumulator: Accumulator
@@ -166,6 +172,7 @@ def make_step(
     rt: Runtime,
     *,
     mark: Callable[[str], None],
+    within: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     before_update: Callable[[], None] = lambda: None,
     exchange: Exchange | None = None,
     accumulator: Accumulator | None = None,
@@ -180,7 +187,9 @@ def make_step(
     waits for the device.
 
     mark           called with the name of each part of a step when it ends, also while a graph of it is recorded
-    before_update  called before anything but gradients is written; of a replayed step, before all of it
+    within         around a part within another: what is waited for of the all-gather, in the forward pass
+    before_update  called before anything is written but gradients, and values that other ranks own; of a
+                   replayed step, before all of it
     exchange       of rows with the ranks that hold the other experts; too many rows for one change nothing anywhere
     accumulator    the one that the ops of `env` write weight gradients through, if they do
     scope          at whose end a recorded graph is destroyed, before the ranks part; None: with the process
@@ -204,6 +213,7 @@ def make_step(
         passes=ops.arena_ops(rt.device, config.run.kernels),
         run=run,
         mark=mark,
+        within=within,
         before_update=before_update,
         exchange=exchange,
         accumulator=accumulator or Accumulator(),
@@ -273,7 +283,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         updates = state.updates + allowed
         shrink = clip_scale(norm, config.optim.clip_norm)
         factors = {} if setup.scores is None else setup.scores.factors(config, allowed, ranks)
-        change, gathers = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1), factors)
+        change = update_(setup, state, rates, allowed, shrink, updates.clamp(min=1), factors)
         (square,) = all_reduce_sum(ranks.world, [change.double().square()])
         change = square.sqrt().to(change.dtype)
 
@@ -287,13 +297,6 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         skipped = state.skipped + ~sound
         skipped_in_row = torch.where(sound, 0, state.skipped_in_row + 1)
         setup.mark("optimizer")
-
-        # All-gather of the parameters that the ranks updated, in overlap with the updates of later buckets.
-        if ranks.world.size > 1:
-            with record_function("gather"):
-                for work in gathers:
-                    work.wait()
-            setup.mark("gather")
     after = attrs.evolve(
         state,
         router_bias=bias,
@@ -330,6 +333,18 @@ def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) ->
     margins = torch.zeros((), dtype=torch.int64, device=device)
     entropy = torch.zeros(state.router_bias.shape[0], device=device)
     count = batch.tokens.shape[0]
+
+    # All-gather of the parameters that the ranks updated in the step before, in overlap with the first forward pass.
+    need = zero.gathering_(layouts, state.arenas, state.params, ranks, setup.within)
+
+    def waiting(p: Block, *arguments: Any) -> tuple[Tensor, Any, Any]:
+        need(p)
+        outputs = setup.run(p, *arguments)
+        if p is state.params.blocks[-1]:
+            need(state.params)
+        return outputs
+
+    need(state.params.embed)
     for index in range(count):
         setup.accumulator.first = index == 0
         if setup.scores is not None:
@@ -345,7 +360,7 @@ def accumulate_(setup: Setup, state: State, batch: Batch, mtp_weight: Tensor) ->
             chunk=train.loss_chunk,
             z_loss=train.z_loss,
             mtp_weight=mtp_weight,
-            run=setup.run,
+            run=waiting if index == 0 else setup.run,
         )
         if setup.scores is not None:
             setup.scores.end()
@@ -377,17 +392,16 @@ def update_(
     shrink: Tensor,
     updates: Tensor,
     factors: Mapping[str, Tensor],
-) -> tuple[Tensor, list[Any]]:
-    """Update what this rank owns of every arena, where allowed, and start the all-gather of each bucket behind it.
+) -> Tensor:
+    """Update what this rank owns of every arena, where allowed; the next step gathers what the others updated.
 
     factors  path of a parameter -> what multiplies its new value
-    returns  norm of the change; the all-gathers to wait for
+    returns  norm of the change
 
     Writes:  the arenas; gradients are zero afterwards.
     """
     passes, ranks, optim = setup.passes, setup.rt.ranks, setup.config.optim
     changes: list[Tensor] = []
-    gathers: list[Any] = []
     for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
         rule, name, sharing = layout.policy.optimizer, layout.policy.group, ranks.sharing(layout)
         update = passes.update_(rule)
@@ -413,11 +427,10 @@ def update_(
                 if low <= slot.offset < high and slot.path in factors:
                     qk_clip.multiply_(arena, layout, slot, factors[slot.path], part=sharing.part())
             if sharing.size > 1:
-                gathers.append(zero.all_gather_(sharing, arena.value[low:high]))
                 # what others own, of which this rank had a part; the update cleared its own
                 arena.gradient[low : own.begin].zero_()
                 arena.gradient[own.end : high].zero_()
-    return torch.linalg.vector_norm(torch.stack(changes)), gathers
+    return torch.linalg.vector_norm(torch.stack(changes))
 
 
 def _passes(

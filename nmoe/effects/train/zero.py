@@ -8,7 +8,7 @@ from the layout and the number of ranks alone, never from arrival order or hosts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,16 +50,8 @@ def scattering_(
     if ranks.world.size == 1:
         yield lambda: None
         return
-    place = {path: index for index, (path, _) in enumerate(tree.leaves(params))}
     leaves = dict(tree.leaves(params))
-    buckets: list[tuple[int, Group, Tensor, list[str]]] = []
-    for described, arena in zip(layouts, arenas, strict=True):
-        group = ranks.sharing(described)
-        for low, high in described.buckets() if group.size > 1 else ():
-            paths = [slot.path for slot in described.slots if low <= slot.offset < high]
-            buckets.append((min(place[path] for path in paths), group, arena.gradient[low:high], paths))
-    buckets.sort(key=lambda bucket: -bucket[0])
-
+    buckets = list(reversed(_buckets(layouts, [arena.gradient for arena in arenas], params, ranks)))
     waiting = {leaves[path].data_ptr(): index for index, (*_, paths) in enumerate(buckets) for path in paths}
     missing = [len(paths) for *_, paths in buckets]
     works: list[Any] = []
@@ -67,7 +59,7 @@ def scattering_(
     def reduce() -> None:
         """Start the reduce-scatter of every complete bucket that no incomplete one precedes."""
         while len(works) < len(buckets) and not missing[len(works)]:
-            _, group, gradient, _ = buckets[len(works)]
+            group, gradient, _ = buckets[len(works)]
             works.append(_reduce_scatter_(group, gradient))
 
     def added(leaf: Tensor) -> None:
@@ -94,18 +86,49 @@ def scattering_(
 
 
 @torch.no_grad()
-def gather_(layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], ranks: Ranks) -> None:
-    """All-gather the values that each rank updated.
+def gathering_(
+    layouts: Sequence[ArenaLayout],
+    arenas: Sequence[Arena],
+    params: Any,
+    ranks: Ranks,
+    within: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+) -> Callable[[Any], None]:
+    """Start the all-gather of the values that each rank updated, bucket by bucket in the order of the model.
+
+    Between two steps a rank has the new values of what it owns alone. Gathered values are gathered again to the same
+    bits, so that nobody has to know whether they were.
+
+    within   around each time to wait
+    returns  what to call with a parameter, or a tree of them, before it is read: waits for its buckets, on a GPU the
+             stream and not the host
 
     Writes:  values of `arenas`.
     """
-    works: list[Any] = []
-    for described, arena in zip(layouts, arenas, strict=True):
-        group = ranks.sharing(described)
-        for low, high in described.buckets() if group.size > 1 else ():
-            works.append(all_gather_(group, arena.value[low:high]))
-    for work in works:
-        work.wait()
+    leaves = dict(tree.leaves(params))
+    bucket: dict[int, int] = {}
+    waiting: dict[int, Any] = {}
+    # `data` has a version of its own: autograd refuses a version that rises after an earlier block has kept its
+    # parameters, and levels begin in `wait`. What a block keeps is whole by then.
+    for group, value, paths in _buckets(layouts, [arena.value.data for arena in arenas], params, ranks):
+        bucket |= {leaves[path].data_ptr(): len(waiting) for path in paths}
+        waiting[len(waiting)] = all_gather_(group, value)
+
+    def need(node: Any) -> None:
+        wanted = {bucket.get(leaf.data_ptr(), -1) for _, leaf in tree.leaves(node)} & waiting.keys()
+        if wanted:
+            with within("gather"), record_function("gather"):
+                for index in sorted(wanted):
+                    waiting.pop(index).wait()
+
+    return need
+
+
+def gather_(layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], params: Any, ranks: Ranks) -> None:
+    """All-gather the values that each rank updated, for whoever reads them between two steps. Every rank calls it.
+
+    Writes:  values of `arenas`.
+    """
+    gathering_(layouts, arenas, params, ranks)(params)
 
 
 @torch.no_grad()
@@ -123,6 +146,24 @@ def whole(layouts: Sequence[ArenaLayout], params: Any, ranks: Ranks) -> Any:
         return flat.flatten(0, 1).cpu()
 
     return tree.map(gathered, params)
+
+
+def _buckets(
+    layouts: Sequence[ArenaLayout], flats: Sequence[Tensor], params: Any, ranks: Ranks
+) -> list[tuple[Group, Tensor, list[str]]]:
+    """Every bucket that several ranks hold: these, its part of the flat tensor of its arena, and its parameters.
+
+    In the order in which the forward pass first reads one of their parameters, so the same on all ranks.
+    """
+    place = {path: index for index, (path, _) in enumerate(tree.leaves(params))}
+    found: list[tuple[int, Group, Tensor, list[str]]] = []
+    for described, flat in zip(layouts, flats, strict=True):
+        group = ranks.sharing(described)
+        for low, high in described.buckets() if group.size > 1 else ():
+            paths = [slot.path for slot in described.slots if low <= slot.offset < high]
+            found.append((min(place[path] for path in paths), group, flat[low:high], paths))
+    found.sort(key=lambda bucket: bucket[0])
+    return [(group, flat, paths) for _, group, flat, paths in found]
 
 
 def _part(group: Group, flat: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def _in_detail(s: Scaled) -> tuple[Line, ...]:
         (
             "a step",
             f"{time_of(s.step_s())} = {time_of(s.compute_s)} compute + {time_of(s.exchange_s)} exchanges + "
-            f"{time_of(s.reduce_exposed_s)} gradients + {time_of(s.gather_s)} parameters, as far as not hidden",
+            f"{time_of(s.reduce_exposed_s)} gradients + {time_of(s.gather_exposed_s)} parameters, as far as not hidden",
         ),
         (
             "time",
@@ -304,7 +304,7 @@ def _assumed(s: Scaled) -> tuple[Line, ...]:
             f"computing alone runs at {100 * s.plan.mfu:.0f} % MFU; routing is even; room for "
             f"{s.arrangement.capacity:g} x the mean rows; exchanges hide behind",
         ),
-        ("", "nothing; gradients hide behind a microbatch's backward pass, parameters behind nothing"),
+        ("", "nothing; gradients hide behind a microbatch's backward pass, parameters behind its forward pass"),
     )
 
 

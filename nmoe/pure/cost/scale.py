@@ -1,6 +1,7 @@
 """What a training takes on many GPUs: who holds which experts, what crosses which wire, how long a step is.
 
-Assumed: even routing; a GPU waits for every exchange of rows; gradients are reduced behind the backward pass of the
+Assumed: even routing; a GPU waits for every exchange of rows, but for those that the product which makes them stores at
+other GPUs of its host itself, beyond the time of that product; gradients are reduced behind the backward pass of the
 last microbatch, parameters gathered behind the forward pass of the first; what does not fit there is waited for.
 """
 
@@ -55,6 +56,7 @@ class Scaled:
     dispatch_s: float
     combine: Traffic  # and back
     combine_s: float
+    combine_exposed_s: float  # of this, not hidden by the product that makes the rows
     dispatches: int  # a step; the backward pass sends rows again, beside their gradients
     combines: int
     exchange_s: float  # a step, in all
@@ -65,12 +67,13 @@ class Scaled:
     reduce_s: float
     reduce_exposed_s: float  # of these, not hidden by the backward pass
     gather: Traffic  # parameters, a step
-    gather_s: float  # hidden by nothing: 11 of 12 ms were waited for on two H200 (docs/log.md, 2026-11-28)
+    gather_s: float
+    gather_exposed_s: float  # of these, not hidden by the forward pass
     compute_s: float  # a step
 
     def step_s(self) -> float:
         """Of one step."""
-        return self.compute_s + self.exchange_s + self.reduce_exposed_s + self.gather_s
+        return self.compute_s + self.exchange_s + self.reduce_exposed_s + self.gather_exposed_s
 
     def once_step_s(self) -> float:
         """Of one step whose rows cross once to each host."""
@@ -130,6 +133,9 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
     dispatch_s, combine_s, counts_s, again_s = (
         traffic.exchange_seconds(moved, machine) for moved in (dispatch, combine, counts, again)
     )
+    product_s = 2 * tokens * c.moe.top_k * c.hidden_size * c.moe.intermediate_size / (machine.peak_flops * mfu)
+    hidden_s = product_s if a.expert_hosts() == 1 else 0.0
+    combine_exposed_s = min(combine_s, max(machine.push.alpha_s, combine_s - hidden_s))
     once, once_s, once_again_s = _once(config, a, machine, dispatch, copies_sent)
 
     dense, experts = 0, 0
@@ -152,17 +158,19 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
         dispatch_s=dispatch_s,
         combine=combine,
         combine_s=combine_s,
+        combine_exposed_s=combine_exposed_s,
         dispatches=layers * (passes + 2),
         combines=layers * (passes + 1),
-        exchange_s=layers * (passes * (counts_s + dispatch_s) + again_s + (passes + 1) * combine_s),
+        exchange_s=layers * (passes * (counts_s + dispatch_s) + again_s + (passes + 1) * combine_exposed_s),
         once=once,
         once_s=once_s,
-        once_exchange_s=layers * (passes * (counts_s + once_s) + once_again_s + (passes + 1) * combine_s),
+        once_exchange_s=layers * (passes * (counts_s + once_s) + once_again_s + (passes + 1) * combine_exposed_s),
         reduce=reduce,
         reduce_s=reduce_s,
         reduce_exposed_s=max(0.0, reduce_s - microbatch_s * 2 / 3),
         gather=gather,
         gather_s=gather_s,
+        gather_exposed_s=max(0.0, gather_s - microbatch_s / 3),
         compute_s=compute_s,
     )
 

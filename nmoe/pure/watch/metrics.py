@@ -91,8 +91,8 @@ class Rank(Line):
             "time/*_s",
             "s",
             "time",
-            "a part of a step, mean since the previous line: data, forward, backward, reduce, optimizer, gather, log, "
-            "checkpoint",
+            "a part of a step, mean since the previous line: data, gather, forward, exchange, backward, reduce, "
+            "optimizer, log, checkpoint",
         ),
     ]
     exchange_bytes: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -176,6 +177,24 @@ def test_the_clock_splits_time_by_name_and_starts_anew() -> None:
     assert clock.split() == {}
     clock.mark("c")
     assert set(clock.split()) == {"c"}
+
+
+def test_a_part_within_another_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward 1 + 4 + 16, gather 2 + 8; all of the validation, 32 + 64 + 128, is one part."""
+    times = list(itertools.accumulate((0, 1, 2, 4, 8, 16, 32, 64, 128, 256), initial=0))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(times.pop(0)))
+    clock = gpu.Clock(torch.device("cpu"))
+    times.pop(0)
+    clock.mark("start")
+    for _ in range(2):
+        with clock.within("gather"):
+            pass
+    clock.mark("forward")
+    with clock.within("exchange"):
+        pass
+    clock.mark(gpu.APART)
+    clock.mark("log")
+    assert clock.split() == {"forward": 21.0, "gather": 10.0, gpu.APART: 224.0, "log": 256.0}
 
 
 @attrs.define

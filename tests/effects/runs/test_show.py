@@ -150,6 +150,15 @@ def test_show_fits_a_screen_and_tells_loss_experts_and_error(
     assert lines[-4].split() == ["layer", "max_over_mean", "cv", "dead"]
 
 
+def test_show_says_where_a_step_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The longest part first; what takes no time is left out."""
+    times = {"data": 0.0, "forward": 0.05, "exchange": 0.02, "backward": 0.13}
+    line = trained(10, 4.0) | {"step_s": 0.2} | {f"time/{part}_s": seconds for part, seconds in times.items()}
+    run_folder(tmp_path, "a", metrics=(line,))
+    assert runs.show(tmp_path, "a") == 0
+    assert "a step      200 ms: backward 65.0 %  forward 25.0 %  exchange 10.0 %\n" in capsys.readouterr().out
+
+
 def test_show_of_a_run_that_has_told_nothing_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_folder(tmp_path, "a", ())
     for file in ("events.jsonl", "metrics.rank0.jsonl"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import attrs
 import pytest
@@ -14,6 +17,7 @@ from torch import Tensor
 from nmoe.bench import exchange as bench_exchange
 from nmoe.effects.kernels.exchange import plan as plans
 from nmoe.effects.kernels.moe import dispatch as sorting
+from nmoe.effects.kernels.moe import experts as gemms
 from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.effects.parallel import exchange
@@ -163,6 +167,33 @@ def test_bytes_on_the_wire_are_counted_and_rows_lie_as_in_the_whole_batch() -> N
             first, held = (int(part.sum()) for part in (whole.count[: 4 * rank], whole.count[4 * rank :][:4]))
             here = c.x[whole.source[first : first + held].long()]
             assert dedup or torch.equal(arena.view(e.raw, e.fields.land)[:held], here)
+
+
+def test_the_part_of_the_exchange_has_every_barrier_and_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice in a pass: rows out, rows back."""
+    c = case("random", 8, 16, 16, 4, 2)
+    seen: list[str] = []
+
+    @contextmanager
+    def within(name: str) -> Iterator[None]:
+        seen.append(f"{name} begins")
+        yield
+        seen.append(f"{name} ends")
+
+    def noting(name: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        seen.append(name)
+        return call(*arguments, **named)
+
+    for name in ("gather_gemm_swiglu", "swiglu_backward_gemm", "grouped_gemm_push_", "weight_gradient"):
+        monkeypatch.setattr(gemms, name, partial(noting, "product", getattr(gemms, name)))
+    monkeypatch.setattr(device, "barrier_", partial(noting, "barrier", device.barrier_))
+    shared(c, [attrs.evolve(e, within=within) for e in open_ranks(c, [8], dedup=True)], [8], TILES)
+    once, twice = (
+        ["exchange begins", "barrier", "exchange ends"],
+        ["exchange begins", *["barrier"] * 2, "exchange ends"],
+    )
+    forward = [*twice, "product", "product", *once]
+    assert seen == [*forward, *once, *["product"] * 3, *once, "product"]
 
 
 def test_what_has_no_place_in_the_arena_is_refused(plain: tuple[Case, list[Tensor]]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
 from nmoe.effects.kernels.exchange import push as exchange
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
+from tests.kernels.moe.test_shipped_moe import requests
 
 KERNELS = "nmoe.effects.kernels"
 
@@ -75,7 +77,7 @@ REQUESTS = {
     ),
     "expand": request(
         "exchange.push:expand",
-        "x:*bf16 source:*i32 out:*bf16 valid:*i32 D:i32",
+        "x:*bf16 source:*i32 out:*bf16 end:*i32 count:*i32 D:i32 E:i32 PROGRAMS:i32",
         "D",
         {"ROWS": exchange.ROWS, "BLOCK": 2048},
         warps=8,
@@ -100,6 +102,14 @@ def test_rows_leave_16_bytes_at_a_time(compiled: dict[str, Compiled]) -> None:
         stores = {key: n for key, n in instructions(compiled[name].ptx).items() if key.startswith("st.global")}
         assert set(stores) == {"st.global.v4.b32"}, (name, stores)
         assert stores["st.global.v4.b32"] >= exchange.ROWS, (name, stores)
+
+
+def test_rows_of_a_product_leave_16_bytes_at_a_time(tmp_path: Path) -> None:
+    leaving = [each for each in requests(90) if "addresses" in each.signature]
+    assert len(leaving) == 2
+    for each in aot.compile_all(leaving, tmp_path, targets=[90]):
+        stores = {key: n for key, n in instructions(each.ptx).items() if key.startswith("st.global")}
+        assert stores == {"st.global.v4.b32": 16}, stores
 
 
 def test_flags_are_released_to_and_acquired_from_the_whole_system(compiled: dict[str, Compiled]) -> None:

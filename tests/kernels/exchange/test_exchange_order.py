@@ -16,6 +16,7 @@ import attrs
 import pytest
 
 from nmoe.effects.kernels.exchange import push as moves
+from nmoe.effects.kernels.moe import experts
 from nmoe.effects.parallel.exchange import arena, device
 from tests.kernels.exchange.ranks import case, open_ranks, shared
 from tests.kernels.exchange.test_exchange import TILES
@@ -54,6 +55,7 @@ def passes(request: pytest.FixtureRequest) -> Iterator[tuple[list[Stretch], list
     with pytest.MonkeyPatch.context() as patch:
         for name in ("push_", "push_words_", "push_counts_"):
             patch.setattr(moves, name, partial(writing, getattr(moves, name)))
+        patch.setattr(experts, "grouped_gemm_push_", partial(writing, experts.grouped_gemm_push_))
         patch.setattr(device, "view", partial(reading, device.view))
         patch.setattr(device, "barrier_", partial(meeting, device.barrier_))
         shared(c, exchanges, [4, 4], TILES)

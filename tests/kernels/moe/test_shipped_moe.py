@@ -20,12 +20,19 @@ TILED = {"NUM_M": "i32", "tile_expert": "*i32", "tile_row": "*i32", "end": "*i32
 """What every kernel over tiles of rows takes."""
 
 
+HERE = {"to": None, "at": None, "addresses": None, "OFFSET": 0}
+"""Of a grouped GEMM whose rows stay with this rank."""
+
+AWAY = {"to": "*i32", "at": "*i32", "addresses": "*i64", "OFFSET": "i64"}
+"""Of one whose rows go to others."""
+
+
 def block(rows: int, columns: int) -> str:
     return f"tensordesc<bf16[{rows},{columns}]>"
 
 
 def requests(target: int) -> list[Request]:
-    """The five kernels at hidden size 2048, weight gradients into arenas of both formats."""
+    """The five kernels at hidden size 2048: rows that stay and that leave, gradients into arenas of both formats."""
     entry = tuning.find(tuning.load(CAPABILITY[target]), "moe", 2048, 1408)
 
     def request(
@@ -66,21 +73,20 @@ def requests(target: int) -> list[Request]:
             {"D": 2048, "bias": None, "LIMIT": None, "ALPHA": 1.0},
             "F",
         ),
-        request(
-            "grouped_gemm",
-            down,
-            {"rows": block(down.block_m, down.block_k), "w": block(down.block_k, down.block_n), "out": "*bf16", **TILED}
-            | {"INNER": "i32", "OUTER": "i32"},
-            {"TRANSPOSED": False},
-            "INNER OUTER",
-        ),
-        request(
-            "grouped_gemm",
-            dx,
-            {"rows": block(dx.block_m, dx.block_k), "w": block(dx.block_n, dx.block_k), "out": "*bf16", **TILED}
-            | {"INNER": "i32", "OUTER": "i32"},
-            {"TRANSPOSED": True},
-            "INNER OUTER",
+        *(
+            request(
+                "grouped_gemm",
+                tile,
+                {"rows": block(tile.block_m, tile.block_k), "w": block(*sides), **TILED, **leaving}
+                | {"INNER": "i32", "OUTER": "i32"},
+                {"TRANSPOSED": transposed, **(HERE if "out" in leaving else {"out": None})},
+                "INNER OUTER" if "out" in leaving else "INNER OUTER OFFSET",
+            )
+            for leaving in ({"out": "*bf16"}, AWAY)
+            for tile, sides, transposed in (
+                (down, (down.block_k, down.block_n), False),
+                (dx, (dx.block_n, dx.block_k), True),
+            )
         ),
         request(
             "swiglu_backward_gemm",

@@ -69,10 +69,15 @@ def test_exchanges_of_deepseek_v3_by_hand() -> None:
     assert (inside.dispatches, inside.combines) == (58 * 4, 58 * 3)
     row_s, alpha = 411_041_792 / 320e9, 5e-6
     counts_s = alpha + 4 * (256 + 8) * 7 / 320e9
-    # two forward passes; one backward pass with rows and gradients in one exchange
-    by_hand = 58 * (2 * (counts_s + 2 * (alpha + row_s)) + (alpha + 2 * row_s) + (alpha + row_s))
+    # two forward passes; one backward pass with rows and gradients in one exchange; rows come back during the product
+    product_s = 2 * 4096 * 8 * 7168 * 2048 / (0.4 * H200.peak_flops)
+    assert product_s > row_s and inside.combine_exposed_s == alpha < inside.combine_s
+    by_hand = 58 * (2 * (counts_s + (alpha + row_s) + alpha) + (alpha + 2 * row_s) + alpha)
     assert inside.exchange_s == pytest.approx(by_hand)
+    faster = scale(DSV3, arranged(256, 32, 8), H200, mfu=1.0)
+    assert faster.combine_exposed_s == pytest.approx(alpha + row_s - 0.4 * product_s)
     across = scale(DSV3, arranged(256, 32, 256), H200, mfu=0.4)
+    assert across.combine_exposed_s == across.combine_s
     assert across.dispatch == Traffic(inside=4096 * 8 * 14336 * 7 / 256, between=4096 * 8 * 14336 * 248 / 256)
     assert across.dispatch_s == pytest.approx(400e-6 + across.dispatch.between / 45e9)
 
@@ -134,11 +139,11 @@ def test_what_computing_does_not_hide_is_waited_for() -> None:
     slow = attrs.evolve(H200, collective=Link(alpha_s=1.0, bytes_per_s=1e9, source="test"))
     found = scale(config, arranged(4, 1, 4), slow, mfu=1e-10)
     assert found.plan.microbatches == 2
-    assert found.compute_s / 2 > 10 and found.reduce_exposed_s == 0
+    assert found.compute_s / 2 > 10 and found.reduce_exposed_s == found.gather_exposed_s == 0 < found.gather_s
     fast = scale(config, arranged(4, 1, 4), slow, mfu=1e-6)
     assert fast.reduce_exposed_s == pytest.approx(fast.reduce_s - fast.compute_s / 2 * 2 / 3)
-    assert fast.gather_s == pytest.approx(found.gather_s) and fast.gather_s > 0.5
-    waited = fast.exchange_s + fast.reduce_exposed_s + fast.gather_s
+    assert fast.gather_exposed_s == pytest.approx(fast.gather_s - fast.compute_s / 2 / 3) and fast.gather_s > 0.5
+    waited = fast.exchange_s + fast.reduce_exposed_s + fast.gather_exposed_s
     assert fast.step_s() == pytest.approx(fast.compute_s + waited)
     assert fast.mfu() < fast.plan.mfu
 

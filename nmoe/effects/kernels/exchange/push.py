@@ -151,13 +151,15 @@ def words_kernel(
 
 
 @triton.jit
-def expand_kernel(x, source, out, valid, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows = tl.load(valid + 2)
-    first = tl.program_id(0) * ROWS
-    if first < rows:
+def expand_kernel(x, source, out, end, count, D, E, PROGRAMS, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # Neighbouring programs take the same share of each expert's rows, so nearly the same tokens: a token is read from
+    # memory once, and from the L2 cache for its other rows.
+    expert = tl.program_id(0) % E
+    stop = tl.load(end + expert)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    for first in range(stop - tl.load(count + expert) + tl.program_id(0) // E * ROWS, stop, PROGRAMS * ROWS):
         row = first + tl.arange(0, ROWS)
-        real = row < rows
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        real = row < stop
         inside = real[:, None] & (column < D)[None, :]
         from_row = tl.load(source + row, mask=real, other=0).to(tl.int64)
         value = tl.load(x + from_row[:, None] * D + column[None, :], mask=inside)
@@ -317,18 +319,20 @@ def push_words_(
         )
 
 
-def expand(x: Tensor, source: Tensor, valid: Tensor) -> Tensor:
+def expand(x: Tensor, source: Tensor, end: Tensor, count: Tensor) -> Tensor:
     """Every row this rank holds, from the place its token was written to; undefined beyond those.
 
     x        [landing D]
     source   [C] i32   row -> place
+    end      [E/W] i32   one past an expert's last row
+    count    [E/W] i32   its rows
     returns  [C D]
     """
-    capacity, d = source.shape[0], x.shape[1]
+    capacity, d, experts = source.shape[0], x.shape[1], end.shape[0]
     out = torch.empty(capacity, d, dtype=x.dtype, device=x.device)
-    block = _block(d)
-    expand_kernel[(triton.cdiv(capacity, ROWS), triton.cdiv(d, block))](
-        x, source, out, valid, d, ROWS, block, num_warps=8
+    block, programs = _block(d), triton.cdiv(triton.cdiv(capacity, ROWS), experts)
+    expand_kernel[(programs * experts, triton.cdiv(d, block))](
+        x, source, out, end, count, d, experts, programs, ROWS, block, num_warps=8
     )
     return out
 

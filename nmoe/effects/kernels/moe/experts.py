@@ -140,8 +140,8 @@ def swiglu_backward_gemm_kernel(
 
 @triton.jit
 def grouped_gemm_kernel(
-    rows, w, out, tile_expert, tile_row, end, NUM_M, INNER, OUTER, TRANSPOSED: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    rows, w, out, to, at, addresses, tile_expert, tile_row, end, OFFSET, NUM_M, INNER, OUTER,
+    TRANSPOSED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, column = _swizzle(tl.program_id(0), tl.cdiv(OUTER, N), NUM_M, GROUP)
     expert = tl.load(tile_expert + tile)
@@ -156,8 +156,14 @@ def grouped_gemm_kernel(
             else:
                 acc = tl.dot(rows.load([first, k]), w.load([expert * INNER + k, column * N]), acc)
         n = column * N + tl.arange(0, N)
-        to = out + row.to(tl.int64)[:, None] * OUTER + n[None, :]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=real[:, None] & (n < OUTER)[None, :])
+        if addresses is None:
+            there = out + row.to(tl.int64) * OUTER
+        else:
+            base = tl.load(addresses + tl.load(to + row, mask=real, other=0)) + OFFSET
+            place = tl.load(at + row, mask=real, other=0).to(tl.int64) * OUTER
+            # the cast loses what is known of the address: without this the stores are of two bytes
+            there = tl.multiple_of(base.to(tl.pointer_type(rows.dtype)) + place, 16)
+        tl.store(there[:, None] + n[None, :], acc.to(rows.dtype), mask=real[:, None] & (n < OUTER)[None, :])
 
 
 @triton.jit
@@ -339,18 +345,63 @@ def grouped_gemm(
     tile     `m` cuts rows, `n` O, `k` I
     returns  [P O] in the format of `rows`
     """
-    experts, inner = weight.shape[0], rows.shape[1]
     outer = weight.shape[1] if transposed else weight.shape[2]
     out = torch.empty(rows.shape[0], outer, dtype=rows.dtype, device=rows.device)
+    _launch_(rows, weight, out, None, None, None, 0, end, tiles, tile, group, transposed)
+    return out
+
+
+def grouped_gemm_push_(
+    rows: Tensor,
+    weight: Tensor,
+    to: Tensor,
+    at: Tensor,
+    addresses: Tensor,
+    offset: int,
+    end: Tensor,
+    tiles: RowTiles,
+    tile: GemmTile,
+    group: int,
+    *,
+    transposed: bool,
+) -> None:
+    """`grouped_gemm` whose epilogue stores each row into a field of another rank's arena: the same bits, pushed while
+    later tiles are computed.
+
+    to         [P] i32   rank of each row
+    at         [P] i32   its place in the field
+    addresses  [W] i64   of the arenas
+    offset     bytes from an arena's beginning to the field
+
+    Writes:  that field.
+    """
+    _launch_(rows, weight, None, to, at, addresses, offset, end, tiles, tile, group, transposed)
+
+
+def _launch_(
+    rows: Tensor,
+    weight: Tensor,
+    out: Tensor | None,
+    to: Tensor | None,
+    at: Tensor | None,
+    addresses: Tensor | None,
+    offset: int,
+    end: Tensor,
+    tiles: RowTiles,
+    tile: GemmTile,
+    group: int,
+    transposed: bool,
+) -> None:
+    experts, inner = weight.shape[0], rows.shape[1]
+    outer = weight.shape[1] if transposed else weight.shape[2]
     block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
     num = tiles.expert.shape[0]
     grouped_gemm_kernel[(num * triton.cdiv(outer, tile.block_n),)](
         TensorDescriptor.from_tensor(rows, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight.view(experts * weight.shape[1], weight.shape[2]), block),
-        out, tiles.expert, tiles.row, end, num, inner, outer, transposed,
+        out, to, at, addresses, tiles.expert, tiles.row, end, offset, num, inner, outer, transposed,
         tile.block_m, tile.block_n, tile.block_k, group, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return out
 
 
 def weight_gradient(

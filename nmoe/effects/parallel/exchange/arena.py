@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import attrs
@@ -65,6 +66,7 @@ class Transport:
     put_counts_: Callable[[Exchange, Tensor, Tensor | None], None]  # [E] pairs of each expert, [W ...] tokens by rank
     barrier_: Barrier
     flush: Callable[[Exchange], None]  # the host waits until every put that was signalled has left this process
+    direct: bool = False  # whether kernels reach the arenas of all ranks
 
 
 @attrs.frozen(kw_only=True)
@@ -99,6 +101,7 @@ class Exchange:
     stream: torch.cuda.Stream | None  # side stream, for rows sent in overlap with GEMMs; None on a CPU
     timeout_s: float
     programs: int  # that push rows when nothing else runs
+    within: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()  # part of a step's time
 
     def named(self, ranks: Sequence[int]) -> str:
         """What messages call ranks of this exchange."""

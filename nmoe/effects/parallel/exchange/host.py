@@ -197,16 +197,16 @@ class Mixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, matrices[0])
         over = e.transport
-        with record_function("exchange plan"):
+        with e.within("exchange"), record_function("exchange plan"):
             at, count = begin_(expert, e)
-        with record_function("exchange dispatch"):
+        with e.within("exchange"), record_function("exchange dispatch"):
             put_(e, over.put_rows_, e.fields.land, x, at.token_to, at.token_at)
             over.barrier_(e, signal=True, wait=True)
         with record_function("experts"):
             rows = torch.arange(int(at.plan.valid[2]))
             source = view(e.raw, e.fields.source)[: len(rows)].long() if e.sizes.dedup else rows
             y = run(received(e, at, source), *matrices)
-        with record_function("exchange return"):
+        with e.within("exchange"), record_function("exchange return"):
             put_(e, over.put_rows_, e.fields.back, y, *planning.origins(at.plan, len(y)))
             over.barrier_(e, signal=True, wait=True)
         chosen = returned(e, e.fields.back, at).unflatten(0, weight.shape)
@@ -224,7 +224,7 @@ class Mixture(torch.autograd.Function):
         e: Exchange = ctx.e
         at: Sorted = ctx.at
         f, over = e.fields, e.transport
-        with record_function("exchange dispatch"):
+        with e.within("exchange"), record_function("exchange dispatch"):
             put_(e, over.put_rows_, f.land, x, at.token_to, at.token_at)
             put_(e, over.put_rows_, f.land_gradient, outputs[0], at.token_to, at.token_at)
             put_(e, over.put_words_, f.gate, weight.flatten(), at.row_to, at.row_at)
@@ -237,7 +237,7 @@ class Mixture(torch.autograd.Function):
             gate = view(e.raw, f.gate)[: len(y), None]
             dx, *gradients = torch.autograd.grad(y, leaves, (upcast(grad_output) * gate).to(y.dtype))
             d_gate = (upcast(grad_output) * upcast(y.detach())).sum(-1)
-        with record_function("exchange return"):
+        with e.within("exchange"), record_function("exchange return"):
             origin = planning.origins(at.plan, len(y))
             put_(e, over.put_rows_, f.back, dx, *origin)
             put_(e, over.put_words_, f.gate_gradient, d_gate, *origin)

@@ -217,8 +217,7 @@ class Timing:
     run: str
     parts: list[str]
     ranks: list[RankTime]
-    slowest: int | None  # rank; None for a single one, and where an exchange's waiting is part of forward and backward
-    exchanges: bool  # whether the ranks exchange rows for their experts
+    slowest: int | None  # rank; None for a single one
     steps: int  # logged steps in the mean
 
 

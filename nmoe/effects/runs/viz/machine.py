@@ -13,11 +13,11 @@ from nmoe.effects.runs.viz.index import Index, known, query, tags
 LAST_LINES = 50
 """Logged steps in a mean of times."""
 
-PARTS = ("data", "forward", "backward", "reduce", "optimizer", "gather", "log", "checkpoint")
+PARTS = ("data", "gather", "forward", "exchange", "backward", "reduce", "optimizer", "log", "checkpoint")
 """Parts of a step in the order in which they happen."""
 
-WAITED = ("reduce", "gather")
-"""Parts of a step in which a rank waits for others; an exchange and its waiting are inside forward and backward."""
+WAITED = ("gather", "exchange", "reduce")
+"""Parts of a step in which a rank waits for others."""
 
 MAX_LINES = 1000
 """Telemetry lines in a chart."""
@@ -32,11 +32,9 @@ def timing(index: Index, name: str) -> api.Timing:
     """Where the time of a step goes, by rank: means of the last logged steps."""
     (run,) = known(index, [name])
     columns = tags(index)
-    sent = columns.get("exchange/bytes")
-    exchanges = bool(sent and query(index, f"select 1 from metrics where run = ? and {sent} > 0 limit 1", run))
     parts = {tag: columns[tag] for tag in sorted((tag for tag in columns if tag.startswith("time/")), key=_order)}
     if not parts:
-        return api.Timing(run=name, parts=[], ranks=[], slowest=None, exchanges=exchanges, steps=0)
+        return api.Timing(run=name, parts=[], ranks=[], slowest=None, steps=0)
     # Times that no step takes are left out, so that their mean is finite.
     wanted = "".join(f", avg({column}) filter ({column} between 0 and {MAX_SECONDS})" for column in parts.values())
     present = " or ".join(f"{column} is not null" for column in parts.values())
@@ -61,8 +59,7 @@ def timing(index: Index, name: str) -> api.Timing:
         run=name,
         parts=[names[place] for place in used],
         ranks=ranks,
-        slowest=None if exchanges else _slowest(ranks, [names[place] for place in used]),
-        exchanges=exchanges,
+        slowest=_slowest(ranks, [names[place] for place in used]),
         steps=max((row[1] for row in rows), default=0),
     )
 

@@ -18,8 +18,6 @@ export function TimingView(props) {
   const tags = table.metrics.filter((metric) => own.has(metric.name) && (metric.kind === "time" || metric.name.startsWith("exchange"))).map((metric) => metric.name);
   return html`<${OneRun} ...${props}><span class="soft">mean of the last ${data.steps} logged steps</span></${OneRun}>
     ${data.ranks.length ? null : html`<p class="empty">This run has logged no times yet.</p>`}
-    ${data.exchanges ? html`<p class="note" id="exchanges">Forward and backward contain the exchange of rows between the ranks and the waiting in it.
-      What these take, and which rank the others wait for, is in the table of <code>nmoe run --profile</code>.</p>` : null}
     ${data.slowest === null ? null : html`<p class="note">The slowest rank is <b id="slowest">rank ${data.slowest}</b>: without its waiting it takes longest.</p>`}
     <div class="key">${data.parts.map((part, place) => html`<span><span class="swatch" style=${{ background: colour(place) }}></span>${part}</span>`)}</div>
     <div class="stacks">${data.ranks.map((rank) => html`<div class=${rank.rank === data.slowest ? "stack slow" : "stack"} key=${rank.rank}>

@@ -131,7 +131,7 @@ def test_bad_files(tmp_path: Path) -> None:
         (("run", QUICKSTART, "--hidden-size=8"), "run: .*; did you mean --model.hidden_size=8\\?"),
         (("run", QUICKSTART, "--seq_len=8"), "run: .*; did you mean --train.sequence_length=8\\?"),
         (("run", QUICKSTART, "--resume"), "run: .*; did you mean --train.resume=VALUE\\?"),
-        (("run", QUICKSTART, "--dry-run"), "run: .*, got --dry-run; see `nmoe run --help`"),
+        (("run", QUICKSTART, "--dry-run"), "run: .*, got --dry-run; `nmoe plan` says what .*"),
         (("plan", QUICKSTART, "extra"), "plan: .*, got extra; see .*"),
         (("plan", QUICKSTART, "--gpu", "2"), "plan: .*, got --gpu; did you mean --gpus\\?"),
         (

@@ -56,6 +56,9 @@ HERE: dict[str, tuple[str, ...]] = {
 }
 """What is typed in a small workplace, with what makes it short."""
 
+EXIT_CODES = {"nmoe plan dsv3 --gpus 256 --hosts 32": 1}
+"""Of the commands above that answer no, as their page says: 671 B parameters do not fit. All others end with 0."""
+
 QUICK = "tests/test_install.py::test_an_installed_wheel_trains"
 LAUNCH = "tests/test_launch.py::test_the_commands_of_the_page_work"
 TUTORIAL = "tests/effects/data/test_own_data.py::test_the_tutorial_trains_on_a_folder_of_mixed_files"
@@ -187,7 +190,8 @@ def test_the_commands_of_a_page_work(
     for command in commands(page):
         if command in HERE:
             words = [TAKES.get(word, word.replace("runs/NAME", "runs/first")) for word in shlex.split(command)[1:]]
-            assert main([*words, *HERE[command]]) == 0, (command, capsys.readouterr().err)
+            code = main([*words, *HERE[command]])
+            assert code == EXIT_CODES.get(command, 0), (command, capsys.readouterr().err)
 
 
 def overridable() -> set[str]:

@@ -25,7 +25,7 @@ def over(experts: int | None, config: Config = DSV3) -> Config:
 def shown(
     capsys: pytest.CaptureFixture[str], *, gpus: int, hosts: int | None = None, experts: int | None = None
 ) -> str:
-    assert scale.main(over(experts), gpus, hosts, "h200", 0.4, False) == 0
+    assert scale.main(over(experts), gpus, hosts, "h200", 0.4, False) == 1, "a script reads that it does not fit"
     return capsys.readouterr().out
 
 
@@ -36,7 +36,18 @@ def test_one_screen_tells_all(capsys: pytest.CaptureFixture[str], gpus: int, hos
     assert max(map(len, lines)) <= 120
     names = [line[:15].strip() for line in lines if line[:15].strip()]
     beyond = ["once a host"] if gpus > 8 else []
-    expected = ["machine", "experts over", "taken", "exchange", *beyond, "gradients", "parameters", "a step", "time"]
+    expected = [
+        "machine",
+        "EP size",
+        "taken",
+        "to fit",
+        "exchange",
+        *beyond,
+        "gradients",
+        "parameters",
+        "a step",
+        "time",
+    ]
     # the links of the plan are not what its transport between hosts reaches
     ends = [*expected, "other sizes", "links", "assumed", *(["transport"] if beyond else [])]
     assert names[names.index("machine") :] == ends
@@ -45,12 +56,12 @@ def test_one_screen_tells_all(capsys: pytest.CaptureFixture[str], gpus: int, hos
 
 def test_the_screen_and_the_numbers_agree(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, gpus=256, hosts=32)
-    assert scale.main(DSV3, 256, 32, "h200", 0.4, True) == 0
+    assert scale.main(DSV3, 256, 32, "h200", 0.4, True) == 1
     numbers = json.loads(capsys.readouterr().out)
     taken = numbers["taken"]
     assert taken in numbers["choices"] and taken in numbers["sizes"]
     arrangement = taken["arrangement"]
-    assert f"experts over {arrangement['expert_ranks']} of 256 GPUs" in text
+    assert f"EP size {arrangement['expert_ranks']} of 256 GPUs, on " in text
     step = re.search(r"^a step +([\d.]+) s = ([\d.]+) s compute \+ ([\d.]+) s exchanges", text, re.MULTILINE)
     assert step is not None
     told = [float(each) for each in step.groups()]
@@ -66,14 +77,33 @@ def test_the_screen_and_the_numbers_agree(capsys: pytest.CaptureFixture[str]) ->
 
 def test_experts_can_be_placed_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, gpus=256, hosts=32, experts=8)
-    assert re.search(r"^taken +experts over 8 of 256 GPUs on 1 host, .*: DOES NOT FIT into 141 GB$", text, re.MULTILINE)
+    assert re.search(r"^taken +EP size 8 of 256 GPUs, on 1 host, .*: DOES NOT FIT into 141 GB$", text, re.MULTILINE)
     assert re.search(r"^exchange +dispatch 186 MB in its host: 588 us, 232 a step", text, re.MULTILINE)
     assert "copies" not in text
 
 
-def test_one_gpu_has_no_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_gpu_exchanges_nothing_and_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, gpus=1)
-    assert "machine" not in text and "exchange" not in text and text.splitlines()[-1].startswith("time")
+    assert "exchange" not in text
+    assert text.splitlines()[-2:] == [
+        "machine        1 H200: DOES NOT FIT into 141 GB",
+        "to fit         plan for more GPUs or larger ones",
+    ]
+    moonlet = load(ROOT / "configs" / "moonlet.toml", {}, ()).config
+    assert scale.main(moonlet, 1, None, "h200", 0.4, False) == 0
+    assert capsys.readouterr().out.endswith("machine        1 H200: fits into 141 GB\n")
+    assert scale.main(moonlet, 1, None, "h100", 0.4, False) == 1
+    changes = 'lower train.microbatch_size, or write train.recompute = "full", or plan for more GPUs or larger ones'
+    assert capsys.readouterr().out.splitlines()[-1] == f"to fit         {changes}"
+
+
+def test_a_cpu_gets_no_time_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was planned as an H200: 57.4 M tokens/s, done in 0:00:00, of a run that takes minutes."""
+    config = load(ROOT / "configs" / "quickstart.toml", {}, ()).config
+    assert scale.main(config, 1, None, "h200", 0.4, False) == 0
+    text = capsys.readouterr().out
+    assert text.endswith("time           not planned on a CPU: `nmoe run` measures the machine and says it\n")
+    assert "tokens/s" not in text and "H200" not in text
 
 
 def test_a_run_that_ends_before_its_decay_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +141,8 @@ def test_options_that_make_no_sense(
 
 def test_the_command() -> None:
     done = nmoe("plan", "configs/dsv3.toml", "--gpus", "256", "--hosts", "32", "--machine", "h100", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert json.loads(done.stdout)["taken"]["fits"] is False
     assert json.loads(done.stdout)["machine"]["memory"] == 80e9
     refused(
         nmoe("plan", "configs/dsv3.toml", "--gpus", "256", "--hosts", "7"),

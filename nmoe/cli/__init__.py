@@ -76,7 +76,7 @@ def _call(arguments: Sequence[str]) -> int:
     except SystemExit as done:  # after --help
         return int(done.code or 0)
     if unknown:
-        known = "its own arguments and --section.key=value" if args.takes_overrides else "its own arguments"
+        known = "options of this verb and --section.key=value" if args.takes_overrides else "only options of this verb"
         options = _options(parser, args.verb)
         raise InputError(
             *(
@@ -106,6 +106,8 @@ def _meant(argument: str, options: Sequence[str], args: argparse.Namespace) -> s
     near = difflib.get_close_matches(f"--{name}", options, n=1, cutoff=0.8) if argument.startswith("-") else []
     if near:
         return f"did you mean {near[0]}?"
+    if name == "dry-run" and args.verb == "run":
+        return "`nmoe plan` says what a run would cost, `nmoe config check` whether its config is valid"
     key = (
         meant(name.replace("-", "_"), Config) if args.takes_overrides and (equals or argument.startswith("-")) else None
     )

@@ -11,7 +11,7 @@ from nmoe.config.check import unrunnable
 from nmoe.effects.terminal import say, say_json, table
 from nmoe.errors import InputError
 from nmoe.pure.cost.machines import MACHINES, Machine
-from nmoe.pure.cost.report import numbers, render, screen
+from nmoe.pure.cost.report import alone, numbers, screen
 from nmoe.pure.cost.scale import Arrangement, Scaled, best, choices, scale
 
 
@@ -20,6 +20,7 @@ def main(config: Config, gpus: int, hosts: int | None, machine: str, mfu: float 
 
     mfu      of the computation alone; None: what was measured on such a GPU
     hosts    they are in; None: as few as the kind's hosts allow
+    returns  exit code: 0, or 1 when it does not fit into the memory of the GPUs
     Raises:  InputError with everything that is wrong with the options.
     """
     check(config, gpus, hosts, machine, mfu)
@@ -38,7 +39,7 @@ def main(config: Config, gpus: int, hosts: int | None, machine: str, mfu: float 
     if as_json:
         say_json(numbers(taken, candidates, bests))
     elif gpus == 1:
-        say(render(config, taken.plan))
+        say(alone(config, taken))
     else:
         say(screen(config, taken, candidates, bests, partial(table, left=0)))
     as_planned = attrs.evolve(config.parallel, experts=taken.arrangement.expert_ranks)
@@ -46,7 +47,7 @@ def main(config: Config, gpus: int, hosts: int | None, machine: str, mfu: float 
         say("planned only   " + problem.replace("; ", f"\n{'':<15}"))
     if not as_json and taken.arrangement.expert_hosts() > 1 and config.parallel.transport == "proxy":
         say('transport      "proxy" sends by a thread and TCP, slower than these links: no network has run it')
-    return 0
+    return 0 if taken.fits() or (gpus == 1 and config.run.device == "cpu") else 1
 
 
 def check(config: Config, gpus: int, hosts: int | None, machine: str, mfu: float | None) -> None:

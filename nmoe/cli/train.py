@@ -48,7 +48,13 @@ def verbs(root: Verbs) -> None:
     )
 
     plan = add(
-        root, "plan", _plan, "say what a config will cost", "dsv3 --gpus 256 --hosts 32", config=True, reads=True
+        root,
+        "plan",
+        _plan,
+        "say what a config will cost; exit code 1 when it does not fit",
+        "dsv3 --gpus 256 --hosts 32",
+        config=True,
+        reads=True,
     )
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks to plan for (default: parallel.ranks)")
     add_fit(plan)

@@ -87,7 +87,7 @@ class Facts:
 class Line:
     """One finding."""
 
-    level: Literal["ok", "warn", "FAIL"]
+    level: Literal["ok", "none", "warn", "FAIL"]
     what: str
     value: str
     advice: str = ""
@@ -108,7 +108,10 @@ def main(as_json: bool) -> int:
 
 
 def judge(facts: Facts) -> tuple[Line, ...]:
-    """What the facts mean. `warn` is something this machine cannot do, `FAIL` something nothing works without."""
+    """What the facts mean.
+
+    `none` is something optional that is not there, `warn` something to look at, `FAIL` something nothing works without.
+    """
     return (
         *_software(facts),
         *_machine(facts),
@@ -140,7 +143,7 @@ def _software(facts: Facts) -> Iterator[Line]:
         if all(package in facts.packages for package in packages):
             yield Line(level="ok", what=f"extra {extra}", value=value)
         else:
-            yield Line(level="warn", what=f"extra {extra}", value=value, advice=f"pip install 'nmoe[{extra}]'")
+            yield Line(level="none", what=f"extra {extra}", value=value, advice=f"pip install 'nmoe[{extra}]'")
 
 
 def _machine(facts: Facts) -> Iterator[Line]:
@@ -217,7 +220,7 @@ def _preset(preset: Preset, facts: Facts) -> Iterator[Line]:
         lacks.append((f"no manifest.json in {preset.data}", "prepare data there, or set data.source.path"))
     if lacks:
         values, advice = zip(*lacks, strict=True)
-        yield Line(level="warn", what=preset.name, value="; ".join(values), advice="; ".join(advice))
+        yield Line(level="none", what=preset.name, value="; ".join(values), advice="; ".join(advice))
     else:
         yield Line(level="ok", what=preset.name, value="this machine has what it needs")
     yield from (Line(level="ok", what=preset.name, value=remark) for remark in preset.remarks)

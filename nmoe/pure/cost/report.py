@@ -31,6 +31,31 @@ def _aligned(*lines: Line) -> str:
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
 
 
+def alone(config: Config, taken: Scaled) -> str:
+    """The plan of one GPU, and whether it fits; of a CPU, whose speed nobody knows before a run, without the time."""
+    if config.run.device == "cpu":
+        unknown = "not planned on a CPU: `nmoe run` measures the machine and says it"
+        return _aligned(*_about(config, taken.plan), ("time", unknown))
+    memory = quantity(taken.machine.memory, "B")
+    verdict = f"fits into {memory}" if taken.fits() else f"DOES NOT FIT into {memory}"
+    fit = _aligned(("machine", f"1 {taken.machine.gpu}: {verdict}"), *_to_fit(config, taken))
+    return f"{render(config, taken.plan)}\n{fit}"
+
+
+def _to_fit(config: Config, taken: Scaled) -> tuple[Line, ...]:
+    """What makes a plan smaller that does not fit, of what the config has not done yet."""
+    if taken.fits():
+        return ()
+    train = config.train
+    changes = (
+        "lower train.microbatch_size" if train.microbatch_size > 1 else "",
+        'write train.recompute = "full"' if train.recompute != "full" else "",
+        'write precision.moments = "bf16"' if config.precision.moments != "bf16" else "",
+        "plan for more GPUs or larger ones",
+    )
+    return (("to fit", ", or ".join(filter(None, changes))),)
+
+
 def render(config: Config, planned: Plan) -> str:
     """The plan of ranks that wait for nobody."""
     return _aligned(
@@ -52,7 +77,10 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
     mixtures = c.num_layers - c.num_dense_layers
     ahead = f" and {c.depth()} of multi-token prediction" if c.mtp else ""
     parts = "  ".join(f"{name} {100 * value / forward:.1f} %" for name, value in attrs.asdict(flops).items() if value)
-    kinds = [f"{name} {quantity(value, 'B')}" if value else "" for name, value in attrs.asdict(memory).items()]
+    kinds = [
+        f"{'optimizer states' if name == 'moments' else name} {quantity(value, 'B')}" if value else ""
+        for name, value in attrs.asdict(memory).items()
+    ]
     return (
         (
             "model",
@@ -74,7 +102,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
         *_precision(config, planned),
         (
             "ranks",
-            f"{planned.ranks}  experts over {planned.expert_ranks}  {planned.microbatches} microbatches of "
+            f"{planned.ranks}  EP size {planned.expert_ranks}  {planned.microbatches} microbatches of "
             f"{train.microbatch_size} x {train.sequence_length} a rank",
         ),
         ("memory a rank", f"{quantity(memory.total(), 'B')}  {'  '.join(filter(None, kinds[:4]))}"),
@@ -152,8 +180,8 @@ def screen(
     return _aligned(
         *_about(config, taken.plan),
         ("machine", where),
-        *_named("experts over", table(*_compared(candidates)).splitlines()),
-        *_in_detail(taken),
+        *_named("EP size", table(*_compared(candidates)).splitlines()),
+        *_in_detail(config, taken),
         *_named("other sizes", table(*_by_size(bests)).splitlines()),
         *_assumed(taken),
     )
@@ -214,16 +242,17 @@ def _sent(traffic: Traffic) -> str:
     return f"{near} in its host, {far} to others" if traffic.between else f"{near} in its host"
 
 
-def _in_detail(s: Scaled) -> tuple[Line, ...]:
+def _in_detail(config: Config, s: Scaled) -> tuple[Line, ...]:
     """One arrangement."""
     a, planned, machine = s.arrangement, s.plan, s.machine
     why = "the fastest that fits" if s.fits() else f"DOES NOT FIT into {quantity(machine.memory, 'B')}"
     return (
         (
             "taken",
-            f"experts over {a.expert_ranks} of {a.gpus} GPUs on {_hosts_of(a.expert_hosts())}, "
+            f"EP size {a.expert_ranks} of {a.gpus} GPUs, on {_hosts_of(a.expert_hosts())}, "
             f"{'with' if a.dedup else 'without'} dedup: {why}",
         ),
+        *_to_fit(config, s),
         (
             "exchange",
             f"dispatch {_sent(s.dispatch)}: {time_of(s.dispatch_s)}, {s.dispatches} a step; "
@@ -266,7 +295,7 @@ def _once(s: Scaled) -> tuple[Line, ...]:
 
 def _by_size(bests: tuple[Scaled, ...]) -> Grid:
     """Numbers of GPUs, each with its best arrangement."""
-    head = ("GPUs", "hosts", "experts over", "memory a GPU", "", "a step", "waits", "tokens/s", "a GPU", "days")
+    head = ("GPUs", "hosts", "EP size", "memory a GPU", "", "a step", "exposed", "tokens/s", "a GPU", "days")
     rows = [
         (
             *(str(number) for number in (s.arrangement.gpus, s.arrangement.hosts, s.arrangement.expert_ranks)),
@@ -314,6 +343,6 @@ def _symmetric_memory(arena: Fields | None) -> str:
         return f"symmetric memory {quantity(0, 'B')}"
     landing, combine = arena.land.size() + arena.land_gradient.size(), arena.back.size()
     return (
-        f"symmetric memory {quantity(arena.allocated(), 'B')}: landing {quantity(landing, 'B')}  combine "
+        f"symmetric memory {quantity(arena.allocated(), 'B')}: receive buffers {quantity(landing, 'B')}  combine "
         f"{quantity(combine, 'B')}  gates, indices, counts, flags {quantity(arena.size - landing - combine, 'B')}"
     )

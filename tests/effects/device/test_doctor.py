@@ -78,8 +78,8 @@ def test_a_good_machine_has_nothing_to_fix() -> None:
         ({"packages": without("triton")}, "triton", "FAIL", "absent"),
         ({"packages": without("triton"), "system": "Darwin"}, "triton", "ok", "not needed on Darwin"),
         ({"broken": {"triton": "ImportError: libtriton.so"}}, "triton", "FAIL", "libtriton.so"),
-        ({"packages": without("pyarrow")}, "extra data", "warn", "pip install 'nmoe[data]'"),
-        ({"packages": without("transformers")}, "extra hf", "warn", "transformers absent"),
+        ({"packages": without("pyarrow")}, "extra data", "none", "pip install 'nmoe[data]'"),
+        ({"packages": without("transformers")}, "extra hf", "none", "transformers absent"),
         ({"extras": {}}, "extras", "warn", "pip install -e ."),
         ({"memory_bytes": 2 * 2**30}, "cpu and memory", "warn", "2.15 GB"),
         ({"free_bytes": 2**29}, "free disk", "warn", "537 MB"),
@@ -90,9 +90,9 @@ def test_a_good_machine_has_nothing_to_fix() -> None:
         ({"environ": OFF | {"NCCL_NVLS_ENABLE": "1"}}, "NCCL_NVLS_ENABLE", "warn", "export NCCL_NVLS_ENABLE=0"),
         ({"environ": {}}, "NVSHMEM_DISABLE_NVLS", "warn", "unset"),
         ({"environ": OFF | {"PYTORCH_ALLOC_CONF": "a:1"}}, "PYTORCH_ALLOC_CONF", "warn", "unset PYTORCH_ALLOC_CONF"),
-        ({"gpus": (H100,)}, "a", "warn", "meant for 2 GPUs, this machine has 1"),
-        ({"gpus": (H100, A100)}, "a", "warn", "has 1 to use"),
-        ({"gpus": ()}, "a", "warn", "has none to use"),
+        ({"gpus": (H100,)}, "a", "none", "meant for 2 GPUs, this machine has 1"),
+        ({"gpus": (H100, A100)}, "a", "none", "has 1 to use"),
+        ({"gpus": ()}, "a", "none", "has none to use"),
     ],
 )
 def test_each_lack_is_told_with_its_remedy(change: dict[str, Any], what: str, level: str, told: str) -> None:
@@ -105,9 +105,9 @@ def test_each_lack_is_told_with_its_remedy(change: dict[str, Any], what: str, le
 @pytest.mark.parametrize(
     ("preset", "level", "told"),
     [
-        (Preset(name="p", device="cuda", data="d", data_found=False), "warn", "no manifest.json in d"),
+        (Preset(name="p", device="cuda", data="d", data_found=False), "none", "no manifest.json in d"),
         (Preset(name="p", problems=("p:3: model.hidden_size: ...",)), "FAIL", "p:3: model.hidden_size"),
-        (Preset(name="p", device="cpu"), "warn", "pip install 'nmoe[data]'"),
+        (Preset(name="p", device="cpu"), "none", "pip install 'nmoe[data]'"),
         (Preset(name="p", device="cpu", data="d"), "ok", "has what it needs"),
     ],
 )
@@ -123,7 +123,7 @@ def test_a_preset_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     (remark,) = slow.remarks
     assert "no kernels" in remark and doctor.read_preset("moonlet").remarks == ()
     lines = [line for line in doctor.judge(attrs.evolve(GOOD, presets=(slow,))) if line.what == slow.name]
-    assert [line.level for line in lines] == ["warn", "ok"] and lines[1].value == remark
+    assert [line.level for line in lines] == ["none", "ok"] and lines[1].value == remark
 
 
 def test_multicast_and_peers_only_matter_among_gpus() -> None:

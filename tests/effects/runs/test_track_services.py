@@ -151,7 +151,6 @@ def test_a_service_that_cannot_be_opened_is_told(service: Service) -> None:
 def test_an_absent_package_names_its_extra(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (service.name, f"{service.name}.tracking"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(
-        InputError, match=rf'--to: expected {service.name} to be installed.*pip install "nmoe\[{service.name}\]"'
-    ):
+    expected = rf"--to: expected the package {service.name} to be installed, got none; "
+    with pytest.raises(InputError, match=rf'{expected}pip install "nmoe\[{service.name}\]"'):
         service.once()

@@ -47,7 +47,10 @@ def _module(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f'--to: expected {extra} to be installed, got {error}; pip install "nmoe[{extra}]"') from error
+        got = "none" if isinstance(error, ModuleNotFoundError) else error  # a broken one says what it lacks
+        raise InputError(
+            f'--to: expected the package {extra} to be installed, got {got}; pip install "nmoe[{extra}]"'
+        ) from error
 
 
 class TensorBoard:

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
 ]
 
-NAMES = ("y", "dx", "d_weight", "d_up", "d_down")
+NAMES = ("y", "dx", "d_weight", "d_up", "d_down", "d_bias")
 ONE_GPU = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 

@@ -18,10 +18,6 @@ import triton.language as tl
 from nmoe.effects.kernels.attention.blocks import HIDDEN, LOG2_E
 from nmoe.effects.kernels.attention.dsa_index_kernels import load_heads, load_rows
 
-AT_ONCE = tl.constexpr(8)
-"""Queries of a chunk whose parts `gather_kernel` has under way together: a load of parts waits for one of places, and
-one query after the other the seven queries of a chunk are 14 latencies of memory in place of two."""
-
 
 @triton.jit
 def list_of(t, positions, slots):
@@ -204,17 +200,13 @@ def gather_kernel(
     inside = (key < positions)[:, None] & (channel < width)[None, :]
     acc = tl.zeros([block_n, block_k], tl.float32)
     read = tl.zeros([block_n], tl.int32)
-    for first in tl.range(0, queries, AT_ONCE):
-        found = ()
-        for i in tl.static_range(AT_ONCE):
-            mask = (key < positions) & (first + i < queries)
-            found += (tl.load(place + tl.cast(first + i, tl.int64) * positions + key, mask=mask, other=-1),)
-        for i in tl.static_range(AT_ONCE):
-            slot = found[i]
-            there = slot >= 0  # pyright: ignore[reportOperatorIssue]
-            row = (tl.cast(first + i, tl.int64) * slots + tl.maximum(slot, 0))[:, None] * width + channel[None, :]
-            acc += tl.load(parts + row, mask=there[:, None] & inside, other=0.0).to(tl.float32)
-            read += there.to(tl.int32)
+    # one query after the other: 114 ms of a backward pass; with the parts of eight loaded together 140
+    for g in tl.range(0, queries):
+        slot = tl.load(place + tl.cast(g, tl.int64) * positions + key, mask=key < positions, other=-1)
+        there = slot >= 0
+        row = (tl.cast(g, tl.int64) * slots + tl.maximum(slot, 0))[:, None] * width + channel[None, :]
+        acc += tl.load(parts + row, mask=there[:, None] & inside, other=0.0).to(tl.float32)
+        read += there.to(tl.int32)
     inside = inside & (read > 0)[:, None]
     rounded = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
     acc += rounded + tl.load(rest + at, mask=inside, other=0.0).to(tl.float32)

@@ -16,7 +16,7 @@ from nmoe.config.sections import Dsa, Gqa, Kda, Mla, Nsa
 from nmoe.effects.device import ops
 from nmoe.effects.kernels import norm
 from nmoe.pure.core import tree
-from nmoe.pure.core.spec import Spec
+from nmoe.pure.core.spec import POLICY, Spec
 from nmoe.pure.model.attention import KINDS
 
 WIDTH = 256
@@ -73,7 +73,7 @@ def both_ways(c: Any, length: int, device: torch.device) -> Callable[[], list[Te
 
     def leaf(path: str, spec: Spec) -> Tensor:
         value = drawn(*spec.shape(sizes)) * 0.05
-        return (value if spec.role.name == "MATRIX" else value.float()).requires_grad_()
+        return (value if POLICY[spec.role].storage == "compute" else value.float()).requires_grad_()
 
     p, x = tree.map(leaf, kind.specs(c)), drawn(1, length, WIDTH).requires_grad_()
     rope = tree.map(lambda _, table: table.to(device), kind.tables(c, length))

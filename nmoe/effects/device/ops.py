@@ -244,7 +244,9 @@ def nsa_tiles(device: torch.device, head_dim: int, value: int) -> nsa.Tiles:
     return nsa.Tiles(**tuning.find(shipped(device), "nsa", head_dim, value).tiles)
 
 
-FP8_SLOWER = "precision: the experts' kernels take 2 to 64 % longer in fp8 than in bf16 at the sizes measured on an H200"
+FP8_SLOWER = (
+    "precision: the experts' kernels take 2 to 64 % longer in fp8 than in bf16 at the sizes measured on an H200"
+)
 """0.61 to 0.98 of the speed over 16 sizes, the table of docs/precision.md."""
 
 

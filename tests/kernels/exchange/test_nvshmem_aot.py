@@ -44,6 +44,8 @@ def test_segment_puts_link_with_nvshmem(tmp_path: Path) -> None:
             "nvidia-nvshmem-cu13"
         )
     library = next(str(each.locate()) for each in files if each.name == LIBRARY)
+    header = next(Path(str(each.locate())) for each in files if each.name == "nvshmem_common_transport.h")
+    assert f"NVSHMEM_SIGNAL_SET = {SET}," in header.read_text()
     puts, signals = aot.compile_all(requests(library), tmp_path, targets=[90])
     for each in (puts, signals):
         assert each.races == []

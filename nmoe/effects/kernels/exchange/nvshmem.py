@@ -1,6 +1,6 @@
 """Put rows into the memory of ranks on other hosts, by NVSHMEM: one message a contiguous run of rows, not one a row.
 
-Counterparts of `push_` and of the signal half of `barrier_`. They compile and link and have not run. No exchange opens
+Counterparts of `push_` and of the signal half of `barrier_`. They compile and link, and on GPUs they were right in no run yet. No exchange opens
 with them: `parallel.transport` does not name NVSHMEM, and docs/decisions/0011-between-hosts.md says why, and which test
 of two GPUs decides it.
 
@@ -17,8 +17,9 @@ from triton.language import core
 LIBRARY = "libnvshmem_device.bc"
 """NVSHMEM's device functions, in the wheel nvidia-nvshmem-cu13, which launches link with."""
 
-SET = 0
-"""NVSHMEM_SIGNAL_SET: every thread of the block sends the signal, so it must replace the word, not add to it."""
+SET = 9
+"""NVSHMEM_SIGNAL_SET: every thread of the block sends the signal, so it must replace the word. Any other value adds to
+it: with 0, two H200 passed barriers that nobody had reached (docs/log.md, 2026-11-29)."""
 
 
 @core.extern

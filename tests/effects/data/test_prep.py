@@ -369,6 +369,12 @@ def test_what_can_not_be_read_is_named_with_its_place(home: Path, name: str) -> 
     refused(home, "[input]\nkind = 'jsonl'\npaths = ['in']\n", f"in/{message}")
 
 
+def test_a_broken_line_is_named_by_its_number(home: Path) -> None:
+    (home / "in").mkdir()
+    (home / "in" / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n{"text": "fine"}\n{"text": \n')
+    refused(home, "[input]\nkind = 'jsonl'\npaths = ['in']\n", 'clean.unreadable = "skip" (line 4)')
+
+
 @pytest.mark.parametrize("name", [name for name in BROKEN if name != "ending"])
 def test_what_can_not_be_read_is_left_out_and_counted_on_request(home: Path, name: str) -> None:
     file, content, _ = BROKEN[name]

@@ -413,7 +413,7 @@ def test_a_damaged_file_in_the_middle_costs_nothing_that_is_done(home: Path) -> 
     path = write_source(home, body)
     with open_pool(workers=1, dask=None) as pool:
         prepare(load_source(path), tokenizers.load(home / "known"), home, home / "out", pool, told.append)
-    assert told[0].startswith("survey: 1 of 1 tasks")
+    assert told[0].startswith("survey: 1 of 1 task,")
     assert before
     prepared(home, body, out="fresh")
     assert digests(home / "out") == digests(home / "fresh")

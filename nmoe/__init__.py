@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from nmoe import config
     from nmoe.effects.runs.records import metrics
     from nmoe.effects.train.trained import load
@@ -148,6 +149,8 @@ _HOME = MappingProxyType(
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for. A submodule of `nmoe.pure` comes as itself."""
+    if name == "__version__":
+        return import_module("nmoe.cli").version()
     if name in _MODULES:
         return import_module(f"{_MODULES[name]}.{name}")
     if name == "config":

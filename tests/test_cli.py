@@ -190,7 +190,9 @@ def test_config_verbs() -> None:
     assert re.search(r"^train.steps = 7 +# command line --train.steps=7$", done.stdout, re.MULTILINE)
     assert re.search(r"^log.every = 3 +# environment NMOE_LOG__EVERY$", done.stdout, re.MULTILINE)
     done = nmoe("config", "check", QUICKSTART)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{QUICKSTART}: valid for 1 rank(s)")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(
+        f"{QUICKSTART}: valid for 1 rank, identity "
+    )
 
 
 def test_config_diff() -> None:
@@ -388,3 +390,10 @@ def test_a_run_says_something_before_torch_is_imported(tmp_path: Path) -> None:
     with open(ours, "rb", buffering=0) as read:
         assert read.read(1000) == b"config         quickstart is checked; loading torch\r\n", done.stderr
     assert done.returncode == 9
+
+
+def test_a_script_reads_the_version_that_the_command_prints() -> None:
+    import nmoe as package
+
+    assert re.fullmatch(r"\d+\.\d+\.\d+", package.__version__)
+    assert nmoe("--version").stdout == f"nmoe {package.__version__}\n"

@@ -170,7 +170,9 @@ def test_an_installed_wheel_knows_presets_by_name(environment: Path, tmp_path: P
     listed = [line.split()[0] for line in ran(environment, tmp_path, "nmoe", "config", "list").splitlines()[1:]]
     assert listed == sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
     checked = ran(environment, tmp_path, "nmoe", "config", "check", "quickstart")
-    assert checked.startswith(f"{packages(environment)}/nmoe/config/presets/quickstart.toml: valid for 1 rank(s)")
+    assert checked.startswith(
+        f"{packages(environment)}/nmoe/config/presets/quickstart.toml: valid for 1 rank, identity "
+    )
     assert "2.65 M" in ran(environment, tmp_path, "nmoe", "plan", "quickstart")
     assert list(tmp_path.iterdir()) == []
 

@@ -156,7 +156,7 @@ def test_a_batch_that_the_gpus_do_not_share_is_fitted() -> None:
     done = nmoe("plan", "moonlet", "--gpus", "8", "--fit")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.startswith("fitted         train.microbatch_size: 8 -> 1\n")
-    assert "1 microbatches of 1 x 4096 a rank" in done.stdout
+    assert "1 microbatch of 1 x 4096 a rank" in done.stdout
     as_json = nmoe("plan", "moonlet", "--gpus", "8", "--fit", "--json")
     assert json.loads(as_json.stdout)["microbatches"] == 1
     assert as_json.stderr == "fitted         train.microbatch_size: 8 -> 1\n"

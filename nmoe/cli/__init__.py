@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(arguments: Sequence[str]) -> int:
     """Parse a command line and call its verb."""
     if list(arguments) == ["--version"]:
-        print(f"nmoe {_version()}")
+        print(f"nmoe {version()}")
         return 0
     parser, verbs = build_parser()
     if "_ARGCOMPLETE" in os.environ:
@@ -123,12 +123,13 @@ def _asking_for_help(arguments: Sequence[str], verbs: Mapping[str, Sequence[str]
     return [*arguments, "--help"] if not arguments or (len(arguments) == 1 and verbs.get(arguments[0])) else arguments
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def version() -> str:
+    """Of the package that is installed."""
+    from importlib import metadata
 
     try:
-        return version("nmoe")
-    except PackageNotFoundError:
+        return metadata.version("nmoe")
+    except metadata.PackageNotFoundError:
         return "not installed, from a checkout"
 
 

@@ -67,13 +67,14 @@ def _config_check(args: argparse.Namespace) -> int:
     from nmoe.config import identity
     from nmoe.config.check import remarks
     from nmoe.effects.terminal import say_json
+    from nmoe.pure.units import counted
 
     config = load(args, to_run=True).config
     if args.json:
         about = {"config": str(args.config), "ranks": config.parallel.ranks, "identity": identity(config)}
         say_json({**about, "remarks": remarks(config)})
         return 0
-    print(f"{args.config}: valid for {config.parallel.ranks} rank(s), identity {identity(config)[:12]}")
+    print(f"{args.config}: valid for {counted(config.parallel.ranks, 'rank')}, identity {identity(config)[:12]}")
     for remark in remarks(config):
         print(f"{args.config}: {remark}")
     return 0

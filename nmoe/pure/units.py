@@ -30,6 +30,11 @@ def quantity(number: float, unit: str = "") -> str:
     return f"{number:.3g} {unit}".rstrip()
 
 
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """`1 file`, `2 files`."""
+    return f"{number} {noun}{'' if number == 1 else ending}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as `h:mm:ss`, with days in front where there are any."""
     whole = round(seconds)

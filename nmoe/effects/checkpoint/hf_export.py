@@ -26,7 +26,7 @@ from nmoe.errors import InputError
 from nmoe.pure.checkpoint.pieces import Piece
 from nmoe.pure.model import hf, model
 from nmoe.pure.model.hf import Part
-from nmoe.pure.units import quantity
+from nmoe.pure.units import counted, quantity
 
 INDEX = "model.safetensors.index.json"
 COMPUTE: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
@@ -108,7 +108,7 @@ def export(
             (folder / name).write_text(text, encoding="utf-8")
         if verify is not None:
             verify(folder)
-    say(f"{out}: {len(index['weight_map'])} tensors, {quantity(size, 'B')} in {len(shards)} files")
+    say(f"{out}: {len(index['weight_map'])} tensors, {quantity(size, 'B')} in {counted(len(shards), 'file')}")
 
 
 def plan(source: Source, shard_bytes: int, *, fp8: bool) -> tuple[Shard, ...]:

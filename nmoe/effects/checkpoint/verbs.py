@@ -19,7 +19,7 @@ from nmoe.effects.terminal import say, say_json, table
 from nmoe.errors import InputError
 from nmoe.pure.checkpoint.retention import Keep
 from nmoe.pure.model.blueprint import make_blueprint
-from nmoe.pure.units import quantity
+from nmoe.pure.units import counted, quantity
 
 
 @attrs.frozen(kw_only=True)
@@ -127,7 +127,7 @@ def show(path: Path, as_json: bool = False) -> int:
         ("checkpoint", str(checkpoint.folder())),
         ("step", f"{manifest.step:,}  attempt {manifest.attempt}  save {manifest.serial} of it"),
         ("lineage", f"{manifest.lineage}  after {manifest.parent.name if manifest.parent else 'nothing'}"),
-        ("bytes", f"{quantity(manifest.num_bytes(), 'B')} in {len(manifest.files)} files"),
+        ("bytes", f"{quantity(manifest.num_bytes(), 'B')} in {counted(len(manifest.files), 'file')}"),
         *((kind, f"{count} tensors  {quantity(elements)} elements") for kind, (count, elements) in kinds.items()),
     ]
     meta = manifest.meta

@@ -32,6 +32,7 @@ from nmoe.effects.data.store.records import read_record
 from nmoe.effects.data.store.shards import documents
 from nmoe.effects.terminal import Progress, say_json
 from nmoe.errors import InputError, printable
+from nmoe.pure.units import counted
 
 
 def verify(folders: Sequence[Path], say: Callable[[str], None], as_json: bool = False) -> int:
@@ -75,7 +76,7 @@ def digest(folders: Sequence[Path], say: Callable[[str], None]) -> int:
                 wrong = f"{path}: expected content with sha256 {receipt.sha256[:80]}, got {actual}; {REMEDY}"
                 raise InputError(*problems or [wrong])
             files.write_text(folder / split / blocks_name(index), text)
-        say(f"{folder}: digests of blocks beside {len(shards)} shards")
+        say(f"{folder}: digests of blocks beside {counted(len(shards), 'shard')}")
     return 0
 
 
@@ -91,10 +92,9 @@ def info(folder: Path, as_json: bool, say: Callable[[str], None]) -> int:
     say(f"tokenizer  {name}, {manifest.tokenizer_size} ids, identity {manifest.tokenizer_identity}")
     for split, about in manifest.splits.items():
         per_token = f", {about.bytes / about.tokens:.2f} bytes a token" if about.tokens else ""
-        shards = f"{len(about.shards)} shard{'' if len(about.shards) == 1 else 's'}"
         say(
             f"{split:<10} {about.tokens} tokens, {about.documents} documents, {about.bytes / 1e6:.1f} MB of text, "
-            f"{shards}{per_token}"
+            f"{counted(len(about.shards), 'shard')}{per_token}"
         )
     if report is not None:
         # of the report what the manifest has not said above; --json has the whole source
@@ -163,7 +163,7 @@ def _verify(folder: Path, say: Callable[[str], None]) -> list[str]:
         done += receipt.tokens
         progress.at(done, f"{folder}: {done / 1e6:.1f} of {total / 1e6:.1f} M tokens")
     if not problems:
-        say(f"{folder}: whole, {total} tokens in {len(shards)} shards")
+        say(f"{folder}: whole, {total} tokens in {counted(len(shards), 'shard')}")
     return problems
 
 

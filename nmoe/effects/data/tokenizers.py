@@ -25,6 +25,7 @@ from nmoe.effects.data.tokenizer import Tokenizer
 from nmoe.effects.terminal import Progress, say_json
 from nmoe.errors import InputError, printable
 from nmoe.pure.data.prep import MILLION, split_of
+from nmoe.pure.units import counted
 
 FOLDER = "tokenizers"
 LARGEST = 1 << 27
@@ -207,7 +208,8 @@ def learn(
                 if entry.reason is None and split == "train" and int.from_bytes(digest[:4], "big") < share * 2**32:
                     yield entry.text
             progress.at(
-                number, f"tokenizer: {number} of {len(works)} tasks read, {share:.0%} of their text learnt from"
+                number,
+                f"tokenizer: {number} of {counted(len(works), 'task')} read, {share:.0%} of their text learnt from",
             )
 
     with reporting(folder):

@@ -14,7 +14,7 @@ from nmoe.pure.cost.plan import Plan
 from nmoe.pure.cost.scale import Scaled
 from nmoe.pure.cost.traffic import Traffic
 from nmoe.pure.parallel.exchange_arena import Fields
-from nmoe.pure.units import duration, quantity, time_of
+from nmoe.pure.units import counted, duration, quantity, time_of
 
 Line = tuple[str, str]
 """What a line is about, and what it says."""
@@ -102,7 +102,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
         *_precision(config, planned),
         (
             "ranks",
-            f"{planned.ranks}  EP size {planned.expert_ranks}  {planned.microbatches} microbatches of "
+            f"{planned.ranks}  EP size {planned.expert_ranks}  {counted(planned.microbatches, 'microbatch', 'es')} of "
             f"{train.microbatch_size} x {train.sequence_length} a rank",
         ),
         ("memory a rank", f"{quantity(memory.total(), 'B')}  {'  '.join(filter(None, kinds[:4]))}"),

@@ -131,7 +131,10 @@ def test_the_text_may_have_another_key(tmp_path: Path, capsys: pytest.CaptureFix
     lines = [json.dumps({"content": sentence(number)}) for number in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     command = ["data", "prep", str(tmp_path), str(tmp_path / "out"), "--vocab", "300", "--workers", "1"]
-    assert main(command) == 2 and "a.jsonl: expected a text in text at byte 0, got nothing" in capsys.readouterr().err
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "a.jsonl: expected a text in text at byte 0, got nothing; its keys are content; name that of " in error
+    assert "by --text-field, or" in error and error.endswith(" (line 1)\n")
     assert main([*command, "--text-field", "content"]) == 0
     assert held(tmp_path / "out") == set(map(sentence, range(100)))
 

@@ -369,6 +369,12 @@ def test_what_can_not_be_read_is_named_with_its_place(home: Path, name: str) -> 
     refused(home, "[input]\nkind = 'jsonl'\npaths = ['in']\n", f"in/{message}")
 
 
+def test_a_broken_line_is_named_by_its_number(home: Path) -> None:
+    (home / "in").mkdir()
+    (home / "in" / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n{"text": "fine"}\n{"text": \n')
+    refused(home, "[input]\nkind = 'jsonl'\npaths = ['in']\n", 'clean.unreadable = "skip" (line 4)')
+
+
 @pytest.mark.parametrize("name", [name for name in BROKEN if name != "ending"])
 def test_what_can_not_be_read_is_left_out_and_counted_on_request(home: Path, name: str) -> None:
     file, content, _ = BROKEN[name]
@@ -407,7 +413,7 @@ def test_a_damaged_file_in_the_middle_costs_nothing_that_is_done(home: Path) -> 
     path = write_source(home, body)
     with open_pool(workers=1, dask=None) as pool:
         prepare(load_source(path), tokenizers.load(home / "known"), home, home / "out", pool, told.append)
-    assert told[0].startswith("survey: 1 of 1 tasks")
+    assert told[0].startswith("survey: 1 of 1 task,")
     assert before
     prepared(home, body, out="fresh")
     assert digests(home / "out") == digests(home / "fresh")

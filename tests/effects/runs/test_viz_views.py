@@ -464,3 +464,41 @@ def test_every_address_for_programs_answers(server: Server) -> None:
     said: list[str] = []
     exec(code[1].replace("http://localhost:6543", server.url).replace("first", "finished"), {"print": said.append})
     assert json.loads(json.dumps(said)) == [runs.loss(200)]
+
+
+def test_a_run_of_one_validation_hides_no_others(browser: Browser, tmp_path: Path) -> None:
+    """One value has no spread: as the measure of what lies far away it cut the other run's curve off in its middle."""
+    for name, losses in (("long", (4.3, 3.5, 2.9)), ("short", (4.6,))):
+        path = runs.folder(tmp_path, name)
+        lines = [
+            {"attempt": 1, "time": runs.at(place), "step": 50 * place, "elapsed_s": place, "validation/loss": loss}
+            for place, loss in enumerate(losses, start=1)
+        ]
+        runs.append(path / "metrics.rank0.jsonl", [*(runs.metrics(step) for step in range(1, 150)), *lines])
+    with (
+        serving(tmp_path) as server,
+        opened(browser, f"{server.url}/?view=evaluations&run=long&run=short") as page,
+    ):
+        chart = figure(page, "validation/loss")
+        expect(chart.locator(".legend tbody tr")).to_have_count(2)
+        expect(chart.locator(".beyond")).to_have_count(0)
+        assert float(ticks(chart, "y")[0]) <= 3.0
+
+
+def test_keys_of_a_config_are_whole_on_a_phone(browser: Browser, server: Server) -> None:
+    """qk_nope_head_dim and qk_rope_head_dim both read model.attention.qk..."""
+    with opened(
+        browser, f"{server.url}/?view=configs&run=finished&run=resumed", viewport={"width": 390, "height": 844}
+    ) as page:
+        page.get_by_label("differences only").uncheck()
+        keys = page.locator(".configs tbody th.stay")
+        expect(keys.first).to_be_visible()
+        cut = keys.evaluate_all("(all) => all.filter((key) => key.scrollWidth > key.clientWidth).length")
+        assert cut == 0 and page.locator(".configs td").first.is_visible()
+
+
+def test_a_table_that_goes_on_to_the_right_shows_it(browser: Browser, server: Server) -> None:
+    with opened(browser, f"{server.url}/?view=gpus&run=finished", viewport={"width": 390, "height": 844}) as page:
+        table = page.locator(".scroll").first
+        expect(table).to_have_css("background-image", re.compile("gradient.*gradient"))
+        assert table.evaluate("(node) => node.scrollWidth > node.clientWidth")

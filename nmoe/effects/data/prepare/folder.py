@@ -20,6 +20,7 @@ from nmoe.effects.data.prepare.inputs import find, hub_files
 from nmoe.effects.data.prepare.prep import begun
 from nmoe.effects.data.store.format import MANIFEST, Manifest, read_manifest, stem
 from nmoe.errors import InputError
+from nmoe.pure.units import counted
 
 PRESET = "quickstart"
 MAX_CHARS = 1 << 15
@@ -58,7 +59,7 @@ def folder_source(
         named = ", ".join(binary[:5]) + (", ..." if len(binary) > 5 else "")
         if len(binary) == len(items):
             raise InputError(f"{path}: expected files of text or records, got binary ones alone: {named}; name others")
-        say(f"passed over {len(binary)} binary files: {named}")
+        say(f"passed over {counted(len(binary), 'binary file')}: {named}")
         read = attrs.evolve(read, exclude=(*read.exclude, *map(glob.escape, binary)))
         items = [item for item in items if item.name not in set(binary)]
     sizes = [
@@ -107,7 +108,7 @@ def _inputs(source: Source, base: Path, out: Path, say: Callable[[str], None]) -
         return f"{len(hub_files(said)[1])} files of {said.dataset}, split {said.split}"
     items = find(said, base, out=out, skip_unreadable=source.clean.unreadable == "skip", say=say)
     forms = Counter(FORMS.get(item.form, item.form) for item in items)
-    return f"{len(items)} files, {sum(sum(item.sizes) for item in items) / 1e6:.1f} MB: " + ", ".join(
+    return f"{counted(len(items), 'file')}, {sum(sum(item.sizes) for item in items) / 1e6:.1f} MB: " + ", ".join(
         f"{count} {form}" for form, count in sorted(forms.items())
     )
 

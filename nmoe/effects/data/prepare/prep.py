@@ -46,6 +46,7 @@ from nmoe.effects.data.store.shard_writer import commit
 from nmoe.effects.terminal import Progress
 from nmoe.errors import InputError
 from nmoe.pure.data.prep import Item
+from nmoe.pure.units import counted
 
 FORMAT = 1
 WORK = ".work"
@@ -157,16 +158,17 @@ def report_lines(report: Report) -> list[str]:
     """The report for a person."""
     kept = sum(report.documents_out.values())
     lines = [
-        f"read       {report.files} files, {report.bytes_read / 1e6:.1f} MB, {report.documents_in} documents",
+        f"read       {counted(report.files, 'file')}, {report.bytes_read / 1e6:.1f} MB, "
+        + counted(report.documents_in, "document"),
         *(f"dropped    {count} {reason}" for reason, count in sorted(report.dropped.items()) if count),
     ]
     if report.documents_with_replaced_bytes:
         lines.append(f"replaced   bytes that are not UTF-8 in {report.documents_with_replaced_bytes} documents")
-    lines.append(f"kept       {kept} documents, {sum(report.tokens_out.values())} tokens")
+    lines.append(f"kept       {counted(kept, 'document')}, {sum(report.tokens_out.values())} tokens")
     for split in SPLITS:
         tokens, size = report.tokens_out.get(split, 0), report.bytes_out.get(split, 0)
         ratio = f", {size / tokens:.2f} bytes a token" if tokens else ""
-        lines.append(f"{split:<10} {report.documents_out.get(split, 0)} documents, {tokens} tokens{ratio}")
+        lines.append(f"{split:<10} {counted(report.documents_out.get(split, 0), 'document')}, {tokens} tokens{ratio}")
     lines.append(f"tokenizer  {report.tokenizer} {report.tokenizer_identity[:12]}")
     return lines
 
@@ -207,7 +209,7 @@ def _stage(
     for number, (work, _) in enumerate(run(function, wanted, pool), 1):
         done_bytes += sizes[work.index]
         size = f", {done_bytes / 1e6:.1f} of {total / 1e6:.1f} MB" if total else ""
-        progress.at(done_bytes if total else number, f"{name}: {number} of {len(missing)} tasks{size}")
+        progress.at(done_bytes if total else number, f"{name}: {number} of {counted(len(missing), 'task')}{size}")
     if enough is not None:
         return
     reported = time.monotonic()

@@ -175,15 +175,18 @@ def _records(chunks: Iterator[bytes], begin: int, part: Range | None, item: Item
         elif line.strip():
             try:
                 document = _record(line, position, item.name, source)
-            except InputError:
+            except InputError as error:
                 if source.clean.unreadable == "error":
-                    raise
+                    # counted only now: an editor goes to a line, not to a byte
+                    at = f" (line {_line_number(item.path, position)})" if item.form == "lines" else ""
+                    raise InputError(f"{error}{at}") from error
                 document = Document(text=None, position=position, reason="unreadable")
             yield document
 
 
 def _record(line: bytes, position: int, name: str, source: Source) -> Document:
     """The document of one line of JSON."""
+    fields = source.input
     remedy = 'fix the line, or write clean.unreadable = "skip"'
     decoded, replaced = _decoded(line, name, position, source)
     try:
@@ -194,7 +197,19 @@ def _record(line: bytes, position: int, name: str, source: Source) -> Document:
         ) from error
     if not isinstance(record, dict):
         raise InputError(f"{name}: expected a JSON object at byte {position}, got {type(record).__name__}; {remedy}")
+    if isinstance(fields, Files | Jsonl) and fields.text_field not in record and record:
+        keys = ", ".join(sorted(record)[:8])
+        remedy = (
+            f"its keys are {keys}; name that of the text by --text-field, or input.text_field of a TOML, or {remedy}"
+        )
     return _checked(record.get, position, f"at byte {position}", replaced, name, source, remedy)
+
+
+def _line_number(path: str, position: int) -> int:
+    """The line that begins at a byte of a file, from 1."""
+    with open(path, "rb") as file:
+        chunks = (file.read(min(CHUNK_BYTES, position - start)) for start in range(0, position, CHUNK_BYTES))
+        return 1 + sum(chunk.count(b"\n") for chunk in chunks)
 
 
 def _checked(get: Any, position: int, place: str, replaced: bool, name: str, source: Source, remedy: str) -> Document:

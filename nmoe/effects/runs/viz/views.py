@@ -41,7 +41,7 @@ COLUMNS = tuple(
         ("tokens", "tokens", "count", ""),
         ("tokens_per_s", "tokens/s", "count", "max"),
         ("mfu", "MFU", "percent", "max"),
-        ("elapsed_s", "trained", "duration", ""),
+        ("elapsed_s", "duration", "duration", ""),
         ("left_s", "left", "duration", ""),
         ("started", "started", "ago", ""),
     )

@@ -77,7 +77,8 @@ export function ordinary(lines, least = 0) {
   const ranges = lines.map((line) => own(line.values)).filter((range) => range !== null);
   if (!ranges.length) return null;
   const lower = (values) => values.sort((a, b) => a - b)[Math.floor((values.length - 1) / 2)];
-  const reach = 4 * lower(ranges.map((range) => range.high - range.low));
+  const heights = ranges.map((range) => range.high - range.low).filter((height) => height > 0);
+  const reach = heights.length ? 4 * lower(heights) : Infinity; // one value has no height, and says nothing of the others
   const top = lower(ranges.map((range) => range.high)) + reach, bottom = -lower(ranges.map((range) => -range.low)) - reach;
   const ceiling = Math.max(top, ...ranges.map((range) => range.median));
   const floor = Math.min(bottom, ...ranges.map((range) => range.median));

@@ -12,7 +12,7 @@ const HIGHLIGHT_UP_TO = 50;
 
 /** How the horizontal axes are called and read. */
 export const X_AXES = {
-  step: ["step", count], tokens: ["tokens", count], time: ["time trained", hours], clock: ["wall clock", clock],
+  step: ["step", count], tokens: ["tokens", count], time: ["training time", hours], clock: ["wall clock", clock],
   flops: ["FLOPs", count],
 };
 

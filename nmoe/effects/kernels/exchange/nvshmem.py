@@ -1,8 +1,8 @@
 """Put rows into the memory of ranks on other hosts, by NVSHMEM: one message a contiguous run of rows, not one a row.
 
-Counterparts of `push_` and of the signal half of `barrier_`. They compile and link, and on GPUs they were right in no run yet. No exchange opens
-with them: `parallel.transport` does not name NVSHMEM, and docs/decisions/0011-between-hosts.md says why, and which test
-of two GPUs decides it.
+Counterparts of `push_` and of the signal half of `barrier_`. They compile and link; on GPUs they were right in no run
+yet. No exchange opens with them: `parallel.transport` does not name NVSHMEM, and docs/decisions/0011-between-hosts.md
+says why, and which test of two GPUs decides it.
 
 W ranks · E experts of all ranks
 """

@@ -94,7 +94,7 @@ def verbs(root: Verbs) -> None:
 
     evaluate = add(root, "eval", _eval, "judge a trained model", "NAME --suite bits", reads=True)
     evaluate.add_argument("folder", type=run_path, metavar="RUN", help="name of a run in runs, or a path")
-    suites = ("all", "bits", "choices", "probes", "syntax", "programs")
+    suites = ("all", "bits", "choices", "probes", "syntax", "programs", "human-eval")
     evaluate.add_argument("--suite", choices=suites, help="what is asked of it (default: all)")
     evaluate.add_argument(
         "--limit", type=int, metavar="N", help="items of a task at most (default: 200; with --lm-eval all)"

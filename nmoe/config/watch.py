@@ -36,7 +36,7 @@ class Eval:
     every: int = setting(
         "steps between evaluations; 0: none", default=0, unit="steps", low=0, high=MOST_STEPS, identity=False
     )
-    suite: Literal["all", "bits", "choices", "probes", "syntax", "programs"] = setting(
+    suite: Literal["all", "bits", "choices", "probes", "syntax", "programs", "human-eval"] = setting(
         "which tasks, as --suite of `nmoe eval`", default="choices", identity=False
     )
     limit: int = setting("items of a task at most", default=100, unit="items", low=2, high=10**6, identity=False)

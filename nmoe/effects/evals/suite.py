@@ -10,7 +10,7 @@ from types import MappingProxyType
 from nmoe.config.sections import Eval
 from nmoe.effects.data import stdlib
 from nmoe.effects.data.tokenizer import Tokenizer
-from nmoe.effects.evals import sandbox
+from nmoe.effects.evals import human_eval, sandbox
 from nmoe.effects.evals.judge import Judged, of_network
 from nmoe.effects.record import scores as score_file
 from nmoe.effects.terminal import say, say_json, table, warn
@@ -20,7 +20,7 @@ from nmoe.errors import InputError
 from nmoe.pure.core.key import Key
 from nmoe.pure.evals import items
 from nmoe.pure.evals.items import Choice
-from nmoe.pure.evals.problems import PROBLEMS, Problem
+from nmoe.pure.evals.problems import PROBLEMS, Problem, of_assertions
 from nmoe.pure.evals.score import Score, chosen, mean, ratio, rows
 
 KEY = Key(0).fold("evals")
@@ -32,6 +32,9 @@ LIMIT = 200
 
 PROGRAM_TOKENS = 96
 """Tokens of a generated program at most."""
+
+HUMAN_EVAL_TOKENS = 384
+"""Tokens of a generated solution at most."""
 
 Scores = dict[str, Score]
 
@@ -107,19 +110,38 @@ def programs(judged: Judged, sources: Sequence[str], limit: int) -> Scores:
 
     Raises:  InputError where there is no sandbox.
     """
+    return {"programs/passed": _passed(judged, PROBLEMS[:limit], PROGRAM_TOKENS)}
+
+
+def human(judged: Judged, sources: Sequence[str], limit: int) -> Scores:
+    """HumanEval: bits per byte of the known solutions; the share of programs that pass, where the tests are literal.
+
+    Raises:  InputError without the package that ships the problems, and where there is no sandbox.
+    """
+    records = human_eval.records()
+    solutions = [(record["prompt"], record["canonical_solution"]) for record in records]
+    problems = [of_assertions(*pair, record["test"]) for pair, record in zip(solutions, records, strict=True)]
+    literal = [problem for problem in problems if problem is not None]
+    solutions = solutions[:limit]
+    return {
+        "human-eval/bits": ratio(judged.bits(solutions), [float(len(text.encode("utf-8"))) for _, text in solutions]),
+        "human-eval/passed": _passed(judged, literal[:limit], HUMAN_EVAL_TOKENS),
+    }
+
+
+def _passed(judged: Judged, problems: Sequence[Problem], num_tokens: int) -> Score:
     sandbox.check()
-    problems: Sequence[Problem] = PROBLEMS[:limit]
-    added = judged.extend([problem.prompt for problem in problems], PROGRAM_TOKENS)
+    added = judged.extend([problem.prompt for problem in problems], num_tokens)
     outcomes: list[str] = []
     for problem, text in zip(problems, added, strict=True):
         outcomes.append(sandbox.grade(problem, problem.prompt + items.function_body(text)))
         judged.between()
-    return {"programs/passed": mean([float(outcome == "passed") for outcome in outcomes])}
+    return mean([float(outcome == "passed") for outcome in outcomes])
 
 
 Suite = Callable[[Judged, Sequence[str], int], Scores]
 SUITES: Mapping[str, Suite] = MappingProxyType(
-    {"bits": bits, "choices": choices, "probes": probes, "syntax": syntax, "programs": programs}
+    {"bits": bits, "choices": choices, "probes": probes, "syntax": syntax, "programs": programs, "human-eval": human}
 )
 
 
@@ -151,8 +173,10 @@ def judging(c: Eval) -> Judge:
 
     Raises:  InputError for a suite that this machine cannot run.
     """
-    if c.suite == "programs":
+    if c.suite in ("programs", "human-eval"):
         sandbox.check()
+    if c.suite == "human-eval":
+        human_eval.records()
 
     def judge(network: Network, tokenizer: Tokenizer, between: Callable[[], None]) -> Scores:
         judged = of_network(network, tokenizer, between)
@@ -169,8 +193,8 @@ def _each(judged: Judged, suite: str, limit: int) -> Iterator[tuple[str, Scores,
         try:
             scored = SUITES[name](judged, sources, limit)
         except InputError as error:
-            if suite != "all" or name != "programs":
+            if suite != "all" or name not in ("programs", "human-eval"):
                 raise
-            warn(f"nmoe: programs: left out: {error}")
+            warn(f"nmoe: {name}: left out: {error}")
             continue
         yield name, scored, time.monotonic() - began

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from typing import Any
 
 import attrs
@@ -18,7 +20,36 @@ class Problem:
     @property
     def entry(self) -> str:
         """Name of the function."""
-        return self.prompt.partition("def ")[2].partition("(")[0]
+        return f"\n{self.prompt}".rpartition("\ndef ")[2].partition("(")[0]
+
+
+def of_assertions(prompt: str, solution: str, test: str) -> Problem | None:
+    """A problem of HumanEval, where each of its assertions compares a call of literals with a literal; else none.
+
+    test  source with a function `check(candidate)`
+    """
+    checks = [x for x in ast.parse(test).body if isinstance(x, ast.FunctionDef) and x.name == "check"]
+    calls: list[tuple[tuple[Any, ...], Any]] = []
+    for line in (line for check in checks for line in check.body):
+        match line:
+            case ast.Assert(test=ast.Constant()) | ast.Expr(value=ast.Constant()) | ast.Pass():
+                continue
+            case ast.Assert(
+                test=ast.Compare(
+                    left=ast.Call(func=ast.Name(id="candidate"), args=args, keywords=[]),
+                    ops=[ast.Eq()],
+                    comparators=[result],
+                )
+            ):
+                try:
+                    call = (tuple(ast.literal_eval(x) for x in args), ast.literal_eval(result))
+                    json.dumps(call)
+                except (ValueError, TypeError):
+                    return None
+                calls.append(call)
+            case _:
+                return None
+    return Problem(prompt=prompt, solution=solution, calls=tuple(calls)) if calls else None
 
 
 def _problem(head: str, about: str, solution: str, *calls: tuple[tuple[Any, ...], Any]) -> Problem:

@@ -35,7 +35,7 @@ MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6
 TESTED = MappingProxyType({"2.13.0": "3.7.1", "2.11.0": "3.6.0"})
 """Triton by the torch it was tested with: the pins of constraints.txt and constraints-gpu.txt."""
 
-REQUIREMENT = re.compile(r"([\w.-]+).*extra == [\"'](\w+)")
+REQUIREMENT = re.compile(r"([\w.-]+).*extra == [\"']([\w-]+)")
 """A package of an extra, as metadata has it: `name>=1.0; extra == "viz"`."""
 
 LITTLE_MEMORY, LITTLE_DISK = 4 * 10**9, 4 * 10**9  # bytes

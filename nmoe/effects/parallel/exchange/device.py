@@ -207,7 +207,6 @@ def combine_(e: Exchange, weight: Tensor, kept: Kept) -> Stretches[Tensor]:
     weight   [N K]
     returns  [N D]
     """
-    join(e)
     yield
     with record_function("exchange combine"):
         return sums.combine(returned(e, weight.shape[0]), kept.place, weight)
@@ -235,8 +234,10 @@ def forward_(
         cut = places.tiles(kept.count, capacity, t.down.block_m)
     y = return_product_(e, a, down, kept, cut, t.down, t.group, transposed=False)
     with e.within("exchange"):
+        if y is not None:  # else nothing went aside, and a graph must not wait for a stream that it does not record
+            join(e)
+        del a, y
         out = yield from combine_(e, weight, kept)
-    del a, y  # which the side stream read until `join`
     return out, count, kept, h
 
 

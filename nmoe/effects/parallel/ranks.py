@@ -59,15 +59,11 @@ class Group:
     handle: Any = None  # torch's process group; None: nobody else
     levels: Sequence[Group] = ()  # what they sum in, one after another; none: all at once
     stream: Any = None  # of a GPU, on which levels wait for each other
+    copies: Any = None  # `Copies` of GPUs of one host; None: the process group moves everything
 
     def part(self) -> int:
-        """Which of as many equal parts this rank has after a reduce-scatter: a level cuts what the one before left."""
-        if not self.levels:
-            return self.rank
-        part = 0
-        for level in self.levels:
-            part = part * level.size + level.rank
-        return part
+        """Which of as many equal parts this rank has after a reduce-scatter."""
+        return part_of(self.rank, self.size)
 
 
 AllGatherText = Callable[[str], Sequence[str]]
@@ -456,6 +452,15 @@ def level_sizes(size: int) -> list[int]:
             size //= factor
         factor += 1
     return sizes
+
+
+def part_of(rank: int, size: int) -> int:
+    """Which of as many equal parts a rank has after a reduce-scatter: a level cuts what the one before left."""
+    part = 0
+    for level in level_sizes(size):
+        part = part * level + rank % level
+        rank //= level
+    return part
 
 
 def _levelled(own: Group, groups: Sequence[range], timeout: timedelta, device: torch.device) -> Group:

@@ -24,6 +24,7 @@ from nmoe.effects.data.prefetch import prefetching
 from nmoe.effects.data.store.blocks import Verification
 from nmoe.effects.device import gpu, ops, process, signals
 from nmoe.effects.kernels.accumulate import Accumulator
+from nmoe.effects.parallel.copies import open_copies
 from nmoe.effects.parallel.launch import from_environment, open_rank_heartbeat
 from nmoe.effects.parallel.ranks import check_hosts, check_machine, on_all_ranks, open_ranks, with_rank_note
 from nmoe.effects.record import address, provenance
@@ -132,6 +133,7 @@ def connect(config: Config, scope: ExitStack) -> Connected:
         gpu.set_allocator(device, config.memory, launch.allocator)
         check_machine(launch, expert_ranks, config.parallel.transport, cuda=device.type == "cuda")
         ranks = scope.enter_context(open_ranks(launch, expert_ranks, device, config.parallel.timeout_s))
+        ranks = scope.enter_context(open_copies(ranks, device, config.parallel.timeout_s, kernels=kernels))
     runtime = process.Runtime(
         device=device,
         rank=launch.rank,

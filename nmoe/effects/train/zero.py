@@ -219,6 +219,8 @@ def _levels(group: Group, flat: Tensor) -> list[tuple[Group, Tensor]]:
 
 
 def _reduce_scatter_(group: Group, flat: Tensor) -> Any:
+    if group.copies is not None:
+        return group.copies.reduce_scatter_(flat)
     with record_function("reduce"):
         return _in_turn(
             group,
@@ -228,6 +230,8 @@ def _reduce_scatter_(group: Group, flat: Tensor) -> Any:
 
 def all_gather_(group: Group, flat: Tensor) -> Any:
     """Start the all-gather of a flat tensor, of which each rank of the group has its part; what to wait for."""
+    if group.copies is not None:
+        return group.copies.all_gather_(flat)
     # as bytes: gloo and NCCL know no i16, and no format matters
     raw = flat.view(torch.uint8)
     with record_function("gather"):

@@ -22,6 +22,7 @@ from nmoe.pure.model.route import BINS
 from nmoe.pure.optim.muon import temporary_bytes
 from nmoe.pure.optim.update import rule
 from nmoe.pure.parallel import exchange_arena
+from nmoe.pure.parallel.slots import slots
 
 CAPACITY = 2.0
 """Rows a rank has room for, over the mean, where a config does not say."""
@@ -38,6 +39,7 @@ class Memory:
     activations: int  # kept for the backward pass of one microbatch; an estimate
     logits: int  # of one chunk of the loss
     exchange: int  # symmetric memory to receive rows in
+    landing: int  # symmetric memory to receive gradients and parameters in, where all ranks are on one host
     update: int  # temporaries of the largest parameter that is updated as a whole, when activations are gone
 
     def total(self) -> int:
@@ -250,7 +252,10 @@ def plan(
         )
         # logits become their own gradient; the head's gradient is summed in fp32
         logits = logit_rows * element + (1 + c.depth()) * head * 4
+        groups = {ranks, ranks // expert_ranks} - {1}
+        landing = sum(slots(size).allocated() for size in groups)
     else:
+        landing = 0
         length = train.sequence_length
         shape = {"tokens": tokens, "sequence_length": length}
         activations = activation_bytes(c, dims, **shape, element=element, square=True, kinds=kinds)
@@ -280,6 +285,7 @@ def plan(
             activations=activations,
             logits=logits,
             exchange=arena.allocated() if arena else 0,
+            landing=landing,
             update=max(
                 (
                     temporary_bytes(slot.size(), bf16=arena.has_remainder())

@@ -42,6 +42,37 @@ def counts_kernel(
 
 
 @triton.jit
+def signal(count, now, addresses, OFFSET, ME, W: tl.constexpr, WP: tl.constexpr, FLAG: tl.constexpr):
+    """Store a count, which every thread has loaded, and store it into this rank's flag at every rank."""
+    tl.debug_barrier()  # every thread has read the count before one writes it
+    tl.store(count, now)
+    rank = tl.arange(0, WP)
+    base = tl.load(addresses + rank, mask=rank < W, other=0) + OFFSET
+    flag = base.to(tl.pointer_type(tl.int64)) + ME * FLAG
+    # release, system scope: what earlier kernels and copies of the stream wrote is visible before the flag
+    tl.atomic_xchg(flag, now, mask=rank < W, sem="release", scope="sys")
+
+
+@triton.jit
+def await_flags(arrived, wanted, missing, W: tl.constexpr, FLAG: tl.constexpr, LIMIT: tl.constexpr):
+    """Wait until the flag of every rank has reached a number."""
+    begin = wanted
+    if LIMIT > 0:
+        begin = globaltimer()
+    for rank in range(W):
+        # tl.load takes no memory order; adding 0 is an acquire at system scope
+        received = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
+        while received < wanted:
+            if LIMIT > 0:
+                if globaltimer() - begin > LIMIT:  # pyright: ignore[reportOperatorIssue]
+                    tl.store(missing, rank + 1)
+                    tl.inline_asm_elementwise(
+                        "membar.sys; trap; mov.u32 $0, 0;", "=r,r", [rank], dtype=tl.int32, is_pure=False, pack=1
+                    )
+            received = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
+
+
+@triton.jit
 def barrier_kernel(
     epoch, addresses, arrived, missing, OFFSET, ME, W: tl.constexpr, WP: tl.constexpr, FLAG: tl.constexpr,
     SIGNAL: tl.constexpr, WAIT: tl.constexpr, LIMIT: tl.constexpr,
@@ -49,28 +80,21 @@ def barrier_kernel(
     now = tl.load(epoch)
     if SIGNAL:
         now += 1
-        tl.debug_barrier()  # every thread has read the epoch before one writes it
-        tl.store(epoch, now)
-        rank = tl.arange(0, WP)
-        base = tl.load(addresses + rank, mask=rank < W, other=0) + OFFSET
-        flag = base.to(tl.pointer_type(tl.int64)) + ME * FLAG
-        # release, system scope: rows stored by earlier kernels of the stream are visible before the flag
-        tl.atomic_xchg(flag, now, mask=rank < W, sem="release", scope="sys")
+        signal(epoch, now, addresses, OFFSET, ME, W, WP, FLAG)
     if WAIT:
-        begin = now
-        if LIMIT > 0:
-            begin = globaltimer()
-        for rank in range(W):
-            # tl.load takes no memory order; adding 0 is an acquire at system scope
-            received = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
-            while received < now:
-                if LIMIT > 0:
-                    if globaltimer() - begin > LIMIT:  # pyright: ignore[reportOperatorIssue]
-                        tl.store(missing, rank + 1)
-                        tl.inline_asm_elementwise(
-                            "membar.sys; trap; mov.u32 $0, 0;", "=r,r", [rank], dtype=tl.int32, is_pure=False, pack=1
-                        )
-                received = tl.atomic_add(arrived + rank * FLAG, 0, sem="acquire", scope="sys")
+        await_flags(arrived, now, missing, W, FLAG, LIMIT)
+
+
+@triton.jit
+def signal_kernel(count, addresses, OFFSET, ME, W: tl.constexpr, WP: tl.constexpr, FLAG: tl.constexpr):
+    signal(count, tl.load(count) + 1, addresses, OFFSET, ME, W, WP, FLAG)
+
+
+@triton.jit
+def await_flags_kernel(
+    count, arrived, missing, AHEAD: tl.constexpr, W: tl.constexpr, FLAG: tl.constexpr, LIMIT: tl.constexpr
+):
+    await_flags(arrived, tl.load(count) + AHEAD, missing, W, FLAG, LIMIT)
 
 
 @triton.jit
@@ -227,6 +251,35 @@ def barrier_(
         epoch, addresses, arrived, missing, offset, rank, ranks, triton.next_power_of_2(ranks), flag, signal, wait,
         limit_ns, num_warps=1,
     )  # fmt: skip
+
+
+def signal_(count: Tensor, addresses: Tensor, offset: int, rank: int, flag: int) -> None:
+    """Count one more, and tell every rank: earlier launches and copies of the stream are written before it is seen.
+
+    count      [1] i64
+    addresses  [W] i64   of the arenas
+    offset     bytes from an arena's beginning to its flags
+    flag       words of a flag
+
+    Writes:  count, and this rank's flag in every arena.
+    """
+    ranks = addresses.shape[0]
+    signal_kernel[(1,)](count, addresses, offset, rank, ranks, triton.next_power_of_2(ranks), flag, num_warps=1)
+
+
+def await_flags_(count: Tensor, flags: Tensor, missing: Tensor, *, ahead: int, limit_ns: int) -> None:
+    """Hold the stream until the flags of all ranks have reached a count.
+
+    count    [1] i64
+    flags    [W FLAG] i64   this rank's, a cache line each
+    missing  [1] i32        on the host: gets the number of a rank that did not come, and one, before the device traps
+    ahead    to add to the count
+    limit_ns how long one is waited for; 0: for ever, which the interpreter needs
+
+    Writes:  nothing, or `missing`.
+    """
+    ranks, flag = flags.shape
+    await_flags_kernel[(1,)](count, flags, missing, ahead, ranks, flag, limit_ns, num_warps=1)
 
 
 def ring_(epoch: Tensor, word: Tensor) -> None:

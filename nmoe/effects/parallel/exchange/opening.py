@@ -75,7 +75,7 @@ def open_exchange(
             raw = torch.zeros(f.size, dtype=torch.uint8, device=device)  # no other process reaches it
             addresses = [raw.data_ptr()]
         else:
-            raw, addresses = scope.enter_context(_symmetric(f.size, within, device))
+            raw, addresses, _ = scope.enter_context(symmetric(f.size, within, device))
         # Kernels write counts, words and flags for every rank; those of other hosts fall here, and nobody reads them.
         sink = torch.empty(f.land.offset if beyond else 0, dtype=torch.uint8, device=device)
         addresses = [addresses[other - near.start] if other in near else sink.data_ptr() for other in range(ranks)]
@@ -286,31 +286,34 @@ def _shared(size: int, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, ...]]
 
 
 @contextmanager
-def _symmetric(size: int, group: dist.ProcessGroup, device: torch.device) -> Iterator[tuple[Tensor, list[int]]]:
-    """This rank's arena, in memory that the group's GPUs reach, and where this process sees each rank's.
+def symmetric(
+    size: int, group: dist.ProcessGroup, device: torch.device
+) -> Iterator[tuple[Tensor, list[int], list[Tensor]]]:
+    """This rank's arena, in memory that the group's GPUs reach; where this process sees each rank's, and as tensors.
 
     One allocation for the life of the exchange, and none through torch's pools: a pool may give two ranks different
     slots of it, and data would go astray without a word (pytorch issue 190977).
     """
     # only here: a CPU needs none of it
-    import torch.distributed._symmetric_memory as symmetric
+    import torch.distributed._symmetric_memory as memory
     from torch._C._distributed_c10d import _SymmetricMemory
 
     _refuse_unreachable(group, device)
     _refuse_multicast(device)
     raw = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
-    handle = symmetric.rendezvous(raw, group)
+    handle = memory.rendezvous(raw, group)
     if handle.multicast_ptr:
         raise InputError("exchange: expected shared memory without a multicast address, got one; see docs/exchange.md")
     before = raw.data_ptr() - handle.buffer_ptrs[handle.rank]
     raw.zero_()
     torch.cuda.synchronize(device)
     dist.barrier(group=group)
-    yield raw, [address + before for address in handle.buffer_ptrs]
+    arenas = [handle.get_buffer(rank, (size,), torch.uint8, before) for rank in range(handle.world_size)]
+    yield raw, [address + before for address in handle.buffer_ptrs], arenas
     # not after an error: the device may have trapped, and a peer may be gone
     torch.cuda.synchronize(device)
     dist.barrier(group=group)
-    del handle
+    del handle, arenas
 
 
 def _refuse_multicast(device: torch.device) -> None:

@@ -1,0 +1,114 @@
+"""Collectives by copies into slots, among virtual ranks of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from functools import reduce
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmoe.effects.parallel.copies import Copies
+from nmoe.effects.parallel.exchange.arena import view
+from nmoe.effects.parallel.ranks import part_of
+from nmoe.pure.parallel.slots import SLOTS, slots
+
+BYTES = 4096
+"""Of a slot: so little that a tensor is cut into more pieces than there are slots."""
+
+
+def opened(ranks: int) -> list[Copies]:
+    """Every rank, in memory of its own in which nobody has written but flags of zero."""
+    layout = slots(ranks, BYTES)
+    arenas = [torch.zeros(layout.size, dtype=torch.uint8) for _ in range(ranks)]
+    for arena in arenas:
+        view(arena, layout.areas).fill_(255)  # NaN
+    addresses = [arena.data_ptr() for arena in arenas]
+    return [Copies(rank, layout, arenas, addresses, 0) for rank in range(ranks)]
+
+
+def together(works: Sequence[Generator[None, None, None]]) -> None:
+    """Run ranks side by side, each up to the next piece."""
+    going = list(works)
+    while going:
+        going = [work for work in going if next(work, going) is None]
+
+
+def drawn(ranks: int, size: int, seed: int) -> list[Tensor]:
+    """Numbers of very different sizes for each rank, so that another order of sums has other bits."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(size, generator=generator) * 10 ** torch.randint(-3, 4, (size,), generator=generator)
+        for _ in range(ranks)
+    ]
+
+
+def pairs(terms: Sequence[Tensor]) -> Tensor:
+    """Neighbours first, then their sums."""
+    return terms[0] if len(terms) == 1 else pairs(terms[: len(terms) // 2]) + pairs(terms[len(terms) // 2 :])
+
+
+def in_turn(terms: Sequence[Tensor]) -> Tensor:
+    """From the first to the last."""
+    return reduce(torch.add, terms)
+
+
+def threes(terms: Sequence[Tensor]) -> Tensor:
+    """Pairs, and of their sums one after another."""
+    return in_turn([terms[first] + terms[first + 1] for first in range(0, len(terms), 2)])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "order"), [(2, pairs), (3, in_turn), (4, pairs), (6, threes), (8, pairs)], ids=lambda value: str(value)
+)
+def test_a_part_is_the_sum_of_all_ranks(ranks: int, order: Callable[[Sequence[Tensor]], Tensor]) -> None:
+    """Three tensors one after another, through the same slots; nothing but the own part is written."""
+    copies = opened(ranks)
+    for seed, size in enumerate((ranks * 7, ranks * 5000, ranks * 1024)):
+        given = drawn(ranks, size, seed)
+        flats = [flat.clone() for flat in given]
+        together([copy.scattering_(flat) for copy, flat in zip(copies, flats, strict=True)])
+        wanted = order(given).view(ranks, -1)
+        for rank, flat in enumerate(flats):
+            mine = part_of(rank, ranks)
+            assert torch.equal(flat.view(ranks, -1)[mine], wanted[mine])
+            others = [part for part in range(ranks) if part != mine]
+            assert torch.equal(flat.view(ranks, -1)[others], given[rank].view(ranks, -1)[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_rank_gets_all_parts(ranks: int, dtype: torch.dtype) -> None:
+    copies = opened(ranks)
+    for seed, size in enumerate((ranks * 3, ranks * 9001)):
+        whole = (drawn(1, size, seed)[0] * 100).to(dtype)
+        flats = [torch.zeros_like(whole) for _ in range(ranks)]
+        for rank, flat in enumerate(flats):
+            mine = part_of(rank, ranks)
+            flat.view(ranks, -1)[mine] = whole.view(ranks, -1)[mine]
+        together([copy.gathering_(flat) for copy, flat in zip(copies, flats, strict=True)])
+        assert all(torch.equal(flat, whole) for flat in flats)
+
+
+def test_parts_are_those_of_levels() -> None:
+    """The first level, neighbours, cuts the tensor in two, the second each half."""
+    assert [part_of(rank, 4) for rank in range(4)] == [0, 2, 1, 3]
+    assert [part_of(rank, 6) for rank in range(6)] == [0, 3, 1, 4, 2, 5]
+    assert [part_of(rank, 3) for rank in range(3)] == [0, 1, 2]
+
+
+def test_a_slot_is_written_when_all_have_freed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank goes through all pieces while the other does nothing: what it would have had to wait for."""
+    rank, _ = opened(2)
+    waits: list[str] = []
+
+    def passing(count: Tensor, flags: Tensor, missing: Tensor, *, ahead: int, limit_ns: int) -> None:
+        if int(flags[:, 0].min()) < int(count) + ahead:
+            waits.append("landed" if ahead else "freed")
+
+    monkeypatch.setattr("nmoe.effects.kernels.exchange.push.await_flags_", passing)
+    (flat,) = drawn(1, 2 * (SLOTS + 2) * BYTES // 8, 0)
+    for _ in rank.scattering_(flat):
+        pass
+    assert waits == ["landed"] * SLOTS + ["freed", "landed"] * 2

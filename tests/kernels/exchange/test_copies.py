@@ -65,7 +65,7 @@ def threes(terms: Sequence[Tensor]) -> Tensor:
 def test_a_part_is_the_sum_of_all_ranks(ranks: int, order: Callable[[Sequence[Tensor]], Tensor]) -> None:
     """Three tensors one after another, through the same slots; nothing but the own part is written."""
     copies = opened(ranks)
-    for seed, size in enumerate((ranks * 7, ranks * 5000, ranks * 1024)):
+    for seed, size in enumerate((ranks * 7, (SLOTS + 2) * BYTES // 4, ranks * BYTES // 8)):
         given = drawn(ranks, size, seed)
         flats = [flat.clone() for flat in given]
         together([copy.scattering_(flat) for copy, flat in zip(copies, flats, strict=True)])
@@ -81,7 +81,7 @@ def test_a_part_is_the_sum_of_all_ranks(ranks: int, order: Callable[[Sequence[Te
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_rank_gets_all_parts(ranks: int, dtype: torch.dtype) -> None:
     copies = opened(ranks)
-    for seed, size in enumerate((ranks * 3, ranks * 9001)):
+    for seed, size in enumerate((ranks * 3, ranks * (BYTES + 1))):
         whole = (drawn(1, size, seed)[0] * 100).to(dtype)
         flats = [torch.zeros_like(whole) for _ in range(ranks)]
         for rank, flat in enumerate(flats):

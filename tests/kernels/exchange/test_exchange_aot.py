@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nmoe.effects.kernels.exchange import add as adding
 from nmoe.effects.kernels.exchange import push as exchange
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
@@ -49,6 +50,23 @@ REQUESTS = {
         "OFFSET",
         {"W": 2, "WP": 2, "FLAG": 16, "SIGNAL": 1, "WAIT": 1, "LIMIT": 10**10},
         warps=1,
+    ),
+    "signal": request(
+        "exchange.push:signal",
+        "count:*i64 addresses:*i64 OFFSET:i64 ME:i32",
+        "OFFSET",
+        {"W": 2, "WP": 2, "FLAG": 16},
+        warps=1,
+    ),
+    "await flags": request(
+        "exchange.push:await_flags",
+        "count:*i64 arrived:*i64 missing:*i32",
+        "",
+        {"AHEAD": 1, "W": 2, "FLAG": 16, "LIMIT": 10**10},
+        warps=1,
+    ),
+    "add": request(
+        "exchange.add:add", "total:*fp32 term:*fp32 M:i32 PROGRAMS:i32", "M", {"BLOCK": adding.BLOCK}, warps=8
     ),
     "ring": request("exchange.push:ring", "epoch:*i64 word:*i64", "", {}, warps=1),
     "await": request(
@@ -98,7 +116,7 @@ def instructions(ptx: str) -> Counter[str]:
 
 
 def test_rows_leave_16_bytes_at_a_time(compiled: dict[str, Compiled]) -> None:
-    for name in ("push", "push 7168", "return", "expand"):
+    for name in ("push", "push 7168", "return", "expand", "add"):
         stores = {key: n for key, n in instructions(compiled[name].ptx).items() if key.startswith("st.global")}
         assert set(stores) == {"st.global.v4.b32"}, (name, stores)
         assert stores["st.global.v4.b32"] >= exchange.ROWS, (name, stores)
@@ -113,11 +131,13 @@ def test_rows_of_a_product_leave_16_bytes_at_a_time(tmp_path: Path) -> None:
 
 
 def test_flags_are_released_to_and_acquired_from_the_whole_system(compiled: dict[str, Compiled]) -> None:
-    found = instructions(compiled["barrier"].ptx)
-    assert found["atom.global.sys.release.exch.b64"], found
-    polls = [key for key in found if "acquire" in key]
-    assert polls and all(".sys" in key for key in polls), found
-    assert found["membar.sys"] == found["trap"] > 0, found
+    barrier, signal, polling = (instructions(compiled[name].ptx) for name in ("barrier", "signal", "await flags"))
+    for found in (barrier, signal):
+        assert found["atom.global.sys.release.exch.b64"], found
+    for found in (barrier, polling):
+        polls = [key for key in found if "acquire" in key]
+        assert polls and all(".sys" in key for key in polls), found
+        assert found["membar.sys"] == found["trap"] > 0, found
 
 
 def test_words_of_the_host_are_written_and_read_in_order_and_never_by_an_atomic(compiled: dict[str, Compiled]) -> None:
@@ -131,4 +151,4 @@ def test_words_of_the_host_are_written_and_read_in_order_and_never_by_an_atomic(
 
 def test_nothing_spills_and_slots_are_not_drawn_by_atomics(compiled: dict[str, Compiled]) -> None:
     assert [problem for each in compiled.values() for problem in each.problems()] == []
-    assert [name for name, each in compiled.items() if each.atomics] == ["barrier", "pass on"]
+    assert [name for name, each in compiled.items() if each.atomics] == ["barrier", "signal", "pass on"]

@@ -1,7 +1,7 @@
-"""Put rows into the memory of ranks on other hosts, by NVSHMEM: one message a contiguous run of rows, not one a row.
+"""Put rows into the memory of ranks on other hosts, by NVSHMEM: messages of contiguous rows, not one a row.
 
-Counterparts of `push_` and of the signal half of `barrier_`. They compile and link; on GPUs they were right in no run
-yet. No exchange opens with them: `parallel.transport` does not name NVSHMEM, and docs/decisions/0011-between-hosts.md
+Counterparts of `push_` and of the signal half of `barrier_`; right between two H200 of one host (docs/log.md,
+2026-11-29), not run between hosts. No exchange opens with them: `parallel.transport` does not name NVSHMEM, and docs/decisions/0011-between-hosts.md
 says why, and which test of two GPUs decides it.
 
 W ranks · E experts of all ranks
@@ -20,6 +20,14 @@ LIBRARY = "libnvshmem_device.bc"
 SET = 9
 """NVSHMEM_SIGNAL_SET: every thread of the block sends the signal, so it must replace the word. Any other value adds to
 it: with 0, two H200 passed barriers that nobody had reached (docs/log.md, 2026-11-29)."""
+
+
+PARTS = 32
+"""Programs that put one run: within a host their threads copy the bytes. One of 4 warps a run, eight in all, moved 10
+GB/s where plain stores moved 65 to 200 (docs/log.md, 2026-11-29)."""
+
+WARPS = 16
+"""Of such a program."""
 
 
 @core.extern
@@ -48,8 +56,10 @@ def _signal_(flag, value, how, peer, _semantic=None):
 @triton.jit
 def put_runs_kernel(source, target, end, shift, BYTES, LOCAL, W, BACK: tl.constexpr):
     run = tl.program_id(0)
-    begin = tl.load(end + run - 1, mask=run > 0, other=0)
-    rows = tl.load(end + run) - begin
+    first = tl.load(end + run - 1, mask=run > 0, other=0)
+    share = tl.cdiv(tl.load(end + run) - first, tl.num_programs(1))
+    begin = first + tl.program_id(1) * share
+    rows = tl.minimum(tl.load(end + run) - begin, share)
     peer = run % W if BACK else run // LOCAL
     if rows > 0:
         there = target + (begin + tl.load(shift + run)).to(tl.int64) * BYTES
@@ -69,7 +79,7 @@ def signal_kernel(epoch, flag, W: tl.constexpr, SET: tl.constexpr):
 def put_runs_(
     source: int, target: int, end: Tensor, shift: Tensor, row_bytes: int, ranks: int, library: str, *, back: bool
 ) -> None:
-    """Runs of rows into a field of other ranks' arenas, each in one message.
+    """Runs of rows into a field of other ranks' arenas, each in at most `PARTS` messages.
 
     source     address of the first row, in symmetric memory; rows of a run are neighbours
     target     address of the field in this rank's own arena, which stands for the same place in every arena
@@ -82,9 +92,10 @@ def put_runs_(
     Writes:  that field.
     """
     runs = end.shape[0]
-    put_runs_kernel[(runs,)](
-        source, target, end, shift, row_bytes, runs // ranks, ranks, back, extern_libs={"nvshmem": library}
-    )
+    put_runs_kernel[(runs, PARTS)](
+        source, target, end, shift, row_bytes, runs // ranks, ranks, back, num_warps=WARPS,
+        extern_libs={"nvshmem": library},
+    )  # fmt: skip
 
 
 def signal_(epoch: Tensor, flag: int, ranks: int, library: str) -> None:

@@ -242,8 +242,8 @@ def test_memory_is_that_of_one_shard(kind: str, tmp_path: Path, monkeypatch: pyt
     before = private_bytes()
     write_file = tensor_file.write
 
-    def write_watched(path: Path, formats: Any, parts: Any) -> None:
-        write_file(path, formats, (part for part in parts if not peak.append(private_bytes())))
+    def write_watched(path: Path, formats: Any, parts: Any, flush: Any) -> None:
+        write_file(path, formats, (part for part in parts if not peak.append(private_bytes())), flush)
 
     monkeypatch.setattr(tensor_file, "write", write_watched)
     assert run("export", "hf", source, tmp_path / "out", "--no-verify", "--shard-bytes=2000000") == 0
@@ -444,10 +444,10 @@ def test_a_full_disk_leaves_nothing(exported: Path, tmp_path: Path, monkeypatch:
     write(tmp_path / "run", MODELS["plain"])
     write_file = tensor_file.write
 
-    def write_three(path: Path, formats: Any, parts: Any) -> None:
+    def write_three(path: Path, formats: Any, parts: Any, flush: Any) -> None:
         if "00003" in path.name or path.name == WEIGHTS:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write_file(path, formats, parts)
+        write_file(path, formats, parts, flush)
 
     monkeypatch.setattr(tensor_file, "write", write_three)
     before = sorted(tmp_path.iterdir())

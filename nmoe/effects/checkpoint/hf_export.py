@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 COMPUTE: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
 """Formats of `precision.storage()`."""
 
-READ_BYTES = 1 << 26
+READ_BYTES = 1 << 28
 """Of a checkpoint, what is read at once; as much as that is used meanwhile."""
 
 VERIFIED_PARAMETERS = 1_000_000_000
@@ -173,36 +174,37 @@ def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Calla
     rooms = tensor_file.Room(), tensor_file.Room()
 
     def load(group: Sequence[Part], room: tensor_file.Room) -> list[Tensor]:
-        sizes = [math.prod(part.shape) * DTYPES[formats[part.path][0]].itemsize for part in group]
+        """The tensors of parts; rows side by side are one piece."""
+        runs = [list(run) for _, run in groupby(group, key=lambda part: part.path)]
+        shapes = [(len(run), *run[0].shape) for run in runs]
+        sizes = [
+            tensor_file.num_bytes((formats[run[0].path][0], shape)) for run, shape in zip(runs, shapes, strict=True)
+        ]
         aligned = [-(-size // tensor_file.ALIGNMENT) * tensor_file.ALIGNMENT for size in sizes]
         places = room.tensor(torch.uint8, (sum(aligned),)).split(aligned)
-        tensors = [
-            place[:size].view(DTYPES[formats[part.path][0]]).view(part.shape)
-            for part, size, place in zip(group, sizes, places, strict=True)
-        ]
         pieces = [
             Piece(
-                name=weights.stored_name(part.path),
-                shape=formats[part.path][1],
-                begin=(part.index or 0) * tensor.numel(),
-                tensor=tensor,
+                name=weights.stored_name(run[0].path),
+                shape=formats[run[0].path][1],
+                begin=(run[0].index or 0) * math.prod(run[0].shape),
+                tensor=place[:size].view(DTYPES[formats[run[0].path][0]]).view(shape),
             )
-            for part, tensor in zip(group, tensors, strict=True)
+            for run, place, size, shape in zip(runs, places, sizes, shapes, strict=True)
         ]
         reader.load_(fs, folder, manifest, pieces, partial=True)
-        return tensors
+        return [row for piece in pieces for row in piece.tensor]
 
     def read(parts: Sequence[Part]) -> Iterator[Tensor]:
         groups = _grouped(
             parts, [tensor_file.num_bytes((formats[part.path][0], part.shape)) for part in parts], READ_BYTES
         )
         with ThreadPoolExecutor(1) as thread:
-            following = thread.submit(load, groups[0], rooms[0])
-            for place in range(len(groups)):
-                tensors = following.result()
-                if place + 1 < len(groups):
-                    following = thread.submit(load, groups[place + 1], rooms[(place + 1) % 2])
+            tensors = load(groups[0], rooms[0])
+            for place, further in enumerate(groups[1:], 1):
+                following = thread.submit(load, further, rooms[place % 2])
                 yield from tensors
+                tensors = following.result()
+            yield from tensors
 
     return read
 

@@ -177,17 +177,23 @@ def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor | None]) -> Non
         save_file({name: tensor.contiguous() for name, tensor in changed.items() if tensor is not None}, path)
 
 
-def test_what_two_ranks_saved_is_what_one_would_write(tmp_path: Path) -> None:
-    """Each rank has half of the experts and of everything else; the newest checkpoint is taken, not the weights."""
-    c = MODELS["query latent, no dense layer"]
-    write(tmp_path / "one", c, compute="bf16")
-    save_by_ranks(tmp_path / "one", tmp_path / "two", world=2, chunk_bytes=700)
-    for name in ("one", "two"):
-        assert run("export", "hf", tmp_path / name, tmp_path / f"of {name}", "--no-verify", "--shard-bytes=4000") == 0
-    assert bytes_of(tmp_path / "of one") == bytes_of(tmp_path / "of two")
-    (checkpoint,) = (tmp_path / "two" / "checkpoints").glob("step-*")
-    assert run("export", "hf", checkpoint, tmp_path / "of three", "--no-verify", "--shard-bytes=4000") == 0
-    assert bytes_of(tmp_path / "of one") == bytes_of(tmp_path / "of three")
+@pytest.mark.parametrize("world", (1, 2, 4))
+@pytest.mark.parametrize("name", MODELS)
+def test_what_ranks_saved_is_what_one_would_write(
+    name: str, world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank has a part of the experts, biases and everything else; the newest checkpoint is taken, not the weights.
+
+    A file is read in several groups, of which some hold one tensor.
+    """
+    monkeypatch.setattr(hf_export, "READ_BYTES", 1000)
+    write(tmp_path / "one", MODELS[name], compute="bf16")
+    save_by_ranks(tmp_path / "one", tmp_path / "more", world=world, chunk_bytes=700)
+    (checkpoint,) = (tmp_path / "more" / "checkpoints").glob("step-*")
+    for path, out in (("one", "of one"), ("more", "of the run"), (checkpoint, "of the checkpoint")):
+        assert run("export", "hf", tmp_path / path, tmp_path / out, "--no-verify", "--shard-bytes=4000") == 0
+    assert bytes_of(tmp_path / "of one") == bytes_of(tmp_path / "of the run")
+    assert bytes_of(tmp_path / "of one") == bytes_of(tmp_path / "of the checkpoint")
 
 
 def save_by_ranks(run: Path, to: Path, *, world: int, chunk_bytes: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -460,6 +462,47 @@ def test_a_full_disk_leaves_nothing(exported: Path, tmp_path: Path, monkeypatch:
     assert run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify", "--shard-bytes=3000") == 2
     assert run("import", "hf", exported, tmp_path / "out") == 2
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ("no room", "a flush"))
+def test_what_the_disk_refuses_while_it_is_written_leaves_nothing(
+    kind: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system takes no file of more than 16 kB, or says when it is flushed that it lost what was written."""
+    write(tmp_path / "run", MODELS["plain"])
+    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    if kind == "no room":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, limits[1]))
+    else:
+        monkeypatch.setattr(os, "fsync", lost)
+    try:
+        codes = [
+            run("export", "hf", tmp_path / "run", tmp_path / "out", "--no-verify"),
+            run("import", "hf", exported, tmp_path / "out"),
+        ]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert codes == [2, 2]
+    reason = "File too large" if kind == "no room" else "Input/output error"
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nmoe: ")]
+    assert len(told) == 2 and all(f"expected to write the folder, got {reason}; free space" in line for line in told)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def lost(_: int) -> None:
+    """In the place of `os.fsync`."""
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_tensor_that_has_no_name_in_theirs_is_an_error(tmp_path: Path) -> None:
+    """Nothing of ours is left out; one of no elements need not be there."""
+    write(tmp_path / "run", MODELS["plain"])
+    source = open_source(Disk(), tmp_path / "run")
+    further = {"blocks.0.gate": ("F32", (2, 3)), "head.scale": ("BF16", (1,)), "empty": ("F32", (0, 4))}
+    with pytest.raises(InputError) as caught:
+        hf_export.plan(attrs.evolve(source, formats={**source.formats, **further}), 1 << 30, fp8=False)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["blocks.0.gate", "head.scale"]
 
 
 def taken(folder: Path) -> None:

@@ -20,6 +20,7 @@ from nmoe.effects.checkpoint import tensor_file, weights
 from nmoe.effects.checkpoint.fs import Disk, read_bytes
 from nmoe.effects.checkpoint.hf_export import COMPUTE, INDEX
 from nmoe.effects.checkpoint.tensor_file import DTYPES, Format, Room
+from nmoe.effects.checkpoint.transpose import copy_
 from nmoe.effects.record.names import CONFIG, WEIGHTS
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
@@ -190,5 +191,11 @@ def _tensors(
             dtype = DTYPES[ours[part.path][0]]
             names = [name for name in part.theirs(dtype) if name in place]
             out = made.tensor(dtype, part.shape)
-            part.leaf.join_(out, {name: opened[place[name]].read(name, rooms[at]) for at, name in enumerate(names)})
+            theirs = {name: opened[place[name]].read(name, rooms[at]) for at, name in enumerate(names)}
+            if part.leaf.views:
+                places = part.leaf.split(out)
+                for name, tensor in theirs.items():
+                    copy_(places[name], tensor)
+            else:
+                out.copy_(part.leaf.join(theirs))
             yield out

@@ -21,8 +21,8 @@ from torch import Tensor
 from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint.fs import Disk, read_into
+from nmoe.effects.checkpoint.transpose import copy_
 from nmoe.errors import InputError
-from nmoe.pure.core.transpose import transpose_
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({**manifests.DTYPES, "F8_E4M3": torch.float8_e4m3fn})
 """Name safetensors gives a number format -> the format: those of checkpoints, and that of Hugging Face folders."""
@@ -157,10 +157,7 @@ def _filled(parts: Iterable[Tensor], limit: int) -> Iterator[Tensor]:
                 yield room[:used]
                 room, other, used = other, room, 0
             place = room[used : used + piece.nbytes].view(piece.dtype).view(piece.shape)
-            if piece.ndim == 2 and piece.stride(0) == 1:
-                transpose_(place, piece.T)
-            else:
-                place.copy_(piece)
+            copy_(place, piece)
             used += piece.nbytes
     yield room[:used]
 

@@ -28,7 +28,7 @@ from nmoe.pure.model import model
 from nmoe.pure.model.attention import layers
 from nmoe.pure.model.hf_families import FAMILIES, GATED, Family, hf_of, type_of
 from nmoe.pure.model.hf_families import QUANTISED as QUANTISED
-from nmoe.pure.model.hf_leaf import Leaf, matrix, repeated, same, scaled, zeros
+from nmoe.pure.model.hf_leaf import Leaf, matrix, repeated, same, scaled, stacked, zeros
 from nmoe.pure.model.model import Transformer
 
 ROUTER_BIAS = "router_bias"
@@ -135,18 +135,17 @@ def _in_fp8(leaf: Leaf) -> Leaf:
                 named[name] = tensor
         return named
 
-    def join_(ours: Tensor, theirs: Mapping[str, Tensor]) -> None:
+    def join(theirs: Mapping[str, Tensor]) -> Tensor:
         scaled = {name.removesuffix(SCALE): scale for name, scale in theirs.items() if name.endswith(SCALE)}
-        leaf.join_(
-            ours,
+        return leaf.join(
             {
                 name: blocks.dequantise(tensor, scaled[name]) if name in scaled else tensor
                 for name, tensor in theirs.items()
                 if not name.endswith(SCALE)
-            },
+            }
         )
 
-    return Leaf(split=split, join_=join_)
+    return Leaf(split=split, join=join, views=False)
 
 
 def check_fp8(c: sections.Model) -> None:
@@ -219,7 +218,7 @@ def parts(c: sections.Model, *, fp8: bool = False) -> tuple[Part, ...]:
     head = repeated(matrix("lm_head.weight"), *(f"{theirs}shared_head.head.weight" for theirs in further))
     parts.append(whole("head", head))
     for row, layer in enumerate(mixtures):
-        leaf = same("gate.e_score_correction_bias") if family.has_bias else zeros(ROUTER_BIAS)
+        leaf = same("gate.e_score_correction_bias") if family.has_bias else zeros(ROUTER_BIAS, (c.moe.num_experts,))
         leaf = leaf.under(f"model.layers.{layer}.{family.mixture}")
         parts.append(Part(path=ROUTER_BIAS, index=row, shape=(c.moe.num_experts,), leaf=leaf))
     return tuple(attrs.evolve(part, leaf=_in_fp8(part.leaf)) for part in parts) if fp8 else tuple(parts)
@@ -243,7 +242,7 @@ AHEAD: Mapping[str, Leaf] = MappingProxyType(
     {
         "embed_norm": same("enorm.weight"),
         "hidden_norm": same("hnorm.weight"),
-        "project": matrix("eh_proj.weight", ins=2),
+        "project": stacked("eh_proj.weight", 2),
         "norm": same("shared_head.norm.weight"),
     }
 )
@@ -257,7 +256,7 @@ def _with_no_shared(leaf: Leaf, path: str) -> Leaf:
     def split(ours: Tensor) -> dict[str, Tensor]:
         return leaf.split(ours) | empty.split(ours[..., :0] if path == "up" else ours[:0])
 
-    return Leaf(split=split, join_=leaf.join_)
+    return Leaf(split=split, join=leaf.join, views=leaf.views)
 
 
 def state_dict(p: Transformer, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:

@@ -450,7 +450,7 @@ def hf_leaves(c: sections.Dsa) -> dict[str, Leaf]:
     rotated, index = c.qk_rope_head_dim, list(range(c.index_head_dim))
     order = (*index[:rotated:2], *index[1:rotated:2], *index[rotated:])
     return {f"latent.{path}": leaf for path, leaf in mla.hf_leaves(c).items()} | {
-        "indexer.query": ordered(matrix("indexer.wq_b.weight"), order, 2),
+        "indexer.query": ordered(matrix("indexer.wq_b.weight", outs=(c.index_num_heads, -1)), order, 2),
         "indexer.key": ordered(matrix("indexer.wk.weight"), order, 1),
         "indexer.gain": ordered(same("indexer.k_norm.weight"), order, 0),
         "indexer.shift": ordered(same("indexer.k_norm.bias"), order, 0),

@@ -403,14 +403,14 @@ def hf_leaves(c: sections.Gqa) -> dict[str, Leaf]:
         return leaf if name == "v_proj" else ordered(leaf, order, axis)
 
     def bias(name: str, size: int) -> Leaf:
-        return shaped(same("bias"), (size * c.head_dim,)).under(f"{name}.")
+        return shaped(same("bias"), (size * c.head_dim,), (size, c.head_dim)).under(f"{name}.")
 
-    matrices = [rotated(matrix(f"{name}.weight"), name, 2) for name in heads]
+    matrices = [rotated(matrix(f"{name}.weight", outs=(size, -1)), name, 2) for name, size in heads.items()]
     biases = [rotated(bias(name, size), name, 1) for name, size in heads.items()]
     added = {"qkv_bias": beside(biases, tuple(heads.values()), 0), "out_bias": same("o_proj.bias")}
     return {
         "qkv": beside(matrices, tuple(heads.values()), 1),
         **({"sinks": same("sinks")} if c.sinks else {}),
-        "out": matrix("o_proj.weight", ins=2),
+        "out": matrix("o_proj.weight", ins=(c.num_heads, c.head_dim)),
         **(added if c.biases else {}),
     }

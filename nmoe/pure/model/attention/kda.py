@@ -441,17 +441,18 @@ def hf_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def hf_leaves(c: sections.Kda) -> dict[str, Leaf]:
     """What each parameter is in the folders of Kimi Linear."""
+    heads = (c.num_heads, c.head_dim)
     wide = c.num_heads * c.head_dim
     low = {"f_a_proj.weight": c.head_dim, "g_a_proj.weight": c.head_dim, "b_proj.weight": c.num_heads}
-    taps = [shaped(same(f"{each}_conv1d.weight"), (wide, 1, c.conv_size)) for each in "qkv"]
+    taps = [shaped(same(f"{each}_conv1d.weight"), (wide, 1, c.conv_size), (*heads, c.conv_size)) for each in "qkv"]
     return {
-        "qkv": along([matrix(f"{each}_proj.weight") for each in "qkv"], 1),
+        "qkv": along([matrix(f"{each}_proj.weight", outs=heads) for each in "qkv"], 1),
         "taps": along(taps, 0),
         "low": columns(low),
-        "decay": matrix("f_b_proj.weight"),
-        "decay_bias": shaped(same("dt_bias"), (wide,)),
-        "log_rate": shaped(same("A_log"), (1, 1, c.num_heads, 1)),
-        "gate": matrix("g_b_proj.weight"),
+        "decay": matrix("f_b_proj.weight", outs=heads),
+        "decay_bias": shaped(same("dt_bias"), (wide,), heads),
+        "log_rate": shaped(same("A_log"), (1, 1, c.num_heads, 1), (c.num_heads,)),
+        "gate": matrix("g_b_proj.weight", outs=heads),
         "norm": same("o_norm.weight"),
-        "out": matrix("o_proj.weight", ins=2),
+        "out": matrix("o_proj.weight", ins=heads),
     }

@@ -390,11 +390,11 @@ def hf_leaves(c: sections.Mla) -> dict[str, Leaf]:
         queries = {
             "down": columns({"q_a_proj.weight": c.q_lora_rank} | keys),
             "query.norm": same("q_a_layernorm.weight"),
-            "query.up": matrix("q_b_proj.weight"),
+            "query.up": matrix("q_b_proj.weight", outs=(c.num_heads, channels)),
         }
     return {
         **queries,
         "norm": same("kv_a_layernorm.weight"),
-        "up": matrix("kv_b_proj.weight"),
-        "out": matrix("o_proj.weight", ins=2),
+        "up": matrix("kv_b_proj.weight", outs=(c.num_heads, c.qk_nope_head_dim + c.v_head_dim)),
+        "out": matrix("o_proj.weight", ins=(c.num_heads, c.v_head_dim)),
     }

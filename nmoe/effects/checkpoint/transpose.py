@@ -1,4 +1,4 @@
-"""Matrices transposed from one place in memory to another."""
+"""Tensors copied from one place in memory to another, transposed where they lie so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from torch import Tensor
 BLOCK = 256
 """Rows or columns that are made a whole matrix at once: with 2048 of the others in bf16, a MB, which stays in the
 cache."""
+
+
+def copy_(out: Tensor, tensor: Tensor) -> None:
+    """Write a tensor to a place of its shape, rounded to its format; either may be a transposed matrix.
+
+    Writes:  out.
+    """
+    if out.ndim == 2 and tensor.stride(0) == 1 and tensor.stride(1) != 1:
+        transpose_(out, tensor.T)
+    elif out.ndim == 2 and out.stride(0) == 1 and out.stride(1) != 1:
+        transpose_(out.T, tensor)
+    else:
+        out.copy_(tensor)
 
 
 def transpose_(out: Tensor, matrix: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nmoe.pure.core.transpose import BLOCK, transpose_
+from nmoe.effects.checkpoint.transpose import BLOCK, transpose_
 
 
 @pytest.mark.parametrize("wide_out", (False, True))

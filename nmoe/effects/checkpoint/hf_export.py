@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 
 import attrs
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nmoe.config import sections
@@ -32,6 +33,9 @@ INDEX = "model.safetensors.index.json"
 COMPUTE: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
 """Formats of `precision.storage()`."""
 
+READ_BYTES = 1 << 28
+"""Of a checkpoint, what is read at once; as much as that is used meanwhile."""
+
 VERIFIED_PARAMETERS = 1_000_000_000
 """Models below are compared with `transformers` unless the user says otherwise: two copies in fp32 are 8 GB."""
 
@@ -44,7 +48,7 @@ class Source:
     model: sections.Model
     compute: str  # precision.storage()
     formats: Mapping[str, Format]  # of every tensor
-    read: Callable[[Sequence[Part]], list[Tensor]]
+    read: Callable[[Sequence[Part]], Iterator[Tensor]]  # each holds until the next is asked for
 
     def parameters(self) -> int:
         """How many there are, the router bias included."""
@@ -100,8 +104,9 @@ def export(
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.formats},
     }
     with files.refusing(out, "to write the folder"), files.new_folder(out) as folder:
-        for name, shard in zip(names, shards, strict=True):
-            tensor_file.write(folder / name, shard.formats, _tensors(source, shard))
+        with tensor_file.flushing() as flush:
+            for name, shard in zip(names, shards, strict=True):
+                tensor_file.write(folder / name, shard.formats, _tensors(source, shard), flush)
         for name, content in (("config.json", config), ("generation_config.json", ids), (INDEX, index)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         for name, text in extra.items():
@@ -122,15 +127,8 @@ def plan(source: Source, shard_bytes: int, *, fp8: bool) -> tuple[Shard, ...]:
     written = {part.path for part in parts}
     if left := [path for path, (_, shape) in source.formats.items() if path not in written and 0 not in shape]:
         raise InputError(*(f"{path}: expected a name in theirs, got none; it cannot be exported" for path in left))
-    groups: list[list[Part]] = []
-    room = 0
-    for part in parts:
-        size = sum(map(tensor_file.num_bytes, _formats(source, [part]).values()))
-        if size > room:
-            groups.append([])
-            room = shard_bytes
-        groups[-1].append(part)
-        room -= size
+    sizes = [sum(map(tensor_file.num_bytes, _formats(source, [part]).values())) for part in parts]
+    groups = _grouped(parts, sizes, shard_bytes)
     return tuple(Shard(parts=tuple(group), formats=_formats(source, group)) for group in groups)
 
 
@@ -146,9 +144,8 @@ def _formats(source: Source, parts: Sequence[Part]) -> dict[str, Format]:
 
 def _tensors(source: Source, shard: Shard) -> Iterator[Tensor]:
     """The tensors of a file, in its order."""
-    pieces = source.read(shard.parts)
-    for part in shard.parts:
-        yield from part.leaf.split(pieces.pop(0)).values()
+    for part, piece in zip(shard.parts, source.read(shard.parts), strict=True):
+        yield from part.leaf.split(piece).values()
 
 
 def open_source(fs: Fs, path: Path) -> Source:
@@ -170,38 +167,70 @@ def open_source(fs: Fs, path: Path) -> Source:
     return Source(folder=folder, model=c, compute=precision.storage(), formats=formats, read=read)
 
 
-def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Callable[[Sequence[Part]], list[Tensor]]:
+def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Callable[[Sequence[Part]], Iterator[Tensor]]:
+    """Reads, and verifies, the next tensors while some are used."""
     manifest = manifests.read(fs, folder)
     weights.of_manifest(folder, manifest, formats)
+    rooms = tensor_file.Room(), tensor_file.Room()
 
-    def read(parts: Sequence[Part]) -> list[Tensor]:
-        tensors = [torch.empty(part.shape, dtype=DTYPES[formats[part.path][0]]) for part in parts]
+    def load(group: Sequence[Part], room: tensor_file.Room) -> list[Tensor]:
+        """The tensors of parts; rows side by side are one piece."""
+        runs = [list(run) for _, run in groupby(group, key=lambda part: part.path)]
+        shapes = [(len(run), *run[0].shape) for run in runs]
+        sizes = [
+            tensor_file.num_bytes((formats[run[0].path][0], shape)) for run, shape in zip(runs, shapes, strict=True)
+        ]
+        aligned = [-(-size // tensor_file.ALIGNMENT) * tensor_file.ALIGNMENT for size in sizes]
+        places = room.tensor(torch.uint8, (sum(aligned),)).split(aligned)
         pieces = [
             Piece(
-                name=weights.stored_name(part.path),
-                shape=formats[part.path][1],
-                begin=(part.index or 0) * tensor.numel(),
-                tensor=tensor,
+                name=weights.stored_name(run[0].path),
+                shape=formats[run[0].path][1],
+                begin=(run[0].index or 0) * math.prod(run[0].shape),
+                tensor=place[:size].view(DTYPES[formats[run[0].path][0]]).view(shape),
             )
-            for part, tensor in zip(parts, tensors, strict=True)
+            for run, place, size, shape in zip(runs, places, sizes, shapes, strict=True)
         ]
         reader.load_(fs, folder, manifest, pieces, partial=True)
-        return tensors
+        return [row for piece in pieces for row in piece.tensor]
+
+    def read(parts: Sequence[Part]) -> Iterator[Tensor]:
+        groups = _grouped(
+            parts, [tensor_file.num_bytes((formats[part.path][0], part.shape)) for part in parts], READ_BYTES
+        )
+        with ThreadPoolExecutor(1) as thread:
+            tensors = load(groups[0], rooms[0])
+            for place, further in enumerate(groups[1:], 1):
+                following = thread.submit(load, further, rooms[place % 2])
+                yield from tensors
+                tensors = following.result()
+            yield from tensors
 
     return read
 
 
-def _of_file(path: Path, formats: Mapping[str, Format]) -> Callable[[Sequence[Part]], list[Tensor]]:
+def _of_file(path: Path, formats: Mapping[str, Format]) -> Callable[[Sequence[Part]], Iterator[Tensor]]:
     present = tensor_file.read_formats(path)
     if problems := weights.differences(str(path), formats, present):
         raise InputError(*(f"{problem}; use the config it was saved with" for problem in problems))
 
-    def read(parts: Sequence[Part]) -> list[Tensor]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                rows = {part.path: file.get_slice(part.path) for part in parts}
-                return [rows[part.path][slice(None) if part.index is None else part.index] for part in parts]
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: expected to read it, got {manifests.shown(str(error))}; restore it") from error
+    def read(parts: Sequence[Part]) -> Iterator[Tensor]:
+        room = tensor_file.Room()
+        with tensor_file.opened(path) as file:
+            for part in parts:
+                yield file.read(part.path, room, part.index)
 
     return read
+
+
+def _grouped(parts: Sequence[Part], sizes: Sequence[int], limit: int) -> list[list[Part]]:
+    """Parts side by side in groups of at most so many bytes, or of one."""
+    groups: list[list[Part]] = []
+    room = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if size > room or not groups:
+            groups.append([])
+            room = limit
+        groups[-1].append(part)
+        room -= size
+    return groups

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nmoe.config import sections
@@ -19,7 +19,8 @@ from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import tensor_file, weights
 from nmoe.effects.checkpoint.fs import Disk, read_bytes
 from nmoe.effects.checkpoint.hf_export import COMPUTE, INDEX
-from nmoe.effects.checkpoint.tensor_file import DTYPES, Format
+from nmoe.effects.checkpoint.tensor_file import DTYPES, Format, Room
+from nmoe.effects.checkpoint.transpose import copy_
 from nmoe.effects.record.names import CONFIG, WEIGHTS
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
@@ -57,7 +58,8 @@ def import_folder(folder: Path, out: Path, extra: Callable[[sections.Model], Map
     further = extra(c)
     with files.refusing(out, "to write the folder"), files.new_folder(out) as made:
         formats = {path: ours[path] for path in dict.fromkeys((*(part.path for part in parts), *ours))}
-        tensor_file.write(made / WEIGHTS, formats, _tensors(folder, parts, place, ours))
+        with tensor_file.flushing() as flush:
+            tensor_file.write(made / WEIGHTS, formats, _tensors(folder, parts, place, ours), flush)
         text = tomli_w.dumps({"model": table(c), "precision": {"compute": compute}})
         for name, content in ((CONFIG, text), *further.items()):
             (made / name).write_text(content, encoding="utf-8")
@@ -181,20 +183,19 @@ def _is_plain(name: str) -> bool:
 def _tensors(
     folder: Path, parts: tuple[Part, ...], place: Mapping[str, Path], ours: Mapping[str, Format]
 ) -> Iterator[Tensor]:
-    """The parts of our tensors, in the order of `parts`."""
+    """The parts of our tensors, in the order of `parts`; each holds until the next is asked for."""
+    made, rooms = Room(), defaultdict[int, Room](Room)
     with ExitStack() as stack:
-        try:
-            opened = {
-                path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(place.values()))
-            }
-            for part in parts:
-                theirs = {
-                    name: opened[place[name]].get_tensor(name)
-                    for name in part.theirs(DTYPES[ours[part.path][0]])
-                    if name in place
-                }
-                yield part.leaf.join(theirs).to(DTYPES[ours[part.path][0]])
-        except SafetensorError as error:
-            raise InputError(
-                f"{folder}: expected to read its tensors, got {manifests.shown(str(error))}; copy it again"
-            ) from error
+        opened = {path: stack.enter_context(tensor_file.opened(path)) for path in sorted(set(place.values()))}
+        for part in parts:
+            dtype = DTYPES[ours[part.path][0]]
+            names = [name for name in part.theirs(dtype) if name in place]
+            out = made.tensor(dtype, part.shape)
+            theirs = {name: opened[place[name]].read(name, rooms[at]) for at, name in enumerate(names)}
+            if part.leaf.views:
+                places = part.leaf.split(out)
+                for name, tensor in theirs.items():
+                    copy_(places[name], tensor)
+            else:
+                out.copy_(part.leaf.join(theirs))
+            yield out

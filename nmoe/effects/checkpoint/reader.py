@@ -220,9 +220,10 @@ def _load_(
             return []
 
         problems += [problem for problem, _ in _scan(fs, folder, file, chunks, deliver, pinned=pinned) if problem]
+    summed = _held(manifest, targets) if partial else targets
     with ThreadPoolExecutor(READERS) as pool:
-        digests = pool.map(lambda piece: int(digest(piece.tensor.detach(), piece.begin)), targets)
-        sums = [[piece.name, piece.begin, piece.end(), value] for piece, value in zip(targets, digests, strict=True)]
+        digests = pool.map(lambda piece: int(digest(piece.tensor.detach(), piece.begin)), summed)
+        sums = [[piece.name, piece.begin, piece.end(), value] for piece, value in zip(summed, digests, strict=True)]
     answers = [json.loads(answer) for answer in all_gather_text(json.dumps({"problems": problems, "sums": sums}))]
     damage = [problem for answer in answers for problem in answer["problems"]]
     return damage or _wrong_tensors(folder, manifest, [entry for answer in answers for entry in answer["sums"]])
@@ -296,6 +297,15 @@ def _chunk_digests(manifest: Manifest, file: FileEntry, chunk: Tensor, begin: in
             start = piece.begin * itemsize + low - piece.offset
             digests.append((piece.name, int(digest(chunk[low - begin : high - begin], start))))
     return digests
+
+
+def _held(manifest: Manifest, targets: Sequence[Piece]) -> list[Piece]:
+    """Those of tensors of which the targets have every element: the others are known by their chunks alone."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for piece in targets:
+        spans.setdefault(piece.name, []).append((piece.begin, piece.end()))
+    whole = {name for name, held in spans.items() if not gaps(math.prod(manifest.tensors[name].shape), held)}
+    return [piece for piece in targets if piece.name in whole]
 
 
 def _wrong_tensors(folder: Path, manifest: Manifest, sums: Sequence[Any]) -> list[str]:

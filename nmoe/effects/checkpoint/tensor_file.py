@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
 from types import MappingProxyType
 
+import attrs
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
+from nmoe.effects.checkpoint.fs import Disk, read_into
+from nmoe.effects.checkpoint.transpose import copy_
 from nmoe.errors import InputError
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({**manifests.DTYPES, "F8_E4M3": torch.float8_e4m3fn})
@@ -27,9 +33,25 @@ Format = tuple[str, tuple[int, ...]]
 ALIGNMENT = 8
 """Bytes; the data starts at a multiple."""
 
-
 CALL_BYTES = 1 << 20
 """Of one call that writes: 1.5 GB take 0.33 s so, and 2.2 s in calls of 16 MB (ext4, Linux 6, two cores)."""
+
+ROOM_BYTES = 4 << 20
+"""Of what is made while as much is written."""
+
+
+@attrs.define(eq=False)
+class Room:
+    """Memory that is used again: a copy to fresh memory, whose pages the system makes, takes five times as long."""
+
+    data: Tensor = attrs.field(factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def tensor(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """A tensor that holds anything, in the place of the one before; the memory grows where it does not fit."""
+        size = dtype.itemsize * math.prod(shape)
+        if self.data.numel() < size:
+            self.data = torch.empty(size, dtype=torch.uint8)
+        return self.data[:size].view(dtype).view(*shape)
 
 
 def num_bytes(format: Format) -> int:
@@ -38,11 +60,56 @@ def num_bytes(format: Format) -> int:
     return DTYPES[dtype].itemsize * math.prod(shape)
 
 
-def write(path: Path, formats: Mapping[str, Format], parts: Iterable[Tensor]) -> None:
-    """Write a new file; no more than two parts are in memory: a thread makes the next one while one is written.
+@attrs.define(kw_only=True, eq=False)
+class Flush:
+    """Flushes to the disk beside the writing, so that the last flush finds little to do.
+
+    Linux begins by itself after seconds; asked to by fadvise, it leaves half of the bytes to the last flush.
+    """
+
+    thread: ThreadPoolExecutor
+    last: Future[None] | None = None
+
+    def offer(self, file: BufferedWriter) -> None:
+        """Flush what was written, unless a flush is under way.
+
+        Raises:  OSError of the flush before.
+        """
+        if self.last is None or self.last.done():
+            self.wait()
+            self.last = self.thread.submit(_flush, os.dup(file.fileno()))
+
+    def wait(self) -> None:
+        """Wait for the last one.
+
+        Raises:  OSError of it.
+        """
+        if self.last is not None:
+            self.last.result()
+
+
+@contextmanager
+def flushing() -> Iterator[Flush]:
+    """For all files of a folder."""
+    with ThreadPoolExecutor(1) as thread:
+        flush = Flush(thread=thread)
+        yield flush
+        flush.wait()
+
+
+def _flush(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, formats: Mapping[str, Format], parts: Iterable[Tensor], flush: Flush) -> None:
+    """Write a new file: a thread makes the next parts while some are written, another flushes what was.
 
     formats  of every tensor, in the order of the file
-    parts    the elements of all tensors, in that order: a tensor may come in several parts
+    parts    the elements of all tensors, in that order: a tensor may come in several parts. Each is read before the
+             next is asked for
     Raises:  OSError; ValueError when the parts are not as many bytes as the formats say.
     Writes:  `path`, which holds anything when this raises.
     """
@@ -54,54 +121,104 @@ def write(path: Path, formats: Mapping[str, Format], parts: Iterable[Tensor]) ->
     text = json.dumps(fields, separators=(",", ":")).encode()
     text = text.ljust(len(text) + -len(text) % ALIGNMENT)
     written = 0
-    source, rooms = iter(parts), [torch.empty(0, dtype=torch.uint8)] * 2
-
-    def next_bytes(place: int) -> Tensor | None:
-        part = next(source, None)
-        return None if part is None else _bytes(part, rooms, place)
-
-    with open(path, "xb") as file, ThreadPoolExecutor(1) as thread:
+    full = _filled(parts, min(ROOM_BYTES, end))
+    with open(path, "xb") as file, _one_thread_an_op(), ThreadPoolExecutor(1) as thread:
         file.write(len(text).to_bytes(8, "little") + text)
-        data, place = next_bytes(0), 1
-        while data is not None:
-            following = thread.submit(next_bytes, place)
+        following = thread.submit(next, full, None)
+        while (data := following.result()) is not None:
+            following = thread.submit(next, full, None)
             for call in data.split(CALL_BYTES):
                 file.write(call.numpy().data)
-            if hasattr(os, "posix_fadvise"):  # Linux begins to write to the disk, and fsync finds it done
-                os.posix_fadvise(file.fileno(), written, data.numel(), os.POSIX_FADV_DONTNEED)
+            flush.offer(file)
             written += data.numel()
-            data, place = following.result(), 1 - place
     if written != end:
         raise ValueError(f"{path}: expected {end} bytes of tensors, got {written}; pass every part once")
 
 
-def _bytes(part: Tensor, rooms: list[Tensor], place: int) -> Tensor:
-    """The elements in the order of the file, as bytes: where they lie, or copied into `rooms[place]`, which grows.
+@contextmanager
+def _one_thread_an_op() -> Iterator[None]:
+    """torch's further threads would wait for each other in loops, and take the cores from the thread that writes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    Memory that is used again costs no page faults: a copy to fresh memory takes five times as long.
+
+def _filled(parts: Iterable[Tensor], limit: int) -> Iterator[Tensor]:
+    """The bytes of parts in the order of the file, `limit` at most at once; each holds until the one after the next is
+    asked for."""
+    room, other = (torch.empty(limit, dtype=torch.uint8) for _ in range(2))
+    used = 0
+    for part in parts:
+        for piece in _pieces(part, limit):
+            if used + piece.nbytes > limit or used % piece.itemsize:
+                yield room[:used]
+                room, other, used = other, room, 0
+            place = room[used : used + piece.nbytes].view(piece.dtype).view(piece.shape)
+            copy_(place, piece)
+            used += piece.nbytes
+    yield room[:used]
+
+
+def _pieces(part: Tensor, limit: int) -> Iterator[Tensor]:
+    """A tensor in rows, of which each piece has `limit` bytes at most."""
+    if part.nbytes <= limit:
+        yield part
+    elif part.is_contiguous():
+        yield from part.view(-1).split(limit // part.itemsize)
+    elif rows := limit // part[0].nbytes:
+        yield from part.split(rows)
+    else:
+        for row in part:
+            yield from _pieces(row, limit)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Stored:
+    """A file that is open to read."""
+
+    path: Path
+    handle: int
+    formats: Mapping[str, Format]
+    begins: Mapping[str, int]  # first byte of each tensor
+
+    def read(self, name: str, room: Room, row: int | None = None) -> Tensor:
+        """A tensor or one row of it, in `room`.
+
+        Raises:  InputError when it cannot be read.
+        """
+        dtype, shape = self.formats[name]
+        shape = shape if row is None else shape[1:]
+        tensor = room.tensor(DTYPES[dtype], shape)
+        data = tensor.view(-1).view(torch.uint8).numpy().data
+        with files.refusing(self.path, f"to read '{manifests.shown(name)}'", "copy it again"):
+            if read_into(Disk(), self.handle, data, self.begins[name] + (row or 0) * tensor.nbytes) < tensor.nbytes:
+                raise OSError(errno.EIO, "the end of the file", str(self.path))
+        return tensor
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Stored]:
+    """A file to read from.
+
+    Raises:  InputError when it is not a whole safetensors file.
     """
-    if part.is_contiguous():
-        return part.reshape(-1).view(torch.uint8)
-    size = part.numel() * part.itemsize
-    if rooms[place].numel() < size:
-        rooms[place] = torch.empty(size, dtype=torch.uint8)
-    data = rooms[place][:size]
-    _copy_(data.view(part.dtype).view(part.shape), part)
-    return data
-
-
-COLUMNS = 256
-"""Of a matrix that is transposed at once: with 2048 rows in bf16, a MB, which stays in the cache."""
-
-
-def _copy_(out: Tensor, part: Tensor) -> None:
-    """Copy to memory in order. torch transposes a whole matrix in blocks, and columns of a wider one an element at a
-    time: columns become whole matrices first, some of them at a time. Writes: out."""
-    if part.ndim != 2 or part.stride(0) != 1 or part.stride(1) == part.shape[0]:
-        out.copy_(part)
-        return
-    for rows, columns in zip(out.split(COLUMNS), part.T.split(COLUMNS, dim=1), strict=True):
-        rows.copy_(columns.contiguous().T)
+    formats = read_formats(path)
+    disk = Disk()
+    with files.refusing(path, "a safetensors file", "copy it again"):
+        handle = disk.open(path)
+    try:
+        header = bytearray(8)
+        read_into(disk, handle, header, 0)
+        header = bytearray(int.from_bytes(header, "little"))
+        read_into(disk, handle, header, 8)
+        fields = json.loads(header)
+        begins = {name: 8 + len(header) + fields[name]["data_offsets"][0] for name in formats}
+        yield Stored(path=path, handle=handle, formats=formats, begins=begins)
+    finally:
+        disk.close(handle)
 
 
 def read_formats(path: Path) -> dict[str, Format]:

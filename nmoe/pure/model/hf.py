@@ -145,7 +145,7 @@ def _in_fp8(leaf: Leaf) -> Leaf:
             }
         )
 
-    return Leaf(split=split, join=join)
+    return Leaf(split=split, join=join, views=False)
 
 
 def check_fp8(c: sections.Model) -> None:
@@ -256,7 +256,7 @@ def _with_no_shared(leaf: Leaf, path: str) -> Leaf:
     def split(ours: Tensor) -> dict[str, Tensor]:
         return leaf.split(ours) | empty.split(ours[..., :0] if path == "up" else ours[:0])
 
-    return Leaf(split=split, join=leaf.join)
+    return Leaf(split=split, join=leaf.join, views=leaf.views)
 
 
 def state_dict(p: Transformer, bias: Tensor, c: sections.Model) -> dict[str, Tensor]:

@@ -18,12 +18,14 @@ BLOCK = 256
 class Leaf:
     """One parameter, or one expert of it. Their matrices are [out, in], ours [in, out].
 
-    split  our tensor -> theirs by name, views of it
+    split  our tensor -> theirs by name, views of it where that is possible
     join   theirs by name -> our tensor; undoes `split`
+    views  whether `split` gives views alone, so that theirs can be copied to their places in memory of ours
     """
 
     split: Callable[[Tensor], dict[str, Tensor]]
     join: Callable[[Mapping[str, Tensor]], Tensor]
+    views: bool
 
     def under(self, prefix: str) -> Leaf:
         """The same with `prefix` before every name of theirs."""
@@ -32,12 +34,13 @@ class Leaf:
             join=lambda theirs: self.join(
                 {name.removeprefix(prefix): tensor for name, tensor in theirs.items() if name.startswith(prefix)}
             ),
+            views=self.views,
         )
 
 
 def same(name: str) -> Leaf:
     """A tensor of the same shape."""
-    return Leaf(split=lambda ours: {name: ours}, join=lambda theirs: theirs[name])
+    return Leaf(split=lambda ours: {name: ours}, join=lambda theirs: theirs[name], views=True)
 
 
 def matrix(name: str, *, ins: tuple[int, ...] = (-1,), outs: tuple[int, ...] = (-1,)) -> Leaf:
@@ -47,6 +50,7 @@ def matrix(name: str, *, ins: tuple[int, ...] = (-1,), outs: tuple[int, ...] = (
         # Transposed before it is stacked with others, twice as fast as both at once: torch does whole matrices in
         # blocks.
         join=lambda theirs: theirs[name].T.contiguous().unflatten(1, outs).unflatten(0, ins),
+        views=True,
     )
 
 
@@ -57,6 +61,7 @@ def columns(sizes: Mapping[str, int]) -> Leaf:
             name: part.T for name, part in zip(sizes, ours.split(tuple(sizes.values()), dim=1), strict=True)
         },
         join=lambda theirs: torch.cat([theirs[name] for name in sizes]).T,
+        views=True,
     )
 
 
@@ -69,7 +74,11 @@ def beside(leaves: Sequence[Leaf], sizes: Sequence[int], axis: int) -> Leaf:
             named |= leaf.split(part)
         return named
 
-    return Leaf(split=split, join=lambda theirs: torch.cat([leaf.join(theirs) for leaf in leaves], axis))
+    return Leaf(
+        split=split,
+        join=lambda theirs: torch.cat([leaf.join(theirs) for leaf in leaves], axis),
+        views=all(leaf.views for leaf in leaves),
+    )
 
 
 def interleaved(name: str) -> Leaf:
@@ -77,6 +86,7 @@ def interleaved(name: str) -> Leaf:
     return Leaf(
         split=lambda ours: {name: ours.mT.flatten(-2)},
         join=lambda theirs: theirs[name].unflatten(-1, (-1, 2)).mT.contiguous(),
+        views=False,
     )
 
 
@@ -89,7 +99,11 @@ def along(leaves: Sequence[Leaf], axis: int) -> Leaf:
             named |= leaf.split(part)
         return named
 
-    return Leaf(split=split, join=lambda theirs: torch.stack([leaf.join(theirs) for leaf in leaves], dim=axis))
+    return Leaf(
+        split=split,
+        join=lambda theirs: torch.stack([leaf.join(theirs) for leaf in leaves], dim=axis),
+        views=all(leaf.views for leaf in leaves),
+    )
 
 
 def ordered(leaf: Leaf, order: Sequence[int], axis: int) -> Leaf:
@@ -100,7 +114,9 @@ def ordered(leaf: Leaf, order: Sequence[int], axis: int) -> Leaf:
         return tensor.index_select(axis, torch.tensor(places, device=tensor.device))
 
     return Leaf(
-        split=lambda ours: leaf.split(taken(ours, order)), join=lambda theirs: taken(leaf.join(theirs), inverse)
+        split=lambda ours: leaf.split(taken(ours, order)),
+        join=lambda theirs: taken(leaf.join(theirs), inverse),
+        views=False,
     )
 
 
@@ -109,6 +125,7 @@ def shaped(leaf: Leaf, theirs: tuple[int, ...], ours: tuple[int, ...]) -> Leaf:
     return Leaf(
         split=lambda tensor: {name: each.reshape(theirs) for name, each in leaf.split(tensor).items()},
         join=lambda named: leaf.join({name: each.reshape(ours) for name, each in named.items()}),
+        views=leaf.views,
     )
 
 
@@ -123,7 +140,7 @@ def gated(gate: str, up: str) -> Leaf:
         blocks = zip(theirs[gate].split(BLOCK), theirs[up].split(BLOCK), strict=True)
         return torch.cat([torch.stack([rows.T.contiguous() for rows in both], 1) for both in blocks], 2)
 
-    return Leaf(split=lambda ours: {gate: ours[:, 0].T, up: ours[:, 1].T}, join=join)
+    return Leaf(split=lambda ours: {gate: ours[:, 0].T, up: ours[:, 1].T}, join=join, views=True)
 
 
 def zeros(path: str, shape: tuple[int, ...]) -> Leaf:
@@ -136,7 +153,7 @@ def zeros(path: str, shape: tuple[int, ...]) -> Leaf:
             )
         return {}
 
-    return Leaf(split=split, join=lambda theirs: torch.zeros(shape))
+    return Leaf(split=split, join=lambda theirs: torch.zeros(shape), views=False)
 
 
 def scaled(name: str, factor: float) -> Leaf:
@@ -147,6 +164,7 @@ def scaled(name: str, factor: float) -> Leaf:
     return Leaf(
         split=lambda ours: {name: ours if ours.is_meta or factor == 1 else ours * factor},
         join=lambda theirs: theirs[name],
+        views=factor == 1,
     )
 
 
@@ -155,6 +173,7 @@ def stacked(name: str, parts: int) -> Leaf:
     return Leaf(
         split=lambda ours: {name: ours.flatten(0, 1).T},
         join=lambda theirs: theirs[name].T.unflatten(0, (parts, -1)),
+        views=True,
     )
 
 
@@ -177,4 +196,4 @@ def repeated(leaf: Leaf, *copies: str) -> Leaf:
                 )
         return leaf.join(dict([first]))
 
-    return Leaf(split=split, join=join)
+    return Leaf(split=split, join=join, views=leaf.views and not copies)

@@ -8,9 +8,12 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nmoe.cli import main
 from nmoe.effects.data import stdlib
@@ -164,6 +167,34 @@ def test_bits_of_a_network(folder: Path) -> None:
     (after,) = judged.bits([(long, second)])
     kept = (end + ids(long))[-(32 - len(ids(second))) - 1 :] + ids(second)
     assert after == pytest.approx(expected(kept, len(ids(second))), rel=1e-5)
+
+
+class Seen(TorchDispatchMode):
+    """The shapes of everything that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.shapes += [tuple(each.shape) for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
+        return out
+
+
+def test_logits_are_made_in_chunks_of_what_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never of all tokens by all words, and of a prompt's tokens none."""
+    network, tokenizer = generate.open_network(folder, "cpu")
+    monkeypatch.setattr(judge, "LOSS_CHUNK", 4)
+    with Seen() as seen:
+        judge.of_network(network, tokenizer).bits([("import os", "\n    return x"), ("", "def main(x):")])
+    counted = sum(
+        len(tokenizers.encoding(tokenizer).encode_ordinary(text)) for text in ("\n    return x", "def main(x):")
+    )
+    words = network.params.head.shape[1]
+    logits = [shape[0] for shape in seen.shapes if shape[1:] == (words,) and shape != network.params.head.shape]
+    assert 0 < max(logits) <= 4 < counted
+    assert all(words not in shape or len(shape) < 3 for shape in seen.shapes)
 
 
 def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,7 +202,8 @@ def rotate_mla(q: Tensor, k_rope: Tensor, rope: Rope, positions: Tensor | tuple[
     """
     nope = q.shape[-1] - k_rope.shape[-1]
     q_nope, q_rope = q.split((nope, k_rope.shape[-1]), dim=-1)
-    return torch.cat((q_nope, rotate(q_rope, rope, positions)), dim=-1), rotate(k_rope, rope, positions)
+    turned = rotate(torch.cat((q_rope, k_rope[:, :, None]), dim=2), rope, positions)  # of one token, calls are the cost
+    return torch.cat((q_nope, turned[:, :, :-1]), dim=-1), turned[:, :, -1]
 
 
 def project(

@@ -11,11 +11,12 @@ from nmoe.cli.parser import Verbs, add, group, load
 
 KERNELS = MappingProxyType(
     {
-        "moe": "the routed experts of a layer",
-        "attention": "attention",
-        "loss": "the head and its loss",
-        "optimizer": "the optimizer's passes",
-        "kernels": "all of these",
+        "moe": "compare the routed experts of a layer with reference implementations",
+        "precision": "compare the routed experts in fp8 with those in bf16, by tokens and sizes",
+        "attention": "compare attention with reference implementations",
+        "loss": "compare the head and its loss with reference implementations",
+        "optimizer": "compare the optimizer's passes with reference implementations",
+        "kernels": "compare all of these with reference implementations",
     }
 )
 
@@ -35,7 +36,7 @@ def verbs(root: Verbs) -> None:
     step.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a trainer there")
     step.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: %(default)s)")
     for kind, what in KERNELS.items():
-        verb = add(bench, kind, _bench_kernels, f"compare {what} with reference implementations", "--jsonl rows.jsonl")
+        verb = add(bench, kind, _bench_kernels, what, "--jsonl rows.jsonl")
         verb.set_defaults(kind=kind)
         verb.add_argument("--jsonl", type=Path, metavar="FILE", help="also write one line a row there")
         if kind == "kernels":

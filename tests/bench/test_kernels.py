@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from nmoe.bench import kernels as kernel_bench
 from nmoe.bench.kernels import attention, dsa, gqa, kda, loss, meter, moe, nsa
-from nmoe.bench.kernels.meter import Meter, Variant
+from nmoe.bench.kernels.meter import Meter, Taken, Variant
 from nmoe.effects.kernels.attention import mla
 from nmoe.effects.kernels.attention.dsa import Tiles as SparseTiles
 from nmoe.effects.kernels.attention.dsa_dense import Tiles as DenseTiles
@@ -113,6 +115,38 @@ def test_loads_are_as_they_are_called(routing: str, low: float, high: float) -> 
     assert not chosen.expert.is_contiguous(), "the router leaves slices of wider rows"
     assert all(len(set(row)) == 2 for row in chosen.expert.tolist())
     torch.testing.assert_close(chosen.weight.sum(-1), torch.ones(4096))
+
+
+def test_the_crossover_is_measured_at_the_sizes_of_its_table() -> None:
+    """docs/precision.md has a line for hidden, expert, E and K, and a column for each number of tokens."""
+    text = (Path(__file__).parents[2] / "docs" / "precision.md").read_text()
+    found = re.search(r"^\| hidden, expert, E, K.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    head, *lines = found[0].splitlines()
+    tokens = [int(each.replace(",", "")) for each in re.findall(r"\d+,\d{3}", head)]
+    sizes = [tuple(int(each) for each in line.split("|")[1].split(",")) for line in lines[1:]]
+    measured = [(case.hidden, case.width, case.experts, case.top_k, case.tokens) for case in moe.CROSSOVER]
+    assert len(tokens) == 4 and measured == [(*size, n) for size in sizes for n in tokens]
+
+
+def test_fp8_is_measured_beside_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = moe.Case(tokens=4, hidden=128, width=128, experts=2, top_k=1, routing="natural")
+    monkeypatch.setattr(moe, "CROSSOVER", (case,))
+    monkeypatch.setattr(kernel_bench.ops, "mixture_tiles", lambda device, hidden, width: TILES)
+
+    taken = {"ours": 0.002, "ours, fp8": 0.004}
+
+    def measure(variant: Variant, meter: Meter) -> Taken:
+        return Taken(forward_s=None, both_s=taken[variant.name], extra_bytes=0, error=None, repeats=None)
+
+    monkeypatch.setattr(kernel_bench, "measure", measure)
+    fake = Meter(device=CPU, seconds=lambda call, replayed: 0, extra_bytes=lambda call: 0, flops=1e15, bandwidth=1e12)
+    ((title, rows),) = kernel_bench.cases("precision", fake)
+    assert title.startswith("precision  tokens 4  hidden 128")
+    assert [(row.variant, row.ratio, row.beside) for row in rows] == [
+        ("ours", None, None),
+        ("ours, fp8", 0.5, "ours"),
+    ]
 
 
 def test_a_table_has_rates_shares_and_ratios() -> None:

@@ -1,4 +1,4 @@
-"""`nmoe bench moe|attention|loss|optimizer|kernels`: each kernel beside reference implementations, in one run."""
+"""`nmoe bench moe|precision|attention|loss|optimizer|kernels`: each kernel beside another one, in one run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nmoe.errors import InputError
 
 HEAD = ("", "forward", "forward+backward", "rate", "of peak", "least moved", "more held", "error", "same", "speed")
 
-KINDS = ("moe", "attention", "loss", "optimizer")
+KINDS = ("moe", "precision", "attention", "loss", "optimizer")
 
 
 def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
@@ -82,6 +82,11 @@ def cases(kind: str, meter: Meter) -> Iterator[tuple[str, list[Row]]]:
             title = f"{described(case)}  busiest expert {moe.busiest(case, operands.expert):.1f} x the mean"
             tiles = ops.mixture_tiles(device, case.hidden, case.width)
             yield f"moe  {title}", rows("moe", case, moe.variants(case, operands, tiles), moe.PEER, meter)
+    elif kind == "precision":
+        for case in moe.CROSSOVER:
+            tiles = ops.mixture_tiles(device, case.hidden, case.width)
+            both = moe.formats(moe.Operands.of(case, device), tiles)
+            yield f"precision  {described(case)}", rows("precision", case, both, moe.OURS, meter)
     elif kind == "attention":
         for case in attention.CASES:
             tiles = ops.mla_tiles(device, case.nope, case.rope, case.value)

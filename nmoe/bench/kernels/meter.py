@@ -48,7 +48,7 @@ class Taken:
 class Row:
     """One line of a table; one line of the JSONL."""
 
-    what: str  # moe, attention, loss, optimizer
+    what: str  # moe, precision, attention, loss, optimizer
     case: str
     variant: str
     forward_s: float | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from nmoe.pure.model.experts import moe_experts
 from nmoe.pure.model.route import Routing
 
 PEER = "grouped_mm compiled"
+
+OURS, NARROW = "ours", "ours, fp8"
 
 SAMPLE = 64
 """Tokens whose results are compared with fp64."""
@@ -58,6 +60,18 @@ CASES = (
     attrs.evolve(LARGE, tokens=4096),
     attrs.evolve(LARGE, width=768, experts=128, top_k=8),
 )
+
+CROSSOVER = tuple(
+    Case(tokens=tokens, hidden=hidden, width=width, experts=experts, top_k=top_k, routing="natural")
+    for hidden, width, experts, top_k in (
+        (2048, 768, 128, 8),
+        (2048, 1408, 64, 6),
+        (4096, 1536, 64, 8),
+        (7168, 2048, 32, 8),
+    )
+    for tokens in (4096, 8192, 16384, 32768)
+)
+"""Where fp8 would pay: the table of docs/precision.md."""
 
 
 @attrs.frozen(kw_only=True)
@@ -129,21 +143,38 @@ Layer = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 def variants(case: Case, operands: Operands, tiles: Tiles) -> Iterator[Variant]:
     """Ours, torch's grouped products compiled and not, ours in fp8, and SonicMoE where it is installed."""
     plain = partial(moe_experts, experts=cpu.experts_grouped)
-    truth = exact(operands)
-
-    def layer(which: Callable[..., Any]) -> Layer:
-        return partial(operands.apply, which), operands.leaves()
-
     given: dict[str, Callable[[], Layer]] = {
-        "ours": lambda: layer(partial(fused_experts, tiles=tiles)),
+        OURS: lambda: layer(operands, partial(fused_experts, tiles=tiles)),
         # a graph that compiles anew for every number of rows would measure the compiler
-        PEER: lambda: layer(torch.compile(plain, dynamic=False)),
-        "grouped_mm": lambda: layer(plain),
+        PEER: lambda: layer(operands, torch.compile(plain, dynamic=False)),
+        "grouped_mm": lambda: layer(operands, plain),
     }
     if case.hidden % fp8.BLOCK == case.width % fp8.BLOCK == 0:
-        given["ours, fp8"] = lambda: layer(partial(moe_experts_fp8, tiles=tiles))
+        given[NARROW] = lambda: layer(operands, partial(moe_experts_fp8, tiles=tiles))
     if importlib.util.find_spec("sonicmoe") is not None:
         given["SonicMoE"] = lambda: sonic(operands)
+    yield from built(operands, given)
+
+
+def formats(operands: Operands, tiles: Tiles) -> Iterator[Variant]:
+    """Ours in bf16 and in fp8; hidden size and width are multiples of 128."""
+    yield from built(
+        operands,
+        {
+            OURS: lambda: layer(operands, partial(fused_experts, tiles=tiles)),
+            NARROW: lambda: layer(operands, partial(moe_experts_fp8, tiles=tiles)),
+        },
+    )
+
+
+def layer(operands: Operands, which: Callable[..., Any]) -> Layer:
+    """An implementation that takes the matrices as ours does."""
+    return partial(operands.apply, which), operands.leaves()
+
+
+def built(operands: Operands, given: Mapping[str, Callable[[], Layer]]) -> Iterator[Variant]:
+    """Each implementation when its turn comes, its error beside one truth."""
+    truth = exact(operands)
     for name, build in given.items():
         apply, leaves = build()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from nmoe.errors import pip_install
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
@@ -94,6 +97,14 @@ def test_both_pairs_satisfy_the_package() -> None:
     for requirement in map(Requirement, declared):
         for file in ("constraints.txt", "constraints-gpu.txt"):
             assert requirement.specifier.contains(pins(file)[requirement.name]), f"{requirement} in {file}"
+
+
+def test_the_command_that_installs_an_extra_works_from_any_shell(tmp_path: Path) -> None:
+    """Typed in another folder, without the environment being active: the pip of the shell would not know nmoe."""
+    command = shlex.split(pip_install("viz"))
+    typed = [*command, "--dry-run", "--no-index", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(typed, cwd=tmp_path, env={"PATH": "/usr/bin"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from nmoe.effects.data import hf_tokenizer, tokenizer
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.survey import cleaned, reporting, works_of
 from nmoe.effects.data.store.format import NAME
+from nmoe.effects.data.store.records import read_object
 from nmoe.effects.data.tokenizer import Tokenizer
 from nmoe.effects.terminal import Progress, say_json
 from nmoe.errors import InputError, printable
@@ -86,7 +87,18 @@ def resolve(said: str, home: Path, base: Path) -> Tokenizer:
     """
     if "/" in said or said.endswith(".json"):
         path = base / files.expanded(said)
-        return tokenizer.load(path.parent if path.name == tokenizer.FILE else path)
+        file = path / tokenizer.FILE if path.is_dir() else path
+        if not file.exists():
+            raise InputError(
+                f"tokenizer {said}: expected a file or a folder, got none at {file}; fix the path, or name one of "
+                "`nmoe data tokenizer list`"
+            )
+        if "model" in read_object(file):
+            raise InputError(
+                f"{file}: expected a tokenizer that nmoe has written, got one of Hugging Face; add it with "
+                f"`nmoe data tokenizer add NAME --from {file}`, and give that name"
+            )
+        return tokenizer.load_file(file)
     folder = home / FOLDER / said
     if not (folder / tokenizer.FILE).exists():
         names = ", ".join(sorted(path.name for path in (home / FOLDER).glob("*") if path.is_dir())) or "none"

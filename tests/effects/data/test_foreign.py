@@ -154,6 +154,22 @@ def test_published_tokenizers_are_added_from_a_verified_file(tmp_path: Path) -> 
         vocabulary.resolve("mode", tmp_path / "home", tmp_path)
 
 
+def test_a_file_of_any_name_is_a_tokenizer(tmp_path: Path) -> None:
+    """By its path or its folder's; of Hugging Face's format the message says how it is taken."""
+    made = invented()
+    tokenizers.save(made, tmp_path)
+    (tmp_path / "mine.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    for said in ("mine.json", "./mine.json", "./tokenizer.json", str(tmp_path)):
+        assert vocabulary.resolve(said, tmp_path / "home", tmp_path) == made
+    with pytest.raises(
+        InputError, match=r"tokenizer ./none.json: expected a file or a folder, got none at .*none.json"
+    ):
+        vocabulary.resolve("./none.json", tmp_path / "home", tmp_path)
+    (tmp_path / "other.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    with pytest.raises(InputError, match="other.json: .*got one of Hugging Face; add it with `nmoe data tokenizer add"):
+        vocabulary.resolve("other.json", tmp_path / "home", tmp_path)
+
+
 @pytest.mark.parametrize("name", list(vocabulary.KNOWN))
 def test_the_published_are_those_of_tiktoken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against tiktoken's own tables, with 256 bytes in place of the ranks, which it would fetch."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.effects.runs.track.follow import Line, Open, Position, Sink
-from nmoe.errors import InputError
+from nmoe.errors import InputError, pip_install
 
 EVENTS = "track/tensorboard/events.out.tfevents.0.nmoe"
 
@@ -49,7 +49,7 @@ def _module(name: str, extra: str) -> Any:
     except ImportError as error:
         got = "none" if isinstance(error, ModuleNotFoundError) else error  # a broken one says what it lacks
         raise InputError(
-            f'--to: expected the package {extra} to be installed, got {got}; pip install "nmoe[{extra}]"'
+            f"--to: expected the package {extra} to be installed, got {got}; install it with: {pip_install(extra)}"
         ) from error
 
 

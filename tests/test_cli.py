@@ -191,7 +191,7 @@ def test_config_verbs() -> None:
     assert re.search(r"^log.every = 3 +# environment NMOE_LOG__EVERY$", done.stdout, re.MULTILINE)
     done = nmoe("config", "check", QUICKSTART)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(
-        f"{QUICKSTART}: valid for 1 rank, identity "
+        f"{QUICKSTART}: valid for 1 rank, fingerprint "
     )
 
 

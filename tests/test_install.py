@@ -182,7 +182,7 @@ def test_an_installed_wheel_knows_presets_by_name(environment: Path, tmp_path: P
     assert listed == sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
     checked = ran(environment, tmp_path, "nmoe", "config", "check", "quickstart")
     assert checked.startswith(
-        f"{packages(environment)}/nmoe/config/presets/quickstart.toml: valid for 1 rank, identity "
+        f"{packages(environment)}/nmoe/config/presets/quickstart.toml: valid for 1 rank, fingerprint "
     )
     assert "2.65 M" in ran(environment, tmp_path, "nmoe", "plan", "quickstart")
     assert list(tmp_path.iterdir()) == []

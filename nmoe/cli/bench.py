@@ -113,7 +113,7 @@ def verbs(root: Verbs) -> None:
         "records",
         _bench_records,
         "train variants of a config with several seeds, and compare them by bits a byte of held-out text; the same "
-        "command goes on where it was stopped",
+        "command resumes where it was stopped",
         "docs/records/quickstart.toml out --jobs 2",
     )
     records.set_defaults(takes_overrides=True)

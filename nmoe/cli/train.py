@@ -25,7 +25,7 @@ def verbs(root: Verbs) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="resume from a checkpoint although this key of its identity differs, such as optim.dense.lr",
+        help="resume from a checkpoint although this key differs from what it was saved with, such as optim.dense.lr",
     )
 
     run.add_argument(

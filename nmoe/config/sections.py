@@ -159,7 +159,7 @@ class Shards:
 
     kind: ClassVar[str] = "shards"
 
-    path: str = setting("folder that holds manifest.json; its content is part of the identity", identity=False)
+    path: str = setting("folder that holds manifest.json; its content is fixed, whatever its path", identity=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -345,7 +345,7 @@ class Checkpoint:
         default="stop",
         identity=False,
     )
-    asynchronous: bool = setting("whether training goes on while a checkpoint is written", default=True, identity=False)
+    asynchronous: bool = setting("whether steps continue while a checkpoint is written", default=True, identity=False)
     grace_s: float = setting(
         "time from SIGTERM or SIGUSR1 to the end of the process",
         default=30.0,

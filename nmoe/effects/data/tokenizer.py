@@ -179,7 +179,7 @@ def load_file(path: Path) -> Tokenizer:
     loaded = make(stored.name, stored.pattern, tokens, end_of_text=stored.end_of_text, size=stored.size)
     if loaded.identity != stored.identity:
         raise InputError(
-            f"{path}: expected a tokenizer with identity {stored.identity[:80]}, got {loaded.identity}; "
+            f"{path}: expected a tokenizer with fingerprint {stored.identity[:80]}, got {loaded.identity}; "
             "prepare the data again"
         )
     return loaded

@@ -229,7 +229,7 @@ def learn(
 
 
 def list_tokenizers(home: Path, say: Callable[[str], None], as_json: bool = False) -> int:
-    """Print name, size and identity of every tokenizer of this machine; a damaged one costs its own line only.
+    """Print name, size and fingerprint of every tokenizer of this machine; a damaged one costs its own line only.
 
     Raises:  InputError with the damaged ones, after the others were printed.
     """
@@ -242,9 +242,11 @@ def list_tokenizers(home: Path, say: Callable[[str], None], as_json: bool = Fals
         except InputError as error:
             problems += error.problems
             continue
-        listed.append({"name": folder.name, "tokens": stored.size, "identity": stored.identity, "folder": str(folder)})
+        listed.append(
+            {"name": folder.name, "tokens": stored.size, "fingerprint": stored.identity, "folder": str(folder)}
+        )
         if not as_json:
-            say(f"{printable(folder.name):<24} {stored.size:>7} tokens  identity {stored.identity}")
+            say(f"{printable(folder.name):<24} {stored.size:>7} tokens  fingerprint {stored.identity}")
     if as_json:
         say_json(listed)
     if problems:

@@ -39,7 +39,7 @@ def _sent(name: str, failures: tuple[type[Exception], ...]) -> Iterator[None]:
         raise InputError(
             f"--to {name}: expected a target that can be opened and closed, got {type(error).__name__}: "
             f"{error}; fix that and "
-            "start `nmoe track` again, it goes on where it was"
+            "start `nmoe track` again, it resumes where it was"
         ) from error
 
 

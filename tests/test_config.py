@@ -133,7 +133,7 @@ def test_a_file_of_another_kind_drops_the_keys_of_its_base(tmp_path: Path) -> No
     (problem,) = problems(file, KIND)
     assert problem == (
         f"command line {KIND}: data.source.path: expected a value, got nothing; add it (folder that holds "
-        "manifest.json; its content is part of the identity)"
+        "manifest.json; on resume its path may change, its content not)"
     )
     (problem,) = problems(file, KIND, "--data.source.tokenizer_size=300", PATH)
     assert 'tokenizer_size=300: data.source.tokenizer_size: expected a known key of kind "shards"' in problem

@@ -159,7 +159,9 @@ class Shards:
 
     kind: ClassVar[str] = "shards"
 
-    path: str = setting("folder that holds manifest.json; its content is fixed, whatever its path", identity=False)
+    path: str = setting(
+        "folder that holds manifest.json; on resume its path may change, its content not", identity=False
+    )
 
 
 @attrs.frozen(kw_only=True)

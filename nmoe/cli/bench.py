@@ -44,7 +44,7 @@ def verbs(root: Verbs) -> None:
                 "--size",
                 action="append",
                 metavar="DxF",
-                help="hidden and expert size of a mixture to tune for (default: 2048x1408)",
+                help="hidden and expert size of an MoE layer to tune for (default: 2048x1408)",
             )
     gate = add(
         bench,
@@ -83,7 +83,7 @@ def verbs(root: Verbs) -> None:
         bench,
         "data",
         _bench_data,
-        "time preparation, batches of 8 x 4096 tokens, and the planning of a large mixture",
+        "time preparation, batches of 8 x 4096 tokens, and the planning of a large data mixture",
         "quickstart --megabytes 200",
         config=True,
     )

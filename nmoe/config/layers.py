@@ -5,11 +5,11 @@ Later layers win over earlier ones:
     defaults of the classes  <  the files named by `extends`  <  the file  <  environment  <  command line
 
 `extends = "base.toml"` stands at the top of a file, relative to it, or names a preset; a base may extend another.
-`NMOE_TRAIN__STEPS=10` in the environment and `--train.steps=10` on the command line set one key; of the same key twice,
-the last one holds. Their values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else
-is replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it, and a key
-in one form replaces the other forms of the same thing (`OTHER_FORMS`). An environment variable without `__` after
-`NMOE_` is one of `OTHER_VARIABLES` or an error.
+`NMOE_TRAIN__STEPS=10` in the environment and `--train.steps=10` on the command line set one key; of the same key
+twice, the last one holds. Their values are TOML literals, or bare strings where they are not TOML. Tables are merged
+key by key, everything else is replaced; a table of another `kind` replaces the whole table below it, because other
+keys belong to it, and a key in one form replaces the other forms of the same thing (`OTHER_FORMS`). An environment
+variable without `__` after `NMOE_` is one of `OTHER_VARIABLES` or an error.
 """
 
 from __future__ import annotations

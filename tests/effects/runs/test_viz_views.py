@@ -568,3 +568,18 @@ def test_a_table_that_goes_on_to_the_right_shows_it(browser: Browser, server: Se
         table = page.locator(".scroll").first
         expect(table).to_have_css("background-image", re.compile("gradient.*gradient"))
         assert table.evaluate("(node) => node.scrollWidth > node.clientWidth")
+
+
+def test_parallel_axes_beyond_the_screen_are_shown_to_be_there(browser: Browser, tmp_path: Path) -> None:
+    """On a narrow phone the axis of the result lies to the right of what is in sight."""
+    for name, steps, lr in (("a", 30, 0.001), ("b", 60, 0.002)):
+        path = runs.folder(tmp_path, name, steps=steps, lr=lr)
+        runs.append(path / "metrics.rank0.jsonl", [runs.metrics(step) for step in range(1, steps + 1)])
+    with (
+        serving(tmp_path) as server,
+        opened(browser, f"{server.url}/?view=compare&run=a&run=b", viewport={"width": 320, "height": 844}) as page,
+    ):
+        axes = page.locator(".parallel-scroll")
+        expect(axes).to_be_visible()
+        assert axes.evaluate("(node) => node.scrollWidth > node.clientWidth")
+        expect(axes).to_have_css("background-image", re.compile("gradient.*gradient"), timeout=5_000)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+
 
 def printable(text: str) -> str:
     """Text on one line: what is no print, as escapes, controls of direction and lone surrogates, becomes its escape."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs an extra into this environment, which has nmoe: elsewhere no index knows the name."""
+    return f"{shlex.quote(sys.executable)} -m pip install 'nmoe[{extra}]'"
 
 
 class InputError(ValueError):

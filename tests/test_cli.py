@@ -191,7 +191,7 @@ def test_config_verbs() -> None:
     assert re.search(r"^log.every = 3 +# environment NMOE_LOG__EVERY$", done.stdout, re.MULTILINE)
     done = nmoe("config", "check", QUICKSTART)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(
-        f"{QUICKSTART}: valid for 1 rank, identity "
+        f"{QUICKSTART}: valid for 1 rank, fingerprint "
     )
 
 
@@ -390,6 +390,8 @@ def test_a_run_says_something_before_torch_is_imported(tmp_path: Path) -> None:
     with open(ours, "rb", buffering=0) as read:
         assert read.read(1000) == b"config         quickstart is checked; loading torch\r\n", done.stderr
     assert done.returncode == 9
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, check=False)
+    assert done.stdout == b"config         quickstart is checked; loading torch\n", "through a pipe too"
 
 
 def test_a_script_reads_the_version_that_the_command_prints() -> None:

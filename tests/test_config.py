@@ -123,6 +123,22 @@ def test_a_layer_of_another_kind_drops_the_keys_below(environ: dict[str, str], o
     assert not [key for key in loaded.sources if key.startswith("data.source.token")]
 
 
+def test_a_preset_is_a_base_by_its_name(tmp_path: Path) -> None:
+    """As `nmoe run` takes it; a file of that name has a path, and a name that no preset has an error."""
+    file = tmp_path / "x.toml"
+    file.write_text('extends = "quickstart"\n[train]\nsteps = 5\n')
+    expected = load(ROOT / "configs" / "quickstart.toml", {}, ("--train.steps=5",)).config
+    assert load(file, {}, ()).config == expected
+    (tmp_path / "quickstart").write_text('extends = "quickstart"\n[train]\nsteps = 7\n')
+    file.write_text('extends = "./quickstart"\n')
+    assert load(file, {}, ()).config.train.steps == 7
+    file.write_text('extends = "quickstrat"\n')
+    with pytest.raises(
+        InputError, match=r"x.toml:1: extends: expected a TOML file or a preset, .*did you mean quickst"
+    ):
+        load(file, {}, ())
+
+
 def test_a_file_of_another_kind_drops_the_keys_of_its_base(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text((ROOT / "configs" / "quickstart.toml").read_text())
     file = tmp_path / "x.toml"
@@ -133,7 +149,7 @@ def test_a_file_of_another_kind_drops_the_keys_of_its_base(tmp_path: Path) -> No
     (problem,) = problems(file, KIND)
     assert problem == (
         f"command line {KIND}: data.source.path: expected a value, got nothing; add it (folder that holds "
-        "manifest.json; its content is part of the identity)"
+        "manifest.json; on resume its path may change, its content not)"
     )
     (problem,) = problems(file, KIND, "--data.source.tokenizer_size=300", PATH)
     assert 'tokenizer_size=300: data.source.tokenizer_size: expected a known key of kind "shards"' in problem
@@ -224,8 +240,8 @@ def test_wrong_overrides(environ: dict[str, str], overrides: tuple[str, ...], ex
         (b"\n\n# caf\xe9\n", r"x.toml:3: expected text in UTF-8, got the byte 0xe9; save the file as UTF-8"),
         (b"x = " + b"9" * 5000, r"x.toml: expected TOML that can be read, got .*; shorten it"),
         (b"x = " + b"[" * 5000, r"x.toml: expected TOML that can be read, got .*; shorten it"),
-        (b"extends = 3", r"x.toml:1: extends: expected the path of a TOML file, got 3; put it in quotes"),
-        (b'extends = "a\\u0000b"', r"x.toml:1: extends: expected the path of a TOML file, got .*"),
+        (b"extends = 3", r"x.toml:1: extends: expected a preset or the path of a TOML file, got 3; put it in quotes"),
+        (b'extends = "a\\u0000b"', r"x.toml:1: extends: expected a preset or the path of a TOML file, got .*"),
         (b'extends = "absent.toml"', r"x.toml:1: extends: absent.toml: expected an existing file, got none; .*"),
         (
             b'\nextends = "x.toml"',

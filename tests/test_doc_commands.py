@@ -14,6 +14,7 @@ import pytest
 
 from nmoe.cli import OVERRIDE, build_parser, main
 from nmoe.cli.parser import under
+from nmoe.config import load_valid, preset
 from nmoe.config.fields import every_key, kinds
 from nmoe.config.sections import Config
 from nmoe.effects.data import stdlib
@@ -41,6 +42,9 @@ HERE: dict[str, tuple[str, ...]] = {
     ),
     "nmoe run quickstart --train.steps=200 --model.moe.top_k=4": (*SMALL, "--run.name=other"),
     "nmoe config show quickstart --sources": (),
+    "nmoe run quickstart --precision.compute=nvfp4 --precision.emulate=true --model.moe.intermediate_size=128": (
+        *(*SMALL, "--run.name=emulated", "--model.hidden_size=128"),
+    ),
     "nmoe run quickstart --run.name=first --checkpoint.every=50": (*SMALL, "--run.name=named"),
     "nmoe plan moonlight --gpus 8": (),
     "nmoe plan dsv3 --gpus 256 --hosts 32": (),
@@ -82,7 +86,7 @@ ELSEWHERE = {
     "nmoe import hf FOLDER OUT": FOLDERS,
     "nmoe export hf runs/first out": FOLDERS,
     "nmoe import hf out imported": FOLDERS,
-    "nmoe run configs/quickstart.toml --gpus 2 --run.device=cpu --profile trace.json": "tests/effects/train/"
+    "nmoe run quickstart --gpus 2 --fit --profile trace.json": "tests/effects/train/"
     "test_profile.py::test_two_ranks_are_profiled_and_the_slowest_is_named",
     "nmoe eval runs/first --lm-eval my_task --tasks folder/of/yaml": HARNESS,
     "nmoe run CONFIG --gpus 2": "tests/effects/parallel/test_launch.py::test_a_dead_rank_ends_all_and_a_signal_to_the_"
@@ -106,6 +110,10 @@ NOT_RUN = {
     "nmoe run moonlet": GPU,
     "nmoe run moonlet --run.name=first": GPU,
     "nmoe run moonlight --gpus 8": GPU,
+    "nmoe bench moe": GPU,
+    "pip install --no-deps sonic-moe==0.1.2.post1 quack-kernels==0.3.11 nvidia-cutlass-dsl==4.4.2 "
+    "nvidia-cutlass-dsl-libs-base==4.4.2": SETUP,
+    "pip install --no-deps apache-tvm-ffi torch-c-dlpack-ext einops": SETUP,
     "nmoe run CONFIG --run.device=cuda --run.kernels=torch": GPU,
     "torchrun --nproc_per_node=8 -m nmoe run moonlight --run.name=first": GPU,
     "make gpu-test": GPU,
@@ -192,6 +200,20 @@ def test_the_commands_of_a_page_work(
             words = [TAKES.get(word, word.replace("runs/NAME", "runs/first")) for word in shlex.split(command)[1:]]
             code = main([*words, *HERE[command]])
             assert code == EXIT_CODES.get(command, 0), (command, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_trainings_of_presets_have_valid_configs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those too that are run elsewhere in another form, or nowhere: the settings on the page fit together."""
+    monkeypatch.chdir(ROOT)
+    for command in commands(page):
+        words = shlex.split(command)[1:] if command.startswith("nmoe run ") else ["CONFIG"]
+        if words[1:2] and (words[1] in preset.names() or (ROOT / words[1]).is_file()):
+            ranks = words[words.index("--gpus") + 1] if "--gpus" in words else None
+            overrides = [word for word in words if OVERRIDE.fullmatch(word)]
+            overrides += [f"--parallel.ranks={ranks}"] if ranks else []
+            path = preset.path_of(words[1]) if words[1] in preset.names() else ROOT / words[1]
+            load_valid(path, {}, overrides, fit="--fit" in words)
 
 
 def overridable() -> set[str]:

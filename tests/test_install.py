@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from nmoe.errors import pip_install
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
@@ -96,6 +99,14 @@ def test_both_pairs_satisfy_the_package() -> None:
             assert requirement.specifier.contains(pins(file)[requirement.name]), f"{requirement} in {file}"
 
 
+def test_the_command_that_installs_an_extra_works_from_any_shell(tmp_path: Path) -> None:
+    """Typed in another folder, without the environment being active: the pip of the shell would not know nmoe."""
+    command = shlex.split(pip_install("viz"))
+    typed = [*command, "--dry-run", "--no-index", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(typed, cwd=tmp_path, env={"PATH": "/usr/bin"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built as pip builds it, from a copy: a build leaves a folder in its source."""
@@ -171,7 +182,7 @@ def test_an_installed_wheel_knows_presets_by_name(environment: Path, tmp_path: P
     assert listed == sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
     checked = ran(environment, tmp_path, "nmoe", "config", "check", "quickstart")
     assert checked.startswith(
-        f"{packages(environment)}/nmoe/config/presets/quickstart.toml: valid for 1 rank, identity "
+        f"{packages(environment)}/nmoe/config/presets/quickstart.toml: valid for 1 rank, fingerprint "
     )
     assert "2.65 M" in ran(environment, tmp_path, "nmoe", "plan", "quickstart")
     assert list(tmp_path.iterdir()) == []

@@ -58,7 +58,7 @@ READING = {
         lambda x: (x["config"]["train"]["steps"], x["sources"]["train.steps"]),
         (7, "command line --train.steps=7"),
     ),
-    "config check": ("quickstart", 0, lambda x: (x["ranks"], len(x["identity"]), x["remarks"]), (1, 64, [])),
+    "config check": ("quickstart", 0, lambda x: (x["ranks"], len(x["fingerprint"]), x["remarks"]), (1, 64, [])),
     "config diff": ("quickstart quickstart-gqa", 1, lambda x: x["train.steps"], [740, 300]),
     "config explain": ("train.steps", 0, lambda x: x[0], {"what": "train.steps", "is": "optimizer steps"}),
     "data info": ("SHARDS", 0, lambda x: sorted(x["splits"]), ["test", "train", "validation"]),

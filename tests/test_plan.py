@@ -8,8 +8,9 @@ import re
 import attrs
 import pytest
 
+from nmoe.cli import main
 from nmoe.cli import plan as scale
-from nmoe.config import Config, load
+from nmoe.config import Config, load, preset
 from nmoe.errors import InputError
 from tests.configs import ROOT
 from tests.test_cli import nmoe, refused
@@ -148,6 +149,16 @@ def test_the_command() -> None:
         nmoe("plan", "configs/dsv3.toml", "--gpus", "256", "--hosts", "7"),
         "--hosts: expected a divisor of the 256 GPUs, got 7; every host has as many GPUs as another",
     )
+
+
+@pytest.mark.parametrize("name", ["moonlet", "moonlet-16b", "moonlight", "dsv2", "dsv3"])
+def test_a_preset_says_the_memory_that_its_plan_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = re.sub(r"\n# ?", " ", preset.path_of(name).read_text())
+    found = re.search(r"(\d+) GB (?:each )?in (?:use|all)|activations (\d+) GB", said)
+    assert found is not None
+    main(["plan", name, "--json"])
+    memory = json.loads(capsys.readouterr().out)["taken"]["memory"]
+    assert float(found[1] or found[2]) == pytest.approx(memory / 1e9, abs=1)
 
 
 def test_a_batch_that_the_gpus_do_not_share_is_fitted() -> None:

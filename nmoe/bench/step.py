@@ -23,7 +23,7 @@ from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.terminal import say
 from nmoe.effects.train.build import fresh
 from nmoe.effects.train.step import learning_rates, make_step, tokens_per_step
-from nmoe.errors import InputError
+from nmoe.errors import InputError, pip_install
 from nmoe.pure.core.key import Key
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.model import hf
@@ -187,7 +187,7 @@ def their_classes() -> tuple[Any, Any]:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError as error:
         raise InputError(
-            f'--against: expected the extra `hf` for "transformers", got {error}; pip install "nmoe[hf]"'
+            f'--against: expected the extra `hf` for "transformers", got {error}; install it with: {pip_install("hf")}'
         ) from error
     return DeepseekV3Config, DeepseekV3ForCausalLM
 

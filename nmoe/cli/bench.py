@@ -45,7 +45,7 @@ def verbs(root: Verbs) -> None:
                 "--size",
                 action="append",
                 metavar="DxF",
-                help="hidden and expert size of a mixture to tune for (default: 2048x1408)",
+                help="hidden and expert size of an MoE layer to tune for (default: 2048x1408)",
             )
     gate = add(
         bench,
@@ -84,7 +84,7 @@ def verbs(root: Verbs) -> None:
         bench,
         "data",
         _bench_data,
-        "time preparation, batches of 8 x 4096 tokens, and the planning of a large mixture",
+        "time preparation, batches of 8 x 4096 tokens, and the planning of a large data mixture",
         "quickstart --megabytes 200",
         config=True,
     )
@@ -114,7 +114,7 @@ def verbs(root: Verbs) -> None:
         "records",
         _bench_records,
         "train variants of a config with several seeds, and compare them by bits a byte of held-out text; the same "
-        "command goes on where it was stopped",
+        "command resumes where it was stopped",
         "docs/records/quickstart.toml out --jobs 2",
     )
     records.set_defaults(takes_overrides=True)

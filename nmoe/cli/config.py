@@ -71,10 +71,10 @@ def _config_check(args: argparse.Namespace) -> int:
 
     config = load(args, to_run=True).config
     if args.json:
-        about = {"config": str(args.config), "ranks": config.parallel.ranks, "identity": identity(config)}
+        about = {"config": str(args.config), "ranks": config.parallel.ranks, "fingerprint": identity(config)}
         say_json({**about, "remarks": remarks(config)})
         return 0
-    print(f"{args.config}: valid for {counted(config.parallel.ranks, 'rank')}, identity {identity(config)[:12]}")
+    print(f"{args.config}: valid for {counted(config.parallel.ranks, 'rank')}, fingerprint {identity(config)[:12]}")
     for remark in remarks(config):
         print(f"{args.config}: {remark}")
     return 0

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -87,19 +85,13 @@ def add_fit(parser: Parser) -> None:
 
 
 def config_path(text: str) -> Path:
-    """The file of an argument CONFIG: what a preset is called, and any plain word, is a name; else a path."""
+    """The file of an argument CONFIG: the name of a preset, or a path."""
     from nmoe.config import preset
 
-    known = preset.names()
-    if text in known:
-        return preset.path_of(text)
-    if not re.fullmatch(r"[\w-]+", text):
-        return Path(text)
-    near = difflib.get_close_matches(text, known, n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"a file of that name is ./{text}"
-    raise argparse.ArgumentTypeError(
-        f"expected a TOML file or a preset, one of {', '.join(known)}, got {text!r}; {remedy}"
-    )
+    try:
+        return preset.resolve(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run_path(text: str) -> Path:

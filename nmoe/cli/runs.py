@@ -24,7 +24,7 @@ def verbs(root: Verbs) -> None:
         runs, "tail", _runs_tail, "show the last steps and events of a run", "NAME --follow", run=True, reads=True
     )
     tail.add_argument("--lines", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
-    tail.add_argument("--follow", action="store_true", help="go on until the run ends")
+    tail.add_argument("--follow", action="store_true", help="print new lines until the run ends")
     compare = add(runs, "compare", _runs_compare, "show runs side by side", "NAME NAME", reads=True)
     compare.add_argument("names", nargs="+", metavar="RUN", help="names of runs, or paths of folders beside each other")
     add(runs, "compact", _runs_compact, "write a run's metrics as Parquet into its folder", "NAME", run=True)

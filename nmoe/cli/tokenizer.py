@@ -55,7 +55,7 @@ def _train(args: argparse.Namespace) -> int:
     base = args.source.parent.resolve()
     trained = learn(source, base, args.size, args.megabytes * 1_000_000, say, home)
     folder = install(trained, name, home)
-    say(f"{folder}: {trained.size} tokens, identity {trained.identity}")
+    say(f"{folder}: {trained.size} tokens, fingerprint {trained.identity}")
     return 0
 
 
@@ -65,7 +65,7 @@ def _add(args: argparse.Namespace) -> int:
 
     tokenizer = add(args.name, args.path)
     folder = install(tokenizer, args.name, files.home(os.environ))
-    say(f"{folder}: {tokenizer.size} tokens, identity {tokenizer.identity}")
+    say(f"{folder}: {tokenizer.size} tokens, fingerprint {tokenizer.identity}")
     return 0
 
 

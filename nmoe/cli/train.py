@@ -25,7 +25,7 @@ def verbs(root: Verbs) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="resume from a checkpoint although this key of its identity differs, such as optim.dense.lr",
+        help="resume from a checkpoint although this key differs from what it was saved with, such as optim.dense.lr",
     )
 
     run.add_argument(
@@ -142,11 +142,10 @@ def _train(args: argparse.Namespace) -> int:
     from nmoe.config.secrets import masked_arguments
 
     if started.rank == 0:
-        # before torch, whose import takes longer than a person waits for a sign of life; a program does not wait
-        from nmoe.effects.terminal import say, width
+        # before torch, whose import takes longer than a person waits for a sign of life, through a pipe too
+        from nmoe.effects.terminal import say
 
-        if width() is not None:
-            say(f"config         {args.config.stem} is checked; loading torch")
+        say(f"config         {args.config.stem} is checked; loading torch")
         _say_fitted(loaded)
     from nmoe.effects.train import run
     from nmoe.effects.train.profile import profiling

@@ -20,7 +20,7 @@ PRIMITIVES = MappingProxyType({bool: "boolean", int: "integer", float: "number",
 def schema() -> dict[str, Any]:
     """JSON Schema, draft 2020-12, of a config file."""
     root = _section(Config)
-    extends = {"type": "string", "description": "file this one is laid over, relative to it"}
+    extends = {"type": "string", "description": "preset this file is laid over, or a file relative to it"}
     return {
         "$schema": DIALECT,
         "title": "nmoe config",

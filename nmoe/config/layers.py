@@ -4,12 +4,12 @@ Later layers win over earlier ones:
 
     defaults of the classes  <  the files named by `extends`  <  the file  <  environment  <  command line
 
-`extends = "base.toml"` stands at the top of a file, relative to it; a base may extend another. `NMOE_TRAIN__STEPS=10`
-in the environment and `--train.steps=10` on the command line set one key; of the same key twice, the last one holds.
-Their values are TOML literals, or bare strings where they are not TOML. Tables are merged key by key, everything else
-is replaced; a table of another `kind` replaces the whole table below it, because other keys belong to it, and a key
-in one form replaces the other forms of the same thing (`OTHER_FORMS`). An environment variable without `__` after
-`NMOE_` is one of `OTHER_VARIABLES` or an error.
+`extends = "base.toml"` stands at the top of a file, relative to it, or names a preset; a base may extend another.
+`NMOE_TRAIN__STEPS=10` in the environment and `--train.steps=10` on the command line set one key; of the same key
+twice, the last one holds. Their values are TOML literals, or bare strings where they are not TOML. Tables are merged
+key by key, everything else is replaced; a table of another `kind` replaces the whole table below it, because other
+keys belong to it, and a key in one form replaces the other forms of the same thing (`OTHER_FORMS`). An environment
+variable without `__` after `NMOE_` is one of `OTHER_VARIABLES` or an error.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import attrs
 
+from nmoe.config import preset
 from nmoe.config.canonical import Difference, diff
 from nmoe.config.check import fitting, unrunnable, validate, validate_model
 from nmoe.config.convert import structure
@@ -214,9 +215,13 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Layer]:
         place = f"{path}:{document.lines[('extends',)]}"
         if not isinstance(extends, str) or not extends.isprintable():
             raise InputError(
-                f"{place}: extends: expected the path of a TOML file, got {shown(extends)}; put it in quotes"
+                f"{place}: extends: expected a preset or the path of a TOML file, got {shown(extends)}; put it in "
+                "quotes"
             )
-        base = path.parent / extends
+        try:
+            base = path.parent / preset.resolve(extends)
+        except InputError as error:
+            raise InputError(*(f"{place}: extends: {problem}" for problem in error.problems)) from error
         if os.path.realpath(base) in map(os.path.realpath, (*above, path)):
             raise InputError(
                 f"{place}: extends: expected a file that is not laid over this one, got {shown(extends)}; remove one "

@@ -25,7 +25,7 @@ of them, `nmoe config show CONFIG --sources` the values of a config and where ea
 A key is set in the file, as `NMOE_TRAIN__STEPS=10` in the environment, or as `--train.steps=10` on the command line;
 later ones win. A table of another `kind` replaces the whole table below it, and `schedule.decay` the `hold_tokens` and
 `decay_tokens` below it: lengths of the schedule are tokens, or shares of the run. `extends = "base.toml"` at
-the top of a file lays it over another one.
+the top of a file lays it over another one, relative to it, and `extends = "quickstart"` over a preset.
 
 On resume: `free`, the next start may have another value; `accept`, only with `--accept KEY`; `fixed`, never, because
 the tensors have other shapes or dtypes.

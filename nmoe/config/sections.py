@@ -159,7 +159,9 @@ class Shards:
 
     kind: ClassVar[str] = "shards"
 
-    path: str = setting("folder that holds manifest.json; its content is part of the identity", identity=False)
+    path: str = setting(
+        "folder that holds manifest.json; on resume its path may change, its content not", identity=False
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -345,7 +347,7 @@ class Checkpoint:
         default="stop",
         identity=False,
     )
-    asynchronous: bool = setting("whether training goes on while a checkpoint is written", default=True, identity=False)
+    asynchronous: bool = setting("whether steps continue while a checkpoint is written", default=True, identity=False)
     grace_s: float = setting(
         "time from SIGTERM or SIGUSR1 to the end of the process",
         default=30.0,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nmoe.effects.checkpoint.hf_export import Source
 from nmoe.effects.terminal import say
-from nmoe.errors import InputError
+from nmoe.errors import InputError, pip_install
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
 from nmoe.pure.model import hf, model
@@ -70,7 +70,8 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         from transformers.utils import logging
     except ImportError as error:
         raise InputError(
-            f'--verify: expected the extra `hf` for "transformers", got {error}; pip install "nmoe[hf]" or --no-verify'
+            f'--verify: expected the extra `hf` for "transformers", got {error}; install it with: '
+            f"{pip_install('hf')}; or pass --no-verify"
         ) from error
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
     model_class: Any = getattr(transformers, architecture)

@@ -80,7 +80,10 @@ def read(folder: Path, specs: Any, wanted: Mapping[str, Format]) -> tuple[Any, T
     """As `load`, of the model with these specs, whose tensors have the formats `wanted`."""
     path = folder / WEIGHTS
     if not files.is_file(path):
-        raise InputError(f"{path}: expected the weights of a finished run, got no such file; let the run end first")
+        raise InputError(
+            f"{path}: expected the weights of a finished run, got no such file; let the run end, or name one of its "
+            f"checkpoints: `nmoe ckpt list {folder}`"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -25,7 +25,7 @@ from nmoe.effects.data.tokenizer import (
     make,
 )
 from nmoe.effects.terminal import say
-from nmoe.errors import InputError, printable
+from nmoe.errors import InputError, pip_install, printable
 
 CHECKED_BYTES = 1_000_000
 """Of text encoded both ways: a second."""
@@ -330,7 +330,9 @@ def _compare(
 
 
 def _not_installed(error: ImportError) -> InputError:
-    return InputError(f'tokenizer.json: expected the extra `hf` for "tokenizers", got {error}; pip install "nmoe[hf]"')
+    return InputError(
+        f'tokenizer.json: expected the extra `hf` for "tokenizers", got {error}; install it with: {pip_install("hf")}'
+    )
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:

@@ -89,7 +89,7 @@ def info(folder: Path, as_json: bool, say: Callable[[str], None]) -> int:
         say_json({**whole, "report": cattrs.Converter().unstructure(report)})
         return 0
     name = tokenizer.load(folder).name
-    say(f"tokenizer  {name}, {manifest.tokenizer_size} ids, identity {manifest.tokenizer_identity}")
+    say(f"tokenizer  {name}, {manifest.tokenizer_size} ids, fingerprint {manifest.tokenizer_identity}")
     for split, about in manifest.splits.items():
         per_token = f", {about.bytes / about.tokens:.2f} bytes a token" if about.tokens else ""
         say(

@@ -17,7 +17,7 @@ def main(config: Config, launch: Launch, *, as_json: bool) -> int:
     data, train = plan_data(config, launch.home), config.train
     reads, windows = rows(data.stream, train.sequence_length, config.data.source.kind), data.stream.windows()
     if as_json:
-        say_json({"identity": data.identity, "windows": windows, "reads": reads})
+        say_json({"fingerprint": data.identity, "windows": windows, "reads": reads})
         return 0
     cells = [
         (
@@ -35,7 +35,7 @@ def main(config: Config, launch: Launch, *, as_json: bool) -> int:
         f"{100 * train.steps * train.batch_size / windows:.1f} % of {quantity(windows * train.sequence_length)} "
         f"planned; {windows // train.batch_size} steps read them"
     )
-    say(f"identity   {data.identity}")
+    say(f"fingerprint {data.identity}")
     return 0
 
 

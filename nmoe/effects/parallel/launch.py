@@ -63,7 +63,7 @@ ORDERLY = (0, 2, 5, 6, 75, 130)
 
 EXIT_HUNG = 1
 EXIT_ORPHAN = 75
-"""Of a rank whose launcher died while it forked: the same command goes on."""
+"""Of a rank whose launcher died while it forked: the same command resumes."""
 
 
 @attrs.frozen(kw_only=True)

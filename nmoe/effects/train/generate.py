@@ -197,8 +197,8 @@ def check_room(network: Network, prompt: int, num_tokens: int, cached: bool) -> 
     if prompt + num_tokens > c.max_positions + 1:  # the last token is not read
         raise InputError(
             f"--tokens: expected at most {max(c.max_positions + 1 - prompt, 0)} after a prompt of {prompt}, because "
-            f"model.max_positions is {c.max_positions}, got {num_tokens}; ask for fewer, or pass --no-cache to go on "
-            "with the last positions alone"
+            f"model.max_positions is {c.max_positions}, got {num_tokens}; ask for fewer, or pass --no-cache to "
+            "continue with the last positions alone"
         )
 
 

@@ -54,7 +54,7 @@ def accepted(
         ),
     )
     problems = [
-        f"--accept: expected a key of the identity, got {key}; {_hint(key, known)}"
+        f"--accept: expected a key that a resume has to accept, got {key}; {_hint(key, known)}"
         for key in accept
         if key not in known
     ]

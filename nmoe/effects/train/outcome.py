@@ -109,7 +109,9 @@ def end(session: Session, state: State, validations: Validations, finite: bool, 
 
 
 @contextmanager
-def reported(what: str, where: str = "end of the run", remedy: str = "all is saved, go on") -> Iterator[None]:
+def reported(
+    what: str, where: str = "end of the run", remedy: str = "all is saved, start it again to resume"
+) -> Iterator[None]:
     """What fails in the block is reported in one line, and decides nothing: the state is sound.
 
     what  is shown or written in it

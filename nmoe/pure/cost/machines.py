@@ -51,9 +51,11 @@ H200 = Machine(
     gpus_per_host=8,
     # 4096 rows of 4 KiB take 57 us with their signal, replayed from a CUDA graph; many of them 313 to 326 GB/s,
     # and 330 to 339 where rows have 14 KiB
-    push=Link(alpha_s=5e-6, bytes_per_s=320e9, source="measured, docs/log.md, two H200, 2026-11-23"),
+    push=Link(alpha_s=5e-6, bytes_per_s=320e9, source="measured by a probe, docs/log.md, two H200, 2026-11-23"),
     # NCCL's all-to-all, 244 to 257 GB/s; its start-up time was not measured
-    collective=Link(alpha_s=20e-6, bytes_per_s=250e9, source="rate measured, docs/log.md, two H200, 2026-11-23"),
+    collective=Link(
+        alpha_s=20e-6, bytes_per_s=250e9, source="rate measured by a probe, docs/log.md, two H200, 2026-11-23"
+    ),
     # One port of 400 Gbit/s a GPU at 90 %. NVSHMEM without GPU-initiated sends goes through a thread of the host:
     # 300 to 500 us for a dispatch of few tokens by published figures of others, 60 to 100 with GPU-initiated ones
     network=Link(alpha_s=400e-6, bytes_per_s=45e9, source="assumed: 90 % of 400 Gbit/s a GPU, sends by the host"),

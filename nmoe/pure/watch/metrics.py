@@ -114,7 +114,7 @@ class Experts:
         Metric(
             *("experts/max_over_mean", "1", "layers"),
             "load of the fullest expert over the mean load: 1 more than the max violation, MaxVio",
-            *("bal {:.2f}", 7, "max"),
+            *("max/mean {:.2f}", 7, "max"),
         ),
     ]
     cv: Annotated[

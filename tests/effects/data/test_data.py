@@ -174,7 +174,7 @@ def test_a_tokenizer_is_read_back_equal_and_a_changed_file_is_refused(prepared: 
     stored = json.loads(path.read_text())
     stored["tokens"][300], stored["tokens"][301] = stored["tokens"][301], stored["tokens"][300]
     path.write_text(json.dumps(stored))
-    with pytest.raises(InputError, match=f"identity {known.identity}.*, got (?!{known.identity})[0-9a-f]{{64}}; "):
+    with pytest.raises(InputError, match=f"fingerprint {known.identity}.*, got (?!{known.identity})[0-9a-f]{{64}}; "):
         tokenizer.load(tmp_path)
 
 
@@ -315,7 +315,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other tokenizer": (
         lambda f: tokenizer.save(invented(400), f),
-        "tokenizer.json: expected identity and size ",
+        "tokenizer.json: expected fingerprint and size ",
     ),
     "no folder": (shutil.rmtree, "manifest.json: expected a readable file, got No such"),
     "half JSON": (lambda f: os.truncate(f / "manifest.json", 99), "manifest.json: expected JSON, got "),

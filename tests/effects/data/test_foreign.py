@@ -141,7 +141,7 @@ def test_published_tokenizers_are_added_from_a_verified_file(tmp_path: Path) -> 
     assert tokenizers.load(folder) == added == vocabulary.resolve("made", tmp_path / "home", tmp_path)
     told: list[str] = []
     vocabulary.list_tokenizers(tmp_path / "home", told.append)
-    assert told == [f"made                         270 tokens  identity {added.identity}"]
+    assert told == [f"made                         270 tokens  fingerprint {added.identity}"]
     other = invented()
     with pytest.raises(InputError, match=f"of {other.identity[:12]}, got {added.identity[:12]} under it; "):
         vocabulary.install(other, "made", tmp_path / "home")
@@ -152,6 +152,22 @@ def test_published_tokenizers_are_added_from_a_verified_file(tmp_path: Path) -> 
         vocabulary.add("gpt5", tmp_path / "file")
     with pytest.raises(InputError, match="one of those in .*: made, got one that is not there; train"):
         vocabulary.resolve("mode", tmp_path / "home", tmp_path)
+
+
+def test_a_file_of_any_name_is_a_tokenizer(tmp_path: Path) -> None:
+    """By its path or its folder's; of Hugging Face's format the message says how it is taken."""
+    made = invented()
+    tokenizers.save(made, tmp_path)
+    (tmp_path / "mine.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    for said in ("mine.json", "./mine.json", "./tokenizer.json", str(tmp_path)):
+        assert vocabulary.resolve(said, tmp_path / "home", tmp_path) == made
+    with pytest.raises(
+        InputError, match=r"tokenizer ./none.json: expected a file or a folder, got none at .*none.json"
+    ):
+        vocabulary.resolve("./none.json", tmp_path / "home", tmp_path)
+    (tmp_path / "other.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    with pytest.raises(InputError, match="other.json: .*got one of Hugging Face; add it with `nmoe data tokenizer add"):
+        vocabulary.resolve("other.json", tmp_path / "home", tmp_path)
 
 
 @pytest.mark.parametrize("name", list(vocabulary.KNOWN))
@@ -188,7 +204,7 @@ def test_a_tokenizer_is_trained_on_the_training_split_of_a_source(
     assert main(["data", "prep", str(tmp_path / "s.toml"), str(tmp_path / "out"), "--workers", "1"]) == 0
     assert main(["data", "tokenizer", "list"]) == 0
     identity = tokenizers.load(tmp_path / "out").identity
-    assert f"mine                         270 tokens  identity {identity}" in capsys.readouterr().out
+    assert f"mine                         270 tokens  fingerprint {identity}" in capsys.readouterr().out
     assert main(["data", "info", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokenizer_identity"] == identity and told["report"]["documents_in"] == 60

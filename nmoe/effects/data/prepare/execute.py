@@ -104,7 +104,7 @@ def _dask(address: str) -> Iterator[Pool]:
     try:
         import distributed
     except ImportError as error:
-        raise extra("distributed", "--dask", "nmoe[cluster]") from error
+        raise extra("distributed", "--dask", "cluster") from error
     try:
         with distributed.Client(address, timeout=20, set_as_default=False) as client:
             threads = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())

@@ -12,7 +12,7 @@ from typing import Any
 
 from nmoe.config.data_source import Arrow, Files, Hub, Input, Library, Parquet, Streamed
 from nmoe.effects.data import stdlib
-from nmoe.errors import InputError
+from nmoe.errors import InputError, pip_install
 from nmoe.pure.data.prep import Form, Item
 
 ENDINGS: tuple[tuple[str, Form], ...] = (
@@ -81,7 +81,7 @@ def find(
 
 def extra(package: str, what: str, name: str) -> InputError:
     """The error of a package that is not installed."""
-    return InputError(f"{what}: expected the package {package}, got none; install it with: pip install '{name}'")
+    return InputError(f"{what}: expected the package {package}, got none; install it with: {pip_install(name)}")
 
 
 def _matching(
@@ -220,7 +220,7 @@ def _row_group_bytes(name: str, path: str) -> tuple[int, ...]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise extra("pyarrow", name, "nmoe[data]") from error
+        raise extra("pyarrow", name, "data") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             about = file.metadata
@@ -242,7 +242,7 @@ def hub_files(source: Hub) -> tuple[Any, list[str]]:
     try:
         import datasets
     except ImportError as error:
-        raise extra("datasets", source.dataset, "nmoe[hub]") from error
+        raise extra("datasets", source.dataset, "hub") from error
     where = f"input.dataset {source.dataset}"
     try:
         builder = datasets.load_dataset_builder(source.dataset, source.subset)

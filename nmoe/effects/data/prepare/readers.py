@@ -258,7 +258,7 @@ def _zstd_chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise extra("zstandard", name, "nmoe[data]") from error
+        raise extra("zstandard", name, "data") from error
     frame, rest = None, b""
     try:
         while rest or (rest := file.read(ZSTD_CHUNK_BYTES)):
@@ -301,7 +301,7 @@ def _rows(item: Item, part: Range, source: Source) -> Iterator[Document]:
     try:
         import pyarrow
     except ImportError as error:
-        raise extra("pyarrow", item.name, "nmoe[data]") from error
+        raise extra("pyarrow", item.name, "data") from error
     fields = source.input
     if not isinstance(fields, Files | Parquet | Arrow | Hub):
         raise TypeError(f"{item.name}: read as rows, but its source has no columns")

@@ -54,7 +54,7 @@ def open_set(said: Streamed) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise extra("datasets", said.dataset, "nmoe[hub]") from error
+        raise extra("datasets", said.dataset, "hub") from error
     with _naming(said, "check its name, its split and the network"):
         return datasets.load_dataset(said.dataset, said.subset, split=said.split, streaming=True)
 

@@ -229,7 +229,7 @@ def _bands(threshold: float, permutations: int) -> tuple[int, int]:
     try:
         import datasketch
     except ImportError as error:
-        raise extra("datasketch", "deduplicate.near", "nmoe[data]") from error
+        raise extra("datasketch", "deduplicate.near", "data") from error
     try:
         lsh = datasketch.MinHashLSH(threshold=threshold, num_perm=permutations)
     except ValueError:
@@ -242,7 +242,7 @@ def _signer(rules: Deduplicate, threshold: float) -> Callable[[str], tuple[bytes
     try:
         import datasketch
     except ImportError as error:
-        raise extra("datasketch", "deduplicate.near", "nmoe[data]") from error
+        raise extra("datasketch", "deduplicate.near", "data") from error
     count, width = _bands(threshold, rules.permutations)
     empty = datasketch.MinHash(num_perm=rules.permutations, seed=1, scheme="affine32")
 

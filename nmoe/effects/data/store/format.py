@@ -80,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
     named = (manifest.tokenizer_identity, manifest.tokenizer_size)
     if named != (actual := (stored.identity, stored.size)):
         problems.append(
-            f"{folder / tokenizer.FILE}: expected identity and size {str(named)[:120]} as in the manifest, got "
+            f"{folder / tokenizer.FILE}: expected fingerprint and size {str(named)[:120]} as in the manifest, got "
             f"{actual}; {REMEDY}"
         )
     for name, split in manifest.splits.items():

@@ -194,7 +194,7 @@ def _given(sink: Sink, name: str, lines: list[Line], every_s: float, say: Callab
         raise InputError(
             f"--to {name}: expected a target that takes lines, got {type(error).__name__}: {error}, "
             f"{TRIES} times; fix that "
-            "and start `nmoe track` again, it goes on where it was"
+            "and start `nmoe track` again, it resumes where it was"
         ) from error
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.effects.runs.track.follow import Line, Open, Position, Sink
-from nmoe.errors import InputError
+from nmoe.errors import InputError, pip_install
 
 EVENTS = "track/tensorboard/events.out.tfevents.0.nmoe"
 
@@ -39,7 +39,7 @@ def _sent(name: str, failures: tuple[type[Exception], ...]) -> Iterator[None]:
         raise InputError(
             f"--to {name}: expected a target that can be opened and closed, got {type(error).__name__}: "
             f"{error}; fix that and "
-            "start `nmoe track` again, it goes on where it was"
+            "start `nmoe track` again, it resumes where it was"
         ) from error
 
 
@@ -49,7 +49,7 @@ def _module(name: str, extra: str) -> Any:
     except ImportError as error:
         got = "none" if isinstance(error, ModuleNotFoundError) else error  # a broken one says what it lacks
         raise InputError(
-            f'--to: expected the package {extra} to be installed, got {got}; pip install "nmoe[{extra}]"'
+            f"--to: expected the package {extra} to be installed, got {got}; install it with: {pip_install(extra)}"
         ) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nmoe.effects.terminal import say
-from nmoe.errors import InputError
+from nmoe.errors import InputError, pip_install
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -25,7 +25,7 @@ def serve(root: Path, data: Sequence[Path], home: Path, *, host: str, port: int,
         import uvicorn  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise InputError(
-            f"viz: expected the packages of its extra, got no {error.name}; install them with: pip install 'nmoe[viz]'"
+            f"viz: expected the packages of its extra, got no {error.name}; install them with: {pip_install('viz')}"
         ) from error
     from nmoe.effects.runs.viz import data as inspector
     from nmoe.effects.runs.viz import index, listen, server

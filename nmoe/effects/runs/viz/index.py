@@ -28,7 +28,7 @@ from nmoe.effects.record.names import CONFIG
 from nmoe.effects.record.reading import open_regular
 from nmoe.effects.runs.viz import ingest
 from nmoe.effects.runs.viz.ingest import CHUNK_BYTES
-from nmoe.errors import InputError, printable
+from nmoe.errors import InputError, pip_install, printable
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -120,7 +120,7 @@ def open_index(root: Path, file: Path | None, threads: int = 2) -> Iterator[Inde
         import duckdb
     except ImportError as error:
         raise InputError(
-            "viz: expected the package duckdb, got none; install it with: pip install 'nmoe[viz]'"
+            f"viz: expected the package duckdb, got none; install it with: {pip_install('viz')}"
         ) from error
     connection = None
     try:

@@ -5,7 +5,7 @@ import { around } from "./axes.js";
 import { Chart } from "./chart.js";
 import { AxisTools, Lazy, axis, drawing, metricOf, unitOf } from "./charts.js";
 import { Heatmap } from "./heatmap.js";
-import { count, hex, number, viridis } from "./format.js";
+import { count, hex, number, viridis, visible } from "./format.js";
 
 /** What the server says of a quantity of the experts. */
 function titleOf(table, tag) {
@@ -134,7 +134,7 @@ function commonEnds(answers) {
 
 /** A line a layer, dark to bright with depth. */
 function layerLines(data, theme) {
-  const [low, high] = theme === "dark" ? [0.3, 1] : [0, 0.85];
+  const [low, high] = visible(theme);
   const share = (place) => (data.layers.length > 1 ? place / (data.layers.length - 1) : 0.3);
   return data.values.map((values, place) => {
     const there = values.filter((value) => value !== null);

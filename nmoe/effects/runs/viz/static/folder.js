@@ -31,7 +31,7 @@ function Command({ text }) {
   const [copied, setCopied] = useState(false);
   const copy = async () => { await navigator.clipboard.writeText(text); setCopied(true); setTimeout(() => setCopied(false), 1500); };
   return html`<span class="command">${navigator.clipboard ? html`<button class="quiet" onClick=${copy}>${copied ? "copied" : "copy"}</button>` : null}
-    <code>${text}</code></span>`;
+    <code>${text.split(" ").map((word, place) => html`${place ? " " : ""}<span class="word">${word}</span>`)}</code></span>`;
 }
 
 export function ConsoleView(props) {

@@ -92,6 +92,9 @@ export const dash = (place) => DASHES[Math.floor(place / 8) % DASHES.length];
 // Stops of viridis: even steps of brightness, safe for colour-blind eyes and in print.
 const STOPS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
+/** The part of the scale that has a contrast of 3 with a card of the theme: its dark end is lost on dark, its bright one on white. */
+export const visible = (name) => (name === "dark" ? [0.4, 1] : [0, 0.58]);
+
 export function viridis(share) {
   const at = Math.min(Math.max(share, 0), 1) * (STOPS.length - 1);
   const low = Math.min(Math.floor(at), STOPS.length - 2);

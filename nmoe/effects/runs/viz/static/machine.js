@@ -18,7 +18,7 @@ export function TimingView(props) {
   const tags = table.metrics.filter((metric) => own.has(metric.name) && (metric.kind === "time" || metric.name.startsWith("exchange"))).map((metric) => metric.name);
   return html`<${OneRun} ...${props}><span class="soft">mean of the last ${data.steps} logged steps</span></${OneRun}>
     ${data.ranks.length ? null : html`<p class="empty">This run has logged no times yet.</p>`}
-    ${data.slowest === null ? null : html`<p class="note">The slowest rank is <b id="slowest">rank ${data.slowest}</b>: without its waiting it takes longest.</p>`}
+    ${data.slowest === null ? null : html`<p class="note">The slowest rank is <b id="slowest">rank ${data.slowest}</b>: its own work takes longest, and the others wait for it.</p>`}
     <div class="key">${data.parts.map((part, place) => html`<span><span class="swatch" style=${{ background: colour(place) }}></span>${part}</span>`)}</div>
     <div class="stacks">${data.ranks.map((rank) => html`<div class=${rank.rank === data.slowest ? "stack slow" : "stack"} key=${rank.rank}>
       <span class="stack-name">rank ${rank.rank}${rank.rank === data.slowest ? " (slowest)" : ""}</span>

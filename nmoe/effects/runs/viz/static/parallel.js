@@ -2,7 +2,7 @@
 // keeps the runs that pass through it.
 import { html, useRef, useState } from "./vendor/preact-htm.mjs";
 import { scale } from "./axes.js";
-import { hex, number, viridis } from "./format.js";
+import { hex, number, viridis, visible } from "./format.js";
 import { highlight } from "./legend.js";
 
 const TOP = 46, BOTTOM = 22, SIDE = 70, HEIGHT = 330;
@@ -115,7 +115,7 @@ const short = (text, most = 24) => (text.length > most ? `…${text.slice(1 - mo
 function colours(runs, result, best, theme) {
   const all = runs.map((run) => result.get(run));
   const low = Math.min(...all), high = Math.max(...all);
-  const [from, to] = theme === "dark" ? [0.3, 1] : [0.85, 0];
+  const [from, to] = theme === "dark" ? visible(theme) : visible(theme).reverse();
   return (run) => {
     const share = high > low ? (result.get(run) - low) / (high - low) : 1;
     return hex(viridis(from + (to - from) * (best === "min" ? 1 - share : share)));

@@ -68,10 +68,13 @@ export function ConfigsView({ state, set, selected }) {
       <input type="search" placeholder="find keys" aria-label="find keys" value=${state.key ?? ""} onInput=${(event) => set({ key: event.target.value })} />
       <span class="soft">${data.rows.filter((row) => row.differs).length} of ${data.rows.length} keys differ${selected.length > 12 ? "; the first 12 runs are shown" : ""}</span></div>
     ${rows.length ? html`<div class="scroll"><table id="configs" class="configs"><thead><tr><th class="left stay">key</th>${data.runs.map((run) => html`<th class="left" title=${run}>${run}</th>`)}</tr></thead>
-      <tbody>${rows.map((row) => html`<tr key=${row.key}><th class="left stay">${row.key}</th>
+      <tbody>${rows.map((row) => html`<tr key=${row.key}><th class="left stay">${parts(row.key)}</th>
         ${row.values.map((value) => html`<td class=${same(value, row.values[0]) ? "left" : "left differs"} title=${shown(value)}>${shown(value)}</td>`)}</tr>`)}</tbody></table></div>`
       : html`<p class="empty">${data.runs.length > 1 && !all ? "These runs have the same config." : "No key is called like this."}</p>`}`;
 }
+
+/** A key that a narrow column breaks behind a dot or an underscore, not within a word. */
+const parts = (key) => key.split(/(?<=[._])/).map((part, place) => html`${place ? html`<wbr />` : null}<span>${part}</span>`);
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 const shown = (value) => (value === null ? "–" : Array.isArray(value) ? value.join(", ") || "none" : String(value));

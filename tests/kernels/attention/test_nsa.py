@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nmoe.config.sections import Nsa
-from nmoe.effects.kernels.attention import gqa
+from nmoe.effects.kernels.attention import gqa, nsa_kernels
 from nmoe.effects.kernels.attention import nsa as kernel
-from nmoe.effects.kernels.attention import nsa_kernels
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
 from nmoe.pure.core import tree

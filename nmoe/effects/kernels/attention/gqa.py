@@ -166,8 +166,9 @@ class GqaAttention(torch.autograd.Function):
         blocks = ctx.mask.blocks and attrs.evolve(ctx.mask.blocks, begins=begins)
         mask = attrs.evolve(ctx.mask, start=() if start is None else start, blocks=blocks)
         do = gradients[0].contiguous()
-        dq, delta, dsinks = dq_pass(q, k, v, () if sinks is None else sinks, mask, o, lse, do, ctx.scale, ctx.tiles.dq)
-        dk, dv = dkv_pass(q, k, v, mask, lse, delta, do, ctx.scale, ctx.tiles.dkv)
+        dq, delta, parts = dq_pass(q, k, v, () if sinks is None else sinks, mask, o, lse, do, ctx.scale, ctx.tiles.dq)
+        dsinks = None if parts is None else torch.empty_like(sinks)
+        dk, dv = dkv_pass(q, k, v, mask, lse, delta, do, parts, dsinks, ctx.scale, ctx.tiles.dkv)
         return dq, dk, dv, dsinks, None, None, None
 
 
@@ -213,14 +214,14 @@ def dq_pass(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient of q, and what `dkv_pass` needs of each row.
 
-    returns  dq [B T H C]; delta [B·H T] f32, what softmax takes off each of a row's gradients; dsinks [H] or None,
-             summed over blocks in fp32
+    returns  dq [B T H C]; delta [B·H T] f32, what softmax takes off each of a row's gradients; parts [H parts] f32 of
+             the gradients of sinks, or None
     """
     batch, positions, heads, _ = q.shape
     size, pack = packing(q, k, tile)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     delta = by_row(q)
-    parts = lse.new_empty(triton.cdiv(positions, size), batch, heads) if isinstance(sinks, Tensor) else None
+    parts = lse.new_empty(heads, batch * triton.cdiv(positions, size)) if isinstance(sinks, Tensor) else None
     near, far = parted(k)
     dq_near, dq_far = parted(dq)
     dq_kernel[grid(positions, size, batch * heads // pack)](
@@ -235,7 +236,7 @@ def dq_pass(
         lse=lse,
         delta=delta,
         sinks=sinks if isinstance(sinks, Tensor) else None,
-        dsinks=parts,
+        sink_parts=parts,
         padded=lse.stride(0),
         rows=batch * (heads // pack),
         **dict(zip(("q_by_batch", "q_by_position", "q_by_head"), q.stride()[:3], strict=True)),
@@ -246,9 +247,7 @@ def dq_pass(
         **seen_from(mask),
         **common(q, k, v, mask, scale, tile, tile.block_n),
     )
-    if isinstance(sinks, Tensor) and parts is not None:
-        return dq, delta, parts.sum((0, 1)).to(sinks.dtype)
-    return dq, delta, None
+    return dq, delta, parts
 
 
 def dkv_pass(
@@ -259,10 +258,15 @@ def dkv_pass(
     lse: Tensor,
     delta: Tensor,
     do: Tensor,
+    parts: Tensor | None,
+    dsinks: Tensor | None,
     scale: float,
     tile: AttentionTile,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v, summed over the queries of a group in fp32 and rounded once."""
+    """Gradients of k and v, summed over the queries of a group in fp32 and rounded once.
+
+    Writes:  dsinks [H], from their parts.
+    """
     batch, positions, kv_heads = q.shape[0], q.shape[1], k.shape[2]
     # Compressed keys are few and their readers many: programs share the readers of a block, each with sums of its own.
     shares = 1 if mask.blocks is None else max(1, min(SHARERS, triton.cdiv(positions, tile.block_m)))
@@ -272,6 +276,10 @@ def dkv_pass(
         for x in (k, v)
     )
     (q_near, q_far), (near, far), (dk_near, dk_far) = (parted(x) for x in (q, k, dk))
+    told = common(q, k, v, mask, scale, tile, tile.block_m)
+    if far is not None and mask.window is not None:
+        # with more channels, the registers of one loop
+        told["split"] = False
     dkv_kernel[(*grid(k.shape[1], tile.block_n, batch * kv_heads), shares)](
         q=described(q_near, tile.block_m),
         q_far=q_far if q_far is None else described(q_far, tile.block_m),
@@ -284,12 +292,16 @@ def dkv_pass(
         dv=described(dv, tile.block_n),
         lse=TensorDescriptor.from_tensor(lse, [1, tile.block_m]),
         delta=TensorDescriptor.from_tensor(delta, [1, tile.block_m]),
+        sink_parts=parts,
+        dsinks=dsinks,
+        parts=0 if parts is None else parts.shape[1],
+        sunk=parts is not None,
         end=ends(mask.start) if isinstance(mask.start, Tensor) else None,
         begins=None if mask.blocks is None else mask.blocks.begins,
         share=share,
         rows=batch * kv_heads,
         group=q.shape[2] // kv_heads,
-        **common(q, k, v, mask, scale, tile, tile.block_m),
+        **told,
     )
     if shares == 1:
         return dk, dv

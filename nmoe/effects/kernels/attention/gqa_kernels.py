@@ -1,8 +1,8 @@
 """The three kernels of flash attention for GQA: forward, gradient of queries, gradient of keys and values.
 
 Letters: b sequence, h first query head of a program, g head of keys and values, m first query and n first key of a
-block. A row is one query of one head. A key has `width` channels: `near`, a power of two, and `far` behind them, rounded
-up to one, 0 where there are none; `value` those of a value, rounded up. What ends in `_far` belongs to the latter.
+block. A row is one query of one head. A key has `width` channels: `near`, a power of two, and `far` behind them,
+rounded up to one, 0 where there are none; `value` those of a value, rounded up. What ends in `_far` belongs to the far.
 
 `forward_kernel` and `dq_kernel` take `pack` heads of a group at once: a block then has few queries, and the keys that a
 window lets the first and the last of them see are nearly the same. `dkv_kernel` owns a block of keys and goes through
@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 
 from nmoe.effects.kernels.attention.blocks import HIDDEN, LOG2_E, load_block, schedule, store_block_, visible
+
+PARTS = tl.constexpr(1024)
+"""Parts of a sink's gradient that are added at once."""
 
 
 @triton.jit
@@ -238,10 +241,10 @@ def dq_range(
 
 @triton.jit
 def dq_kernel(
-    q, k, k_far, v, o, do, dq, dq_far, lse, delta, sinks, dsinks, start, begins, q_by_batch, q_by_position, q_by_head,
-    positions, padded, num_keys, heads, kv_heads, rows, window, block, stride, scale, block_m: tl.constexpr,
-    block_n: tl.constexpr, side_by_side: tl.constexpr, pack: tl.constexpr, width: tl.constexpr, near: tl.constexpr,
-    far: tl.constexpr, value_width: tl.constexpr, value: tl.constexpr, compressed: tl.constexpr,
+    q, k, k_far, v, o, do, dq, dq_far, lse, delta, sinks, sink_parts, start, begins, q_by_batch, q_by_position,
+    q_by_head, positions, padded, num_keys, heads, kv_heads, rows, window, block, stride, scale,
+    block_m: tl.constexpr, block_n: tl.constexpr, side_by_side: tl.constexpr, pack: tl.constexpr, width: tl.constexpr,
+    near: tl.constexpr, far: tl.constexpr, value_width: tl.constexpr, value: tl.constexpr, compressed: tl.constexpr,
     documents: tl.constexpr, windowed: tl.constexpr, sunk: tl.constexpr, split: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one block of queries of `pack` heads; what softmax takes off each of its rows; its part of dsinks."""
@@ -256,25 +259,29 @@ def dq_kernel(
     head = h + row % pack
     at = ((b.to(tl.int64) * positions + queries) * heads + head) * value_width  # o and do are contiguous
     gradient = load_rows(do, at, inside, value_width, 0, value)
-    # delta = sum(dO * O) = sum(dP * P): the term that softmax subtracts from each row, without a pass of its own.
     output = load_rows(o, at, inside, value_width, 0, value)
-    off = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
-    at = (b * heads + head).to(tl.int64) * padded + queries
-    top = tl.load(lse + at, mask=inside, other=0.0)
-    tl.store(delta + at, off, mask=inside)
-    if sunk:
-        sink = tl.load(sinks + h + row % pack).to(tl.float32) * LOG2_E
-        # One part a block of queries, summed by the caller: the order of its sum never changes.
-        part = tl.where(inside, -tl.exp2(sink - top) * off, 0.0)
-        to = dsinks + (index * (rows // (heads // pack)) + b).to(tl.int64) * heads + h
-        tl.store(to + tl.arange(0, pack), tl.sum(tl.reshape(part, (size, pack)), 0))
+    to = (b * heads + head).to(tl.int64) * padded + queries
+    top = tl.load(lse + to, mask=inside, other=0.0)
     at = b.to(tl.int64) * q_by_batch + queries.to(tl.int64) * q_by_position + head * q_by_head
     tile = load_rows(q, at, inside, width, 0, near)
     acc = tl.zeros([block_m, near], tl.float32)
-    tile_far, acc_far = tile, off
+    tile_far, acc_far = tile, top
     if far > 0:
         tile_far = load_rows(q, at, inside, width, near, far)
         acc_far = tl.zeros([block_m, far], tl.float32)
+    sink = top
+    if sunk:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+    # All that is read comes first: no load waits for what is made of another.
+    # delta = sum(dO * O) = sum(dP * P): the term that softmax subtracts from each row, without a pass of its own.
+    off = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
+    tl.store(delta + to, off, mask=inside)
+    if sunk:
+        # One part a block of queries, summed by `dkv_kernel`: the order of its sum never changes.
+        part = tl.where(inside, -tl.exp2(sink - top) * off, 0.0)
+        blocks = tl.cdiv(positions, size)
+        to = (h + tl.arange(0, pack)).to(tl.int64) * (rows // (heads // pack) * blocks) + b * blocks + index
+        tl.store(sink_parts + to, tl.sum(tl.reshape(part, (size, pack)), 0))
     scale2 = scale * LOG2_E
     begin, full, diagonal, until = key_ranges(
         start, b, m, positions, num_keys, window, block, stride, size, block_n, compressed, documents, windowed
@@ -337,6 +344,16 @@ def dkv_range(
 
 
 @triton.jit
+def add_parts(x, to, number):
+    """Writes the sum of `number` parts, always in one order."""
+    acc = tl.zeros([PARTS], tl.float32)
+    for first in tl.range(0, number, PARTS):
+        at = first + tl.arange(0, PARTS)
+        acc += tl.load(x + at, mask=at < number, other=0.0)
+    tl.store(to, tl.sum(acc, 0).to(to.dtype.element_ty))
+
+
+@triton.jit
 def after_last(end, b, tokens, positions, window, documents: tl.constexpr, windowed: tl.constexpr):
     """One past the last query that sees the key at each token; `positions` at most."""
     last = tokens * 0 + positions
@@ -349,16 +366,21 @@ def after_last(end, b, tokens, positions, window, documents: tl.constexpr, windo
 
 @triton.jit
 def dkv_kernel(
-    q, q_far, k, k_far, v, do, dk, dk_far, dv, lse, delta, end, begins, share, positions, num_keys, heads, kv_heads,
-    rows, window, block, stride, scale, block_m: tl.constexpr, block_n: tl.constexpr, side_by_side: tl.constexpr,
-    group: tl.constexpr, near: tl.constexpr, far: tl.constexpr, value: tl.constexpr, compressed: tl.constexpr,
-    documents: tl.constexpr, windowed: tl.constexpr, split: tl.constexpr,
+    q, q_far, k, k_far, v, do, dk, dk_far, dv, lse, delta, sink_parts, dsinks, end, begins, parts, share, positions,
+    num_keys, heads, kv_heads, rows, window, block, stride, scale, block_m: tl.constexpr, block_n: tl.constexpr,
+    side_by_side: tl.constexpr, group: tl.constexpr, near: tl.constexpr, far: tl.constexpr, value: tl.constexpr,
+    compressed: tl.constexpr, documents: tl.constexpr, windowed: tl.constexpr, sunk: tl.constexpr,
+    split: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one block of keys and values of one head of theirs, over `share` queries, a multiple of block_m.
 
-    Programs of the second axis share the queries, and each writes a sum of its own, [shares of B].
+    Programs of the second axis share the queries, and each writes a sum of its own, [shares of B]. The first programs
+    sum the parts of the sinks' gradients too, [H parts], one head each: a launch less.
     """
     limited: tl.constexpr = documents or windowed
+    if sunk:
+        for head in tl.range(tl.program_id(0), heads, tl.num_programs(0)):
+            add_parts(sink_parts + tl.cast(head, tl.int64) * parts, dsinks + head, parts)
     # Blocks in ascending order: early keys are seen by most queries, so these are the long programs.
     index, kv = schedule(tl.cdiv(num_keys, block_n), rows, side_by_side)
     b = kv // kv_heads

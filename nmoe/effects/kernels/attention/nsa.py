@@ -27,7 +27,6 @@ from nmoe.effects.kernels.tables import AttentionTile, SparseTile
 from nmoe.errors import InputError
 from nmoe.pure.model.attention.blocks import SHARE, WORKSPACE
 
-
 SIDE_BY_SIDE = 8
 """Heads of keys whose programs run next to each other where a range of keys is read."""
 
@@ -182,7 +181,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 
 class Attend(torch.autograd.Function):
-    """The selected branch: forward, and a backward pass of two kernels, of which one owns queries and the other keys."""
+    """The selected branch: forward, and a backward pass of two kernels: one owns queries, the other keys."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, tiles: Tiles) -> Tensor:

@@ -26,6 +26,9 @@ SPILLS = {90: 0, 100: 5}
 
 STRIDES = ("q_by_batch", "q_by_position", "q_by_head")
 
+ALIGNED = (*STRIDES, "parts")
+"""Integers that are multiples of 16 at the published sizes."""
+
 NARROW = 18
 """Accesses below 16 bytes: numbers of a row and of its sink, outside of the loops."""
 
@@ -119,7 +122,7 @@ def request(name: str, layer: Layer, tile: AttentionTile, *, value: int = 0, com
         kernel=kernel,
         signature=told,
         constants=constants,
-        aligned=[*(each for each, kind in told.items() if kind.startswith("*")), *(set(STRIDES) & set(told))],
+        aligned=[*(each for each, kind in told.items() if kind.startswith("*")), *(set(ALIGNED) & set(told))],
         warps=tile.num_warps,
         stages=tile.num_stages,
     )

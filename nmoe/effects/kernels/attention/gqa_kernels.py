@@ -201,13 +201,14 @@ def forward_kernel(
         acc, row_sum, row_max, tile, tile_far, queries, first, k, k_far, v, begins, b, g, middle, until, positions,
         num_keys, block, stride, scale2, block_n, near, far, value, True, limited, compressed, documents,
     )  # fmt: skip
-    top = row_max + tl.log2(row_sum)
-    out = acc / row_sum[:, None]
+    sees = row_max > 0.5 * HIDDEN
     if compressed:
-        sees = row_max > 0.5 * HIDDEN
+        row_sum = tl.where(sees, row_sum, 1.0)
+        acc = tl.where(sees[:, None], acc, 0.0)
+    top = row_max + tl.log2(row_sum)
+    if compressed:
         top = tl.where(sees, top, 0.0)
-        out = tl.where(sees[:, None], out, 0.0)
-    store_rows_(o, b, m, h, out, block_m, pack, value)
+    store_rows_(o, b, m, h, acc / row_sum[:, None], block_m, pack, value)
     at = (b * heads + h + row % pack).to(tl.int64) * padded + queries
     tl.store(lse + at, top, mask=inside)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nmoe.config.sections import Nsa
+from nmoe.effects.kernels.attention import gqa, nsa_kernels
 from nmoe.effects.kernels.attention import nsa as kernel
-from nmoe.effects.kernels.attention import nsa_kernels
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
@@ -144,7 +144,7 @@ def test_other_blocks() -> None:
 def test_readers_that_several_programs_share(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
     """A block that two queries read or more, and keys compressed whose queries are cut in three."""
     monkeypatch.setattr(kernel, "SHARE", 2)
-    monkeypatch.setattr(kernel, "SHARERS", 3)
+    monkeypatch.setattr(gqa, "SHARERS", 3)
     start = starts(21, lengths, [8, 13]) if lengths else ()
     check(sample(21, batch=2, heads=2, groups=1, start=start), branches="cs")
 
@@ -197,23 +197,20 @@ def test_blocks_beyond_256_are_read_and_have_gradients() -> None:
     v[0, 296 * span : 297 * span] = 3
     chosen = torch.full((1, length, 1, 3), -1, dtype=torch.int32)
     chosen[0, -1, 0] = torch.tensor([0, 296, 299])
-    reach = kernel.Reach(mode=nsa_kernels.SELECTED.value, start=(), chosen=chosen, window=length, span=span)
-    order, bounds, owners, step = kernel.inverted(reach, length)
+    given = kernel.Lists(chosen=chosen, start=(), span=span)
+    readers, bounds, owners, step = kernel.inverted(given, length)
     assert (owners, step) == (300, span)
-    lists = {block: order[bounds[block] : bounds[block + 1]] // 3 for block in range(300)}
+    lists = {block: readers[bounds[block] : bounds[block + 1]] for block in range(300)}
     assert {block: queries.tolist() for block, queries in lists.items() if len(queries)} == {
         0: [length - 1],
         296: [length - 1],
         299: [length - 1],
     }
     o, lse = torch.empty(1, length, 1, 8), torch.empty(1, length, 1)
-    sizes: dict[str, Any] = {"width": 8, "value_box": 16, "size": 1, "pack": 16}
     # the programs begin with the last query
     launch: Any = nsa_kernels.forward_kernel[(1,)]
-    launch(
-        q=q, k=k, v=v, o=o, lse=lse, chosen=chosen, **sizes,
-        **kernel.common(q, v, k, reach, 0.2, tiles().forward),
-    )  # fmt: skip
+    told = {"chosen": chosen, "slots": 3, "slots_box": 4}
+    launch(q=q, o=o, lse=lse, **told, **kernel.common(q, k, v, given, 0.2, tiles().list_forward))
     assert torch.equal(o[0, -1], torch.ones(1, 8)), "a third of the keys has the value 3"
 
 
@@ -240,10 +237,10 @@ def test_twice_the_same_bits_in_chunks_or_not(monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that do nothing, for tensors without values."""
-    for name in list(vars(nsa_kernels)):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(nsa_kernels, name, Silent())
-    monkeypatch.setattr(kernel, "delta_kernel", Silent())
+    for room in (nsa_kernels, gqa):
+        for name in list(vars(room)):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(room, name, Silent())
 
 
 PAPER = Nsa(num_heads=16, num_kv_heads=2, head_dim=192, v_head_dim=128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from nmoe.effects.kernels import tables as tuning
 from nmoe.effects.kernels.attention import gqa
+from nmoe.effects.kernels.attention.blocks import box
 from nmoe.effects.kernels.tables import AttentionTile
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
@@ -23,6 +25,9 @@ SPILLS = {90: 0, 100: 5}
 """Triton 3.6 moves five values of the keys' kernel out of its 72 registers at a window of 1,024 on sm_100."""
 
 STRIDES = ("q_by_batch", "q_by_position", "q_by_head")
+
+ALIGNED = (*STRIDES, "parts")
+"""Integers that are multiples of 16 at the published sizes."""
 
 NARROW = 18
 """Accesses below 16 bytes: numbers of a row and of its sink, outside of the loops."""
@@ -57,48 +62,67 @@ def tiles(layer: Layer, target: int) -> gqa.Tiles:
     return gqa.Tiles(**tuning.find(tuning.load(CAPABILITIES[target]), "gqa", layer.channels, *window).tiles)
 
 
-def request(name: str, layer: Layer, tile: AttentionTile) -> Request:
-    """One of the three kernels, in bf16."""
-    m, n, c = tile.block_m, tile.block_n, layer.channels
-    pack = min(layer.group & -layer.group, m)
-    rows, keys = f"tensordesc<bf16[1,{m // pack},{pack},{c}]>", f"tensordesc<bf16[1,1,{n},{c}]>"
-    masks = "end" if name == "dkv" else "start"
-    constants: dict[str, Any] = {
+def request(name: str, layer: Layer, tile: AttentionTile, *, value: int = 0, compressed: bool = False) -> Request:
+    """One of the three kernels, in bf16, with values of so many channels, those of a key if 0."""
+    m, n, width = tile.block_m, tile.block_n, layer.channels
+    pack, value, near = min(layer.group & -layer.group, m), value or width, 1 << (width.bit_length() - 1)
+    far = width - near
+    values: dict[str, Any] = {
         "block_m": m,
         "block_n": n,
         "side_by_side": tile.heads,
-        "channels": c,
+        "width": width,
+        "near": box(near),
+        "far": box(far) if far else 0,
+        "value_width": value,
+        "value": box(value),
+        "group": layer.group,
+        "pack": pack,
+        "sunk": layer.sinks,
+        "compressed": compressed,
         "documents": layer.documents,
         "windowed": layer.window is not None,
         "split": layer.window is None or layer.window > gqa.SHORT * (m if name == "dkv" else n),
     }
-    types = {"k": keys, "v": keys}
-    if name == "dkv":
-        one = f"tensordesc<bf16[1,1,{m},{c}]>"
-        row = f"tensordesc<fp32[1,{m}]>"
-        types |= {"q": one, "do": one, "dk": keys, "dv": keys, "lse": row, "delta": row}
-        constants["group"] = layer.group
-    else:
-        types |= {"q": "*bf16", "o": rows, "lse": "*fp32", "padded": "i32"}
-        types |= dict.fromkeys(STRIDES, "i32")
-        constants |= {"pack": pack, "sunk": layer.sinks}
-        numbers = ["sinks", "dsinks"] if name == "dq" else ["sinks"]
-        if layer.sinks:
-            types |= dict.fromkeys(numbers, "*fp32")
-        else:
-            constants |= dict.fromkeys(numbers)
-    if name == "dq":
-        types |= {"o": "*bf16", "do": "*bf16", "dq": rows, "delta": "*fp32"}
-    if layer.documents:
-        types[masks] = "*i32"
-    else:
-        constants[masks] = None
-    types |= dict.fromkeys(("positions", "heads", "kv_heads", "rows", "window"), "i32") | {"scale": "fp32"}
+    if far and name == "dkv":
+        values["split"] = layer.window is None
+    own, shares = name == "dkv", "fp32" if compressed else "bf16"
+    masks = {"start": layer.documents, "end": layer.documents, "begins": compressed}
+    masks |= dict.fromkeys(("sinks", "sink_parts", "dsinks"), layer.sinks)
+    masks |= dict.fromkeys(("k_far", "q_far", "dq_far", "dk_far"), far > 0)
+
+    def keys(channels: int, kind: str = "bf16") -> str:
+        return f"tensordesc<{kind}[1,1,{n},{box(channels)}]>"
+
+    def rows(channels: int) -> str:
+        return f"tensordesc<bf16[1,{m // pack},{pack},{box(channels)}]>"
+
+    def queries(channels: int) -> str:
+        return f"tensordesc<bf16[1,1,{m},{box(channels)}]>"
+
+    one = f"tensordesc<fp32[1,{m}]>"
+    types = {
+        **{"k": keys(near), "k_far": keys(far), "v": keys(value)},
+        **{"q": queries(near) if own else "*bf16", "q_far": queries(far)},
+        **{"do": queries(value) if own else "*bf16", "o": "*bf16" if name == "dq" else rows(value)},
+        **{"dq": rows(near), "dq_far": rows(far)},
+        **{"dk": keys(near, shares), "dk_far": keys(far, shares), "dv": keys(value, shares)},
+        **{"lse": one if own else "*fp32", "delta": one if own else "*fp32"},
+        **dict.fromkeys(("sinks", "sink_parts", "dsinks"), "*fp32"),
+        **dict.fromkeys(("start", "end", "begins"), "*i32"),
+        "scale": "fp32",
+    }
+    kernel = f"nmoe.effects.kernels.attention.gqa_kernels:{name}_kernel"
+    module, function = kernel.split(":")
+    names = getattr(importlib.import_module(module), function).arg_names
+    constants = {key: values[key] for key in names if key in values}
+    constants |= {key: None for key in names if masks.get(key) is False}
+    told = {key: types.get(key, "i32") for key in names if key not in constants}
     return Request(
-        kernel=f"nmoe.effects.kernels.attention.gqa_kernels:{name}_kernel",
-        signature=types,
+        kernel=kernel,
+        signature=told,
         constants=constants,
-        aligned=[*(each for each, kind in types.items() if kind.startswith("*")), *(set(STRIDES) & set(types))],
+        aligned=[*(each for each, kind in told.items() if kind.startswith("*")), *(set(ALIGNED) & set(told))],
         warps=tile.num_warps,
         stages=tile.num_stages,
     )

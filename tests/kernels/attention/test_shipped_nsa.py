@@ -10,27 +10,28 @@ import attrs
 import pytest
 
 from nmoe.effects.kernels import tables as tuning
-from nmoe.effects.kernels.attention import nsa, nsa_kernels
+from nmoe.effects.kernels.attention import nsa
 from nmoe.effects.kernels.attention.blocks import box
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
+from tests.kernels.attention import test_shipped_gqa
 from tests.kernels.attention.test_shipped_dsa import CAPABILITIES
 
 PRODUCTS: Mapping[str, int] = {"forward": 2, "dq": 3, "dkv": 4, "join": 0, "weight": 1, "total": 0, "select": 0}
 """Products of two blocks in each kernel."""
 
-POINTERS: Mapping[str, str] = {
-    **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "*bf16"),
+TYPES: Mapping[str, str] = {
+    **dict.fromkeys(("q", "o", "do", "dq", "dk", "dv"), "*bf16"),
     **dict.fromkeys(("lse", "delta", "weight", "total", "part", "part_v"), "*fp32"),
-    **dict.fromkeys(("start", "end", "begins", "chosen", "more", "base", "owner_of", "chunk_of"), "*i32"),
-    **dict.fromkeys(("order", "bounds"), "*i64"),
+    **dict.fromkeys(("start", "begins", "chosen", "readers", "more", "base", "owner_of", "chunk_of"), "*i32"),
+    **{"bounds": "*i64", "scale": "fp32"},
 }
 
-ALIGNED = ("positions", "heads", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head")
+ALIGNED = ("positions", "heads", "padded")
 """Integers that are multiples of 16 at the paper's sizes."""
 
 LISTS = ("list_forward", "list_dq", "list_dkv")
-MODES = {"window": nsa_kernels.WINDOW.value, "compressed": nsa_kernels.COMPRESSED.value}
+RANGES = {"forward": 2, "dq": 3, "dkv": 4}
 
 
 @attrs.frozen(kw_only=True)
@@ -41,6 +42,7 @@ class Sizes:
     value: int = 128
     group: int = 16
     span: int = 64
+    slots: int = 16
     documents: bool = False
 
 
@@ -48,32 +50,34 @@ PAPER = Sizes()
 SMALL = Sizes(width=32, value=24, group=2, span=8, documents=True)
 
 
-def request(name: str, mode: int, sizes: Sizes, tile: Any) -> Request:
-    """One kernel, in one mode, in bf16."""
+def request(name: str, sizes: Sizes, tile: Any) -> Request:
+    """One kernel of the selected branch or the selection, in bf16."""
     kernel = f"nmoe.effects.kernels.attention.nsa_kernels:{name}_kernel"
     module, function = kernel.split(":")
     names = getattr(importlib.import_module(module), function).arg_names
-    listed = mode == nsa_kernels.SELECTED.value
+    pack, block_n = box(sizes.group), tile.block_n if name in ("weight", "total", "select") else box(sizes.span)
+    near = 1 << (sizes.width.bit_length() - 1)
+    far = sizes.width - near
     values: dict[str, Any] = {
-        **nsa.rows(tile, sizes.group, listed=listed and name != "dkv"),
-        "block_n": box(sizes.span) if name in ("dkv", "join") and listed else tile.block_n,
-        "block_k": tile.block_k,
+        "size": max(1, tile.block_m // pack),
+        "pack": pack,
+        "block_n": block_n,
         "width": sizes.width,
         "width_box": box(sizes.width),
-        "value": sizes.value,
-        "value_box": box(sizes.value),
-        "span": sizes.span if listed or name in ("total", "select") else 1,
-        "mode": mode,
+        "near": box(near),
+        "far": box(far) if far else 0,
+        "value_width": sizes.value,
+        "value": box(sizes.value),
+        "slots_box": sizes.slots,
+        "span": sizes.span,
         "documents": sizes.documents,
     }
-    if name == "weight":
-        values["pack"] = max(16, values["pack"])
-    missing = {"start": sizes.documents, "end": sizes.documents, "chosen": listed or name == "select"}
-    missing |= {"begins": mode == nsa_kernels.COMPRESSED.value, "order": listed, "bounds": listed}
-    missing |= dict.fromkeys(("more", "base", "owner_of", "chunk_of", "part", "part_v"), mode != MODES["window"])
+    missing = {"start": sizes.documents, "k_far": far > 0}
     constants = {key: values[key] for key in names if key in values}
     constants |= {key: None for key in names if missing.get(key) is False}
-    types = {key: POINTERS.get(key, "fp32" if key == "scale" else "i32") for key in names if key not in constants}
+    parts = {"k": near, "k_far": far, "v": sizes.value}
+    rows = {key: f"tensordesc<bf16[1,1,{block_n},{box(channels)}]>" for key, channels in parts.items()}
+    types = {key: {**TYPES, **rows}.get(key, "i32") for key in names if key not in constants}
     return Request(
         kernel=kernel,
         signature=types,
@@ -86,13 +90,19 @@ def request(name: str, mode: int, sizes: Sizes, tile: Any) -> Request:
 
 def requests(sizes: Sizes, target: int) -> list[Request]:
     """Every kernel in every mode at these sizes."""
-    tiles = tuning.find(tuning.load(CAPABILITIES[target]), "nsa", sizes.width, sizes.value).tiles
-    ranges = [request(name, mode, sizes, tiles[name]) for mode in MODES.values() for name in ("forward", "dq", "dkv")]
-    lists = [request(name[5:], nsa_kernels.SELECTED.value, sizes, tiles[name]) for name in LISTS]
-    ranges += [request("join", mode, sizes, attrs.evolve(tiles["dkv"], num_warps=4)) for mode in (1, 2)]
-    weights = request("weight", MODES["compressed"], sizes, tiles["weight"])
-    choice = [request(name, MODES["compressed"], sizes, tiles["select"]) for name in ("total", "select")]
-    return [*ranges, *lists, weights, *choice]
+    tiles = nsa.Tiles(**tuning.find(tuning.load(CAPABILITIES[target]), "nsa", sizes.width, sizes.value).tiles)
+    layer = test_shipped_gqa.Layer(
+        channels=sizes.width, group=sizes.group, sinks=False, documents=sizes.documents, window=512
+    )
+    blocks, cut = attrs.evolve(layer, window=None), tiles.of_ranges()
+    ranges = [
+        test_shipped_gqa.request(name, each, getattr(cut, name), value=sizes.value, compressed=each is blocks)
+        for each in (layer, blocks)
+        for name in RANGES
+    ]
+    lists = [request(name[5:], sizes, getattr(tiles, name)) for name in LISTS]
+    rest = {"join": tiles.join, "weight": tiles.weight, "total": tiles.select, "select": tiles.select}
+    return [*ranges, *lists, *(request(name, sizes, tile) for name, tile in rest.items())]
 
 
 def problems(found: Sequence[Compiled], *, small: bool = False) -> list[str]:

@@ -1,6 +1,7 @@
 """Flash attention with grouped queries: `pure.model.attention.gqa.project` and `attend_gqa`, bitwise repeatable.
 
-Letters: B sequences, T positions, H query heads, K heads of keys and values, G = H / K, J = H + 2 K, C channels a head.
+Letters: B sequences, T positions, H query heads, K heads of keys and values, G = H / K, J = H + 2 K, C channels a head
+of queries and keys, U of values: for the branches of `nsa` they differ, and its compressed keys are M blocks of tokens.
 
 Queries, keys and values are read where one product left them; nothing is padded, and keys are never repeated for their
 group. Only blocks of keys that some query of a block sees are visited, so that cost grows linearly with a window.
@@ -18,12 +19,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.config.attention import GQA_HEAD_DIMS
-from nmoe.effects.kernels.attention.blocks import described, ends, readable
+from nmoe.effects.kernels.attention.blocks import box, described, ends, readable
 from nmoe.effects.kernels.attention.gqa_kernels import dkv_kernel, dq_kernel, forward_kernel
 from nmoe.effects.kernels.attention.rope import rotate_heads_
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import AttentionTile
 from nmoe.errors import InputError
+from nmoe.pure.model.attention.blocks import SHARERS
 from nmoe.pure.model.rope import Rope
 
 SHORT = 4
@@ -40,11 +42,21 @@ class Tiles:
 
 
 @attrs.frozen(kw_only=True)
+class Blocks:
+    """What compressed keys stand for; a query sees those that end at or before it."""
+
+    begins: Tensor  # [B M] i32, first token of each, T where there is none; of whole rows every `stride`-th
+    size: int  # tokens of a block
+    stride: int  # tokens from one to the next
+
+
+@attrs.frozen(kw_only=True)
 class Mask:
     """Which keys a query sees besides those up to its own."""
 
-    start: Tensor | tuple[()]  # [B T] i32, first key of a query's document
-    window: int | None  # keys a query sees at most; None: all
+    start: Tensor | tuple[()]  # [B T] i32, first token of a query's document
+    window: int | None = None  # keys a query sees at most; None: all
+    blocks: Blocks | None = None  # of compressed keys; they have no window
 
 
 def project(
@@ -87,7 +99,7 @@ def gqa_attention(
     """
     check(q, k, v, scale=scale, window=window)
     span = None if window is None or window >= q.shape[1] else window
-    return GqaAttention.apply(q, k, v, sinks, Mask(start=start, window=span), scale, tiles[window])
+    return GqaAttention.apply(q, k, v, sinks, Mask(start=start, window=span), scale, tiles[window])[0]
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> None:
@@ -130,49 +142,60 @@ class GqaAttention(torch.autograd.Function):
         mask: Mask,
         scale: float,
         tiles: Tiles,
-    ) -> Tensor:
-        """Output, and the logarithm of each row's sum of exponentials kept for backward."""
+    ) -> tuple[Tensor, Tensor]:
+        """Output, and the logarithm of each row's sum of exponentials, which is kept for backward: `forward_pass`."""
         q, k, v = (readable(x) for x in (q, k, v))
         o, lse = forward_pass(q, k, v, sinks, mask, scale, tiles.forward)
-        masks = (mask.start,) if isinstance(mask.start, Tensor) else ()
-        ctx.save_for_backward(q, k, v, o, lse, *masks, *((sinks,) if isinstance(sinks, Tensor) else ()))
-        ctx.sunk, ctx.window, ctx.scale, ctx.tiles = isinstance(sinks, Tensor), mask.window, scale, tiles
-        return o
+        begins = None if mask.blocks is None else mask.blocks.begins
+        ctx.save_for_backward(
+            q, k, v, o, lse, *(x if isinstance(x, Tensor) else None for x in (mask.start, begins, sinks))
+        )
+        ctx.mask = attrs.evolve(
+            mask, start=(), blocks=mask.blocks and attrs.evolve(mask.blocks, begins=lse.new_empty(0))
+        )
+        ctx.scale, ctx.tiles = scale, tiles
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # of `lse` there is none
+        return o, lse
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and sinks."""
-        q, k, v, o, lse, *rest = ctx.saved_tensors
-        sinks = rest.pop() if ctx.sunk else ()
-        mask = Mask(start=(*rest, ())[0], window=ctx.window)
+        q, k, v, o, lse, start, begins, sinks = ctx.saved_tensors
+        blocks = ctx.mask.blocks and attrs.evolve(ctx.mask.blocks, begins=begins)
+        mask = attrs.evolve(ctx.mask, start=() if start is None else start, blocks=blocks)
         do = gradients[0].contiguous()
-        dq, delta, dsinks = dq_pass(q, k, v, sinks, mask, o, lse, do, ctx.scale, ctx.tiles.dq)
-        dk, dv = dkv_pass(q, k, v, mask, lse, delta, do, ctx.scale, ctx.tiles.dkv)
+        dq, delta, parts = dq_pass(q, k, v, () if sinks is None else sinks, mask, o, lse, do, ctx.scale, ctx.tiles.dq)
+        dsinks = None if parts is None else torch.empty_like(sinks)
+        dk, dv = dkv_pass(q, k, v, mask, lse, delta, do, parts, dsinks, ctx.scale, ctx.tiles.dkv)
         return dq, dk, dv, dsinks, None, None, None
 
 
 def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | tuple[()], mask: Mask, scale: float, tile: AttentionTile
 ) -> tuple[Tensor, Tensor]:
-    """Output [B T H C], and logarithms to base 2 [B·H T] of the sums of exponentials, sinks included, in fp32."""
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    """Output [B T H U], and logarithms to base 2 [B·H T] of the sums of exponentials, sinks included, in fp32."""
+    o = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = by_row(q)
     size, pack = packing(q, k, tile)
-    forward_kernel[grid(q, size, q.shape[2] // pack)](
+    near, far = parted(k)
+    forward_kernel[grid(q.shape[1], size, q.shape[0] * q.shape[2] // pack)](
         q=q,
-        k=described(k, tile.block_n),
+        k=described(near, tile.block_n),
+        k_far=far if far is None else described(far, tile.block_n),
         v=described(v, tile.block_n),
         o=packed(o, size, pack),
         lse=lse,
         sinks=sinks if isinstance(sinks, Tensor) else None,
-        start=mask.start if isinstance(mask.start, Tensor) else None,
         padded=lse.stride(0),
         rows=q.shape[0] * (q.shape[2] // pack),
         **dict(zip(("q_by_batch", "q_by_position", "q_by_head"), q.stride()[:3], strict=True)),
         pack=pack,
+        width=q.shape[-1],
         sunk=isinstance(sinks, Tensor),
-        **common(q, k, mask, scale, tile, tile.block_n),
+        **seen_from(mask),
+        **common(q, k, v, mask, scale, tile, tile.block_n),
     )
     return o, lse
 
@@ -191,36 +214,40 @@ def dq_pass(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient of q, and what `dkv_pass` needs of each row.
 
-    returns  dq [B T H C]; delta [B·H T] f32, what softmax takes off each of a row's gradients; dsinks [H] or None,
-             summed over blocks in fp32
+    returns  dq [B T H C]; delta [B·H T] f32, what softmax takes off each of a row's gradients; parts [H parts] f32 of
+             the gradients of sinks, or None
     """
     batch, positions, heads, _ = q.shape
     size, pack = packing(q, k, tile)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     delta = by_row(q)
-    parts = lse.new_empty(triton.cdiv(positions, size), batch, heads) if isinstance(sinks, Tensor) else None
-    dq_kernel[grid(q, size, heads // pack)](
+    parts = lse.new_empty(heads, batch * triton.cdiv(positions, size)) if isinstance(sinks, Tensor) else None
+    near, far = parted(k)
+    dq_near, dq_far = parted(dq)
+    dq_kernel[grid(positions, size, batch * heads // pack)](
         q=q,
-        k=described(k, tile.block_n),
+        k=described(near, tile.block_n),
+        k_far=far if far is None else described(far, tile.block_n),
         v=described(v, tile.block_n),
         o=o,
         do=do,
-        dq=packed(dq, size, pack),
+        dq=packed(dq_near, size, pack),
+        dq_far=dq_far if dq_far is None else packed(dq_far, size, pack),
         lse=lse,
         delta=delta,
         sinks=sinks if isinstance(sinks, Tensor) else None,
-        dsinks=parts,
-        start=mask.start if isinstance(mask.start, Tensor) else None,
+        sink_parts=parts,
         padded=lse.stride(0),
         rows=batch * (heads // pack),
         **dict(zip(("q_by_batch", "q_by_position", "q_by_head"), q.stride()[:3], strict=True)),
         pack=pack,
+        width=q.shape[-1],
+        value_width=v.shape[-1],
         sunk=isinstance(sinks, Tensor),
-        **common(q, k, mask, scale, tile, tile.block_n),
+        **seen_from(mask),
+        **common(q, k, v, mask, scale, tile, tile.block_n),
     )
-    if isinstance(sinks, Tensor) and parts is not None:
-        return dq, delta, parts.sum((0, 1)).to(sinks.dtype)
-    return dq, delta, None
+    return dq, delta, parts
 
 
 def dkv_pass(
@@ -231,25 +258,55 @@ def dkv_pass(
     lse: Tensor,
     delta: Tensor,
     do: Tensor,
+    parts: Tensor | None,
+    dsinks: Tensor | None,
     scale: float,
     tile: AttentionTile,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v, summed over the queries of a group in fp32 and rounded once."""
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    dkv_kernel[grid(q, tile.block_n, k.shape[2])](
-        q=described(q, tile.block_m),
-        k=described(k, tile.block_n),
+    """Gradients of k and v, summed over the queries of a group in fp32 and rounded once.
+
+    Writes:  dsinks [H], from their parts.
+    """
+    batch, positions, kv_heads = q.shape[0], q.shape[1], k.shape[2]
+    # Compressed keys are few and their readers many: programs share the readers of a block, each with sums of its own.
+    shares = 1 if mask.blocks is None else max(1, min(SHARERS, triton.cdiv(positions, tile.block_m)))
+    share = triton.cdiv(triton.cdiv(positions, shares), tile.block_m) * tile.block_m
+    dk, dv = (
+        torch.empty(shares * batch, *x.shape[1:], dtype=x.dtype if shares == 1 else torch.float32, device=x.device)
+        for x in (k, v)
+    )
+    (q_near, q_far), (near, far), (dk_near, dk_far) = (parted(x) for x in (q, k, dk))
+    told = common(q, k, v, mask, scale, tile, tile.block_m)
+    if far is not None and mask.window is not None:
+        # with more channels, the registers of one loop
+        told["split"] = False
+    dkv_kernel[(*grid(k.shape[1], tile.block_n, batch * kv_heads), shares)](
+        q=described(q_near, tile.block_m),
+        q_far=q_far if q_far is None else described(q_far, tile.block_m),
+        k=described(near, tile.block_n),
+        k_far=far if far is None else described(far, tile.block_n),
         v=described(v, tile.block_n),
         do=described(do, tile.block_m),
-        dk=described(dk, tile.block_n),
+        dk=described(dk_near, tile.block_n),
+        dk_far=dk_far if dk_far is None else described(dk_far, tile.block_n),
         dv=described(dv, tile.block_n),
         lse=TensorDescriptor.from_tensor(lse, [1, tile.block_m]),
         delta=TensorDescriptor.from_tensor(delta, [1, tile.block_m]),
+        sink_parts=parts,
+        dsinks=dsinks,
+        parts=0 if parts is None else parts.shape[1],
+        sunk=parts is not None,
         end=ends(mask.start) if isinstance(mask.start, Tensor) else None,
-        rows=q.shape[0] * k.shape[2],
-        group=q.shape[2] // k.shape[2],
-        **common(q, k, mask, scale, tile, tile.block_m),
+        begins=None if mask.blocks is None else mask.blocks.begins,
+        share=share,
+        rows=batch * kv_heads,
+        group=q.shape[2] // kv_heads,
+        **told,
     )
+    if shares == 1:
+        return dk, dv
+    joined = (each.unflatten(0, (shares, batch)).sum(0) for each in (dk, dv))
+    dk, dv = (total.to(x.dtype) for total, x in zip(joined, (k, v), strict=True))
     return dk, dv
 
 
@@ -266,28 +323,49 @@ def packing(q: Tensor, k: Tensor, tile: AttentionTile) -> tuple[int, int]:
     return tile.block_m // pack, pack
 
 
+def parted(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The first channels of x, as many as the largest power of two of them, and the others, if there are."""
+    near = 1 << (x.shape[-1].bit_length() - 1)
+    return x[..., :near], x[..., near:] if x.shape[-1] > near else None
+
+
 def packed(x: Tensor, size: int, pack: int) -> TensorDescriptor:
-    """Blocks of `size` positions of `pack` heads of x [B T H C]."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, size, pack, x.shape[-1]])
+    """Blocks of `size` positions of `pack` heads of x [B T H C], all channels rounded up to a power of two."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, size, pack, box(x.shape[-1])])
 
 
-def grid(q: Tensor, size: int, rows: int) -> tuple[int]:
-    """One program a block of `size` positions of each of `rows` of each sequence."""
-    return (triton.cdiv(q.shape[1], size) * q.shape[0] * rows,)
+def grid(positions: int, size: int, rows: int) -> tuple[int]:
+    """One program a block of `size` positions of each of `rows`."""
+    return (triton.cdiv(positions, size) * rows,)
 
 
-def common(q: Tensor, k: Tensor, mask: Mask, scale: float, tile: AttentionTile, step: int) -> dict[str, Any]:
+def seen_from(mask: Mask) -> dict[str, Any]:
+    """What kernels that own queries are given of the mask."""
+    return {
+        "start": mask.start if isinstance(mask.start, Tensor) else None,
+        "begins": None if mask.blocks is None else mask.blocks.begins,
+    }
+
+
+def common(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, tile: AttentionTile, step: int) -> dict[str, Any]:
     """What every kernel is given; `step` positions of the masked axis are a step of its loop."""
+    near, far = parted(k)
     return {
         "positions": q.shape[1],
+        "num_keys": k.shape[1],
         "heads": q.shape[2],
         "kv_heads": k.shape[2],
         "window": mask.window or 0,
+        "block": 1 if mask.blocks is None else mask.blocks.size,
+        "stride": 1 if mask.blocks is None else mask.blocks.stride,
         "scale": scale,
         "block_m": tile.block_m,
         "block_n": tile.block_n,
         "side_by_side": tile.heads,
-        "channels": q.shape[-1],
+        "near": box(near.shape[-1]),
+        "far": 0 if far is None else box(far.shape[-1]),
+        "value": box(v.shape[-1]),
+        "compressed": mask.blocks is not None,
         "documents": isinstance(mask.start, Tensor),
         "windowed": mask.window is not None,
         "split": mask.window is None or mask.window > SHORT * step,

@@ -13,23 +13,27 @@ from typing import Any
 
 import attrs
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from nmoe.config.attention import NSA_MOST
+from nmoe.effects.kernels.attention import gqa
 from nmoe.effects.kernels.attention import nsa_kernels as kernels
-from nmoe.effects.kernels.attention.blocks import box, ends
+from nmoe.effects.kernels.attention.blocks import box, described, readable
 from nmoe.effects.kernels.attention.dsa import launch
-from nmoe.effects.kernels.attention.dsa_kernels import delta_kernel
 from nmoe.effects.kernels.derivative import first_order
-from nmoe.effects.kernels.tables import SparseTile
+from nmoe.effects.kernels.tables import AttentionTile, SparseTile
 from nmoe.errors import InputError
-from nmoe.pure.model.attention.blocks import SHARE, SHARERS, WORKSPACE
+from nmoe.pure.model.attention.blocks import SHARE, WORKSPACE
+
+SIDE_BY_SIDE = 8
+"""Heads of keys whose programs run next to each other where a range of keys is read."""
 
 
 @attrs.frozen(kw_only=True)
 class Tiles:
-    """Tile sizes of each kernel; `block_m` counts queries times the heads of a group."""
+    """Tile sizes of each kernel; `block_m` counts queries times heads, of `dkv` queries."""
 
     forward: SparseTile
     dq: SparseTile
@@ -39,39 +43,27 @@ class Tiles:
     list_dkv: SparseTile
     weight: SparseTile
     select: SparseTile
-    delta: SparseTile
+    join: SparseTile
+
+    def of_ranges(self) -> gqa.Tiles:
+        """Those of the branches that read a range of keys."""
+        sizes = ("block_m", "block_n", "num_warps", "num_stages")
+        named = {"forward": self.forward, "dq": self.dq, "dkv": self.dkv}
+        return gqa.Tiles(
+            **{
+                name: AttentionTile(heads=SIDE_BY_SIDE, **{size: getattr(tile, size) for size in sizes})
+                for name, tile in named.items()
+            }
+        )
 
 
 @attrs.frozen(kw_only=True)
-class Reach:
-    """Which keys a query reads, in one of three ways."""
+class Lists:
+    """Which blocks of tokens a query reads."""
 
-    mode: int  # kernels.WINDOW, COMPRESSED or SELECTED
+    chosen: Tensor  # [B T K S] i32
     start: Tensor | tuple[()]  # [B T] i32, first token of each token's document
-    begins: Tensor | None = None  # [B M] i32, first token of each compressed block
-    chosen: Tensor | None = None  # [B T K S] i32
-    window: int = 0  # last tokens that are read
-    block: int = 0  # tokens of a compressed block
-    stride: int = 1  # tokens from one to the next
-    span: int = 1  # tokens of a selected block
-
-    def arguments(self, k: Tensor, v: Tensor) -> dict[str, Any]:
-        """What every kernel is given of it, and where keys and values lie."""
-        return {
-            "start": self.start if isinstance(self.start, Tensor) else None,
-            "begins": self.begins,
-            "num_keys": k.shape[1],
-            "slots": 1 if self.chosen is None else self.chosen.shape[-1],
-            "window": self.window,
-            "block": self.block,
-            "stride": self.stride,
-            "kv_heads": k.shape[2],
-            **dict(zip(("k_batch", "k_row", "k_head"), k.stride()[:3], strict=True)),
-            **dict(zip(("v_batch", "v_row", "v_head"), v.stride()[:3], strict=True)),
-            "span": self.span,
-            "mode": self.mode,
-            "documents": isinstance(self.start, Tensor),
-        }
+    span: int  # tokens of a block
 
 
 def window(
@@ -94,7 +86,8 @@ def window(
     Cost:    forward 2·(C + U), backward 2·(5 C + 4 U) FLOPs for each pair of query and visible key, times H.
     """
     check(q, k, v, scale)
-    return Attend.apply(q, k, v, Reach(mode=kernels.WINDOW.value, start=start, window=window), scale, tiles)[0]
+    mask = gqa.Mask(start=start, window=None if window >= q.shape[1] else window)
+    return gqa.GqaAttention.apply(q, k, v, sinks, mask, scale, tiles.of_ranges())[0]
 
 
 def compressed(
@@ -122,11 +115,15 @@ def compressed(
     Raises, cost: as of `window`; the selection 2·C FLOPs more for each pair of query and visible block, times H.
     """
     check(q, k, v, scale)
+    if not k.shape[1]:
+        # one that nobody sees: descriptors describe a row at least
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+        first = F.pad(first, (0, 1), value=q.shape[1])
     begins = first.expand(q.shape[0], -1).to(torch.int32).contiguous()
-    reach = Reach(mode=kernels.COMPRESSED.value, start=start, begins=begins, block=block, stride=stride)
-    o, lse = Attend.apply(q, k, v, reach, scale, tiles)
+    mask = gqa.Mask(start=start, blocks=gqa.Blocks(begins=begins, size=block, stride=stride))
+    o, lse = gqa.GqaAttention.apply(q, k, v, (), mask, scale, tiles.of_ranges())
     with torch.no_grad():
-        chosen = select(q, k, lse, reach, scale, selected_block, num_selected, tiles)
+        chosen = select(q, k, lse, mask, scale, selected_block, num_selected, tiles)
     return o, chosen
 
 
@@ -152,9 +149,7 @@ def selected(
     Raises, cost: as of `window`.
     """
     check(q, k, v, scale)
-    mode = kernels.SELECTED.value
-    reach = Reach(mode=mode, start=start, chosen=chosen.contiguous(), window=q.shape[1], span=block)
-    return Attend.apply(q, k, v, reach, scale, tiles)[0]
+    return Attend.apply(q, k, v, Lists(chosen=chosen.contiguous(), start=start, span=block), scale, tiles)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
@@ -186,125 +181,112 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 
 class Attend(torch.autograd.Function):
-    """One branch: forward, and a backward pass of two kernels, of which one owns queries and the other keys."""
+    """The selected branch: forward, and a backward pass of two kernels: one owns queries, the other keys."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, reach: Reach, scale: float, tiles: Tiles
-    ) -> tuple[Tensor, Tensor]:
-        """Output [B T H U], and the logarithm to base 2 of each row's sum of exponentials [B T H] f32."""
-        q, k, v = q.contiguous(), side_by_side(k), side_by_side(v)
-        o, lse = forward_pass(q, k, v, reach, scale, tiles)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, tiles: Tiles) -> Tensor:
+        """Output [B T H U]; the logarithm to base 2 of each row's sum of exponentials is kept."""
+        q, k, v = q.contiguous(), readable(k), readable(v)
+        o, lse = forward_pass(q, k, v, lists, scale, tiles.list_forward)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.reach, ctx.scale, ctx.tiles = reach, scale, tiles
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)  # of `lse` there is none
-        return o, lse
+        ctx.lists, ctx.scale, ctx.tiles = lists, scale, tiles
+        return o
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
         q, k, v, o, lse = ctx.saved_tensors
-        return *backward_pass(q, k, v, ctx.reach, o, lse, gradients[0].contiguous(), ctx.scale, ctx.tiles), *[None] * 3
+        do = gradients[0].contiguous()
+        dq, delta = dq_pass(q, k, v, ctx.lists, o, lse, do, ctx.scale, ctx.tiles.list_dq)
+        dk, dv = dkv_pass(q, k, v, ctx.lists, lse, delta, do, ctx.scale, ctx.tiles)
+        return dq, dk, dv, None, None, None
 
 
-def forward_pass(q: Tensor, k: Tensor, v: Tensor, reach: Reach, scale: float, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """What `Attend` gives."""
-    batch, length, heads, width = q.shape
+def forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, tile: SparseTile
+) -> tuple[Tensor, Tensor]:
+    """Output, and logarithms to base 2 of row sums [B T H] f32."""
     o, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
-    tile = tiles.forward if reach.chosen is None else tiles.list_forward
-    cut = rows(tile, heads // k.shape[2], listed=reach.chosen is not None)
-    kernels.forward_kernel[(triton.cdiv(length, cut["size"]) * batch * k.shape[2],)](
+    kernels.forward_kernel[(q.shape[0] * q.shape[1] * k.shape[2],)](
         q=q,
-        k=k,
-        v=v,
         o=o,
         lse=lse,
-        chosen=reach.chosen,
-        width=width,
-        value_box=box(v.shape[-1]),
-        **common(q, v, k, reach, scale, tile),
-        **cut,
+        chosen=lists.chosen,
+        slots=lists.chosen.shape[-1],
+        slots_box=triton.next_power_of_2(lists.chosen.shape[-1]),
+        **common(q, k, v, lists, scale, tile),
     )
     return o, lse
 
 
-def backward_pass(
-    q: Tensor, k: Tensor, v: Tensor, reach: Reach, o: Tensor, lse: Tensor, do: Tensor, scale: float, tiles: Tiles
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    (batch, length, heads, width), groups, values = q.shape, k.shape[2], v.shape[-1]
-    listed = reach.chosen is not None
-    delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(lse.numel(), tiles.delta.block_m),)](
+def dq_pass(
+    q: Tensor, k: Tensor, v: Tensor, lists: Lists, o: Tensor, lse: Tensor, do: Tensor, scale: float, tile: SparseTile
+) -> tuple[Tensor, Tensor]:
+    """Gradient of q, and what softmax takes off each of a row's gradients [B T H] f32."""
+    dq, delta = torch.empty_like(q), torch.empty_like(lse)
+    kernels.dq_kernel[(q.shape[0] * q.shape[1] * k.shape[2],)](
+        q=q,
         o=o,
         do=do,
+        dq=dq,
+        lse=lse,
         delta=delta,
-        rows=lse.numel(),
-        block_m=tiles.delta.block_m,
-        rank=values,
-        rank_box=box(values),
-        **launch(tiles.delta),
+        chosen=lists.chosen,
+        slots=lists.chosen.shape[-1],
+        slots_box=triton.next_power_of_2(lists.chosen.shape[-1]),
+        **common(q, k, v, lists, scale, tile),
     )
-    dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k, v))
-    given = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta, "width": width, "width_box": box(width)}
-    tile = tiles.list_dq if listed else tiles.dq
-    cut = rows(tile, heads // groups, listed=listed)
-    kernels.dq_kernel[(triton.cdiv(length, cut["size"]) * batch * groups,)](
-        dq=dq, chosen=reach.chosen, **given, **common(q, v, k, reach, scale, tile), **cut
-    )
-    if not k.shape[1]:
-        return dq, dk, dv
-    tile = tiles.list_dkv if listed else tiles.dkv
-    order, bounds, owners, step = inverted(reach, length) if listed else (None, None, 0, tile.block_n)
-    if listed:
-        tile = attrs.evolve(tile, block_n=box(reach.span))
-    owners = owners or triton.cdiv(k.shape[1], step)
-    number, cut = owners * batch * groups, rows(tile, heads // groups, listed=False)
-    shares, chunk = None, 0
-    if bounds is not None and reach.chosen is not None:
-        chunk = SHARE
-        shares = Shares.of(bounds.diff(), chunk, reach.chosen.numel() // chunk)
-    elif reach.mode == kernels.COMPRESSED.value:
-        chunk = triton.cdiv(triton.cdiv(length, SHARERS), cut["size"]) * cut["size"]
-        readers = torch.full((number,), length, dtype=torch.int64, device=k.device)
-        shares = Shares.of(readers, chunk, number * (triton.cdiv(length, chunk) - 1))
-    extra = 0 if shares is None else len(shares.owner_of)
-    told = {**common(q, v, k, reach, scale, tile), "owners": owners, "step": step}
+    return dq, delta
+
+
+def dkv_pass(
+    q: Tensor, k: Tensor, v: Tensor, lists: Lists, lse: Tensor, delta: Tensor, do: Tensor, scale: float, tiles: Tiles
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v."""
+    (batch, length), groups, values = q.shape[:2], k.shape[2], v.shape[-1]
+    dk, dv = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (k, v))
+    tile = tiles.list_dkv
+    readers, bounds, owners, step = inverted(lists, length)
+    shares = Shares.of(bounds.diff(), SHARE, lists.chosen.numel() // SHARE)
+    extra, number, block_n = len(shares.owner_of), owners * batch * groups, box(lists.span)
     # an owner that is shared has two sums at least
-    parts = [lse.new_empty(2 * extra, tile.block_n, size) for size in (width, values)]
-    shared: dict[str, Any] = dict.fromkeys(("more", "base", "owner_of", "chunk_of", "part", "part_v"))
-    if shares is not None:
-        shared = {**attrs.asdict(shares, recurse=False), "part": parts[0], "part_v": parts[1]}
+    parts = [lse.new_empty(2 * extra, block_n, size) for size in (k.shape[-1], values)]
+    given = common(q, k, v, lists, scale, tile)
     kernels.dkv_kernel[(extra + number,)](
+        q=q,
+        do=do,
         dk=dk,
         dv=dv,
-        end=ends(reach.start) if isinstance(reach.start, Tensor) else None,
-        order=order,
+        lse=lse,
+        delta=delta,
+        readers=readers,
         bounds=bounds,
-        **shared,
+        **attrs.asdict(shares, recurse=False),
+        part=parts[0],
+        part_v=parts[1],
+        step=step,
+        owners=owners,
         extra=extra,
-        chunk=chunk,
-        value_box=box(values),
+        chunk=SHARE,
+        size=max(1, tile.block_m // given["pack"]),
         **given,
-        **told,
-        **cut,
     )
-    if shares is not None and extra:
-        names = ("start", "positions", "kv_heads", "num_keys", "step", "owners", "block_n", "span", "mode", "documents")
+    if extra:
         for part, to in zip(parts, (dk, dv), strict=True):
             kernels.join_kernel[(number,)](
                 part=part,
                 dk=to,
                 more=shares.more,
                 base=shares.base,
+                step=step,
+                owners=owners,
                 width=to.shape[-1],
                 width_box=box(to.shape[-1]),
-                **{name: told[name] for name in names},
-                **launch(tiles.delta),
+                **{name: given[name] for name in ("start", "positions", "kv_heads", "block_n", "span", "documents")},
+                **launch(tiles.join),
             )
-    return dq, dk, dv
+    return dk, dv
 
 
 @attrs.frozen(kw_only=True)
@@ -329,35 +311,39 @@ class Shares:
         return cls(more=more.int(), base=(held.cumsum(0) - held).int(), owner_of=owner.int(), chunk_of=chunk_of.int())
 
 
-def inverted(reach: Reach, length: int) -> tuple[Tensor, Tensor, int, int]:
+def inverted(lists: Lists, length: int) -> tuple[Tensor, Tensor, int, int]:
     """The lists of blocks, the other way round: which queries read a block, in their order.
 
-    returns  places in the lists [B K T S], sorted by their block [B·K·T·S] i64; where those of each owner begin [B·K·O
-             + 1] i64; owners O of a row: its blocks, or with documents, whose blocks begin anywhere, its tokens; and
-             tokens from one owner to the next
+    returns  queries, sorted by the block they read [B·K·T·S] i32; where those of each owner begin [B·K·O + 1] i64;
+             owners O of a row: its blocks, or with documents, whose blocks begin anywhere, its tokens; and tokens from
+             one owner to the next
     """
-    if reach.chosen is None:
-        raise ValueError("inverted: expected a list of blocks, got none; pass the selection")
-    chosen = reach.chosen.transpose(1, 2)  # [B K T S]
-    batch, groups = chosen.shape[:2]
-    if isinstance(reach.start, Tensor):
+    chosen = lists.chosen.transpose(1, 2)  # [B K T S]
+    batch, groups, _, slots = chosen.shape
+    if isinstance(lists.start, Tensor):
         owners, step = length, 1
-        owner = chosen * reach.span + reach.start[:, None, :, None]
+        owner = chosen * lists.span + lists.start[:, None, :, None]
     else:
-        owners, step = triton.cdiv(length, reach.span), reach.span
+        owners, step = triton.cdiv(length, lists.span), lists.span
         owner = chosen
     row = torch.arange(batch * groups, dtype=torch.int32, device=chosen.device).view(batch, groups, 1, 1)
     owner = torch.where(chosen < 0, batch * groups * owners, owner + row * owners)
     found, order = owner.flatten().sort(stable=True)
     edges = torch.arange(batch * groups * owners + 1, dtype=found.dtype, device=found.device)
-    return order, torch.searchsorted(found, edges), owners, step
+    readers = (order // slots % length).to(torch.int32)
+    return readers, torch.searchsorted(found, edges), owners, step
 
 
 def select(
-    q: Tensor, k: Tensor, lse: Tensor, reach: Reach, scale: float, span: int, count: int, tiles: Tiles
+    q: Tensor, k: Tensor, lse: Tensor, mask: gqa.Mask, scale: float, span: int, count: int, tiles: Tiles
 ) -> Tensor:
-    """The blocks of `span` tokens that each query and group selects, [B T K S] i32, ascending, -1 behind them."""
-    q, k = q.contiguous(), side_by_side(k)
+    """The blocks of `span` tokens that each query and group selects, [B T K S] i32, ascending, -1 behind them.
+
+    lse  [B·H T] f32, as `gqa.forward_pass` has it
+    """
+    if mask.blocks is None:
+        raise ValueError("select: expected the mask of compressed keys, got one of tokens; pass what they stand for")
+    q, k, tile = q.contiguous(), readable(k), tiles.weight
     batch, length, heads, width = q.shape
     groups, num_keys = k.shape[2], k.shape[1]
     num_blocks = triton.cdiv(length, span)
@@ -365,84 +351,89 @@ def select(
     chosen = torch.empty(batch, length, groups, slots, dtype=torch.int32, device=q.device)
     number = batch * length * groups
     at_once = min(number, max(1, WORKSPACE // ((num_keys + num_blocks) * 4)))
-    weight = lse.new_empty(at_once, max(1, num_keys))
+    weight = lse.new_empty(at_once, num_keys)
     total = lse.new_empty(at_once, num_blocks)
-    pack = max(16, triton.next_power_of_2(heads // groups))
-    given = reach.arguments(k, k)
-    known = {name: given[name] for name in ("start", "num_keys", "kv_heads", "block", "stride", "documents")}
-    placed = {name: given[name] for name in ("begins", "k_batch", "k_row", "k_head")}
-    tile = tiles.weight
+    near, far = gqa.parted(k)
+    documents = isinstance(mask.start, Tensor)
+    told: dict[str, Any] = {
+        "start": mask.start if documents else None,
+        "positions": length,
+        "kv_heads": groups,
+        "documents": documents,
+    }
+    placed = {"num_keys": num_keys, "block": mask.blocks.size, "stride": mask.blocks.stride}
     for first in range(0, number, at_once):
-        here, at = min(at_once, number - first), {"first_row": first, "positions": length}
+        here = min(at_once, number - first)
         kernels.weight_kernel[(here,)](
             q=q,
-            k=k,
+            k=described(near, tile.block_n),
+            k_far=far if far is None else described(far, tile.block_n),
             lse=lse,
+            begins=mask.blocks.begins,
             weight=weight,
+            first_row=first,
+            padded=lse.stride(0),
             heads=heads,
             group=heads // groups,
             scale=scale,
-            pack=pack,
+            pack=box(heads // groups),
             block_n=tile.block_n,
-            block_k=tile.block_k,
             width=width,
-            **at,
-            **known,
+            near=box(near.shape[-1]),
+            far=0 if far is None else box(far.shape[-1]),
+            **told,
             **placed,
             **launch(tile),
         )
         kernels.total_kernel[(here,)](
             weight=weight,
             total=total,
+            first_row=first,
             num_blocks=num_blocks,
-            ratio=span // reach.stride,
-            overlap=reach.block // reach.stride,
+            ratio=span // mask.blocks.stride,
+            overlap=mask.blocks.size // mask.blocks.stride,
             span=span,
             block_n=tiles.select.block_n,
-            **at,
-            **known,
+            **told,
+            **placed,
             **launch(tiles.select),
         )
         kernels.select_kernel[(here,)](
             total=total,
             chosen=chosen,
+            first_row=first,
             num_blocks=num_blocks,
             count=count,
             slots=slots,
             span=span,
             block_n=tiles.select.block_n,
-            start=given["start"],
-            kv_heads=groups,
-            documents=given["documents"],
-            **at,
+            **told,
             **launch(tiles.select),
         )
     return chosen
 
 
-def rows(tile: SparseTile, group: int, *, listed: bool) -> dict[str, int]:
-    """Queries that a program takes at once, and heads of a group; of lists one query, as each has its own."""
-    pack = triton.next_power_of_2(group)
-    if listed:
-        return {"size": 1, "pack": max(16, pack)}
-    return {"size": max(1, tile.block_m // pack), "pack": pack}
-
-
-def common(q: Tensor, v: Tensor, k: Tensor, reach: Reach, scale: float, tile: SparseTile) -> dict[str, Any]:
-    """What every kernel of a branch is given."""
+def common(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float, tile: SparseTile) -> dict[str, Any]:
+    """What the kernels of the selected branch are given; a step is one block."""
+    (near, far), block_n, group = gqa.parted(k), box(lists.span), q.shape[2] // k.shape[2]
     return {
+        "k": described(near, block_n),
+        "k_far": far if far is None else described(far, block_n),
+        "v": described(v, block_n),
+        "start": lists.start if isinstance(lists.start, Tensor) else None,
         "positions": q.shape[1],
         "heads": q.shape[2],
-        "group": q.shape[2] // k.shape[2],
+        "kv_heads": k.shape[2],
+        "group": group,
         "scale": scale,
-        "value": v.shape[-1],
-        "block_n": tile.block_n,
-        "block_k": tile.block_k,
-        **reach.arguments(k, v),
+        "pack": box(group),
+        "block_n": block_n,
+        "width": q.shape[-1],
+        "near": box(near.shape[-1]),
+        "far": 0 if far is None else box(far.shape[-1]),
+        "value_width": v.shape[-1],
+        "value": box(v.shape[-1]),
+        "span": lists.span,
+        "documents": isinstance(lists.start, Tensor),
         **launch(tile),
     }
-
-
-def side_by_side(x: Tensor) -> Tensor:
-    """`x`, whose channels lie side by side, or a copy whose do."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -167,11 +167,10 @@ def test_indices_beyond_16_bits() -> None:
     assert next(sums.chunks()) == (0, 1)
     given: dict[str, Any] = {"first_query": 0, "block_k": 32, **blocks, **sizes}
     dsa_kernels.pairs_kernel[(1, 1, 1)](
-        q=q, kv=kv, do=do, chosen=keys, lse=lse, delta=lse * 0, p=p, ds=ds, scale=1.0, **sums.places(0), **given
+        q=q, kv=kv, do=do, chosen=keys, lse=lse, delta=lse * 0, p=p, ds=ds, place=sums.place, scale=1.0, **given
     )
     dsa_kernels.parts_kernel[(1, 1, 1)](q=q, do=do, chosen=keys, p=p, ds=ds, parts=sums.parts, **given)
-    told: dict[str, Any] = {"queries": 1, "positions": length, "slots": 1, "width": 24, **sums.places(0), **wide}
-    dsa_kernels.gather_kernel[(3, 1)](parts=sums.parts, total=sums.total[0], rest=sums.rest, **told)
+    dsa_kernels.gather_kernel[(3, 1)](sums.parts, sums.place, sums.total[0], sums.rest, 1, length, 1, 24, **wide)
     assert sums.total[0].any(1).nonzero().flatten().tolist() == [69_998]
 
 

@@ -30,13 +30,12 @@ ARGUMENTS: Mapping[str, str] = {
     "target": "q:h kv:h chosen:i lse:f index_q:h index_k:h index_w:h target:f top:f loss:f | positions heads slots "
     "index_heads",
     "delta": "o:h do:h delta:f | rows",
-    "pairs": "q:h kv:h do:h chosen:i lse:f delta:f p:h ds:h place:i | room before first_query positions heads slots",
+    "pairs": "q:h kv:h do:h chosen:i lse:f delta:f p:h ds:h place:i | first_query positions heads slots",
     "dq": "kv:h chosen:i ds:h dq:h | first_query positions heads slots",
     "parts": "q:h do:h chosen:i p:h ds:h parts:h | first_query positions heads slots",
-    "gather": "parts:h place:i total:h rest:h | room before queries positions slots width",
+    "gather": "parts:h place:i total:h rest:h | queries positions slots width",
     "index_gradient": "q:h k:h w:h chosen:i target:f top:f dy:f dq:h dw:h | positions heads slots",
-    "index_parts": "q:h k:h w:h chosen:i target:f top:f dy:f parts:h place:i | room before first_query positions heads "
-    "slots",
+    "index_parts": "q:h k:h w:h chosen:i target:f top:f dy:f parts:h place:i | first_query positions heads slots",
 }
 """Pointers with the letter of their type, and integers, of each kernel."""
 
@@ -46,7 +45,7 @@ of the kernel of pairs; of a model of four heads it is four of the targets' kern
 
 TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32"}
 
-ALIGNED = ("positions", "heads", "slots", "width", "index_heads", "rows", "before")
+ALIGNED = ("positions", "heads", "slots", "width", "index_heads", "rows")
 """Integers that are multiples of 16 at the published sizes."""
 
 

@@ -232,7 +232,7 @@ def backward_pass(
             delta=delta,
             p=p,
             ds=ds,
-            **sums.places(first),
+            place=sums.place,
             first_query=first,
             scale=scale,
             block_m=across,
@@ -334,7 +334,7 @@ class IndexLoss(torch.autograd.Function):
         sums, cut = Sums.of(k, slots, size, channels, tiles.gather), tiles.index_parts
         for first, number in sums.chunks():
             index_kernels.index_parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
-                parts=sums.parts, **sums.places(first), first_query=first, block_n=cut.block_n, **given, **launch(cut)
+                parts=sums.parts, place=sums.place, first_query=first, block_n=cut.block_n, **given, **launch(cut)
             )
             sums.add_(first, number)
         return dq, sums.total, dw, *[None] * 7
@@ -345,15 +345,14 @@ class Sums:
     """Sums over queries with one owner: the gradients of keys [B T C], made of what each pair of a chunk adds.
 
     An inverted list of a chunk: `place` has the slot at which a query reads a key, so that each key finds what was
-    written for it, in the order of the queries. Slots are counted over all chunks of a sequence: those of earlier
-    chunks are lower than a chunk's own, and nothing need be cleared. Twice the bits of a format are kept of each sum:
-    what rounding takes off `total` is in `rest`, of one sequence at a time.
+    written for it, in the order of the queries. Twice the bits of a format are kept of each sum: what rounding takes
+    off `total` is in `rest`, of one sequence at a time.
     """
 
     total: Tensor  # [B T C]
     rest: Tensor  # [T C]
     parts: Tensor  # [g S C], what a chunk's pairs add
-    place: Tensor  # [T g] i32, less than any slot of a chunk where a query does not read a key
+    place: Tensor  # [g T] i32, -1 where a query does not read a key
     tile: SparseTile
 
     @classmethod
@@ -363,26 +362,21 @@ class Sums:
             total=torch.zeros(k.shape, dtype=k.dtype, device=k.device),
             rest=k.new_zeros(k.shape[1:]),
             parts=k.new_empty(size, slots, width),
-            place=torch.empty(k.shape[1], size, dtype=torch.int32, device=k.device),
+            place=torch.empty(size, k.shape[1], dtype=torch.int32, device=k.device),
             tile=tile,
         )
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First query, counted over all sequences, and number of each chunk; one lies in one sequence.
 
-        Writes:  rest and place, empty before each sequence.
+        Writes:  place, empty before each; rest, zero before each sequence.
         """
         batch, length = self.total.shape[:2]
         for b in range(batch):
             self.rest.zero_()
-            self.place.fill_(-1)
-            for first in range(0, length, self.place.shape[1]):
-                yield b * length + first, min(self.place.shape[1], length - first)
-
-    def places(self, first: int) -> dict[str, Any]:
-        """What a kernel that writes or reads `place` is given of the chunk that begins at query `first`."""
-        length, size = self.place.shape
-        return {"place": self.place, "room": size, "before": first % length // size * self.parts.shape[1]}
+            for first in range(0, length, self.place.shape[0]):
+                self.place.fill_(-1)
+                yield b * length + first, min(self.place.shape[0], length - first)
 
     def add_(self, first: int, number: int) -> None:
         """Add what the chunk of `number` queries from `first` on has.
@@ -393,7 +387,7 @@ class Sums:
         keys = first % length + number  # no query of the chunk sees a later one
         kernels.gather_kernel[(triton.cdiv(keys, self.tile.block_n), triton.cdiv(width, self.tile.block_k))](
             parts=self.parts,
-            **self.places(first),
+            place=self.place,
             total=self.total[first // length],
             rest=self.rest,
             queries=number,

@@ -179,12 +179,10 @@ def sum_(own: Tensor, landed: Sequence[Tensor], rank: int) -> None:
 
 def _added_(terms: Sequence[Tensor], own: Tensor) -> Tensor:
     """The sum of the terms, from first to last, in the place of one of them: in `own`, if it is among them."""
-    from nmoe.effects.kernels.exchange.add import add_  # only here: triton is not everywhere
-
     total = terms[0]
     for term in terms[1:]:
-        total, term = (term, total) if term is own else (total, term)
-        add_(total, term)
+        # a kernel on 24 multiprocessors, which leaves the GEMMs the others, was no faster (docs/log.md, 2026-11-29)
+        total = torch.add(total, term, out=own if term is own else total)
     return total
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from nmoe.effects.kernels.exchange import add as adding
 from nmoe.effects.kernels.exchange import push as exchange
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
@@ -65,9 +64,6 @@ REQUESTS = {
         {"AHEAD": 1, "W": 2, "FLAG": 16, "LIMIT": 10**10},
         warps=1,
     ),
-    "add": request(
-        "exchange.add:add", "total:*fp32 term:*fp32 M:i32 PROGRAMS:i32", "M", {"BLOCK": adding.BLOCK}, warps=8
-    ),
     "ring": request("exchange.push:ring", "epoch:*i64 word:*i64", "", {}, warps=1),
     "await": request(
         "exchange.push:await", "epoch:*i64 word:*i64 missing:*i32 RANK:i32", "", {"LIMIT": 10**10}, warps=1
@@ -116,7 +112,7 @@ def instructions(ptx: str) -> Counter[str]:
 
 
 def test_rows_leave_16_bytes_at_a_time(compiled: dict[str, Compiled]) -> None:
-    for name in ("push", "push 7168", "return", "expand", "add"):
+    for name in ("push", "push 7168", "return", "expand"):
         stores = {key: n for key, n in instructions(compiled[name].ptx).items() if key.startswith("st.global")}
         assert set(stores) == {"st.global.v4.b32"}, (name, stores)
         assert stores["st.global.v4.b32"] >= exchange.ROWS, (name, stores)

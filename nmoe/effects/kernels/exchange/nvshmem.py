@@ -1,8 +1,8 @@
 """Put rows into the memory of ranks on other hosts, by NVSHMEM: messages of contiguous rows, not one a row.
 
 Counterparts of `push_` and of the signal half of `barrier_`; right between two H200 of one host (docs/log.md,
-2026-11-29), not run between hosts. No exchange opens with them: `parallel.transport` does not name NVSHMEM, and docs/decisions/0011-between-hosts.md
-says why, and which test of two GPUs decides it.
+2026-11-29), not run between hosts. No exchange opens with them: `parallel.transport` does not name NVSHMEM, and
+docs/decisions/0011-between-hosts.md says why.
 
 W ranks · E experts of all ranks
 """

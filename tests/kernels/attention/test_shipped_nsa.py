@@ -20,9 +20,11 @@ from tests.kernels.attention.test_shipped_dsa import CAPABILITIES
 PRODUCTS: Mapping[str, int] = {"forward": 2, "dq": 3, "dkv": 4, "join": 0, "weight": 1, "total": 0, "select": 0}
 """Products of two blocks in each kernel."""
 
-SPILLS: Mapping[int, Mapping[str, int]] = {90: {"dkv": 6}, 100: {"forward": 8}}
-"""On sm_90 the gradients of listed keys, of four readers at once, move six values out where there are documents, and
-none without; on sm_100 the forward pass over ranges moves five out, with documents eight."""
+SPILLS: Mapping[int, Mapping[str, int]] = {90: {}, 100: {"forward": 5}}
+"""The forward pass over ranges moves five values out of its registers on sm_100."""
+
+DOCUMENT_SPILLS: Mapping[int, Mapping[str, int]] = {90: {"dkv": 6}, 100: {"forward": 8}}
+"""Where there are documents: on sm_90 the gradients of listed keys, of four readers at once."""
 
 TYPES: Mapping[str, str] = {
     **dict.fromkeys(("q", "o", "do", "dq", "dk", "dv"), "*bf16"),
@@ -109,14 +111,16 @@ def requests(sizes: Sizes, target: int) -> list[Request]:
     return [*ranges, *lists, *(request(name, sizes, tile) for name, tile in rest.items())]
 
 
-def problems(found: Sequence[Compiled], *, small: bool = False) -> list[str]:
+def problems(
+    found: Sequence[Compiled], *, small: bool = False, spills: Mapping[int, Mapping[str, int]] = SPILLS
+) -> list[str]:
     """What would make a kernel slow or its sums depend on chance; small blocks are products of the old kind."""
     said: list[str] = []
     for each in found:
         at = f"{each.kernel} on sm_{each.target}"
         name = each.kernel.split(":")[1].removesuffix("_kernel")
         products = 0 if small else PRODUCTS[name]
-        said += each.problems(spills=SPILLS[each.target].get(name, 0), tensor_cores=products > 0)
+        said += each.problems(spills=spills[each.target].get(name, 0), tensor_cores=products > 0)
         used = each.wgmma if each.target < 100 else each.tcgen05
         if used < products:
             said.append(f"{at}: {used} tensor-core instructions, {products} products")
@@ -137,5 +141,7 @@ def test_paper_sizes(tmp_path_factory: pytest.TempPathFactory, target: int) -> N
 @pytest.mark.long
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_documents_and_small_models(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
-    assert problems(compiled(tmp_path_factory, attrs.evolve(PAPER, documents=True), target)) == []
+    assert (
+        problems(compiled(tmp_path_factory, attrs.evolve(PAPER, documents=True), target), spills=DOCUMENT_SPILLS) == []
+    )
     assert problems(compiled(tmp_path_factory, SMALL, target), small=True) == []

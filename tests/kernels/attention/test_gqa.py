@@ -80,15 +80,18 @@ def ours(s: Sample, tiles: Any = None) -> dict[str, Tensor]:
     return differentiate(kernel.gqa_attention, s, torch.float32, tiles=Same() if tiles is None else tiles)
 
 
-def check(s: Sample, dtype: torch.dtype = torch.float32, **tiles: int) -> None:
-    """The kernel errs at most a few times as much as the pure form in its format."""
+def check(s: Sample, dtype: torch.dtype = torch.float32, condition: float = 1.0, **tiles: int) -> None:
+    """The kernel errs at most a few times as much as the pure form in its format.
+
+    condition  by how much a probability changes, as a share of itself, for such a change of its score
+    """
     exact = differentiate(pure.attend_gqa, s, torch.float64)
     plain = differentiate(pure.attend_gqa, s, dtype)
     found = differentiate(kernel.gqa_attention, s, dtype, tiles=Same(**tiles))
     for name, right in exact.items():
         # of a few sinks the plain computation may be exact by luck; theirs is a sum over all queries, in fp32
         steps = 4 * torch.finfo(torch.float32).eps if name == "sinks" else torch.finfo(dtype).eps
-        size = right.norm().item() * steps
+        size = right.norm().item() * steps * condition
         error, allowed = ((each[name].double() - right).norm().item() for each in (found, plain))
         assert found[name].dtype is plain[name].dtype
         assert error <= 3 * allowed + size, (name, error, allowed, size)
@@ -168,7 +171,9 @@ def test_all_scores_equal(window: int | None) -> None:
 def test_large_scores_and_hidden_ones_larger() -> None:
     s = sample(1, 40, 2, 1, window=11, start=starts(40, [9, 20]), scale=1.7)
     s.product[:, :, 2] += torch.arange(40)[:, None] * 0.1
-    check(s)
+    # exp(score - log-sum) of rounded numbers is off by that many roundings; the pure form on some processors by fewer
+    scores = torch.einsum("bthc,bsc->bhts", s.product[:, :, :2], s.product[:, :, 2]) * 1.7
+    check(s, condition=scores[..., torch.ones(40, 40).tril().triu(-10).bool()].abs().max().item())
 
 
 def test_slices_are_read_where_they_lie_and_an_expanded_gradient_is_not() -> None:

@@ -109,7 +109,7 @@ def _disk(folder: Path, writer: Writer, pieces: Sequence[Piece], device: torch.d
     _rate("plain write", size, seconds["write"], None)
     _rate("save", size, seconds["save"], seconds["write"])
     share = statistics.median(seconds["digest"]) / statistics.median(seconds["save"])
-    say(f"{'digest':<14} {100 * share:.2f} % of the time of a save, alone; it goes on beside the writing")
+    say(f"{'digest':<14} {100 * share:.2f} % of the time of a save, alone; it continues beside the writing")
     _rate("plain read", size, seconds["read"], None)
     _rate("load", size, seconds["load"], seconds["read"])
     _stall("copy waited for", size, statistics.median(seconds["copy"]))
@@ -127,7 +127,7 @@ def _stalls(
     steps: int,
     rounds: int,
 ) -> None:
-    """How much longer steps take when a save is made before the first of them and goes on beside them."""
+    """How much longer steps take when a save is made before the first of them and continues beside them."""
     batch = random_batch(config, rt.device)
     take = make_step(config, blueprint, env, rt, mark=lambda name: None, before_update=writer.staged)
     held = state

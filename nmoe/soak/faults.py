@@ -29,7 +29,7 @@ BETWEEN = ("flipped bit", "lost file", "cut file", "torn log", "changed ranks")
 """Kinds that kill the process here; the rest is done to its files while none runs."""
 
 STOPS = ("pause", "second trainer")
-"""Kinds that stop the process until somebody lets it go on."""
+"""Kinds that stop the process until somebody lets it continue."""
 
 SIGNALS = MappingProxyType(
     {

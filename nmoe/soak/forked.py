@@ -29,7 +29,7 @@ def forked(
 ) -> int:
     """Run `call` in a forked process, whose output goes to a file.
 
-    stopped     called each time the process is stopped; it goes on afterwards
+    stopped     called each time the process is stopped; it continues afterwards
     patience_s  most seconds it may take
     returns     its exit code, or minus the signal that ended it
     Raises:  RuntimeError when it takes too long.

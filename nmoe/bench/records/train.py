@@ -29,7 +29,7 @@ from nmoe.pure.units import duration
 
 RESULT = "result.json"
 UNFINISHED = "unfinished"
-"""Folder of the trainings that are running, or were stopped and go on when the study does."""
+"""Folder of the trainings that are running, or were stopped and continue when the study does."""
 POLL_S = 0.2
 GRACE_S = 20.0
 
@@ -51,7 +51,7 @@ def main(
 
     out      folder of a run folder and result a training, without weights and checkpoints
     gpus     GPUs of which each training has one, one training a GPU; 0: `jobs_at_once` on the CPU
-    minutes  after which trainings are stopped; the same command goes on with them
+    minutes  after which trainings are stopped; the same command continues with them
     more     keys of all variants
 
     Writes:  `out`: results as they come, table.md, table.json.
@@ -119,7 +119,7 @@ def _trainings() -> Iterator[list[Started]]:
 
 
 def _start(out: Path, study: Study, job: Job, slot: int, threads: int, *, on_gpu: bool) -> Started:
-    """Start a training, or go on with it. Writes: its folder among the unfinished."""
+    """Start a training, or continue with it. Writes: its folder among the unfinished."""
     root = out / UNFINISHED
     config = root / f"{job.name}.toml"
     whole = config_of(study, job)

@@ -45,7 +45,7 @@ class Entry:
 def entries(fs: Fs, root: Path) -> tuple[Entry, ...]:
     """Everything in a folder that is a checkpoint or looks like one, newest first; what was never committed is not.
 
-    The newest is that of the latest attempt, whatever its step: after a return to an earlier step, the run goes on
+    The newest is that of the latest attempt, whatever its step: after a return to an earlier step, the run continues
     from there.
 
     returns  none when `root` is absent

@@ -136,7 +136,7 @@ def stage(shard: Shard, data: Tensor, streams: tuple[Any, Any] | None) -> Staged
             place.view(piece.tensor.dtype).copy_(piece.tensor.detach().view(-1))
 
         def sums() -> list[int]:
-            # Host memory either way, and the copy may be read while training goes on.
+            # Host memory either way, and the copy may be read while training continues.
             return digests(
                 [
                     (place.view(piece.tensor.dtype), piece.begin)

@@ -61,7 +61,7 @@ class Copies:
         self._layout, self._raw = layout, raw
         self._areas = [view(arena, layout.areas) for arena in arenas]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=raw.device)
-        # both on the device, so that a recorded graph goes on counting
+        # both on the device, so that a recorded graph keeps counting
         self._copied = torch.zeros(SLOTS, dtype=torch.int64, device=raw.device)
         self._taken = torch.zeros(SLOTS, dtype=torch.int64, device=raw.device)
         self.missing = torch.zeros(1, dtype=torch.int32, pin_memory=raw.is_cuda)

@@ -1,4 +1,4 @@
-"""The run folder: what is written while a run goes on, and the lines on the screen.
+"""The run folder: what is written while it runs, and the lines on the screen.
 
 `metrics.rank<r>.jsonl` and `events.jsonl` are append-only, one JSON object a line; numbers that are not finite are the
 strings "nan", "inf" and "-inf", because JSON has none of them.

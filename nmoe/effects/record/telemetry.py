@@ -1,4 +1,4 @@
-"""What the machine does while a run goes on: GPUs through NVML, the host through psutil, in a thread of its own."""
+"""What the machine does during a run: GPUs through NVML, the host through psutil, in a thread of its own."""
 
 from __future__ import annotations
 

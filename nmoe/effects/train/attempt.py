@@ -1,6 +1,6 @@
 """A further attempt at a run in the folder of the ones before: its number, and the folder made ready for it.
 
-The files a run appends to have each step once. What a killed attempt wrote after the step the next one goes on from is
+The files a run appends to have each step once. What a killed attempt wrote after the step the next one begins at is
 therefore cut off, and so is a last line it did not finish. Events are history and stay.
 """
 

@@ -64,7 +64,7 @@ class Request:
     command  the argument vector, for the record
     label    first part of the run folder's name when the config gives none
     accept   keys of the identity that may differ from the checkpoint's
-    rewind   go back to the newest checkpoint of at most so many steps first, before the last one; None: go on
+    rewind   go back to the newest checkpoint of at most so many steps first, before the last one; None: continue
     world    its disk, reader of batches and ops
     """
 

@@ -34,7 +34,7 @@ class Saver:
         meta: Callable[[State, Validations], Mapping[str, Any]],
         saved_step: int,
     ) -> None:
-        """saved_step: the step of the checkpoint this attempt goes on from, 0 without one."""
+        """saved_step: the step of the checkpoint this attempt continues from, 0 without one."""
         self._settings, self._writer, self._log = settings, writer, log
         self._pieces, self._meta = pieces, meta
         self._saved_step = saved_step

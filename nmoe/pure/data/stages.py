@@ -98,7 +98,7 @@ class Chosen:
 
 
 def plan(ingredients: Sequence[Ingredient], recipes: Sequence[Recipe]) -> Stream:
-    """Exact numbers for every stage. A source goes on in a stage where it was left in the one before.
+    """Exact numbers for every stage. A source continues in a stage where it was left in the one before.
 
     Raises:  InputError when the sources, with their limits, do not hold what a stage asks for.
     """

@@ -373,7 +373,7 @@ def _finished(out: Path, planned: Plan) -> Report:
 
 
 def _same_plan(path: Path, planned: Plan) -> None:
-    """Refuse to go on with another plan than the one that was begun with."""
+    """Refuse to continue with another plan than the one that was begun with."""
     begun = read_record(path, Plan, version=FORMAT)
     where, problems = path.parent.parent, list[str]()
     if begun.tokenizer != planned.tokenizer:

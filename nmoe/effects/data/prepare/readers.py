@@ -54,7 +54,7 @@ def read(item: Item, part: Range, source: Source) -> Iterator[Document]:
     """The documents of part of a file, in order; of one longer than `filter.max_bytes` without its text.
 
     Raises:  InputError at the first that can not be read, with file and position; where the source says `skip` it
-             yields one without text instead, and goes on behind it where the file can be read behind it.
+             yields one without text instead, and continues behind it where the file can be read behind it.
     """
     if item.form in ("text", "text.gz", "text.zst", "python"):
         records = _whole(item, source)

@@ -99,7 +99,7 @@ class Sink:
             self._shards.send(None)
         except StopIteration as done:
             return done.value
-        raise RuntimeError("the shards go on after their last document")
+        raise RuntimeError("expected no document after the last one, got another")
 
 
 def _shards(where: Path, tokenizer: Tokenizer, limit: int) -> Generator[None, np.ndarray | None, tuple[Receipt, ...]]:

@@ -203,7 +203,7 @@ class Proxy:
                 self._send_to(rank, _bytes(part))
 
     def _send_to(self, rank: int, message: Any) -> None:
-        """Send all of a message, unless the connection broke: the others go on."""
+        """Send all of a message, unless the connection broke: the others continue."""
         if self._lost[rank]:
             return
         try:

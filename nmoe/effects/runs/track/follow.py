@@ -1,7 +1,7 @@
 """`nmoe track`: mirror what a run's files say to another tracker. A process of its own that only reads the run's files.
 
 How far it has come stands in `track/<target>.json` in the run folder, written after the target has the lines before it.
-A resumed run cuts its file and goes on: what was sent of steps after the cut stays sent, and the new attempt follows.
+A resumed run cuts its file and continues: what was sent of steps after the cut stays sent, and the new attempt follows.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def after(position: Position, line: Line) -> Position:
 
 
 def found_again(path: Path, position: Position) -> Position:
-    """`position`, or where a file that was cut before it goes on: at its first line of a newer attempt, or its end.
+    """`position`, or where a file that was cut before it continues: at its first line of a newer attempt, or its end.
 
     Raises:  InputError when a whole line is not one of a run's.
     """
@@ -203,7 +203,7 @@ def follow(folder: Path, name: str, open_sink: Open, *, every_s: float, once: bo
 
     name   of the target
     once   stop at the last line there is
-    Raises:  InputError when the folder is not a run's, a line is not a line, or the target goes on failing.
+    Raises:  InputError when the folder is not a run's, a line is not a line, or the target keeps failing.
     """
     if not (folder / CONFIG).is_file():
         raise InputError(

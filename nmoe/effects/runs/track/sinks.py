@@ -119,7 +119,7 @@ class Wandb:
 
 @contextmanager
 def wandb(folder: Path, position: Position) -> Iterator[Sink]:
-    """Open, or go on with, the run that has the folder's name."""
+    """Open, or continue with, the run that has the folder's name."""
     module = _module("wandb", "wandb")
     failures = (module.Error, OSError)
     settings = module.Settings(x_disable_stats=True, x_disable_machine_info=True, console="off")
@@ -160,7 +160,7 @@ class Trackio:
 
 @contextmanager
 def trackio(folder: Path, position: Position) -> Iterator[Sink]:
-    """Open, or go on with, the run that has the folder's name."""
+    """Open, or continue with, the run that has the folder's name."""
     module = _module("trackio", "trackio")
     with _sent("trackio", (OSError, ValueError)):
         module.init(
@@ -198,7 +198,7 @@ class Mlflow:
 
 @contextmanager
 def mlflow(folder: Path, position: Position) -> Iterator[Sink]:
-    """Open, or go on with, the run whose tag `nmoe.run` is the folder's name, in the experiment "nmoe"."""
+    """Open, or continue with, the run whose tag `nmoe.run` is the folder's name, in the experiment "nmoe"."""
     tracking = _module("mlflow.tracking", "mlflow")
     entities = _module("mlflow.entities", "mlflow")
     failures = (_module("mlflow.exceptions", "mlflow").MlflowException, OSError)

@@ -1,4 +1,4 @@
-"""From the index to answers about the machine: where a step's time goes on each rank, and GPU telemetry."""
+"""From the index to answers about the machine: where a step's time is spent on each rank, and GPU telemetry."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Hf:
 
 @attrs.frozen(kw_only=True)
 class Cache:
-    """How a kind of attention goes on from earlier tokens without computing them again; `c` is a layer's section.
+    """How a kind of attention continues from earlier tokens without computing them again; `c` is a layer's section.
 
     A cache is a record of tensors [B ...] of one layer. Both functions are pure: `extend` returns a new one.
 

@@ -119,10 +119,10 @@ def kda_after(
     *,
     eps: float,
 ) -> tuple[Tensor, KdaState]:
-    """`kda` of rows that go on where others ended, and the state after them; with T = 1 a step of generation.
+    """`kda` of rows that continue where others ended, and the state after them; with T = 1 a step of generation.
 
     x        [B T D]   normed block input
-    before   what the rows go on from; (): nothing. A document that begins at 0 began before the row
+    before   what the rows continue from; (): nothing. A document that begins at 0 began before the row
     returns  [B T D] and the state after the last token
     Source:  Kimi Linear (arXiv:2510.26692), sections 3 and 4; the bounded gate as in Kimi K3.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def every(of: list[Tensor]) -> list[Callable[[Tensor, Tensor, Tensor, bool], Non
             with pytest.MonkeyPatch.context() as patch:
                 load = InterpreterBuilder.create_masked_load
 
-                def zero(self: object, ptrs: TensorHandle, mask: object, other: object, *rest: object) -> object:
+                def zero(self: InterpreterBuilder, ptrs: TensorHandle, mask: Any, other: Any, *rest: Any) -> Any:
                     # `tl.load` forgets a single `other` that is false, as 0 is here: in the interpreter alone
                     instead = TensorHandle(np.zeros_like(ptrs.data, np.int32), ptrs.get_element_ty())
                     return load(self, ptrs, mask, instead if other is None else other, *rest)

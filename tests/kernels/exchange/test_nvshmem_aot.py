@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nmoe.effects.kernels.exchange.nvshmem import LIBRARY, SET
+from nmoe.effects.kernels.exchange.nvshmem import LIBRARY, SET, WARPS
 from tests.kernels import aot
 from tests.kernels.aot import Request
 
@@ -22,6 +22,7 @@ def requests(library: str) -> list[Request]:
             signature={"source": "i64", "target": "i64", "end": "*i32", "shift": "*i32", "BYTES": "i32"}
             | {"LOCAL": "i32", "W": "i32"},
             constants={"BACK": False},
+            warps=WARPS,
             libraries={"nvshmem": library},
         ),
         Request(

@@ -47,20 +47,6 @@ class Tile:
 
 
 @triton.jit
-def e4m3_bits(x):
-    """e4m3 codes of fp32 values within +-448, nearest with ties to even; a NaN is 127."""
-    bits = x.to(tl.uint32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    magnitude = bits & 0x7FFFFFFF
-    # exponent bias 127 to 7, and the round to even at bit 20
-    normal = ((magnitude + 0x0007FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # below 2**-6 codes are multiples of 2**-9: added to 2**14 they are the last bits of the sum, rounded to even
-    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, small, normal)
-    return tl.where(magnitude > 0x7F800000, 0x7F, code | sign).to(tl.uint8)
-
-
-@triton.jit
 def _factor(largest):
     """Factor on a block, from the bits of its largest magnitude: as integers infinities and NaNs are larger still."""
     amax = largest.to(tl.float32, bitcast=True)
@@ -75,10 +61,8 @@ def _magnitude_bits(x):
 
 @triton.jit
 def _scaled_codes(x, factor):
-    """Codes of a block of values; a NaN of the factor stays one through the clamp."""
-    scaled = x * factor
-    clamped = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
-    return e4m3_bits(tl.where(scaled != scaled, scaled, clamped))
+    """Codes of a block of values, by the GPU's conversion: nearest, ties to even, at most 448; a NaN stays one."""
+    return (x * factor).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
 @triton.jit

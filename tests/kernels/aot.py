@@ -48,6 +48,7 @@ class Request:
     aligned: Sequence[str] | None = None
     warps: int = 4
     stages: int = 3
+    maxnreg: int | None = None  # most registers of a thread
     libraries: Mapping[str, str] = attrs.field(factory=dict)  # name and path of bitcode to link with
     same: Mapping[str, str] = attrs.field(factory=dict)
 
@@ -133,7 +134,7 @@ def compile_one(request: Request, target: int) -> Compiled:
         constexprs={(order.index(each),): value for each, value in request.constants.items()},
         attrs={(order.index(each),): [["tt.divisibility", 16]] for each in aligned},
     )
-    options: dict[str, Any] = {"num_warps": request.warps, "num_stages": request.stages}
+    options: dict[str, Any] = {"num_warps": request.warps, "num_stages": request.stages, "maxnreg": request.maxnreg}
     if request.libraries:
         options["extern_libs"] = dict(request.libraries)
     built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)

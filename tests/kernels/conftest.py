@@ -51,3 +51,19 @@ def masked_loads_are_poisoned() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_masked_load", poisoned)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def e4m3_is_rounded_as_by_a_gpu() -> Iterator[None]:
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def rounded(self: Any, source: Any, to: Any, *rest: Any) -> Any:
+        narrows = source.dtype.scalar == tl.float32 and to.scalar == tl.float8e4nv
+        return interpreter.to_e4m3(source, to.scalar) if narrows else convert(self, source, to, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_fp_to_fp", rounded)
+        yield

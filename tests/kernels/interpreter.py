@@ -69,6 +69,15 @@ def poison(pointers: Any) -> Any:
     return TensorHandle(np.full_like(pointers.data, value, dtype=dtype), kind)
 
 
+def to_e4m3(source: Any, kind: Any) -> Any:
+    """fp32 as e4m3 codes, rounded by torch as a GPU does: ties to even, which Triton's interpreter does not keep to."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    codes = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn).view(torch.uint8)
+    return TensorHandle(codes.numpy(), kind)
+
+
 def overlapping(arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names of arguments that lie in the same memory, element for element: neighbours in one tensor do not."""
     tensors = {name: x if isinstance(x, torch.Tensor) else getattr(x, "base", None) for name, x in arguments.items()}

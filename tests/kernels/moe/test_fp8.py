@@ -21,7 +21,7 @@ from nmoe.pure.model.route import Routing
 from tests.pure.formats.vectors import inputs, uniform
 
 N, D, F, E, K = 40, 256, 128, 5, 2
-TILE = GemmTile(block_m=16, block_n=128, block_k=128, num_warps=4, num_stages=2)
+TILE = fp8.Tile(block_m=16, num_warps=4, num_stages=2)
 LARGE = GemmTile(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2)
 TILES = Tiles(
     up=LARGE, down=LARGE, activation=LARGE, down_gradient=LARGE, input=LARGE, up_gradient=LARGE, group=3, programs=5

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 
 from nmoe.effects.kernels.moe import fp8, moe_fp8
-from nmoe.effects.kernels.tables import GemmTile
 from tests.kernels import aot
 from tests.kernels.aot import Request
 
@@ -29,35 +29,46 @@ def request(
     )
 
 
-def product(name: str, tile: GemmTile, types: dict[str, str], sizes: str) -> Request:
-    constants = {"M": tile.block_m, "GROUP": 8}
-    return request(f"{name}_fp8", types | TILED, constants, sizes, tile.num_warps, tile.num_stages)
+def product(name: str, tile: fp8.Tile, types: dict[str, str], sizes: str, **constants: int) -> Request:
+    made = request(
+        f"{name}_fp8",
+        types | TILED,
+        {"M": tile.block_m, "GROUP": 8, **constants},
+        sizes,
+        tile.num_warps,
+        tile.num_stages,
+    )
+    return attrs.evolve(made, maxnreg=tile.maxnreg)
 
 
 def products() -> list[Request]:
-    up, back, plain = moe_fp8.UP, moe_fp8.BACK, moe_fp8.PLAIN
     operands = {"source": "*i32", "w": BLOCK, "w_scale": "*fp32", "h": "*bf16"}
     return [
         product(
             "gather_gemm_swiglu",
-            up,
+            moe_fp8.UP,
             {"x": "*fp8e4nv", "x_scale": "*fp32", **operands, "a_codes": "*u8", "a_scale": "*fp32"}
             | {"F": "i32", "D": "i32"},
             "F D",
         ),
         product(
             "swiglu_backward_gemm",
-            back,
+            moe_fp8.BACK,
             {"dy": "*fp8e4nv", "dy_scale": "*fp32", **operands, "weight": "*fp32", "slot": "*i32", "dh": "*bf16"}
             | {"dh_codes": "*u8", "dh_scale": "*fp32", "a": "*bf16", "gate_part": "*fp32", "F": "i32", "D": "i32"},
             "F D",
+            PART=fp8.PART,
         ),
-        product(
-            "grouped_gemm",
-            plain,
-            {"rows": f"tensordesc<fp8e4nv[{plain.block_m},{fp8.BLOCK}]>", "row_scale": "*fp32", "w": BLOCK}
-            | {"w_scale": "*fp32", "out": "*bf16", "INNER": "i32", "OUTER": "i32", "STEP_IN": "i32", "STEP_OUT": "i32"},
-            "INNER OUTER",
+        *(
+            product(
+                "grouped_gemm",
+                tile,
+                {"rows": f"tensordesc<fp8e4nv[{tile.block_m},{fp8.BLOCK}]>", "row_scale": "*fp32", "w": BLOCK}
+                | {"w_scale": "*fp32", "out": "*bf16"}
+                | {"INNER": "i32", "OUTER": "i32", "STEP_IN": "i32", "STEP_OUT": "i32"},
+                "INNER OUTER",
+            )
+            for tile in (moe_fp8.DOWN, moe_fp8.INPUT)
         ),
     ]
 
@@ -77,10 +88,14 @@ def quantisers() -> list[Request]:
 def test_products_are_on_the_fp8_tensor_cores(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
     """wgmma of e4m3 by e4m3 on sm_90, and none that was widened to fp16; tcgen05 of 8 bits on sm_100."""
     for made in aot.compile_all(products(), tmp_path_factory.mktemp("triton"), targets=[target]):
-        # of the epilogue after the loop, by Triton 3.6
-        spills = 14 if "swiglu_backward" in made.kernel else 0
+        # on sm_100 the cap on registers, which was measured on sm_90, costs some in the epilogue after the loop
+        spills = 6 if target == 100 and "swiglu_backward" in made.kernel else 0
         assert made.problems(spills=spills, tensor_cores=True) == []
         assert (made.mma, made.atomics, made.scratch) == (0, 0, 0)
+        if "swiglu_backward" in made.kernel:
+            assert f".maxnreg {moe_fp8.BACK.maxnreg}" in made.ptx
+            threads = 32 * moe_fp8.BACK.num_warps
+            assert 2 * threads * made.registers <= 65536 and 2 * made.shared <= aot.SHARED_LIMIT, "two share an SM"
         instructions = [line for line in made.ptx.splitlines() if "wgmma.mma_async" in line or "tcgen05.mma" in line]
         kind = "f32.e4m3.e4m3" if target == 90 else "kind::f8f6f4"
         assert instructions and all(kind in line for line in instructions), instructions[:2]

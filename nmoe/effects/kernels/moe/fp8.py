@@ -4,11 +4,15 @@ Letters: P rows sorted by expert, N tokens, E experts, D hidden size and F exper
 rows and 128 columns, the block of a scale. Codes and scales are those of `pure.formats.e4m3`.
 
 On sm_90 an fp8 product accumulates with about 14 bits, and takes both operands with the summed axis last: partial sums
-of 128 are scaled and added in fp32 registers, and a weight is quantised in the direction that a product needs.
+of 128 are scaled and added in fp32 registers, and a weight is quantised in the direction that a product needs. The
+scales of a step are read a step before, so that no sum waits for them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import attrs
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +21,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.effects.kernels.moe.dispatch import RowTiles
 from nmoe.effects.kernels.moe.experts import _swizzle
-from nmoe.effects.kernels.tables import GemmTile
 
 BLOCK = 128
 """Values that share a scale, and columns of a tile."""
@@ -25,19 +28,22 @@ BLOCK = 128
 ROWS = 32
 """Rows that one program quantises."""
 
+PART = 32
+"""Columns that the epilogue of the backward product works on at a time: all 128 are more than the registers hold."""
 
-@triton.jit
-def e4m3_bits(x):
-    """e4m3 codes of fp32 values within +-448, nearest with ties to even; a NaN is 127."""
-    bits = x.to(tl.uint32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    magnitude = bits & 0x7FFFFFFF
-    # exponent bias 127 to 7, and the round to even at bit 20
-    normal = ((magnitude + 0x0007FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # below 2**-6 codes are multiples of 2**-9: added to 2**14 they are the last bits of the sum, rounded to even
-    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, small, normal)
-    return tl.where(magnitude > 0x7F800000, 0x7F, code | sign).to(tl.uint8)
+
+@attrs.frozen(kw_only=True)
+class Tile:
+    """Rows of a tile and launch options of one product; a tile has 128 columns, and 128 of the summed axis a step."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None  # most registers of a thread, so that more programs share a multiprocessor
+
+    def options(self) -> dict[str, Any]:
+        """Of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
 
 
 @triton.jit
@@ -55,10 +61,8 @@ def _magnitude_bits(x):
 
 @triton.jit
 def _scaled_codes(x, factor):
-    """Codes of a block of values; a NaN of the factor stays one through the clamp."""
-    scaled = x * factor
-    clamped = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
-    return e4m3_bits(tl.where(scaled != scaled, scaled, clamped))
+    """Codes of a block of values, by the GPU's conversion: nearest, ties to even, at most 448; a NaN stays one."""
+    return (x * factor).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
@@ -107,24 +111,31 @@ def gather_gemm_swiglu_fp8_kernel(
     columns = F // 128
     tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
     expert = tl.load(tile_expert + tile)
+    first = tl.load(tile_row + tile)
     if expert >= 0:
-        row = tl.load(tile_row + tile) + tl.arange(0, M)
+        row = first + tl.arange(0, M)
         real = row < tl.load(end + expert)
         token = tl.load(source + row, mask=real, other=0).to(tl.int64)
         address = x + token[:, None] * D + tl.arange(0, 128)[None, :]
+        steps = D // 128
+        share_at = x_scale + token * steps
         # scales lie as the weight [D 2 F] does: a row of them for each 128 of D
-        gate_at = w_scale + expert.to(tl.int64) * (D // 128) * 2 * columns + column
+        gate_at = w_scale + expert.to(tl.int64) * steps * 2 * columns + column
         gate = tl.zeros((M, 128), tl.float32)
         value = tl.zeros((M, 128), tl.float32)
-        for k in range(0, D // 128):
+        share, of_gate, of_value = tl.load(share_at), tl.load(gate_at), tl.load(gate_at + columns)
+        for k in range(0, steps):
+            then = tl.minimum(k + 1, steps - 1)
+            next_share = tl.load(share_at + then)
+            next_gate = tl.load(gate_at + then * 2 * columns)
+            next_value = tl.load(gate_at + then * 2 * columns + columns)
             rows = tl.load(address)
-            share = tl.load(x_scale + token * (D // 128) + k)
-            here = gate_at + k * 2 * columns
             part = tl.dot(rows, w.load([expert * 2 * F + column * 128, k * 128]).T)
-            gate += part * (share * tl.load(here))[:, None]
+            gate += part * (share * of_gate)[:, None]
             part = tl.dot(rows, w.load([expert * 2 * F + F + column * 128, k * 128]).T)
-            value += part * (share * tl.load(here + columns))[:, None]
+            value += part * (share * of_value)[:, None]
             address += 128
+            share, of_gate, of_value = next_share, next_gate, next_value
         f = column * 128 + tl.arange(0, 128)
         gate = gate.to(h.dtype.element_ty)
         value = value.to(h.dtype.element_ty)
@@ -144,59 +155,103 @@ def grouped_gemm_fp8_kernel(
     columns = OUTER // 128
     tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
     expert = tl.load(tile_expert + tile)
+    first = tl.load(tile_row + tile)
     if expert >= 0:
-        first = tl.load(tile_row + tile)
         row = first + tl.arange(0, M)
         real = row < tl.load(end + expert)
-        share_at = row_scale + row.to(tl.int64) * (INNER // 128)
-        block_at = w_scale + expert.to(tl.int64) * columns * (INNER // 128) + column * STEP_OUT
+        steps = INNER // 128
+        share_at = row_scale + row.to(tl.int64) * steps
+        block_at = w_scale + expert.to(tl.int64) * columns * steps + column * STEP_OUT
         acc = tl.zeros((M, 128), tl.float32)
-        for k in range(0, INNER // 128):
+        share = tl.load(share_at, mask=real, other=0.0) * tl.load(block_at)
+        for k in range(0, steps):
+            then = tl.minimum(k + 1, steps - 1)
+            next_share = tl.load(share_at + then, mask=real, other=0.0)
+            next_block = tl.load(block_at + then * STEP_IN)
             part = tl.dot(rows.load([first, k * 128]), w.load([expert * OUTER + column * 128, k * 128]).T)
-            share = tl.load(share_at + k, mask=real, other=0.0) * tl.load(block_at + k * STEP_IN)
             acc += part * share[:, None]
+            share = next_share * next_block
         at = row.to(tl.int64)[:, None] * OUTER + (column * 128 + tl.arange(0, 128))[None, :]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
-def swiglu_backward_gemm_fp8_kernel(
-    dy, dy_scale, source, w, w_scale, h, weight, slot, dh, dh_codes, dh_scale, a, gate_part,
-    tile_expert, tile_row, end, NUM_M, F, D, M: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    columns = F // 128
-    tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
-    expert = tl.load(tile_expert + tile)
-    if expert >= 0:
-        row = tl.load(tile_row + tile) + tl.arange(0, M)
-        real = row < tl.load(end + expert)
-        token = tl.load(source + row, mask=real, other=0).to(tl.int64)
-        address = dy + token[:, None] * D + tl.arange(0, 128)[None, :]
-        block_at = w_scale + (expert.to(tl.int64) * columns + column) * (D // 128)
-        da = tl.zeros((M, 128), tl.float32)
-        for k in range(0, D // 128):
-            part = tl.dot(tl.load(address), w.load([expert * F + column * 128, k * 128]).T)
-            da += part * (tl.load(dy_scale + token * (D // 128) + k) * tl.load(block_at + k))[:, None]
-            address += 128
-        share = tl.load(weight + tl.load(slot + row, mask=real, other=0), mask=real, other=0.0)
-        f = column * 128 + tl.arange(0, 128)
+def _store_gradients(da, first, row, real, share, h, dh, a, F, N: tl.constexpr, PART: tl.constexpr):
+    """Epilogue: gradient of SwiGLU on N columns, PART of them at a time.
+
+    Returns the gate's gradient summed over them, and for d_gate and d_value the bits of each row's largest magnitude.
+    """
+    if N > PART:
+        left, right = tl.split(tl.permute(tl.reshape(da, (da.shape[0], 2, N // 2)), (0, 2, 1)))
+        part, of_gate, of_value = _store_gradients(left, first, row, real, share, h, dh, a, F, N // 2, PART)
+        also, gate, value = _store_gradients(right, first + N // 2, row, real, share, h, dh, a, F, N // 2, PART)
+        part += also
+        of_gate, of_value = tl.maximum(of_gate, gate), tl.maximum(of_value, value)
+    else:
+        f = first + tl.arange(0, N)
         here = row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
         gate = tl.load(h + here, mask=real[:, None], other=0.0).to(tl.float32)
         value = tl.load(h + here + F, mask=real[:, None], other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        tl.store(gate_part + row * columns + column, tl.sum(da * silu * value, 1), mask=real)
         dtype: tl.constexpr = dh.dtype.element_ty
+        part = tl.sum(da * silu * value, 1)
         at = a + row.to(tl.int64)[:, None] * F + f[None, :]
         tl.store(at, (silu * value * share[:, None]).to(dtype), mask=real[:, None])
-        # both in the narrow format before either is quantised: Triton 3.6 spills 14 instructions, 22 in turn, 3.7 none
         da = da * share[:, None]
         d_value = (da * silu).to(dtype)
         d_gate = (da * value * (sigmoid + silu * (1 - sigmoid))).to(dtype)
         tl.store(dh + here, d_gate, mask=real[:, None])
-        _store_quantised(d_gate.to(tl.float32), dh_codes, dh_scale, row, real, column * 128, 2 * F)
         tl.store(dh + here + F, d_value, mask=real[:, None])
-        _store_quantised(d_value.to(tl.float32), dh_codes, dh_scale, row, real, F + column * 128, 2 * F)
+        of_gate = tl.max(_magnitude_bits(d_gate.to(tl.float32)), 1)
+        of_value = tl.max(_magnitude_bits(d_value.to(tl.float32)), 1)
+    return part, of_gate, of_value
+
+
+@triton.jit
+def _quantise_stored(dh, largest, codes, scale, row, real, first, WIDTH, PART: tl.constexpr):
+    """Epilogue: quantise 128 columns that this program stored, PART of them at a time, as `_store_quantised` does."""
+    factor = _factor(largest)
+    for n in tl.static_range(0, 128, PART):
+        at = row.to(tl.int64)[:, None] * WIDTH + (first + n + tl.arange(0, PART))[None, :]
+        x = tl.load(dh + at, mask=real[:, None], other=0.0).to(tl.float32)
+        tl.store(codes + at, _scaled_codes(x, factor[:, None]), mask=real[:, None])
+    one = tl.full(factor.shape, 1.0, tl.float32)
+    tl.store(scale + row.to(tl.int64) * (WIDTH // 128) + first // 128, tl.div_rn(one, factor), mask=real)
+
+
+@triton.jit
+def swiglu_backward_gemm_fp8_kernel(
+    dy, dy_scale, source, w, w_scale, h, weight, slot, dh, dh_codes, dh_scale, a, gate_part,
+    tile_expert, tile_row, end, NUM_M, F, D, M: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    columns = F // 128
+    tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
+    expert = tl.load(tile_expert + tile)
+    first = tl.load(tile_row + tile)
+    if expert >= 0:
+        row = first + tl.arange(0, M)
+        real = row < tl.load(end + expert)
+        token = tl.load(source + row, mask=real, other=0).to(tl.int64)
+        address = dy + token[:, None] * D + tl.arange(0, 128)[None, :]
+        steps = D // 128
+        share_at = dy_scale + token * steps
+        block_at = w_scale + (expert.to(tl.int64) * columns + column) * steps
+        da = tl.zeros((M, 128), tl.float32)
+        share = tl.load(share_at) * tl.load(block_at)
+        for k in range(0, steps):
+            then = tl.minimum(k + 1, steps - 1)
+            next_share, next_block = tl.load(share_at + then), tl.load(block_at + then)
+            part = tl.dot(tl.load(address), w.load([expert * F + column * 128, k * 128]).T)
+            da += part * share[:, None]
+            share = next_share * next_block
+            address += 128
+        gate = tl.load(weight + tl.load(slot + row, mask=real, other=0), mask=real, other=0.0)
+        part, of_gate, of_value = _store_gradients(da, column * 128, row, real, gate, h, dh, a, F, 128, PART)
+        tl.store(gate_part + row * columns + column, part, mask=real)
+        tl.debug_barrier()  # gradients are read again below, by other threads than stored them
+        _quantise_stored(dh, of_gate, dh_codes, dh_scale, row, real, column * 128, 2 * F, PART)
+        _quantise_stored(dh, of_value, dh_codes, dh_scale, row, real, F + column * 128, 2 * F, PART)
 
 
 def _codes(*shape: int, like: Tensor) -> Tensor:
@@ -239,7 +294,7 @@ def quantise_weight(w: Tensor, *, across: bool) -> tuple[Tensor, Tensor]:
 
 def gather_gemm_swiglu(
     x: Tensor, x_scale: Tensor, source: Tensor, w: Tensor, w_scale: Tensor, end: Tensor, tiles: RowTiles,
-    tile: GemmTile, group: int, dtype: torch.dtype,
+    tile: Tile, group: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Pre-activation of every row, and its activation quantised.
 
@@ -256,13 +311,13 @@ def gather_gemm_swiglu(
     gather_gemm_swiglu_fp8_kernel[(num * (f // BLOCK),)](
         x, x_scale, source, TensorDescriptor.from_tensor(w.view(experts * double, d), [BLOCK, BLOCK]), w_scale,
         h, codes.view(torch.uint8), scale, tiles.expert, tiles.row, end, num, f, d, tile.block_m, group,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options(),
     )  # fmt: skip
     return h, codes, scale
 
 
 def grouped_gemm(
-    rows: Tensor, row_scale: Tensor, w: Tensor, w_scale: Tensor, end: Tensor, tiles: RowTiles, tile: GemmTile,
+    rows: Tensor, row_scale: Tensor, w: Tensor, w_scale: Tensor, end: Tensor, tiles: RowTiles, tile: Tile,
     group: int, dtype: torch.dtype, *, across: bool,
 ) -> Tensor:  # fmt: skip
     """Grouped GEMM: out[p] = rows[p] @ w[expert of p].T, one launch.
@@ -280,14 +335,14 @@ def grouped_gemm(
         TensorDescriptor.from_tensor(rows, [tile.block_m, BLOCK]), row_scale,
         TensorDescriptor.from_tensor(w.view(experts * outer, inner), [BLOCK, BLOCK]), w_scale,
         out, tiles.expert, tiles.row, end, num, inner, outer, step_in, step_out, tile.block_m, group,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options(),
     )  # fmt: skip
     return out
 
 
 def swiglu_backward_gemm(
     dy: Tensor, dy_scale: Tensor, source: Tensor, slot: Tensor, weight: Tensor, w: Tensor, w_scale: Tensor, h: Tensor,
-    end: Tensor, tiles: RowTiles, tile: GemmTile, group: int,
+    end: Tensor, tiles: RowTiles, tile: Tile, group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Grouped GEMM with the gradient of SwiGLU as epilogue, which is quantised there.
 
@@ -306,6 +361,6 @@ def swiglu_backward_gemm(
     swiglu_backward_gemm_fp8_kernel[(num * (f // BLOCK),)](
         dy, dy_scale, source, TensorDescriptor.from_tensor(w.view(experts * f, d), [BLOCK, BLOCK]), w_scale,
         h, weight, slot, dh, codes.view(torch.uint8), scale, a, part, tiles.expert, tiles.row, end, num, f, d,
-        tile.block_m, group, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        tile.block_m, group, PART, **tile.options(),
     )  # fmt: skip
     return dh, codes, scale, a, part

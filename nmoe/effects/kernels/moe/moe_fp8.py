@@ -17,13 +17,14 @@ from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts, fp8
 from nmoe.effects.kernels.moe.moe import Tiles
-from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model.route import Routing
 
-# Two accumulators, or an epilogue with gate and value beside one, spill at 128 rows: 95 and 757 instructions on sm_90.
-UP = GemmTile(block_m=64, block_n=fp8.BLOCK, block_k=fp8.BLOCK, num_warps=8, num_stages=4)
-BACK = GemmTile(block_m=64, block_n=fp8.BLOCK, block_k=fp8.BLOCK, num_warps=8, num_stages=3)
-PLAIN = GemmTile(block_m=128, block_n=fp8.BLOCK, block_k=fp8.BLOCK, num_warps=8, num_stages=3)
+# The fastest of those measured on an H200 at its power limit (docs/log.md, 2026-11-29). With two accumulators 128 rows
+# spill 95 instructions on sm_90.
+UP = fp8.Tile(block_m=64, num_warps=8, num_stages=4)
+DOWN = fp8.Tile(block_m=64, num_warps=4, num_stages=3)
+BACK = fp8.Tile(block_m=64, num_warps=8, num_stages=3, maxnreg=128)
+INPUT = fp8.Tile(block_m=128, num_warps=8, num_stages=3)
 
 
 class MoeExpertsFp8(torch.autograd.Function):
@@ -54,8 +55,8 @@ class MoeExpertsFp8(torch.autograd.Function):
             h, a, a_scale = fp8.gather_gemm_swiglu(
                 x_codes, x_scale, at.source, up_codes, up_scale, at.end, cut, UP, t.group, x.dtype
             )
-            cut = places.tiles(at.count, pairs, PLAIN.block_m)
-            y = fp8.grouped_gemm(a, a_scale, down_codes, down_scale, at.end, cut, PLAIN, t.group, x.dtype, across=True)
+            cut = places.tiles(at.count, pairs, DOWN.block_m)
+            y = fp8.grouped_gemm(a, a_scale, down_codes, down_scale, at.end, cut, DOWN, t.group, x.dtype, across=True)
         with record_function("combine"):
             out = sums.combine(y, at.place, weight)
         count = at.count.to(torch.int64)
@@ -93,9 +94,9 @@ class MoeExpertsFp8(torch.autograd.Function):
                 rows, dh.flatten(1), end, count, t.up_gradient, t.group, parameter=up, accumulator=accumulator
             )
             del rows, dh
-            cut = places.tiles(count, pairs, PLAIN.block_m)
+            cut = places.tiles(count, pairs, INPUT.block_m)
             dx = fp8.grouped_gemm(
-                dh_codes, dh_scale, up_codes, up_scale, end, cut, PLAIN, t.group, x.dtype, across=False
+                dh_codes, dh_scale, up_codes, up_scale, end, cut, INPUT, t.group, x.dtype, across=False
             )
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)

@@ -252,7 +252,8 @@ def plan(
         )
         # logits become their own gradient; the head's gradient is summed in fp32
         logits = logit_rows * element + (1 + c.depth()) * head * 4
-        groups = {ranks, ranks // expert_ranks} - {1}
+        # among hosts NCCL moves them, which has its own memory
+        groups = {ranks, ranks // expert_ranks} - {1} if ranks <= H200.gpus_per_host else ()
         landing = sum(slots(size).allocated() for size in groups)
     else:
         landing = 0

@@ -11,6 +11,7 @@ from nmoe.config import load
 from nmoe.effects.device import buffers
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.model.blueprint import make_blueprint
+from nmoe.pure.parallel.slots import slots
 from tests.configs import ROOT
 
 PRESETS = ("dsv2", "dsv3", "gpt-oss-20b", "moonlet", "moonlet-16b", "moonlight", "quickstart")
@@ -34,6 +35,18 @@ def test_the_plan_is_what_a_training_allocates(preset: str, world: int, expert_r
     if batch > 1:
         assert all(arena.gradient.dtype is torch.float32 for arena in arenas)
         assert memory.gradients == 4 * sum(arena.value.numel() for arena in arenas)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "experts", "groups"), [(1, 1, []), (2, 2, [2]), (2, 1, [2]), (4, 2, [4, 2]), (16, 8, [])]
+)
+def test_memory_to_land_in_is_that_of_the_groups_of_one_host(ranks: int, experts: int, groups: list[int]) -> None:
+    """Of all ranks, and of those with the same experts where they are fewer."""
+    override = [f"--parallel.ranks={ranks}", "--train.batch_size=128"]
+    config = load(ROOT / "configs" / "moonlet.toml", {}, override).config
+    memory = plan(config, make_blueprint(config, ranks, experts), mfu=0.4).memory
+    assert memory.landing == sum(slots(size).allocated() for size in groups)
+    assert all(slots(size).allocated() > slots(size).areas.size() == 4 * 2**26 for size in groups)
 
 
 def test_deepseek_v3_on_256_gpus() -> None:

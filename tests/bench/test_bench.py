@@ -144,7 +144,10 @@ def test_refusals(against: str | None, steps: int, message: str, capsys: pytest.
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    wanted = r"^--against: expected the extra `hf` for \"transformers\", got .*; install it with: .* -m pip install 'nmoe\[hf\]'"
+    wanted = (
+        '^--against: expected the extra `hf` for "transformers", got .*; '
+        r"install it with: .* -m pip install 'nmoe\[hf\]'"
+    )
     with pytest.raises(InputError, match=wanted):
         bench.timed(tiny(), "transformers", 3)
     assert capsys.readouterr().out == ""

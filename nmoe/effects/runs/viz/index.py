@@ -374,7 +374,7 @@ def _stats(folder: Path) -> tuple[dict[str, os.stat_result], tuple[str, ...]]:
 def _goes_on(path: Path, size: int, known: Known) -> bool:
     """Whether a file still begins with what has been read of it, by the end of that; asked when it has grown.
 
-    A file that cannot be read continues: it is reported when its new lines are read.
+    A file that cannot be read is left as it is: it is reported when its new lines are read.
     """
     if size <= known.offset:
         return size == known.offset

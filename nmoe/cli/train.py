@@ -142,10 +142,11 @@ def _train(args: argparse.Namespace) -> int:
     from nmoe.config.secrets import masked_arguments
 
     if started.rank == 0:
-        # before torch, whose import takes longer than a person waits for a sign of life, through a pipe too
-        from nmoe.effects.terminal import say
+        # before torch, whose import takes longer than a person waits for a sign of life; a program does not wait
+        from nmoe.effects.terminal import say, width
 
-        say(f"config         {args.config.stem} is checked; loading torch")
+        if width() is not None:
+            say(f"config         {args.config.stem} is checked; loading torch")
         _say_fitted(loaded)
     from nmoe.effects.train import run
     from nmoe.effects.train.profile import profiling

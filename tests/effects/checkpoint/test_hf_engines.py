@@ -27,6 +27,11 @@ Said = Mapping[str, Any]
 """What `config.json` says."""
 
 GATED = {".gate_proj.": ".gate_up_proj.", ".up_proj.": ".gate_up_proj."}
+EXPERT = (
+    {"gate_proj": "w13_weight", "up_proj": "w13_weight", "down_proj": "w2_weight"},
+    {"w1": "w13_weight", "w3": "w13_weight", "w2": "w2_weight"},
+)
+"""Of DeepSeek; of Kimi."""
 QKV = {f".{each}_proj.": ".qkv_proj." for each in "qkv"}
 
 
@@ -80,7 +85,7 @@ def in_memory(name: str, engine: Engine, said: Said) -> str:
     if ".experts." in name and kind != "gpt_oss":
         head, _, rest = name.partition(".experts.")
         _, which, _ = rest.split(".")
-        return f"{head}.experts.{'w2' if which in ('down_proj', 'w2') else 'w13'}_weight"
+        return f"{head}.experts.{EXPERT[kind == 'kimi_linear'].get(which, which)}"
     if kind == "gpt_oss":
         joined = engine.gpt_oss
     elif kind == "kimi_linear":

@@ -87,12 +87,12 @@ def in_memory(name: str, engine: Engine, said: Said) -> str:
         _, which, _ = rest.split(".")
         return f"{head}.experts.{EXPERT[kind == 'kimi_linear'].get(which, which)}"
     if kind == "gpt_oss":
-        joined = engine.gpt_oss
+        joined = dict(engine.gpt_oss)
     elif kind == "kimi_linear":
-        joined = GATED | (engine.delta if is_delta(layer, said) else {})
+        joined = {**GATED, **(engine.delta if is_delta(layer, said) else {})}
     else:  # only with a latent of the query are the two products of the block input joined
         low = {"q_a_proj": engine.latents, "kv_a_proj_with_mqa": engine.latents}
-        joined = GATED | (low if said["q_lora_rank"] is not None else {}) | engine.indexer
+        joined = {**GATED, **(low if said["q_lora_rank"] is not None else {}), **engine.indexer}
     for part, whole in joined.items():
         if part in name:
             return name.replace(part, whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -18,6 +19,8 @@ from nmoe.pure.evals.problems import PROBLEMS, Problem
 PROBLEM = next(problem for problem in PROBLEMS if problem.entry == "add")
 RIGHT = PROBLEM.prompt + PROBLEM.solution
 LIMITS = Limits(seconds=8.0)
+KEY = 0x6E6D6F65
+"""Of a segment of shared memory."""
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.entry)
@@ -153,6 +156,18 @@ def test_no_network() -> None:
         server.settimeout(0.1)
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_no_shared_memory_of_this_machine() -> None:
+    """A segment of System V that everybody may read is not there inside."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    segment = libc.shmget(KEY, 4096, 0o1666)  # made if it is not there
+    assert segment != -1, os.strerror(ctypes.get_errno())
+    try:
+        program = f"import ctypes\nif ctypes.CDLL(None).shmget({KEY}, 0, 0) != -1: raise SystemExit\n{RIGHT}"
+        assert grade(PROBLEM, program, LIMITS) == "passed"
+    finally:
+        libc.shmctl(segment, 0, None)  # removed
 
 
 def test_no_process_and_no_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

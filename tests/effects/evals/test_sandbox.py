@@ -92,6 +92,7 @@ REFUSED = {
     "another program": "subprocess.run(['/usr/bin/env'])",
     "a file": "open('/x', 'w')",
     "a file of the library": "open(os.__file__, 'a')",
+    "memory of a file without a name": "os.write(os.memfd_create('x'), b'x')",
     "a folder": "os.mkdir('/usr/x')",
     "a device": "os.mknod('/x')",
     "another user": "os.setuid(1)",

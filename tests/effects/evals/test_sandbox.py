@@ -125,10 +125,12 @@ def test_nothing_outside_is_there(tmp_path: Path) -> None:
             "'NMOE_SECRET' not in os.environ",
             "os.getpid() == 1",
             "all(not _open(fd) for fd in range(3, 64))",
+            "_prctl(39, 0) == 1 and not any(_prctl(23, capability) == 1 for capability in range(64))",  # new rights: none
             "all(os.statvfs(path).f_flag & os.ST_RDONLY for path in ('/', '/usr', sys.base_prefix))",
         ):
             helper = (
                 "import os\ndef _open(fd):\n    try: os.fstat(fd)\n    except OSError: return False\n    return True\n"
+                "import ctypes\ndef _prctl(option, of): return ctypes.CDLL(None).prctl(option, of, 0, 0, 0)\n"
             )
             assert grade(PROBLEM, helper + asking(expression), LIMITS) == "passed", expression
     finally:

@@ -125,7 +125,7 @@ def test_nothing_outside_is_there(tmp_path: Path) -> None:
             "'NMOE_SECRET' not in os.environ",
             "os.getpid() == 1",
             "all(not _open(fd) for fd in range(3, 64))",
-            "_prctl(39, 0) == 1 and not any(_prctl(23, capability) == 1 for capability in range(64))",  # new rights: none
+            "_prctl(39, 0) == 1 and not any(_prctl(23, capability) == 1 for capability in range(64))",
             "all(os.statvfs(path).f_flag & os.ST_RDONLY for path in ('/', '/usr', sys.base_prefix))",
         ):
             helper = (

@@ -826,9 +826,13 @@ def test_a_trained_model_says_the_same_in_transformers(
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != ""
     assert run("eval", tmp_path / "imported", "--suite=probes", "--limit=2", "--device=cpu") == 0
-    again = trainings.changed(trainings.config(tmp_path, "again", sources, 1), warm_start=str(tmp_path / "imported"))
-    code, last = trainings.train(again)
-    assert code == 0, last
+    trained: list[bytes] = []
+    for name, start in (("again", tmp_path / "imported"), ("from the run", folder)):
+        again = trainings.changed(trainings.config(tmp_path, name, sources, 1), warm_start=str(start))
+        code, last = trainings.train(again)
+        assert code == 0, last
+        trained.append((trainings.folder(again) / WEIGHTS).read_bytes())
+    assert trained[0] == trained[1], "a step further from the same weights"
 
 
 @pytest.mark.parametrize(

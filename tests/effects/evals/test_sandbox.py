@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import socket
 from pathlib import Path
@@ -49,6 +50,10 @@ ATTACKS = {
         "import json, sys\nasked = json.loads(sys.stdin.readline())\n"
         "print(asked['nonce'] + json.dumps([['value', 1]] * len(asked['calls'])), flush=True)\nraise SystemExit\n",
         "wrong",
+    ),
+    "right results before it is asked": (
+        f"print({json.dumps([['value', result] for _, result in PROBLEM.calls])!r}, flush=True)\nraise SystemExit\n",
+        "no result",
     ),
     "results of too few calls": (
         "import json, sys\nasked = json.loads(sys.stdin.readline())\n"

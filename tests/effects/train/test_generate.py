@@ -61,6 +61,7 @@ def test_a_text_depends_on_no_other_prompt(folder: Path) -> None:
     assert texts(folder, PROMPTS[:1]) == together[:1]
     assert texts(folder, (PROMPTS[0], "another")) != together[:2]
     assert texts(folder, (PROMPTS[0], "another"))[0] == together[0]
+    assert len(set(texts(folder, PROMPTS[:1] * 3))) == 3, "each has draws of its own"
 
 
 def test_the_seed_decides(folder: Path) -> None:

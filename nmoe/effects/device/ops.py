@@ -295,16 +295,17 @@ class ArenaOps:
 
 
 def arena_ops(device: torch.device, kernels: str = "triton") -> ArenaOps:
-    """The passes of a device: one launch an arena on a GPU, pieces that stay in the cache on a CPU.
+    """The passes of a device: one launch an arena or a few a matrix on a GPU, pieces that stay in the cache on a CPU.
 
     kernels  as of `build`
     """
     if device.type == "cpu" or kernels == "torch":
         chunk = cpu.CHUNK if device.type == "cpu" else PLAIN_CHUNK
         return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), chunk)
-    from nmoe.effects.kernels.optim import adamw
+    from nmoe.effects.kernels.optim import adamw, muon
 
-    return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating({"adamw": adamw.adamw_}), sys.maxsize)
+    passes = {"adamw": adamw.adamw_, "muon": muon.muon_}
+    return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating(passes), sys.maxsize)
 
 
 def _ranged(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -31,7 +31,7 @@ three the error is that of iterations on X (docs/log.md, 2026-11-29)."""
 
 @attrs.frozen(kw_only=True)
 class Products:
-    """How the products are cut up; tiles of symmetric ones are square."""
+    """How the products are cut up; tiles of symmetric ones are square, of the applied one `block_n` cuts the larger side."""
 
     gram: GemmTile  # X X^T
     square: GemmTile  # of two symmetric matrices
@@ -191,18 +191,20 @@ def symmetric_(
     )  # fmt: skip
 
 
-def apply_(out: Tensor, left: Tensor, right: Tensor, tile: GemmTile) -> None:
-    """Batched product of matrices [B M S] and [B S N].
+def apply_(out: Tensor, q: Tensor, x: Tensor, tile: GemmTile) -> None:
+    """Q X, or X Q of tall matrices.
 
     out  [B M N], rows at multiples of 16 bytes, as those of the others; in memory of its own
+    q    [B S S]
+    x    [B M N]
 
     Writes:  out.
     """
-    count, rows, columns = out.shape
-    across, down = triton.cdiv(columns, tile.block_n), triton.cdiv(rows, tile.block_m)
-    apply_kernel[(count * down * across,)](
-        _described(left, tile.block_m, tile.block_k), _described(right, tile.block_k, tile.block_n), out, rows, columns,
-        left.shape[2], out.stride(1), tile.block_m, tile.block_n, tile.block_k,
+    count, rows, columns = x.shape
+    tall, k = rows > columns, tile.block_k
+    (left, right), m, n = ((x, q), tile.block_n, tile.block_m) if tall else ((q, x), tile.block_m, tile.block_n)
+    apply_kernel[(count * triton.cdiv(rows, m) * triton.cdiv(columns, n),)](
+        _described(left, m, k), _described(right, k, n), out, rows, columns, q.shape[1], out.stride(1), m, n, k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -241,6 +243,6 @@ def orthogonalize(x: Tensor, scale: Tensor, products: Products = PRODUCTS) -> Te
             if not first:
                 symmetric_(spare, q, power, products.square, scale=once)
                 power, spare = spare, power
-        apply_(other, *((x, power) if tall else (power, x)), products.apply)
+        apply_(other, power, x, products.apply)
         x, other, squared, own = other, x, None, None
     return x

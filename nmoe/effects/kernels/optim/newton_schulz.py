@@ -23,10 +23,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.optim.muon import COEFFICIENTS
 
-SEGMENTS = (3, 2)
-"""Iterations on one Gram matrix. G has small negative eigenvalues by rounding, which grow by a squared an iteration: after
-five of them nothing else is left of a matrix whose singular values fall like 1/k (error 18 times its norm in bf16), after
-three the error is that of iterations on X (docs/log.md, 2026-11-29)."""
+SEGMENTS = (2, 1, 2)
+"""Iterations on one Gram matrix, the first time two at least. G has small negative eigenvalues by rounding, which an
+iteration multiplies by up to a a; and the powers of a in Q'' Q' Q cancel where X is large. In bf16 the error is that of
+iterations on X; with (3, 2) a twentieth of the FLOPs less, up to five times that error (docs/log.md, 2026-11-29)."""
 
 
 @attrs.frozen(kw_only=True)
@@ -217,8 +217,8 @@ def orthogonalize(x: Tensor, scale: Tensor, products: Products = PRODUCTS) -> Te
     returns  [B M N] in the format of `x`, in its memory or in another as large
 
     Writes:  x.
-    Cost:    2 S S (7 S + 3 max(M, N)) FLOPs a matrix where tiles are small beside S, of 30 S + 20 max(M, N) S S for
-             whole products on X.
+    Cost:    S S (11 S + 9 L) FLOPs a matrix with L = max(M, N), where tiles are small beside S; whole products on X are
+             S S (10 S + 20 L).
     """
     a, b, c = COEFFICIENTS
     count, rows, columns = x.shape

@@ -27,8 +27,8 @@ RMS = 0.2
 
 
 ELEMENTS = 1 << 28
-"""Elements of the matrices that kernels orthogonalise at once: their temporaries are at most 3.2 GB in bf16, and the tiles
-of 64 experts of 2048 x 1408 fill the multiprocessors of an H200 exactly 32 times."""
+"""Elements of the matrices that kernels orthogonalise at once: their temporaries are at most 3.2 GB in bf16, and the
+tiles of 64 experts of 2048 x 1408 fill the multiprocessors of an H200 exactly 32 times."""
 
 
 def temporary_bytes(size: int, *, bf16: bool) -> int:
@@ -64,7 +64,7 @@ class Matrices:
             yield first, min(size, self.number() - first)
 
     def temporary_bytes(self, element: int) -> int:
-        """Bytes that kernels need for the largest turn: twice the matrices, and four symmetric ones of the smaller side.
+        """Bytes that kernels need for the largest turn: its matrices twice, and four symmetric ones of each.
 
         element  bytes of a number in the products, whose rows begin at multiples of 16
         """
@@ -87,7 +87,7 @@ def matrices(by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], 
         return part
 
     by_matrix(noted, torch.empty(size, device="meta"))
-    return tuple(each for part in found for each in _described(part.storage_offset(), part.shape, part.stride()))
+    return tuple(each for part in found for each in _described(int(part.storage_offset()), part.shape, part.stride()))
 
 
 def _described(offset: int, shape: Sequence[int], strides: Sequence[int]) -> Iterator[Matrices]:

@@ -22,18 +22,19 @@ from nmoe.pure.optim import muon as optim
 from nmoe.pure.optim.update import matrix_settings, rule
 from tests.kernels.truth import normal
 
-CUBE = GemmTile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1)
+CUBE = GemmTile(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=1)
+LARGE = GemmTile(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=1)
 SMALL: dict[str, Any] = {
-    "tile": MatrixTile(block_m=4, block_n=8, num_warps=4, num_stages=1),
+    "tile": MatrixTile(block_m=8, block_n=16, num_warps=4, num_stages=1),
     "products": Products(
-        gram=CUBE, square=CUBE, apply=GemmTile(block_m=16, block_n=32, block_k=16, num_warps=4, num_stages=1)
+        gram=LARGE, square=LARGE, apply=GemmTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=1)
     ),
 }
 
-EXPERTS = (Spec(("E", "D", "2", "F"), Role.EXPERT, ones), (3, 20, 2, 12), {}, False)
+EXPERTS = (Spec(("E", "D", "2", "F"), Role.EXPERT, ones), (2, 20, 2, 12), {}, False)
 DOWN = (Spec(("E", "F", "D"), Role.EXPERT, ones), (2, 9, 37), {}, False)
 FUSED = (Spec(("D", "A+B"), Role.MATRIX, ones), (6, 8), {"A": 5, "B": 3}, False)
-HEADS = (Spec(("D", "H+K+K", "C"), Role.MATRIX, ones, ("H+K+K", "C")), (7, 5, 3), {"H": 3, "K": 1, "C": 3}, True)
+HEADS = (Spec(("D", "H+K+K", "C"), Role.MATRIX, ones, ("H+K+K", "C")), (7, 3, 3), {"H": 1, "K": 1, "C": 3}, True)
 COLUMN = (Spec(("D", "F"), Role.MATRIX, ones), (19, 1), {}, False)
 PARAMETERS = {"experts": EXPERTS, "down": DOWN, "fused": FUSED, "heads": HEADS, "column": COLUMN}
 
@@ -105,9 +106,7 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
     return orthogonalize(held(x, dtype), scale.float(), SMALL["products"])
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 1, 20), (2, 20, 1), (3, 16, 16), (2, 17, 33), (2, 33, 17), (1, 48, 50)], ids=str
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 20), (2, 20, 1), (2, 32, 32), (1, 17, 35), (1, 65, 33)], ids=str)
 def test_iterations_are_those_of_the_reference(shape: tuple[int, int, int]) -> None:
     x = normal(*shape, seed=5, dtype=torch.float64)
     truth = optim.orthogonalize(x, bf16=False)
@@ -127,11 +126,11 @@ def test_hard_matrices_stay_as_near_as_by_iterations_on_x() -> None:
 
 
 def test_zeros_stay_zeros_and_a_matrix_does_not_depend_on_its_neighbours() -> None:
-    x = normal(4, 20, 33, seed=8)
+    x = normal(3, 20, 33, seed=8)
     x[2] = 0
     found = orthogonal(x, torch.float32)
     assert not found[2].any()
-    for index in (0, 1, 3):
+    for index in (0, 1):
         assert torch.equal(orthogonal(x[index : index + 1], torch.float32)[0], found[index])
 
 
@@ -184,8 +183,8 @@ def test_it_is_the_rule_it_replaces(name: str, halves: bool) -> None:
 def test_matrices_in_turns_are_the_same_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     given, how = arena(EXPERTS[1]), told(EXPERTS)
     whole, norm = updated(partial(muon_, **SMALL), given, how, halves=True)
-    turns = partial(optim.Matrices.turns, elements=4 * 20 * 12)
-    assert [*turns(optim.matrices(how["by_matrix"], 1440)[0])] == [(0, 3), (3, 3)]
+    turns = partial(optim.Matrices.turns, elements=3 * 20 * 12)
+    assert [*turns(optim.matrices(how["by_matrix"], 960)[0])] == [(0, 2), (2, 2)]
     monkeypatch.setattr(optim.Matrices, "turns", lambda self: turns(self))
     cut, change = updated(partial(muon_, **SMALL), given, how, halves=True)
     assert all(torch.equal(cut[each], whole[each]) for each in whole)
@@ -194,9 +193,9 @@ def test_matrices_in_turns_are_the_same_matrices(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("halves", [True, False], ids=["bf16 and remainder", "fp32"])
 def test_where_it_is_not_allowed_only_the_gradient_goes(halves: bool) -> None:
-    given = arena(EXPERTS[1])
-    given["gradient"][[0, 40, 99]] = torch.tensor([math.nan, math.inf, -math.inf])
-    ours, change = updated(partial(muon_, **SMALL), given, told(EXPERTS, allowed=False), halves=halves)
+    given = arena(FUSED[1])
+    given["gradient"][[0, 40]] = torch.tensor([math.nan, math.inf])
+    ours, change = updated(partial(muon_, **SMALL), given, told(FUSED, allowed=False), halves=halves)
     assert torch.equal(ours["value"], given["value"]) and torch.equal(ours["buffer"], given["buffer"])
     assert not ours["gradient"].any() and change == 0
 
@@ -210,13 +209,13 @@ def test_a_parameter_without_a_gradient_only_decays() -> None:
 
 
 def test_neighbours_in_the_arena_are_left_alone_and_twice_is_the_same() -> None:
-    given, how = arena((1500,)), told(EXPERTS)
+    given, how = arena((708,)), told(DOWN)
     digests: set[str] = set()
     for _ in range(2):
         mine = {name: each.clone() for name, each in given.items()}
-        inside = {name: each[30:1470] for name, each in mine.items()}
+        inside = {name: each[30:696] for name, each in mine.items()}
         muon_(inside["value"], None, inside["buffer"], inside["gradient"], **how, **SMALL)
         for name, each in mine.items():
-            assert torch.equal(each[:30], given[name][:30]) and torch.equal(each[1470:], given[name][1470:]), name
+            assert torch.equal(each[:30], given[name][:30]) and torch.equal(each[696:], given[name][696:]), name
         digests.add(hashlib.sha256(mine["value"].numpy().tobytes()).hexdigest())
     assert len(digests) == 1

@@ -1,4 +1,4 @@
-"""Muon's products with the tiles that ship, compiled ahead of time: tensor cores, no spills, registers of two programs."""
+"""Muon's products with the tiles that ship, compiled ahead of time: tensor cores, no spills, room for two programs."""
 
 from __future__ import annotations
 

@@ -167,8 +167,8 @@ def muon_(
     bf16       whether the Newton-Schulz products are in bf16; else in fp32, without tensor cores
 
     Writes:  value, remainder, buffer; `gradient` is zero afterwards.
-    Cost:    both passes together move 24 bytes an element for bf16 value and momentum and fp32 gradient, 28 with an fp32
-             momentum; the products are `newton_schulz.orthogonalize`'s.
+    Cost:    both passes together move 24 bytes an element for bf16 value and momentum and fp32 gradient, 28 with an
+             fp32 momentum; the products are `newton_schulz.orthogonalize`'s.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     bits = value if remainder is None else value.view(torch.int16)

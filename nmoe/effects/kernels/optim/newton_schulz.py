@@ -4,11 +4,11 @@ X' = Q X with Q = a I + b G + c G G and G = X X^T: all polynomials of G are symm
 of two only the tiles on and under the diagonal are computed, and the others mirrored. G' = Q G Q needs no X, and of
 several iterations Q'' Q' Q X is one product with X; `SEGMENTS` says after which a Gram matrix is made anew.
 
-Letters: B matrices, M rows, N columns, S the smaller side; in a kernel M, N, K are the block sizes of `GemmTile`. A tall
-matrix is worked on from the right, X' = X Q, so that nothing is transposed in memory.
+Letters: B matrices, M rows, N columns, S the smaller side; in a kernel M, N, K are the block sizes of `GemmTile`. A
+tall matrix is worked on from the right, X' = X Q, so that nothing is transposed in memory.
 
-Descriptors have three axes and end where a matrix ends: what lies beyond is read as zero, so that every size is right. A
-tile is summed by one program in one order, and does not depend on how many matrices there are: the same bits always.
+Descriptors have three axes and end where a matrix ends: what lies beyond is read as zero, so that every size is right.
+A tile is summed by one program in one order, and does not depend on how many matrices there are: the same bits always.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ iterations on X; with (3, 2) a twentieth of the FLOPs less, up to five times tha
 
 @attrs.frozen(kw_only=True)
 class Products:
-    """How the products are cut up; tiles of symmetric ones are square, of the applied one `block_n` cuts the larger side."""
+    """How the products are cut up; of symmetric ones into squares, of the applied one `block_n` cuts the larger side."""
 
     gram: GemmTile  # X X^T
     square: GemmTile  # of two symmetric matrices
@@ -90,7 +90,7 @@ def symmetric_kernel(
         factor *= tl.load(scale + matrix)
     start = matrix.to(tl.int64) * side * width
     terms = None if added is None else added + start
-    # a quarter of the columns at a time: what is added, beside the whole accumulator, takes a second program's registers
+    # a quarter of the columns at a time: what is added, beside the whole tile, takes a second program's registers
     a, b = tl.split(tl.permute(tl.reshape(acc, (M, 2, M // 2)), (0, 2, 1)))
     first, second = tl.split(tl.permute(tl.reshape(a, (M, 2, M // 4)), (0, 2, 1)))
     third, fourth = tl.split(tl.permute(tl.reshape(b, (M, 2, M // 4)), (0, 2, 1)))

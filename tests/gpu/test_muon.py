@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmoe.effects.device import cpu
-from nmoe.effects.kernels.optim.muon import muon_
+from nmoe.effects.device import cpu, ops
 from nmoe.effects.kernels.optim.newton_schulz import orthogonalize, padded
 from nmoe.pure.core.init import ones
 from nmoe.pure.core.spec import Role, Spec
@@ -72,6 +71,7 @@ def test_updates(which: tuple[Spec, tuple[int, ...], dict[str, int]], moments: A
     }
     start = normal(size, device="cuda")
     part = optim.matrices(how["by_matrix"], size)
+    muon_ = ops.arena_ops(torch.device("cuda")).update_("muon")
 
     def run(update: Any, *first: Any) -> tuple[Tensor, Tensor, Tensor]:
         high, low = master.split(start)

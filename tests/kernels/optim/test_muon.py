@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmoe.effects.device import cpu
-from nmoe.effects.kernels.optim.muon import MatrixTile, muon_
+from nmoe.effects.device import cpu, ops
+from nmoe.effects.kernels.optim.muon import MatrixTile
 from nmoe.effects.kernels.optim.newton_schulz import Products, apply_, orthogonalize, padded, symmetric_
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.core.init import ones
@@ -31,6 +31,9 @@ SMALL: dict[str, Any] = {
     ),
 }
 
+MUON = partial(ops.arena_ops(torch.device("cuda")).update_("muon"), **SMALL)
+"""As a step calls it."""
+
 EXPERTS = (Spec(("E", "D", "2", "F"), Role.EXPERT, ones), (2, 20, 2, 12), {}, False)
 DOWN = (Spec(("E", "F", "D"), Role.EXPERT, ones), (2, 9, 37), {}, False)
 FUSED = (Spec(("D", "A+B"), Role.MATRIX, ones), (6, 8), {"A": 5, "B": 3}, False)
@@ -41,8 +44,9 @@ PARAMETERS = {"experts": EXPERTS, "down": DOWN, "fused": FUSED, "heads": HEADS, 
 
 def held(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy with rows as descriptors need them; what lies between rows is NaN."""
-    mine = padded(*x.shape, x, dtype)
-    whole = mine.as_strided((x.shape[0], x.shape[1], mine.stride(1)), mine.stride())
+    count, rows, columns = x.shape
+    mine = padded(count, rows, columns, x, dtype)
+    whole = mine.as_strided((count, rows, mine.stride(1)), mine.stride())
     whole.fill_(math.nan)
     mine.copy_(x)
     return mine
@@ -172,7 +176,7 @@ def test_it_is_the_rule_it_replaces(name: str, halves: bool) -> None:
     """Of every kind of parameter there is: experts, gate and value; parts side by side; heads apart; a vector."""
     which = PARAMETERS[name]
     given, how = arena(which[1]), told(which)
-    ours, change = updated(partial(muon_, **SMALL), given, how, halves=halves)
+    ours, change = updated(MUON, given, how, halves=halves)
     right, norm = updated(partial(cpu.update_, rule("muon")), given, how, halves=halves)
     assert not ours["gradient"].any()
     torch.testing.assert_close(ours["buffer"], right["buffer"], rtol=1e-6, atol=1e-7)
@@ -182,11 +186,11 @@ def test_it_is_the_rule_it_replaces(name: str, halves: bool) -> None:
 
 def test_matrices_in_turns_are_the_same_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     given, how = arena(EXPERTS[1]), told(EXPERTS)
-    whole, norm = updated(partial(muon_, **SMALL), given, how, halves=True)
+    whole, norm = updated(MUON, given, how, halves=True)
     turns = partial(optim.Matrices.turns, elements=3 * 20 * 12)
     assert [*turns(optim.matrices(how["by_matrix"], 960)[0])] == [(0, 2), (2, 2)]
     monkeypatch.setattr(optim.Matrices, "turns", lambda self: turns(self))
-    cut, change = updated(partial(muon_, **SMALL), given, how, halves=True)
+    cut, change = updated(MUON, given, how, halves=True)
     assert all(torch.equal(cut[each], whole[each]) for each in whole)
     torch.testing.assert_close(change, norm, rtol=1e-6, atol=0)
 
@@ -195,7 +199,7 @@ def test_matrices_in_turns_are_the_same_matrices(monkeypatch: pytest.MonkeyPatch
 def test_where_it_is_not_allowed_only_the_gradient_goes(halves: bool) -> None:
     given = arena(FUSED[1])
     given["gradient"][[0, 40]] = torch.tensor([math.nan, math.inf])
-    ours, change = updated(partial(muon_, **SMALL), given, told(FUSED, allowed=False), halves=halves)
+    ours, change = updated(MUON, given, told(FUSED, allowed=False), halves=halves)
     assert torch.equal(ours["value"], given["value"]) and torch.equal(ours["buffer"], given["buffer"])
     assert not ours["gradient"].any() and change == 0
 
@@ -204,7 +208,7 @@ def test_a_parameter_without_a_gradient_only_decays() -> None:
     given, how = arena(DOWN[1]), told(DOWN)
     given["gradient"].zero_()
     given["buffer"].zero_()
-    ours, _ = updated(partial(muon_, **SMALL), given, how, halves=False)
+    ours, _ = updated(MUON, given, how, halves=False)
     torch.testing.assert_close(ours["value"], given["value"] * 0.99, rtol=1e-6, atol=0)
 
 
@@ -214,7 +218,7 @@ def test_neighbours_in_the_arena_are_left_alone_and_twice_is_the_same() -> None:
     for _ in range(2):
         mine = {name: each.clone() for name, each in given.items()}
         inside = {name: each[30:696] for name, each in mine.items()}
-        muon_(inside["value"], None, inside["buffer"], inside["gradient"], **how, **SMALL)
+        MUON(inside["value"], None, inside["buffer"], inside["gradient"], **how)
         for name, each in mine.items():
             assert torch.equal(each[:30], given[name][:30]) and torch.equal(each[696:], given[name][696:]), name
         digests.add(hashlib.sha256(mine["value"].numpy().tobytes()).hexdigest())

@@ -26,7 +26,7 @@ def request(name: str, tile: GemmTile, types: dict[str, str], constants: dict[st
         aligned=[*pointers, *sizes.split()],
         warps=tile.num_warps,
         stages=tile.num_stages,
-        same={} if name == "apply" else SAME[f"optim.newton_schulz:{name}_kernel"],
+        same={key: value for key, value in SAME.get(f"optim.newton_schulz:{name}_kernel", {}).items() if key in types},
     )
 
 

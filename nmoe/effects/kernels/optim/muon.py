@@ -7,8 +7,7 @@ multiplies by one over them. Nothing waits for the device.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import attrs
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nmoe.effects.kernels.optim.newton_schulz import PRODUCTS, Products, orthogonalize, padded
-from nmoe.pure.optim.muon import RMS, SMALLEST_NORM, matrices
+from nmoe.pure.optim.muon import RMS, SMALLEST_NORM, Matrices
 
 
 @attrs.frozen(kw_only=True)
@@ -148,7 +147,7 @@ def muon_(
     lr: Tensor,
     momentum: float,
     decay: float,
-    by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
+    parts: Sequence[Matrices],
     bf16: bool,
     tile: MatrixTile = TILE,
     products: Products = PRODUCTS,
@@ -163,7 +162,7 @@ def muon_(
     shrink     0-d f32    factor on the gradient, from the clip
     updates    not needed
     lr         0-d f64
-    by_matrix  as of `pure.optim.muon.muon`
+    parts      where the matrices of the parameter lie; together all of its elements
     bf16       whether the Newton-Schulz products are in bf16; else in fp32, without tensor cores
 
     Writes:  value, remainder, buffer; `gradient` is zero afterwards.
@@ -173,7 +172,7 @@ def muon_(
     dtype = torch.bfloat16 if bf16 else torch.float32
     bits = value if remainder is None else value.view(torch.int16)
     permit, changes = allowed.view(torch.int8), []
-    for part in matrices(by_matrix, value.numel()):
+    for part in parts:
         size = (part.rows, part.columns)
         tiles = triton.cdiv(part.rows, tile.block_m) * triton.cdiv(part.columns, tile.block_n)
         for first, count in part.turns():
@@ -189,7 +188,7 @@ def muon_(
             high = bits[part.offset :]
             value_kernel[(count * tiles,)](
                 high, high if remainder is None else remainder[part.offset :], x, changed, permit, lr, *where,
-                RMS * math.sqrt(max(size)), decay, remainder is not None, tile.block_m, tile.block_n,
+                RMS * max(size) ** 0.5, decay, remainder is not None, tile.block_m, tile.block_n,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
             changes.append(changed.sum())

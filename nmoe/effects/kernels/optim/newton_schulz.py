@@ -31,7 +31,7 @@ iterations on X; with (3, 2) a twentieth of the FLOPs less, up to five times tha
 
 @attrs.frozen(kw_only=True)
 class Products:
-    """How the products are cut up; of symmetric ones into squares, of the applied one `block_n` cuts the larger side."""
+    """How the products are cut up: symmetric ones into squares, of the applied one `block_n` cuts the larger side."""
 
     gram: GemmTile  # X X^T
     square: GemmTile  # of two symmetric matrices

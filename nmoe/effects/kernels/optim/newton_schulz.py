@@ -230,18 +230,13 @@ def orthogonalize(x: Tensor, scale: Tensor, products: Products = PRODUCTS) -> Te
         symmetric_(gram, x, x, products.gram, tall=tall, scale=squared)
         for step in range(length):
             first, last = step == 0, step == length - 1
-            once = own if last else None
-            if first:
-                symmetric_(power, gram, gram, products.square, product=c, added=b, diagonal=a)
-                now = power
-            else:
-                symmetric_(q, gram, gram, products.square, product=c, added=b, diagonal=a)
-                now = q
+            now = power if first else q
+            symmetric_(now, gram, gram, products.square, product=c, added=b, diagonal=a)
             if not last:
                 symmetric_(spare, now, gram, products.square)
                 symmetric_(gram, spare, now, products.square)
             if not first:
-                symmetric_(spare, q, power, products.square, scale=once)
+                symmetric_(spare, q, power, products.square, scale=own if last else None)
                 power, spare = spare, power
         apply_(other, power, x, products.apply)
         x, other, squared, own = other, x, None, None

@@ -18,6 +18,7 @@ from nmoe.effects.kernels.exchange import nvshmem as kernels
 from nmoe.effects.kernels.exchange import push as moves
 from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.exchange import Exchange, arena, nvshmem
+from nmoe.errors import InputError
 from tests.kernels.exchange.ranks import case, open_ranks, shared, single_rank
 from tests.kernels.exchange.test_exchange import TILES, differing
 
@@ -139,7 +140,7 @@ def test_too_many_rows(dedup: bool) -> None:
         shared(c, exchanges, parts, TILES)
     assert [size for _, _, size in memory.messages] == [row] * 4
     assert [int(e.needed) for e in exchanges] == [enough] * 2
-    with pytest.raises(exchange.arena.InputError, match=rf"expected at most {enough - 1} rows .* got {enough} on"):
+    with pytest.raises(InputError, match=rf"expected at most {enough - 1} rows .* got {enough} on"):
         exchange.check(exchanges[0])
 
 

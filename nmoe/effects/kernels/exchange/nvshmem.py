@@ -1,7 +1,7 @@
 """Puts by NVSHMEM: rows and words into the memory of other ranks, also of other hosts, and a barrier after them.
 
 Counterparts of `push`. A message is a run: items that are neighbours where they are sent from and where they go.
-Between hosts a rank sends from NVSHMEM's memory alone, so items are first copied there, in an order that makes runs long.
+Between hosts a rank sends from NVSHMEM's memory alone, so items are first copied there, in an order of long runs.
 
 W ranks · D hidden size · K choices of a token · P places, in the order of sending · M of these that there is room for
 """

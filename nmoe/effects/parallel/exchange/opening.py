@@ -285,7 +285,7 @@ def _hosts_problems(hosts: Sequence[str], transport: str) -> Iterator[str]:
         yield (
             f"parallel.experts: expected the ranks of an expert group on one host, got rank {other} on {hosts[other]} "
             f"and rank 0 on {hosts[0]}; lower parallel.experts to the ranks of a host, or write parallel.transport = "
-            '"proxy" or "nvshmem"'
+            '"proxy"'
         )
         return
     counts = {name: hosts.count(name) for name in names}

@@ -32,9 +32,9 @@ def requests(library: str) -> list[Request]:
         ),
         Request(
             kernel=f"{KERNELS}:nvshmem_barrier_kernel",
-            signature={"epoch": "*i64", "arrived": "i64", "missing": "*i32", "pes": "*i32", "ME": "i32"},
-            constants={"W": 2, "FLAG": FLAG_BYTES, "SET": SET, "AT_LEAST": AT_LEAST}
-            | {"SIGNAL": True, "WAIT": True, "LIMIT": 10**9},
+            signature={"epoch": "*i64", "arrived": "i64", "missing": "*i32", "pes": "*i32", "ME": "i32"}
+            | {"W": "i32", "LIMIT": "i64"},
+            constants={"FLAG": FLAG_BYTES, "SET": SET, "AT_LEAST": AT_LEAST, "SIGNAL": True, "WAIT": True},
             warps=1,
             libraries={"nvshmem": library},
         ),

@@ -84,7 +84,7 @@ def stage_kernel(
             tl.store(stage + number.to(tl.int64)[:, None] * D + column[None, :], value, mask=inside)
 
 
-# One kernel for all puts: linking it with NVSHMEM takes tens of seconds.
+# Not specialised: one kernel for all puts and one for all barriers, for linking with NVSHMEM takes tens of seconds.
 @triton.jit(do_not_specialize=["source", "target", "BYTES", "W", "M", "SHARE", "PROGRAMS", "VALID"])
 def nvshmem_put_kernel(
     source, target, item, to, at, valid, pes, BYTES, W, M, SHARE, PROGRAMS, VALID, BLOCK: tl.constexpr
@@ -115,10 +115,10 @@ def nvshmem_put_kernel(
         begin += PROGRAMS * SHARE
 
 
-@triton.jit(do_not_specialize=["arrived", "ME"])
+@triton.jit(do_not_specialize=["arrived", "ME", "W", "LIMIT"])
 def nvshmem_barrier_kernel(
-    epoch, arrived, missing, pes, ME, W: tl.constexpr, FLAG: tl.constexpr, SET: tl.constexpr, AT_LEAST: tl.constexpr,
-    SIGNAL: tl.constexpr, WAIT: tl.constexpr, LIMIT: tl.constexpr,
+    epoch, arrived, missing, pes, ME, W, LIMIT, FLAG: tl.constexpr, SET: tl.constexpr, AT_LEAST: tl.constexpr,
+    SIGNAL: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     now = tl.load(epoch)
     if SIGNAL:
@@ -234,6 +234,6 @@ def barrier_(
     Writes:  epoch and this rank's flag in every arena, or `missing`.
     """
     nvshmem_barrier_kernel[(1,)](
-        epoch, arrived.data_ptr(), missing, pes, rank, pes.shape[0], FLAG_BYTES, SET, AT_LEAST, signal, wait, limit_ns,
+        epoch, arrived.data_ptr(), missing, pes, rank, pes.shape[0], limit_ns, FLAG_BYTES, SET, AT_LEAST, signal, wait,
         num_warps=1, extern_libs={"nvshmem": library},
     )  # fmt: skip

@@ -119,7 +119,7 @@ def over(exchanges: tuple[Exchange, ...]) -> list[Exchange]:
 )
 def test_the_bits_of_one_rank(kind: str, parts: tuple[int, ...], dedup: bool) -> None:
     """Twice over the same arenas; rows are not pushed one by one."""
-    c = case(kind, sum(parts), 16, 16, 4, 2)
+    c = case(kind, sum(parts), 16, 16, 4, 3)  # with two ranks more choices than a token is sent to
     exchanges = over(open_ranks(c, parts, dedup=dedup, staged=True))
     wanted = single_rank(c, TILES)
     with replaced([e.raw for e in exchanges]) as memory:

@@ -351,16 +351,8 @@ def send_(e: Exchange, x: Tensor, kept: Kept, field: Field, most: int = sys.maxs
 
     Writes:  a landing buffer of every arena.
     """
-    programs = min(e.programs, most)
-    rows = Put(
-        field=field,
-        values=x,
-        to=kept.token_to,
-        at=kept.token_at,
-        valid=kept.valid,
-        item=kept.token_slot,
-        programs=programs,
-    )
+    to, at, item, programs = kept.token_to, kept.token_at, kept.token_slot, min(e.programs, most)
+    rows = Put(field=field, values=x, to=to, at=at, valid=kept.valid, item=item, programs=programs)
     e.transport.put_rows_(e, rows)
 
 

@@ -1106,7 +1106,7 @@ def test_experts_over_several_hosts_need_a_transport_between_them() -> None:
     load_valid(path, {}, (near, "--parallel.experts=8"), to_run=True)
     puts = "--parallel.transport=nvshmem"
     config = load_valid(path, {}, (puts,), to_run=True).config
-    assert [each for each in remarks(config) if "no network has carried it" in each]
+    assert [each for each in remarks(config) if "no network has carried" in each]
     with pytest.raises(InputError, match=r'transport: expected "peer" or "proxy" when run.device is "cpu", got "nvshm'):
         load_valid(ROOT / "configs" / "quickstart.toml", {}, (puts,))
 

@@ -74,7 +74,7 @@ def test_a_training_leaves_the_bits_of_shared_memory(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         runs.append(trained(tmp_path / name, 2, f"--parallel.transport={name}", "--train.steps=6", poison=255))
     assert differences(*runs) == []
-    assert "no network has carried it" in (runs[1] / "console.log").read_text()
+    assert "no network has carried" in (runs[1] / "console.log").read_text()
 
 
 def test_how_fast_rows_move(tmp_path: Path) -> None:

@@ -247,6 +247,7 @@ def plan(
         capacity=capacity,
         dedup=dedup,
         dtype=torch.float32 if element == 4 else torch.bfloat16,
+        staged=config.parallel.transport == "nvshmem",
     )
     arena, rows = exchange_arena.fields(sizes) if expert_ranks > 1 else None, sizes.capacity
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
@@ -263,8 +264,9 @@ def plan(
         )
         # logits become their own gradient; the head's gradient is summed in fp32
         logits = logit_rows * element + (1 + c.depth()) * head * 4
-        # among hosts NCCL moves them, which has its own memory
-        groups = {ranks, ranks // expert_ranks} - {1} if ranks <= H200.gpus_per_host else ()
+        # among hosts, and beside NVSHMEM, NCCL moves them, which has its own memory
+        copied = ranks <= H200.gpus_per_host and not (arena and sizes.staged)
+        groups = {ranks, ranks // expert_ranks} - {1} if copied else ()
         landing = sum(slots(size).allocated() for size in groups)
     else:
         landing = 0

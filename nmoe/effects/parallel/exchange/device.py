@@ -55,6 +55,7 @@ class Kept:
     row_at: Tensor  # [N K] i32, its row there
     token_to: Tensor  # [N K] i32, rank to send the token to for this choice; no rank if it goes there already
     token_at: Tensor  # [N K] i32, place in the landing buffer
+    token_slot: Tensor  # [P] i32, choices in an order in which neighbours land side by side
     origin_to: Tensor  # [C] i32, rank a row came from
     origin_at: Tensor  # [C] i32, its pair there
     source: Tensor  # [C] i32, row -> place in the landing buffer
@@ -176,6 +177,7 @@ def begin_(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
         row_at=row.at,
         token_to=token.to,
         token_at=token.at,
+        token_slot=at.slot if tokens is None else tokens.slot,
         origin_to=origin.to,
         origin_at=origin.at,
         source=torch.arange(s.capacity, dtype=torch.int32, device=expert.device),
@@ -349,8 +351,9 @@ def send_(e: Exchange, x: Tensor, kept: Kept, field: Field, most: int = sys.maxs
 
     Writes:  a landing buffer of every arena.
     """
-    to, at, programs = kept.token_to, kept.token_at, min(e.programs, most)
-    e.transport.put_rows_(e, Put(field=field, values=x, to=to, at=at, valid=kept.valid, programs=programs))
+    to, at, item, programs = kept.token_to, kept.token_at, kept.token_slot, min(e.programs, most)
+    rows = Put(field=field, values=x, to=to, at=at, valid=kept.valid, item=item, programs=programs)
+    e.transport.put_rows_(e, rows)
 
 
 def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:

@@ -23,8 +23,8 @@ PARTS = tl.constexpr(1024)
 """Parts of a sink's gradient that are added at once."""
 
 GENERAL = ("positions",)
-"""Integers of which the compiled code assumes nothing: ptxas 12.8 crashes on what Triton makes of one token, of which it
-takes the number for a constant (docs/log.md, 2026-11-29)."""
+"""Integers of which the compiled code assumes nothing: ptxas 12.8 crashes on what Triton makes of one token, whose
+number it takes for a constant (docs/log.md, 2026-11-29)."""
 
 
 @triton.jit

@@ -3,13 +3,14 @@
 Letters: B sequences, T positions, H heads, R latent and P rotated channels of a key, X heads of the indexer of Y
 channels, S slots: keys that a query reads.
 
-No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer,
-and what pairs add to the gradients of keys, are made for so many queries at a time as `WORKSPACE` holds.
+No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer
+are made for so many queries at a time as `WORKSPACE` holds, probabilities and their gradients for as many as `PAIRS`.
+Sums over queries are exact whole numbers (`exact`). They lie where the gradients of the last queries go, which are made
+when the sums are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -21,10 +22,12 @@ from nmoe.config.attention import DSA_MOST
 from nmoe.effects.kernels.attention import dsa_index_kernels as index_kernels
 from nmoe.effects.kernels.attention import dsa_kernels as kernels
 from nmoe.effects.kernels.attention.blocks import box
+from nmoe.effects.kernels.attention.exact import Sums, begin_of
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
 from nmoe.pure.model.attention.blocks import WORKSPACE
+from nmoe.pure.model.attention.dsa import PAIRS
 
 
 @attrs.frozen(kw_only=True)
@@ -39,7 +42,6 @@ class Tiles:
     pairs: SparseTile
     dq: SparseTile
     parts: SparseTile
-    gather: SparseTile
     index_gradient: SparseTile
     index_parts: SparseTile
 
@@ -201,27 +203,19 @@ def backward_pass(
     q: Tensor, kv: Tensor, chosen: Tensor, o: Tensor, lse: Tensor, do: Tensor, scale: float, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and kv: pairs of a chunk of queries, their sum over keys, and their sum over queries."""
-    length, heads, width = q.shape[1:]
+    batch, length, heads, width = q.shape
     rank, slots = o.shape[-1], chosen.shape[-1]
-    delta = torch.empty_like(lse)
-    rows = lse.numel()
-    kernels.delta_kernel[(triton.cdiv(rows, tiles.delta.block_m),)](
-        o=o,
-        do=do,
-        delta=delta,
-        rows=rows,
-        block_m=tiles.delta.block_m,
-        rank=rank,
-        rank_box=box(rank),
-        **launch(tiles.delta),
-    )
-    a_query = slots * (2 * heads + width) * q.element_size() + length * 4
-    size = min(length, max(1, WORKSPACE // a_query))
+    delta, most = delta_pass(q, kv, o, do, scale, tiles.delta)
+    dq, dkv = torch.empty_like(q), torch.empty_like(kv)
+    cut = tiles.parts
+    parts = length * triton.cdiv(heads, blocks_of_heads(cut, heads))
+    sums = Sums.of(most, parts, (length, width), borrowed=dq)
+    size = min(length, max(1, PAIRS // (2 * slots * heads * q.element_size())))
     p, ds = q.new_empty(2, size, slots, heads)
-    sums = Sums.of(kv, slots, size, width, tiles.gather)
-    dq = torch.empty_like(q)
     common: dict[str, Any] = {"positions": length, "heads": heads, "slots": slots, "rank": rank, "rope": width - rank}
-    for first, number in sums.chunks():
+
+    def pairs(first: int, number: int) -> None:
+        """Writes:  p, ds, of a chunk."""
         cut, across = tiles.pairs, blocks_of_heads(tiles.pairs, heads)
         kernels.pairs_kernel[(number, triton.cdiv(slots, cut.block_n), triton.cdiv(heads, across))](
             q=q,
@@ -232,7 +226,6 @@ def backward_pass(
             delta=delta,
             p=p,
             ds=ds,
-            place=sums.place,
             first_query=first,
             scale=scale,
             block_m=across,
@@ -241,6 +234,9 @@ def backward_pass(
             **common,
             **launch(cut),
         )
+
+    def sum_over_keys(first: int, number: int) -> None:
+        """Writes:  dq, of the chunk that `ds` has."""
         cut, across = tiles.dq, blocks_of_heads(tiles.dq, heads)
         kernels.dq_kernel[(number, triton.cdiv(heads, across), triton.cdiv(width, cut.block_k))](
             kv=kv,
@@ -254,23 +250,70 @@ def backward_pass(
             **common,
             **launch(cut),
         )
-        cut = tiles.parts
-        kernels.parts_kernel[(number, triton.cdiv(slots, cut.block_n), triton.cdiv(width, cut.block_k))](
+
+    def sum_over_queries(first: int, number: int) -> None:
+        """Writes:  sums."""
+        kernels.parts_kernel[(number, triton.cdiv(slots, cut.block_n), parts // length)](
             q=q,
             do=do,
             chosen=chosen,
             p=p,
             ds=ds,
-            parts=sums.parts,
             first_query=first,
             block_m=blocks_of_heads(cut, heads),
             block_n=cut.block_n,
             block_k=cut.block_k,
+            **sums.arguments(),
             **common,
             **launch(cut),
         )
-        sums.add_(first, number)
-    return dq, sums.total
+
+    begin = begin_of(dq, (length, width))
+    kept = batch * length if begin < 0 else begin // (heads * width)  # queries whose gradients have a place of their own
+    for b in range(batch):
+        sums.rows.zero_()
+        for first, number in chunks(b * length, (b + 1) * length, size):
+            pairs(first, number)
+            if first < kept:
+                sum_over_keys(first, min(number, kept - first))
+            sum_over_queries(first, number)
+        sums.write_(dkv[b])
+    for first, number in chunks(kept, batch * length, size):
+        pairs(first, number)
+        sum_over_keys(first, number)
+    return dq, dkv
+
+
+def delta_pass(
+    q: Tensor, kv: Tensor, o: Tensor, do: Tensor, scale: float, tile: SparseTile
+) -> tuple[Tensor, Tensor]:
+    """What softmax takes off each row's gradients [B T H] f32, and a bound on what a query adds to a key [B T] f32."""
+    batch, length, heads, width = q.shape
+    rank = o.shape[-1]
+    delta = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
+    most = torch.empty(batch, length, dtype=torch.float32, device=q.device)
+    kernels.delta_kernel[(batch * length,)](
+        q=q,
+        o=o,
+        do=do,
+        longest=torch.linalg.vector_norm(kv[..., :rank], dim=-1, dtype=torch.float32).amax(),
+        delta=delta,
+        most=most,
+        heads=heads,
+        scale=scale,
+        block_m=blocks_of_heads(tile, heads),
+        rank=rank,
+        width=width,
+        rank_box=box(rank),
+        width_box=box(width),
+        **launch(tile),
+    )
+    return delta, most
+
+
+def chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    """First query and number of each chunk."""
+    return [(first, min(size, end - first)) for first in range(begin, end, size)]
 
 
 class IndexLoss(torch.autograd.Function):
@@ -325,79 +368,22 @@ class IndexLoss(torch.autograd.Function):
         tiles, (batch, length, heads, channels), slots = ctx.tiles, q.shape, chosen.shape[-1]
         common = {"heads": heads, "target": target, "dy": gradients[0].float(), **indexed(q, k, w, chosen, top)}
         given = {name.removeprefix("index_"): value for name, value in common.items()}
-        dq, dw = torch.empty_like(q), torch.empty_like(w)
-        cut = tiles.index_gradient
+        dq, dk, dw = (torch.empty_like(each) for each in (q, k, w))
+        # softmax and its target are at most 1, and so is what one is beyond the other
+        peak = torch.linalg.vector_norm(q, torch.inf, dim=-1, dtype=torch.float32)
+        most = (peak * w.abs()).sum(-1) * given["dy"].abs()
+        sums, cut = Sums.of(most, length, (length, channels), borrowed=dq), tiles.index_parts
+        for b in range(batch):
+            sums.rows.zero_()
+            index_kernels.index_parts_kernel[(length, triton.cdiv(slots, cut.block_n))](
+                first_query=b * length, block_n=cut.block_n, **sums.arguments(), **given, **launch(cut)
+            )
+            sums.write_(dk[b])
+        cut = tiles.index_gradient  # the last: the sums were where its gradient goes
         index_kernels.index_gradient_kernel[(batch * length,)](
             dq=dq, dw=dw, block_n=cut.block_n, **given, **launch(cut)
         )
-        size = min(length, max(1, WORKSPACE // (slots * channels * q.element_size() + length * 4)))
-        sums, cut = Sums.of(k, slots, size, channels, tiles.gather), tiles.index_parts
-        for first, number in sums.chunks():
-            index_kernels.index_parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
-                parts=sums.parts, place=sums.place, first_query=first, block_n=cut.block_n, **given, **launch(cut)
-            )
-            sums.add_(first, number)
-        return dq, sums.total, dw, *[None] * 7
-
-
-@attrs.frozen(kw_only=True)
-class Sums:
-    """Sums over queries with one owner: the gradients of keys [B T C], made of what each pair of a chunk adds.
-
-    An inverted list of a chunk: `place` has the slot at which a query reads a key, so that each key finds what was
-    written for it, in the order of the queries. Twice the bits of a format are kept of each sum: what rounding takes
-    off `total` is in `rest`, of one sequence at a time.
-    """
-
-    total: Tensor  # [B T C]
-    rest: Tensor  # [T C]
-    parts: Tensor  # [g S C], what a chunk's pairs add
-    place: Tensor  # [g T] i32, -1 where a query does not read a key
-    tile: SparseTile
-
-    @classmethod
-    def of(cls, k: Tensor, slots: int, size: int, width: int, tile: SparseTile) -> Sums:
-        """Sums of no query yet, for chunks of `size` queries."""
-        return cls(
-            total=torch.zeros(k.shape, dtype=k.dtype, device=k.device),
-            rest=k.new_zeros(k.shape[1:]),
-            parts=k.new_empty(size, slots, width),
-            place=torch.empty(size, k.shape[1], dtype=torch.int32, device=k.device),
-            tile=tile,
-        )
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """First query, counted over all sequences, and number of each chunk; one lies in one sequence.
-
-        Writes:  place, empty before each; rest, zero before each sequence.
-        """
-        batch, length = self.total.shape[:2]
-        for b in range(batch):
-            self.rest.zero_()
-            for first in range(0, length, self.place.shape[0]):
-                self.place.fill_(-1)
-                yield b * length + first, min(self.place.shape[0], length - first)
-
-    def add_(self, first: int, number: int) -> None:
-        """Add what the chunk of `number` queries from `first` on has.
-
-        Writes:  total, rest.
-        """
-        length, width = self.rest.shape
-        keys = first % length + number  # no query of the chunk sees a later one
-        kernels.gather_kernel[(triton.cdiv(keys, self.tile.block_n), triton.cdiv(width, self.tile.block_k))](
-            parts=self.parts,
-            place=self.place,
-            total=self.total[first // length],
-            rest=self.rest,
-            queries=number,
-            positions=length,
-            slots=self.parts.shape[1],
-            width=width,
-            block_n=self.tile.block_n,
-            block_k=self.tile.block_k,
-            **launch(self.tile),
-        )
+        return dq, dk, dw, *[None] * 7
 
 
 def indexed(q: Tensor, k: Tensor, w: Tensor, chosen: Tensor, top: Tensor) -> dict[str, Any]:

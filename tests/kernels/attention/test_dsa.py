@@ -195,6 +195,23 @@ def test_twice_the_same_bits() -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["q", "kv", "gate", "index_q", "index_w"])
+def test_what_is_not_finite_does_not_end_as_a_number(which: str, value: float) -> None:
+    """Sums of whole numbers would hide it: the gradients of all keys are NaN."""
+    s = sample(6, 3)
+    keys = chosen(s)
+    index = {"index_q": 0, "index_w": 2}
+    changed = (s.index[index[which]] if which in index else getattr(s, which)).clone()
+    changed.view(-1)[0] = value  # of the first query, and what it reads
+    if which in index:
+        s = attrs.evolve(s, index=tuple(changed if place == index[which] else x for place, x in enumerate(s.index)))
+    else:
+        s = attrs.evolve(s, **{which: changed})
+    found = differentiate(kernel.dsa_attention, s, keys, torch.float32, tiles=tiles())
+    assert found[5 if which in index else 3].isnan().all()
+
+
 class Silent:
     """A kernel that does nothing, for tensors without values."""
 

@@ -269,7 +269,9 @@ def backward_pass(
         )
 
     begin = begin_of(dq, (length, width))
-    kept = batch * length if begin < 0 else begin // (heads * width)  # queries whose gradients have a place of their own
+    kept = (
+        batch * length if begin < 0 else begin // (heads * width)
+    )  # queries whose gradients have a place of their own
     for b in range(batch):
         sums.rows.zero_()
         for first, number in chunks(b * length, (b + 1) * length, size):
@@ -284,9 +286,7 @@ def backward_pass(
     return dq, dkv
 
 
-def delta_pass(
-    q: Tensor, kv: Tensor, o: Tensor, do: Tensor, scale: float, tile: SparseTile
-) -> tuple[Tensor, Tensor]:
+def delta_pass(q: Tensor, kv: Tensor, o: Tensor, do: Tensor, scale: float, tile: SparseTile) -> tuple[Tensor, Tensor]:
     """What softmax takes off each row's gradients [B T H] f32, and a bound on what a query adds to a key [B T] f32."""
     batch, length, heads, width = q.shape
     rank = o.shape[-1]

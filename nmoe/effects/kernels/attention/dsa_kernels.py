@@ -6,8 +6,8 @@ value, and `rope` rotated ones behind them.
 
 The backward pass goes through the queries in chunks. `pairs_kernel` makes the probabilities of a chunk's pairs and the
 gradients of their scores, `dq_kernel` sums them over keys. Several queries read one key: `parts_kernel` adds what each
-pair has for it by atomics, as a whole number of a unit that `exact` finds: such sums are the same in any order, so that gradients
-are bitwise repeatable.
+pair has for it by atomics, as a whole number of a unit that `exact` finds. Such sums are the same in any order, so that
+gradients are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def delta_kernel(
     q, o, do, longest, delta, most, heads, scale, block_m: tl.constexpr, rank: tl.constexpr, width: tl.constexpr,
     rank_box: tl.constexpr, width_box: tl.constexpr,
 ):  # fmt: skip
-    """What softmax takes off each gradient of a query's heads, sum(dO * O) = sum(dP * P), and the most it adds to a key.
+    """What softmax takes off the gradients of a query's heads, sum(dO * O) = sum(dP * P), and the most it adds to a key.
 
     A pair adds the sum over heads of dS Q + P dO to a channel. P is at most 1, dP and what softmax takes off are at
     most |dO| times the length of the longest value.
@@ -175,7 +175,7 @@ def parts_kernel(
     q, do, chosen, p, ds, sums, fixed, wrong, first_query, positions, heads, slots, limit, stride,
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
 ):  # fmt: skip
-    """Adds what `block_m` heads of one query have for the gradients of `block_n` of its keys, `block_k` channels a step."""
+    """Adds what `block_m` heads of one query have for the gradients of `block_n` of its keys."""
     width: tl.constexpr = rank + rope
     g = tl.program_id(0)
     j = tl.program_id(1) * block_n

@@ -56,7 +56,9 @@ def add_parts_(sums, wrong, value, limit, at, stride, channel, inside):
     large = (~(tl.abs(value) <= limit)).to(tl.int32)
     found = tl.max(large, 1)
     tl.store(wrong + found * 0, found, mask=found > 0)
-    tl.atomic_add(sums + at.to(tl.int64)[:, None] * stride + channel[None, :], value.to(tl.int64), inside, sem="relaxed")
+    tl.atomic_add(
+        sums + at.to(tl.int64)[:, None] * stride + channel[None, :], value.to(tl.int64), inside, sem="relaxed"
+    )
 
 
 @triton.jit
@@ -100,7 +102,13 @@ class Sums:
     def arguments(self) -> dict[str, Any]:
         """What a kernel that adds is given."""
         limit = 2.0 ** (62 - self.bits)
-        return {"sums": self.rows, "fixed": self.fixed, "wrong": self.wrong, "limit": limit, "stride": self.rows.shape[1]}
+        return {
+            "sums": self.rows,
+            "fixed": self.fixed,
+            "wrong": self.wrong,
+            "limit": limit,
+            "stride": self.rows.shape[1],
+        }
 
     def write_(self, out: Tensor) -> None:
         """Writes:  out [T C], the sums in its format."""

@@ -91,7 +91,7 @@ def delta_kernel(
     q, o, do, longest, delta, most, heads, scale, block_m: tl.constexpr, rank: tl.constexpr, width: tl.constexpr,
     rank_box: tl.constexpr, width_box: tl.constexpr,
 ):  # fmt: skip
-    """What softmax takes off the gradients of a query's heads, sum(dO * O) = sum(dP * P), and the most it adds to a key.
+    """What softmax takes off gradients of a query's heads, sum(dO * O) = sum(dP * P), and the most it adds to a key.
 
     A pair adds the sum over heads of dS Q + P dO to a channel. P is at most 1, dP and what softmax takes off are at
     most |dO| times the length of the longest value.

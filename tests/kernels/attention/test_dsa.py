@@ -13,7 +13,7 @@ from torch import Tensor
 from nmoe.config.attention import DSA_MOST
 from nmoe.config.sections import Dsa
 from nmoe.effects.kernels.attention import dsa as kernel
-from nmoe.effects.kernels.attention import dsa_index_kernels, dsa_kernels, exact
+from nmoe.effects.kernels.attention import dsa_index_kernels, dsa_kernels, lists
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
@@ -161,16 +161,19 @@ def test_indices_beyond_16_bits() -> None:
     boxes: dict[str, Any] = {"rank_box": 16, "rope_box": 16}
     dsa_kernels.forward_kernel[(1,)](q=q, kv=kv, chosen=keys, o=o, lse=lse, scale=1.0, **blocks, **sizes, **boxes)
     assert torch.equal(o, torch.ones_like(o))
-    sums = exact.Sums.of(torch.tensor([30.0]), 1, (length, 24), borrowed=torch.empty(length * 48))
-    sums.rows.zero_()
+    sums = lists.Sums.of(kv, 1, borrowed=torch.zeros(1, length, 1), tile=tiles().gather)
+    sums.total.zero_()
     p, ds = torch.empty(2, 1, 1, 1)
+    parts = torch.empty(1, 1, 24)
     given: dict[str, Any] = {"first_query": 0, "block_k": 32, **blocks, **sizes}
     dsa_kernels.pairs_kernel[(1, 1, 1)](
         q=q, kv=kv, do=do, chosen=keys, lse=lse, delta=lse * 0, p=p, ds=ds, scale=1.0, **given
     )
-    dsa_kernels.parts_kernel[(1, 1, 1)](q=q, do=do, chosen=keys, p=p, ds=ds, **sums.arguments(), **given)
-    sums.write_(kv)
-    assert kv[0].any(1).nonzero().flatten().tolist() == [69_998]
+    dsa_kernels.parts_kernel[(1, 1)](q=q, do=do, chosen=keys, p=p, ds=ds, parts=parts, **given)
+    found, order = keys.flatten().sort(stable=True)
+    begins = torch.searchsorted(found, torch.arange(69_997, 70_001, dtype=torch.int32))
+    lists.gather_kernel[(3,)](parts, order, begins, sums.total[69_997:], width=24, width_box=32, block_n=4)
+    assert sums.total.any(1).nonzero().flatten().tolist() == [69_998]
 
 
 @pytest.mark.parametrize("workspace", [1, 3000])
@@ -181,6 +184,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, works
     whole = differentiate(kernel.dsa_attention, s, keys, torch.float32, tiles=tiles())
     monkeypatch.setattr(kernel, "WORKSPACE", workspace)
     monkeypatch.setattr(kernel, "PAIRS", workspace)
+    monkeypatch.setattr(lists, "PAIRS", workspace)
     assert torch.equal(chosen(s), keys)
     for one, other in zip(
         differentiate(kernel.dsa_attention, s, keys, torch.float32, tiles=tiles()), whole, strict=True
@@ -223,7 +227,7 @@ class Silent:
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that do nothing."""
-    for module in (dsa_kernels, dsa_index_kernels, exact):
+    for module in (dsa_kernels, dsa_index_kernels, lists):
         for name in list(vars(module)):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Silent())

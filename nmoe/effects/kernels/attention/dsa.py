@@ -22,7 +22,7 @@ from nmoe.config.attention import DSA_MOST
 from nmoe.effects.kernels.attention import dsa_index_kernels as index_kernels
 from nmoe.effects.kernels.attention import dsa_kernels as kernels
 from nmoe.effects.kernels.attention.blocks import box
-from nmoe.effects.kernels.attention.exact import Sums, begin_of
+from nmoe.effects.kernels.attention.lists import Sums
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
@@ -42,6 +42,7 @@ class Tiles:
     pairs: SparseTile
     dq: SparseTile
     parts: SparseTile
+    gather: SparseTile
     index_gradient: SparseTile
     index_parts: SparseTile
 
@@ -205,16 +206,23 @@ def backward_pass(
     """Gradients of q and kv: pairs of a chunk of queries, their sum over keys, and their sum over queries."""
     batch, length, heads, width = q.shape
     rank, slots = o.shape[-1], chosen.shape[-1]
-    delta, most = delta_pass(q, kv, o, do, scale, tiles.delta)
+    delta = torch.empty_like(lse)
+    rows = lse.numel()
+    kernels.delta_kernel[(triton.cdiv(rows, tiles.delta.block_m),)](
+        o=o,
+        do=do,
+        delta=delta,
+        rows=rows,
+        block_m=tiles.delta.block_m,
+        rank=rank,
+        rank_box=box(rank),
+        **launch(tiles.delta),
+    )
     dq, dkv = torch.empty_like(q), torch.empty_like(kv)
-    cut = tiles.parts
-    parts = length * triton.cdiv(heads, blocks_of_heads(cut, heads))
-    sums = Sums.of(most, parts, (length, width), borrowed=dq)
-    size = min(length, max(1, PAIRS // (2 * slots * heads * q.element_size())))
-    p, ds = q.new_empty(2, size, slots, heads)
+    sums = Sums.of(kv, slots, borrowed=dq, tile=tiles.gather)
     common: dict[str, Any] = {"positions": length, "heads": heads, "slots": slots, "rank": rank, "rope": width - rank}
 
-    def pairs(first: int, number: int) -> None:
+    def pairs(p: Tensor, ds: Tensor, first: int, number: int) -> None:
         """Writes:  p, ds, of a chunk."""
         cut, across = tiles.pairs, blocks_of_heads(tiles.pairs, heads)
         kernels.pairs_kernel[(number, triton.cdiv(slots, cut.block_n), triton.cdiv(heads, across))](
@@ -235,8 +243,8 @@ def backward_pass(
             **launch(cut),
         )
 
-    def sum_over_keys(first: int, number: int) -> None:
-        """Writes:  dq, of the chunk that `ds` has."""
+    def sum_over_keys(ds: Tensor, first: int, number: int) -> None:
+        """Writes:  dq, of a chunk."""
         cut, across = tiles.dq, blocks_of_heads(tiles.dq, heads)
         kernels.dq_kernel[(number, triton.cdiv(heads, across), triton.cdiv(width, cut.block_k))](
             kv=kv,
@@ -251,64 +259,45 @@ def backward_pass(
             **launch(cut),
         )
 
-    def sum_over_queries(first: int, number: int) -> None:
-        """Writes:  sums."""
-        kernels.parts_kernel[(number, triton.cdiv(slots, cut.block_n), parts // length)](
+    def write_parts(p: Tensor, ds: Tensor, parts: Tensor, first: int, number: int) -> None:
+        """Writes:  parts, of a chunk."""
+        cut = tiles.parts
+        kernels.parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
             q=q,
             do=do,
             chosen=chosen,
             p=p,
             ds=ds,
+            parts=parts,
             first_query=first,
             block_m=blocks_of_heads(cut, heads),
             block_n=cut.block_n,
             block_k=cut.block_k,
-            **sums.arguments(),
             **common,
             **launch(cut),
         )
 
-    begin = begin_of(dq, (length, width))
-    kept = (
-        batch * length if begin < 0 else begin // (heads * width)
-    )  # queries whose gradients have a place of their own
+    a_query = 2 * slots * heads * q.element_size()
     for b in range(batch):
-        sums.rows.zero_()
-        for first, number in chunks(b * length, (b + 1) * length, size):
-            pairs(first, number)
-            if first < kept:
-                sum_over_keys(first, min(number, kept - first))
-            sum_over_queries(first, number)
-        sums.write_(dkv[b])
-    for first, number in chunks(kept, batch * length, size):
-        pairs(first, number)
-        sum_over_keys(first, number)
+        sums.total.zero_()
+        for first, number, parts in sums.chunks(b, beside=a_query):
+            size = min(number, max(1, PAIRS // a_query)) if parts.lent else number
+            p, ds = q.new_empty(2, size, slots, heads)
+            for begin, some in chunks(first, first + number, size):
+                pairs(p, ds, begin, some)
+                if begin < sums.kept:
+                    sum_over_keys(ds, begin, min(some, sums.kept - begin))
+                write_parts(p, ds, parts.rows[begin - first :], begin, some)
+            del p, ds  # their memory is that of the lists
+            sums.add_(parts.rows, chosen, first, number)
+            del parts
+        dkv[b] = sums.total
+    size = min(length, max(1, PAIRS // a_query))
+    p, ds = q.new_empty(2, size, slots, heads)
+    for first, number in chunks(sums.kept, batch * length, size):
+        pairs(p, ds, first, number)
+        sum_over_keys(ds, first, number)
     return dq, dkv
-
-
-def delta_pass(q: Tensor, kv: Tensor, o: Tensor, do: Tensor, scale: float, tile: SparseTile) -> tuple[Tensor, Tensor]:
-    """What softmax takes off each row's gradients [B T H] f32, and a bound on what a query adds to a key [B T] f32."""
-    batch, length, heads, width = q.shape
-    rank = o.shape[-1]
-    delta = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
-    most = torch.empty(batch, length, dtype=torch.float32, device=q.device)
-    kernels.delta_kernel[(batch * length,)](
-        q=q,
-        o=o,
-        do=do,
-        longest=torch.linalg.vector_norm(kv[..., :rank], dim=-1, dtype=torch.float32).amax(),
-        delta=delta,
-        most=most,
-        heads=heads,
-        scale=scale,
-        block_m=blocks_of_heads(tile, heads),
-        rank=rank,
-        width=width,
-        rank_box=box(rank),
-        width_box=box(width),
-        **launch(tile),
-    )
-    return delta, most
 
 
 def chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
@@ -365,20 +354,19 @@ class IndexLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the indexer's queries, keys and weights."""
         q, k, w, chosen, target, top = ctx.saved_tensors
-        tiles, (batch, length, heads, channels), slots = ctx.tiles, q.shape, chosen.shape[-1]
+        tiles, (batch, length, heads, _), slots = ctx.tiles, q.shape, chosen.shape[-1]
         common = {"heads": heads, "target": target, "dy": gradients[0].float(), **indexed(q, k, w, chosen, top)}
         given = {name.removeprefix("index_"): value for name, value in common.items()}
         dq, dk, dw = (torch.empty_like(each) for each in (q, k, w))
-        # softmax and its target are at most 1, and so is what one is beyond the other
-        peak = torch.linalg.vector_norm(q, torch.inf, dim=-1, dtype=torch.float32)
-        most = (peak * w.abs()).sum(-1) * given["dy"].abs()
-        sums, cut = Sums.of(most, length, (length, channels), borrowed=dq), tiles.index_parts
+        sums, cut = Sums.of(k, slots, borrowed=dq, tile=tiles.gather), tiles.index_parts
         for b in range(batch):
-            sums.rows.zero_()
-            index_kernels.index_parts_kernel[(length, triton.cdiv(slots, cut.block_n))](
-                first_query=b * length, block_n=cut.block_n, **sums.arguments(), **given, **launch(cut)
-            )
-            sums.write_(dk[b])
+            sums.total.zero_()
+            for first, number, parts in sums.chunks(b, beside=0):
+                index_kernels.index_parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
+                    parts=parts.rows, first_query=first, block_n=cut.block_n, **given, **launch(cut)
+                )
+                sums.add_(parts.rows, chosen, first, number)
+            dk[b] = sums.total
         cut = tiles.index_gradient  # the last: the sums were where its gradient goes
         index_kernels.index_gradient_kernel[(batch * length,)](
             dq=dq, dw=dw, block_n=cut.block_n, **given, **launch(cut)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nmoe.effects.kernels.attention.exact import add_parts_
-
 
 @triton.jit
 def first_key(start, b, i, positions, documents: tl.constexpr):
@@ -202,15 +200,16 @@ def index_gradient_kernel(
     tl.store(dq + at, acc.to(dq.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit
 def index_parts_kernel(
-    q, k, w, chosen, target, top, dy, sums, fixed, wrong, first_query, positions, heads, slots, limit, stride,
-    block_n: tl.constexpr, channels: tl.constexpr, channels_box: tl.constexpr, heads_box: tl.constexpr,
+    q, k, w, chosen, target, top, dy, parts, first_query, positions, heads, slots, block_n: tl.constexpr,
+    channels: tl.constexpr, channels_box: tl.constexpr, heads_box: tl.constexpr,
 ):  # fmt: skip
-    """Adds what one query has for the gradients of `block_n` of its keys."""
-    t = first_query + tl.program_id(0)
-    b = t // positions
+    """What one query adds to the gradients of `block_n` of its keys."""
+    g = tl.program_id(0)
     j = tl.program_id(1) * block_n
+    t = first_query + g
+    b = t // positions
     until = tl.minimum(t % positions + 1, slots)
     if j < until:
         head = tl.arange(0, heads_box)
@@ -223,7 +222,6 @@ def index_parts_kernel(
         slot = j + tl.arange(0, block_n)
         ds = gradient_of_scores(score, tl.load(top + t), target, t, slot, there, slots, tl.load(dy))
         dx = tl.where(x > 0, weight[None, :] * ds[:, None], 0.0)
-        part = tl.dot(dx.to(tile.dtype), tile) * tl.load(fixed)
-        key = tl.load(chosen + t.to(tl.int64) * slots + slot, mask=there, other=0)
-        kept = there[:, None] & (channel < channels)[None, :]
-        add_parts_(sums, wrong, part, limit, key, stride, channel, kept)
+        part = tl.dot(dx.to(tile.dtype), tile)
+        at = (g.to(tl.int64) * slots + slot)[:, None] * channels + channel[None, :]
+        tl.store(parts + at, part.to(parts.dtype.element_ty), mask=there[:, None] & (channel < channels)[None, :])

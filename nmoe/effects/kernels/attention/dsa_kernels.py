@@ -5,9 +5,9 @@ block; a slot is a place in a query's list of keys. A row of `kv` has `rank` cha
 value, and `rope` rotated ones behind them.
 
 The backward pass goes through the queries in chunks. `pairs_kernel` makes the probabilities of a chunk's pairs and the
-gradients of their scores, `dq_kernel` sums them over keys. Several queries read one key: `parts_kernel` adds what each
-pair has for it by atomics, as a whole number of a unit that `exact` finds. Such sums are the same in any order, so that
-gradients are bitwise repeatable.
+gradients of their scores, `dq_kernel` sums them over keys. Their sum over queries would need atomics, as several
+queries read one key: `parts_kernel` writes what each pair adds, over all heads, and `lists` has a key's owner add that
+up in the order of the queries. Every sum has one owner and one order, so that gradients are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import triton.language as tl
 
 from nmoe.effects.kernels.attention.blocks import HIDDEN, LOG2_E
 from nmoe.effects.kernels.attention.dsa_index_kernels import load_heads, load_rows
-from nmoe.effects.kernels.attention.exact import add_parts_
 
 
 @triton.jit
@@ -87,29 +86,13 @@ def forward_kernel(
 
 
 @triton.jit
-def delta_kernel(
-    q, o, do, longest, delta, most, heads, scale, block_m: tl.constexpr, rank: tl.constexpr, width: tl.constexpr,
-    rank_box: tl.constexpr, width_box: tl.constexpr,
-):  # fmt: skip
-    """What softmax takes off gradients of a query's heads, sum(dO * O) = sum(dP * P), and the most it adds to a key.
-
-    A pair adds the sum over heads of dS Q + P dO to a channel. P is at most 1, dP and what softmax takes off are at
-    most |dO| times the length of the longest value.
-    """
-    t = tl.program_id(0)
-    reach = tl.load(longest) * scale
-    total = tl.zeros([block_m], tl.float32)
-    for h in tl.range(0, heads, block_m):
-        head = h + tl.arange(0, block_m)
-        mine = head < heads
-        row = t.to(tl.int64) * heads + head
-        output = load_rows(o, row, mine, rank, rank_box).to(tl.float32)
-        gradient = load_rows(do, row, mine, rank, rank_box).to(tl.float32)
-        query = load_rows(q, row, mine, width, width_box).to(tl.float32)
-        tl.store(delta + row, tl.sum(output * gradient, 1), mask=mine)
-        length = tl.sqrt(tl.sum(gradient * gradient, 1))
-        total += 2 * length * reach * tl.max(tl.abs(query), 1) + tl.max(tl.abs(gradient), 1)
-    tl.store(most + t, tl.sum(total, 0))
+def delta_kernel(o, do, delta, rows, block_m: tl.constexpr, rank: tl.constexpr, rank_box: tl.constexpr):
+    """What softmax takes off each of a row's gradients: sum(dO * O) = sum(dP * P)."""
+    row = tl.program_id(0) * block_m + tl.arange(0, block_m)
+    inside = row < rows
+    output = load_rows(o, row, inside, rank, rank_box).to(tl.float32)
+    gradient = load_rows(do, row, inside, rank, rank_box).to(tl.float32)
+    tl.store(delta + row, tl.sum(output * gradient, 1), mask=inside)
 
 
 @triton.jit
@@ -170,33 +153,41 @@ def dq_kernel(
     tl.store(dq + to, acc.to(dq.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit
+def load_pairs(x, g, slot, there, heads, slots, h, block_m: tl.constexpr):
+    """What [g slots heads] has of some slots and `block_m` heads from h on."""
+    head = h + tl.arange(0, block_m)
+    at = (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :]
+    return tl.load(x + at, mask=there[:, None] & (head < heads)[None, :], other=0.0)
+
+
+@triton.jit
 def parts_kernel(
-    q, do, chosen, p, ds, sums, fixed, wrong, first_query, positions, heads, slots, limit, stride,
-    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
+    q, do, chosen, p, ds, parts, first_query, positions, heads: tl.constexpr, slots, block_m: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
 ):  # fmt: skip
-    """Adds what `block_m` heads of one query have for the gradients of `block_n` of its keys."""
+    """What one query adds to the gradients of `block_n` of its keys, over all heads, `block_k` channels a step."""
     width: tl.constexpr = rank + rope
     g = tl.program_id(0)
     j = tl.program_id(1) * block_n
     t = first_query + g
     if j < list_of(t, positions, slots):
-        slot, at, there = load_slots(chosen, t, positions, slots, j, block_n)
-        head = tl.program_id(2) * block_m + tl.arange(0, block_m)
-        mine = head < heads
-        row = t.to(tl.int64) * heads + head
-        to = (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :]
-        inside = there[:, None] & mine[None, :]
-        weight = tl.load(p + to, mask=inside, other=0.0)
-        dscore = tl.load(ds + to, mask=inside, other=0.0)
-        key = at - t // positions * positions
-        a_unit = tl.load(fixed)
+        slot, _, there = load_slots(chosen, t, positions, slots, j, block_n)
+        weight = load_pairs(p, g, slot, there, heads, slots, 0, block_m)
+        dscore = load_pairs(ds, g, slot, there, heads, slots, 0, block_m)
         for c in tl.range(0, width, block_k):
-            part = tl.dot(weight, load_part(do, row, mine, rank, c, rank, block_k))
-            part = tl.dot(dscore, load_part(q, row, mine, width, c, width, block_k), part)
+            acc = tl.zeros([block_n, block_k], tl.float32)
+            for h in tl.static_range(0, heads, block_m):
+                if heads > block_m:
+                    weight = load_pairs(p, g, slot, there, heads, slots, h, block_m)
+                    dscore = load_pairs(ds, g, slot, there, heads, slots, h, block_m)
+                head = h + tl.arange(0, block_m)
+                row = t.to(tl.int64) * heads + head
+                acc = tl.dot(weight, load_part(do, row, head < heads, rank, c, rank, block_k), acc)
+                acc = tl.dot(dscore, load_part(q, row, head < heads, width, c, width, block_k), acc)
             channel = c + tl.arange(0, block_k)
-            kept = there[:, None] & (channel < width)[None, :]
-            add_parts_(sums, wrong, part * a_unit, limit, key, stride, channel, kept)
+            to = (g.to(tl.int64) * slots + slot)[:, None] * width + channel[None, :]
+            tl.store(parts + to, acc.to(parts.dtype.element_ty), mask=there[:, None] & (channel < width)[None, :])
 
 
 @triton.jit

@@ -422,13 +422,13 @@ def kernel_kept_bytes(c: sections.Dsa) -> tuple[int, int]:
 def kernel_passing_bytes(c: sections.Dsa, *, tokens: int, sequence_length: int) -> int:
     """Bytes of one layer's backward pass beside what is kept: gradients in the latent's channels, and the workspace.
 
-    Exact sums of one sequence's keys lie where gradients of queries go, if that is enough.
+    Sums of one sequence's keys in fp32 lie where gradients of queries go, if that is enough.
     """
-    element, fp32, exact = 2, 4, 8
+    element, fp32 = 2, 4
     width = c.kv_lora_rank + c.qk_rope_head_dim
-    a_token = c.num_heads * ((c.kv_lora_rank + width) * element + fp32) + width * element + fp32
-    fits = tokens * c.num_heads * element >= sequence_length * exact
-    return tokens * a_token + (0 if fits else sequence_length * width * exact) + PAIRS
+    a_token = c.num_heads * ((c.kv_lora_rank + width) * element + fp32) + width * element
+    fits = tokens * c.num_heads * element >= sequence_length * fp32
+    return tokens * a_token + (0 if fits else sequence_length * width * fp32) + PAIRS
 
 
 HF_KEYS: Mapping[str, str] = MappingProxyType(

@@ -172,7 +172,8 @@ def test_indices_beyond_16_bits() -> None:
     dsa_kernels.parts_kernel[(1, 1)](q=q, do=do, chosen=keys, p=p, ds=ds, parts=parts, **given)
     found, order = keys.flatten().sort(stable=True)
     begins = torch.searchsorted(found, torch.arange(69_997, 70_001, dtype=torch.int32))
-    lists.gather_kernel[(3,)](parts, order, begins, sums.total[69_997:], width=24, width_box=32, block_n=4)
+    sizes = {"width": 24, "width_box": 32, "block_n": 4}
+    lists.gather_kernel[(3,)](parts, order, begins, sums.total[69_997:], **sizes)
     assert sums.total.any(1).nonzero().flatten().tolist() == [69_998]
 
 

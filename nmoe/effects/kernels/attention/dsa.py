@@ -5,8 +5,8 @@ channels, S slots: keys that a query reads.
 
 No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer
 are made for so many queries at a time as `WORKSPACE` holds, probabilities and their gradients for as many as `PAIRS`.
-What pairs add to keys is summed by lists (`lists`); parts and sums lie where gradients of later queries go, of which the
-last are made when the sums are read.
+What pairs add to keys is summed by `lists`; parts and sums lie where gradients of later queries go, of which the last
+are made when the sums are read.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def test_twice_the_same_bits() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("which", ["q", "kv", "gate", "index_q", "index_w"])
 def test_what_is_not_finite_does_not_end_as_a_number(which: str, value: float) -> None:
-    """Sums of whole numbers would hide it: the gradients of all keys are NaN."""
+    """Nor does it in the gradient of the one key that the first query reads."""
     s = sample(6, 3)
     keys = chosen(s)
     index = {"index_q": 0, "index_w": 2}
@@ -214,7 +214,7 @@ def test_what_is_not_finite_does_not_end_as_a_number(which: str, value: float) -
     else:
         s = attrs.evolve(s, **{which: changed})
     found = differentiate(kernel.dsa_attention, s, keys, torch.float32, tiles=tiles())
-    assert found[5 if which in index else 3].isnan().all()
+    assert not found[5 if which in index else 3][0, 0, 0].isfinite()
 
 
 class Silent:

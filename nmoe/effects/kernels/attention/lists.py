@@ -20,7 +20,7 @@ from nmoe.effects.kernels.attention.blocks import box
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.pure.model.attention.dsa import PAIRS
 
-ENTRIES = 2**20
+ENTRIES = 7 * 2**17
 """Pairs of a chunk at most: sorting them takes 32 bytes each."""
 
 

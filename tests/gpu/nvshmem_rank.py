@@ -20,7 +20,6 @@ import torch.distributed as dist
 from nmoe.effects.parallel.exchange import Sizes, open_exchange
 from nmoe.effects.parallel.exchange.arena import Put, Transport
 from nmoe.effects.parallel.exchange.device import PEER
-from nmoe.effects.parallel.exchange.opening import PROGRAMS
 
 TIMED = 20
 COUNTS, WIDTH = (4096, 16384), 2048
@@ -58,7 +57,7 @@ def main(rank: int, ranks: int, store: str) -> None:
                 at=(rank * count + number // ranks)[:, None],
                 valid=torch.full((3,), len(number), dtype=torch.int32, device=device),
                 item=to.argsort(stable=True).int(),
-                programs=PROGRAMS,
+                programs=e.programs,
             )
 
             def moved(by: Transport, rows: Put = rows) -> None:

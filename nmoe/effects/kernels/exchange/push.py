@@ -351,7 +351,7 @@ def at_once(x: Tensor) -> tuple[int, int]:
 
     x        [M D]
     """
-    return ROWS, ROWS * _block(x.shape[1]) * x.itemsize
+    return ROWS, ROWS * block_of(x.shape[1]) * x.itemsize
 
 
 def push_words_(

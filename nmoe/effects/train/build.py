@@ -161,7 +161,10 @@ def memory_explained(planned: Plan) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # of symmetric memory, torch raises a plain RuntimeError: "CUDA driver error: out of memory"
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         held = [f"{name} {quantity(size, 'B')}" for name, size in attrs.asdict(planned.memory).items() if size]
         raise InputError(

@@ -334,17 +334,29 @@ def test_a_machine_without_the_memory_is_said_before_anything_is_allocated() -> 
         check_memory(config, planned, torch.device("cpu"))
 
 
-def test_memory_that_runs_out_is_one_line() -> None:
+@pytest.mark.parametrize(
+    ("raised", "asked"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79 GiB"), "20.00 GiB"),
+        (RuntimeError("CUDA driver error: out of memory"), "another tensor"),
+    ],
+    ids=["torch's pools", "symmetric"],
+)
+def test_memory_that_runs_out_is_one_line(raised: RuntimeError, asked: str) -> None:
     config = tiny()
     planned = plan(config, make_blueprint(config), mfu=0.4, peak_flops=1e12)
-    raised = torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
-    )
     with pytest.raises(InputError) as found, memory_explained(planned):
         raise raised
     (line,) = found.value.problems
-    assert line.startswith("GPU memory: expected room for 20.00 GiB, got none beside the planned parameters ")
+    assert line.startswith(f"GPU memory: expected room for {asked}, got none beside the planned parameters ")
     assert "moments " in line and "lower train.microbatch_size" in line
+
+
+def test_another_error_stays_what_it_is() -> None:
+    config = tiny()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        with memory_explained(plan(config, make_blueprint(config), mfu=0.4, peak_flops=1e12)):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def test_place_keeps_the_structure() -> None:

@@ -29,7 +29,7 @@ from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel import exchange_arena
 
 PROGRAMS = (8, 16, 32, 64, 132, 264)
-"""How many programs push."""
+"""How many programs push, beside the number that an exchange takes."""
 
 TIMEOUT_S = 120.0
 """Time a rank is waited for; the first call compiles."""
@@ -167,12 +167,13 @@ def push_rows(bench: Bench, count: int, hidden: int, programs: Sequence[int]) ->
     def exchanged() -> Generator[None, None, None]:
         yield
 
-    for number in programs:
+    chosen = device.programs(exchanges[0], x)
+    for number in dict.fromkeys((*programs, chosen)):
         seconds = bench.seconds(lambda number=number: pushed(number))
         yield line(f"push {count} rows x {hidden}, {number} programs", seconds, num_bytes)
 
     def whole() -> None:
-        pushed(programs[-1])
+        pushed(chosen)
         device.run_(exchanges, [exchanged() for _ in exchanges])
 
     yield line(f"push {count} rows x {hidden} and barrier", bench.seconds(whole), num_bytes)

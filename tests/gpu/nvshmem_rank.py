@@ -19,7 +19,7 @@ from torch import Tensor
 from nmoe.effects.kernels.exchange import nvshmem
 from nmoe.effects.kernels.exchange import push as moves
 from nmoe.effects.parallel.exchange.arena import view
-from nmoe.effects.parallel.exchange.opening import PROGRAMS
+from nmoe.pure.parallel import pushing
 from nmoe.pure.parallel.exchange_arena import FLAG_BYTES, Field
 
 EXPERTS, WIDTH, ROUNDS, TIMED = 8, 2048, 3, 20
@@ -94,7 +94,10 @@ def main(rank: int, ranks: int, store: str) -> None:
     valid = torch.full((3,), number, dtype=torch.int32, device=device)
 
     def store_rows() -> None:
-        moves.push_(view(raw, source)[:number], to, at, addresses, target.offset, valid, PROGRAMS, back=False)
+        rows = view(raw, source)[:number]
+        rows_at_once, bytes_at_once = moves.at_once(rows)
+        programs = pushing.programs(rows=number, rows_at_once=rows_at_once, bytes_at_once=bytes_at_once, most=264)
+        moves.push_(rows, to, at, addresses, target.offset, valid, programs, back=False)
 
     wrong: list[dict[str, tuple[int, int]]] = []
     for act in [put] * ROUNDS + [store_rows]:

@@ -97,7 +97,7 @@ def open_ranks(c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | No
         dedup=dedup,
         dtype=c.x.dtype,
     )
-    exchanges = virtual(sizes, c.x.device, programs=2 if c.x.device.type == "cpu" else 64)
+    exchanges = virtual(sizes, c.x.device)
     for e in exchanges:
         for field in attrs.fields(arena.Fields):
             if field.name not in ("arrived", "size"):

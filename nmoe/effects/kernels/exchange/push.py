@@ -346,6 +346,14 @@ def push_(
     )  # fmt: skip
 
 
+def at_once(x: Tensor) -> tuple[int, int]:
+    """Rows that a program of `push_` has on the way at once, and the bytes of these.
+
+    x        [M D]
+    """
+    return ROWS, ROWS * _block(x.shape[1]) * x.itemsize
+
+
 def push_words_(
     value: Tensor,
     item: Tensor | None,

@@ -100,7 +100,7 @@ class Exchange:
     lost: Tensor  # [W] bool on the host: ranks to which the connection broke
     stream: torch.cuda.Stream | None  # side stream, for rows sent in overlap with GEMMs; None on a CPU
     timeout_s: float
-    programs: int  # that push rows when nothing else runs
+    programs: int  # most that push rows
     within: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()  # part of a step's time
 
     def named(self, ranks: Sequence[int]) -> str:

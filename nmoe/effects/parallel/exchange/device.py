@@ -33,6 +33,7 @@ from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.effects.parallel.exchange.arena import Exchange, Put, Relay, Transport, fit, view
 from nmoe.pure.model.route import Routing
+from nmoe.pure.parallel import pushing
 from nmoe.pure.parallel.exchange_arena import Field
 
 T = TypeVar("T")
@@ -349,8 +350,16 @@ def send_(e: Exchange, x: Tensor, kept: Kept, field: Field, most: int = sys.maxs
 
     Writes:  a landing buffer of every arena.
     """
-    to, at, programs = kept.token_to, kept.token_at, min(e.programs, most)
-    e.transport.put_rows_(e, Put(field=field, values=x, to=to, at=at, valid=kept.valid, programs=programs))
+    to, at, number = kept.token_to, kept.token_at, programs(e, x, most)
+    e.transport.put_rows_(e, Put(field=field, values=x, to=to, at=at, valid=kept.valid, programs=number))
+
+
+def programs(e: Exchange, rows: Tensor, most: int = sys.maxsize) -> int:
+    """How many programs, at most so many, push rows [M D]."""
+    at_once, num_bytes = moves.at_once(rows)
+    return pushing.programs(
+        rows=rows.shape[0], rows_at_once=at_once, bytes_at_once=num_bytes, most=min(e.programs, most)
+    )
 
 
 def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:
@@ -370,8 +379,8 @@ def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, 
 
 def send_back_(e: Exchange, y: Tensor, kept: Kept, most: int = sys.maxsize) -> None:
     """Send rows back to their origins, with at most so many programs. Writes: `back` of every arena."""
-    to, at, programs = kept.origin_to, kept.origin_at, min(e.programs, most)
-    rows = Put(field=e.fields.back, values=y, to=to, at=at, valid=kept.valid, programs=programs, back=True)
+    to, at, number = kept.origin_to, kept.origin_at, programs(e, y, most)
+    rows = Put(field=e.fields.back, values=y, to=to, at=at, valid=kept.valid, programs=number, back=True)
     e.transport.put_rows_(e, rows)
 
 

@@ -27,11 +27,6 @@ from nmoe.pure.parallel.exchange_arena import Fields, Sizes, fields
 SHARED_MEMORY = Path("/dev/shm")
 
 
-PROGRAMS = 264
-"""Programs that push rows: two a multiprocessor of an H100 reach 311 GB/s over NVLink with 4,096 rows of 2,048, 64
-reach 301; 346 and 343 with 16,384 rows (docs/log.md, 2026-11-28)."""
-
-
 @contextmanager
 def open_exchange(
     *,
@@ -42,7 +37,6 @@ def open_exchange(
     transport: str = "peer",
     rendezvous: str = "127.0.0.1",
     peers: Transport | None = None,
-    programs: int = PROGRAMS,
 ) -> Iterator[Exchange]:
     """This process's part in an exchange among the ranks of `group`: on a CPU over shared memory, else P2P over NVLink.
 
@@ -52,7 +46,6 @@ def open_exchange(
     transport   "peer": all ranks are on one host; "proxy": a thread sends what goes to another host over TCP
     rendezvous  address that all hosts reach
     peers       how ranks of one host write to each other; None: `host` on a CPU, else `device`
-    programs    that push rows
 
     Raises:    InputError when ranks disagree about sizes or hosts, are on several hosts without a transport between
                them, or cannot reach each other's memory; PeerError, from what came first, when the time for a rank had
@@ -80,7 +73,7 @@ def open_exchange(
         sink = torch.empty(f.land.offset if beyond else 0, dtype=torch.uint8, device=device)
         addresses = [addresses[other - near.start] if other in near else sink.data_ptr() for other in range(ranks)]
         mapped = tuple(arenas[other - near.start] if other in near else None for other in range(ranks) if arenas)
-        e = _exchange(rank, sizes, f, raw, mapped, addresses, timeout_s, programs, hosts, peers or _peers(device))
+        e = _exchange(rank, sizes, f, raw, mapped, addresses, timeout_s, _most(device), hosts, peers or _peers(device))
         carried = None
         if beyond:
             connections = scope.enter_context(proxy.connections(place, group, rendezvous, timeout_s))
@@ -136,6 +129,11 @@ def _relay(device: torch.device) -> Relay:
     return RELAY
 
 
+def _most(device: torch.device) -> int:
+    """Most programs that push rows: two a multiprocessor; two on a CPU, where kernels are interpreted."""
+    return 2 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1)
+
+
 def _of_host(group: dist.ProcessGroup, near: range, ranks: int) -> dist.ProcessGroup:
     """The ranks of this host as a group. Only they call it."""
     if len(near) == ranks:
@@ -145,7 +143,7 @@ def _of_host(group: dist.ProcessGroup, near: range, ranks: int) -> dist.ProcessG
     return handle
 
 
-def virtual(sizes: Sizes, device: torch.device, *, programs: int = PROGRAMS) -> tuple[Exchange, ...]:
+def virtual(sizes: Sizes, device: torch.device) -> tuple[Exchange, ...]:
     """All ranks of an exchange in this process, on one device: for tests, and to measure with one GPU."""
     # only here: triton is not everywhere
     from nmoe.effects.parallel.exchange.device import PEER
@@ -155,7 +153,7 @@ def virtual(sizes: Sizes, device: torch.device, *, programs: int = PROGRAMS) -> 
     addresses = [arena.data_ptr() for arena in arenas]
     hosts = ("",) * sizes.ranks
     return tuple(
-        _exchange(rank, sizes, f, raw, arenas, addresses, 60.0, programs, hosts, PEER)
+        _exchange(rank, sizes, f, raw, arenas, addresses, 60.0, _most(device), hosts, PEER)
         for rank, raw in enumerate(arenas)
     )
 

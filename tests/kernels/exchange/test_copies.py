@@ -1,9 +1,10 @@
-"""Collectives by copies into slots, among virtual ranks of one process."""
+"""Collectives by copies into the memory of others, among virtual ranks of one process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import reduce
+from itertools import count
 
 import pytest
 import torch
@@ -25,7 +26,21 @@ def opened(ranks: int) -> list[Copies]:
     for arena in arenas:
         view(arena, layout.areas).fill_(255)  # NaN
     addresses = [arena.data_ptr() for arena in arenas]
-    return [Copies(rank, layout, arenas, addresses, 0) for rank in range(ranks)]
+    shared: list[list[Tensor]] = []
+
+    def sharing() -> Callable[[int], Sequence[Tensor]]:
+        """What a rank calls for more: its first call gets the first memory of all ranks, and so on."""
+        calls = count()
+
+        def share(size: int) -> Sequence[Tensor]:
+            call = next(calls)
+            if call == len(shared):
+                shared.append([torch.zeros(size, dtype=torch.uint8) for _ in range(ranks)])
+            return shared[call]
+
+        return share
+
+    return [Copies(rank, layout, arenas, addresses, sharing(), 0) for rank in range(ranks)]
 
 
 def together(works: Sequence[Generator[None, None, None]]) -> None:
@@ -80,15 +95,55 @@ def test_a_part_is_the_sum_of_all_ranks(ranks: int, order: Callable[[Sequence[Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_rank_gets_all_parts(ranks: int, dtype: torch.dtype) -> None:
+    """Two homes, of which stretches are gathered one after another, and again when their values have changed."""
     copies = opened(ranks)
-    for seed, size in enumerate((ranks * 3, ranks * (BYTES + 1))):
-        whole = (drawn(1, size, seed)[0] * 100).to(dtype)
-        flats = [torch.zeros_like(whole) for _ in range(ranks)]
-        for rank, flat in enumerate(flats):
+    homes = [[copy.home(ranks * size, dtype) for copy in copies] for size in (3, BYTES + 64)]
+    for seed, (home, begin, end) in enumerate([(0, 0, 3), (1, 0, BYTES), (1, BYTES, BYTES + 64), (1, 0, BYTES)]):
+        whole = (drawn(1, ranks * (end - begin), seed)[0] * 100).to(dtype)
+        for rank, flat in enumerate(homes[home]):
             mine = part_of(rank, ranks)
-            flat.view(ranks, -1)[mine] = whole.view(ranks, -1)[mine]
+            flat[ranks * begin : ranks * end].view(ranks, -1)[mine] = whole.view(ranks, -1)[mine]
+        flats = [flat[ranks * begin : ranks * end] for flat in homes[home]]
+        rest = [torch.cat((flat[: ranks * begin], flat[ranks * end :])) for flat in homes[home]]
         together([copy.gathering_(flat) for copy, flat in zip(copies, flats, strict=True)])
         assert all(torch.equal(flat, whole) for flat in flats)
+        after = [torch.cat((flat[: ranks * begin], flat[ranks * end :])) for flat in homes[home]]
+        assert all(torch.equal(one, other) for one, other in zip(rest, after, strict=True))
+
+
+def test_nothing_is_replaced_before_all_have_read_it() -> None:
+    """A rank that has come to its all-gather copies nothing while the other has not."""
+    first, second = opened(2)
+    own, other = first.home(4, torch.float32), second.home(4, torch.float32)
+    own.fill_(1)
+    ahead, behind = first.gathering_(own), second.gathering_(other)
+    next(ahead)
+    assert other.tolist() == [0, 0, 0, 0]
+    next(behind)
+    next(ahead)
+    assert other.tolist() == [1, 1, 0, 0]
+
+
+def test_a_gather_waits_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rank alone would have to wait for: that the other has read the old values, and stored the new ones."""
+    rank, _ = opened(2)
+    waits: list[int] = []
+
+    def passing(count: Tensor, flags: Tensor, missing: Tensor, *, ahead: int, limit_ns: int) -> None:
+        waits.append(int(count) + ahead - int(flags[:, 0].min()))
+
+    monkeypatch.setattr("nmoe.effects.kernels.exchange.push.await_flags_", passing)
+    flat = rank.home(4, torch.float32)
+    for _ in range(2):
+        for _ in rank.gathering_(flat):
+            pass
+    assert waits == [1, 1, 2, 2]
+
+
+def test_a_tensor_that_others_do_not_see_is_refused() -> None:
+    rank, _ = opened(2)
+    with pytest.raises(ValueError, match=r"^copies: expected a tensor in memory that `home` gave"):
+        next(rank.gathering_(torch.zeros(4)))
 
 
 def test_parts_are_those_of_levels() -> None:

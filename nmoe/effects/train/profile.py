@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -105,7 +106,7 @@ class Profile:
 
 @contextmanager
 def profiling(path: Path, config: Config) -> Iterator[World]:
-    """Profile a run in the World yielded; after enough steps write each rank's trace and print the times.
+    """Profile a run in the World yielded; after enough steps, or at its end, write the traces and print the times.
 
     path     of the trace of rank 0, which must not exist yet; Chrome and Perfetto open it
 
@@ -119,9 +120,7 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
     profiler = torch.profiler.profile(activities=activities, schedule=warmed)
     watch = Watch(profiler=profiler, on_gpu=on_gpu)
 
-    def ended(runtime: Runtime) -> None:
-        watch.end()
-        on_all_ranks(runtime.ranks, lambda: _check_steps(watch))
+    def report(runtime: Runtime) -> None:
         beside = own.with_name(f".{own.name}.part")
         profiler.export_chrome_trace(str(beside))
         os.replace(beside, own)
@@ -134,10 +133,20 @@ def profiling(path: Path, config: Config) -> Iterator[World]:
         more = f", and of the other ranks as {path_of(path, 1).name}" if len(texts) > 1 else ""
         say(f"trace          {path}{more}; open it in chrome://tracing or https://ui.perfetto.dev")
 
+    def begun(runtime: Runtime) -> None:
+        watch.report = partial(report, runtime)
+
+    def ended(runtime: Runtime) -> None:
+        late = watch.warm
+        watch.end()
+        on_all_ranks(runtime.ranks, lambda: _check_steps(watch))
+        if late:
+            report(runtime)
+
     try:
         # A GPU's ops have their ranges, see `ops.build`.
         env = unchanged if on_gpu else lambda env: attrs.evolve(env, ops=labelled(env.ops))
-        yield World(read=watch.reading, env=env, ended=ended)
+        yield World(read=watch.reading, env=env, begun=begun, ended=ended)
     finally:
         watch.end()
 
@@ -184,6 +193,10 @@ def check(path: Path, config: Config) -> None:
         raise InputError(*problems)
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 @attrs.define
 class Watch:
     """Loads, starts and stops the profiler at the head of a step, where a run reads its next batch."""
@@ -195,6 +208,7 @@ class Watch:
     seconds: float = 0.0  # that they took
     warm: bool = False  # the profiler is loaded and must be stopped
     began: float | None = None
+    report: Callable[[], None] = nothing  # called when as many steps as wanted are traced
 
     def reading(self, read: Callable[[int], Batch]) -> Callable[[int], Batch]:
         """`read`, counted: it loads, starts and stops the profiler."""
@@ -202,6 +216,7 @@ class Watch:
         def counted(cursor: int) -> Batch:
             if self.began is not None and self.reads == FIRST + STEPS:
                 self.end()
+                self.report()
             if self.reads == FIRST - 1:
                 self.profiler.start()
                 self.warm = True

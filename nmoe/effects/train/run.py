@@ -106,6 +106,7 @@ def main(
         with memory_explained(job.plan):
             start = begin(request, job, connected.runtime, scope)
             session = open_session(request, job, start, connected, scope)
+            request.world.begun(connected.runtime)
             code = train(session, start)
             request.world.ended(connected.runtime)
             return code

@@ -32,11 +32,12 @@ def nothing(runtime: Runtime) -> None:
 @attrs.frozen(kw_only=True)
 class World:
     """The disk, the reader of batches and the ops of a training; who judges the model at the cadence of `eval`, and
-    what follows the training while the ranks are joined.
+    what precedes and follows the training while the ranks are joined.
     """
 
     fs: Fs = attrs.Factory(Disk)
     read: Callable[[Callable[[int], Batch]], Callable[[int], Batch]] = unchanged
     env: Callable[[Env], Env] = unchanged
+    begun: Callable[[Runtime], None] = nothing
     ended: Callable[[Runtime], None] = nothing
     judge: Judge | None = None

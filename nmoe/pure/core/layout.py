@@ -113,7 +113,7 @@ def layout(
     optimizers: Mapping[str, str],
     compute: Literal["fp32", "bf16"],
     moments: Literal["fp32", "bf16"],
-    accumulate: bool,
+    microbatches: int,
     world: int = 1,
     replicas: int = 1,
     bucket: int = BUCKET,
@@ -123,7 +123,8 @@ def layout(
     optimizers  group -> update rule of its hidden matrices
     compute     format of parameters whose policy stores them in "compute"
     moments     format of the moments of what is stored in bf16; others have fp32 ones
-    accumulate  whether a step has more than one microbatch: gradients are then kept in fp32
+    microbatches  of a step on all ranks: gradients that are sums over several products are kept in fp32. Ranks that
+                share out the experts multiply the rows of all their microbatches in one
     world       ranks the experts are shared out to
     replicas    groups of that many ranks; each has all parameters
     bucket      elements after which a bucket ends, at the end of the parameter; of whole parameters it has one a rank
@@ -143,6 +144,7 @@ def layout(
     for key, parameters in members.items():
         own, storage = policies[key], key[-1]
         parts, whole = replicas if own.shard else world * replicas, own.optimizer not in ELEMENTWISE
+        products = microbatches // world if own.shard else microbatches
         slots: list[Slot] = []
         ends = [0]
         offset = 0
@@ -172,7 +174,7 @@ def layout(
                 slots=tuple(slots),
                 size=offset,
                 storage=storage,
-                gradient=torch.float32 if accumulate else storage,
+                gradient=torch.float32 if products > 1 else storage,
                 moments=dtype(moments) if storage is torch.bfloat16 else torch.float32,
                 parts=parts,
                 ends=tuple(ends[1:]),

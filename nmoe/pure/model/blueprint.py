@@ -13,7 +13,8 @@ def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1, *, kin
     """The parameters of `config` as one of `world` ranks holds them.
 
     Gradients are summed in fp32 as soon as a step has more than one microbatch, whether one rank computes all of them
-    or many ranks one each: a bf16 sum over ranks would lose what a bf16 sum over microbatches loses.
+    or many ranks one each: a bf16 sum over ranks would lose what a bf16 sum over microbatches loses. Those of experts
+    that the ranks share out with a microbatch each are one product over the rows of all, and not summed again.
 
     expert_ranks  ranks that share one set of experts; divides `world` and the number of experts
     kinds         of attention
@@ -35,7 +36,7 @@ def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1, *, kin
             optimizers=config.optim.optimizers(),
             compute=config.precision.storage(),
             moments=config.precision.moments,
-            accumulate=train.batch_size > train.microbatch_size,
+            microbatches=train.batch_size // train.microbatch_size,
             world=expert_ranks,
             replicas=world // expert_ranks,
         ),

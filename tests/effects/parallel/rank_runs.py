@@ -119,7 +119,7 @@ def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
         optimizers=config.optim.optimizers(),
         compute=config.precision.storage(),
         moments=config.precision.moments,
-        accumulate=True,
+        microbatches=64,
         world=ranks.experts.size,
         replicas=ranks.replicas.size,
         bucket=bucket,

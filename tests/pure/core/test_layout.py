@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe.pure.checkpoint.pieces import arena_pieces, gaps
-from nmoe.pure.core.layout import ALIGNMENT, ArenaLayout, layout
+from nmoe.pure.core.layout import ALIGNMENT, ArenaLayout, dtype, layout
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 
@@ -42,7 +43,7 @@ def arenas(dims: dict[str, int], world: tuple[int, int], bucket: int, rule: str)
         optimizers={"dense": rule, "expert": rule},
         compute="bf16",
         moments="fp32",
-        accumulate=True,
+        microbatches=64,
         world=shared,
         replicas=replicas,
         bucket=bucket,
@@ -109,3 +110,31 @@ def test_pieces_of_all_ranks_are_every_element_once(
         size = torch.Size([dims[letter] for letter in letters]).numel()
         for kind in ("value", "first"):
             assert gaps(size, parts[f"param/{path}/{kind}"]) == ()
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "world", "replicas", "experts", "others"),
+    [
+        (1, 1, 1, "bf16", "bf16"),
+        (2, 1, 1, "fp32", "fp32"),
+        (2, 1, 2, "fp32", "fp32"),  # summed over ranks
+        (2, 2, 1, "bf16", "fp32"),  # one product over the rows of both ranks
+        (4, 2, 1, "fp32", "fp32"),  # two microbatches a rank
+        (4, 2, 2, "fp32", "fp32"),  # one, and another of the other group
+    ],
+)
+def test_gradients_are_fp32_where_several_products_are_summed(
+    microbatches: int, world: int, replicas: int, experts: str, others: str
+) -> None:
+    found = layout(
+        spec_tree(Few),
+        {"A": 8, "B": 8, "E": 4},
+        optimizers={"dense": "adamw", "expert": "adamw"},
+        compute="bf16",
+        moments="fp32",
+        microbatches=microbatches,
+        world=world,
+        replicas=replicas,
+    )
+    formats = {bool(arena.policy.shard): arena.gradient for arena in found if arena.storage is torch.bfloat16}
+    assert formats == {True: dtype(experts), False: dtype(others)}

@@ -100,7 +100,7 @@ def gate(name: str) -> Request:
     return request(f"moe.swiglu:{name}_kernel", f"{arrays} rows:i32 width:i32", tile, constants, "rows width")
 
 
-def update(value: str, gradient: str, moments: str, size: str = "i32") -> Request:
+def update(value: str, gradient: str, moments: str, size: str = "i32", *, clear: bool = True) -> Request:
     """AdamW on an arena of these formats."""
     tile = adamw.TILE
     bits = "*fp32" if value == "fp32" else "*i16"
@@ -111,7 +111,7 @@ def update(value: str, gradient: str, moments: str, size: str = "i32") -> Reques
         tile,
         {
             **{"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1},
-            **{"has_remainder": value == "bf16", "block": tile.block, "repeats": tile.repeats},
+            **{"has_remainder": value == "bf16", "clear": clear, "block": tile.block, "repeats": tile.repeats},
         },
         "size",
         SAME["optim.adamw:update_kernel"] if value == "fp32" else {},

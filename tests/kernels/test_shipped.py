@@ -29,6 +29,7 @@ REST: dict[str, Callable[[], Request]] = {
     "norm of 1536": lambda: shipped.norm("backward", True, 1536),
     "norm of 512": lambda: shipped.norm("backward", False, 512),
     "swiglu": lambda: shipped.gate("forward"),
+    "adamw: nothing cleared": lambda: shipped.update("bf16", "fp32", "bf16", clear=False),
     "adamw: fp32": lambda: shipped.update("fp32", "fp32", "fp32"),
     "adamw: bf16": lambda: shipped.update("bf16", "bf16", "bf16"),
     "adamw: fp32 gradient and moments": lambda: shipped.update("bf16", "fp32", "fp32"),

@@ -398,13 +398,15 @@ def update_(
     factors  path of a parameter -> what multiplies its new value
     returns  norm of the change
 
-    Writes:  the arenas; gradients are zero afterwards.
+    Writes:  the arenas; gradients are zero afterwards, but for those that ops store anew in each step.
     """
     passes, ranks, optim = setup.passes, setup.rt.ranks, setup.config.optim
     changes: list[Tensor] = []
     for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
         rule, name, sharing = layout.policy.optimizer, layout.policy.group, ranks.sharing(layout)
         update = passes.update_(rule)
+        places = (arena.value[slot.offset :].data_ptr() for slot in layout.slots)
+        clear = not setup.accumulator.stored.issuperset(places)
         for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.part()), strict=True):
             for begin, end, of_matrix in _passes(layout, own, passes.chunk, setup.blueprint.dims, optim):
                 part, held = slice(begin, end), slice(begin - own.begin + own.at, end - own.begin + own.at)
@@ -421,12 +423,13 @@ def update_(
                         **settings(rule, getattr(optim, name)),
                         **of_matrix,
                         decay=optim.weight_decay if layout.policy.decay else 0.0,
+                        clear=clear,
                     )
                 )
             for slot in layout.slots:
                 if low <= slot.offset < high and slot.path in factors:
                     qk_clip.multiply_(arena, layout, slot, factors[slot.path], part=sharing.part())
-            if sharing.size > 1:
+            if sharing.size > 1 and clear:
                 # what others own, of which this rank had a part; the update cleared its own
                 arena.gradient[low : own.begin].zero_()
                 arena.gradient[own.end : high].zero_()

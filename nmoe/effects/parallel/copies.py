@@ -81,6 +81,10 @@ class Copies:
         self._homes.append(arenas)
         return arenas[self.rank].view(dtype)
 
+    def num_bytes(self) -> int:
+        """Symmetric memory of this rank."""
+        return self._raw.nbytes + sum(homes[self.rank].nbytes for homes in self._homes)
+
     def reduce_scatter_(self, flat: Tensor) -> Work:
         """Start the sum of a flat tensor over the ranks; of the parts each rank has its own. What to wait for.
 

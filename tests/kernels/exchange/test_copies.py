@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nmoe.effects.parallel.copies import Copies
 from nmoe.effects.parallel.exchange.arena import view
-from nmoe.effects.parallel.ranks import part_of
+from nmoe.effects.parallel.ranks import Group, Ranks, part_of
 from nmoe.pure.parallel.slots import SLOTS, slots
 
 BYTES = 4096
@@ -138,6 +138,15 @@ def test_a_gather_waits_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in rank.gathering_(flat):
             pass
     assert waits == [1, 1, 2, 2]
+
+
+def test_memory_that_two_groups_share_is_counted_once() -> None:
+    world, replicas = opened(2)[0], opened(3)[0]
+    world.home(5, torch.float32)
+    for group, num_bytes in ((world, 0), (replicas, slots(3, BYTES).size)):
+        ranks = Ranks(world=Group(copies=world), replicas=Group(copies=group))
+        assert ranks.symmetric_bytes() == slots(2, BYTES).size + 20 + num_bytes
+    assert Ranks().symmetric_bytes() == 0
 
 
 def test_a_tensor_that_others_do_not_see_is_refused() -> None:

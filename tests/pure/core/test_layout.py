@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmoe.pure.checkpoint.pieces import arena_pieces, gaps
-from nmoe.pure.core.layout import ALIGNMENT, ArenaLayout, dtype, layout
+from nmoe.pure.core.layout import ALIGNMENT, ArenaLayout, layout
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 
@@ -115,16 +115,16 @@ def test_pieces_of_all_ranks_are_every_element_once(
 @pytest.mark.parametrize(
     ("microbatches", "world", "replicas", "experts", "others"),
     [
-        (1, 1, 1, "bf16", "bf16"),
-        (2, 1, 1, "fp32", "fp32"),
-        (2, 1, 2, "fp32", "fp32"),  # summed over ranks
-        (2, 2, 1, "bf16", "fp32"),  # one product over the rows of both ranks
-        (4, 2, 1, "fp32", "fp32"),  # two microbatches a rank
-        (4, 2, 2, "fp32", "fp32"),  # one, and another of the other group
+        (1, 1, 1, torch.bfloat16, torch.bfloat16),
+        (2, 1, 1, torch.float32, torch.float32),
+        (2, 1, 2, torch.float32, torch.float32),  # summed over ranks
+        (2, 2, 1, torch.bfloat16, torch.float32),  # one product over the rows of both ranks
+        (4, 2, 1, torch.float32, torch.float32),  # two microbatches a rank
+        (4, 2, 2, torch.float32, torch.float32),  # one, and another of the other group
     ],
 )
 def test_gradients_are_fp32_where_several_products_are_summed(
-    microbatches: int, world: int, replicas: int, experts: str, others: str
+    microbatches: int, world: int, replicas: int, experts: torch.dtype, others: torch.dtype
 ) -> None:
     found = layout(
         spec_tree(Few),
@@ -137,4 +137,4 @@ def test_gradients_are_fp32_where_several_products_are_summed(
         replicas=replicas,
     )
     formats = {bool(arena.policy.shard): arena.gradient for arena in found if arena.storage is torch.bfloat16}
-    assert formats == {True: dtype(experts), False: dtype(others)}
+    assert formats == {True: experts, False: others}

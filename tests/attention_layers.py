@@ -49,7 +49,7 @@ SLOPES: Mapping[str, int] = {
     "gqa in a window": 38_400,
     "kda": 224_064,
     "nsa": 86_000,
-    "dsa": 113_050,
+    "dsa": 111_930,
     "dsa, dense stage": 49_520,
 }
 """Bytes a token that a layer holds at most at once, forward and backward, as docs/attention.md states them."""

@@ -15,10 +15,6 @@ KEPT = (
     ("nmoe.__main__", "python -m nmoe"),
     ("nmoe.cli.reference", "make docs"),
     ("nmoe.effects.parallel.torchrun", "the command nmoe-torchrun of pyproject.toml, which `nmoe launch` writes"),
-    (
-        "nmoe.effects.kernels.exchange.nvshmem",
-        "puts by NVSHMEM: right between two GPUs, and no exchange opens with them",
-    ),
     *(
         (f"nmoe.effects.evals.harness.{name}", "called by lm-eval")
         for name in ("tok_encode", "loglikelihood_rolling", "generate_until")

@@ -86,15 +86,29 @@ def beyond_hosts(expert_ranks: int, per_host: int, transport: str) -> tuple[str,
 
 def remarks(config: Config) -> tuple[str, ...]:
     """What is right in a config and not what one may expect, each `<path>: <what>`."""
+    return (
+        *_slow(config),
+        *map("parallel.transport: {}".format, unproven(config)),
+        *(f"schedule.decay_tokens: {text}" for text in no_decay(config)),
+    )
+
+
+def unproven(config: Config) -> tuple[str, ...]:
+    """What to say of a transport between hosts that no network has carried; nothing of another."""
+    if config.parallel.transport != "nvshmem":
+        return ()
+    return ('no network has carried "nvshmem" yet; compare the first steps with those of "proxy"',)
+
+
+def _slow(config: Config) -> tuple[str, ...]:
+    """What a GPU runs as plain torch."""
     if _plain(config):
-        slow = ('run.kernels: "torch" runs every operation of a GPU as plain torch: right, and slow',)
-        return (*slow, *(f"schedule.decay_tokens: {text}" for text in no_decay(config)))
-    plain = tuple(
+        return ('run.kernels: "torch" runs every operation of a GPU as plain torch: right, and slow',)
+    return tuple(
         f'{where}.kind: "{c.kind}" has no kernels, a GPU runs it as plain torch: right, and slow'
         for where, c in config.model.attentions().items()
         if not c.has_kernels and config.run.device == "cuda"
     )
-    return (*plain, *(f"schedule.decay_tokens: {text}" for text in no_decay(config)))
 
 
 def no_decay(config: Config) -> tuple[str, ...]:
@@ -296,6 +310,11 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
         yield (
             f'parallel.experts: expected 1 when run.kernels is "torch", got {experts or world}; write 1, so that each '
             "rank holds all experts: only the kernels exchange rows among GPUs"
+        )
+    if config.parallel.transport == "nvshmem" and config.run.device == "cpu":
+        yield (
+            'parallel.transport: expected "peer" or "proxy" when run.device is "cpu", got "nvshmem"; write one of '
+            "them, NVSHMEM joins GPUs"
         )
     if config.train.graph and config.parallel.transport == "proxy":
         yield (

@@ -376,9 +376,9 @@ class Parallel:
     dedup: bool = setting(
         "whether a token goes once to a rank that holds several of its experts", default=True, identity=False
     )
-    transport: Literal["peer", "proxy"] = setting(
-        "how rows reach the ranks that hold their experts: by memory that a host's ranks share, or to other hosts by a "
-        "thread and TCP, slowly",
+    transport: Literal["peer", "proxy", "nvshmem"] = setting(
+        "how rows reach the ranks that hold their experts: by memory that a host's ranks share, to other hosts by a "
+        "thread and TCP, slowly, or by puts of NVSHMEM, which no network has carried yet",
         default="peer",
         identity=False,
     )

@@ -12,7 +12,7 @@ from nmoe.effects.kernels import norm as norm_kernels
 from nmoe.effects.kernels.attention import mla_assemble
 from nmoe.effects.kernels.exchange import plan as plan_kernels
 from nmoe.effects.kernels.moe import combine, dispatch, router, swiglu
-from nmoe.effects.kernels.optim import adamw
+from nmoe.effects.kernels.optim import adamw, muon
 from tests.kernels.aot import Request
 
 KERNELS = "nmoe.effects.kernels"
@@ -25,6 +25,8 @@ SAME: Mapping[str, Mapping[str, str]] = {
     "norm:backward_kernel": {"residual": "grad_output"},
     "norm:forward_kernel": {"y": "x", "total": "x"},
     "optim.adamw:update_kernel": {"remainder": "value"},
+    "optim.muon:value_kernel": {"remainder": "value"},
+    "optim.newton_schulz:symmetric_kernel": {"right": "left", "added": "left"},
 }
 """Arguments to which some caller gives the memory of another one: held complete by tests/kernels/conftest.py."""
 
@@ -127,6 +129,41 @@ def square_sum(gradient: str) -> Request:
         tile,
         {"block": tile.block, "repeats": tile.repeats},
         "size",
+    )
+
+
+STEPS = "outer_step inner_step row_step rows columns width"
+"""How matrices lie in an arena, in numbers that are multiples of 16."""
+
+
+def ahead(gradient: str, moment: str, products: str = "bf16") -> Request:
+    """What Muon orthogonalises, of these formats."""
+    tile = muon.TILE
+    return request(
+        "optim.muon:ahead_kernel",
+        f"gradient:*{gradient} momentum:*{moment} out:*{products} partial:*fp32 allowed:*i8 shrink:*fp32 "
+        + integers(f"first inner {STEPS}"),
+        tile,
+        {"beta": 0.95, "column_step": 1, "M": tile.block_m, "N": tile.block_n},
+        STEPS,
+    )
+
+
+def moved(value: str) -> Request:
+    """Muon's new value, of this format."""
+    tile = muon.TILE
+    bits = "*fp32" if value == "fp32" else "*i16"
+    return request(
+        "optim.muon:value_kernel",
+        f"value:{bits} remainder:{bits} direction:*{value} partial:*fp32 allowed:*i8 lr:*fp64 "
+        + integers(f"first inner {STEPS}"),
+        tile,
+        {
+            **{"length": 9.05, "decay": 0.1, "has_remainder": value == "bf16", "column_step": 1},
+            **{"M": tile.block_m, "N": tile.block_n},
+        },
+        STEPS,
+        SAME["optim.muon:value_kernel"] if value == "fp32" else {},
     )
 
 

@@ -24,6 +24,7 @@ from tests.kernels.attention import test_shipped_nsa as native
 from tests.kernels.exchange import test_exchange_aot, test_nvshmem_aot
 from tests.kernels.moe import test_block_scaled, test_shipped_fp8
 from tests.kernels.moe import test_shipped_moe as moe
+from tests.kernels.optim import test_shipped_muon
 
 OTHERS = {**shipped.of_dispatch(256, 8), **shipped.of_biases(), **shipped.of_assembly(), **shipped.of_exchange()}
 """What ships and no other test compiles, for as many experts as any preset has."""
@@ -129,6 +130,7 @@ def requests() -> list[Request]:
         *test_shipped_fp8.products(),
         *test_shipped_fp8.quantisers(),
         *map(test_block_scaled.request, test_block_scaled.INSTRUCTION),
+        *test_shipped_muon.REQUESTS.values(),
         *test_exchange_aot.REQUESTS.values(),
         *test_nvshmem_aot.requests(""),
     ]

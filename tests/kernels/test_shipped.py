@@ -16,6 +16,8 @@ QUICK: dict[str, Callable[[], Request]] = {
     "swiglu: backward": lambda: shipped.gate("backward"),
     "adamw": lambda: shipped.update("bf16", "bf16", "fp32"),
     "adamw: fp32 gradient": lambda: shipped.update("bf16", "fp32", "bf16"),
+    "muon: ahead": lambda: shipped.ahead("fp32", "bf16"),
+    "muon: value": lambda: shipped.moved("bf16"),
     "global norm": lambda: shipped.square_sum("bf16"),
     "choice": lambda: shipped.choice(64, 6),
 }
@@ -37,6 +39,9 @@ REST: dict[str, Callable[[], Request]] = {
     "adamw: fp32 with bf16 moments": lambda: shipped.update("fp32", "fp32", "bf16"),
     "adamw: fp32 with bf16 gradient and moments": lambda: shipped.update("fp32", "bf16", "bf16"),
     "adamw: beyond 2^31 elements": lambda: shipped.update("bf16", "bf16", "bf16", "i64"),
+    "muon: ahead of bf16": lambda: shipped.ahead("bf16", "bf16"),
+    "muon: ahead with fp32 moments": lambda: shipped.ahead("fp32", "fp32"),
+    "muon: ahead of bf16 with fp32 moments": lambda: shipped.ahead("bf16", "fp32"),
     "choice of 256": lambda: shipped.choice(256, 8),
     "global norm: fp32": lambda: shipped.square_sum("fp32"),
 }

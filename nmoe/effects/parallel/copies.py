@@ -231,16 +231,20 @@ def _added_(terms: Sequence[Tensor], own: Tensor) -> Tensor:
 
 
 @contextmanager
-def open_copies(ranks: Ranks, device: torch.device, timeout_s: float, *, kernels: str) -> Iterator[Ranks]:
+def open_copies(
+    ranks: Ranks, device: torch.device, timeout_s: float, *, kernels: str, transport: str
+) -> Iterator[Ranks]:
     """The ranks, with copy engines for their collectives where all are GPUs of one host that reach each other's memory.
 
     Between hosts, and where GPUs do not reach each other, NCCL carries everything. Collective.
 
-    kernels  "torch": flags need Triton's kernels, so NCCL
+    kernels    "torch": flags need Triton's kernels, so NCCL
+    transport  of an exchange; "nvshmem": torch has one kind of symmetric memory in a process, so NCCL
 
     Raises:  PeerError, from what came first, when the time for a rank had run out.
     """
-    if ranks.world.size == 1 or device.type != "cuda" or kernels == "torch" or not _reached(ranks, device):
+    taken = transport == "nvshmem" and ranks.experts.size > 1
+    if ranks.world.size == 1 or device.type != "cuda" or kernels == "torch" or taken or not _reached(ranks, device):
         yield ranks
         return
     with ExitStack() as scope:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from nmoe.config.check import beyond_hosts
+from nmoe.effects.parallel.exchange import nvshmem
 from nmoe.effects.parallel.exchange.arena import PeerError, named
 from nmoe.effects.parallel.launch import MULTICAST_OFF, Launch
 from nmoe.effects.terminal import warn
@@ -282,10 +283,12 @@ def _await_readers(ranks: Ranks, lost: Sequence[int], patience_s: float) -> None
 def check_machine(launch: Launch, expert_ranks: int, transport: str, *, cuda: bool) -> None:
     """Refuse what this machine cannot do, before any rank waits for another.
 
-    Raises:  InputError for NVLink multicast that is on, experts shared out beyond what the transport reaches, GPUs that
-             cannot reach each other.
+    Raises:  InputError for NVLink multicast that is on, experts shared out beyond what the transport reaches, NVSHMEM
+             that is not there, GPUs that cannot reach each other.
     """
     problems = [*beyond_hosts(expert_ranks, launch.local_world, transport)]
+    if transport == "nvshmem" and expert_ranks > 1:
+        problems += nvshmem.problems(torch.version.cuda)
     if cuda and launch.world > 1:
         wrong = [f"{name}={value}" for name, value in MULTICAST_OFF.items() if launch.multicast.get(name) != value]
         if wrong:

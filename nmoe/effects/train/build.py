@@ -120,6 +120,7 @@ def exchanging(
         capacity=parallel.room(),
         dedup=parallel.dedup,
         dtype=torch.bfloat16 if config.precision.storage() == "bf16" else torch.float32,
+        staged=parallel.transport == "nvshmem",
     )
     return open_exchange(
         device=device,

@@ -134,7 +134,8 @@ def connect(config: Config, scope: ExitStack) -> Connected:
         gpu.set_allocator(device, config.memory, launch.allocator)
         check_machine(launch, expert_ranks, config.parallel.transport, cuda=device.type == "cuda")
         ranks = scope.enter_context(open_ranks(launch, expert_ranks, device, config.parallel.timeout_s))
-        ranks = scope.enter_context(open_copies(ranks, device, config.parallel.timeout_s, kernels=kernels))
+        by = {"kernels": kernels, "transport": config.parallel.transport}
+        ranks = scope.enter_context(open_copies(ranks, device, config.parallel.timeout_s, **by))
     runtime = process.Runtime(
         device=device,
         rank=launch.rank,

@@ -10,7 +10,7 @@ import torch
 from nmoe.config import sections
 from nmoe.config.sections import Config
 from nmoe.pure.core.blueprint import Blueprint, Parameters
-from nmoe.pure.core.layout import ArenaLayout
+from nmoe.pure.core.layout import ArenaLayout, Slot
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.cost import flops
 from nmoe.pure.cost.flops import Flops
@@ -19,8 +19,8 @@ from nmoe.pure.cost.traffic import distinct_ranks
 from nmoe.pure.model.attention import KINDS, Kind, Kinds, layers
 from nmoe.pure.model.attention.qk_clip import score_bytes
 from nmoe.pure.model.route import BINS
-from nmoe.pure.optim.muon import temporary_bytes
-from nmoe.pure.optim.update import rule
+from nmoe.pure.optim.muon import matrices, temporary_bytes
+from nmoe.pure.optim.update import matrix_settings, rule
 from nmoe.pure.parallel import exchange_arena
 from nmoe.pure.parallel.slots import slots
 
@@ -192,6 +192,16 @@ def saved_bytes(arena: ArenaLayout) -> int:
     return arena.storage.itemsize + 2 * arena.has_remainder() + moment_bytes(arena)
 
 
+def update_bytes(arena: ArenaLayout, slot: Slot, dims: Dims, optim: sections.Optim, *, kernels: bool) -> int:
+    """Temporaries of the update of a parameter as a whole, by the rule itself or by kernels."""
+    bf16 = arena.has_remainder()
+    if not kernels:
+        return temporary_bytes(slot.size(), bf16=bf16)
+    how = {"bf16": bf16, "heads_apart": optim.muon_heads == "apart"}
+    about = matrix_settings(arena.policy.optimizer, slot.spec, slot.shape, dims, **how)
+    return max(part.temporary_bytes(2 if bf16 else 4) for part in matrices(about["by_matrix"], slot.size()))
+
+
 def moment_bytes(arena: ArenaLayout) -> int:
     """Bytes of the moments of an element."""
     return len(rule(arena.policy.optimizer).moments) * arena.moments.itemsize
@@ -237,10 +247,12 @@ def plan(
         capacity=capacity,
         dedup=dedup,
         dtype=torch.float32 if element == 4 else torch.bfloat16,
+        staged=config.parallel.transport == "nvshmem",
     )
     arena, rows = exchange_arena.fields(sizes) if expert_ranks > 1 else None, sizes.capacity
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
-    if config.run.device == "cuda" and config.run.kernels == "triton":
+    kernels = config.run.device == "cuda" and config.run.kernels == "triton"
+    if kernels:
         activations = kernel_activation_bytes(
             c,
             dims,
@@ -252,8 +264,9 @@ def plan(
         )
         # logits become their own gradient; the head's gradient is summed in fp32
         logits = logit_rows * element + (1 + c.depth()) * head * 4
-        # among hosts NCCL moves them, which has its own memory
-        groups = {ranks, ranks // expert_ranks} - {1} if ranks <= H200.gpus_per_host else ()
+        # among hosts, and beside NVSHMEM, NCCL moves them, which has its own memory
+        copied = ranks <= H200.gpus_per_host and not (arena and sizes.staged)
+        groups = {ranks, ranks // expert_ranks} - {1} if copied else ()
         landing = sum(slots(size).allocated() for size in groups)
     else:
         landing = 0
@@ -289,7 +302,7 @@ def plan(
             landing=landing,
             update=max(
                 (
-                    temporary_bytes(slot.size(), bf16=arena.has_remainder())
+                    update_bytes(arena, slot, dims, config.optim, kernels=kernels)
                     for arena in arenas
                     for slot in arena.slots
                     if arena.whole()

@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from nmoe.config import Config, Mixed, Model
-from nmoe.config.check import no_decay
+from nmoe.config.check import no_decay, unproven
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.cost.scale import Scaled
 from nmoe.pure.cost.traffic import Traffic
@@ -105,6 +105,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
             f"{planned.ranks}  EP size {planned.expert_ranks}  {counted(planned.microbatches, 'microbatch', 'es')} of "
             f"{train.microbatch_size} x {train.sequence_length} a rank",
         ),
+        *(("transport", text) for text in unproven(config)),
         ("memory a rank", f"{quantity(memory.total(), 'B')}  {'  '.join(filter(None, kinds[:4]))}"),
         ("", f"{'  '.join(filter(None, kinds[4:]))}  (activations are an estimate)"),
         (
@@ -342,7 +343,10 @@ def _symmetric_memory(arena: Fields | None) -> str:
     if arena is None:
         return f"symmetric memory {quantity(0, 'B')}"
     landing, combine = arena.land.size() + arena.land_gradient.size(), arena.back.size()
+    sent = arena.sent.size() + arena.sent_back.size()
+    staged = f"send buffers {quantity(sent, 'B')}  " if sent else ""
     return (
         f"symmetric memory {quantity(arena.allocated(), 'B')}: receive buffers {quantity(landing, 'B')}  combine "
-        f"{quantity(combine, 'B')}  gates, indices, counts, flags {quantity(arena.size - landing - combine, 'B')}"
+        f"{quantity(combine, 'B')}  {staged}gates, indices, counts, flags "
+        f"{quantity(arena.size - landing - combine - sent, 'B')}"
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -25,13 +26,89 @@ RMS = 0.2
 """Root mean square that an update of AdamW usually has (arXiv:2502.16982, section 2.2)."""
 
 
+ELEMENTS = 1 << 28
+"""Elements of the matrices that kernels orthogonalise at once: their temporaries are at most 3.2 GB in bf16, and the
+tiles of 64 experts of 2048 x 1408 fill the multiprocessors of an H200 exactly 32 times."""
+
+
 def temporary_bytes(size: int, *, bf16: bool) -> int:
-    """Bytes that the update of a parameter of so many elements makes at most at once.
+    """Bytes that the update of a parameter of so many elements makes at most at once, by the functions below.
 
     Seven numbers in fp32 an element: gradient, momentum, what is ahead, and of the product four; of a parameter in bf16
     the joined value too.
     """
     return size * (32 if bf16 else 28)
+
+
+@attrs.frozen(kw_only=True)
+class Matrices:
+    """Matrices of one size that lie in a flat tensor, counted by up to two axes; numbers are elements."""
+
+    offset: int  # of the first one
+    counts: tuple[int, int]
+    steps: tuple[int, int]  # from one matrix to the next along each axis
+    rows: int
+    columns: int
+    row_step: int
+    column_step: int
+
+    def number(self) -> int:
+        """How many there are."""
+        return self.counts[0] * self.counts[1]
+
+    def turns(self, elements: int = ELEMENTS) -> Iterator[tuple[int, int]]:
+        """First and number of those that are worked on together: equal turns of at most so many elements, or one."""
+        most = max(1, elements // (self.rows * self.columns))
+        size = -(-self.number() // -(-self.number() // most))
+        for first in range(0, self.number(), size):
+            yield first, min(size, self.number() - first)
+
+    def temporary_bytes(self, element: int) -> int:
+        """Bytes that kernels need for the largest turn: its matrices twice, and four symmetric ones of each.
+
+        element  bytes of a number in the products, whose rows begin at multiples of 16
+        """
+        unit = 16 // element
+        side = min(self.rows, self.columns)
+        pieces = 2 * self.rows * -(-self.columns // unit) + 4 * side * -(-side // unit)
+        return max(count for _, count in self.turns()) * pieces * 16
+
+
+def matrices(by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], size: int) -> tuple[Matrices, ...]:
+    """Where the matrices of a parameter lie in its elements.
+
+    by_matrix  (apply, tensor) -> tensor, as the function below for this parameter
+    size       elements of the parameter
+    """
+    found: list[Tensor] = []
+
+    def noted(part: Tensor) -> Tensor:
+        found.append(part)
+        return part
+
+    by_matrix(noted, torch.empty(size, device="meta"))
+    return tuple(each for part in found for each in _described(int(part.storage_offset()), part.shape, part.stride()))
+
+
+def _described(offset: int, shape: Sequence[int], strides: Sequence[int]) -> Iterator[Matrices]:
+    """A view [... M N] as matrices of up to two counted axes."""
+    counted = [axis for axis in zip(shape[:-2], strides[:-2], strict=True) if axis[0] > 1]
+    if len(counted) > 2:
+        (count, step), *rest = counted
+        shape, strides = ([*(axis[at] for axis in rest), *last[-2:]] for at, last in enumerate((shape, strides)))
+        for index in range(count):
+            yield from _described(offset + index * step, shape, strides)
+        return
+    outer, inner = [(1, 0)] * (2 - len(counted)) + counted
+    yield Matrices(
+        offset=offset,
+        counts=(outer[0], inner[0]),
+        steps=(outer[1], inner[1]),
+        rows=shape[-2],
+        columns=shape[-1],
+        row_step=strides[-2],
+        column_step=strides[-1],
+    )
 
 
 def by_matrix(
@@ -68,7 +145,9 @@ def by_matrix(
     value, inner = moved, dict.fromkeys(sides, 1)  # inner: elements of a side that one index of its first axis has
     if len(merged) > 1:
         first, count = sides.index(merged[0]), len(merged)
-        value = moved.flatten(len(counted) + first, len(counted) + first + count - 1)
+        place = len(counted) + first
+        joined = math.prod(moved.shape[place : place + count])
+        value = moved.view(*moved.shape[:place], joined, *moved.shape[place + count :])
         del sides[first + 1 : first + count]
         inner[sides[first]] = math.prod(shape[at] for at in rest[first + 1 : first + count])
     if len(sides) != 2:

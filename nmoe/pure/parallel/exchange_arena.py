@@ -37,6 +37,7 @@ class Sizes:
     capacity: int  # rows a rank can hold for its experts
     dedup: bool  # whether a token goes once to each rank that needs it
     dtype: torch.dtype  # of the rows
+    staged: bool = False  # whether a rank sends from its arena alone, as NVSHMEM does
 
     def local(self) -> int:
         """Experts a rank holds."""
@@ -48,6 +49,10 @@ class Sizes:
         With dedup a token lands once at most, so W N rows are always enough.
         """
         return min(self.ranks * self.tokens, self.capacity) if self.dedup else self.capacity
+
+    def outgoing(self) -> int:
+        """Most rows a rank sends to where their experts are."""
+        return self.tokens * (min(self.top_k, self.ranks) if self.dedup else self.top_k)
 
 
 @attrs.frozen(kw_only=True)
@@ -65,7 +70,10 @@ class Field:
 
 @attrs.frozen(kw_only=True)
 class Fields:
-    """Offsets and shapes of everything in an arena. Comments name who writes; the owner of the arena reads."""
+    """Offsets and shapes of everything in an arena. Comments name who writes; the owner of the arena reads.
+
+    Of those that begin with `sent` the owner writes what it sends, where it is staged; else they are empty.
+    """
 
     arrived: Field  # [W FLAG] i64, source: epochs of each source; the first word of a line counts
     counts: Field  # [W E+W] i32, source: its rows for each expert, then its tokens for each rank
@@ -75,6 +83,11 @@ class Fields:
     land: Field  # [L D], sources: rows
     land_gradient: Field  # [L D], sources: rows of the output's gradient
     back: Field  # [N K D], holders: rows that return, in the order of the experts
+    sent_counts: Field  # [W E+W] i32, its row of `counts` for each rank
+    sent_words: Field  # [N K] i32, or [W]: words for the holders of the experts
+    sent_words_back: Field  # [C] i32: words that return
+    sent: Field  # [N min(K, W) D], or [N K D]: rows for the holders
+    sent_back: Field  # [C D]: rows that return
     size: int  # bytes of the arena
 
     def allocated(self) -> int:
@@ -97,7 +110,7 @@ def expert_rows(*, tokens: int, top_k: int, num_experts: int, ranks: int, capaci
 
 def sizes(
     *, ranks: int, experts: int, top_k: int, hidden_size: int, tokens: int, capacity: float, dedup: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype, staged: bool = False,
 ) -> Sizes:  # fmt: skip
     """Sizes with room for `capacity` times the mean rows of a rank."""
     rows = expert_rows(tokens=tokens, top_k=top_k, num_experts=experts, ranks=ranks, capacity=capacity)
@@ -110,12 +123,13 @@ def sizes(
         capacity=rows,
         dedup=dedup,
         dtype=dtype,
+        staged=staged,
     )
 
 
 def fields(sizes: Sizes) -> Fields:
     """Lay out an arena: the fields one after another, each at a multiple of `FIELD_BYTES`."""
-    pairs, width = sizes.tokens * sizes.top_k, sizes.hidden_size
+    pairs, width, staged = sizes.tokens * sizes.top_k, sizes.hidden_size, int(sizes.staged)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "arrived": ((sizes.ranks, FLAG_BYTES // 8), torch.int64),
         "counts": ((sizes.ranks, sizes.experts + sizes.ranks), torch.int32),
@@ -125,6 +139,11 @@ def fields(sizes: Sizes) -> Fields:
         "land": ((sizes.landing(), width), sizes.dtype),
         "land_gradient": ((sizes.landing(), width), sizes.dtype),
         "back": ((pairs, width), sizes.dtype),
+        "sent_counts": ((staged * sizes.ranks, sizes.experts + sizes.ranks), torch.int32),
+        "sent_words": ((staged * max(pairs, sizes.ranks),), torch.int32),
+        "sent_words_back": ((staged * sizes.capacity,), torch.int32),
+        "sent": ((staged * sizes.outgoing(), width), sizes.dtype),
+        "sent_back": ((staged * sizes.capacity, width), sizes.dtype),
     }
     placed: dict[str, Field] = {}
     offset = 0

@@ -121,6 +121,8 @@ def test_verify_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
     source = open_source(Disk(), tmp_path / "run")
     hf_verify.verify(tmp_path / "out", source)
     rewrite(tmp_path / "out", lambda name, tensor: tensor * 0 if name.endswith("e_score_correction_bias") else tensor)
+    found = hf_verify.compare(tmp_path / "out", source, hf_verify.load(tmp_path / "out", torch.float32))
+    assert found.forced < 1e-4 < hf_verify.TOLERANCE < found.natural and found.choices > hf_verify.CHOICES
     with pytest.raises(InputError, match="expected logits within"):
         hf_verify.verify(tmp_path / "out", source)
     rewrite(tmp_path / "out", lambda name, tensor: None if name == "model.norm.weight" else tensor)
@@ -223,6 +225,22 @@ def save_by_ranks(run: Path, to: Path, *, world: int, chunk_bytes: int) -> None:
             writer.save(pieces, step=1, meta={})
 
     assert on_ranks(world, save) == [None] * world
+
+
+@pytest.mark.parametrize("place", (0.2, 0.5, 0.8))
+def test_a_checkpoint_of_which_a_byte_changed_is_refused(
+    place: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it is, it is found by its digest, and the file is named."""
+    write(tmp_path / "one", MODELS["plain"])
+    save_by_ranks(tmp_path / "one", tmp_path / "more", world=2, chunk_bytes=700)
+    (path, *_) = sorted((tmp_path / "more" / "checkpoints").glob("step-*/*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+    assert run("export", "hf", tmp_path / "more", tmp_path / "out", "--no-verify") == 2
+    assert path.name in capsys.readouterr().err
+    assert {each.name for each in tmp_path.iterdir()} == {"one", "more"}
 
 
 @pytest.mark.parametrize("kind", ("checkpoint", "file"))
@@ -784,6 +802,7 @@ def test_a_trained_model_says_the_same_in_transformers(
     assert run("export", "hf", folder, tmp_path / "out") == 0
     assert "logits differ by" in capsys.readouterr().out
     language, theirs = hf_verify.load(tmp_path / "out", torch.float64), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert language.generation_config.eos_token_id == language.config.eos_token_id == tokenizer.load(folder).end_of_text
     network, _ = generate.open_network(folder, "cpu")
     network = attrs.evolve(
         network,
@@ -807,9 +826,13 @@ def test_a_trained_model_says_the_same_in_transformers(
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != ""
     assert run("eval", tmp_path / "imported", "--suite=probes", "--limit=2", "--device=cpu") == 0
-    again = trainings.changed(trainings.config(tmp_path, "again", sources, 1), warm_start=str(tmp_path / "imported"))
-    code, last = trainings.train(again)
-    assert code == 0, last
+    trained: list[bytes] = []
+    for name, start in (("again", tmp_path / "imported"), ("from the run", folder)):
+        again = trainings.changed(trainings.config(tmp_path, name, sources, 1), warm_start=str(start))
+        code, last = trainings.train(again)
+        assert code == 0, last
+        trained.append((trainings.folder(again) / WEIGHTS).read_bytes())
+    assert trained[0] == trained[1], "a step further from the same weights"
 
 
 @pytest.mark.parametrize(

@@ -560,6 +560,11 @@ def test_the_standard_library_of_this_python(tmp_path: Path, monkeypatch: pytest
     splits = read_manifest(folder).splits
     assert sum(receipt.bytes for receipt in splits.values()) > 5_000_000
     assert splits["validation"].tokens > 10_000
-    texts = {text for split in splits for text in documents(folder, split)}
+    by_split = {split: set(documents(folder, split)) for split in splits}
+    assert set(stdlib.held_out()) == by_split["validation"] | by_split["test"], (
+        "what `nmoe eval` asks is not trained on"
+    )
+    assert not by_split["train"] & set(stdlib.held_out())
+    texts = set.union(*by_split.values())
     assert Path(tarfile.__file__).read_text(encoding="utf-8") in texts
     assert Path(pytest.__file__).read_text(encoding="utf-8") not in texts

@@ -51,7 +51,8 @@ DOCUMENTS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def folder(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("harness") / "run"
-    write(made, shapes.config(vocab_size=300, moe=shapes.mixture(intermediate_size=8), max_positions=32))
+    scales = {"embedding_scale": 3.0, "logit_scale": 0.7}
+    write(made, shapes.config(vocab_size=300, moe=shapes.mixture(intermediate_size=8), max_positions=32, **scales))
     shutil.copy(sources / tokenizers.FILE, made)
     return made
 
@@ -92,7 +93,7 @@ def test_the_requests_of_lm_eval(folder: Path) -> None:
 
     def shares(ids: Sequence[int]) -> torch.Tensor:
         hidden, _ = forward(network.params, torch.tensor([ids]), network.router_bias, network.env, network.config)
-        return (hidden[0] @ network.params.head).log_softmax(-1)
+        return (0.7 * hidden[0] @ network.params.head).log_softmax(-1)
 
     def expected(before: list[int], text: list[int]) -> float:
         logs = shares([end, *before, *text][:-1])[len(before) :]

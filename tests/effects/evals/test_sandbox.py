@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import json
 import os
 import socket
 from pathlib import Path
@@ -18,6 +20,8 @@ from nmoe.pure.evals.problems import PROBLEMS, Problem
 PROBLEM = next(problem for problem in PROBLEMS if problem.entry == "add")
 RIGHT = PROBLEM.prompt + PROBLEM.solution
 LIMITS = Limits(seconds=8.0)
+KEY = 0x6E6D6F65
+"""Of a segment of shared memory."""
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.entry)
@@ -46,6 +50,10 @@ ATTACKS = {
         "import json, sys\nasked = json.loads(sys.stdin.readline())\n"
         "print(asked['nonce'] + json.dumps([['value', 1]] * len(asked['calls'])), flush=True)\nraise SystemExit\n",
         "wrong",
+    ),
+    "right results before it is asked": (
+        f"print({json.dumps([['value', result] for _, result in PROBLEM.calls])!r}, flush=True)\nraise SystemExit\n",
+        "no result",
     ),
     "results of too few calls": (
         "import json, sys\nasked = json.loads(sys.stdin.readline())\n"
@@ -89,6 +97,7 @@ REFUSED = {
     "another program": "subprocess.run(['/usr/bin/env'])",
     "a file": "open('/x', 'w')",
     "a file of the library": "open(os.__file__, 'a')",
+    "memory of a file without a name": "os.write(os.memfd_create('x'), b'x')",
     "a folder": "os.mkdir('/usr/x')",
     "a device": "os.mknod('/x')",
     "another user": "os.setuid(1)",
@@ -121,10 +130,12 @@ def test_nothing_outside_is_there(tmp_path: Path) -> None:
             "'NMOE_SECRET' not in os.environ",
             "os.getpid() == 1",
             "all(not _open(fd) for fd in range(3, 64))",
+            "_prctl(39, 0) == 1 and not any(_prctl(23, capability) == 1 for capability in range(64))",
             "all(os.statvfs(path).f_flag & os.ST_RDONLY for path in ('/', '/usr', sys.base_prefix))",
         ):
             helper = (
                 "import os\ndef _open(fd):\n    try: os.fstat(fd)\n    except OSError: return False\n    return True\n"
+                "import ctypes\ndef _prctl(option, of): return ctypes.CDLL(None).prctl(option, of, 0, 0, 0)\n"
             )
             assert grade(PROBLEM, helper + asking(expression), LIMITS) == "passed", expression
     finally:
@@ -153,6 +164,18 @@ def test_no_network() -> None:
         server.settimeout(0.1)
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_no_shared_memory_of_this_machine() -> None:
+    """A segment of System V that everybody may read is not there inside."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    segment = libc.shmget(KEY, 4096, 0o1666)  # made if it is not there
+    assert segment != -1, os.strerror(ctypes.get_errno())
+    try:
+        program = f"import ctypes\nif ctypes.CDLL(None).shmget({KEY}, 0, 0) != -1: raise SystemExit\n{RIGHT}"
+        assert grade(PROBLEM, program, LIMITS) == "passed"
+    finally:
+        libc.shmctl(segment, 0, None)  # removed
 
 
 def test_no_process_and_no_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

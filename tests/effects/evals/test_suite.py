@@ -132,7 +132,8 @@ def test_programs_of_known_models() -> None:
 def folder(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a tokenizer of 300, as a run leaves them."""
     made = tmp_path_factory.mktemp("evals") / "run"
-    write(made, shapes.config(vocab_size=300, moe=shapes.mixture(intermediate_size=8), max_positions=32))
+    scales = {"embedding_scale": 3.0, "logit_scale": 0.7}
+    write(made, shapes.config(vocab_size=300, moe=shapes.mixture(intermediate_size=8), max_positions=32, **scales))
     shutil.copy(sources / tokenizers.FILE, made)
     return made
 
@@ -147,7 +148,7 @@ def test_bits_of_a_network(folder: Path) -> None:
 
     def expected(ids: list[int], counted: int) -> float:
         hidden, _ = forward(network.params, torch.tensor([ids[:-1]]), network.router_bias, network.env, network.config)
-        shares = (hidden[0] @ network.params.head).log_softmax(-1)
+        shares = (0.7 * hidden[0] @ network.params.head).log_softmax(-1)
         cost = -shares.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0] / math.log(2)
         return cost[len(cost) - counted :].sum().item()
 

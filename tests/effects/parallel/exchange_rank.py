@@ -1,10 +1,10 @@
 """One rank of an exchange in its own process:
 
-    python -m tests.effects.parallel.exchange_rank WHAT DEVICE RANK RANKS STORE [PER_HOST [RENDEZVOUS]]
+    python -m tests.effects.parallel.exchange_rank WHAT DEVICE RANK RANKS STORE [JOINED [RENDEZVOUS]]
 
 DEVICE is "cpu", "cuda" (a GPU a rank) or "cuda:0" (one GPU for all).
-With PER_HOST ranks lie on hosts of so many, which the proxy joins; with RENDEZVOUS they are hosts already. What a rank
-found is one line of JSON on standard output.
+JOINED is "nvshmem", or a number: ranks lie on hosts of so many, which the proxy joins; with RENDEZVOUS they are hosts
+already. What a rank found is one line of JSON on standard output.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Mixture = Callable[..., tuple[Tensor, Tensor]]
 
 
 def main(
-    what: str, device: str, rank: int, ranks: int, store: str, per_host: str = "", rendezvous: str = "127.0.0.1"
+    what: str, device: str, rank: int, ranks: int, store: str, joined: str = "", rendezvous: str = "127.0.0.1"
 ) -> None:
     """Open an exchange and do what is asked."""
     torch.set_num_threads(1)
@@ -76,18 +76,19 @@ def main(
         capacity=tokens if what == "overflow" else ranks * tokens * TOP_K,
         dedup=what != "plain",
         dtype=torch.float32 if small else torch.bfloat16,
+        staged=joined == "nvshmem",
     )
     open_here = partial(
         exchange.open_exchange,
         device=where,
         sizes=sizes,
         timeout_s=20.0 if not small else TIMEOUT_S if what in ("hung", *GONE) else 60.0,
-        transport="proxy" if per_host else "peer",
+        transport="proxy" if joined.isdecimal() else joined or "peer",
         rendezvous=rendezvous,
         peers=kernels_of_a_cpu() if what == "kernels" and small else None,
     )
-    if per_host and rendezvous == "127.0.0.1":
-        be_on_host(rank // int(per_host))
+    if joined.isdecimal() and rendezvous == "127.0.0.1":
+        be_on_host(rank // int(joined))
     found: dict[str, Any] = {}
     everybody: Any = dist.group.WORLD
     if what == "astray":

@@ -20,13 +20,16 @@ def started(
     folder: Path,
     device: str = "cpu",
     environ: Mapping[str, str] | None = None,
-    per_host: int | None = None,
+    joined: int | str | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """One process a rank."""
+    """One process a rank.
+
+    joined  by "nvshmem", or by the proxy on hosts of so many ranks; None: by memory that all share
+    """
     command = [sys.executable, "-m", "tests.effects.parallel.exchange_rank", what, device]
     return [
         subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder / "store"), *([] if per_host is None else [str(per_host)])],
+            [*command, str(rank), str(ranks), str(folder / "store"), *([] if joined is None else [str(joined)])],
             cwd=Path(__file__).resolve().parents[3],
             env={**os.environ, "PYTHONWARNINGS": "ignore", **(environ or {})},
             stdout=subprocess.PIPE,

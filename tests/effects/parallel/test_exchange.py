@@ -23,7 +23,7 @@ RESULTS = ("y", "count", "dx", "d_weight", "d_up", "d_down")
 @contextmanager
 def running(what: str, ranks: int, folder: Path, per_host: int | None = None) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that are gone afterwards."""
-    processes = started(what, ranks, folder, per_host=per_host)
+    processes = started(what, ranks, folder, joined=per_host)
     try:
         yield processes
     finally:

@@ -19,16 +19,21 @@ from tests.effects.train.tiny import tiny
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("capacity", [0.0, 1.25, 2.0])
-@pytest.mark.parametrize("dedup", [False, True])
-def test_the_plan_is_the_arena(ranks: int, capacity: float, dedup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dedup", "transport"), [(False, "peer"), (True, "peer"), (False, "nvshmem"), (True, "nvshmem")]
+)
+def test_the_plan_is_the_arena(
+    ranks: int, capacity: float, dedup: bool, transport: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny()
-    parallel = attrs.evolve(config.parallel, ranks=ranks, capacity=capacity, dedup=dedup)
+    parallel = attrs.evolve(config.parallel, ranks=ranks, capacity=capacity, dedup=dedup, transport=transport)
     config = attrs.evolve(config, parallel=parallel)
     opened: list[Sizes] = []
     monkeypatch.setattr(build, "open_exchange", lambda *, sizes, **rest: opened.append(sizes))
     here: Any = Group(rank=0, size=ranks, handle=object())
     build.exchanging(config, Ranks(world=here, experts=here), torch.device("cpu"))
     (sizes,) = opened
+    assert sizes.staged == (transport == "nvshmem")
     blueprint = make_blueprint(config, ranks, ranks)
     planned = plan(config, blueprint, mfu=0.4, dedup=dedup, capacity=parallel.room())
     assert planned.arena is not None

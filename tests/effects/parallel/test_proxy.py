@@ -57,7 +57,18 @@ def two_hosts(
 
     def opened(rank: int, connection: socket.socket, far: int) -> tuple[Exchange, Proxy]:
         mapped = tuple(arena if other // 2 == rank // 2 else None for other, arena in enumerate(arenas))
-        e = opening._exchange(rank, SIZES, f, arenas[rank], mapped, [0] * 4, 5.0, 1, tuple("aabb"), PEER)
+        e = opening._exchange(
+            rank=rank,
+            sizes=SIZES,
+            f=f,
+            raw=arenas[rank],
+            peers=mapped,
+            addresses=[0] * 4,
+            timeout_s=5.0,
+            programs=1,
+            hosts=tuple("aabb"),
+            transport=PEER,
+        )
         hosts = Hosts(rank=rank, ranks=4, per_host=2)
         carried = Proxy(hosts, partial(proxy.areas, SIZES, f, cpu), e.lost, {far: connection}, cpu)
         return attrs.evolve(e, transport=proxy.over(PEER, RELAY, carried)), carried

@@ -25,7 +25,7 @@ from tests.effects.train.tiny import ATTENTIONS
 GQA = sections.Gqa(num_heads=4, num_kv_heads=2, head_dim=8, window=6, global_every=2, sinks=True)
 MOE = shapes.mixture(intermediate_size=8)  # torch's grouped product takes rows of 16 bytes
 MODELS = {
-    "mla": shapes.config(vocab_size=300, moe=MOE, attention=shapes.attention(q_lora_rank=7)),
+    "mla": shapes.config(vocab_size=300, moe=MOE, attention=shapes.attention(q_lora_rank=7), embedding_scale=3.0),
     "gqa": shapes.config(vocab_size=300, moe=MOE, attention=GQA),
     "kda, nsa, dsa": shapes.config(vocab_size=300, moe=MOE, attention=ATTENTIONS["kda, nsa, dsa"]),
 }
@@ -61,10 +61,21 @@ def test_a_text_depends_on_no_other_prompt(folder: Path) -> None:
     assert texts(folder, PROMPTS[:1]) == together[:1]
     assert texts(folder, (PROMPTS[0], "another")) != together[:2]
     assert texts(folder, (PROMPTS[0], "another"))[0] == together[0]
+    assert len(set(texts(folder, PROMPTS[:1] * 3))) == 3, "each has draws of its own"
 
 
 def test_the_seed_decides(folder: Path) -> None:
     assert texts(folder, seed=1) == texts(folder, seed=1) != texts(folder, seed=2)
+
+
+def test_the_scale_of_the_logits_is_that_of_the_model(sources: Path, tmp_path: Path) -> None:
+    """Half of the logits are drawn at half of the temperature as all of them at the whole."""
+    for name, scale in (("whole", 1.0), ("half", 0.5)):
+        write(tmp_path / name, attrs.evolve(MODELS["mla"], logit_scale=scale))
+        shutil.copy(sources / tokenizers.FILE, tmp_path / name)
+    whole = texts(tmp_path / "whole")
+    assert texts(tmp_path / "half", sampling=Sampling(temperature=0.75)) == whole
+    assert texts(tmp_path / "half") != whole
 
 
 def test_a_prompt_is_read_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from nmoe.config.attention import DSA_MOST
 from nmoe.config.sections import Dsa
 from nmoe.effects.kernels.attention import dsa as kernel
-from nmoe.effects.kernels.attention import dsa_index_kernels, dsa_kernels
+from nmoe.effects.kernels.attention import dsa_index_kernels, dsa_kernels, lists
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
@@ -159,19 +159,22 @@ def test_indices_beyond_16_bits() -> None:
     sizes: dict[str, Any] = {"positions": length, "heads": 1, "slots": 1, "rank": 16, "rope": 8}
     blocks: dict[str, Any] = {"block_m": 16, "block_n": 16}
     boxes: dict[str, Any] = {"rank_box": 16, "rope_box": 16}
-    wide: dict[str, Any] = {"block_n": 32_768, "block_k": 32}
     dsa_kernels.forward_kernel[(1,)](q=q, kv=kv, chosen=keys, o=o, lse=lse, scale=1.0, **blocks, **sizes, **boxes)
     assert torch.equal(o, torch.ones_like(o))
-    sums = kernel.Sums.of(kv, 1, 1, 24, tiles().gather)
+    sums = lists.Sums.of(kv, 1, borrowed=torch.zeros(1, length, 1), tile=tiles().gather)
+    sums.total.zero_()
     p, ds = torch.empty(2, 1, 1, 1)
-    assert next(sums.chunks()) == (0, 1)
+    parts = torch.empty(1, 1, 24)
     given: dict[str, Any] = {"first_query": 0, "block_k": 32, **blocks, **sizes}
     dsa_kernels.pairs_kernel[(1, 1, 1)](
-        q=q, kv=kv, do=do, chosen=keys, lse=lse, delta=lse * 0, p=p, ds=ds, place=sums.place, scale=1.0, **given
+        q=q, kv=kv, do=do, chosen=keys, lse=lse, delta=lse * 0, p=p, ds=ds, scale=1.0, **given
     )
-    dsa_kernels.parts_kernel[(1, 1, 1)](q=q, do=do, chosen=keys, p=p, ds=ds, parts=sums.parts, **given)
-    dsa_kernels.gather_kernel[(3, 1)](sums.parts, sums.place, sums.total[0], sums.rest, 1, length, 1, 24, **wide)
-    assert sums.total[0].any(1).nonzero().flatten().tolist() == [69_998]
+    dsa_kernels.parts_kernel[(1, 1)](q=q, do=do, chosen=keys, p=p, ds=ds, parts=parts, **given)
+    found, order = keys.flatten().sort(stable=True)
+    begins = torch.searchsorted(found, torch.arange(69_997, 70_001, dtype=torch.int32))
+    sizes = {"width": 24, "width_box": 32, "block_n": 4}
+    lists.gather_kernel[(3,)](parts, order, begins, sums.total[69_997:], **sizes)
+    assert sums.total.any(1).nonzero().flatten().tolist() == [69_998]
 
 
 @pytest.mark.parametrize("workspace", [1, 3000])
@@ -181,6 +184,8 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, works
     keys = chosen(s)
     whole = differentiate(kernel.dsa_attention, s, keys, torch.float32, tiles=tiles())
     monkeypatch.setattr(kernel, "WORKSPACE", workspace)
+    monkeypatch.setattr(kernel, "PAIRS", workspace)
+    monkeypatch.setattr(lists, "PAIRS", workspace)
     assert torch.equal(chosen(s), keys)
     for one, other in zip(
         differentiate(kernel.dsa_attention, s, keys, torch.float32, tiles=tiles()), whole, strict=True
@@ -195,15 +200,21 @@ def test_twice_the_same_bits() -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_a_sum_over_chunks_keeps_twice_the_bits() -> None:
-    """Small addends in fp16 beside a large one: alone each would be rounded off."""
-    parts = torch.full((1, 1, 16), 2**-12, dtype=torch.float16)
-    sums = kernel.Sums.of(torch.zeros(1, 1, 16, dtype=torch.float16), 1, 1, 16, tiles().gather)
-    sums = attrs.evolve(sums, parts=parts, place=torch.zeros(1, 1, dtype=torch.int32))
-    sums.total.fill_(1)
-    for _ in range(64):
-        sums.add_(0, 1)
-    assert torch.equal(sums.total, torch.full_like(sums.total, 1 + 2**-6))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["q", "kv", "gate", "index_q", "index_w"])
+def test_what_is_not_finite_does_not_end_as_a_number(which: str, value: float) -> None:
+    """Nor does it in the gradient of the one key that the first query reads."""
+    s = sample(6, 3)
+    keys = chosen(s)
+    index = {"index_q": 0, "index_w": 2}
+    changed = (s.index[index[which]] if which in index else getattr(s, which)).clone()
+    changed.view(-1)[0] = value  # of the first query, and what it reads
+    if which in index:
+        s = attrs.evolve(s, index=tuple(changed if place == index[which] else x for place, x in enumerate(s.index)))
+    else:
+        s = attrs.evolve(s, **{which: changed})
+    found = differentiate(kernel.dsa_attention, s, keys, torch.float32, tiles=tiles())
+    assert not found[5 if which in index else 3][0, 0, 0].isfinite()
 
 
 class Silent:
@@ -217,7 +228,7 @@ class Silent:
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that do nothing."""
-    for module in (dsa_kernels, dsa_index_kernels):
+    for module in (dsa_kernels, dsa_index_kernels, lists):
         for name in list(vars(module)):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Silent())

@@ -30,12 +30,12 @@ ARGUMENTS: Mapping[str, str] = {
     "target": "q:h kv:h chosen:i lse:f index_q:h index_k:h index_w:h target:f top:f loss:f | positions heads slots "
     "index_heads",
     "delta": "o:h do:h delta:f | rows",
-    "pairs": "q:h kv:h do:h chosen:i lse:f delta:f p:h ds:h place:i | first_query positions heads slots",
+    "pairs": "q:h kv:h do:h chosen:i lse:f delta:f p:h ds:h | first_query positions heads slots",
     "dq": "kv:h chosen:i ds:h dq:h | first_query positions heads slots",
-    "parts": "q:h do:h chosen:i p:h ds:h parts:h | first_query positions heads slots",
-    "gather": "parts:h place:i total:h rest:h | queries positions slots width",
+    "parts": "q:h do:h chosen:i p:h ds:h parts:h | first_query positions slots",
+    "gather": "parts:h order:l begins:l total:f |",
     "index_gradient": "q:h k:h w:h chosen:i target:f top:f dy:f dq:h dw:h | positions heads slots",
-    "index_parts": "q:h k:h w:h chosen:i target:f top:f dy:f parts:h place:i | first_query positions heads slots",
+    "index_parts": "q:h k:h w:h chosen:i target:f top:f dy:f parts:h | first_query positions heads slots",
 }
 """Pointers with the letter of their type, and integers, of each kernel."""
 
@@ -44,7 +44,7 @@ SPILLS: Mapping[int, Mapping[str, int]] = {90: {"forward": 26}, 100: {"forward":
 of the kernel of pairs; of a model of four heads it is four of the targets' kernel. On sm_90 3.6 moves 16 values of the
 forward kernel out and 3.7 26: it takes 69 ms on an H200, and with a tile that moves none out 103."""
 
-TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32"}
+TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32", "l": "*i64"}
 
 ALIGNED = ("positions", "heads", "slots", "width", "index_heads", "rows")
 """Integers that are multiples of 16 at the published sizes."""
@@ -85,6 +85,9 @@ def request(name: str, sizes: Sizes, tile: Any) -> Request:
         "rope": sizes.rope,
         "rank_box": box(sizes.rank),
         "rope_box": box(sizes.rope),
+        "heads": sizes.heads,
+        "width": sizes.rank + sizes.rope,
+        "width_box": box(sizes.rank + sizes.rope),
         "channels": sizes.index_channels,
         "channels_box": box(sizes.index_channels),
         "heads_box": box(sizes.index_heads),
@@ -92,11 +95,11 @@ def request(name: str, sizes: Sizes, tile: Any) -> Request:
     }
     if name == "select":
         values["block_m"] = 64  # queries of a block of scores
-    module = "dsa_index_kernels" if indexes else "dsa_kernels"
+    module = "lists" if name == "gather" else "dsa_index_kernels" if indexes else "dsa_kernels"
     kernel = f"nmoe.effects.kernels.attention.{module}:{name}_kernel"
     if "scale" in arguments(kernel):
         types["scale"] = "fp32"
-    constants = {key: value for key, value in values.items() if key in arguments(kernel)}
+    constants = {key: value for key, value in values.items() if key in arguments(kernel) and key not in types}
     if "start" in types and not sizes.documents:
         del types["start"]
         constants["start"] = None

@@ -138,6 +138,27 @@ def test_paper_sizes(tmp_path_factory: pytest.TempPathFactory, target: int) -> N
     assert problems(compiled(tmp_path_factory, PAPER, target)) == []
 
 
+def of_one_token(request: Request) -> Request:
+    """The kernel as a launch with one token specialises it: integers that are 1 become constants."""
+    module, function = request.kernel.split(":")
+    general = getattr(importlib.import_module(module), function).kwargs.get("do_not_specialize") or ()
+    ones = {name for name in ("positions", "num_keys") if name in request.signature and name not in general}
+    return attrs.evolve(
+        request,
+        signature={name: kind for name, kind in request.signature.items() if name not in ones},
+        constants={**request.constants, **dict.fromkeys(ones, 1)},
+        aligned=[name for name in request.aligned or () if name not in ("positions", "num_keys")],
+    )
+
+
+@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
+def test_a_sequence_of_one_token(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
+    """It compiles: ptxas crashed on the constant."""
+    wanted = [of_one_token(each) for each in requests(PAPER, target)]
+    found = aot.compile_all(wanted, tmp_path_factory.mktemp("triton"), targets=[target])
+    assert [problem for each in found for problem in each.races] == []
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_documents_and_small_models(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:

@@ -79,7 +79,9 @@ def single_rank(c: Case, tiles: Tiles) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, c.grad_output)]
 
 
-def open_ranks(c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | None = None) -> tuple[Exchange, ...]:
+def open_ranks(
+    c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | None = None, staged: bool = False
+) -> tuple[Exchange, ...]:
     """Virtual ranks for a case, their arenas poisoned but for the flags.
 
     parts     tokens of each rank
@@ -96,6 +98,7 @@ def open_ranks(c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | No
         capacity=int(rows) if capacity is None else capacity,
         dedup=dedup,
         dtype=c.x.dtype,
+        staged=staged,
     )
     exchanges = virtual(sizes, c.x.device)
     for e in exchanges:

@@ -34,7 +34,7 @@ def push(width: int, k: int) -> Request:
         "exchange.push:push",
         "x:*bf16 to:*i32 at:*i32 addresses:*i64 valid:*i32 OFFSET:i64 D:i32 W:i32 PROGRAMS:i32",
         "OFFSET D",
-        {"VALID": 0, "K": k, "ROWS": exchange.ROWS, "BLOCK": exchange._block(width)},
+        {"VALID": 0, "K": k, "ROWS": exchange.ROWS, "BLOCK": exchange.block_of(width)},
         warps=8,
     )
 

@@ -1,156 +1,210 @@
-"""Runs of rows among virtual ranks, NVSHMEM's functions replaced by copies: the places of `push_`, interpreted."""
+"""The exchange among virtual ranks by NVSHMEM, whose functions are replaced by late copies: the bits of one rank."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
+import attrs
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from nmoe.effects.kernels.exchange import nvshmem
-from nmoe.effects.kernels.exchange import plan as plans
+from nmoe.effects.kernels.exchange import nvshmem as kernels
 from nmoe.effects.kernels.exchange import push as moves
+from nmoe.effects.parallel import exchange
+from nmoe.effects.parallel.exchange import Exchange, arena, nvshmem
+from nmoe.errors import InputError
+from tests.kernels.exchange.ranks import case, open_ranks, shared, single_rank
+from tests.kernels.exchange.test_exchange import TILES, differing
 
-WIDTH = 4
-ROW = 4 * WIDTH
-"""fp32 of a row, and bytes."""
-
-NOBODY = -1.0
-"""In every field, where no row is written."""
-
-PARTS = 3
-"""Programs of a run: few enough that interpreting them takes seconds."""
+WORD = 4
+FIRST = 5
+"""What NVSHMEM calls the first rank; the next ones are two apart."""
 
 
 class Memory:
-    """Fields of ranks, which a rank names by addresses of its own, as in a symmetric heap."""
+    """Memory of ranks, which each names by addresses of its own. What is put arrives when somebody waits for it."""
 
-    def __init__(self, fields: list[Tensor], rank: int) -> None:
-        self.fields = fields
-        self.rank = rank  # whose kernel runs
-        self.messages: list[tuple[int, int]] = []  # address of the source, bytes
+    def __init__(self, ranks: list[Tensor]) -> None:
+        self.ranks = ranks
+        self.messages: list[tuple[int, int, int]] = []  # target, source, bytes
+        self.late: list[tuple[int, int, int]] = []
 
-    def put(self, target: object, source: object, size: object, peer: object) -> None:
-        """`nvshmemx_putmem_nbi_block`, within the field or not at all."""
-        there, here, number, to = map(scalar, (target, source, size, peer))
-        at = there - self.fields[self.rank].data_ptr()
-        assert number > 0 and 0 <= at <= at + number <= self.fields[to].nbytes, (at, number, self.fields[to].nbytes)
-        ctypes.memmove(self.fields[to].data_ptr() + at, here, number)
-        self.messages.append((here, number))
+    def at(self, address: int, size: int, pe: int) -> int:
+        """Where a rank has what another one names."""
+        to = (pe - FIRST) // 2
+        for own in self.ranks:
+            offset = address - own.data_ptr()
+            if 0 <= offset < own.nbytes:
+                assert size > 0 and offset + size <= own.nbytes, (offset, size)
+                return self.ranks[to].data_ptr() + offset
+        raise AssertionError("a put names its own rank's memory")
+
+    def put(self, target: object, source: object, size: object, pe: object) -> None:
+        """`nvshmemx_putmem_nbi_block`: the source may be read until `quiet`."""
+        there, here, number, to = map(scalar, (target, source, size, pe))
+        assert any(own.data_ptr() <= here <= here + number <= own.data_ptr() + own.nbytes for own in self.ranks)
+        message = (self.at(there, number, to), here, number)
+        self.late.append(message)
+        self.messages.append(message)
+
+    def quiet(self) -> None:
+        """`nvshmem_quiet`"""
+        for message in self.late:
+            ctypes.memmove(*message)
+        self.late.clear()
+
+    def signal(self, flag: object, value: object, how: object, pe: object) -> None:
+        """`nvshmemx_signal_op`"""
+        assert getattr(how, "value", how) == kernels.SET
+        word = ctypes.c_int64.from_address(self.at(scalar(flag), 8, scalar(pe)))
+        word.value = scalar(value)
+
+    def compared(self, flag: object, how: object, value: object) -> Any:
+        """`nvshmem_int64_test`; a rank that is not there would be waited for without end."""
+        assert getattr(how, "value", how) == kernels.AT_LEAST
+        assert ctypes.c_int64.from_address(scalar(flag)).value >= scalar(value)
+        return 1
 
 
 def scalar(value: object) -> int:
     """A number in a kernel that is interpreted."""
-    return int(value.handle.data.item())  # pyright: ignore[reportAttributeAccessIssue]
+    return int(value.handle.data.item()) if hasattr(value, "handle") else int(value)  # pyright: ignore
 
 
-def fields(ranks: int, rows: int) -> list[Tensor]:
-    """A field a rank, in which nobody has written."""
-    return [torch.full((rows, WIDTH), NOBODY) for _ in range(ranks)]
+@contextmanager
+def replaced(ranks: list[Tensor]) -> Iterator[Memory]:
+    """NVSHMEM between these memories."""
+    memory = Memory(ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_put_", memory.put)
+        patch.setattr(kernels, "_quiet", memory.quiet)
+        patch.setattr(kernels, "_signal_", memory.signal)
+        patch.setattr(kernels, "_compared", memory.compared)
+        yield memory
 
 
-def addresses(of: list[Tensor]) -> Tensor:
-    """[W]"""
-    return torch.tensor([each.data_ptr() for each in of])
+def numbers(ranks: int) -> list[int]:
+    """What NVSHMEM calls each rank."""
+    return [FIRST + 2 * rank for rank in range(ranks)]
 
 
-def numbered(rows: int, rank: int) -> Tensor:
-    """[rows D], no two alike on any rank."""
-    return (1000.0 * rank + torch.arange(max(rows, 1)))[:, None] + torch.arange(WIDTH) / 8
+def over(exchanges: tuple[Exchange, ...]) -> list[Exchange]:
+    """The same ranks, joined by NVSHMEM."""
+    sizes, where = exchanges[0].sizes, torch.device("cpu")
+    by = nvshmem.links(sizes, numbers(sizes.ranks), "", None, where)
+    return [attrs.evolve(e, transport=nvshmem.over(by)) for e in exchanges]
 
 
-@st.composite
-def routings(draw: st.DrawFn) -> Tensor:
-    """[W E]: rows of each rank for each expert; fewer than programs of a run, none, and no multiple."""
-    ranks, local = draw(st.sampled_from([(1, 3), (2, 1), (2, 3), (3, 2), (4, 1)]))
-    some = st.sampled_from([0, 0, 1, PARTS - 1, PARTS, PARTS + 1, 4 * PARTS - 2])
-    number = ranks * ranks * local
-    return torch.tensor(draw(st.lists(some, min_size=number, max_size=number))).view(ranks, -1)
+@pytest.mark.parametrize(
+    ("kind", "parts", "dedup"),
+    [
+        ("random", (12, 12), True),
+        ("ties", (9, 0, 2, 1), False),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in (
+                ("random", (12, 12), False),
+                ("random", (6, 6, 6, 6), True),
+                ("all to one", (6, 6), True),
+                ("none to the first half", (6, 6), False),
+            )
+        ),
+    ],
+)
+def test_the_bits_of_one_rank(kind: str, parts: tuple[int, ...], dedup: bool) -> None:
+    """Twice over the same arenas; rows are not pushed one by one."""
+    c = case(kind, sum(parts), 16, 16, 4, 3)  # with two ranks more choices than a token is sent to
+    exchanges = over(open_ranks(c, parts, dedup=dedup, staged=True))
+    wanted = single_rank(c, TILES)
+    with replaced([e.raw for e in exchanges]) as memory:
+        for _ in range(2):
+            assert differing(shared(c, exchanges, parts, TILES), wanted) == []
+    assert memory.late == [] and max(size for _, _, size in memory.messages) > 16 * c.x.element_size()
 
 
-@settings(max_examples=12)
-@example(of=torch.zeros(2, 2, dtype=torch.int64))
-@example(of=torch.tensor([[0, 0, 0, 7], [0, 0, 0, 1]]))
-@given(of=routings())
-def test_runs_lie_where_rows_pushed_one_by_one_do(of: Tensor) -> None:
-    """Out to the experts and back again; each row goes in one message, of no more than `PARTS` for a run."""
-    ranks, experts = of.shape
-    most = int(of.sum(0).view(ranks, -1).sum(1).max())
-    counts = torch.cat([of, of.new_zeros(ranks, ranks)], 1).int()
-    needed = torch.zeros(1, dtype=torch.int32)
-    made = [plans.plan_(counts, needed, rank, most) for rank in range(ranks)]
-    sent = [numbered(int(each.sum()), rank) for rank, each in enumerate(of)]
-
-    landed, land = fields(ranks, most), fields(ranks, most)
-    for rank, put in enumerate(every(landed)):
-        end = of[rank].cumsum(0).int()
-        put(sent[rank], end, made[rank].shift, False)
-        expert = torch.arange(experts).repeat_interleave(of[rank])
-        to = (expert // (experts // ranks)).int()[:, None]
-        at = (torch.arange(len(expert)) + made[rank].shift[expert]).int()[:, None]
-        moves.push_(sent[rank][: len(to)], to, at, addresses(land), 0, made[rank].valid, 2, back=False)
-    assert all(map(torch.equal, landed, land))
-
-    returned, back = fields(ranks, int(of.sum(1).max())), fields(ranks, int(of.sum(1).max()))
-    for rank, put in enumerate(every(returned)):
-        put(land[rank], made[rank].origin_end, made[rank].origin_shift, True)
-        origin = plans.origins(made[rank], max(most, 1))
-        to, at = origin.to[:, None], origin.at[:, None]
-        moves.push_(land[rank], to[:most], at[:most], addresses(back), 0, made[rank].valid, 2, back=True)
-    assert all(map(torch.equal, returned, back))
-    for rank, rows in enumerate(of.sum(1).tolist()):
-        assert torch.equal(returned[rank][:rows], sent[rank][:rows]), "what went out came back"
+@pytest.mark.parametrize("dedup", [False, True])
+def test_too_many_rows(dedup: bool) -> None:
+    """Every rank knows how many it takes, and nothing but counts and signals is sent."""
+    c = case("random", 24, 16, 16, 4, 2)
+    parts = [12, 12]
+    enough = open_ranks(c, parts, dedup=dedup)[0].sizes.capacity
+    exchanges = over(open_ranks(c, parts, dedup=dedup, capacity=enough - 1, staged=True))
+    row = exchanges[0].fields.counts.size() // 2
+    with replaced([e.raw for e in exchanges]) as memory:
+        shared(c, exchanges, parts, TILES)
+    assert [size for _, _, size in memory.messages] == [row] * 4
+    assert [int(e.needed) for e in exchanges] == [enough] * 2
+    with pytest.raises(InputError, match=rf"expected at most {enough - 1} rows .* got {enough} on"):
+        exchange.check(exchanges[0])
 
 
-def every(of: list[Tensor]) -> list[Callable[[Tensor, Tensor, Tensor, bool], None]]:
-    """For each rank, a put of its rows by the kernel."""
+@settings(max_examples=25)
+@given(data=st.data())
+def test_neighbours_leave_in_one_message(data: st.DataObject) -> None:
+    """Words in any order, some to nowhere, of which the first count: the places of `push_words_`, in as few messages as
+    programs and runs leave."""
+    ranks, most = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
+    run = st.tuples(st.integers(0, ranks), st.integers(1, 9))
+    to = [rank for rank, length in data.draw(st.lists(run, min_size=1, max_size=12)) for _ in range(length)][:most]
+    places = data.draw(st.permutations(range(len(to)))) if data.draw(st.booleans()) else list(range(len(to)))
+    order = data.draw(st.permutations(range(len(to))))
+    counted, programs = data.draw(st.integers(0, len(to))), data.draw(st.sampled_from([1, 2, 5]))
+    sent = [(to[n], places[n]) for n in range(counted)]
 
-    def make(rank: int) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
-        def put(rows: Tensor, end: Tensor, shift: Tensor, back: bool) -> None:
-            memory = Memory(of, rank)
-            with pytest.MonkeyPatch.context() as patch:
-                load = InterpreterBuilder.create_masked_load
+    def ordered(values: list[int]) -> Tensor:
+        out = torch.empty(len(values), dtype=torch.int32)
+        out[torch.tensor(order)] = torch.tensor(values, dtype=torch.int32)
+        return out
 
-                def zero(self: InterpreterBuilder, ptrs: TensorHandle, mask: Any, other: Any, *rest: Any) -> Any:
-                    # `tl.load` forgets a single `other` that is false, as 0 is here: in the interpreter alone
-                    instead = TensorHandle(np.zeros_like(ptrs.data, np.int32), ptrs.get_element_ty())
-                    return load(self, ptrs, mask, instead if other is None else other, *rest)
+    words = torch.arange(1000, 1000 + len(to), dtype=torch.int32)
+    item, valid = torch.tensor(order, dtype=torch.int32), torch.tensor([counted, 0, 0], dtype=torch.int32)
+    memory = [torch.zeros(2 * most, dtype=torch.int32) for _ in range(ranks)]
+    memory[0][most : most + len(to)] = words
+    stage, target = memory[0][most : most + len(to)], memory[0].data_ptr()
+    pes = torch.tensor(numbers(ranks), dtype=torch.int32)
+    with replaced(memory) as network:
+        kernels.put_(stage, target, item, ordered(to), ordered(places), valid, pes, "", programs, back=False)
+        network.quiet()
 
-                patch.setattr(InterpreterBuilder, "create_masked_load", zero)
-                patch.setattr(nvshmem, "PARTS", PARTS)
-                patch.setattr(nvshmem, "_put_", memory.put)
-                nvshmem.put_runs_(rows.data_ptr(), of[rank].data_ptr(), end, shift, ROW, len(of), "", back=back)
-            messages = sorted((here - rows.data_ptr(), size) for here, size in memory.messages)
-            begins = [begin // ROW for begin, _ in messages]
-            assert [0, *(begin + size for begin, size in messages)] == [
-                *(begin for begin, _ in messages),
-                ROW * end[-1],
-            ]
-            runs = torch.searchsorted(end, torch.tensor(begins, dtype=torch.int32), right=True)
-            assert not begins or int(runs.bincount().max()) <= PARTS
-
-        return put
-
-    return [make(rank) for rank in range(len(of))]
+    wanted = [torch.zeros(2 * most, dtype=torch.int32) for _ in range(ranks + 1)]
+    wanted[0][most : most + len(to)] = words
+    addresses = torch.tensor([each.data_ptr() for each in wanted])
+    moves.push_words_(words, None, torch.tensor(to), torch.tensor(places), addresses, 0, valid, back=False)
+    assert all(map(torch.equal, memory, wanted[:-1]))
+    heads = [n for n, (rank, at) in enumerate(sent) if not n or sent[n - 1] != (rank, at - 1)]
+    share = min(kernels.BLOCK, -(-len(to) // programs))
+    cuts = {*heads, *range(0, counted, share)}
+    assert len(network.messages) == sum(sent[n][0] < ranks for n in cuts)
 
 
 def test_a_signal_follows_what_it_signals_and_replaces_each_word(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(nvshmem, "_quiet", lambda: seen.append("quiet"))
-    monkeypatch.setattr(nvshmem, "_signal_", lambda *of: seen.append(tuple(map(scalar_or_own, of))))
-    epoch = torch.tensor([6])
-    nvshmem.signal_(epoch, 1 << 40, 3, "")
-    assert seen == ["quiet", *((1 << 40, 7, nvshmem.SET, peer) for peer in range(3))]
+    monkeypatch.setattr(kernels, "_quiet", lambda: seen.append("quiet"))
+    monkeypatch.setattr(kernels, "_signal_", lambda *of: seen.append(tuple(map(constant, of))))
+    epoch, arrived = torch.tensor([6]), torch.zeros(3, 16, dtype=torch.int64)
+    pes, missing = torch.tensor(numbers(3), dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    kernels.barrier_(epoch, arrived, missing, pes, 2, "", signal=True, wait=False, limit_ns=0)
+    flag = arrived[2].data_ptr()
+    assert seen == ["quiet", *((flag, 7, kernels.SET, pe) for pe in numbers(3))]
     assert epoch.tolist() == [7]
 
 
-def scalar_or_own(value: object) -> object:
+def constant(value: object) -> int:
     """A number, or a constant of the kernel."""
-    return scalar(value) if hasattr(value, "handle") else getattr(value, "value", value)
+    return scalar(getattr(value, "value", value) if not hasattr(value, "handle") else value)
+
+
+def test_what_a_rank_sends_has_room_in_its_arena() -> None:
+    """Each field of `sent` is as long as the most that leaves at once, and only where it is staged."""
+    c = case("random", 24, 16, 16, 8, 3)
+    for dedup, rows in ((True, 12 * 2), (False, 12 * 3)):
+        f = open_ranks(c, [12, 12], dedup=dedup, capacity=50, staged=True)[0].fields
+        assert (f.sent.shape, f.sent_back.shape) == ((rows, 16), (50, 16))
+        assert open_ranks(c, [12, 12], dedup=dedup, capacity=50)[0].fields.sent.size() == 0
+    assert arena.view(torch.zeros(f.size, dtype=torch.uint8), f.sent_words).shape == (36,)

@@ -23,6 +23,7 @@ GQA = sections.Gqa(num_heads=6, num_kv_heads=2, head_dim=8)
 NSA, DSA = shapes.nsa(), shapes.dsa()
 MODELS = {
     "mla": shapes.config(),
+    "mla, scaled": shapes.config(embedding_scale=3.0),
     "mla, query latent": shapes.config(num_dense_layers=0, attention=shapes.attention(q_lora_rank=7)),
     "mla, yarn": shapes.DEEPSEEK["yarn"],
     "gqa": shapes.config(attention=GQA),

@@ -21,6 +21,7 @@ from nmoe.pure.core.spec import POLICY, Role, Spec, policy
 from nmoe.pure.formats.master import split
 from nmoe.pure.model import model
 from nmoe.pure.optim.muon import by_matrix, muon, orthogonalize, temporary_bytes
+from nmoe.pure.optim.muon import matrices as described
 from nmoe.pure.optim.update import matrix_settings, rule, tree_state, tree_update
 from tests import shapes
 from tests.memory import Peak
@@ -189,6 +190,43 @@ def test_every_hidden_matrix_of_the_presets_is_one(preset: Path, apart: bool) ->
             shape = spec.shape(dims)
             empty = torch.empty(shape, device="meta")
             by_matrix(lambda part: part, empty, spec=spec, shape=shape, dims=dims, heads_apart=apart)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("preset", ["quickstart", "quickstart-gqa", "quickstart-kda"])
+def test_matrices_are_described_where_they_lie(preset: str, apart: bool) -> None:
+    """Element by element what `by_matrix` hands out, in turns that leave none out."""
+    c, _ = load_model(next(path for path in PRESETS if path.stem == preset))
+    dims = model.dims(c)
+    for path, spec in tree.leaves(model.specs(c)):
+        if POLICY[spec.role].optimizer == "adamw":
+            continue
+        shape = spec.shape(dims)
+        numbers = torch.arange(math.prod(shape))
+        cut = partial(by_matrix, spec=spec, shape=shape, dims=dims, heads_apart=apart)
+        found = [
+            numbers[each.offset :].as_strided((*each.counts, each.rows, each.columns), strides)
+            for each in described(cut, len(numbers))
+            for strides in [(*each.steps, each.row_step, each.column_step)]
+        ]
+        wanted = matrices(numbers, spec, shape, dims, apart=apart)
+        assert len(found) == len(wanted), path
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours.reshape(theirs.shape), theirs), path
+        for each in described(cut, len(numbers)):
+            turns = [*each.turns(5 * each.rows * each.columns)]
+            assert [at for first, count in turns for at in range(first, first + count)] == [*range(each.number())]
+            assert max(count for _, count in turns) <= 5
+
+
+def test_more_than_two_counted_axes_are_taken_apart() -> None:
+    value = torch.arange(2 * 3 * 4 * 5 * 6)
+    spec = Spec(("2", "E", "D", "4", "F"), Role.EXPERT, ones)
+    cut = partial(by_matrix, spec=spec, shape=(2, 3, 5, 4, 6), dims={})
+    parts = described(cut, len(value))
+    assert [each.counts for each in parts] == [(3, 4), (3, 4)]
+    assert [each.offset for each in parts] == [0, 3 * 5 * 4 * 6]
+    assert (parts[0].steps, parts[0].row_step, parts[0].rows) == ((5 * 4 * 6, 6), 4 * 6, 5)
 
 
 @pytest.mark.parametrize("axes", [("D",), ("H", "U", "D")])

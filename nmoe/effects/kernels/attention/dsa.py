@@ -3,13 +3,14 @@
 Letters: B sequences, T positions, H heads, R latent and P rotated channels of a key, X heads of the indexer of Y
 channels, S slots: keys that a query reads.
 
-No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer,
-and what pairs add to the gradients of keys, are made for so many queries at a time as `WORKSPACE` holds.
+No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer
+are made for so many queries at a time as `WORKSPACE` holds, probabilities and their gradients for as many as `PAIRS`.
+What pairs add to keys is summed by `lists`; parts and sums lie where gradients of later queries go, of which the last
+are made when the sums are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -21,10 +22,12 @@ from nmoe.config.attention import DSA_MOST
 from nmoe.effects.kernels.attention import dsa_index_kernels as index_kernels
 from nmoe.effects.kernels.attention import dsa_kernels as kernels
 from nmoe.effects.kernels.attention.blocks import box
+from nmoe.effects.kernels.attention.lists import Sums
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
 from nmoe.pure.model.attention.blocks import WORKSPACE
+from nmoe.pure.model.attention.dsa import PAIRS
 
 
 @attrs.frozen(kw_only=True)
@@ -201,7 +204,7 @@ def backward_pass(
     q: Tensor, kv: Tensor, chosen: Tensor, o: Tensor, lse: Tensor, do: Tensor, scale: float, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and kv: pairs of a chunk of queries, their sum over keys, and their sum over queries."""
-    length, heads, width = q.shape[1:]
+    batch, length, heads, width = q.shape
     rank, slots = o.shape[-1], chosen.shape[-1]
     delta = torch.empty_like(lse)
     rows = lse.numel()
@@ -215,13 +218,12 @@ def backward_pass(
         rank_box=box(rank),
         **launch(tiles.delta),
     )
-    a_query = slots * (2 * heads + width) * q.element_size() + length * 4
-    size = min(length, max(1, WORKSPACE // a_query))
-    p, ds = q.new_empty(2, size, slots, heads)
-    sums = Sums.of(kv, slots, size, width, tiles.gather)
-    dq = torch.empty_like(q)
+    dq, dkv = torch.empty_like(q), torch.empty_like(kv)
+    sums = Sums.of(kv, slots, borrowed=dq, tile=tiles.gather)
     common: dict[str, Any] = {"positions": length, "heads": heads, "slots": slots, "rank": rank, "rope": width - rank}
-    for first, number in sums.chunks():
+
+    def pairs(p: Tensor, ds: Tensor, first: int, number: int) -> None:
+        """Writes:  p, ds, of a chunk."""
         cut, across = tiles.pairs, blocks_of_heads(tiles.pairs, heads)
         kernels.pairs_kernel[(number, triton.cdiv(slots, cut.block_n), triton.cdiv(heads, across))](
             q=q,
@@ -232,7 +234,6 @@ def backward_pass(
             delta=delta,
             p=p,
             ds=ds,
-            place=sums.place,
             first_query=first,
             scale=scale,
             block_m=across,
@@ -241,6 +242,9 @@ def backward_pass(
             **common,
             **launch(cut),
         )
+
+    def sum_over_keys(ds: Tensor, first: int, number: int) -> None:
+        """Writes:  dq, of a chunk."""
         cut, across = tiles.dq, blocks_of_heads(tiles.dq, heads)
         kernels.dq_kernel[(number, triton.cdiv(heads, across), triton.cdiv(width, cut.block_k))](
             kv=kv,
@@ -254,14 +258,17 @@ def backward_pass(
             **common,
             **launch(cut),
         )
+
+    def write_parts(p: Tensor, ds: Tensor, parts: Tensor, first: int, number: int) -> None:
+        """Writes:  parts, of a chunk."""
         cut = tiles.parts
-        kernels.parts_kernel[(number, triton.cdiv(slots, cut.block_n), triton.cdiv(width, cut.block_k))](
+        kernels.parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
             q=q,
             do=do,
             chosen=chosen,
             p=p,
             ds=ds,
-            parts=sums.parts,
+            parts=parts,
             first_query=first,
             block_m=blocks_of_heads(cut, heads),
             block_n=cut.block_n,
@@ -269,8 +276,33 @@ def backward_pass(
             **common,
             **launch(cut),
         )
-        sums.add_(first, number)
-    return dq, sums.total
+
+    a_query = 2 * slots * heads * q.element_size()
+    for b in range(batch):
+        sums.total.zero_()
+        for first, number, parts in sums.chunks(b, beside=a_query):
+            size = min(number, max(1, PAIRS // a_query)) if parts.lent else number
+            p, ds = q.new_empty(2, size, slots, heads)
+            for begin, some in chunks(first, first + number, size):
+                pairs(p, ds, begin, some)
+                if begin < sums.kept:
+                    sum_over_keys(ds, begin, min(some, sums.kept - begin))
+                write_parts(p, ds, parts.rows[begin - first :], begin, some)
+            del p, ds  # their memory is that of the lists
+            sums.add_(parts.rows, chosen, first, number)
+            del parts
+        dkv[b] = sums.total
+    size = min(length, max(1, PAIRS // a_query))
+    p, ds = q.new_empty(2, size, slots, heads)
+    for first, number in chunks(sums.kept, batch * length, size):
+        pairs(p, ds, first, number)
+        sum_over_keys(ds, first, number)
+    return dq, dkv
+
+
+def chunks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    """First query and number of each chunk."""
+    return [(first, min(size, end - first)) for first in range(begin, end, size)]
 
 
 class IndexLoss(torch.autograd.Function):
@@ -322,82 +354,24 @@ class IndexLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the indexer's queries, keys and weights."""
         q, k, w, chosen, target, top = ctx.saved_tensors
-        tiles, (batch, length, heads, channels), slots = ctx.tiles, q.shape, chosen.shape[-1]
+        tiles, (batch, length, heads, _), slots = ctx.tiles, q.shape, chosen.shape[-1]
         common = {"heads": heads, "target": target, "dy": gradients[0].float(), **indexed(q, k, w, chosen, top)}
         given = {name.removeprefix("index_"): value for name, value in common.items()}
-        dq, dw = torch.empty_like(q), torch.empty_like(w)
-        cut = tiles.index_gradient
+        dq, dk, dw = (torch.empty_like(each) for each in (q, k, w))
+        sums, cut = Sums.of(k, slots, borrowed=dq, tile=tiles.gather), tiles.index_parts
+        for b in range(batch):
+            sums.total.zero_()
+            for first, number, parts in sums.chunks(b, beside=0):
+                index_kernels.index_parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
+                    parts=parts.rows, first_query=first, block_n=cut.block_n, **given, **launch(cut)
+                )
+                sums.add_(parts.rows, chosen, first, number)
+            dk[b] = sums.total
+        cut = tiles.index_gradient  # the last: the sums were where its gradient goes
         index_kernels.index_gradient_kernel[(batch * length,)](
             dq=dq, dw=dw, block_n=cut.block_n, **given, **launch(cut)
         )
-        size = min(length, max(1, WORKSPACE // (slots * channels * q.element_size() + length * 4)))
-        sums, cut = Sums.of(k, slots, size, channels, tiles.gather), tiles.index_parts
-        for first, number in sums.chunks():
-            index_kernels.index_parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
-                parts=sums.parts, place=sums.place, first_query=first, block_n=cut.block_n, **given, **launch(cut)
-            )
-            sums.add_(first, number)
-        return dq, sums.total, dw, *[None] * 7
-
-
-@attrs.frozen(kw_only=True)
-class Sums:
-    """Sums over queries with one owner: the gradients of keys [B T C], made of what each pair of a chunk adds.
-
-    An inverted list of a chunk: `place` has the slot at which a query reads a key, so that each key finds what was
-    written for it, in the order of the queries. Twice the bits of a format are kept of each sum: what rounding takes
-    off `total` is in `rest`, of one sequence at a time.
-    """
-
-    total: Tensor  # [B T C]
-    rest: Tensor  # [T C]
-    parts: Tensor  # [g S C], what a chunk's pairs add
-    place: Tensor  # [g T] i32, -1 where a query does not read a key
-    tile: SparseTile
-
-    @classmethod
-    def of(cls, k: Tensor, slots: int, size: int, width: int, tile: SparseTile) -> Sums:
-        """Sums of no query yet, for chunks of `size` queries."""
-        return cls(
-            total=torch.zeros(k.shape, dtype=k.dtype, device=k.device),
-            rest=k.new_zeros(k.shape[1:]),
-            parts=k.new_empty(size, slots, width),
-            place=torch.empty(size, k.shape[1], dtype=torch.int32, device=k.device),
-            tile=tile,
-        )
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """First query, counted over all sequences, and number of each chunk; one lies in one sequence.
-
-        Writes:  place, empty before each; rest, zero before each sequence.
-        """
-        batch, length = self.total.shape[:2]
-        for b in range(batch):
-            self.rest.zero_()
-            for first in range(0, length, self.place.shape[0]):
-                self.place.fill_(-1)
-                yield b * length + first, min(self.place.shape[0], length - first)
-
-    def add_(self, first: int, number: int) -> None:
-        """Add what the chunk of `number` queries from `first` on has.
-
-        Writes:  total, rest.
-        """
-        length, width = self.rest.shape
-        keys = first % length + number  # no query of the chunk sees a later one
-        kernels.gather_kernel[(triton.cdiv(keys, self.tile.block_n), triton.cdiv(width, self.tile.block_k))](
-            parts=self.parts,
-            place=self.place,
-            total=self.total[first // length],
-            rest=self.rest,
-            queries=number,
-            positions=length,
-            slots=self.parts.shape[1],
-            width=width,
-            block_n=self.tile.block_n,
-            block_k=self.tile.block_k,
-            **launch(self.tile),
-        )
+        return dq, dk, dw, *[None] * 7
 
 
 def indexed(q: Tensor, k: Tensor, w: Tensor, chosen: Tensor, top: Tensor) -> dict[str, Any]:

@@ -202,10 +202,10 @@ def index_gradient_kernel(
 
 @triton.jit
 def index_parts_kernel(
-    q, k, w, chosen, target, top, dy, parts, place, first_query, positions, heads, slots, block_n: tl.constexpr,
+    q, k, w, chosen, target, top, dy, parts, first_query, positions, heads, slots, block_n: tl.constexpr,
     channels: tl.constexpr, channels_box: tl.constexpr, heads_box: tl.constexpr,
 ):  # fmt: skip
-    """What one query adds to the gradients of `block_n` of its keys, and where each key finds it."""
+    """What one query adds to the gradients of `block_n` of its keys."""
     g = tl.program_id(0)
     j = tl.program_id(1) * block_n
     t = first_query + g
@@ -225,5 +225,3 @@ def index_parts_kernel(
         part = tl.dot(dx.to(tile.dtype), tile)
         at = (g.to(tl.int64) * slots + slot)[:, None] * channels + channel[None, :]
         tl.store(parts + at, part.to(parts.dtype.element_ty), mask=there[:, None] & (channel < channels)[None, :])
-        key = tl.load(chosen + t.to(tl.int64) * slots + slot, mask=there, other=0)
-        tl.store(place + g.to(tl.int64) * positions + key, slot, mask=there)

@@ -6,8 +6,8 @@ value, and `rope` rotated ones behind them.
 
 The backward pass goes through the queries in chunks. `pairs_kernel` makes the probabilities of a chunk's pairs and the
 gradients of their scores, `dq_kernel` sums them over keys. Their sum over queries would need atomics, as several
-queries read one key: `parts_kernel` writes what each pair adds, and `gather_kernel`, which owns keys, adds that up in
-the order of the queries. Every sum has one owner and one order, so that gradients are bitwise repeatable.
+queries read one key: `parts_kernel` writes what each pair adds, over all heads, and `lists` has a key's owner add that
+up in the order of the queries. Every sum has one owner and one order, so that gradients are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def delta_kernel(o, do, delta, rows, block_m: tl.constexpr, rank: tl.constexpr, 
 
 @triton.jit
 def pairs_kernel(
-    q, kv, do, chosen, lse, delta, p, ds, place, first_query, positions, heads, slots, scale, block_m: tl.constexpr,
+    q, kv, do, chosen, lse, delta, p, ds, first_query, positions, heads, slots, scale, block_m: tl.constexpr,
     block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
 ):  # fmt: skip
     """Probabilities and gradients of scores, [g slots heads] each, of `block_n` keys and `block_m` heads of a query."""
@@ -125,9 +125,6 @@ def pairs_kernel(
         tl.store(p + to, weight.to(p.dtype.element_ty), mask=inside)
         # Rounded to the input format for the tensor cores, as P is.
         tl.store(ds + to, (weight * (dp - off[None, :]) * scale).to(ds.dtype.element_ty), mask=inside)
-        if tl.program_id(2) == 0:
-            key = at - t // positions * positions
-            tl.store(place + g.to(tl.int64) * positions + key, slot, mask=there)
 
 
 @triton.jit
@@ -157,62 +154,40 @@ def dq_kernel(
 
 
 @triton.jit
+def load_pairs(x, g, slot, there, heads, slots, h, block_m: tl.constexpr):
+    """What [g slots heads] has of some slots and `block_m` heads from h on."""
+    head = h + tl.arange(0, block_m)
+    at = (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :]
+    return tl.load(x + at, mask=there[:, None] & (head < heads)[None, :], other=0.0)
+
+
+@triton.jit
 def parts_kernel(
-    q, do, chosen, p, ds, parts, first_query, positions, heads, slots, block_m: tl.constexpr, block_n: tl.constexpr,
-    block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
+    q, do, chosen, p, ds, parts, first_query, positions, heads: tl.constexpr, slots, block_m: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
 ):  # fmt: skip
-    """What one query adds to the gradients of `block_n` of its keys in `block_k` channels, over all heads."""
+    """What one query adds to the gradients of `block_n` of its keys, over all heads, `block_k` channels a step."""
     width: tl.constexpr = rank + rope
     g = tl.program_id(0)
     j = tl.program_id(1) * block_n
     t = first_query + g
-    until = list_of(t, positions, slots)
-    if j < until:
-        c = tl.program_id(2) * block_k
-        channel = c + tl.arange(0, block_k)
-        slot = j + tl.arange(0, block_n)
-        acc = tl.zeros([block_n, block_k], tl.float32)
-        for h in tl.range(0, heads, block_m):
-            head = h + tl.arange(0, block_m)
-            row = t.to(tl.int64) * heads + head
-            at = (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :]
-            inside = (slot < until)[:, None] & (head < heads)[None, :]
-            weight = tl.load(p + at, mask=inside, other=0.0)
-            acc = tl.dot(weight, load_part(do, row, head < heads, rank, c, rank, block_k), acc)
-            dscore = tl.load(ds + at, mask=inside, other=0.0)
-            acc = tl.dot(dscore, load_part(q, row, head < heads, width, c, width, block_k), acc)
-        to = (g.to(tl.int64) * slots + slot)[:, None] * width + channel[None, :]
-        inside = (slot < until)[:, None] & (channel < width)[None, :]
-        tl.store(parts + to, acc.to(parts.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gather_kernel(
-    parts, place, total, rest, queries, positions, slots, width, block_n: tl.constexpr, block_k: tl.constexpr
-):
-    """Adds to the gradients of `block_n` keys what the queries of a chunk have for them, in the order of the queries.
-
-    The sum has twice the bits of its format: what `total` rounds off is in `rest`.
-    """
-    key = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    channel = tl.program_id(1) * block_k + tl.arange(0, block_k)
-    at = key.to(tl.int64)[:, None] * width + channel[None, :]
-    inside = (key < positions)[:, None] & (channel < width)[None, :]
-    acc = tl.zeros([block_n, block_k], tl.float32)
-    read = tl.zeros([block_n], tl.int32)
-    # one query after the other: 114 ms of a backward pass; with the parts of eight loaded together 140
-    for g in tl.range(0, queries):
-        slot = tl.load(place + tl.cast(g, tl.int64) * positions + key, mask=key < positions, other=-1)
-        there = slot >= 0
-        row = (tl.cast(g, tl.int64) * slots + tl.maximum(slot, 0))[:, None] * width + channel[None, :]
-        acc += tl.load(parts + row, mask=there[:, None] & inside, other=0.0).to(tl.float32)
-        read += there.to(tl.int32)
-    inside = inside & (read > 0)[:, None]
-    rounded = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
-    acc += rounded + tl.load(rest + at, mask=inside, other=0.0).to(tl.float32)
-    rounded = acc.to(total.dtype.element_ty)
-    tl.store(total + at, rounded, mask=inside)
-    tl.store(rest + at, (acc - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=inside)
+    if j < list_of(t, positions, slots):
+        slot, _, there = load_slots(chosen, t, positions, slots, j, block_n)
+        weight = load_pairs(p, g, slot, there, heads, slots, 0, block_m)
+        dscore = load_pairs(ds, g, slot, there, heads, slots, 0, block_m)
+        for c in tl.range(0, width, block_k):
+            acc = tl.zeros([block_n, block_k], tl.float32)
+            for h in tl.static_range(0, heads, block_m):
+                if heads > block_m:
+                    weight = load_pairs(p, g, slot, there, heads, slots, h, block_m)
+                    dscore = load_pairs(ds, g, slot, there, heads, slots, h, block_m)
+                head = h + tl.arange(0, block_m)
+                row = t.to(tl.int64) * heads + head
+                acc = tl.dot(weight, load_part(do, row, head < heads, rank, c, rank, block_k), acc)
+                acc = tl.dot(dscore, load_part(q, row, head < heads, width, c, width, block_k), acc)
+            channel = c + tl.arange(0, block_k)
+            to = (g.to(tl.int64) * slots + slot)[:, None] * width + channel[None, :]
+            tl.store(parts + to, acc.to(parts.dtype.element_ty), mask=there[:, None] & (channel < width)[None, :])
 
 
 @triton.jit

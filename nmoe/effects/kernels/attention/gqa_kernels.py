@@ -22,6 +22,10 @@ from nmoe.effects.kernels.attention.blocks import HIDDEN, LOG2_E, load_block, sc
 PARTS = tl.constexpr(1024)
 """Parts of a sink's gradient that are added at once."""
 
+GENERAL = ("positions",)
+"""Integers of which the compiled code assumes nothing: ptxas 12.8 crashes on what Triton makes of one token, whose
+number it takes for a constant (docs/log.md, 2026-11-29)."""
+
 
 @triton.jit
 def owned(positions, heads, kv_heads, rows, side_by_side, block_m: tl.constexpr, pack: tl.constexpr):
@@ -145,7 +149,7 @@ def forward_range(
     return acc, row_sum, row_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def forward_kernel(
     q, k, k_far, v, o, lse, sinks, start, begins, q_by_batch, q_by_position, q_by_head, positions, padded, num_keys,
     heads, kv_heads, rows, window, block, stride, scale, block_m: tl.constexpr, block_n: tl.constexpr,
@@ -240,7 +244,7 @@ def dq_range(
     return acc, acc_far
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def dq_kernel(
     q, k, k_far, v, o, do, dq, dq_far, lse, delta, sinks, sink_parts, start, begins, q_by_batch, q_by_position,
     q_by_head, positions, padded, num_keys, heads, kv_heads, rows, window, block, stride, scale,
@@ -365,7 +369,7 @@ def after_last(end, b, tokens, positions, window, documents: tl.constexpr, windo
     return last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def dkv_kernel(
     q, q_far, k, k_far, v, do, dk, dk_far, dv, lse, delta, sink_parts, dsinks, end, begins, parts, share, positions,
     num_keys, heads, kv_heads, rows, window, block, stride, scale, block_m: tl.constexpr, block_n: tl.constexpr,

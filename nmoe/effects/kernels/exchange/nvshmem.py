@@ -1,10 +1,9 @@
-"""Put rows into the memory of ranks on other hosts, by NVSHMEM: messages of contiguous rows, not one a row.
+"""Puts by NVSHMEM: rows and words into the memory of other ranks, also of other hosts, and a barrier after them.
 
-Counterparts of `push_` and of the signal half of `barrier_`; right between two H200 of one host (docs/log.md,
-2026-11-29), not run between hosts. No exchange opens with them: `parallel.transport` does not name NVSHMEM, and
-docs/decisions/0011-between-hosts.md says why.
+Counterparts of `push`. A message is a run: items that are neighbours where they are sent from and where they go.
+Between hosts a rank sends from NVSHMEM's memory alone, so items are first copied there, in an order of long runs.
 
-W ranks · E experts of all ranks
+W ranks · D hidden size · K choices of a token · P places, in the order of sending · M of these that there is room for
 """
 
 from __future__ import annotations
@@ -13,21 +12,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import core
+from triton.language.extra.cuda import globaltimer
 
-LIBRARY = "libnvshmem_device.bc"
-"""NVSHMEM's device functions, in the wheel nvidia-nvshmem-cu13, which launches link with."""
+from nmoe.effects.kernels.exchange.push import block_of
+from nmoe.pure.parallel.exchange_arena import FLAG_BYTES
 
 SET = 9
 """NVSHMEM_SIGNAL_SET: every thread of the block sends the signal, so it must replace the word. Any other value adds to
 it: with 0, two H200 passed barriers that nobody had reached (docs/log.md, 2026-11-29)."""
 
+AT_LEAST = 5
+"""NVSHMEM_CMP_GE."""
 
-PARTS = 32
-"""Programs that put one run: within a host their threads copy the bytes. One of 4 warps a run, eight in all, moved 10
-GB/s where plain stores moved 65 to 200 (docs/log.md, 2026-11-29)."""
+BLOCK = 256
+"""Most items of a message."""
 
 WARPS = 16
-"""Of such a program."""
+"""Of a program that puts: within a host its threads copy the bytes. With 4, and eight programs, 10 GB/s moved where
+plain stores moved 65 to 200 (docs/log.md, 2026-11-29)."""
+
+ROWS = 4
+"""Rows a program copies at once to where they are sent from."""
 
 
 @core.extern
@@ -53,58 +58,182 @@ def _signal_(flag, value, how, peer, _semantic=None):
     return core.extern_elementwise("", "", [flag, value, how, peer], function, is_pure=False, _semantic=_semantic)
 
 
-@triton.jit
-def put_runs_kernel(source, target, end, shift, BYTES, LOCAL, W, BACK: tl.constexpr):
-    run = tl.program_id(0)
-    first = tl.load(end + run - 1, mask=run > 0, other=0)
-    share = tl.cdiv(tl.load(end + run) - first, tl.num_programs(1))
-    begin = first + tl.program_id(1) * share
-    rows = tl.minimum(tl.load(end + run) - begin, share)
-    peer = run % W if BACK else run // LOCAL
-    if rows > 0:
-        there = target + (begin + tl.load(shift + run)).to(tl.int64) * BYTES
-        _put_(there, source + begin.to(tl.int64) * BYTES, rows.to(tl.int64) * BYTES, peer)
+@core.extern
+def _compared(flag, how, value, _semantic=None):
+    """Whether a word of this rank compares with a value; if so, what was put before it was written is there."""
+    types = (core.dtype("int64"), core.dtype("int32"), core.dtype("int64"))
+    function = {types: ("nvshmem_int64_test", core.dtype("int32"))}
+    return core.extern_elementwise("", "", [flag, how, value], function, is_pure=False, _semantic=_semantic)
 
 
 @triton.jit
-def signal_kernel(epoch, flag, W: tl.constexpr, SET: tl.constexpr):
-    now = tl.load(epoch) + 1
-    _quiet()
-    tl.debug_barrier()
-    tl.store(epoch, now)
-    for peer in range(W):
-        _signal_(flag, now, SET, peer)
+def stage_kernel(
+    x, stage, item, to, valid, D, K, W, M, PROGRAMS, VALID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    count = tl.minimum(tl.load(valid + VALID), M)
+    for begin in range(tl.program_id(0) * ROWS, count, PROGRAMS * ROWS):
+        number = begin + tl.arange(0, ROWS)
+        real = number < count
+        place = tl.load(item + number, mask=real, other=0)
+        sent = tl.load(to + place, mask=real, other=W) < W
+        row = (place // K).to(tl.int64)
+        for first in range(0, D, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = sent[:, None] & (column < D)[None, :]
+            value = tl.load(x + row[:, None] * D + column[None, :], mask=inside)
+            tl.store(stage + number.to(tl.int64)[:, None] * D + column[None, :], value, mask=inside)
 
 
-def put_runs_(
-    source: int, target: int, end: Tensor, shift: Tensor, row_bytes: int, ranks: int, library: str, *, back: bool
+# Not specialised: one kernel for all puts and one for all barriers, for linking with NVSHMEM takes tens of seconds.
+@triton.jit(do_not_specialize=["source", "target", "BYTES", "W", "M", "SHARE", "PROGRAMS", "VALID"])
+def nvshmem_put_kernel(
+    source, target, item, to, at, valid, pes, BYTES, W, M, SHARE, PROGRAMS, VALID, BLOCK: tl.constexpr
+):
+    # where some rank would have to hold too much, `valid` is zero
+    count = tl.minimum(tl.load(valid + VALID), M)
+    lane = tl.arange(0, BLOCK)
+    begin = tl.program_id(0) * SHARE
+    while begin < count:
+        size = tl.minimum(SHARE, count - begin)
+        real = lane < size
+        follows = real & (lane > 0)
+        place = tl.load(item + begin + lane, mask=real, other=0)
+        before = tl.load(item + begin + lane - 1, mask=follows, other=0)
+        moved = tl.load(to + place, mask=real, other=W) != tl.load(to + before, mask=follows, other=W)
+        there = tl.load(at + place, mask=real, other=0)
+        head = real & (moved | (there != tl.load(at + before, mask=follows, other=0) + 1))
+        first = size * 0
+        while first < size:
+            end = tl.min(tl.where(head & (lane > first), lane, size))
+            here = tl.load(item + begin + first)
+            peer = tl.load(to + here)
+            if peer < W:
+                field = target + tl.load(at + here).to(tl.int64) * BYTES
+                length = (end - first).to(tl.int64) * BYTES
+                _put_(field, source + (begin + first).to(tl.int64) * BYTES, length, tl.load(pes + peer))
+            first = end
+        begin += PROGRAMS * SHARE
+
+
+@triton.jit(do_not_specialize=["arrived", "ME", "W", "LIMIT"])
+def nvshmem_barrier_kernel(
+    epoch, arrived, missing, pes, ME, W, LIMIT, FLAG: tl.constexpr, SET: tl.constexpr, AT_LEAST: tl.constexpr,
+    SIGNAL: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    now = tl.load(epoch)
+    if SIGNAL:
+        now += 1
+        _quiet()
+        tl.debug_barrier()  # every thread has read the epoch before one writes it
+        tl.store(epoch, now)
+        for rank in range(W):
+            _signal_(arrived + ME.to(tl.int64) * FLAG, now, SET, tl.load(pes + rank))
+    if WAIT:
+        begin = now
+        if LIMIT > 0:
+            begin = globaltimer()
+        for rank in range(W):
+            come = _compared(arrived + rank * FLAG, AT_LEAST, now)
+            while come == 0:
+                if LIMIT > 0:
+                    if globaltimer() - begin > LIMIT:  # pyright: ignore[reportOperatorIssue]
+                        tl.store(missing, rank + 1)
+                        tl.inline_asm_elementwise(
+                            "membar.sys; trap; mov.u32 $0, 0;", "=r,r", [rank], dtype=tl.int32, is_pure=False, pack=1
+                        )
+                come = _compared(arrived + rank * FLAG, AT_LEAST, now)
+
+
+def stage_(
+    stage: Tensor, x: Tensor, item: Tensor, to: Tensor, valid: Tensor, ranks: int, programs: int, *, back: bool
 ) -> None:
-    """Runs of rows into a field of other ranks' arenas, each in at most `PARTS` messages.
+    """Copy rows to where they are sent from, one for each place, in the order of sending.
 
-    source     address of the first row, in symmetric memory; rows of a run are neighbours
-    target     address of the field in this rank's own arena, which stands for the same place in every arena
-    end        [runs] i32   one past a run's last row: of each expert, or `Plan.origin_end`
-    shift      [runs] i32   row at the peer, less row here: `Plan.shift` or `Plan.origin_shift`
-    row_bytes  a multiple of 16
-    library    path of `LIBRARY`
-    back       whether rows go back to their sources
+    stage     [M D]   for all places but those that are nowhere, which come last
+    x         [N D]
+    item      [P] i32     place, counted through; may be longer
+    to        [N K] i32   rank of each place; no rank of the exchange: nowhere
+    valid     [3] i32     `plan.Plan.valid`
+    programs  that share the rows out
+    back      whether these are rows that go back, of which the third of `valid` counts, or tokens
+
+    Writes:  stage.
+    """
+    k = 1 if back else to.shape[1]
+    d = x.shape[1]
+    most = min(stage.shape[0], to.numel())
+    if not most:
+        return
+    grid = min(programs, triton.cdiv(most, ROWS))
+    stage_kernel[(grid,)](
+        x, stage, item, to, valid, d, k, ranks, most, grid, 2 if back else 0, ROWS, block_of(d), num_warps=8
+    )
+
+
+def put_(
+    stage: Tensor,
+    target: int,
+    item: Tensor,
+    to: Tensor,
+    at: Tensor,
+    valid: Tensor,
+    pes: Tensor,
+    library: str,
+    programs: int,
+    *,
+    back: bool,
+) -> None:
+    """Put items that are staged, in the order of sending, into a field of other ranks' arenas.
+
+    stage     [M ...]     rows or words, in NVSHMEM's memory
+    target    address of the field in this rank's own arena, which stands for the same place in every arena
+    item      [P] i32     place, counted through; may be longer
+    to        rank of each place, i32; no rank of the exchange: nowhere
+    at        its place in the field, i32
+    valid     [3] i32     `plan.Plan.valid`
+    pes       [W] i32     what NVSHMEM calls each rank
+    library   path of its device functions, which the launch links with
+    programs  that share the items out
+    back      whether they go back, so that the third of `valid` counts
 
     Writes:  that field.
     """
-    runs = end.shape[0]
-    put_runs_kernel[(runs, PARTS)](
-        source, target, end, shift, row_bytes, runs // ranks, ranks, back, num_warps=WARPS,
-        extern_libs={"nvshmem": library},
+    most = min(stage.shape[0], to.numel())
+    if not most:
+        return
+    share = min(BLOCK, triton.cdiv(most, programs))
+    grid = min(programs, triton.cdiv(most, share))
+    size = stage[0].numel() * stage.element_size()
+    nvshmem_put_kernel[(grid,)](
+        stage.data_ptr(), target, item, to, at, valid, pes, size, pes.shape[0], most, share, grid, 2 if back else 0,
+        BLOCK, num_warps=WARPS, extern_libs={"nvshmem": library},
     )  # fmt: skip
 
 
-def signal_(epoch: Tensor, flag: int, ranks: int, library: str) -> None:
-    """Signal every rank that all puts of this one have arrived.
+def barrier_(
+    epoch: Tensor,
+    arrived: Tensor,
+    missing: Tensor,
+    pes: Tensor,
+    rank: int,
+    library: str,
+    *,
+    signal: bool,
+    wait: bool,
+    limit_ns: int,
+) -> None:
+    """`push.barrier_` by NVSHMEM: signal every rank that all puts of this one have arrived, wait for all signals.
 
-    epoch    [1] i64   barriers this rank has entered
-    flag     address of this rank's flag in its own arena
-    library  path of `LIBRARY`
+    epoch    [1] i64     barriers this rank has entered
+    arrived  [W FLAG] i64   this rank's flags, at the same place in every arena
+    missing  [1] i32     on the host: gets the number of a rank that did not come, and one, before the device traps
+    pes      [W] i32     what NVSHMEM calls each rank
+    library  path of its device functions
+    limit_ns how long one is waited for; 0: for ever, which the interpreter needs
 
-    Writes:  epoch, and this rank's flag in every arena.
+    Writes:  epoch and this rank's flag in every arena, or `missing`.
     """
-    signal_kernel[(1,)](epoch, flag, ranks, SET, num_warps=1, extern_libs={"nvshmem": library})
+    nvshmem_barrier_kernel[(1,)](
+        epoch, arrived.data_ptr(), missing, pes, rank, pes.shape[0], limit_ns, FLAG_BYTES, SET, AT_LEAST, signal, wait,
+        num_warps=1, extern_libs={"nvshmem": library},
+    )  # fmt: skip

@@ -341,7 +341,7 @@ def push_(
         return
     grid = min(programs, triton.cdiv(x.shape[0], ROWS))
     push_kernel[(grid,)](
-        x, to, at, addresses, valid, offset, d, addresses.shape[0], grid, 2 if back else 0, k, ROWS, _block(d),
+        x, to, at, addresses, valid, offset, d, addresses.shape[0], grid, 2 if back else 0, k, ROWS, block_of(d),
         num_warps=8,
     )  # fmt: skip
 
@@ -351,7 +351,7 @@ def at_once(x: Tensor) -> tuple[int, int]:
 
     x        [M D]
     """
-    return ROWS, ROWS * _block(x.shape[1]) * x.itemsize
+    return ROWS, ROWS * block_of(x.shape[1]) * x.itemsize
 
 
 def push_words_(
@@ -391,7 +391,7 @@ def expand(x: Tensor, source: Tensor, end: Tensor, count: Tensor) -> Tensor:
     """
     capacity, d, experts = source.shape[0], x.shape[1], end.shape[0]
     out = torch.empty(capacity, d, dtype=x.dtype, device=x.device)
-    block, programs = _block(d), triton.cdiv(triton.cdiv(capacity, ROWS), experts)
+    block, programs = block_of(d), triton.cdiv(triton.cdiv(capacity, ROWS), experts)
     expand_kernel[(programs * experts, triton.cdiv(d, block))](
         x, source, out, end, count, d, experts, programs, ROWS, block, num_warps=8
     )
@@ -407,7 +407,7 @@ def pad_(x: Tensor, valid: Tensor, num: int) -> None:
     Writes:  x.
     """
     capacity, d = x.shape
-    block = _block(d)
+    block = block_of(d)
     pad_kernel[(num, triton.cdiv(d, block))](x, valid, d, capacity, block)
 
 
@@ -422,7 +422,7 @@ def count_bytes_(sent: Tensor, crossing: Tensor, *, pair: int, place: int, row: 
     bytes_kernel[(1,)](crossing, sent, pair, place, row, fixed, num_warps=1)
 
 
-def _block(width: int) -> int:
+def block_of(width: int) -> int:
     """Columns a program moves at once: as many of 2048 as divide the width, if that is a good number."""
     divisor = width & -width
     return min(2048, divisor if divisor >= 512 else triton.next_power_of_2(width))

@@ -3,7 +3,7 @@
 W ranks · E experts of all ranks · N tokens · K choices of a token · D hidden size · M items of a put
 
 Nothing here allocates an arena or waits for a peer: see `opening`, the two ways to run the protocol, `host` and
-`device`, and `proxy`, which reaches other hosts.
+`device`, and `proxy` and `nvshmem`, which reach other hosts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Put:
     at: Tensor  # [M K] place in the field
     valid: Tensor | None = None  # [3] i32, `Plan.valid`: how many of all these a device sends; None: all
     back: bool = False  # whether they return to their sources, so that the third of `valid` counts
-    item: Tensor | None = None  # [M] i32, order in which a device sends words, so that neighbours lie side by side
+    item: Tensor | None = None  # i32, order of all places in which neighbours lie side by side; None: as they are
     programs: int = 0  # of a device, that push rows
 
     def places(self) -> tuple[Tensor, Tensor]:

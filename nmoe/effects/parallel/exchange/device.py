@@ -56,6 +56,7 @@ class Kept:
     row_at: Tensor  # [N K] i32, its row there
     token_to: Tensor  # [N K] i32, rank to send the token to for this choice; no rank if it goes there already
     token_at: Tensor  # [N K] i32, place in the landing buffer
+    token_slot: Tensor  # [P] i32, choices in an order in which neighbours land side by side
     origin_to: Tensor  # [C] i32, rank a row came from
     origin_at: Tensor  # [C] i32, its pair there
     source: Tensor  # [C] i32, row -> place in the landing buffer
@@ -177,6 +178,7 @@ def begin_(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
         row_at=row.at,
         token_to=token.to,
         token_at=token.at,
+        token_slot=at.slot if tokens is None else tokens.slot,
         origin_to=origin.to,
         origin_at=origin.at,
         source=torch.arange(s.capacity, dtype=torch.int32, device=expert.device),
@@ -350,16 +352,14 @@ def send_(e: Exchange, x: Tensor, kept: Kept, field: Field, most: int = sys.maxs
 
     Writes:  a landing buffer of every arena.
     """
-    to, at, number = kept.token_to, kept.token_at, programs(e, x, most)
-    e.transport.put_rows_(e, Put(field=field, values=x, to=to, at=at, valid=kept.valid, programs=number))
+    to, at, item, number = kept.token_to, kept.token_at, kept.token_slot, programs(e, x, most)
+    e.transport.put_rows_(e, Put(field=field, values=x, to=to, at=at, valid=kept.valid, item=item, programs=number))
 
 
 def programs(e: Exchange, rows: Tensor, most: int = sys.maxsize) -> int:
     """How many programs, at most so many, push rows [M D]."""
-    at_once, num_bytes = moves.at_once(rows)
-    return pushing.programs(
-        rows=rows.shape[0], rows_at_once=at_once, bytes_at_once=num_bytes, most=min(e.programs, most)
-    )
+    count, num_bytes = moves.at_once(rows)
+    return pushing.programs(rows=len(rows), rows_at_once=count, bytes_at_once=num_bytes, most=min(e.programs, most))
 
 
 def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:

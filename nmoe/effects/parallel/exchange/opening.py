@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nmoe.effects.parallel.exchange import proxy
+from nmoe.effects.parallel.exchange import nvshmem, proxy
 from nmoe.effects.parallel.exchange.arena import Exchange, PeerError, Put, Relay, Transport, view
 from nmoe.errors import InputError
 from nmoe.pure.parallel.exchange_arena import Fields, Sizes, fields
@@ -43,7 +43,8 @@ def open_exchange(
     Collective: every rank of the group opens at the same place, with the same sizes, and closes at the same place.
 
     timeout_s   how long a rank is waited for in each phase
-    transport   "peer": all ranks are on one host; "proxy": a thread sends what goes to another host over TCP
+    transport   "peer": all ranks are on one host; "proxy": a thread sends what goes to another host over TCP;
+                "nvshmem": kernels put to any host, for which all ranks of the run open together
     rendezvous  address that all hosts reach
     peers       how ranks of one host write to each other; None: `host` on a CPU, else `device`
 
@@ -53,34 +54,16 @@ def open_exchange(
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     hosts = _agree(sizes, rank, ranks, group, transport)
-    place = proxy.Hosts(rank=rank, ranks=ranks, per_host=hosts.count(hosts[0]))
-    near = range(place.first(), place.first() + place.per_host)
-    beyond = len(near) < ranks
     f = fields(sizes)
+    record = partial(_exchange, rank=rank, sizes=sizes, f=f, timeout_s=timeout_s, programs=_most(device), hosts=hosts)
     with ExitStack() as scope:
-        within = _of_host(group, near, ranks)
-        arenas: Sequence[Tensor] = ()
-        if device.type == "cpu":
-            arenas = scope.enter_context(_shared(f.size, within))
-            raw = arenas[rank - near.start]
-            addresses = [arena.data_ptr() for arena in arenas]
-        elif len(near) == 1:
-            raw = torch.zeros(f.size, dtype=torch.uint8, device=device)  # no other process reaches it
-            addresses = [raw.data_ptr()]
+        if transport == "nvshmem":
+            raw, addresses, links = nvshmem.opened(f.size, sizes, group, device)
+            e = record(raw=raw, peers=(), addresses=addresses, transport=nvshmem.over(links))
         else:
-            raw, addresses, _ = scope.enter_context(symmetric(f.size, within, device))
-        # Kernels write counts, words and flags for every rank; those of other hosts fall here, and nobody reads them.
-        sink = torch.empty(f.land.offset if beyond else 0, dtype=torch.uint8, device=device)
-        addresses = [addresses[other - near.start] if other in near else sink.data_ptr() for other in range(ranks)]
-        mapped = tuple(arenas[other - near.start] if other in near else None for other in range(ranks) if arenas)
-        e = _exchange(rank, sizes, f, raw, mapped, addresses, timeout_s, _most(device), hosts, peers or _peers(device))
-        carried = None
-        if beyond:
-            connections = scope.enter_context(proxy.connections(place, group, rendezvous, timeout_s))
-            carried = proxy.Proxy(place, partial(proxy.areas, sizes, f, device), e.lost, connections, device)
-            e = attrs.evolve(e, transport=proxy.over(e.transport, _relay(device), carried))
-            scope.enter_context(_carrying(carried))
-        _shake_hands_(e, group, beyond=beyond)
+            place = proxy.Hosts(rank=rank, ranks=ranks, per_host=hosts.count(hosts[0]))
+            e = scope.enter_context(_in_memory(record, place, f, group, device, rendezvous, peers or _peers(device)))
+        _shake_hands_(e, group, signalled=transport == "nvshmem" or len(set(hosts)) > 1)
         try:
             yield e
         except PeerError:
@@ -94,6 +77,48 @@ def open_exchange(
                 ) from error
             raise
         e.transport.flush(e)
+
+
+@contextmanager
+def _in_memory(
+    record: Callable[..., Exchange],
+    place: proxy.Hosts,
+    f: Fields,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    rendezvous: str,
+    peers: Transport,
+) -> Iterator[Exchange]:
+    """An exchange over memory that the ranks of a host share, and over the proxy to those of others.
+
+    record  the exchange around an arena
+    """
+    ranks = place.ranks
+    near = range(place.first(), place.first() + place.per_host)
+    beyond = len(near) < ranks
+    with ExitStack() as scope:
+        within = _of_host(group, near, ranks)
+        arenas: Sequence[Tensor] = ()
+        if device.type == "cpu":
+            arenas = scope.enter_context(_shared(f.size, within))
+            raw = arenas[place.rank - near.start]
+            addresses = [arena.data_ptr() for arena in arenas]
+        elif len(near) == 1:
+            raw = torch.zeros(f.size, dtype=torch.uint8, device=device)  # no other process reaches it
+            addresses = [raw.data_ptr()]
+        else:
+            raw, addresses, _ = scope.enter_context(symmetric(f.size, within, device))
+        # Kernels write counts, words and flags for every rank; those of other hosts fall here, and nobody reads them.
+        sink = torch.empty(f.land.offset if beyond else 0, dtype=torch.uint8, device=device)
+        addresses = [addresses[other - near.start] if other in near else sink.data_ptr() for other in range(ranks)]
+        mapped = tuple(arenas[other - near.start] if other in near else None for other in range(ranks) if arenas)
+        e = record(raw=raw, peers=mapped, addresses=addresses, transport=peers)
+        if beyond:
+            connections = scope.enter_context(proxy.connections(place, group, rendezvous, e.timeout_s))
+            carried = proxy.Proxy(place, partial(proxy.areas, e.sizes, f, device), e.lost, connections, device)
+            e = attrs.evolve(e, transport=proxy.over(e.transport, _relay(device), carried))
+            scope.enter_context(_carrying(carried))
+        yield e
         del sink
 
 
@@ -150,15 +175,25 @@ def virtual(sizes: Sizes, device: torch.device) -> tuple[Exchange, ...]:
 
     f = fields(sizes)
     arenas = tuple(torch.zeros(f.size, dtype=torch.uint8, device=device) for _ in range(sizes.ranks))
-    addresses = [arena.data_ptr() for arena in arenas]
-    hosts = ("",) * sizes.ranks
     return tuple(
-        _exchange(rank, sizes, f, raw, arenas, addresses, 60.0, _most(device), hosts, PEER)
+        _exchange(
+            rank=rank,
+            sizes=sizes,
+            f=f,
+            raw=raw,
+            peers=arenas,
+            addresses=[arena.data_ptr() for arena in arenas],
+            timeout_s=60.0,
+            programs=_most(device),
+            hosts=("",) * sizes.ranks,
+            transport=PEER,
+        )
         for rank, raw in enumerate(arenas)
     )
 
 
 def _exchange(
+    *,
     rank: int,
     sizes: Sizes,
     f: Fields,
@@ -213,6 +248,11 @@ def _agree(sizes: Sizes, rank: int, ranks: int, group: dist.ProcessGroup, transp
         problems.append(
             f"model.hidden_size: expected rows of a multiple of 16 bytes, the width of a store, got "
             f"{sizes.hidden_size * sizes.dtype.itemsize} bytes; take a multiple of {16 // sizes.dtype.itemsize}"
+        )
+    if sizes.staged != (transport == "nvshmem"):
+        problems.append(
+            f'exchange: expected sizes that are staged for "nvshmem" alone, got staged = {sizes.staged} for '
+            f'"{transport}"; pass those of the transport'
         )
     answers: list[Any] = [None] * ranks
     dist.all_gather_object(answers, (os.uname().nodename, sizes, transport), group=group)
@@ -341,10 +381,10 @@ def _refuse_unreachable(group: dist.ProcessGroup, device: torch.device) -> None:
         )
 
 
-def _shake_hands_(e: Exchange, group: dist.ProcessGroup, *, beyond: bool) -> None:
+def _shake_hands_(e: Exchange, group: dist.ProcessGroup, *, signalled: bool) -> None:
     """Write a word into every arena and look whether each rank's arrived in ours: a wrong mapping shows here.
 
-    beyond   whether there are other hosts, whose words arrive with a signal
+    signalled  whether words arrive with a signal: they pass another host, or wait for a barrier
 
     Writes:  the first word of this rank's row of counts in every arena.
     Raises:  InputError naming the rank whose word is not there.
@@ -355,7 +395,7 @@ def _shake_hands_(e: Exchange, group: dist.ProcessGroup, *, beyond: bool) -> Non
     mine = rank + 1000 * (e.rank + 1)
     at = torch.full_like(rank, e.rank * counts.shape[1])
     e.transport.put_words_(e, Put(field=counts, values=mine, to=rank, at=at, valid=torch.full_like(rank, ranks)))
-    if beyond:
+    if signalled:
         e.transport.barrier_(e, signal=True, wait=True)
     if e.raw.is_cuda:
         torch.cuda.synchronize(e.raw.device)

@@ -22,7 +22,7 @@ from nmoe.pure.core.init import normal, ones, zeros
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention import mla
-from nmoe.pure.model.attention.blocks import WORKSPACE, again, best, gathered, query_blocks, softmax
+from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
 from nmoe.pure.model.attention.gqa import attended
 from nmoe.pure.model.hf_leaf import Leaf, matrix, ordered, same
 from nmoe.pure.model.norm import upcast
@@ -30,6 +30,9 @@ from nmoe.pure.model.rope import Documents, Rope, rotate, visible_cached
 
 QUERIES = 64
 """Queries whose scores, and whose copies of the keys they read, exist at once."""
+
+PAIRS = 60 * 2**20
+"""Bytes that a device's kernels may take at once for what pairs of keys and queries' heads have in a backward pass."""
 
 NORM_EPS = 1e-6
 """Of the norm of the indexer's keys, whatever the model's is: as published."""
@@ -417,11 +420,15 @@ def kernel_kept_bytes(c: sections.Dsa) -> tuple[int, int]:
 
 
 def kernel_passing_bytes(c: sections.Dsa, *, tokens: int, sequence_length: int) -> int:
-    """Bytes of one layer's backward pass beside what is kept: gradients in the latent's channels, and the workspace."""
+    """Bytes of one layer's backward pass beside what is kept: gradients in the latent's channels, and the workspace.
+
+    Sums of one sequence's keys in fp32 lie where gradients of queries go, if that is enough.
+    """
     element, fp32 = 2, 4
     width = c.kv_lora_rank + c.qk_rope_head_dim
     a_token = c.num_heads * ((c.kv_lora_rank + width) * element + fp32) + width * element
-    return tokens * a_token + sequence_length * width * element + WORKSPACE
+    fits = tokens * c.num_heads * element >= sequence_length * fp32
+    return tokens * a_token + (0 if fits else sequence_length * width * fp32) + PAIRS
 
 
 HF_KEYS: Mapping[str, str] = MappingProxyType(

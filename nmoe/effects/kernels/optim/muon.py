@@ -1,0 +1,195 @@
+"""`pure.optim.muon` on a whole parameter in its arena: one pass before the Newton-Schulz iterations and one after.
+
+The pass before reads gradient and momentum, and writes the momentum, what is orthogonalised in the format of the
+products, and its norm; the pass after writes the value. Matrices are not divided by their norms: the first iteration
+multiplies by one over them. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nmoe.effects.kernels.optim.newton_schulz import PRODUCTS, Products, orthogonalize, padded
+from nmoe.pure.optim.muon import RMS, SMALLEST_NORM, Matrices
+
+
+@attrs.frozen(kw_only=True)
+class MatrixTile:
+    """Block size and launch options of a pass over matrices."""
+
+    block_m: int  # rows
+    block_n: int  # columns
+    num_warps: int
+    num_stages: int
+
+
+TILE = MatrixTile(block_m=16, block_n=128, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def _place(first, inner, outer_step, inner_step, rows, columns, M: tl.constexpr, N: tl.constexpr):
+    """Of this program: its matrix, that one's place, and rows and columns of its tile."""
+    across = tl.cdiv(columns, N)
+    tiles = tl.cdiv(rows, M) * across
+    own = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    number = (first + own).to(tl.int64)
+    start = number // inner * outer_step + number % inner * inner_step
+    return own, start, tile // across * M + tl.arange(0, M), tile % across * N + tl.arange(0, N)
+
+
+@triton.jit
+def ahead_kernel(
+    gradient,  # zero afterwards
+    momentum,
+    out,  # [turn M N], rows `width` apart
+    partial,  # [programs] f32: sum of squares of what is orthogonalised
+    allowed,  # i8
+    shrink,
+    first,
+    inner,
+    outer_step,
+    inner_step,
+    row_step,
+    column_step,
+    rows,
+    columns,
+    width,
+    beta: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    own, start, row, column = _place(first, inner, outer_step, inner_step, rows, columns, M, N)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = start + row.to(tl.int64)[:, None] * row_step + column.to(tl.int64)[None, :] * column_step
+    there = own.to(tl.int64) * rows * width + row[:, None] * width + column[None, :]
+    ahead = tl.zeros((M, N), dtype=tl.float32)
+    if tl.load(allowed) != 0:
+        g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32) * tl.load(shrink).to(tl.float32)
+        old = tl.load(momentum + at, mask=inside, other=0.0).to(tl.float32)
+        new = old + (1.0 - beta) * (g - old)
+        ahead = new - (1.0 - beta) * (new - g)
+        tl.store(momentum + at, new.to(momentum.dtype.element_ty), mask=inside)
+        # A constant depends on no load: without the barrier one warp clears what another has not read.
+        tl.debug_barrier()
+    tl.store(gradient + at, tl.zeros((M, N), dtype=gradient.dtype.element_ty), mask=inside)
+    tl.store(out + there, ahead.to(out.dtype.element_ty), mask=inside)
+    tl.store(partial + tl.program_id(0), tl.sum(tl.sum(ahead * ahead, 1), 0))
+
+
+@triton.jit
+def value_kernel(
+    value,  # f32, or the bits of bf16 when `has_remainder`
+    remainder,  # i16; read and written when `has_remainder`
+    direction,  # [turn M N], rows `width` apart
+    partial,  # [programs] f32: sum of squares of the change
+    allowed,  # i8
+    lr,  # f64
+    first,
+    inner,
+    outer_step,
+    inner_step,
+    row_step,
+    column_step,
+    rows,
+    columns,
+    width,
+    length: tl.constexpr,
+    decay: tl.constexpr,
+    has_remainder: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    own, start, row, column = _place(first, inner, outer_step, inner_step, rows, columns, M, N)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = start + row.to(tl.int64)[:, None] * row_step + column.to(tl.int64)[None, :] * column_step
+    there = own.to(tl.int64) * rows * width + row[:, None] * width + column[None, :]
+    changed = tl.zeros((M, N), dtype=tl.float32)
+    if tl.load(allowed) != 0:
+        rate = tl.load(lr)
+        kept = (1.0 - rate * decay).to(tl.float32)
+        step = tl.load(direction + there, mask=inside, other=0.0).to(tl.float32) * length
+        if has_remainder:
+            high = tl.load(value + at, mask=inside, other=0).to(tl.int32) << 16
+            low = tl.load(remainder + at, mask=inside, other=0).to(tl.int32)
+            old = (high + low).to(tl.float32, bitcast=True)
+        else:
+            old = tl.load(value + at, mask=inside, other=0.0)
+        new = old * kept - rate.to(tl.float32) * step
+        changed = new - old
+        if has_remainder:
+            # a NaN's payload of all ones would round to -0
+            bits = tl.where(new != new, 0x7FC00000, new.to(tl.int32, bitcast=True))
+            rounded = (bits + 0x8000) >> 16
+            tl.store(value + at, rounded.to(tl.int16), mask=inside)
+            tl.store(remainder + at, (bits - (rounded << 16)).to(tl.int16), mask=inside)
+        else:
+            tl.store(value + at, new, mask=inside)
+    tl.store(partial + tl.program_id(0), tl.sum(tl.sum(changed * changed, 1), 0))
+
+
+@torch.no_grad()
+def muon_(
+    value: Tensor,
+    remainder: Tensor | None,
+    buffer: Tensor,
+    gradient: Tensor,
+    *,
+    allowed: Tensor,
+    shrink: Tensor,
+    updates: Tensor,
+    lr: Tensor,
+    momentum: float,
+    decay: float,
+    parts: Sequence[Matrices],
+    bf16: bool,
+    tile: MatrixTile = TILE,
+    products: Products = PRODUCTS,
+) -> Tensor:
+    """`pure.optim.muon` on a parameter, where `allowed`; the norm of the change.
+
+    value      f32, or bf16 with its `remainder`; contiguous, as all that follow
+    remainder  i16, or None
+    buffer     f32 or bf16: the momentum
+    gradient   f32 or bf16
+    allowed    0-d bool   false: nothing but `gradient` changes, whatever the gradient holds
+    shrink     0-d f32    factor on the gradient, from the clip
+    updates    not needed
+    lr         0-d f64
+    parts      where the matrices of the parameter lie; together all of its elements
+    bf16       whether the Newton-Schulz products are in bf16; else in fp32, without tensor cores
+
+    Writes:  value, remainder, buffer; `gradient` is zero afterwards.
+    Cost:    both passes together move 24 bytes an element for bf16 value and momentum and fp32 gradient, 28 with an
+             fp32 momentum; the products are `newton_schulz.orthogonalize`'s.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    bits = value if remainder is None else value.view(torch.int16)
+    permit, changes = allowed.view(torch.int8), []
+    for part in parts:
+        size = (part.rows, part.columns)
+        tiles = triton.cdiv(part.rows, tile.block_m) * triton.cdiv(part.columns, tile.block_n)
+        for first, count in part.turns():
+            x = padded(count, *size, value, dtype)
+            partial, changed = (torch.empty(count, tiles, device=value.device) for _ in range(2))
+            where = (first, part.counts[1], *part.steps, part.row_step, part.column_step, *size, x.stride(1))
+            ahead_kernel[(count * tiles,)](
+                gradient[part.offset :], buffer[part.offset :], x, partial, permit, shrink, *where, momentum,
+                tile.block_m, tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+            scale = partial.sum(1).sqrt().clamp(min=SMALLEST_NORM).reciprocal()
+            x = orthogonalize(x, scale, products)
+            high = bits[part.offset :]
+            value_kernel[(count * tiles,)](
+                high, high if remainder is None else remainder[part.offset :], x, changed, permit, lr, *where,
+                RMS * max(size) ** 0.5, decay, remainder is not None, tile.block_m, tile.block_n,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+            changes.append(changed.sum())
+    return torch.stack(changes).sum().sqrt()

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmoe.effects.kernels.optim.master import load_master, store_master_
+
 
 @attrs.frozen(kw_only=True)
 class ArenaTile:
@@ -82,12 +84,7 @@ def update_kernel(
             g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32) * factor
             old_first = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
             old_second = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
-            if has_remainder:
-                high = tl.load(value + at, mask=inside, other=0).to(tl.int32) << 16
-                low = tl.load(remainder + at, mask=inside, other=0).to(tl.int32)
-                old = (high + low).to(tl.float32, bitcast=True)
-            else:
-                old = tl.load(value + at, mask=inside, other=0.0)
+            old = load_master(value, remainder, at, inside, has_remainder)
             new_first = old_first + (1.0 - beta1) * (g - old_first)
             new_second = old_second * beta2 + (1.0 - beta2) * (g * g)
             root = eps + tl.sqrt_rn(new_second) * width
@@ -95,14 +92,7 @@ def update_kernel(
             changed += (new - old) * (new - old)
             tl.store(first + at, new_first.to(first.dtype.element_ty), mask=inside)
             tl.store(second + at, new_second.to(second.dtype.element_ty), mask=inside)
-            if has_remainder:
-                # a NaN's payload of all ones would round to -0
-                bits = tl.where(new != new, 0x7FC00000, new.to(tl.int32, bitcast=True))
-                rounded = (bits + 0x8000) >> 16
-                tl.store(value + at, rounded.to(tl.int16), mask=inside)
-                tl.store(remainder + at, (bits - (rounded << 16)).to(tl.int16), mask=inside)
-            else:
-                tl.store(value + at, new, mask=inside)
+            store_master_(value, remainder, at, new, inside, has_remainder)
             # Triton reads an fp32 gradient 8 elements a thread and stores 4, and a constant depends on no load: without
             # the barrier one warp clears what another has not read (docs/log.md, 2026-11-28).
             if clear:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmoe.effects.kernels.optim.master import load_master, store_master_
 from nmoe.effects.kernels.optim.newton_schulz import PRODUCTS, Products, orthogonalize, padded
 from nmoe.pure.optim.muon import RMS, SMALLEST_NORM, Matrices
 
@@ -115,22 +116,10 @@ def value_kernel(
         rate = tl.load(lr)
         kept = (1.0 - rate * decay).to(tl.float32)
         step = tl.load(direction + there, mask=inside, other=0.0).to(tl.float32) * length
-        if has_remainder:
-            high = tl.load(value + at, mask=inside, other=0).to(tl.int32) << 16
-            low = tl.load(remainder + at, mask=inside, other=0).to(tl.int32)
-            old = (high + low).to(tl.float32, bitcast=True)
-        else:
-            old = tl.load(value + at, mask=inside, other=0.0)
+        old = load_master(value, remainder, at, inside, has_remainder)
         new = old * kept - rate.to(tl.float32) * step
         changed = new - old
-        if has_remainder:
-            # a NaN's payload of all ones would round to -0
-            bits = tl.where(new != new, 0x7FC00000, new.to(tl.int32, bitcast=True))
-            rounded = (bits + 0x8000) >> 16
-            tl.store(value + at, rounded.to(tl.int16), mask=inside)
-            tl.store(remainder + at, (bits - (rounded << 16)).to(tl.int16), mask=inside)
-        else:
-            tl.store(value + at, new, mask=inside)
+        store_master_(value, remainder, at, new, inside, has_remainder)
     tl.store(partial + tl.program_id(0), tl.sum(tl.sum(changed * changed, 1), 0))
 
 

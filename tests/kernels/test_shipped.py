@@ -44,6 +44,11 @@ REST: dict[str, Callable[[], Request]] = {
     "muon: ahead of bf16 with fp32 moments": lambda: shipped.ahead("bf16", "fp32"),
     "choice of 256": lambda: shipped.choice(256, 8),
     "global norm: fp32": lambda: shipped.square_sum("fp32"),
+    "sum of two ranks": lambda: shipped.reduced("bf16", (2,)),
+    "sum of two ranks: fp32": lambda: shipped.reduced("fp32", (2,)),
+    "sum of eight ranks": lambda: shipped.reduced("bf16", (2, 2, 2)),
+    "sum of eight ranks: fp32": lambda: shipped.reduced("fp32", (2, 2, 2)),
+    "sum of twelve ranks": lambda: shipped.reduced("bf16", (2, 2, 3)),
 }
 """Their variants."""
 

@@ -24,6 +24,7 @@ class Arena:
 
     value: Tensor
     gradient: Tensor
+    sums: Tensor | tuple[()]  # f32 gradients over all ranks, shared out; () when `gradient` takes them
     moments: tuple[Tensor, ...]  # those of the policy's update rule, in its order; shared out
     remainder: Tensor | tuple[()]  # i16, the low half of the fp32 master; shared out; () when `value` is fp32
 
@@ -42,6 +43,7 @@ def allocate(blueprint: Blueprint, device: torch.device, ranks: Ranks = SINGLE_R
         Arena(
             values(layout),
             zeros(layout.size, layout.gradient),
+            zeros(layout.held(), torch.float32) if layout.has_sums() else (),
             tuple(zeros(layout.held(), layout.moments) for _ in rule(layout.policy.optimizer).moments),
             zeros(layout.held(), torch.int16) if layout.has_remainder() else (),
         )

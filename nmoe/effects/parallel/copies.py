@@ -85,12 +85,15 @@ class Copies:
         """Symmetric memory of this rank."""
         return self._raw.nbytes + sum(homes[self.rank].nbytes for homes in self._homes)
 
-    def reduce_scatter_(self, flat: Tensor) -> Work:
+    def reduce_scatter_(self, flat: Tensor, out: Tensor) -> Work:
         """Start the sum of a flat tensor over the ranks; of the parts each rank has its own. What to wait for.
 
-        Writes:  that part of `flat`.
+        flat  [W M] fp32 or bf16
+        out   [M] f32; may be the rank's part of `flat`
+
+        Writes:  out.
         """
-        return self._start(self.scattering_(flat))
+        return self._start(self.scattering_(flat, out))
 
     def all_gather_(self, flat: Tensor) -> Work:
         """Start the all-gather of a flat tensor in a home, of which each rank has its part; what to wait for.
@@ -106,16 +109,18 @@ class Copies:
             pass
         return Work(self._streams)
 
-    def scattering_(self, flat: Tensor) -> Generator[None, None, None]:
+    def scattering_(self, flat: Tensor, out: Tensor) -> Generator[None, None, None]:
         """The reduce-scatter, which yields when a piece has been copied and before it is taken."""
-        parts = self._parts(flat)
+        from nmoe.effects.kernels.exchange.reduce import sum_  # only here: triton is not everywhere
+
+        parts, levels = self._parts(flat), level_sizes(self.ranks)
         for begin, end in self._pieces(parts[0]):
             slot = self._slot()
             with record_function("reduce"):
                 self._copy_(slot, [part[begin:end] for part in parts])
             yield
-            with record_function("reduce"), self._taking_(slot, parts[0].dtype) as landed:
-                sum_(parts[self.rank][begin:end], landed, self.rank)
+            with record_function("reduce"), self._taking_(slot) as landed:
+                sum_(out[begin:end], parts[self.rank][begin:end], landed.view(flat.dtype), self.rank, levels)
 
     def gathering_(self, flat: Tensor) -> Generator[None, None, None]:
         """The all-gather, which yields before it waits for other ranks."""
@@ -192,42 +197,20 @@ class Copies:
             moves.signal_(copied, self._addresses, self._flags(layout.landed.offset, slot), self.rank, freed.shape[1])
 
     @contextmanager
-    def _taking_(self, slot: int, dtype: torch.dtype) -> Iterator[Sequence[Tensor]]:
-        """What has landed from each rank, which is free again after the block. Writes: this rank's flag everywhere."""
+    def _taking_(self, slot: int) -> Iterator[Tensor]:
+        """What has landed [W bytes] u8, which is free again after the block. Writes: this rank's flag everywhere."""
         from nmoe.effects.kernels.exchange import push as moves  # only here: triton is not everywhere
 
         layout, taken = self._layout, self._taken[slot : slot + 1]
         with self._on(1):
             landed = view(self._raw, layout.landed)[slot]
             moves.await_flags_(taken, landed, self.missing, ahead=1, limit_ns=self._limit_ns)
-            yield [area.view(dtype) for area in self._areas[self.rank][slot]]
+            yield self._areas[self.rank][slot]
             moves.signal_(taken, self._addresses, self._flags(layout.freed.offset, slot), self.rank, landed.shape[1])
 
     def _flags(self, offset: int, slot: int) -> int:
         """Bytes from the beginning of an arena to the flags of a slot."""
         return offset + slot * self._layout.landed.size() // SLOTS
-
-
-def sum_(own: Tensor, landed: Sequence[Tensor], rank: int) -> None:
-    """Sum what ranks have, in the order of `level_sizes`: neighbours first.
-
-    own      [M] of this rank
-    landed   each [M ...] of the others
-    Writes:  own; landed, where more than two ranks sum.
-    """
-    terms = [own if other == rank else values[: own.numel()] for other, values in enumerate(landed)]
-    for size in level_sizes(len(terms)):
-        groups = [terms[first : first + size] for first in range(0, len(terms), size)]
-        terms = [_added_(group, own) for group in groups]
-
-
-def _added_(terms: Sequence[Tensor], own: Tensor) -> Tensor:
-    """The sum of the terms, from first to last, in the place of one of them: in `own`, if it is among them."""
-    total = terms[0]
-    for term in terms[1:]:
-        # a kernel on 24 multiprocessors, which leaves the GEMMs the others, was no faster (docs/log.md, 2026-11-29)
-        total = torch.add(total, term, out=own if term is own else total)
-    return total
 
 
 @contextmanager

@@ -77,17 +77,27 @@ def threes(terms: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("ranks", "order"), [(2, pairs), (3, in_turn), (4, pairs), (6, threes), (8, pairs)], ids=lambda value: str(value)
 )
-def test_a_part_is_the_sum_of_all_ranks(ranks: int, order: Callable[[Sequence[Tensor]], Tensor]) -> None:
-    """Three tensors one after another, through the same slots; nothing but the own part is written."""
-    copies = opened(ranks)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_part_is_the_sum_of_all_ranks(
+    ranks: int, order: Callable[[Sequence[Tensor]], Tensor], dtype: torch.dtype
+) -> None:
+    """Three tensors one after another, through the same slots; nothing but the own part is written.
+
+    Sums of 16 bits, of bf16 on a GPU, are fp32, in memory of their own.
+    """
+    copies, apart = opened(ranks), dtype is torch.float16
     for seed, size in enumerate((ranks * 7, (SLOTS + 2) * BYTES // 4, ranks * BYTES // 8)):
-        given = drawn(ranks, size, seed)
+        given = [flat.to(dtype) for flat in drawn(ranks, size, seed)]
         flats = [flat.clone() for flat in given]
-        together([copy.scattering_(flat) for copy, flat in zip(copies, flats, strict=True)])
-        wanted = order(given).view(ranks, -1)
+        parts = [flat.view(ranks, -1)[part_of(rank, ranks)] for rank, flat in enumerate(flats)]
+        sums = [torch.full((part.numel() + 1,), torch.nan)[:-1] if apart else part for part in parts]
+        works = zip(copies, flats, sums, strict=True)
+        together([copy.scattering_(flat, out) for copy, flat, out in works])
+        wanted = order([flat.float() for flat in given]).view(ranks, -1)
         for rank, flat in enumerate(flats):
             mine = part_of(rank, ranks)
-            assert torch.equal(flat.view(ranks, -1)[mine], wanted[mine])
+            assert torch.equal(sums[rank], wanted[mine])
+            assert not apart or torch.equal(parts[rank], given[rank].view(ranks, -1)[mine])
             others = [part for part in range(ranks) if part != mine]
             assert torch.equal(flat.view(ranks, -1)[others], given[rank].view(ranks, -1)[others])
 
@@ -173,6 +183,6 @@ def test_a_slot_is_written_when_all_have_freed_it(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("nmoe.effects.kernels.exchange.push.await_flags_", passing)
     (flat,) = drawn(1, 2 * (SLOTS + 2) * BYTES // 8, 0)
-    for _ in rank.scattering_(flat):
+    for _ in rank.scattering_(flat, flat.view(2, -1)[0]):
         pass
     assert waits == ["landed"] * SLOTS + ["freed", "landed"] * 2

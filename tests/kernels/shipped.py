@@ -11,6 +11,7 @@ from nmoe.effects.kernels import loss as loss_kernels
 from nmoe.effects.kernels import norm as norm_kernels
 from nmoe.effects.kernels.attention import mla_assemble
 from nmoe.effects.kernels.exchange import plan as plan_kernels
+from nmoe.effects.kernels.exchange import reduce
 from nmoe.effects.kernels.moe import combine, dispatch, router, swiglu
 from nmoe.effects.kernels.optim import adamw, muon
 from tests.kernels.aot import Request
@@ -20,6 +21,7 @@ KERNELS = "nmoe.effects.kernels"
 SAME: Mapping[str, Mapping[str, str]] = {
     "attention.rope:rotate_kernel": {"y": "x"},
     "exchange.push:counts_kernel": {"tokens": "count"},
+    "exchange.reduce:sum_kernel": {"out": "own"},
     "moe.combine:combine_kernel": {"weight": "y"},
     "moe.experts:grouped_weight_gradient_kernel": {"b_rows": "b"},
     "norm:backward_kernel": {"residual": "grad_output"},
@@ -102,7 +104,7 @@ def gate(name: str) -> Request:
     return request(f"moe.swiglu:{name}_kernel", f"{arrays} rows:i32 width:i32", tile, constants, "rows width")
 
 
-def update(value: str, gradient: str, moments: str, size: str = "i32") -> Request:
+def update(value: str, gradient: str, moments: str, size: str = "i32", *, clear: bool = True) -> Request:
     """AdamW on an arena of these formats."""
     tile = adamw.TILE
     bits = "*fp32" if value == "fp32" else "*i16"
@@ -113,7 +115,7 @@ def update(value: str, gradient: str, moments: str, size: str = "i32") -> Reques
         tile,
         {
             **{"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1},
-            **{"has_remainder": value == "bf16", "block": tile.block, "repeats": tile.repeats},
+            **{"has_remainder": value == "bf16", "clear": clear, "block": tile.block, "repeats": tile.repeats},
         },
         "size",
         SAME["optim.adamw:update_kernel"] if value == "fp32" else {},
@@ -261,6 +263,18 @@ def of_assembly() -> dict[str, Request]:
             gradient_strides,
         ),
     }
+
+
+def reduced(gradient: str, levels: tuple[int, ...]) -> Request:
+    """The sum over ranks: of fp32 in its place, of 16 bits apart."""
+    return request(
+        "exchange.reduce:sum_kernel",
+        f"out:*fp32 own:*{gradient} landed:*{gradient} size:i32 stride:i32",
+        Launch(reduce.WARPS),
+        {"rank": 1, **dict(zip("ABCD", (*levels, 1, 1, 1), strict=False)), "block": reduce.BLOCK},
+        "size stride",
+        SAME["exchange.reduce:sum_kernel"] if gradient == "fp32" else {},
+    )
 
 
 def of_exchange(ranks: int = 8, num_experts: int = 256, top_k: int = 8) -> dict[str, Request]:

@@ -31,6 +31,7 @@ REST: dict[str, Callable[[], Request]] = {
     "norm of 1536": lambda: shipped.norm("backward", True, 1536),
     "norm of 512": lambda: shipped.norm("backward", False, 512),
     "swiglu": lambda: shipped.gate("forward"),
+    "adamw: nothing cleared": lambda: shipped.update("bf16", "fp32", "bf16", clear=False),
     "adamw: fp32": lambda: shipped.update("fp32", "fp32", "fp32"),
     "adamw: bf16": lambda: shipped.update("bf16", "bf16", "bf16"),
     "adamw: fp32 gradient and moments": lambda: shipped.update("bf16", "fp32", "fp32"),
@@ -43,6 +44,11 @@ REST: dict[str, Callable[[], Request]] = {
     "muon: ahead of bf16 with fp32 moments": lambda: shipped.ahead("bf16", "fp32"),
     "choice of 256": lambda: shipped.choice(256, 8),
     "global norm: fp32": lambda: shipped.square_sum("fp32"),
+    "sum of two ranks": lambda: shipped.reduced("bf16", (2,)),
+    "sum of two ranks: fp32": lambda: shipped.reduced("fp32", (2,)),
+    "sum of eight ranks": lambda: shipped.reduced("bf16", (2, 2, 2)),
+    "sum of eight ranks: fp32": lambda: shipped.reduced("fp32", (2, 2, 2)),
+    "sum of twelve ranks": lambda: shipped.reduced("bf16", (2, 2, 3)),
 }
 """Their variants."""
 

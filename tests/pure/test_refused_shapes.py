@@ -64,7 +64,7 @@ def ints(*shape: int) -> torch.Tensor:
 
 def placed(**sizes: int) -> tuple[ArenaLayout, ...]:
     rules = {"dense": "adamw", "expert": "adamw", "router": "adamw"}
-    return layout(EXPERTS, DIMS, optimizers=rules, compute="fp32", moments="fp32", accumulate=False, **sizes)
+    return layout(EXPERTS, DIMS, optimizers=rules, compute="fp32", moments="fp32", microbatches=1, **sizes)
 
 
 def updated(gradient: torch.Tensor, moment: torch.Tensor) -> object:

@@ -24,20 +24,26 @@ class Arena:
 
     value: Tensor
     gradient: Tensor
+    sums: Tensor | tuple[()]  # f32 gradients over all ranks, shared out; () when `gradient` takes them
     moments: tuple[Tensor, ...]  # those of the policy's update rule, in its order; shared out
     remainder: Tensor | tuple[()]  # i16, the low half of the fp32 master; shared out; () when `value` is fp32
 
 
-def allocate(blueprint: Blueprint, device: torch.device) -> tuple[Arena, ...]:
-    """Zeroed arenas, one a layout."""
+def allocate(blueprint: Blueprint, device: torch.device, ranks: Ranks = SINGLE_RANK) -> tuple[Arena, ...]:
+    """Zeroed arenas, one a layout. Collective: ranks that copy to each other share the memory of the values."""
 
     def zeros(size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=device)
 
+    def values(layout: ArenaLayout) -> Tensor:
+        copies = ranks.sharing(layout).copies
+        return zeros(layout.size, layout.storage) if copies is None else copies.home(layout.size, layout.storage)
+
     return tuple(
         Arena(
-            zeros(layout.size, layout.storage),
+            values(layout),
             zeros(layout.size, layout.gradient),
+            zeros(layout.held(), torch.float32) if layout.has_sums() else (),
             tuple(zeros(layout.held(), layout.moments) for _ in rule(layout.policy.optimizer).moments),
             zeros(layout.held(), torch.int16) if layout.has_remainder() else (),
         )

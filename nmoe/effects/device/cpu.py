@@ -115,6 +115,7 @@ def adamw_(
     beta2: float,
     eps: float,
     decay: float,
+    clear: bool = True,
 ) -> Tensor:
     """`pure.optim.adamw` on a stretch of an arena, where `allowed`; the norm of the change.
 
@@ -124,8 +125,9 @@ def adamw_(
     shrink   0-d        factor on the gradient, from the clip
     updates  0-d i64    number of updates this one makes it, counted from 1
     lr       0-d f64
+    clear    whether `gradient` is to be zero afterwards
 
-    Writes:  value, remainder, first, second; `gradient` is zero afterwards.
+    Writes:  value, remainder, first, second, gradient.
     """
     if remainder is None:
         old = value.clone()
@@ -164,8 +166,10 @@ def adamw_(
             beta2=beta2,
             eps=eps,
             decay=decay,
+            clear=clear,
         )
-    gradient.zero_()
+    if clear:
+        gradient.zero_()
     return change
 
 
@@ -177,6 +181,7 @@ def update_(
     *rest: Tensor,
     allowed: Tensor,
     shrink: Tensor,
+    clear: bool = True,
     **numbers: Any,
 ) -> Tensor:
     """A rule of `pure.optim.update` on a stretch of an arena, where `allowed`; the norm of the change.
@@ -184,9 +189,10 @@ def update_(
     rest     the rule's moments, then the gradient
     allowed  0-d bool   false: nothing but the gradient changes
     shrink   0-d        factor on the gradient, from the clip
+    clear    whether the gradient is to be zero afterwards
     numbers  updates, lr, decay and the settings of the rule
 
-    Writes:  value, remainder, moments; the gradient is zero afterwards.
+    Writes:  value, remainder, moments, gradient.
     """
     *moments, gradient = rest
     old = value if remainder is None else master.join(value, remainder)
@@ -201,5 +207,6 @@ def update_(
         remainder.copy_(low)
     for stored, moment in zip(moments, after, strict=True):
         torch.where(allowed, moment.to(stored.dtype), stored, out=stored)
-    gradient.zero_()
+    if clear:
+        gradient.zero_()
     return change

@@ -23,8 +23,10 @@ class Accumulator:
     buffers  gradient of each parameter, by the address of its values; shaped as the parameter
     first    whether the microbatch is a step's first: its gradients are stored, later ones are added
     added    called with each parameter whose gradient of the microbatch is complete
+    stored   addresses of the parameters whose gradients are stored at a step's first microbatch: nobody clears them
     """
 
     buffers: Mapping[int, Tensor] = MappingProxyType({})
     first: bool = True
     added: Callable[[Tensor], None] = nobody
+    stored: set[int] = attrs.field(factory=set)

@@ -1,16 +1,17 @@
 """Reduce-scatter and all-gather among GPUs of one host by copy engines, beside kernels that keep all multiprocessors.
 
-NCCL's kernels take multiprocessors and bandwidth from the GEMMs beside them. Here each rank copies what another needs
-into a slot of that one's memory, and the other adds it to its own, or takes it over. A slot is written again when all
-have freed it. Everything waits on streams, by flags; the host does not.
+NCCL's kernels take multiprocessors and bandwidth from the GEMMs beside them. Here each rank copies the gradients that
+another sums into a slot of that one's memory, and a slot is written again when all have freed it. Updated parameters it
+copies to where the others read them, in memory that all ranks have of each other, when these have read the old ones.
+Everything waits on streams, by flags; the host does not.
 
 W ranks
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -48,12 +49,14 @@ class Copies:
         layout: Slots,
         arenas: Sequence[Tensor],
         addresses: Sequence[int],
+        share: Callable[[int], Sequence[Tensor]],
         timeout_s: float,
     ) -> None:
         """One of so many ranks as there are arenas.
 
         arenas     each [bytes] u8: the symmetric memory of every rank, where this process sees it; zeros
         addresses  where each begins
+        share      bytes -> more such memory; collective
         timeout_s  how long a rank is waited for; 0: for ever, which the interpreter needs
         """
         raw = arenas[rank]
@@ -64,22 +67,38 @@ class Copies:
         # both on the device, so that a recorded graph keeps counting
         self._copied = torch.zeros(SLOTS, dtype=torch.int64, device=raw.device)
         self._taken = torch.zeros(SLOTS, dtype=torch.int64, device=raw.device)
+        self._opened, self._stored, self._read = torch.zeros(3, 1, dtype=torch.int64, device=raw.device)
+        self._share = share
+        self._homes: list[Sequence[Tensor]] = []
         self.missing = torch.zeros(1, dtype=torch.int32, pin_memory=raw.is_cuda)
         self._limit_ns = int(timeout_s * 1e9)
         self._next = 0
         self._streams = [torch.cuda.Stream(raw.device, priority=-1) for _ in range(2)] if raw.is_cuda else []
 
-    def reduce_scatter_(self, flat: Tensor) -> Work:
+    def home(self, size: int, dtype: torch.dtype) -> Tensor:
+        """Memory [size] for parameters, into which the other ranks copy what they updated; zeros. Collective."""
+        arenas = self._share(size * dtype.itemsize)
+        self._homes.append(arenas)
+        return arenas[self.rank].view(dtype)
+
+    def num_bytes(self) -> int:
+        """Symmetric memory of this rank."""
+        return self._raw.nbytes + sum(homes[self.rank].nbytes for homes in self._homes)
+
+    def reduce_scatter_(self, flat: Tensor, out: Tensor) -> Work:
         """Start the sum of a flat tensor over the ranks; of the parts each rank has its own. What to wait for.
 
-        Writes:  that part of `flat`.
+        flat  [W M] fp32 or bf16
+        out   [M] f32; may be the rank's part of `flat`
+
+        Writes:  out.
         """
-        return self._start(self.scattering_(flat))
+        return self._start(self.scattering_(flat, out))
 
     def all_gather_(self, flat: Tensor) -> Work:
-        """Start the all-gather of a flat tensor, of which each rank has its part; what to wait for.
+        """Start the all-gather of a flat tensor in a home, of which each rank has its part; what to wait for.
 
-        Writes:  the other parts of `flat`.
+        Writes:  this rank's part everywhere.
         """
         return self._start(self.gathering_(flat))
 
@@ -90,29 +109,60 @@ class Copies:
             pass
         return Work(self._streams)
 
-    def scattering_(self, flat: Tensor) -> Generator[None, None, None]:
+    def scattering_(self, flat: Tensor, out: Tensor) -> Generator[None, None, None]:
         """The reduce-scatter, which yields when a piece has been copied and before it is taken."""
-        parts = self._parts(flat)
+        from nmoe.effects.kernels.exchange.reduce import sum_  # only here: triton is not everywhere
+
+        parts, levels = self._parts(flat), level_sizes(self.ranks)
         for begin, end in self._pieces(parts[0]):
             slot = self._slot()
             with record_function("reduce"):
                 self._copy_(slot, [part[begin:end] for part in parts])
             yield
-            with record_function("reduce"), self._taking_(slot, parts[0].dtype) as landed:
-                sum_(parts[self.rank][begin:end], landed, self.rank)
+            with record_function("reduce"), self._taking_(slot) as landed:
+                sum_(out[begin:end], parts[self.rank][begin:end], landed.view(flat.dtype), self.rank, levels)
 
     def gathering_(self, flat: Tensor) -> Generator[None, None, None]:
-        """The all-gather, which yields when a piece has been copied and before it is taken."""
-        parts = self._parts(flat)
-        for begin, end in self._pieces(parts[0]):
-            slot = self._slot()
-            with record_function("gather"):
-                self._copy_(slot, [parts[self.rank][begin:end]] * self.ranks)
-            yield
-            with record_function("gather"), self._taking_(slot, parts[0].dtype) as landed:
-                for other, part in enumerate(parts):
-                    if other != self.rank:
-                        part[begin:end].copy_(landed[other][: end - begin])
+        """The all-gather, which yields before it waits for other ranks."""
+        from nmoe.effects.kernels.exchange import push as moves  # only here: triton is not everywhere
+
+        own, layout = self._parts(flat)[self.rank].view(torch.uint8), self._layout
+        homes, at = self._home_of(own)
+        opened, stored = view(self._raw, layout.opened), view(self._raw, layout.stored)
+        words = opened.shape[1]
+        with record_function("gather"), self._on(0):
+            # what this rank launched before on the stream that starts the all-gather has read what is replaced
+            moves.signal_(self._opened, self._addresses, layout.opened.offset, self.rank, words)
+        yield
+        with record_function("gather"), self._on(0):
+            moves.await_flags_(self._opened, opened, self.missing, ahead=0, limit_ns=self._limit_ns)
+            for other in self._others():
+                homes[other][at : at + own.numel()].copy_(own)
+            moves.signal_(self._stored, self._addresses, layout.stored.offset, self.rank, words)
+        yield
+        with record_function("gather"), self._on(1):
+            moves.await_flags_(self._read, stored, self.missing, ahead=1, limit_ns=self._limit_ns)
+            self._read.add_(1)
+
+    def _home_of(self, own: Tensor) -> tuple[Sequence[Tensor], int]:
+        """The memory of every rank in which a stretch lies, and the bytes before it.
+
+        Raises:  ValueError where it lies in memory that only this rank has.
+        """
+        for homes in self._homes:
+            at = own.data_ptr() - homes[self.rank].data_ptr()
+            if 0 <= at <= homes[self.rank].numel() - own.numel():
+                return homes, at
+        raise ValueError("copies: expected a tensor in memory that `home` gave, got another; all-gather it by NCCL")
+
+    def _others(self) -> Iterator[int]:
+        """The other ranks, so that no two write to one at a time."""
+        for step in range(1, self.ranks):
+            yield (self.rank + step) % self.ranks
+
+    def _on(self, number: int) -> AbstractContextManager[object]:
+        """Launches inside the block go to a stream: 0 copies, 1 waits for what others copied."""
+        return torch.cuda.stream(self._streams[number]) if self._streams else nullcontext()
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         """The part of each rank."""
@@ -138,52 +188,29 @@ class Copies:
         from nmoe.effects.kernels.exchange import push as moves  # only here: triton is not everywhere
 
         layout, copied = self._layout, self._copied[slot : slot + 1]
-        with torch.cuda.stream(self._streams[0]) if self._streams else nullcontext():
+        with self._on(0):
             freed = view(self._raw, layout.freed)[slot]
             moves.await_flags_(copied, freed, self.missing, ahead=0, limit_ns=self._limit_ns)
-            for step in range(1, self.ranks):
-                other = (self.rank + step) % self.ranks  # so that no two write to one rank at a time
+            for other in self._others():
                 values = pieces[other].view(torch.uint8)
                 self._areas[other][slot, self.rank, : values.numel()].copy_(values)
             moves.signal_(copied, self._addresses, self._flags(layout.landed.offset, slot), self.rank, freed.shape[1])
 
     @contextmanager
-    def _taking_(self, slot: int, dtype: torch.dtype) -> Iterator[Sequence[Tensor]]:
-        """What has landed from each rank, which is free again after the block. Writes: this rank's flag everywhere."""
+    def _taking_(self, slot: int) -> Iterator[Tensor]:
+        """What has landed [W bytes] u8, which is free again after the block. Writes: this rank's flag everywhere."""
         from nmoe.effects.kernels.exchange import push as moves  # only here: triton is not everywhere
 
         layout, taken = self._layout, self._taken[slot : slot + 1]
-        with torch.cuda.stream(self._streams[1]) if self._streams else nullcontext():
+        with self._on(1):
             landed = view(self._raw, layout.landed)[slot]
             moves.await_flags_(taken, landed, self.missing, ahead=1, limit_ns=self._limit_ns)
-            yield [area.view(dtype) for area in self._areas[self.rank][slot]]
+            yield self._areas[self.rank][slot]
             moves.signal_(taken, self._addresses, self._flags(layout.freed.offset, slot), self.rank, landed.shape[1])
 
     def _flags(self, offset: int, slot: int) -> int:
         """Bytes from the beginning of an arena to the flags of a slot."""
         return offset + slot * self._layout.landed.size() // SLOTS
-
-
-def sum_(own: Tensor, landed: Sequence[Tensor], rank: int) -> None:
-    """Sum what ranks have, in the order of `level_sizes`: neighbours first.
-
-    own      [M] of this rank
-    landed   each [M ...] of the others
-    Writes:  own; landed, where more than two ranks sum.
-    """
-    terms = [own if other == rank else values[: own.numel()] for other, values in enumerate(landed)]
-    for size in level_sizes(len(terms)):
-        groups = [terms[first : first + size] for first in range(0, len(terms), size)]
-        terms = [_added_(group, own) for group in groups]
-
-
-def _added_(terms: Sequence[Tensor], own: Tensor) -> Tensor:
-    """The sum of the terms, from first to last, in the place of one of them: in `own`, if it is among them."""
-    total = terms[0]
-    for term in terms[1:]:
-        # a kernel on 24 multiprocessors, which leaves the GEMMs the others, was no faster (docs/log.md, 2026-11-29)
-        total = torch.add(total, term, out=own if term is own else total)
-    return total
 
 
 @contextmanager
@@ -227,8 +254,15 @@ def _opened(group: Group, device: torch.device, timeout_s: float) -> Iterator[Gr
     """A group with copy engines."""
     layout = slots(group.size)
     handle: Any = group.handle
-    with symmetric(layout.size, handle, device) as (_, addresses, arenas):
-        copies = Copies(group.rank, layout, arenas, addresses, timeout_s)
+    with ExitStack() as scope:
+
+        def share(size: int) -> tuple[Sequence[int], Sequence[Tensor]]:
+            raw, addresses, arenas = scope.enter_context(symmetric(size, handle, device))
+            # `raw` is what owns this rank's memory, for as long as a parameter lies in it
+            return addresses, [raw if rank == group.rank else arena for rank, arena in enumerate(arenas)]
+
+        addresses, arenas = share(layout.size)
+        copies = Copies(group.rank, layout, arenas, addresses, lambda size: share(size)[1], timeout_s)
         try:
             yield attrs.evolve(group, copies=copies)
         except PeerError:

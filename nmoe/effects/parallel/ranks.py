@@ -95,6 +95,11 @@ class Ranks:
         """The ranks that hold the same arena."""
         return self.replicas if layout.policy.shard else self.world
 
+    def symmetric_bytes(self) -> int:
+        """Memory of this GPU into which others copy, beside torch's pools."""
+        copies = {id(group.copies): group.copies for group in (self.world, self.replicas) if group.copies is not None}
+        return sum(each.num_bytes() for each in copies.values())
+
     def all_reduce_max(self, numbers: Sequence[int]) -> list[int]:
         """The highest of each number on any rank. The host waits for every other one's."""
         if self.host.handle is None:

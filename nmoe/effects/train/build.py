@@ -62,7 +62,7 @@ def blank(
     Writes:  buffers of `accumulator`: the gradients of this state.
     """
     c = config.model
-    arenas = buffers.allocate(blueprint, rt.device)
+    arenas = buffers.allocate(blueprint, rt.device, rt.ranks)
     state = State(
         buffers.bind(blueprint, arenas),
         arenas,

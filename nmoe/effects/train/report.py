@@ -100,6 +100,12 @@ class Report:
             stages=[{"name": stage.name, "windows": list(stage.quotas)} for stage in planned.stages],
         )
 
+    def _symmetric_bytes(self) -> int:
+        """Memory of a GPU that its peers write into, of which torch's pools do not know; on a CPU it is resident."""
+        if self.rt.device.type != "cuda":
+            return 0
+        return self.rt.ranks.symmetric_bytes() + (0 if self.exchange is None else self.exchange.raw.nbytes)
+
     def _rank(self, state: State, metrics: Metrics, seconds: Mapping[str, float], steps: int) -> schema.Rank:
         """What this rank alone knows of itself; times are means over the last `steps`."""
         times = {name: value / steps for name, value in seconds.items() if name != gpu.APART}
@@ -111,7 +117,7 @@ class Report:
             elapsed_s=time.monotonic() - self.began,
             # in all attempts
             tokens_local=resume.count_tokens(self.first_tokens, state.tokens, self.rt.world)[self.rt.rank],
-            memory_bytes=gpu.memory_bytes(self.rt.device),
+            memory_bytes=gpu.memory_bytes(self.rt.device) + self._symmetric_bytes(),
             step_s=step_s,
             times=times,
             exchange_bytes=sent,

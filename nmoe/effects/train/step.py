@@ -258,7 +258,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         sent = sent + exchange.sent[0]
     with torch.no_grad():
         # All-reduce of what was summed over the microbatches, and of the square of the gradient norm.
-        owned = zero.owned(layouts, [arena.gradient for arena in state.arenas], ranks)
+        owned = zero.owned(layouts, state.arenas, ranks)
         norm = setup.passes.global_norm(owned)
         overflow = norm.new_zeros(()) if exchange is None else (exchange.needed[0] > 0).float()
         nll, ahead, auxiliary, load, margins, entropy, square, overflow = all_reduce_sum(
@@ -398,13 +398,16 @@ def update_(
     factors  path of a parameter -> what multiplies its new value
     returns  norm of the change
 
-    Writes:  the arenas; gradients are zero afterwards.
+    Writes:  the arenas; gradients are zero afterwards, but for those that ops store anew in each step.
     """
     passes, ranks, optim = setup.passes, setup.rt.ranks, setup.config.optim
     changes: list[Tensor] = []
     for layout, arena in zip(setup.blueprint.layouts, state.arenas, strict=True):
         rule, name, sharing = layout.policy.optimizer, layout.policy.group, ranks.sharing(layout)
         update = passes.update_(rule)
+        places = (arena.value[slot.offset :].data_ptr() for slot in layout.slots)
+        clear = not setup.accumulator.stored.issuperset(places)
+        summed = isinstance(arena.sums, Tensor)
         for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.part()), strict=True):
             for begin, end, of_matrix in _passes(layout, own, passes.chunk, setup.blueprint.dims, optim):
                 part, held = slice(begin, end), slice(begin - own.begin + own.at, end - own.begin + own.at)
@@ -413,7 +416,7 @@ def update_(
                         arena.value[part],
                         arena.remainder[held] if layout.has_remainder() else None,
                         *(moment[held] for moment in arena.moments),
-                        arena.gradient[part],
+                        arena.sums[held] if isinstance(arena.sums, Tensor) else arena.gradient[part],
                         allowed=allowed,
                         shrink=shrink,
                         updates=updates,
@@ -421,12 +424,15 @@ def update_(
                         **settings(rule, getattr(optim, name)),
                         **of_matrix,
                         decay=optim.weight_decay if layout.policy.decay else 0.0,
+                        clear=clear and not summed,
                     )
                 )
             for slot in layout.slots:
                 if low <= slot.offset < high and slot.path in factors:
                     qk_clip.multiply_(arena, layout, slot, factors[slot.path], part=sharing.part())
-            if sharing.size > 1:
+            if clear and summed:
+                arena.gradient[low:high].zero_()
+            elif clear and sharing.size > 1:
                 # what others own, of which this rank had a part; the update cleared its own
                 arena.gradient[low : own.begin].zero_()
                 arena.gradient[own.end : high].zero_()

@@ -7,11 +7,13 @@ from the layout and the number of ranks alone, never from arrival order or hosts
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
@@ -20,16 +22,38 @@ from nmoe.effects.device.buffers import Arena
 from nmoe.effects.kernels.accumulate import Accumulator, nobody
 from nmoe.effects.parallel.ranks import Group, Ranks
 from nmoe.pure.core import tree
-from nmoe.pure.core.layout import ArenaLayout
+from nmoe.pure.core.layout import WIDENED, ArenaLayout
 
 
-def owned(layouts: Sequence[ArenaLayout], flats: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """The stretches of flat tensors, one an arena, that this rank answers for; over all ranks, everything once."""
-    return [
-        flat[stretch.begin : stretch.end]
-        for described, flat in zip(layouts, flats, strict=True)
-        for stretch in described.stretches(ranks.sharing(described).part())
-    ]
+@attrs.frozen(kw_only=True)
+class Bucket:
+    """Parameters that several ranks hold, which are reduced and gathered at once."""
+
+    group: Group  # that hold them
+    arena: int  # which one
+    begin: int  # in elements of the arena
+    end: int
+    paths: tuple[str, ...]
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Its part of a flat tensor as long as the arena."""
+        return flat[self.begin : self.end]
+
+    def held(self, flat: Tensor) -> Tensor:
+        """Its part of a flat tensor of what one rank holds of the arena."""
+        return flat[self.begin // self.group.size : self.end // self.group.size]
+
+
+def owned(layouts: Sequence[ArenaLayout], arenas: Sequence[Arena], ranks: Ranks) -> list[Tensor]:
+    """The gradients, summed over ranks, that this rank answers for; over all ranks, everything once."""
+    found: list[Tensor] = []
+    for described, arena in zip(layouts, arenas, strict=True):
+        if isinstance(arena.sums, Tensor):
+            found.append(arena.sums)
+        else:
+            own = described.stretches(ranks.sharing(described).part())
+            found += [arena.gradient[stretch.begin : stretch.end] for stretch in own]
+    return found
 
 
 @contextmanager
@@ -45,22 +69,29 @@ def scattering_(
 
     yields  what to call after the backward pass: waits, on a GPU the stream and not the host
 
-    Writes:  gradients of `arenas`: `owned` has the sum, the rest is worth nothing.
+    Writes:  gradients and sums of `arenas`: `owned` has the sums, the rest is worth nothing.
     """
     if ranks.world.size == 1:
         yield lambda: None
         return
     leaves = dict(tree.leaves(params))
-    buckets = list(reversed(_buckets(layouts, [arena.gradient for arena in arenas], params, ranks)))
-    waiting = {leaves[path].data_ptr(): index for index, (*_, paths) in enumerate(buckets) for path in paths}
-    missing = [len(paths) for *_, paths in buckets]
-    works: list[Any] = []
+    buckets = list(reversed(_buckets(layouts, params, ranks)))
+    waiting = {leaves[path].data_ptr(): index for index, bucket in enumerate(buckets) for path in bucket.paths}
+    missing = [len(bucket.paths) for bucket in buckets]
+    started = 0
+    works: deque[Any] = deque()
 
     def reduce() -> None:
         """Start the reduce-scatter of every complete bucket that no incomplete one precedes."""
-        while len(works) < len(buckets) and not missing[len(works)]:
-            group, gradient, _ = buckets[len(works)]
-            works.append(_reduce_scatter_(group, gradient))
+        nonlocal started
+        while started < len(buckets) and not missing[started]:
+            bucket = buckets[started]
+            arena = arenas[bucket.arena]
+            sums = bucket.held(arena.sums) if isinstance(arena.sums, Tensor) else None
+            if sums is not None and bucket.group.copies is None and len(works) >= WIDENED:
+                works.popleft().wait()
+            works.append(_reduce_scatter_(bucket.group, bucket.of(arena.gradient), sums))
+            started += 1
 
     def added(leaf: Tensor) -> None:
         """The gradient of a parameter is complete."""
@@ -72,10 +103,10 @@ def scattering_(
         missing[:] = [0] * len(buckets)  # a parameter without a gradient in this step has a sum as well
         reduce()
         with record_function("reduce"):
-            for work in works:
-                work.wait()
+            while works:
+                works.popleft().wait()
 
-    hooks = [leaves[path].register_post_accumulate_grad_hook(added) for *_, paths in buckets for path in paths]
+    hooks = [leaves[path].register_post_accumulate_grad_hook(added) for bucket in buckets for path in bucket.paths]
     accumulator.added = added
     try:
         yield finish
@@ -105,16 +136,16 @@ def gathering_(
     Writes:  values of `arenas`.
     """
     leaves = dict(tree.leaves(params))
-    bucket: dict[int, int] = {}
+    places: dict[int, int] = {}
     waiting: dict[int, Any] = {}
     # `data` has a version of its own: autograd refuses a version that rises after an earlier block has kept its
     # parameters, and levels begin in `wait`. What a block keeps is whole by then.
-    for group, value, paths in _buckets(layouts, [arena.value.data for arena in arenas], params, ranks):
-        bucket |= {leaves[path].data_ptr(): len(waiting) for path in paths}
-        waiting[len(waiting)] = all_gather_(group, value)
+    for bucket in _buckets(layouts, params, ranks):
+        places |= {leaves[path].data_ptr(): len(waiting) for path in bucket.paths}
+        waiting[len(waiting)] = all_gather_(bucket.group, bucket.of(arenas[bucket.arena].value.data))
 
     def need(node: Any) -> None:
-        wanted = {bucket.get(leaf.data_ptr(), -1) for _, leaf in tree.leaves(node)} & waiting.keys()
+        wanted = {places.get(leaf.data_ptr(), -1) for _, leaf in tree.leaves(node)} & waiting.keys()
         if wanted:
             with within("gather"), record_function("gather"):
                 for index in sorted(wanted):
@@ -148,22 +179,19 @@ def whole(layouts: Sequence[ArenaLayout], params: Any, ranks: Ranks) -> Any:
     return tree.map(gathered, params)
 
 
-def _buckets(
-    layouts: Sequence[ArenaLayout], flats: Sequence[Tensor], params: Any, ranks: Ranks
-) -> list[tuple[Group, Tensor, list[str]]]:
-    """Every bucket that several ranks hold: these, its part of the flat tensor of its arena, and its parameters.
+def _buckets(layouts: Sequence[ArenaLayout], params: Any, ranks: Ranks) -> list[Bucket]:
+    """Every bucket that several ranks hold.
 
     In the order in which the forward pass first reads one of their parameters, so the same on all ranks.
     """
     place = {path: index for index, (path, _) in enumerate(tree.leaves(params))}
-    found: list[tuple[int, Group, Tensor, list[str]]] = []
-    for described, flat in zip(layouts, flats, strict=True):
+    found: list[Bucket] = []
+    for index, described in enumerate(layouts):
         group = ranks.sharing(described)
         for low, high in described.buckets() if group.size > 1 else ():
-            paths = [slot.path for slot in described.slots if low <= slot.offset < high]
-            found.append((min(place[path] for path in paths), group, flat[low:high], paths))
-    found.sort(key=lambda bucket: bucket[0])
-    return [(group, flat, paths) for _, group, flat, paths in found]
+            paths = tuple(slot.path for slot in described.slots if low <= slot.offset < high)
+            found.append(Bucket(group=group, arena=index, begin=low, end=high, paths=paths))
+    return sorted(found, key=lambda bucket: min(place[path] for path in bucket.paths))
 
 
 def _part(group: Group, flat: Tensor) -> Tensor:
@@ -189,6 +217,7 @@ class _Queued:
 
     def __init__(self, stream: torch.cuda.Stream, starts: Sequence[Callable[[], Any]]) -> None:
         stream.wait_stream(torch.cuda.current_stream())
+        self._starts = starts  # what they read is nobody else's until the current stream waits
         with torch.cuda.stream(stream):
             for start in starts:
                 start().wait()
@@ -218,14 +247,23 @@ def _levels(group: Group, flat: Tensor) -> list[tuple[Group, Tensor]]:
 # The methods of a process group, because torch 2.13 renames the functions around them that torch 2.11 has.
 
 
-def _reduce_scatter_(group: Group, flat: Tensor) -> Any:
+def _reduce_scatter_(group: Group, flat: Tensor, sums: Tensor | None) -> Any:
+    """Start the sum of a flat tensor, of which each rank of the group gets its part; what to wait for.
+
+    sums    f32, where the part goes; None: to its place in `flat`, which is f32 then
+
+    Writes:  sums, or `flat`.
+    """
     if group.copies is not None:
-        return group.copies.reduce_scatter_(flat)
+        return group.copies.reduce_scatter_(flat, flat.chunk(group.size)[group.part()] if sums is None else sums)
     with record_function("reduce"):
-        return _in_turn(
-            group,
-            [partial(level.handle._reduce_scatter_base, _part(level, cut), cut) for level, cut in _levels(group, flat)],
-        )
+        wide = flat if sums is None else flat.float()
+        cuts = _levels(group, wide)
+        starts = [partial(level.handle._reduce_scatter_base, _part(level, cut), cut) for level, cut in cuts]
+        last, cut = cuts[-1]
+        if sums is not None:
+            starts[-1] = partial(last.handle._reduce_scatter_base, sums, cut)
+        return _in_turn(group, starts)
 
 
 def all_gather_(group: Group, flat: Tensor) -> Any:

@@ -25,6 +25,9 @@ ALIGNMENT = 128
 BUCKET = 1 << 24
 """Elements that are reduced at once: 64 MiB of fp32 gradients, enough for the full rate of a link."""
 
+WIDENED = 2
+"""Buckets of 16-bit gradients that are on their way in fp32, as NCCL and gloo sum them, at a time."""
+
 
 @attrs.frozen(kw_only=True)
 class Slot:
@@ -58,7 +61,7 @@ class ArenaLayout:
     slots: tuple[Slot, ...]
     size: int  # elements, padding included
     storage: torch.dtype
-    gradient: torch.dtype
+    gradient: torch.dtype  # of what one rank computes
     moments: torch.dtype
     parts: int  # ranks that hold the arena, and share out its moments and remainders
     ends: tuple[int, ...]  # of the buckets, in elements; a bucket is a multiple of `parts` long
@@ -67,12 +70,16 @@ class ArenaLayout:
         """Whether 16 more bits an element restore the fp32 value."""
         return self.storage is torch.bfloat16
 
+    def has_sums(self) -> bool:
+        """Whether sums over ranks have fp32 memory of their own, because a rank's gradients are in 16 bits."""
+        return self.parts > 1 and self.gradient is not torch.float32
+
     def whole(self) -> bool:
         """Whether each parameter is updated as a whole, by one rank."""
         return self.policy.optimizer not in ELEMENTWISE
 
     def held(self) -> int:
-        """Elements whose moments one rank has."""
+        """Elements whose moments one rank has, and sums of gradients."""
         return self.size // self.parts
 
     def buckets(self) -> tuple[tuple[int, int], ...]:
@@ -113,7 +120,7 @@ def layout(
     optimizers: Mapping[str, str],
     compute: Literal["fp32", "bf16"],
     moments: Literal["fp32", "bf16"],
-    accumulate: bool,
+    microbatches: int,
     world: int = 1,
     replicas: int = 1,
     bucket: int = BUCKET,
@@ -123,7 +130,7 @@ def layout(
     optimizers  group -> update rule of its hidden matrices
     compute     format of parameters whose policy stores them in "compute"
     moments     format of the moments of what is stored in bf16; others have fp32 ones
-    accumulate  whether a step has more than one microbatch: gradients are then kept in fp32
+    microbatches  of a step on one rank; gradients that are sums over several are kept in fp32
     world       ranks the experts are shared out to
     replicas    groups of that many ranks; each has all parameters
     bucket      elements after which a bucket ends, at the end of the parameter; of whole parameters it has one a rank
@@ -172,7 +179,7 @@ def layout(
                 slots=tuple(slots),
                 size=offset,
                 storage=storage,
-                gradient=torch.float32 if accumulate else storage,
+                gradient=torch.float32 if microbatches > 1 else storage,
                 moments=dtype(moments) if storage is torch.bfloat16 else torch.float32,
                 parts=parts,
                 ends=tuple(ends[1:]),

@@ -10,7 +10,7 @@ import torch
 from nmoe.config import sections
 from nmoe.config.sections import Config
 from nmoe.pure.core.blueprint import Blueprint, Parameters
-from nmoe.pure.core.layout import ArenaLayout, Slot
+from nmoe.pure.core.layout import WIDENED, ArenaLayout, Slot
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.cost import flops
 from nmoe.pure.cost.flops import Flops
@@ -34,12 +34,12 @@ class Memory:
 
     parameters: int
     remainders: int  # low halves of the fp32 master
-    gradients: int
+    gradients: int  # of one rank, and the sums over ranks that it has
     moments: int
     activations: int  # kept for the backward pass of one microbatch; an estimate
     logits: int  # of one chunk of the loss
     exchange: int  # symmetric memory to receive rows in
-    landing: int  # symmetric memory to receive gradients and parameters in, where all ranks are on one host
+    landing: int  # symmetric memory to receive gradients in, of ranks of one host; else the fp32 form of what NCCL sums
     update: int  # temporaries of the largest parameter that is updated as a whole, when activations are gone
 
     def total(self) -> int:
@@ -250,6 +250,8 @@ def plan(
         staged=config.parallel.transport == "nvshmem",
     )
     arena, rows = exchange_arena.fields(sizes) if expert_ranks > 1 else None, sizes.capacity
+    buckets = sorted(4 * (high - low) for each in arenas if each.has_sums() for low, high in each.buckets())
+    landing = sum(buckets[-WIDENED:])
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size
     kernels = config.run.device == "cuda" and config.run.kernels == "triton"
     if kernels:
@@ -264,12 +266,10 @@ def plan(
         )
         # logits become their own gradient; the head's gradient is summed in fp32
         logits = logit_rows * element + (1 + c.depth()) * head * 4
-        # among hosts, and beside NVSHMEM, NCCL moves them, which has its own memory
-        copied = ranks <= H200.gpus_per_host and not (arena and sizes.staged)
-        groups = {ranks, ranks // expert_ranks} - {1} if copied else ()
-        landing = sum(slots(size).allocated() for size in groups)
+        # among hosts, and beside NVSHMEM, NCCL moves them
+        if ranks <= H200.gpus_per_host and not (arena and sizes.staged):
+            landing = sum(slots(size).allocated() for size in {ranks, ranks // expert_ranks} - {1})
     else:
-        landing = 0
         length = train.sequence_length
         shape = {"tokens": tokens, "sequence_length": length}
         activations = activation_bytes(c, dims, **shape, element=element, square=True, kinds=kinds)
@@ -294,7 +294,9 @@ def plan(
         memory=Memory(
             parameters=sum(arena.size * arena.storage.itemsize for arena in arenas),
             remainders=sum(share * 2 for arena, share in shares if arena.has_remainder()),
-            gradients=sum(arena.size * arena.gradient.itemsize for arena in arenas),
+            gradients=sum(
+                arena.size * arena.gradient.itemsize + 4 * share * arena.has_sums() for arena, share in shares
+            ),
             moments=sum(share * moment_bytes(arena) for arena, share in shares),
             activations=activations,
             logits=logits,

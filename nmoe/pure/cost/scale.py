@@ -141,7 +141,9 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
     dense, experts = 0, 0
     dense_parameters, expert_parameters = 0, 0
     for arena in blueprint.layouts:
-        gradient, parameter = arena.size * arena.gradient.itemsize, arena.size * arena.storage.itemsize
+        # between hosts NCCL sums, and what it sums in fp32 it moves in fp32
+        element = 4 if a.hosts > 1 else arena.gradient.itemsize
+        gradient, parameter = arena.size * element, arena.size * arena.storage.itemsize
         if arena.policy.shard:
             experts, expert_parameters = experts + gradient, expert_parameters + parameter
         else:

@@ -12,8 +12,8 @@ from nmoe.pure.model.attention import KINDS, Kinds
 def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1, *, kinds: Kinds = KINDS) -> Blueprint:
     """The parameters of `config` as one of `world` ranks holds them.
 
-    Gradients are summed in fp32 as soon as a step has more than one microbatch, whether one rank computes all of them
-    or many ranks one each: a bf16 sum over ranks would lose what a bf16 sum over microbatches loses.
+    Gradients are summed in fp32, over microbatches and over ranks. A rank with one microbatch has nothing to sum: it
+    keeps its gradients in the format of the parameters, and the sum over ranks is fp32.
 
     expert_ranks  ranks that share one set of experts; divides `world` and the number of experts
     kinds         of attention
@@ -35,7 +35,7 @@ def make_blueprint(config: Config, world: int = 1, expert_ranks: int = 1, *, kin
             optimizers=config.optim.optimizers(),
             compute=config.precision.storage(),
             moments=config.precision.moments,
-            accumulate=train.batch_size > train.microbatch_size,
+            microbatches=train.batch_size // (train.microbatch_size * world),
             world=expert_ranks,
             replicas=world // expert_ranks,
         ),

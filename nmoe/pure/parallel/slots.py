@@ -1,4 +1,4 @@
-"""The symmetric memory in which copies of gradients and parameters land: its fields, and the bytes it takes.
+"""The symmetric memory in which copies of gradients land, with flags for them and for parameters.
 
 W ranks
 """
@@ -23,6 +23,8 @@ class Slots:
 
     landed: Field  # [S W FLAG] i64, source: copies it has made into a slot; the first word of a line counts
     freed: Field  # [S W FLAG] i64, reader: copies of which it needs a slot no more
+    opened: Field  # [W FLAG] i64, reader: times that it has read all it will of the parameters others are to replace
+    stored: Field  # [W FLAG] i64, source: times that it has replaced some
     areas: Field  # [S W bytes] u8, source: what it has copied
     size: int  # bytes
 
@@ -39,7 +41,10 @@ def slots(ranks: int, slot_bytes: int = SLOT_BYTES) -> Slots:
     flags = (SLOTS, ranks, FLAG_BYTES // 8)
     landed = Field(offset=0, shape=flags, dtype=torch.int64)
     freed = Field(offset=landed.size(), shape=flags, dtype=torch.int64)
-    begin = -(-(freed.offset + freed.size()) // FIELD_BYTES) * FIELD_BYTES
+    opened = Field(offset=freed.offset + freed.size(), shape=flags[1:], dtype=torch.int64)
+    stored = Field(offset=opened.offset + opened.size(), shape=flags[1:], dtype=torch.int64)
+    begin = -(-(stored.offset + stored.size()) // FIELD_BYTES) * FIELD_BYTES
     area = max(1, slot_bytes // ranks // FIELD_BYTES) * FIELD_BYTES
     areas = Field(offset=begin, shape=(SLOTS, ranks, area), dtype=torch.uint8)
-    return Slots(landed=landed, freed=freed, areas=areas, size=begin + areas.size())
+    size = begin + areas.size()
+    return Slots(landed=landed, freed=freed, opened=opened, stored=stored, areas=areas, size=size)

@@ -110,7 +110,7 @@ def in_group(config: Config, work: Path, call: Callable[[Ranks], None]) -> None:
     assert [code for code, _ in told] == [0] * len(told), told
 
 
-def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
+def state_of(config: Config, ranks: Ranks, bucket: int, microbatches: int = 64) -> tuple[Any, Any, Any]:
     """A Blueprint with small buckets, and a fresh state and Env in it."""
     blueprint = make_blueprint(config, ranks.world.size, ranks.experts.size)
     layouts = layout(
@@ -119,7 +119,7 @@ def state_of(config: Config, ranks: Ranks, bucket: int) -> tuple[Any, Any, Any]:
         optimizers=config.optim.optimizers(),
         compute=config.precision.storage(),
         moments=config.precision.moments,
-        accumulate=True,
+        microbatches=microbatches,
         world=ranks.experts.size,
         replicas=ranks.replicas.size,
         bucket=bucket,

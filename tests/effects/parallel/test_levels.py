@@ -32,21 +32,32 @@ def gradient(rank: int, size: int = 48) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(rank))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("world", "experts"), [(4, 1), (6, 1), (8, 2)])
-def test_a_sum_has_one_order_and_every_part_one_owner(tmp_path: Path, world: int, experts: int) -> None:
-    """Pairs of neighbours first, then pairs of pairs; of replicas, which are every second rank, the same."""
+def test_a_sum_has_one_order_and_every_part_one_owner(
+    tmp_path: Path, world: int, experts: int, dtype: torch.dtype
+) -> None:
+    """Pairs of neighbours first, then pairs of pairs; of replicas, which are every second rank, the same.
+
+    Of bf16 in fp32, in memory of their own.
+    """
 
     def check(ranks: Ranks) -> None:
         group = ranks.replicas
         mine = range(ranks.world.rank % experts, world, experts)
-        terms = [gradient(rank) for rank in mine]
+        terms = [gradient(rank).to(dtype).float() for rank in mine]
         for size in level_sizes(len(mine)):
             heads = [terms[index : index + size] for index in range(0, len(terms), size)]
             terms = [sum(head[1:], head[0]) for head in heads]
-        flat = gradient(ranks.world.rank)
-        zero._reduce_scatter_(group, flat).wait()
+        flat = gradient(ranks.world.rank).to(dtype)
         length = 48 // group.size
         own = slice(group.part() * length, (group.part() + 1) * length)
+        sums = None if dtype is torch.float32 else torch.full((length,), torch.nan)
+        zero._reduce_scatter_(group, flat, sums).wait()
+        if sums is not None:
+            assert torch.equal(flat, gradient(ranks.world.rank).to(dtype))
+            flat = torch.full((48,), torch.nan)
+            flat[own] = sums
         if group.size == 4:
             assert torch.equal(flat[own], terms[0][own])
         assert torch.allclose(flat[own], terms[0][own])
@@ -71,7 +82,7 @@ def test_hosts_sum_within_themselves_before_anything_leaves_them(tmp_path: Path)
             with open_ranks(from_environment(os.environ), 1, CPU, 60.0) as ranks:
                 group = ranks.world if level else attrs.evolve(ranks.world, levels=())
                 flat = gradient(rank, length)
-                zero._reduce_scatter_(group, flat).wait()
+                zero._reduce_scatter_(group, flat, None).wait()
                 zero.all_gather_(group, flat).wait()
                 (folder / f"{rank}.bits").write_bytes(flat.numpy().tobytes())
             return 0

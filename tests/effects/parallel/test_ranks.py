@@ -117,6 +117,20 @@ def test_two_ranks_with_half_the_batch_are_one_rank_bit_for_bit(alone: Path, sou
     assert digests(again, STEPS) == digests(two, STEPS) and losses(again) == losses(two)
 
 
+def test_gradients_in_bf16_are_those_of_fp32_rounded(sources: Path, tmp_path: Path) -> None:
+    """A rank with one microbatch rounds its gradients once, where one rank with two keeps them in fp32."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for world in (1, 2):
+        config = config_of(sources, tmp_path, f"bf16-{world}", microbatch_size=2)
+        config = attrs.evolve(config, precision=attrs.evolve(config.precision, compute="bf16"))
+        found[world] = [line for line in lines(trained(config, world)) if "grad_norm" in line]
+    assert len(found[1]) == STEPS and found[1][0]["loss"] == found[2][0]["loss"]
+    for one, two in zip(found[1], found[2], strict=True):
+        assert math.isclose(one["grad_norm"], two["grad_norm"], rel_tol=2**-7), (one, two)
+        assert math.isclose(one["loss"], two["loss"], rel_tol=2**-9)
+    assert found[1][0]["grad_norm"] != found[2][0]["grad_norm"]
+
+
 def test_quantiles_of_two_ranks_are_those_of_one(sources: Path, tmp_path: Path) -> None:
     """Histograms are summed over ranks and microbatches in integers."""
 
@@ -274,10 +288,10 @@ def test_a_state_is_the_same_whoever_saves_it(alone: Path, sources: Path, tmp_pa
 
 
 def gradients(
-    config: Config, ranks: Ranks, bucket: int
+    config: Config, ranks: Ranks, bucket: int, microbatches: int
 ) -> tuple[Any, list[torch.Tensor], list[torch.Tensor], list[str]]:
-    """Layouts; local gradients; the same after the reduction; what was given away before the backward pass ended."""
-    blueprint, state, (env, _) = state_of(config, ranks, bucket)
+    """Layouts; local gradients; the sums that this rank owns; what was given away before the backward pass ended."""
+    blueprint, state, (env, _) = state_of(config, ranks, bucket, microbatches)
     layouts = blueprint.layouts
     draw = torch.Generator().manual_seed(ranks.world.rank)
     tokens = torch.randint(0, 300, (2, 16), generator=draw)
@@ -285,9 +299,9 @@ def gradients(
     order: list[str] = []
     shipped = zero._reduce_scatter_
 
-    def noting(group: meeting.Group, flat: torch.Tensor) -> Any:
+    def noting(group: meeting.Group, flat: torch.Tensor, sums: torch.Tensor | None) -> Any:
         order.append(f"{group.size}:{flat.numel()}:{flat.storage_offset()}")
-        return shipped(group, flat)
+        return shipped(group, flat, sums)
 
     def backward() -> None:
         loss, _, _ = objective(
@@ -306,6 +320,8 @@ def gradients(
     local = [arena.gradient.clone() for arena in state.arenas]
     for arena in state.arenas:
         arena.gradient.zero_()
+        if isinstance(arena.sums, torch.Tensor):
+            arena.sums.fill_(torch.nan)  # of the step before, which nobody clears
     zero._reduce_scatter_ = noting
     try:
         with zero.scattering_(layouts, state.arenas, state.params, Accumulator(), ranks) as finish:
@@ -314,21 +330,29 @@ def gradients(
             finish()
     finally:
         zero._reduce_scatter_ = shipped
-    return layouts, local, [arena.gradient for arena in state.arenas], order
+    return layouts, local, zero.owned(layouts, state.arenas, ranks), order
 
 
-def test_buckets_are_summed_while_the_backward_pass_makes_them(sources: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("compute", "microbatches"), [("fp32", 1), ("bf16", 2), ("bf16", 1)])
+def test_buckets_are_summed_while_the_backward_pass_makes_them(
+    sources: Path, tmp_path: Path, compute: str, microbatches: int
+) -> None:
+    """In fp32, also those of bf16, which are where a rank has one microbatch."""
     config = as_world(config_of(sources, tmp_path, "x"), 2, experts=1)
+    config = attrs.evolve(config, precision=attrs.evolve(config.precision, compute=compute))
 
     def check(ranks: Ranks) -> None:
-        layouts, local, reduced, order = gradients(config, ranks, bucket=2048)
+        layouts, local, reduced, order = gradients(config, ranks, bucket=2048, microbatches=microbatches)
+        assert (torch.bfloat16 in {flat.dtype for flat in local}) == (compute == "bf16" and microbatches == 1)
+        assert {flat.dtype for flat in reduced} == {torch.float32}
         assert len(order) > 8 and order[-1] == "backward", order
         assert len(set(ranks.all_gather_text(json.dumps(order)))) == 1, "all ranks give buckets away in one order"
-        for described, mine, found in zip(layouts, local, reduced, strict=True):
-            total = mine.clone()
+        wanted: list[torch.Tensor] = []
+        for described, mine in zip(layouts, local, strict=True):
+            total = mine.float()
             dist.all_reduce(total)
-            for each in described.stretches(ranks.world.rank):
-                assert torch.equal(found[each.begin : each.end], total[each.begin : each.end])
+            wanted += [total[each.begin : each.end] for each in described.stretches(ranks.world.rank)]
+        assert torch.equal(torch.cat(reduced), torch.cat(wanted)) and torch.cat(wanted).any()
 
     in_group(config, tmp_path / "out", check)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from nmoe.config.sections import Config
 from nmoe.effects.device import buffers, cpu, ops
 from nmoe.effects.device.process import Runtime
+from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.train import resume
 from nmoe.effects.train.build import check_memory, fresh, memory_explained
 from nmoe.effects.train.step import SpentStateError, State, learning_rates, make_step, tokens_per_step
@@ -278,6 +279,29 @@ def test_grouped_experts_are_as_near_the_truth_as_plain_ones(counts: tuple[int, 
     plain, grouped = run(experts_by_segment, format_), run(cpu.experts_grouped, format_)
     for name, t, p, g in zip(("y", "dx", "dup", "ddown"), truth, plain, grouped, strict=True):
         assert (g - t).norm() <= 1.5 * (p - t).norm(), name
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_gradients_that_ops_store_anew_are_not_cleared(compute: str) -> None:
+    """Of an arena in which that is said of every parameter; the update is the same."""
+    config = tiny(compute=compute)
+    blueprint = make_blueprint(config)
+    found: list[list[Tensor]] = []
+    for many in (0, 1, 99):
+        state, env = fresh(config, blueprint, RT)
+        [held] = [arena for arena, layout in zip(state.arenas, blueprint.layouts, strict=True) if layout.policy.shard]
+        leaves = [leaf for path, leaf in tree.leaves(state.params) if path.endswith((".up", ".down"))]
+        begin, size = held.value.data_ptr(), held.value.nbytes
+        inside = [leaf.data_ptr() for leaf in leaves if 0 <= leaf.data_ptr() - begin < size]
+        assert len(inside) > 1
+        accumulator = Accumulator(stored=set(inside[:many]))
+        step = make_step(config, blueprint, env, RT, mark=lambda name: None, accumulator=accumulator)
+        state, _ = step(state, batches(config, 1)[0])
+        cleared = [not arena.gradient.any() for arena in state.arenas]
+        assert cleared == [arena is not held or many < 99 for arena in state.arenas]
+        held.gradient.zero_()
+        found.append(snapshot(state))
+    assert same(found[0], found[1]) and same(found[0], found[2])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

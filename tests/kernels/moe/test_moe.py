@@ -113,7 +113,7 @@ def test_weight_gradients_go_into_their_buffers() -> None:
         moe_experts(x, routing, up, down, tiles=TILES)[0].backward(pulls)
     for leaf in (up, down):
         assert leaf.grad is not None and torch.equal(buffers[leaf.data_ptr()], leaf.grad)
-    assert complete[:2] == [down.data_ptr(), up.data_ptr()]
+    assert complete[:2] == [down.data_ptr(), up.data_ptr()] and accumulator.stored == set(buffers)
 
 
 @pytest.mark.parametrize("kind", ["random", "all to one", "ties"])

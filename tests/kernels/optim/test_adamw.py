@@ -119,6 +119,16 @@ def test_equal_to_the_reference(updates: int, size: int, halves: bool) -> None:
     torch.testing.assert_close(change, (ours["value"] - held["value"]).norm(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("halves", [True, False], ids=["bf16 and remainder", "fp32"])
+def test_a_gradient_that_is_stored_anew_stays(halves: bool, allowed: bool) -> None:
+    held, told = arena(97), {**scalars(), "allowed": torch.tensor(allowed)}
+    kept, change = updated(held, told, NUMBERS, halves=halves, tile=SMALL, clear=False)
+    cleared, right = updated(held, told, NUMBERS, halves=halves, tile=SMALL)
+    assert torch.equal(kept.pop("gradient"), held["gradient"]) and not cleared.pop("gradient").any()
+    assert torch.equal(change, right) and all(torch.equal(kept[name], cleared[name]) for name in cleared)
+
+
 @given(
     lr=st.floats(1e-8, 1.0),
     shrink=st.floats(1e-3, 1.0),

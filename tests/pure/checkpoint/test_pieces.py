@@ -90,9 +90,7 @@ def test_pieces_of_all_ranks_are_the_parameters(world: int) -> None:
     found: dict[str, list[Piece]] = {}
     rules = {"dense": "adamw", "expert": "adamw"}
     for rank in range(world):
-        for arena in layout(
-            specs, dims, optimizers=rules, compute="bf16", moments="fp32", accumulate=False, world=world
-        ):
+        for arena in layout(specs, dims, optimizers=rules, compute="bf16", moments="fp32", microbatches=1, world=world):
             flat = torch.full((arena.size,), -1)
             for slot in arena.slots:
                 first = rank * slot.size() if slot.path == "up" else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ def arenas(dims: dict[str, int], world: tuple[int, int], bucket: int, rule: str)
         optimizers={"dense": rule, "expert": rule},
         compute="bf16",
         moments="fp32",
-        accumulate=True,
+        microbatches=64,
         world=shared,
         replicas=replicas,
         bucket=bucket,
@@ -109,3 +110,33 @@ def test_pieces_of_all_ranks_are_every_element_once(
         size = torch.Size([dims[letter] for letter in letters]).numel()
         for kind in ("value", "first"):
             assert gaps(size, parts[f"param/{path}/{kind}"]) == ()
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "world", "replicas", "experts", "others"),
+    [
+        (1, 1, 1, False, False),
+        (1, 1, 2, True, True),
+        (1, 2, 1, False, True),  # one product over the rows of both ranks
+        (1, 2, 2, True, True),
+        (2, 1, 1, False, False),
+        (2, 2, 2, False, False),
+    ],
+)
+def test_gradients_are_summed_in_fp32(
+    microbatches: int, world: int, replicas: int, experts: bool, others: bool
+) -> None:
+    """Over microbatches where they are, over ranks in memory apart."""
+    found = layout(
+        spec_tree(Few),
+        {"A": 8, "B": 8, "E": 4},
+        optimizers={"dense": "adamw", "expert": "adamw"},
+        compute="bf16",
+        moments="fp32",
+        microbatches=microbatches,
+        world=world,
+        replicas=replicas,
+    )
+    found = tuple(arena for arena in found if arena.storage is torch.bfloat16)
+    assert {arena.gradient for arena in found} == {torch.float32 if microbatches > 1 else torch.bfloat16}
+    assert {bool(arena.policy.shard): arena.has_sums() for arena in found} == {True: experts, False: others}

@@ -116,7 +116,7 @@ def test_every_parameter_has_its_own_place(compute: str, world: int) -> None:
     c, rules = tiny().model, tiny().optim.optimizers()
     specs, dims = model.specs(c), model.dims(c)
     formats: Any = {"compute": compute, "moments": "fp32"}
-    arenas = layout(specs, dims, optimizers=rules, accumulate=False, world=world, **formats)
+    arenas = layout(specs, dims, optimizers=rules, microbatches=1, world=world, **formats)
     seen: dict[str, int] = {}
     for arena in arenas:
         end = 0

@@ -417,7 +417,7 @@ def weight_gradient(
 ) -> Tensor | None:
     """Grouped weight gradient of a parameter [E A B]: for autograd, or None when it went into the parameter's buffer.
 
-    Writes:  the buffer that `accumulator` has for the parameter.
+    Writes:  the buffer that `accumulator` has for the parameter, and there that it is stored anew.
     """
     buffer = None if accumulator is None else accumulator.buffers.get(parameter.data_ptr())
     if accumulator is None or buffer is None:
@@ -426,6 +426,8 @@ def weight_gradient(
         return out
     out = buffer.view(end.shape[0], a.shape[1], b.shape[1])
     grouped_weight_gradient_(out, a, b, end, count, tile, group, add=not accumulator.first)
+    if accumulator.first:
+        accumulator.stored.add(parameter.data_ptr())
     accumulator.added(parameter)
     return None
 

@@ -60,7 +60,6 @@ HERE: dict[str, tuple[str, ...]] = {
 }
 """What is typed in a small workplace, with what makes it short."""
 
-EXIT_CODES = {"nmoe plan dsv3 --gpus 256 --hosts 32": 1}
 """Of the commands above that answer no, as their page says: 671 B parameters do not fit. All others end with 0."""
 
 QUICK = "tests/test_install.py::test_an_installed_wheel_trains"
@@ -199,7 +198,7 @@ def test_the_commands_of_a_page_work(
         if command in HERE:
             words = [TAKES.get(word, word.replace("runs/NAME", "runs/first")) for word in shlex.split(command)[1:]]
             code = main([*words, *HERE[command]])
-            assert code == EXIT_CODES.get(command, 0), (command, capsys.readouterr().err)
+            assert code == 0, (command, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

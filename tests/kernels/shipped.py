@@ -138,7 +138,7 @@ STEPS = "outer_step inner_step row_step rows columns width"
 """How matrices lie in an arena, in numbers that are multiples of 16."""
 
 
-def ahead(gradient: str, moment: str, products: str = "bf16") -> Request:
+def ahead(gradient: str, moment: str, products: str = "bf16", *, clear: bool = True) -> Request:
     """What Muon orthogonalises, of these formats."""
     tile = muon.TILE
     return request(
@@ -146,7 +146,7 @@ def ahead(gradient: str, moment: str, products: str = "bf16") -> Request:
         f"gradient:*{gradient} momentum:*{moment} out:*{products} partial:*fp32 allowed:*i8 shrink:*fp32 "
         + integers(f"first inner {STEPS}"),
         tile,
-        {"beta": 0.95, "column_step": 1, "M": tile.block_m, "N": tile.block_n},
+        {"beta": 0.95, "clear": clear, "column_step": 1, "M": tile.block_m, "N": tile.block_n},
         STEPS,
     )
 

@@ -42,6 +42,7 @@ REST: dict[str, Callable[[], Request]] = {
     "muon: ahead of bf16": lambda: shipped.ahead("bf16", "bf16"),
     "muon: ahead with fp32 moments": lambda: shipped.ahead("fp32", "fp32"),
     "muon: ahead of bf16 with fp32 moments": lambda: shipped.ahead("bf16", "fp32"),
+    "muon: nothing cleared": lambda: shipped.ahead("fp32", "bf16", clear=False),
     "choice of 256": lambda: shipped.choice(256, 8),
     "global norm: fp32": lambda: shipped.square_sum("fp32"),
     "sum of two ranks": lambda: shipped.reduced("bf16", (2,)),

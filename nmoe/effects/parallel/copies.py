@@ -21,7 +21,8 @@ from torch.autograd.profiler import record_function
 
 from nmoe.effects.parallel.exchange.arena import PeerError, named, view
 from nmoe.effects.parallel.exchange.opening import symmetric
-from nmoe.effects.parallel.ranks import Group, Ranks, level_sizes, part_of
+from nmoe.effects.parallel.ranks import Group, Ranks
+from nmoe.pure.parallel.levels import level_sizes, part_of
 from nmoe.pure.parallel.slots import SLOTS, Slots, slots
 
 

@@ -29,6 +29,7 @@ from nmoe.effects.parallel.launch import MULTICAST_OFF, Launch
 from nmoe.effects.terminal import warn
 from nmoe.errors import InputError
 from nmoe.pure.core.layout import ArenaLayout
+from nmoe.pure.parallel.levels import level_sizes, part_of
 
 SETUP_S = 1800.0
 """Seconds a rank waits for another one that prepares data or reads a checkpoint."""
@@ -444,31 +445,6 @@ def _own(world: Group, groups: Sequence[range], timeout: timedelta) -> Group:
         if world.rank in members:
             own = Group(rank=members.index(world.rank), size=len(members), handle=handle)
     return own
-
-
-def level_sizes(size: int) -> list[int]:
-    """Ranks of a group at each level of a sum over `size` of them: its prime factors, the smallest first.
-
-    Neighbours sum first, so hosts whose ranks are a power of two sum within themselves before anything leaves them. The
-    order of sums is a function of the number of ranks, not of hosts, and among pairs there is only one.
-    """
-    sizes: list[int] = []
-    factor = 2
-    while size > 1:
-        while size % factor == 0:
-            sizes.append(factor)
-            size //= factor
-        factor += 1
-    return sizes
-
-
-def part_of(rank: int, size: int) -> int:
-    """Which of as many equal parts a rank has after a reduce-scatter: a level cuts what the one before left."""
-    part = 0
-    for level in level_sizes(size):
-        part = part * level + rank % level
-        rank //= level
-    return part
 
 
 def _levelled(own: Group, groups: Sequence[range], timeout: timedelta, device: torch.device) -> Group:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from nmoe.effects.parallel.launch import from_environment
-from nmoe.effects.parallel.ranks import Ranks, level_sizes, open_ranks
+from nmoe.effects.parallel.ranks import Ranks, open_ranks
 from nmoe.effects.train import zero
+from nmoe.pure.parallel.levels import level_sizes
 from tests.effects.parallel.cluster import SENT, on_hosts
 from tests.effects.parallel.rank_runs import as_world, in_group
 from tests.effects.train.tiny import tiny

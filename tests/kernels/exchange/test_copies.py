@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nmoe.effects.parallel.copies import Copies
 from nmoe.effects.parallel.exchange.arena import view
-from nmoe.effects.parallel.ranks import Group, Ranks, part_of
+from nmoe.effects.parallel.ranks import Group, Ranks
+from nmoe.pure.parallel.levels import part_of
 from nmoe.pure.parallel.slots import SLOTS, slots
 
 BYTES = 4096

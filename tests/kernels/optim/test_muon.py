@@ -204,6 +204,14 @@ def test_where_it_is_not_allowed_only_the_gradient_goes(halves: bool) -> None:
     assert not ours["gradient"].any() and change == 0
 
 
+def test_a_gradient_that_is_stored_anew_stays() -> None:
+    given, how = arena(EXPERTS[1]), told(EXPERTS)
+    kept, change = updated(MUON, given, {**how, "clear": False}, halves=True)
+    cleared, right = updated(MUON, given, how, halves=True)
+    assert torch.equal(kept.pop("gradient"), given["gradient"]) and not cleared.pop("gradient").any()
+    assert torch.equal(change, right) and all(torch.equal(kept[name], cleared[name]) for name in cleared)
+
+
 def test_a_parameter_without_a_gradient_only_decays() -> None:
     given, how = arena(DOWN[1]), told(DOWN)
     given["gradient"].zero_()

@@ -18,6 +18,10 @@ from nmoe.effects.kernels.attention.blocks import HIDDEN, LOG2_E, load_block
 from nmoe.effects.kernels.attention.dsa_index_kernels import choose, first_key
 from nmoe.effects.kernels.attention.gqa_kernels import blocks_before, load_rows, tokens_of
 
+GENERAL = ("positions", "slots")
+"""Integers of which the compiled code assumes nothing. With one token, or lists of one block, it knew of a loop of
+one turn: the forward pass on an H200 then read where nothing is (docs/log.md, 2026-11-29)."""
+
 
 @triton.jit
 def heads_of(t, g, heads, group, pack: tl.constexpr):
@@ -57,7 +61,7 @@ def list_of(
     return b, g, i, first, lists, slot, tl.minimum((i - first) // span + 1, slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def forward_kernel(
     q, k, k_far, v, o, lse, start, chosen, positions, heads, kv_heads, group, slots, scale, pack: tl.constexpr,
     block_n: tl.constexpr, width: tl.constexpr, near: tl.constexpr, far: tl.constexpr, value_width: tl.constexpr,
@@ -93,7 +97,7 @@ def forward_kernel(
     tl.store(lse + row, row_max + tl.log2(row_sum), mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def dq_kernel(
     q, k, k_far, v, o, do, dq, lse, delta, start, chosen, positions, heads, kv_heads, group, slots, scale,
     pack: tl.constexpr, block_n: tl.constexpr, width: tl.constexpr, near: tl.constexpr, far: tl.constexpr,
@@ -160,7 +164,7 @@ def store_keys(x, row, inside, value, width: tl.constexpr, first: tl.constexpr, 
     tl.store(to, value.to(x.dtype.element_ty), mask=inside[:, None] & (channel < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def dkv_kernel(
     q, k, k_far, v, do, dk, dv, lse, delta, start, readers, bounds, more, base, owner_of, chunk_of, part, part_v,
     positions, heads, kv_heads, group, step, owners, extra, chunk, scale, size: tl.constexpr, pack: tl.constexpr,
@@ -242,7 +246,7 @@ def dkv_kernel(
         store_keys(dk, to, inside, acc_far * scale, width, near, far)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def join_kernel(
     part, dk, more, base, start, positions, kv_heads, step, owners, block_n: tl.constexpr, width: tl.constexpr,
     width_box: tl.constexpr, span: tl.constexpr, documents: tl.constexpr,

@@ -47,7 +47,7 @@ def _place(first, inner, outer_step, inner_step, rows, columns, M: tl.constexpr,
 
 @triton.jit
 def ahead_kernel(
-    gradient,  # zero afterwards
+    gradient,  # zero afterwards when `clear`
     momentum,
     out,  # [turn M N], rows `width` apart
     partial,  # [programs] f32: sum of squares of what is orthogonalised
@@ -63,6 +63,7 @@ def ahead_kernel(
     columns,
     width,
     beta: tl.constexpr,
+    clear: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
@@ -78,8 +79,10 @@ def ahead_kernel(
         ahead = new - (1.0 - beta) * (new - g)
         tl.store(momentum + at, new.to(momentum.dtype.element_ty), mask=inside)
         # A constant depends on no load: without the barrier one warp clears what another has not read.
-        tl.debug_barrier()
-    tl.store(gradient + at, tl.zeros((M, N), dtype=gradient.dtype.element_ty), mask=inside)
+        if clear:
+            tl.debug_barrier()
+    if clear:
+        tl.store(gradient + at, tl.zeros((M, N), dtype=gradient.dtype.element_ty), mask=inside)
     tl.store(out + there, ahead.to(out.dtype.element_ty), mask=inside)
     tl.store(partial + tl.program_id(0), tl.sum(tl.sum(ahead * ahead, 1), 0))
 
@@ -138,6 +141,7 @@ def muon_(
     decay: float,
     parts: Sequence[Matrices],
     bf16: bool,
+    clear: bool = True,
     tile: MatrixTile = TILE,
     products: Products = PRODUCTS,
 ) -> Tensor:
@@ -154,9 +158,11 @@ def muon_(
     parts      where the matrices of the parameter lie; together all of its elements
     bf16       whether the Newton-Schulz products are in bf16; else in fp32, without tensor cores
 
-    Writes:  value, remainder, buffer; `gradient` is zero afterwards.
+    clear      whether `gradient` is to be zero afterwards; false where the next step stores it anew
+
+    Writes:  value, remainder, buffer, gradient.
     Cost:    both passes together move 24 bytes an element for bf16 value and momentum and fp32 gradient, 28 with an
-             fp32 momentum; the products are `newton_schulz.orthogonalize`'s.
+             fp32 momentum; 4 less where nothing is cleared. The products are `newton_schulz.orthogonalize`'s.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     bits = value if remainder is None else value.view(torch.int16)
@@ -169,7 +175,7 @@ def muon_(
             partial, changed = (torch.empty(count, tiles, device=value.device) for _ in range(2))
             where = (first, part.counts[1], *part.steps, part.row_step, part.column_step, *size, x.stride(1))
             ahead_kernel[(count * tiles,)](
-                gradient[part.offset :], buffer[part.offset :], x, partial, permit, shrink, *where, momentum,
+                gradient[part.offset :], buffer[part.offset :], x, partial, permit, shrink, *where, momentum, clear,
                 tile.block_m, tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
             scale = partial.sum(1).sqrt().clamp(min=SMALLEST_NORM).reciprocal()

@@ -67,7 +67,7 @@ def build(
     accumulator  takes the weight gradients that kernels write themselves; a CPU leaves all to autograd
     kinds      of attention
     low        the experts on their rows in fewer bits, emulated; None: by kernels, or in the format of the weights
-    fp8        whether the kernels of the experts multiply in fp8
+    fp8        whether the kernels of the experts multiply in fp8; of several ranks the exchange says so
 
     Raises:  InputError for sizes that a kernel does not take.
     """

@@ -248,6 +248,7 @@ def plan(
         dedup=dedup,
         dtype=torch.float32 if element == 4 else torch.bfloat16,
         staged=config.parallel.transport == "nvshmem",
+        fp8=config.precision.kernels_fp8(),
     )
     arena, rows = exchange_arena.fields(sizes) if expert_ranks > 1 else None, sizes.capacity
     logit_rows, head = min(train.loss_chunk, tokens) * c.vocab_size, c.vocab_size * c.hidden_size

@@ -10,8 +10,6 @@ scales of a step are read a step before, so that no sum waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -30,9 +28,6 @@ BLOCK = 128
 
 ROWS = 32
 """Rows that one program quantises."""
-
-STORED: Mapping[torch.dtype, tl.dtype] = MappingProxyType({torch.bfloat16: tl.bfloat16, torch.float32: tl.float32})
-"""What kernels call a format in which rows are stored."""
 
 PART = 32
 """Columns that the epilogue of the backward product works on at a time: all 128 are more than the registers hold."""
@@ -162,7 +157,7 @@ def gather_gemm_swiglu_fp8_kernel(
 @triton.jit
 def grouped_gemm_fp8_kernel(
     rows, row_scale, w, w_scale, out, to, at, addresses, tile_expert, tile_row, end, OFFSET, NUM_M, INNER, OUTER,
-    STEP_IN, STEP_OUT, DTYPE: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr,
+    STEP_IN, STEP_OUT, M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     columns = OUTER // 128
     tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
@@ -189,9 +184,9 @@ def grouped_gemm_fp8_kernel(
             base = tl.load(addresses + tl.load(to + row, mask=real, other=0)) + OFFSET
             place = tl.load(at + row, mask=real, other=0).to(tl.int64) * OUTER
             # the cast loses what is known of the address: without this the stores are of two bytes
-            there = tl.multiple_of(base.to(tl.pointer_type(DTYPE)) + place, 16)
+            there = tl.multiple_of(base.to(out.dtype) + place, 16)
         n = column * 128 + tl.arange(0, 128)
-        tl.store(there[:, None] + n[None, :], acc.to(DTYPE), mask=real[:, None])
+        tl.store(there[:, None] + n[None, :], acc.to(out.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
@@ -372,7 +367,7 @@ def grouped_gemm(
     returns  [P O] in `dtype`
     """
     out = torch.empty(rows.shape[0], w.shape[1], dtype=dtype, device=rows.device)
-    _launch_(rows, row_scale, w, w_scale, out, None, None, None, 0, end, tiles, tile, group, dtype, across)
+    _launch_(rows, row_scale, w, w_scale, out, None, None, None, 0, end, tiles, tile, group, across)
     return out
 
 
@@ -389,13 +384,13 @@ def grouped_gemm_push_(
 
     Writes:  that field.
     """
-    _launch_(rows, row_scale, w, w_scale, None, to, at, addresses, offset, end, tiles, tile, group, dtype, across)
+    none = torch.empty(0, dtype=dtype, device=rows.device)  # of the format that is stored
+    _launch_(rows, row_scale, w, w_scale, none, to, at, addresses, offset, end, tiles, tile, group, across)
 
 
 def _launch_(
-    rows: Tensor, row_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tensor | None, to: Tensor | None,
-    at: Tensor | None, addresses: Tensor | None, offset: int, end: Tensor, tiles: RowTiles, tile: Tile, group: int,
-    dtype: torch.dtype, across: bool,
+    rows: Tensor, row_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tensor, to: Tensor | None, at: Tensor | None,
+    addresses: Tensor | None, offset: int, end: Tensor, tiles: RowTiles, tile: Tile, group: int, across: bool,
 ) -> None:  # fmt: skip
     experts, outer, inner = w.shape
     num = tiles.expert.shape[0]
@@ -404,7 +399,7 @@ def _launch_(
         TensorDescriptor.from_tensor(rows, [tile.block_m, BLOCK]), row_scale,
         TensorDescriptor.from_tensor(w.view(experts * outer, inner), [BLOCK, BLOCK]), w_scale,
         out, to, at, addresses, tiles.expert, tiles.row, end, offset, num, inner, outer, step_in, step_out,
-        STORED[dtype], tile.block_m, group, **tile.options(),
+        tile.block_m, group, **tile.options(),
     )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ import attrs
 import pytest
 
 from nmoe.config import Config, identity, load_valid
+from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.plan import plan
 from nmoe.pure.cost.report import render
+from nmoe.pure.cost.scale import Arrangement, scale
 from nmoe.pure.model.blueprint import make_blueprint
 from tests.configs import ROOT, problems
 
@@ -27,8 +29,23 @@ def test_every_format_is_emulated_on_a_cpu(compute: str) -> None:
     assert problems(QUICKSTART, f"--precision.compute={compute}", *FITTING, valid=True) == []
 
 
-def test_a_gpu_has_kernels_for_fp8() -> None:
-    assert problems(QUICKSTART, "--precision.compute=fp8", "--run.device=cuda", FITTING[0], valid=True) == []
+@pytest.mark.parametrize("ranks", [(), ("--parallel.ranks=2", "--train.microbatch_size=8")])
+def test_a_gpu_has_kernels_for_fp8_and_so_have_several(ranks: tuple[str, ...]) -> None:
+    assert problems(QUICKSTART, "--precision.compute=fp8", "--run.device=cuda", FITTING[0], *ranks, valid=True) == []
+
+
+def test_the_plan_counts_codes_that_cross() -> None:
+    """Tokens of 128 in the forward pass: a byte each and a scale, in whole cache lines; bf16 in the backward pass."""
+    arguments = (FITTING[0], "--model.hidden_size=256", "--run.device=cuda", "--train.microbatch_size=8")
+    low, wide = (config(f"--precision.compute={name}", *arguments) for name in ("fp8", "bf16"))
+    a = Arrangement(gpus=2, hosts=1, expert_ranks=2, dedup=True, capacity=2.0)
+    narrow, before = (scale(c, a, H200, mfu=0.4) for c in (low, wide))
+    assert narrow.dispatch.inside == pytest.approx(before.dispatch.inside * 384 / 512)
+    assert narrow.again == before.again and narrow.combine == before.combine
+    assert before.again.inside == 2 * before.dispatch.inside and narrow.exchange_s < before.exchange_s
+    experts = low.model.moe.num_experts // 2 * 3 * 256 * 128
+    assert narrow.plan.memory.activations - before.plan.memory.activations > experts, "codes of the weights"
+    assert narrow.plan.arena is not None and narrow.plan.arena.size == before.plan.arena.size  # pyright: ignore
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from nmoe.effects.kernels.moe import moe as mixtures
 from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.exchange import Exchange, Sizes, device
 from nmoe.effects.parallel.exchange.opening import virtual
+from nmoe.effects.parallel.exchange.products import Stored
 from nmoe.effects.parallel.launch import Launch
 from nmoe.effects.terminal import say
 from nmoe.errors import InputError
@@ -196,7 +197,7 @@ def round_trip_row(bench: Bench, shape: Shape, *, dedup: bool) -> str:
 
     def trip(e: Exchange, x: Tensor, expert: Tensor, weight: Tensor) -> Generator[None, None, Tensor]:
         kept, _ = yield from device.begin_(e, expert)
-        kept = yield from device.dispatch_(e, x, kept)
+        kept = yield from device.dispatch_(e, x, kept, e.fields.land)
         y = device.received(e, e.fields.land, kept)
         device.send_back_(e, y, kept)
         return (yield from device.combine_(e, weight, kept))
@@ -229,7 +230,8 @@ def layer_rows(bench: Bench, shape: Shape) -> Iterator[str]:
 
         def passes(exchanges: Sequence[Exchange] = exchanges, held: dict[int, slice] = held) -> None:
             ranks = list(zip(exchanges, bench.here, strict=True))
-            ahead = [device.forward_(e, *weights[r], up[held[r]], down[held[r]], bench.tiles) for e, r in ranks]
+            products = Stored(tiles=bench.tiles)
+            ahead = [device.forward_(e, *weights[r], up[held[r]], down[held[r]], products) for e, r in ranks]
             out = device.run_(exchanges, ahead)
             back = [
                 device.backward_(
@@ -240,7 +242,7 @@ def layer_rows(bench: Bench, shape: Shape) -> Iterator[str]:
                     up[held[r]],
                     down[held[r]],
                     *out[number][2:],
-                    bench.tiles,
+                    products,
                 )
                 for number, (e, r) in enumerate(ranks)
             ]

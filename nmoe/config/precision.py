@@ -34,3 +34,7 @@ class Precision:
     def low(self) -> bool:
         """Whether the products of the routed experts are in fewer bits than what is stored."""
         return self.compute != self.storage()
+
+    def kernels_fp8(self) -> bool:
+        """Whether kernels multiply the routed experts in fp8."""
+        return self.compute == "fp8" and not self.emulate

@@ -24,7 +24,8 @@ PATIENCE_S = 240.0
 
 
 @pytest.mark.parametrize(
-    ("what", "per_host"), [("kernels", None), ("plain", None), ("slow", None), ("kernels", 1), ("plain", 1)]
+    ("what", "per_host"),
+    [("kernels", None), ("plain", None), ("slow", None), ("fp8", None), ("kernels", 1), ("plain", 1), ("fp8", 1)],
 )
 def test_the_bits_of_one_gpu(tmp_path: Path, what: str, per_host: int | None) -> None:
     """Of one host, and of two that the proxy joins."""
@@ -88,13 +89,18 @@ def test_two_then_one_then_two(tmp_path: Path) -> None:
     assert [event["step"] for event in events if event["event"] == "resume"] == [4, 8]
 
 
-@pytest.mark.parametrize("experts", [1, 2])
-def test_one_gpu_and_two_agree_about_the_gradient(tmp_path: Path, experts: int) -> None:
+@pytest.mark.parametrize(("experts", "compute"), [(1, "bf16"), (2, "bf16"), (2, "fp8")])
+def test_one_gpu_and_two_agree_about_the_gradient(tmp_path: Path, experts: int, compute: str) -> None:
     """Of one batch, before any update: loss and norm of one GPU, up to the order of sums in fp32."""
     runs: list[Path] = []
     for gpus, more in ((1, ()), (2, (f"--parallel.experts={experts}",))):
         (tmp_path / str(gpus)).mkdir()
-        step = ("--train.batch_size=8", "--train.microbatch_size=4", "--train.steps=1")
+        step = (
+            f"--precision.compute={compute}",
+            "--train.batch_size=8",
+            "--train.microbatch_size=4",
+            "--train.steps=1",
+        )
         runs.append(trained(tmp_path / str(gpus), gpus, *step, *more, poison=255))
     one, two = (lines(run)[0] for run in runs)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)

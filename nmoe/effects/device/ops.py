@@ -67,7 +67,7 @@ def build(
     accumulator  takes the weight gradients that kernels write themselves; a CPU leaves all to autograd
     kinds      of attention
     low        the experts on their rows in fewer bits, emulated; None: by kernels, or in the format of the weights
-    fp8        whether the kernels of the experts multiply in fp8
+    fp8        whether the kernels of the experts multiply in fp8; of several ranks the exchange says so
 
     Raises:  InputError for sizes that a kernel does not take.
     """
@@ -247,9 +247,11 @@ def nsa_tiles(device: torch.device, head_dim: int, value: int) -> nsa.Tiles:
 
 FP8_GAIN = (
     "precision: on an H200 the experts' kernels were 1.02 to 1.13 times as fast in fp8 as in bf16 with 32,768 tokens, "
-    "the more the wider the model, and slower with 8,192 tokens at hidden 2048"
+    "the more the wider the model, and slower with 8,192 tokens at hidden 2048; tokens are those of one GPU, and where "
+    "experts are shared out, of all that share them"
 )
-"""Of one layer, forward and backward, at the power limit; docs/precision.md."""
+"""Of one layer, forward and backward, at the power limit; docs/precision.md. Weights are quantised once a pass, for the
+tokens of all GPUs that send to them."""
 
 
 def unmeasured(

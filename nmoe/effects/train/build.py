@@ -90,7 +90,7 @@ def blank(
         accumulator=accumulator,
         kernels=config.run.kernels,
         low=low_experts(config),
-        fp8=config.precision.compute == "fp8" and not config.precision.emulate,
+        fp8=config.precision.kernels_fp8(),
     )
     env = environment(c, train.sequence_length, built)
     return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))
@@ -121,6 +121,7 @@ def exchanging(
         dedup=parallel.dedup,
         dtype=torch.bfloat16 if config.precision.storage() == "bf16" else torch.float32,
         staged=parallel.transport == "nvshmem",
+        fp8=config.precision.kernels_fp8(),
     )
     return open_exchange(
         device=device,

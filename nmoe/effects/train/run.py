@@ -402,8 +402,7 @@ def open_session(request: Request, job: Job, start: Start, connected: Connected,
 
 def _unmeasured(config: Config, rt: process.Runtime) -> tuple[str, ...]:
     """What to say of the ops before the first step."""
-    fp8 = config.precision.compute == "fp8" and not config.precision.emulate
-    return ops.unmeasured(rt.device, config.model, kernels=config.run.kernels, fp8=fp8)
+    return ops.unmeasured(rt.device, config.model, kernels=config.run.kernels, fp8=config.precision.kernels_fp8())
 
 
 def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:

@@ -167,6 +167,17 @@ def kernel_activation_bytes(
     return total + passing + tokens * 2 * width * element
 
 
+def fp8_bytes(dims: Dims, *, tokens: int, rows: int, expert_ranks: int) -> int:
+    """What products in fp8 hold at once of one mixture: codes of the weights, of the output's gradient, and of the
+    pre-activation's gradient, a byte each.
+
+    tokens  whose gradients a rank quantises: its own, or those that land here
+    rows    (token, expert) pairs the rank's experts have room for
+    """
+    width, inner = dims["D"], dims["F"]
+    return dims["E"] // expert_ranks * 3 * width * inner + tokens * width + rows * 2 * inner
+
+
 def emulation_bytes(dims: Dims, *, rows: int, expert_ranks: int) -> int:
     """What emulated products hold at once, of the largest one of a block: its operands in fp32 four times, as given,
     scaled, rounded and back.
@@ -248,6 +259,7 @@ def plan(
         dedup=dedup,
         dtype=torch.float32 if element == 4 else torch.bfloat16,
         staged=config.parallel.transport == "nvshmem",
+        fp8=config.precision.kernels_fp8(),
     )
     arena, rows = exchange_arena.fields(sizes) if expert_ranks > 1 else None, sizes.capacity
     buckets = sorted(4 * (high - low) for each in arenas if each.has_sums() for low, high in each.buckets())
@@ -280,6 +292,9 @@ def plan(
         activations += 3 * len(c.mixtures()) * c.moe.num_experts * BINS * 8
     if config.optim.qk_clip is not None:
         activations += score_bytes(c.attention, train.microbatch_size, train.sequence_length, element=element)
+    if config.precision.kernels_fp8() and c.mixtures():
+        landing_rows = sizes.landing() if expert_ranks > 1 else tokens
+        activations += fp8_bytes(dims, tokens=landing_rows, rows=rows, expert_ranks=expert_ranks)
     if config.precision.emulate and c.mixtures():
         activations += emulation_bytes(dims, rows=rows, expert_ranks=expert_ranks)
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)

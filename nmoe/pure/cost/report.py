@@ -259,6 +259,11 @@ def _in_detail(config: Config, s: Scaled) -> tuple[Line, ...]:
             f"dispatch {_sent(s.dispatch)}: {time_of(s.dispatch_s)}, {s.dispatches} a step; "
             f"a token reaches {planned.distinct:.2f} GPUs on average",
         ),
+        *(
+            (("", f"in bf16 in the backward pass {_sent(s.again)}: {time_of(s.again_s)}"),)
+            if config.precision.kernels_fp8()
+            else ()
+        ),
         ("", f"combine {_sent(s.combine)}: {time_of(s.combine_s)}, {s.combines} a step"),
         (
             "",

@@ -16,6 +16,7 @@ from nmoe.pure.cost import traffic
 from nmoe.pure.cost.machines import Machine
 from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.traffic import Traffic
+from nmoe.pure.formats import e4m3
 from nmoe.pure.model.blueprint import make_blueprint
 
 
@@ -52,12 +53,14 @@ class Scaled:
     arrangement: Arrangement
     machine: Machine
     plan: Plan
-    dispatch: Traffic  # one exchange of rows to their experts, of one microbatch and layer
+    dispatch: Traffic  # one exchange of rows to their experts in the forward pass, of one microbatch and layer
     dispatch_s: float
+    again: Traffic  # in the backward pass: rows again, beside their gradients
+    again_s: float
     combine: Traffic  # and back
     combine_s: float
     combine_exposed_s: float  # of this, not hidden by the product that makes the rows
-    dispatches: int  # a step; the backward pass sends rows again, beside their gradients
+    dispatches: int  # a step; two of a backward pass among them where rows cross in one format
     combines: int
     exchange_s: float  # a step, in all
     once: Traffic  # a dispatch whose rows cross once to each host, which passes them on
@@ -123,20 +126,23 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
     near = min(a.expert_ranks, a.per_host())
     copies_sent = planned.distinct if a.dedup else c.moe.top_k
     sizes = {"row_bytes": row_bytes, "ranks": a.expert_ranks, "ranks_per_host": near}
-    dispatch = traffic.exchange(rows=tokens * copies_sent, **sizes)
+    codes = config.precision.kernels_fp8()
+    sent_bytes = 4 * e4m3.row_words(c.hidden_size) if codes else row_bytes
+    dispatch = traffic.exchange(rows=tokens * copies_sent, **(sizes | {"row_bytes": sent_bytes}))
+    again = traffic.exchange(rows=tokens * copies_sent, **(sizes | {"row_bytes": 2 * row_bytes}))
     combine = traffic.exchange(rows=tokens * c.moe.top_k, **sizes)
     words = 4.0 * (c.moe.num_experts + a.expert_ranks)  # rows for each expert, tokens for each rank, sent to all
     counts = Traffic(inside=words * (near - 1), between=words * (a.expert_ranks - near))
     passes = 2 if config.train.recompute == "full" else 1  # forward
     layers = planned.microbatches * len(c.mixtures())
-    again = Traffic(inside=2 * dispatch.inside, between=2 * dispatch.between)
     dispatch_s, combine_s, counts_s, again_s = (
         traffic.exchange_seconds(moved, machine) for moved in (dispatch, combine, counts, again)
     )
     product_s = 2 * tokens * c.moe.top_k * c.hidden_size * c.moe.intermediate_size / (machine.peak_flops * mfu)
     hidden_s = product_s if a.expert_hosts() == 1 else 0.0
     combine_exposed_s = min(combine_s, max(machine.push.alpha_s, combine_s - hidden_s))
-    once, once_s, once_again_s = _once(config, a, machine, dispatch, copies_sent)
+    once, once_s = _once(config, a, machine, sent_bytes, copies_sent)
+    _, once_again_s = _once(config, a, machine, 2 * row_bytes, copies_sent)
 
     dense, experts = 0, 0
     dense_parameters, expert_parameters = 0, 0
@@ -161,7 +167,9 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
         combine=combine,
         combine_s=combine_s,
         combine_exposed_s=combine_exposed_s,
-        dispatches=layers * (passes + 2),
+        again=again,
+        again_s=again_s,
+        dispatches=layers * (passes if codes else passes + 2),
         combines=layers * (passes + 1),
         exchange_s=layers * (passes * (counts_s + dispatch_s) + again_s + (passes + 1) * combine_exposed_s),
         once=once,
@@ -178,21 +186,20 @@ def scale(config: Config, a: Arrangement, machine: Machine, *, mfu: float) -> Sc
 
 
 def _once(
-    config: Config, a: Arrangement, machine: Machine, dispatch: Traffic, copies_sent: float
-) -> tuple[Traffic, float, float]:
-    """A dispatch whose rows cross once to each host, its time, and that of one with gradients beside the rows.
+    config: Config, a: Arrangement, machine: Machine, row_bytes: int, copies_sent: float
+) -> tuple[Traffic, float]:
+    """A dispatch whose rows cross once to each host, and its time.
 
     What crossed is passed on inside the host when it has arrived.
 
-    dispatch     of rows that cross once to each GPU or expert
     copies_sent  of a row, to all GPUs
     """
     c, hosts = config.model, a.expert_hosts()
-    if hosts == 1:
-        again = Traffic(inside=2 * dispatch.inside, between=0.0)
-        return dispatch, traffic.exchange_seconds(dispatch, machine), traffic.exchange_seconds(again, machine)
     tokens = config.train.microbatch_size * config.train.sequence_length
-    row_bytes = c.hidden_size * (4 if config.precision.compute == "fp32" else 2)
+    sizes = {"row_bytes": row_bytes, "ranks": a.expert_ranks, "ranks_per_host": min(a.expert_ranks, a.per_host())}
+    direct = traffic.exchange(rows=tokens * copies_sent, **sizes)
+    if hosts == 1:
+        return direct, traffic.exchange_seconds(direct, machine)
     reached = traffic.distinct_ranks(
         num_experts=c.moe.num_experts,
         top_k=c.moe.top_k,
@@ -201,15 +208,10 @@ def _once(
         top_k_groups=c.moe.top_k_groups,
     )
     crossing = traffic.exchange(rows=tokens * reached, row_bytes=row_bytes, ranks=hosts, ranks_per_host=1).between
-    passed_on = traffic.forwarded(
-        rows=tokens * copies_sent, row_bytes=row_bytes, ranks=a.expert_ranks, ranks_per_host=a.per_host()
-    )
-
-    def seconds(times: int) -> float:
-        first = Traffic(inside=times * dispatch.inside, between=times * crossing)
-        return traffic.exchange_seconds(first, machine) + machine.push.seconds(times * passed_on)
-
-    return Traffic(inside=dispatch.inside + passed_on, between=crossing), seconds(1), seconds(2)
+    passed_on = traffic.forwarded(rows=tokens * copies_sent, **sizes)
+    first = Traffic(inside=direct.inside, between=crossing)
+    seconds = traffic.exchange_seconds(first, machine) + machine.push.seconds(passed_on)
+    return Traffic(inside=direct.inside + passed_on, between=crossing), seconds
 
 
 def _collectives(a: Arrangement, machine: Machine, dense: int, experts: int) -> tuple[Traffic, float]:

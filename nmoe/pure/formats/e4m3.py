@@ -14,6 +14,9 @@ from nmoe.pure.core.shape import expect_divisor, expect_shape
 BLOCK = 128
 """Columns that share a scale; of a weight as many rows too."""
 
+LINE = 128
+"""Bytes of a cache line."""
+
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 """448."""
 
@@ -42,6 +45,15 @@ def quantise(x: Tensor, *, rows: int = 1) -> tuple[Tensor, Tensor]:
     factor = torch.where(amax.isfinite(), factor, torch.nan)
     codes = (blocks * factor).clamp(-LARGEST, LARGEST).type(torch.float8_e4m3fn)
     return codes.flatten(-2).flatten(-3, -2), (1.0 / factor).squeeze(-1).squeeze(-2)
+
+
+def row_words(width: int) -> int:
+    """Words of 4 bytes of a row with its scales behind its codes, in whole cache lines of 128 bytes.
+
+    Raises:  ValueError for a width that is no multiple of 128.
+    """
+    expect_divisor("e4m3.row_words: expected blocks of 128", BLOCK, width, "columns")
+    return -(-(width + 4 * (width // BLOCK)) // LINE) * LINE // 4
 
 
 def dequantise(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tensor:

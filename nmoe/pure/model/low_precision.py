@@ -1,8 +1,8 @@
 """Products of the routed experts in fp8, MXFP8 or NVFP4: which operand is rounded how, and the exact products.
 
 Operands are rounded, and their values multiplied in a format that holds each of them: what is computed is what a GPU
-with such products computes, but for the order of sums. Letters: P rows sorted by expert, E experts, I the axis summed
-over, O the axis of the result.
+with such products computes, but for the order of sums and what `grouped` says of bf16. Letters: P rows sorted by
+expert, E experts, I the axis summed over, O the axis of the result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Rounded = tuple[Tensor, Tensor]
 class Recipe:
     """How a precision rounds the operands of the three products of a weight. The last axis is the one summed over.
 
-    operand   format that holds every rounded value; in which operands are multiplied, and summed in fp32
+    operand   format that holds every rounded value; in which operands are multiplied, with sums in fp32
     rows      activations of the forward product, and of the weight gradient along tokens
     weight    the weight of the forward product, and of the input gradient
     gradient  the result's gradient; given noise
@@ -102,12 +102,16 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 
 def grouped(a: Tensor, b: Tensor, end: Tensor, operand: torch.dtype) -> Tensor:
-    """Grouped product in fp32: of rows with their expert's matrix, or of two stretches of rows for each expert.
+    """Grouped product: of rows with their expert's matrix, or of two stretches of rows for each expert.
+
+    Sums are in fp32. In bf16 each is rounded to bf16, as torch's grouped products return nothing wider: once for a
+    result in bf16, and once more for one that a factor multiplies, where kernels round after the factor alone.
 
     a        [P I]
     b        [E I O], or [P O] with `a` as [I P]
     end      [E] i32   one past each expert's last row
-    returns  [P O], or [E I O]
+    operand  format of both operands, which holds their values
+    returns  [P O], or [E I O], f32 with values of `operand`
     """
     return F.grouped_mm(a.type(operand), b.type(operand), offs=end).float()
 

@@ -14,6 +14,7 @@ import attrs
 import torch
 
 from nmoe.pure.core.shape import expect_divisor
+from nmoe.pure.formats import e4m3
 
 FLAG_BYTES = 128
 """Of one flag: a cache line of its own, so that no rank polls a line that two ranks write."""
@@ -38,6 +39,7 @@ class Sizes:
     dedup: bool  # whether a token goes once to each rank that needs it
     dtype: torch.dtype  # of the rows
     staged: bool = False  # whether a rank sends from its arena alone, as NVSHMEM does
+    fp8: bool = False  # whether the experts multiply in fp8, for which tokens cross as codes in the forward pass
 
     def local(self) -> int:
         """Experts a rank holds."""
@@ -81,6 +83,7 @@ class Fields:
     gate: Field  # [C] f32, sources: row -> gate
     gate_gradient: Field  # [N K] f32, holders of the experts: gradient of each gate, in the order of the experts
     land: Field  # [L D], sources: rows
+    land_codes: Field  # [L words] i32 in the same memory, sources: rows in fp8, if the experts multiply in it
     land_gradient: Field  # [L D], sources: rows of the output's gradient
     back: Field  # [N K D], holders: rows that return, in the order of the experts
     sent_counts: Field  # [W E+W] i32, its row of `counts` for each rank
@@ -110,7 +113,7 @@ def expert_rows(*, tokens: int, top_k: int, num_experts: int, ranks: int, capaci
 
 def sizes(
     *, ranks: int, experts: int, top_k: int, hidden_size: int, tokens: int, capacity: float, dedup: bool,
-    dtype: torch.dtype, staged: bool = False,
+    dtype: torch.dtype, staged: bool = False, fp8: bool = False,
 ) -> Sizes:  # fmt: skip
     """Sizes with room for `capacity` times the mean rows of a rank."""
     rows = expert_rows(tokens=tokens, top_k=top_k, num_experts=experts, ranks=ranks, capacity=capacity)
@@ -124,6 +127,7 @@ def sizes(
         dedup=dedup,
         dtype=dtype,
         staged=staged,
+        fp8=fp8,
     )
 
 
@@ -150,4 +154,6 @@ def fields(sizes: Sizes) -> Fields:
     for name, (shape, dtype) in shapes.items():
         placed[name] = Field(offset=offset, shape=shape, dtype=dtype)
         offset += -(-placed[name].size() // FIELD_BYTES) * FIELD_BYTES
-    return Fields(**placed, size=offset)
+    words = e4m3.row_words(width) if sizes.fp8 else 0
+    codes = Field(offset=placed["land"].offset, shape=(sizes.landing() if words else 0, words), dtype=torch.int32)
+    return Fields(**placed, land_codes=codes, size=offset)

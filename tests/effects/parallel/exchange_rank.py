@@ -27,11 +27,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nmoe.pure.core.key import Key
 from nmoe.pure.model import experts, route
+from nmoe.pure.model.low_precision import RECIPES, experts_low
 from nmoe.pure.model.route import Routing
 
 TOKENS, EXPERTS, TOP_K = 12, 8, 3
 MANY = 5000
+KERNELS = ("kernels", "fp8")
+"""What runs in kernels on a CPU too."""
+
 TIMEOUT_S = 2.0  # for a peer that is gone; all others are waited for, however loaded the machine is
 
 GONE: Mapping[str, Callable[[], None]] = MappingProxyType(
@@ -47,7 +52,7 @@ def main(
 ) -> None:
     """Open an exchange and do what is asked."""
     torch.set_num_threads(1)
-    if what == "kernels" and device == "cpu":
+    if what in KERNELS and device == "cpu":
         from tests.kernels import interpreter
 
         interpreter.turn_on()
@@ -66,7 +71,7 @@ def main(
         timeout=timedelta(seconds=60),
     )
     small = where.type == "cpu"
-    tokens, hidden, width = (TOKENS, 16, 16) if small else (2048, 1024, 512)
+    tokens, hidden, width = (2048, 1024, 512) if not small else (TOKENS, *((128, 128) if "fp8" in what else (16, 16)))
     sizes = exchange.Sizes(
         ranks=ranks,
         experts=EXPERTS + (rank if what == "disagree" else 0),
@@ -77,6 +82,7 @@ def main(
         dedup=what != "plain",
         dtype=torch.float32 if small else torch.bfloat16,
         staged=joined == "nvshmem",
+        fp8=what == "fp8",
     )
     open_here = partial(
         exchange.open_exchange,
@@ -85,7 +91,7 @@ def main(
         timeout_s=20.0 if not small else TIMEOUT_S if what in ("hung", *GONE) else 60.0,
         transport="proxy" if joined.isdecimal() else joined or "peer",
         rendezvous=rendezvous,
-        peers=kernels_of_a_cpu() if what == "kernels" and small else None,
+        peers=kernels_of_a_cpu() if what in KERNELS and small else None,
     )
     if joined.isdecimal() and rendezvous == "127.0.0.1":
         be_on_host(rank // int(joined))
@@ -100,7 +106,7 @@ def main(
             take, whole = mixtures(what, e, where)
             if what == "many":
                 many(take, whole, sizes, rank, where, (tokens, hidden, width), found)
-            for seed in range({"kernels": 1, "many": 0}.get(what, 5)):
+            for seed in range({"kernels": 1, "many": 0, "fp8": 1 if small else 5}.get(what, 5)):
                 if what == "hung" and rank == ranks - 1 and seed == 1:
                     print("hung", flush=True)
                     time.sleep(60)
@@ -148,23 +154,25 @@ def lead_astray(rank: int) -> None:
 
 def mixtures(what: str, e: Any, where: torch.device) -> tuple[Mixture, Mixture]:
     """The mixture over ranks, and the one of a single rank."""
-    if where.type == "cpu" and what != "kernels":
+    if where.type == "cpu" and what not in KERNELS:
         from nmoe.effects.device.cpu import experts_grouped
         from nmoe.effects.parallel.exchange import host
 
-        return partial(host.mixture, exchange=e, experts=experts_grouped), partial(
-            experts.moe_experts, experts=experts_grouped
-        )
+        low = partial(experts_low, recipe=RECIPES["fp8"], key=Key(0))
+        run = low if what == "emulated fp8" else experts_grouped
+        return partial(host.mixture, exchange=e, experts=run), partial(experts.moe_experts, experts=run)
     from nmoe.effects.kernels.moe.moe import Tiles, moe_experts
+    from nmoe.effects.kernels.moe.moe_fp8 import moe_experts_fp8
     from nmoe.effects.kernels.tables import GemmTile
     from nmoe.effects.parallel.exchange import device
 
-    size = 16 if where.type == "cpu" else 64
+    size = 64 if where.type == "cuda" or what == "fp8" else 16
     tile = GemmTile(block_m=size, block_n=size, block_k=size, num_warps=4, num_stages=2)
     tiles = Tiles(
         up=tile, down=tile, activation=tile, down_gradient=tile, input=tile, up_gradient=tile, group=8, programs=16
     )
-    return partial(device.mixture, exchange=e, tiles=tiles), partial(moe_experts, tiles=tiles)
+    whole = moe_experts_fp8 if what == "fp8" else moe_experts
+    return partial(device.mixture, exchange=e, tiles=tiles), partial(whole, tiles=tiles)
 
 
 def compare(

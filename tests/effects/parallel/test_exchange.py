@@ -49,10 +49,20 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, what: str) -> None:
     assert left_behind() == []
 
 
+def test_fp8_that_is_emulated_has_the_bits_of_one_rank(tmp_path: Path) -> None:
+    """Output and weight gradients; the gradients of tokens and gates within the order of sums."""
+    with running("emulated fp8", 2, tmp_path) as processes:
+        for found in [ended(process) for process in processes]:
+            assert "error" not in found, found
+            assert [found[name] for name in ("y", "count", "d_up", "d_down")] == [0.0] * 4, found
+            assert {name: found[name] for name in ("dx", "d_weight") if found[name] > 1e-6} == {}
+
+
 @pytest.mark.long
-def test_the_kernels_run_among_processes_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["kernels", "fp8"])
+def test_the_kernels_run_among_processes_too(tmp_path: Path, what: str) -> None:
     """Interpreted, over the same shared memory, waiting for each other by the same flags: bitwise."""
-    with running("kernels", 2, tmp_path) as processes:
+    with running(what, 2, tmp_path) as processes:
         for found in [ended(process) for process in processes]:
             assert [found.get(name) for name in RESULTS] == [0.0] * 6, found
 

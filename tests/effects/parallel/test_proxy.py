@@ -36,9 +36,10 @@ def test_hosts_joined_by_the_proxy_have_the_bits_of_one_host(tmp_path: Path, wha
 
 
 @pytest.mark.long
-def test_the_kernels_send_by_the_proxy_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["kernels", "fp8"])
+def test_the_kernels_send_by_the_proxy_too(tmp_path: Path, what: str) -> None:
     """Interpreted, on two hosts of one rank: bitwise the kernels of one rank."""
-    with running("kernels", 2, tmp_path, per_host=1) as processes:
+    with running(what, 2, tmp_path, per_host=1) as processes:
         for found in [ended(process, 300.0) for process in processes]:
             assert [found.get(name) for name in RESULTS] == [0.0] * 6, found
 

@@ -383,6 +383,25 @@ def test_experts_shared_out_are_the_experts_of_one_rank(alone: Path, sources: Pa
             assert (leaf - other).abs().max() <= apart, path
 
 
+def test_fp8_of_experts_shared_out_is_that_of_one_rank(sources: Path, tmp_path: Path) -> None:
+    """Emulated. A row's codes do not depend on who holds it, so the first loss is that of one rank up to its sum, which
+    that of bf16 is not; later ones are as far apart as those of one rank with other microbatches."""
+
+    def run(name: str, compute: str, world: int, size: int) -> list[float]:
+        config = config_of(sources, tmp_path, name, microbatch_size=size)
+        model = attrs.evolve(config.model, hidden_size=128, moe=attrs.evolve(config.model.moe, intermediate_size=128))
+        low = attrs.evolve(config.precision, compute=compute, emulate=compute == "fp8")
+        return losses(trained(attrs.evolve(config, model=model, precision=low), world, experts=world, capacity=0.0))
+
+    one, other, wide = run("one", "fp8", 1, 4), run("other", "fp8", 1, 2), run("wide", "bf16", 1, 4)
+    near = max(abs(a - b) for a, b in zip(one, other, strict=True))
+    for name, world, size in (("two", 2, 2), ("four", 4, 1)):
+        found = run(name, "fp8", world, size)
+        assert found[0] == pytest.approx(one[0], rel=2**-22)
+        assert max(abs(a - b) for a, b in zip(found, one, strict=True)) <= 4 * max(near, 2**-22 * one[0])
+    assert wide[0] != pytest.approx(one[0], rel=1e-5)
+
+
 def test_a_rank_whose_loss_is_not_finite_stops_the_update_of_all(sources: Path, tmp_path: Path) -> None:
     """Its gradients are finite, so that the others do not learn of it through the sums of gradients."""
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from nmoe.effects.kernels.moe.experts import Form
 from nmoe.effects.kernels.moe.moe import Tiles, moe_experts
+from nmoe.effects.kernels.moe.moe_fp8 import moe_experts_fp8
 from nmoe.effects.parallel.exchange import Exchange, Sizes, arena, device
 from nmoe.effects.parallel.exchange.opening import virtual
+from nmoe.effects.parallel.exchange.products import Fp8, Stored
 from nmoe.pure.model import route
 from nmoe.pure.model.route import Routing
 from tests.kernels.truth import normal
@@ -72,15 +74,25 @@ def case(
     )
 
 
-def single_rank(c: Case, tiles: Tiles) -> list[Tensor]:
-    """Output and gradients of x, weight, up, down, bias by the kernels of one rank."""
+def single_rank(c: Case, tiles: Tiles, *, fp8: bool = False) -> list[Tensor]:
+    """Output and gradients of x, weight, up, down, bias by the kernels of one rank; in fp8 without a bias."""
+    if fp8:
+        leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down)]
+        y, _ = moe_experts_fp8(leaves[0], Routing(c.expert, leaves[1]), *leaves[2:], tiles=tiles)
+        return [y.detach(), *torch.autograd.grad(y, leaves, c.grad_output)]
     leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down, c.bias)]
     y, _ = moe_experts(leaves[0], Routing(c.expert, leaves[1]), *leaves[2:], tiles=tiles, limit=LIMIT, alpha=ALPHA)
     return [y.detach(), *torch.autograd.grad(y, leaves, c.grad_output)]
 
 
 def open_ranks(
-    c: Case, parts: Sequence[int], *, dedup: bool, capacity: int | None = None, staged: bool = False
+    c: Case,
+    parts: Sequence[int],
+    *,
+    dedup: bool,
+    capacity: int | None = None,
+    staged: bool = False,
+    fp8: bool = False,
 ) -> tuple[Exchange, ...]:
     """Virtual ranks for a case, their arenas poisoned but for the flags.
 
@@ -99,6 +111,7 @@ def open_ranks(
         dedup=dedup,
         dtype=c.x.dtype,
         staged=staged,
+        fp8=fp8,
     )
     exchanges = virtual(sizes, c.x.device)
     for e in exchanges:
@@ -112,14 +125,17 @@ def shared(c: Case, exchanges: Sequence[Exchange], parts: Sequence[int], tiles: 
     """The same as `single_rank`, by ranks that each have some of the tokens and of the experts."""
     x, expert, weight, grad_output = (each.split(list(parts)) for each in (c.x, c.expert, c.weight, c.grad_output))
     up, down = c.up.chunk(len(parts)), c.down.chunk(len(parts))
-    forms = [Form(bias=bias, limit=LIMIT, alpha=ALPHA) for bias in c.bias.chunk(len(parts))]
+    products = [
+        Fp8(tiles=tiles) if e.sizes.fp8 else Stored(tiles=tiles, form=Form(bias=bias, limit=LIMIT, alpha=ALPHA))
+        for e, bias in zip(exchanges, c.bias.chunk(len(parts)), strict=True)
+    ]
     forward = [
-        device.forward_(e, x[r], expert[r], weight[r], up[r], down[r], tiles, forms[r]) for r, e in enumerate(exchanges)
+        device.forward_(e, x[r], expert[r], weight[r], up[r], down[r], products[r]) for r, e in enumerate(exchanges)
     ]
     out = device.run_(exchanges, forward)
     backward = [
-        device.backward_(e, grad_output[r], x[r], weight[r], up[r], down[r], *out[r][2:], tiles, form=forms[r])
+        device.backward_(e, grad_output[r], x[r], weight[r], up[r], down[r], *out[r][2:], products[r])
         for r, e in enumerate(exchanges)
     ]
-    back = device.run_(exchanges, backward)
+    back = [[each for each in grads if each is not None] for grads in device.run_(exchanges, backward)]
     return [torch.cat([y for y, *_ in out]), *(torch.cat(each) for each in zip(*back, strict=True))]

@@ -32,12 +32,17 @@ SMALL = GemmTile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2)
 TILES = Tiles(
     up=SMALL, down=SMALL, activation=SMALL, down_gradient=SMALL, input=SMALL, up_gradient=SMALL, group=3, programs=5
 )
+LARGE = GemmTile(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2)
+WIDE = Tiles(
+    up=LARGE, down=LARGE, activation=LARGE, down_gradient=LARGE, input=LARGE, up_gradient=LARGE, group=3, programs=5
+)
 NAMES = ("y", "dx", "d_weight", "d_up", "d_down", "d_bias")
 
 
 def differing(found: list[Tensor], wanted: list[Tensor]) -> list[str]:
     """Names of what is not bitwise the same."""
-    return [name for name, a, b in zip(NAMES, found, wanted, strict=True) if not torch.equal(a, b)]
+    names = NAMES[: len(wanted)]  # in fp8 there is no bias
+    return [name for name, a, b in zip(names, found, wanted, strict=True) if not torch.equal(a, b)]
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +199,40 @@ def test_the_part_of_the_exchange_has_every_barrier_and_no_product(monkeypatch: 
     )
     forward = [*twice, "product", "product", *once]
     assert seen == [*forward, *once, *["product"] * 3, *once, "product"]
+
+
+@pytest.fixture(scope="module")
+def narrow() -> tuple[Case, list[Tensor]]:
+    """A case in fp8, of several blocks a row, and what one rank makes of it."""
+    c = case("random", 24, 256, 128, 8, 3)
+    return c, single_rank(c, WIDE, fp8=True)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dedup"), [(2, True), (4, False), *(pytest.param(*each, marks=LONG) for each in ((2, False), (8, True)))]
+)
+def test_fp8_has_the_bits_of_one_rank(narrow: tuple[Case, list[Tensor]], ranks: int, dedup: bool) -> None:
+    """Twice over the same arenas, with more room than rows; the codes are those of fp8 as it is defined."""
+    c, wanted = narrow
+    parts = [24 // ranks] * ranks
+    exchanges = open_ranks(c, parts, dedup=dedup, capacity=72, fp8=True)
+    for _ in range(2 if ranks == 2 else 1):
+        assert differing(shared(c, exchanges, parts, WIDE), wanted) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "dedup"),
+    [
+        ("all to one", (6, 6), True),
+        ("ties", (9, 0, 2, 1), False),
+        pytest.param("none to the first half", (6, 6), True, marks=LONG),
+        pytest.param("all to one", (0, 12), False, marks=LONG),
+    ],
+)
+def test_fp8_at_the_worst(kind: str, parts: tuple[int, ...], dedup: bool) -> None:
+    c = case(kind, sum(parts), 128, 128, 4, 2)
+    exchanges = open_ranks(c, parts, dedup=dedup, fp8=True)
+    assert differing(shared(c, exchanges, parts, WIDE), single_rank(c, WIDE, fp8=True)) == []
 
 
 def test_what_has_no_place_in_the_arena_is_refused(plain: tuple[Case, list[Tensor]]) -> None:

@@ -17,22 +17,25 @@ import pytest
 
 from nmoe.effects.kernels.exchange import push as moves
 from nmoe.effects.kernels.moe import experts
-from nmoe.effects.parallel.exchange import arena, device
+from nmoe.effects.parallel.exchange import arena, device, products
 from tests.kernels.exchange.ranks import case, open_ranks, shared
-from tests.kernels.exchange.test_exchange import TILES
+from tests.kernels.exchange.test_exchange import TILES, WIDE
 
 RANKS = 3
 Stretch = tuple[tuple[str, str], ...]
 """Between two meetings: ("read" or "write", field), in order."""
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "dedup"])
+@pytest.fixture(scope="module", params=["plain", "dedup", "fp8", "fp8, dedup"])
 def passes(request: pytest.FixtureRequest) -> Iterator[tuple[list[Stretch], list[Stretch]]]:
     """Stretches of a forward and of a backward pass."""
-    c = case("random", 8, 16, 16, 4, 2)
-    exchanges = open_ranks(c, [4, 4], dedup=request.param)
+    fp8 = "fp8" in request.param
+    c = case("random", 8, *((128, 128) if fp8 else (16, 16)), 4, 2)
+    exchanges = open_ranks(c, [4, 4], dedup="dedup" in request.param, fp8=fp8)
     first = exchanges[0]
-    names = {getattr(first.fields, each.name).offset: each.name for each in attrs.fields(arena.Fields)[:-1]}
+    # rows and their codes land in the same memory, which is what counts
+    fields = [each.name for each in attrs.fields(arena.Fields)[:-1] if each.name != "land_codes"]
+    names = {getattr(first.fields, name).offset: name for name in fields}
     log: list[tuple[str, str]] = []
 
     def writing(write: Any, *arguments: Any, **named: Any) -> Any:
@@ -55,10 +58,12 @@ def passes(request: pytest.FixtureRequest) -> Iterator[tuple[list[Stretch], list
     with pytest.MonkeyPatch.context() as patch:
         for name in ("push_", "push_words_", "push_counts_"):
             patch.setattr(moves, name, partial(writing, getattr(moves, name)))
-        patch.setattr(experts, "grouped_gemm_push_", partial(writing, experts.grouped_gemm_push_))
-        patch.setattr(device, "view", partial(reading, device.view))
+        for module in (experts, products.fp8):
+            patch.setattr(module, "grouped_gemm_push_", partial(writing, module.grouped_gemm_push_))
+        for module in (device, products):
+            patch.setattr(module, "view", partial(reading, module.view))
         patch.setattr(device, "barrier_", partial(meeting, device.barrier_))
-        shared(c, exchanges, [4, 4], TILES)
+        shared(c, exchanges, [4, 4], WIDE if fp8 else TILES)
     stretches: list[list[tuple[str, str]]] = [[]]
     for each in log:
         if each[0] == "barrier":

@@ -20,7 +20,7 @@ from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.exchange import Exchange, arena, nvshmem
 from nmoe.errors import InputError
 from tests.kernels.exchange.ranks import case, open_ranks, shared, single_rank
-from tests.kernels.exchange.test_exchange import TILES, differing
+from tests.kernels.exchange.test_exchange import TILES, WIDE, differing
 
 WORD = 4
 FIRST = 5
@@ -126,6 +126,16 @@ def test_the_bits_of_one_rank(kind: str, parts: tuple[int, ...], dedup: bool) ->
         for _ in range(2):
             assert differing(shared(c, exchanges, parts, TILES), wanted) == []
     assert memory.late == [] and max(size for _, _, size in memory.messages) > 16 * c.x.element_size()
+
+
+@pytest.mark.parametrize("dedup", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_fp8_has_the_bits_of_one_rank(dedup: bool) -> None:
+    """Codes are staged where rows are, which are wider."""
+    c, parts = case("random", 16, 128, 128, 4, 3), (8, 8)
+    exchanges = over(open_ranks(c, parts, dedup=dedup, staged=True, fp8=True))
+    with replaced([e.raw for e in exchanges]) as memory:
+        assert differing(shared(c, exchanges, parts, WIDE), single_rank(c, WIDE, fp8=True)) == []
+    assert memory.late == []
 
 
 @pytest.mark.parametrize("dedup", [False, True])

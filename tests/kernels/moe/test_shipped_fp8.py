@@ -10,6 +10,7 @@ import pytest
 from nmoe.effects.kernels.moe import fp8, moe_fp8
 from tests.kernels import aot
 from tests.kernels.aot import Request
+from tests.kernels.moe.test_shipped_moe import AWAY, HERE
 
 TILED = {"tile_expert": "*i32", "tile_row": "*i32", "end": "*i32", "NUM_M": "i32"}
 BLOCK = f"tensordesc<fp8e4nv[{fp8.BLOCK},{fp8.BLOCK}]>"
@@ -29,7 +30,7 @@ def request(
     )
 
 
-def product(name: str, tile: fp8.Tile, types: dict[str, str], sizes: str, **constants: int) -> Request:
+def product(name: str, tile: fp8.Tile, types: dict[str, str], sizes: str, **constants: Any) -> Request:
     made = request(
         f"{name}_fp8",
         types | TILED,
@@ -48,8 +49,8 @@ def products() -> list[Request]:
             "gather_gemm_swiglu",
             moe_fp8.UP,
             {"x": "*fp8e4nv", "x_scale": "*fp32", **operands, "a_codes": "*u8", "a_scale": "*fp32"}
-            | {"F": "i32", "D": "i32"},
-            "F D",
+            | {"CODES": "i32", "SCALES": "i32", "F": "i32", "D": "i32"},
+            "CODES SCALES F D",
         ),
         product(
             "swiglu_backward_gemm",
@@ -64,10 +65,19 @@ def products() -> list[Request]:
                 "grouped_gemm",
                 tile,
                 {"rows": f"tensordesc<fp8e4nv[{tile.block_m},{fp8.BLOCK}]>", "row_scale": "*fp32", "w": BLOCK}
-                | {"w_scale": "*fp32", "out": "*bf16"}
-                | {"INNER": "i32", "OUTER": "i32", "STEP_IN": "i32", "STEP_OUT": "i32"},
-                "INNER OUTER",
+                | {
+                    "w_scale": "*fp32",
+                    "out": "*bf16",
+                    **leaving,
+                    "INNER": "i32",
+                    "OUTER": "i32",
+                    "STEP_IN": "i32",
+                    "STEP_OUT": "i32",
+                },
+                "INNER OUTER OFFSET" if leaving else "INNER OUTER",
+                **({} if leaving else HERE),
             )
+            for leaving in ({}, AWAY)
             for tile in (moe_fp8.DOWN, moe_fp8.INPUT)
         ),
     ]
@@ -77,8 +87,16 @@ def quantisers() -> list[Request]:
     codes = {"codes": "*u8", "scale": "*fp32"}
     weight = {"w": "*bf16", **codes, "R": "i32", "C": "i32"}
     return [
-        request(
-            "quantise_rows", {"x": "*bf16", **codes, "rows": "i32", "WIDTH": "i32"}, {"M": fp8.ROWS}, "WIDTH", 4, 3
+        *(
+            request(
+                "quantise_rows",
+                {"x": "*bf16", **codes, **limit, "rows": "i32", "WIDTH": "i32", "CODES": "i32", "SCALES": "i32"},
+                {"M": fp8.ROWS, **({} if limit else {"limit": None})},
+                "WIDTH CODES SCALES",
+                4,
+                3,
+            )
+            for limit in ({}, {"limit": "*i32"})
         ),
         *(request("quantise_weight", weight, {"ACROSS": across}, "R C", 8, 3) for across in (False, True)),
     ]

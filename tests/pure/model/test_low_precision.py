@@ -15,7 +15,7 @@ from nmoe.pure.formats import e4m3, mxfp8, nvfp4
 from nmoe.pure.formats import random as draws
 from nmoe.pure.model.experts import Rows, dispatch, moe_experts
 from nmoe.pure.model.experts import experts as exact_experts
-from nmoe.pure.model.low_precision import RECIPES, LowProduct, experts_low
+from nmoe.pure.model.low_precision import RECIPES, LowProduct, experts_low, grouped
 from nmoe.pure.model.route import Routing
 
 N, D, F, E, K = 40, 128, 128, 5, 2
@@ -94,6 +94,19 @@ def test_a_product_and_its_gradients_are_those_of_operands_rounded_by_hand(name:
             mine = slice(end[expert] - int(rows.count[expert]), end[expert])
             filled = [torch.nn.functional.pad(t[mine].detach(), (0, 0, 0, -(t[mine].shape[0]) % 32)).T for t in (x, dy)]
             assert error(dw[expert], round_row(name, filled[0]) @ round_row(name, filled[1]).T) < 3e-3
+
+
+@pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16])
+def test_a_grouped_product_is_rounded_to_its_operands_format_once(operand: torch.dtype) -> None:
+    """Sums in fp32 of values that bf16 holds: beside fp64 within half a unit of the format's last place, and in it."""
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randint(-64, 65, shape, generator=generator).float() / 64 for shape in ((24, 32), (3, 32, 16)))
+    end = torch.tensor([7, 7, 24], dtype=torch.int32)
+    found = grouped(a, b, end, operand)
+    wanted = torch.cat([a[:7].double() @ b[0].double(), a[7:].double() @ b[2].double()])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted.to(operand).float()), "these sums are exact in fp32"
+    assert torch.equal(found.double(), wanted) == (operand == torch.float32)
 
 
 def test_the_weight_gradient_in_nvfp4_is_right_on_average() -> None:

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.effects.kernels.moe.dispatch import RowTiles
 from nmoe.effects.kernels.moe.experts import _swizzle
+from nmoe.pure.formats import e4m3
 
 BLOCK = 128
 """Values that share a scale, and columns of a tile."""
@@ -66,24 +67,30 @@ def _scaled_codes(x, factor):
 
 
 @triton.jit
-def _store_quantised(x, codes, scale, row, real, first, WIDTH):
-    """Epilogue: quantise M x 128 values, a scale a row; `first` is a multiple of 128, WIDTH that of the whole rows."""
+def _store_quantised(x, codes, scale, row, real, first, CODES, SCALES):
+    """Epilogue: quantise M x 128 values, a scale a row; `first` is a multiple of 128.
+
+    CODES, SCALES  from one row to the next, of codes and of scales
+    """
     factor = _factor(tl.max(_magnitude_bits(x), 1))
     column = first + tl.arange(0, 128)
-    at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    at = row.to(tl.int64)[:, None] * CODES + column[None, :]
     tl.store(codes + at, _scaled_codes(x, factor[:, None]), mask=real[:, None])
     one = tl.full(factor.shape, 1.0, tl.float32)
-    tl.store(scale + row.to(tl.int64) * (WIDTH // 128) + first // 128, tl.div_rn(one, factor), mask=real)
+    tl.store(scale + row.to(tl.int64) * SCALES + first // 128, tl.div_rn(one, factor), mask=real)
 
 
 @triton.jit
-def quantise_rows_kernel(x, codes, scale, rows, WIDTH, M: tl.constexpr):
-    row = tl.program_id(0) * M + tl.arange(0, M)
-    first = tl.program_id(1) * 128
-    real = row < rows
-    at = row.to(tl.int64)[:, None] * WIDTH + (first + tl.arange(0, 128))[None, :]
-    value = tl.load(x + at, mask=real[:, None], other=0.0).to(tl.float32)
-    _store_quantised(value, codes, scale, row, real, first, WIDTH)
+def quantise_rows_kernel(x, codes, scale, limit, rows, WIDTH, CODES, SCALES, M: tl.constexpr):
+    if limit is not None:
+        rows = tl.minimum(rows, tl.load(limit))
+    if tl.program_id(0) * M < rows:
+        row = tl.program_id(0) * M + tl.arange(0, M)
+        first = tl.program_id(1) * 128
+        real = row < rows
+        at = row.to(tl.int64)[:, None] * WIDTH + (first + tl.arange(0, 128))[None, :]
+        value = tl.load(x + at, mask=real[:, None], other=0.0).to(tl.float32)
+        _store_quantised(value, codes, scale, row, real, first, CODES, SCALES)
 
 
 @triton.jit
@@ -105,7 +112,7 @@ def quantise_weight_kernel(w, codes, scale, R, C, ACROSS: tl.constexpr):
 
 @triton.jit
 def gather_gemm_swiglu_fp8_kernel(
-    x, x_scale, source, w, w_scale, h, a_codes, a_scale, tile_expert, tile_row, end, NUM_M, F, D,
+    x, x_scale, source, w, w_scale, h, a_codes, a_scale, tile_expert, tile_row, end, CODES, SCALES, NUM_M, F, D,
     M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     columns = F // 128
@@ -116,9 +123,9 @@ def gather_gemm_swiglu_fp8_kernel(
         row = first + tl.arange(0, M)
         real = row < tl.load(end + expert)
         token = tl.load(source + row, mask=real, other=0).to(tl.int64)
-        address = x + token[:, None] * D + tl.arange(0, 128)[None, :]
+        address = x + token[:, None] * CODES + tl.arange(0, 128)[None, :]
         steps = D // 128
-        share_at = x_scale + token * steps
+        share_at = x_scale + token * SCALES
         # scales lie as the weight [D 2 F] does: a row of them for each 128 of D
         gate_at = w_scale + expert.to(tl.int64) * steps * 2 * columns + column
         gate = tl.zeros((M, 128), tl.float32)
@@ -144,13 +151,13 @@ def gather_gemm_swiglu_fp8_kernel(
         tl.store(at + F, value, mask=real[:, None])
         gate = gate.to(tl.float32)
         a = (gate * tl.sigmoid(gate) * value.to(tl.float32)).to(h.dtype.element_ty).to(tl.float32)
-        _store_quantised(a, a_codes, a_scale, row, real, column * 128, F)
+        _store_quantised(a, a_codes, a_scale, row, real, column * 128, F, columns)
 
 
 @triton.jit
 def grouped_gemm_fp8_kernel(
-    rows, row_scale, w, w_scale, out, tile_expert, tile_row, end, NUM_M, INNER, OUTER, STEP_IN, STEP_OUT,
-    M: tl.constexpr, GROUP: tl.constexpr,
+    rows, row_scale, w, w_scale, out, to, at, addresses, tile_expert, tile_row, end, OFFSET, NUM_M, INNER, OUTER,
+    STEP_IN, STEP_OUT, M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     columns = OUTER // 128
     tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
@@ -171,8 +178,15 @@ def grouped_gemm_fp8_kernel(
             part = tl.dot(rows.load([first, k * 128]), w.load([expert * OUTER + column * 128, k * 128]).T)
             acc += part * share[:, None]
             share = next_share * next_block
-        at = row.to(tl.int64)[:, None] * OUTER + (column * 128 + tl.arange(0, 128))[None, :]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=real[:, None])
+        if addresses is None:
+            there = out + row.to(tl.int64) * OUTER
+        else:
+            base = tl.load(addresses + tl.load(to + row, mask=real, other=0)) + OFFSET
+            place = tl.load(at + row, mask=real, other=0).to(tl.int64) * OUTER
+            # the cast loses what is known of the address: without this the stores are of two bytes
+            there = tl.multiple_of(base.to(out.dtype) + place, 16)
+        n = column * 128 + tl.arange(0, 128)
+        tl.store(there[:, None] + n[None, :], acc.to(out.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
@@ -262,18 +276,43 @@ def _scales(*shape: int, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`pure.formats.e4m3.quantise` of rows.
 
     x        [P C]
+    limit    [1] i32   rows to quantise, the others are undefined; None: all
     returns  [P C] e4m3, [P C/128] f32
     """
     rows, width = x.shape
     codes, scale = _codes(rows, width, like=x), _scales(rows, width // BLOCK, like=x)
-    quantise_rows_kernel[(triton.cdiv(rows, ROWS), width // BLOCK)](
-        x, codes.view(torch.uint8), scale, rows, width, ROWS, num_warps=4
-    )
+    _quantise_rows_(codes, scale, x, limit)
     return codes, scale
+
+
+def packed_rows(x: Tensor) -> Tensor:
+    """`quantise_rows` with the scales of a row behind its codes, so that it is sent as one.
+
+    x        [P C]
+    returns  [P e4m3.row_words(C)] i32; what fills a row up is undefined
+    """
+    rows, width = x.shape
+    packed = torch.empty(rows, e4m3.row_words(width), dtype=torch.int32, device=x.device)
+    _quantise_rows_(*unpacked(packed, width), x, None)
+    return packed
+
+
+def unpacked(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The codes [P C] e4m3 and scales [P C/128] f32 of rows that are packed, in the same memory."""
+    codes = packed.view(torch.float8_e4m3fn)[:, :width]
+    return codes, packed.view(torch.float32)[:, width // packed.itemsize :][:, : width // BLOCK]
+
+
+def _quantise_rows_(codes: Tensor, scale: Tensor, x: Tensor, limit: Tensor | None) -> None:
+    rows, width = x.shape
+    if rows:
+        quantise_rows_kernel[(triton.cdiv(rows, ROWS), width // BLOCK)](
+            x, codes.view(torch.uint8), scale, limit, rows, width, codes.stride(0), scale.stride(0), ROWS, num_warps=4
+        )
 
 
 def quantise_weight(w: Tensor, *, across: bool) -> tuple[Tensor, Tensor]:
@@ -298,7 +337,7 @@ def gather_gemm_swiglu(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Pre-activation of every row, and its activation quantised.
 
-    x        [N D] e4m3, x_scale [N D/128]
+    x        [N D] e4m3, x_scale [N D/128]; rows may lie apart
     source   [P] i32    row -> token
     w        [E 2F D] e4m3, w_scale [E D/128 2F/128]
     dtype    of the pre-activation
@@ -310,8 +349,8 @@ def gather_gemm_swiglu(
     codes, scale = _codes(pairs, f, like=x), _scales(pairs, f // BLOCK, like=x)
     gather_gemm_swiglu_fp8_kernel[(num * (f // BLOCK),)](
         x, x_scale, source, TensorDescriptor.from_tensor(w.view(experts * double, d), [BLOCK, BLOCK]), w_scale,
-        h, codes.view(torch.uint8), scale, tiles.expert, tiles.row, end, num, f, d, tile.block_m, group,
-        **tile.options(),
+        h, codes.view(torch.uint8), scale, tiles.expert, tiles.row, end, x.stride(0), x_scale.stride(0), num, f, d,
+        tile.block_m, group, **tile.options(),
     )  # fmt: skip
     return h, codes, scale
 
@@ -327,17 +366,41 @@ def grouped_gemm(
     w_scale  [E O/128 I/128], or [E I/128 O/128] if `across`
     returns  [P O] in `dtype`
     """
+    out = torch.empty(rows.shape[0], w.shape[1], dtype=dtype, device=rows.device)
+    _launch_(rows, row_scale, w, w_scale, out, None, None, None, 0, end, tiles, tile, group, across)
+    return out
+
+
+def grouped_gemm_push_(
+    rows: Tensor, row_scale: Tensor, w: Tensor, w_scale: Tensor, to: Tensor, at: Tensor, addresses: Tensor,
+    offset: int, end: Tensor, tiles: RowTiles, tile: Tile, group: int, dtype: torch.dtype, *, across: bool,
+) -> None:  # fmt: skip
+    """`grouped_gemm` whose epilogue stores each row into a field of another rank's arena, as that of `experts` does.
+
+    to         [P] i32   rank of each row
+    at         [P] i32   its place in the field
+    addresses  [W] i64   of the arenas
+    offset     bytes from an arena's beginning to the field
+
+    Writes:  that field.
+    """
+    none = torch.empty(0, dtype=dtype, device=rows.device)  # of the format that is stored
+    _launch_(rows, row_scale, w, w_scale, none, to, at, addresses, offset, end, tiles, tile, group, across)
+
+
+def _launch_(
+    rows: Tensor, row_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tensor, to: Tensor | None, at: Tensor | None,
+    addresses: Tensor | None, offset: int, end: Tensor, tiles: RowTiles, tile: Tile, group: int, across: bool,
+) -> None:  # fmt: skip
     experts, outer, inner = w.shape
-    out = torch.empty(rows.shape[0], outer, dtype=dtype, device=rows.device)
     num = tiles.expert.shape[0]
     step_in, step_out = (outer // BLOCK, 1) if across else (1, inner // BLOCK)
     grouped_gemm_fp8_kernel[(num * (outer // BLOCK),)](
         TensorDescriptor.from_tensor(rows, [tile.block_m, BLOCK]), row_scale,
         TensorDescriptor.from_tensor(w.view(experts * outer, inner), [BLOCK, BLOCK]), w_scale,
-        out, tiles.expert, tiles.row, end, num, inner, outer, step_in, step_out, tile.block_m, group,
-        **tile.options(),
+        out, to, at, addresses, tiles.expert, tiles.row, end, offset, num, inner, outer, step_in, step_out,
+        tile.block_m, group, **tile.options(),
     )  # fmt: skip
-    return out
 
 
 def swiglu_backward_gemm(

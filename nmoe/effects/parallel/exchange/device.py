@@ -27,11 +27,10 @@ from nmoe.effects.kernels.exchange import push as moves
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
-from nmoe.effects.kernels.moe.dispatch import RowTiles
-from nmoe.effects.kernels.moe.experts import PLAIN, Form
+from nmoe.effects.kernels.moe.experts import Form
 from nmoe.effects.kernels.moe.moe import Tiles
-from nmoe.effects.kernels.tables import GemmTile
 from nmoe.effects.parallel.exchange.arena import Exchange, Put, Relay, Transport, fit, view
+from nmoe.effects.parallel.exchange.products import Fp8, Kept, Product, Products, Stored
 from nmoe.pure.model.route import Routing
 from nmoe.pure.parallel import pushing
 from nmoe.pure.parallel.exchange_arena import Field
@@ -44,26 +43,6 @@ stay with the GEMM (docs/log.md, 2026-11-28)."""
 
 Stretches = Generator[None, None, T]
 """Work that yields at every barrier."""
-
-
-@attrs.frozen(kw_only=True)
-class Kept:
-    """Destinations and origins of all rows; the backward pass uses them too."""
-
-    slot: Tensor  # [P] i32, pair in the order of experts -> pair in the order of tokens
-    place: Tensor  # [N K] i32, the other way
-    row_to: Tensor  # [N K] i32, rank that holds the pair's expert
-    row_at: Tensor  # [N K] i32, its row there
-    token_to: Tensor  # [N K] i32, rank to send the token to for this choice; no rank if it goes there already
-    token_at: Tensor  # [N K] i32, place in the landing buffer
-    token_slot: Tensor  # [P] i32, choices in an order in which neighbours land side by side
-    origin_to: Tensor  # [C] i32, rank a row came from
-    origin_at: Tensor  # [C] i32, its pair there
-    source: Tensor  # [C] i32, row -> place in the landing buffer
-    count: Tensor  # [E/W] i32
-    end: Tensor  # [E/W] i32
-    valid: Tensor  # [3] i32
-    crossing: Tensor  # [3] i32
 
 
 def run_(exchanges: Sequence[Exchange], works: Sequence[Stretches[T]]) -> list[T]:
@@ -190,16 +169,17 @@ def begin_(e: Exchange, expert: Tensor) -> Stretches[tuple[Kept, Tensor]]:
     return kept, at.count.to(torch.int64)
 
 
-def dispatch_(e: Exchange, x: Tensor, kept: Kept) -> Stretches[Kept]:
+def dispatch_(e: Exchange, rows: Tensor, kept: Kept, field: Field) -> Stretches[Kept]:
     """Dispatch: send rows to the ranks that hold their experts; what is kept, with where each row was written.
 
-    x        [N D]
+    rows     [N ...]   of the tokens, as wide as those of the field
     """
     s = e.sizes
     with record_function("exchange dispatch"):
-        send_(e, x, kept, e.fields.land)
+        send_(e, rows, kept, field)
         fixed = 4 * (s.ranks - 1) * (s.experts + s.ranks)
-        count_bytes_(e, kept, times=1, words=4 if s.dedup else 0, back=0, fixed=fixed)
+        out = rows.shape[1] * rows.itemsize
+        count_bytes_(e, kept, out=out, words=4 if s.dedup else 0, back=0, fixed=fixed)
     yield
     return attrs.evolve(kept, source=view(e.raw, e.fields.source).clone()) if s.dedup else kept
 
@@ -222,24 +202,21 @@ def forward_(
     weight: Tensor,
     up: Tensor,
     down: Tensor,
-    t: Tiles,
-    form: Form = PLAIN,
+    products: Products,
 ) -> Stretches[tuple[Tensor, Tensor, Kept, Tensor]]:
     """Output, how many chose each expert, and what to keep: plan and pre-activation [C 2 F]. Shapes as `mixture`."""
-    capacity = e.sizes.capacity
     with e.within("exchange"):
         kept, count = yield from begin_(e, expert)
-        kept = yield from dispatch_(e, x, kept)
+        field, rows = products.sent(e, x)
+        kept = yield from dispatch_(e, rows, kept, field)
+        del rows
     with record_function("experts"):
-        cut = places.tiles(kept.count, capacity, t.up.block_m)
-        land = view(e.raw, e.fields.land)
-        h, a = experts.gather_gemm_swiglu(land, kept.source, up, kept.end, cut, t.up, t.group, form)
-        cut = places.tiles(kept.count, capacity, t.down.block_m)
-    y = return_product_(e, a, down, kept, cut, t.down, t.group, transposed=False)
+        h, product = products.forward(e, kept, up, down)
+    y = return_product_(e, product, kept)
     with e.within("exchange"):
         if y is not None:  # else nothing went aside, and a graph must not wait for a stream that it does not record
             join(e)
-        del a, y
+        del product, y
         out = yield from combine_(e, weight, kept)
     return out, count, kept, h
 
@@ -253,9 +230,8 @@ def backward_(
     down: Tensor,
     kept: Kept,
     h: Tensor,
-    t: Tiles,
+    products: Products,
     accumulator: Accumulator | None = None,
-    form: Form = PLAIN,
 ) -> Stretches[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]:
     """Gradients of x, weight, up, down and the bias, from the output's.
 
@@ -265,7 +241,7 @@ def backward_(
 
     grad_output  [N D]
     """
-    s, f = e.sizes, e.fields
+    f, t = e.fields, products.tiles
     with e.within("exchange"):
         with record_function("exchange dispatch"):
             gates = Put(
@@ -278,24 +254,16 @@ def backward_(
             )
             e.transport.put_words_(e, gates)
             send_(e, grad_output, kept, f.land_gradient)
-            count_bytes_(e, kept, times=2, words=4, back=4, fixed=0)
+            count_bytes_(e, kept, out=2 * x.shape[1] * x.itemsize, words=4, back=4, fixed=0)
         yield
     with record_function("exchange dispatch"), aside(e):
         send_(e, x, kept, f.land, SIDE_PROGRAMS)
     with record_function("experts"):
-        # One tile a program: of persistent programs, those whose multiprocessor pushes rows would begin late with an
-        # equal share of the tiles. Not measured apart from other changes (docs/log.md, 2026-11-28).
-        identity = torch.arange(s.capacity, dtype=torch.int32, device=x.device)
         pulls = received(e, f.land_gradient, kept)
-        cut = places.tiles(kept.count, s.capacity, t.activation.block_m)
-        dh, a, part = experts.swiglu_backward_gemm(
-            pulls, identity, view(e.raw, f.gate), down, h, kept.end, cut, t.activation, t.group, sys.maxsize, form
-        )
-        dh = dh.flatten(1)
-        d_bias = form.gradient(dh, kept.end, kept.count)
+        dh, a, part, product = products.backward(e, kept, pulls, up, down, h)
+        d_bias = products.bias_gradient(dh, kept)
         d_gate = part.sum(-1)
-        cut = places.tiles(kept.count, s.capacity, t.input.block_m)
-    dx = return_product_(e, dh, up.flatten(2), kept, cut, t.input, t.group, transposed=True)
+    dx = return_product_(e, product, kept)
     with record_function("exchange return"), aside(e):
         gates = Put(
             field=f.gate_gradient,
@@ -313,7 +281,7 @@ def backward_(
         )
     with e.within("exchange"):
         join(e)
-        del a, part, pulls, dx, d_gate
+        del a, part, pulls, product, dx, d_gate
         yield
         with record_function("exchange combine"):
             d_x = sums.combine(returned(e, x.shape[0]), kept.place, None)
@@ -362,10 +330,10 @@ def programs(e: Exchange, rows: Tensor, most: int = sys.maxsize) -> int:
     return pushing.programs(rows=len(rows), rows_at_once=count, bytes_at_once=num_bytes, most=min(e.programs, most))
 
 
-def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, fixed: int) -> None:
+def count_bytes_(e: Exchange, kept: Kept, *, out: int, words: int, back: int, fixed: int) -> None:
     """Count what one pass writes to other ranks.
 
-    times  how often tokens are sent; rows come back once
+    out    bytes that are sent of a token; rows come back once
     words  bytes sent with each pair
     back   bytes that come back with each row
     fixed  bytes sent whatever the routing
@@ -373,7 +341,7 @@ def count_bytes_(e: Exchange, kept: Kept, *, times: int, words: int, back: int, 
     Writes:  e.sent.
     """
     row = e.sizes.hidden_size * e.sizes.dtype.itemsize
-    pair, place = (words, times * row) if e.sizes.dedup else (words + times * row, 0)
+    pair, place = (words, out) if e.sizes.dedup else (words + out, 0)
     moves.count_bytes_(e.sent, kept.crossing, pair=pair, place=place, row=row + back, fixed=fixed)
 
 
@@ -384,35 +352,21 @@ def send_back_(e: Exchange, y: Tensor, kept: Kept, most: int = sys.maxsize) -> N
     e.transport.put_rows_(e, rows)
 
 
-def return_product_(
-    e: Exchange,
-    rows: Tensor,
-    weight: Tensor,
-    kept: Kept,
-    cut: RowTiles,
-    tile: GemmTile,
-    group: int,
-    *,
-    transposed: bool,
-) -> Tensor | None:
-    """Grouped GEMM whose rows go back to their origins: stored there by its epilogue, or pushed beside what follows.
+def return_product_(e: Exchange, product: Product, kept: Kept) -> Tensor | None:
+    """Product whose rows go back to their origins: stored there by its epilogue, or pushed beside what follows.
 
     A push of its own behind the down-projection took 1.15 of the 2.8 ms by which a mixture over two H200 was slower.
 
-    returns  what has to live until `join`
+    returns  what has to live until `join`, as do the product's operands
 
     Writes:  `back` of every arena.
     """
-    f = e.fields.back
     if e.transport.direct:
-        to, at = kept.origin_to, kept.origin_at
         with record_function("experts"):
-            experts.grouped_gemm_push_(
-                rows, weight, to, at, e.addresses, f.offset, kept.end, cut, tile, group, transposed=transposed
-            )
+            product.push_(kept.origin_to, kept.origin_at, e.addresses, e.fields.back.offset)
         return None
     with record_function("experts"):
-        y = experts.grouped_gemm(rows, weight, kept.end, cut, tile, group, transposed=transposed)
+        y = product.here()
     with record_function("exchange return"), aside(e):
         send_back_(e, y, kept, SIDE_PROGRAMS)
     return y
@@ -449,11 +403,11 @@ class Mixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
         x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
-        form = Form(bias=bias, limit=limit, alpha=alpha)
-        [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, t, form)])
+        products = Fp8(tiles=t) if e.sizes.fp8 else Stored(tiles=t, form=Form(bias=bias, limit=limit, alpha=alpha))
+        [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, products)])
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, weight, up, down, h, *(getattr(kept, field.name) for field in attrs.fields(Kept)))
-        ctx.e, ctx.t, ctx.accumulator, ctx.form = e, t, accumulator, form
+        ctx.e, ctx.products, ctx.accumulator = e, products, accumulator
         return out, count
 
     @staticmethod
@@ -464,7 +418,7 @@ class Mixture(torch.autograd.Function):
         x, weight, up, down, h, *rest = ctx.saved_tensors
         kept = Kept(**{field.name: tensor for field, tensor in zip(attrs.fields(Kept), rest, strict=True)})
         pulls = outputs[0].contiguous()
-        work = backward_(ctx.e, pulls, x, weight, up, down, kept, h, ctx.t, ctx.accumulator, ctx.form)
+        work = backward_(ctx.e, pulls, x, weight, up, down, kept, h, ctx.products, ctx.accumulator)
         [(dx, d_weight, d_up, d_down, d_bias)] = run_([ctx.e], [work])
         return dx, None, d_weight, d_up, d_down, d_bias, None, None, None, None, None
 
@@ -482,7 +436,8 @@ def mixture(
     limit: float | None = None,
     alpha: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`pure.experts.mixture` of this rank's tokens, with experts that all ranks of the exchange hold together.
+    """`pure.experts.mixture` of this rank's tokens, with experts that all ranks of the exchange hold together; in fp8
+    if the exchange was opened for it, without what `bias`, `limit` and `alpha` add.
 
     Every rank calls it and its backward in the same order. Gradients of `up` and `down` are sums over all tokens. When
     a rank cannot hold its rows, the result has no meaning on any rank and `exchange.needed` says so.

@@ -167,6 +167,8 @@ def over(by: Links) -> Transport:
 
     def put_rows_(e: Exchange, put: Put) -> None:
         stage = view(e.raw, e.fields.sent_back if put.back else e.fields.sent)
+        most, width = len(stage), put.values.shape[1]  # in fp8 a row is narrower
+        stage = stage.flatten().view(put.values.dtype)[: most * width].view(most, width)
         item = by.order if put.item is None else put.item
         valid = by.every if put.valid is None else put.valid
         kernels.stage_(stage, put.values, item, put.to, valid, e.sizes.ranks, put.programs, back=put.back)

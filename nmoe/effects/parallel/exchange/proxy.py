@@ -250,6 +250,8 @@ def areas(sizes: Sizes, f: Fields, device: torch.device) -> dict[Key, Area]:
     ]
     if sizes.dedup:
         shapes.append((f.source, (tokens * top_k,), 1))
+    if sizes.fp8:
+        shapes.append((f.land_codes, (tokens, f.land_codes.shape[1]), top_k))
     return {
         (field, len(shape)): Area(
             field=field,

@@ -78,18 +78,18 @@ def extend(
     batch, size = tokens.shape
     new = new_tokens(state.place, (batch, size), state.padding, state.room if whole else total, store)
     x = F.embedding(tokens, p.embed) * c.embedding_scale
-    caches: list[Any] = []
+    caches, y = list[Any](), torch.zeros_like(x)
     for layer, (block, before) in enumerate(zip(p.blocks, state.caches, strict=True)):
         here, row = at_layer(c, env, layer), layer - c.num_dense_layers
-        y = ops.norm(x, block.attention_norm, eps=c.norm_eps)
+        x, y = ops.add_norm(x, y, block.attention_norm, eps=c.norm_eps)
         y, after = cache.extend(
             *(block.attention, y, before, new, env.tables, ops.norm, ops.attention, here.attention),
             eps=c.norm_eps,
         )
-        x, _ = feed_forward(block, x, y, bias[row] if row >= 0 else (), env, here, mix=moe_output)
+        x, y, _ = feed_forward(block, x, y, bias[row] if row >= 0 else (), env, here, mix=moe_output)
         caches.append(after)
     after = attrs.evolve(state, caches=tuple(caches), place=state.place + size, length=total)
-    return ops.norm(x, p.norm, eps=c.norm_eps), after
+    return ops.add_norm(x, y, p.norm, eps=c.norm_eps)[1], after
 
 
 def _cache(env: Env) -> Cache:

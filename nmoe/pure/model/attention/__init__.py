@@ -33,7 +33,7 @@ class Hf:
 class Cache:
     """How a kind of attention continues from earlier tokens without computing them again; `c` is a layer's section.
 
-    A cache is a record of tensors [B ...] of one layer whose shapes never change: a step over one token can be recorded.
+    A cache is a record of tensors [B ...] of one layer whose shapes never change: a step can be recorded.
     Both functions are pure, but for what `new.store` does: `extend` returns a new cache.
 
     empty   (c, num_sequences, num_tokens, like) -> the cache before the first token, with room for so many; `like`

@@ -88,6 +88,7 @@ class MlaOps:
     project: Callable[..., tuple[Tensor, Tensor, Tensor]]
     query: Callable[..., tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
+    attend_new: Callable[..., tuple[Tensor, Tensor]]
 
 
 def mla(
@@ -161,10 +162,30 @@ def extend(
     x        [B T D]   normed block input of the new tokens
     returns  [B T D], and the cache with the new tokens [B N R+P]
     """
+    o, cache = ops.attend_new(p, x, cache, new, rope, norm, ops, c, eps=eps)
+    return o.flatten(-2) @ p.out.flatten(0, 1), cache
+
+
+def attend_new(
+    p: Mla,
+    x: Tensor,
+    cache: Tensor,
+    new: New,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: MlaOps,
+    c: sections.Mla,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """What new tokens attend to in the cache, themselves included.
+
+    x        [B T D]     normed block input
+    returns  [B T H U], and the cache with the new tokens [B N R+P]
+    """
     q, latent, key = _inputs(p, x, rope, norm, ops, c, new.documents.position, eps)
     cache = new.store(cache, torch.cat((latent, key), dim=-1), new.place)
-    o = attend_latent(q, cache[:, : new.reach()], p.up, new.visible, scale=scale(c))
-    return o.flatten(-2) @ p.out.flatten(0, 1), cache
+    return attend_latent(q, cache[:, : new.reach()], p.up, new.visible, scale=scale(c)), cache
 
 
 def attend_latent(q: Tensor, cache: Tensor, up: Tensor, visible: Tensor, *, scale: float) -> Tensor:
@@ -275,7 +296,7 @@ def visible(start: Tensor) -> Tensor:
     return (start[:, :, None] <= position) & (position <= position[:, None])
 
 
-REFERENCE = MlaOps(project, query, attend_mla)
+REFERENCE = MlaOps(project, query, attend_mla, attend_new)
 
 
 def tables(c: sections.Mla, num_positions: int) -> Rope:

@@ -83,4 +83,4 @@ def test_a_text_depends_on_no_other_row() -> None:
         documents = attrs.evolve(new.documents, start=new.documents.start[at], position=new.documents.position[at])
         own = attrs.evolve(new, documents=documents, visible=new.visible[at])
         alone, _ = attended(p, c, x[at], cache[at], own, rope, mla_cached.attend_new)
-        torch.testing.assert_close(alone, together[at], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(alone, together[at], rtol=1e-4, atol=1e-5)

@@ -97,10 +97,10 @@ def attend_kernel(
     summed = tl.zeros((HEADS, RP), tl.float32)
     for at in range(begin, stop, KEYS):
         key = at + place
-        here = cache + row * cache_row + key.to(tl.int64)[:, None] * (R + P)
+        address = cache + row * cache_row + key.to(tl.int64)[:, None] * (R + P)
         inside = (key < stop)[:, None]
-        value = tl.load(here + latent[None, :], mask=inside & (latent < R)[None, :], other=0.0)
-        other = tl.load(here + R + rotated[None, :], mask=inside & (rotated < P)[None, :], other=0.0)
+        value = tl.load(address + latent[None, :], mask=inside & (latent < R)[None, :], other=0.0)
+        other = tl.load(address + R + rotated[None, :], mask=inside & (rotated < P)[None, :], other=0.0)
         score = (tl.dot(wide, tl.trans(value)) + tl.dot(turned, tl.trans(other))) * scale
         score = tl.where((key < stop)[None, :], score, -float("inf"))
         higher = tl.maximum(best, tl.max(score, 1))

@@ -182,7 +182,7 @@ def choice(num_experts: int, top_k: int) -> Request:
 
 def of_few(width: int = 2048, inner: int = 1408, num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
     """Router and experts of a few tokens."""
-    padded, parts = 1 << (num_experts - 1).bit_length(), width // few.ROUTER
+    padded, parts = 1 << (num_experts - 1).bit_length(), 1 << (width // few.ROUTER - 1).bit_length()
     numbers = {"K": top_k, "KP": 1 << (top_k - 1).bit_length()}
     plain = {"bias": None, "LIMIT": None, "ALPHA": 1.0}
     up, down = (

@@ -47,7 +47,8 @@ def placed(c: sections.Model, params: Any, device: str, kernels: bool) -> genera
     where = torch.device(device)
     env = environment(c, c.max_positions, ops.build(where, c) if kernels else None)
     params, bias, env = tree.map(
-        lambda _, leaf: leaf.to(where) if isinstance(leaf, Tensor) else leaf, (params, shapes.router_bias(c), env)
+        lambda _, leaf: leaf.to(where) if isinstance(leaf, Tensor) else leaf,
+        (params, shapes.router_bias(c, dtype=torch.float32), env),
     )
     return generate.Network(params=params, router_bias=bias, env=env, config=c, vocab_size=c.vocab_size)
 

@@ -261,7 +261,7 @@ def of_cached(rank: int = 512, rotated: int = 64) -> dict[str, Request]:
             "attention.mla_cached:join_kernel",
             "part:*fp32 top:*fp32 total:*fp32 out:*bf16 " + integers("parts H B"),
             Launch(),
-            {**sizes, "PARTS": 16},
+            {"R": rank, "BLOCK": mla_cached.JOINED, "PARTS": tile.programs},
             "parts H",
         ),
     }

@@ -84,3 +84,12 @@ def test_a_text_depends_on_no_other_row() -> None:
         own = attrs.evolve(new, documents=documents, visible=new.visible[at])
         alone, _ = attended(p, c, x[at], cache[at], own, rope, mla_cached.attend_new)
         torch.testing.assert_close(alone, together[at], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_text_does_not_depend_on_the_room() -> None:
+    c, new, rope = section(3), where(70), mla.tables(section(3), 4000)
+    p, x, cache = parameters(c), normal(ROWS, 1, WIDTH, seed=3), normal(ROWS, 4000, 30, seed=4)
+    few, _ = attended(p, c, x, cache[:, :70].contiguous(), new, rope, mla_cached.attend_new)
+    many, _ = attended(p, c, x, cache, new, rope, mla_cached.attend_new)
+    assert torch.equal(few, many)

@@ -30,13 +30,15 @@ class CachedTile:
 
     heads: int  # of a program, at least 16
     keys: int  # of a step
-    span: int  # places of a cache that one program is meant for
-    programs: int  # most of them that share a row
+    programs: int  # most of them that share a row, a power of two
     num_warps: int
     num_stages: int
 
 
-TILE = CachedTile(heads=16, keys=32, span=64, programs=64, num_warps=4, num_stages=2)
+TILE = CachedTile(heads=16, keys=32, programs=64, num_warps=4, num_stages=2)
+
+JOINED = 128
+"""Channels of a head that one program joins."""
 
 
 @triton.jit
@@ -78,9 +80,6 @@ def attend_kernel(
     first = tl.load(start + row)
     placed = tl.load(position + row)
     end = first + placed + 1
-    span = tl.cdiv(tl.cdiv(end - first, tl.num_programs(0)), KEYS) * KEYS
-    begin = first + part * span
-    stop = tl.minimum(begin + span, end)
     real = head < H
     of_latent = real[:, None] & (latent < R)[None, :]
     wide = tl.load(query + (head.to(tl.int64)[:, None] * B + row) * R + latent[None, :], mask=of_latent, other=0.0)
@@ -95,14 +94,15 @@ def attend_kernel(
     best = tl.full((HEADS,), -float("inf"), tl.float32)
     weights = tl.zeros((HEADS,), tl.float32)
     summed = tl.zeros((HEADS, RP), tl.float32)
-    for at in range(begin, stop, KEYS):
+    # which keys are summed together does not depend on the room, so that a text does not on its length
+    for at in range(first + part * KEYS, end, tl.num_programs(0) * KEYS):
         key = at + place
         address = cache + row * cache_row + key.to(tl.int64)[:, None] * (R + P)
-        inside = (key < stop)[:, None]
+        inside = (key < end)[:, None]
         value = tl.load(address + latent[None, :], mask=inside & (latent < R)[None, :], other=0.0)
         other = tl.load(address + R + rotated[None, :], mask=inside & (rotated < P)[None, :], other=0.0)
         score = (tl.dot(wide, tl.trans(value)) + tl.dot(turned, tl.trans(other))) * scale
-        score = tl.where((key < stop)[None, :], score, -float("inf"))
+        score = tl.where((key < end)[None, :], score, -float("inf"))
         higher = tl.maximum(best, tl.max(score, 1))
         weight = tl.exp(score - higher[:, None])
         shrink = tl.exp(best - higher)
@@ -117,11 +117,11 @@ def attend_kernel(
 
 @triton.jit
 def join_kernel(
-    part, top, total, out, parts, H, B, R: tl.constexpr, RP: tl.constexpr, PARTS: tl.constexpr
+    part, top, total, out, parts, H, B, R: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """The parts of one head of a row as one."""
+    """The parts of some channels of one head of a row as one."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    index, latent = tl.arange(0, PARTS), tl.arange(0, RP)
+    index, latent = tl.arange(0, PARTS), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     at = (row * parts + index) * H + head
     real = index < parts
     best = tl.load(top + at, mask=real, other=-float("inf"))
@@ -190,7 +190,7 @@ def attend(q: Tensor, cache: Tensor, up: Tensor, rope: Rope, new: New, scale: fl
     nope = channels - rotated
     up_key, up_value = up.split((nope, up.shape[-1] - nope), dim=-1)
     query = q[..., :nope].transpose(0, 1) @ up_key.permute(1, 2, 0)  # [H B R]
-    parts = min(tile.programs, triton.cdiv(places, tile.span))
+    parts = min(tile.programs, triton.cdiv(places, tile.keys))
     part = torch.empty(rows, parts, heads, rank, device=q.device)
     top, total = (torch.empty(rows, parts, heads, device=q.device) for _ in range(2))
     out = torch.empty(heads, rows, rank, dtype=q.dtype, device=q.device)
@@ -201,7 +201,7 @@ def attend(q: Tensor, cache: Tensor, up: Tensor, rope: Rope, new: New, scale: fl
         part, top, total, heads, rows, q.stride(0), q.stride(1), cache.stride(0), scale,
         rank, padded, rotated, turned, tile.heads, tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    join_kernel[(rows, heads)](
-        part, top, total, out, parts, heads, rows, rank, padded, triton.next_power_of_2(parts), num_warps=4
+    join_kernel[(rows, heads, triton.cdiv(rank, JOINED))](
+        part, top, total, out, parts, heads, rows, rank, JOINED, tile.programs, num_warps=4
     )
     return (out @ up_value.transpose(0, 1)).transpose(0, 1)[:, None]

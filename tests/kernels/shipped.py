@@ -185,8 +185,9 @@ def of_few(width: int = 2048, inner: int = 1408, num_experts: int = 64, top_k: i
     padded, parts = 1 << (num_experts - 1).bit_length(), 1 << (width // few.ROUTER - 1).bit_length()
     numbers = {"K": top_k, "KP": 1 << (top_k - 1).bit_length()}
     plain = {"bias": None, "LIMIT": None, "ALPHA": 1.0}
-    up, down = (
-        {"ROWS": tile.block_k, "COLUMNS": tile.block_n, "STAGES": tile.num_stages} for tile in (few.UP, few.DOWN)
+    up, down, several = (
+        {"ROWS": tile.block_k, "COLUMNS": tile.block_n, "STAGES": tile.num_stages}
+        for tile in (few.UP, few.DOWN, few.SEVERAL)
     )
     chosen = "bias:*fp32 score:*fp32 expert:*i64 favoured:*i64 weight:*fp32"
     return {
@@ -223,6 +224,20 @@ def of_few(width: int = 2048, inner: int = 1408, num_experts: int = 64, top_k: i
             "a:*bf16 expert:*i64 down:*bf16 y:*fp32 D:i32 F:i32",
             few.DOWN,
             down,
+            "D F",
+        ),
+        "few: up of several": request(
+            "moe.few:up_kernel",
+            "x:*bf16 expert:*i64 up:*bf16 a:*bf16 D:i32 F:i32",
+            few.SEVERAL,
+            {**several, **plain, "K": top_k},
+            "D F",
+        ),
+        "few: down of several": request(
+            "moe.few:down_kernel",
+            "a:*bf16 expert:*i64 down:*bf16 y:*fp32 D:i32 F:i32",
+            few.SEVERAL,
+            several,
             "D F",
         ),
         "few: sum": request(

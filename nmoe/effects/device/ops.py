@@ -26,7 +26,7 @@ from nmoe.pure.model.attention.dsa import DsaOps
 from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.kda import KdaOps
 from nmoe.pure.model.attention.mixed import MixedOps
-from nmoe.pure.model.attention.mla import MlaOps
+from nmoe.pure.model.attention.mla import MlaOps, attend_new, scale
 from nmoe.pure.model.attention.nsa import NsaOps
 from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.ops import Ops, labelled, reference
@@ -190,7 +190,21 @@ def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool
     if deterministic or documents:
         forward = "triton" if documents else "cudnn"
         attend = partial(attention.mla_attention, forward=forward, tiles=mla_tiles(device, *kind.tile_sizes(c)))
-    return MlaOps(project=project.project, query=project.query, attend=attend, attend_new=mla_cached.attend_new)
+    return MlaOps(
+        project=project.project,
+        query=project.query,
+        attend=attend,
+        attend_new=partial(_attend_new, one=mla_cached.attend_new),
+    )
+
+
+def _attend_new(
+    p: Any, x: Tensor, cache: Tensor, new: Any, rope: Any, *rest: Any, eps: float, one: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    """`attend_new`; of one token a row by `one`."""
+    if x.shape[1] != 1:
+        return attend_new(p, x, cache, new, rope, *rest, eps=eps)
+    return one(p, x, cache, new, rope, eps=eps, scale=scale(rest[-1]))
 
 
 def _gpu_gqa(device: torch.device, kind: Kind, c: Any) -> GqaOps:

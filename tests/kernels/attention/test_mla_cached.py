@@ -42,8 +42,12 @@ def where(seen: int) -> New:
     return new_tokens(torch.tensor(seen - 1), (ROWS, 1), padding, seen)
 
 
-def attended(p: mla.Mla, c: Mla, x: Tensor, cache: Tensor, new: New, rope: Rope, attend: Any) -> tuple[Tensor, Tensor]:
-    return attend(p, x, cache, new, rope, rms_norm, mla.REFERENCE, c, eps=1e-5)
+def attended(p: mla.Mla, c: Mla, x: Tensor, cache: Tensor, new: New, rope: Rope) -> tuple[Tensor, Tensor]:
+    return mla_cached.attend_new(p, x, cache, new, rope, eps=1e-5, scale=mla.scale(c))
+
+
+def plain(p: mla.Mla, c: Mla, x: Tensor, cache: Tensor, new: New, rope: Rope) -> tuple[Tensor, Tensor]:
+    return mla.attend_new(p, x, cache, new, rope, rms_norm, mla.REFERENCE, c, eps=1e-5)
 
 
 @pytest.mark.parametrize("low", [None, 20])
@@ -62,13 +66,13 @@ def test_it_is_the_reference(shape: str, dtype: torch.dtype, low: int | None) ->
 
     def run(attend: Any, to: torch.dtype, held: Tensor) -> list[Tensor]:
         weights, row, before = tree.map(lambda _, leaf: leaf.to(to), (p, x, held))
-        y, after = attended(weights, c, row, before, new, mla.tables(c, places), attend)
+        y, after = attend(weights, c, row, before, new, mla.tables(c, places))
         return [y, after[:, seen - 1]]
 
     check(
-        run(mla_cached.attend_new, dtype, held),
-        run(mla.attend_new, dtype, cache),
-        run(mla.attend_new, torch.float64, cache),
+        run(attended, dtype, held),
+        run(plain, dtype, cache),
+        run(plain, torch.float64, cache),
         steps=2,
     )
 
@@ -77,12 +81,12 @@ def test_it_is_the_reference(shape: str, dtype: torch.dtype, low: int | None) ->
 def test_a_text_depends_on_no_other_row() -> None:
     c, new, rope = section(3), where(150), mla.tables(section(3), 200)
     p, x, cache = parameters(c), normal(ROWS, 1, WIDTH, seed=3), normal(ROWS, 200, 30, seed=4)
-    together, _ = attended(p, c, x, cache, new, rope, mla_cached.attend_new)
+    together, _ = attended(p, c, x, cache, new, rope)
     for row in range(ROWS):
         at = slice(row, row + 1)
         documents = attrs.evolve(new.documents, start=new.documents.start[at], position=new.documents.position[at])
         own = attrs.evolve(new, documents=documents, visible=new.visible[at])
-        alone, _ = attended(p, c, x[at], cache[at], own, rope, mla_cached.attend_new)
+        alone, _ = attended(p, c, x[at], cache[at], own, rope)
         torch.testing.assert_close(alone, together[at], rtol=1e-4, atol=1e-5)
 
 
@@ -90,6 +94,6 @@ def test_a_text_depends_on_no_other_row() -> None:
 def test_a_text_does_not_depend_on_the_room() -> None:
     c, new, rope = section(3), where(70), mla.tables(section(3), 4000)
     p, x, cache = parameters(c), normal(ROWS, 1, WIDTH, seed=3), normal(ROWS, 4000, 30, seed=4)
-    few, _ = attended(p, c, x, cache[:, :70].contiguous(), new, rope, mla_cached.attend_new)
-    many, _ = attended(p, c, x, cache, new, rope, mla_cached.attend_new)
+    few, _ = attended(p, c, x, cache[:, :70].contiguous(), new, rope)
+    many, _ = attended(p, c, x, cache, new, rope)
     assert torch.equal(few, many)

@@ -86,6 +86,15 @@ def test_experts_are_the_reference(form: str, dtype: torch.dtype) -> None:
     check(run(few.moe_experts, dtype), run(experts.moe_experts, dtype), run(experts.moe_experts, torch.float64))
 
 
+def test_many_pairs_are_the_reference() -> None:
+    """Which are cut up otherwise than those of a token."""
+    x, up, down = normal(16, 64), normal(6, 64, 2, 48, seed=1) / 8, normal(6, 48, 64, seed=2) / 8
+    routing = Routing(torch.stack([torch.randperm(6)[:2] for _ in range(16)]), normal(16, 2, seed=3))
+    got, plain = few.moe_experts(x, routing, up, down)[0], experts.moe_experts(x, routing, up, down)[0]
+    right = experts.moe_experts(x.double(), routing, up.double(), down.double())[0]
+    check([got], [plain], [right])
+
+
 def test_a_token_does_not_depend_on_others() -> None:
     x, up, down = normal(4, 64), normal(6, 64, 2, 48, seed=1), normal(6, 48, 64, seed=2)
     routing = Routing(torch.tensor([[5, 1], [1, 3], [0, 2], [4, 5]]), normal(4, 2, seed=3))

@@ -9,18 +9,14 @@ keys are shared out over programs, each of which attends to its part for some he
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import attrs
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmoe.config import sections
-from nmoe.pure.model.attention import mla as pure
 from nmoe.pure.model.attention.cached import New
-from nmoe.pure.model.attention.mla import Mla, MlaOps, QueryUp
+from nmoe.pure.model.attention.mla import Mla, QueryUp
 from nmoe.pure.model.rope import Rope
 
 
@@ -134,38 +130,28 @@ def join_kernel(
 
 
 def attend_new(
-    p: Mla,
-    x: Tensor,
-    cache: Tensor,
-    new: New,
-    rope: Rope,
-    norm: Callable[..., Tensor],
-    ops: MlaOps,
-    c: sections.Mla,
-    *,
-    eps: float,
-    tile: CachedTile = TILE,
+    p: Mla, x: Tensor, cache: Tensor, new: New, rope: Rope, *, eps: float, scale: float, tile: CachedTile = TILE
 ) -> tuple[Tensor, Tensor]:
-    """`pure.model.attention.mla.attend_new`; of one new token a row by kernels that read no key beyond it.
+    """`pure.model.attention.mla.attend_new` of one new token a row, by kernels that read no key beyond it.
 
-    Arguments and results as there; they have no gradients.
+    x        [B 1 D]   normed block input
+    scale    factor on the scores
+    returns  [B 1 H U], and the cache with the new tokens [B N R+P]; without gradients
     """
-    if x.shape[1] != 1:
-        return pure.attend_new(p, x, cache, new, rope, norm, ops, c, eps=eps)
-    query, rows = latents(x[:, 0] @ p.down, p, rope, new, c, eps)
+    query, rows = latents(x[:, 0] @ p.down, p, rope, new, eps)
     cache = new.store(cache, rows[:, None], new.place)
     if isinstance(p.query, QueryUp):
         query = query @ p.query.up.flatten(1)
-    return attend(query.unflatten(-1, (c.num_heads, -1)), cache, p.up, rope, new, pure.scale(c), tile), cache
+    return attend(query.unflatten(-1, (p.up.shape[1], -1)), cache, p.up, rope, new, scale, tile), cache
 
 
-def latents(product: Tensor, p: Mla, rope: Rope, new: New, c: sections.Mla, eps: float) -> tuple[Tensor, Tensor]:
+def latents(product: Tensor, p: Mla, rope: Rope, new: New, eps: float) -> tuple[Tensor, Tensor]:
     """The query part of each row, normed where it is a latent, and what the cache keeps of it: norms, rotation.
 
     product  [B A+R+P]
     returns  [B A], [B R+P]
     """
-    rank, rotated = c.kv_lora_rank, c.qk_rope_head_dim
+    rank, rotated = p.up.shape[0], 2 * rope.cos.shape[-1]
     width, gain = product.shape[1] - rank - rotated, p.query.norm if isinstance(p.query, QueryUp) else None
     query = None if gain is None else torch.empty(len(product), width, dtype=product.dtype, device=product.device)
     kept = torch.empty(len(product), rank + rotated, dtype=product.dtype, device=product.device)

@@ -34,7 +34,9 @@ class FewTile:
 
 UP = FewTile(block_k=128, block_n=64, num_warps=8, num_stages=4)
 DOWN = FewTile(block_k=256, block_n=32, num_warps=8, num_stages=3)
-"""Of ten each the fastest for 6 of 64 experts of 2048 x 1408 on an H200: 3.2 and 2.5 TB/s, docs/log.md, 2026-11-29."""
+"""Of a token, 6 of 64 experts of 2048 x 1408: 21.7 and 14.1 us on an H200, 3.2 and 2.5 TB/s."""
+SEVERAL = FewTile(block_k=64, block_n=64, num_warps=4, num_stages=4)
+"""Of both from 32 pairs on: 118 and 64 us for 48, smaller blocks being slower for a token; docs/log.md, 2026-11-29."""
 ROUTER = 128
 """Channels of a token that one program multiplies with the router."""
 SUM = 512
@@ -216,7 +218,6 @@ def moe_experts(
     *,
     limit: float | None = None,
     alpha: float = 1.0,
-    tiles: tuple[FewTile, FewTile] = (UP, DOWN),
 ) -> tuple[Tensor, Tensor]:
     """`pure.model.experts.moe_experts` of at most `PAIRS` pairs, without gradients.
 
@@ -227,7 +228,8 @@ def moe_experts(
     returns  [N D] in the format of `x`, [E] i64
     """
     (tokens, width), top_k, (experts, inner) = x.shape, routing.expert.shape[1], down.shape[:2]
-    x, expert, pairs, (first, second) = x.contiguous(), routing.expert.contiguous(), tokens * top_k, tiles
+    x, expert, pairs = x.contiguous(), routing.expert.contiguous(), tokens * top_k
+    first, second = (UP, DOWN) if pairs < PAIRS // 2 else (SEVERAL, SEVERAL)
     a = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     y = torch.empty(pairs, width, device=x.device)
     out, count = torch.empty_like(x), torch.empty(experts, dtype=torch.int64, device=x.device)

@@ -9,10 +9,12 @@ import attrs
 
 from nmoe.effects.kernels import loss as loss_kernels
 from nmoe.effects.kernels import norm as norm_kernels
-from nmoe.effects.kernels.attention import mla_assemble
+from nmoe.effects.kernels.attention import mla_assemble, mla_cached
 from nmoe.effects.kernels.exchange import plan as plan_kernels
 from nmoe.effects.kernels.exchange import reduce
 from nmoe.effects.kernels.moe import combine, dispatch, router, swiglu
+
+from nmoe.effects.kernels.moe import combine, dispatch, few, router, swiglu
 from nmoe.effects.kernels.optim import adamw, muon
 from tests.kernels.aot import Request
 
@@ -180,6 +182,108 @@ def choice(num_experts: int, top_k: int) -> Request:
         {"M": tile.block_m, "EP": padded, "K": top_k},
         "rows E",
     )
+
+
+def of_few(width: int = 2048, inner: int = 1408, num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
+    """Router and experts of a few tokens."""
+    padded, parts = 1 << (num_experts - 1).bit_length(), 1 << (width // few.ROUTER - 1).bit_length()
+    numbers = {"K": top_k, "KP": 1 << (top_k - 1).bit_length()}
+    plain = {"bias": None, "LIMIT": None, "ALPHA": 1.0}
+    up, down, several = (
+        {"ROWS": tile.block_k, "COLUMNS": tile.block_n, "STAGES": tile.num_stages}
+        for tile in (few.UP, few.DOWN, few.SEVERAL)
+    )
+    chosen = "bias:*fp32 score:*fp32 expert:*i64 favoured:*i64 weight:*fp32"
+    return {
+        "few: logits": request(
+            "moe.few:logits_kernel",
+            "x:*bf16 router:*fp32 partial:*fp32 D:i32 E:i32",
+            Launch(8),
+            {"ROWS": few.ROUTER, "EP": padded},
+            "D E",
+        ),
+        "few: choice": request(
+            "moe.few:choose_kernel",
+            f"partial:*fp32 {chosen} parts:i32 E:i32 scale:fp32 tiny:fp32 vanishing:fp32",
+            Launch(),
+            {"shift": None, "PARTS": parts, "EP": padded, **numbers, "SOFTMAX": False, "NORMALIZE": True},
+            "parts E",
+        ),
+        "few: up": request(
+            "moe.few:up_kernel",
+            "x:*bf16 expert:*i64 up:*bf16 a:*bf16 D:i32 F:i32",
+            few.UP,
+            {**up, **plain, "K": top_k},
+            "D F",
+        ),
+        "few: up, clamped": request(
+            "moe.few:up_kernel",
+            "x:*bf16 expert:*i64 up:*bf16 bias:*bf16 a:*bf16 D:i32 F:i32",
+            few.UP,
+            {**up, "K": top_k, "LIMIT": 7.0, "ALPHA": 1.702},
+            "D F",
+        ),
+        "few: down": request(
+            "moe.few:down_kernel",
+            "a:*bf16 expert:*i64 down:*bf16 y:*fp32 D:i32 F:i32",
+            few.DOWN,
+            down,
+            "D F",
+        ),
+        "few: up of several": request(
+            "moe.few:up_kernel",
+            "x:*bf16 expert:*i64 up:*bf16 a:*bf16 D:i32 F:i32",
+            few.SEVERAL,
+            {**several, **plain, "K": top_k},
+            "D F",
+        ),
+        "few: down of several": request(
+            "moe.few:down_kernel",
+            "a:*bf16 expert:*i64 down:*bf16 y:*fp32 D:i32 F:i32",
+            few.SEVERAL,
+            several,
+            "D F",
+        ),
+        "few: sum": request(
+            "moe.few:sum_kernel",
+            "y:*fp32 weight:*fp32 expert:*i64 out:*bf16 count:*i64 pairs:i32 D:i32 E:i32",
+            Launch(),
+            {"K": top_k, "BLOCK": few.SUM, "EP": max(16, padded), "PAIRS": 16},
+            "D E",
+        ),
+    }
+
+
+def of_cached(rank: int = 512, rotated: int = 64) -> dict[str, Request]:
+    """Latent attention of one token over a cache."""
+    tile, sizes = mla_cached.TILE, {"R": rank, "RP": rank}
+    steps = "q_row q_head cache_row"
+    padded = {"AP": 2048, "RP": rank, "PP": rotated // 2}
+    arrays = "product:*bf16 query_gain:*fp32 gain:*fp32 cos:*fp32 sin:*fp32 position:*i32 query:*bf16 latent:*bf16"
+    return {
+        "cached: latents": request(
+            "attention.mla_cached:latents_kernel",
+            f"{arrays} {integers('product_row A R P')} eps:fp32",
+            Launch(8),
+            padded,
+            "product_row A R P",
+        ),
+        "cached: attend": request(
+            "attention.mla_cached:attend_kernel",
+            "query:*bf16 q:*bf16 cos:*fp32 sin:*fp32 cache:*bf16 start:*i32 position:*i32 "
+            + f"{integers('out top total', '*fp32')} {integers(f'H B {steps}')} scale:fp32",
+            tile,
+            {**sizes, "P": rotated, "PP": rotated, "HEADS": tile.heads, "KEYS": tile.keys},
+            f"H {steps}",
+        ),
+        "cached: join": request(
+            "attention.mla_cached:join_kernel",
+            "part:*fp32 top:*fp32 total:*fp32 out:*bf16 " + integers("parts H B"),
+            Launch(),
+            {"R": rank, "BLOCK": mla_cached.JOINED, "PARTS": tile.programs},
+            "parts H",
+        ),
+    }
 
 
 def integers(names: str, kind: str = "i32") -> str:

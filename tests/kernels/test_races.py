@@ -26,7 +26,14 @@ from tests.kernels.moe import test_block_scaled, test_shipped_fp8
 from tests.kernels.moe import test_shipped_moe as moe
 from tests.kernels.optim import test_shipped_muon
 
-OTHERS = {**shipped.of_dispatch(256, 8), **shipped.of_biases(), **shipped.of_assembly(), **shipped.of_exchange()}
+OTHERS = {
+    **shipped.of_dispatch(256, 8),
+    **shipped.of_few(7168, 2048, 256, 8),
+    **shipped.of_cached(),
+    **shipped.of_biases(),
+    **shipped.of_assembly(),
+    **shipped.of_exchange(),
+}
 """What ships and no other test compiles, for as many experts as any preset has."""
 
 FEWER = {
@@ -35,6 +42,7 @@ FEWER = {
         for experts in (64, 160)
         for name, made in shipped.of_dispatch(experts).items()
     },
+    **{f"{name}, 64 experts": made for name, made in shipped.of_few().items()},
     **{f"{name}, 2 ranks": made for name, made in shipped.of_exchange(2, 64, 6).items()},
 }
 """The same kernels at other presets' sizes: registers spill at one size and not at another."""

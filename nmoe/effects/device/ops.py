@@ -26,11 +26,11 @@ from nmoe.pure.model.attention.dsa import DsaOps
 from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.kda import KdaOps
 from nmoe.pure.model.attention.mixed import MixedOps
-from nmoe.pure.model.attention.mla import MlaOps
+from nmoe.pure.model.attention.mla import MlaOps, attend_new, scale
 from nmoe.pure.model.attention.nsa import NsaOps
 from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.ops import Ops, labelled, reference
-from nmoe.pure.model.route import route_tokens
+from nmoe.pure.model.route import Routed, Routing, route_tokens
 from nmoe.pure.optim.clip import global_norm
 from nmoe.pure.optim.muon import matrices
 from nmoe.pure.optim.update import rule
@@ -84,8 +84,8 @@ def build(
     # only here: triton is not everywhere
     from nmoe.effects.kernels import loss as cross_entropy
     from nmoe.effects.kernels import norm as rms_norm
+    from nmoe.effects.kernels.moe import few, moe_fp8, router, swiglu
     from nmoe.effects.kernels.moe import moe as mixtures
-    from nmoe.effects.kernels.moe import moe_fp8, router, swiglu
     from nmoe.effects.parallel.exchange import device as exchanged
 
     if problems := tuple(kernel_sizes(c, device="cuda", compute="bf16")):
@@ -99,15 +99,63 @@ def build(
             attention=_by_part(
                 c, kinds, lambda kind, section: _gpu_attention(device, kind, section, deterministic, documents)
             ),
-            route=partial(route_tokens, score=router.scores, softmax_score=router.softmax_scores, select=router.top_k),
+            route=partial(
+                _route,
+                few=few.route,
+                many=partial(
+                    route_tokens, score=router.scores, softmax_score=router.softmax_scores, select=router.top_k
+                ),
+                pairs=few.PAIRS,
+            ),
             experts=partial(cpu.moe_experts, experts=low)
             if low is not None
-            else partial(moe_fp8.moe_experts_fp8 if fp8 else mixtures.moe_experts, tiles=tiles, accumulator=accumulator)
+            else partial(moe_fp8.moe_experts_fp8, tiles=tiles, accumulator=accumulator)
+            if exchange is None and fp8
+            else partial(
+                _experts,
+                few=few.moe_experts,
+                many=partial(mixtures.moe_experts, tiles=tiles, accumulator=accumulator),
+                pairs=few.PAIRS,
+            )
             if exchange is None
             else partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator),
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
         )
     )
+
+
+def _route(
+    x: Tensor,
+    *tensors: Any,
+    few: Callable[..., Routed],
+    many: Callable[..., Routed],
+    pairs: int,
+    top_k: int,
+    num_groups: int,
+    top_k_groups: int,
+    recorded: Any,
+    **how: Any,
+) -> Routed:
+    """`route_tokens` by what is made for so many pairs; `few` has no gradients, groups or recorded choices."""
+    plain = num_groups == 1 and isinstance(recorded, tuple)
+    if plain and len(x) * top_k <= pairs and not torch.is_grad_enabled():
+        return few(x, *tensors, top_k=top_k, **how)
+    groups = {"num_groups": num_groups, "top_k_groups": top_k_groups}
+    return many(x, *tensors, top_k=top_k, **groups, recorded=recorded, **how)
+
+
+def _experts(
+    x: Tensor,
+    routing: Routing,
+    *weights: Tensor,
+    few: Callable[..., tuple[Tensor, Tensor]],
+    many: Callable[..., tuple[Tensor, Tensor]],
+    pairs: int,
+    **form: Any,
+) -> tuple[Tensor, Tensor]:
+    """The routed experts by what is made for so many pairs; `few` knows no gradients."""
+    small = routing.expert.numel() <= pairs and not torch.is_grad_enabled()
+    return (few if small else many)(x, routing, *weights, **form)
 
 
 def _by_part(c: Model, kinds: Kinds, ops: Callable[[Kind, Any], Any]) -> Any:
@@ -136,13 +184,27 @@ def _gpu_attention(device: torch.device, kind: Kind, c: Any, deterministic: bool
     if not isinstance(kind.reference, MlaOps):
         return kind.reference
     from nmoe.effects.kernels.attention import mla as attention
-    from nmoe.effects.kernels.attention import project
+    from nmoe.effects.kernels.attention import mla_cached, project
 
     attend = attention.mla_attention_cudnn
     if deterministic or documents:
         forward = "triton" if documents else "cudnn"
         attend = partial(attention.mla_attention, forward=forward, tiles=mla_tiles(device, *kind.tile_sizes(c)))
-    return MlaOps(project=project.project, query=project.query, attend=attend)
+    return MlaOps(
+        project=project.project,
+        query=project.query,
+        attend=attend,
+        attend_new=partial(_attend_new, one=mla_cached.attend_new),
+    )
+
+
+def _attend_new(
+    p: Any, x: Tensor, cache: Tensor, new: Any, rope: Any, *rest: Any, eps: float, one: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    """`attend_new`; of one token a row by `one`."""
+    if x.shape[1] != 1:
+        return attend_new(p, x, cache, new, rope, *rest, eps=eps)
+    return one(p, x, cache, new, rope, eps=eps, scale=scale(rest[-1]))
 
 
 def _gpu_gqa(device: torch.device, kind: Kind, c: Any) -> GqaOps:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -18,16 +20,18 @@ from nmoe.effects.checkpoint import weights
 from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.checkpoint.hf_export import COMPUTE
 from nmoe.effects.data.tokenizer import Tokenizer, encoding, load
-from nmoe.effects.device import gpu, ops
+from nmoe.effects.device import gpu, graph, ops
+from nmoe.effects.device.late import read_late
 from nmoe.effects.parallel.ranks import SINGLE_RANK, Ranks
 from nmoe.effects.record.names import CONFIG
 from nmoe.effects.terminal import say, stream
 from nmoe.errors import InputError
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
+from nmoe.pure.core.tree import record
 from nmoe.pure.data.text import settled
 from nmoe.pure.model import decode, model
-from nmoe.pure.model.decode import Sampling
+from nmoe.pure.model.decode import Decoding, Sampling
 from nmoe.pure.model.model import Transformer
 from nmoe.pure.model.ops import Env, environment
 
@@ -75,45 +79,94 @@ def steps(
     """
     device = network.router_bias.device
     draws = torch.stack([torch.rand(num_tokens, generator=key.generator()) for key in keys], dim=1).to(device)
-    hidden = _cached(network, prompts) if cached else _uncached(network, prompts)
-    last = next(hidden)
-    for place, draw in enumerate(draws):
-        logits = (last @ network.params.head)[:, : network.vocab_size].float() * network.config.logit_scale
-        chosen: Tensor = decode.pick(logits, draw, sampling)
-        ids: list[int] = chosen.tolist()
+    chosen = _cached(network, prompts, draws, sampling) if cached else _uncached(network, prompts, draws, sampling)
+    for ids in read_late(chosen, device):
         if min(ids) < 0:
             raise InputError(
                 "weights: expected finite logits, got some that are not; use the weights of a training that did not "
                 "diverge"
             )
         yield ids
-        if place + 1 < num_tokens:
-            last = hidden.send(chosen)
 
 
-def _cached(network: Network, prompts: Sequence[Sequence[int]]) -> Generator[Tensor, Tensor, None]:
-    """The last hidden state [B D] of each prompt, then that of each column of tokens [B] it is sent."""
+def _cached(network: Network, prompts: Sequence[Sequence[int]], draws: Tensor, sampling: Sampling) -> Iterator[Tensor]:
+    """The next token of each prompt [B], once a row of `draws` [N B], each from those before.
+
+    On a GPU the step of a token is recorded and replayed, so that its time is not that of a thousand launches.
+    """
     p, bias, env, c = network.params, network.router_bias, network.env, network.config
-    longest = max(map(len, prompts))
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], dtype=torch.int32, device=bias.device)
+    longest, device = max(map(len, prompts)), bias.device
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
     rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    state = decode.begin(p, padding, env, c)
+    state = decode.begin(p, padding, longest + len(draws) - 1, env, c)  # the last token is not read
     hidden = bias.new_empty(0)
-    for part in torch.tensor(rows, device=bias.device).split(PREFILL, dim=1):
-        hidden, state = decode.extend(p, part, state, bias, env, c)
-    while True:
-        chosen = yield hidden[:, -1]
-        hidden, state = decode.extend(p, chosen[:, None], state, bias, env, c)
+    for part in torch.tensor(rows, device=device).split(PREFILL, dim=1):
+        hidden, state = decode.extend(p, part, state, bias, env, c, store=_store_)
+    chosen = _pick(network, hidden, draws[0], sampling)
+    yield chosen
+
+    replays = device.type == "cuda" and network.ranks.world.size == 1
+
+    def step(state: Going, draw: Tensor, rates: tuple[()]) -> tuple[Going, Tensor]:
+        """One token; the caches, of which each is only in one place, are written in place."""
+        hidden, after = decode.extend(
+            *(p, state.token.clamp(min=0)[:, None], state.decoding(), bias, env, c), whole=replays, store=_store_
+        )
+        tree.map(_copy_, state.caches, after.caches)
+        token = _pick(network, hidden, draw, sampling)
+        return attrs.evolve(state, place=after.place, length=after.length, token=token), token
+
+    with ExitStack() as scope:
+        run = graph.replaying(step, scope) if replays else step
+        going = Going(state.caches, state.padding, state.place, state.length, state.room, chosen)
+        for draw in draws[1:]:
+            going, chosen = run(going, draw, ())
+            yield chosen
 
 
-def _uncached(network: Network, prompts: Sequence[Sequence[int]]) -> Generator[Tensor, Tensor, None]:
+@record
+class Going:
+    """`Decoding` with the last token: what a step of one token reads and replaces."""
+
+    caches: tuple[Any, ...]
+    padding: Tensor
+    place: Tensor
+    length: int
+    room: int
+    token: Tensor  # [B] i64, not in the caches yet
+
+    def decoding(self) -> Decoding:
+        return Decoding(self.caches, self.padding, self.place, self.length, self.room)
+
+
+def _store_(cache: Tensor, rows: Tensor, place: Tensor) -> Tensor:
+    """`cached.stored` in the memory of the cache. Writes: `cache`."""
+    return cache.index_copy_(1, place, rows)
+
+
+def _copy_(path: str, held: Tensor, new: Tensor) -> None:
+    """A state of one size into the memory of the one before. Writes: `held`."""
+    if new is not held:
+        held.copy_(new)
+
+
+def _uncached(
+    network: Network, prompts: Sequence[Sequence[int]], draws: Tensor, sampling: Sampling
+) -> Iterator[Tensor]:
     """As `_cached`, by a forward pass over the whole of each text."""
     p, bias, env, c = network.params, network.router_bias, network.env, network.config
     rows = [torch.tensor(prompt, device=bias.device) for prompt in prompts]
-    while True:
+    for draw in draws:
         passes = (model.forward(p, row[None, -c.max_positions :], bias, env, c)[0] for row in rows)
-        chosen = yield torch.cat([hidden[:, -1] for hidden in passes])
-        rows = [torch.cat((row, token[None])) for row, token in zip(rows, chosen, strict=True)]
+        chosen = _pick(network, torch.cat([hidden[:, -1:] for hidden in passes]), draw, sampling)
+        yield chosen
+        rows = [torch.cat((row, token.clamp(min=0)[None])) for row, token in zip(rows, chosen, strict=True)]
+
+
+def _pick(network: Network, hidden: Tensor, draw: Tensor, sampling: Sampling) -> Tensor:
+    """The token [B] that follows hidden states [B T D]; -1 where a logit is not finite."""
+    logits = (hidden[:, -1] @ network.params.head)[:, : network.vocab_size].float() * network.config.logit_scale
+    return decode.pick(logits, draw, sampling)
 
 
 def texts(

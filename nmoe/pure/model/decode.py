@@ -5,6 +5,7 @@ B sequences · T new tokens · S earlier ones · V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -15,10 +16,10 @@ from torch import Tensor
 from nmoe.config import sections
 from nmoe.pure.core.tree import record
 from nmoe.pure.model.attention import Cache
+from nmoe.pure.model.attention.cached import new_tokens, stored
 from nmoe.pure.model.model import Transformer, at_layer, feed_forward, moe_output
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.ops import Env
-from nmoe.pure.model.rope import Documents
 
 
 @record
@@ -27,51 +28,68 @@ class Decoding:
 
     caches: tuple[Any, ...]  # one a layer
     padding: Tensor  # [B] i32, tokens in front of each row that count for nothing
-    length: int  # tokens seen, padding included
+    place: Tensor  # 0-d i64, tokens seen, padding included
+    length: int  # the same, known to the host
+    room: int  # tokens that the caches have room for
 
 
-def begin(p: Transformer, padding: Tensor, env: Env, c: sections.Model) -> Decoding:
+def begin(p: Transformer, padding: Tensor, num_tokens: int, env: Env, c: sections.Model) -> Decoding:
     """The state before the first token.
 
-    padding  [B] i32
-    Raises:  ValueError for a kind of attention without a cache.
+    padding     [B] i32
+    num_tokens  that there will be at most, padding included
+    Raises:     ValueError for a kind of attention without a cache, or more tokens than the model has positions.
     """
+    if num_tokens > c.max_positions:
+        raise ValueError(
+            f"decode: expected at most the {c.max_positions} positions of the model, got {num_tokens}; end before"
+        )
     cache, layers = _cache(env), range(c.num_layers)
-    caches = (cache.empty(at_layer(c, env, layer).attention, len(padding), p.embed) for layer in layers)
-    return Decoding(tuple(caches), padding, 0)
+    caches = (cache.empty(at_layer(c, env, layer).attention, len(padding), num_tokens, p.embed) for layer in layers)
+    place = torch.zeros((), dtype=torch.int64, device=padding.device)
+    return Decoding(tuple(caches), padding, place, 0, num_tokens)
 
 
 def extend(
-    p: Transformer, tokens: Tensor, state: Decoding, bias: Tensor, env: Env, c: sections.Model
+    p: Transformer,
+    tokens: Tensor,
+    state: Decoding,
+    bias: Tensor,
+    env: Env,
+    c: sections.Model,
+    *,
+    whole: bool = False,
+    store: Callable[[Tensor, Tensor, Tensor], Tensor] = stored,
 ) -> tuple[Tensor, Decoding]:
     """`model.forward` of the next tokens of each row, from the caches of the earlier ones.
 
     tokens   [B T] i64
     bias     [L E] f32
+    whole    read the caches to their end, in the place of the tokens that there are: then no shape depends on how many
+             there are, and one step can be recorded for all
+    store    `stored`, or what writes the rows of new tokens into the caches: `state` has no use then
     returns  the last hidden state [B T D], normed, and the state after these tokens
-    Raises:  ValueError for more tokens than the model has positions.
+    Raises:  ValueError for more tokens than there is room for.
     """
     total = state.length + tokens.shape[1]
-    if total > c.max_positions:
-        raise ValueError(
-            f"decode: expected at most the {c.max_positions} positions of the model, got {total}; end before"
-        )
+    if total > state.room:
+        raise ValueError(f"decode: expected at most the {state.room} tokens there is room for, got {total}; end before")
     cache, ops = _cache(env), env.ops
-    place = torch.arange(state.length, total, dtype=torch.int32, device=tokens.device).expand(tokens.shape)
-    start = torch.minimum(place, state.padding[:, None])  # a token of the padding sees itself alone
-    documents = Documents(start, place - start)
+    batch, size = tokens.shape
+    new = new_tokens(state.place, (batch, size), state.padding, state.room if whole else total, store)
     x = F.embedding(tokens, p.embed) * c.embedding_scale
-    caches: list[Any] = []
+    caches, y = list[Any](), torch.zeros_like(x)
     for layer, (block, before) in enumerate(zip(p.blocks, state.caches, strict=True)):
         here, row = at_layer(c, env, layer), layer - c.num_dense_layers
-        y = ops.norm(x, block.attention_norm, eps=c.norm_eps)
+        x, y = ops.add_norm(x, y, block.attention_norm, eps=c.norm_eps)
         y, after = cache.extend(
-            *(block.attention, y, before, documents, env.tables, ops.norm, ops.attention, here.attention),
+            *(block.attention, y, before, new, env.tables, ops.norm, ops.attention, here.attention),
             eps=c.norm_eps,
         )
-        x, _ = feed_forward(block, x, y, bias[row] if row >= 0 else (), env, here, mix=moe_output)
+        x, y, _ = feed_forward(block, x, y, bias[row] if row >= 0 else (), env, here, mix=moe_output)
         caches.append(after)
-    return ops.norm(x, p.norm, eps=c.norm_eps), Decoding(tuple(caches), state.padding, total)
+    after = attrs.evolve(state, caches=tuple(caches), place=state.place + size, length=total)
+    return ops.add_norm(x, y, p.norm, eps=c.norm_eps)[1], after
 
 
 def _cache(env: Env) -> Cache:

@@ -187,7 +187,8 @@ def block(
     y = ops.norm(x, p.attention_norm, eps=c.norm_eps)
     y = env.kind.apply(p.attention, y, env.tables, ops.norm, ops.attention, c.attention, documents, eps=c.norm_eps)
     y, loss = y if isinstance(y, tuple) else (y, ())
-    return *feed_forward(p, x, y, bias, env, c, recorded), loss
+    x, y, report = feed_forward(p, x, y, bias, env, c, recorded)
+    return x + y, report, loss
 
 
 def feed_forward(
@@ -199,21 +200,22 @@ def feed_forward(
     c: sections.Model,
     recorded: Routing | Tensor | tuple[()] = (),
     mix: Callable[..., tuple[Tensor, Any]] = moe,
-) -> tuple[Tensor, Any]:
-    """The second half of a block: what attention gave is added, then a dense MLP or routed experts.
+) -> tuple[Tensor, Tensor, Any]:
+    """The second half of a block: what attention gave is added, then a dense MLP or routed experts, not added yet.
 
     x        [B T D]   residual stream
     y        [B T D]   output of the block's attention
     mix      `moe`, or `moe_output` for who reads no report
-    returns  [B T D], and what `mix` gave beside its output; () for a dense MLP
+    returns  the residual stream [B T D], what is to be added to it, and what `mix` gave beside its output; () for a
+             dense MLP
     Raises:  ValueError as `block`.
     """
     x, y = env.ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
         y, report = mix(p.ffn, y, bias, env, c.moe, recorded)
-        return x + y, report
+        return x, y, report
     if isinstance(p.ffn, Dense):
-        return x + mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()
+        return x, mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()
     raise ValueError("block: expected a router bias for a layer of experts, got (); pass the layer's row of it")
 
 

@@ -79,19 +79,6 @@ def documents(start: Tensor | tuple[()]) -> Documents | tuple[()]:
     return Documents(start, torch.arange(start.shape[1], dtype=start.dtype, device=start.device) - start)
 
 
-def visible_cached(new: Documents, num_keys: int, window: int | None = None) -> Tensor:
-    """Which of the last `num_keys` keys each new token of a decoding sees, the keys of the new tokens being the last.
-
-    new       the new tokens; `start` is counted from the first token of the row, cached ones included
-    window    keys a token sees, its own included; None: all
-    returns   [B T num_keys] bool
-    """
-    query = new.start + new.position
-    key = query[:, -1:] + torch.arange(1 - num_keys, 1, device=query.device)
-    visible = (key[:, None] <= query[..., None]) & (key[:, None] >= new.start[..., None])
-    return visible if window is None else visible & (key[:, None] > query[..., None] - window)
-
-
 def rotate(x: Tensor, rope: Rope, positions: Tensor | tuple[()] = ()) -> Tensor:
     """`x` with neighbouring channels (2i, 2i+1) turned by the angle of their position.
 

@@ -22,6 +22,7 @@ from nmoe.pure.core.key import Key
 from nmoe.pure.core.spec import Spec
 from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention import kda as pure
+from nmoe.pure.model.attention.cached import new_tokens
 from nmoe.pure.model.norm import rms_norm
 from nmoe.pure.model.rope import Documents, documents
 from tests.kernels import truth
@@ -256,10 +257,11 @@ def test_a_layer_is_the_reference(limit: float | None) -> None:
     right, plain = run(pure.REFERENCE, torch.float64), run(pure.REFERENCE, torch.float32)
     truth.check(run(OPS, torch.float32), plain, right, factor=4, steps=32)
     with torch.no_grad():
-        p, cache, parts = layer(c, torch.float32), pure.empty_cache(c, 1, x), list[Tensor]()
+        p, cache, parts = layer(c, torch.float32), pure.empty_cache(c, 1, L + 3, x), list[Tensor]()
         for begin, end in ((0, L), (L, L + 1), (L + 1, L + 3)):
             here = Documents(where.start[:, begin:end], where.position[:, begin:end])
-            part, cache = pure.extend(p, x[:, begin:end], cache, here, (), rms_norm, OPS, c, eps=1e-6)
+            new = attrs.evolve(new_tokens(torch.tensor(begin), here.start.shape, here.start[:, 0], end), documents=here)
+            part, cache = pure.extend(p, x[:, begin:end], cache, new, (), rms_norm, OPS, c, eps=1e-6)
             parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1).double(), right[0], rtol=1e-4, atol=1e-4)
 

@@ -64,14 +64,20 @@ def tokens_of(c: sections.Model, rows: int = 2) -> Tensor:
     return torch.randint(c.vocab_size, (rows, POSITIONS), generator=Key(1).generator())
 
 
-def extended(c: sections.Model, tokens: Tensor, sizes: list[int], padding: Tensor) -> tuple[Tensor, decode.Decoding]:
+def extended(
+    c: sections.Model, tokens: Tensor, sizes: list[int], padding: Tensor, room: int = POSITIONS, **how: Any
+) -> tuple[Tensor, decode.Decoding]:
     """Hidden states of tokens that come in parts of these sizes."""
     p, bias, env = parameters(c), shapes.router_bias(c), environment(c, c.max_positions)
-    state, hidden = decode.begin(p, padding, env, c), []
+    state, hidden = decode.begin(p, padding, room, env, c), []
     for part in tokens.split(sizes, dim=1):
-        x, state = decode.extend(p, part, state, bias, env, c)
+        x, state = decode.extend(p, part, state, bias, env, c, **how)
         hidden.append(x)
     return torch.cat(hidden, dim=1), state
+
+
+def in_place(cache: Tensor, rows: Tensor, place: Tensor) -> Tensor:
+    return cache.index_copy_(1, place, rows)
 
 
 @pytest.mark.parametrize("sizes", [[23], [1] * 23, [9, 1, 1, 5, 7]], ids=["at once", "one by one", "in parts"])
@@ -100,6 +106,27 @@ def test_padding_changes_nothing(name: str, padding: int, sizes: list[int]) -> N
         torch.testing.assert_close(y[row : row + 1, first:] @ p.head, x @ p.head, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_one_step_fits_all_tokens(name: str) -> None:
+    """As a recorded step: shapes of the room, rows written in place, states into the memory of the ones before."""
+    c = MODELS[name]
+    tokens, padding = tokens_of(c), torch.tensor([0, 6], dtype=torch.int32)
+    plain, _ = extended(c, tokens, [9, *[1] * 14], padding)
+    p, bias, env = parameters(c), shapes.router_bias(c), environment(c, c.max_positions)
+    state = decode.begin(p, padding, POSITIONS + 8, env, c)
+    how: dict[str, Any] = {"store": in_place}
+    _, state = decode.extend(p, tokens[:, :9], state, bias, env, c, **how)
+    held = state.caches
+    for place in range(9, POSITIONS):
+        state = attrs.evolve(state, caches=held, length=9)  # of the host's numbers a replay knows those of its record
+        x, state = decode.extend(p, tokens[:, place : place + 1], state, bias, env, c, whole=True, **how)
+        for (_, old), (_, new) in zip(tree.leaves(held), tree.leaves(state.caches), strict=True):
+            assert old.shape == new.shape
+            old.copy_(new)
+        torch.testing.assert_close(x @ p.head, plain[:, place : place + 1] @ p.head, rtol=0, atol=1e-9)
+
+
 @torch.no_grad()
 def test_what_a_cache_holds() -> None:
     """Latent and rotated key alone; of a window, one token less than it; numbers a sequence and layer."""
@@ -120,13 +147,16 @@ def test_a_kind_without_a_cache_is_refused() -> None:
     without: Kind = attrs.evolve(KINDS[sections.Mla], cache=None)
     env = environment(c, c.max_positions, kinds={**KINDS, sections.Mla: without})
     with pytest.raises(ValueError, match="decode: expected a kind of attention with a cache, got one without"):
-        decode.begin(parameters(c), torch.zeros(1, dtype=torch.int32), env, c)
+        decode.begin(parameters(c), torch.zeros(1, dtype=torch.int32), 5, env, c)
 
 
 def test_more_tokens_than_positions_are_refused() -> None:
     c = attrs.evolve(MODELS["mla"], max_positions=POSITIONS - 1)
+    padding = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match="decode: expected at most the 22 positions of the model, got 23"):
-        extended(c, tokens_of(c), [20, 3], torch.zeros(2, dtype=torch.int32))
+        extended(c, tokens_of(c), [20, 3], padding)
+    with pytest.raises(ValueError, match="decode: expected at most the 21 tokens there is room for, got 23"):
+        extended(c, tokens_of(c), [20, 3], padding, room=21)
 
 
 PROBABILITY = (0.05, 0.4, 0.1, 0.25, 0.2)
@@ -177,7 +207,8 @@ def test_a_state_can_be_continued_twice() -> None:
     """Pure: what was made of a state leaves it as it was."""
     c = MODELS["gqa, global in turn"]
     p, bias, env, tokens = parameters(c), shapes.router_bias(c), environment(c, c.max_positions), tokens_of(c)
-    _, state = decode.extend(p, tokens[:, :8], decode.begin(p, torch.zeros(2, dtype=torch.int32), env, c), bias, env, c)
+    begun = decode.begin(p, torch.zeros(2, dtype=torch.int32), POSITIONS, env, c)
+    _, state = decode.extend(p, tokens[:, :8], begun, bias, env, c)
     before = [leaf.clone() for leaf in leaves_of(state)]
     first, _ = decode.extend(p, tokens[:, 8:9], state, bias, env, c)
     again, _ = decode.extend(p, tokens[:, 8:9], state, bias, env, c)

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from nmoe.config import load_valid, sections
 from nmoe.pure.core import tree
 from nmoe.pure.model import model
+from nmoe.pure.model.attention.cached import new_tokens
 from nmoe.pure.model.attention.mla import mla
 from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env, environment
@@ -48,6 +49,7 @@ def calls() -> dict[str, Call]:
         "project": ((normal(2, 6, 5), normal(5, 37), angles), {"num_heads": 3, "latent": 9}),
         "query": ((normal(2, 6, 5), normal(5, 3, 8), normal(2, 6, 4), angles), {}),
         "attend": ((normal(2, 6, 3, 8), normal(2, 6, 3, 9), normal(2, 6, 4)), {"scale": 0.3}),
+        "attend_new": attend_new(),
         "route": ((x, normal(5, 4), normal(4)), {"top_k": 2}),
         "experts": ((x, routing(), normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
         "linear_cross_entropy": (
@@ -55,6 +57,16 @@ def calls() -> dict[str, Call]:
             {"chunk": 4, "logit_scale": 0.5, "z_loss": 0.1},
         ),
     }
+
+
+def attend_new() -> Call:
+    """Two tokens behind three in a cache with room for seven, of two rows of which one begins later."""
+    attention = shapes.attention(q_lora_rank=7)
+    c, width = shapes.config(attention=attention), attention.kv_lora_rank + attention.qk_rope_head_dim
+    p, env = shapes.parameters(c, dtype=torch.float32), shapes.env(c)
+    new = new_tokens(torch.tensor(3), (2, 2), torch.tensor([0, 2], dtype=torch.int32), 7)
+    cached = (p.blocks[0].attention, normal(2, 2, c.hidden_size), normal(2, 7, width, seed=1), new, env.tables)
+    return (*cached, env.ops.norm, env.ops.attention, attention), {"eps": 1e-6}
 
 
 def model_calls() -> dict[str, tuple[Callable[..., Any], Call]]:

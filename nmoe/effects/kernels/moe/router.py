@@ -34,18 +34,25 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 @triton.jit
+def order_key(value, column, real, EP: tl.constexpr):
+    """Numbers as integers in their order, no two equal: of equal numbers the lower column has the larger key.
+
+    Its low half is EP - 1 less the column. NaN is the largest, as for torch's sort.
+    """
+    value = tl.where(value == 0.0, 0.0, value)  # a negative zero is as large as a positive one
+    bits = value.to(tl.int32, bitcast=True)
+    order = tl.where(value != value, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    key = (order.to(tl.int64) << 32) | (EP - 1 - column).to(tl.int64)
+    return tl.where(real, key, -0x8000000000000000)
+
+
+@triton.jit
 def top_k_kernel(x, out, rows, E, M: tl.constexpr, EP: tl.constexpr, K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     column = tl.arange(0, EP)
     inside = (row < rows)[:, None] & (column < E)[None, :]
     value = tl.load(x + row[:, None] * E + column[None, :], mask=inside, other=0.0)
-    value = tl.where(value == 0.0, 0.0, value)  # a negative zero is as large as a positive one
-    bits = value.to(tl.int32, bitcast=True)
-    # as integers in the order of the numbers; NaN is the largest, as for torch's sort
-    order = tl.where(value != value, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
-    # the lower column is the larger key: keys are never equal
-    key = (order.to(tl.int64) << 32) | (EP - 1 - column)[None, :].to(tl.int64)
-    key = tl.where((column < E)[None, :], key, -0x8000000000000000)
+    key = order_key(value, column[None, :], (column < E)[None, :], EP)
     for k in tl.static_range(K):
         best = tl.max(key, 1)
         tl.store(out + row * K + k, EP - 1 - (best & 0xFFFFFFFF), mask=row < rows)

@@ -33,16 +33,18 @@ class Hf:
 class Cache:
     """How a kind of attention continues from earlier tokens without computing them again; `c` is a layer's section.
 
-    A cache is a record of tensors [B ...] of one layer. Both functions are pure: `extend` returns a new one.
+    A cache is a record of tensors [B ...] of one layer whose shapes never change: a step can be recorded.
+    Both functions are pure, but for what `new.store` does: `extend` returns a new cache.
 
-    empty   (c, num_sequences, like) -> the cache before the first token; `like` gives format and device
-    extend  (p, x [B T D], cache, documents, tables, norm, ops, c, *, eps) -> ([B T D], cache)
-            what `Kind.apply` gives for the last T tokens of rows that begin with the cached ones; `documents` are those
-            of the new tokens, with `start` counted from the first token of the row. Every row has seen equally many
-            tokens; where one begins later, those before its `start` are padding and may change nothing.
+    empty   (c, num_sequences, num_tokens, like) -> the cache before the first token, with room for so many; `like`
+            gives format and device
+    extend  (p, x [B T D], cache, new, tables, norm, ops, c, *, eps) -> ([B T D], cache)
+            what `Kind.apply` gives for the last T tokens of rows that begin with the cached ones; `new`: `cached.New`.
+            Every row has seen equally many tokens; where one begins later, those before its `start` are padding and may
+            change nothing.
     """
 
-    empty: Callable[[Any, int, Tensor], Any]
+    empty: Callable[[Any, int, int, Tensor], Any]
     extend: Callable[..., tuple[Tensor, Any]]
 
 

@@ -23,10 +23,11 @@ from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention import mla
 from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
+from nmoe.pure.model.attention.cached import New
 from nmoe.pure.model.attention.gqa import attended
 from nmoe.pure.model.hf_leaf import Leaf, matrix, ordered, same
 from nmoe.pure.model.norm import upcast
-from nmoe.pure.model.rope import Documents, Rope, rotate, visible_cached
+from nmoe.pure.model.rope import Documents, Rope, rotate
 
 QUERIES = 64
 """Queries whose scores, and whose copies of the keys they read, exist at once."""
@@ -145,20 +146,21 @@ def _inputs(
 class DsaCache:
     """What later tokens read of earlier ones."""
 
-    latent: Tensor  # [B S R+P], as `mla.empty_cache` has it
-    index: Tensor  # [B S Y], keys of the indexer
+    latent: Tensor  # [B N R+P], as `mla.empty_cache` has it
+    index: Tensor  # [B N Y], keys of the indexer
 
 
-def empty_cache(c: sections.Dsa, num_sequences: int, like: Tensor) -> DsaCache:
+def empty_cache(c: sections.Dsa, num_sequences: int, num_tokens: int, like: Tensor) -> DsaCache:
     """The cache before the first token, in the format of `like`."""
-    return DsaCache(mla.empty_cache(c, num_sequences, like), like.new_zeros(num_sequences, 0, c.index_head_dim))
+    index = like.new_zeros(num_sequences, num_tokens, c.index_head_dim)
+    return DsaCache(mla.empty_cache(c, num_sequences, num_tokens, like), index)
 
 
 def extend(
     p: Dsa,
     x: Tensor,
     cache: DsaCache,
-    documents: Documents,
+    new: New,
     rope: Rope,
     norm: Callable[..., Tensor],
     ops: DsaOps,
@@ -168,22 +170,22 @@ def extend(
 ) -> tuple[Tensor, DsaCache]:
     """`dsa` of new tokens that also see those in the cache, in the sparse stage.
 
-    x          [B T D]   normed block input of the new tokens
-    documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
-    returns    [B T D], and the cache with the new tokens [B S + T]
+    x        [B T D]   normed block input of the new tokens
+    returns  [B T D], and the cache with the new tokens
     """
-    low, q, kv = _inputs(p.latent, x, rope, norm, ops, c, documents.position, eps)
-    index_q, index_k, index_w = project_index(p.indexer, x, low, rope, documents.position)
-    after = DsaCache(torch.cat((cache.latent, kv), dim=1), torch.cat((cache.index, index_k), dim=1))
-    visible = visible_cached(documents, after.index.shape[1])
+    position = new.documents.position
+    low, q, kv = _inputs(p.latent, x, rope, norm, ops, c, position, eps)
+    index_q, index_k, index_w = project_index(p.indexer, x, low, rope, position)
+    after = DsaCache(new.store(cache.latent, kv, new.place), new.store(cache.index, index_k, new.place))
+    visible = new.visible
     if not c.index_warmup_tokens:
-        score = index_scores(index_q, after.index, index_w).masked_fill(~visible, -torch.inf)
+        score = index_scores(index_q, after.index[:, : new.reach()], index_w).masked_fill(~visible, -torch.inf)
         chosen = best(score, c.index_top_k).long()
         none = visible.shape[-1]  # a column for the queries that read fewer
         visible = F.pad(torch.zeros_like(visible), (0, 1)).scatter(-1, chosen.where(chosen >= 0, none), True)[
             ..., :none
         ]
-    o = mla.attend_latent(q, after.latent, p.latent.up, visible, scale=mla.scale(c))
+    o = mla.attend_latent(q, after.latent[:, : new.reach()], p.latent.up, visible, scale=mla.scale(c))
     return o.flatten(-2) @ p.latent.out.flatten(0, 1), after
 
 

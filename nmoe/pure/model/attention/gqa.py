@@ -21,9 +21,10 @@ from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention import hf_rotation
+from nmoe.pure.model.attention.cached import New, visible_last
 from nmoe.pure.model.hf_leaf import Leaf, beside, matrix, ordered, same, shaped
 from nmoe.pure.model.norm import upcast
-from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table, visible_cached
+from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table
 
 QUERIES = 128
 """Queries whose scores exist at once; of those scores, a window of 128 lets half through."""
@@ -108,31 +109,43 @@ def gqa(
 
 @record
 class KvCache:
-    """Keys and values that later tokens see; of a window of W, those of the last W - 1 tokens."""
+    """Keys and values that later tokens see: of all tokens of a row at their places, or of the last ones.
 
-    k: Tensor  # [B S K C], rotated
-    v: Tensor  # [B S K C]
+    Of the last ones the newest is the last row; where there were fewer, the first rows belong to no token.
+    """
+
+    k: Tensor  # [B N K C], rotated
+    v: Tensor  # [B N K C]
+
+    def with_rows(self, k: Tensor, v: Tensor, place: Tensor, new: New) -> KvCache:
+        """With those of some tokens at their places."""
+        return KvCache(new.store(self.k, k, place), new.store(self.v, v, place))
 
     def joined(self, k: Tensor, v: Tensor) -> KvCache:
         """With those of further tokens behind."""
         return KvCache(torch.cat((self.k, k), dim=1), torch.cat((self.v, v), dim=1))
 
+    def first(self, count: int) -> KvCache:
+        """The first `count` rows."""
+        return KvCache(self.k[:, :count], self.v[:, :count])
+
     def without(self, count: int) -> KvCache:
-        """All but the first `count` tokens."""
+        """All but the first `count` rows."""
         return KvCache(self.k[:, count:], self.v[:, count:])
 
 
-def empty_cache(c: sections.Gqa, num_sequences: int, like: Tensor) -> KvCache:
-    """The cache before the first token, in the format of `like`."""
-    nothing = like.new_zeros(num_sequences, 0, c.num_kv_heads, c.head_dim)
-    return KvCache(nothing, nothing)
+def empty_cache(c: sections.Gqa, num_sequences: int, num_tokens: int, like: Tensor) -> KvCache:
+    """The cache before the first token, in the format of `like`; of a window of W, for the last W - 1 tokens."""
+    rows = num_tokens if c.window is None else min(c.window - 1, num_tokens)
+    shape = (num_sequences, rows, c.num_kv_heads, c.head_dim)
+    return KvCache(like.new_zeros(shape), like.new_zeros(shape))
 
 
 def extend(
     p: Gqa,
     x: Tensor,
     cache: KvCache,
-    documents: Documents,
+    new: New,
     rope: Rope,
     norm: Callable[..., Tensor],
     ops: GqaOps,
@@ -142,15 +155,19 @@ def extend(
 ) -> tuple[Tensor, KvCache]:
     """`gqa` of new tokens that also see those in the cache.
 
-    x          [B T D]   normed block input of the new tokens
-    documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
-    returns    [B T D], and the cache with the new tokens, no longer than a window needs
+    x        [B T D]   normed block input of the new tokens
+    returns  [B T D], and the cache with the new tokens, no longer than a window needs
     """
-    q, k, v = ops.project(x, p.qkv, rope, documents.position, num_heads=c.num_heads, bias=p.qkv_bias)
-    cache = cache.joined(k, v)
-    length = cache.k.shape[1]
-    o = attend_cached(q, cache.k, cache.v, p.sinks, visible_cached(documents, length, c.window), scale=scale(c))
-    return p.result(o), cache.without(0 if c.window is None else max(0, length - c.window + 1))
+    q, k, v = ops.project(x, p.qkv, rope, new.documents.position, num_heads=c.num_heads, bias=p.qkv_bias)
+    if c.window is None:
+        cache = cache.with_rows(k, v, new.place, new)
+        read, visible = cache.first(new.reach()), new.visible
+    else:
+        read = cache.joined(k, v)
+        cache = read.without(x.shape[1])
+        visible = visible_last(new.documents, read.k.shape[1], c.window)
+    o = attend_cached(q, read.k, read.v, p.sinks, visible, scale=scale(c))
+    return p.result(o), cache
 
 
 def attend_cached(

@@ -20,6 +20,7 @@ from nmoe.config import sections
 from nmoe.pure.core.init import normal, ones, residual, zeros
 from nmoe.pure.core.spec import Dims, Role, Spec, spec_tree
 from nmoe.pure.core.tree import param, record
+from nmoe.pure.model.attention.cached import New
 from nmoe.pure.model.hf_leaf import Leaf, along, columns, matrix, same, shaped
 from nmoe.pure.model.norm import upcast
 from nmoe.pure.model.rope import Documents
@@ -140,8 +141,8 @@ def kda_after(
     )
 
 
-def empty_cache(c: sections.Kda, num_sequences: int, like: Tensor) -> KdaState:
-    """The state before the first token, in the format of `like`; the memory in fp32 at least."""
+def empty_cache(c: sections.Kda, num_sequences: int, num_tokens: int, like: Tensor) -> KdaState:
+    """The state before the first token, in the format of `like`, of one size; the memory in fp32 at least."""
     inputs = like.new_zeros(num_sequences, c.conv_size - 1, 3 * c.num_heads * c.head_dim)
     return KdaState(inputs, upcast(like.new_zeros(num_sequences, c.num_heads, c.head_dim, c.head_dim)))
 
@@ -150,7 +151,7 @@ def extend(
     p: Kda,
     x: Tensor,
     cache: KdaState,
-    documents: Documents,
+    new: New,
     tables: tuple[()],
     norm: Callable[..., Tensor],
     ops: KdaOps,
@@ -160,10 +161,10 @@ def extend(
 ) -> tuple[Tensor, KdaState]:
     """`kda` of new tokens that also read what the state remembers.
 
-    x          [B T D]   normed block input of the new tokens
-    documents  of the new tokens; `start` is counted from the first token of the row, remembered ones included
-    returns    [B T D], and the state after the last of them
+    x        [B T D]   normed block input of the new tokens
+    returns  [B T D], and the state after the last of them
     """
+    documents = new.documents
     earlier = documents.start[:, :1] + documents.position[:, :1]
     goes_on = documents.position[:, 0] > 0  # else the first new token begins its document, and remembers nothing
     before = KdaState(

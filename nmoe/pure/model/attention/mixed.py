@@ -86,16 +86,16 @@ def apply(
     return c.kind.apply(p, x, tables[c.place], norm, ops.parts[c.place], c.section, documents, eps=eps)
 
 
-def empty_cache(c: Part, num_sequences: int, like: Tensor) -> Any:
+def empty_cache(c: Part, num_sequences: int, num_tokens: int, like: Tensor) -> Any:
     """The cache of the part's kind before the first token."""
-    return c.kind.cache.empty(c.section, num_sequences, like)
+    return c.kind.cache.empty(c.section, num_sequences, num_tokens, like)
 
 
 def extend(
     p: Any,
     x: Tensor,
     cache: Any,
-    documents: Any,
+    new: Any,
     tables: tuple[Any, ...],
     norm: Callable[..., Tensor],
     ops: MixedOps,
@@ -104,4 +104,4 @@ def extend(
     eps: float,
 ) -> tuple[Tensor, Any]:
     """The part's attention of new tokens; see that of its kind."""
-    return c.kind.cache.extend(p, x, cache, documents, tables[c.place], norm, ops.parts[c.place], c.section, eps=eps)
+    return c.kind.cache.extend(p, x, cache, new, tables[c.place], norm, ops.parts[c.place], c.section, eps=eps)

@@ -18,9 +18,10 @@ from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention import hf_rotation
+from nmoe.pure.model.attention.cached import New
 from nmoe.pure.model.hf_leaf import Leaf, columns, matrix, same
 from nmoe.pure.model.norm import upcast
-from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table, visible_cached
+from nmoe.pure.model.rope import Documents, Rope, magnitude, rotate, table
 
 
 @record
@@ -87,6 +88,7 @@ class MlaOps:
     project: Callable[..., tuple[Tensor, Tensor, Tensor]]
     query: Callable[..., tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
+    attend_new: Callable[..., tuple[Tensor, Tensor]]
 
 
 def mla(
@@ -135,19 +137,19 @@ def _inputs(
     return q, norm(latent, p.norm, eps=eps), k_rope
 
 
-def empty_cache(c: sections.Mla, num_sequences: int, like: Tensor) -> Tensor:
+def empty_cache(c: sections.Mla, num_sequences: int, num_tokens: int, like: Tensor) -> Tensor:
     """The cache before the first token, in the format of `like`.
 
-    returns  [B S R+P], S = 0: of each token its latent, normed, then its key, rotated, however many heads there are
+    returns  [B N R+P]: of each token its latent, normed, then its key, rotated, however many heads there are
     """
-    return like.new_zeros(num_sequences, 0, c.kv_lora_rank + c.qk_rope_head_dim)
+    return like.new_zeros(num_sequences, num_tokens, c.kv_lora_rank + c.qk_rope_head_dim)
 
 
 def extend(
     p: Mla,
     x: Tensor,
     cache: Tensor,
-    documents: Documents,
+    new: New,
     rope: Rope,
     norm: Callable[..., Tensor],
     ops: MlaOps,
@@ -157,14 +159,33 @@ def extend(
 ) -> tuple[Tensor, Tensor]:
     """`mla` of new tokens that also see those in the cache.
 
-    x          [B T D]   normed block input of the new tokens
-    documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
-    returns    [B T D], and the cache with the new tokens [B S + T]
+    x        [B T D]   normed block input of the new tokens
+    returns  [B T D], and the cache with the new tokens [B N R+P]
     """
-    q, latent, key = _inputs(p, x, rope, norm, ops, c, documents.position, eps)
-    cache = torch.cat((cache, torch.cat((latent, key), dim=-1)), dim=1)
-    o = attend_latent(q, cache, p.up, visible_cached(documents, cache.shape[1]), scale=scale(c))
+    o, cache = ops.attend_new(p, x, cache, new, rope, norm, ops, c, eps=eps)
     return o.flatten(-2) @ p.out.flatten(0, 1), cache
+
+
+def attend_new(
+    p: Mla,
+    x: Tensor,
+    cache: Tensor,
+    new: New,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: MlaOps,
+    c: sections.Mla,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """What new tokens attend to in the cache, themselves included.
+
+    x        [B T D]     normed block input
+    returns  [B T H U], and the cache with the new tokens [B N R+P]
+    """
+    q, latent, key = _inputs(p, x, rope, norm, ops, c, new.documents.position, eps)
+    cache = new.store(cache, torch.cat((latent, key), dim=-1), new.place)
+    return attend_latent(q, cache[:, : new.reach()], p.up, new.visible, scale=scale(c)), cache
 
 
 def attend_latent(q: Tensor, cache: Tensor, up: Tensor, visible: Tensor, *, scale: float) -> Tensor:
@@ -275,7 +296,7 @@ def visible(start: Tensor) -> Tensor:
     return (start[:, :, None] <= position) & (position <= position[:, None])
 
 
-REFERENCE = MlaOps(project, query, attend_mla)
+REFERENCE = MlaOps(project, query, attend_mla, attend_new)
 
 
 def tables(c: sections.Mla, num_positions: int) -> Rope:

@@ -18,9 +18,10 @@ from nmoe.pure.core.init import normal, residual, zeros
 from nmoe.pure.core.spec import Role, spec_tree
 from nmoe.pure.core.tree import param, record
 from nmoe.pure.model.attention.blocks import again, best, gathered, query_blocks, softmax
+from nmoe.pure.model.attention.cached import New, visible_last
 from nmoe.pure.model.attention.gqa import KvCache, attend_cached, attend_gqa
 from nmoe.pure.model.attention.nsa_cost import QUERIES, num_blocks, num_pooled
-from nmoe.pure.model.rope import Documents, Rope, rotate, table, visible_cached
+from nmoe.pure.model.rope import Documents, Rope, rotate, table
 
 
 @record
@@ -144,23 +145,30 @@ def _joined(p: Nsa, x: Tensor, *branches: Tensor) -> Tensor:
 class NsaCache:
     """What later tokens read of earlier ones."""
 
-    pooled: KvCache  # keys and values of the compressed blocks that are certain, [B M K C] and [B M K U]
-    unpooled: KvCache  # of the tokens from the first block on that is not, keys unrotated
-    selected: KvCache  # of all S tokens
+    pooled: KvCache  # keys and values of the compressed blocks at their places, [B M K C] and [B M K U]
+    recent: KvCache  # of the last block + stride tokens, of which blocks are made yet, keys unrotated
+    selected: KvCache  # of all tokens at their places
     window: KvCache  # of the last window - 1
 
 
-def empty_cache(c: sections.Nsa, num_sequences: int, like: Tensor) -> NsaCache:
+def empty_cache(c: sections.Nsa, num_sequences: int, num_tokens: int, like: Tensor) -> NsaCache:
     """The cache before the first token, in the format of `like`."""
-    k, v = (like.new_zeros(num_sequences, 0, c.num_kv_heads, width) for width in (c.head_dim, c.v_head_dim))
-    return NsaCache(*(KvCache(k, v) for _ in range(4)))
+    block, stride = c.compressed_block, c.compressed_stride
+    # the places that `extend` makes blocks for reach beyond the last one
+    rows = (num_tokens // stride + 2, block + stride, num_tokens, min(c.window - 1, num_tokens))
+
+    def zeros(count: int) -> KvCache:
+        shape = (num_sequences, count, c.num_kv_heads)
+        return KvCache(like.new_zeros(*shape, c.head_dim), like.new_zeros(*shape, c.v_head_dim))
+
+    return NsaCache(*map(zeros, rows))
 
 
 def extend(
     p: Nsa,
     x: Tensor,
     cache: NsaCache,
-    documents: Documents,
+    new: New,
     rope: Rope,
     norm: Callable[..., Tensor],
     ops: NsaOps,
@@ -170,52 +178,53 @@ def extend(
 ) -> tuple[Tensor, NsaCache]:
     """`nsa` of new tokens that also see those in the cache.
 
-    x          [B T D]   normed block input of the new tokens
-    documents  of the new tokens; `start` is counted from the first token of the row, cached ones included
-    returns    [B T D], and the cache with the new tokens
+    A place of a compressed block is made again by the tokens that follow until all of its block's tokens are there.
+
+    x        [B T D]   normed block input of the new tokens
+    returns  [B T D], and the cache with the new tokens
     """
-    before, block, stride = cache.selected.k.shape[1], c.compressed_block, c.compressed_stride
-    total = before + x.shape[1]
+    documents, before, reach, size = new.documents, new.place[0], new.reach(), x.shape[1]
+    block, stride, scale = c.compressed_block, c.compressed_stride, c.head_dim**-0.5
     q, k_pooled, k_selected, k_window, v = _inputs(p, x, rope, documents.position)
-    unpooled = cache.unpooled.joined(k_pooled, v[:, :, 0])
-    selected = cache.selected.joined(k_selected, v[:, :, 1])
+    recent = cache.recent.joined(k_pooled, v[:, :, 0])
+    selected = cache.selected.with_rows(k_selected, v[:, :, 1], new.place, new)
     window = cache.window.joined(k_window, v[:, :, 2])
 
     # a row has one document, behind padding of which each token is its own
-    start = torch.minimum(torch.arange(total, device=x.device), documents.start[:, -1:])
-    first = first_tokens(total, start, block=block, stride=stride, device=x.device)
-    done = cache.pooled.k.shape[1]
-    at = first[:, done:].clamp(max=total - 1)
-    placed = at - start.gather(1, at)
-    within = at - done * stride
-    pooled = cache.pooled.joined(
-        rotate(pool(p.key_pool, unpooled.k, within), rope, placed), pool(p.value_pool, unpooled.v, within)
+    start = torch.minimum(torch.arange(reach, device=x.device), documents.start[:, -1:])
+    first = first_tokens(reach, start, block=block, stride=stride, device=x.device)
+    # blocks that new tokens may complete: a block begins up to stride - 1 tokens after its place
+    fresh = (before - block).div(stride, rounding_mode="floor").clamp(min=0) + torch.arange(
+        num_blocks(size, stride) + 1, device=x.device
     )
-    scale = c.head_dim**-0.5
+    at = F.pad(first, (0, len(fresh) + 1), value=reach)[:, fresh].clamp(max=reach - 1)
+    placed, within = at - start.gather(1, at), at - before + (recent.k.shape[1] - size)
+    pooled = cache.pooled.with_rows(
+        rotate(pool(p.key_pool, recent.k, within), rope, placed), pool(p.value_pool, recent.v, within), fresh, new
+    )
+    read, seen = pooled.first(first.shape[1]), selected.first(reach)
     compressed, chosen = attend_compressed(
-        *(q, pooled.k, pooled.v, first, documents.start),
+        *(q, read.k, read.v, first, documents.start),
         scale=scale,
         block=block,
         stride=stride,
         selected_block=c.selected_block,
         num_selected=c.num_selected,
         before=before,
+        reach=reach,
     )
     branches = (
         compressed,
         attend_selected(
-            *(q, selected.k, selected.v, chosen, documents.start), scale=scale, block=c.selected_block, before=before
+            *(q, seen.k, seen.v, chosen, documents.start),
+            scale=scale,
+            block=c.selected_block,
+            before=before,
+            reach=reach,
         ),
-        attend_cached(q, window.k, window.v, (), visible_cached(documents, window.k.shape[1], c.window), scale=scale),
+        attend_cached(q, window.k, window.v, (), visible_last(documents, window.k.shape[1], c.window), scale=scale),
     )
-    # a block begins up to stride - 1 tokens after its place, so the last place may still get one
-    certain = max(0, num_pooled(total, block, stride) - 1)
-    kept = NsaCache(
-        KvCache(pooled.k[:, :certain], pooled.v[:, :certain]),
-        unpooled.without((certain - done) * stride),
-        selected,
-        window.without(max(0, window.k.shape[1] - c.window + 1)),
-    )
+    kept = NsaCache(pooled, recent.without(size), selected, window.without(size))
     return _joined(p, x, *branches), kept
 
 
@@ -262,7 +271,8 @@ def attend_compressed(
     stride: int,
     selected_block: int,
     num_selected: int,
-    before: int = 0,
+    before: int | Tensor = 0,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the compressed blocks that end at or before a query, and the blocks it selects.
 
@@ -276,17 +286,18 @@ def attend_compressed(
     start    [B T] i32 or ()   index in the row of each token's document; (): rows are whole
     block, stride              tokens a compressed block, and between the first ones of two
     before   tokens of the row before the first query's
+    reach    tokens of the row that are read at most, hidden ones among them; None: as many as the last query sees
     returns  [B T H U], zeros of a query that sees no block, and the selection [B T K S] i32 as `select` has it
     Cost:    2·B·H·(C + U) FLOPs a query and block that ends before the end of the query's block of queries.
     """
     groups, length = k.shape[2], q.shape[1]
-    most = min(num_selected, num_blocks(before + length, selected_block))
+    most = min(num_selected, num_blocks(reach or length, selected_block))
     q = (q * scale).unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
     k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
         last = first[:, None, : k.shape[2]] + block - 1
-        hidden = last > torch.arange(before + begin, before + end, device=q.device)[:, None]
+        hidden = last > (before + torch.arange(begin, end, device=q.device))[:, None]
         if isinstance(start, Tensor):
             hidden = hidden | (first[:, None, : k.shape[2]] < start[:, begin:end, None])
         score = (q.flatten(2, 3) @ k.mT).unflatten(2, q.shape[2:4])
@@ -297,10 +308,10 @@ def attend_compressed(
     blocks: list[Tensor] = []
     chosen: list[Tensor] = []
     for begin, end in query_blocks(length, QUERIES):
-        count = num_pooled(before + end, block, stride)
+        count = num_pooled(reach or end, block, stride)
         o, weight = again(attend, q[:, :, begin:end], k[:, :, :count], v[:, :, :count], begin, end)
         blocks.append(o)
-        position = torch.arange(before + begin, before + end, device=q.device)[None]
+        position = (before + torch.arange(begin, end, device=q.device))[None]
         if isinstance(start, Tensor):
             weight = _of_document(weight, start[:, None, begin:end, None] // stride)
             position = position - start[:, begin:end]
@@ -310,7 +321,7 @@ def attend_compressed(
             block=block,
             stride=stride,
             selected_block=selected_block,
-            num_blocks=num_blocks(before + end, selected_block),
+            num_blocks=num_blocks(reach or end, selected_block),
             count=num_selected,
         )
         chosen.append(F.pad(here, (0, most - here.shape[-1]), value=-1))
@@ -360,7 +371,8 @@ def attend_selected(
     *,
     scale: float,
     block: int,
-    before: int = 0,
+    before: int | Tensor = 0,
+    reach: int | None = None,
 ) -> Tensor:
     """Causal softmax attention over the tokens of the selected blocks.
 
@@ -374,6 +386,7 @@ def attend_selected(
     start    [B T] i32 or ()   index in the row of each token's document; (): rows are whole
     block    tokens a block
     before   tokens of the row before the first query's
+    reach    tokens of the row that are read at most, hidden ones among them; None: as many as the last query sees
     returns  [B T H U]
     Cost:    2·B·T·H·(C + U)·S·block FLOPs at most.
     """
@@ -386,7 +399,7 @@ def attend_selected(
         if isinstance(start, Tensor):
             first = first + start[:, None, begin:end, None]
         token = (first[..., None] + torch.arange(block, device=q.device)).flatten(-2)
-        query = torch.arange(before + begin, before + end, device=q.device)[:, None]
+        query = (before + torch.arange(begin, end, device=q.device))[:, None]
         hidden = (chosen < 0).repeat_interleave(block, -1) | (token > query)
         at = token.masked_fill(hidden, 0)
         score = q @ gathered(k, at).mT
@@ -394,7 +407,7 @@ def attend_selected(
 
     blocks: list[Tensor] = []
     for begin, end in query_blocks(length, QUERIES):
-        here = chosen[:, :, begin:end, : num_blocks(before + end, block)]
+        here = chosen[:, :, begin:end, : num_blocks(reach or end, block)]
         blocks.append(again(attend, q[:, :, begin:end], k, v, here, begin, end))
     return torch.cat(blocks, dim=2).transpose(1, 2).flatten(2, 3)
 

@@ -18,7 +18,7 @@ from tests.kernels.aot import Compiled, Request
 CAPABILITIES = {90: (9, 0), 100: (10, 0)}
 
 PRODUCTS: Mapping[str, int] = {
-    **{"score": 1, "select": 0, "forward": 3, "target": 2, "delta": 0, "pairs": 2, "dq": 1, "parts": 2, "gather": 0},
+    **{"score": 1, "select": 0, "forward": 3, "target": 2, "delta": 0, "pairs": 2, "dq": 2, "parts": 2, "gather": 0},
     **{"index_gradient": 2, "index_parts": 2},
 }
 """Products of two blocks in each kernel."""
@@ -32,10 +32,12 @@ ARGUMENTS: Mapping[str, str] = {
     "delta": "o:h do:h delta:f | rows",
     "pairs": "q:h kv:h do:h chosen:i lse:f delta:f p:h ds:h | first_query positions heads slots",
     "dq": "kv:h chosen:i ds:h dq:h | first_query positions heads slots",
-    "parts": "q:h do:h chosen:i p:h ds:h parts:h | first_query positions slots",
-    "gather": "parts:h order:l begins:l total:f |",
+    "parts": "q:h do:h chosen:i p:h ds:h parts:h ranks:s begins:i | first_query positions slots",
+    "gather": "parts:h begins:i total:f |",
+    "mark": "chosen:i ranks:s | first_query positions slots",
+    "rank": "ranks:s counts:i | number positions",
     "index_gradient": "q:h k:h w:h chosen:i target:f top:f dy:f dq:h dw:h | positions heads slots",
-    "index_parts": "q:h k:h w:h chosen:i target:f top:f dy:f parts:h | first_query positions heads slots",
+    "index_parts": "q:h k:h w:h chosen:i target:f top:f dy:f parts:h ranks:s begins:i | first_query positions heads slots",
 }
 """Pointers with the letter of their type, and integers, of each kernel."""
 
@@ -44,7 +46,7 @@ SPILLS: Mapping[int, Mapping[str, int]] = {90: {"forward": 26}, 100: {"forward":
 of the kernel of pairs; of a model of four heads it is four of the targets' kernel. On sm_90 3.6 moves 16 values of the
 forward kernel out and 3.7 26: it takes 69 ms on an H200, and with a tile that moves none out 103."""
 
-TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32", "l": "*i64"}
+TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32", "s": "*i16"}
 
 ALIGNED = ("positions", "heads", "slots", "width", "index_heads", "rows")
 """Integers that are multiples of 16 at the published sizes."""

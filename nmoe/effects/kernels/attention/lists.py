@@ -26,6 +26,12 @@ MOST = 1024
 KEYS = 64
 """Keys of a program that counts, and queries of a step."""
 
+SLOTS = 512
+"""Slots of a step that marks them."""
+
+WARPS = 4
+"""Of a program that marks or counts."""
+
 
 @triton.jit
 def mark_kernel(chosen, ranks, first_query, positions, slots, block_n: tl.constexpr):
@@ -151,8 +157,8 @@ class Sums:
         rows = memory[: number * slots * width]
         ranks = memory[len(rows) :].view(torch.int16)[: number * length].view(number, length).zero_()
         begins = torch.zeros(length + 1, dtype=torch.int32, device=memory.device)
-        mark_kernel[(number,)](self.chosen, ranks, first, length, slots, block_n=512, num_warps=4)
-        rank_kernel[(triton.cdiv(length, KEYS),)](ranks, begins[1:], number, length, block=KEYS, num_warps=4)
+        mark_kernel[(number,)](self.chosen, ranks, first, length, slots, block_n=SLOTS, num_warps=WARPS)
+        rank_kernel[(triton.cdiv(length, KEYS),)](ranks, begins[1:], number, length, block=KEYS, num_warps=WARPS)
         return Parts(rows=rows.view(-1, width), ranks=ranks, begins=begins.cumsum(0, dtype=torch.int32), lent=lent)
 
     def add_(self, parts: Parts) -> None:

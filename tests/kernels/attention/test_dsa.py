@@ -181,7 +181,6 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, works
     s = sample(7, 3, batch=2)
     keys = chosen(s)
     whole = differentiate(kernel.dsa_attention, s, keys, torch.float32, tiles=tiles())
-    monkeypatch.setattr(kernel, "WORKSPACE", workspace)
     monkeypatch.setattr(kernel, "PAIRS", workspace)
     monkeypatch.setattr(lists, "PAIRS", workspace)
     assert torch.equal(chosen(s), keys)

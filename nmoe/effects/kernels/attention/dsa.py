@@ -4,7 +4,7 @@ Letters: B sequences, T positions, H heads, R latent and P rotated channels of a
 channels, S slots: keys that a query reads.
 
 No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer
-are made for so many queries at a time as `WORKSPACE` holds, probabilities and their gradients for as many as `PAIRS`.
+are made for so many queries at a time as `PAIRS` holds, and so are probabilities and their gradients.
 What pairs add to keys is summed by `lists`; parts and sums lie where gradients of later queries go, of which the last
 are made when the sums are read.
 """
@@ -26,7 +26,6 @@ from nmoe.effects.kernels.attention.lists import Parts, Sums
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
-from nmoe.pure.model.attention.blocks import WORKSPACE
 from nmoe.pure.model.attention.dsa import PAIRS
 
 
@@ -62,7 +61,7 @@ def select(q: Tensor, k: Tensor, w: Tensor, start: Tensor | tuple[()] = (), *, c
     chosen = torch.empty(batch, length, slots, dtype=torch.int32, device=q.device)
     row_blocks = triton.cdiv(length, tile.block_m)
     blocks = batch * row_blocks
-    at_once = min(blocks, max(1, WORKSPACE // (tile.block_m * length * 4)))
+    at_once = min(blocks, max(1, PAIRS // (tile.block_m * length * 4)))
     scores = q.new_empty(at_once * tile.block_m, length, dtype=torch.float32)
     common: dict[str, Any] = {
         "start": start if isinstance(start, Tensor) else None,

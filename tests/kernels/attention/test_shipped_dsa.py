@@ -104,7 +104,7 @@ def request(name: str, sizes: Sizes, tile: Any) -> Request:
         "documents": sizes.documents,
     }
     if name == "select":
-        values["block_m"] = 16  # queries of a block of scores
+        values["block_m"] = 8  # queries of a block of scores
     name = "gather" if name == "index_gather" else name
     module = "lists" if name in ("gather", "mark", "rank") else "dsa_index_kernels" if indexes else "dsa_kernels"
     kernel = f"nmoe.effects.kernels.attention.{module}:{name}_kernel"

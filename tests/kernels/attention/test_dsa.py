@@ -145,7 +145,7 @@ def selected(scores: Tensor, count: int, block: int = 32) -> list[int]:
     return keys[0, -1].tolist()
 
 
-def test_indices_beyond_16_bits() -> None:
+def test_indices_beyond_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chosen, read, and their gradients found, where an index of 16 bits would be another key."""
     length, far = 70_000, [65_535, 65_536, 65_541, 69_998]
     scores = torch.zeros(1, length)
@@ -161,19 +161,17 @@ def test_indices_beyond_16_bits() -> None:
     boxes: dict[str, Any] = {"rank_box": 16, "rope_box": 16}
     dsa_kernels.forward_kernel[(1,)](q=q, kv=kv, chosen=keys, o=o, lse=lse, scale=1.0, **blocks, **sizes, **boxes)
     assert torch.equal(o, torch.ones_like(o))
-    sums = lists.Sums.of(kv, 1, borrowed=torch.zeros(1, length, 1), tile=tiles().gather)
+    monkeypatch.setattr(lists, "MOST", 1)
+    sums = lists.Sums.of(kv, keys, borrowed=torch.zeros(1, length, 1), tile=tiles().gather)
     sums.total.zero_()
     p, ds = torch.empty(2, 1, 1, 1)
-    parts = torch.empty(1, 1, 24)
+    parts = next(sums.chunks(0, beside=0))[2]
     given: dict[str, Any] = {"first_query": 0, "block_k": 32, **blocks, **sizes}
     dsa_kernels.pairs_kernel[(1, 1, 1)](
         q=q, kv=kv, do=do, chosen=keys, lse=lse, delta=lse * 0, p=p, ds=ds, scale=1.0, **given
     )
-    dsa_kernels.parts_kernel[(1, 1)](q=q, do=do, chosen=keys, p=p, ds=ds, parts=parts, **given)
-    found, order = keys.flatten().sort(stable=True)
-    begins = torch.searchsorted(found, torch.arange(69_997, 70_001, dtype=torch.int32))
-    sizes = {"width": 24, "width_box": 32, "block_n": 4}
-    lists.gather_kernel[(3,)](parts, order, begins, sums.total[69_997:], **sizes)
+    dsa_kernels.parts_kernel[(1, 1)](q=q, do=do, chosen=keys, p=p, ds=ds, **parts.places(0), **given)
+    sums.add_(parts)
     assert sums.total.any(1).nonzero().flatten().tolist() == [69_998]
 
 
@@ -183,7 +181,6 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, works
     s = sample(7, 3, batch=2)
     keys = chosen(s)
     whole = differentiate(kernel.dsa_attention, s, keys, torch.float32, tiles=tiles())
-    monkeypatch.setattr(kernel, "WORKSPACE", workspace)
     monkeypatch.setattr(kernel, "PAIRS", workspace)
     monkeypatch.setattr(lists, "PAIRS", workspace)
     assert torch.equal(chosen(s), keys)

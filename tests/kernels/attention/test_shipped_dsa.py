@@ -10,16 +10,17 @@ import attrs
 import pytest
 
 from nmoe.effects.kernels import tables as tuning
-from nmoe.effects.kernels.attention import dsa
+from nmoe.effects.kernels.attention import dsa, lists
 from nmoe.effects.kernels.attention.blocks import box
+from nmoe.effects.kernels.tables import SparseTile
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
 
 CAPABILITIES = {90: (9, 0), 100: (10, 0)}
 
 PRODUCTS: Mapping[str, int] = {
-    **{"score": 1, "select": 0, "forward": 3, "target": 2, "delta": 0, "pairs": 2, "dq": 1, "parts": 2, "gather": 0},
-    **{"index_gradient": 2, "index_parts": 2},
+    **{"score": 1, "select": 0, "forward": 3, "target": 2, "delta": 0, "pairs": 2, "dq": 2, "parts": 2, "gather": 0},
+    **{"index_gradient": 2, "index_parts": 2, "index_gather": 0, "mark": 0, "rank": 0},
 }
 """Products of two blocks in each kernel."""
 
@@ -32,10 +33,14 @@ ARGUMENTS: Mapping[str, str] = {
     "delta": "o:h do:h delta:f | rows",
     "pairs": "q:h kv:h do:h chosen:i lse:f delta:f p:h ds:h | first_query positions heads slots",
     "dq": "kv:h chosen:i ds:h dq:h | first_query positions heads slots",
-    "parts": "q:h do:h chosen:i p:h ds:h parts:h | first_query positions slots",
-    "gather": "parts:h order:l begins:l total:f |",
+    "parts": "q:h do:h chosen:i p:h ds:h parts:h ranks:s begins:i | first_query positions slots",
+    "gather": "parts:h begins:i total:f |",
+    "index_gather": "parts:h begins:i total:f |",
+    "mark": "chosen:i ranks:s | first_query positions slots",
+    "rank": "ranks:s counts:i | number positions",
     "index_gradient": "q:h k:h w:h chosen:i target:f top:f dy:f dq:h dw:h | positions heads slots",
-    "index_parts": "q:h k:h w:h chosen:i target:f top:f dy:f parts:h | first_query positions heads slots",
+    "index_parts": "q:h k:h w:h chosen:i target:f top:f dy:f parts:h ranks:s begins:i | first_query positions heads "
+    "slots",
 }
 """Pointers with the letter of their type, and integers, of each kernel."""
 
@@ -44,7 +49,10 @@ SPILLS: Mapping[int, Mapping[str, int]] = {90: {"forward": 26}, 100: {"forward":
 of the kernel of pairs; of a model of four heads it is four of the targets' kernel. On sm_90 3.6 moves 16 values of the
 forward kernel out and 3.7 26: it takes 69 ms on an H200, and with a tile that moves none out 103."""
 
-TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32", "l": "*i64"}
+COUNTING = SparseTile(block_n=lists.SLOTS, block_m=lists.KEYS, num_warps=lists.WARPS, num_stages=3)
+"""How the kernels that count a key's parts are cut up, which no table says."""
+
+TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32", "s": "*i16"}
 
 ALIGNED = ("positions", "heads", "slots", "width", "index_heads", "rows")
 """Integers that are multiples of 16 at the published sizes."""
@@ -76,26 +84,29 @@ def request(name: str, sizes: Sizes, tile: Any) -> Request:
     types = {key: TYPES[kind] for key, kind in (each.split(":") for each in pointers)}
     types |= dict.fromkeys(integers, "i32")
     indexes = name in ("score", "select", "index_gradient", "index_parts")
+    width = sizes.index_channels if name == "index_gather" else sizes.rank + sizes.rope
     across = dsa.blocks_of_heads(tile, sizes.heads)
     values: dict[str, Any] = {
         "block_m": tile.block_m if name in ("score", "select", "delta") else across,
         "block_n": tile.block_n,
+        "block": tile.block_m,
         "block_k": tile.block_k,
         "rank": sizes.rank,
         "rope": sizes.rope,
         "rank_box": box(sizes.rank),
         "rope_box": box(sizes.rope),
         "heads": sizes.heads,
-        "width": sizes.rank + sizes.rope,
-        "width_box": box(sizes.rank + sizes.rope),
+        "width": width,
+        "width_box": box(width),
         "channels": sizes.index_channels,
         "channels_box": box(sizes.index_channels),
         "heads_box": box(sizes.index_heads),
         "documents": sizes.documents,
     }
     if name == "select":
-        values["block_m"] = 64  # queries of a block of scores
-    module = "lists" if name == "gather" else "dsa_index_kernels" if indexes else "dsa_kernels"
+        values["block_m"] = 8  # queries of a block of scores
+    name = "gather" if name == "index_gather" else name
+    module = "lists" if name in ("gather", "mark", "rank") else "dsa_index_kernels" if indexes else "dsa_kernels"
     kernel = f"nmoe.effects.kernels.attention.{module}:{name}_kernel"
     if "scale" in arguments(kernel):
         types["scale"] = "fp32"
@@ -123,7 +134,7 @@ def arguments(kernel: str) -> Sequence[str]:
 def requests(sizes: Sizes, target: int) -> list[Request]:
     """Every kernel at these sizes."""
     tiles = tuning.find(tuning.load(CAPABILITIES[target]), "dsa", sizes.heads).tiles
-    return [request(name, sizes, tiles[name]) for name in PRODUCTS]
+    return [request(name, sizes, tiles.get(name, COUNTING)) for name in PRODUCTS]
 
 
 def problems(found: Sequence[Compiled], *, small: bool = False) -> list[str]:

@@ -4,7 +4,7 @@ Letters: B sequences, T positions, H heads, R latent and P rotated channels of a
 channels, S slots: keys that a query reads.
 
 No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer
-are made for so many queries at a time as `WORKSPACE` holds, probabilities and their gradients for as many as `PAIRS`.
+are made for so many queries at a time as `PAIRS` holds, and so are probabilities and their gradients.
 What pairs add to keys is summed by `lists`; parts and sums lie where gradients of later queries go, of which the last
 are made when the sums are read.
 """
@@ -22,11 +22,10 @@ from nmoe.config.attention import DSA_MOST
 from nmoe.effects.kernels.attention import dsa_index_kernels as index_kernels
 from nmoe.effects.kernels.attention import dsa_kernels as kernels
 from nmoe.effects.kernels.attention.blocks import box
-from nmoe.effects.kernels.attention.lists import Sums
+from nmoe.effects.kernels.attention.lists import Parts, Sums
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import SparseTile
 from nmoe.errors import InputError
-from nmoe.pure.model.attention.blocks import WORKSPACE
 from nmoe.pure.model.attention.dsa import PAIRS
 
 
@@ -45,6 +44,7 @@ class Tiles:
     gather: SparseTile
     index_gradient: SparseTile
     index_parts: SparseTile
+    index_gather: SparseTile
 
 
 def select(q: Tensor, k: Tensor, w: Tensor, start: Tensor | tuple[()] = (), *, count: int, tiles: Tiles) -> Tensor:
@@ -61,7 +61,7 @@ def select(q: Tensor, k: Tensor, w: Tensor, start: Tensor | tuple[()] = (), *, c
     chosen = torch.empty(batch, length, slots, dtype=torch.int32, device=q.device)
     row_blocks = triton.cdiv(length, tile.block_m)
     blocks = batch * row_blocks
-    at_once = min(blocks, max(1, WORKSPACE // (tile.block_m * length * 4)))
+    at_once = min(blocks, max(1, PAIRS // (tile.block_m * length * 4)))
     scores = q.new_empty(at_once * tile.block_m, length, dtype=torch.float32)
     common: dict[str, Any] = {
         "start": start if isinstance(start, Tensor) else None,
@@ -219,7 +219,7 @@ def backward_pass(
         **launch(tiles.delta),
     )
     dq, dkv = torch.empty_like(q), torch.empty_like(kv)
-    sums = Sums.of(kv, slots, borrowed=dq, tile=tiles.gather)
+    sums = Sums.of(kv, chosen, borrowed=dq, tile=tiles.gather)
     common: dict[str, Any] = {"positions": length, "heads": heads, "slots": slots, "rank": rank, "rope": width - rank}
 
     def pairs(p: Tensor, ds: Tensor, first: int, number: int) -> None:
@@ -246,7 +246,7 @@ def backward_pass(
     def sum_over_keys(ds: Tensor, first: int, number: int) -> None:
         """Writes:  dq, of a chunk."""
         cut, across = tiles.dq, blocks_of_heads(tiles.dq, heads)
-        kernels.dq_kernel[(number, triton.cdiv(heads, across), triton.cdiv(width, cut.block_k))](
+        kernels.dq_kernel[(number, triton.cdiv(heads, across), triton.cdiv(width, cut.block_k + cut.block_k // 2))](
             kv=kv,
             chosen=chosen,
             ds=ds,
@@ -259,8 +259,8 @@ def backward_pass(
             **launch(cut),
         )
 
-    def write_parts(p: Tensor, ds: Tensor, parts: Tensor, first: int, number: int) -> None:
-        """Writes:  parts, of a chunk."""
+    def write_parts(p: Tensor, ds: Tensor, parts: Parts, first: int, number: int, behind: int) -> None:
+        """Writes:  parts, of queries that are so many `behind` the first of their chunk."""
         cut = tiles.parts
         kernels.parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
             q=q,
@@ -268,7 +268,7 @@ def backward_pass(
             chosen=chosen,
             p=p,
             ds=ds,
-            parts=parts,
+            **parts.places(behind),
             first_query=first,
             block_m=blocks_of_heads(cut, heads),
             block_n=cut.block_n,
@@ -287,9 +287,9 @@ def backward_pass(
                 pairs(p, ds, begin, some)
                 if begin < sums.kept:
                     sum_over_keys(ds, begin, min(some, sums.kept - begin))
-                write_parts(p, ds, parts.rows[begin - first :], begin, some)
-            del p, ds  # their memory is that of the lists
-            sums.add_(parts.rows, chosen, first, number)
+                write_parts(p, ds, parts, begin, some, begin - first)
+            del p, ds  # before the next ones
+            sums.add_(parts)
             del parts
         dkv[b] = sums.total
     size = min(length, max(1, PAIRS // a_query))
@@ -358,14 +358,14 @@ class IndexLoss(torch.autograd.Function):
         common = {"heads": heads, "target": target, "dy": gradients[0].float(), **indexed(q, k, w, chosen, top)}
         given = {name.removeprefix("index_"): value for name, value in common.items()}
         dq, dk, dw = (torch.empty_like(each) for each in (q, k, w))
-        sums, cut = Sums.of(k, slots, borrowed=dq, tile=tiles.gather), tiles.index_parts
+        sums, cut = Sums.of(k, chosen, borrowed=dq, tile=tiles.index_gather), tiles.index_parts
         for b in range(batch):
             sums.total.zero_()
             for first, number, parts in sums.chunks(b, beside=0):
                 index_kernels.index_parts_kernel[(number, triton.cdiv(slots, cut.block_n))](
-                    parts=parts.rows, first_query=first, block_n=cut.block_n, **given, **launch(cut)
+                    **parts.places(0), first_query=first, block_n=cut.block_n, **given, **launch(cut)
                 )
-                sums.add_(parts.rows, chosen, first, number)
+                sums.add_(parts)
             dk[b] = sums.total
         cut = tiles.index_gradient  # the last: the sums were where its gradient goes
         index_kernels.index_gradient_kernel[(batch * length,)](

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nmoe.effects.kernels.attention.lists import place_of
+
 
 @triton.jit
 def first_key(start, b, i, positions, documents: tl.constexpr):
@@ -202,7 +204,7 @@ def index_gradient_kernel(
 
 @triton.jit
 def index_parts_kernel(
-    q, k, w, chosen, target, top, dy, parts, first_query, positions, heads, slots, block_n: tl.constexpr,
+    q, k, w, chosen, target, top, dy, parts, ranks, begins, first_query, positions, heads, slots, block_n: tl.constexpr,
     channels: tl.constexpr, channels_box: tl.constexpr, heads_box: tl.constexpr,
 ):  # fmt: skip
     """What one query adds to the gradients of `block_n` of its keys."""
@@ -223,5 +225,7 @@ def index_parts_kernel(
         ds = gradient_of_scores(score, tl.load(top + t), target, t, slot, there, slots, tl.load(dy))
         dx = tl.where(x > 0, weight[None, :] * ds[:, None], 0.0)
         part = tl.dot(dx.to(tile.dtype), tile)
-        at = (g.to(tl.int64) * slots + slot)[:, None] * channels + channel[None, :]
-        tl.store(parts + at, part.to(parts.dtype.element_ty), mask=there[:, None] & (channel < channels)[None, :])
+        key = tl.load(chosen + t.to(tl.int64) * slots + slot, mask=there, other=0)
+        place = place_of(ranks, begins, g, key, there, positions)
+        at = parts + place.to(tl.int64)[:, None] * channels + channel[None, :]
+        tl.store(at, part.to(parts.dtype.element_ty), mask=there[:, None] & (channel < channels)[None, :])

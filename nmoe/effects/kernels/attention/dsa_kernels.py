@@ -17,6 +17,7 @@ import triton.language as tl
 
 from nmoe.effects.kernels.attention.blocks import HIDDEN, LOG2_E
 from nmoe.effects.kernels.attention.dsa_index_kernels import load_heads, load_rows
+from nmoe.effects.kernels.attention.lists import place_of
 
 
 @triton.jit
@@ -39,6 +40,14 @@ def load_part(x, row, inside, width: tl.constexpr, c, until, block_k: tl.constex
     channel = c + tl.arange(0, block_k)
     at = x + row.to(tl.int64)[:, None] * width + channel[None, :]
     return tl.load(at, mask=inside[:, None] & (channel < until)[None, :], other=0.0)
+
+
+@triton.jit
+def store_part(x, row, inside, width: tl.constexpr, c, value, block_k: tl.constexpr):
+    """Writes channels c .. c + block_k - 1 of rows [n width]."""
+    channel = c + tl.arange(0, block_k)
+    to = x + row.to(tl.int64)[:, None] * width + channel[None, :]
+    tl.store(to, value.to(x.dtype.element_ty), mask=inside[:, None] & (channel < width)[None, :])
 
 
 @triton.jit
@@ -65,15 +74,18 @@ def forward_kernel(
     acc = tl.zeros([block_m, rank_box], tl.float32)
     row_max = tl.full([block_m], float("-inf"), tl.float32)
     row_sum = tl.zeros([block_m], tl.float32)
+    # a step's keys are known a step before: else its loads would wait for where they are
+    _, at, there = load_slots(chosen, t, positions, slots, 0, block_n)
     for j in tl.range(0, list_of(t, positions, slots), block_n):
-        slot, at, there = load_slots(chosen, t, positions, slots, j, block_n)
         start = kv + at.to(tl.int64)[:, None] * width
         latent = tl.load(start + channel[None, :], mask=there[:, None] & (channel < rank)[None, :], other=0.0)
         key = tl.load(start + rank + turned[None, :], mask=there[:, None] & (turned < rope)[None, :], other=0.0)
+        seen = there
+        _, at, there = load_slots(chosen, t, positions, slots, j + block_n, block_n)
         s = tl.dot(own, latent.T)
         s = tl.dot(own_turned, key.T, s)
         # Scaled before the comparison: a hidden score minus itself must be exactly zero.
-        s = tl.where(there[None, :], s * scale2, HIDDEN)
+        s = tl.where(seen[None, :], s * scale2, HIDDEN)
         new_max = tl.maximum(row_max, tl.max(s, 1))
         p = tl.exp2(s - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
@@ -128,32 +140,6 @@ def pairs_kernel(
 
 
 @triton.jit
-def dq_kernel(
-    kv, chosen, ds, dq, first_query, positions, heads, slots, block_m: tl.constexpr, block_n: tl.constexpr,
-    block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
-):  # fmt: skip
-    """Gradient of `block_m` heads of one query in `block_k` channels."""
-    width: tl.constexpr = rank + rope
-    g = tl.program_id(0)
-    t = first_query + g
-    head = tl.program_id(1) * block_m + tl.arange(0, block_m)
-    c = tl.program_id(2) * block_k
-    channel = c + tl.arange(0, block_k)
-    acc = tl.zeros([block_m, block_k], tl.float32)
-    for j in tl.range(0, list_of(t, positions, slots), block_n):
-        slot, at, there = load_slots(chosen, t, positions, slots, j, block_n)
-        dscore = tl.load(
-            ds + (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :],
-            mask=there[:, None] & (head < heads)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(dscore.T, load_part(kv, at, there, width, c, width, block_k), acc)
-    to = (t.to(tl.int64) * heads + head)[:, None] * width + channel[None, :]
-    inside = (head < heads)[:, None] & (channel < width)[None, :]
-    tl.store(dq + to, acc.to(dq.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def load_pairs(x, g, slot, there, heads, slots, h, block_m: tl.constexpr):
     """What [g slots heads] has of some slots and `block_m` heads from h on."""
     head = h + tl.arange(0, block_m)
@@ -162,9 +148,36 @@ def load_pairs(x, g, slot, there, heads, slots, h, block_m: tl.constexpr):
 
 
 @triton.jit
+def dq_kernel(
+    kv, chosen, ds, dq, first_query, positions, heads, slots, block_m: tl.constexpr, block_n: tl.constexpr,
+    block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
+):  # fmt: skip
+    """Gradient of `block_m` heads of one query in `block_k` channels and half as many behind them."""
+    width: tl.constexpr = rank + rope
+    half: tl.constexpr = block_k // 2
+    g = tl.program_id(0)
+    t = first_query + g
+    head = tl.program_id(1) * block_m + tl.arange(0, block_m)
+    c = tl.program_id(2) * (block_k + half)
+    acc = tl.zeros([block_m, block_k], tl.float32)
+    acc_half = tl.zeros([block_m, half], tl.float32)
+    slot, at, there = load_slots(chosen, t, positions, slots, 0, block_n)
+    for j in tl.range(0, list_of(t, positions, slots), block_n):
+        dscore = load_pairs(ds, g, slot, there, heads, slots, tl.program_id(1) * block_m, block_m)
+        keys = load_part(kv, at, there, width, c, width, block_k)
+        rest = load_part(kv, at, there, width, c + block_k, width, half)
+        slot, at, there = load_slots(chosen, t, positions, slots, j + block_n, block_n)
+        acc = tl.dot(dscore.T, keys, acc)
+        acc_half = tl.dot(dscore.T, rest, acc_half)
+    row = t.to(tl.int64) * heads + head
+    store_part(dq, row, head < heads, width, c, acc, block_k)
+    store_part(dq, row, head < heads, width, c + block_k, acc_half, half)
+
+
+@triton.jit
 def parts_kernel(
-    q, do, chosen, p, ds, parts, first_query, positions, heads: tl.constexpr, slots, block_m: tl.constexpr,
-    block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
+    q, do, chosen, p, ds, parts, ranks, begins, first_query, positions, heads: tl.constexpr, slots,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
 ):  # fmt: skip
     """What one query adds to the gradients of `block_n` of its keys, over all heads, `block_k` channels a step."""
     width: tl.constexpr = rank + rope
@@ -172,7 +185,8 @@ def parts_kernel(
     j = tl.program_id(1) * block_n
     t = first_query + g
     if j < list_of(t, positions, slots):
-        slot, _, there = load_slots(chosen, t, positions, slots, j, block_n)
+        slot, at, there = load_slots(chosen, t, positions, slots, j, block_n)
+        place = place_of(ranks, begins, g, at - t // positions * positions, there, positions)
         weight = load_pairs(p, g, slot, there, heads, slots, 0, block_m)
         dscore = load_pairs(ds, g, slot, there, heads, slots, 0, block_m)
         for c in tl.range(0, width, block_k):
@@ -186,8 +200,8 @@ def parts_kernel(
                 acc = tl.dot(weight, load_part(do, row, head < heads, rank, c, rank, block_k), acc)
                 acc = tl.dot(dscore, load_part(q, row, head < heads, width, c, width, block_k), acc)
             channel = c + tl.arange(0, block_k)
-            to = (g.to(tl.int64) * slots + slot)[:, None] * width + channel[None, :]
-            tl.store(parts + to, acc.to(parts.dtype.element_ty), mask=there[:, None] & (channel < width)[None, :])
+            to = parts + place.to(tl.int64)[:, None] * width + channel[None, :]
+            tl.store(to, acc.to(parts.dtype.element_ty), mask=there[:, None] & (channel < width)[None, :])
 
 
 @triton.jit

@@ -12,8 +12,6 @@ from nmoe.effects.kernels import norm as norm_kernels
 from nmoe.effects.kernels.attention import mla_assemble, mla_cached
 from nmoe.effects.kernels.exchange import plan as plan_kernels
 from nmoe.effects.kernels.exchange import reduce
-from nmoe.effects.kernels.moe import combine, dispatch, router, swiglu
-
 from nmoe.effects.kernels.moe import combine, dispatch, few, router, swiglu
 from nmoe.effects.kernels.optim import adamw, muon
 from tests.kernels.aot import Request

@@ -21,7 +21,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.effects.kernels.moe.dispatch import RowTiles
 from nmoe.effects.kernels.moe.experts import _swizzle
-from nmoe.pure.formats import e4m3
 
 BLOCK = 128
 """Values that share a scale, and columns of a tile."""
@@ -289,14 +288,15 @@ def quantise_rows(x: Tensor, limit: Tensor | None = None) -> tuple[Tensor, Tenso
     return codes, scale
 
 
-def packed_rows(x: Tensor) -> Tensor:
+def packed_rows(x: Tensor, words: int) -> Tensor:
     """`quantise_rows` with the scales of a row behind its codes, so that it is sent as one.
 
     x        [P C]
-    returns  [P e4m3.row_words(C)] i32; what fills a row up is undefined
+    words    of 4 bytes of a row, as `pure.formats.e4m3.row_words` counts them
+    returns  [P words] i32; what fills a row up is undefined
     """
     rows, width = x.shape
-    packed = torch.empty(rows, e4m3.row_words(width), dtype=torch.int32, device=x.device)
+    packed = torch.empty(rows, words, dtype=torch.int32, device=x.device)
     _quantise_rows_(*unpacked(packed, width), x, None)
     return packed
 

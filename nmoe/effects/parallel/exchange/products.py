@@ -146,7 +146,7 @@ class Fp8:
     def sent(self, e: Exchange, x: Tensor) -> tuple[Field, Tensor]:
         """Codes and scales: all that the first product reads. Rows follow in the backward pass, in overlap."""
         with record_function("quantise"):
-            return e.fields.land_codes, fp8.packed_rows(x)
+            return e.fields.land_codes, fp8.packed_rows(x, e.fields.land_codes.shape[-1])
 
     def forward(self, e: Exchange, kept: Kept, up: Tensor, down: Tensor) -> tuple[Tensor, Product]:
         """See `Products`."""

@@ -53,7 +53,7 @@ test: check .venv/.triton
 	cat .venv/test-beside.log
 	exit $$((failed > 0 ? failed : second))
 
-# 20 minutes beside the tests of effects on two cores, more on busy ones; a kernel that hangs ends after 50.
+# Half an hour was too short beside other work on two cores (2026-11-29); a kernel that hangs ends after 50 minutes.
 test-kernels: .venv/.triton
 	@export PYTHONPATH=$(CURDIR)/.venv/triton
 	$(BIN)/python -c "$$SAME_VERSIONS" $(GPU_TRITON)

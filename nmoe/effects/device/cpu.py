@@ -12,14 +12,93 @@ from torch.autograd.profiler import record_function
 from torch.optim.adamw import adamw
 
 from nmoe.pure.formats import master
-from nmoe.pure.model.attention.mla import attend_mla
+from nmoe.config import sections
+from nmoe.pure.core.shape import expect_shape
+from nmoe.pure.model import norm as reference
+from nmoe.pure.model.attention import mla
+from nmoe.pure.model.attention.cached import New
+from nmoe.pure.model.attention.mla import Mla, MlaOps, QueryUp, attend_mla
 from nmoe.pure.model.experts import Rows, activation, combine, dispatch, swiglu
 from nmoe.pure.model.norm import upcast
+from nmoe.pure.model.rope import Rope
 from nmoe.pure.model.route import Routing
 from nmoe.pure.optim.update import Rule, rule
 
 CHUNK = 1 << 18
 """Elements the optimizer handles at once, so that its temporaries stay in the cache."""
+
+
+FEW = 64
+"""Rows up to which a call costs more than what it computes."""
+
+
+def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
+    """`pure.model.norm.rms_norm`; of few rows without gradient in four calls, for which the reference takes six.
+
+    The mean of squares is a product of each row with itself, and its divisor is in the gain, which a recorded step
+    multiplies once.
+    """
+    width = x.shape[-1]
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() > FEW * width:
+        return reference.rms_norm(x, gain, eps=eps)
+    expect_shape("rms_norm: expected a gain", gain.shape, (width,), "pass one a channel")
+    rows = upcast(x).reshape(-1, 1, width)
+    total = torch.baddbmm(torch.full((1, 1, 1), eps * width, dtype=rows.dtype), rows, rows.mT)
+    return (rows * total.rsqrt() * (upcast(gain) * width**0.5)).view(x.shape).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """`pure.model.norm.add_rms_norm` by `rms_norm`."""
+    expect_shape("add_rms_norm: expected y", y.shape, x.shape, "pass the output of the layer for each row of x")
+    total = x + y
+    return total, rms_norm(total, gain, eps=eps)
+
+
+def attend_new(
+    p: Mla,
+    x: Tensor,
+    cache: Tensor,
+    new: New,
+    rope: Rope,
+    norm: Callable[..., Tensor],
+    ops: MlaOps,
+    c: sections.Mla,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`pure.model.attention.mla.attend_new`; of one new token a row in fp32 in half of the calls.
+
+    Channels turn as complex numbers in the memory of the product, where the cache's row then lies whole; scale and mask
+    of the scores are in their product.
+    """
+    rank, rotated = c.kv_lora_rank, c.qk_rope_head_dim
+    width = p.down.shape[1] - rank - rotated
+    plain = x.shape[1] != 1 or x.dtype is not torch.float32 or torch.is_grad_enabled() or x.device.type != "cpu"
+    if plain or width % 2 or rank % 2 or c.qk_nope_head_dim % 2:
+        return mla.attend_new(p, x, cache, new, rope, norm, ops, c, eps=eps)
+    query, kept = (x @ p.down).split((width, rank + rotated), dim=-1)
+    if isinstance(p.query, QueryUp):
+        query = norm(query, p.query.norm, eps=eps) @ p.query.up.flatten(1)
+    q_nope, q_rope = query.unflatten(-1, (c.num_heads, -1)).split((c.qk_nope_head_dim, rotated), dim=-1)
+    at = new.documents.position
+    turn = torch.complex(rope.cos[at], rope.sin[at])
+    _turn_(q_rope, turn[:, :, None])
+    _turn_(kept[..., rank:], turn)
+    kept[..., :rank].copy_(norm(kept[..., :rank], p.norm, eps=eps))
+    cache = new.store(cache, kept, new.place)
+
+    up_key, up_value = p.up.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
+    latent = (q_nope[:, 0].transpose(0, 1) @ up_key.permute(1, 2, 0)).transpose(0, 1)[:, None]
+    keys = cache[:, : new.reach()]
+    hidden = torch.where(new.visible, 0.0, -torch.inf)  # [B 1 S]
+    score = torch.baddbmm(hidden, torch.cat((latent, q_rope), dim=-1)[:, 0], keys.mT, alpha=mla.scale(c))
+    o = score.softmax(dim=-1) @ keys[..., :rank]
+    return (o.transpose(0, 1) @ up_value.transpose(0, 1)).transpose(0, 1)[:, None], cache
+
+
+def _turn_(x: Tensor, turn: Tensor) -> None:
+    """Turn neighbouring channels (2i, 2i+1) by complex factors. Writes: `x`."""
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn)
 
 
 def attend_mla_padded(q: Tensor, kv: Tensor, k_rope: Tensor, start: Tensor | tuple[()] = (), *, scale: float) -> Tensor:
@@ -65,11 +144,12 @@ def few_rows(
     quickstart, which chooses 2 of 16, that is 64 products and a third of its time.
     """
     chosen, top_k = routing.expert.flatten(), routing.expert.shape[1]
-    h = _rows(x[:, None].expand(-1, top_k, -1).flatten(0, 1), up.flatten(2), chosen).unflatten(-1, (2, -1))
+    source = torch.arange(len(chosen), device=x.device) // top_k
+    h = _rows(x.index_select(0, source), up.flatten(2), chosen).unflatten(-1, (2, -1))
     y = activate(h + bias[chosen] if isinstance(bias, Tensor) else h)
-    y = _rows(y, down, chosen).unflatten(0, routing.expert.shape)
+    y = upcast(_rows(y, down, chosen).unflatten(0, routing.expert.shape))
     count = chosen.new_zeros(len(up)).scatter_add(0, chosen, torch.ones_like(chosen))
-    return (upcast(y) * routing.weight[..., None]).sum(-2).to(x.dtype), count
+    return (routing.weight[:, None].to(y.dtype) @ y)[:, 0].to(x.dtype), count
 
 
 def _rows(x: Tensor, matrices: Tensor, chosen: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def build(
     if device.type == "cpu" or kernels == "torch":
         plain = attrs.evolve(
             reference(attention_of(c, kinds)),
+            norm=cpu.rms_norm,
+            add_norm=cpu.add_rms_norm,
             attention=_by_part(c, kinds, lambda kind, section: _cpu_attention(kind)),
             experts=partial(cpu.moe_experts, experts=low or cpu.experts_grouped)
             if exchange is None
@@ -167,7 +169,7 @@ def _by_part(c: Model, kinds: Kinds, ops: Callable[[Kind, Any], Any]) -> Any:
 def _cpu_attention(kind: Kind) -> Any:
     """The kind's ops on a CPU: the reference, but where torch has something faster."""
     if isinstance(kind.reference, MlaOps):
-        return attrs.evolve(kind.reference, attend=cpu.attend_mla_padded)
+        return attrs.evolve(kind.reference, attend=cpu.attend_mla_padded, attend_new=cpu.attend_new)
     return kind.reference
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, cast
 
 import attrs
@@ -103,10 +102,15 @@ def needed(calls: list[Call], given: frozenset[int], results: frozenset[int]) ->
     return kept[::-1]
 
 
-def again(call: Call) -> Callable[[], Any]:
+Again = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""What a replay calls, with what."""
+
+
+def again(call: Call) -> Again:
     """The call into the memory of its result."""
+    # `_op` is what the operation calls; a tenth of a replayed token is the Python function around it
     if call.writes:
-        return partial(call.operation, *call.arguments, **call.keywords)
+        return call.operation._op, call.arguments, call.keywords
     for overload in call.operation.overloadpacket.overloads():
         into = getattr(call.operation.overloadpacket, overload)
         if _is_into(into, call.operation):
@@ -115,8 +119,8 @@ def again(call: Call) -> Callable[[], Any]:
             out = dict(zip(names, cast("Any", held), strict=True))
             taken = {argument.name for argument in into._schema.arguments}
             keywords = {name: value for name, value in call.keywords.items() if name in taken}
-            return partial(into, *call.arguments, **keywords, **out)
-    return partial(_copied, call)
+            return into._op, call.arguments, keywords | out
+    return _copied, (call,), {}
 
 
 def _is_into(into: Any, operation: Any) -> bool:
@@ -146,19 +150,18 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 class Recorded:
     """A recorded step: its calls, what they read and what they write."""
 
-    calls: list[Callable[[], Any]]
+    calls: list[Again]
     state: Any  # State whose tensors the calls read and write
     batch: Any
     rates: Any
     metrics: Any
-    advance: dict[str, int]  # what a step adds to each number of the State
 
 
 def replaying(compute: Compute) -> Compute:
     """`compute(state, batch, rates) -> (state, metrics)` that records its first call and replays it from then on.
 
-    As of `graph.replaying`, sizes must not change, and metrics are copies. A State is in one memory in every step: the
-    caller passes on the last one, since what its tensors gave that no step changes is not computed again.
+    As of `graph.replaying`, sizes must not change, and metrics are copies. The State after the first step is that of
+    all later ones: its tensors have other numbers after each, what it knows on the host stays.
 
     Raises:  ValueError for a step that reads a number of a tensor, and for another State than the last one.
     """
@@ -168,38 +171,38 @@ def replaying(compute: Compute) -> Compute:
         nonlocal recorded
         if recorded is None:
             recorded = record(compute, state, batch, rates)
+        elif state is not recorded.state:
+            raise ValueError("tape: expected the state that the step before returned, got another; pass it on")
         else:
-            replay(recorded, state, batch, rates)
-        numbers = {name: number + recorded.advance[name] for name, number in fields(state, int).items()}
-        return attrs.evolve(recorded.state, **numbers), tree.map(lambda _, leaf: leaf.clone(), recorded.metrics)
+            replay(recorded, batch, rates)
+        return recorded.state, tree.map(lambda _, leaf: leaf.clone(), recorded.metrics)
 
     return step
 
 
 def record(compute: Compute, state: Any, batch: Any, rates: Any) -> Recorded:
     """Take one step and note its calls."""
-    held = attrs.evolve(state, **{name: leaf.clone() for name, leaf in fields(state, Tensor).items()})
+    small = {name: leaf.clone() for name, leaf in fields(state, Tensor).items()}
     batch, rates = (tree.map(lambda _, leaf: leaf.clone(), values) for values in (batch, rates))
     with Recorder() as recorder:
-        after, metrics = compute(held, batch, rates)
+        after, metrics = compute(attrs.evolve(state, **small), batch, rates)
         for name, leaf in fields(after, Tensor).items():
-            if leaf is not getattr(held, name):
-                getattr(held, name).copy_(leaf)
+            if leaf is not small[name]:
+                small[name].copy_(leaf)
     calls = needed(recorder.calls, memory((batch, rates)), memory(metrics))
-    before = fields(state, int)
-    advance = {name: number - before[name] for name, number in fields(after, int).items()}
     return Recorded(
-        calls=[again(call) for call in calls], state=held, batch=batch, rates=rates, metrics=metrics, advance=advance
+        calls=[again(call) for call in calls],
+        state=attrs.evolve(after, **small),
+        batch=batch,
+        rates=rates,
+        metrics=metrics,
     )
 
 
-def replay(recorded: Recorded, state: Any, batch: Any, rates: Any) -> None:
+def replay(recorded: Recorded, batch: Any, rates: Any) -> None:
     """Give the calls their inputs and make them. Writes: the memory of `recorded`."""
-    for name, held in fields(recorded.state, Tensor).items():
-        if getattr(state, name) is not held:
-            raise ValueError(f"tape: expected the state that the step before returned, got another {name}; pass it on")
     for held, given in ((recorded.batch, batch), (recorded.rates, rates)):
         for (_, to), (_, new) in zip(tree.leaves(held), tree.leaves(given), strict=True):
             to.copy_(new)
-    for call in recorded.calls:
-        call()
+    for operation, arguments, keywords in recorded.calls:
+        operation(*arguments, **keywords)

@@ -100,8 +100,8 @@ def shares(score: Tensor, *, scale: float = 1.0) -> Tensor:
     returns  [... K]
     """
     total = score.sum(-1, keepdim=True)
-    lacking = (VANISHING - total).clamp(min=0)
-    return scale * (score + lacking / score.shape[-1]) / (total + lacking)
+    filled = total.clamp(min=VANISHING)
+    return scale * (score + (filled - total) / score.shape[-1]) / filled
 
 
 def gates(score: Tensor, expert: Tensor, *, scale: float = 1.0, normalize: bool = True) -> Tensor:

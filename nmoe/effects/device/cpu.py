@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 from torch.optim.adamw import adamw
 
-from nmoe.pure.formats import master
 from nmoe.config import sections
 from nmoe.pure.core.shape import expect_shape
+from nmoe.pure.formats import master
 from nmoe.pure.model import norm as reference
 from nmoe.pure.model.attention import mla
 from nmoe.pure.model.attention.cached import New

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from nmoe.config import sections
 from nmoe.effects.device import cpu
+from nmoe.pure.core import tree
+from nmoe.pure.model import norm
+from nmoe.pure.model.attention import mla
+from nmoe.pure.model.attention.cached import new_tokens
 from nmoe.pure.model.experts import moe_experts
 from nmoe.pure.model.route import Routing
 
@@ -31,3 +38,41 @@ def test_a_few_rows_are_the_rows_of_the_reference(tokens: int, top_k: int) -> No
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
     if tokens * top_k < EXPERTS:
         assert torch.equal(cpu.moe_experts(x, Routing(choices, weight), up, down)[0], few[0])
+
+
+@torch.no_grad()
+def test_the_norm_of_a_few_rows_is_the_reference() -> None:
+    """In fp32 against fp64, with an epsilon that counts; many rows, or gradients, are the reference's own."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 1, 24, generator=generator) for _ in range(2))
+    gain = torch.randn(24, generator=generator)
+    wanted = norm.add_rms_norm(x.double(), y.double(), gain.double(), eps=0.3)
+    got = cpu.add_rms_norm(x, y, gain, eps=0.3)
+    torch.testing.assert_close(tuple(part.double() for part in got), wanted, rtol=1e-6, atol=1e-6)
+    with torch.enable_grad():
+        assert torch.equal(cpu.rms_norm(x, gain, eps=0.3), norm.rms_norm(x, gain, eps=0.3))
+    many = torch.randn(cpu.FEW + 1, 24, generator=generator)
+    assert torch.equal(cpu.rms_norm(many, gain, eps=0.3), norm.rms_norm(many, gain, eps=0.3))
+
+
+@pytest.mark.parametrize("query_latent", [None, 6])
+@torch.no_grad()
+def test_a_new_token_attends_as_the_reference(query_latent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of two lengths, a cache with room left: output and cache in fp32 against the reference in fp64."""
+    c = sections.Mla(
+        num_heads=3, q_lora_rank=query_latent, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5
+    )
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"D": 16, **mla.dims(c)}
+    p = tree.map(lambda _, spec: torch.randn(spec.shape(sizes), generator=generator, dtype=torch.float64), mla.specs(c))
+    x, cache = (torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in ((1, 16), (9, 14)))
+    new = new_tokens(torch.tensor(6), (2, 1), torch.tensor([0, 4], dtype=torch.int32), 9)
+    rope = mla.tables(c, 9)
+
+    def run(attend: Any, *values: Any) -> Any:
+        return attend(*values, new, rope, norm.rms_norm, mla.REFERENCE, c, eps=1e-6)
+
+    wanted = run(mla.attend_new, p, x, cache)
+    monkeypatch.setattr(mla, "attend_new", None)  # not by the reference itself
+    got = run(cpu.attend_new, *tree.map(lambda _, value: value.float(), (p, x, cache)))
+    torch.testing.assert_close(tuple(part.double() for part in got), wanted, rtol=1e-4, atol=1e-4)

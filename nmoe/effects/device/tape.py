@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nmoe.effects.device.graph import Compute, fields
 from nmoe.pure.core import tree
 
-PLACING = {"dtype", "layout", "device", "pin_memory"}
+PLACING = frozenset({"dtype", "layout", "device", "pin_memory"})
 """Arguments that an operation leaves out where it is given the memory of its result."""
 
 SMALL = 1 << 22

@@ -40,16 +40,16 @@ def test_a_few_rows_are_the_rows_of_the_reference(tokens: int, top_k: int) -> No
         assert torch.equal(cpu.moe_experts(x, Routing(choices, weight), up, down)[0], few[0])
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_the_norm_of_a_few_rows_is_the_reference() -> None:
-    """In fp32 against fp64, with an epsilon that counts; many rows, or gradients, are the reference's own."""
+    """In fp32 against fp64, with an epsilon that counts; many rows, or those of training, are the reference's own."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, 1, 24, generator=generator) for _ in range(2))
     gain = torch.randn(24, generator=generator)
     wanted = norm.add_rms_norm(x.double(), y.double(), gain.double(), eps=0.3)
     got = cpu.add_rms_norm(x, y, gain, eps=0.3)
     torch.testing.assert_close(tuple(part.double() for part in got), wanted, rtol=1e-6, atol=1e-6)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.no_grad():  # as a block that is computed again for its gradient
         assert torch.equal(cpu.rms_norm(x, gain, eps=0.3), norm.rms_norm(x, gain, eps=0.3))
     many = torch.randn(cpu.FEW + 1, 24, generator=generator)
     assert torch.equal(cpu.rms_norm(many, gain, eps=0.3), norm.rms_norm(many, gain, eps=0.3))

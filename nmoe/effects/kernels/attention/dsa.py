@@ -4,7 +4,7 @@ Letters: B sequences, T positions, H heads, R latent and P rotated channels of a
 channels, S slots: keys that a query reads.
 
 No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer
-are made for so many queries at a time as `PAIRS` holds, and so are probabilities and their gradients.
+are made for so many queries at a time as `PAIRS` holds, and so are weights, and probabilities and their gradients.
 What pairs add to keys is summed by `lists`; parts and sums lie where gradients of later queries go, of which the last
 are made when the sums are read.
 """

@@ -60,8 +60,6 @@ HERE: dict[str, tuple[str, ...]] = {
 }
 """What is typed in a small workplace, with what makes it short."""
 
-"""Of the commands above that answer no, as their page says: 671 B parameters do not fit. All others end with 0."""
-
 QUICK = "tests/test_install.py::test_an_installed_wheel_trains"
 LAUNCH = "tests/test_launch.py::test_the_commands_of_the_page_work"
 TUTORIAL = "tests/effects/data/test_own_data.py::test_the_tutorial_trains_on_a_folder_of_mixed_files"

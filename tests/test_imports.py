@@ -240,6 +240,7 @@ NEED = MappingProxyType(
         "nmoe.bench.exchange": "triton",
         "nmoe.effects.kernels": "triton",
         "nmoe.effects.parallel.exchange.device": "triton",
+        "nmoe.effects.parallel.exchange.products": "triton",
     }
 )
 """Modules that are imported where their feature is asked for, and what they need."""

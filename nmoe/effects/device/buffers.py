@@ -37,7 +37,7 @@ def allocate(blueprint: Blueprint, device: torch.device, ranks: Ranks = SINGLE_R
 
     def values(layout: ArenaLayout) -> Tensor:
         copies = ranks.sharing(layout).copies
-        return zeros(layout.size, layout.storage) if copies is None else copies.home(layout.size, layout.storage)
+        return zeros(layout.size, layout.storage) if copies is None else copies.symmetric(layout.size, layout.storage)
 
     return tuple(
         Arena(

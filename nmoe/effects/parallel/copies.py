@@ -70,21 +70,21 @@ class Copies:
         self._taken = torch.zeros(SLOTS, dtype=torch.int64, device=raw.device)
         self._opened, self._stored, self._read = torch.zeros(3, 1, dtype=torch.int64, device=raw.device)
         self._share = share
-        self._homes: list[Sequence[Tensor]] = []
+        self._buffers: list[Sequence[Tensor]] = []
         self.missing = torch.zeros(1, dtype=torch.int32, pin_memory=raw.is_cuda)
         self._limit_ns = int(timeout_s * 1e9)
         self._next = 0
         self._streams = [torch.cuda.Stream(raw.device, priority=-1) for _ in range(2)] if raw.is_cuda else []
 
-    def home(self, size: int, dtype: torch.dtype) -> Tensor:
+    def symmetric(self, size: int, dtype: torch.dtype) -> Tensor:
         """Memory [size] for parameters, into which the other ranks copy what they updated; zeros. Collective."""
         arenas = self._share(size * dtype.itemsize)
-        self._homes.append(arenas)
+        self._buffers.append(arenas)
         return arenas[self.rank].view(dtype)
 
     def num_bytes(self) -> int:
         """Symmetric memory of this rank."""
-        return self._raw.nbytes + sum(homes[self.rank].nbytes for homes in self._homes)
+        return self._raw.nbytes + sum(buffers[self.rank].nbytes for buffers in self._buffers)
 
     def reduce_scatter_(self, flat: Tensor, out: Tensor) -> Work:
         """Start the sum of a flat tensor over the ranks; of the parts each rank has its own. What to wait for.
@@ -97,7 +97,7 @@ class Copies:
         return self._start(self.scattering_(flat, out))
 
     def all_gather_(self, flat: Tensor) -> Work:
-        """Start the all-gather of a flat tensor in a home, of which each rank has its part; what to wait for.
+        """Start the all-gather of a flat tensor in a symmetric buffer; each rank has its part. What to wait for.
 
         Writes:  this rank's part everywhere.
         """
@@ -128,7 +128,7 @@ class Copies:
         from nmoe.effects.kernels.exchange import push as moves  # only here: triton is not everywhere
 
         own, layout = self._parts(flat)[self.rank].view(torch.uint8), self._layout
-        homes, at = self._home_of(own)
+        buffers, at = self._buffers_of(own)
         opened, stored = view(self._raw, layout.opened), view(self._raw, layout.stored)
         words = opened.shape[1]
         with record_function("gather"), self._on(0):
@@ -138,23 +138,25 @@ class Copies:
         with record_function("gather"), self._on(0):
             moves.await_flags_(self._opened, opened, self.missing, ahead=0, limit_ns=self._limit_ns)
             for other in self._others():
-                homes[other][at : at + own.numel()].copy_(own)
+                buffers[other][at : at + own.numel()].copy_(own)
             moves.signal_(self._stored, self._addresses, layout.stored.offset, self.rank, words)
         yield
         with record_function("gather"), self._on(1):
             moves.await_flags_(self._read, stored, self.missing, ahead=1, limit_ns=self._limit_ns)
             self._read.add_(1)
 
-    def _home_of(self, own: Tensor) -> tuple[Sequence[Tensor], int]:
+    def _buffers_of(self, own: Tensor) -> tuple[Sequence[Tensor], int]:
         """The memory of every rank in which a stretch lies, and the bytes before it.
 
         Raises:  ValueError where it lies in memory that only this rank has.
         """
-        for homes in self._homes:
-            at = own.data_ptr() - homes[self.rank].data_ptr()
-            if 0 <= at <= homes[self.rank].numel() - own.numel():
-                return homes, at
-        raise ValueError("copies: expected a tensor in memory that `home` gave, got another; all-gather it by NCCL")
+        for buffers in self._buffers:
+            at = own.data_ptr() - buffers[self.rank].data_ptr()
+            if 0 <= at <= buffers[self.rank].numel() - own.numel():
+                return buffers, at
+        raise ValueError(
+            "copies: expected a tensor in memory that `symmetric` gave, got another; all-gather it by NCCL"
+        )
 
     def _others(self) -> Iterator[int]:
         """The other ranks, so that no two write to one at a time."""

@@ -407,7 +407,7 @@ def update_(
         update = passes.update_(rule)
         places = (arena.value[slot.offset :].data_ptr() for slot in layout.slots)
         clear = not setup.accumulator.stored.issuperset(places)
-        summed = isinstance(arena.sums, Tensor)
+        sums = arena.sums if isinstance(arena.sums, Tensor) else None
         for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.part()), strict=True):
             for begin, end, of_matrix in _passes(layout, own, passes.chunk, setup.blueprint.dims, optim):
                 part, held = slice(begin, end), slice(begin - own.begin + own.at, end - own.begin + own.at)
@@ -416,7 +416,7 @@ def update_(
                         arena.value[part],
                         arena.remainder[held] if layout.has_remainder() else None,
                         *(moment[held] for moment in arena.moments),
-                        arena.sums[held] if isinstance(arena.sums, Tensor) else arena.gradient[part],
+                        arena.gradient[part] if sums is None else sums[held],
                         allowed=allowed,
                         shrink=shrink,
                         updates=updates,
@@ -424,13 +424,13 @@ def update_(
                         **settings(rule, getattr(optim, name)),
                         **of_matrix,
                         decay=optim.weight_decay if layout.policy.decay else 0.0,
-                        clear=clear and not summed,
+                        clear=clear and sums is None,
                     )
                 )
             for slot in layout.slots:
                 if low <= slot.offset < high and slot.path in factors:
                     qk_clip.multiply_(arena, layout, slot, factors[slot.path], part=sharing.part())
-            if clear and summed:
+            if clear and sums is not None:
                 arena.gradient[low:high].zero_()
             elif clear and sharing.size > 1:
                 # what others own, of which this rank had a part; the update cleared its own

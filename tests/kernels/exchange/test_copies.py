@@ -106,26 +106,26 @@ def test_a_part_is_the_sum_of_all_ranks(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_rank_gets_all_parts(ranks: int, dtype: torch.dtype) -> None:
-    """Two homes, of which stretches are gathered one after another, and again when their values have changed."""
+    """Stretches of two symmetric buffers, one after another, and one again when its values have changed."""
     copies = opened(ranks)
-    homes = [[copy.home(ranks * size, dtype) for copy in copies] for size in (3, BYTES + 64)]
-    for seed, (home, begin, end) in enumerate([(0, 0, 3), (1, 0, BYTES), (1, BYTES, BYTES + 64), (1, 0, BYTES)]):
+    buffers = [[copy.symmetric(ranks * size, dtype) for copy in copies] for size in (3, BYTES + 64)]
+    for seed, (buffer, begin, end) in enumerate([(0, 0, 3), (1, 0, BYTES), (1, BYTES, BYTES + 64), (1, 0, BYTES)]):
         whole = (drawn(1, ranks * (end - begin), seed)[0] * 100).to(dtype)
-        for rank, flat in enumerate(homes[home]):
+        for rank, flat in enumerate(buffers[buffer]):
             mine = part_of(rank, ranks)
             flat[ranks * begin : ranks * end].view(ranks, -1)[mine] = whole.view(ranks, -1)[mine]
-        flats = [flat[ranks * begin : ranks * end] for flat in homes[home]]
-        rest = [torch.cat((flat[: ranks * begin], flat[ranks * end :])) for flat in homes[home]]
+        flats = [flat[ranks * begin : ranks * end] for flat in buffers[buffer]]
+        rest = [torch.cat((flat[: ranks * begin], flat[ranks * end :])) for flat in buffers[buffer]]
         together([copy.gathering_(flat) for copy, flat in zip(copies, flats, strict=True)])
         assert all(torch.equal(flat, whole) for flat in flats)
-        after = [torch.cat((flat[: ranks * begin], flat[ranks * end :])) for flat in homes[home]]
+        after = [torch.cat((flat[: ranks * begin], flat[ranks * end :])) for flat in buffers[buffer]]
         assert all(torch.equal(one, other) for one, other in zip(rest, after, strict=True))
 
 
 def test_nothing_is_replaced_before_all_have_read_it() -> None:
     """A rank that has come to its all-gather copies nothing while the other has not."""
     first, second = opened(2)
-    own, other = first.home(4, torch.float32), second.home(4, torch.float32)
+    own, other = first.symmetric(4, torch.float32), second.symmetric(4, torch.float32)
     own.fill_(1)
     ahead, behind = first.gathering_(own), second.gathering_(other)
     next(ahead)
@@ -144,7 +144,7 @@ def test_a_gather_waits_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
         waits.append(int(count) + ahead - int(flags[:, 0].min()))
 
     monkeypatch.setattr("nmoe.effects.kernels.exchange.push.await_flags_", passing)
-    flat = rank.home(4, torch.float32)
+    flat = rank.symmetric(4, torch.float32)
     for _ in range(2):
         for _ in rank.gathering_(flat):
             pass
@@ -153,7 +153,7 @@ def test_a_gather_waits_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_that_two_groups_share_is_counted_once() -> None:
     world, replicas = opened(2)[0], opened(3)[0]
-    world.home(5, torch.float32)
+    world.symmetric(5, torch.float32)
     for group, num_bytes in ((world, 0), (replicas, slots(3, BYTES).size)):
         ranks = Ranks(world=Group(copies=world), replicas=Group(copies=group))
         assert ranks.symmetric_bytes() == slots(2, BYTES).size + 20 + num_bytes
@@ -162,7 +162,7 @@ def test_memory_that_two_groups_share_is_counted_once() -> None:
 
 def test_a_tensor_that_others_do_not_see_is_refused() -> None:
     rank, _ = opened(2)
-    with pytest.raises(ValueError, match=r"^copies: expected a tensor in memory that `home` gave"):
+    with pytest.raises(ValueError, match=r"^copies: expected a tensor in memory that `symmetric` gave"):
         next(rank.gathering_(torch.zeros(4)))
 
 

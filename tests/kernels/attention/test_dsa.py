@@ -137,6 +137,15 @@ def test_half_precision() -> None:
     check(sample(10, 4), torch.float16)
 
 
+def test_a_query_of_one_key_has_its_value_and_no_gradient() -> None:
+    """Also in half precision, where weights are rounded: their sum is of the rounded ones."""
+    s = sample(12, 4, start=starts(12, [1] * 12))
+    found = differentiate(attend_sparse, s, chosen(s), torch.float16, tiles=tiles())
+    assert torch.equal(found[0], s.kv.half()[:, :, None, :24].expand_as(found[0]))
+    assert found[1].abs() < 1e-5
+    assert found[2].abs().max() < 1e-5
+
+
 def test_all_scores_equal() -> None:
     """Keys of zero: every query reads the first ones, and the indexer cannot tell them apart."""
     s = sample(10, 4)

@@ -93,12 +93,13 @@ def weights_kernel(
         # Scaled before the comparison: a hidden score minus itself must be exactly zero.
         s = tl.where(there[:, None], s * (scale * LOG2_E), HIDDEN)
         most = tl.ceil(tl.max(s, 0))
-        weight = tl.exp2(s - most[None, :])
+        # The sum is of what is stored: a query of one key has its value then, and no gradient but for fp32's rounding.
+        weight = tl.exp2(s - most[None, :]).to(p.dtype.element_ty)
         to = (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :]
-        tl.store(p + to, weight.to(p.dtype.element_ty), mask=(slot < slots)[:, None] & mine[None, :])
+        tl.store(p + to, weight, mask=(slot < slots)[:, None] & mine[None, :])
         out = (g * tl.num_programs(1) + n) * heads + head
         tl.store(top + out, most, mask=mine)
-        tl.store(size + out, tl.sum(weight, 0), mask=mine)
+        tl.store(size + out, tl.sum(weight.to(tl.float32), 0), mask=mine)
 
 
 @triton.jit(do_not_specialize=GENERAL)

@@ -24,6 +24,7 @@ from tests.memory import Kept, Peak
 
 select: Any = kernel.select
 attend_sparse: Any = kernel.dsa_attention
+plainly: Any = pure.attend_dsa
 
 NAMES = [field.name for field in attrs.fields(kernel.Tiles)]
 
@@ -118,8 +119,31 @@ def test_documents(lengths: list[int]) -> None:
     check(sample(12, 4, batch=2, start=starts(12, lengths, [5])))
 
 
+@pytest.mark.parametrize("lengths", [[40], [1, 39]], ids=str)
+def test_blocks_of_several_steps_whose_scores_lie_far_apart(lengths: list[int]) -> None:
+    """Two blocks of two steps, one of which adds nothing: every other block's scores are 40 higher."""
+    s = sample(40, 40, start=starts(40, lengths) if len(lengths) > 1 else ())
+    s.q[..., 0] = 1
+    s.kv[..., 0] = (torch.arange(40) // 16 % 2 * 40 / 0.3).expand(1, 40)
+    keys, own = chosen(s), attrs.evolve(tiles(), weights=attrs.evolve(tiles().weights, block_n=32))
+    told: dict[str, Any] = {"scale": 0.3, "rank": 24}
+    exact = plainly(*(each.double() for each in (s.q, s.kv, *s.index)), keys, **told)
+    found = attend_sparse(s.q, s.kv, *s.index, keys, tiles=own, **told)
+    for right, ours in zip(exact, found, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4)
+
+
 def test_half_precision() -> None:
     check(sample(10, 4), torch.float16)
+
+
+def test_a_query_of_one_key_has_its_value_and_no_gradient() -> None:
+    """Also in half precision, where weights are rounded: their sum is of the rounded ones."""
+    s = sample(12, 4, start=starts(12, [1] * 12))
+    found = differentiate(attend_sparse, s, chosen(s), torch.float16, tiles=tiles())
+    assert torch.equal(found[0], s.kv.half()[:, :, None, :24].expand_as(found[0]))
+    assert found[1].abs() < 1e-5
+    assert found[2].abs().max() < 1e-5
 
 
 def test_all_scores_equal() -> None:
@@ -158,15 +182,17 @@ def test_indices_beyond_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, o, lse = torch.tensor([[[69_998]]], dtype=torch.int32), torch.empty(1, 1, 1, 16), torch.empty(1, 1, 1)
     sizes: dict[str, Any] = {"positions": length, "heads": 1, "slots": 1, "rank": 16, "rope": 8}
     blocks: dict[str, Any] = {"block_m": 16, "block_n": 16}
-    boxes: dict[str, Any] = {"rank_box": 16, "rope_box": 16}
-    dsa_kernels.forward_kernel[(1,)](q=q, kv=kv, chosen=keys, o=o, lse=lse, scale=1.0, **blocks, **sizes, **boxes)
+    given: dict[str, Any] = {"first_query": 0, "block_k": 32, **blocks, **sizes}
+    p, ds, top, size = torch.empty(4, 1, 1, 1)
+    share: dict[str, Any] = {"kv": kv, "chosen": keys, "p": p, "top": top, "size": size, **given}
+    dsa_kernels.weights_kernel[(1, 1, 1)](q=q, scale=1.0, **share)
+    block: Any = 16
+    dsa_kernels.output_kernel[(1, 1, 1)](o=o, lse=lse, blocks=1, block=block, **share)
     assert torch.equal(o, torch.ones_like(o))
     monkeypatch.setattr(lists, "MOST", 1)
     sums = lists.Sums.of(kv, keys, borrowed=torch.zeros(1, length, 1), tile=tiles().gather)
     sums.total.zero_()
-    p, ds = torch.empty(2, 1, 1, 1)
     parts = next(sums.chunks(0, beside=0))[2]
-    given: dict[str, Any] = {"first_query": 0, "block_k": 32, **blocks, **sizes}
     dsa_kernels.pairs_kernel[(1, 1, 1)](
         q=q, kv=kv, do=do, chosen=keys, lse=lse, delta=lse * 0, p=p, ds=ds, scale=1.0, **given
     )
@@ -261,7 +287,7 @@ def test_workspace_at_the_published_sizes() -> None:
     with Peak() as forward:
         o, loss = attend_sparse(q, kv, *index, keys, scale=0.1, rank=512, tiles=own)
     target, row = keys.nbytes, 128 * 32_768 * 4
-    assert forward.bytes <= o.nbytes + target + 2 * row + 2**20
+    assert o.nbytes + target + row < forward.bytes <= o.nbytes + target + row + 64 * 2**20
     gate = torch.empty_like(o)
     with Peak() as backward:
         found = torch.autograd.grad(o, (q, kv), gate)

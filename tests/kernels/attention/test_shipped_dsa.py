@@ -10,7 +10,7 @@ import attrs
 import pytest
 
 from nmoe.effects.kernels import tables as tuning
-from nmoe.effects.kernels.attention import dsa, lists
+from nmoe.effects.kernels.attention import dsa, dsa_kernels, lists
 from nmoe.effects.kernels.attention.blocks import box
 from nmoe.effects.kernels.tables import SparseTile
 from tests.kernels import aot
@@ -19,17 +19,29 @@ from tests.kernels.aot import Compiled, Request
 CAPABILITIES = {90: (9, 0), 100: (10, 0)}
 
 PRODUCTS: Mapping[str, int] = {
-    **{"score": 1, "select": 0, "forward": 3, "target": 2, "delta": 0, "pairs": 2, "dq": 2, "parts": 2, "gather": 0},
-    **{"index_gradient": 2, "index_parts": 2, "index_gather": 0, "mark": 0, "rank": 0},
+    **{
+        "score": 1,
+        "select": 0,
+        "weights": 1,
+        "output": 1,
+        "mean": 0,
+        "delta": 0,
+        "pairs": 2,
+        "dq": 2,
+        "parts": 2,
+        "gather": 0,
+    },
+    **{"index_loss": 1, "index_gradient": 2, "index_parts": 2, "index_gather": 0, "mark": 0, "rank": 0},
 }
 """Products of two blocks in each kernel."""
 
 ARGUMENTS: Mapping[str, str] = {
     "score": "q:h k:h w:h start:i scores:f | first_block row_blocks positions heads count",
     "select": "scores:f start:i chosen:i | first_block row_blocks positions count slots",
-    "forward": "q:h kv:h chosen:i o:h lse:f | positions heads slots",
-    "target": "q:h kv:h chosen:i lse:f index_q:h index_k:h index_w:h target:f top:f loss:f | positions heads slots "
-    "index_heads",
+    "weights": "q:h kv:h chosen:i p:h top:f size:f | first_query positions heads slots",
+    "output": "kv:h chosen:i p:h top:f size:f o:h lse:f | first_query positions heads slots blocks",
+    "mean": "p:h top:f lse:f target:f | first_query positions heads slots blocks",
+    "index_loss": "q:h k:h w:h chosen:i target:f top:f loss:f | positions heads slots",
     "delta": "o:h do:h delta:f | rows",
     "pairs": "q:h kv:h do:h chosen:i lse:f delta:f p:h ds:h | first_query positions heads slots",
     "dq": "kv:h chosen:i ds:h dq:h | first_query positions heads slots",
@@ -44,17 +56,18 @@ ARGUMENTS: Mapping[str, str] = {
 }
 """Pointers with the letter of their type, and integers, of each kernel."""
 
-SPILLS: Mapping[int, Mapping[str, int]] = {90: {"forward": 26}, 100: {"forward": 2, "pairs": 2, "target": 4}}
-"""The output of 64 heads takes all registers: on sm_100 Triton 3.7 moves two values of the forward kernel out, 3.6 two
-of the kernel of pairs; of a model of four heads it is four of the targets' kernel. On sm_90 3.6 moves 16 values of the
-forward kernel out and 3.7 26: it takes 69 ms on an H200, and with a tile that moves none out 103."""
+SPILLS: Mapping[int, Mapping[str, int]] = {90: {}, 100: {"pairs": 2}}
+"""On sm_100 Triton 3.6 moves two values of the kernel of pairs out."""
+
+SMALL_SPILLS: Mapping[str, int] = {"dq": 9}
+"""Of small models, on either chip: 9 of the gradients of 16 heads' queries on sm_90."""
 
 COUNTING = SparseTile(block_n=lists.SLOTS, block_m=lists.KEYS, num_warps=lists.WARPS, num_stages=3)
 """How the kernels that count a key's parts are cut up, which no table says."""
 
 TYPES = {"h": "*bf16", "i": "*i32", "f": "*fp32", "s": "*i16"}
 
-ALIGNED = ("positions", "heads", "slots", "width", "index_heads", "rows")
+ALIGNED = ("positions", "heads", "slots", "width", "rows")
 """Integers that are multiples of 16 at the published sizes."""
 
 
@@ -78,18 +91,18 @@ SMALL = (
 """Fewer heads than a product on tensor cores of these generations has rows, and sizes that fill no block."""
 
 
-def request(name: str, sizes: Sizes, tile: Any) -> Request:
-    """One of the kernels, in bf16."""
+def request(name: str, sizes: Sizes, tile: Any, block: int) -> Request:
+    """One of the kernels, in bf16; `block` slots have their highest score together."""
     pointers, integers = (part.split() for part in ARGUMENTS[name].split("|"))
     types = {key: TYPES[kind] for key, kind in (each.split(":") for each in pointers)}
     types |= dict.fromkeys(integers, "i32")
-    indexes = name in ("score", "select", "index_gradient", "index_parts")
+    indexes = name in ("score", "select", "index_loss", "index_gradient", "index_parts")
     width = sizes.index_channels if name == "index_gather" else sizes.rank + sizes.rope
     across = dsa.blocks_of_heads(tile, sizes.heads)
     values: dict[str, Any] = {
         "block_m": tile.block_m if name in ("score", "select", "delta") else across,
-        "block_n": tile.block_n,
-        "block": tile.block_m,
+        "block_n": min(tile.block_n, block) if name in ("output", "mean") else tile.block_n,
+        "block": block if name in ("output", "mean") else tile.block_m,
         "block_k": tile.block_k,
         "rank": sizes.rank,
         "rope": sizes.rope,
@@ -115,11 +128,12 @@ def request(name: str, sizes: Sizes, tile: Any) -> Request:
         del types["start"]
         constants["start"] = None
     full = sizes.heads % 16 == 0 and sizes.index_heads % 16 == 0
+    aligned = set(ALIGNED) - set(dsa_kernels.GENERAL if module == "dsa_kernels" else ())
     return Request(
         kernel=kernel,
         signature=types,
         constants=constants,
-        aligned=[*(key for key, kind in types.items() if kind[0] == "*"), *(set(ALIGNED) & set(types) if full else ())],
+        aligned=[*(key for key, kind in types.items() if kind[0] == "*"), *(aligned & set(types) if full else ())],
         warps=tile.num_warps,
         stages=tile.num_stages,
     )
@@ -134,7 +148,7 @@ def arguments(kernel: str) -> Sequence[str]:
 def requests(sizes: Sizes, target: int) -> list[Request]:
     """Every kernel at these sizes."""
     tiles = tuning.find(tuning.load(CAPABILITIES[target]), "dsa", sizes.heads).tiles
-    return [request(name, sizes, tiles.get(name, COUNTING)) for name in PRODUCTS]
+    return [request(name, sizes, tiles.get(name, COUNTING), tiles["weights"].block_n) for name in PRODUCTS]
 
 
 def problems(found: Sequence[Compiled], *, small: bool = False) -> list[str]:
@@ -144,7 +158,8 @@ def problems(found: Sequence[Compiled], *, small: bool = False) -> list[str]:
         at = f"{each.kernel} on sm_{each.target}"
         name = each.kernel.split(":")[1].removesuffix("_kernel")
         products = 0 if small else PRODUCTS[name]
-        said += each.problems(spills=SPILLS[each.target].get(name, 0), tensor_cores=products > 0)
+        spills = (SMALL_SPILLS if small else SPILLS[each.target]).get(name, 0)
+        said += each.problems(spills=spills, tensor_cores=products > 0)
         used = each.wgmma if each.target < 100 else each.tcgen05
         if used < products:
             said.append(f"{at}: {used} tensor-core instructions, {products} products")

@@ -4,7 +4,7 @@ Letters: B sequences, T positions, H heads, R latent and P rotated channels of a
 channels, S slots: keys that a query reads.
 
 No tensor has an element for each pair of positions, nor for each pair that is attended and head: scores of the indexer
-are made for so many queries at a time as `PAIRS` holds, and so are probabilities and their gradients.
+are made for so many queries at a time as `PAIRS` holds, and so are weights, and probabilities and their gradients.
 What pairs add to keys is summed by `lists`; parts and sums lie where gradients of later queries go, of which the last
 are made when the sums are read.
 """
@@ -35,8 +35,10 @@ class Tiles:
 
     score: SparseTile
     select: SparseTile
-    forward: SparseTile
-    target: SparseTile
+    weights: SparseTile
+    output: SparseTile
+    mean: SparseTile
+    index_loss: SparseTile
     delta: SparseTile
     pairs: SparseTile
     dq: SparseTile
@@ -127,9 +129,8 @@ def dsa_attention(
              2·X·Y forward and 8·X·Y backward.
     """
     check(q, kv, scale=scale, rank=rank)
-    o, lse = DsaAttention.apply(q, kv, chosen, scale, rank, tiles)
-    given = (tensor.detach() for tensor in (q, kv, lse))
-    return o, IndexLoss.apply(index_q, index_k, index_w, *given, chosen, scale, rank, tiles)
+    o, target = DsaAttention.apply(q, kv, chosen, scale, rank, tiles)
+    return o, IndexLoss.apply(index_q, index_k, index_w, chosen, target, tiles)
 
 
 def check(q: Tensor, kv: Tensor, *, scale: float, rank: int) -> None:
@@ -156,41 +157,20 @@ def check(q: Tensor, kv: Tensor, *, scale: float, rank: int) -> None:
 
 
 class DsaAttention(torch.autograd.Function):
-    """Output and log-sums of the chosen keys; the backward pass goes through the queries in chunks."""
+    """Output of the chosen keys, and the mean of the heads' probabilities; both passes take the queries in chunks."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, kv: Tensor, chosen: Tensor, scale: float, rank: int, tiles: Tiles
     ) -> tuple[Tensor, Tensor]:
-        """Output [B T H R], and the logarithm to base 2 of each row's sum of exponentials [B T H] f32."""
+        """Output [B T H R], and the mean of the heads' probabilities [B T S] f32, to which there is no gradient."""
         q, kv = q.contiguous(), kv.contiguous()
-        batch, length, heads, width = q.shape
-        o = q.new_empty(batch, length, heads, rank)
-        lse = q.new_empty(batch, length, heads, dtype=torch.float32)
-        rows = blocks_of_heads(tiles.forward, heads)
-        kernels.forward_kernel[(batch * length * triton.cdiv(heads, rows),)](
-            q=q,
-            kv=kv,
-            chosen=chosen,
-            o=o,
-            lse=lse,
-            positions=length,
-            heads=heads,
-            slots=chosen.shape[-1],
-            scale=scale,
-            block_m=rows,
-            block_n=tiles.forward.block_n,
-            rank=rank,
-            rope=width - rank,
-            rank_box=box(rank),
-            rope_box=box(width - rank),
-            **launch(tiles.forward),
-        )
+        o, lse, target = forward_pass(q, kv, chosen, scale, rank, tiles)
         ctx.save_for_backward(q, kv, chosen, o, lse)
         ctx.scale, ctx.rank, ctx.tiles = scale, rank, tiles
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)  # of `lse` there is none
-        return o, lse
+        ctx.mark_non_differentiable(target)
+        ctx.set_materialize_grads(False)  # of `target` there is none
+        return o, target
 
     @staticmethod
     @first_order
@@ -198,6 +178,67 @@ class DsaAttention(torch.autograd.Function):
         """Gradients of q and kv."""
         q, kv, chosen, o, lse = ctx.saved_tensors
         return *backward_pass(q, kv, chosen, o, lse, gradients[0].contiguous(), ctx.scale, ctx.tiles), *[None] * 4
+
+
+def forward_pass(
+    q: Tensor, kv: Tensor, chosen: Tensor, scale: float, rank: int, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, logarithms to base 2 of rows' sums of exponentials [B T H] f32, and mean of the heads' probabilities.
+
+    Weights of a chunk of queries, their sum over keys, and their sum over heads.
+    """
+    batch, length, heads, width = q.shape
+    slots, fp32 = chosen.shape[-1], torch.float32
+    o, lse = q.new_empty(batch, length, heads, rank), q.new_empty(batch, length, heads, dtype=fp32)
+    target = torch.empty(chosen.shape, dtype=fp32, device=q.device)
+    cut, sum_cut, mean_cut = tiles.weights, tiles.output, tiles.mean
+    block = cut.block_n
+    blocks = triton.cdiv(slots, block)
+    a_query = heads * (slots * q.element_size() + 2 * blocks * fp32.itemsize)
+    size = min(batch * length, max(1, PAIRS // a_query))
+    p, sums = q.new_empty(size, slots, heads), q.new_empty(2, size, blocks, heads, dtype=fp32)
+    common: dict[str, Any] = {"p": p, "top": sums[0], "positions": length, "heads": heads, "slots": slots}
+    read: dict[str, Any] = {"kv": kv, "chosen": chosen, "size": sums[1], "rank": rank, "rope": width - rank}
+    for first, number in chunks(0, batch * length, size):
+        across = blocks_of_heads(cut, heads)
+        kernels.weights_kernel[(number, blocks, triton.cdiv(heads, across))](
+            q=q,
+            first_query=first,
+            scale=scale,
+            block_m=across,
+            block_n=block,
+            block_k=cut.block_k,
+            **common,
+            **read,
+            **launch(cut),
+        )
+        across = blocks_of_heads(sum_cut, heads)
+        kernels.output_kernel[(number, triton.cdiv(heads, across), triton.cdiv(rank, sum_cut.block_k))](
+            o=o,
+            lse=lse,
+            first_query=first,
+            blocks=blocks,
+            block=block,
+            block_m=across,
+            block_n=min(sum_cut.block_n, block),
+            block_k=sum_cut.block_k,
+            **common,
+            **read,
+            **launch(sum_cut),
+        )
+        slots_of_mean = min(mean_cut.block_n, block)
+        kernels.mean_kernel[(number, triton.cdiv(slots, slots_of_mean))](
+            lse=lse,
+            target=target,
+            first_query=first,
+            blocks=blocks,
+            block=block,
+            block_m=blocks_of_heads(mean_cut, heads),
+            block_n=slots_of_mean,
+            **common,
+            **launch(mean_cut),
+        )
+    return o, lse, target
 
 
 def backward_pass(
@@ -314,38 +355,19 @@ class IndexLoss(torch.autograd.Function):
         index_q: Tensor,
         index_k: Tensor,
         index_w: Tensor,
-        q: Tensor,
-        kv: Tensor,
-        lse: Tensor,
         chosen: Tensor,
-        scale: float,
-        rank: int,
+        target: Tensor,
         tiles: Tiles,
     ) -> Tensor:
         """The sum; what is kept of the attention is the mean of its heads, a number a query and slot."""
-        q, kv, index_q, index_k, index_w = (each.contiguous() for each in (q, kv, index_q, index_k, index_w))
-        batch, length, heads, width = q.shape
-        target = torch.empty(chosen.shape, dtype=torch.float32, device=q.device)
-        top, loss = (q.new_empty(batch, length, dtype=torch.float32) for _ in range(2))
-        cut = tiles.target
-        kernels.target_kernel[(batch * length,)](
-            q=q,
-            kv=kv,
-            lse=lse,
-            target=target,
-            loss=loss,
-            index_heads=index_q.shape[2],
-            heads=heads,
-            scale=scale,
-            block_m=blocks_of_heads(cut, heads),
-            block_n=cut.block_n,
-            block_k=cut.block_k,
-            rank=rank,
-            rope=width - rank,
-            **indexed(index_q, index_k, index_w, chosen, top),
-            **launch(cut),
+        q, k, w = (each.contiguous() for each in (index_q, index_k, index_w))
+        batch, length, heads, _ = q.shape
+        top, loss = (q.new_empty(batch, length, dtype=torch.float32) for _ in range(2))  # one is kept
+        cut = tiles.index_loss
+        index_kernels.index_loss_kernel[(batch * length,)](
+            loss=loss, heads=heads, target=target, block_n=cut.block_n, **indexed(q, k, w, chosen, top), **launch(cut)
         )
-        ctx.save_for_backward(index_q, index_k, index_w, chosen, target, top)
+        ctx.save_for_backward(q, k, w, chosen, target, top)
         ctx.tiles = tiles
         return loss.sum()
 
@@ -355,8 +377,7 @@ class IndexLoss(torch.autograd.Function):
         """Gradients of the indexer's queries, keys and weights."""
         q, k, w, chosen, target, top = ctx.saved_tensors
         tiles, (batch, length, heads, _), slots = ctx.tiles, q.shape, chosen.shape[-1]
-        common = {"heads": heads, "target": target, "dy": gradients[0].float(), **indexed(q, k, w, chosen, top)}
-        given = {name.removeprefix("index_"): value for name, value in common.items()}
+        given = {"heads": heads, "target": target, "dy": gradients[0].float(), **indexed(q, k, w, chosen, top)}
         dq, dk, dw = (torch.empty_like(each) for each in (q, k, w))
         sums, cut = Sums.of(k, chosen, borrowed=dq, tile=tiles.index_gather), tiles.index_parts
         for b in range(batch):
@@ -371,15 +392,15 @@ class IndexLoss(torch.autograd.Function):
         index_kernels.index_gradient_kernel[(batch * length,)](
             dq=dq, dw=dw, block_n=cut.block_n, **given, **launch(cut)
         )
-        return dq, dk, dw, *[None] * 7
+        return dq, dk, dw, *[None] * 3
 
 
 def indexed(q: Tensor, k: Tensor, w: Tensor, chosen: Tensor, top: Tensor) -> dict[str, Any]:
     """What every kernel of the indexer's loss is given."""
     return {
-        "index_q": q,
-        "index_k": k,
-        "index_w": w,
+        "q": q,
+        "k": k,
+        "w": w,
         "chosen": chosen,
         "top": top,
         "positions": q.shape[1],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nmoe.effects.kernels.attention.blocks import HIDDEN
 from nmoe.effects.kernels.attention.lists import place_of
 
 
@@ -161,6 +162,41 @@ def load_keys(k, chosen, t, b, j, slots, until, positions, block_n: tl.constexpr
     key = tl.load(chosen + t.to(tl.int64) * slots + slot, mask=slot < until, other=-1)
     row = b * positions + tl.maximum(key, 0)
     return load_rows(k, row, key >= 0, channels, channels_box), key >= 0
+
+
+@triton.jit
+def index_loss_kernel(
+    q, k, w, chosen, target, top, loss, positions, heads, slots, block_n: tl.constexpr, channels: tl.constexpr,
+    channels_box: tl.constexpr, heads_box: tl.constexpr,
+):  # fmt: skip
+    """How far the indexer's probabilities of one query's keys are from their target, and their log-sum."""
+    t = tl.program_id(0)
+    b = t // positions
+    until = tl.minimum(t % positions + 1, slots)
+    head = tl.arange(0, heads_box)
+    tile = load_heads(q, t, heads, channels, heads_box, channels_box)
+    weight = tl.load(w + t.to(tl.int64) * heads + head, mask=head < heads, other=0.0).to(tl.float32)
+    # A number a place in a block: one reduction after the loop; Triton 3.7 fails on the loop's own for sm_100.
+    row_max = tl.full([block_n], HIDDEN, tl.float32)
+    row_sum = tl.zeros([block_n], tl.float32)
+    distance = tl.zeros([block_n], tl.float32)
+    mass = tl.zeros([block_n], tl.float32)
+    for j in tl.range(0, until, block_n):
+        keys, there = load_keys(k, chosen, t, b, j, slots, until, positions, block_n, channels, channels_box)
+        score = tl.sum(tl.maximum(tl.dot(keys, tile.T), 0.0) * weight[None, :], 1)
+        slot = j + tl.arange(0, block_n)
+        mean = tl.load(target + t.to(tl.int64) * slots + slot, mask=there, other=0.0)
+        known = tl.where(mean > 0, mean * tl.log(tl.where(mean > 0, mean, 1.0)), 0.0)
+        distance += known - mean * score
+        mass += mean
+        score = tl.where(there, score, HIDDEN)
+        new_max = tl.maximum(row_max, score)
+        row_sum = row_sum * tl.exp(row_max - new_max) + tl.exp(score - new_max)
+        row_max = new_max
+    peak = tl.max(row_max, 0)
+    highest = peak + tl.log(tl.sum(row_sum * tl.exp(row_max - peak), 0))
+    tl.store(top + t, highest)
+    tl.store(loss + t, tl.sum(distance, 0) + tl.sum(mass, 0) * highest)
 
 
 @triton.jit

@@ -4,7 +4,11 @@ Letters: b sequence, t query (counted over all sequences), g query within a chun
 block; a slot is a place in a query's list of keys. A row of `kv` has `rank` channels of the latent, which is key and
 value, and `rope` rotated ones behind them.
 
-The backward pass goes through the queries in chunks. `pairs_kernel` makes the probabilities of a chunk's pairs and the
+Both passes go through the queries in chunks. In the forward pass `weights_kernel` makes each pair's weight, relative to
+the highest score of its block of slots, `output_kernel` sums them over keys, and `mean_kernel` over heads, which is
+what the indexer is trained towards.
+
+In the backward pass `pairs_kernel` makes the probabilities of a chunk's pairs and the
 gradients of their scores, `dq_kernel` sums them over keys. Their sum over queries would need atomics, as several
 queries read one key: `parts_kernel` writes what each pair adds, over all heads, and `lists` has a key's owner add that
 up in the order of the queries. Every sum has one owner and one order, so that gradients are bitwise repeatable.
@@ -16,8 +20,11 @@ import triton
 import triton.language as tl
 
 from nmoe.effects.kernels.attention.blocks import HIDDEN, LOG2_E
-from nmoe.effects.kernels.attention.dsa_index_kernels import load_heads, load_rows
+from nmoe.effects.kernels.attention.dsa_index_kernels import load_rows
 from nmoe.effects.kernels.attention.lists import place_of
+
+GENERAL = ("positions", "slots")
+"""Integers of which the compiled code assumes nothing: not that a loop over slots has one turn, as `nsa_kernels`."""
 
 
 @triton.jit
@@ -51,50 +58,111 @@ def store_part(x, row, inside, width: tl.constexpr, c, value, block_k: tl.conste
 
 
 @triton.jit
-def forward_kernel(
-    q, kv, chosen, o, lse, positions, heads, slots, scale, block_m: tl.constexpr, block_n: tl.constexpr,
-    rank: tl.constexpr, rope: tl.constexpr, rank_box: tl.constexpr, rope_box: tl.constexpr,
+def load_pairs(x, g, slot, there, heads, slots, h, block_m: tl.constexpr):
+    """What [g slots heads] has of some slots and `block_m` heads from h on."""
+    head = h + tl.arange(0, block_m)
+    at = (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :]
+    return tl.load(x + at, mask=there[:, None] & (head < heads)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def weights_kernel(
+    q, kv, chosen, p, top, size, first_query, positions, heads, slots, scale, block_m: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
 ):  # fmt: skip
-    """Output of `block_m` heads of one query, and the logarithm to base 2 of each head's sum of exponentials."""
+    """Weights [g slots heads] of `block_n` keys and `block_m` heads of a query, their highest score and their sum.
+
+    That score is to base 2 and rounded up to a whole number: weights of two blocks differ by a power of two, which
+    another block's reader multiplies by without rounding.
+    """
     width: tl.constexpr = rank + rope
-    head_blocks = tl.cdiv(heads, block_m)
-    t = tl.program_id(0) // head_blocks
-    head = tl.program_id(0) % head_blocks * block_m + tl.arange(0, block_m)
-    mine = head < heads
-    channel = tl.arange(0, rank_box)
-    turned = tl.arange(0, rope_box)
-    row = t.to(tl.int64) * heads + head
-    own = tl.load(
-        q + row[:, None] * width + channel[None, :], mask=mine[:, None] & (channel < rank)[None, :], other=0.0
-    )
-    own_turned = tl.load(
-        q + row[:, None] * width + rank + turned[None, :], mask=mine[:, None] & (turned < rope)[None, :], other=0.0
-    )
-    scale2 = scale * LOG2_E
-    acc = tl.zeros([block_m, rank_box], tl.float32)
-    row_max = tl.full([block_m], float("-inf"), tl.float32)
-    row_sum = tl.zeros([block_m], tl.float32)
-    # a step's keys are known a step before: else its loads would wait for where they are
-    _, at, there = load_slots(chosen, t, positions, slots, 0, block_n)
-    for j in tl.range(0, list_of(t, positions, slots), block_n):
-        start = kv + at.to(tl.int64)[:, None] * width
-        latent = tl.load(start + channel[None, :], mask=there[:, None] & (channel < rank)[None, :], other=0.0)
-        key = tl.load(start + rank + turned[None, :], mask=there[:, None] & (turned < rope)[None, :], other=0.0)
-        seen = there
-        _, at, there = load_slots(chosen, t, positions, slots, j + block_n, block_n)
-        s = tl.dot(own, latent.T)
-        s = tl.dot(own_turned, key.T, s)
+    g = tl.program_id(0)
+    n = tl.program_id(1)
+    j = n * block_n
+    t = first_query + g
+    if j < list_of(t, positions, slots):
+        slot, at, there = load_slots(chosen, t, positions, slots, j, block_n)
+        head = tl.program_id(2) * block_m + tl.arange(0, block_m)
+        mine = head < heads
+        row = t.to(tl.int64) * heads + head
+        # Transposed, keys by heads: Triton 3.6 gets the transpose of a product wrong on sm_90.
+        s = tl.zeros([block_n, block_m], tl.float32)
+        for c in tl.range(0, width, block_k):
+            keys = load_part(kv, at, there, width, c, width, block_k)
+            s = tl.dot(keys, load_part(q, row, mine, width, c, width, block_k).T, s)
         # Scaled before the comparison: a hidden score minus itself must be exactly zero.
-        s = tl.where(seen[None, :], s * scale2, HIDDEN)
-        new_max = tl.maximum(row_max, tl.max(s, 1))
-        p = tl.exp2(s - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        acc = tl.dot(p.to(latent.dtype), latent, acc * rescale[:, None])
-        row_max = new_max
-    out = (acc / row_sum[:, None]).to(o.dtype.element_ty)
-    tl.store(o + row[:, None] * rank + channel[None, :], out, mask=mine[:, None] & (channel < rank)[None, :])
-    tl.store(lse + row, row_max + tl.log2(row_sum), mask=mine)
+        s = tl.where(there[:, None], s * (scale * LOG2_E), HIDDEN)
+        most = tl.ceil(tl.max(s, 0))
+        # The sum is of what is stored: a query of one key has its value then, and no gradient but for fp32's rounding.
+        weight = tl.exp2(s - most[None, :]).to(p.dtype.element_ty)
+        to = (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :]
+        tl.store(p + to, weight, mask=(slot < slots)[:, None] & mine[None, :])
+        out = (g * tl.num_programs(1) + n) * heads + head
+        tl.store(top + out, most, mask=mine)
+        tl.store(size + out, tl.sum(weight.to(tl.float32), 0), mask=mine)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def output_kernel(
+    kv, chosen, p, top, size, o, lse, first_query, positions, heads, slots, blocks, block: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
+):  # fmt: skip
+    """Output of `block_m` heads of one query in `block_k` channels, and the logarithm to base 2 of each head's sum.
+
+    `block` slots have a highest score and a sum together, of which a step takes `block_n`.
+    """
+    width: tl.constexpr = rank + rope
+    g = tl.program_id(0)
+    t = first_query + g
+    h = tl.program_id(1) * block_m
+    head = h + tl.arange(0, block_m)
+    mine = head < heads
+    c = tl.program_id(2) * block_k
+    until = list_of(t, positions, slots)
+    highest = tl.full([block_m], HIDDEN, tl.float32)
+    total = tl.zeros([block_m], tl.float32)
+    for n in tl.range(0, tl.cdiv(until, block)):
+        at_block = (g * blocks + n) * heads + head
+        most = tl.load(top + at_block, mask=mine, other=0.0)
+        new = tl.maximum(highest, most)
+        total = total * tl.exp2(highest - new) + tl.load(size + at_block, mask=mine, other=1.0) * tl.exp2(most - new)
+        highest = new
+    acc = tl.zeros([block_m, block_k], tl.float32)
+    # a step's keys are known a step before: else its loads would wait for where they are
+    slot, at, there = load_slots(chosen, t, positions, slots, 0, block_n)
+    for j in tl.range(0, until, block_n):
+        weight = load_pairs(p, g, slot, there, heads, slots, h, block_m)
+        most = tl.load(top + (g * blocks + j // block) * heads + head, mask=mine, other=0.0)
+        keys = load_part(kv, at, there, width, c, rank, block_k)
+        slot, at, there = load_slots(chosen, t, positions, slots, j + block_n, block_n)
+        acc = tl.dot((weight.T * tl.exp2(most - highest)[:, None]).to(keys.dtype), keys, acc)
+    row = t.to(tl.int64) * heads + head
+    store_part(o, row, mine, rank, c, acc / total[:, None], block_k)
+    if tl.program_id(2) == 0:
+        tl.store(lse + row, highest + tl.log2(total), mask=mine)
+
+
+@triton.jit(do_not_specialize=GENERAL)
+def mean_kernel(
+    p, top, lse, target, first_query, positions, heads, slots, blocks, block: tl.constexpr, block_m: tl.constexpr,
+    block_n: tl.constexpr,
+):  # fmt: skip
+    """Mean of the heads' probabilities of `block_n` keys of a query, `block_m` heads a step."""
+    g = tl.program_id(0)
+    j = tl.program_id(1) * block_n
+    t = first_query + g
+    slot = j + tl.arange(0, block_n)
+    there = slot < list_of(t, positions, slots)
+    mean = tl.zeros([block_n], tl.float32)
+    if j < list_of(t, positions, slots):
+        for h in tl.range(0, heads, block_m):
+            head = h + tl.arange(0, block_m)
+            mine = head < heads
+            weight = load_pairs(p, g, slot, there, heads, slots, h, block_m).to(tl.float32)
+            most = tl.load(top + (g * blocks + j // block) * heads + head, mask=mine, other=0.0)
+            log_sum = tl.load(lse + t.to(tl.int64) * heads + head, mask=mine, other=0.0)
+            mean += tl.sum(weight * tl.exp2(most - log_sum)[None, :], 1)
+    tl.store(target + t.to(tl.int64) * slots + slot, mean / heads, mask=slot < slots)
 
 
 @triton.jit
@@ -107,7 +175,7 @@ def delta_kernel(o, do, delta, rows, block_m: tl.constexpr, rank: tl.constexpr, 
     tl.store(delta + row, tl.sum(output * gradient, 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def pairs_kernel(
     q, kv, do, chosen, lse, delta, p, ds, first_query, positions, heads, slots, scale, block_m: tl.constexpr,
     block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
@@ -122,8 +190,7 @@ def pairs_kernel(
         head = tl.program_id(2) * block_m + tl.arange(0, block_m)
         mine = head < heads
         row = t.to(tl.int64) * heads + head
-        # Transposed, keys by heads: Triton 3.6 gets the transpose of a product wrong on sm_90.
-        s = tl.zeros([block_n, block_m], tl.float32)
+        s = tl.zeros([block_n, block_m], tl.float32)  # transposed, as in `weights_kernel`
         dp = tl.zeros([block_n, block_m], tl.float32)
         for c in tl.range(0, width, block_k):
             keys = load_part(kv, at, there, width, c, width, block_k)
@@ -139,15 +206,7 @@ def pairs_kernel(
         tl.store(ds + to, (weight * (dp - off[None, :]) * scale).to(ds.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def load_pairs(x, g, slot, there, heads, slots, h, block_m: tl.constexpr):
-    """What [g slots heads] has of some slots and `block_m` heads from h on."""
-    head = h + tl.arange(0, block_m)
-    at = (g.to(tl.int64) * slots + slot)[:, None] * heads + head[None, :]
-    return tl.load(x + at, mask=there[:, None] & (head < heads)[None, :], other=0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def dq_kernel(
     kv, chosen, ds, dq, first_query, positions, heads, slots, block_m: tl.constexpr, block_n: tl.constexpr,
     block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
@@ -174,7 +233,7 @@ def dq_kernel(
     store_part(dq, row, head < heads, width, c + block_k, acc_half, half)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def parts_kernel(
     q, do, chosen, p, ds, parts, ranks, begins, first_query, positions, heads: tl.constexpr, slots,
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
@@ -202,50 +261,3 @@ def parts_kernel(
             channel = c + tl.arange(0, block_k)
             to = parts + place.to(tl.int64)[:, None] * width + channel[None, :]
             tl.store(to, acc.to(parts.dtype.element_ty), mask=there[:, None] & (channel < width)[None, :])
-
-
-@triton.jit
-def target_kernel(
-    q, kv, chosen, lse, index_q, index_k, index_w, target, top, loss, positions, heads, slots, index_heads, scale,
-    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, rank: tl.constexpr, rope: tl.constexpr,
-    channels: tl.constexpr, channels_box: tl.constexpr, heads_box: tl.constexpr,
-):  # fmt: skip
-    """Mean of the heads' probabilities of one query's keys, how far the indexer's are from it, and their log-sum."""
-    width: tl.constexpr = rank + rope
-    t = tl.program_id(0)
-    index_head = tl.arange(0, heads_box)
-    tile = load_heads(index_q, t, index_heads, channels, heads_box, channels_box)
-    weight = tl.load(index_w + t.to(tl.int64) * index_heads + index_head, mask=index_head < index_heads, other=0.0)
-    # A number a place in a block: one reduction after the loop; Triton 3.7 fails on the loop's own for sm_100.
-    row_max = tl.full([block_n], HIDDEN, tl.float32)
-    row_sum = tl.zeros([block_n], tl.float32)
-    distance = tl.zeros([block_n], tl.float32)
-    mass = tl.zeros([block_n], tl.float32)
-    for j in tl.range(0, list_of(t, positions, slots), block_n):
-        slot, at, there = load_slots(chosen, t, positions, slots, j, block_n)
-        mean = tl.zeros([block_n], tl.float32)
-        for h in tl.range(0, heads, block_m):
-            head = h + tl.arange(0, block_m)
-            mine = head < heads
-            row = t.to(tl.int64) * heads + head
-            s = tl.zeros([block_n, block_m], tl.float32)
-            for c in tl.range(0, width, block_k):
-                keys = load_part(kv, at, there, width, c, width, block_k)
-                s = tl.dot(keys, load_part(q, row, mine, width, c, width, block_k).T, s)
-            off = tl.load(lse + row, mask=mine, other=0.0)
-            mean += tl.sum(tl.where(mine[None, :], tl.exp2(s * (scale * LOG2_E) - off[None, :]), 0.0), 1)
-        mean = tl.where(there, mean / heads, 0.0)
-        tl.store(target + t.to(tl.int64) * slots + slot, mean, mask=slot < slots)
-        index_keys = load_rows(index_k, at, there, channels, channels_box)
-        score = tl.sum(tl.maximum(tl.dot(index_keys, tile.T), 0.0) * weight.to(tl.float32)[None, :], 1)
-        known = tl.where(mean > 0, mean * tl.log(tl.where(mean > 0, mean, 1.0)), 0.0)
-        distance += known - mean * score
-        mass += mean
-        score = tl.where(there, score, HIDDEN)
-        new_max = tl.maximum(row_max, score)
-        row_sum = row_sum * tl.exp(row_max - new_max) + tl.exp(score - new_max)
-        row_max = new_max
-    peak = tl.max(row_max, 0)
-    highest = peak + tl.log(tl.sum(row_sum * tl.exp(row_max - peak), 0))
-    tl.store(top + t, highest)
-    tl.store(loss + t, tl.sum(distance, 0) + tl.sum(mass, 0) * highest)

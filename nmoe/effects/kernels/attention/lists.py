@@ -83,6 +83,8 @@ def gather_kernel(parts, begins, total, width: tl.constexpr, width_box: tl.const
             at = parts + row.to(tl.int64)[:, None] * width + channel[None, :]
             inside = (row < end)[:, None] & (channel < width)[None, :]
             acc += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0)
+        # Of few channels every warp reads all sums, and one writes them: no other may come later.
+        tl.debug_barrier()
         tl.store(to, acc, mask=channel < width)
 
 

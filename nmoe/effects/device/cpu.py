@@ -1,4 +1,5 @@
-"""What a CPU runs in the place of the reference: attention and experts by torch's own kernels, AdamW in chunks."""
+"""What a CPU runs in the place of the reference: attention and experts by torch's own kernels, AdamW in chunks, and
+a new token of a text in fewer calls."""
 
 from __future__ import annotations
 
@@ -26,7 +27,6 @@ from nmoe.pure.optim.update import Rule, rule
 
 CHUNK = 1 << 18
 """Elements the optimizer handles at once, so that its temporaries stay in the cache."""
-
 
 FEW = 64
 """Rows up to which a call costs more than what it computes."""

@@ -118,7 +118,7 @@ def pick(logits: Tensor, draw: Tensor, how: Sampling) -> Tensor:
     returns  [B] i64
     Source:  nucleus sampling, Holtzman et al. (arXiv:1904.09751), section 3.1.
     """
-    finite = (logits * 0).sum(dim=-1) == 0  # 0 times another number is none; two passes, of `isfinite` there are five
+    finite = (logits * 0).sum(dim=-1) == 0  # 0 unless one is infinite or NaN; two passes, `isfinite` takes five
     return torch.where(finite, _pick(upcast(logits), draw, how), -1)
 
 

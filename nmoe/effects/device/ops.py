@@ -86,7 +86,7 @@ def build(
     # only here: triton is not everywhere
     from nmoe.effects.kernels import loss as cross_entropy
     from nmoe.effects.kernels import norm as rms_norm
-    from nmoe.effects.kernels.moe import few, moe_fp8, router, swiglu
+    from nmoe.effects.kernels.moe import few, gates, moe_fp8, report, router, swiglu
     from nmoe.effects.kernels.moe import moe as mixtures
     from nmoe.effects.parallel.exchange import device as exchanged
 
@@ -105,10 +105,15 @@ def build(
                 _route,
                 few=few.route,
                 many=partial(
-                    route_tokens, score=router.scores, softmax_score=router.softmax_scores, select=router.top_k
+                    route_tokens,
+                    score=router.scores,
+                    softmax_score=router.softmax_scores,
+                    select=router.top_k,
+                    weigh=gates.gates,
                 ),
                 pairs=few.PAIRS,
             ),
+            report=report.report,
             experts=partial(cpu.moe_experts, experts=low)
             if low is not None
             else partial(moe_fp8.moe_experts_fp8, tiles=tiles, accumulator=accumulator)

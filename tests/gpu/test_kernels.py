@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nmoe.effects.kernels import loss as loss_kernels
 from nmoe.effects.kernels import norm as norm_kernels
-from nmoe.effects.kernels.moe import router, swiglu
+from nmoe.effects.kernels.moe import gates, report, router, swiglu
 from nmoe.effects.kernels.optim import adamw
 from nmoe.pure.formats import master
 from nmoe.pure.model import experts, loss, norm, route
@@ -203,3 +203,28 @@ def test_router(num_experts: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, graded(router.scores, [x, w], [grad_output]), strict=True))
     scores = (50 * router.scores(x, w)).round()
     assert torch.equal(router.top_k(scores, 8), route.top_k(scores, 8))
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(64, 4), (160, 6), (256, 8)])
+def test_what_is_told_of_a_router(num_experts: int, top_k: int) -> None:
+    """Entropy, imbalance, gates and gradients against fp64; margins, and the parts of a gradient, exactly."""
+    score = torch.sigmoid(2 * truth.normal(3, 1000, num_experts, device="cuda"))
+    bias = truth.normal(num_experts, seed=1, device="cuda") / 8
+    flat = score.flatten(0, 1)
+    favoured, expert = router.top_k(score, top_k), router.top_k(flat + bias, top_k)
+
+    def told(which: Any) -> Callable[[Tensor], Any]:
+        return lambda score: which.report(score, favoured, bias.to(score.dtype), expert, margins=False)[:2]
+
+    compared(told(report), told(route), (score,), [torch.tensor(0.7, device="cuda")], factor=2, steps=4)
+    pulls = [truth.normal(len(flat), top_k, seed=2, device="cuda")]
+    compared(
+        partial(gates.gates, expert=expert), partial(route.gates, expert=expert), (flat,), pulls, factor=2, steps=4
+    )
+    found, wanted = (which.report(score, favoured, bias, expert, margins=True)[2] for which in (report, route))
+    assert torch.equal(found, wanted)
+    gradient = truth.normal(*flat.shape, seed=3, device="cuda")
+    high, middle, low = router.split_bf16x3(gradient * flat * (1 - flat))
+    narrow, wide = router.score_gradient(gradient, flat)
+    assert torch.equal(narrow, torch.cat((high, high, middle), -1))
+    assert torch.equal(wide, torch.cat((high, middle, low), -1))

@@ -12,8 +12,9 @@ from nmoe.effects.kernels import norm as norm_kernels
 from nmoe.effects.kernels.attention import mla_assemble, mla_cached
 from nmoe.effects.kernels.exchange import plan as plan_kernels
 from nmoe.effects.kernels.exchange import reduce
-from nmoe.effects.kernels.moe import combine, dispatch, few, router, swiglu
+from nmoe.effects.kernels.moe import combine, dispatch, few, gates, report, router, swiglu
 from nmoe.effects.kernels.optim import adamw, muon
+from nmoe.pure.model.route import BINS
 from tests.kernels.aot import Request
 
 KERNELS = "nmoe.effects.kernels"
@@ -180,6 +181,68 @@ def choice(num_experts: int, top_k: int) -> Request:
         {"M": tile.block_m, "EP": padded, "K": top_k},
         "rows E",
     )
+
+
+def of_router(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
+    """Gates of the chosen experts, what is told of a router, and the gradient of its scores."""
+    padded = 1 << (num_experts - 1).bit_length()
+    rows, told = report.block(num_experts)
+    places = {"K": top_k, "KP": 1 << (top_k - 1).bit_length()}
+    back = {"M": max(1, gates.SCORES // padded), "EP": padded}
+    weighed = "score:*fp32 expert:*i64"
+    sizes = "rows:i32 E:i32 scale:fp32 vanishing:fp32"
+    spoken = "score:*fp32 favoured:*i64 bias:*fp32 expert:*i64 hits:*i32 shares:*fp32 entropy:*fp32"
+    spans = {"K": top_k, "BINS": BINS, "SPAN": report.SPAN, "M": rows, "EP": told}
+    return {
+        **{
+            f"gates{name}": request(
+                "moe.gates:weight_kernel",
+                f"{weighed} weight:*fp32 {sizes}",
+                Launch(),
+                {**places, "NORMALIZE": normalize, "M": gates.TOKENS},
+                "rows E",
+            )
+            for name, normalize in (("", True), (", not normalised", False))
+        },
+        **{
+            f"gates: backward{name}": request(
+                "moe.gates:weight_backward_kernel",
+                f"{weighed} grad_output:*fp32 gradient:*fp32 {sizes}",
+                Launch(),
+                {**places, "NORMALIZE": normalize, **back},
+                "rows E",
+            )
+            for name, normalize in (("", True), (", not normalised", False))
+        },
+        "report": request(
+            "moe.report:report_kernel",
+            f"{spoken} margins:*i32 T:i32 E:i32 vanishing:fp32",
+            Launch(report.WARPS),
+            spans,
+            "T E",
+        ),
+        "report: no margins": request(
+            "moe.report:report_kernel",
+            f"{spoken} T:i32 E:i32 vanishing:fp32",
+            Launch(report.WARPS),
+            {**spans, "margins": None, "BINS": 0},
+            "T E",
+        ),
+        "report: backward": request(
+            "moe.report:imbalance_backward_kernel",
+            "score:*fp32 weight:*fp32 gradient:*fp32 T:i32 E:i32 vanishing:fp32",
+            Launch(report.WARPS),
+            {"M": rows, "EP": told},
+            "T E",
+        ),
+        "score gradient": request(
+            "moe.router:score_gradient_kernel",
+            "gradient:*fp32 score:*fp32 narrow:*i16 wide:*i16 rows:i32 E:i32",
+            Launch(),
+            {"M": max(1, router.SCORES // padded), "EP": padded},
+            "rows E",
+        ),
+    }
 
 
 def of_few(width: int = 2048, inner: int = 1408, num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:

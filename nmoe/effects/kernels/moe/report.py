@@ -72,7 +72,8 @@ def report_kernel(
             lowest = tl.min(tl.where(hot, biased, float("inf")), 1)
             best_left = tl.max(tl.where(hot | (column >= E)[None, :], float("-inf"), biased), 1)
             place = (((lowest + best_left) / 2)[:, None] - value + 1) * (BINS / 2)
-            place = tl.minimum(tl.maximum(place, 0), BINS - 1).to(tl.int32)
+            # what is no number counts in the first bin, as in the reference
+            place = tl.where(place >= 0, tl.minimum(place, BINS - 1), 0.0).to(tl.int32)
             # whole numbers: their sum does not depend on who is first
             tl.atomic_add(margins + column[None, :] * BINS + place, 1, mask=inside, sem="relaxed")
     part = program.to(tl.int64) * E + column
@@ -113,7 +114,7 @@ class Report(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         score, favoured, expert = score.contiguous(), favoured.contiguous(), expert.contiguous()
         (sequences, tokens, experts), k = score.shape, favoured.shape[-1]
-        m, padded = _block(experts)
+        m, padded = block(experts)
         spans = triton.cdiv(tokens, SPAN)
         hits = torch.empty(sequences, spans, experts, dtype=torch.int32, device=score.device)
         shares = torch.empty(sequences, spans, experts, device=score.device)
@@ -137,7 +138,7 @@ class Report(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         score, fraction = ctx.saved_tensors
         sequences, tokens, experts = score.shape
-        m, padded = _block(experts)
+        m, padded = block(experts)
         gradient = torch.empty_like(score)
         imbalance_backward_kernel[(sequences * triton.cdiv(tokens, m),)](
             score, fraction * (outputs[1] / tokens), gradient, tokens, experts, VANISHING, m, padded, num_warps=WARPS
@@ -145,7 +146,7 @@ class Report(torch.autograd.Function):
         return gradient, *[None] * 4
 
 
-def _block(experts: int) -> tuple[int, int]:
+def block(experts: int) -> tuple[int, int]:
     """Tokens of a program, and columns."""
     padded = triton.next_power_of_2(experts)
     return max(1, min(SPAN, SCORES // padded)), padded

@@ -29,6 +29,9 @@ class TopKTile:
 
 TILE = TopKTile(block_m=8, num_warps=4, num_stages=1)
 
+SCORES = 2048
+"""Scores of a program of their gradient: 16 of a thread."""
+
 TINY = torch.finfo(torch.float32).tiny
 """The smallest score: the weights of tokens whose scores all vanish are equal, and sum to the scale."""
 
@@ -161,7 +164,7 @@ def score_gradient(gradient: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     gradient, (rows, experts) = gradient.contiguous(), score.shape
     narrow, wide = (torch.empty(rows, 3 * experts, dtype=torch.bfloat16, device=score.device) for _ in range(2))
     padded = triton.next_power_of_2(experts)
-    m = max(1, 2048 // padded)
+    m = max(1, SCORES // padded)
     # no fused multiply-adds: they would take the parts of a gradient that is not rounded to fp32
     score_gradient_kernel[(triton.cdiv(rows, m),)](
         gradient, score, narrow.view(torch.int16), wide.view(torch.int16), rows, experts, m, padded,

@@ -12,7 +12,7 @@ from nmoe.effects.kernels import norm as norm_kernels
 from nmoe.effects.kernels.attention import mla_assemble, mla_cached
 from nmoe.effects.kernels.exchange import plan as plan_kernels
 from nmoe.effects.kernels.exchange import reduce
-from nmoe.effects.kernels.moe import combine, dispatch, few, gates, report, router, swiglu
+from nmoe.effects.kernels.moe import combine, dispatch, few, report, router, swiglu
 from nmoe.effects.kernels.optim import adamw, muon
 from nmoe.pure.model.route import BINS
 from tests.kernels.aot import Request
@@ -184,36 +184,42 @@ def choice(num_experts: int, top_k: int) -> Request:
 
 
 def of_router(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
-    """Gates of the chosen experts, what is told of a router, and the gradient of its scores."""
+    """Choices and their weights, the gradient of the scores, and what is told of a router."""
     padded = 1 << (num_experts - 1).bit_length()
     rows, told = report.block(num_experts)
     places = {"K": top_k, "KP": 1 << (top_k - 1).bit_length()}
-    back = {"M": max(1, gates.SCORES // padded), "EP": padded}
-    weighed = "score:*fp32 expert:*i64"
-    sizes = "rows:i32 E:i32 scale:fp32 vanishing:fp32"
+    sizes = "rows:i32 E:i32"
+    chosen = "product:*fp32 bias:*fp32 score:*fp32 expert:*i64 favoured:*i64 weight:*fp32"
+    parts = "narrow:*i16 wide:*i16"
     spoken = "score:*fp32 favoured:*i64 bias:*fp32 expert:*i64 hits:*i32 shares:*fp32 entropy:*fp32"
     spans = {"K": top_k, "BINS": BINS, "SPAN": report.SPAN, "M": rows, "EP": told}
+
+    def back(pairs: str, normalize: bool, k: int, kp: int, without: Mapping[str, object]) -> Request:
+        constants = {"K": k, "KP": kp, "NORMALIZE": normalize, "M": max(1, router.SCORES // padded), "EP": padded}
+        return request(
+            "moe.router:score_gradient_kernel",
+            f"gradient:*fp32 score:*fp32 {pairs}{parts} {sizes} scale:fp32 vanishing:fp32",
+            Launch(),
+            {**constants, **without},
+            "rows E",
+        )
+
     return {
         **{
-            f"gates{name}": request(
-                "moe.gates:weight_kernel",
-                f"{weighed} weight:*fp32 {sizes}",
+            f"route{name}": request(
+                "moe.router:choose_kernel",
+                f"{chosen} {sizes} tiny:fp32 scale:fp32 vanishing:fp32",
                 Launch(),
-                {**places, "NORMALIZE": normalize, "M": gates.TOKENS},
+                {**places, "NORMALIZE": normalize, "M": max(1, router.CHOICES // padded), "EP": padded},
                 "rows E",
             )
             for name, normalize in (("", True), (", not normalised", False))
         },
         **{
-            f"gates: backward{name}": request(
-                "moe.gates:weight_backward_kernel",
-                f"{weighed} grad_output:*fp32 gradient:*fp32 {sizes}",
-                Launch(),
-                {**places, "NORMALIZE": normalize, **back},
-                "rows E",
-            )
+            f"route: backward{name}": back("expert:*i64 grad_weight:*fp32 ", normalize, *places.values(), {})
             for name, normalize in (("", True), (", not normalised", False))
         },
+        "scores: backward": back("", True, 1, 1, {"expert": None, "grad_weight": None}),
         "report": request(
             "moe.report:report_kernel",
             f"{spoken} margins:*i32 T:i32 E:i32 vanishing:fp32",
@@ -234,13 +240,6 @@ def of_router(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
             Launch(report.WARPS),
             {"M": rows, "EP": told},
             "T E",
-        ),
-        "score gradient": request(
-            "moe.router:score_gradient_kernel",
-            "gradient:*fp32 score:*fp32 narrow:*i16 wide:*i16 rows:i32 E:i32",
-            Launch(),
-            {"M": max(1, router.SCORES // padded), "EP": padded},
-            "rows E",
         ),
     }
 

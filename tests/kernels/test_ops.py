@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nmoe.effects.kernels import loss, norm
 from nmoe.effects.kernels.attention import gqa, mla, project
-from nmoe.effects.kernels.moe import combine, gates, report, router, swiglu
+from nmoe.effects.kernels.moe import combine, report, router, swiglu
 from nmoe.effects.kernels.moe.moe import moe_experts
 from nmoe.effects.kernels.optim import adamw
 from nmoe.pure.model.rope import table
@@ -44,7 +44,10 @@ OPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda score, favoured, expert: report.report(score, favoured, BIAS, expert, margins=True)[:2],
         (SCORE, top_k(SCORE, 2), top_k(SCORE.flatten(0, 1) + BIAS, 2)),
     ),
-    "gates": (gates.gates, (SCORE.flatten(0, 1), top_k(SCORE.flatten(0, 1), 3))),
+    "route": (
+        lambda x, w: (told := router.route(x, w, BIAS, top_k=3), (told.score, told.routing.weight))[1],
+        (normal(6, 16, dtype=torch.bfloat16), normal(16, 8, seed=1)),
+    ),
     "project": (
         partial(project.project, rope=ROPE, num_heads=2, latent=16),
         (normal(2, 9, 16), normal(16, 2 * 12 + 16 + 4, seed=1)),

@@ -129,7 +129,6 @@ def route(
     scale: float = 1.0,
     normalize: bool = True,
     select: Callable[[Tensor, int], Tensor] = top_k,
-    weigh: Callable[..., Tensor] = gates,
 ) -> Routing:
     """Choose `top_k` experts a token by biased score, weigh them by the unbiased one.
 
@@ -139,7 +138,7 @@ def route(
     score             [N E] f32
     bias              [E] f32   steers selection only; updated by `balance`
     scale, normalize  of the weights, as in `gates`
-    select, weigh     `top_k` and `gates`, or kernels that implement them
+    select            `top_k` or a kernel that implements it
     Raises:           ValueError for a bias of another shape, or more choices than experts.
     Source:           DeepSeek-V3 (arXiv:2412.19437) eq. 13-16, groups as in section 2.1.2.
     """
@@ -158,23 +157,16 @@ def route(
         member = (kept[..., None] == torch.arange(num_groups, device=kept.device)).any(-2)
         choice = grouped.masked_fill(~member[..., None], float("-inf")).flatten(-2)
     expert = select(choice, top_k)
-    return Routing(expert, weigh(score, expert, scale=scale, normalize=normalize))
+    return Routing(expert, gates(score, expert, scale=scale, normalize=normalize))
 
 
 def replay(
-    score: Tensor,
-    recorded: Routing | Tensor,
-    *,
-    top_k: int,
-    scale: float = 1.0,
-    normalize: bool = True,
-    weigh: Callable[..., Tensor] = gates,
+    score: Tensor, recorded: Routing | Tensor, *, top_k: int, scale: float = 1.0, normalize: bool = True
 ) -> Routing:
     """Recorded choices again; without weights they get gates of these scores, through which gradients flow.
 
     score     [N E] f32
     recorded  a Routing, or experts alone [N K] i64
-    weigh     `gates` or a kernel that implements it
     Raises:   ValueError for choices that do not fit the tokens.
     """
     expert, weight = (recorded, None) if isinstance(recorded, Tensor) else (recorded.expert, recorded.weight)
@@ -184,7 +176,7 @@ def replay(
     if expert.dtype is not torch.int64:
         raise ValueError(f"replay: expected routing.expert in i64, got {expert.dtype}; pass expert.long()")
     if weight is None:
-        weight = weigh(score, expert, scale=scale, normalize=normalize)
+        weight = gates(score, expert, scale=scale, normalize=normalize)
     return Routing(expert, weight)
 
 
@@ -204,7 +196,6 @@ def route_tokens(
     score: Callable[..., Tensor] = scores,
     softmax_score: Callable[..., Tensor] = softmax_scores,
     select: Callable[[Tensor, int], Tensor] = top_k,
-    weigh: Callable[..., Tensor] = gates,
 ) -> Routed:
     """Scores, what `route` makes of them, and what the balance loss needs.
 
@@ -217,15 +208,13 @@ def route_tokens(
     score     `scores` or a kernel that implements it; not called for a softmax
     softmax_score  the same of `softmax_scores`
     select    `top_k` or a kernel that implements it
-    weigh     `gates` or a kernel that implements it
     """
     affinity = (softmax_score if softmax else score)(x, router, shift)
     if isinstance(recorded, Routing | Tensor):
-        routing = replay(affinity, recorded, top_k=top_k, scale=scale, normalize=normalize, weigh=weigh)
+        routing = replay(affinity, recorded, top_k=top_k, scale=scale, normalize=normalize)
     else:
         groups = {"num_groups": num_groups, "top_k_groups": top_k_groups, "ranked_by": 1 if softmax else 2}
-        how = {"scale": scale, "normalize": normalize, "select": select, "weigh": weigh}
-        routing = route(affinity, bias, top_k=top_k, **how, **groups)
+        routing = route(affinity, bias, top_k=top_k, scale=scale, normalize=normalize, select=select, **groups)
     return Routed(routing, affinity, select(affinity.detach(), top_k))
 
 

@@ -31,9 +31,9 @@ def block(rows: int, columns: int) -> str:
     return f"tensordesc<bf16[{rows},{columns}]>"
 
 
-def requests(target: int) -> list[Request]:
-    """The five kernels at hidden size 2048: rows that stay and that leave, gradients into arenas of both formats."""
-    entry = tuning.find(tuning.load(CAPABILITY[target]), "moe", 2048, 1408)
+def requests(target: int, hidden: int = 2048, width: int = 1408) -> list[Request]:
+    """The five kernels: rows that stay and that leave, gradients into arenas of both formats."""
+    entry = tuning.find(tuning.load(CAPABILITY[target]), "moe", hidden, width)
 
     def request(
         name: str,
@@ -70,7 +70,7 @@ def requests(target: int) -> list[Request]:
                 **TILED,
                 "F": "i32",
             },
-            {"D": 2048, "bias": None, "LIMIT": None, "ALPHA": 1.0},
+            {"D": hidden, "bias": None, "LIMIT": None, "ALPHA": 1.0},
             "F",
         ),
         *(
@@ -157,6 +157,16 @@ def test_biases_and_a_clamp(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert problems(aot.compile_all(wanted, tmp_path_factory.mktemp("triton"), targets=[90]), spills=12) == []
 
 
-@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
-def test_products_of_the_experts(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
-    assert problems(aot.compile_all(requests(target), tmp_path_factory.mktemp("triton"), targets=[target])) == []
+@pytest.mark.parametrize(
+    ("target", "size"),
+    [
+        (90, (2048, 1408)),
+        (90, (768, 384)),
+        pytest.param(100, (2048, 1408), marks=pytest.mark.long),
+        pytest.param(100, (768, 384), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_products_of_the_experts(tmp_path_factory: pytest.TempPathFactory, target: int, size: tuple[int, int]) -> None:
+    compiled = aot.compile_all(requests(target, *size), tmp_path_factory.mktemp("triton"), targets=[target])
+    assert problems(compiled) == []

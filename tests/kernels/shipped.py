@@ -194,13 +194,13 @@ def of_router(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
     spoken = "score:*fp32 favoured:*i64 bias:*fp32 expert:*i64 hits:*i32 shares:*fp32 entropy:*fp32"
     spans = {"K": top_k, "BINS": BINS, "SPAN": report.SPAN, "M": rows, "EP": told}
 
-    def back(pairs: str, normalize: bool, k: int, kp: int, without: Mapping[str, object]) -> Request:
-        constants = {"K": k, "KP": kp, "NORMALIZE": normalize, "M": max(1, router.SCORES // padded), "EP": padded}
+    def back(pairs: str, normalize: bool, of: Mapping[str, object]) -> Request:
+        constants = {"NORMALIZE": normalize, "M": max(1, router.SCORES // padded), "EP": padded}
         return request(
             "moe.router:score_gradient_kernel",
             f"gradient:*fp32 score:*fp32 {pairs}{parts} {sizes} scale:fp32 vanishing:fp32",
             Launch(),
-            {**constants, **without},
+            {**constants, **of},
             "rows E",
         )
 
@@ -216,10 +216,10 @@ def of_router(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
             for name, normalize in (("", True), (", not normalised", False))
         },
         **{
-            f"route: backward{name}": back("expert:*i64 grad_weight:*fp32 ", normalize, *places.values(), {})
+            f"route: backward{name}": back("expert:*i64 grad_weight:*fp32 ", normalize, places)
             for name, normalize in (("", True), (", not normalised", False))
         },
-        "scores: backward": back("", True, 1, 1, {"expert": None, "grad_weight": None}),
+        "scores: backward": back("", True, {"K": 1, "KP": 1, "expert": None, "grad_weight": None}),
         "report": request(
             "moe.report:report_kernel",
             f"{spoken} margins:*i32 T:i32 E:i32 vanishing:fp32",

@@ -134,7 +134,7 @@ def routed(which: Any, bias: Tensor, **how: Any) -> Any:
 def test_a_route_is_as_near_the_truth(size: tuple[int, int, int], normalize: bool) -> None:
     tokens, experts, top_k = size
     x, w, bias = operands(tokens, experts)
-    how = {"top_k": top_k, "scale": 2.5, "normalize": normalize}
+    how: dict[str, Any] = {"top_k": top_k, "scale": 2.5, "normalize": normalize}
     pulls = [normal(tokens, experts, seed=3) / 50, normal(tokens, top_k, seed=4)]
     plain = graded(routed(route.route_tokens, bias, **how), [x, w], pulls)
     truth = graded(routed(route.route_tokens, bias, **how), [x, w], pulls, torch.float64)

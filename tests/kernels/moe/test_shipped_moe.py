@@ -112,14 +112,39 @@ def requests(target: int, hidden: int = 2048, width: int = 1408) -> list[Request
         *(
             request(
                 "grouped_weight_gradient",
-                dup,
-                {"a": block(dup.block_k, dup.block_m), "b": block(dup.block_k, dup.block_n), "b_rows": "*bf16"}
-                | {"out": out, "end": "*i32", "count": "*i32", "A": "i32", "B": "i32"},
-                {"ADD": add},
+                tile,
+                {"a": block(tile.block_k, tile.block_m), "b": block(tile.block_k, tile.block_n), "b_rows": "*bf16"}
+                | {"out": out, "end": "*i32", "count": "*i32", "A": "i32", "B": "i32"}
+                | ({} if tile is dup else {"a": "*bf16", "source": "*i32"}),
+                {"ADD": add, **({"source": None} if tile is dup else {})},
                 "A B",
                 SAME["moe.experts:grouped_weight_gradient_kernel"],
             )
+            for tile in (dup, *([entry.tiles["gathered"]] if "gathered" in entry.tiles else []))
             for out, add in (("*bf16", False), ("*bf16", True), ("*fp32", False), ("*fp32", True))
+        ),
+        *(
+            attrs.evolve(
+                request(
+                    "persistent_gemm",
+                    tile,
+                    {
+                        "rows": block(tile.block_m, tile.block_k),
+                        "w": block(*sides),
+                        "out": "*bf16",
+                        "num_needed": "*i32",
+                    }
+                    | {key: kind for key, kind in TILED.items() if key != "NUM_M"}
+                    | {"INNER": "i32", "OUTER": "i32"},
+                    {"TRANSPOSED": transposed, "PROGRAMS": 132},
+                    "INNER OUTER",
+                ),
+                kernel="nmoe.effects.kernels.moe.persistent:persistent_gemm_kernel",
+            )
+            for tile, sides, transposed in (
+                (down, (down.block_k, down.block_n), False),
+                (dx, (dx.block_n, dx.block_k), True),
+            )
         ),
     ]
 

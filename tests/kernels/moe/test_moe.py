@@ -204,7 +204,7 @@ def test_a_layer_that_gathers_has_the_bits_of_one_of_rows() -> None:
             lambda x, weight, up, down: moe_experts(x, Routing(expert, weight), up, down, tiles=tiles)[0], inputs, pulls
         )
 
-    gathering = run(attrs.evolve(TILES, gathered=attrs.evolve(SMALL, block_k=16)))
+    gathering = run(attrs.evolve(TILES, gathered=SMALL))
     assert all(torch.equal(a, b) for a, b in zip(gathering, run(TILES), strict=True))
 
 

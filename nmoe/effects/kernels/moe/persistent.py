@@ -65,12 +65,12 @@ def grouped_gemm(
     outer = weight.shape[1] if transposed else weight.shape[2]
     out = torch.empty(rows.shape[0], outer, dtype=rows.dtype, device=rows.device)
     block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-    programs = min(programs, tiles.expert.shape[0] * triton.cdiv(outer, tile.block_n))
-    persistent_gemm_kernel[(programs,)](
+    started = min(programs, tiles.expert.shape[0] * triton.cdiv(outer, tile.block_n))
+    persistent_gemm_kernel[(started,)](
         TensorDescriptor.from_tensor(rows, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), block),
         out, tiles.expert, tiles.row, tiles.needed, end, inner, outer, transposed,
-        tile.block_m, tile.block_n, tile.block_k, group, programs,
+        tile.block_m, tile.block_n, tile.block_k, group, started,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out

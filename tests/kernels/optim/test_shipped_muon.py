@@ -37,20 +37,21 @@ def block(*sides: int) -> str:
 def symmetric(tile: GemmTile, *, tall: bool = False, scaled: bool = False, added: bool = False) -> Request:
     """A Gram matrix, a product of two, or with `added` the polynomial of one."""
     sides = (tile.block_k, tile.block_m) if tall else (tile.block_m, tile.block_k)
-    types = {"left": block(*sides), "right": block(*sides), "out": "*bf16"}
+    whole = block(tile.block_m, tile.block_m)
+    types = {"left": block(*sides), "right": block(*sides), "out": whole}
     types |= {"scale": "*fp32"} if scaled else {}
-    types |= {"added": "*bf16"} if added else {}
+    types |= {"added": whole} if added else {}
     absent = {name: None for name in ("scale", "added") if name not in types}
     numbers = (2.0315, -4.775, 3.4445) if added else (1.0, 0.0, 0.0)
     constants = {**dict(zip(("PRODUCT", "ADDED", "DIAGONAL"), numbers, strict=True)), **absent, "TALL": tall}
-    return request("symmetric", tile, types, constants, "side inner width")
+    return request("symmetric", tile, types, constants, "side inner")
 
 
 def applied(tall: bool) -> Request:
     tile = PRODUCTS.apply
     m, n = (tile.block_n, tile.block_m) if tall else (tile.block_m, tile.block_n)
-    types = {"left": block(m, tile.block_k), "right": block(tile.block_k, n), "out": "*bf16"}
-    return request("apply", tile, types, {"M": m, "N": n}, "rows columns inner width")
+    types = {"left": block(m, tile.block_k), "right": block(tile.block_k, n), "out": block(m, n)}
+    return request("apply", tile, types, {"M": m, "N": n}, "rows columns inner")
 
 
 REQUESTS = {

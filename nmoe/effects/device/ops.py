@@ -359,20 +359,21 @@ class ArenaOps:
     global_norm: Callable[[Sequence[Tensor]], Tensor]
     update_: Callable[[str], Callable[..., Tensor]]  # by the optimizer's name; `adamw_` shows the arguments
     chunk: int  # elements of a pass
+    joint: bool  # whether a pass over whole parameters is one of all that lie side by side
 
 
 def arena_ops(device: torch.device, kernels: str = "triton") -> ArenaOps:
-    """The passes of a device: one launch an arena or a few a matrix on a GPU, pieces that stay in the cache on a CPU.
+    """The passes of a device: few launches an arena on a GPU, pieces that stay in the cache on a CPU.
 
     kernels  as of `build`
     """
     if device.type == "cpu" or kernels == "torch":
         chunk = cpu.CHUNK if device.type == "cpu" else PLAIN_CHUNK
-        return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), chunk)
+        return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), chunk, joint=False)
     from nmoe.effects.kernels.optim import adamw, muon
 
     passes = {"adamw": adamw.adamw_, "muon": partial(_with_parts, muon.muon_)}
-    return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating(passes), sys.maxsize)
+    return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating(passes), sys.maxsize, joint=True)
 
 
 def _with_parts(
@@ -382,7 +383,7 @@ def _with_parts(
     by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
     **keywords: Any,
 ) -> Tensor:
-    """`update` with the place of each matrix of the parameter, in that of what takes the parameter apart."""
+    """`update` with the place of each matrix of the parameters, in that of what takes them apart."""
     return update(value, *rest, parts=matrices(by_matrix, value.numel()), **keywords)
 
 

@@ -140,6 +140,24 @@ def test_zeros_stay_zeros_and_a_matrix_does_not_depend_on_its_neighbours() -> No
         assert torch.equal(orthogonal(x[index : index + 1], torch.float32)[0], found[index])
 
 
+@pytest.mark.parametrize("programs", [1, 7, muon.PARTIALS, 2 * muon.PARTIALS + 3])
+def test_the_scale_of_a_matrix_does_not_depend_on_its_neighbours(programs: int) -> None:
+    partial_sums = normal(3, programs, seed=9).square()
+    partial_sums[1] = 0
+    partial_sums[:, programs // 2 :] *= 8
+
+    def scales(given: Tensor) -> Tensor:
+        found = torch.full((len(given),), math.nan)
+        muon.scale_kernel[(len(given),)](given, found, programs, 1e-7, muon.PARTIALS)
+        return found
+
+    found = scales(partial_sums)
+    truth = 1 / partial_sums.double().sum(1).sqrt().clamp(min=1e-7)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
+    assert all(torch.equal(scales(partial_sums[at : at + 1].clone())[0], found[at]) for at in range(3))
+    assert scales(torch.full((1, programs), math.nan)).isnan().all()
+
+
 def arena(shape: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
     size = math.prod(shape)
     return {

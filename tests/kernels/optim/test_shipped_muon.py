@@ -10,7 +10,7 @@ from nmoe.effects.kernels.optim.newton_schulz import PRODUCTS
 from nmoe.effects.kernels.tables import GemmTile
 from tests.kernels import aot
 from tests.kernels.aot import Request
-from tests.kernels.shipped import SAME, moved
+from tests.kernels.shipped import SAME, moved, scale
 
 KERNEL = "nmoe.effects.kernels.optim.newton_schulz"
 REGISTERS = 65_536
@@ -64,6 +64,7 @@ REQUESTS = {
     "product, scaled": symmetric(PRODUCTS.square, scaled=True),
     "applied": applied(False),
     "applied, tall": applied(True),
+    "scale": scale(),
     "value in fp32": moved("fp32"),
 }
 
@@ -77,6 +78,9 @@ def test_products_of_muon(tmp_path_factory: pytest.TempPathFactory, target: int)
         found += [f"{name}: {problem}" for problem in each.problems(tensor_cores=product)]
         if each.mma or each.atomics or each.scratch:
             found.append(f"{name}: {each.mma} old products, {each.atomics} atomics, {each.scratch} bytes of scratch")
+        # ptxas serialises products when it cannot prove where their accumulators live: a fence, and a wait, for each
+        if product and target == 90 and (fences := each.sass.count("WARPGROUP.ARRIVE")) > each.ptx.count("wgmma.fence"):
+            found.append(f"{name}: {fences} fences before products, they run one after another")
         if "symmetric" in wanted.kernel and 2 * each.registers * 32 * wanted.warps > REGISTERS:
             found.append(f"{name}: {each.registers} registers a thread, no room for a second program beside it")
     assert found == []

@@ -90,7 +90,7 @@ def ahead_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(tl.sum(ahead * ahead, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def scale_kernel(
     partial,  # [B programs] f32: sums of squares
     scale,  # [B] f32

@@ -32,7 +32,7 @@ from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import Routed, Routing, route_tokens
 from nmoe.pure.optim.clip import global_norm
-from nmoe.pure.optim.muon import matrices
+from nmoe.pure.optim.muon import matrices, turns
 from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
@@ -372,19 +372,19 @@ def arena_ops(device: torch.device, kernels: str = "triton") -> ArenaOps:
         return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), chunk, joint=False)
     from nmoe.effects.kernels.optim import adamw, muon
 
-    passes = {"adamw": adamw.adamw_, "muon": partial(_with_parts, muon.muon_)}
+    passes = {"adamw": adamw.adamw_, "muon": partial(_in_turns, muon.muon_)}
     return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating(passes), sys.maxsize, joint=True)
 
 
-def _with_parts(
+def _in_turns(
     update: Callable[..., Tensor],
     value: Tensor,
     *rest: Any,
     by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
     **keywords: Any,
 ) -> Tensor:
-    """`update` with the place of each matrix of the parameters, in that of what takes them apart."""
-    return update(value, *rest, parts=matrices(by_matrix, value.numel()), **keywords)
+    """`update` with the places of the parameters' matrices, in that of what takes them apart."""
+    return update(value, *rest, turns=tuple(turns(matrices(by_matrix, value.numel()))), **keywords)
 
 
 def _ranged(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -148,7 +148,8 @@ def test_the_scale_of_a_matrix_does_not_depend_on_its_neighbours(programs: int) 
 
     def scales(given: Tensor) -> Tensor:
         found = torch.full((len(given),), math.nan)
-        muon.scale_kernel[(len(given),)](given, found, programs, 1e-7, muon.PARTIALS)
+        launch: Any = muon.scale_kernel[(len(given),)]
+        launch(given, found, programs, 1e-7, muon.PARTIALS)
         return found
 
     found = scales(partial_sums)
@@ -209,7 +210,7 @@ def test_matrices_in_turns_are_the_same_matrices(monkeypatch: pytest.MonkeyPatch
     whole, norm = updated(MUON, given, how, halves=True)
     turns = partial(optim.turns, elements=3 * 20 * 12)
     assert [turn[0][1:] for turn in turns(optim.matrices(how["by_matrix"], 960))] == [(0, 2), (2, 2)]
-    monkeypatch.setattr(muon, "turns", turns)
+    monkeypatch.setattr(ops, "turns", turns)
     cut, change = updated(MUON, given, how, halves=True)
     assert all(torch.equal(cut[each], whole[each]) for each in whole)
     torch.testing.assert_close(change, norm, rtol=1e-6, atol=0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nmoe.effects.kernels.optim.master import load_master, store_master_
 from nmoe.effects.kernels.optim.newton_schulz import PRODUCTS, Products, orthogonalize, padded
-from nmoe.pure.optim.muon import RMS, SMALLEST_NORM, Matrices, Turn, turns
+from nmoe.pure.optim.muon import RMS, SMALLEST_NORM, Matrices, Turn
 
 
 @attrs.frozen(kw_only=True)
@@ -160,7 +160,7 @@ def muon_(
     lr: Tensor,
     momentum: float,
     decay: float,
-    parts: Sequence[Matrices],
+    turns: Sequence[Turn],
     bf16: bool,
     clear: bool = True,
     tile: MatrixTile = TILE,
@@ -178,7 +178,7 @@ def muon_(
     shrink     0-d f32    factor on the gradient, from the clip
     updates    not needed
     lr         0-d f64
-    parts      where the matrices of the parameters lie; together all of their elements
+    turns      where the matrices of the parameters lie, and which of them are orthogonalised at once
     bf16       whether the Newton-Schulz products are in bf16; else in fp32, without tensor cores
 
     clear      whether `gradient` is to be zero afterwards; false where the next step stores it anew
@@ -190,7 +190,7 @@ def muon_(
     dtype = torch.bfloat16 if bf16 else torch.float32
     bits = value if remainder is None else value.view(torch.int16)
     permit, changes = allowed.view(torch.int8), []
-    for turn in turns(parts):
+    for turn in turns:
         size = (turn[0][0].rows, turn[0][0].columns)
         tiles = triton.cdiv(size[0], tile.block_m) * triton.cdiv(size[1], tile.block_n)
         total = sum(count for _, _, count in turn)

@@ -105,7 +105,7 @@ def scale_kernel(
         at = first + tl.arange(0, N)
         total += tl.load(partial + own.to(tl.int64) * programs + at, mask=at < programs, other=0.0)
     norm = tl.sqrt_rn(tl.sum(total, 0))
-    tl.store(scale + own, 1.0 / tl.maximum(norm, smallest, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(scale + own, 1.0 / tl.maximum(norm, smallest))
 
 
 @triton.jit

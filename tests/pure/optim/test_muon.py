@@ -250,7 +250,7 @@ def test_matrices_of_one_size_are_orthogonalised_in_equal_turns_over_parameters(
     ]
     assert [sum(count for _, _, count in turn) for turn in turns(parts, 1)] == [1] * 11, "one at least"
     # in bf16 rows of 6 take 16 bytes, as rows of 4 do: nine matrices of 4 x 6 twice, and four of 4 x 4
-    assert kernel_bytes(parts, 2) == kernel_bytes(parts[::-1][1:] + parts[4:], 2) == 9 * (2 * 4 + 4 * 4) * 16
+    assert kernel_bytes(parts, 2) == kernel_bytes([*parts[3:], *parts[:3]], 2) == 9 * (2 * 4 + 4 * 4) * 16
 
 
 def test_parameters_side_by_side_are_cut_as_each_alone() -> None:

@@ -17,13 +17,11 @@ REGISTERS = 65_536
 """Of a multiprocessor, on both targets."""
 
 
-def request(
-    name: str, tile: GemmTile, types: dict[str, str], constants: dict[str, Any], sizes: str, numbers: str = ""
-) -> Request:
+def request(name: str, tile: GemmTile, types: dict[str, str], constants: dict[str, Any], sizes: str) -> Request:
     pointers = [key for key, kind in types.items() if kind.startswith("*")]
     return Request(
         kernel=f"{KERNEL}:{name}_kernel",
-        signature={**types, **dict.fromkeys(f"{sizes} {numbers}".split(), "i32")},
+        signature={**types, **dict.fromkeys(sizes.split(), "i32")},
         constants={"M": tile.block_m, "K": tile.block_k, **constants},
         aligned=[*pointers, *sizes.split()],
         warps=tile.num_warps,
@@ -53,7 +51,7 @@ def applied(tall: bool) -> Request:
     tile = PRODUCTS.apply
     m, n = (tile.block_n, tile.block_m) if tall else (tile.block_m, tile.block_n)
     types = {"left": block(m, tile.block_k), "right": block(tile.block_k, n), "out": block(m, n)}
-    return request("apply", tile, types, {"M": m, "N": n}, "rows columns inner", "count")
+    return request("apply", tile, types, {"M": m, "N": n}, "rows columns inner")
 
 
 REQUESTS = {

@@ -38,10 +38,12 @@ class Products:
     apply: GemmTile  # Q X
 
 
+# At the power's limit cuBLAS takes 812 us for Q X of 64 matrices of 1408 x 2048, these tiles 817, programs that stay 826,
+# 128 x 256 by 8 warps 884; X X^T takes 474, by 8 warps 487 (docs/log.md, 2026-11-29).
 PRODUCTS = Products(
     gram=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
     square=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
-    apply=GemmTile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
+    apply=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
 )
 
 
@@ -101,12 +103,11 @@ def symmetric_kernel(
         out.store([matrix, j * M, i * M], tl.reshape(result.T, (1, M, M)))
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def apply_kernel(
     left,  # descriptor [B M S]
     right,  # descriptor [B S N]
     out,  # descriptor [B M N]
-    count,
     rows,
     columns,
     inner,
@@ -116,17 +117,14 @@ def apply_kernel(
 ):
     across = tl.cdiv(columns, N)
     tiles = tl.cdiv(rows, M) * across
-    tl.assume(inner > 0)
-    # Persistent and flattened: a multiprocessor has room for one program, which loads its next tile while it stores one
-    for tile in tl.range(tl.program_id(0), count * tiles, tl.num_programs(0), flatten=True):
-        matrix = tile // tiles
-        m = tile % tiles // across * M
-        n = tile % across * N
-        acc = tl.zeros((M, N), tl.float32)
-        for k in range(0, inner, K):
-            other = _block(right, matrix, k, n, K, N)
-            acc = tl.dot(_block(left, matrix, m, k, M, K), other, acc, input_precision="ieee")
-        out.store([matrix, m, n], tl.reshape(acc.to(out.dtype), (1, M, N)))
+    matrix = tl.program_id(0) // tiles
+    m = tl.program_id(0) % tiles // across * M
+    n = tl.program_id(0) % across * N
+    acc = tl.zeros((M, N), tl.float32)
+    for k in range(0, inner, K):
+        other = _block(right, matrix, k, n, K, N)
+        acc = tl.dot(_block(left, matrix, m, k, M, K), other, acc, input_precision="ieee")
+    out.store([matrix, m, n], tl.reshape(acc.to(out.dtype), (1, M, N)))
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -186,11 +184,8 @@ def apply_(out: Tensor, q: Tensor, x: Tensor, tile: GemmTile) -> None:
     count, rows, columns = x.shape
     tall, k = rows > columns, tile.block_k
     (left, right), m, n = ((x, q), tile.block_n, tile.block_m) if tall else ((q, x), tile.block_m, tile.block_n)
-    tiles = count * triton.cdiv(rows, m) * triton.cdiv(columns, n)
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    apply_kernel[(min(programs, tiles),)](
-        _described(left, m, k), _described(right, k, n), _described(out, m, n), count, rows, columns, q.shape[1],
-        m, n, k,
+    apply_kernel[(count * triton.cdiv(rows, m) * triton.cdiv(columns, n),)](
+        _described(left, m, k), _described(right, k, n), _described(out, m, n), rows, columns, q.shape[1], m, n, k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

@@ -38,8 +38,8 @@ class Products:
     apply: GemmTile  # Q X
 
 
-# At the power's limit cuBLAS takes 812 us for Q X of 64 matrices of 1408 x 2048, these tiles 817, programs that stay 826,
-# 128 x 256 by 8 warps 884; X X^T takes 474, by 8 warps 487 (docs/log.md, 2026-11-29).
+# At the power's limit cuBLAS takes 812 us for Q X of 64 matrices of 1408 x 2048, these tiles 817, programs that stay
+# 826, 128 x 256 by 8 warps 884; X X^T takes 474, by 8 warps 487 (docs/log.md, 2026-11-29).
 PRODUCTS = Products(
     gram=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
     square=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),

@@ -54,7 +54,7 @@ class Parts:
 
     def _fill_(self, piece: Piece, copy: Copy) -> str:
         """Read what lies side by side in a file. returns  what is wrong, or nothing"""
-        data = memoryview(piece.tensor.view(-1).view(dtype=torch.uint8).numpy())[copy.to : copy.to + copy.size]
+        data = piece.tensor.view(-1).view(torch.uint8).numpy().data[copy.to : copy.to + copy.size]
         where = f"{self.folder / copy.file}: bytes {copy.offset} to {copy.offset + copy.size}"
         try:
             handle = self.fs.open(self.folder / copy.file)

@@ -86,7 +86,7 @@ def build(
     # only here: triton is not everywhere
     from nmoe.effects.kernels import loss as cross_entropy
     from nmoe.effects.kernels import norm as rms_norm
-    from nmoe.effects.kernels.moe import few, moe_fp8, router, swiglu
+    from nmoe.effects.kernels.moe import few, moe_fp8, report, router, swiglu
     from nmoe.effects.kernels.moe import moe as mixtures
     from nmoe.effects.parallel.exchange import device as exchanged
 
@@ -104,11 +104,13 @@ def build(
             route=partial(
                 _route,
                 few=few.route,
+                plain=router.route,
                 many=partial(
                     route_tokens, score=router.scores, softmax_score=router.softmax_scores, select=router.top_k
                 ),
                 pairs=few.PAIRS,
             ),
+            report=report.report,
             experts=partial(cpu.moe_experts, experts=low)
             if low is not None
             else partial(moe_fp8.moe_experts_fp8, tiles=tiles, accumulator=accumulator)
@@ -128,22 +130,30 @@ def build(
 
 def _route(
     x: Tensor,
-    *tensors: Any,
+    router: Tensor,
+    bias: Tensor,
+    shift: Tensor | tuple[()] = (),
+    *,
     few: Callable[..., Routed],
+    plain: Callable[..., Routed],
     many: Callable[..., Routed],
     pairs: int,
     top_k: int,
     num_groups: int,
     top_k_groups: int,
     recorded: Any,
+    softmax: bool,
     **how: Any,
 ) -> Routed:
-    """`route_tokens` by what is made for so many pairs; `few` has no gradients, groups or recorded choices."""
-    plain = num_groups == 1 and isinstance(recorded, tuple)
-    if plain and len(x) * top_k <= pairs and not torch.is_grad_enabled():
-        return few(x, *tensors, top_k=top_k, **how)
-    groups = {"num_groups": num_groups, "top_k_groups": top_k_groups}
-    return many(x, *tensors, top_k=top_k, **groups, recorded=recorded, **how)
+    """`route_tokens` by what is made for so many pairs and such scores; `few` has no gradients."""
+    if num_groups > 1 or not isinstance(recorded, tuple):
+        groups = {"num_groups": num_groups, "top_k_groups": top_k_groups}
+        return many(x, router, bias, shift, top_k=top_k, **groups, recorded=recorded, softmax=softmax, **how)
+    if len(x) * top_k <= pairs and not torch.is_grad_enabled():
+        return few(x, router, bias, shift, top_k=top_k, softmax=softmax, **how)
+    if softmax or isinstance(shift, Tensor):
+        return many(x, router, bias, shift, top_k=top_k, softmax=softmax, **how)
+    return plain(x, router, bias, top_k=top_k, **how)
 
 
 def _experts(

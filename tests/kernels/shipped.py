@@ -152,6 +152,16 @@ def ahead(gradient: str, moment: str, products: str = "bf16", *, clear: bool = T
     )
 
 
+def scale() -> Request:
+    """One over the norms of what Muon orthogonalises."""
+    return request(
+        "optim.muon:scale_kernel",
+        "partial:*fp32 scale:*fp32 programs:i32",
+        Launch(),
+        {"smallest": 1e-7, "N": muon.PARTIALS},
+    )
+
+
 def moved(value: str) -> Request:
     """Muon's new value, of this format."""
     tile = muon.TILE

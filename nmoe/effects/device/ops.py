@@ -32,7 +32,7 @@ from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import Routed, Routing, route_tokens
 from nmoe.pure.optim.clip import global_norm
-from nmoe.pure.optim.muon import matrices
+from nmoe.pure.optim.muon import matrices, turns
 from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
@@ -369,31 +369,32 @@ class ArenaOps:
     global_norm: Callable[[Sequence[Tensor]], Tensor]
     update_: Callable[[str], Callable[..., Tensor]]  # by the optimizer's name; `adamw_` shows the arguments
     chunk: int  # elements of a pass
+    joint: bool  # whether a pass over whole parameters is one of all that lie side by side
 
 
 def arena_ops(device: torch.device, kernels: str = "triton") -> ArenaOps:
-    """The passes of a device: one launch an arena or a few a matrix on a GPU, pieces that stay in the cache on a CPU.
+    """The passes of a device: few launches an arena on a GPU, pieces that stay in the cache on a CPU.
 
     kernels  as of `build`
     """
     if device.type == "cpu" or kernels == "torch":
         chunk = cpu.CHUNK if device.type == "cpu" else PLAIN_CHUNK
-        return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), chunk)
+        return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), chunk, joint=False)
     from nmoe.effects.kernels.optim import adamw, muon
 
-    passes = {"adamw": adamw.adamw_, "muon": partial(_with_parts, muon.muon_)}
-    return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating(passes), sys.maxsize)
+    passes = {"adamw": adamw.adamw_, "muon": partial(_in_turns, muon.muon_)}
+    return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating(passes), sys.maxsize, joint=True)
 
 
-def _with_parts(
+def _in_turns(
     update: Callable[..., Tensor],
     value: Tensor,
     *rest: Any,
     by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
     **keywords: Any,
 ) -> Tensor:
-    """`update` with the place of each matrix of the parameter, in that of what takes the parameter apart."""
-    return update(value, *rest, parts=matrices(by_matrix, value.numel()), **keywords)
+    """`update` with the places of the parameters' matrices, in that of what takes them apart."""
+    return update(value, *rest, turns=tuple(turns(matrices(by_matrix, value.numel()))), **keywords)
 
 
 def _ranged(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

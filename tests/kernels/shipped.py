@@ -20,6 +20,7 @@ KERNELS = "nmoe.effects.kernels"
 
 SAME: Mapping[str, Mapping[str, str]] = {
     "attention.rope:rotate_kernel": {"y": "x"},
+    "attention.mla_single:query_kernel": {"product": "q"},
     "exchange.push:counts_kernel": {"tokens": "count"},
     "exchange.reduce:sum_kernel": {"out": "own"},
     "moe.combine:combine_kernel": {"weight": "y"},

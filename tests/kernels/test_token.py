@@ -11,10 +11,8 @@ from torch import Tensor
 
 from nmoe.config import sections
 from nmoe.effects.device import token
-from nmoe.effects.kernels.moe import single
 from nmoe.pure.core import tree
 from nmoe.pure.model import decode
-from nmoe.pure.model.decode import Decoding
 from nmoe.pure.model.ops import environment
 from tests import shapes
 from tests.kernels.truth import check

@@ -14,7 +14,7 @@ from nmoe.effects.kernels.attention import mla_single
 from nmoe.effects.kernels.moe import single
 from nmoe.pure.model.attention.mla import scale
 from nmoe.pure.model.decode import Decoding
-from nmoe.pure.model.model import Moe, Shared, Transformer
+from nmoe.pure.model.model import Dense, Moe, Shared, Transformer
 from nmoe.pure.model.ops import Env
 
 Extend = Callable[[Transformer, Tensor, Decoding, Tensor, Env, sections.Model], tuple[Tensor, Decoding]]
@@ -44,17 +44,19 @@ def extend_(
     )
     x, added = row.embedding(tokens.flatten(), p.embed, c.embedding_scale), None
     for layer, (block, cache) in enumerate(zip(p.blocks, state.caches, strict=True)):
+        ffn = block.ffn
+        plain = ffn.shared if isinstance(ffn, Moe) else ffn
+        later = (plain.up, plain.down) if isinstance(plain, Shared | Dense) else None
         x, o = mla_single.attend_(
             *(block.attention, x, added, block.attention_norm, cache, state.place, state.padding, env.tables),
+            later,
             eps=c.norm_eps,
             scale=scale(attention),
         )
-        ffn = block.ffn
         if isinstance(ffn, Moe):
             x, y, logits = row.norm(x, o, block.ffn_norm, ffn.router, c.norm_eps)
-            shared = (ffn.shared.up, ffn.shared.down) if isinstance(ffn.shared, Shared) else None
             own = bias[layer - c.num_dense_layers]
-            added = single.experts(y, logits, own, (ffn.up, ffn.down), shared, choice)
+            added = single.experts(y, logits, own, (ffn.up, ffn.down), later, choice)
         else:
             x, y, _ = row.norm(x, o, block.ffn_norm, None, c.norm_eps)
             added = single.mlp(y, ffn.up, ffn.down)

@@ -36,6 +36,34 @@ def wait(EARLY: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def fetch(weight, size, program, programs, LANES: tl.constexpr, EARLY: tl.constexpr):
+    """Ask for this program's share of the first `size` bytes, to lie in the L2 cache for a later kernel.
+
+    size   a multiple of 16, from an address that is one
+    LANES  threads of a program, each of which asks once
+    """
+    if EARLY:
+        share = tl.cdiv(size, programs * LANES * 16) * 16
+        begin = (program * LANES + tl.arange(0, LANES)) * share
+        left = tl.minimum(share, size - begin)
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred some;
+                setp.gt.s32 some, $2, 0;
+                @some cp.async.bulk.prefetch.L2.global [$1], $2;
+                mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r",
+            [weight.to(tl.int64) + begin, left],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 def launched(x: Tensor) -> dict[str, Any]:
     """Arguments of a launch on the device of `x`; Triton's interpreter runs one kernel after another."""
     return {"EARLY": True, "launch_pdl": True} if x.is_cuda else {"EARLY": False}

@@ -50,7 +50,7 @@ def product_kernel(
     x, added, gain, weight, total, out, D, N, step, eps,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Part of the product of a row, normed where there is a gain, with some columns; the first program keeps the row."""
+    """Part of the product of a row, normed where there is a gain, with some columns; the first program keeps it."""
     release(EARLY)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

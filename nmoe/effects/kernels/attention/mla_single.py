@@ -1,6 +1,6 @@
 """Latent attention of one token of a single row, in three launches between two products.
 
-H heads · C channels of a query, P of them rotated · R latent · Z channels a head of keys and values, U of them of values
+H heads · C channels of a query, P of them rotated · R latent · Z channels a head of keys and values, U those of values
 A width of the query part · N places of the cache · S parts of a sum
 
 The first launch takes the queries to the latents and writes the cache's row, the second attends to parts of the keys,
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nmoe.effects.kernels import row
 from nmoe.effects.kernels.attention import mla_cached
-from nmoe.effects.kernels.early import launched, release, wait
+from nmoe.effects.kernels.early import fetch, launched, release, wait
 from nmoe.effects.kernels.row import summed
 from nmoe.pure.model.attention.mla import Mla, QueryUp
 from nmoe.pure.model.rope import Rope
@@ -37,56 +37,91 @@ TILE = SingleTile(query=64, value=128, columns=64, num_warps=4)
 """16 KB a program: 128 programs for 16 heads of 128 + 128 channels and 512 latents, in either launch."""
 
 
+FETCHED = (24 << 20, 12 << 20)
+"""Bytes of the first and second product of the shared experts, or of a dense MLP, that are asked for while attention
+waits for itself: an H200's L2 cache has 50 MB, and attention's own weights are 31."""
+
+
+@triton.jit
+def rotated(even, odd, c, s, to, at, inside):
+    """Pairs of channels with their position, at their place in `to`."""
+    dtype = to.dtype.element_ty
+    even, odd = even.to(dtype).to(tl.float32), odd.to(dtype).to(tl.float32)
+    tl.store(to + at, (even * c - odd * s).to(dtype), mask=inside)
+    tl.store(to + at + 1, (odd * c + even * s).to(dtype), mask=inside)
+
+
+@triton.jit
+def latents_of_head(
+    q, up, query, program, H, q_step, R, C, P, Z,
+    Q_PARTS: tl.constexpr, NP: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Some latents of a head's query."""
+    head = program // tl.cdiv(R, RANKS)
+    latent = (program - head * tl.cdiv(R, RANKS)) * RANKS + tl.arange(0, RANKS)
+    channel = tl.arange(0, NP)
+    inside = (latent < R)[:, None] & (channel < C - P)[None, :]
+    block = tl.load(up + (latent[:, None] * H + head) * Z + channel[None, :], mask=inside, other=0.0)
+    wait(EARLY)
+    dtype = query.dtype.element_ty
+    value = summed(None, q, head * C + channel, channel < C - P, q_step, Q_PARTS).to(dtype).to(tl.float32)
+    result = tl.sum(block.to(tl.float32) * value[None, :], 1)
+    tl.store(query + head * R + latent, result.to(dtype), mask=latent < R)
+
+
+@triton.jit
+def new_row(
+    q, product, gain, cos, sin, place, padding, turned, cache, where, H, q_step, product_step, A, R, P, C, eps,
+    Q_PARTS: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """The row of the cache, where it and its row begin, and the rotated channels of all queries."""
+    latent, pair, head = tl.arange(0, RP), tl.arange(0, PP), tl.arange(0, HP)
+    real = pair < P // 2
+    factor = tl.load(gain + latent, mask=latent < R, other=0.0).to(tl.float32)
+    wait(EARLY)
+    at = tl.load(place)
+    start = tl.minimum(at, tl.load(padding).to(tl.int64))
+    tl.store(where, start.to(tl.int32))
+    tl.store(where + 1, (at - start).to(tl.int32))
+    entry = (at - start) * (P // 2) + pair
+    c, s = tl.load(cos + entry, mask=real, other=0.0), tl.load(sin + entry, mask=real, other=0.0)
+    dtype = cache.dtype.element_ty
+    value = summed(None, product, A + latent, latent < R, product_step, PARTS).to(dtype).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / R + eps) * factor
+    own = cache + at * (R + P)
+    tl.store(own + latent, value.to(dtype), mask=latent < R)
+    even = summed(None, product, A + R + 2 * pair, real, product_step, PARTS)
+    odd = summed(None, product, A + R + 2 * pair + 1, real, product_step, PARTS)
+    rotated(even, odd, c, s, own + R, 2 * pair, real)
+    here = head[:, None] * C + (C - P) + 2 * pair[None, :]
+    inside = (head < H)[:, None] & real[None, :]
+    all_even = summed(None, q, here, inside, q_step, Q_PARTS)
+    all_odd = summed(None, q, here + 1, inside, q_step, Q_PARTS)
+    rotated(all_even, all_odd, c[None, :], s[None, :], turned, head[:, None] * P + 2 * pair[None, :], inside)
+
+
 @triton.jit
 def query_kernel(
-    q, product, up, gain, cos, sin, place, padding, query, turned, cache, where,
-    H, q_step, product_step, A, R, P, C, Z, eps,
+    q, product, up, gain, cos, sin, place, padding, query, turned, cache, where, later, and_later,
+    H, q_step, product_step, A, R, P, C, Z, later_size, and_later_size, eps,
     Q_PARTS: tl.constexpr, PARTS: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr,
-    RANKS: tl.constexpr, EARLY: tl.constexpr,
+    RANKS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Some latents of a head's query; the last program: rotated queries, the row of the cache, and its place."""
+    """Some latents of a head's query, and a share of weights that are read later; the last program: what positions enter."""
     release(EARLY)
     program = tl.program_id(0)
-    blocks = tl.cdiv(R, RANKS)
-    nope = C - P
-    dtype = query.dtype.element_ty
-    if program < H * blocks:
-        head = program // blocks
-        latent, channel = (program - head * blocks) * RANKS + tl.arange(0, RANKS), tl.arange(0, NP)
-        inside = (latent < R)[:, None] & (channel < nope)[None, :]
-        block = tl.load(up + (latent[:, None] * H + head) * Z + channel[None, :], mask=inside, other=0.0)
-        wait(EARLY)
-        value = summed(None, q, head * C + channel, channel < nope, q_step, Q_PARTS).to(dtype).to(tl.float32)
-        result = tl.sum(block.to(tl.float32) * value[None, :], 1)
-        tl.store(query + head * R + latent, result.to(dtype), mask=latent < R)
+    if program < H * tl.cdiv(R, RANKS):
+        programs = H * tl.cdiv(R, RANKS)
+        if later is not None:
+            fetch(later, later_size, program, programs, LANES, EARLY)
+            fetch(and_later, and_later_size, program, programs, LANES, EARLY)
+        latents_of_head(q, up, query, program, H, q_step, R, C, P, Z, Q_PARTS, NP, RANKS, EARLY)
     else:
-        latent, pair, head = tl.arange(0, RP), tl.arange(0, PP), tl.arange(0, HP)
-        real = pair < P // 2
-        factor = tl.load(gain + latent, mask=latent < R, other=0.0).to(tl.float32)
-        wait(EARLY)
-        at = tl.load(place)
-        start = tl.minimum(at, tl.load(padding).to(tl.int64))
-        position = at - start
-        tl.store(where, start.to(tl.int32))
-        tl.store(where + 1, position.to(tl.int32))
-        c = tl.load(cos + position * (P // 2) + pair, mask=real, other=0.0)
-        s = tl.load(sin + position * (P // 2) + pair, mask=real, other=0.0)
-        value = summed(None, product, A + latent, latent < R, product_step, PARTS).to(dtype).to(tl.float32)
-        value *= tl.rsqrt(tl.sum(value * value, 0) / R + eps) * factor
-        own = cache + at * (R + P)
-        tl.store(own + latent, value.to(dtype), mask=latent < R)
-        even = summed(None, product, A + R + 2 * pair, real, product_step, PARTS).to(dtype).to(tl.float32)
-        odd = summed(None, product, A + R + 2 * pair + 1, real, product_step, PARTS).to(dtype).to(tl.float32)
-        tl.store(own + R + 2 * pair, (even * c - odd * s).to(dtype), mask=real)
-        tl.store(own + R + 2 * pair + 1, (odd * c + even * s).to(dtype), mask=real)
-        here = head[:, None] * C + nope + 2 * pair[None, :]
-        inside = (head < H)[:, None] & real[None, :]
-        even = summed(None, q, here, inside, q_step, Q_PARTS).to(dtype).to(tl.float32)
-        odd = summed(None, q, here + 1, inside, q_step, Q_PARTS).to(dtype).to(tl.float32)
-        c, s = c[None, :], s[None, :]
-        at_turned = turned + head[:, None] * P + 2 * pair[None, :]
-        tl.store(at_turned, (even * c - odd * s).to(dtype), mask=inside)
-        tl.store(at_turned + 1, (odd * c + even * s).to(dtype), mask=inside)
+        new_row(
+            q, product, gain, cos, sin, place, padding, turned, cache, where,
+            H, q_step, product_step, A, R, P, C, eps, Q_PARTS, PARTS, RP, PP, HP, EARLY,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -125,6 +160,7 @@ def attend_(
     place: Tensor,
     padding: Tensor,
     rope: Rope,
+    later: tuple[Tensor, Tensor] | None,
     *,
     eps: float,
     scale: float,
@@ -137,23 +173,27 @@ def attend_(
     cache    [1 N R+P]  of which the row at `place` is written
     place    0-d i64    of the token in the cache
     padding  [1] i32    tokens in front that count for nothing
+    later    weights that the layer reads after this, of which the first bytes are fetched, or None
 
     Writes:  `cache`.
     """
-    (rank, heads, both), rotated, values = p.up.shape, 2 * rope.cos.shape[-1], p.out.shape[1]
+    (rank, heads, both), turns, values = p.up.shape, 2 * rope.cos.shape[-1], p.out.shape[1]
     product, total = row.product(x, added, p.down, gain, eps, keep=True)
-    width = p.down.shape[1] - rank - rotated
+    width = p.down.shape[1] - rank - turns
     q = product
     if isinstance(p.query, QueryUp):
         q, _ = row.product(None, product, p.query.up.flatten(1), p.query.norm, eps)
-    query, turned = x.new_empty(heads, rank), x.new_empty(heads, rotated)
+    query, turned = x.new_empty(heads, rank), x.new_empty(heads, turns)
     where = torch.empty(2, dtype=torch.int32, device=x.device)
-    channels = both - values + rotated
+    channels = both - values + turns
+    fetched = (None, None) if later is None else later
+    sizes = (0 if one is None else min(most, one.nbytes // 16 * 16) for most, one in zip(FETCHED, fetched, strict=True))
     query_kernel[(heads * triton.cdiv(rank, tile.query) + 1,)](
-        q, product, p.up, p.norm, rope.cos, rope.sin, place, padding, query, turned, cache, where,
-        heads, q.stride(0), product.stride(0), width, rank, rotated, channels, both, eps,
+        q, product, p.up, p.norm, rope.cos, rope.sin, place, padding, query, turned, cache, where, *fetched,
+        heads, q.stride(0), product.stride(0), width, rank, turns, channels, both,
+        *sizes, eps,
         len(q), len(product), triton.next_power_of_2(both - values), triton.next_power_of_2(rank),
-        triton.next_power_of_2(rotated // 2), triton.next_power_of_2(heads), tile.query,
+        triton.next_power_of_2(turns // 2), triton.next_power_of_2(heads), tile.query, 32 * tile.num_warps,
         **launched(x), num_warps=tile.num_warps,
     )  # fmt: skip
     parts = min(keys.programs, triton.cdiv(cache.shape[1], keys.keys))
@@ -161,8 +201,8 @@ def attend_(
     top, weights = (torch.empty(parts, heads, device=x.device) for _ in range(2))
     mla_cached.attend_kernel[(parts, 1, triton.cdiv(heads, keys.heads))](
         query, turned, rope.cos, rope.sin, cache, where[:1], where[1:],
-        part, top, weights, heads, 1, turned.stride(0), rotated, cache.stride(0), scale,
-        rank, max(16, triton.next_power_of_2(rank)), rotated, max(16, triton.next_power_of_2(rotated)),
+        part, top, weights, heads, 1, turned.stride(0), turns, cache.stride(0), scale,
+        rank, max(16, triton.next_power_of_2(rank)), turns, max(16, triton.next_power_of_2(turns)),
         keys.heads, keys.keys, SINGLE=True, **launched(x), num_warps=keys.num_warps, num_stages=keys.num_stages,
     )  # fmt: skip
     slices = triton.cdiv(rank, tile.value)

@@ -69,8 +69,8 @@ def up_kernel(
         own = program // blocks
         column, part, place = tl.arange(0, EP), tl.arange(0, PARTS), tl.arange(0, KP)
         real = column < E
-        inside = (part < parts)[:, None] & real[None, :]
-        logit = tl.sum(tl.load(partial + part[:, None] * E + column[None, :], mask=inside, other=0.0), 0)
+        known = (part < parts)[:, None] & real[None, :]
+        logit = tl.sum(tl.load(partial + part[:, None] * E + column[None, :], mask=known, other=0.0), 0)
         value = scored(logit, real, tiny, SOFTMAX)
         steered = value + tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
         experts, weights = chosen(value, steered, column, real, scale, vanishing, EP, K, KP, NORMALIZE)
@@ -104,7 +104,7 @@ def up_kernel(
 
 @triton.jit
 def down_kernel(
-    a, expert, weight, down, plain, out, D, F, S, K: tl.constexpr,
+    a, expert, weight, down, plain, out, D, F, S, K: tl.constexpr, KP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one part of the weighted sum, whose rows are those of all experts, one after another."""
@@ -118,6 +118,10 @@ def down_kernel(
     begin = tl.program_id(1) * every // tl.num_programs(1)
     end = (tl.program_id(1) + 1) * every // tl.num_programs(1)
     wait(EARLY)
+    if down is not None:
+        place = tl.arange(0, KP)
+        experts = tl.load(expert + place, mask=place < K, other=0)
+        weights = tl.load(weight + place, mask=place < K, other=0.0)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for block in tl.range(begin, end, num_stages=STAGES):
         if down is None:
@@ -125,9 +129,9 @@ def down_kernel(
             base = plain
         else:
             own = block // blocks
-            pair = tl.minimum(own, K - 1)
-            base = down + tl.load(expert + pair) * F * D
-            factor = tl.load(weight + pair)
+            # not by loads, for which a pipeline would wait before it begins
+            base = down + tl.sum(tl.where(place == own, experts, 0), 0) * F * D
+            factor = tl.sum(tl.where(place == own, weights, 0.0), 0)
             first, limit, offset = (block - own * blocks) * ROWS, F, own * F
             if plain is not None:
                 base = tl.where(own < K, base, plain)
@@ -200,7 +204,7 @@ def _run(
     )  # fmt: skip
     out = torch.empty(tiles.parts, width, device=x.device)
     down_kernel[(triton.cdiv(width, second.block_n), tiles.parts)](
-        a, expert, weight, down, plain_down, out, width, inner, others, top_k,
+        a, expert, weight, down, plain_down, out, width, inner, others, top_k, triton.next_power_of_2(max(1, top_k)),
         second.block_k, second.block_n, second.num_stages, **launched(x), num_warps=second.num_warps,
     )  # fmt: skip
     return out

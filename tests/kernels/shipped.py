@@ -321,7 +321,7 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
     reads = f"{integers('cos sin', '*fp32')} place:*i64 padding:*i32 query:*bf16 turned:*bf16 cache:*bf16 where:*i32"
     reads += " later:*bf16 and_later:*bf16"
     numbers = "H q_step product_step A R P C Z later_size and_later_size"
-    sizes = {"NP": 128, "RP": rank, "PP": 32, "HP": heads, "RANKS": tile.query, "LANES": 32 * tile.num_warps, **early}
+    sizes = {"NP": 128, "RP": rank, "PP": 32, "HP": heads, "RANKS": tile.query, **early}
     queries = {
         name: request(
             "attention.mla_single:query_kernel",

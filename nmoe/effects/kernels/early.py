@@ -37,31 +37,32 @@ def wait(EARLY: tl.constexpr):
 
 
 @triton.jit
-def fetch(weight, size, program, programs, LANES: tl.constexpr, EARLY: tl.constexpr):
+def fetch(weight, size, program, programs, EARLY: tl.constexpr):
     """Ask for this program's share of the first `size` bytes, to lie in the L2 cache for a later kernel.
 
     size   a multiple of 16, from an address that is one
-    LANES  threads of a program, each of which asks once
     """
     if EARLY:
-        share = tl.cdiv(size, programs * LANES * 16) * 16
-        begin = (program * LANES + tl.arange(0, LANES)) * share
-        left = tl.minimum(share, size - begin)
-        tl.inline_asm_elementwise(
-            """
-            {
-                .reg .pred some;
-                setp.gt.s32 some, $2, 0;
-                @some cp.async.bulk.prefetch.L2.global [$1], $2;
-                mov.b32 $0, 0;
-            }
-            """,
-            "=r,l,r",
-            [weight.to(tl.int64) + begin, left],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        share = tl.cdiv(size, programs * 16) * 16
+        begin = program * share
+        if begin < size:
+            tl.inline_asm_elementwise(
+                """
+                {
+                    .reg .pred first;
+                    .reg .b32 thread;
+                    mov.u32 thread, %tid.x;
+                    setp.eq.u32 first, thread, 0;
+                    @first cp.async.bulk.prefetch.L2.global [$1], $2;
+                    mov.b32 $0, 0;
+                }
+                """,
+                "=r,l,r",
+                [weight.to(tl.int64) + begin, tl.minimum(share, size - begin)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 def launched(x: Tensor) -> dict[str, Any]:

@@ -53,15 +53,19 @@ def rotated(even, odd, c, s, to, at, inside):
 
 @triton.jit
 def latents_of_head(
-    q, up, query, program, H, q_step, R, C, P, Z,
+    q, up, query, later, and_later, program, H, q_step, R, C, P, Z, later_size, and_later_size,
     Q_PARTS: tl.constexpr, NP: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Some latents of a head's query."""
+    """Some latents of a head's query, and a share of weights that are read later."""
     head = program // tl.cdiv(R, RANKS)
     latent = (program - head * tl.cdiv(R, RANKS)) * RANKS + tl.arange(0, RANKS)
     channel = tl.arange(0, NP)
     inside = (latent < R)[:, None] & (channel < C - P)[None, :]
     block = tl.load(up + (latent[:, None] * H + head) * Z + channel[None, :], mask=inside, other=0.0)
+    if later is not None:
+        programs = H * tl.cdiv(R, RANKS)
+        fetch(later, later_size, program, programs, EARLY)
+        fetch(and_later, and_later_size, program, programs, EARLY)
     wait(EARLY)
     dtype = query.dtype.element_ty
     value = summed(None, q, head * C + channel, channel < C - P, q_step, Q_PARTS).to(dtype).to(tl.float32)
@@ -106,17 +110,16 @@ def query_kernel(
     q, product, up, gain, cos, sin, place, padding, query, turned, cache, where, later, and_later,
     H, q_step, product_step, A, R, P, C, Z, later_size, and_later_size, eps,
     Q_PARTS: tl.constexpr, PARTS: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr,
-    RANKS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr,
+    RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Some latents of a head's query, and a share of weights that are read later; the last program: what positions enter."""
+    """Some latents of a head's query; the last program: what positions enter."""
     release(EARLY)
     program = tl.program_id(0)
     if program < H * tl.cdiv(R, RANKS):
-        programs = H * tl.cdiv(R, RANKS)
-        if later is not None:
-            fetch(later, later_size, program, programs, LANES, EARLY)
-            fetch(and_later, and_later_size, program, programs, LANES, EARLY)
-        latents_of_head(q, up, query, program, H, q_step, R, C, P, Z, Q_PARTS, NP, RANKS, EARLY)
+        latents_of_head(
+            q, up, query, later, and_later, program, H, q_step, R, C, P, Z, later_size, and_later_size,
+            Q_PARTS, NP, RANKS, EARLY,
+        )  # fmt: skip
     else:
         new_row(
             q, product, gain, cos, sin, place, padding, turned, cache, where,
@@ -193,7 +196,7 @@ def attend_(
         heads, q.stride(0), product.stride(0), width, rank, turns, channels, both,
         *sizes, eps,
         len(q), len(product), triton.next_power_of_2(both - values), triton.next_power_of_2(rank),
-        triton.next_power_of_2(turns // 2), triton.next_power_of_2(heads), tile.query, 32 * tile.num_warps,
+        triton.next_power_of_2(turns // 2), triton.next_power_of_2(heads), tile.query,
         **launched(x), num_warps=tile.num_warps,
     )  # fmt: skip
     parts = min(keys.programs, triton.cdiv(cache.shape[1], keys.keys))

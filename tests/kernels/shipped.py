@@ -9,7 +9,7 @@ import attrs
 
 from nmoe.effects.kernels import loss as loss_kernels
 from nmoe.effects.kernels import norm as norm_kernels
-from nmoe.effects.kernels import row
+from nmoe.effects.kernels import pick, row
 from nmoe.effects.kernels.attention import mla_assemble, mla_cached, mla_single
 from nmoe.effects.kernels.exchange import plan as plan_kernels
 from nmoe.effects.kernels.exchange import reduce
@@ -340,6 +340,19 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
             Launch(8),
             {**wide, **early},
             "D",
+        ),
+        "single: best logits": request(
+            "pick:best_kernel",
+            "logits:*bf16 best:*i64 stride:i32 vocab:i32 scale:fp32",
+            Launch(),
+            {"BLOCK": pick.BLOCK, "VP": 1 << 18, **early},
+            "stride vocab",
+        ),
+        "single: token": request(
+            "pick:token_kernel",
+            "best:*i64 token:*i64 parts:i32",
+            Launch(),
+            {"PARTS": 128, "VP": 1 << 18, **early},
         ),
         "single: inwards": of_row(width, 2112, tiles.parts, base=True, normed=True),
         "single: inwards, first": of_row(width, 2112, 0, base=True, normed=True),

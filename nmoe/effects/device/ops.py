@@ -140,6 +140,16 @@ def single_(device: torch.device, c: Model) -> Callable[..., Any] | None:
     return token.extend_ if token.fits(c) else None
 
 
+def greedy(device: torch.device) -> Callable[[Tensor, int, float], Tensor] | None:
+    """The most likely token of each row by kernels, `pick.greedy`; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    # only here: triton is not everywhere
+    from nmoe.effects.kernels import pick
+
+    return pick.greedy
+
+
 def _route(
     x: Tensor,
     *tensors: Any,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -16,8 +15,6 @@ from nmoe.pure.model.attention.mla import scale
 from nmoe.pure.model.decode import Decoding
 from nmoe.pure.model.model import Dense, Moe, Shared, Transformer
 from nmoe.pure.model.ops import Env
-
-Extend = Callable[[Transformer, Tensor, Decoding, Tensor, Env, sections.Model], tuple[Tensor, Decoding]]
 
 
 def fits(c: sections.Model) -> bool:
@@ -54,12 +51,12 @@ def extend_(
             scale=scale(attention),
         )
         if isinstance(ffn, Moe):
-            x, y, logits = row.norm(x, o, block.ffn_norm, ffn.router, c.norm_eps)
+            x, y, logits = row.norm_and_route(x, o, block.ffn_norm, ffn.router, c.norm_eps)
             own = bias[layer - c.num_dense_layers]
             added = single.experts(y, logits, own, (ffn.up, ffn.down), later, choice)
         else:
-            x, y, _ = row.norm(x, o, block.ffn_norm, None, c.norm_eps)
+            x, y = row.norm(x, o, block.ffn_norm, c.norm_eps)
             added = single.mlp(y, ffn.up, ffn.down)
-    _, hidden, _ = row.norm(x, added, p.norm, None, c.norm_eps)
+    _, hidden = row.norm(x, added, p.norm, c.norm_eps)
     after = attrs.evolve(state, place=state.place + 1, length=state.length + 1)
     return hidden[None, None], after

@@ -20,20 +20,21 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def release(EARLY: tl.constexpr):
     """Let the next kernel begin as soon as every program of this one has come here."""
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+        gdc_launch_dependents()
 
 
 @triton.jit
 def wait(EARLY: tl.constexpr):
     """Go on when the kernels before have ended."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
 
 
 @triton.jit

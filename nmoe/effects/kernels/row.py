@@ -148,20 +148,37 @@ def product(
     return out, total
 
 
-def norm(
-    x: Tensor, added: Tensor | None, gain: Tensor, router: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The row that `x` [D] and `added` [S D] are together, the same normed, and parts of its products with `router`.
+def norm(x: Tensor, added: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The row that `x` [D] and `added` [S D] are together, and the same normed."""
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    _norm(x, added, gain, None, total, normed, None, eps)
+    return total, normed
 
-    router   [D E] f32 or None
-    returns  [D], [D], [S' E] f32 or None
-    """
+
+def norm_and_route(
+    x: Tensor, added: Tensor | None, gain: Tensor, router: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`norm`, and parts of the products of the normed row with `router` [D E] f32: [S' E] f32."""
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    logits = torch.empty(triton.cdiv(len(x), NORMED), router.shape[1], device=x.device)
+    _norm(x, added, gain, router, total, normed, logits, eps)
+    return total, normed, logits
+
+
+def _norm(
+    x: Tensor,
+    added: Tensor | None,
+    gain: Tensor,
+    router: Tensor | None,
+    total: Tensor,
+    normed: Tensor,
+    logits: Tensor | None,
+    eps: float,
+) -> None:
+    """The launch."""
     width, experts = len(x), 0 if router is None else router.shape[1]
-    total, normed, programs = torch.empty_like(x), torch.empty_like(x), triton.cdiv(width, NORMED)
-    partial = None if router is None else torch.empty(programs, experts, device=x.device)
-    norm_kernel[(programs,)](
-        x, added, gain, router, total, normed, partial, width, experts, eps,
+    norm_kernel[(triton.cdiv(width, NORMED),)](
+        x, added, gain, router, total, normed, logits, width, experts, eps,
         0 if added is None else len(added), NORMED, triton.next_power_of_2(max(experts, 1)),
         triton.next_power_of_2(width), **launched(x), num_warps=8,
     )  # fmt: skip
-    return total, normed, partial

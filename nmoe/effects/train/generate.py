@@ -56,7 +56,9 @@ class Network:
     vocab_size: int  # ids that the tokenizer knows; the model may have more rows
     ranks: Ranks = SINGLE_RANK  # that compute it together: each calls the same functions with the same arguments
     batch_tokens: int = BATCH_TOKENS
-    single_: Callable[..., tuple[Tensor, Decoding]] | None = None  # `ops.single_`: of whoever takes the device's `env`
+    # For a GPU, of whoever takes the `env` of its kernels as it is:
+    single_: Callable[..., tuple[Tensor, Decoding]] | None = None  # `ops.single_`
+    greedy: Callable[[Tensor, int, float], Tensor] | None = None  # `ops.greedy`
 
 
 @torch.inference_mode()
@@ -172,8 +174,10 @@ def _uncached(
 
 def _pick(network: Network, hidden: Tensor, draw: Tensor, sampling: Sampling) -> Tensor:
     """The token [B] that follows hidden states [B T D]; -1 where a logit is not finite."""
-    logits = (hidden[:, -1] @ network.params.head)[:, : network.vocab_size].float() * network.config.logit_scale
-    return decode.pick(logits, draw, sampling)
+    logits, scale = hidden[:, -1] @ network.params.head, network.config.logit_scale
+    if network.greedy is not None and sampling.temperature == 0:
+        return network.greedy(logits, network.vocab_size, scale)
+    return decode.pick(logits[:, : network.vocab_size].float() * scale, draw, sampling)
 
 
 def texts(
@@ -298,6 +302,7 @@ def open_network(folder: Path, device: str | None, checkpoint: Path | None = Non
         config=model.model_at(c, env, MOST_TOKENS),  # in the last stage of its attention
         vocab_size=tokenizer.size,
         single_=None if plain else ops.single_(where, c),
+        greedy=None if plain else ops.greedy(where),
     )
     return network, tokenizer
 

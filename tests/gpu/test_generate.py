@@ -53,8 +53,15 @@ def placed(c: sections.Model, params: Any, device: str, kernels: bool) -> genera
         lambda _, leaf: leaf.to(where) if isinstance(leaf, Tensor) else leaf,
         (params, shapes.router_bias(c, dtype=torch.float32), env),
     )
-    made = {"single_": ops.single_(where, c), "greedy": ops.greedy(where)} if kernels else {}
-    return generate.Network(params=params, router_bias=bias, env=env, config=c, vocab_size=c.vocab_size, **made)
+    return generate.Network(
+        params=params,
+        router_bias=bias,
+        env=env,
+        config=c,
+        vocab_size=c.vocab_size,
+        single_=ops.single_(where, c) if kernels else None,
+        greedy=ops.greedy(where) if kernels else None,
+    )
 
 
 def ids(network: generate.Network, prompts: Any = PROMPTS, *, cached: bool = True, sampling: Sampling = DRAWN) -> Any:

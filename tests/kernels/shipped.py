@@ -319,8 +319,8 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
     choice = {"KP": 8, "EP": num_experts, "PARTS": width // row.NORMED, "SOFTMAX": False, "NORMALIZE": True}
     parts = len(range(0, width, row.TILE.rows))
     reads = f"{integers('cos sin', '*fp32')} place:*i64 padding:*i32 query:*bf16 turned:*bf16 cache:*bf16 where:*i32"
-    reads += " later:*bf16 and_later:*bf16"
-    numbers = "H q_step product_step A R P C Z later_size and_later_size"
+    reads += " later:*bf16"
+    numbers = "H q_step product_step A R P C Z later_size"
     sizes = {"NP": 128, "RP": rank, "PP": 32, "HP": heads, "RANKS": tile.query, **early}
     queries = {
         name: request(
@@ -397,7 +397,8 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
         ),
         "single: up": request(
             "moe.single:up_kernel",
-            "x:*bf16 partial:*fp32 bias:*fp32 up:*bf16 plain:*bf16 expert:*i64 weight:*fp32 a:*bf16 "
+            "x:*bf16 partial:*fp32 bias:*fp32 up:*bf16 plain:*bf16 down:*bf16 plain_down:*bf16 "
+            + "expert:*i64 weight:*fp32 a:*bf16 "
             + f"{integers('D F S parts E')} {integers('scale tiny vanishing', 'fp32')}",
             tiles.up,
             {**choice, **up, "K": 6},
@@ -405,11 +406,11 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
         ),
         "single: up, no experts": request(
             "moe.single:up_kernel",
-            "x:*bf16 plain:*bf16 expert:*i64 weight:*fp32 a:*bf16 "
+            "x:*bf16 plain:*bf16 plain_down:*bf16 expert:*i64 weight:*fp32 a:*bf16 "
             + f"{integers('D F S')} {integers('scale tiny vanishing', 'fp32')}",
             tiles.up,
             {
-                **dict.fromkeys(("partial", "bias", "up"), None),
+                **dict.fromkeys(("partial", "bias", "up", "down"), None),
                 **{"parts": 1, "E": 1, "KP": 1, "EP": 1, "PARTS": 1, "SOFTMAX": False, "NORMALIZE": False},
                 **{**up, "K": 0},
             },

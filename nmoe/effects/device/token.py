@@ -46,7 +46,7 @@ def extend_(
         later = (plain.up, plain.down) if isinstance(plain, Shared | Dense) else None
         x, o = mla_single.attend_(
             *(block.attention, x, added, block.attention_norm, cache, state.place, state.padding, env.tables),
-            later,
+            None if later is None else later[0],
             eps=c.norm_eps,
             scale=scale(attention),
         )

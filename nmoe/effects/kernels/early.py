@@ -37,16 +37,19 @@ def wait(EARLY: tl.constexpr):
         gdc_wait()
 
 
+ASKED = tl.constexpr(16384)
+"""Bytes of one request to the L2 cache."""
+
+
 @triton.jit
-def fetch(weight, size, program, programs, EARLY: tl.constexpr):
-    """Ask for this program's share of the first `size` bytes, to lie in the L2 cache for a later kernel.
+def fetch(weight, size, EARLY: tl.constexpr):
+    """Ask for the first `size` bytes behind a pointer, to lie in the L2 cache for a later kernel.
 
     size   a multiple of 16, from an address that is one
     """
     if EARLY:
-        share = tl.cdiv(size, programs * 16) * 16
-        begin = program * share
-        if begin < size:
+        address = weight.to(tl.int64)
+        for at in range(0, size, ASKED):
             tl.inline_asm_elementwise(
                 """
                 {
@@ -59,7 +62,7 @@ def fetch(weight, size, program, programs, EARLY: tl.constexpr):
                 }
                 """,
                 "=r,l,r",
-                [weight.to(tl.int64) + begin, tl.minimum(share, size - begin)],
+                [address + at, tl.minimum(ASKED, size - at)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,

@@ -37,9 +37,9 @@ TILE = SingleTile(query=64, value=128, columns=64, num_warps=4)
 """16 KB a program: 128 programs for 16 heads of 128 + 128 channels and 512 latents, in either launch."""
 
 
-FETCHED = (24 << 20, 12 << 20)
-"""Bytes of the first and second product of the shared experts, or of a dense MLP, that are asked for while attention
-waits for itself: an H200's L2 cache has 50 MB, and attention's own weights are 31."""
+FETCHED = 24 << 20
+"""Bytes of the first product of the shared experts, or of a dense MLP, that are asked for while attention waits for
+itself: an H200's L2 cache has 50 MB, and attention's own weights are 31."""
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def rotated(even, odd, c, s, to, at, inside):
 
 @triton.jit
 def latents_of_head(
-    q, up, query, later, and_later, program, H, q_step, R, C, P, Z, later_size, and_later_size,
+    q, up, query, later, program, H, q_step, R, C, P, Z, later_size,
     Q_PARTS: tl.constexpr, NP: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some latents of a head's query, and a share of weights that are read later."""
@@ -63,9 +63,10 @@ def latents_of_head(
     inside = (latent < R)[:, None] & (channel < C - P)[None, :]
     block = tl.load(up + (latent[:, None] * H + head) * Z + channel[None, :], mask=inside, other=0.0)
     if later is not None:
-        programs = H * tl.cdiv(R, RANKS)
-        fetch(later, later_size, program, programs, EARLY)
-        fetch(and_later, and_later_size, program, programs, EARLY)
+        share = tl.cdiv(later_size, H * tl.cdiv(R, RANKS) * 16) * 16
+        begin = program * share
+        size: tl.constexpr = later.dtype.element_ty.primitive_bitwidth // 8
+        fetch(later + begin // size, tl.minimum(share, later_size - begin), EARLY)
     wait(EARLY)
     dtype = query.dtype.element_ty
     value = summed(None, q, head * C + channel, channel < C - P, q_step, Q_PARTS).to(dtype).to(tl.float32)
@@ -107,8 +108,8 @@ def new_row(
 
 @triton.jit
 def query_kernel(
-    q, product, up, gain, cos, sin, place, padding, query, turned, cache, where, later, and_later,
-    H, q_step, product_step, A, R, P, C, Z, later_size, and_later_size, eps,
+    q, product, up, gain, cos, sin, place, padding, query, turned, cache, where, later,
+    H, q_step, product_step, A, R, P, C, Z, later_size, eps,
     Q_PARTS: tl.constexpr, PARTS: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr,
     RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +118,7 @@ def query_kernel(
     program = tl.program_id(0)
     if program < H * tl.cdiv(R, RANKS):
         latents_of_head(
-            q, up, query, later, and_later, program, H, q_step, R, C, P, Z, later_size, and_later_size,
+            q, up, query, later, program, H, q_step, R, C, P, Z, later_size,
             Q_PARTS, NP, RANKS, EARLY,
         )  # fmt: skip
     else:
@@ -163,7 +164,7 @@ def attend_(
     place: Tensor,
     padding: Tensor,
     rope: Rope,
-    later: tuple[Tensor, Tensor] | None,
+    later: Tensor | None,
     *,
     eps: float,
     scale: float,
@@ -176,7 +177,7 @@ def attend_(
     cache    [1 N R+P]  of which the row at `place` is written
     place    0-d i64    of the token in the cache
     padding  [1] i32    tokens in front that count for nothing
-    later    weights that the layer reads after this, of which the first bytes are fetched, or None
+    later    a weight that the layer reads after this, of which the first bytes are fetched, or None
 
     Writes:  `cache`.
     """
@@ -189,12 +190,11 @@ def attend_(
     query, turned = x.new_empty(heads, rank), x.new_empty(heads, turns)
     where = torch.empty(2, dtype=torch.int32, device=x.device)
     channels = both - values + turns
-    fetched = (None, None) if later is None else later
-    sizes = (0 if one is None else min(most, one.nbytes // 16 * 16) for most, one in zip(FETCHED, fetched, strict=True))
+    fetched = 0 if later is None else min(FETCHED, later.nbytes // 16 * 16)
     query_kernel[(heads * triton.cdiv(rank, tile.query) + 1,)](
-        q, product, p.up, p.norm, rope.cos, rope.sin, place, padding, query, turned, cache, where, *fetched,
+        q, product, p.up, p.norm, rope.cos, rope.sin, place, padding, query, turned, cache, where, later,
         heads, q.stride(0), product.stride(0), width, rank, turns, channels, both,
-        *sizes, eps,
+        fetched, eps,
         len(q), len(product), triton.next_power_of_2(both - values), triton.next_power_of_2(rank),
         triton.next_power_of_2(turns // 2), triton.next_power_of_2(heads), tile.query,
         **launched(x), num_warps=tile.num_warps,

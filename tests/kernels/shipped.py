@@ -21,7 +21,7 @@ KERNELS = "nmoe.effects.kernels"
 
 SAME: Mapping[str, Mapping[str, str]] = {
     "attention.rope:rotate_kernel": {"y": "x"},
-    "attention.mla_single:query_kernel": {"product": "q"},
+    "attention.mla_single:query_kernel": {"product": "q", "squares": "q_squares"},
     "exchange.push:counts_kernel": {"tokens": "count"},
     "exchange.reduce:sum_kernel": {"out": "own"},
     "moe.combine:combine_kernel": {"weight": "y"},
@@ -288,22 +288,22 @@ def of_cached(rank: int = 512, rotated: int = 64) -> dict[str, Request]:
 
 
 def of_row(
-    inputs: int, outputs: int, parts: int, *, base: bool = False, normed: bool = False, early: bool = True
+    inputs: int, outputs: int, parts: int, *, base: bool = False, normed: bool = False, before: int = 0
 ) -> Request:
-    """Product of one row, the sum of so many parts and maybe of a base."""
+    """Product of one row, the sum of so many parts and maybe of a base; `before` parts of the norm of those."""
     tile = row.TILE
-    arrays = ("x:*bf16 total:*bf16 " if base else "") + ("gain:*fp32 " if normed else "")
-    absent = ([] if base else ["x", "total"]) + ([] if normed else ["gain"]) + ([] if parts else ["added"])
+    given = {"x": base, "total": base, "gain": normed, "squares": normed, "added": parts, "before": before}
+    kinds = {"x": "*bf16", "total": "*bf16"}
+    arrays = " ".join(f"{name}:{kinds.get(name, '*fp32')}" for name, there in given.items() if there)
     return request(
         "row:product_kernel",
-        f"{arrays}{'added:*fp32 ' if parts else ''}weight:*bf16 out:*fp32 {integers('D N step')} eps:fp32",
+        f"{arrays} weight:*bf16 out:*fp32 {integers('D N step width')} eps:fp32",
         Launch(tile.num_warps),
         {
-            **dict.fromkeys(absent, None),
-            **{"PARTS": parts, "ROWS": tile.rows, "COLUMNS": tile.columns},
-            **{"WIDTH": 1 << (inputs - 1).bit_length(), "EARLY": early},
+            **{name: None for name, there in given.items() if not there},
+            **{"PARTS": parts, "BEFORE": before, "ROWS": tile.rows, "COLUMNS": tile.columns, "EARLY": True},
         },
-        "D N step" if not outputs % 16 else "D step",
+        "D N step" + " width" * bool(before),
     )
 
 
@@ -315,19 +315,22 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
         {"ROWS": each.block_k, "COLUMNS": each.block_n, "STAGES": each.num_stages, **early}
         for each in (tiles.up, tiles.down)
     )
-    sums = "x:*bf16 added:*fp32 gain:*fp32 total:*bf16 normed:*bf16"
+    sums = "x:*bf16 added:*fp32 gain:*fp32 total:*bf16 scaled:*fp32 squares:*fp32"
+    squares = width // row.NORMED
     choice = {"KP": 8, "EP": num_experts, "PARTS": width // row.NORMED, "SOFTMAX": False, "NORMALIZE": True}
+    choice |= {"SQUARES": squares, "SP": squares}
     parts = len(range(0, width, row.TILE.rows))
     reads = f"{integers('cos sin', '*fp32')} place:*i64 padding:*i32 query:*bf16 turned:*bf16 cache:*bf16 where:*i32"
     reads += " later:*bf16"
-    numbers = "H q_step product_step A R P C Z later_size"
+    numbers = "H q_step q_width product_step width A R P C Z later_size"
     sizes = {"NP": 128, "RP": rank, "PP": 32, "HP": heads, "RANKS": tile.query, **early}
     queries = {
         name: request(
             "attention.mla_single:query_kernel",
-            f"q:*fp32 product:*fp32 up:*bf16 gain:*fp32 {reads} {integers(numbers)} eps:fp32",
+            f"{integers('q q_squares product squares', '*fp32')} up:*bf16 gain:*fp32 {reads} "
+            + f"{integers(numbers)} eps:fp32",
             Launch(tile.num_warps),
-            {"Q_PARTS": count, "PARTS": parts, **sizes},
+            {"Q_PARTS": count, "Q_SQUARES": count, "PARTS": parts, "SQUARES": parts, **sizes},
             numbers,
             same,
         )
@@ -356,7 +359,7 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
         ),
         "single: inwards": of_row(width, 2112, tiles.parts, base=True, normed=True),
         "single: inwards, first": of_row(width, 2112, 0, base=True, normed=True),
-        "single: queries": of_row(1536, 3072, parts, normed=True),
+        "single: queries": of_row(1536, 3072, parts, normed=True, before=parts),
         "single: outwards": of_row(width, width, rank // tile.value),
         "single: query latents": queries["latent"],
         "single: query latents, whole queries": queries["whole"],
@@ -381,51 +384,59 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
             },
             "H R U Z",
         ),
-        "single: norm and router": request(
-            "row:norm_kernel",
-            f"{sums} router:*fp32 partial:*fp32 D:i32 E:i32 eps:fp32",
+        "single: router": request(
+            "row:route_kernel",
+            f"{sums} router:*fp32 partial:*fp32 D:i32 E:i32",
             Launch(8),
-            {"PARTS": parts, "ROWS": row.NORMED, "EP": num_experts, **wide, **early},
+            {"PARTS": parts, "ROWS": row.NORMED, "EP": num_experts, **early},
+            "D E",
+        ),
+        "single: no router": request(
+            "row:route_kernel",
+            f"{sums} D:i32 E:i32",
+            Launch(8),
+            {"router": None, "partial": None, "PARTS": parts, "ROWS": row.NORMED, "EP": 1, **early},
             "D E",
         ),
         "single: norm": request(
             "row:norm_kernel",
-            f"{sums} D:i32 E:i32 eps:fp32",
+            "x:*bf16 added:*fp32 gain:*fp32 normed:*bf16 D:i32 eps:fp32",
             Launch(8),
-            {"router": None, "partial": None, "PARTS": parts, "ROWS": row.NORMED, "EP": 1, **wide, **early},
-            "D E",
+            {"PARTS": tiles.parts, "ROWS": row.NORMED, **wide, **early},
+            "D",
         ),
         "single: up": request(
             "moe.single:up_kernel",
-            "x:*bf16 partial:*fp32 bias:*fp32 up:*bf16 plain:*bf16 down:*bf16 plain_down:*bf16 "
-            + "expert:*i64 weight:*fp32 a:*bf16 "
-            + f"{integers('D F S parts E')} {integers('scale tiny vanishing', 'fp32')}",
+            "x:*fp32 squares:*fp32 partial:*fp32 bias:*fp32 up:*bf16 plain:*bf16 down:*bf16 plain_down:*bf16 "
+            + "expert:*i64 weight:*fp32 a:*fp32 "
+            + f"{integers('D F S parts E')} {integers('scale tiny vanishing eps', 'fp32')}",
             tiles.up,
             {**choice, **up, "K": 6},
             "D F S parts E",
         ),
         "single: up, no experts": request(
             "moe.single:up_kernel",
-            "x:*bf16 plain:*bf16 plain_down:*bf16 expert:*i64 weight:*fp32 a:*bf16 "
-            + f"{integers('D F S')} {integers('scale tiny vanishing', 'fp32')}",
+            "x:*fp32 squares:*fp32 plain:*bf16 plain_down:*bf16 expert:*i64 weight:*fp32 a:*fp32 "
+            + f"{integers('D F S')} {integers('scale tiny vanishing eps', 'fp32')}",
             tiles.up,
             {
                 **dict.fromkeys(("partial", "bias", "up", "down"), None),
                 **{"parts": 1, "E": 1, "KP": 1, "EP": 1, "PARTS": 1, "SOFTMAX": False, "NORMALIZE": False},
+                **{"SQUARES": squares, "SP": squares},
                 **{**up, "K": 0},
             },
             "D F S",
         ),
         "single: down": request(
             "moe.single:down_kernel",
-            f"a:*bf16 expert:*i64 weight:*fp32 down:*bf16 plain:*bf16 out:*fp32 {integers('D F S')}",
+            f"a:*fp32 expert:*i64 weight:*fp32 down:*bf16 plain:*bf16 out:*fp32 {integers('D F S')}",
             tiles.down,
             {**down, "K": 6, "KP": 8},
             "D F S",
         ),
         "single: down, no experts": request(
             "moe.single:down_kernel",
-            f"a:*bf16 expert:*i64 weight:*fp32 plain:*bf16 out:*fp32 {integers('D F S')}",
+            f"a:*fp32 expert:*i64 weight:*fp32 plain:*bf16 out:*fp32 {integers('D F S')}",
             tiles.down,
             {**down, "down": None, "K": 0, "KP": 1},
             "D F S",

@@ -51,12 +51,12 @@ def extend_(
             scale=scale(attention),
         )
         if isinstance(ffn, Moe):
-            x, y, logits = row.norm_and_route(x, o, block.ffn_norm, ffn.router, c.norm_eps)
+            x, y, logits = row.route(x, o, block.ffn_norm, ffn.router)
             own = bias[layer - c.num_dense_layers]
-            added = single.experts(y, logits, own, (ffn.up, ffn.down), later, choice)
+            added = single.experts(y, logits, own, (ffn.up, ffn.down), later, choice, c.norm_eps)
         else:
-            x, y = row.norm(x, o, block.ffn_norm, c.norm_eps)
-            added = single.mlp(y, ffn.up, ffn.down)
-    _, hidden = row.norm(x, added, p.norm, c.norm_eps)
+            x, y, _ = row.route(x, o, block.ffn_norm, None)
+            added = single.mlp(y, ffn.up, ffn.down, c.norm_eps)
+    hidden = row.norm(x, added, p.norm, c.norm_eps)
     after = attrs.evolve(state, place=state.place + 1, length=state.length + 1)
     return hidden[None, None], after

@@ -31,7 +31,7 @@ class RowTile:
 TILE = RowTile(rows=512, columns=64, num_warps=8)
 """64 KB of a weight in bf16 a program; 2048 x 2112 are 132 programs, one a multiprocessor of an H200."""
 NORMED = 128
-"""Channels that one program norms, and multiplies with the router."""
+"""Channels that one program adds up, and multiplies with the router."""
 
 
 @triton.jit
@@ -46,11 +46,23 @@ def summed(x, added, at, inside, step, PARTS: tl.constexpr):
 
 
 @triton.jit
+def inverse_rms(squares, width, eps, PARTS: tl.constexpr):
+    """What a row of `width` channels is to be multiplied with, from the parts of its sum of squares."""
+    total = 0.0
+    for part in tl.static_range(PARTS):
+        total += tl.load(squares + part)
+    return tl.rsqrt(total / width + eps)
+
+
+@triton.jit
 def product_kernel(
-    x, added, gain, weight, total, out, D, N, step, eps,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    x, added, before, gain, weight, total, out, squares, D, N, step, width, eps,
+    PARTS: tl.constexpr, BEFORE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Part of the product of a row, normed where there is a gain, with some columns; the first program keeps it."""
+    """Part of the product of a row, times its gain, with some columns; the first column's programs keep the row.
+
+    A norm's factor is one number, which those who read the product multiply it with: nobody waits for a whole row.
+    """
     release(EARLY)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -60,43 +72,60 @@ def product_kernel(
     if gain is not None:
         factor = tl.load(gain + row, mask=row < D, other=0.0).to(tl.float32)
     wait(EARLY)
+    value = summed(x, added, row, row < D, step, PARTS)
+    if before is not None:
+        value *= inverse_rms(before, width, eps, BEFORE)
     # rounded where the products of several rows round
-    value = summed(x, added, row, row < D, step, PARTS).to(dtype).to(tl.float32)
+    value = value.to(dtype).to(tl.float32)
     if gain is not None:
-        channel = tl.arange(0, WIDTH)
-        whole = summed(x, added, channel, channel < D, step, PARTS).to(dtype)
-        if total is not None:
-            if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-                tl.store(total + channel, whole, mask=channel < D)
-        square = whole.to(tl.float32)
-        value *= tl.rsqrt(tl.sum(square * square, 0) / D + eps) * factor
-        value = value.to(dtype).to(tl.float32)
+        if tl.program_id(0) == 0:
+            tl.store(squares + tl.program_id(1), tl.sum(value * value, 0))
+            if total is not None:
+                tl.store(total + row, value.to(dtype), mask=row < D)
+        value *= factor
     result = tl.sum(value[:, None] * block.to(tl.float32), 0)
     tl.store(out + tl.program_id(1) * N + column, result, mask=column < N)
 
 
 @triton.jit
-def norm_kernel(
-    x, added, gain, router, total, normed, partial, D, E, eps,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+def route_kernel(
+    x, added, gain, router, total, scaled, squares, partial, D, E,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, EP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of the row and of the normed row, and their part of the products with the router."""
+    """Some channels of the row and of the row times its gain, and their part of the products with the router."""
     release(EARLY)
-    row, expert, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EP), tl.arange(0, WIDTH)
+    row, expert = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EP)
     if router is not None:
         inside = (row < D)[:, None] & (expert < E)[None, :]
         block = tl.load(router + row[:, None] * E + expert[None, :], mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(gain + row, mask=row < D, other=0.0).to(tl.float32)
     wait(EARLY)
-    dtype = normed.dtype.element_ty
+    dtype = total.dtype.element_ty
     value = summed(x, added, row, row < D, D, PARTS).to(dtype)
-    whole = summed(x, added, channel, channel < D, D, PARTS).to(dtype).to(tl.float32)
     tl.store(total + row, value, mask=row < D)
-    scaled = value.to(tl.float32) * tl.rsqrt(tl.sum(whole * whole, 0) / D + eps) * factor
-    tl.store(normed + row, scaled.to(dtype), mask=row < D)
+    value = value.to(tl.float32)
+    tl.store(squares + tl.program_id(0), tl.sum(value * value, 0))
+    value *= factor
+    tl.store(scaled + row, value, mask=row < D)
     if router is not None:
-        logits = tl.sum(scaled.to(dtype).to(tl.float32)[:, None] * block, 0)
+        logits = tl.sum(value[:, None] * block, 0)
         tl.store(partial + tl.program_id(0) * E + expert, logits, mask=expert < E)
+
+
+@triton.jit
+def norm_kernel(
+    x, added, gain, normed, D, eps, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr
+):
+    """Some channels of the normed row."""
+    release(EARLY)
+    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    factor = tl.load(gain + row, mask=row < D, other=0.0).to(tl.float32)
+    wait(EARLY)
+    dtype = normed.dtype.element_ty
+    value = summed(x, added, row, row < D, D, PARTS).to(dtype).to(tl.float32)
+    whole = summed(x, added, channel, channel < D, D, PARTS).to(dtype).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(whole * whole, 0) / D + eps) * factor
+    tl.store(normed + row, value.to(dtype), mask=row < D)
 
 
 @triton.jit
@@ -119,66 +148,71 @@ def embedding(token: Tensor, embed: Tensor, scale: float) -> Tensor:
     return out
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class Parts:
+    """A row as a sum of parts, times a factor that follows from parts of a sum of squares where there are any."""
+
+    parts: Tensor  # [S ...] f32
+    squares: Tensor | None = None  # [S'] f32
+    width: int = 1  # channels whose mean square it is
+
+
 def product(
     x: Tensor | None,
-    added: Tensor | None,
+    added: Parts | None,
     weight: Tensor,
     gain: Tensor | None = None,
     eps: float = 0.0,
     *,
     keep: bool = False,
     tile: RowTile = TILE,
-) -> tuple[Tensor, Tensor | None]:
-    """A row times `weight`, as parts of a sum, and the row as it was summed where it is to be kept.
+) -> tuple[Parts, Tensor | None]:
+    """A row times `weight`, and the row as it was summed where it is to be kept.
 
-    x        [D] or None, added [S ...] f32 or None: the row is their sum; of `added` the first D columns
+    x        [D] or None, added [S ...] or None: the row is their sum; of `added` the first D columns
     weight   [D N]
-    gain     [D]: the row is normed first
-    returns  [S' N] f32, and [D] or None
+    gain     [D]: the row is normed first, with `eps`; that of `added` is the same
+    returns  [S' N], and [D] or None
     """
     width, columns = weight.shape
     splits = triton.cdiv(width, tile.rows)
     out = torch.empty(splits, columns, device=weight.device)
     total = weight.new_empty(width) if keep else None
+    squares = None if gain is None else torch.empty(splits, device=weight.device)
+    parts, before = (None, None) if added is None else (added.parts, added.squares)
     product_kernel[(triton.cdiv(columns, tile.columns), splits)](
-        x, added, gain, weight, total, out, width, columns, 0 if added is None else added.stride(0), eps,
-        0 if added is None else len(added), tile.rows, tile.columns, triton.next_power_of_2(width),
+        x, parts, before, gain, weight, total, out, squares,
+        width, columns, 0 if parts is None else parts.stride(0), 1 if added is None else added.width, eps,
+        0 if parts is None else len(parts), 0 if before is None else len(before), tile.rows, tile.columns,
         **launched(weight), num_warps=tile.num_warps,
     )  # fmt: skip
-    return out, total
+    return Parts(parts=out, squares=squares, width=width), total
 
 
-def norm(x: Tensor, added: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The row that `x` [D] and `added` [S D] are together, and the same normed."""
-    total, normed = torch.empty_like(x), torch.empty_like(x)
-    _norm(x, added, gain, None, total, normed, None, eps)
-    return total, normed
+def route(x: Tensor, added: Tensor, gain: Tensor, router: Tensor | None) -> tuple[Tensor, Parts, Tensor | None]:
+    """The row that `x` [D] and `added` [S D] are together, the same times its gain, and its products with a router.
 
+    The factor of the norm is left to who reads them.
 
-def norm_and_route(
-    x: Tensor, added: Tensor | None, gain: Tensor, router: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`norm`, and parts of the products of the normed row with `router` [D E] f32: [S' E] f32."""
-    total, normed = torch.empty_like(x), torch.empty_like(x)
-    logits = torch.empty(triton.cdiv(len(x), NORMED), router.shape[1], device=x.device)
-    _norm(x, added, gain, router, total, normed, logits, eps)
-    return total, normed, logits
-
-
-def _norm(
-    x: Tensor,
-    added: Tensor | None,
-    gain: Tensor,
-    router: Tensor | None,
-    total: Tensor,
-    normed: Tensor,
-    logits: Tensor | None,
-    eps: float,
-) -> None:
-    """The launch."""
-    width, experts = len(x), 0 if router is None else router.shape[1]
-    norm_kernel[(triton.cdiv(width, NORMED),)](
-        x, added, gain, router, total, normed, logits, width, experts, eps,
-        0 if added is None else len(added), NORMED, triton.next_power_of_2(max(experts, 1)),
-        triton.next_power_of_2(width), **launched(x), num_warps=8,
+    router   [D E] f32 or None
+    returns  [D], [1 D], parts of a sum [S' E] f32 or None
+    """
+    width, experts, programs = len(x), 0 if router is None else router.shape[1], triton.cdiv(len(x), NORMED)
+    total, scaled = torch.empty_like(x), torch.empty(1, width, device=x.device)
+    squares = torch.empty(programs, device=x.device)
+    logits = None if router is None else torch.empty(programs, experts, device=x.device)
+    route_kernel[(programs,)](
+        x, added, gain, router, total, scaled, squares, logits, width, experts,
+        len(added), NORMED, triton.next_power_of_2(max(experts, 1)), **launched(x), num_warps=8,
     )  # fmt: skip
+    return total, Parts(parts=scaled, squares=squares, width=width), logits
+
+
+def norm(x: Tensor, added: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """The row that `x` [D] and `added` [S D] are together, normed [D]."""
+    normed = torch.empty_like(x)
+    norm_kernel[(triton.cdiv(len(x), NORMED),)](
+        x, added, gain, normed, len(x), eps, len(added), NORMED, triton.next_power_of_2(len(x)),
+        **launched(x), num_warps=8,
+    )  # fmt: skip
+    return normed

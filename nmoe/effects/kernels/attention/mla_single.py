@@ -18,7 +18,7 @@ from torch import Tensor
 from nmoe.effects.kernels import row
 from nmoe.effects.kernels.attention import mla_cached
 from nmoe.effects.kernels.early import fetch, launched, release, wait
-from nmoe.effects.kernels.row import summed
+from nmoe.effects.kernels.row import Parts, inverse_rms, summed
 from nmoe.pure.model.attention.mla import Mla, QueryUp
 from nmoe.pure.model.rope import Rope
 
@@ -53,8 +53,8 @@ def rotated(even, odd, c, s, to, at, inside):
 
 @triton.jit
 def latents_of_head(
-    q, up, query, later, program, H, q_step, R, C, P, Z, later_size,
-    Q_PARTS: tl.constexpr, NP: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
+    q, q_squares, up, query, later, program, H, q_step, q_width, R, C, P, Z, later_size, eps,
+    Q_PARTS: tl.constexpr, Q_SQUARES: tl.constexpr, NP: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some latents of a head's query, and a share of weights that are read later."""
     head = program // tl.cdiv(R, RANKS)
@@ -69,16 +69,18 @@ def latents_of_head(
         fetch(later + begin // size, tl.minimum(share, later_size - begin), EARLY)
     wait(EARLY)
     dtype = query.dtype.element_ty
-    value = summed(None, q, head * C + channel, channel < C - P, q_step, Q_PARTS).to(dtype).to(tl.float32)
+    value = summed(None, q, head * C + channel, channel < C - P, q_step, Q_PARTS)
+    value = (value * inverse_rms(q_squares, q_width, eps, Q_SQUARES)).to(dtype).to(tl.float32)
     result = tl.sum(block.to(tl.float32) * value[None, :], 1)
     tl.store(query + head * R + latent, result.to(dtype), mask=latent < R)
 
 
 @triton.jit
 def new_row(
-    q, product, gain, cos, sin, place, padding, turned, cache, where, H, q_step, product_step, A, R, P, C, eps,
-    Q_PARTS: tl.constexpr, PARTS: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr,
-    EARLY: tl.constexpr,
+    q, q_squares, product, squares, gain, cos, sin, place, padding, turned, cache, where,
+    H, q_step, q_width, product_step, width, A, R, P, C, eps,
+    Q_PARTS: tl.constexpr, Q_SQUARES: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr,
+    RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The row of the cache, where it and its row begin, and the rotated channels of all queries."""
     latent, pair, head = tl.arange(0, RP), tl.arange(0, PP), tl.arange(0, HP)
@@ -92,39 +94,43 @@ def new_row(
     entry = (at - start) * (P // 2) + pair
     c, s = tl.load(cos + entry, mask=real, other=0.0), tl.load(sin + entry, mask=real, other=0.0)
     dtype = cache.dtype.element_ty
-    value = summed(None, product, A + latent, latent < R, product_step, PARTS).to(dtype).to(tl.float32)
+    scale, q_scale = inverse_rms(squares, width, eps, SQUARES), inverse_rms(q_squares, q_width, eps, Q_SQUARES)
+    value = summed(None, product, A + latent, latent < R, product_step, PARTS) * scale
+    value = value.to(dtype).to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, 0) / R + eps) * factor
     own = cache + at * (R + P)
     tl.store(own + latent, value.to(dtype), mask=latent < R)
     even = summed(None, product, A + R + 2 * pair, real, product_step, PARTS)
     odd = summed(None, product, A + R + 2 * pair + 1, real, product_step, PARTS)
-    rotated(even, odd, c, s, own + R, 2 * pair, real)
+    rotated(even * scale, odd * scale, c, s, own + R, 2 * pair, real)
     here = head[:, None] * C + (C - P) + 2 * pair[None, :]
     inside = (head < H)[:, None] & real[None, :]
     all_even = summed(None, q, here, inside, q_step, Q_PARTS)
     all_odd = summed(None, q, here + 1, inside, q_step, Q_PARTS)
-    rotated(all_even, all_odd, c[None, :], s[None, :], turned, head[:, None] * P + 2 * pair[None, :], inside)
+    at_turned = head[:, None] * P + 2 * pair[None, :]
+    rotated(all_even * q_scale, all_odd * q_scale, c[None, :], s[None, :], turned, at_turned, inside)
 
 
 @triton.jit
 def query_kernel(
-    q, product, up, gain, cos, sin, place, padding, query, turned, cache, where, later,
-    H, q_step, product_step, A, R, P, C, Z, later_size, eps,
-    Q_PARTS: tl.constexpr, PARTS: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr,
-    RANKS: tl.constexpr, EARLY: tl.constexpr,
+    q, q_squares, product, squares, up, gain, cos, sin, place, padding, query, turned, cache, where, later,
+    H, q_step, q_width, product_step, width, A, R, P, C, Z, later_size, eps,
+    Q_PARTS: tl.constexpr, Q_SQUARES: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr,
+    NP: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some latents of a head's query; the last program: what positions enter."""
     release(EARLY)
     program = tl.program_id(0)
     if program < H * tl.cdiv(R, RANKS):
         latents_of_head(
-            q, up, query, later, program, H, q_step, R, C, P, Z, later_size,
-            Q_PARTS, NP, RANKS, EARLY,
+            q, q_squares, up, query, later, program, H, q_step, q_width, R, C, P, Z, later_size, eps,
+            Q_PARTS, Q_SQUARES, NP, RANKS, EARLY,
         )  # fmt: skip
     else:
         new_row(
-            q, product, gain, cos, sin, place, padding, turned, cache, where,
-            H, q_step, product_step, A, R, P, C, eps, Q_PARTS, PARTS, RP, PP, HP, EARLY,
+            q, q_squares, product, squares, gain, cos, sin, place, padding, turned, cache, where,
+            H, q_step, q_width, product_step, width, A, R, P, C, eps,
+            Q_PARTS, Q_SQUARES, PARTS, SQUARES, RP, PP, HP, EARLY,
         )  # fmt: skip
 
 
@@ -182,7 +188,7 @@ def attend_(
     Writes:  `cache`.
     """
     (rank, heads, both), turns, values = p.up.shape, 2 * rope.cos.shape[-1], p.out.shape[1]
-    product, total = row.product(x, added, p.down, gain, eps, keep=True)
+    product, total = row.product(x, None if added is None else Parts(parts=added), p.down, gain, eps, keep=True)
     width = p.down.shape[1] - rank - turns
     q = product
     if isinstance(p.query, QueryUp):
@@ -192,10 +198,12 @@ def attend_(
     channels = both - values + turns
     fetched = 0 if later is None else min(FETCHED, later.nbytes // 16 * 16)
     query_kernel[(heads * triton.cdiv(rank, tile.query) + 1,)](
-        q, product, p.up, p.norm, rope.cos, rope.sin, place, padding, query, turned, cache, where, later,
-        heads, q.stride(0), product.stride(0), width, rank, turns, channels, both,
+        q.parts, q.squares, product.parts, product.squares, p.up, p.norm, rope.cos, rope.sin,
+        place, padding, query, turned, cache, where, later,
+        heads, q.parts.stride(0), q.width, product.parts.stride(0), product.width, width, rank, turns, channels, both,
         fetched, eps,
-        len(q), len(product), triton.next_power_of_2(both - values), triton.next_power_of_2(rank),
+        len(q.parts), len(q.squares), len(product.parts), len(product.squares),
+        triton.next_power_of_2(both - values), triton.next_power_of_2(rank),
         triton.next_power_of_2(turns // 2), triton.next_power_of_2(heads), tile.query,
         **launched(x), num_warps=tile.num_warps,
     )  # fmt: skip
@@ -214,5 +222,5 @@ def attend_(
         part, top, weights, where[1:], p.up, o, heads, parts, rank, values, both,
         keys.keys, keys.programs, tile.value, tile.columns, **launched(x), num_warps=tile.num_warps,
     )  # fmt: skip
-    out, _ = row.product(None, o, p.out.flatten(0, 1))
-    return total, out
+    out, _ = row.product(None, Parts(parts=o), p.out.flatten(0, 1))
+    return total, out.parts

@@ -20,6 +20,7 @@ from torch import Tensor
 from nmoe.effects.kernels.early import fetch, launched, release, wait
 from nmoe.effects.kernels.moe.few import FewTile, chosen, scored
 from nmoe.effects.kernels.moe.router import TINY
+from nmoe.effects.kernels.row import Parts
 from nmoe.pure.model.route import VANISHING
 
 
@@ -33,9 +34,9 @@ class SingleTiles:
 
 
 TILES = SingleTiles(
-    up=FewTile(block_k=128, block_n=64, num_warps=8, num_stages=4),
-    down=FewTile(block_k=128, block_n=64, num_warps=8, num_stages=6),
-    parts=4,
+    up=FewTile(block_k=64, block_n=64, num_warps=4, num_stages=6),
+    down=FewTile(block_k=128, block_n=64, num_warps=8, num_stages=5),
+    parts=8,
 )
 """8 experts of 2048 x 1408 are 176 programs and 128: all of them run at once on 132 multiprocessors."""
 
@@ -52,8 +53,9 @@ class Choice:
 
 @triton.jit
 def up_kernel(
-    x, partial, bias, up, plain, down, plain_down, expert, weight, a, D, F, S, parts, E, scale, tiny, vanishing,
-    K: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, PARTS: tl.constexpr,
+    x, squares, partial, bias, up, plain, down, plain_down, expert, weight, a, D, F, S, parts, E,
+    scale, tiny, vanishing, eps,
+    K: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr, SP: tl.constexpr,
     SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -65,6 +67,8 @@ def up_kernel(
     release(EARLY)
     program, inner = tl.program_id(0), tl.arange(0, ROWS)
     wait(EARLY)
+    whole = tl.sum(tl.load(squares + tl.arange(0, SP), mask=tl.arange(0, SP) < SQUARES, other=0.0), 0)
+    factor = tl.rsqrt(whole / D + eps)
     if up is None:
         first, limit, offset = program * COLUMNS, S, 0
         base, ahead = plain, plain_down
@@ -74,7 +78,7 @@ def up_kernel(
         column, part, place = tl.arange(0, EP), tl.arange(0, PARTS), tl.arange(0, KP)
         real = column < E
         known = (part < parts)[:, None] & real[None, :]
-        logit = tl.sum(tl.load(partial + part[:, None] * E + column[None, :], mask=known, other=0.0), 0)
+        logit = tl.sum(tl.load(partial + part[:, None] * E + column[None, :], mask=known, other=0.0), 0) * factor
         value = scored(logit, real, tiny, SOFTMAX)
         steered = value + tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
         experts, weights = chosen(value, steered, column, real, scale, vanishing, EP, K, KP, NORMALIZE)
@@ -96,16 +100,17 @@ def up_kernel(
     for d in tl.range(0, D, ROWS, num_stages=STAGES):
         row = d + inner
         inside = (row < D)[:, None] & within
-        number = tl.load(x + row, mask=row < D, other=0.0).to(tl.float32)[:, None]
+        number = tl.load(x + row, mask=row < D, other=0.0)[:, None]
         here = base + row.to(tl.int64)[:, None] * (2 * limit) + f[None, :]
         gates += number * tl.load(here, mask=inside, other=0.0).to(tl.float32)
         values += number * tl.load(here + limit, mask=inside, other=0.0).to(tl.float32)
+    dtype = ahead.dtype.element_ty
     rows = tl.maximum(0, tl.minimum(COLUMNS, limit - first))
-    fetch(ahead + first.to(tl.int64) * D, rows * D * (a.dtype.element_ty.primitive_bitwidth // 8), EARLY)
-    # rounded where the grouped GEMM rounds
-    gate = tl.sum(gates, 0).to(a.dtype.element_ty).to(tl.float32)
-    value = tl.sum(values, 0).to(a.dtype.element_ty).to(tl.float32)
-    tl.store(a + offset + f, (gate * tl.sigmoid(gate) * value).to(a.dtype.element_ty), mask=f < limit)
+    fetch(ahead + first.to(tl.int64) * D, rows * D * (dtype.primitive_bitwidth // 8), EARLY)
+    # rounded where the grouped GEMM rounds; kept in 32 bits, which a pipeline can copy one by one
+    gate = (tl.sum(gates, 0) * factor).to(dtype).to(tl.float32)
+    value = (tl.sum(values, 0) * factor).to(dtype).to(tl.float32)
+    tl.store(a + offset + f, (gate * tl.sigmoid(gate) * value).to(dtype).to(tl.float32), mask=f < limit)
 
 
 @triton.jit
@@ -146,7 +151,7 @@ def down_kernel(
                 limit = tl.where(own < K, F, S)
                 offset = tl.where(own < K, offset, K * F)
         row = first + inner
-        number = tl.load(a + offset + row, mask=row < limit, other=0.0).to(tl.float32) * factor
+        number = tl.load(a + offset + row, mask=row < limit, other=0.0) * factor
         inside = (row < limit)[:, None] & real
         here = base + row.to(tl.int64)[:, None] * D + column[None, :]
         total += number[:, None] * tl.load(here, mask=inside, other=0.0).to(tl.float32)
@@ -154,63 +159,65 @@ def down_kernel(
 
 
 def experts(
-    x: Tensor,
+    x: Parts,
     logits: Tensor,
     bias: Tensor,
     routed: tuple[Tensor, Tensor],
     plain: tuple[Tensor, Tensor] | None,
     choice: Choice,
+    eps: float,
     tiles: SingleTiles = TILES,
 ) -> Tensor:
     """The chosen experts of a token and the shared ones, as parts of a sum.
 
-    x        [D]         normed
-    logits   [S' E] f32  parts of the router's products
+    x        [1 D]       times its gain; `eps` of its norm
+    logits   [S' E] f32  parts of the router's products with that
     bias     [E] f32     of the choice
     routed   [E D 2 F], [E F D]
     plain    [D 2 S], [S D], or None
     returns  [S'' D] f32
     """
     (parts, count), inner = logits.shape, routed[1].shape[1]
-    router = (logits, bias, routed[0])
-    numbers = (
-        *(parts, count, choice.scale, TINY, VANISHING, choice.top_k, triton.next_power_of_2(choice.top_k)),
-        *(triton.next_power_of_2(count), triton.next_power_of_2(parts), choice.softmax, choice.normalize),
-    )
-    return _run(x, router, routed[1], plain, inner, choice.top_k, numbers, tiles)
+    numbers = (parts, count, choice.scale, TINY, VANISHING, eps, choice.top_k)
+    shapes = tuple(map(triton.next_power_of_2, (choice.top_k, count, parts)))
+    form = (choice.softmax, choice.normalize)
+    return _run(x, (logits, bias, routed[0]), routed[1], plain, inner, choice.top_k, (numbers, shapes, form), tiles)
 
 
-def mlp(x: Tensor, up: Tensor, down: Tensor, tiles: SingleTiles = TILES) -> Tensor:
-    """`pure.model.experts.mlp` of one row [D], as parts of a sum [S' D] f32."""
-    numbers = (1, 1, 1.0, TINY, VANISHING, 0, 1, 1, 1, False, False)
-    return _run(x, (None, None, None), None, (up, down), 0, 0, numbers, tiles)
+def mlp(x: Parts, up: Tensor, down: Tensor, eps: float, tiles: SingleTiles = TILES) -> Tensor:
+    """`pure.model.experts.mlp` of one row, `x` as in `experts`, as parts of a sum [S' D] f32."""
+    numbers = (1, 1, 1.0, TINY, VANISHING, eps, 0)
+    return _run(x, (None, None, None), None, (up, down), 0, 0, (numbers, (1, 1, 1), (False, False)), tiles)
 
 
 def _run(
-    x: Tensor,
+    x: Parts,
     router: tuple[Tensor | None, Tensor | None, Tensor | None],
     down: Tensor | None,
     plain: tuple[Tensor, Tensor] | None,
     inner: int,
     top_k: int,
-    numbers: tuple[Any, ...],
+    settings: tuple[tuple[Any, ...], ...],
     tiles: SingleTiles,
 ) -> Tensor:
     """Both launches."""
-    width, others = len(x), 0 if plain is None else len(plain[1])
+    scaled, squares = x.parts[0], x.squares
+    if squares is None:
+        raise ValueError("experts: expected a row with the sums of its squares, got none; pass what `row.route` gives")
+    where, width, others = scaled.device, len(scaled), 0 if plain is None else len(plain[1])
     plain_up, plain_down = (None, None) if plain is None else plain
-    expert = torch.empty(top_k, dtype=torch.int64, device=x.device)
-    weight = torch.empty(top_k, device=x.device)
-    a = x.new_empty(top_k * inner + others)
-    first, second = tiles.up, tiles.down
+    expert = torch.empty(top_k, dtype=torch.int64, device=where)
+    weight, a = torch.empty(top_k, device=where), torch.empty(top_k * inner + others, device=where)
+    first, second, (numbers, shapes, form) = tiles.up, tiles.down, settings
     programs = top_k * triton.cdiv(inner, first.block_n) + triton.cdiv(others, first.block_n)
     up_kernel[(programs,)](
-        x, *router, plain_up, down, plain_down, expert, weight, a, width, inner, others, *numbers,
-        first.block_k, first.block_n, first.num_stages, **launched(x), num_warps=first.num_warps,
+        scaled, squares, *router, plain_up, down, plain_down, expert, weight, a, width, inner, others,
+        *numbers, *shapes, len(squares), triton.next_power_of_2(len(squares)), *form,
+        first.block_k, first.block_n, first.num_stages, **launched(scaled), num_warps=first.num_warps,
     )  # fmt: skip
-    out = torch.empty(tiles.parts, width, device=x.device)
+    out = torch.empty(tiles.parts, width, device=where)
     down_kernel[(triton.cdiv(width, second.block_n), tiles.parts)](
         a, expert, weight, down, plain_down, out, width, inner, others, top_k, triton.next_power_of_2(max(1, top_k)),
-        second.block_k, second.block_n, second.num_stages, **launched(x), num_warps=second.num_warps,
+        second.block_k, second.block_n, second.num_stages, **launched(scaled), num_warps=second.num_warps,
     )  # fmt: skip
     return out

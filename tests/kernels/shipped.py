@@ -320,7 +320,7 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
     choice = {"KP": 8, "EP": num_experts, "PARTS": width // row.NORMED, "SOFTMAX": False, "NORMALIZE": True}
     choice |= {"SQUARES": squares, "SP": squares}
     parts = len(range(0, width, row.TILE.rows))
-    reads = f"{integers('cos sin', '*fp32')} place:*i64 padding:*i32 query:*bf16 turned:*bf16 cache:*bf16 where:*i32"
+    reads = f"{integers('cos sin', '*fp32')} place:*i64 padding:*i32 query:*bf16 turned:*bf16 cache:*bf16"
     reads += " later:*bf16"
     numbers = "H q_step q_width product_step width A R P C Z later_size"
     sizes = {"NP": 128, "RP": rank, "PP": 32, "HP": heads, "RANKS": tile.query, **early}
@@ -365,7 +365,7 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
         "single: query latents, whole queries": queries["whole"],
         "single: attend": request(
             "attention.mla_cached:attend_kernel",
-            "query:*bf16 q:*bf16 cos:*fp32 sin:*fp32 cache:*bf16 start:*i32 position:*i32 "
+            "query:*bf16 q:*bf16 cos:*fp32 sin:*fp32 cache:*bf16 start:*i32 position:*i64 "
             + f"{integers('out top total', '*fp32')} {integers('H q_row q_head cache_row')} scale:fp32",
             attend,
             {
@@ -376,7 +376,8 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
         ),
         "single: values": request(
             "attention.mla_single:value_kernel",
-            f"{integers('part top total', '*fp32')} position:*i32 up:*bf16 out:*fp32 {integers('H parts R U Z')}",
+            f"{integers('part top total', '*fp32')} place:*i64 padding:*i32 up:*bf16 out:*fp32 "
+            + integers("H parts R U Z"),
             Launch(tile.num_warps),
             {
                 **{"KEYS": attend.keys, "PARTS": attend.programs, "RANKS": tile.value, "COLUMNS": tile.columns},

@@ -55,7 +55,7 @@ def extend_(
             own = bias[layer - c.num_dense_layers]
             added = single.experts(y, logits, own, (ffn.up, ffn.down), later, choice, c.norm_eps)
         else:
-            x, y, _ = row.route(x, o, block.ffn_norm, None)
+            x, y = row.scale(x, o, block.ffn_norm)
             added = single.mlp(y, ffn.up, ffn.down, c.norm_eps)
     hidden = row.norm(x, added, p.norm, c.norm_eps)
     after = attrs.evolve(state, place=state.place + 1, length=state.length + 1)

@@ -3,7 +3,7 @@
 A kernel `release`s the next one when all its programs have begun, and `wait`s until the one before it has ended and
 what that wrote is seen. Of a chain of kernels launched so, each keeps three rules:
 
-- before `wait` it reads only what no kernel of the chain writes: weights;
+- before `wait` it reads only what no kernel of the chain writes: weights, and what was there before the chain began;
 - every program waits, before it reads or writes anything else, and before it ends;
 - whatever is no kernel of these (torch, cuBLAS) is launched as ever: it begins when all before it has ended.
 
@@ -45,10 +45,11 @@ ASKED = tl.constexpr(16384)
 def fetch(weight, size, EARLY: tl.constexpr):
     """Ask for the first `size` bytes behind a pointer, to lie in the L2 cache for a later kernel.
 
-    size   a multiple of 16, from an address that is one
+    Addresses and sizes of a request are multiples of 16: the last bytes of others may be left out.
     """
     if EARLY:
-        address = weight.to(tl.int64)
+        address = weight.to(tl.int64) // 16 * 16
+        size = size // 16 * 16
         for at in range(0, size, ASKED):
             tl.inline_asm_elementwise(
                 """

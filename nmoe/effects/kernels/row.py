@@ -189,30 +189,39 @@ def product(
     return Parts(parts=out, squares=squares, width=width), total
 
 
-def route(x: Tensor, added: Tensor, gain: Tensor, router: Tensor | None) -> tuple[Tensor, Parts, Tensor | None]:
-    """The row that `x` [D] and `added` [S D] are together, the same times its gain, and its products with a router.
+def scale(x: Tensor, added: Tensor, gain: Tensor) -> tuple[Tensor, Parts]:
+    """The row that `x` [D] and `added` [S D] are together, and the same times its gain [1 D].
 
-    The factor of the norm is left to who reads them.
-
-    router   [D E] f32 or None
-    returns  [D], [1 D], parts of a sum [S' E] f32 or None
+    The factor of the norm is left to who reads it.
     """
+    return _route(x, added, gain, None, None)
+
+
+def route(x: Tensor, added: Tensor, gain: Tensor, router: Tensor) -> tuple[Tensor, Parts, Tensor]:
+    """`scale`, and parts of the products of the row times its gain with `router` [D E] f32: [S' E] f32."""
+    logits = torch.empty(triton.cdiv(len(x), NORMED), router.shape[1], device=x.device)
+    return (*_route(x, added, gain, router, logits), logits)
+
+
+def _route(
+    x: Tensor, added: Tensor, gain: Tensor, router: Tensor | None, logits: Tensor | None
+) -> tuple[Tensor, Parts]:
+    """The launch."""
     width, experts, programs = len(x), 0 if router is None else router.shape[1], triton.cdiv(len(x), NORMED)
     total, scaled = torch.empty_like(x), torch.empty(1, width, device=x.device)
     squares = torch.empty(programs, device=x.device)
-    logits = None if router is None else torch.empty(programs, experts, device=x.device)
     route_kernel[(programs,)](
         x, added, gain, router, total, scaled, squares, logits, width, experts,
         len(added), NORMED, triton.next_power_of_2(max(experts, 1)), **launched(x), num_warps=8,
     )  # fmt: skip
-    return total, Parts(parts=scaled, squares=squares, width=width), logits
+    return total, Parts(parts=scaled, squares=squares, width=width)
 
 
-def norm(x: Tensor, added: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The row that `x` [D] and `added` [S D] are together, normed [D]."""
+def norm(x: Tensor, added: Tensor | None, gain: Tensor, eps: float) -> Tensor:
+    """The row that `x` [D] and `added` [S D], if there is one, are together, normed [D]."""
     normed = torch.empty_like(x)
     norm_kernel[(triton.cdiv(len(x), NORMED),)](
-        x, added, gain, normed, len(x), eps, len(added), NORMED, triton.next_power_of_2(len(x)),
+        x, added, gain, normed, len(x), eps, 0 if added is None else len(added), NORMED, triton.next_power_of_2(len(x)),
         **launched(x), num_warps=8,
     )  # fmt: skip
     return normed

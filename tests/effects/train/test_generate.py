@@ -214,7 +214,7 @@ def test_kernels_of_one_row_take_the_tokens_of_one_prompt(
     network, tokenizer = generate.open_network(folder, "cpu")
     assert network.single_ is None and network.greedy is None
     network = attrs.evolve(network, single_=single_, greedy=greedy)
-    settings = {"num_tokens": 5, "sampling": sampling, "key": Key(0)}
+    settings: dict[str, Any] = {"num_tokens": 5, "sampling": sampling, "key": Key(0)}
     for count in (1, 2):
         called.clear()
         found = generate.texts(network, tokenizer, PROMPTS[:count], **settings)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmoe.effects.kernels.early import release, wait
+from nmoe.effects.kernels.early import fetch, release, wait
 from nmoe.pure.model.attention.cached import New
 from nmoe.pure.model.attention.mla import Mla, QueryUp
 from nmoe.pure.model.rope import Rope
@@ -73,17 +73,24 @@ def attend_kernel(
 ):  # fmt: skip
     """One part of a row's keys: values summed by weights relative to `top`, and the sum of the weights.
 
-    Of a single row `q` is rotated already, and a part without keys leaves what nobody reads as it is.
+    Of a single row `q` is rotated already, `position` is that in the cache, and a part without keys leaves what nobody
+    reads as it is.
     """
     release(EARLY)
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     latent, rotated, place = tl.arange(0, RP), tl.arange(0, PP), tl.arange(0, KEYS)
-    wait(EARLY)
-    first = tl.load(start + row)
-    placed = tl.load(position + row)
-    end = first + placed + 1
-    begin = first + part * KEYS
+    if SINGLE:
+        last = tl.load(position).to(tl.int32)
+        first = tl.minimum(tl.load(start), last)
+        begin, end = first + part * KEYS, last + 1
+        size: tl.constexpr = (R + P) * (cache.dtype.element_ty.primitive_bitwidth // 8)
+        fetch(cache + begin * (R + P), tl.minimum(KEYS, last - begin) * size, EARLY)
+        wait(EARLY)
+    else:
+        first = tl.load(start + row)
+        placed = tl.load(position + row)
+        begin, end = first + part * KEYS, first + placed + 1
     if (not SINGLE) or begin < end:
         real = head < H
         of_latent = real[:, None] & (latent < R)[None, :]

@@ -4,7 +4,9 @@ H heads · C channels of a query, P of them rotated · R latent · Z channels a 
 A width of the query part · N places of the cache · S parts of a sum
 
 The first launch takes the queries to the latents and writes the cache's row, the second attends to parts of the keys,
-the third joins the parts and takes them back to values. Products before and after are `row.product`.
+the third joins the parts and takes them back to values. Products before and after are `row.product`. The token's place
+and the rest of the cache are read before the launches ahead have ended, as weights are: who counts the place up, and
+what wrote earlier rows, ended before the first launch of this token began.
 """
 
 from __future__ import annotations
@@ -77,22 +79,19 @@ def latents_of_head(
 
 @triton.jit
 def new_row(
-    q, q_squares, product, squares, gain, cos, sin, place, padding, turned, cache, where,
+    q, q_squares, product, squares, gain, cos, sin, place, padding, turned, cache,
     H, q_step, q_width, product_step, width, A, R, P, C, eps,
     Q_PARTS: tl.constexpr, Q_SQUARES: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr,
     RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The row of the cache, where it and its row begin, and the rotated channels of all queries."""
+    """The row of the cache, and the rotated channels of all queries."""
     latent, pair, head = tl.arange(0, RP), tl.arange(0, PP), tl.arange(0, HP)
     real = pair < P // 2
     factor = tl.load(gain + latent, mask=latent < R, other=0.0).to(tl.float32)
-    wait(EARLY)
     at = tl.load(place)
-    start = tl.minimum(at, tl.load(padding).to(tl.int64))
-    tl.store(where, start.to(tl.int32))
-    tl.store(where + 1, (at - start).to(tl.int32))
-    entry = (at - start) * (P // 2) + pair
+    entry = (at - tl.minimum(at, tl.load(padding).to(tl.int64))) * (P // 2) + pair
     c, s = tl.load(cos + entry, mask=real, other=0.0), tl.load(sin + entry, mask=real, other=0.0)
+    wait(EARLY)
     dtype = cache.dtype.element_ty
     scale, q_scale = inverse_rms(squares, width, eps, SQUARES), inverse_rms(q_squares, q_width, eps, Q_SQUARES)
     value = summed(None, product, A + latent, latent < R, product_step, PARTS) * scale
@@ -113,7 +112,7 @@ def new_row(
 
 @triton.jit
 def query_kernel(
-    q, q_squares, product, squares, up, gain, cos, sin, place, padding, query, turned, cache, where, later,
+    q, q_squares, product, squares, up, gain, cos, sin, place, padding, query, turned, cache, later,
     H, q_step, q_width, product_step, width, A, R, P, C, Z, later_size, eps,
     Q_PARTS: tl.constexpr, Q_SQUARES: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr,
     NP: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, HP: tl.constexpr, RANKS: tl.constexpr, EARLY: tl.constexpr,
@@ -128,7 +127,7 @@ def query_kernel(
         )  # fmt: skip
     else:
         new_row(
-            q, q_squares, product, squares, gain, cos, sin, place, padding, turned, cache, where,
+            q, q_squares, product, squares, gain, cos, sin, place, padding, turned, cache,
             H, q_step, q_width, product_step, width, A, R, P, C, eps,
             Q_PARTS, Q_SQUARES, PARTS, SQUARES, RP, PP, HP, EARLY,
         )  # fmt: skip
@@ -136,7 +135,7 @@ def query_kernel(
 
 @triton.jit
 def value_kernel(
-    part, top, total, position, up, out, H, parts, R, U, Z,
+    part, top, total, place, padding, up, out, H, parts, R, U, Z,
     KEYS: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The parts of some latents of a head as one, times some columns of its values: part of a sum over latents."""
@@ -147,8 +146,9 @@ def value_kernel(
     index = tl.arange(0, PARTS)
     inside = (latent < R)[:, None] & (column < U)[None, :]
     block = tl.load(up + (latent[:, None] * H + head) * Z + (Z - U) + column[None, :], mask=inside, other=0.0)
+    last = tl.load(place).to(tl.int32)
+    real = index < tl.minimum(parts, tl.cdiv(last - tl.minimum(last, tl.load(padding)) + 1, KEYS))
     wait(EARLY)
-    real = index < tl.minimum(parts, tl.cdiv(tl.load(position) + 1, KEYS))
     best = tl.load(top + index * H + head, mask=real, other=-float("inf"))
     share = tl.exp(best - tl.max(best, 0))
     weights = tl.sum(share * tl.load(total + index * H + head, mask=real, other=0.0), 0)
@@ -194,12 +194,11 @@ def attend_(
     if isinstance(p.query, QueryUp):
         q, _ = row.product(None, product, p.query.up.flatten(1), p.query.norm, eps)
     query, turned = x.new_empty(heads, rank), x.new_empty(heads, turns)
-    where = torch.empty(2, dtype=torch.int32, device=x.device)
     channels = both - values + turns
     fetched = 0 if later is None else min(FETCHED, later.nbytes // 16 * 16)
     query_kernel[(heads * triton.cdiv(rank, tile.query) + 1,)](
         q.parts, q.squares, product.parts, product.squares, p.up, p.norm, rope.cos, rope.sin,
-        place, padding, query, turned, cache, where, later,
+        place, padding, query, turned, cache, later,
         heads, q.parts.stride(0), q.width, product.parts.stride(0), product.width, width, rank, turns, channels, both,
         fetched, eps,
         len(q.parts), len(q.squares), len(product.parts), len(product.squares),
@@ -211,7 +210,7 @@ def attend_(
     part = torch.empty(parts, heads, rank, device=x.device)
     top, weights = (torch.empty(parts, heads, device=x.device) for _ in range(2))
     mla_cached.attend_kernel[(parts, 1, triton.cdiv(heads, keys.heads))](
-        query, turned, rope.cos, rope.sin, cache, where[:1], where[1:],
+        query, turned, rope.cos, rope.sin, cache, padding, place,
         part, top, weights, heads, 1, turned.stride(0), turns, cache.stride(0), scale,
         rank, max(16, triton.next_power_of_2(rank)), turns, max(16, triton.next_power_of_2(turns)),
         keys.heads, keys.keys, SINGLE=True, **launched(x), num_warps=keys.num_warps, num_stages=keys.num_stages,
@@ -219,7 +218,7 @@ def attend_(
     slices = triton.cdiv(rank, tile.value)
     o = torch.empty(slices, heads * values, device=x.device)
     value_kernel[(heads, slices, triton.cdiv(values, tile.columns))](
-        part, top, weights, where[1:], p.up, o, heads, parts, rank, values, both,
+        part, top, weights, place, padding, p.up, o, heads, parts, rank, values, both,
         keys.keys, keys.programs, tile.value, tile.columns, **launched(x), num_warps=tile.num_warps,
     )  # fmt: skip
     out, _ = row.product(None, Parts(parts=o), p.out.flatten(0, 1))

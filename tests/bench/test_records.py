@@ -151,6 +151,27 @@ def test_a_study_without_variants_and_arguments_out_of_range_are_refused(
     assert "--jobs, --threads, --gpus, --minutes: expected at least 1" in capsys.readouterr().err
 
 
+def test_trainings_get_the_gpus_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study_of(tmp_path)
+    command = ["bench", "records", str(tmp_path / "study.toml"), str(tmp_path / "out")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7, 5,6")
+    assert nmoe([*command, "--gpus", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "--gpus: expected at most the 3 of CUDA_VISIBLE_DEVICES=7, 5,6, got 4" in said
+    python, seen = tmp_path / "python", tmp_path / "seen"
+    python.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" >> {seen}\nsleep 0.3\nexit 3\n', encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert nmoe([*command, "--gpus", "2"]) == 1
+    assert set(seen.read_text(encoding="utf-8").split()) == {"7", "5"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    seen.unlink()
+    assert nmoe([*command[:-1], str(tmp_path / "again"), "--gpus", "2"]) == 1
+    assert set(seen.read_text(encoding="utf-8").split()) == {"0", "1"}
+
+
 def test_trainings_are_kept_and_a_study_goes_on_where_it_was_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

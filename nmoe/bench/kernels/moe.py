@@ -57,8 +57,9 @@ CASES = (
     LARGE,
     attrs.evolve(LARGE, routing="balanced"),
     attrs.evolve(LARGE, routing="skewed"),
-    attrs.evolve(LARGE, tokens=4096),
+    attrs.evolve(LARGE, tokens=2048),
     attrs.evolve(LARGE, width=768, experts=128, top_k=8),
+    attrs.evolve(LARGE, tokens=16384, hidden=7168, width=2048, experts=32, top_k=8),
 )
 
 CROSSOVER = tuple(

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def main(
             f"--jobs, --threads, --gpus, --minutes: expected at least 1, 1, 0 and above 0, got {jobs_at_once}, "
             f"{threads}, {gpus} and {minutes}; correct them"
         )
-    study = load_study(path, more)
+    study, seen = load_study(path, more), _gpus(gpus)
     with files.refusing(out, "a folder one may write"):
         (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
     results = read_results(out)
@@ -83,7 +83,7 @@ def main(
                 taken = {x.job.key for x in running}
                 waiting = [] if over else [job for job in jobs(study, results) if job.key not in taken]
                 for job, slot in zip(waiting, free, strict=False):
-                    running.append(_start(out, study, job, slot, threads, on_gpu=bool(gpus)))
+                    running.append(_start(out, study, job, slot, threads, gpu=seen[slot] if gpus else None))
             if over or not running:
                 break
             time.sleep(POLL_S)
@@ -118,7 +118,21 @@ def _trainings() -> Iterator[list[Started]]:
                 training.process.wait()
 
 
-def _start(out: Path, study: Study, job: Job, slot: int, threads: int, *, on_gpu: bool) -> Started:
+def _gpus(count: int) -> Sequence[str]:
+    """The first GPUs of those that CUDA_VISIBLE_DEVICES leaves to this process. Raises: InputError for fewer."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(number) for number in range(count)]
+    named = [name.strip() for name in visible.split(",") if name.strip()]
+    if count > len(named):
+        raise InputError(
+            f"--gpus: expected at most the {len(named)} of CUDA_VISIBLE_DEVICES={visible}, got {count}; ask for fewer, "
+            "or name more there"
+        )
+    return named[:count]
+
+
+def _start(out: Path, study: Study, job: Job, slot: int, threads: int, *, gpu: str | None) -> Started:
     """Start a training, or continue with it. Writes: its folder among the unfinished."""
     root = out / UNFINISHED
     config = root / f"{job.name}.toml"
@@ -126,7 +140,7 @@ def _start(out: Path, study: Study, job: Job, slot: int, threads: int, *, on_gpu
     files.write_text(config, dump(attrs.evolve(whole, run=attrs.evolve(whole.run, root=str(root), name=job.name))))
     # A variable NMOE_A__B would be another key of the config.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("NMOE_") or "__" not in name}
-    environ |= {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(slot)} if on_gpu else {})
+    environ |= {"OMP_NUM_THREADS": str(threads)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     with open(root / f"{job.name}.log", "ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "nmoe", "run", str(config)],

@@ -408,7 +408,7 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
         ),
         "single: up": request(
             "moe.single:up_kernel",
-            "x:*fp32 squares:*fp32 partial:*fp32 bias:*fp32 up:*bf16 plain:*bf16 down:*bf16 plain_down:*bf16 "
+            "x:*fp32 squares:*fp32 partial:*fp32 bias:*fp32 up:*bf16 plain:*bf16 "
             + "expert:*i64 weight:*fp32 a:*fp32 "
             + f"{integers('D F S parts E')} {integers('scale tiny vanishing eps', 'fp32')}",
             tiles.up,
@@ -417,11 +417,11 @@ def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: 
         ),
         "single: up, no experts": request(
             "moe.single:up_kernel",
-            "x:*fp32 squares:*fp32 plain:*bf16 plain_down:*bf16 expert:*i64 weight:*fp32 a:*fp32 "
+            "x:*fp32 squares:*fp32 plain:*bf16 expert:*i64 weight:*fp32 a:*fp32 "
             + f"{integers('D F S')} {integers('scale tiny vanishing eps', 'fp32')}",
             tiles.up,
             {
-                **dict.fromkeys(("partial", "bias", "up", "down"), None),
+                **dict.fromkeys(("partial", "bias", "up"), None),
                 **{"parts": 1, "E": 1, "KP": 1, "EP": 1, "PARTS": 1, "SOFTMAX": False, "NORMALIZE": False},
                 **{"SQUARES": squares, "SP": squares},
                 **{**up, "K": 0},

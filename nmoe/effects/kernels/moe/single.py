@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmoe.effects.kernels.early import fetch, launched, release, wait
+from nmoe.effects.kernels.early import launched, release, wait
 from nmoe.effects.kernels.moe.few import FewTile, chosen, scored
 from nmoe.effects.kernels.moe.router import TINY
 from nmoe.effects.kernels.row import Parts
@@ -53,17 +53,13 @@ class Choice:
 
 @triton.jit
 def up_kernel(
-    x, squares, partial, bias, up, plain, down, plain_down, expert, weight, a, D, F, S, parts, E,
+    x, squares, partial, bias, up, plain, expert, weight, a, D, F, S, parts, E,
     scale, tiny, vanishing, eps,
     K: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr, SP: tl.constexpr,
     SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Activation of some columns of a chosen expert, or of the plain MLP; the first program keeps the choice.
-
-    The rows that these columns meet in the second product are asked for at the end, so that memory has work while one
-    launch ends and the other begins.
-    """
+    """Activation of some columns of a chosen expert, or of the plain MLP; the first program keeps the choice."""
     release(EARLY)
     program, inner = tl.program_id(0), tl.arange(0, ROWS)
     wait(EARLY)
@@ -71,7 +67,7 @@ def up_kernel(
     factor = tl.rsqrt(whole / D + eps)
     if up is None:
         first, limit, offset = program * COLUMNS, S, 0
-        base, ahead = plain, plain_down
+        base = plain
     else:
         blocks = tl.cdiv(F, COLUMNS)
         own = program // blocks
@@ -86,10 +82,10 @@ def up_kernel(
             tl.store(expert + place, experts, mask=place < K)
             tl.store(weight + place, weights, mask=place < K)
         at = tl.sum(tl.where(place == own, experts, 0), 0)
-        base, ahead = up + at * D * (2 * F), down + at * F * D
+        base = up + at * D * (2 * F)
         first, limit, offset = (program - own * blocks) * COLUMNS, F, own * F
         if plain is not None:
-            base, ahead = tl.where(own < K, base, plain), tl.where(own < K, ahead, plain_down)
+            base = tl.where(own < K, base, plain)
             first = tl.where(own < K, first, (program - K * blocks) * COLUMNS)
             limit = tl.where(own < K, F, S)
             offset = tl.where(own < K, offset, K * F)
@@ -104,9 +100,7 @@ def up_kernel(
         here = base + row.to(tl.int64)[:, None] * (2 * limit) + f[None, :]
         gates += number * tl.load(here, mask=inside, other=0.0).to(tl.float32)
         values += number * tl.load(here + limit, mask=inside, other=0.0).to(tl.float32)
-    dtype = ahead.dtype.element_ty
-    rows = tl.maximum(0, tl.minimum(COLUMNS, limit - first))
-    fetch(ahead + first.to(tl.int64) * D, rows * D * (dtype.primitive_bitwidth // 8), EARLY)
+    dtype = base.dtype.element_ty
     # rounded where the grouped GEMM rounds; kept in 32 bits, which a pipeline can copy one by one
     gate = (tl.sum(gates, 0) * factor).to(dtype).to(tl.float32)
     value = (tl.sum(values, 0) * factor).to(dtype).to(tl.float32)
@@ -211,7 +205,7 @@ def _run(
     first, second, (numbers, shapes, form) = tiles.up, tiles.down, settings
     programs = top_k * triton.cdiv(inner, first.block_n) + triton.cdiv(others, first.block_n)
     up_kernel[(programs,)](
-        scaled, squares, *router, plain_up, down, plain_down, expert, weight, a, width, inner, others,
+        scaled, squares, *router, plain_up, expert, weight, a, width, inner, others,
         *numbers, *shapes, len(squares), triton.next_power_of_2(len(squares)), *form,
         first.block_k, first.block_n, first.num_stages, **launched(scaled), num_warps=first.num_warps,
     )  # fmt: skip

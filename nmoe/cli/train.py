@@ -136,6 +136,11 @@ def _train(args: argparse.Namespace) -> int:
     if started.rank == 0:
         _look_at_command(loaded, args.no_commands)
     if config.parallel.ranks > 1 and not started.launched:
+        if config.run.device == "cuda":
+            # before they are started: each takes seconds, and hundreds of megabytes, to find the same out
+            from nmoe.effects.device import gpu
+
+            gpu.check_count(config.parallel.ranks)
         patience = {"timeout_s": config.parallel.timeout_s, "grace_s": config.checkpoint.grace_s}
         return launch.start(config.parallel.ranks, args.command[1:], os.environ, **patience)
     from nmoe.config.run_name import label

@@ -30,6 +30,11 @@ def quantity(number: float, unit: str = "") -> str:
     return f"{number:.3g} {unit}".rstrip()
 
 
+def decimals(number: float) -> str:
+    """A score or a loss: four digits after the point; from a million on four in all, as in `5.402e+55`."""
+    return f"{number:.4g}" if abs(number) >= 1e6 else f"{number:.4f}"
+
+
 def counted(number: int, noun: str, ending: str = "s") -> str:
     """`1 file`, `2 files`."""
     return f"{number} {noun}{'' if number == 1 else ending}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nmoe.effects.kernels import loss as loss_kernels
 from nmoe.effects.kernels import norm as norm_kernels
-from nmoe.effects.kernels.moe import router, swiglu
+from nmoe.effects.kernels.moe import report, router, swiglu
 from nmoe.effects.kernels.optim import adamw
 from nmoe.pure.formats import master
 from nmoe.pure.model import experts, loss, norm, route
@@ -203,3 +203,53 @@ def test_router(num_experts: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, graded(router.scores, [x, w], [grad_output]), strict=True))
     scores = (50 * router.scores(x, w)).round()
     assert torch.equal(router.top_k(scores, 8), route.top_k(scores, 8))
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(64, 4), (160, 6), (256, 8)])
+def test_what_is_told_of_a_router(num_experts: int, top_k: int) -> None:
+    """Entropy, imbalance and its gradient against fp64; margins, and the parts of a gradient of scores, exactly."""
+    score = torch.sigmoid(2 * truth.normal(3, 1000, num_experts, device="cuda"))
+    bias = truth.normal(num_experts, seed=1, device="cuda") / 8
+    flat = score.flatten(0, 1)
+    favoured, expert = router.top_k(score, top_k), router.top_k(flat + bias, top_k)
+
+    def told(which: Any) -> Callable[[Tensor], Any]:
+        return lambda score: which.report(score, favoured, bias.to(score.dtype), expert, margins=False)[:2]
+
+    compared(told(report), told(route), (score,), [torch.tensor(0.7, device="cuda")], factor=2, steps=4)
+    found, wanted = (which.report(score, favoured, bias, expert, margins=True)[2] for which in (report, route))
+    assert torch.equal(found, wanted)
+    gradient = truth.normal(*flat.shape, seed=3, device="cuda")
+    high, middle, low = router.split_bf16x3(gradient * flat * (1 - flat))
+    narrow, wide = router.score_gradient(gradient, flat)
+    assert torch.equal(narrow, torch.cat((high, high, middle), -1))
+    assert torch.equal(wide, torch.cat((high, middle, low), -1))
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(64, 4), (160, 6), (256, 8)])
+def test_a_route(num_experts: int, top_k: int) -> None:
+    """Scores, weights and gradients against fp64 as near as through `scores`; the choices of its own scores exactly."""
+    x, w = normal(3000, 768), truth.normal(768, num_experts, seed=1, device="cuda") / 28
+    bias = truth.normal(num_experts, seed=2, device="cuda") / 8
+    pulls = [
+        truth.normal(3000, num_experts, seed=3, device="cuda") / 50,
+        truth.normal(3000, top_k, seed=4, device="cuda"),
+    ]
+    told = router.route(x, w, bias, top_k=top_k, scale=2.5)
+    assert torch.equal(told.routing.expert, route.top_k(told.score + bias, top_k))
+    assert torch.equal(told.favoured, route.top_k(told.score, top_k))
+
+    def through(which: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+        def run(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+            routed = which(x, w, bias.to(w.dtype), top_k=top_k, scale=2.5, **how)
+            return routed.score, routed.routing.weight
+
+        return run
+
+    # the choices of one and the same scores: near ties would go to other experts in fp64
+    recorded = {"recorded": told.routing.expert}
+    found, again = (graded(through(router.route), [x, w], pulls) for _ in range(2))
+    plain = graded(through(route.route_tokens, score=router.scores, **recorded), [x, w], pulls)
+    exact = graded(through(route.route_tokens, **recorded), [x, w], pulls, torch.float64)
+    check(found, plain, exact, factor=1.5, steps=4)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))

@@ -13,8 +13,9 @@ from nmoe.effects.kernels import pick, row
 from nmoe.effects.kernels.attention import mla_assemble, mla_cached, mla_single
 from nmoe.effects.kernels.exchange import plan as plan_kernels
 from nmoe.effects.kernels.exchange import reduce
-from nmoe.effects.kernels.moe import combine, dispatch, few, router, single, swiglu
+from nmoe.effects.kernels.moe import combine, dispatch, few, report, router, single, swiglu
 from nmoe.effects.kernels.optim import adamw, muon
+from nmoe.pure.model.route import BINS
 from tests.kernels.aot import Request
 
 KERNELS = "nmoe.effects.kernels"
@@ -153,6 +154,16 @@ def ahead(gradient: str, moment: str, products: str = "bf16", *, clear: bool = T
     )
 
 
+def scale() -> Request:
+    """One over the norms of what Muon orthogonalises."""
+    return request(
+        "optim.muon:scale_kernel",
+        "partial:*fp32 scale:*fp32 programs:i32",
+        Launch(),
+        {"smallest": 1e-7, "N": muon.PARTIALS},
+    )
+
+
 def moved(value: str) -> Request:
     """Muon's new value, of this format."""
     tile = muon.TILE
@@ -182,6 +193,67 @@ def choice(num_experts: int, top_k: int) -> Request:
         {"M": tile.block_m, "EP": padded, "K": top_k},
         "rows E",
     )
+
+
+def of_router(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
+    """Choices and their weights, the gradient of the scores, and what is told of a router."""
+    padded = 1 << (num_experts - 1).bit_length()
+    rows, told = report.block(num_experts)
+    places = {"K": top_k, "KP": 1 << (top_k - 1).bit_length()}
+    sizes = "rows:i32 E:i32"
+    chosen = "product:*fp32 bias:*fp32 score:*fp32 expert:*i64 favoured:*i64 weight:*fp32"
+    parts = "narrow:*i16 wide:*i16"
+    spoken = "score:*fp32 favoured:*i64 bias:*fp32 expert:*i64 hits:*i32 shares:*fp32 entropy:*fp32"
+    spans = {"K": top_k, "BINS": BINS, "SPAN": report.SPAN, "M": rows, "EP": told}
+
+    def back(pairs: str, normalize: bool, of: Mapping[str, object]) -> Request:
+        constants = {"NORMALIZE": normalize, "M": max(1, router.SCORES // padded), "EP": padded}
+        return request(
+            "moe.router:score_gradient_kernel",
+            f"gradient:*fp32 score:*fp32 {pairs}{parts} {sizes} scale:fp32 vanishing:fp32",
+            Launch(),
+            {**constants, **of},
+            "rows E",
+        )
+
+    return {
+        **{
+            f"route{name}": request(
+                "moe.router:choose_kernel",
+                f"{chosen} {sizes} tiny:fp32 scale:fp32 vanishing:fp32",
+                Launch(),
+                {**places, "NORMALIZE": normalize, "M": max(1, router.CHOICES // padded), "EP": padded},
+                "rows E",
+            )
+            for name, normalize in (("", True), (", not normalised", False))
+        },
+        **{
+            f"route: backward{name}": back("expert:*i64 grad_weight:*fp32 ", normalize, places)
+            for name, normalize in (("", True), (", not normalised", False))
+        },
+        "scores: backward": back("", True, {"K": 1, "KP": 1, "expert": None, "grad_weight": None}),
+        "report": request(
+            "moe.report:report_kernel",
+            f"{spoken} margins:*i32 T:i32 E:i32 vanishing:fp32",
+            Launch(report.WARPS),
+            spans,
+            "T E",
+        ),
+        "report: no margins": request(
+            "moe.report:report_kernel",
+            f"{spoken} T:i32 E:i32 vanishing:fp32",
+            Launch(report.WARPS),
+            {**spans, "margins": None, "BINS": 0},
+            "T E",
+        ),
+        "report: backward": request(
+            "moe.report:imbalance_backward_kernel",
+            "score:*fp32 weight:*fp32 gradient:*fp32 T:i32 E:i32 vanishing:fp32",
+            Launch(report.WARPS),
+            {"M": rows, "EP": told},
+            "T E",
+        ),
+    }
 
 
 def of_few(width: int = 2048, inner: int = 1408, num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from nmoe.effects.kernels import loss, norm
 from nmoe.effects.kernels.attention import gqa, mla, project
-from nmoe.effects.kernels.moe import combine, router, swiglu
+from nmoe.effects.kernels.moe import combine, report, router, swiglu
 from nmoe.effects.kernels.moe.moe import moe_experts
 from nmoe.effects.kernels.optim import adamw
 from nmoe.pure.model.rope import table
-from nmoe.pure.model.route import Routing
+from nmoe.pure.model.route import Routing, top_k
 from tests.kernels.attention import test_gqa, test_mla
 from tests.kernels.exchange.ranks import chosen
 from tests.kernels.exchange.test_exchange import TILES
 from tests.kernels.truth import normal
 
+SCORE, BIAS = torch.sigmoid(normal(2, 5, 8)), torch.linspace(0, 0.3, 8)
 EXPERT = chosen("random", 6, 4, 2)
 ROPE = table(9, 4, theta=100.0, yarn=None)
 
@@ -39,6 +40,14 @@ OPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (normal(6, 16), normal(16, 40, seed=1), torch.tensor([3, -1, 0, 39, 7, 7])),
     ),
     "scores": (router.scores, (normal(6, 16, dtype=torch.bfloat16), normal(16, 8, seed=1))),
+    "report": (
+        lambda score, favoured, expert: report.report(score, favoured, BIAS, expert, margins=True)[:2],
+        (SCORE, top_k(SCORE, 2), top_k(SCORE.flatten(0, 1) + BIAS, 2)),
+    ),
+    "route": (
+        lambda x, w: (told := router.route(x, w, BIAS, top_k=3), (told.score, told.routing.weight))[1],
+        (normal(6, 16, dtype=torch.bfloat16), normal(16, 8, seed=1)),
+    ),
     "project": (
         partial(project.project, rope=ROPE, num_heads=2, latent=16),
         (normal(2, 9, 16), normal(16, 2 * 12 + 16 + 4, seed=1)),

@@ -29,6 +29,7 @@ from tests.kernels.optim import test_shipped_muon
 OTHERS = {
     **shipped.of_dispatch(256, 8),
     **shipped.of_few(7168, 2048, 256, 8),
+    **shipped.of_router(256, 8),
     **shipped.of_cached(),
     **shipped.of_single(),
     **shipped.of_biases(),
@@ -44,6 +45,11 @@ FEWER = {
         for name, made in shipped.of_dispatch(experts).items()
     },
     **{f"{name}, 64 experts": made for name, made in shipped.of_few().items()},
+    **{
+        f"{name}, {experts} experts": made
+        for experts, top_k in ((16, 1), (64, 4), (160, 6), (512, 10))
+        for name, made in shipped.of_router(experts, top_k).items()
+    },
     **{f"{name}, 2 ranks": made for name, made in shipped.of_exchange(2, 64, 6).items()},
 }
 """The same kernels at other presets' sizes: registers spill at one size and not at another."""

@@ -65,7 +65,7 @@ def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) 
         case = attrs.evolve(moe.CASES[0], hidden=hidden, width=width)
         operands = moe.Operands.of(case, device)
         shipped = ops.mixture_tiles(device, hidden, width)
-        names = [field.name for field in attrs.fields(type(shipped)) if field.name not in ("group", "programs")]
+        names = [name for name, tile in attrs.asdict(shipped, recurse=False).items() if isinstance(tile, GemmTile)]
 
         fastest = best({name: PRODUCTS for name in names}, shipped, partial(moe.variants, case, operands), timed)
         yield entry(f"moe.{hidden}x{width}", fastest, names, group=fastest.group)

@@ -18,8 +18,9 @@ from nmoe.config import sections
 from nmoe.config.layers import load_model
 from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
-from nmoe.effects.checkpoint import reader, tensor_file, weights
+from nmoe.effects.checkpoint import tensor_file, weights
 from nmoe.effects.checkpoint.fs import Fs
+from nmoe.effects.checkpoint.parts import Parts
 from nmoe.effects.checkpoint.tensor_file import DTYPES, Format
 from nmoe.effects.record.names import CONFIG, WEIGHTS
 from nmoe.effects.terminal import say
@@ -33,8 +34,8 @@ INDEX = "model.safetensors.index.json"
 COMPUTE: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
 """Formats of `precision.storage()`."""
 
-READ_BYTES = 1 << 28
-"""Of a checkpoint, what is read at once; as much as that is used meanwhile."""
+READ_BYTES = 1 << 26
+"""Of a checkpoint, what is read at once; as much as that is used meanwhile. Of 2^28 the first takes too long."""
 
 VERIFIED_PARAMETERS = 1_000_000_000
 """Models below are compared with `transformers` unless the user says otherwise: two copies in fp32 are 8 GB."""
@@ -171,6 +172,7 @@ def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Calla
     """Reads, and verifies, the next tensors while some are used."""
     manifest = manifests.read(fs, folder)
     weights.of_manifest(folder, manifest, formats)
+    stored = Parts(fs=fs, folder=folder, manifest=manifest)
     rooms = tensor_file.Room(), tensor_file.Room()
 
     def load(group: Sequence[Part], room: tensor_file.Room) -> list[Tensor]:
@@ -191,7 +193,7 @@ def _of_checkpoint(fs: Fs, folder: Path, formats: Mapping[str, Format]) -> Calla
             )
             for run, place, size, shape in zip(runs, places, sizes, shapes, strict=True)
         ]
-        reader.load_(fs, folder, manifest, pieces, partial=True)
+        stored.load_(pieces)
         return [row for piece in pieces for row in piece.tensor]
 
     def read(parts: Sequence[Part]) -> Iterator[Tensor]:

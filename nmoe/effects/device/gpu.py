@@ -24,6 +24,8 @@ PLAIN_CAPABILITY = (8, 0)
 """Oldest compute capability of plain torch: that of `torch.nn.functional.grouped_mm`, which takes bf16 alone there."""
 
 
+NO_GPU = 'run.device: expected a GPU that torch can use for "cuda", got none; write device = "cpu" or fix the driver'
+
 REPLAY = "replay"
 """Name of the part that is a whole step in a CUDA graph."""
 
@@ -32,6 +34,18 @@ APART = "validation"
 
 _PAUSE = ""
 """Name of the mark at which a part within another one begins."""
+
+
+def check_count(count: int) -> None:
+    """Raises: InputError for fewer GPUs than ranks of this host. They are counted by the driver, and none is opened."""
+    found = torch.cuda.device_count()
+    if not found:
+        raise InputError(NO_GPU)
+    if found < count:
+        raise InputError(
+            f"parallel.ranks: expected a GPU for each of the {count} ranks of this host, got {found}; start fewer, or "
+            "look at CUDA_VISIBLE_DEVICES"
+        )
 
 
 def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton") -> torch.device:
@@ -45,14 +59,9 @@ def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton"
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError(
-            'run.device: expected a GPU that torch can use for "cuda", got none; write device = "cpu" or fix the driver'
-        )
-    if 1 < count and torch.cuda.device_count() < count:
-        raise InputError(
-            f"parallel.ranks: expected a GPU for each of the {count} ranks of this host, got "
-            f"{torch.cuda.device_count()}; start fewer, or look at CUDA_VISIBLE_DEVICES"
-        )
+        raise InputError(NO_GPU)
+    if count > 1:
+        check_count(count)
     capability = torch.cuda.get_device_capability(index)
     if capability not in PEAK_FLOPS and not (kernels == "torch" and capability >= PLAIN_CAPABILITY):
         known = ", ".join(f"{major}.{minor}" for major, minor in PEAK_FLOPS)

@@ -32,7 +32,7 @@ from nmoe.pure.model.experts import Rows
 from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import Routed, Routing, route_tokens
 from nmoe.pure.optim.clip import global_norm
-from nmoe.pure.optim.muon import matrices
+from nmoe.pure.optim.muon import matrices, turns
 from nmoe.pure.optim.update import rule
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def build(
     # only here: triton is not everywhere
     from nmoe.effects.kernels import loss as cross_entropy
     from nmoe.effects.kernels import norm as rms_norm
-    from nmoe.effects.kernels.moe import few, moe_fp8, router, swiglu
+    from nmoe.effects.kernels.moe import few, moe_fp8, report, router, swiglu
     from nmoe.effects.kernels.moe import moe as mixtures
     from nmoe.effects.parallel.exchange import device as exchanged
 
@@ -104,11 +104,13 @@ def build(
             route=partial(
                 _route,
                 few=few.route,
+                plain=router.route,
                 many=partial(
                     route_tokens, score=router.scores, softmax_score=router.softmax_scores, select=router.top_k
                 ),
                 pairs=few.PAIRS,
             ),
+            report=report.report,
             experts=partial(cpu.moe_experts, experts=low)
             if low is not None
             else partial(moe_fp8.moe_experts_fp8, tiles=tiles, accumulator=accumulator)
@@ -152,22 +154,30 @@ def greedy(device: torch.device) -> Callable[[Tensor, int, float], Tensor] | Non
 
 def _route(
     x: Tensor,
-    *tensors: Any,
+    router: Tensor,
+    bias: Tensor,
+    shift: Tensor | tuple[()] = (),
+    *,
     few: Callable[..., Routed],
+    plain: Callable[..., Routed],
     many: Callable[..., Routed],
     pairs: int,
     top_k: int,
     num_groups: int,
     top_k_groups: int,
     recorded: Any,
+    softmax: bool,
     **how: Any,
 ) -> Routed:
-    """`route_tokens` by what is made for so many pairs; `few` has no gradients, groups or recorded choices."""
-    plain = num_groups == 1 and isinstance(recorded, tuple)
-    if plain and len(x) * top_k <= pairs and not torch.is_grad_enabled():
-        return few(x, *tensors, top_k=top_k, **how)
-    groups = {"num_groups": num_groups, "top_k_groups": top_k_groups}
-    return many(x, *tensors, top_k=top_k, **groups, recorded=recorded, **how)
+    """`route_tokens` by what is made for so many pairs and such scores; `few` has no gradients."""
+    if num_groups > 1 or not isinstance(recorded, tuple):
+        groups = {"num_groups": num_groups, "top_k_groups": top_k_groups}
+        return many(x, router, bias, shift, top_k=top_k, **groups, recorded=recorded, softmax=softmax, **how)
+    if len(x) * top_k <= pairs and not torch.is_grad_enabled():
+        return few(x, router, bias, shift, top_k=top_k, softmax=softmax, **how)
+    if softmax or isinstance(shift, Tensor):
+        return many(x, router, bias, shift, top_k=top_k, softmax=softmax, **how)
+    return plain(x, router, bias, top_k=top_k, **how)
 
 
 def _experts(
@@ -383,31 +393,32 @@ class ArenaOps:
     global_norm: Callable[[Sequence[Tensor]], Tensor]
     update_: Callable[[str], Callable[..., Tensor]]  # by the optimizer's name; `adamw_` shows the arguments
     chunk: int  # elements of a pass
+    joint: bool  # whether a pass over whole parameters is one of all that lie side by side
 
 
 def arena_ops(device: torch.device, kernels: str = "triton") -> ArenaOps:
-    """The passes of a device: one launch an arena or a few a matrix on a GPU, pieces that stay in the cache on a CPU.
+    """The passes of a device: few launches an arena on a GPU, pieces that stay in the cache on a CPU.
 
     kernels  as of `build`
     """
     if device.type == "cpu" or kernels == "torch":
         chunk = cpu.CHUNK if device.type == "cpu" else PLAIN_CHUNK
-        return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), chunk)
+        return ArenaOps(_ranged("global_norm", global_norm), _updating({"adamw": cpu.adamw_}), chunk, joint=False)
     from nmoe.effects.kernels.optim import adamw, muon
 
-    passes = {"adamw": adamw.adamw_, "muon": partial(_with_parts, muon.muon_)}
-    return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating(passes), sys.maxsize)
+    passes = {"adamw": adamw.adamw_, "muon": partial(_in_turns, muon.muon_)}
+    return ArenaOps(_ranged("global_norm", adamw.global_norm), _updating(passes), sys.maxsize, joint=True)
 
 
-def _with_parts(
+def _in_turns(
     update: Callable[..., Tensor],
     value: Tensor,
     *rest: Any,
     by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
     **keywords: Any,
 ) -> Tensor:
-    """`update` with the place of each matrix of the parameter, in that of what takes the parameter apart."""
-    return update(value, *rest, parts=matrices(by_matrix, value.numel()), **keywords)
+    """`update` with the places of the parameters' matrices, in that of what takes them apart."""
+    return update(value, *rest, turns=tuple(turns(matrices(by_matrix, value.numel()))), **keywords)
 
 
 def _ranged(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

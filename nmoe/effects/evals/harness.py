@@ -29,7 +29,7 @@ MAX_TOKENS = 256
 PROMPTS = 16
 """Prompts that are continued together."""
 
-TASK_ERRORS = (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+TASK_ERRORS = (ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What lm-eval and the library of its data sets raise for a task they cannot load."""
 
 
@@ -98,14 +98,23 @@ def _load(tasks: Sequence[str], include: Path | None) -> tuple[Any, Any, list[An
                 "tasks fetch their data from the Hub when they are first used"
             ) from error
         loaded += (found["groups"] or found["tasks"]).values()
+    try:
+        manager.load(loaded)
+    except ValueError as error:  # of a task that is asked for by itself and in a group
+        raise InputError(
+            f"--lm-eval: expected each task once, got {printable(str(error))}; name the group, or its tasks"
+        ) from error
     return evaluator, manager, loaded
 
 
 def scores_of(found: Mapping[str, Any]) -> dict[str, Score]:
-    """Scores of what lm-eval returns: `lm-eval/<task>/<metric>`, with the filter where it is not `none`."""
+    """Scores of what lm-eval returns: `lm-eval/<task>/<metric>`, with the filter where it is not `none`.
+
+    Of a group they have as many items as the tasks in it.
+    """
     scores: dict[str, Score] = {}
     for task, numbers in found["results"].items():
-        count = int(found.get("n-samples", {}).get(task, {}).get("effective", 0))
+        count = _items(found, task)
         for key, value in numbers.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -115,6 +124,13 @@ def scores_of(found: Mapping[str, Any]) -> dict[str, Score]:
             known = isinstance(error, int | float)
             scores[name] = Score(value=float(value), error=float(error) if known else math.inf, count=count)
     return scores
+
+
+def _items(found: Mapping[str, Any], name: str) -> int:
+    """Items that were asked of a task, or of all tasks of a group."""
+    if inner := found.get("group_subtasks", {}).get(name):
+        return sum(_items(found, task) for task in inner)
+    return int(found.get("n-samples", {}).get(name, {}).get("effective", 0))
 
 
 def model_of(network: Network, tokenizer: Tokenizer) -> Any:

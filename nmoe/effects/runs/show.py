@@ -29,7 +29,7 @@ from nmoe.effects.runs import status as run_status
 from nmoe.effects.runs.viz import words
 from nmoe.effects.terminal import say, say_json, sparkline, table
 from nmoe.errors import InputError, printable
-from nmoe.pure.units import plain, quantity, time_of
+from nmoe.pure.units import decimals, plain, quantity, time_of
 from nmoe.pure.watch.metrics import metric, summary
 
 FOLLOW_S = 0.5
@@ -197,8 +197,8 @@ def read_scores(path: Path) -> list[tuple[str, ...]]:
         return [
             (
                 str(task),
-                _digits(float(x["value"])),
-                _digits(float(x["error"])),
+                decimals(float(x["value"])),
+                decimals(float(x["error"])),
                 _count(float(x["count"])),
                 _count(None if x.get("step") is None else float(x["step"])),
                 str(x["at"])[:16].replace("T", " "),

@@ -46,6 +46,7 @@ PARTS = (
     "convolve",
     "attend",
     "route",
+    "report",
     "dispatch",
     "quantise",
     "experts",

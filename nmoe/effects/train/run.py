@@ -125,6 +125,7 @@ def connect(config: Config, scope: ExitStack) -> Connected:
         )
     expert_ranks = config.parallel.experts or launch.world
     heartbeat = scope.enter_context(open_rank_heartbeat(launch, config.parallel.timeout_s))
+    process.settle_threads()
     if launch.rank:
         nowhere = scope.enter_context(open(os.devnull, "w", encoding="utf-8"))
         scope.enter_context(redirect_stdout(nowhere))

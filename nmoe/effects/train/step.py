@@ -33,7 +33,7 @@ from nmoe.pure.model.parameters import Block
 from nmoe.pure.optim import spikes
 from nmoe.pure.optim.clip import clip_scale
 from nmoe.pure.optim.schedule import factor
-from nmoe.pure.optim.update import matrix_settings, settings
+from nmoe.pure.optim.update import joint_settings, settings
 
 
 class SpentStateError(RuntimeError):
@@ -409,7 +409,7 @@ def update_(
         clear = not setup.accumulator.stored.issuperset(places)
         sums = arena.sums if isinstance(arena.sums, Tensor) else None
         for (low, high), own in zip(layout.buckets(), layout.stretches(sharing.part()), strict=True):
-            for begin, end, of_matrix in _passes(layout, own, passes.chunk, setup.blueprint.dims, optim):
+            for begin, end, of_matrix in _passes(layout, own, passes, setup.blueprint.dims, optim):
                 part, held = slice(begin, end), slice(begin - own.begin + own.at, end - own.begin + own.at)
                 changes.append(
                     update(
@@ -440,15 +440,15 @@ def update_(
 
 
 def _passes(
-    layout: ArenaLayout, own: Stretch, size: int, dims: Dims, optim: Optim
+    layout: ArenaLayout, own: Stretch, passes: ops.ArenaOps, dims: Dims, optim: Optim
 ) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """A stretch in pieces for the optimizer: chunks of at most `size` elements, or whole parameters."""
+    """A stretch in pieces for the optimizer: chunks of elements, or whole parameters, one by one or together."""
     if not layout.whole():
-        for first in range(own.begin, own.end, size):
-            yield first, min(first + size, own.end), {}
+        for first in range(own.begin, own.end, passes.chunk):
+            yield first, min(first + passes.chunk, own.end), {}
         return
-    for slot in layout.slots:
-        if own.begin <= slot.offset < own.end:
-            how = {"bf16": layout.has_remainder(), "heads_apart": optim.muon_heads == "apart"}
-            about = matrix_settings(layout.policy.optimizer, slot.spec, slot.shape, dims, **how)
-            yield slot.offset, slot.offset + slot.size(), about
+    slots = [slot for slot in layout.slots if own.begin <= slot.offset < own.end]
+    how = {"bf16": layout.has_remainder(), "heads_apart": optim.muon_heads == "apart"}
+    for group in [slots] if slots and passes.joint else [[slot] for slot in slots]:
+        about = joint_settings(layout.policy.optimizer, group, dims, **how)
+        yield group[0].offset, group[-1].offset + group[-1].size(), about

@@ -9,6 +9,7 @@ Where the update rule needs whole matrices, the part of a rank holds whole param
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -98,6 +99,15 @@ class ArenaLayout:
             begin = low + part * size
             runs.append(Stretch(begin=begin, end=begin + size, at=low // self.parts))
         return tuple(runs)
+
+    def owned(self, part: int) -> tuple[tuple[Slot, ...], ...]:
+        """The parameters that begin in what the `part`-th of the ranks has, by bucket.
+
+        Raises:  ValueError when there are not so many parts.
+        """
+        offsets = [slot.offset for slot in self.slots]
+        runs = self.stretches(part)
+        return tuple(self.slots[bisect_left(offsets, run.begin) : bisect_left(offsets, run.end)] for run in runs)
 
     def share(self, slot: Slot, part: int) -> Stretch:
         """What the `part`-th of the ranks has of one parameter; it may be nothing, at the parameter's end."""

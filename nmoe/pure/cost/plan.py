@@ -10,7 +10,7 @@ import torch
 from nmoe.config import sections
 from nmoe.config.sections import Config
 from nmoe.pure.core.blueprint import Blueprint, Parameters
-from nmoe.pure.core.layout import WIDENED, ArenaLayout, Slot
+from nmoe.pure.core.layout import WIDENED, ArenaLayout
 from nmoe.pure.core.spec import Dims
 from nmoe.pure.cost import flops
 from nmoe.pure.cost.flops import Flops
@@ -19,8 +19,8 @@ from nmoe.pure.cost.traffic import distinct_ranks
 from nmoe.pure.model.attention import KINDS, Kind, Kinds, layers
 from nmoe.pure.model.attention.qk_clip import score_bytes
 from nmoe.pure.model.route import BINS
-from nmoe.pure.optim.muon import matrices, temporary_bytes
-from nmoe.pure.optim.update import matrix_settings, rule
+from nmoe.pure.optim.muon import kernel_bytes, matrices, temporary_bytes
+from nmoe.pure.optim.update import joint_settings, rule
 from nmoe.pure.parallel import exchange_arena
 from nmoe.pure.parallel.slots import slots
 
@@ -40,7 +40,7 @@ class Memory:
     logits: int  # of one chunk of the loss
     exchange: int  # symmetric memory to receive rows in
     landing: int  # symmetric memory to receive gradients in, of ranks of one host; else the fp32 form of what NCCL sums
-    update: int  # temporaries of the largest parameter that is updated as a whole, when activations are gone
+    update: int  # temporaries of what is updated as a whole, when activations are gone
 
     def total(self) -> int:
         """The most at once."""
@@ -203,14 +203,17 @@ def saved_bytes(arena: ArenaLayout) -> int:
     return arena.storage.itemsize + 2 * arena.has_remainder() + moment_bytes(arena)
 
 
-def update_bytes(arena: ArenaLayout, slot: Slot, dims: Dims, optim: sections.Optim, *, kernels: bool) -> int:
-    """Temporaries of the update of a parameter as a whole, by the rule itself or by kernels."""
-    bf16 = arena.has_remainder()
+def update_bytes(arena: ArenaLayout, dims: Dims, optim: sections.Optim, *, kernels: bool) -> int:
+    """Temporaries of updates of whole parameters: by the rule one at a time, by kernels all of a rank's in a bucket."""
+    bf16, most = arena.has_remainder(), 0
     if not kernels:
-        return temporary_bytes(slot.size(), bf16=bf16)
+        return max(temporary_bytes(slot.size(), bf16=bf16) for slot in arena.slots)
     how = {"bf16": bf16, "heads_apart": optim.muon_heads == "apart"}
-    about = matrix_settings(arena.policy.optimizer, slot.spec, slot.shape, dims, **how)
-    return max(part.temporary_bytes(2 if bf16 else 4) for part in matrices(about["by_matrix"], slot.size()))
+    for own in (own for part in range(arena.parts) for own in arena.owned(part) if own):
+        cut = joint_settings(arena.policy.optimizer, own, dims, **how)["by_matrix"]
+        size = own[-1].offset + own[-1].size() - own[0].offset
+        most = max(most, kernel_bytes(matrices(cut, size), 2 if bf16 else 4))
+    return most
 
 
 def moment_bytes(arena: ArenaLayout) -> int:
@@ -318,12 +321,7 @@ def plan(
             exchange=arena.allocated() if arena else 0,
             landing=landing,
             update=max(
-                (
-                    update_bytes(arena, slot, dims, config.optim, kernels=kernels)
-                    for arena in arenas
-                    for slot in arena.slots
-                    if arena.whole()
-                ),
+                (update_bytes(arena, dims, config.optim, kernels=kernels) for arena in arenas if arena.whole()),
                 default=0,
             ),
         ),

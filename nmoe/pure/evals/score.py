@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 
+from nmoe.pure.units import decimals
+
 
 @attrs.frozen(kw_only=True)
 class Score:
@@ -50,7 +52,7 @@ def chosen(costs: Sequence[float], answer: int) -> float:
 
 def rows(scores: Mapping[str, Score]) -> list[tuple[str, str, str, str]]:
     """Scores as a person reads them: task, score, standard error, items."""
-    return [(name, f"{x.value:.4f}", f"{x.error:.4f}", f"{x.count}") for name, x in scores.items()]
+    return [(name, decimals(x.value), decimals(x.error), f"{x.count}") for name, x in scores.items()]
 
 
 def same(got: Any, expected: Any) -> bool:

@@ -113,13 +113,11 @@ def moe(
     y, (routed, count) = moe_output(p, x, bias, env, c, recorded)
     routing = routed.routing
     score, favoured = (by_token.unflatten(0, x.shape[:-1]) for by_token in (routed.score, routed.favoured))
-    margins = count.new_zeros(len(bias), 0)
-    if c.balance == "quantile":
-        margins = route.margin_histogram(routed.score.detach(), bias, routing.expert)
+    entropy, imbalance, margins = env.ops.report(score, favoured, bias, routing.expert, margins=c.balance == "quantile")
     report = RouterReport(
         count,
-        route.entropy(routed.score.detach()),
-        route.sequence_imbalance(score, favoured),
+        entropy,
+        imbalance,
         margins,
         (Routing(routing.expert, routing.weight.detach()),),
         (),

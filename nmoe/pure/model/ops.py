@@ -29,6 +29,7 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     attention: Any  # the record of ops of the kind of attention
     route: Callable[..., Routed]
+    report: Callable[..., tuple[Tensor, Tensor, Tensor]]
     experts: Callable[..., tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
@@ -41,6 +42,7 @@ def reference(kind: Kind) -> Ops:
         experts.swiglu,
         kind.reference,
         route.route_tokens,
+        route.report,
         experts.moe_experts,
         loss.linear_cross_entropy,
     )

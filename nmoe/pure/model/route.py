@@ -338,3 +338,19 @@ def entropy(score: Tensor) -> Tensor:
     """
     share = shares(score)
     return -torch.special.xlogy(share, share).sum(-1).mean()
+
+
+def report(
+    score: Tensor, favoured: Tensor, bias: Tensor, expert: Tensor, *, margins: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is told of a router: `entropy`, `sequence_imbalance`, which alone carries a gradient, `margin_histogram`.
+
+    score     [B T E] f32
+    favoured  [B T K] i64, experts of the largest scores
+    bias      [E] f32
+    expert    [N K] i64, chosen by the biased scores of the N = B T tokens
+    margins   whether they are wanted; False: [E 0]
+    """
+    flat = score.detach().flatten(0, -2)
+    histogram = margin_histogram(flat, bias, expert) if margins else expert.new_zeros(len(bias), 0)
+    return entropy(flat), sequence_imbalance(score, favoured), histogram

@@ -26,9 +26,12 @@ RMS = 0.2
 """Root mean square that an update of AdamW usually has (arXiv:2502.16982, section 2.2)."""
 
 
-ELEMENTS = 1 << 28
-"""Elements of the matrices that kernels orthogonalise at once: their temporaries are at most 3.2 GB in bf16, and the
+ELEMENTS = 3 << 26
+"""Elements of the matrices that kernels orthogonalise at once: their temporaries are at most 2.4 GB in bf16, and the
 tiles of 64 experts of 2048 x 1408 fill the multiprocessors of an H200 exactly 32 times."""
+
+Cut = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+"""(apply, tensor) -> tensor: `by_matrix` of a parameter, or `by_parameter` of several."""
 
 
 def temporary_bytes(size: int, *, bf16: bool) -> int:
@@ -56,29 +59,50 @@ class Matrices:
         """How many there are."""
         return self.counts[0] * self.counts[1]
 
-    def turns(self, elements: int = ELEMENTS) -> Iterator[tuple[int, int]]:
-        """First and number of those that are worked on together: equal turns of at most so many elements, or one."""
-        most = max(1, elements // (self.rows * self.columns))
-        size = -(-self.number() // -(-self.number() // most))
-        for first in range(0, self.number(), size):
-            yield first, min(size, self.number() - first)
 
-    def temporary_bytes(self, element: int) -> int:
-        """Bytes that kernels need for the largest turn: its matrices twice, and four symmetric ones of each.
-
-        element  bytes of a number in the products, whose rows begin at multiples of 16
-        """
-        unit = 16 // element
-        side = min(self.rows, self.columns)
-        pieces = 2 * self.rows * -(-self.columns // unit) + 4 * side * -(-side // unit)
-        return max(count for _, count in self.turns()) * pieces * 16
+Turn = tuple[tuple[Matrices, int, int], ...]
+"""What is orthogonalised at once: of each the first matrix and their number."""
 
 
-def matrices(by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], size: int) -> tuple[Matrices, ...]:
-    """Where the matrices of a parameter lie in its elements.
+def turns(parts: Sequence[Matrices], elements: int = ELEMENTS) -> Iterator[Turn]:
+    """Matrices of one size together, in equal turns of at most so many elements, or of one matrix."""
+    for rows, columns in dict.fromkeys((part.rows, part.columns) for part in parts):
+        same = [part for part in parts if (part.rows, part.columns) == (rows, columns)]
+        number = sum(part.number() for part in same)
+        size = -(-number // -(-number // max(1, elements // (rows * columns))))
+        for first in range(0, number, size):
+            yield tuple(_between(same, first, first + size))
 
-    by_matrix  (apply, tensor) -> tensor, as the function below for this parameter
-    size       elements of the parameter
+
+def _between(parts: Sequence[Matrices], first: int, last: int) -> Iterator[tuple[Matrices, int, int]]:
+    """Those before `last` from `first` on, as if all were counted in one row."""
+    begin = 0
+    for part in parts:
+        low, high = max(first - begin, 0), min(last - begin, part.number())
+        if low < high:
+            yield part, low, high - low
+        begin += part.number()
+
+
+def kernel_bytes(parts: Sequence[Matrices], element: int) -> int:
+    """Temporaries of kernels in the largest turn: its matrices twice, and four symmetric ones of each.
+
+    element  bytes of a number in the products, whose rows begin at multiples of 16
+    """
+    unit, most = 16 // element, 0
+    for turn in turns(parts):
+        rows, columns = turn[0][0].rows, turn[0][0].columns
+        side = min(rows, columns)
+        pieces = 2 * rows * -(-columns // unit) + 4 * side * -(-side // unit)
+        most = max(most, sum(count for _, _, count in turn) * pieces * 16)
+    return most
+
+
+def matrices(cut: Cut, size: int) -> tuple[Matrices, ...]:
+    """Where the matrices of parameters lie in their elements.
+
+    cut   takes them apart
+    size  elements of the parameters, and of what lies between them
     """
     found: list[Tensor] = []
 
@@ -86,7 +110,7 @@ def matrices(by_matrix: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], 
         found.append(part)
         return part
 
-    by_matrix(noted, torch.empty(size, device="meta"))
+    cut(noted, torch.empty(size, device="meta"))
     return tuple(each for part in found for each in _described(int(part.storage_offset()), part.shape, part.stride()))
 
 
@@ -109,6 +133,21 @@ def _described(offset: int, shape: Sequence[int], strides: Sequence[int]) -> Ite
         row_step=strides[-2],
         column_step=strides[-1],
     )
+
+
+def by_parameter(
+    apply: Callable[[Tensor], Tensor], tensor: Tensor, *, parameters: Sequence[tuple[int, int, Cut]]
+) -> Tensor:
+    """`apply` to the matrices of parameters that lie in a flat tensor, and its results in their places.
+
+    parameters  begin, size and `by_matrix` of each, in their order
+    returns     [numel] zeros where no parameter lies
+    """
+    pieces, end = [], 0
+    for begin, size, cut in parameters:
+        pieces += [tensor.new_zeros(begin - end), cut(apply, tensor[begin : begin + size])]
+        end = begin + size
+    return torch.cat([*pieces, tensor.new_zeros(tensor.numel() - end)])
 
 
 def by_matrix(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from nmoe.config.sections import Group, Optim
 from nmoe.pure.core import tree
+from nmoe.pure.core.layout import Slot
 from nmoe.pure.core.shape import expect_shape
 from nmoe.pure.core.spec import ELEMENTWISE, Dims, Spec, policy
 from nmoe.pure.core.tree import record
 from nmoe.pure.optim.adamw import adamw
 from nmoe.pure.optim.clip import clip_scale, global_norm
-from nmoe.pure.optim.muon import by_matrix, muon
+from nmoe.pure.optim.muon import by_matrix, by_parameter, muon
 
 
 @attrs.frozen
@@ -75,6 +76,19 @@ def matrix_settings(
         return {}
     cut = partial(by_matrix, spec=spec, shape=shape, dims=dims, heads_apart=heads_apart)
     return {"by_matrix": cut, "bf16": bf16}
+
+
+def joint_settings(
+    name: str, slots: Sequence[Slot], dims: Dims, *, bf16: bool, heads_apart: bool = False
+) -> dict[str, Any]:
+    """`matrix_settings` of parameters that are updated together, where the first of them begins the tensors."""
+    how = {"bf16": bf16, "heads_apart": heads_apart}
+    each = [matrix_settings(name, slot.spec, slot.shape, dims, **how) for slot in slots]
+    if len(slots) == 1:
+        return each[0]
+    places = [(slot.offset - slots[0].offset, slot.size()) for slot in slots]
+    parameters = [(*place, own["by_matrix"]) for place, own in zip(places, each, strict=True)]
+    return {"by_matrix": partial(by_parameter, parameters=parameters), "bf16": bf16}
 
 
 @record

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 import nmoe
+from nmoe.cli import main
 from nmoe.config.sections import Gqa, Memory
 from nmoe.effects.device import gpu, ops, signals
+from nmoe.effects.parallel import launch
 from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
 from tests.effects.train.tiny import tiny
@@ -254,3 +256,27 @@ def test_the_allocator_is_set_by_the_config_alone(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InputError, match=r"^PYTORCH_CUDA_ALLOC_CONF: expected to be unset, .*got 'a:1'; unset it"):
         gpu.set_allocator(where, memory, environ)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "problem"),
+    [
+        (0, 'run.device: expected a GPU that torch can use for "cuda", got none; '),
+        (4, "parallel.ranks: expected a GPU for each of the 8 ranks of this host, got 4; "),
+    ],
+)
+def test_ranks_without_a_gpu_are_not_started(
+    gpus: int, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """256 of them filled the memory of a machine before each had said that it has none (2026-11-29)."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(launch, "start", None)
+    assert main(["run", "moonlight"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nmoe: {problem}")
+
+
+def test_ranks_that_have_gpus_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(launch, "start", lambda ranks, *arguments, **patience: 70 + ranks)
+    assert main(["run", "moonlight"]) == 78

@@ -77,6 +77,9 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "metric_list": [{"metric": metric} for metric in METRICS[name]],
         }
         (made / f"{name}.yaml").write_text(json.dumps({**task, **kind}))  # JSON is YAML
+    total = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
+    group = {"group": "both", "task": ["own_choice", "own_last"], "aggregate_metric_list": total}
+    (made / "both.yaml").write_text(json.dumps(group))
     return made
 
 
@@ -158,6 +161,15 @@ def test_scores_of_an_oracle_and_of_a_liar(folder: Path, tasks: Path, monkeypatc
         assert (score["value"], score["error"], score["count"]) == (value, 0.0, 6)
 
 
+def test_a_group_has_the_items_of_its_tasks(folder: Path, tasks: Path) -> None:
+    assert main(["eval", str(folder), "--device=cpu", f"--tasks={tasks}", "--lm-eval", "both", "--limit=4"]) == 0
+    kept = json.loads((folder / EVALS).read_text())
+    counts = {name: kept[f"lm-eval/{name}/acc"]["count"] for name in ("own_choice", "own_last", "both")}
+    assert counts == {"own_choice": 4, "own_last": 4, "both": 8}
+    one, two, total = (kept[f"lm-eval/{name}/acc"]["value"] for name in counts)
+    assert total == pytest.approx((one + two) / 2)
+
+
 def test_what_cannot_be_asked_is_one_line(
     folder: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +182,13 @@ def test_what_cannot_be_asked_is_one_line(
     assert "--lm-eval: expected no --suite beside it" in refused("--suite=bits", "--lm-eval", "own_choice")
     assert "--tasks: expected --lm-eval beside it" in refused("--suite=bits")
     assert "--limit: expected at least 2, got 1" in refused("--limit=1", "--lm-eval", "own_choice")
+    twice = refused("--lm-eval", "own_choice", "both")
+    assert "--lm-eval: expected each task once, got Duplicate task 'own_choice': found in both " in twice
+    (tasks / "data.py").write_text("def made(**about):\n    assert 'tokenizer' in about, 'no tokenizer'\n")
+    synthetic = "task: synthetic\ncustom_dataset: !function data.made\ntest_split: test\noutput_type: generate_until\n"
+    (tasks / "synthetic.yaml").write_text(synthetic)
+    problem = "expected a task with its data, got AssertionError for synthetic: no tokenizer"
+    assert problem in refused("--lm-eval", "synthetic")
     missing = (tasks / "choice.yaml").read_text().replace("documents.jsonl", "absent.jsonl")
     (tasks / "choice.yaml").write_text(missing)
     assert "expected a task with its data, got FileNotFoundError for own_choice" in refused("--lm-eval", "own_choice")

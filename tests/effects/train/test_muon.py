@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nmoe.config.sections import Config
+from nmoe.effects.device import ops
 from nmoe.effects.train import resume
 from nmoe.effects.train.build import fresh
 from nmoe.effects.train.step import State
@@ -67,6 +68,35 @@ def test_arenas_are_updated_as_the_tree_is(heads: Any) -> None:
             torch.testing.assert_close(
                 leaf.detach(), other, rtol=1e-4, atol=1e-5, msg=lambda text, path=path: path + text
             )
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_parameters_updated_together_are_those_updated_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, compute: str
+) -> None:
+    """Bit for bit: as kernels take all of an arena at once, here by the rule itself."""
+    config = by_muon(tiny(compute=compute, lr=1e-2))
+
+    def trained() -> list[Tensor]:
+        state, step = start(config)
+        for batch in batches(config, 2):
+            state, _ = step(state, batch)
+        return kept(state)
+
+    alone, names = trained(), []
+    one_by_one = ops.arena_ops(RT.device)
+
+    def update_(name: str) -> Any:
+        def run(*arguments: Any, **keywords: Any) -> Tensor:
+            names.append(name)
+            return one_by_one.update_(name)(*arguments, **keywords)
+
+        return run
+
+    together = attrs.evolve(one_by_one, update_=update_, joint=True)
+    monkeypatch.setattr(ops, "arena_ops", lambda *_: together)
+    assert same(trained(), alone)
+    assert names.count("muon") == 2 * 2, "two arenas, two steps"
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

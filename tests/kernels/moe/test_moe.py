@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
 
 from nmoe.effects.kernels.accumulate import Accumulator
-from nmoe.effects.kernels.moe import combine
+from nmoe.effects.kernels.moe import combine, persistent
 from nmoe.effects.kernels.moe import dispatch as sorting
 from nmoe.effects.kernels.moe import experts as gemms
 from nmoe.effects.kernels.moe.moe import Tiles, moe_experts
@@ -178,3 +179,42 @@ def test_rows_beyond_32_bits() -> None:
     h, a = gemms.gather_gemm_swiglu(x, source, up, end, tile, SMALL, 1)
     assert torch.equal(h[far:].flatten(1), y[far:])
     torch.testing.assert_close(a[far:], experts.swiglu(h[far:]))
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("kind", ["random", "all to one", "some have none"])
+def test_a_gradient_that_gathers_has_the_bits_of_one_of_rows(kind: str, add: bool) -> None:
+    expert = chosen(kind, 50, 6, 2)
+    at = sorting.dispatch(expert, 6)
+    x, dh = normal(50, 24), normal(100, 40, seed=1)
+    by_rows, gathered = normal(6, 24, 40, seed=3), normal(6, 24, 40, seed=3)
+    how: dict[str, Any] = {"end": at.end, "count": at.count, "tile": SMALL, "group": 2, "add": add}
+    gemms.grouped_weight_gradient_(by_rows, sorting.spread(x, at.place), dh, **how)
+    gemms.grouped_weight_gradient_(gathered, x, dh, **how, source=at.source)
+    assert torch.equal(by_rows, gathered)
+
+
+def test_a_layer_that_gathers_has_the_bits_of_one_of_rows() -> None:
+    shape = (50, 40, 24, 8, 3)
+    inputs, pulls = operands(shape), [normal(50, 40, seed=4)]
+
+    def run(tiles: Tiles) -> list[Tensor]:
+        expert = chosen("random", *shape[:1], *shape[3:])
+        return graded(
+            lambda x, weight, up, down: moe_experts(x, Routing(expert, weight), up, down, tiles=tiles)[0], inputs, pulls
+        )
+
+    gathering = run(attrs.evolve(TILES, gathered=SMALL))
+    assert all(torch.equal(a, b) for a, b in zip(gathering, run(TILES), strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["random", "all to one", "some have none"])
+def test_programs_that_take_several_tiles_have_the_bits_of_one_each(kind: str, transposed: bool) -> None:
+    """Of a summed axis that is short; a longer one goes to the other kernel."""
+    at = sorting.dispatch(chosen(kind, 50, 6, 2), 6)
+    for inner in (40, persistent.SHORT + 8):
+        rows, weight = normal(100, inner), normal(6, 24, inner, seed=1) if transposed else normal(6, inner, 24, seed=1)
+        given = (rows, weight, at.end, sorting.tiles(at.count, 100, SMALL.block_m), SMALL, 2)
+        found = persistent.grouped_gemm(*given, 5, transposed=transposed)
+        assert torch.equal(found, gemms.grouped_gemm(*given, transposed=transposed))

@@ -31,9 +31,9 @@ def block(rows: int, columns: int) -> str:
     return f"tensordesc<bf16[{rows},{columns}]>"
 
 
-def requests(target: int) -> list[Request]:
-    """The five kernels at hidden size 2048: rows that stay and that leave, gradients into arenas of both formats."""
-    entry = tuning.find(tuning.load(CAPABILITY[target]), "moe", 2048, 1408)
+def requests(target: int, hidden: int = 2048, width: int = 1408) -> list[Request]:
+    """The five kernels: rows that stay and that leave, gradients into arenas of both formats."""
+    entry = tuning.find(tuning.load(CAPABILITY[target]), "moe", hidden, width)
 
     def request(
         name: str,
@@ -70,7 +70,7 @@ def requests(target: int) -> list[Request]:
                 **TILED,
                 "F": "i32",
             },
-            {"D": 2048, "bias": None, "LIMIT": None, "ALPHA": 1.0},
+            {"D": hidden, "bias": None, "LIMIT": None, "ALPHA": 1.0},
             "F",
         ),
         *(
@@ -112,14 +112,39 @@ def requests(target: int) -> list[Request]:
         *(
             request(
                 "grouped_weight_gradient",
-                dup,
-                {"a": block(dup.block_k, dup.block_m), "b": block(dup.block_k, dup.block_n), "b_rows": "*bf16"}
-                | {"out": out, "end": "*i32", "count": "*i32", "A": "i32", "B": "i32"},
-                {"ADD": add},
+                tile,
+                {"a": block(tile.block_k, tile.block_m), "b": block(tile.block_k, tile.block_n), "b_rows": "*bf16"}
+                | {"out": out, "end": "*i32", "count": "*i32", "A": "i32", "B": "i32"}
+                | ({} if tile is dup else {"a": "*bf16", "source": "*i32"}),
+                {"ADD": add, **({"source": None} if tile is dup else {})},
                 "A B",
                 SAME["moe.experts:grouped_weight_gradient_kernel"],
             )
+            for tile in (dup, *([entry.tiles["gathered"]] if "gathered" in entry.tiles else []))
             for out, add in (("*bf16", False), ("*bf16", True), ("*fp32", False), ("*fp32", True))
+        ),
+        *(
+            attrs.evolve(
+                request(
+                    "persistent_gemm",
+                    tile,
+                    {
+                        "rows": block(tile.block_m, tile.block_k),
+                        "w": block(*sides),
+                        "out": "*bf16",
+                        "num_needed": "*i32",
+                    }
+                    | {key: kind for key, kind in TILED.items() if key != "NUM_M"}
+                    | {"INNER": "i32", "OUTER": "i32"},
+                    {"TRANSPOSED": transposed, "PROGRAMS": 132},
+                    "INNER OUTER",
+                ),
+                kernel="nmoe.effects.kernels.moe.persistent:persistent_gemm_kernel",
+            )
+            for tile, sides, transposed in (
+                (down, (down.block_k, down.block_n), False),
+                (dx, (dx.block_n, dx.block_k), True),
+            )
         ),
     ]
 
@@ -157,6 +182,16 @@ def test_biases_and_a_clamp(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert problems(aot.compile_all(wanted, tmp_path_factory.mktemp("triton"), targets=[90]), spills=12) == []
 
 
-@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
-def test_products_of_the_experts(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
-    assert problems(aot.compile_all(requests(target), tmp_path_factory.mktemp("triton"), targets=[target])) == []
+@pytest.mark.parametrize(
+    ("target", "size"),
+    [
+        (90, (2048, 1408)),
+        (90, (768, 384)),
+        pytest.param(100, (2048, 1408), marks=pytest.mark.long),
+        pytest.param(100, (768, 384), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_products_of_the_experts(tmp_path_factory: pytest.TempPathFactory, target: int, size: tuple[int, int]) -> None:
+    compiled = aot.compile_all(requests(target, *size), tmp_path_factory.mktemp("triton"), targets=[target])
+    assert problems(compiled) == []

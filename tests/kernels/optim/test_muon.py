@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from nmoe.effects.device import cpu, ops
+from nmoe.effects.kernels.optim import muon
 from nmoe.effects.kernels.optim.muon import MatrixTile
 from nmoe.effects.kernels.optim.newton_schulz import Products, apply_, orthogonalize, padded, symmetric_
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.core.init import ones
+from nmoe.pure.core.layout import Slot
 from nmoe.pure.core.spec import Role, Spec
 from nmoe.pure.formats import master
 from nmoe.pure.optim import muon as optim
-from nmoe.pure.optim.update import matrix_settings, rule
+from nmoe.pure.optim.update import joint_settings, matrix_settings, rule
 from tests.kernels.truth import normal
 
 CUBE = GemmTile(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=1)
@@ -138,6 +140,24 @@ def test_zeros_stay_zeros_and_a_matrix_does_not_depend_on_its_neighbours() -> No
         assert torch.equal(orthogonal(x[index : index + 1], torch.float32)[0], found[index])
 
 
+@pytest.mark.parametrize("programs", [1, 7, muon.PARTIALS, 2 * muon.PARTIALS + 3])
+def test_the_scale_of_a_matrix_does_not_depend_on_its_neighbours(programs: int) -> None:
+    partial_sums = normal(3, programs, seed=9).square()
+    partial_sums[1] = 0
+    partial_sums[:, programs // 2 :] *= 8
+
+    def scales(given: Tensor) -> Tensor:
+        found = torch.full((len(given),), math.nan)
+        launch: Any = muon.scale_kernel[(len(given),)]
+        launch(given, found, programs, 1e-7, muon.PARTIALS)
+        return found
+
+    found = scales(partial_sums)
+    truth = 1 / partial_sums.double().sum(1).sqrt().clamp(min=1e-7)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
+    assert all(torch.equal(scales(partial_sums[at : at + 1].clone())[0], found[at]) for at in range(3))
+
+
 def arena(shape: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
     size = math.prod(shape)
     return {
@@ -187,12 +207,36 @@ def test_it_is_the_rule_it_replaces(name: str, halves: bool) -> None:
 def test_matrices_in_turns_are_the_same_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     given, how = arena(EXPERTS[1]), told(EXPERTS)
     whole, norm = updated(MUON, given, how, halves=True)
-    turns = partial(optim.Matrices.turns, elements=3 * 20 * 12)
-    assert [*turns(optim.matrices(how["by_matrix"], 960)[0])] == [(0, 2), (2, 2)]
-    monkeypatch.setattr(optim.Matrices, "turns", lambda self: turns(self))
+    turns = partial(optim.turns, elements=3 * 20 * 12)
+    assert [turn[0][1:] for turn in turns(optim.matrices(how["by_matrix"], 960))] == [(0, 2), (2, 2)]
+    monkeypatch.setattr(ops, "turns", turns)
     cut, change = updated(MUON, given, how, halves=True)
     assert all(torch.equal(cut[each], whole[each]) for each in whole)
     torch.testing.assert_close(change, norm, rtol=1e-6, atol=0)
+
+
+def slot(path: str, which: tuple[Spec, tuple[int, ...], dict[str, int], bool], offset: int) -> Slot:
+    return Slot(path=path, spec=which[0], shape=which[1], offset=offset)
+
+
+@pytest.mark.parametrize("halves", [True, False], ids=["bf16 and remainder", "fp32"])
+def test_parameters_together_are_the_same_parameters(halves: bool) -> None:
+    """Bit for bit, in one call over a stretch of an arena; what lies between them stays."""
+    slots = [slot("a", DOWN, 128), slot("b", FUSED, 896), slot("c", DOWN, 1024), slot("d", COLUMN, 1792)]
+    given, first, size = arena((2000,)), 128, 1792 + 19 - 128
+    both = {**told(DOWN), **joint_settings("muon", slots, {"A": 5, "B": 3}, bf16=False)}
+    inside = {name: each[first : first + size] for name, each in given.items()}
+    together, change = updated(MUON, inside, both, halves=halves)
+    changes: list[Tensor] = []
+    for at, which in zip(slots, (DOWN, FUSED, DOWN, COLUMN), strict=True):
+        own = slice(at.offset - first, at.offset - first + at.size())
+        alone, moved = updated(MUON, {name: each[own] for name, each in inside.items()}, told(which), halves=halves)
+        changes.append(moved)
+        for name, each in alone.items():
+            assert torch.equal(together[name][own], each), (at.path, name)
+            inside[name][own] = each
+    assert all(torch.equal(together[name], each) for name, each in inside.items()), "between them"
+    torch.testing.assert_close(change, torch.stack(changes).norm(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("halves", [True, False], ids=["bf16 and remainder", "fp32"])

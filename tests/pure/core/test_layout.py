@@ -83,6 +83,11 @@ def test_a_parameter_of_muon_lies_in_the_part_of_one_rank(
         for slot in arena.slots:
             shares = [arena.share(slot, part) for part in range(arena.parts)]
             assert sorted(share.end - share.begin for share in shares) == [0] * (arena.parts - 1) + [slot.size()]
+            owners = [part for part in range(arena.parts) for own in arena.owned(part) if slot in own]
+            assert [shares[part].end - shares[part].begin for part in owners] == [slot.size()]
+        for part in range(arena.parts):
+            for own, run in zip(arena.owned(part), arena.stretches(part), strict=True):
+                assert all(run.begin <= slot.offset and slot.offset + slot.size() <= run.end for slot in own)
 
 
 @given(dims=sizes, world=worlds, bucket=st.integers(1, 9000), rule=rules)

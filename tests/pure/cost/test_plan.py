@@ -200,8 +200,8 @@ def test_memory_follows_formats_and_ranks() -> None:
     assert memory.total() == kept + max(memory.activations + memory.logits, memory.update)
     on_four = plan(config, make_blueprint(config, 4, 4), mfu=0.4).memory
     assert on_four.update == memory.update // 4
-    # by kernels twice the 16 matrices of 32 x 16 in bf16, and four of 16 x 16
+    # by kernels all matrices of a size at once: of two layers 32 of 32 x 16, twice in bf16, and four of 16 x 16
     on_gpu = attrs.evolve(config, run=attrs.evolve(config.run, device="cuda"))
-    assert plan(on_gpu, make_blueprint(on_gpu), mfu=0.4).memory.update == 2 * 16 * (2 * 32 * 16 + 4 * 16 * 16)
+    assert plan(on_gpu, make_blueprint(on_gpu), mfu=0.4).memory.update == 2 * 32 * (2 * 32 * 16 + 4 * 16 * 16)
     assert plan(config, make_blueprint(config), mfu=0.2).seconds() == pytest.approx(2 * one.seconds())
     assert s.Config is type(config)

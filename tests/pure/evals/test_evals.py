@@ -12,7 +12,7 @@ import torch
 from nmoe.pure.core.key import Key
 from nmoe.pure.evals import items
 from nmoe.pure.evals.problems import PROBLEMS, Problem
-from nmoe.pure.evals.score import chosen, mean, ratio, same
+from nmoe.pure.evals.score import Score, chosen, mean, ratio, rows, same
 
 SOURCE = '''"""A module about pets."""
 import os  # of the system
@@ -38,6 +38,12 @@ class Pet:
         """Return the name of the pet in capitals."""
         return self.name.upper()
 '''
+
+
+def test_a_score_has_four_digits_whatever_it_is() -> None:
+    """Perplexities of lm-eval are products: they may have any number of digits."""
+    scores = {"bits": Score(value=2.0, error=math.inf, count=1), "perplexity": Score(value=5e54, error=1e6, count=2)}
+    assert rows(scores) == [("bits", "2.0000", "inf", "1"), ("perplexity", "5e+54", "1e+06", "2")]
 
 
 def test_mean_and_its_error() -> None:

@@ -51,6 +51,10 @@ def calls() -> dict[str, Call]:
         "attend": ((normal(2, 6, 3, 8), normal(2, 6, 3, 9), normal(2, 6, 4)), {"scale": 0.3}),
         "attend_new": attend_new(),
         "route": ((x, normal(5, 4), normal(4)), {"top_k": 2}),
+        "report": (
+            (normal(2, 3, 4).abs(), routing().expert.view(2, 3, 2), normal(4), routing().expert),
+            {"margins": True},
+        ),
         "experts": ((x, routing(), normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
         "linear_cross_entropy": (
             (x, normal(5, 9), torch.tensor([1, -1, 3, 0, 8, 2])),

@@ -16,6 +16,7 @@ from nmoe.pure.model.route import (
     health,
     load,
     replay,
+    report,
     route,
     route_tokens,
     scores,
@@ -315,3 +316,11 @@ def test_balance_sees_one_row_of_two_to_the_25() -> None:
     rows = torch.full((4,), 2**25)
     rows[2] += 1
     assert balance(torch.zeros(4), rows, rate=1.0).sign().tolist() == [1.0, 1.0, -1.0, 1.0]
+
+
+def test_a_report_has_the_gradient_of_the_imbalance_alone() -> None:
+    score = uniform(2, 5, 4, seed=0).requires_grad_()
+    favoured, bias = top_k(score.detach(), 2), torch.zeros(4)
+    spread, uneven, margins = report(score, favoured, bias, favoured.flatten(0, 1), margins=False)
+    assert uneven.requires_grad and not spread.requires_grad and margins.shape == (4, 0)
+    assert report(score, favoured, bias, favoured.flatten(0, 1), margins=True)[2].sum() == 2 * 5 * 4

@@ -20,7 +20,16 @@ from nmoe.pure.core.init import ones
 from nmoe.pure.core.spec import POLICY, Role, Spec, policy
 from nmoe.pure.formats.master import split
 from nmoe.pure.model import model
-from nmoe.pure.optim.muon import by_matrix, muon, orthogonalize, temporary_bytes
+from nmoe.pure.optim.muon import (
+    Matrices,
+    by_matrix,
+    by_parameter,
+    kernel_bytes,
+    muon,
+    orthogonalize,
+    temporary_bytes,
+    turns,
+)
 from nmoe.pure.optim.muon import matrices as described
 from nmoe.pure.optim.update import matrix_settings, rule, tree_state, tree_update
 from tests import shapes
@@ -214,9 +223,52 @@ def test_matrices_are_described_where_they_lie(preset: str, apart: bool) -> None
         for ours, theirs in zip(found, wanted, strict=True):
             assert torch.equal(ours.reshape(theirs.shape), theirs), path
         for each in described(cut, len(numbers)):
-            turns = [*each.turns(5 * each.rows * each.columns)]
-            assert [at for first, count in turns for at in range(first, first + count)] == [*range(each.number())]
-            assert max(count for _, count in turns) <= 5
+            runs = [*turns([each], 5 * each.rows * each.columns)]
+            assert all(len(run) == 1 and run[0][0] == each for run in runs)
+            met = [at for ((_, first, count),) in runs for at in range(first, first + count)]
+            assert met == [*range(each.number())] and max(count for ((_, _, count),) in runs) <= 5
+
+
+def block(number: int, rows: int, columns: int, offset: int) -> Matrices:
+    size = rows * columns
+    counts, steps = (1, number), (0, size)
+    return Matrices(
+        offset=offset, counts=counts, steps=steps, rows=rows, columns=columns, row_step=columns, column_step=1
+    )
+
+
+def test_matrices_of_one_size_are_orthogonalised_in_equal_turns_over_parameters() -> None:
+    """And each once, whatever lies between; a square apart from those of its transposed size."""
+    parts = [block(3, 4, 6, 0), block(1, 6, 4, 100), block(4, 4, 6, 200), block(1, 5, 5, 300), block(2, 4, 6, 400)]
+    found = [*turns(parts, 4 * 24)]
+    assert [[(part.offset, first, count) for part, first, count in turn] for turn in found] == [
+        [(0, 0, 3)],
+        [(200, 0, 3)],
+        [(200, 3, 1), (400, 0, 2)],
+        [(100, 0, 1)],
+        [(300, 0, 1)],
+    ]
+    assert [sum(count for _, _, count in turn) for turn in turns(parts, 1)] == [1] * 11, "one at least"
+    # in bf16 rows of 6 take 16 bytes, as rows of 4 do: nine matrices of 4 x 6 twice, and four of 4 x 4
+    assert kernel_bytes(parts, 2) == kernel_bytes([*parts[3:], *parts[:3]], 2) == 9 * (2 * 4 + 4 * 4) * 16
+
+
+def test_parameters_side_by_side_are_cut_as_each_alone() -> None:
+    """With something between them, which becomes zero."""
+    up, down = Spec(("E", "D", "2", "F"), Role.EXPERT, ones), Spec(("D", "A+B"), Role.MATRIX, ones)
+    cuts = [
+        partial(by_matrix, spec=up, shape=(2, 3, 2, 4), dims={}),
+        partial(by_matrix, spec=down, shape=(6, 8), dims={"A": 5, "B": 3}),
+    ]
+    value = torch.arange(110.0) + 1
+    both = partial(by_parameter, parameters=[(0, 48, cuts[0]), (55, 48, cuts[1])])
+    found = both(torch.neg, value)
+    expected = -value
+    expected[48:55] = expected[103:] = 0
+    assert torch.equal(found, expected)
+    alone = [described(cuts[0], 48), described(cuts[1], 48)]
+    moved = tuple(attrs.evolve(part, offset=part.offset + 55) for part in alone[1])
+    assert described(both, 110) == (*alone[0], *moved)
 
 
 def test_more_than_two_counted_axes_are_taken_apart() -> None:

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STRETCH = 256
-"""Pairs one program places."""
+STRETCH = 128
+"""Pairs one program places, comparing each with each."""
 
 CHUNK = 32
-"""Pairs that a stretch is compared with at once: 73 registers of a thread, 254 for twice as many."""
+"""Pairs that a stretch is compared with at once: 73 registers of a thread with 256 pairs, 254 for twice as many."""
 
 TILES = 128
 """Tiles one program describes."""
@@ -73,7 +73,7 @@ def place_kernel(
     first = ends - counts + tl.load(before + stretch * E + experts, mask=experts < E, other=0)
     index = tl.arange(0, STRETCH)
     row = tl.gather(first, tl.maximum(chosen, 0), 0)
-    # CHUNK pairs at a time: all 256 x 256 comparisons at once spill, 54 instructions at 64 experts, 3,158 at 256
+    # CHUNK pairs at a time: all comparisons of 256 pairs at once spill, 54 instructions at 64 experts, 3,158 at 256
     for begin in range(0, tl.minimum(P - stretch * STRETCH, STRETCH), CHUNK):
         other = begin + tl.arange(0, CHUNK)
         its = tl.load(expert + stretch * STRETCH + other, mask=stretch * STRETCH + other < P, other=-1).to(tl.int32)

@@ -168,7 +168,7 @@ def grouped_gemm_kernel(
 
 @triton.jit
 def grouped_weight_gradient_kernel(
-    a, b, b_rows, out, end, count, A, B, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    a, source, b, b_rows, out, end, count, A, B, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n = tl.cdiv(A, M), tl.cdiv(B, N)
@@ -181,15 +181,26 @@ def grouped_weight_gradient_kernel(
     am = m * M + tl.arange(0, M)
     bn = n * N + tl.arange(0, N)
     acc = tl.zeros((M, N), tl.float32)
+    inner = tl.arange(0, K)
+    if source is not None:
+        own = a + tl.max_contiguous(tl.multiple_of(tl.where(am < A, am, 0), 8), 8)[None, :]
     # both operands by descriptor, the last partial step by pointers: 3.21 ms on an H200, gathered by pointers 3.56
     for k in range(start, whole, K):
-        acc = tl.dot(a.load([k, m * M]).T, b.load([k, n * N]), acc)
+        if source is None:
+            acc = tl.dot(a.load([k, m * M]).T, b.load([k, n * N]), acc)
+        else:
+            token = tl.load(source + k + inner).to(tl.int64)
+            acc = tl.dot(tl.load(own + token[:, None] * A).T, b.load([k, n * N]), acc)
     if whole < stop:
         # the next expert's rows, which the descriptor of `a` reads too, meet zeros
-        row = whole + tl.arange(0, K)
+        row = whole + inner
         column = tl.max_contiguous(tl.multiple_of(tl.where(bn < B, bn, 0), 8), 8)
         last = tl.load(b_rows + row.to(tl.int64)[:, None] * B + column[None, :], mask=(row < stop)[:, None], other=0.0)
-        acc = tl.dot(a.load([whole, m * M]).T, last, acc)
+        if source is None:
+            acc = tl.dot(a.load([whole, m * M]).T, last, acc)
+        else:
+            token = tl.load(source + row, mask=row < stop, other=0).to(tl.int64)
+            acc = tl.dot(tl.load(own + token[:, None] * A).T, last, acc)
     to = out + (expert.to(tl.int64) * A + am.to(tl.int64)[:, None]) * B
     if ADD:
         # a quarter of the columns at a time: what is stored already, beside the whole accumulator, spills
@@ -414,6 +425,7 @@ def weight_gradient(
     *,
     parameter: Tensor,
     accumulator: Accumulator | None,
+    source: Tensor | None = None,
 ) -> Tensor | None:
     """Grouped weight gradient of a parameter [E A B]: for autograd, or None when it went into the parameter's buffer.
 
@@ -421,11 +433,12 @@ def weight_gradient(
     """
     buffer = None if accumulator is None else accumulator.buffers.get(parameter.data_ptr())
     if accumulator is None or buffer is None:
-        out = torch.empty_like(parameter, dtype=a.dtype)
-        grouped_weight_gradient_(out.view(end.shape[0], a.shape[1], b.shape[1]), a, b, end, count, tile, group)
-        return out
+        made = torch.empty_like(parameter, dtype=a.dtype)
+        out = made.view(end.shape[0], a.shape[1], b.shape[1])
+        grouped_weight_gradient_(out, a, b, end, count, tile, group, source=source)
+        return made
     out = buffer.view(end.shape[0], a.shape[1], b.shape[1])
-    grouped_weight_gradient_(out, a, b, end, count, tile, group, add=not accumulator.first)
+    grouped_weight_gradient_(out, a, b, end, count, tile, group, source=source, add=not accumulator.first)
     if accumulator.first:
         accumulator.stored.add(parameter.data_ptr())
     accumulator.added(parameter)
@@ -433,12 +446,22 @@ def weight_gradient(
 
 
 def grouped_weight_gradient_(
-    out: Tensor, a: Tensor, b: Tensor, end: Tensor, count: Tensor, tile: GemmTile, group: int, *, add: bool = False
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    end: Tensor,
+    count: Tensor,
+    tile: GemmTile,
+    group: int,
+    *,
+    source: Tensor | None = None,
+    add: bool = False,
 ) -> None:
     """Grouped weight gradient: out[e] = a[e].T @ b[e], or added to what `out` holds; one launch, one rounding.
 
     out      [E A B] bf16 or f32; zeros for an expert without rows, where nothing is added
-    a        [P A]
+    a        [P A], or with `source` what its rows are gathered from, [N A]
+    source   [P] i32    row -> row of `a`, or None
     b        [P B]
     tile     `m` cuts A, `n` B, `k` the rows summed over
 
@@ -446,7 +469,8 @@ def grouped_weight_gradient_(
     """
     experts, width, other = out.shape
     grouped_weight_gradient_kernel[(experts * triton.cdiv(width, tile.block_m) * triton.cdiv(other, tile.block_n),)](
-        TensorDescriptor.from_tensor(a, [tile.block_k, tile.block_m]),
+        TensorDescriptor.from_tensor(a, [tile.block_k, tile.block_m]) if source is None else a,
+        source,
         TensorDescriptor.from_tensor(b, [tile.block_k, tile.block_n]),
         b, out, end, count, width, other, tile.block_m, tile.block_n, tile.block_k, group, add,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -16,7 +16,7 @@ from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
-from nmoe.effects.kernels.moe import experts
+from nmoe.effects.kernels.moe import experts, persistent
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model.route import Routing
 
@@ -31,6 +31,7 @@ class Tiles:
     down_gradient: GemmTile
     input: GemmTile
     up_gradient: GemmTile
+    gathered: GemmTile | None = None  # of the gradient of `up` that gathers its tokens; None: rows are brought together
     group: int  # row tiles next to each other in the order of work
     programs: int  # multiprocessors of the device
 
@@ -61,12 +62,12 @@ class MoeExperts(torch.autograd.Function):
                 x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.block_m), t.up, t.group, form
             )
             cut = places.tiles(at.count, pairs, t.down.block_m)
-            y = experts.grouped_gemm(a, down, at.end, cut, t.down, t.group, transposed=False)
+            y = persistent.grouped_gemm(a, down, at.end, cut, t.down, t.group, t.programs, transposed=False)
         with record_function("combine"):
             out = sums.combine(y, at.place, weight)
         count = at.count.to(torch.int64)
         ctx.mark_non_differentiable(count)
-        ctx.save_for_backward(x, h, weight, up, down, at.slot, at.place, at.count, at.end)
+        ctx.save_for_backward(x, h, weight, up, down, at.source, at.slot, at.place, at.count, at.end)
         ctx.t, ctx.accumulator, ctx.form = t, accumulator, form
         return out, count
 
@@ -75,7 +76,7 @@ class MoeExperts(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, h, weight, up, down, slot, place, count, end = ctx.saved_tensors
+        x, h, weight, up, down, source, slot, place, count, end = ctx.saved_tensors
         t: Tiles = ctx.t
         form: experts.Form = ctx.form
         accumulator: Accumulator | None = ctx.accumulator
@@ -94,13 +95,16 @@ class MoeExperts(torch.autograd.Function):
                 a, rows, end, count, t.down_gradient, t.group, parameter=down, accumulator=accumulator
             )
             del a, part, rows
-            rows = places.spread(x, place)
+            rows = places.spread(x, place) if t.gathered is None else x
             d_up = experts.weight_gradient(
-                rows, dh, end, count, t.up_gradient, t.group, parameter=up, accumulator=accumulator
+                *(rows, dh, end, count, t.gathered or t.up_gradient, t.group),
+                parameter=up,
+                accumulator=accumulator,
+                source=None if t.gathered is None else source,
             )
             del rows
             cut = places.tiles(count, pairs, t.input.block_m)
-            dx = experts.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, transposed=True)
+            dx = persistent.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, t.programs, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
         return d_input, None, d_weight, d_up, d_down, d_bias, None, None, None, None

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nmoe.effects.kernels.derivative import first_order
+from nmoe.pure.model.route import VANISHING, Routed, Routing
 
 
 @attrs.frozen(kw_only=True)
@@ -28,6 +29,12 @@ class TopKTile:
 
 
 TILE = TopKTile(block_m=8, num_warps=4, num_stages=1)
+
+SCORES = 2048
+"""Scores of a program of their gradient: 16 of a thread."""
+
+CHOICES = 512
+"""Scores of a program that chooses: 4 of a thread, in keys of 64 bits."""
 
 TINY = torch.finfo(torch.float32).tiny
 """The smallest score: the weights of tokens whose scores all vanish are equal, and sum to the scale."""
@@ -105,11 +112,186 @@ def matmul_bf16x3(x: Tensor, w: Tensor) -> Tensor:
 
 def product_gradients(x: Tensor, router: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and w from that of `matmul_bf16x3(x, w)`."""
-    high, middle, _ = split_bf16x3(d)
-    w_high, w_middle, _ = split_bf16x3(router)
+    high, middle, low = split_bf16x3(d)
+    return products_of_parts(x, router, torch.cat((high, high, middle), -1), torch.cat((high, middle, low), -1))
+
+
+def products_of_parts(x: Tensor, router: Tensor, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and w from the parts of that of their product.
+
+    narrow   [N 3E] bf16   high, high and middle part
+    wide     [N 3E] bf16   high, middle and low part
+    """
+    high, middle, _ = split_bf16x3(router)
     # sixteen bits of each factor: the sum is rounded to the eight of bf16
-    dx = torch.cat((high, high, middle), -1) @ torch.cat((w_high, w_middle, w_high), -1).T
-    return dx, matmul_bf16x3(x.T, d)
+    dx = narrow @ torch.cat((high, middle, high), -1).T
+    return dx, matmul_fp32(x.T, wide).unflatten(-1, (3, -1)).sum(-2)
+
+
+@triton.jit
+def _round_bf16(x):
+    """The nearest number of bf16, ties to even, and its bits; in integers, which the interpreter computes rightly."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits = tl.where(x != x, 0x7FC0, bits)  # a NaN's payload would carry into the sign
+    return (bits << 16).to(tl.float32, bitcast=True), bits.to(tl.int16)
+
+
+@triton.jit
+def score_gradient_kernel(
+    gradient, score, expert, grad_weight, narrow, wide, rows, E, scale, vanishing,
+    K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr, M: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    column = tl.arange(0, EP)
+    real = row < rows
+    inside = real[:, None] & (column < E)[None, :]
+    at = row[:, None] * E + column[None, :]
+    value = tl.load(score + at, mask=inside, other=0.0)
+    d = tl.load(gradient + at, mask=inside, other=0.0)
+    if expert is not None:
+        filled = tl.full((M,), 1.0, tl.float32)
+        mean = tl.zeros((M,), tl.float32)
+        if NORMALIZE:
+            place = tl.arange(0, KP)
+            pair = row[:, None] * K + place[None, :]
+            there = real[:, None] & (place < K)[None, :]
+            own = tl.load(score + row[:, None] * E + tl.load(expert + pair, mask=there, other=0), mask=there, other=0.0)
+            given = tl.load(grad_weight + pair, mask=there, other=0.0)
+            total = tl.sum(own, 1)
+            filled = tl.maximum(total, vanishing)
+            # of a sum that is filled up only the differences of the scores count
+            mean = tl.where(total < vanishing, tl.sum(given, 1) / K, tl.sum(given * own, 1) / filled)
+        for k in tl.static_range(K):
+            chosen = tl.load(expert + row * K + k, mask=real, other=-1).to(tl.int32)
+            share = scale * (tl.load(grad_weight + row * K + k, mask=real, other=0.0) - mean) / filled
+            d += tl.where(chosen[:, None] == column[None, :], share[:, None], 0.0)
+    d = d * value * (1 - value)
+    high, high_bits = _round_bf16(d)
+    middle, middle_bits = _round_bf16(d - high)
+    _, low_bits = _round_bf16(d - high - middle)
+    to = row[:, None] * (3 * E) + column[None, :]
+    tl.store(narrow + to, high_bits, mask=inside)
+    tl.store(narrow + E + to, high_bits, mask=inside)
+    tl.store(narrow + 2 * E + to, middle_bits, mask=inside)
+    tl.store(wide + to, high_bits, mask=inside)
+    tl.store(wide + E + to, middle_bits, mask=inside)
+    tl.store(wide + 2 * E + to, low_bits, mask=inside)
+
+
+def score_gradient(
+    gradient: Tensor,
+    score: Tensor,
+    expert: Tensor | None = None,
+    grad_weight: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the logits of a sigmoid, in the parts that `products_of_parts` takes.
+
+    The bits of torch's 15 passes over [N E]; with choices, the gradient of their weights is added to the scores'.
+
+    gradient     [N E] f32   of `score`
+    score        [N E] f32
+    expert       [N K] i64, or None
+    grad_weight  [N K] f32   of `pure.model.route.gates`, with `scale` and `normalize`; None without `expert`
+    """
+    gradient, (rows, experts) = gradient.contiguous(), score.shape
+    narrow, wide = (torch.empty(rows, 3 * experts, dtype=torch.bfloat16, device=score.device) for _ in range(2))
+    padded, k = triton.next_power_of_2(experts), 1 if expert is None else expert.shape[1]
+    m = max(1, SCORES // padded)
+    # no fused multiply-adds: they would take the parts of a gradient that is not rounded to fp32
+    score_gradient_kernel[(triton.cdiv(rows, m),)](
+        gradient, score, expert, grad_weight, narrow.view(torch.int16), wide.view(torch.int16), rows, experts, scale,
+        VANISHING, k, triton.next_power_of_2(k), normalize, m, padded, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return narrow, wide
+
+
+@triton.jit
+def choose_kernel(
+    product, bias, score, expert, favoured, weight, rows, E, tiny, scale, vanishing,
+    K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr, M: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    real = row < rows
+    column, place = tl.arange(0, EP), tl.arange(0, KP)
+    inside = real[:, None] & (column < E)[None, :]
+    at = product + row[:, None] * (3 * E) + column[None, :]
+    logit = tl.load(at, mask=inside, other=0.0) + tl.load(at + E, mask=inside, other=0.0)
+    value = 1 / (1 + tl.exp(-(logit + tl.load(at + 2 * E, mask=inside, other=0.0))))
+    # not by maximum, which may lose what is not a number
+    value = tl.where(value < tiny, tiny, value)
+    tl.store(score + row[:, None] * E + column[None, :], value, mask=inside)
+    here = (column < E)[None, :]
+    key = order_key(value, column[None, :], here, EP)
+    for k in tl.static_range(K):
+        best = tl.max(key, 1)
+        tl.store(favoured + row * K + k, EP - 1 - (best & 0xFFFFFFFF), mask=real)
+        key = tl.where(key == best[:, None], -0x8000000000000000, key)
+    key = order_key(value + tl.load(bias + column, mask=column < E, other=0.0)[None, :], column[None, :], here, EP)
+    chosen = tl.zeros((M, KP), tl.float32)
+    for k in tl.static_range(K):
+        best = tl.max(key, 1)
+        which = EP - 1 - (best & 0xFFFFFFFF)
+        tl.store(expert + row * K + k, which, mask=real)
+        own = tl.sum(tl.where(column[None, :] == which[:, None], value, 0.0), 1)
+        chosen = tl.where(place[None, :] == k, own[:, None], chosen)
+        key = tl.where(key == best[:, None], -0x8000000000000000, key)
+    result = scale * chosen
+    if NORMALIZE:
+        total = tl.sum(chosen, 1)
+        filled = tl.maximum(total, vanishing)
+        result = scale * (chosen + ((filled - total) / K)[:, None]) / filled[:, None]
+    tl.store(weight + row[:, None] * K + place[None, :], result, mask=real[:, None] & (place < K)[None, :])
+
+
+class Route(torch.autograd.Function):
+    """Keeps its arguments, the scores and the choices."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, router: Tensor, bias: Tensor, top_k: int, scale: float, normalize: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, experts = len(x), router.shape[1]
+        product = matmul_fp32(x, torch.cat(split_bf16x3(router), -1))
+        score = torch.empty(rows, experts, device=x.device)
+        expert, favoured = (torch.empty(rows, top_k, dtype=torch.int64, device=x.device) for _ in range(2))
+        weight = torch.empty(rows, top_k, device=x.device)
+        padded = triton.next_power_of_2(experts)
+        m = max(1, CHOICES // padded)
+        choose_kernel[(triton.cdiv(rows, m),)](
+            product, bias, score, expert, favoured, weight, rows, experts, TINY, scale, VANISHING,
+            top_k, triton.next_power_of_2(top_k), normalize, m, padded, num_warps=4,
+        )  # fmt: skip
+        ctx.save_for_backward(x, router, score, expert)
+        ctx.how = {"scale": scale, "normalize": normalize}
+        ctx.mark_non_differentiable(expert, favoured)
+        return score, expert, favoured, weight
+
+    @staticmethod
+    @first_order
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, router, score, expert = ctx.saved_tensors
+        parts = score_gradient(outputs[0], score, expert, outputs[3].contiguous(), **ctx.how)
+        return *products_of_parts(x, router, *parts), None, None, None, None
+
+
+def route(x: Tensor, router: Tensor, bias: Tensor, *, top_k: int, scale: float = 1.0, normalize: bool = True) -> Routed:
+    """`pure.model.route.route_tokens` by sigmoids without a shift, without groups.
+
+    The product with the router, and one pass each way: scores, both choices and weights; the gradient of the logits.
+
+    x        [N D] bf16
+    router   [D E] f32
+    bias     [E] f32
+    """
+    told: Any = Route.apply(x, router, bias, top_k, scale, normalize)
+    score, expert, favoured, weight = told
+    return Routed(Routing(expert, weight), score, favoured)
 
 
 class Scores(torch.autograd.Function):
@@ -128,7 +310,7 @@ class Scores(torch.autograd.Function):
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         x, router, score = ctx.saved_tensors
-        return product_gradients(x, router, outputs[0] * score * (1 - score))
+        return products_of_parts(x, router, *score_gradient(outputs[0], score))
 
 
 class Logits(torch.autograd.Function):

@@ -7,7 +7,7 @@ multiplies by one over them. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nmoe.effects.kernels.optim.master import load_master, store_master_
 from nmoe.effects.kernels.optim.newton_schulz import PRODUCTS, Products, orthogonalize, padded
-from nmoe.pure.optim.muon import RMS, SMALLEST_NORM, Matrices
+from nmoe.pure.optim.muon import RMS, SMALLEST_NORM, Matrices, Turn
 
 
 @attrs.frozen(kw_only=True)
@@ -31,6 +31,9 @@ class MatrixTile:
 
 
 TILE = MatrixTile(block_m=16, block_n=128, num_warps=4, num_stages=1)
+
+PARTIALS = 1024
+"""Sums of squares that a step of `scale_kernel` adds up."""
 
 
 @triton.jit
@@ -87,6 +90,24 @@ def ahead_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(tl.sum(ahead * ahead, 1), 0))
 
 
+@triton.jit(do_not_specialize=["programs"])
+def scale_kernel(
+    partial,  # [B programs] f32: sums of squares
+    scale,  # [B] f32
+    programs,  # of a matrix
+    smallest: tl.constexpr,
+    N: tl.constexpr,
+):
+    """One over the norm of a matrix. How torch orders a sum depends on how many there are."""
+    own = tl.program_id(0)
+    total = tl.zeros((N,), tl.float32)
+    for first in range(0, programs, N):
+        at = first + tl.arange(0, N)
+        total += tl.load(partial + own.to(tl.int64) * programs + at, mask=at < programs, other=0.0)
+    norm = tl.sqrt_rn(tl.sum(total, 0))
+    tl.store(scale + own, 1.0 / tl.maximum(norm, smallest))
+
+
 @triton.jit
 def value_kernel(
     value,  # f32, or the bits of bf16 when `has_remainder`
@@ -139,13 +160,15 @@ def muon_(
     lr: Tensor,
     momentum: float,
     decay: float,
-    parts: Sequence[Matrices],
+    turns: Sequence[Turn],
     bf16: bool,
     clear: bool = True,
     tile: MatrixTile = TILE,
     products: Products = PRODUCTS,
 ) -> Tensor:
-    """`pure.optim.muon` on a parameter, where `allowed`; the norm of the change.
+    """`pure.optim.muon` on parameters, where `allowed`; the norm of the change.
+
+    What becomes of a matrix does not depend on those that are worked on with it.
 
     value      f32, or bf16 with its `remainder`; contiguous, as all that follow
     remainder  i16, or None
@@ -155,7 +178,7 @@ def muon_(
     shrink     0-d f32    factor on the gradient, from the clip
     updates    not needed
     lr         0-d f64
-    parts      where the matrices of the parameter lie; together all of its elements
+    turns      where the matrices of the parameters lie, and which of them are orthogonalised at once
     bf16       whether the Newton-Schulz products are in bf16; else in fp32, without tensor cores
 
     clear      whether `gradient` is to be zero afterwards; false where the next step stores it anew
@@ -167,24 +190,35 @@ def muon_(
     dtype = torch.bfloat16 if bf16 else torch.float32
     bits = value if remainder is None else value.view(torch.int16)
     permit, changes = allowed.view(torch.int8), []
-    for part in parts:
-        size = (part.rows, part.columns)
-        tiles = triton.cdiv(part.rows, tile.block_m) * triton.cdiv(part.columns, tile.block_n)
-        for first, count in part.turns():
-            x = padded(count, *size, value, dtype)
-            partial, changed = (torch.empty(count, tiles, device=value.device) for _ in range(2))
-            where = (first, part.counts[1], *part.steps, part.row_step, part.column_step, *size, x.stride(1))
+    for turn in turns:
+        size = (turn[0][0].rows, turn[0][0].columns)
+        tiles = triton.cdiv(size[0], tile.block_m) * triton.cdiv(size[1], tile.block_n)
+        total = sum(count for _, _, count in turn)
+        x = padded(total, *size, value, dtype)
+        partial, changed = (torch.empty(total, tiles, device=value.device) for _ in range(2))
+        scale = torch.empty(total, device=value.device)
+        for part, at, count, where in _places(turn, x):
             ahead_kernel[(count * tiles,)](
-                gradient[part.offset :], buffer[part.offset :], x, partial, permit, shrink, *where, momentum, clear,
-                tile.block_m, tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                gradient[part.offset :], buffer[part.offset :], x[at:], partial[at:], permit, shrink, *where, momentum,
+                clear, tile.block_m, tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-            scale = partial.sum(1).sqrt().clamp(min=SMALLEST_NORM).reciprocal()
-            x = orthogonalize(x, scale, products)
+        scale_kernel[(total,)](partial, scale, tiles, SMALLEST_NORM, PARTIALS)
+        x = orthogonalize(x, scale, products)
+        for part, at, count, where in _places(turn, x):
             high = bits[part.offset :]
             value_kernel[(count * tiles,)](
-                high, high if remainder is None else remainder[part.offset :], x, changed, permit, lr, *where,
+                high, high if remainder is None else remainder[part.offset :], x[at:], changed[at:], permit, lr, *where,
                 RMS * max(size) ** 0.5, decay, remainder is not None, tile.block_m, tile.block_n,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-            changes.append(changed.sum())
+        changes.append(changed.sum())
     return torch.stack(changes).sum().sqrt()
+
+
+def _places(turn: Turn, x: Tensor) -> Iterator[tuple[Matrices, int, int, tuple[int, ...]]]:
+    """Of each part of a turn: where it begins in `x`, how many matrices it has, and arguments of the passes."""
+    at = 0
+    for part, first, count in turn:
+        steps = (*part.steps, part.row_step, part.column_step, part.rows, part.columns)
+        yield part, at, count, (first, part.counts[1], *steps, x.stride(1))
+        at += count

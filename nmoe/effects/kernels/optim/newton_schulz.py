@@ -38,10 +38,12 @@ class Products:
     apply: GemmTile  # Q X
 
 
+# At the power's limit cuBLAS takes 812 us for Q X of 64 matrices of 1408 x 2048, these tiles 817, programs that stay 826,
+# 128 x 256 by 8 warps 884; X X^T takes 474, by 8 warps 487 (docs/log.md, 2026-11-29).
 PRODUCTS = Products(
-    gram=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    square=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    apply=GemmTile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4),
+    gram=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
+    square=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
+    apply=GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3),
 )
 
 
@@ -55,12 +57,11 @@ def _block(x, matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def symmetric_kernel(
     left,  # descriptor [B M N]
     right,  # descriptor [B M N]: the tensor of `left`, or a symmetric matrix that commutes with it
-    added,  # [B S S], rows `width` apart, or None: the tensor of `left`
+    added,  # descriptor [B S S], or None: the tensor of `left`, a whole tile at a time
     scale,  # [B] f32, or None
-    out,  # [B S S], rows `width` apart
+    out,  # descriptor [B S S], a whole tile at a time
     side,
     inner,
-    width,
     PRODUCT: tl.constexpr,
     ADDED: tl.constexpr,
     DIAGONAL: tl.constexpr,
@@ -77,6 +78,8 @@ def symmetric_kernel(
     i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
     j = t - i * (i + 1) // 2
+    # without it ptxas has each product wait for the one before, on sm_90: the path around the loop merges accumulators
+    tl.assume(inner > 0)
     acc = tl.zeros((M, M), tl.float32)
     for k in range(0, inner, K):
         if TALL:
@@ -88,47 +91,26 @@ def symmetric_kernel(
     factor = tl.full((), PRODUCT, tl.float32)
     if scale is not None:
         factor *= tl.load(scale + matrix)
-    start = matrix.to(tl.int64) * side * width
-    terms = None if added is None else added + start
-    # a quarter of the columns at a time: what is added, beside the whole tile, takes a second program's registers
-    a, b = tl.split(tl.permute(tl.reshape(acc, (M, 2, M // 2)), (0, 2, 1)))
-    first, second = tl.split(tl.permute(tl.reshape(a, (M, 2, M // 4)), (0, 2, 1)))
-    third, fourth = tl.split(tl.permute(tl.reshape(b, (M, 2, M // 4)), (0, 2, 1)))
-    _store_mirrored(first, terms, out + start, i, j, 0, side, width, factor, ADDED, DIAGONAL, M)
-    _store_mirrored(second, terms, out + start, i, j, M // 4, side, width, factor, ADDED, DIAGONAL, M)
-    _store_mirrored(third, terms, out + start, i, j, M // 2, side, width, factor, ADDED, DIAGONAL, M)
-    _store_mirrored(fourth, terms, out + start, i, j, 3 * M // 4, side, width, factor, ADDED, DIAGONAL, M)
-
-
-@triton.jit
-def _store_mirrored(
-    acc, added, out, i, j, first, side, width, factor, ADDED: tl.constexpr, DIAGONAL: tl.constexpr, M: tl.constexpr
-):
-    """Epilogue: a quarter of the columns of tile (i, j), and what they are in tile (j, i)."""
-    row, column = i * M + tl.arange(0, M), j * M + first + tl.arange(0, M // 4)
-    inside = (row < side)[:, None] & (column < side)[None, :]
     acc *= factor
     if added is not None:
-        term = tl.load(added + row[:, None] * width + column[None, :], mask=inside, other=0.0)
-        acc += ADDED * term.to(tl.float32)
+        acc += ADDED * _block(added, matrix, i * M, j * M, M, M).to(tl.float32)
     if DIAGONAL != 0.0:
-        acc += tl.where(row[:, None] == column[None, :], DIAGONAL, 0.0)
-    result = acc.to(out.dtype.element_ty)
-    tl.store(out + row[:, None] * width + column[None, :], result, mask=inside)
+        on = (i * M + tl.arange(0, M))[:, None] == (j * M + tl.arange(0, M))[None, :]
+        acc += tl.where(on, DIAGONAL, 0.0)
+    result = acc.to(out.dtype)
+    out.store([matrix, i * M, j * M], tl.reshape(result, (1, M, M)))
     if i != j:
-        mirrored = (column < side)[:, None] & (row < side)[None, :]
-        tl.store(out + column[:, None] * width + row[None, :], result.T, mask=mirrored)
+        out.store([matrix, j * M, i * M], tl.reshape(result.T, (1, M, M)))
 
 
 @triton.jit
 def apply_kernel(
     left,  # descriptor [B M S]
     right,  # descriptor [B S N]
-    out,  # [B M N], rows `width` apart
+    out,  # descriptor [B M N]
     rows,
     columns,
     inner,
-    width,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -142,9 +124,7 @@ def apply_kernel(
     for k in range(0, inner, K):
         other = _block(right, matrix, k, n, K, N)
         acc = tl.dot(_block(left, matrix, m, k, M, K), other, acc, input_precision="ieee")
-    row, column = m + tl.arange(0, M), n + tl.arange(0, N)
-    there = out + matrix.to(tl.int64) * rows * width + row.to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(there, acc.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+    out.store([matrix, m, n], tl.reshape(acc.to(out.dtype), (1, M, N)))
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -184,9 +164,10 @@ def symmetric_(
     side, inner = (columns, rows) if tall else (rows, columns)
     num = triton.cdiv(side, tile.block_m)
     box = (tile.block_k, tile.block_m) if tall else (tile.block_m, tile.block_k)
+    whole = (tile.block_m, tile.block_m)
     symmetric_kernel[(count * (num * (num + 1) // 2),)](
-        _described(left, *box), _described(right, *box), left if added else None, scale, out, side, inner,
-        out.stride(1), product, added, diagonal, tall, tile.block_m, tile.block_k,
+        _described(left, *box), _described(right, *box), _described(left, *whole) if added else None, scale,
+        _described(out, *whole), side, inner, product, added, diagonal, tall, tile.block_m, tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -204,7 +185,7 @@ def apply_(out: Tensor, q: Tensor, x: Tensor, tile: GemmTile) -> None:
     tall, k = rows > columns, tile.block_k
     (left, right), m, n = ((x, q), tile.block_n, tile.block_m) if tall else ((q, x), tile.block_m, tile.block_n)
     apply_kernel[(count * triton.cdiv(rows, m) * triton.cdiv(columns, n),)](
-        _described(left, m, k), _described(right, k, n), out, rows, columns, q.shape[1], out.stride(1), m, n, k,
+        _described(left, m, k), _described(right, k, n), _described(out, m, n), rows, columns, q.shape[1], m, n, k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

@@ -239,6 +239,7 @@ NEED = MappingProxyType(
         "nmoe.bench.kernels": "triton",
         "nmoe.bench.exchange": "triton",
         "nmoe.effects.kernels": "triton",
+        "nmoe.effects.device.token": "triton",
         "nmoe.effects.parallel.exchange.device": "triton",
         "nmoe.effects.parallel.exchange.products": "triton",
     }

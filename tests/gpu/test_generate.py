@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ from nmoe.effects.device import graph, ops
 from nmoe.effects.train import generate
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
-from nmoe.pure.model import model
+from nmoe.pure.model import decode, model
 from nmoe.pure.model.decode import Sampling
 from nmoe.pure.model.ops import environment
 from tests import shapes
+from tests.kernels.truth import check
 from tests.pure.model.test_decode import MODELS, parameters
 
 pytestmark = [
@@ -36,6 +38,7 @@ MLA = sections.Mla(
 )
 BF16: dict[str, Any] = {
     "mla": MLA,
+    "mla, whole queries": attrs.evolve(MLA, q_lora_rank=None),
     "gqa": sections.Gqa(num_heads=8, num_kv_heads=2, head_dim=64, window=128, global_every=2, sinks=True),
     "kda": sections.Kda(num_heads=2, head_dim=128),
     "kda, mla": sections.Mixed(pattern="ab", a=sections.Kda(num_heads=2, head_dim=128), b=MLA),
@@ -50,12 +53,20 @@ def placed(c: sections.Model, params: Any, device: str, kernels: bool) -> genera
         lambda _, leaf: leaf.to(where) if isinstance(leaf, Tensor) else leaf,
         (params, shapes.router_bias(c, dtype=torch.float32), env),
     )
-    return generate.Network(params=params, router_bias=bias, env=env, config=c, vocab_size=c.vocab_size)
+    return generate.Network(
+        params=params,
+        router_bias=bias,
+        env=env,
+        config=c,
+        vocab_size=c.vocab_size,
+        single_=ops.single_(where, c) if kernels else None,
+        greedy=ops.greedy(where) if kernels else None,
+    )
 
 
-def ids(network: generate.Network, *, cached: bool = True, sampling: Sampling = DRAWN) -> Any:
-    keys = [Key(0).fold(place) for place in range(len(PROMPTS))]
-    return list(generate.steps(network, PROMPTS, num_tokens=TOKENS, sampling=sampling, keys=keys, cached=cached))
+def ids(network: generate.Network, prompts: Any = PROMPTS, *, cached: bool = True, sampling: Sampling = DRAWN) -> Any:
+    keys = [Key(0).fold(place) for place in range(len(prompts))]
+    return list(generate.steps(network, prompts, num_tokens=TOKENS, sampling=sampling, keys=keys, cached=cached))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -71,9 +82,8 @@ def test_a_recorded_token_changes_no_text(name: str, monkeypatch: pytest.MonkeyP
     assert ids(placed(c, params, "cpu", kernels=False)) == recorded
 
 
-@pytest.mark.parametrize("name", BF16)
-def test_kernels_give_the_same_text_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16, bit for bit: greedy text of random weights."""
+def in_bf16(name: str, moe: sections.Moe = MOE) -> tuple[sections.Model, Any]:
+    """A model and random weights, large enough for texts that do not repeat one token."""
     c = sections.Model(
         vocab_size=512,
         hidden_size=256,
@@ -82,19 +92,62 @@ def test_kernels_give_the_same_text_recorded(name: str, monkeypatch: pytest.Monk
         intermediate_size=512,
         max_positions=64,
         attention=BF16[name],
-        moe=MOE,
+        moe=moe,
     )
     generator = torch.Generator().manual_seed(0)
     params = {
         path: torch.randn(shape, generator=generator).to(torch.bfloat16 if kind == "BF16" else torch.float32) / 8
         for path, (kind, shape) in weights.formats_of(model.specs(c), model.dims(c), torch.bfloat16).items()
     }
-    network = placed(c, tree.map(lambda path, _: params[path], model.specs(c)), "cuda", kernels=True)
-    recorded = ids(network, sampling=Sampling())
-    assert len({tuple(column) for column in recorded}) > 3
-    assert ids(network, sampling=Sampling()) == recorded
+    return c, tree.map(lambda path, _: params[path], model.specs(c))
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["three rows", "one row"])
+@pytest.mark.parametrize("name", BF16)
+def test_kernels_give_the_same_text_recorded(name: str, prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, bit for bit: greedy text of random weights."""
+    c, params = in_bf16(name)
+    network = placed(c, params, "cuda", kernels=True)
+    recorded = ids(network, prompts, sampling=Sampling())
+    assert len({tuple(column) for column in recorded}) > 1
+    assert ids(network, prompts, sampling=Sampling()) == recorded
     monkeypatch.setattr(graph, "EAGER_STEPS", NEVER)
-    assert ids(network, sampling=Sampling()) == recorded
+    assert ids(network, prompts, sampling=Sampling()) == recorded
+
+
+@pytest.mark.parametrize("name", ["mla", "mla, whole queries"])
+@torch.inference_mode()
+def test_a_single_row_is_what_several_are(name: str) -> None:
+    """Hidden states and caches of ten tokens, as near to fp64 as by the kernels for several rows; every expert is
+    chosen, so that no rounding chooses another."""
+    c, params = in_bf16(name, attrs.evolve(MOE, top_k=MOE.num_experts))
+    params = tree.map(lambda _, leaf: leaf / 2, params)
+    prompt = torch.tensor([PROMPTS[0]])
+
+    def run(network: generate.Network, single: bool) -> list[Tensor]:
+        given = (network.router_bias, network.env, network.config)
+        where = network.router_bias.device
+        padding = torch.zeros(1, dtype=torch.int32, device=where)
+        state = decode.begin(network.params, padding, 40, network.env, c)
+        _, state = decode.extend(network.params, prompt.to(where), state, *given, store=stored_)
+        found = list[Tensor]()
+        for at in range(10):
+            token = torch.full((1, 1), 7 * at, device=where)
+            if single:
+                assert network.single_ is not None
+                hidden, state = network.single_(network.params, token, state, *given)
+            else:
+                hidden, state = decode.extend(network.params, token, state, *given, store=stored_)
+            found.append(hidden)
+        return [torch.cat(found).cpu(), *(cache.cpu() for cache in state.caches)]
+
+    network = placed(c, params, "cuda", kernels=True)
+    right = run(placed(c, tree.map(lambda _, leaf: leaf.double(), params), "cpu", kernels=False), False)
+    check(run(network, True), run(network, False), right, factor=1.5, steps=1)
+
+
+def stored_(cache: Tensor, rows: Tensor, place: Tensor) -> Tensor:
+    return cache.index_copy_(1, place, rows)
 
 
 def test_no_token_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

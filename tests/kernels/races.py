@@ -401,6 +401,8 @@ class Walk:
             self.events.append(Event(kind="wait", path=path))
         elif name == "tt.int_to_ptr":
             roots = frozenset((TABLE,))
+        elif name == "tt.ptr_to_int":
+            roots = frozenset[str]()  # a number; a pointer made of it would be one from a table
         elif roots and name not in POINTER_OPS:
             raise ValueError(f"races: expected an operation known to take a pointer, got {name}; say what it does")
         elif name in UNKNOWN:

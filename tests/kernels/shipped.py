@@ -9,10 +9,11 @@ import attrs
 
 from nmoe.effects.kernels import loss as loss_kernels
 from nmoe.effects.kernels import norm as norm_kernels
-from nmoe.effects.kernels.attention import mla_assemble, mla_cached
+from nmoe.effects.kernels import pick, row
+from nmoe.effects.kernels.attention import mla_assemble, mla_cached, mla_single
 from nmoe.effects.kernels.exchange import plan as plan_kernels
 from nmoe.effects.kernels.exchange import reduce
-from nmoe.effects.kernels.moe import combine, dispatch, few, report, router, swiglu
+from nmoe.effects.kernels.moe import combine, dispatch, few, report, router, single, swiglu
 from nmoe.effects.kernels.optim import adamw, muon
 from nmoe.pure.model.route import BINS
 from tests.kernels.aot import Request
@@ -21,6 +22,7 @@ KERNELS = "nmoe.effects.kernels"
 
 SAME: Mapping[str, Mapping[str, str]] = {
     "attention.rope:rotate_kernel": {"y": "x"},
+    "attention.mla_single:query_kernel": {"product": "q", "squares": "q_squares"},
     "exchange.push:counts_kernel": {"tokens": "count"},
     "exchange.reduce:sum_kernel": {"out": "own"},
     "moe.combine:combine_kernel": {"weight": "y"},
@@ -328,6 +330,7 @@ def of_cached(rank: int = 512, rotated: int = 64) -> dict[str, Request]:
     """Latent attention of one token over a cache."""
     tile, sizes = mla_cached.TILE, {"R": rank, "RP": rank}
     steps = "q_row q_head cache_row"
+    attended = {"P": rotated, "PP": rotated, "HEADS": tile.heads, "KEYS": tile.keys}
     padded = {"AP": 2048, "RP": rank, "PP": rotated // 2}
     arrays = "product:*bf16 query_gain:*fp32 gain:*fp32 cos:*fp32 sin:*fp32 position:*i32 query:*bf16 latent:*bf16"
     return {
@@ -343,7 +346,7 @@ def of_cached(rank: int = 512, rotated: int = 64) -> dict[str, Request]:
             "query:*bf16 q:*bf16 cos:*fp32 sin:*fp32 cache:*bf16 start:*i32 position:*i32 "
             + f"{integers('out top total', '*fp32')} {integers(f'H B {steps}')} scale:fp32",
             tile,
-            {**sizes, "P": rotated, "PP": rotated, "HEADS": tile.heads, "KEYS": tile.keys},
+            {**sizes, **attended, "SINGLE": False, "EARLY": False},
             f"H {steps}",
         ),
         "cached: join": request(
@@ -352,6 +355,164 @@ def of_cached(rank: int = 512, rotated: int = 64) -> dict[str, Request]:
             Launch(),
             {"R": rank, "BLOCK": mla_cached.JOINED, "PARTS": tile.programs},
             "parts H",
+        ),
+    }
+
+
+def of_row(
+    inputs: int, outputs: int, parts: int, *, base: bool = False, normed: bool = False, before: int = 0
+) -> Request:
+    """Product of one row, the sum of so many parts and maybe of a base; `before` parts of the norm of those."""
+    tile = row.TILE
+    given = {"x": base, "total": base, "gain": normed, "squares": normed, "added": parts, "before": before}
+    kinds = {"x": "*bf16", "total": "*bf16"}
+    arrays = " ".join(f"{name}:{kinds.get(name, '*fp32')}" for name, there in given.items() if there)
+    return request(
+        "row:product_kernel",
+        f"{arrays} weight:*bf16 out:*fp32 {integers('D N step width')} eps:fp32",
+        Launch(tile.num_warps),
+        {
+            **{name: None for name, there in given.items() if not there},
+            **{"PARTS": parts, "BEFORE": before, "ROWS": tile.rows, "COLUMNS": tile.columns, "EARLY": True},
+        },
+        "D N step" + " width" * bool(before),
+    )
+
+
+def of_single(width: int = 2048, rank: int = 512, heads: int = 16, num_experts: int = 64) -> dict[str, Request]:
+    """A token of one row, at the sizes of `moonlet`."""
+    tile, attend, tiles = mla_single.TILE, mla_cached.TILE, single.TILES
+    early, wide = {"EARLY": True}, {"WIDTH": width}
+    up, down = (
+        {"ROWS": each.block_k, "COLUMNS": each.block_n, "STAGES": each.num_stages, **early}
+        for each in (tiles.up, tiles.down)
+    )
+    sums = "x:*bf16 added:*fp32 gain:*fp32 total:*bf16 scaled:*fp32 squares:*fp32"
+    squares = width // row.NORMED
+    choice = {"KP": 8, "EP": num_experts, "PARTS": width // row.NORMED, "SOFTMAX": False, "NORMALIZE": True}
+    choice |= {"SQUARES": squares, "SP": squares}
+    parts = len(range(0, width, row.TILE.rows))
+    reads = f"{integers('cos sin', '*fp32')} place:*i64 padding:*i32 query:*bf16 turned:*bf16 cache:*bf16"
+    reads += " later:*bf16"
+    numbers = "H q_step q_width product_step width A R P C Z later_size"
+    sizes = {"NP": 128, "RP": rank, "PP": 32, "HP": heads, "RANKS": tile.query, **early}
+    queries = {
+        name: request(
+            "attention.mla_single:query_kernel",
+            f"{integers('q q_squares product squares', '*fp32')} up:*bf16 gain:*fp32 {reads} "
+            + f"{integers(numbers)} eps:fp32",
+            Launch(tile.num_warps),
+            {"Q_PARTS": count, "Q_SQUARES": count, "PARTS": parts, "SQUARES": parts, **sizes},
+            numbers,
+            same,
+        )
+        for name, count, same in (("latent", 3, {}), ("whole", parts, SAME["attention.mla_single:query_kernel"]))
+    }
+    return {
+        "single: embedding": request(
+            "row:embed_kernel",
+            "token:*i64 embed:*bf16 out:*bf16 D:i32 scale:fp32",
+            Launch(8),
+            {**wide, **early},
+            "D",
+        ),
+        "single: best logits": request(
+            "pick:best_kernel",
+            "logits:*bf16 best:*i64 stride:i32 vocab:i32 scale:fp32",
+            Launch(),
+            {"BLOCK": pick.BLOCK, "VP": 1 << 18, **early},
+            "stride vocab",
+        ),
+        "single: token": request(
+            "pick:token_kernel",
+            "best:*i64 token:*i64 parts:i32",
+            Launch(),
+            {"PARTS": 128, "VP": 1 << 18, **early},
+        ),
+        "single: inwards": of_row(width, 2112, tiles.parts, base=True, normed=True),
+        "single: inwards, first": of_row(width, 2112, 0, base=True, normed=True),
+        "single: queries": of_row(1536, 3072, parts, normed=True, before=parts),
+        "single: outwards": of_row(width, width, rank // tile.value),
+        "single: query latents": queries["latent"],
+        "single: query latents, whole queries": queries["whole"],
+        "single: attend": request(
+            "attention.mla_cached:attend_kernel",
+            "query:*bf16 q:*bf16 cos:*fp32 sin:*fp32 cache:*bf16 start:*i32 position:*i64 "
+            + f"{integers('out top total', '*fp32')} {integers('H q_row q_head cache_row')} scale:fp32",
+            attend,
+            {
+                **{"B": 1, "R": rank, "RP": rank, "P": 64, "PP": 64, "HEADS": attend.heads, "KEYS": attend.keys},
+                **{"SINGLE": True, **early},
+            },
+            "H q_row q_head cache_row",
+        ),
+        "single: values": request(
+            "attention.mla_single:value_kernel",
+            f"{integers('part top total', '*fp32')} place:*i64 padding:*i32 up:*bf16 out:*fp32 "
+            + integers("H parts R U Z"),
+            Launch(tile.num_warps),
+            {
+                **{"KEYS": attend.keys, "PARTS": attend.programs, "RANKS": tile.value, "COLUMNS": tile.columns},
+                **early,
+            },
+            "H R U Z",
+        ),
+        "single: router": request(
+            "row:route_kernel",
+            f"{sums} router:*fp32 partial:*fp32 D:i32 E:i32",
+            Launch(8),
+            {"PARTS": parts, "ROWS": row.NORMED, "EP": num_experts, **early},
+            "D E",
+        ),
+        "single: no router": request(
+            "row:route_kernel",
+            f"{sums} D:i32 E:i32",
+            Launch(8),
+            {"router": None, "partial": None, "PARTS": parts, "ROWS": row.NORMED, "EP": 1, **early},
+            "D E",
+        ),
+        "single: norm": request(
+            "row:norm_kernel",
+            "x:*bf16 added:*fp32 gain:*fp32 normed:*bf16 D:i32 eps:fp32",
+            Launch(8),
+            {"PARTS": tiles.parts, "ROWS": row.NORMED, **wide, **early},
+            "D",
+        ),
+        "single: up": request(
+            "moe.single:up_kernel",
+            "x:*fp32 squares:*fp32 partial:*fp32 bias:*fp32 up:*bf16 plain:*bf16 "
+            + "expert:*i64 weight:*fp32 a:*fp32 "
+            + f"{integers('D F S parts E')} {integers('scale tiny vanishing eps', 'fp32')}",
+            tiles.up,
+            {**choice, **up, "K": 6},
+            "D F S parts E",
+        ),
+        "single: up, no experts": request(
+            "moe.single:up_kernel",
+            "x:*fp32 squares:*fp32 plain:*bf16 expert:*i64 weight:*fp32 a:*fp32 "
+            + f"{integers('D F S')} {integers('scale tiny vanishing eps', 'fp32')}",
+            tiles.up,
+            {
+                **dict.fromkeys(("partial", "bias", "up"), None),
+                **{"parts": 1, "E": 1, "KP": 1, "EP": 1, "PARTS": 1, "SOFTMAX": False, "NORMALIZE": False},
+                **{"SQUARES": squares, "SP": squares},
+                **{**up, "K": 0},
+            },
+            "D F S",
+        ),
+        "single: down": request(
+            "moe.single:down_kernel",
+            f"a:*fp32 expert:*i64 weight:*fp32 down:*bf16 plain:*bf16 out:*fp32 {integers('D F S')}",
+            tiles.down,
+            {**down, "K": 6, "KP": 8},
+            "D F S",
+        ),
+        "single: down, no experts": request(
+            "moe.single:down_kernel",
+            f"a:*fp32 expert:*i64 weight:*fp32 plain:*bf16 out:*fp32 {integers('D F S')}",
+            tiles.down,
+            {**down, "down": None, "K": 0, "KP": 1},
+            "D F S",
         ),
     }
 

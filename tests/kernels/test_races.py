@@ -31,6 +31,7 @@ OTHERS = {
     **shipped.of_few(7168, 2048, 256, 8),
     **shipped.of_router(256, 8),
     **shipped.of_cached(),
+    **shipped.of_single(),
     **shipped.of_biases(),
     **shipped.of_assembly(),
     **shipped.of_exchange(),

@@ -128,6 +128,30 @@ def build(
     )
 
 
+def single_(device: torch.device, c: Model) -> Callable[..., Any] | None:
+    """`decode.extend` of one token of one row that writes into its caches, where kernels know the whole model; else
+    None.
+
+    It stands for all ops of `build` with their defaults: who puts another in the place of one has no use for it.
+    """
+    if device.type == "cpu":
+        return None
+    # only here: triton is not everywhere
+    from nmoe.effects.device import token
+
+    return token.extend_ if token.fits(c) else None
+
+
+def greedy(device: torch.device) -> Callable[[Tensor, int, float], Tensor] | None:
+    """The most likely token of each row by kernels, `pick.greedy`; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    # only here: triton is not everywhere
+    from nmoe.effects.kernels import pick
+
+    return pick.greedy
+
+
 def _route(
     x: Tensor,
     router: Tensor,

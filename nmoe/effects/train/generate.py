@@ -56,6 +56,9 @@ class Network:
     vocab_size: int  # ids that the tokenizer knows; the model may have more rows
     ranks: Ranks = SINGLE_RANK  # that compute it together: each calls the same functions with the same arguments
     batch_tokens: int = BATCH_TOKENS
+    # For a GPU, of whoever takes the `env` of its kernels as it is:
+    single_: Callable[..., tuple[Tensor, Decoding]] | None = None  # `ops.single_`
+    greedy: Callable[[Tensor, int, float], Tensor] | None = None  # `ops.greedy`
 
 
 @torch.inference_mode()
@@ -107,12 +110,16 @@ def _cached(network: Network, prompts: Sequence[Sequence[int]], draws: Tensor, s
     yield chosen
 
     replays = network.ranks.world.size == 1
+    single_ = network.single_ if len(rows) == 1 else None
+
+    def extended(token: Tensor, state: Decoding) -> tuple[Tensor, Decoding]:
+        if single_ is not None:
+            return single_(p, token[:, None], state, bias, env, c)
+        return decode.extend(p, token.clamp(min=0)[:, None], state, bias, env, c, whole=replays, store=_store_)
 
     def step(state: Going, draw: Tensor, rates: tuple[()]) -> tuple[Going, Tensor]:
         """One token; the caches, of which each is only in one place, are written in place."""
-        hidden, after = decode.extend(
-            *(p, state.token.clamp(min=0)[:, None], state.decoding(), bias, env, c), whole=replays, store=_store_
-        )
+        hidden, after = extended(state.token, state.decoding())
         tree.map(_copy_, state.caches, after.caches)
         token = _pick(network, hidden, draw, sampling)
         return attrs.evolve(state, place=after.place, length=after.length, token=token), token
@@ -167,8 +174,10 @@ def _uncached(
 
 def _pick(network: Network, hidden: Tensor, draw: Tensor, sampling: Sampling) -> Tensor:
     """The token [B] that follows hidden states [B T D]; -1 where a logit is not finite."""
-    logits = (hidden[:, -1] @ network.params.head)[:, : network.vocab_size].float() * network.config.logit_scale
-    return decode.pick(logits, draw, sampling)
+    logits, scale = hidden[:, -1] @ network.params.head, network.config.logit_scale
+    if network.greedy is not None and sampling.temperature == 0:
+        return network.greedy(logits, network.vocab_size, scale)
+    return decode.pick(logits[:, : network.vocab_size].float() * scale, draw, sampling)
 
 
 def texts(
@@ -292,6 +301,8 @@ def open_network(folder: Path, device: str | None, checkpoint: Path | None = Non
         env=attrs.evolve(env, tables=tables),
         config=model.model_at(c, env, MOST_TOKENS),  # in the last stage of its attention
         vocab_size=tokenizer.size,
+        single_=None if plain else ops.single_(where, c),
+        greedy=None if plain else ops.greedy(where),
     )
     return network, tokenizer
 

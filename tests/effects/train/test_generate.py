@@ -9,14 +9,18 @@ from typing import Any
 
 import attrs
 import pytest
+import torch
+from torch import Tensor
 
 from nmoe.cli import main
 from nmoe.config import sections
 from nmoe.effects.data import tokenizer as tokenizers
+from nmoe.effects.device import tape
 from nmoe.effects.record.names import WEIGHTS
 from nmoe.effects.train import generate
 from nmoe.errors import InputError, printable
 from nmoe.pure.core.key import Key
+from nmoe.pure.model import decode
 from nmoe.pure.model.decode import Sampling
 from tests import shapes
 from tests.effects.checkpoint.hf_models import write
@@ -188,3 +192,32 @@ def test_a_model_smaller_than_its_tokenizer_is_refused(
     shutil.copy(sources / tokenizers.FILE, tmp_path / "run")
     assert run(tmp_path / "run", "--prompt", "x") == 2
     assert "expected a tokenizer of at most model.vocab_size = 299 ids, got 300" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampling", HOW[:2])
+def test_kernels_of_one_row_take_the_tokens_of_one_prompt(
+    folder: Path, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stubs that compute as ever: what a GPU brings along is asked where it fits, and nowhere else."""
+    called: list[str] = []
+
+    def single_(p: Any, tokens: Tensor, state: Any, *given: Any) -> Any:
+        called.append("single_")
+        store = lambda cache, rows, place: cache.index_copy_(1, place, rows)  # noqa: E731
+        return decode.extend(p, tokens.clamp(min=0), state, *given, store=store)
+
+    def greedy(logits: Tensor, vocab: int, scale: float) -> Tensor:
+        called.append("greedy")
+        return decode.pick(logits[:, :vocab].float() * scale, torch.zeros(len(logits)), Sampling())
+
+    monkeypatch.setattr(tape, "replaying", lambda step: step)
+    network, tokenizer = generate.open_network(folder, "cpu")
+    assert network.single_ is None and network.greedy is None
+    network = attrs.evolve(network, single_=single_, greedy=greedy)
+    settings: dict[str, Any] = {"num_tokens": 5, "sampling": sampling, "key": Key(0)}
+    for count in (1, 2):
+        called.clear()
+        found = generate.texts(network, tokenizer, PROMPTS[:count], **settings)
+        assert found == texts(folder, PROMPTS[:count], **settings)
+        assert called.count("single_") == (4 if count == 1 else 0)
+        assert called.count("greedy") == (5 if sampling.temperature == 0 else 0)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmoe.effects.kernels.early import fetch, release, wait
 from nmoe.pure.model.attention.cached import New
 from nmoe.pure.model.attention.mla import Mla, QueryUp
 from nmoe.pure.model.rope import Rope
@@ -68,47 +69,64 @@ def latents_kernel(
 def attend_kernel(
     query, q, cos, sin, cache, start, position, out, top, total, H, B, q_row, q_head, cache_row, scale,
     R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    SINGLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row's keys: values summed by weights relative to `top`, and the sum of the weights."""
+    """One part of a row's keys: values summed by weights relative to `top`, and the sum of the weights.
+
+    Of a single row `q` is rotated already, `position` is that in the cache, and a part without keys leaves what nobody
+    reads as it is.
+    """
+    release(EARLY)
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     latent, rotated, place = tl.arange(0, RP), tl.arange(0, PP), tl.arange(0, KEYS)
-    first = tl.load(start + row)
-    placed = tl.load(position + row)
-    end = first + placed + 1
-    real = head < H
-    of_latent = real[:, None] & (latent < R)[None, :]
-    wide = tl.load(query + (head.to(tl.int64)[:, None] * B + row) * R + latent[None, :], mask=of_latent, other=0.0)
-    here = q + row * q_row + head.to(tl.int64)[:, None] * q_head + rotated[None, :]
-    pairs = tl.load(here, mask=real[:, None] & (rotated < P)[None, :], other=0.0).to(tl.float32)
-    pair = tl.arange(0, PP // 2)
-    entry = placed.to(tl.int64) * (P // 2) + pair
-    c = tl.load(cos + entry, mask=pair < P // 2, other=0.0)[None, :]
-    s = tl.load(sin + entry, mask=pair < P // 2, other=0.0)[None, :]
-    even, odd = tl.split(tl.reshape(pairs, (HEADS, PP // 2, 2)))
-    turned = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (HEADS, PP)).to(q.dtype.element_ty)
-    best = tl.full((HEADS,), -float("inf"), tl.float32)
-    weights = tl.zeros((HEADS,), tl.float32)
-    summed = tl.zeros((HEADS, RP), tl.float32)
-    # which keys are summed together does not depend on the room, so that a text does not on its length
-    for at in range(first + part * KEYS, end, tl.num_programs(0) * KEYS):
-        key = at + place
-        address = cache + row * cache_row + key.to(tl.int64)[:, None] * (R + P)
-        inside = (key < end)[:, None]
-        value = tl.load(address + latent[None, :], mask=inside & (latent < R)[None, :], other=0.0)
-        other = tl.load(address + R + rotated[None, :], mask=inside & (rotated < P)[None, :], other=0.0)
-        score = (tl.dot(wide, tl.trans(value)) + tl.dot(turned, tl.trans(other))) * scale
-        score = tl.where((key < end)[None, :], score, -float("inf"))
-        higher = tl.maximum(best, tl.max(score, 1))
-        weight = tl.exp(score - higher[:, None])
-        shrink = tl.exp(best - higher)
-        weights = weights * shrink + tl.sum(weight, 1)
-        summed = tl.dot(weight.to(value.dtype), value, summed * shrink[:, None])
-        best = higher
-    at = (row * tl.num_programs(0) + part) * H + head
-    tl.store(top + at, best, mask=real)
-    tl.store(total + at, weights, mask=real)
-    tl.store(out + at[:, None] * R + latent[None, :], summed, mask=of_latent)
+    if SINGLE:
+        last = tl.load(position).to(tl.int32)
+        first = tl.minimum(tl.load(start), last)
+        begin, end = first + part * KEYS, last + 1
+        size: tl.constexpr = (R + P) * (cache.dtype.element_ty.primitive_bitwidth // 8)
+        fetch(cache + begin * (R + P), tl.minimum(KEYS, last - begin) * size, EARLY)
+        wait(EARLY)
+    else:
+        first = tl.load(start + row)
+        placed = tl.load(position + row)
+        begin, end = first + part * KEYS, first + placed + 1
+    if (not SINGLE) or begin < end:
+        real = head < H
+        of_latent = real[:, None] & (latent < R)[None, :]
+        wide = tl.load(query + (head.to(tl.int64)[:, None] * B + row) * R + latent[None, :], mask=of_latent, other=0.0)
+        here = q + row * q_row + head.to(tl.int64)[:, None] * q_head + rotated[None, :]
+        turned = tl.load(here, mask=real[:, None] & (rotated < P)[None, :], other=0.0)
+        if not SINGLE:
+            pair = tl.arange(0, PP // 2)
+            entry = placed.to(tl.int64) * (P // 2) + pair
+            c = tl.load(cos + entry, mask=pair < P // 2, other=0.0)[None, :]
+            s = tl.load(sin + entry, mask=pair < P // 2, other=0.0)[None, :]
+            even, odd = tl.split(tl.reshape(turned.to(tl.float32), (HEADS, PP // 2, 2)))
+            joined = tl.join(even * c - odd * s, odd * c + even * s)
+            turned = tl.reshape(joined, (HEADS, PP)).to(q.dtype.element_ty)
+        best = tl.full((HEADS,), -float("inf"), tl.float32)
+        weights = tl.zeros((HEADS,), tl.float32)
+        summed = tl.zeros((HEADS, RP), tl.float32)
+        # which keys are summed together does not depend on the room, so that a text does not on its length
+        for at in range(begin, end, tl.num_programs(0) * KEYS):
+            key = at + place
+            address = cache + row * cache_row + key.to(tl.int64)[:, None] * (R + P)
+            inside = (key < end)[:, None]
+            value = tl.load(address + latent[None, :], mask=inside & (latent < R)[None, :], other=0.0)
+            other = tl.load(address + R + rotated[None, :], mask=inside & (rotated < P)[None, :], other=0.0)
+            score = (tl.dot(wide, tl.trans(value)) + tl.dot(turned, tl.trans(other))) * scale
+            score = tl.where((key < end)[None, :], score, -float("inf"))
+            higher = tl.maximum(best, tl.max(score, 1))
+            weight = tl.exp(score - higher[:, None])
+            shrink = tl.exp(best - higher)
+            weights = weights * shrink + tl.sum(weight, 1)
+            summed = tl.dot(weight.to(value.dtype), value, summed * shrink[:, None])
+            best = higher
+        at = (row * tl.num_programs(0) + part) * H + head
+        tl.store(top + at, best, mask=real)
+        tl.store(total + at, weights, mask=real)
+        tl.store(out + at[:, None] * R + latent[None, :], summed, mask=of_latent)
 
 
 @triton.jit
@@ -185,7 +203,8 @@ def attend(q: Tensor, cache: Tensor, up: Tensor, rope: Rope, new: New, scale: fl
         query.contiguous(), q[..., nope:], rope.cos, rope.sin, cache,
         new.documents.start.contiguous(), new.documents.position.contiguous(),
         part, top, total, heads, rows, q.stride(0), q.stride(1), cache.stride(0), scale,
-        rank, padded, rotated, turned, tile.heads, tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        rank, padded, rotated, turned, tile.heads, tile.keys, SINGLE=False, EARLY=False,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     join_kernel[(rows, heads, triton.cdiv(rank, JOINED))](
         part, top, total, out, parts, heads, rows, rank, JOINED, tile.programs, num_warps=4

@@ -57,6 +57,44 @@ def logits_kernel(x, router, partial, D, E, ROWS: tl.constexpr, EP: tl.constexpr
 
 
 @triton.jit
+def scored(logit, real, tiny, SOFTMAX: tl.constexpr):
+    """Scores of a token's logits [EP]."""
+    if SOFTMAX:
+        logit = tl.where(real, logit, -float("inf"))
+        value = tl.exp(logit - tl.max(logit, 0))
+        value = value / tl.sum(value, 0)
+    else:
+        value = 1 / (1 + tl.exp(-logit))
+        # not by maximum, which may lose what is not a number
+        value = tl.where(value < tiny, tiny, value)
+    return value
+
+
+@triton.jit
+def chosen(
+    value, steered, column, real, scale, vanishing,
+    EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """The K experts of the largest `steered` scores and their weights, [KP] each."""
+    place = tl.arange(0, KP)
+    key = order_key(steered, column, real, EP)
+    expert, own = tl.zeros((KP,), tl.int64), tl.zeros((KP,), tl.float32)
+    for k in tl.static_range(K):
+        best = tl.max(key, 0)
+        at = EP - 1 - (best & 0xFFFFFFFF)
+        expert = tl.where(place == k, at, expert)
+        own = tl.where(place == k, tl.sum(tl.where(column == at, value, 0.0), 0), own)
+        key = tl.where(key == best, -0x8000000000000000, key)
+    if NORMALIZE:
+        total = tl.sum(own, 0)
+        lacking = tl.where(total < vanishing, vanishing - total, 0.0)
+        own = scale * (own + lacking / K) / (total + lacking)
+    else:
+        own = scale * own
+    return expert, own
+
+
+@triton.jit
 def choose_kernel(
     partial, shift, bias, score, expert, favoured, weight, parts, E, scale, tiny, vanishing,
     PARTS: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
@@ -70,35 +108,17 @@ def choose_kernel(
     logit = tl.sum(tl.load(partial + (token * parts + part[:, None]) * E + column[None, :], mask=inside, other=0.0), 0)
     if shift is not None:
         logit += tl.load(shift + column, mask=real, other=0.0).to(tl.float32)
-    if SOFTMAX:
-        logit = tl.where(real, logit, -float("inf"))
-        value = tl.exp(logit - tl.max(logit, 0))
-        value = value / tl.sum(value, 0)
-    else:
-        value = 1 / (1 + tl.exp(-logit))
-        # not by maximum, which may lose what is not a number
-        value = tl.where(value < tiny, tiny, value)
+    value = scored(logit, real, tiny, SOFTMAX)
     tl.store(score + token * E + column, value, mask=real)
     key = order_key(value, column, real, EP)
     for k in tl.static_range(K):
         best = tl.max(key, 0)
         tl.store(favoured + token * K + k, EP - 1 - (best & 0xFFFFFFFF))
         key = tl.where(key == best, -0x8000000000000000, key)
-    key = order_key(value + tl.load(bias + column, mask=real, other=0.0).to(tl.float32), column, real, EP)
-    chosen = tl.zeros((KP,), tl.float32)
-    for k in tl.static_range(K):
-        best = tl.max(key, 0)
-        at = EP - 1 - (best & 0xFFFFFFFF)
-        tl.store(expert + token * K + k, at)
-        chosen = tl.where(place == k, tl.sum(tl.where(column == at, value, 0.0), 0), chosen)
-        key = tl.where(key == best, -0x8000000000000000, key)
-    if NORMALIZE:
-        total = tl.sum(chosen, 0)
-        lacking = tl.where(total < vanishing, vanishing - total, 0.0)
-        chosen = scale * (chosen + lacking / K) / (total + lacking)
-    else:
-        chosen = scale * chosen
-    tl.store(weight + token * K + place, chosen, mask=place < K)
+    steered = value + tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    at, own = chosen(value, steered, column, real, scale, vanishing, EP, K, KP, NORMALIZE)
+    tl.store(expert + token * K + place, at, mask=place < K)
+    tl.store(weight + token * K + place, own, mask=place < K)
 
 
 @triton.jit

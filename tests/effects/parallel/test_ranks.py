@@ -393,12 +393,14 @@ def test_fp8_of_experts_shared_out_is_that_of_one_rank(sources: Path, tmp_path: 
         low = attrs.evolve(config.precision, compute=compute, emulate=compute == "fp8")
         return losses(trained(attrs.evolve(config, model=model, precision=low), world, experts=world, capacity=0.0))
 
-    one, other, wide = run("one", "fp8", 1, 4), run("other", "fp8", 1, 2), run("wide", "bf16", 1, 4)
-    near = max(abs(a - b) for a, b in zip(one, other, strict=True))
+    one, wide = run("one", "fp8", 1, 4), run("wide", "bf16", 1, 4)
+    # a code that flips moves an element by a sixteenth, so that how far two runs come apart is chance after two steps:
+    # one other run came as near as 0.008 where a third was 0.037 away (2026-11-29)
+    others = [run("halves", "fp8", 1, 2), run("quarters", "fp8", 1, 1)]
+    near = [max(abs(other[step] - loss) for other in others) for step, loss in enumerate(one)]
     for name, world, size in (("two", 2, 2), ("four", 4, 1)):
-        found = run(name, "fp8", world, size)
-        assert found[0] == pytest.approx(one[0], rel=2**-22)
-        assert max(abs(a - b) for a, b in zip(found, one, strict=True)) <= 4 * max(near, 2**-22 * one[0])
+        far = [abs(a - b) for a, b in zip(run(name, "fp8", world, size), one, strict=True)]
+        assert far[0] <= 2**-22 * one[0] and far[1] <= 3 * near[1] and max(far) <= 3 * max(near), (name, far, near)
     assert wide[0] != pytest.approx(one[0], rel=1e-5)
 
 

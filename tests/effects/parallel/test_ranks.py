@@ -400,7 +400,7 @@ def test_fp8_of_experts_shared_out_is_that_of_one_rank(sources: Path, tmp_path: 
     near = [max(abs(other[step] - loss) for other in others) for step, loss in enumerate(one)]
     for name, world, size in (("two", 2, 2), ("four", 4, 1)):
         far = [abs(a - b) for a, b in zip(run(name, "fp8", world, size), one, strict=True)]
-        assert far[0] <= 2**-22 * one[0] and far[1] <= 3 * near[1] and max(far) <= 3 * max(near), (name, far, near)
+        assert far[0] <= 2**-22 * one[0] and far[1] <= 4 * near[1] and max(far) <= 4 * max(near), (name, far, near)
     assert wide[0] != pytest.approx(one[0], rel=1e-5)
 
 

@@ -52,6 +52,7 @@ class MoeExperts(torch.autograd.Function):
         alpha: float,
         t: Tiles,
         accumulator: Accumulator | None,
+        *added: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x, weight = x.contiguous(), weight.contiguous()
         pairs, form = expert.numel(), experts.Form(bias=bias, limit=limit, alpha=alpha)
@@ -64,11 +65,11 @@ class MoeExperts(torch.autograd.Function):
             cut = places.tiles(at.count, pairs, t.down.block_m)
             y = persistent.grouped_gemm(a, down, at.end, cut, t.down, t.group, t.programs, transposed=False)
         with record_function("combine"):
-            out = sums.combine(y, at.place, weight)
+            out = sums.combine(y, at.place, weight, added)
         count = at.count.to(torch.int64)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, h, weight, up, down, at.source, at.slot, at.place, at.count, at.end)
-        ctx.t, ctx.accumulator, ctx.form = t, accumulator, form
+        ctx.t, ctx.accumulator, ctx.form, ctx.added = t, accumulator, form, len(added)
         return out, count
 
     @staticmethod
@@ -107,7 +108,7 @@ class MoeExperts(torch.autograd.Function):
             dx = persistent.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, t.programs, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
-        return d_input, None, d_weight, d_up, d_down, d_bias, None, None, None, None
+        return d_input, None, d_weight, d_up, d_down, d_bias, *[None] * 4, *[outputs[0]] * ctx.added
 
 
 def moe_experts(
@@ -118,6 +119,7 @@ def moe_experts(
     bias: Tensor | tuple[()] = (),
     *,
     tiles: Tiles,
+    added: tuple[Tensor, ...] = (),
     accumulator: Accumulator | None = None,
     limit: float | None = None,
     alpha: float = 1.0,
@@ -128,10 +130,11 @@ def moe_experts(
     up       [E D 2 F]
     down     [E F D]
     bias     [E 2 F] or ()   added before the activation
+    added    each [N D]   added to the result before it is rounded
     accumulator  takes the gradients of `up` and `down` that it has buffers for
     limit, alpha  of `pure.model.experts.activation`
     returns  [N D] in the format of `x`, [E] i64
     """
     return MoeExperts.apply(  # pyright: ignore[reportReturnType]
-        x, routing.expert, routing.weight, up, down, bias, limit, alpha, tiles, accumulator
+        x, routing.expert, routing.weight, up, down, bias, limit, alpha, tiles, accumulator, *added
     )

@@ -47,9 +47,7 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
     return (rows * total.rsqrt() * (upcast(gain) * width**0.5)).view(x.shape).to(x.dtype)
 
 
-def add_rms_norm(
-    x: Tensor, y: Tensor | tuple[()], gain: Tensor, *, eps: float, readers: int = 1
-) -> tuple[Tensor, ...]:
+def add_rms_norm(x: Tensor, y: Tensor | tuple[()], gain: Tensor, *, eps: float, readers: int = 1) -> tuple[Tensor, ...]:
     """`pure.model.norm.add_rms_norm` by `rms_norm`."""
     total = x if not isinstance(y, Tensor) else add_output(x, y)
     return total, *[rms_norm(total, gain, eps=eps)] * readers

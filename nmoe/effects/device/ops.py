@@ -79,9 +79,7 @@ def build(
             attention=_by_part(c, kinds, lambda kind, section: _cpu_attention(kind)),
             experts=partial(cpu.moe_experts, experts=low or cpu.experts_grouped)
             if exchange is None
-            else partial(
-                _then_added, partial(host.mixture, exchange=exchange, experts=low or cpu.experts_grouped)
-            ),
+            else partial(_then_added, partial(host.mixture, exchange=exchange, experts=low or cpu.experts_grouped)),
         )
         # Ranges for a profiler take 13 % of a generated token on a CPU: `nmoe run --profile` puts them in there.
         return plain if device.type == "cpu" else labelled(plain)
@@ -124,9 +122,7 @@ def build(
                 pairs=few.PAIRS,
             )
             if exchange is None
-            else partial(
-                _then_added, partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator)
-            ),
+            else partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator),
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
         )
     )

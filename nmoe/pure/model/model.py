@@ -172,7 +172,7 @@ def moe_output(
         softmax=c.score == "softmax",
         recorded=recorded,
     )
-    added = list[Tensor]()
+    added: list[Tensor] = []
     if isinstance(p.biases, Biases):
         added.append(down_biases(routed.routing, p.biases.down))
     if isinstance(p.shared, Shared):

@@ -28,9 +28,7 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
     return (y * gain).to(x.dtype)
 
 
-def add_rms_norm(
-    x: Tensor, y: Tensor | tuple[()], gain: Tensor, *, eps: float, readers: int = 1
-) -> tuple[Tensor, ...]:
+def add_rms_norm(x: Tensor, y: Tensor | tuple[()], gain: Tensor, *, eps: float, readers: int = 1) -> tuple[Tensor, ...]:
     """The residual stream with a layer's output added, and the same normed for the next layer.
 
     x, y     [... D]; y may be (): nothing is added

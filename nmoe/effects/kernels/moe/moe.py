@@ -35,6 +35,10 @@ class Tiles:
     group: int  # row tiles next to each other in the order of work
     programs: int  # multiprocessors of the device
 
+    def rows(self) -> set[int]:
+        """How many rows of an expert the tiles of its products have."""
+        return {tile.block_m for tile in (self.up, self.down, self.activation, self.input)}
+
 
 class MoeExperts(torch.autograd.Function):
     """Keeps the input, the pre-activation and indices; the activation is recomputed, no row's output is kept."""
@@ -58,18 +62,18 @@ class MoeExperts(torch.autograd.Function):
         pairs, form = expert.numel(), experts.Form(bias=bias, limit=limit, alpha=alpha)
         with record_function("dispatch"):
             at = places.dispatch(expert, up.shape[0])
+            # of each number of rows once, 3 us a launch
+            cuts = {m: places.tiles(at.count, pairs, m) for m in t.rows()}
         with record_function("experts"):
-            h, a = experts.gather_gemm_swiglu(
-                x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.block_m), t.up, t.group, form
-            )
-            cut = places.tiles(at.count, pairs, t.down.block_m)
+            h, a = experts.gather_gemm_swiglu(x, at.source, up, at.end, cuts[t.up.block_m], t.up, t.group, form)
+            cut = cuts[t.down.block_m]
             y = persistent.grouped_gemm(a, down, at.end, cut, t.down, t.group, t.programs, transposed=False)
         with record_function("combine"):
             out = sums.combine(y, at.place, weight, added)
         count = at.count.to(torch.int64)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, h, weight, up, down, at.source, at.slot, at.place, at.count, at.end)
-        ctx.t, ctx.accumulator, ctx.form, ctx.added = t, accumulator, form, len(added)
+        ctx.t, ctx.accumulator, ctx.form, ctx.cuts, ctx.added = t, accumulator, form, cuts, len(added)
         return out, count
 
     @staticmethod
@@ -81,11 +85,10 @@ class MoeExperts(torch.autograd.Function):
         t: Tiles = ctx.t
         form: experts.Form = ctx.form
         accumulator: Accumulator | None = ctx.accumulator
-        pairs = place.numel()
         with record_function("combine"):
             rows = places.spread(outputs[0].contiguous(), place)
         with record_function("experts"):
-            cut = places.tiles(count, pairs, t.activation.block_m)
+            cut = ctx.cuts[t.activation.block_m]
             dh, a, part = experts.swiglu_backward_gemm(
                 rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs, form
             )
@@ -104,7 +107,7 @@ class MoeExperts(torch.autograd.Function):
                 source=None if t.gathered is None else source,
             )
             del rows
-            cut = places.tiles(count, pairs, t.input.block_m)
+            cut = ctx.cuts[t.input.block_m]
             dx = persistent.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, t.programs, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)

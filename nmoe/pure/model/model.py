@@ -237,7 +237,7 @@ def feed_forward(
         y, report = mix(p.ffn, tuple(normed), bias, env, c.moe, recorded, x if add else ())
         return x, y, report
     if isinstance(p.ffn, Dense):
-        y = mlp(*normed, p.ffn.up, p.ffn.down, env.ops.swiglu)
+        y = mlp(normed[0], p.ffn.up, p.ffn.down, env.ops.swiglu)
         return x, x + y if add else y, ()
     raise ValueError("block: expected a router bias for a layer of experts, got (); pass the layer's row of it")
 

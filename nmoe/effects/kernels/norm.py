@@ -148,7 +148,7 @@ def backward(
     x: Tensor, gain: Tensor, rstd: Tensor, grad_outputs: Sequence[Tensor], residual: Tensor | None, tile: NormTile
 ) -> tuple[Tensor, Tensor]:
     """Gradients of what was normed and of the gain, from those of up to three readers of the normed. All as tables."""
-    grad_output, second, third = (*grad_outputs, None, None)[:3]
+    grad_output, second, third = *grad_outputs, *[None] * (3 - len(grad_outputs))
     rows, width = x.shape
     gradient = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     programs = min(tile.programs, triton.cdiv(rows, tile.block_m))

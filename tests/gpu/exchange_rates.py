@@ -2,9 +2,9 @@
 
     python -m tests.gpu.exchange_rates JOINED DEDUP RANK RANKS STORE
 
-JOINED as in `tests.effects.parallel.exchange_rank`; DEDUP is 0 or 1. Rows that are put and waited for, a mixture forward
-and backward at several numbers of tokens and the bytes that it sends to other ranks: the last line of JSON on standard
-output has all of it.
+JOINED as in `tests.effects.parallel.exchange_rank`; DEDUP is 0 or 1. Rows that are put and waited for, a mixture
+forward and backward at several numbers of tokens and the bytes that it sends to other ranks: the last line of JSON on
+standard output has all of it.
 """
 
 from __future__ import annotations

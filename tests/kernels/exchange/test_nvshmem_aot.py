@@ -34,7 +34,7 @@ def requests(library: str) -> list[Request]:
         Request(
             kernel=f"{KERNELS}:nvshmem_barrier_kernel",
             signature={"epoch": "*i64", "addresses": "*i64", "arrived": "i64", "missing": "*i32", "pes": "*i32"}
-            | {"OFFSET": "i64", "ME": "i32", "W": "i32", "LIMIT": "i64"},
+            | {"OFFSET": "i32", "ME": "i32", "W": "i32", "LIMIT": "i64"},
             constants={"FLAG": FLAG_BYTES, "SET": SET, "AT_LEAST": AT_LEAST, "SIGNAL": True, "WAIT": True},
             warps=1,
             libraries={"nvshmem": library},

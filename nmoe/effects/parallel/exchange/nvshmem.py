@@ -186,7 +186,6 @@ def over(by: Links, peers: Transport, addresses: Sequence[int]) -> Transport:
         )
 
     def put_rows_(e: Exchange, put: Put) -> None:
-        peers.put_rows_(e, put)
         stage = view(e.raw, e.fields.sent_back if put.back else e.fields.sent)
         most, width = len(stage), put.values.shape[1]  # in fp8 a row is narrower
         stage = stage.flatten().view(put.values.dtype)[: most * width].view(most, width)
@@ -194,9 +193,9 @@ def over(by: Links, peers: Transport, addresses: Sequence[int]) -> Transport:
         valid = by.every if put.valid is None else put.valid
         kernels.stage_(stage, put.values, item, put.to, e.addresses, valid, put.programs, back=put.back)
         leave_(e, stage, put, put.programs)
+        peers.put_rows_(e, put)  # while what was put is under way
 
     def put_words_(e: Exchange, put: Put) -> None:
-        peers.put_words_(e, put)
         words = put.values.flatten().view(torch.int32)
         stage = view(e.raw, e.fields.sent_words_back if put.back else e.fields.sent_words)[: len(words)]
         if put.item is None:
@@ -204,14 +203,15 @@ def over(by: Links, peers: Transport, addresses: Sequence[int]) -> Transport:
         else:
             torch.index_select(words, 0, put.item, out=stage)
         leave_(e, stage, put, e.programs)
+        peers.put_words_(e, put)
 
     def put_counts_(e: Exchange, count: Tensor, tokens: Tensor | None) -> None:
-        peers.put_counts_(e, count, tokens)
         stage = view(e.raw, e.fields.sent_counts)
         stage[:, : len(count)] = count
         stage[:, len(count) :] = 0 if tokens is None else tokens[: len(stage)]
         put = Put(field=e.fields.counts, values=stage, to=by.ranks, at=torch.full_like(by.ranks, e.rank))
         leave_(e, stage, put, e.programs)
+        peers.put_counts_(e, count, tokens)
 
     def barrier_(e: Exchange, *, signal: bool, wait: bool) -> None:
         limit = int(e.timeout_s * 1e9) if e.raw.is_cuda else 0

@@ -56,7 +56,7 @@ ACCESSES = {
 }
 """Operations that touch global memory at their first operand; assembly does when that is a pointer."""
 
-UNKNOWN = frozenset(("tt.call", "ttg.warp_specialize", "cf.br", "cf.cond_br"))
+UNKNOWN = frozenset(("tt.call", "cf.br", "cf.cond_br"))
 """Operations behind which accesses would be missed."""
 
 VALUE = re.compile(r"%[\w-]+(?:#\d+)?")
@@ -171,6 +171,8 @@ def _operation(lines: Sequence[str], at: int) -> tuple[Operation, int]:
         raise ValueError(f"races: expected an operation of MLIR, got {line!r}; read it in `_operation`")
     named, name, rest = matched.groups()
     results = tuple(result for group in (named or "").split(", ") for result in _numbered(group))
+    if name == "ttg.warp_specialize":
+        return _specialized(lines, at, rest)
     regions: list[Region] = []
     opened, here, at = rest.endswith("{"), at, at + 1
     head, types = _split(rest.removesuffix("({").removesuffix("{"))
@@ -181,6 +183,21 @@ def _operation(lines: Sequence[str], at: int) -> tuple[Operation, int]:
         if not opened and " : " in closing:
             types = closing.split(" : ", 1)[1]
     return Operation(here, results, name, head, types, tuple(regions)), at
+
+
+def _specialized(lines: Sequence[str], here: int, rest: str) -> tuple[Operation, int]:
+    """Warps that run regions of their own: those of the kernel, then others, whose arguments are what is captured."""
+    regions: list[Region] = []
+    at = here + 1
+    while not regions or lines[at].startswith("partition"):
+        opening = lines[at]
+        region, closing, at = _region(lines, at + 1)
+        arguments = re.findall(r"(%[\w-]+): ", opening)
+        regions.append(Region((*arguments, *re.findall(r"num_warps\((\d+)\)", opening)), region.operations))
+        if closing != "}":
+            break
+    head = rest[: rest.index(")") + 1]
+    return Operation(here, (), "ttg.warp_specialize", head, "", tuple(regions)), at
 
 
 def _numbered(group: str) -> Sequence[str]:
@@ -305,6 +322,8 @@ class Walk:
                 self.loop(operation, path)
             elif operation.name == "scf.if":
                 self.branches(operation, path)
+            elif operation.name == "ttg.warp_specialize":
+                self.partitions(operation, path)
             elif operation.name == "scf.yield":
                 return self.operands(operation)
             elif operation.name == "scf.condition":
@@ -323,6 +342,18 @@ class Walk:
         for name, *chosen in zip(operation.results, *yielded, strict=True) if operation.results else ():
             roots = frozenset[str]().union(*(value.roots for value in chosen))
             self.values[name] = self.value(f"if {operation.line} {name}", [*condition, *chosen], roots=roots)
+
+    def partitions(self, operation: Operation, path: Path) -> None:
+        """Regions that run side by side: nothing orders their accesses, so none may store what another one touches."""
+        captured, warps = self.operands(operation), self.warps
+        own, *others = operation.regions
+        self.run(own.operations, (*path, (operation.line, "default")))
+        for number, region in enumerate(others):
+            *arguments, several = region.arguments
+            self.warps = int(several)
+            self.values.update(zip(arguments, captured, strict=True))
+            self.run(region.operations, (*path, (operation.line, f"partition {number}")))
+        self.warps = warps
 
     def loop(self, operation: Operation, path: Path) -> None:
         """A loop: until it is known which buffers its arguments may point into, then two iterations."""

@@ -1,4 +1,4 @@
-"""The mixture's kernels for Hopper, compiled ahead of time: wide products, warps with registers of their own, no spills.
+"""The mixture's kernels for Hopper, compiled ahead of time: wide products, registers where they are needed, no spills.
 
 Triton's interpreter knows no Gluon: what they compute is compared with the other kernels by tests/gpu/test_hopper.py.
 """

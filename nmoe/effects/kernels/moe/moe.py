@@ -5,6 +5,8 @@ Letters: N tokens, D hidden size, E experts, F expert width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -16,7 +18,9 @@ from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
-from nmoe.effects.kernels.moe import experts, persistent
+from nmoe.effects.kernels.moe import experts
+from nmoe.effects.kernels.moe.hopper import activation, gradient, product, ring
+from nmoe.effects.kernels.moe.hopper import up as up_projection
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model.route import Routing
 
@@ -34,6 +38,7 @@ class Tiles:
     gathered: GemmTile | None = None  # of the gradient of `up` that gathers its tokens; None: rows are brought together
     group: int  # row tiles next to each other in the order of work
     programs: int  # multiprocessors of the device
+    hopper: bool = False  # whether products in bf16 are those of `moe.hopper`, where there is no bias and no clamp
 
 
 class MoeExperts(torch.autograd.Function):
@@ -58,11 +63,13 @@ class MoeExperts(torch.autograd.Function):
         with record_function("dispatch"):
             at = places.dispatch(expert, up.shape[0])
         with record_function("experts"):
-            h, a = experts.gather_gemm_swiglu(
-                x, at.source, up, at.end, places.tiles(at.count, pairs, t.up.block_m), t.up, t.group, form
-            )
-            cut = places.tiles(at.count, pairs, t.down.block_m)
-            y = persistent.grouped_gemm(a, down, at.end, cut, t.down, t.group, t.programs, transposed=False)
+            if t.hopper and form.plain:
+                cut = places.tiles(at.count, pairs, ring.ROWS)
+                h, a = up_projection.gather_gemm_swiglu(x, at.source, up, at.end, cut, t.group, t.programs)
+            else:
+                cut = places.tiles(at.count, pairs, t.up.block_m)
+                h, a = experts.gather_gemm_swiglu(x, at.source, up, at.end, cut, t.up, t.group, form)
+            y = _product(a, down, at.count, at.end, t, t.down, transposed=False)
         with record_function("combine"):
             out = sums.combine(y, at.place, weight)
         count = at.count.to(torch.int64)
@@ -84,30 +91,57 @@ class MoeExperts(torch.autograd.Function):
         with record_function("combine"):
             rows = places.spread(outputs[0].contiguous(), place)
         with record_function("experts"):
-            cut = places.tiles(count, pairs, t.activation.block_m)
-            dh, a, part = experts.swiglu_backward_gemm(
-                rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs, form
-            )
+            if t.hopper and form.plain:
+                cut = places.tiles(count, pairs, activation.ROWS)
+                dh, a, part = activation.swiglu_backward_gemm(
+                    rows, slot, weight, down, h, end, cut, t.group, t.programs
+                )
+            else:
+                cut = places.tiles(count, pairs, t.activation.block_m)
+                dh, a, part = experts.swiglu_backward_gemm(
+                    rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs, form
+                )
             dh = dh.flatten(1)
             d_bias = form.gradient(dh, end, count)
             d_weight = part.sum(-1)[place.to(torch.int64)]
+            write_ = _gradients(end, count, t)
             d_down = experts.weight_gradient(
-                a, rows, end, count, t.down_gradient, t.group, parameter=down, accumulator=accumulator
+                a, rows, write_(t.down_gradient, None), parameter=down, accumulator=accumulator
             )
             del a, part, rows
-            rows = places.spread(x, place) if t.gathered is None else x
-            d_up = experts.weight_gradient(
-                *(rows, dh, end, count, t.gathered or t.up_gradient, t.group),
-                parameter=up,
-                accumulator=accumulator,
-                source=None if t.gathered is None else source,
-            )
+            if t.hopper:
+                rows, gathers = x, write_(t.up_gradient, source)
+            else:
+                rows, gathers = places.spread(x, place), write_(t.up_gradient, None)
+            d_up = experts.weight_gradient(rows, dh, gathers, parameter=up, accumulator=accumulator)
             del rows
-            cut = places.tiles(count, pairs, t.input.block_m)
-            dx = persistent.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, t.programs, transposed=True)
+            dx = _product(dh, up.flatten(2), count, end, t, t.input, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
         return d_input, None, d_weight, d_up, d_down, d_bias, None, None, None, None
+
+
+def _product(
+    rows: Tensor, weight: Tensor, count: Tensor, end: Tensor, t: Tiles, tile: GemmTile, *, transposed: bool
+) -> Tensor:
+    """Grouped GEMM by the kernel of this GPU."""
+    if t.hopper:
+        cut = places.tiles(count, rows.shape[0], ring.ROWS)
+        return product.grouped_gemm(rows, weight, end, cut, t.group, t.programs, transposed=transposed)
+    cut = places.tiles(count, rows.shape[0], tile.block_m)
+    return experts.grouped_gemm(rows, weight, end, cut, tile, t.group, transposed=transposed)
+
+
+def _gradients(end: Tensor, count: Tensor, t: Tiles) -> Callable[[GemmTile, Tensor | None], Callable[..., None]]:
+    """What writes a weight gradient by the kernel of this GPU, given its tile and what its rows are gathered by."""
+    how: dict[str, Any] = {"end": end, "count": count, "group": t.group}
+
+    def write_(tile: GemmTile, source: Tensor | None) -> Callable[..., None]:
+        if t.hopper:
+            return partial(gradient.grouped_weight_gradient_, **how, programs=t.programs, source=source)
+        return partial(experts.grouped_weight_gradient_, **how, tile=tile, source=source)
+
+    return write_
 
 
 def moe_experts(

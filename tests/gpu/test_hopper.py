@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import attrs
 import pytest
@@ -110,7 +111,7 @@ def test_weight_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     at = places.dispatch(chosen(tokens, num_experts, top_k), num_experts)
     x, dh = normal(tokens, hidden), normal(tokens * top_k, 2 * width, seed=1)
     rows = places.spread(x, at.place)
-    how = {"end": at.end, "count": at.count, "group": 8}
+    how: dict[str, Any] = {"end": at.end, "count": at.count, "group": 8}
     before = normal(num_experts, hidden, 2 * width, seed=2).to(dtype)
     for add in (False, True):
         wanted = before.clone() if add else poisoned(*before.shape, dtype=dtype)

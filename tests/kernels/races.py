@@ -186,16 +186,13 @@ def _operation(lines: Sequence[str], at: int) -> tuple[Operation, int]:
 
 
 def _specialized(lines: Sequence[str], here: int, rest: str) -> tuple[Operation, int]:
-    """Warps that run regions of their own: those of the kernel, then others, whose arguments are what is captured."""
+    """Warps that run regions of their own: those of the kernel, and others, whose last argument is their number."""
     regions: list[Region] = []
-    at = here + 1
-    while not regions or lines[at].startswith("partition"):
-        opening = lines[at]
+    at, closing = here + 1, "}"
+    while closing == "}" and (not regions or lines[at].startswith("partition")):
+        arguments = re.findall(r"(%[\w-]+): |num_warps\((\d+)\)", lines[at])
         region, closing, at = _region(lines, at + 1)
-        arguments = re.findall(r"(%[\w-]+): ", opening)
-        regions.append(Region((*arguments, *re.findall(r"num_warps\((\d+)\)", opening)), region.operations))
-        if closing != "}":
-            break
+        regions.append(Region(tuple(name or number for name, number in arguments), region.operations))
     head = rest[: rest.index(")") + 1]
     return Operation(here, (), "ttg.warp_specialize", head, "", tuple(regions)), at
 
@@ -346,13 +343,10 @@ class Walk:
     def partitions(self, operation: Operation, path: Path) -> None:
         """Regions that run side by side: nothing orders their accesses, so none may store what another one touches."""
         captured, warps = self.operands(operation), self.warps
-        own, *others = operation.regions
-        self.run(own.operations, (*path, (operation.line, "default")))
-        for number, region in enumerate(others):
-            *arguments, several = region.arguments
-            self.warps = int(several)
-            self.values.update(zip(arguments, captured, strict=True))
-            self.run(region.operations, (*path, (operation.line, f"partition {number}")))
+        for number, region in enumerate(operation.regions):
+            self.warps = int(region.arguments[-1]) if number else warps
+            self.values.update(zip(region.arguments, captured, strict=False))
+            self.run(region.operations, (*path, (operation.line, f"warps {number}")))
         self.warps = warps
 
     def loop(self, operation: Operation, path: Path) -> None:
@@ -461,6 +455,8 @@ class Walk:
     def ordered(self, earlier: int, later: int) -> bool:
         """Whether every thread's earlier access is over before any thread's later one."""
         one, other = self.events[earlier], self.events[later]
+        if beside(one, other):
+            return False
         marks = [
             event.kind
             for event in self.events[earlier:later]
@@ -477,6 +473,12 @@ class Walk:
         if one.address.term != other.address.term or one.replicated or other.replicated:
             return False
         return one.layout == other.layout or (one.kind == "load" and earlier in other.stored)
+
+
+def beside(one: Event, other: Event) -> bool:
+    """Whether other warps make the other access, at a time of their own."""
+    both = zip(one.path, other.path, strict=False)
+    return any(mine[0] == its[0] and mine != its and mine[1].startswith("warps") for mine, its in both)
 
 
 def within(access: Event, mark: Event) -> bool:

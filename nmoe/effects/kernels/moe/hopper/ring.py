@@ -18,7 +18,7 @@ PIECE, NARROW = 64, 16
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+barrier = next(getattr(gl, name) for name in ("barrier", "thread_barrier") if hasattr(gl, name))
 """Its names in Triton 3.7 and 3.6."""
 
 

@@ -193,8 +193,7 @@ def _specialized(lines: Sequence[str], here: int, rest: str) -> tuple[Operation,
         arguments = re.findall(r"(%[\w-]+): |num_warps\((\d+)\)", lines[at])
         region, closing, at = _region(lines, at + 1)
         regions.append(Region(tuple(name or number for name, number in arguments), region.operations))
-    head = rest[: rest.index(")") + 1]
-    return Operation(here, (), "ttg.warp_specialize", head, "", tuple(regions)), at
+    return Operation(here, (), "ttg.warp_specialize", rest[: rest.index(")")], "", tuple(regions)), at
 
 
 def _numbered(group: str) -> Sequence[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nmoe.effects.device import ops
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
-from nmoe.effects.kernels.moe.hopper import activation, gradient, product, ring, up
+from nmoe.effects.kernels.moe.hopper import activation, gradient, ring, up
 from nmoe.effects.kernels.moe.moe import moe_experts
 from nmoe.pure.model import route
 from nmoe.pure.model.route import Routing
@@ -83,16 +83,6 @@ def test_products(shape: tuple[int, ...]) -> None:
     h, a = repeated(lambda: up.gather_gemm_swiglu(x, at.source, w_up, at.end, own, 8, 132))
     wanted = experts.gather_gemm_swiglu(x, at.source, w_up, at.end, cut(tiles.up.block_m), tiles.up, 8)
     assert torch.equal(h, wanted[0]) and torch.equal(a, wanted[1])
-    for transposed, given, matrix in ((False, a, w_down), (True, h.flatten(1), w_up.flatten(2))):
-        tile = tiles.input if transposed else tiles.down
-        (y,) = repeated(
-            lambda given=given, matrix=matrix, transposed=transposed: [
-                product.grouped_gemm(given, matrix, at.end, own, 8, 132, transposed=transposed)
-            ]
-        )
-        assert torch.equal(
-            y, experts.grouped_gemm(given, matrix, at.end, cut(tile.block_m), tile, 8, transposed=transposed)
-        )
     tall = cut(activation.ROWS)
     found = repeated(lambda: activation.swiglu_backward_gemm(rows, at.slot, weight, w_down, h, at.end, tall, 8, 132))
     wanted = experts.swiglu_backward_gemm(

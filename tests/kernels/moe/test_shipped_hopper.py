@@ -37,7 +37,7 @@ def request(name: str, types: Mapping[str, str], constants: Mapping[str, Any], s
 
 def requests() -> list[Request]:
     """Of a hidden size that is a multiple of a step's columns, and of one that is not."""
-    k, n, m = ring.STEP, ring.COLUMNS, ring.ROWS
+    k, n = ring.STEP, ring.COLUMNS
     return [
         *(
             request(
@@ -48,15 +48,6 @@ def requests() -> list[Request]:
                 N=n // 2,
             )
             for hidden in (2048, 2056)
-        ),
-        *(
-            request(
-                "product:grouped_gemm",
-                {"rows": block(m, k), "w": block(*sides), "out": "*bf16", "INNER": "i32", "OUTER": "i32"} | TILED,
-                {"TRANSPOSED": transposed},
-                "INNER OUTER",
-            )
-            for sides, transposed in (((k, n), False), ((n, k), True))
         ),
         *(
             request(

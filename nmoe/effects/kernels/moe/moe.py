@@ -5,7 +5,6 @@ Letters: N tokens, D hidden size, E experts, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,11 +17,15 @@ from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
-from nmoe.effects.kernels.moe import experts
-from nmoe.effects.kernels.moe.hopper import activation, gradient, product, ring
+from nmoe.effects.kernels.moe import experts, persistent
+from nmoe.effects.kernels.moe.hopper import activation, gradient, ring
 from nmoe.effects.kernels.moe.hopper import up as up_projection
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model.route import Routing
+
+MANY = 1024
+"""Rows of an expert, in the mean, from which on a weight gradient that gathers nothing is faster without Hopper's
+kernel: 0.63 of the time with 192 rows, 1.03 to 1.29 with 3,072 and more; none between was measured."""
 
 
 @attrs.frozen(kw_only=True)
@@ -38,7 +41,7 @@ class Tiles:
     gathered: GemmTile | None = None  # of the gradient of `up` that gathers its tokens; None: rows are brought together
     group: int  # row tiles next to each other in the order of work
     programs: int  # multiprocessors of the device
-    hopper: bool = False  # whether products in bf16 are those of `moe.hopper`, where there is no bias and no clamp
+    hopper: bool = False  # whether there are the kernels of `moe.hopper`: sm_90, and bf16
 
 
 class MoeExperts(torch.autograd.Function):
@@ -69,7 +72,8 @@ class MoeExperts(torch.autograd.Function):
             else:
                 cut = places.tiles(at.count, pairs, t.up.block_m)
                 h, a = experts.gather_gemm_swiglu(x, at.source, up, at.end, cut, t.up, t.group, form)
-            y = _product(a, down, at.count, at.end, t, t.down, transposed=False)
+            cut = places.tiles(at.count, pairs, t.down.block_m)
+            y = persistent.grouped_gemm(a, down, at.end, cut, t.down, t.group, t.programs, transposed=False)
         with record_function("combine"):
             out = sums.combine(y, at.place, weight)
         count = at.count.to(torch.int64)
@@ -88,6 +92,7 @@ class MoeExperts(torch.autograd.Function):
         form: experts.Form = ctx.form
         accumulator: Accumulator | None = ctx.accumulator
         pairs = place.numel()
+        many = pairs >= MANY * up.shape[0]
         with record_function("combine"):
             rows = places.spread(outputs[0].contiguous(), place)
         with record_function("experts"):
@@ -104,44 +109,26 @@ class MoeExperts(torch.autograd.Function):
             dh = dh.flatten(1)
             d_bias = form.gradient(dh, end, count)
             d_weight = part.sum(-1)[place.to(torch.int64)]
-            write_ = _gradients(end, count, t)
-            d_down = experts.weight_gradient(
-                a, rows, write_(t.down_gradient, None), parameter=down, accumulator=accumulator
-            )
+            how: dict[str, Any] = {"end": end, "count": count, "group": t.group}
+            specialized = partial(gradient.grouped_weight_gradient_, **how, programs=t.programs)
+            plain = partial(experts.grouped_weight_gradient_, **how)
+            write_ = specialized if t.hopper and not many else partial(plain, tile=t.down_gradient)
+            d_down = experts.weight_gradient(a, rows, write_, parameter=down, accumulator=accumulator)
             del a, part, rows
-            if t.hopper:
-                rows, gathers = x, write_(t.up_gradient, source)
+            rows = x
+            if t.hopper and (t.gathered is None or not many):
+                write_ = partial(specialized, source=source)
+            elif t.gathered is not None:
+                write_ = partial(plain, tile=t.gathered, source=source)
             else:
-                rows, gathers = places.spread(x, place), write_(t.up_gradient, None)
-            d_up = experts.weight_gradient(rows, dh, gathers, parameter=up, accumulator=accumulator)
+                rows, write_ = places.spread(x, place), partial(plain, tile=t.up_gradient)
+            d_up = experts.weight_gradient(rows, dh, write_, parameter=up, accumulator=accumulator)
             del rows
-            dx = _product(dh, up.flatten(2), count, end, t, t.input, transposed=True)
+            cut = places.tiles(count, pairs, t.input.block_m)
+            dx = persistent.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, t.programs, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
         return d_input, None, d_weight, d_up, d_down, d_bias, None, None, None, None
-
-
-def _product(
-    rows: Tensor, weight: Tensor, count: Tensor, end: Tensor, t: Tiles, tile: GemmTile, *, transposed: bool
-) -> Tensor:
-    """Grouped GEMM by the kernel of this GPU."""
-    if t.hopper:
-        cut = places.tiles(count, rows.shape[0], ring.ROWS)
-        return product.grouped_gemm(rows, weight, end, cut, t.group, t.programs, transposed=transposed)
-    cut = places.tiles(count, rows.shape[0], tile.block_m)
-    return experts.grouped_gemm(rows, weight, end, cut, tile, t.group, transposed=transposed)
-
-
-def _gradients(end: Tensor, count: Tensor, t: Tiles) -> Callable[[GemmTile, Tensor | None], Callable[..., None]]:
-    """What writes a weight gradient by the kernel of this GPU, given its tile and what its rows are gathered by."""
-    how: dict[str, Any] = {"end": end, "count": count, "group": t.group}
-
-    def write_(tile: GemmTile, source: Tensor | None) -> Callable[..., None]:
-        if t.hopper:
-            return partial(gradient.grouped_weight_gradient_, **how, programs=t.programs, source=source)
-        return partial(experts.grouped_weight_gradient_, **how, tile=tile, source=source)
-
-    return write_
 
 
 def moe_experts(

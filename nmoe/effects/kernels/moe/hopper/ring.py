@@ -13,7 +13,7 @@ ROWS, COLUMNS, STEP = 128, 256, 64
 STAGES = 4
 """Steps under way: 192 KB of shared memory."""
 
-PIECE, NARROW = 64, 16
+PIECE, NARROW = 32, 16
 """Columns that are stored at once, and where an epilogue computes with more than the accumulator."""
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

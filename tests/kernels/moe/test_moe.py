@@ -249,9 +249,9 @@ def test_a_layer_on_hopper(
     monkeypatch.setattr(mixture.up_projection, "gather_gemm_swiglu", up)
     monkeypatch.setattr(mixture.activation, "swiglu_backward_gemm", back)
     monkeypatch.setattr(mixture.gradient, "grouped_weight_gradient_", gradient_)
-    shape = (20, 40, 24, 4, 2)
-    monkeypatch.setattr(mixture, "MANY", 20 * 2 // 4 + (0 if many else 1))
-    inputs, pulls = operands(shape), [normal(20, 40, seed=4)]
+    shape = (40, 40, 24, 4, 2)
+    monkeypatch.setattr(mixture, "MANY", 40 * 2 // 4 + (0 if many else 1))
+    inputs, pulls = operands(shape), [normal(40, 40, seed=4)]
     if biased:
         inputs.append(normal(4, 2, 24, seed=5))
 

@@ -78,7 +78,7 @@ def loss(wants_gradient: bool) -> Request:
     )
 
 
-def norm(name: str, adds: bool, width: int) -> Request:
+def norm(name: str, adds: bool, width: int, readers: int = 1) -> Request:
     """Rows of a width that is a multiple of 16."""
     tile = norm_kernels.TILE
     if name == "forward":
@@ -88,13 +88,16 @@ def norm(name: str, adds: bool, width: int) -> Request:
         )
     else:
         signature = (
-            "x:*bf16 gain:*fp32 rstd:*fp32 grad_output:*bf16 residual:*bf16 gradient:*bf16 partial:*fp32 "
-            "rows:i32 width:i32 x_stride:i32"
+            "x:*bf16 gain:*fp32 rstd:*fp32 grad_output:*bf16 "
+            + "".join(f"{each}:*bf16 " for each in ("second", "third")[: readers - 1])
+            + "residual:*bf16 gradient:*bf16 partial:*fp32 rows:i32 width:i32 x_stride:i32"
         )
     sizes = "rows width x_stride" + (" y_stride" if name == "forward" else "")
     block = 1 << (width - 1).bit_length()
     tile = attrs.evolve(tile, num_warps=norm_kernels.warps(width, tile))
-    constants = {"adds": adds, "m": tile.block_m, "block": block}
+    constants: dict[str, object] = {"adds": adds, "m": tile.block_m, "block": block}
+    if name == "backward":
+        constants |= dict.fromkeys(("second", "third")[readers - 1 :])
     same = {} if adds else SAME[f"norm:{name}_kernel"]
     return request(f"norm:{name}_kernel", signature, tile, constants, sizes, same)
 
@@ -248,10 +251,26 @@ def of_router(num_experts: int = 64, top_k: int = 6) -> dict[str, Request]:
         ),
         "report: backward": request(
             "moe.report:imbalance_backward_kernel",
-            "score:*fp32 weight:*fp32 gradient:*fp32 T:i32 E:i32 vanishing:fp32",
+            "score:*fp32 fraction:*fp32 grad_output:*fp32 gradient:*fp32 T:i32 E:i32 share_of_token:fp32 "
+            "vanishing:fp32",
             Launch(report.WARPS),
             {"M": rows, "EP": told},
             "T E",
+        ),
+        "report: sums": request(
+            "moe.report:sum_kernel",
+            "hits:*i32 shares:*fp32 entropy:*fp32 fraction:*fp32 total:*fp32 E:i32 SPANS:i32 even:fp32 "
+            "share_of_token:fp32",
+            Launch(report.WARPS),
+            {"M": rows, "EP": told},
+            "E SPANS",
+        ),
+        "router in parts": request(
+            "moe.router:split_kernel",
+            f"w:*fp32 {' '.join(reversed(parts.split()))} size:i32 E:i32",
+            Launch(),
+            {"BLOCK": router.SPLIT},
+            "size E",
         ),
     }
 
@@ -553,7 +572,7 @@ def of_dispatch(num_experts: int, top_k: int = 6) -> dict[str, Request]:
         ),
         "combine": request(
             "moe.combine:combine_kernel",
-            "y:*bf16 place:*i32 weight:*fp32 out:*bf16 D:i32",
+            "y:*bf16 place:*i32 weight:*fp32 first:*bf16 second:*bf16 out:*bf16 D:i32",
             Launch(),
             {**rows, "WEIGHTED": True},
             "D",
@@ -562,7 +581,7 @@ def of_dispatch(num_experts: int, top_k: int = 6) -> dict[str, Request]:
             "moe.combine:combine_kernel",
             "y:*bf16 place:*i32 weight:*bf16 out:*bf16 D:i32",
             Launch(),
-            {**rows, "WEIGHTED": False},
+            {**rows, "WEIGHTED": False, "first": None, "second": None},
             "D",
             SAME["moe.combine:combine_kernel"],
         ),

@@ -36,6 +36,25 @@ def test_as_near_the_truth_as_the_reference(shape: tuple[int, ...], dtype: torch
         check(graded(ours, inputs, pulled), graded(plain, inputs, pulled), truth)
 
 
+@pytest.mark.parametrize("readers", [1, 2, 3])
+@pytest.mark.parametrize("adds", [True, False])
+def test_gradients_of_readers_are_added(readers: int, adds: bool) -> None:
+    """Each of its own, with that of the stream; nothing added to the stream, too."""
+    x, y, gain = normal(5, 7, 24), normal(5, 7, 24, seed=1), 1 + normal(24, seed=2) / 4
+    pulls = [normal(5, 7, 24, seed=3 + place) for place in range(1 + readers)]
+
+    def by(which: Callable[..., Any], dtype: torch.dtype | None = None) -> list[Tensor]:
+        if adds:
+            return graded(partial(which, eps=EPS, readers=readers), (x, y, gain), pulls, dtype)
+        return graded(lambda x, gain: which(x, (), gain, eps=EPS, readers=readers), (x, gain), pulls, dtype)
+
+    truth = by(norm.add_rms_norm, torch.float64)
+    assert len(truth) == 1 + readers + (3 if adds else 2)
+    check(by(add_rms_norm), by(norm.add_rms_norm), truth)
+    if not adds:
+        assert torch.equal(by(add_rms_norm)[0], x)
+
+
 def test_a_single_column() -> None:
     """The norm is the sign, whose gradient is zero: all that is left of it is rounding."""
     inputs, pulls = (normal(7, 1), normal(1, seed=1)), [normal(7, 1, seed=2)]

@@ -27,6 +27,7 @@ REST: dict[str, Callable[[], Request]] = {
     "loss: evaluation": lambda: shipped.loss(False),
     "norm": lambda: shipped.norm("forward", False, 2048),
     "norm: backward": lambda: shipped.norm("backward", False, 2048),
+    "norm: backward of three readers": lambda: shipped.norm("backward", True, 2048, 3),
     "norm of 7168": lambda: shipped.norm("backward", True, 7168),
     "norm of 1536": lambda: shipped.norm("backward", True, 1536),
     "norm of 512": lambda: shipped.norm("backward", False, 512),

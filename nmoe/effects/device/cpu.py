@@ -19,8 +19,8 @@ from nmoe.pure.model import norm as reference
 from nmoe.pure.model.attention import mla
 from nmoe.pure.model.attention.cached import New
 from nmoe.pure.model.attention.mla import Mla, MlaOps, QueryUp, attend_mla
-from nmoe.pure.model.experts import Rows, activation, combine, dispatch, swiglu
-from nmoe.pure.model.norm import upcast
+from nmoe.pure.model.experts import Rows, activation, add_all, combine, dispatch, swiglu
+from nmoe.pure.model.norm import add_output, upcast
 from nmoe.pure.model.rope import Rope
 from nmoe.pure.model.route import Routing
 from nmoe.pure.optim.update import Rule, rule
@@ -47,11 +47,10 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
     return (rows * total.rsqrt() * (upcast(gain) * width**0.5)).view(x.shape).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, y: Tensor | tuple[()], gain: Tensor, *, eps: float, readers: int = 1) -> tuple[Tensor, ...]:
     """`pure.model.norm.add_rms_norm` by `rms_norm`."""
-    expect_shape("add_rms_norm: expected y", y.shape, x.shape, "pass the output of the layer for each row of x")
-    total = x + y
-    return total, rms_norm(total, gain, eps=eps)
+    total = x if not isinstance(y, Tensor) else add_output(x, y)
+    return total, *[rms_norm(total, gain, eps=eps)] * readers
 
 
 def attend_new(
@@ -172,6 +171,7 @@ def moe_experts(
     down: Tensor,
     bias: Tensor | tuple[()] = (),
     *,
+    added: tuple[Tensor, ...] = (),
     limit: float | None = None,
     alpha: float = 1.0,
     experts: Callable[..., Tensor] = experts_grouped,
@@ -182,12 +182,13 @@ def moe_experts(
     """
     activate = activation(limit, alpha)
     if x.device.type == "cpu" and experts is experts_grouped and routing.expert.numel() < len(up):
-        return few_rows(x, routing, up, down, bias, activate)
+        y, count = few_rows(x, routing, up, down, bias, activate)
+        return add_all(y, added), count
     with record_function("dispatch"):
         rows = dispatch(x, routing, num_experts=up.shape[0])
     y = experts(rows, up, down, bias, activate)
     with record_function("combine"):
-        return combine(y, rows, routing), rows.count
+        return add_all(combine(y, rows, routing), added), rows.count
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from nmoe.pure.model.attention.kda import KdaOps
 from nmoe.pure.model.attention.mixed import MixedOps
 from nmoe.pure.model.attention.mla import MlaOps, attend_new, scale
 from nmoe.pure.model.attention.nsa import NsaOps
-from nmoe.pure.model.experts import Rows
+from nmoe.pure.model.experts import Rows, add_all
 from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import Routed, Routing, route_tokens
 from nmoe.pure.optim.clip import global_norm
@@ -79,7 +79,7 @@ def build(
             attention=_by_part(c, kinds, lambda kind, section: _cpu_attention(kind)),
             experts=partial(cpu.moe_experts, experts=low or cpu.experts_grouped)
             if exchange is None
-            else partial(host.mixture, exchange=exchange, experts=low or cpu.experts_grouped),
+            else partial(_then_added, partial(host.mixture, exchange=exchange, experts=low or cpu.experts_grouped)),
         )
         # Ranges for a profiler take 13 % of a generated token on a CPU: `nmoe run --profile` puts them in there.
         return plain if device.type == "cpu" else labelled(plain)
@@ -117,7 +117,7 @@ def build(
             if exchange is None and fp8
             else partial(
                 _experts,
-                few=few.moe_experts,
+                few=partial(_then_added, few.moe_experts),
                 many=partial(mixtures.moe_experts, tiles=tiles, accumulator=accumulator),
                 pairs=few.PAIRS,
             )
@@ -192,6 +192,14 @@ def _experts(
     """The routed experts by what is made for so many pairs; `few` knows no gradients."""
     small = routing.expert.numel() <= pairs and not torch.is_grad_enabled()
     return (few if small else many)(x, routing, *weights, **form)
+
+
+def _then_added(
+    experts: Callable[..., tuple[Tensor, Tensor]], *arguments: Any, added: tuple[Tensor, ...], **form: Any
+) -> tuple[Tensor, Tensor]:
+    """The routed experts by what adds nothing to their sums, and what is added to them."""
+    y, count = experts(*arguments, **form)
+    return add_all(y, added), count
 
 
 def _by_part(c: Model, kinds: Kinds, ops: Callable[[Kind, Any], Any]) -> Any:

@@ -69,9 +69,10 @@ def cheap(ops: Ops, run: Callable[..., Any] = block) -> tuple[Ops, Callable[...,
     def norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
         return remember(ops.norm(x, gain, eps=eps), partial(ops.norm, x.detach(), gain.detach(), eps=eps))
 
-    def add_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-        total, normed = ops.add_norm(x, y, gain, eps=eps)
-        return total, remember(normed, partial(ops.norm, total.detach(), gain.detach(), eps=eps))
+    def add_norm(x: Tensor, y: Tensor | tuple[()], gain: Tensor, *, eps: float, readers: int = 1) -> tuple[Tensor, ...]:
+        total, *normed = ops.add_norm(x, y, gain, eps=eps, readers=readers)
+        remember(normed[0], partial(ops.norm, total.detach(), gain.detach(), eps=eps))  # all lie in one storage
+        return total, *normed
 
     def swiglu(x: Tensor) -> Tensor:
         return remember(ops.swiglu(x), partial(ops.swiglu, x.detach()))

@@ -6,6 +6,7 @@ gain is summed in two stages whose order does not depend on the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -69,6 +70,8 @@ def backward_kernel(
     gain,  # [width]
     rstd,  # [rows] f32
     grad_output,  # [rows width] contiguous: gradient of the normed
+    second,  # the same of a second reader, or None
+    third,  # the same of a third reader, or None
     residual,  # [rows width] contiguous: gradient of the sum; read when `adds`
     gradient,  # [rows width] contiguous: of what was normed, the residual's included
     partial,  # [programs width] f32: sums for the gradient of the gain
@@ -90,6 +93,10 @@ def backward_kernel(
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         unit = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32) * scale
         dy = tl.load(grad_output + here, mask=inside, other=0.0).to(tl.float32)
+        if second is not None:
+            dy += tl.load(second + here, mask=inside, other=0.0).to(tl.float32)
+        if third is not None:
+            dy += tl.load(third + here, mask=inside, other=0.0).to(tl.float32)
         summed += dy * unit
         dy *= factor
         along = tl.sum(dy * unit, 1)[:, None] / width
@@ -138,9 +145,10 @@ def forward(x: Tensor, y: Tensor | None, gain: Tensor, eps: float, tile: NormTil
 
 
 def backward(
-    x: Tensor, gain: Tensor, rstd: Tensor, grad_output: Tensor, residual: Tensor | None, tile: NormTile
+    x: Tensor, gain: Tensor, rstd: Tensor, grad_outputs: Sequence[Tensor], residual: Tensor | None, tile: NormTile
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of what was normed and of the gain. All as tables."""
+    """Gradients of what was normed and of the gain, from those of up to three readers of the normed. All as tables."""
+    grad_output, second, third = *grad_outputs, *[None] * (3 - len(grad_outputs))
     rows, width = x.shape
     gradient = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     programs = min(tile.programs, triton.cdiv(rows, tile.block_m))
@@ -150,6 +158,8 @@ def backward(
         gain,
         rstd,
         grad_output,
+        second,
+        third,
         grad_output if residual is None else residual,
         gradient,
         partial,
@@ -182,7 +192,7 @@ class RmsNorm(torch.autograd.Function):
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:
         rows, gain, rstd = ctx.saved_tensors
-        gradient, gain_gradient = backward(rows, gain, rstd, table(grad_output.contiguous()), None, ctx.tile)
+        gradient, gain_gradient = backward(rows, gain, rstd, [table(grad_output.contiguous())], None, ctx.tile)
         return gradient.view(grad_output.shape), gain_gradient, None, None
 
 
@@ -190,22 +200,25 @@ class AddRmsNorm(torch.autograd.Function):
     """`add_rms_norm` with its gradient; the same one for both summands."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor, eps: float, tile: NormTile) -> tuple[Tensor, Tensor]:
-        total, normed, rstd = forward(table(x), table(y), gain, eps, tile)
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | tuple[()], gain: Tensor, eps: float, tile: NormTile, readers: int
+    ) -> tuple[Tensor, ...]:
+        ctx.adds = isinstance(y, Tensor)
+        total, normed, rstd = forward(table(x), table(y) if isinstance(y, Tensor) else None, gain, eps, tile)
         ctx.save_for_backward(total, gain, rstd)
         ctx.tile = tile
-        return total.view(x.shape), normed.view(x.shape)
+        return total.view(x.shape), *(normed.view(x.shape) for _ in range(readers))
 
     @staticmethod
     @first_order
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, residual: Tensor, grad_output: Tensor
+        ctx: Any, residual: Tensor, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         total, gain, rstd = ctx.saved_tensors
-        flat = table(residual.contiguous())
-        gradient, gain_gradient = backward(total, gain, rstd, table(grad_output.contiguous()), flat, ctx.tile)
-        summand = gradient.view(grad_output.shape)
-        return summand, summand, gain_gradient, None, None
+        flat, *read = (table(each.contiguous()) for each in (residual, *grad_outputs))
+        gradient, gain_gradient = backward(total, gain, rstd, read, flat, ctx.tile)
+        summand = gradient.view(residual.shape)
+        return summand, summand if ctx.adds else None, gain_gradient, None, None, None
 
 
 def rms_norm(x: Tensor, gain: Tensor, *, eps: float, tile: NormTile = TILE) -> Tensor:
@@ -219,12 +232,16 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float, tile: NormTile = TILE) -> T
     return RmsNorm.apply(x, gain, eps, tile)
 
 
-def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float, tile: NormTile = TILE) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, y: Tensor | tuple[()], gain: Tensor, *, eps: float, readers: int = 1, tile: NormTile = TILE
+) -> tuple[Tensor, ...]:
     """`pure.norm.add_rms_norm`: the sum, rounded to the format of `x`, and that sum normed.
 
-    x, y     [... D]
+    x, y     [... D]; y may be (): the gradient of the stream is added where that of the norm is taken
     gain     [D]
-    returns  two of [... D]
-    Cost:    moves 8·N·D bytes forward and 8·N·D backward in bf16, N rows.
+    readers  of the normed, at most three: their gradients are added in fp32
+    returns  the sum, and the normed for each reader; all [... D]
+    Cost:    moves 8·N·D bytes forward and 8·N·D backward in bf16, N rows; 4·N·D forward where y is (), and 2·N·D more
+             backward for each reader after the first.
     """
-    return AddRmsNorm.apply(x, y, gain, eps, tile)
+    return AddRmsNorm.apply(x, y, gain, eps, tile, readers)

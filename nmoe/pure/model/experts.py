@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,11 @@ def combine(y: Tensor, rows: Rows, routing: Routing) -> Tensor:
     return (upcast(chosen) * routing.weight[..., None]).sum(-2).to(y.dtype)
 
 
+def add_all(y: Tensor, added: tuple[Tensor, ...]) -> Tensor:
+    """`y` and what is added to it, one after the other; all [N D]."""
+    return reduce(Tensor.add, added, y)
+
+
 def moe_experts(
     x: Tensor,
     routing: Routing,
@@ -137,22 +142,25 @@ def moe_experts(
     down: Tensor,
     bias: Tensor | tuple[()] = (),
     *,
+    added: tuple[Tensor, ...] = (),
     limit: float | None = None,
     alpha: float = 1.0,
     experts: Callable[..., Tensor] = experts,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the chosen experts' outputs: dispatch, experts, combine.
+    """The weighted sum of the chosen experts' outputs: dispatch, experts, combine; and what is added to it.
 
     x             [N D]
     up            [E D 2 F]
     down          [E F D]
     bias          [E 2 F] or ()   added before the activation; `down_biases` are added to the result
+    added         each [N D], added to the result; a kernel does it in the pass that combines, with one rounding
     limit, alpha  of `activation`
     experts       `experts` or another implementation of it
     returns       [N D] in the format of `x`, and the rows of each expert [E] i64
     """
     rows = dispatch(x, routing, num_experts=up.shape[0])
-    return combine(experts(rows, up, down, bias, activation(limit, alpha)), rows, routing), rows.count
+    y = combine(experts(rows, up, down, bias, activation(limit, alpha)), rows, routing)
+    return add_all(y, added), rows.count
 
 
 def down_biases(routing: Routing, bias: Tensor) -> Tensor:

@@ -107,12 +107,18 @@ def model_at(c: sections.Model, env: Env, tokens: int) -> sections.Model:
 
 
 def moe(
-    p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe, recorded: Routing | Tensor | tuple[()] = ()
+    p: Moe,
+    x: tuple[Tensor, ...],
+    bias: Tensor,
+    env: Env,
+    c: sections.Moe,
+    recorded: Routing | Tensor | tuple[()] = (),
+    residual: Tensor | tuple[()] = (),
 ) -> tuple[Tensor, RouterReport]:
     """`moe_output`, and what the router did."""
-    y, (routed, count) = moe_output(p, x, bias, env, c, recorded)
+    y, (routed, count) = moe_output(p, x, bias, env, c, recorded, residual)
     routing = routed.routing
-    score, favoured = (by_token.unflatten(0, x.shape[:-1]) for by_token in (routed.score, routed.favoured))
+    score, favoured = (by_token.unflatten(0, y.shape[:-1]) for by_token in (routed.score, routed.favoured))
     entropy, imbalance, margins = env.ops.report(score, favoured, bias, routing.expert, margins=c.balance == "quantile")
     report = RouterReport(
         count,
@@ -126,23 +132,35 @@ def moe(
     return y, report
 
 
+def readers(p: Moe) -> int:
+    """How many functions read the input of a layer of experts: the router, the experts, and the shared ones if any."""
+    return 2 + isinstance(p.shared, Shared)
+
+
 def moe_output(
-    p: Moe, x: Tensor, bias: Tensor, env: Env, c: sections.Moe, recorded: Routing | Tensor | tuple[()] = ()
+    p: Moe,
+    x: tuple[Tensor, ...],
+    bias: Tensor,
+    env: Env,
+    c: sections.Moe,
+    recorded: Routing | Tensor | tuple[()] = (),
+    residual: Tensor | tuple[()] = (),
 ) -> tuple[Tensor, tuple[route.Routed, Tensor]]:
     """Sum of the chosen experts' outputs and the shared experts'.
 
-    x         [B T D]   normed block input
+    x         [B T D] for each of its `readers`: the normed block input
     bias      [E] f32   router bias of this layer
     recorded  choices to take in the place of the router's
+    residual  [B T D] or (): added to the result
     returns   [B T D], and the routing with its scores and the tokens of each expert [E]
     Source:   DeepSeek-V3 (arXiv:2412.19437) eq. 12.
     """
-    flat = x.flatten(0, -2)
+    shape, flat = x[0].shape, [each.flatten(0, -2) for each in x]
     shift, up_bias = (p.biases.router, p.biases.up) if isinstance(p.biases, Biases) else ((), ())
     # only where the model has them: the kernels in fp8 take neither
     form = {} if c.plain() else {"bias": up_bias, "limit": c.swiglu_limit, "alpha": c.swiglu_alpha}
     routed = env.ops.route(
-        flat,
+        flat[0],
         p.router,
         bias,
         shift,
@@ -154,13 +172,15 @@ def moe_output(
         softmax=c.score == "softmax",
         recorded=recorded,
     )
-    y, count = env.ops.experts(flat, routed.routing, p.up, p.down, **form)
+    added: list[Tensor] = []
     if isinstance(p.biases, Biases):
-        y = y + down_biases(routed.routing, p.biases.down)
-    y = y.view_as(x)
+        added.append(down_biases(routed.routing, p.biases.down))
     if isinstance(p.shared, Shared):
-        y = y + mlp(x, p.shared.up, p.shared.down, env.ops.swiglu)
-    return y, (routed, count)
+        added.append(mlp(flat[2], p.shared.up, p.shared.down, env.ops.swiglu))
+    if isinstance(residual, Tensor):
+        added.append(residual.flatten(0, -2))
+    y, count = env.ops.experts(flat[1], routed.routing, p.up, p.down, added=tuple(added), **form)
+    return y.view(shape), (routed, count)
 
 
 def block(
@@ -182,11 +202,11 @@ def block(
     Raises:    ValueError for a layer of experts without a router bias.
     """
     ops = env.ops
-    y = ops.norm(x, p.attention_norm, eps=c.norm_eps)
+    x, y = ops.add_norm(x, (), p.attention_norm, eps=c.norm_eps)
     y = env.kind.apply(p.attention, y, env.tables, ops.norm, ops.attention, c.attention, documents, eps=c.norm_eps)
     y, loss = y if isinstance(y, tuple) else (y, ())
-    x, y, report = feed_forward(p, x, y, bias, env, c, recorded)
-    return x + y, report, loss
+    _, x, report = feed_forward(p, x, y, bias, env, c, recorded, add=True)
+    return x, report, loss
 
 
 def feed_forward(
@@ -198,22 +218,27 @@ def feed_forward(
     c: sections.Model,
     recorded: Routing | Tensor | tuple[()] = (),
     mix: Callable[..., tuple[Tensor, Any]] = moe,
+    *,
+    add: bool = False,
 ) -> tuple[Tensor, Tensor, Any]:
-    """The second half of a block: what attention gave is added, then a dense MLP or routed experts, not added yet.
+    """The second half of a block: what attention gave is added, then a dense MLP or routed experts.
 
     x        [B T D]   residual stream
     y        [B T D]   output of the block's attention
     mix      `moe`, or `moe_output` for who reads no report
-    returns  the residual stream [B T D], what is to be added to it, and what `mix` gave beside its output; () for a
-             dense MLP
+    add      whether the output is added to the stream, by the experts' own pass; False: that is left to the next norm
+    returns  the residual stream [B T D] with attention's output, what is to be added to it, or their sum with `add`,
+             and what `mix` gave beside its output; () for a dense MLP
     Raises:  ValueError as `block`.
     """
-    x, y = env.ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps)
+    several = readers(p.ffn) if isinstance(p.ffn, Moe) else 1
+    x, *normed = env.ops.add_norm(x, y, p.ffn_norm, eps=c.norm_eps, readers=several)
     if isinstance(p.ffn, Moe) and isinstance(bias, Tensor):
-        y, report = mix(p.ffn, y, bias, env, c.moe, recorded)
+        y, report = mix(p.ffn, tuple(normed), bias, env, c.moe, recorded, x if add else ())
         return x, y, report
     if isinstance(p.ffn, Dense):
-        return x, mlp(y, p.ffn.up, p.ffn.down, env.ops.swiglu), ()
+        y = mlp(normed[0], p.ffn.up, p.ffn.down, env.ops.swiglu)
+        return x, x + y if add else y, ()
     raise ValueError("block: expected a router bias for a layer of experts, got (); pass the layer's row of it")
 
 

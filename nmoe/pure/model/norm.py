@@ -28,14 +28,24 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float) -> Tensor:
     return (y * gain).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, y: Tensor | tuple[()], gain: Tensor, *, eps: float, readers: int = 1) -> tuple[Tensor, ...]:
     """The residual stream with a layer's output added, and the same normed for the next layer.
 
-    x, y     [... D]
+    x, y     [... D]; y may be (): nothing is added
     gain     [D]
-    returns  x + y, and `rms_norm` of it; both [... D]
+    readers  how many functions read the normed: it comes once for each, so that a kernel can add up their gradients in
+             the pass that takes its own
+    returns  x + y, and `rms_norm` of it for each reader; all [... D]
     Raises:  ValueError for outputs of another shape than the residual stream's.
     """
+    total = x if not isinstance(y, Tensor) else add_output(x, y)
+    return total, *[rms_norm(total, gain, eps=eps)] * readers
+
+
+def add_output(x: Tensor, y: Tensor) -> Tensor:
+    """The residual stream [... D] with the output of a layer.
+
+    Raises:  ValueError for outputs of another shape.
+    """
     expect_shape("add_rms_norm: expected y", y.shape, x.shape, "pass the output of the layer for each row of x")
-    total = x + y
-    return total, rms_norm(total, gain, eps=eps)
+    return x + y

@@ -25,7 +25,7 @@ class Ops:
     """One function a field; each has the signature of its reference and leaves its arguments alone."""
 
     norm: Callable[..., Tensor]
-    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    add_norm: Callable[..., tuple[Tensor, ...]]
     swiglu: Callable[[Tensor], Tensor]
     attention: Any  # the record of ops of the kind of attention
     route: Callable[..., Routed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -27,12 +28,16 @@ def trained(policy: Any, *, compute: str, steps: int = 3, attention: str = "") -
     state, env = fresh(config, blueprint, RT)
     norms = 0
 
-    def norm(*arguments: Any, **options: Any) -> torch.Tensor:
-        nonlocal norms
-        norms += 1
-        return env.ops.norm(*arguments, **options)
+    def counting(norm: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            nonlocal norms
+            norms += 1
+            return norm(*arguments, **options)
 
-    counted = attrs.evolve(env, ops=attrs.evolve(env.ops, norm=norm))
+        return run
+
+    by_name = {name: counting(getattr(env.ops, name)) for name in ("norm", "add_norm")}
+    counted = attrs.evolve(env, ops=attrs.evolve(env.ops, **by_name))
     step = make_step(config, blueprint, counted, RT, mark=lambda name: None)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):

@@ -3,8 +3,8 @@
     python -m tests.effects.parallel.exchange_rank WHAT DEVICE RANK RANKS STORE [JOINED [RENDEZVOUS]]
 
 DEVICE is "cpu", "cuda" (a GPU a rank) or "cuda:0" (one GPU for all).
-JOINED is "nvshmem", or a number: ranks lie on hosts of so many, which the proxy joins; with RENDEZVOUS they are hosts
-already. What a rank found is one line of JSON on standard output.
+JOINED is "nvshmem" within one host, "nvshmem:1" where ranks lie on hosts of so many, or a number alone: so too, and the
+proxy joins them; with RENDEZVOUS they are hosts already. What a rank found is one line of JSON on standard output.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def main(
         world_size=ranks,
         timeout=timedelta(seconds=60),
     )
+    transport, per_host = joining(joined)
     small = where.type == "cpu"
     tokens, hidden, width = (2048, 1024, 512) if not small else (TOKENS, *((128, 128) if "fp8" in what else (16, 16)))
     sizes = exchange.Sizes(
@@ -81,7 +82,7 @@ def main(
         capacity=tokens if what == "overflow" else ranks * tokens * TOP_K,
         dedup=what != "plain",
         dtype=torch.float32 if small else torch.bfloat16,
-        staged=joined == "nvshmem",
+        staged=transport == "nvshmem",
         fp8=what == "fp8",
     )
     open_here = partial(
@@ -89,12 +90,12 @@ def main(
         device=where,
         sizes=sizes,
         timeout_s=20.0 if not small else TIMEOUT_S if what in ("hung", *GONE) else 60.0,
-        transport="proxy" if joined.isdecimal() else joined or "peer",
+        transport=transport,
         rendezvous=rendezvous,
         peers=kernels_of_a_cpu() if what in KERNELS and small else None,
     )
-    if joined.isdecimal() and rendezvous == "127.0.0.1":
-        be_on_host(rank // int(joined))
+    if per_host and rendezvous == "127.0.0.1":
+        be_on_host(rank // per_host)
     found: dict[str, Any] = {}
     everybody: Any = dist.group.WORLD
     if what == "astray":
@@ -123,6 +124,14 @@ def main(
     print(json.dumps(found), flush=True)
     if "error" not in found:
         dist.destroy_process_group()
+
+
+def joining(joined: str) -> tuple[str, int]:
+    """Transport and ranks of a host, 0 for all, of what joins ranks."""
+    if joined.isdecimal():
+        return "proxy", int(joined)
+    transport, _, per_host = joined.partition(":")
+    return transport or "peer", int(per_host or 0)
 
 
 def kernels_of_a_cpu() -> Any:

@@ -24,7 +24,7 @@ def started(
 ) -> list[subprocess.Popen[str]]:
     """One process a rank.
 
-    joined  by "nvshmem", or by the proxy on hosts of so many ranks; None: by memory that all share
+    joined  by "nvshmem", "nvshmem:1" on hosts of so many ranks, or by the proxy on such; None: by memory that all share
     """
     command = [sys.executable, "-m", "tests.effects.parallel.exchange_rank", what, device]
     return [

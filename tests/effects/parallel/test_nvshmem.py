@@ -108,8 +108,23 @@ def test_sizes_without_room_to_send_from_are_refused(tmp_path: Path) -> None:
     assert [code for code, _ in on_ranks(1, tmp_path, call)] == [0]
 
 
-def test_opening_sets_everything_before_the_first_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this order, with torch's functions replaced; the memory has a name, by which torch never frees it."""
+@pytest.mark.parametrize(
+    ("hosts", "mapped", "reached"),
+    [
+        ("....", [True, True], [True, True]),
+        ("..ab", [True, True], [False, True]),
+        ("....", [False, True], [False, True]),
+    ],
+)
+def test_opening_sets_everything_before_the_first_allocation(
+    monkeypatch: pytest.MonkeyPatch, hosts: str, mapped: list[bool], reached: list[bool]
+) -> None:
+    """In this order, with torch's functions replaced; the memory has a name, by which torch never frees it.
+
+    hosts    of the ranks of the run, the group's last; "b" and "." are this one
+    mapped   of each rank of the group whether NVSHMEM has an address
+    reached  whether stores are to reach it
+    """
     sizes = Sizes(
         ranks=2, experts=2, top_k=1, hidden_size=8, tokens=4, capacity=4, dedup=False, dtype=torch.float32, staged=True
     )
@@ -119,16 +134,21 @@ def test_opening_sets_everything_before_the_first_allocation(monkeypatch: pytest
     from torch.distributed._symmetric_memory import _nvshmem_triton as triton_side
 
     def allocated(*arguments: Any, **named: Any) -> torch.Tensor:
-        assert int(os.environ["NVSHMEM_SYMMETRIC_SIZE"]) > size and os.environ["NVSHMEM_REMOTE_TRANSPORT"] == "none"
+        one = len(set(hosts)) == 1
+        assert int(os.environ["NVSHMEM_SYMMETRIC_SIZE"]) > size
+        assert os.environ.get("NVSHMEM_REMOTE_TRANSPORT") == ("none" if one else None)
         seen.append(("allocated", arguments[0], named))
         return torch.full(arguments[0], 7, dtype=torch.uint8)
 
     def met(raw: torch.Tensor, group: object) -> Any:
         seen.append("met")
-        return SimpleNamespace(rank=1, buffer_ptrs=[0, raw.data_ptr() - 64])
+        addresses = [4096, raw.data_ptr() - 64]
+        return SimpleNamespace(
+            rank=1, buffer_ptrs=[at if there else 0 for at, there in zip(addresses, mapped, strict=True)]
+        )
 
     def gathered(into: list[object], mine: object) -> None:
-        into[:] = [mine] * len(into)
+        into[:] = [mine if host in ".b" else host for host in hosts]
 
     for name, value in OFF.items():
         monkeypatch.setenv(name, value)
@@ -154,5 +174,5 @@ def test_opening_sets_everything_before_the_first_allocation(monkeypatch: pytest
         "met",
         "barrier",
     ]
-    assert addresses == [0, raw.data_ptr()] and not raw.any()
+    assert addresses == [4096 + 64 if reached[0] else 0, raw.data_ptr()] and not raw.any()
     assert links.pes.tolist() == [2, 3] and links.library == "library"

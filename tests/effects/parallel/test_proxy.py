@@ -193,15 +193,3 @@ def test_a_stranger_at_the_port_is_sent_away_and_a_host_that_does_not_come_is_na
 def test_a_host_goes_by_the_interface_that_leads_to_the_rendezvous() -> None:
     assert proxy._own_address("127.0.0.1") == "127.0.0.1"
     assert proxy._own_address("localhost") == "localhost"
-
-
-def test_rows_for_another_host_are_nowhere_for_the_kernels_of_this_one() -> None:
-    """Whose stores would run beyond the memory that stands for arenas of other hosts."""
-    given: list[Put] = []
-    with two_hosts() as (e, sender, *_):
-        transport = proxy.over(attrs.evolve(PEER, put_rows_=lambda e, put: given.append(put)), RELAY, sender)
-        to = torch.tensor([[0, 1, 2], [3, 4, 1]])
-        x, at = torch.ones(2, 8), torch.zeros_like(to)
-        transport.put_rows_(e, Put(field=e.fields.land, values=x, to=to, at=at))
-    (put,) = given
-    assert put.to.tolist() == [[0, 1, 4], [4, 4, 1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -30,6 +31,7 @@ class Case:
     up: Tensor
     down: Tensor
     bias: Tensor
+    added: Tensor
     grad_output: Tensor
 
 
@@ -70,6 +72,7 @@ def case(
         up=draw(experts, hidden, 2, width, seed=2) / hidden**0.5,
         down=draw(experts, width, hidden, seed=3) / width**0.5,
         bias=draw(experts, 2, width, seed=5),
+        added=draw(tokens, hidden, seed=6),
         grad_output=draw(tokens, hidden, seed=4),
     )
 
@@ -78,10 +81,11 @@ def single_rank(c: Case, tiles: Tiles, *, fp8: bool = False) -> list[Tensor]:
     """Output and gradients of x, weight, up, down, bias by the kernels of one rank; in fp8 without a bias."""
     if fp8:
         leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down)]
-        y, _ = moe_experts_fp8(leaves[0], Routing(c.expert, leaves[1]), *leaves[2:], tiles=tiles)
+        y, _ = moe_experts_fp8(leaves[0], Routing(c.expert, leaves[1]), *leaves[2:], tiles=tiles, added=(c.added,))
         return [y.detach(), *torch.autograd.grad(y, leaves, c.grad_output)]
     leaves = [each.clone().requires_grad_() for each in (c.x, c.weight, c.up, c.down, c.bias)]
-    y, _ = moe_experts(leaves[0], Routing(c.expert, leaves[1]), *leaves[2:], tiles=tiles, limit=LIMIT, alpha=ALPHA)
+    form: dict[str, Any] = {"limit": LIMIT, "alpha": ALPHA, "added": (c.added,)}
+    y, _ = moe_experts(leaves[0], Routing(c.expert, leaves[1]), *leaves[2:], tiles=tiles, **form)
     return [y.detach(), *torch.autograd.grad(y, leaves, c.grad_output)]
 
 
@@ -123,14 +127,16 @@ def open_ranks(
 
 def shared(c: Case, exchanges: Sequence[Exchange], parts: Sequence[int], tiles: Tiles) -> list[Tensor]:
     """The same as `single_rank`, by ranks that each have some of the tokens and of the experts."""
-    x, expert, weight, grad_output = (each.split(list(parts)) for each in (c.x, c.expert, c.weight, c.grad_output))
+    by_token = (c.x, c.expert, c.weight, c.added, c.grad_output)
+    x, expert, weight, added, grad_output = (each.split(list(parts)) for each in by_token)
     up, down = c.up.chunk(len(parts)), c.down.chunk(len(parts))
     products = [
         Fp8(tiles=tiles) if e.sizes.fp8 else Stored(tiles=tiles, form=Form(bias=bias, limit=LIMIT, alpha=ALPHA))
         for e, bias in zip(exchanges, c.bias.chunk(len(parts)), strict=True)
     ]
     forward = [
-        device.forward_(e, x[r], expert[r], weight[r], up[r], down[r], products[r]) for r, e in enumerate(exchanges)
+        device.forward_(e, x[r], expert[r], weight[r], up[r], down[r], products[r], (added[r],))
+        for r, e in enumerate(exchanges)
     ]
     out = device.run_(exchanges, forward)
     backward = [

@@ -18,6 +18,7 @@ from nmoe.effects.kernels.exchange import nvshmem as kernels
 from nmoe.effects.kernels.exchange import push as moves
 from nmoe.effects.parallel import exchange
 from nmoe.effects.parallel.exchange import Exchange, arena, nvshmem
+from nmoe.effects.parallel.exchange.device import PEER
 from nmoe.errors import InputError
 from tests.kernels.exchange.ranks import case, open_ranks, shared, single_rank
 from tests.kernels.exchange.test_exchange import TILES, WIDE, differing
@@ -28,10 +29,14 @@ FIRST = 5
 
 
 class Memory:
-    """Memory of ranks, which each names by addresses of its own. What is put arrives when somebody waits for it."""
+    """Memory of ranks, which each names by addresses of its own. What is put arrives when somebody waits for it.
 
-    def __init__(self, ranks: list[Tensor]) -> None:
-        self.ranks = ranks
+    per_host  ranks of a host, within which nothing is put; None: anything is
+    """
+
+    def __init__(self, ranks: list[Tensor], per_host: int | None = 1) -> None:
+        self.ranks, self.per_host = ranks, per_host
+        self.signals = 0
         self.messages: list[tuple[int, int, int]] = []  # target, source, bytes
         self.late: list[tuple[int, int, int]] = []
 
@@ -48,7 +53,13 @@ class Memory:
     def put(self, target: object, source: object, size: object, pe: object) -> None:
         """`nvshmemx_putmem_nbi_block`: the source may be read until `quiet`."""
         there, here, number, to = map(scalar, (target, source, size, pe))
-        assert any(own.data_ptr() <= here <= here + number <= own.data_ptr() + own.nbytes for own in self.ranks)
+        (by,) = [
+            rank
+            for rank, own in enumerate(self.ranks)
+            if own.data_ptr() <= here <= here + number <= own.data_ptr() + own.nbytes
+        ]
+        if self.per_host:
+            assert (to - FIRST) // 2 // self.per_host != by // self.per_host, "a put within a host"
         message = (self.at(there, number, to), here, number)
         self.late.append(message)
         self.messages.append(message)
@@ -64,6 +75,7 @@ class Memory:
         assert getattr(how, "value", how) == kernels.SET
         word = ctypes.c_int64.from_address(self.at(scalar(flag), 8, scalar(pe)))
         word.value = scalar(value)
+        self.signals += 1
 
     def compared(self, flag: object, how: object, value: object) -> Any:
         """`nvshmem_int64_test`; a rank that is not there would be waited for without end."""
@@ -78,9 +90,9 @@ def scalar(value: object) -> int:
 
 
 @contextmanager
-def replaced(ranks: list[Tensor]) -> Iterator[Memory]:
+def replaced(ranks: list[Tensor], per_host: int | None = 1) -> Iterator[Memory]:
     """NVSHMEM between these memories."""
-    memory = Memory(ranks)
+    memory = Memory(ranks, per_host)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_put_", memory.put)
         patch.setattr(kernels, "_quiet", memory.quiet)
@@ -94,38 +106,63 @@ def numbers(ranks: int) -> list[int]:
     return [FIRST + 2 * rank for rank in range(ranks)]
 
 
-def over(exchanges: tuple[Exchange, ...]) -> list[Exchange]:
-    """The same ranks, joined by NVSHMEM."""
+def over(exchanges: tuple[Exchange, ...], per_host: int = 1) -> list[Exchange]:
+    """The same ranks, joined by NVSHMEM, which hands out addresses within a host."""
     sizes, where = exchanges[0].sizes, torch.device("cpu")
     by = nvshmem.links(sizes, numbers(sizes.ranks), "", None, where)
-    return [attrs.evolve(e, transport=nvshmem.over(by)) for e in exchanges]
+    joined: list[Exchange] = []
+    for e in exchanges:
+        near = [rank // per_host == e.rank // per_host for rank in range(sizes.ranks)]
+        addresses = [address if here else 0 for address, here in zip(e.addresses.tolist(), near, strict=True)]
+        transport = nvshmem.over(by, PEER, addresses)
+        joined.append(attrs.evolve(e, transport=transport, addresses=torch.tensor(addresses)))
+    return joined
 
 
 @pytest.mark.parametrize(
-    ("kind", "parts", "dedup"),
+    ("kind", "parts", "per_host", "dedup"),
     [
-        ("random", (12, 12), True),
-        ("ties", (9, 0, 2, 1), False),
+        ("random", (12, 12), 1, True),
+        ("ties", (9, 0, 2, 1), 2, False),
         *(
             pytest.param(*each, marks=pytest.mark.long)
             for each in (
-                ("random", (12, 12), False),
-                ("random", (6, 6, 6, 6), True),
-                ("all to one", (6, 6), True),
-                ("none to the first half", (6, 6), False),
+                ("random", (12, 12), 1, False),
+                ("ties", (9, 0, 2, 1), 1, False),
+                ("random", (6, 6, 6, 6), 1, True),
+                ("random", (6, 6, 6, 6), 2, True),
+                ("all to one", (6, 6), 1, True),
+                ("none to the first half", (6, 6), 1, False),
             )
         ),
     ],
 )
-def test_the_bits_of_one_rank(kind: str, parts: tuple[int, ...], dedup: bool) -> None:
-    """Twice over the same arenas; rows are not pushed one by one."""
+def test_the_bits_of_one_rank(kind: str, parts: tuple[int, ...], per_host: int, dedup: bool) -> None:
+    """Twice over the same arenas; rows are not put one by one, and nothing is put within a host."""
     c = case(kind, sum(parts), 16, 16, 4, 3)  # with two ranks more choices than a token is sent to
-    exchanges = over(open_ranks(c, parts, dedup=dedup, staged=True))
+    exchanges = over(open_ranks(c, parts, dedup=dedup, staged=True), per_host)
     wanted = single_rank(c, TILES)
-    with replaced([e.raw for e in exchanges]) as memory:
+    with replaced([e.raw for e in exchanges], per_host) as memory:
         for _ in range(2):
             assert differing(shared(c, exchanges, parts, TILES), wanted) == []
     assert memory.late == [] and max(size for _, _, size in memory.messages) > 16 * c.x.element_size()
+    barriers = int(exchanges[0].epoch) * len(parts)
+    assert memory.signals == barriers * (len(parts) - per_host)
+
+
+def test_one_host_is_stored_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel of NVSHMEM runs, products store their rows themselves, and the end waits for all ranks."""
+    c, parts = case("random", 12, 16, 16, 4, 3), (6, 6)
+    exchanges = over(open_ranks(c, parts, dedup=True, staged=True), per_host=2)
+    for name in ("stage_kernel", "nvshmem_put_kernel", "nvshmem_barrier_kernel"):
+        monkeypatch.setattr(kernels, name, None)
+    assert differing(shared(c, exchanges, parts, TILES), single_rank(c, TILES)) == []
+    assert exchanges[0].transport.direct
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *of: seen.append("device"))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda **of: seen.append("ranks"))
+    exchanges[0].transport.flush(exchanges[0])
+    assert seen == ["device", "ranks"]
 
 
 @pytest.mark.parametrize("dedup", [True, pytest.param(False, marks=pytest.mark.long)])
@@ -148,7 +185,7 @@ def test_too_many_rows(dedup: bool) -> None:
     row = exchanges[0].fields.counts.size() // 2
     with replaced([e.raw for e in exchanges]) as memory:
         shared(c, exchanges, parts, TILES)
-    assert [size for _, _, size in memory.messages] == [row] * 4
+    assert [size for _, _, size in memory.messages] == [row] * 2
     assert [int(e.needed) for e in exchanges] == [enough] * 2
     with pytest.raises(InputError, match=rf"expected at most {enough - 1} rows .* got {enough} on"):
         exchange.check(exchanges[0])
@@ -157,9 +194,10 @@ def test_too_many_rows(dedup: bool) -> None:
 @settings(max_examples=25)
 @given(data=st.data())
 def test_neighbours_leave_in_one_message(data: st.DataObject) -> None:
-    """Words in any order, some to nowhere, of which the first count: the places of `push_words_`, in as few messages as
-    programs and runs leave."""
+    """Words in any order, some to nowhere or to ranks that stores reach, of which the first count: the places of
+    `push_words_`, in as few messages as programs and runs leave."""
     ranks, most = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
+    near = [False, *(data.draw(st.booleans()) for _ in range(ranks - 1))]
     run = st.tuples(st.integers(0, ranks), st.integers(1, 9))
     to = [rank for rank, length in data.draw(st.lists(run, min_size=1, max_size=12)) for _ in range(length)][:most]
     places = data.draw(st.permutations(range(len(to)))) if data.draw(st.booleans()) else list(range(len(to)))
@@ -178,31 +216,35 @@ def test_neighbours_leave_in_one_message(data: st.DataObject) -> None:
     memory[0][most : most + len(to)] = words
     stage, target = memory[0][most : most + len(to)], memory[0].data_ptr()
     pes = torch.tensor(numbers(ranks), dtype=torch.int32)
-    with replaced(memory) as network:
-        kernels.put_(stage, target, item, ordered(to), ordered(places), valid, pes, "", programs, back=False)
+    stored = torch.tensor([own.data_ptr() if here else 0 for own, here in zip(memory, near, strict=True)])
+    with replaced(memory, per_host=None) as network:
+        kernels.put_(stage, target, item, ordered(to), ordered(places), stored, valid, pes, "", programs, back=False)
         network.quiet()
 
     wanted = [torch.zeros(2 * most, dtype=torch.int32) for _ in range(ranks + 1)]
     wanted[0][most : most + len(to)] = words
-    addresses = torch.tensor([each.data_ptr() for each in wanted])
+    addresses = torch.tensor([0 if here else own.data_ptr() for own, here in zip(wanted, [*near, False], strict=True)])
     moves.push_words_(words, None, torch.tensor(to), torch.tensor(places), addresses, 0, valid, back=False)
     assert all(map(torch.equal, memory, wanted[:-1]))
     heads = [n for n, (rank, at) in enumerate(sent) if not n or sent[n - 1] != (rank, at - 1)]
     share = min(kernels.BLOCK, -(-len(to) // programs))
     cuts = {*heads, *range(0, counted, share)}
-    assert len(network.messages) == sum(sent[n][0] < ranks for n in cuts)
+    assert len(network.messages) == sum(sent[n][0] < ranks and not near[sent[n][0]] for n in cuts)
 
 
 def test_a_signal_follows_what_it_signals_and_replaces_each_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By NVSHMEM, or stored where a rank has an address."""
     seen: list[object] = []
     monkeypatch.setattr(kernels, "_quiet", lambda: seen.append("quiet"))
     monkeypatch.setattr(kernels, "_signal_", lambda *of: seen.append(tuple(map(constant, of))))
     epoch, arrived = torch.tensor([6]), torch.zeros(3, 16, dtype=torch.int64)
     pes, missing = torch.tensor(numbers(3), dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    kernels.barrier_(epoch, arrived, missing, pes, 2, "", signal=True, wait=False, limit_ns=0)
+    near = torch.zeros(3, 18, dtype=torch.int64)
+    addresses = torch.tensor([0, near.data_ptr(), 0])
+    kernels.barrier_(epoch, addresses, arrived, missing, pes, 16, 2, "", signal=True, wait=False, limit_ns=0)
     flag = arrived[2].data_ptr()
-    assert seen == ["quiet", *((flag, 7, kernels.SET, pe) for pe in numbers(3))]
-    assert epoch.tolist() == [7]
+    assert seen == ["quiet", *((flag, 7, kernels.SET, pe) for pe in numbers(3)[::2])]
+    assert epoch.tolist() == [7] and near.flatten().nonzero().tolist() == [[2 + 2 * 16]] and int(near.sum()) == 7
 
 
 def constant(value: object) -> int:

@@ -20,7 +20,8 @@ HEADERS = ("nvshmem_common_transport.h", "nvshmem_constants.h")
 
 def requests(library: str) -> list[Request]:
     """Those that are linked with NVSHMEM's device functions, at a path, and the copy before a put."""
-    pointers = dict.fromkeys(("item", "to", "at", "valid", "pes"), "*i32")
+    places = dict.fromkeys(("item", "to", "at"), "*i32") | {"addresses": "*i64"}
+    pointers = places | dict.fromkeys(("valid", "pes"), "*i32")
     numbers = dict.fromkeys(("BYTES", "W", "M", "SHARE", "PROGRAMS", "VALID"), "i32")
     return [
         Request(
@@ -32,8 +33,8 @@ def requests(library: str) -> list[Request]:
         ),
         Request(
             kernel=f"{KERNELS}:nvshmem_barrier_kernel",
-            signature={"epoch": "*i64", "arrived": "i64", "missing": "*i32", "pes": "*i32", "ME": "i32"}
-            | {"W": "i32", "LIMIT": "i64"},
+            signature={"epoch": "*i64", "addresses": "*i64", "arrived": "i64", "missing": "*i32", "pes": "*i32"}
+            | {"OFFSET": "i32", "ME": "i32", "W": "i32", "LIMIT": "i64"},
             constants={"FLAG": FLAG_BYTES, "SET": SET, "AT_LEAST": AT_LEAST, "SIGNAL": True, "WAIT": True},
             warps=1,
             libraries={"nvshmem": library},
@@ -44,11 +45,11 @@ def requests(library: str) -> list[Request]:
 
 STAGE = Request(
     kernel=f"{KERNELS}:stage_kernel",
-    signature={"x": "*bf16", "stage": "*bf16", "item": "*i32", "to": "*i32", "valid": "*i32"}
+    signature={"x": "*bf16", "stage": "*bf16", "item": "*i32", "to": "*i32", "addresses": "*i64", "valid": "*i32"}
     | dict.fromkeys(("D", "K", "W", "M", "PROGRAMS"), "i32"),
     constants={"VALID": 0, "ROWS": ROWS, "BLOCK": block_of(2048)},
     warps=8,
-    aligned=("x", "stage", "item", "to", "valid", "D"),
+    aligned=("x", "stage", "item", "to", "addresses", "valid", "D"),
 )
 
 

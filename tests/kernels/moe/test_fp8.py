@@ -168,6 +168,9 @@ def test_the_mixture_is_that_of_the_recipe_with_its_gradients() -> None:
     recipe = partial(experts_low, recipe=RECIPES["fp8"], key=Key(0))
     mine = run(partial(moe_fp8.moe_experts_fp8, tiles=TILES))
     pure = run(partial(moe_experts, experts=recipe))
+    other = draw(N, D, seed=9).requires_grad_()
+    y, _ = moe_fp8.moe_experts_fp8(x, Routing(expert, weight), up, down, tiles=TILES, added=(other,))
+    assert error(y - other, mine[0]) < 1e-6 and torch.equal(torch.autograd.grad(y, other, dy)[0], dy)
     exact = run(moe_experts)
     for name, got, wanted, truth in zip(("y", "x", "weight", "up", "down"), mine, pure, exact, strict=True):
         # the gradient is quantised before its gate is applied, in the pure form after: codes beside a tie differ

@@ -78,6 +78,27 @@ def test_near_the_truth(shape: tuple[int, ...], kind: str) -> None:
     assert torch.equal(count, route.load(expert, num_experts))
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_is_added_is_added_before_rounding(number: int) -> None:
+    """With its gradient, which is the output's; a slice of wider rows, too."""
+    shape = (50, 40, 24, 8, 3)
+    expert, inputs = chosen("random", 50, 8, 3), operands(shape)
+    inputs += [normal(50, 96, seed=6 + place)[:, 32 : 32 + 40] for place in range(number)]
+
+    def by(which: Any) -> Any:
+        return lambda x, weight, up, down, *added: which(x, Routing(expert, weight), up, down, added=added)[0]
+
+    pulls = [normal(50, 40, seed=4)]
+    ours, plain = by(partial(moe_experts, tiles=TILES)), by(experts.moe_experts)
+    truth = graded(plain, inputs, pulls, torch.float64)
+    found = graded(ours, inputs, pulls)
+    check(found, graded(plain, inputs, pulls), truth, factor=2.0)
+    assert all(torch.equal(gradient, pulls[0]) for gradient in found[-number:])
+    rows, one = torch.full((4, 8), 2048.0).half(), torch.ones(4, 8).half()
+    y = combine.combine(rows, torch.arange(4, dtype=torch.int32)[:, None], None, (one, one.clone()))
+    assert y.unique().tolist() == [2050.0], "2048 + 1 is 2048 in fp16"
+
+
 @pytest.mark.parametrize(("shape", "kind"), ROUTED[:5], ids=str)
 @pytest.mark.parametrize("form", ({"limit": 0.7, "alpha": 1.702}, {}), ids=("clamped", "SwiGLU"))
 def test_biases_and_a_clamp_near_the_truth(form: dict[str, float], shape: tuple[int, ...], kind: str) -> None:
@@ -141,6 +162,22 @@ def test_tiles_cover_every_row_once_and_no_two_experts() -> None:
             covered += range(first, min(first + 16, int(ends[e])))
             assert int(ends[e] - count[e]) <= first < int(ends[e])
     assert covered == list(range(55))
+
+
+def test_products_with_tiles_of_other_rows_read_their_own() -> None:
+    """Tiles are described once for each number of rows, and every product reads those of its own."""
+    shape, large = (50, 40, 24, 8, 3), attrs.evolve(SMALL, block_m=32)
+    expert, inputs = chosen("random", 50, 8, 3), operands(shape)
+
+    def run(tiles: Tiles) -> list[Tensor]:
+        def apply(x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return moe_experts(x, Routing(expert, weight), up, down, tiles=tiles)[0]
+
+        return graded(apply, inputs, [normal(50, 40, seed=4)])
+
+    for name in ("up", "down", "activation", "input"):
+        for found, wanted in zip(run(attrs.evolve(TILES, **{name: large})), run(TILES), strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 def test_twice_is_bitwise_the_same() -> None:

@@ -13,8 +13,9 @@ from nmoe.effects.kernels.moe import report
 from nmoe.pure.model import route
 from tests.kernels.truth import check, graded, normal
 
-SHAPES = [(3, 37, 64, 4), (2, 100, 40, 3), (1, 5, 8, 2), (2, 70, 256, 8), (1, 1, 2, 1)]
-"""Sequences, tokens of one, experts and choices: spans and columns that are not full, one that is."""
+SHAPES = [(3, 37, 64, 4), (2, 100, 40, 3), (1, 5, 8, 2), (2, 70, 256, 8), (2, 300, 256, 8), (1, 1, 2, 1)]
+"""Sequences, tokens of one, experts and choices: spans and columns that are not full, one that is; more spans than are
+summed at once."""
 
 
 def scores(sequences: int, tokens: int, experts: int, seed: int = 0) -> Tensor:

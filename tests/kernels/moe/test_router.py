@@ -58,6 +58,19 @@ def test_three_parts_are_the_whole() -> None:
     assert torch.equal(torch.stack([each.double() for each in router.split_bf16x3(x)]).sum(0), x.double())
 
 
+@pytest.mark.parametrize("shape", [(96, 12), (768, 64), (5, 300)], ids=str)
+def test_a_router_in_parts_has_the_bits_of_torch(shape: tuple[int, int]) -> None:
+    """Infinities and numbers of which the low parts vanish, too; no part is where another one belongs."""
+    w = normal(*shape)
+    w[0, :4] = torch.tensor([float("inf"), float("nan"), -0.0, 3.3e38])
+    w[1] *= 1e-36
+    high, middle, low = router.split_bf16x3(w)
+    for found, wanted in zip(router.split_router(w), ((high, middle, low), (high, middle, high)), strict=True):
+        wanted = torch.cat(wanted, -1)
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(found.nan_to_num(7).view(torch.int16), wanted.nan_to_num(7).view(torch.int16))
+
+
 def test_scores_are_as_near_the_truth_as_those_in_fp32() -> None:
     """Tokens in bf16, the router in fp32, a bf16 gradient back to the tokens."""
     x, w, grad_output = normal(300, 96, dtype=torch.bfloat16), normal(96, 12, seed=1) / 10, [normal(300, 12, seed=2)]
@@ -79,11 +92,12 @@ def test_logits_with_a_shift_are_as_near_the_truth(softmax: bool) -> None:
 
 
 def test_a_product_of_rounded_factors_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        high = x.to(torch.bfloat16)
-        return high, torch.zeros_like(high), torch.zeros_like(high)
+    def rounded(w: Tensor) -> tuple[Tensor, Tensor]:
+        high = w.to(torch.bfloat16)
+        parts = torch.cat((high, torch.zeros(len(w), 2 * w.shape[1], dtype=high.dtype)), -1)
+        return parts, parts
 
-    monkeypatch.setattr(router, "split_bf16x3", rounded)
+    monkeypatch.setattr(router, "split_router", rounded)
     with pytest.raises(AssertionError, match="result 0"):
         test_scores_are_as_near_the_truth_as_those_in_fp32()
 

@@ -1,7 +1,8 @@
-"""Puts by NVSHMEM: rows and words into the memory of other ranks, also of other hosts, and a barrier after them.
+"""Puts by NVSHMEM: rows and words into the memory of ranks that stores do not reach, and a barrier among all.
 
-Counterparts of `push`. A message is a run: items that are neighbours where they are sent from and where they go.
-Between hosts a rank sends from NVSHMEM's memory alone, so items are first copied there, in an order of long runs.
+Counterparts of `push`, for the ranks that have no address in the table that `push` takes. A message is a run: items
+that are neighbours where they are sent from and where they go. Between hosts a rank sends from NVSHMEM's memory alone,
+so items are first copied there, in an order of long runs.
 
 W ranks · D hidden size · K choices of a token · P places, in the order of sending · M of these that there is room for
 """
@@ -68,14 +69,16 @@ def _compared(flag, how, value, _semantic=None):
 
 @triton.jit
 def stage_kernel(
-    x, stage, item, to, valid, D, K, W, M, PROGRAMS, VALID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, stage, item, to, addresses, valid, D, K, W, M, PROGRAMS, VALID: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     count = tl.minimum(tl.load(valid + VALID), M)
     for begin in range(tl.program_id(0) * ROWS, count, PROGRAMS * ROWS):
         number = begin + tl.arange(0, ROWS)
         real = number < count
         place = tl.load(item + number, mask=real, other=0)
-        sent = tl.load(to + place, mask=real, other=W) < W
+        peer = tl.load(to + place, mask=real, other=W)
+        sent = tl.load(addresses + peer, mask=peer < W, other=1) == 0
         row = (place // K).to(tl.int64)
         for first in range(0, D, BLOCK):
             column = first + tl.arange(0, BLOCK)
@@ -87,7 +90,7 @@ def stage_kernel(
 # Not specialised: one kernel for all puts and one for all barriers, for linking with NVSHMEM takes tens of seconds.
 @triton.jit(do_not_specialize=["source", "target", "BYTES", "W", "M", "SHARE", "PROGRAMS", "VALID"])
 def nvshmem_put_kernel(
-    source, target, item, to, at, valid, pes, BYTES, W, M, SHARE, PROGRAMS, VALID, BLOCK: tl.constexpr
+    source, target, item, to, at, addresses, valid, pes, BYTES, W, M, SHARE, PROGRAMS, VALID, BLOCK: tl.constexpr
 ):
     # where some rank would have to hold too much, `valid` is zero
     count = tl.minimum(tl.load(valid + VALID), M)
@@ -107,7 +110,7 @@ def nvshmem_put_kernel(
             end = tl.min(tl.where(head & (lane > first), lane, size))
             here = tl.load(item + begin + first)
             peer = tl.load(to + here)
-            if peer < W:
+            if tl.load(addresses + peer, mask=peer < W, other=1) == 0:
                 field = target + tl.load(at + here).to(tl.int64) * BYTES
                 length = (end - first).to(tl.int64) * BYTES
                 _put_(field, source + (begin + first).to(tl.int64) * BYTES, length, tl.load(pes + peer))
@@ -115,10 +118,22 @@ def nvshmem_put_kernel(
         begin += PROGRAMS * SHARE
 
 
-@triton.jit(do_not_specialize=["arrived", "ME", "W", "LIMIT"])
+@triton.jit
+def _come(flag, now, is_stored, AT_LEAST: tl.constexpr):
+    """Whether a flag has reached a number: as `push.await_flags` reads one that a store wrote, or by NVSHMEM."""
+    if is_stored:
+        # acquire at system scope, of the release with which the peer's store came
+        word = flag.to(tl.pointer_type(tl.int64))
+        come = (tl.atomic_add(word, 0, sem="acquire", scope="sys") >= now).to(tl.int32)
+    else:
+        come = _compared(flag, AT_LEAST, now)
+    return come
+
+
+@triton.jit(do_not_specialize=["arrived", "OFFSET", "ME", "W", "LIMIT"])
 def nvshmem_barrier_kernel(
-    epoch, arrived, missing, pes, ME, W, LIMIT, FLAG: tl.constexpr, SET: tl.constexpr, AT_LEAST: tl.constexpr,
-    SIGNAL: tl.constexpr, WAIT: tl.constexpr,
+    epoch, addresses, arrived, missing, pes, OFFSET, ME, W, LIMIT, FLAG: tl.constexpr, SET: tl.constexpr,
+    AT_LEAST: tl.constexpr, SIGNAL: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     now = tl.load(epoch)
     if SIGNAL:
@@ -127,13 +142,21 @@ def nvshmem_barrier_kernel(
         tl.debug_barrier()  # every thread has read the epoch before one writes it
         tl.store(epoch, now)
         for rank in range(W):
-            _signal_(arrived + ME.to(tl.int64) * FLAG, now, SET, tl.load(pes + rank))
+            address = tl.load(addresses + rank)
+            if address != 0:
+                # release, system scope: rows and words that earlier kernels of the stream stored are visible before it;
+                # puts to other ranks are not of its concern, and have arrived
+                flag = (address + OFFSET).to(tl.pointer_type(tl.int64)) + ME * (FLAG // 8)
+                tl.atomic_xchg(flag, now, sem="release", scope="sys")
+            else:
+                _signal_(arrived + ME.to(tl.int64) * FLAG, now, SET, tl.load(pes + rank))
     if WAIT:
         begin = now
         if LIMIT > 0:
             begin = globaltimer()
         for rank in range(W):
-            come = _compared(arrived + rank * FLAG, AT_LEAST, now)
+            is_stored = tl.load(addresses + rank) != 0
+            come = _come(arrived + rank * FLAG, now, is_stored, AT_LEAST)
             while come == 0:
                 if LIMIT > 0:
                     if globaltimer() - begin > LIMIT:  # pyright: ignore[reportOperatorIssue]
@@ -141,18 +164,19 @@ def nvshmem_barrier_kernel(
                         tl.inline_asm_elementwise(
                             "membar.sys; trap; mov.u32 $0, 0;", "=r,r", [rank], dtype=tl.int32, is_pure=False, pack=1
                         )
-                come = _compared(arrived + rank * FLAG, AT_LEAST, now)
+                come = _come(arrived + rank * FLAG, now, is_stored, AT_LEAST)
 
 
 def stage_(
-    stage: Tensor, x: Tensor, item: Tensor, to: Tensor, valid: Tensor, ranks: int, programs: int, *, back: bool
+    stage: Tensor, x: Tensor, item: Tensor, to: Tensor, addresses: Tensor, valid: Tensor, programs: int, *, back: bool
 ) -> None:
-    """Copy rows to where they are sent from, one for each place, in the order of sending.
+    """Copy rows that are put to where they are sent from, one for each place, in the order of sending.
 
-    stage     [M D]   for all places but those that are nowhere, which come last
+    stage     [M D]   for all places but those that are nowhere, which come last; rows that stores carry stay unwritten
     x         [N D]
     item      [P] i32     place, counted through; may be longer
     to        [N K] i32   rank of each place; no rank of the exchange: nowhere
+    addresses [W] i64     of the arenas that stores reach; 0: rows are put there
     valid     [3] i32     `plan.Plan.valid`
     programs  that share the rows out
     back      whether these are rows that go back, of which the third of `valid` counts, or tokens
@@ -166,8 +190,9 @@ def stage_(
         return
     grid = min(programs, triton.cdiv(most, ROWS))
     stage_kernel[(grid,)](
-        x, stage, item, to, valid, d, k, ranks, most, grid, 2 if back else 0, ROWS, block_of(d), num_warps=8
-    )
+        x, stage, item, to, addresses, valid, d, k, addresses.shape[0], most, grid, 2 if back else 0, ROWS,
+        block_of(d), num_warps=8,
+    )  # fmt: skip
 
 
 def put_(
@@ -176,6 +201,7 @@ def put_(
     item: Tensor,
     to: Tensor,
     at: Tensor,
+    addresses: Tensor,
     valid: Tensor,
     pes: Tensor,
     library: str,
@@ -183,13 +209,14 @@ def put_(
     *,
     back: bool,
 ) -> None:
-    """Put items that are staged, in the order of sending, into a field of other ranks' arenas.
+    """Put items that are staged, in the order of sending, into a field of the arenas that stores do not reach.
 
     stage     [M ...]     rows or words, in NVSHMEM's memory
     target    address of the field in this rank's own arena, which stands for the same place in every arena
     item      [P] i32     place, counted through; may be longer
     to        rank of each place, i32; no rank of the exchange: nowhere
     at        its place in the field, i32
+    addresses [W] i64     of the arenas that stores reach; 0: items are put there
     valid     [3] i32     `plan.Plan.valid`
     pes       [W] i32     what NVSHMEM calls each rank
     library   path of its device functions, which the launch links with
@@ -205,16 +232,18 @@ def put_(
     grid = min(programs, triton.cdiv(most, share))
     size = stage[0].numel() * stage.element_size()
     nvshmem_put_kernel[(grid,)](
-        stage.data_ptr(), target, item, to, at, valid, pes, size, pes.shape[0], most, share, grid, 2 if back else 0,
-        BLOCK, num_warps=WARPS, extern_libs={"nvshmem": library},
+        stage.data_ptr(), target, item, to, at, addresses, valid, pes, size, pes.shape[0], most, share, grid,
+        2 if back else 0, BLOCK, num_warps=WARPS, extern_libs={"nvshmem": library},
     )  # fmt: skip
 
 
 def barrier_(
     epoch: Tensor,
+    addresses: Tensor,
     arrived: Tensor,
     missing: Tensor,
     pes: Tensor,
+    offset: int,
     rank: int,
     library: str,
     *,
@@ -222,18 +251,20 @@ def barrier_(
     wait: bool,
     limit_ns: int,
 ) -> None:
-    """`push.barrier_` by NVSHMEM: signal every rank that all puts of this one have arrived, wait for all signals.
+    """`push.barrier_` with NVSHMEM: signal every rank that all puts and stores of this one have arrived, wait for all.
 
     epoch    [1] i64     barriers this rank has entered
+    addresses  [W] i64   of the arenas that stores reach; 0: NVSHMEM signals there
     arrived  [W FLAG] i64   this rank's flags, at the same place in every arena
     missing  [1] i32     on the host: gets the number of a rank that did not come, and one, before the device traps
     pes      [W] i32     what NVSHMEM calls each rank
+    offset   bytes from an arena's beginning to its flags
     library  path of its device functions
     limit_ns how long one is waited for; 0: for ever, which the interpreter needs
 
     Writes:  epoch and this rank's flag in every arena, or `missing`.
     """
     nvshmem_barrier_kernel[(1,)](
-        epoch, arrived.data_ptr(), missing, pes, rank, pes.shape[0], limit_ns, FLAG_BYTES, SET, AT_LEAST, signal, wait,
-        num_warps=1, extern_libs={"nvshmem": library},
+        epoch, addresses, arrived.data_ptr(), missing, pes, offset, rank, pes.shape[0], limit_ns, FLAG_BYTES, SET,
+        AT_LEAST, signal, wait, num_warps=1, extern_libs={"nvshmem": library},
     )  # fmt: skip

@@ -3,9 +3,10 @@
 W ranks · E experts of all ranks · N tokens · K choices of a token · D hidden size · C rows a rank can hold
 M rows or words pushed · P suffix of a size: padded to a power of two
 
-A peer is an address in a table; an arena's fields lie at the same offsets everywhere. Slots are known before anything
-is sent, so no kernel of this file counts with atomics, and what arrives first makes no difference. Where some rank
-would have to hold too much, the plan is all zero and nothing is written.
+A peer is an address in a table, 0 where stores do not reach it: nothing is written there. An arena's fields lie at the
+same offsets everywhere. Slots are known before anything is sent, so no kernel of this file counts with atomics, and
+what arrives first makes no difference. Where some rank would have to hold too much, the plan is all zero and nothing
+is written.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ def counts_kernel(
     count, tokens, addresses, OFFSET, ME, E: tl.constexpr, EP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     DEDUP: tl.constexpr,
 ):  # fmt: skip
-    peer = tl.program_id(0)
-    to = (tl.load(addresses + peer) + OFFSET).to(tl.pointer_type(tl.int32)) + ME * (E + W)
-    experts = tl.arange(0, EP)
-    tl.store(to + experts, tl.load(count + experts, mask=experts < E, other=0), mask=experts < E)
-    rank = tl.arange(0, WP)
-    value = tl.zeros((WP,), tl.int32)
-    if DEDUP:
-        value = tl.load(tokens + rank, mask=rank < W, other=0)
-    tl.store(to + E + rank, value, mask=rank < W)
+    base = tl.load(addresses + tl.program_id(0))
+    if base != 0:
+        to = (base + OFFSET).to(tl.pointer_type(tl.int32)) + ME * (E + W)
+        experts = tl.arange(0, EP)
+        tl.store(to + experts, tl.load(count + experts, mask=experts < E, other=0), mask=experts < E)
+        rank = tl.arange(0, WP)
+        value = tl.zeros((WP,), tl.int32)
+        if DEDUP:
+            value = tl.load(tokens + rank, mask=rank < W, other=0)
+        tl.store(to + E + rank, value, mask=rank < W)
 
 
 @triton.jit
@@ -47,10 +49,10 @@ def signal(count, now, addresses, OFFSET, ME, W: tl.constexpr, WP: tl.constexpr,
     tl.debug_barrier()  # every thread has read the count before one writes it
     tl.store(count, now)
     rank = tl.arange(0, WP)
-    base = tl.load(addresses + rank, mask=rank < W, other=0) + OFFSET
-    flag = base.to(tl.pointer_type(tl.int64)) + ME * FLAG
+    base = tl.load(addresses + rank, mask=rank < W, other=0)
+    flag = (base + OFFSET).to(tl.pointer_type(tl.int64)) + ME * FLAG
     # release, system scope: what earlier kernels and copies of the stream wrote is visible before the flag
-    tl.atomic_xchg(flag, now, mask=rank < W, sem="release", scope="sys")
+    tl.atomic_xchg(flag, now, mask=base != 0, sem="release", scope="sys")
 
 
 @triton.jit
@@ -128,9 +130,9 @@ def await_kernel(epoch, word, missing, RANK, LIMIT: tl.constexpr):
 @triton.jit
 def pass_on_kernel(epoch, addresses, OFFSET, RANK, W: tl.constexpr, WP: tl.constexpr, FLAG: tl.constexpr):
     rank = tl.arange(0, WP)
-    base = tl.load(addresses + rank, mask=rank < W, other=0) + OFFSET
-    flag = base.to(tl.pointer_type(tl.int64)) + RANK * FLAG
-    tl.atomic_xchg(flag, tl.load(epoch), mask=rank < W, sem="release", scope="sys")
+    base = tl.load(addresses + rank, mask=rank < W, other=0)
+    flag = (base + OFFSET).to(tl.pointer_type(tl.int64)) + RANK * FLAG
+    tl.atomic_xchg(flag, tl.load(epoch), mask=base != 0, sem="release", scope="sys")
 
 
 @triton.jit
@@ -151,10 +153,11 @@ def push_kernel(
                 peer = tl.load(to + item * K + k, mask=real, other=W)
                 sent = peer < W
                 there = tl.load(at + item * K + k, mask=sent, other=0).to(tl.int64)
-                base = (tl.load(addresses + peer, mask=sent, other=0) + OFFSET).to(tl.pointer_type(x.dtype.element_ty))
+                address = tl.load(addresses + peer, mask=sent, other=0)
+                base = (address + OFFSET).to(tl.pointer_type(x.dtype.element_ty))
                 # the cast loses what is known of the address: without this the stores are of two bytes
                 row = tl.multiple_of(base + there * D, 16)
-                tl.store(row[:, None] + column[None, :], value, mask=inside & sent[:, None])
+                tl.store(row[:, None] + column[None, :], value, mask=inside & (address != 0)[:, None])
 
 
 @triton.jit
@@ -170,8 +173,9 @@ def words_kernel(
             which = tl.load(item + number, mask=real, other=0)
         peer = tl.load(to + which, mask=real, other=0)
         there = tl.load(at + which, mask=real, other=0)
-        base = (tl.load(addresses + peer) + OFFSET).to(tl.pointer_type(value.dtype.element_ty))
-        tl.store(base + there, tl.load(value + which, mask=real, other=0), mask=real)
+        address = tl.load(addresses + peer)
+        base = (address + OFFSET).to(tl.pointer_type(value.dtype.element_ty))
+        tl.store(base + there, tl.load(value + which, mask=real, other=0), mask=real & (address != 0))
 
 
 @triton.jit
@@ -212,7 +216,7 @@ def push_counts_(count: Tensor, tokens: Tensor | None, addresses: Tensor, offset
 
     count      [E] i32     pairs of each expert
     tokens     [W+1] i32   tokens for each rank; None: zeros
-    addresses  [W] i64     of the arenas
+    addresses  [W] i64     of the arenas; 0: stores do not reach it
     offset     bytes from an arena's beginning to the matrix
 
     Writes:  that row in every arena.

@@ -43,6 +43,15 @@ class Tiles:
     programs: int  # multiprocessors of the device
     hopper: bool = False  # whether there are the kernels of `moe.hopper`: sm_90, and bf16
 
+    def rows(self, form: experts.Form) -> set[int]:
+        """How many rows of an expert the tiles of its products have."""
+        own = (ring.ROWS, activation.ROWS) if self.specialized(form) else (self.up.block_m, self.activation.block_m)
+        return {*own, self.down.block_m, self.input.block_m}
+
+    def specialized(self, form: experts.Form) -> bool:
+        """Whether the up-projection and the activation's backward are those of `moe.hopper`."""
+        return self.hopper and form.plain
+
 
 class MoeExperts(torch.autograd.Function):
     """Keeps the input, the pre-activation and indices; the activation is recomputed, no row's output is kept."""
@@ -60,26 +69,28 @@ class MoeExperts(torch.autograd.Function):
         alpha: float,
         t: Tiles,
         accumulator: Accumulator | None,
+        *added: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x, weight = x.contiguous(), weight.contiguous()
         pairs, form = expert.numel(), experts.Form(bias=bias, limit=limit, alpha=alpha)
         with record_function("dispatch"):
             at = places.dispatch(expert, up.shape[0])
+            # of each number of rows once, 3 us a launch
+            cuts = {m: places.tiles(at.count, pairs, m) for m in t.rows(form)}
         with record_function("experts"):
-            if t.hopper and form.plain:
-                cut = places.tiles(at.count, pairs, ring.ROWS)
+            if t.specialized(form):
+                cut = cuts[ring.ROWS]
                 h, a = up_projection.gather_gemm_swiglu(x, at.source, up, at.end, cut, t.group, t.programs)
             else:
-                cut = places.tiles(at.count, pairs, t.up.block_m)
-                h, a = experts.gather_gemm_swiglu(x, at.source, up, at.end, cut, t.up, t.group, form)
-            cut = places.tiles(at.count, pairs, t.down.block_m)
+                h, a = experts.gather_gemm_swiglu(x, at.source, up, at.end, cuts[t.up.block_m], t.up, t.group, form)
+            cut = cuts[t.down.block_m]
             y = persistent.grouped_gemm(a, down, at.end, cut, t.down, t.group, t.programs, transposed=False)
         with record_function("combine"):
-            out = sums.combine(y, at.place, weight)
+            out = sums.combine(y, at.place, weight, added)
         count = at.count.to(torch.int64)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, h, weight, up, down, at.source, at.slot, at.place, at.count, at.end)
-        ctx.t, ctx.accumulator, ctx.form = t, accumulator, form
+        ctx.t, ctx.accumulator, ctx.form, ctx.cuts, ctx.added = t, accumulator, form, cuts, len(added)
         return out, count
 
     @staticmethod
@@ -91,18 +102,16 @@ class MoeExperts(torch.autograd.Function):
         t: Tiles = ctx.t
         form: experts.Form = ctx.form
         accumulator: Accumulator | None = ctx.accumulator
-        pairs = place.numel()
-        many = pairs >= MANY * up.shape[0]
+        many = place.numel() >= MANY * up.shape[0]
         with record_function("combine"):
             rows = places.spread(outputs[0].contiguous(), place)
         with record_function("experts"):
-            if t.hopper and form.plain:
-                cut = places.tiles(count, pairs, activation.ROWS)
+            if t.specialized(form):
                 dh, a, part = activation.swiglu_backward_gemm(
-                    rows, slot, weight, down, h, end, cut, t.group, t.programs
+                    rows, slot, weight, down, h, end, ctx.cuts[activation.ROWS], t.group, t.programs
                 )
             else:
-                cut = places.tiles(count, pairs, t.activation.block_m)
+                cut = ctx.cuts[t.activation.block_m]
                 dh, a, part = experts.swiglu_backward_gemm(
                     rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs, form
                 )
@@ -124,11 +133,11 @@ class MoeExperts(torch.autograd.Function):
                 rows, write_ = places.spread(x, place), partial(plain, tile=t.up_gradient)
             d_up = experts.weight_gradient(rows, dh, write_, parameter=up, accumulator=accumulator)
             del rows
-            cut = places.tiles(count, pairs, t.input.block_m)
+            cut = ctx.cuts[t.input.block_m]
             dx = persistent.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, t.programs, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
-        return d_input, None, d_weight, d_up, d_down, d_bias, None, None, None, None
+        return d_input, None, d_weight, d_up, d_down, d_bias, *[None] * 4, *[outputs[0]] * ctx.added
 
 
 def moe_experts(
@@ -139,6 +148,7 @@ def moe_experts(
     bias: Tensor | tuple[()] = (),
     *,
     tiles: Tiles,
+    added: tuple[Tensor, ...] = (),
     accumulator: Accumulator | None = None,
     limit: float | None = None,
     alpha: float = 1.0,
@@ -149,10 +159,11 @@ def moe_experts(
     up       [E D 2 F]
     down     [E F D]
     bias     [E 2 F] or ()   added before the activation
+    added    each [N D]   added to the result before it is rounded
     accumulator  takes the gradients of `up` and `down` that it has buffers for
     limit, alpha  of `pure.model.experts.activation`
     returns  [N D] in the format of `x`, [E] i64
     """
     return MoeExperts.apply(  # pyright: ignore[reportReturnType]
-        x, routing.expert, routing.weight, up, down, bias, limit, alpha, tiles, accumulator
+        x, routing.expert, routing.weight, up, down, bias, limit, alpha, tiles, accumulator, *added
     )

@@ -42,6 +42,7 @@ class MoeExpertsFp8(torch.autograd.Function):
         down: Tensor,
         t: Tiles,
         accumulator: Accumulator | None,
+        *added: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x, weight = x.contiguous(), weight.contiguous()
         pairs = expert.numel()
@@ -59,11 +60,11 @@ class MoeExpertsFp8(torch.autograd.Function):
             cut = places.tiles(at.count, pairs, DOWN.block_m)
             y = fp8.grouped_gemm(a, a_scale, down_codes, down_scale, at.end, cut, DOWN, t.group, x.dtype, across=True)
         with record_function("combine"):
-            out = sums.combine(y, at.place, weight)
+            out = sums.combine(y, at.place, weight, added)
         count = at.count.to(torch.int64)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, h, weight, up, down, at.source, at.slot, at.place, at.count, at.end)
-        ctx.t, ctx.accumulator = t, accumulator
+        ctx.t, ctx.accumulator, ctx.added = t, accumulator, len(added)
         return out, count
 
     @staticmethod
@@ -102,7 +103,7 @@ class MoeExpertsFp8(torch.autograd.Function):
             )
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
-        return d_input, None, d_weight, d_up, d_down, None, None
+        return d_input, None, d_weight, d_up, d_down, None, None, *[dy] * ctx.added
 
 
 def moe_experts_fp8(
@@ -112,6 +113,7 @@ def moe_experts_fp8(
     down: Tensor,
     *,
     tiles: Tiles,
+    added: tuple[Tensor, ...] = (),
     accumulator: Accumulator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Routed experts with the recipe "fp8" of `pure.model.low_precision`; the rest as `moe.moe_experts`.
@@ -119,5 +121,5 @@ def moe_experts_fp8(
     tiles    of the weight gradients
     """
     return MoeExpertsFp8.apply(  # pyright: ignore[reportReturnType]
-        x, routing.expert, routing.weight, up, down, tiles, accumulator
+        x, routing.expert, routing.weight, up, down, tiles, accumulator, *added
     )

@@ -83,8 +83,30 @@ def report_kernel(
 
 
 @triton.jit
+def sum_kernel(
+    hits, shares, entropy, fraction, total, E, SPANS, even, share_of_token, M: tl.constexpr, EP: tl.constexpr
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, EP)
+    counted = tl.zeros((M, EP), tl.int32)
+    summed = tl.zeros((M, EP), tl.float32)
+    information = tl.zeros((M,), tl.float32)
+    for begin in range(0, SPANS, M):
+        span = begin + tl.arange(0, M)
+        inside = (span < SPANS)[:, None] & (column < E)[None, :]
+        at = (sequence * SPANS + span)[:, None] * E + column[None, :]
+        counted += tl.load(hits + at, mask=inside, other=0)
+        summed += tl.load(shares + at, mask=inside, other=0.0)
+        information += tl.load(entropy + sequence * SPANS + span, mask=span < SPANS, other=0.0)
+    wanted = tl.sum(counted, 0).to(tl.float32) * even
+    tl.store(fraction + sequence * E + column, wanted, mask=column < E)
+    tl.store(total + 2 * sequence, tl.sum(wanted * tl.sum(summed, 0), 0) * share_of_token)
+    tl.store(total + 2 * sequence + 1, tl.sum(information, 0) * share_of_token / tl.num_programs(0))
+
+
+@triton.jit
 def imbalance_backward_kernel(
-    score, weight, gradient, T, E, vanishing, M: tl.constexpr, EP: tl.constexpr
+    score, fraction, grad_output, gradient, T, E, share_of_token, vanishing, M: tl.constexpr, EP: tl.constexpr
 ):  # fmt: skip
     chunks = tl.cdiv(T, M)
     sequence = (tl.program_id(0) // chunks).to(tl.int64)
@@ -94,7 +116,8 @@ def imbalance_backward_kernel(
     at = (sequence * T + token)[:, None] * E + column[None, :]
     value = tl.load(score + at, mask=inside, other=0.0)
     total, filled, share = _shares(value, E, vanishing)
-    wanted = tl.load(weight + sequence * E + column, mask=column < E, other=0.0)
+    wanted = tl.load(fraction + sequence * E + column, mask=column < E, other=0.0)
+    wanted *= tl.load(grad_output) * share_of_token
     # of a sum that is filled up only the differences of the scores count
     mean = tl.where(total < vanishing, tl.sum(wanted, 0) / E, tl.sum(wanted[None, :] * share, 1))
     tl.store(gradient + at, (wanted[None, :] - mean[:, None]) / filled[:, None], mask=inside)
@@ -119,17 +142,21 @@ class Report(torch.autograd.Function):
         hits = torch.empty(sequences, spans, experts, dtype=torch.int32, device=score.device)
         shares = torch.empty(sequences, spans, experts, device=score.device)
         entropy = torch.empty(sequences * spans, device=score.device)
+        fraction = torch.empty(sequences, experts, device=score.device)
+        total = torch.empty(sequences, 2, device=score.device)
         margins = torch.zeros(experts, bins, dtype=torch.int32, device=score.device)
         report_kernel[(sequences * spans,)](
             score, favoured, bias, expert, hits, shares, entropy, margins if bins else None, tokens, experts, VANISHING,
             k, bins, SPAN, m, padded, num_warps=WARPS,
         )  # fmt: skip
-        fraction = hits.sum(1) * (experts / (k * tokens))
+        sum_kernel[(sequences,)](
+            hits, shares, entropy, fraction, total, experts, spans, experts / (k * tokens), 1 / tokens, m, padded,
+            num_warps=WARPS,
+        )  # fmt: skip
         ctx.save_for_backward(score, fraction)
-        margins = margins.to(torch.int64)
-        entropy = entropy.sum() / (sequences * tokens)
+        margins, (imbalance, entropy) = margins.to(torch.int64), total.sum(0)
         ctx.mark_non_differentiable(entropy, margins)
-        return entropy, (fraction * shares.sum(1)).sum() / tokens, margins
+        return entropy, imbalance, margins
 
     @staticmethod
     @first_order
@@ -141,7 +168,7 @@ class Report(torch.autograd.Function):
         m, padded = block(experts)
         gradient = torch.empty_like(score)
         imbalance_backward_kernel[(sequences * triton.cdiv(tokens, m),)](
-            score, fraction * (outputs[1] / tokens), gradient, tokens, experts, VANISHING, m, padded, num_warps=WARPS
+            score, fraction, outputs[1], gradient, tokens, experts, 1 / tokens, VANISHING, m, padded, num_warps=WARPS
         )
         return gradient, *[None] * 4
 

@@ -33,6 +33,9 @@ TILE = TopKTile(block_m=8, num_warps=4, num_stages=1)
 SCORES = 2048
 """Scores of a program of their gradient: 16 of a thread."""
 
+SPLIT = 1024
+"""Numbers of a router that a program splits."""
+
 CHOICES = 512
 """Scores of a program that chooses: 4 of a thread, in keys of 64 bits."""
 
@@ -94,40 +97,6 @@ def split_bf16x3(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return high, middle, (rest - middle.float()).to(torch.bfloat16)
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of bf16 factors, summed and returned in fp32."""
-    # torch has the product with a wider result for GPUs only
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def matmul_bf16x3(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w for x in bf16 and w in fp32, in fp32.
-
-    x        [N D]
-    w        [D E]
-    returns  [N E]
-    """
-    return matmul_fp32(x, torch.cat(split_bf16x3(w), -1)).unflatten(-1, (3, -1)).sum(-2)
-
-
-def product_gradients(x: Tensor, router: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and w from that of `matmul_bf16x3(x, w)`."""
-    high, middle, low = split_bf16x3(d)
-    return products_of_parts(x, router, torch.cat((high, high, middle), -1), torch.cat((high, middle, low), -1))
-
-
-def products_of_parts(x: Tensor, router: Tensor, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and w from the parts of that of their product.
-
-    narrow   [N 3E] bf16   high, high and middle part
-    wide     [N 3E] bf16   high, middle and low part
-    """
-    high, middle, _ = split_bf16x3(router)
-    # sixteen bits of each factor: the sum is rounded to the eight of bf16
-    dx = narrow @ torch.cat((high, middle, high), -1).T
-    return dx, matmul_fp32(x.T, wide).unflatten(-1, (3, -1)).sum(-2)
-
-
 @triton.jit
 def _round_bf16(x):
     """The nearest number of bf16, ties to even, and its bits; in integers, which the interpreter computes rightly."""
@@ -135,6 +104,73 @@ def _round_bf16(x):
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     bits = tl.where(x != x, 0x7FC0, bits)  # a NaN's payload would carry into the sign
     return (bits << 16).to(tl.float32, bitcast=True), bits.to(tl.int16)
+
+
+@triton.jit
+def split_kernel(w, wide, narrow, size, E, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(w + at, mask=at < size, other=0.0)
+    high, high_bits = _round_bf16(value)
+    middle, middle_bits = _round_bf16(value - high)
+    _, low_bits = _round_bf16(value - high - middle)
+    to = at // E * (3 * E) + at % E
+    tl.store(wide + to, high_bits, mask=at < size)
+    tl.store(wide + E + to, middle_bits, mask=at < size)
+    tl.store(wide + 2 * E + to, low_bits, mask=at < size)
+    tl.store(narrow + to, high_bits, mask=at < size)
+    tl.store(narrow + E + to, middle_bits, mask=at < size)
+    tl.store(narrow + 2 * E + to, high_bits, mask=at < size)
+
+
+def split_router(router: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts that `split_bf16x3` makes of a router, for its products: one launch in the place of 15.
+
+    router   [D E] f32
+    returns  [D 3E] bf16   high, middle and low part, that a token's vector is multiplied with
+             [D 3E] bf16   high, middle and high part, that `products_of_parts` takes
+    """
+    router, (width, experts) = router.contiguous(), router.shape
+    wide, narrow = (torch.empty(width, 3 * experts, dtype=torch.bfloat16, device=router.device) for _ in range(2))
+    split_kernel[(triton.cdiv(router.numel(), SPLIT),)](
+        router, wide.view(torch.int16), narrow.view(torch.int16), router.numel(), experts, SPLIT, num_warps=4
+    )
+    return wide, narrow
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of bf16 factors, summed and returned in fp32."""
+    # torch has the product with a wider result for GPUs only
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def matmul_bf16x3(x: Tensor, wide: Tensor) -> Tensor:
+    """x @ w for x in bf16 and w in fp32, in fp32.
+
+    x        [N D]
+    wide     [D 3E]   of `split_router(w)`
+    returns  [N E]
+    """
+    return matmul_fp32(x, wide).unflatten(-1, (3, -1)).sum(-2)
+
+
+def product_gradients(x: Tensor, router: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and w from that of `matmul_bf16x3`.
+
+    router   [D 3E]   as of `products_of_parts`
+    """
+    high, middle, low = split_bf16x3(d)
+    return products_of_parts(x, router, torch.cat((high, high, middle), -1), torch.cat((high, middle, low), -1))
+
+
+def products_of_parts(x: Tensor, router: Tensor, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and w from the parts of that of their product.
+
+    router   [D 3E] bf16   high, middle and high part of w
+    narrow   [N 3E] bf16   high, high and middle part
+    wide     [N 3E] bf16   high, middle and low part
+    """
+    # sixteen bits of each factor: the sum is rounded to the eight of bf16
+    return narrow @ router.T, matmul_fp32(x.T, wide).unflatten(-1, (3, -1)).sum(-2)
 
 
 @triton.jit
@@ -248,14 +284,15 @@ def choose_kernel(
 
 
 class Route(torch.autograd.Function):
-    """Keeps its arguments, the scores and the choices."""
+    """Keeps the tokens, the router in parts, the scores and the choices."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, router: Tensor, bias: Tensor, top_k: int, scale: float, normalize: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, experts = len(x), router.shape[1]
-        product = matmul_fp32(x, torch.cat(split_bf16x3(router), -1))
+        wide, narrow = split_router(router)
+        product = matmul_fp32(x, wide)
         score = torch.empty(rows, experts, device=x.device)
         expert, favoured = (torch.empty(rows, top_k, dtype=torch.int64, device=x.device) for _ in range(2))
         weight = torch.empty(rows, top_k, device=x.device)
@@ -265,7 +302,7 @@ class Route(torch.autograd.Function):
             product, bias, score, expert, favoured, weight, rows, experts, TINY, scale, VANISHING,
             top_k, triton.next_power_of_2(top_k), normalize, m, padded, num_warps=4,
         )  # fmt: skip
-        ctx.save_for_backward(x, router, score, expert)
+        ctx.save_for_backward(x, narrow, score, expert)
         ctx.how = {"scale": scale, "normalize": normalize}
         ctx.mark_non_differentiable(expert, favoured)
         return score, expert, favoured, weight
@@ -275,9 +312,9 @@ class Route(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, router, score, expert = ctx.saved_tensors
+        x, narrow, score, expert = ctx.saved_tensors
         parts = score_gradient(outputs[0], score, expert, outputs[3].contiguous(), **ctx.how)
-        return *products_of_parts(x, router, *parts), None, None, None, None
+        return *products_of_parts(x, narrow, *parts), None, None, None, None
 
 
 def route(x: Tensor, router: Tensor, bias: Tensor, *, top_k: int, scale: float = 1.0, normalize: bool = True) -> Routed:
@@ -295,13 +332,14 @@ def route(x: Tensor, router: Tensor, bias: Tensor, *, top_k: int, scale: float =
 
 
 class Scores(torch.autograd.Function):
-    """Keeps its arguments and its result."""
+    """Keeps the tokens, the router in parts and its result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
         # sigmoid is 0 below a logit of -103 (-87 where tiny numbers are flushed), and weights of chosen zeros are 0/0
-        score = torch.sigmoid(matmul_bf16x3(x, router)).clamp_min(TINY)
-        ctx.save_for_backward(x, router, score)
+        wide, narrow = split_router(router)
+        score = torch.sigmoid(matmul_bf16x3(x, wide)).clamp_min(TINY)
+        ctx.save_for_backward(x, narrow, score)
         return score
 
     @staticmethod
@@ -309,17 +347,18 @@ class Scores(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, router, score = ctx.saved_tensors
-        return products_of_parts(x, router, *score_gradient(outputs[0], score))
+        x, narrow, score = ctx.saved_tensors
+        return products_of_parts(x, narrow, *score_gradient(outputs[0], score))
 
 
 class Logits(torch.autograd.Function):
-    """Keeps its arguments."""
+    """Keeps the tokens and the router in parts."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
-        ctx.save_for_backward(x, router)
-        return matmul_bf16x3(x, router)
+        wide, narrow = split_router(router)
+        ctx.save_for_backward(x, narrow)
+        return matmul_bf16x3(x, wide)
 
     @staticmethod
     @first_order

@@ -92,7 +92,7 @@ class Exchange:
     hosts: tuple[str, ...]  # of each rank, the name of its host; neighbours, equally many a host
     transport: Transport
     peers: tuple[Tensor | None, ...]  # arenas of the ranks of this host, where the CPU reaches them; else empty
-    addresses: Tensor  # [W] i64, where each rank's arena begins in this rank's address space; `proxy`: another host's
+    addresses: Tensor  # [W] i64, where each rank's arena begins in this rank's address space; 0: stores do not reach it
     epoch: Tensor  # [1] i64, barriers this rank has entered; each barrier adds one
     needed: Tensor  # [1] i32, 0, or the most rows a rank would have had to hold; written by each plan
     sent: Tensor  # [1] i64, bytes written to other ranks so far

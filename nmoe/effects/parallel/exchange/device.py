@@ -185,15 +185,16 @@ def dispatch_(e: Exchange, rows: Tensor, kept: Kept, field: Field) -> Stretches[
     return attrs.evolve(kept, source=view(e.raw, e.fields.source).clone()) if s.dedup else kept
 
 
-def combine_(e: Exchange, weight: Tensor, kept: Kept) -> Stretches[Tensor]:
-    """Combine: wait for the rows that every rank sent back, and sum each token's by weight.
+def combine_(e: Exchange, weight: Tensor, kept: Kept, added: tuple[Tensor, ...] = ()) -> Stretches[Tensor]:
+    """Combine: wait for the rows that every rank sent back, and sum each token's by weight, and what is added.
 
     weight   [N K]
+    added    each [N D]
     returns  [N D]
     """
     yield
     with record_function("exchange combine"):
-        return sums.combine(returned(e, weight.shape[0]), kept.place, weight)
+        return sums.combine(returned(e, weight.shape[0]), kept.place, weight, added)
 
 
 def forward_(
@@ -204,6 +205,7 @@ def forward_(
     up: Tensor,
     down: Tensor,
     products: Products,
+    added: tuple[Tensor, ...] = (),
 ) -> Stretches[tuple[Tensor, Tensor, Kept, Tensor]]:
     """Output, how many chose each expert, and what to keep: plan and pre-activation [C 2 F]. Shapes as `mixture`."""
     with e.within("exchange"):
@@ -218,7 +220,7 @@ def forward_(
         if y is not None:  # else nothing went aside, and a graph must not wait for a stream that it does not record
             join(e)
         del product, y
-        out = yield from combine_(e, weight, kept)
+        out = yield from combine_(e, weight, kept, added)
     return out, count, kept, h
 
 
@@ -402,14 +404,15 @@ class Mixture(torch.autograd.Function):
         e: Exchange,
         t: Tiles,
         accumulator: Accumulator | None,
+        *added: Tensor,
     ) -> tuple[Tensor, Tensor]:
         fit(e, x, expert, up)
         x, expert, weight = x.contiguous(), expert.contiguous(), weight.contiguous()
         products = Fp8(tiles=t) if e.sizes.fp8 else Stored(tiles=t, form=Form(bias=bias, limit=limit, alpha=alpha))
-        [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, products)])
+        [(out, count, kept, h)] = run_([e], [forward_(e, x, expert, weight, up, down, products, added)])
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, weight, up, down, h, *(getattr(kept, field.name) for field in attrs.fields(Kept)))
-        ctx.e, ctx.products, ctx.accumulator = e, products, accumulator
+        ctx.e, ctx.products, ctx.accumulator, ctx.added = e, products, accumulator, len(added)
         return out, count
 
     @staticmethod
@@ -422,7 +425,7 @@ class Mixture(torch.autograd.Function):
         pulls = outputs[0].contiguous()
         work = backward_(ctx.e, pulls, x, weight, up, down, kept, h, ctx.products, ctx.accumulator)
         [(dx, d_weight, d_up, d_down, d_bias)] = run_([ctx.e], [work])
-        return dx, None, d_weight, d_up, d_down, d_bias, None, None, None, None, None
+        return dx, None, d_weight, d_up, d_down, d_bias, *[None] * 5, *[pulls] * ctx.added
 
 
 def mixture(
@@ -434,6 +437,7 @@ def mixture(
     *,
     exchange: Exchange,
     tiles: Tiles,
+    added: tuple[Tensor, ...] = (),
     accumulator: Accumulator | None = None,
     limit: float | None = None,
     alpha: float = 1.0,
@@ -448,10 +452,11 @@ def mixture(
     up       [E/W D 2 F]   of this rank's experts
     down     [E/W F D]
     bias     [E 2 F] or ()   of all experts: each rank has all biases, and the gradient of its own experts'
+    added    each [N D]   added to the result before it is rounded
     limit, alpha  of `pure.model.experts.activation`
     returns  [N D] in the format of `x`, and how many of this rank's tokens chose each expert [E] i64
     """
     own = bias.unflatten(0, (-1, len(up)))[exchange.rank] if isinstance(bias, Tensor) else ()
     return Mixture.apply(  # pyright: ignore[reportReturnType]
-        x, routing.expert, routing.weight, up, down, own, limit, alpha, exchange, tiles, accumulator
+        x, routing.expert, routing.weight, up, down, own, limit, alpha, exchange, tiles, accumulator, *added
     )

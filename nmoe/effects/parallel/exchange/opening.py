@@ -44,7 +44,7 @@ def open_exchange(
 
     timeout_s   how long a rank is waited for in each phase
     transport   "peer": all ranks are on one host; "proxy": a thread sends what goes to another host over TCP;
-                "nvshmem": kernels put to any host, for which all ranks of the run open together
+                "nvshmem": kernels put to other hosts, for which all ranks of the run open together
     rendezvous  address that all hosts reach
     peers       how ranks of one host write to each other; None: `host` on a CPU, else `device`
 
@@ -59,7 +59,8 @@ def open_exchange(
     with ExitStack() as scope:
         if transport == "nvshmem":
             raw, addresses, links = nvshmem.opened(f.size, sizes, group, device)
-            e = record(raw=raw, peers=(), addresses=addresses, transport=nvshmem.over(links))
+            transfer = nvshmem.over(links, peers or _peers(device), addresses)
+            e = record(raw=raw, peers=(), addresses=addresses, transport=transfer)
         else:
             place = proxy.Hosts(rank=rank, ranks=ranks, per_host=hosts.count(hosts[0]))
             e = scope.enter_context(_in_memory(record, place, f, group, device, rendezvous, peers or _peers(device)))
@@ -108,9 +109,7 @@ def _in_memory(
             addresses = [raw.data_ptr()]
         else:
             raw, addresses, _ = scope.enter_context(symmetric(f.size, within, device))
-        # Kernels write counts, words and flags for every rank; those of other hosts fall here, and nobody reads them.
-        sink = torch.empty(f.land.offset if beyond else 0, dtype=torch.uint8, device=device)
-        addresses = [addresses[other - near.start] if other in near else sink.data_ptr() for other in range(ranks)]
+        addresses = [addresses[other - near.start] if other in near else 0 for other in range(ranks)]
         mapped = tuple(arenas[other - near.start] if other in near else None for other in range(ranks) if arenas)
         e = record(raw=raw, peers=mapped, addresses=addresses, transport=peers)
         if beyond:
@@ -119,7 +118,6 @@ def _in_memory(
             e = attrs.evolve(e, transport=proxy.over(e.transport, _relay(device), carried))
             scope.enter_context(_carrying(carried))
         yield e
-        del sink
 
 
 @contextmanager

@@ -290,13 +290,12 @@ def _store_(e: Exchange, area: Area, peers: Transport) -> None:
 def over(peers: Transport, relay: Relay, proxy: Proxy) -> Transport:
     """Puts by memory that a host shares to its own ranks, and by the proxy to those of other hosts.
 
-    peers  writes to ranks of other hosts nowhere, or where nobody reads
+    peers  writes to ranks of this host alone
     """
     hosts = proxy.hosts
 
     def put_rows_(e: Exchange, put: Put) -> None:
-        near = (put.to >= hosts.first()) & (put.to < hosts.first() + hosts.per_host)
-        peers.put_rows_(e, attrs.evolve(put, to=put.to.masked_fill(~near, hosts.ranks)))
+        peers.put_rows_(e, put)
         proxy.stage_(e, put)
 
     def put_words_(e: Exchange, put: Put) -> None:

@@ -36,7 +36,8 @@ class Request:
     """One kernel at one set of compile-time values.
 
     kernel     "nmoe.effects.kernels.norm:forward_kernel"
-    signature  type of every run-time argument: "*bf16", "*fp32", "i32", "fp32", "tensordesc<bf16[128,64]>"
+    signature  type of every run-time argument: "*bf16", "*fp32", "i32", "fp32", "tensordesc<bf16[128,64]>";
+               of a kernel of Gluon a descriptor with its layout, "tensordesc<bf16[128, 64],NVMMASharedLayout(...)>"
     constants  value of every constexpr argument, and of arguments that are None or 1
     aligned    arguments that are multiples of 16: pointers and strides; None: every pointer
     same       argument -> argument, where the kernel is launched with one tensor, or its stride, as both
@@ -118,6 +119,7 @@ def compile_one(request: Request, target: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     module, name = request.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
@@ -128,7 +130,7 @@ def compile_one(request: Request, target: int) -> Compiled:
     aligned = request.aligned
     if aligned is None:
         aligned = [each for each in order if request.signature.get(each, "").startswith("*")]
-    source = ASTSource(
+    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
         fn=kernel,
         signature={each: "constexpr" if each in request.constants else request.signature[each] for each in order},
         constexprs={(order.index(each),): value for each, value in request.constants.items()},

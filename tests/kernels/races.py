@@ -56,7 +56,7 @@ ACCESSES = {
 }
 """Operations that touch global memory at their first operand; assembly does when that is a pointer."""
 
-UNKNOWN = frozenset(("tt.call", "ttg.warp_specialize", "cf.br", "cf.cond_br"))
+UNKNOWN = frozenset(("tt.call", "cf.br", "cf.cond_br"))
 """Operations behind which accesses would be missed."""
 
 VALUE = re.compile(r"%[\w-]+(?:#\d+)?")
@@ -171,6 +171,8 @@ def _operation(lines: Sequence[str], at: int) -> tuple[Operation, int]:
         raise ValueError(f"races: expected an operation of MLIR, got {line!r}; read it in `_operation`")
     named, name, rest = matched.groups()
     results = tuple(result for group in (named or "").split(", ") for result in _numbered(group))
+    if name == "ttg.warp_specialize":
+        return _specialized(lines, at, rest)
     regions: list[Region] = []
     opened, here, at = rest.endswith("{"), at, at + 1
     head, types = _split(rest.removesuffix("({").removesuffix("{"))
@@ -181,6 +183,17 @@ def _operation(lines: Sequence[str], at: int) -> tuple[Operation, int]:
         if not opened and " : " in closing:
             types = closing.split(" : ", 1)[1]
     return Operation(here, results, name, head, types, tuple(regions)), at
+
+
+def _specialized(lines: Sequence[str], here: int, rest: str) -> tuple[Operation, int]:
+    """Warps that run regions of their own: those of the kernel, and others, whose last argument is their number."""
+    regions: list[Region] = []
+    at, closing = here + 1, "}"
+    while closing == "}" and (not regions or lines[at].startswith("partition")):
+        arguments = re.findall(r"(%[\w-]+): |num_warps\((\d+)\)", lines[at])
+        region, closing, at = _region(lines, at + 1)
+        regions.append(Region(tuple(name or number for name, number in arguments), region.operations))
+    return Operation(here, (), "ttg.warp_specialize", rest[: rest.index(")")], "", tuple(regions)), at
 
 
 def _numbered(group: str) -> Sequence[str]:
@@ -305,6 +318,8 @@ class Walk:
                 self.loop(operation, path)
             elif operation.name == "scf.if":
                 self.branches(operation, path)
+            elif operation.name == "ttg.warp_specialize":
+                self.partitions(operation, path)
             elif operation.name == "scf.yield":
                 return self.operands(operation)
             elif operation.name == "scf.condition":
@@ -323,6 +338,15 @@ class Walk:
         for name, *chosen in zip(operation.results, *yielded, strict=True) if operation.results else ():
             roots = frozenset[str]().union(*(value.roots for value in chosen))
             self.values[name] = self.value(f"if {operation.line} {name}", [*condition, *chosen], roots=roots)
+
+    def partitions(self, operation: Operation, path: Path) -> None:
+        """Regions that run side by side: nothing orders their accesses, so none may store what another one touches."""
+        captured, warps = self.operands(operation), self.warps
+        for number, region in enumerate(operation.regions):
+            self.warps = int(region.arguments[-1]) if number else warps
+            self.values.update(zip(region.arguments, captured, strict=False))
+            self.run(region.operations, (*path, (operation.line, f"warps {number}")))
+        self.warps = warps
 
     def loop(self, operation: Operation, path: Path) -> None:
         """A loop: until it is known which buffers its arguments may point into, then two iterations."""
@@ -430,6 +454,8 @@ class Walk:
     def ordered(self, earlier: int, later: int) -> bool:
         """Whether every thread's earlier access is over before any thread's later one."""
         one, other = self.events[earlier], self.events[later]
+        if beside(one, other):
+            return False
         marks = [
             event.kind
             for event in self.events[earlier:later]
@@ -446,6 +472,12 @@ class Walk:
         if one.address.term != other.address.term or one.replicated or other.replicated:
             return False
         return one.layout == other.layout or (one.kind == "load" and earlier in other.stored)
+
+
+def beside(one: Event, other: Event) -> bool:
+    """Whether other warps make the other access, at a time of their own."""
+    both = zip(one.path, other.path, strict=False)
+    return any(mine[0] == its[0] and mine != its and mine[1].startswith("warps") for mine, its in both)
 
 
 def within(access: Event, mark: Event) -> bool:

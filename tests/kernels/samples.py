@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 
 @triton.jit
@@ -106,3 +108,15 @@ def sum_beyond(x, y, size, block: tl.constexpr):
     """Adds up what a mask kept it from reading, too."""
     at = tl.arange(0, block)
     tl.store(y, tl.sum(tl.load(x + at, mask=at < size), 0))
+
+
+@gluon.jit
+def _copy(x, y, block: gl.constexpr):
+    at = gl.arange(0, block, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(y + at, gl.load(x + at))
+
+
+@gluon.jit
+def side_by_side(x, y, z, block: gl.constexpr, chained: gl.constexpr):
+    """Other warps copy `y` on while it is written."""
+    gl.warp_specialize([(_copy, (x, y, block)), (_copy, (y if chained else x, z, block))], [4], [24])

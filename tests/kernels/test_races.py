@@ -22,7 +22,7 @@ from tests.kernels.attention import test_shipped_kda as delta
 from tests.kernels.attention import test_shipped_mla as attention
 from tests.kernels.attention import test_shipped_nsa as native
 from tests.kernels.exchange import test_exchange_aot, test_nvshmem_aot
-from tests.kernels.moe import test_block_scaled, test_shipped_fp8
+from tests.kernels.moe import test_block_scaled, test_shipped_fp8, test_shipped_hopper
 from tests.kernels.moe import test_shipped_moe as moe
 from tests.kernels.optim import test_shipped_muon
 
@@ -87,6 +87,8 @@ SAMPLES: dict[str, tuple[Request, list[str]]] = {
     "reduced": (sample("max_in_place", "x"), []),
     "one thread": (sample("add_one", "x"), []),
     "asynchronous": (MATMUL, ["a"]),
+    "warps of their own": (sample("side_by_side", "x y z", chained=False), []),
+    "warps of their own, chained": (sample("side_by_side", "x y z", chained=True), ["y"]),
 }
 """A kernel, and the buffers that race."""
 
@@ -142,6 +144,7 @@ def requests() -> list[Request]:
         *(request for target in aot.TARGETS for request in native.requests(native.PAPER, target)),
         attention.rotation(inverse=True),
         *(request for target in aot.TARGETS for request in moe.requests(target)),
+        *test_shipped_hopper.requests(),
         *test_shipped_fp8.products(),
         *test_shipped_fp8.quantisers(),
         *map(test_block_scaled.request, test_block_scaled.INSTRUCTION),

@@ -306,7 +306,8 @@ def mixture_tiles(device: torch.device, hidden: int, width: int) -> mixtures.Til
 
     entry = tuning.find(shipped(device), "moe", hidden, width)
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    return mixtures.Tiles(**entry.tiles, group=entry.group, programs=programs)
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return mixtures.Tiles(**entry.tiles, group=entry.group, programs=programs, hopper=hopper)
 
 
 def mla_tiles(device: torch.device, nope: int, rope: int, value: int) -> mla.Tiles:

@@ -14,6 +14,7 @@ from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.kernels.moe import combine, persistent
 from nmoe.effects.kernels.moe import dispatch as sorting
 from nmoe.effects.kernels.moe import experts as gemms
+from nmoe.effects.kernels.moe import moe as mixture
 from nmoe.effects.kernels.moe.moe import Tiles, moe_experts
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model import experts, route
@@ -248,10 +249,59 @@ def test_a_layer_that_gathers_has_the_bits_of_one_of_rows() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", ["random", "all to one", "some have none"])
 def test_programs_that_take_several_tiles_have_the_bits_of_one_each(kind: str, transposed: bool) -> None:
-    """Of a summed axis that is short; a longer one goes to the other kernel."""
     at = sorting.dispatch(chosen(kind, 50, 6, 2), 6)
-    for inner in (40, persistent.SHORT + 8):
+    for inner in (40, 776):
         rows, weight = normal(100, inner), normal(6, 24, inner, seed=1) if transposed else normal(6, inner, 24, seed=1)
         given = (rows, weight, at.end, sorting.tiles(at.count, 100, SMALL.block_m), SMALL, 2)
         found = persistent.grouped_gemm(*given, 5, transposed=transposed)
         assert torch.equal(found, gemms.grouped_gemm(*given, transposed=transposed))
+
+
+@pytest.mark.parametrize("gathered", [None, SMALL], ids=["rows", "gathered"])
+@pytest.mark.parametrize("many", [True, False], ids=["many rows", "few rows"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_a_layer_on_hopper(
+    monkeypatch: pytest.MonkeyPatch, biased: bool, many: bool, gathered: GemmTile | None
+) -> None:
+    """Which kernels it calls, with what: others of the same meaning stand in for those that no interpreter runs."""
+    called: list[str] = []
+
+    def up(x: Tensor, source: Tensor, weight: Tensor, end: Tensor, cut: Any, group: int, programs: int) -> Any:
+        called.append("up")
+        return gemms.gather_gemm_swiglu(x, source, weight, end, cut, SMALL, group)
+
+    def back(*given: Any) -> Any:
+        called.append("activation")
+        other: Any = gemms.swiglu_backward_gemm
+        return other(*given[:-2], SMALL, *given[-2:])
+
+    def gradient_(
+        out: Tensor, a: Tensor, b: Tensor, *, programs: int, source: Tensor | None = None, **how: Any
+    ) -> None:
+        called.append("gradient" if source is None else "gradient that gathers")
+        gemms.grouped_weight_gradient_(out, a, b, tile=SMALL, source=source, **how)
+
+    monkeypatch.setattr(mixture.ring, "ROWS", SMALL.block_m)
+    monkeypatch.setattr(mixture.activation, "ROWS", SMALL.block_m)
+    monkeypatch.setattr(mixture.up_projection, "gather_gemm_swiglu", up)
+    monkeypatch.setattr(mixture.activation, "swiglu_backward_gemm", back)
+    monkeypatch.setattr(mixture.gradient, "grouped_weight_gradient_", gradient_)
+    shape = (40, 40, 24, 4, 2)
+    monkeypatch.setattr(mixture, "MANY", 40 * 2 // 4 + (0 if many else 1))
+    inputs, pulls = operands(shape), [normal(40, 40, seed=4)]
+    if biased:
+        inputs.append(normal(4, 2, 24, seed=5))
+
+    def run(tiles: Tiles) -> list[Tensor]:
+        expert = chosen("random", *shape[:1], *shape[3:])
+        return graded(
+            lambda x, weight, *rest: moe_experts(x, Routing(expert, weight), *rest, tiles=tiles)[0], inputs, pulls
+        )
+
+    wanted = run(attrs.evolve(TILES, gathered=gathered))
+    assert called == []
+    found = run(attrs.evolve(TILES, gathered=gathered, hopper=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    expected = [] if biased else ["up", "activation"]
+    expected += [] if many else ["gradient"]
+    assert called == [*expected, *(["gradient that gathers"] if gathered is None or not many else [])]

@@ -10,6 +10,8 @@ gradient>: neither a row's output nor that output's gradient is kept for it (0.8
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 import torch
 import triton
@@ -252,6 +254,11 @@ class Form:
     limit: float | None = None
     alpha: float = 1.0
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is SwiGLU and nothing else."""
+        return not isinstance(self.bias, Tensor) and self.limit is None
+
     def gradient(self, dh: Tensor, end: Tensor, count: Tensor) -> Tensor | None:
         """Of the bias, in its format; rows are summed in fp32 and in one order."""
         if not isinstance(self.bias, Tensor):
@@ -418,27 +425,24 @@ def _launch_(
 def weight_gradient(
     a: Tensor,
     b: Tensor,
-    end: Tensor,
-    count: Tensor,
-    tile: GemmTile,
-    group: int,
+    write_: Callable[..., None],
     *,
     parameter: Tensor,
     accumulator: Accumulator | None,
-    source: Tensor | None = None,
 ) -> Tensor | None:
     """Grouped weight gradient of a parameter [E A B]: for autograd, or None when it went into the parameter's buffer.
+
+    write_  `grouped_weight_gradient_` but for what it is given here: `out`, `a`, `b`, `add`
 
     Writes:  the buffer that `accumulator` has for the parameter, and there that it is stored anew.
     """
     buffer = None if accumulator is None else accumulator.buffers.get(parameter.data_ptr())
+    sizes = parameter.shape[0], a.shape[1], b.shape[1]
     if accumulator is None or buffer is None:
         made = torch.empty_like(parameter, dtype=a.dtype)
-        out = made.view(end.shape[0], a.shape[1], b.shape[1])
-        grouped_weight_gradient_(out, a, b, end, count, tile, group, source=source)
+        write_(made.view(sizes), a, b, add=False)
         return made
-    out = buffer.view(end.shape[0], a.shape[1], b.shape[1])
-    grouped_weight_gradient_(out, a, b, end, count, tile, group, source=source, add=not accumulator.first)
+    write_(buffer.view(sizes), a, b, add=not accumulator.first)
     if accumulator.first:
         accumulator.stored.add(parameter.data_ptr())
     accumulator.added(parameter)

@@ -5,6 +5,7 @@ Letters: N tokens, D hidden size, E experts, F expert width; D and F are multipl
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,13 +87,14 @@ class MoeExpertsFp8(torch.autograd.Function):
             )
             d_weight = part.sum(-1)[place.to(torch.int64)]
             rows = places.spread(dy, place)
+            grouped = partial(experts.grouped_weight_gradient_, end=end, count=count, group=t.group)
             d_down = experts.weight_gradient(
-                a, rows, end, count, t.down_gradient, t.group, parameter=down, accumulator=accumulator
+                a, rows, partial(grouped, tile=t.down_gradient), parameter=down, accumulator=accumulator
             )
             del a, part, rows
             rows = places.spread(x, place)
             d_up = experts.weight_gradient(
-                rows, dh.flatten(1), end, count, t.up_gradient, t.group, parameter=up, accumulator=accumulator
+                rows, dh.flatten(1), partial(grouped, tile=t.up_gradient), parameter=up, accumulator=accumulator
             )
             del rows, dh
             cut = places.tiles(count, pairs, INPUT.block_m)

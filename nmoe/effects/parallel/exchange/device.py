@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import attrs
@@ -278,8 +279,9 @@ def backward_(
         e.transport.put_words_(e, gates)
     with record_function("experts"):
         moves.pad_(a, kept.valid, t.down_gradient.block_k)
+        grouped = partial(experts.grouped_weight_gradient_, end=kept.end, count=kept.count, group=t.group)
         d_down = experts.weight_gradient(
-            a, pulls, kept.end, kept.count, t.down_gradient, t.group, parameter=down, accumulator=accumulator
+            a, pulls, partial(grouped, tile=t.down_gradient), parameter=down, accumulator=accumulator
         )
     with e.within("exchange"):
         join(e)
@@ -292,7 +294,7 @@ def backward_(
         rows = received(e, f.land, kept)
         moves.pad_(rows, kept.valid, t.up_gradient.block_k)
         d_up = experts.weight_gradient(
-            rows, dh, kept.end, kept.count, t.up_gradient, t.group, parameter=up, accumulator=accumulator
+            rows, dh, partial(grouped, tile=t.up_gradient), parameter=up, accumulator=accumulator
         )
     return d_x, d_weight, d_up, d_down, d_bias
 

@@ -1,0 +1,142 @@
+"""The mixture's kernels for Hopper on one: the bits of those that run everywhere, twice, never waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor
+
+from nmoe.effects.device import ops
+from nmoe.effects.kernels.moe import dispatch as places
+from nmoe.effects.kernels.moe import experts
+from nmoe.effects.kernels.moe.hopper import activation, gradient, ring, up
+from nmoe.effects.kernels.moe.moe import moe_experts
+from nmoe.pure.model import route
+from nmoe.pure.model.route import Routing
+from tests.kernels import truth
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
+]
+
+normal = partial(truth.normal, dtype=torch.bfloat16, device="cuda")
+
+SHAPES = [
+    (1500, 512, 384, 16, 4),
+    (700, 264, 200, 7, 2),  # no size that a tile divides
+    (3, 64, 48, 8, 2),
+    (900, 2048, 1408, 8, 2),
+]
+"""Tokens, hidden size, width, experts, chosen ones."""
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("a GPU of compute capability 9.0 is needed")
+
+
+def chosen(tokens: int, num_experts: int, top_k: int) -> Tensor:
+    """Experts of each token, one of them without rows."""
+    score = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(1))
+    score[:, 1] -= 2
+    return route.top_k(score, top_k).cuda()
+
+
+def repeated(call: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    """What a call returns, after it returned the same once before; neither waited for the device."""
+    first = [result.clone() for result in call()]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = list(call())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return second
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products(shape: tuple[int, ...]) -> None:
+    tokens, hidden, width, num_experts, top_k = shape
+    tiles = attrs.evolve(ops.mixture_tiles(torch.device("cuda"), hidden, width), hopper=False)
+    at = places.dispatch(chosen(tokens, num_experts, top_k), num_experts)
+    pairs = tokens * top_k
+    x, rows, weight = normal(tokens, hidden), normal(pairs, hidden, seed=1), torch.rand(tokens, top_k, device="cuda")
+    w_up = normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5
+    w_down = normal(num_experts, width, hidden, seed=3) / width**0.5
+
+    def cut(m: int) -> places.RowTiles:
+        return places.tiles(at.count, pairs, m)
+
+    own = cut(ring.ROWS)
+    h, a = repeated(lambda: up.gather_gemm_swiglu(x, at.source, w_up, at.end, own, 8, 132))
+    wanted = experts.gather_gemm_swiglu(x, at.source, w_up, at.end, cut(tiles.up.block_m), tiles.up, 8)
+    assert torch.equal(h, wanted[0]) and torch.equal(a, wanted[1])
+    tall = cut(activation.ROWS)
+    found = repeated(lambda: activation.swiglu_backward_gemm(rows, at.slot, weight, w_down, h, at.end, tall, 8, 132))
+    wanted = experts.swiglu_backward_gemm(
+        rows, at.slot, weight, w_down, h, at.end, cut(tiles.activation.block_m), tiles.activation, 8, 132
+    )
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[2].sum(-1), wanted[2].sum(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weight_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Stored and added, of rows and of what they are gathered from."""
+    tokens, hidden, width, num_experts, top_k = shape
+    tiles = ops.mixture_tiles(torch.device("cuda"), hidden, width)
+    at = places.dispatch(chosen(tokens, num_experts, top_k), num_experts)
+    x, dh = normal(tokens, hidden), normal(tokens * top_k, 2 * width, seed=1)
+    rows = places.spread(x, at.place)
+    how: dict[str, Any] = {"end": at.end, "count": at.count, "group": 8}
+    before = normal(num_experts, hidden, 2 * width, seed=2).to(dtype)
+    for add in (False, True):
+        wanted = before.clone() if add else poisoned(*before.shape, dtype=dtype)
+        experts.grouped_weight_gradient_(wanted, rows, dh, tile=tiles.up_gradient, **how, add=add)
+        for a, source in ((rows, None), (x, at.source)):
+            out = before.clone() if add else poisoned(*before.shape, dtype=dtype)
+            gradient.grouped_weight_gradient_(out, a, dh, **how, programs=132, source=source, add=add)
+            assert torch.equal(out, wanted), (add, source is None)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_layer(shape: tuple[int, ...]) -> None:
+    """Forward and backward; gates' gradients are sums in another order."""
+    tokens, hidden, width, num_experts, top_k = shape
+    expert = chosen(tokens, num_experts, top_k)
+    leaves = [
+        normal(tokens, hidden),
+        torch.rand(tokens, top_k, device="cuda"),
+        normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5,
+        normal(num_experts, width, hidden, seed=3) / width**0.5,
+    ]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    pull = normal(tokens, hidden, seed=4)
+    tiles = ops.mixture_tiles(torch.device("cuda"), hidden, width)
+    assert tiles.hopper
+
+    def run(hopper: bool) -> list[Tensor]:
+        x, weight, w_up, w_down = leaves
+        y = moe_experts(x, Routing(expert, weight), w_up, w_down, tiles=attrs.evolve(tiles, hopper=hopper))[0]
+        return [y.detach(), *torch.autograd.grad(y, leaves, pull)]
+
+    found, wanted = repeated(lambda: run(True)), run(False)
+    for name, a, b in zip(("y", "dx", "dweight", "dup", "ddown"), found, wanted, strict=True):
+        if name == "dweight":
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        else:
+            assert torch.equal(a, b), name

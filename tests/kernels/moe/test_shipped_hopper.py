@@ -1,0 +1,90 @@
+"""The mixture's kernels for Hopper, compiled ahead of time: wide products, registers where they are needed, no spills.
+
+Triton's interpreter knows no Gluon: what they compute is compared with the other kernels by tests/gpu/test_hopper.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from nmoe.effects.kernels.moe.hopper import activation, ring
+from tests.kernels import aot
+from tests.kernels.aot import Request
+
+TILED = {"tile_expert": "*i32", "tile_row": "*i32", "num_needed": "*i32", "end": "*i32"}
+
+
+def block(rows: int, columns: int) -> str:
+    """A descriptor, with the layout that a block of it has in shared memory."""
+    layout = f"NVMMASharedLayout(swizzle_byte_width={min(2 * columns, 128)}, element_bitwidth=16, rank=2)"
+    return f"tensordesc<bf16[{rows}, {columns}],{layout}>"
+
+
+def request(name: str, types: Mapping[str, str], constants: Mapping[str, Any], sizes: str, **tile: int) -> Request:
+    tile = {"M": ring.ROWS, "N": ring.COLUMNS, "K": ring.STEP, "PIECE": ring.PIECE, "STAGES": ring.STAGES} | tile
+    return Request(
+        kernel=f"nmoe.effects.kernels.moe.hopper.{name}_kernel",
+        signature=types,
+        constants={**tile, "GROUP": 8, "PROGRAMS": 132, **constants},
+        aligned=[*(key for key, kind in types.items() if kind.startswith("*")), *sizes.split()],
+        warps=8,
+    )
+
+
+def requests() -> list[Request]:
+    """Of a hidden size that is a multiple of a step's columns, and of one that is not."""
+    k, n = ring.STEP, ring.COLUMNS
+    return [
+        *(
+            request(
+                "up:gather_gemm_swiglu",
+                {"x": "*bf16", "source": "*i32", "w": block(k, n // 2), "h": "*bf16", "a": "*bf16", "F": "i32"} | TILED,
+                {"D": hidden},
+                "F",
+                N=n // 2,
+            )
+            for hidden in (2048, 2056)
+        ),
+        *(
+            request(
+                "gradient:grouped_weight_gradient",
+                {"a": "*bf16", "b": block(k, n), "out": out, "end": "*i32", "count": "*i32"}
+                | dict.fromkeys(("E", "A", "B"), "i32")
+                | ({"source": "*i32"} if gathers else {}),
+                {"ADD": add, **({} if gathers else {"source": None})},
+                "A B",
+                PIECE=ring.NARROW if add else ring.PIECE,
+            )
+            for gathers in (True, False)
+            for out, add in (("*bf16", False), ("*bf16", True), ("*fp32", False), ("*fp32", True))
+        ),
+        request(
+            "activation:swiglu_backward_gemm",
+            {"rows": block(activation.ROWS, k), "w": block(activation.COLUMNS, k), "weight": "*fp32", "slot": "*i32"}
+            | {"h": block(activation.ROWS, ring.NARROW), "dh": "*bf16", "a": "*bf16", "gate_part": "*fp32"}
+            | {"F": "i32", "D": "i32"}
+            | TILED,
+            {},
+            "F D",
+            M=activation.ROWS,
+            N=activation.COLUMNS,
+            PIECE=ring.NARROW,
+        ),
+    ]
+
+
+def test_products_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Three programs' registers are divided anew: those that multiply have more than 224 of a thread."""
+    found = aot.compile_all(requests(), tmp_path_factory.mktemp("triton"), targets=[90])
+    said = [problem for each in found for problem in each.problems(tensor_cores=True)]
+    for each in found:
+        own = max(int(number) for number in re.findall(r"setmaxnreg\.dec\.sync\.aligned\.u32\s+(\d+)", each.ptx))
+        products = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16", each.ptx))
+        wide = "128" if "activation" in each.kernel else "256"
+        if each.mma or each.atomics or each.scratch or own < 224 or products != {wide}:
+            said.append(f"{each.kernel}: {each.mma} old products, {own} registers, products of {products} columns")
+    assert said == []

@@ -14,7 +14,7 @@ from torch import Tensor
 from nmoe.effects.device import ops
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
-from nmoe.effects.kernels.moe.hopper import activation, gradient, ring, up
+from nmoe.effects.kernels.moe.hopper import gradient, ring, up
 from nmoe.effects.kernels.moe.moe import moe_experts
 from nmoe.pure.model import route
 from nmoe.pure.model.route import Routing
@@ -67,14 +67,12 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products(shape: tuple[int, ...]) -> None:
+def test_the_up_projection(shape: tuple[int, ...]) -> None:
     tokens, hidden, width, num_experts, top_k = shape
     tiles = attrs.evolve(ops.mixture_tiles(torch.device("cuda"), hidden, width), hopper=False)
     at = places.dispatch(chosen(tokens, num_experts, top_k), num_experts)
     pairs = tokens * top_k
-    x, rows, weight = normal(tokens, hidden), normal(pairs, hidden, seed=1), torch.rand(tokens, top_k, device="cuda")
-    w_up = normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5
-    w_down = normal(num_experts, width, hidden, seed=3) / width**0.5
+    x, w_up = normal(tokens, hidden), normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5
 
     def cut(m: int) -> places.RowTiles:
         return places.tiles(at.count, pairs, m)
@@ -83,13 +81,6 @@ def test_products(shape: tuple[int, ...]) -> None:
     h, a = repeated(lambda: up.gather_gemm_swiglu(x, at.source, w_up, at.end, own, 8, 132))
     wanted = experts.gather_gemm_swiglu(x, at.source, w_up, at.end, cut(tiles.up.block_m), tiles.up, 8)
     assert torch.equal(h, wanted[0]) and torch.equal(a, wanted[1])
-    tall = cut(activation.ROWS)
-    found = repeated(lambda: activation.swiglu_backward_gemm(rows, at.slot, weight, w_down, h, at.end, tall, 8, 132))
-    wanted = experts.swiglu_backward_gemm(
-        rows, at.slot, weight, w_down, h, at.end, cut(tiles.activation.block_m), tiles.activation, 8, 132
-    )
-    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
-    torch.testing.assert_close(found[2].sum(-1), wanted[2].sum(-1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -114,7 +105,7 @@ def test_weight_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_layer(shape: tuple[int, ...]) -> None:
-    """Forward and backward; gates' gradients are sums in another order."""
+    """Forward and backward, as several ranks have it, which keep the other kernels."""
     tokens, hidden, width, num_experts, top_k = shape
     expert = chosen(tokens, num_experts, top_k)
     leaves = [
@@ -136,7 +127,4 @@ def test_a_layer(shape: tuple[int, ...]) -> None:
 
     found, wanted = repeated(lambda: run(True)), run(False)
     for name, a, b in zip(("y", "dx", "dweight", "dup", "ddown"), found, wanted, strict=True):
-        if name == "dweight":
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-        else:
-            assert torch.equal(a, b), name
+        assert torch.equal(a, b), name

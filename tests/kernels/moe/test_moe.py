@@ -270,11 +270,6 @@ def test_a_layer_on_hopper(
         called.append("up")
         return gemms.gather_gemm_swiglu(x, source, weight, end, cut, SMALL, group)
 
-    def back(*given: Any) -> Any:
-        called.append("activation")
-        other: Any = gemms.swiglu_backward_gemm
-        return other(*given[:-2], SMALL, *given[-2:])
-
     def gradient_(
         out: Tensor, a: Tensor, b: Tensor, *, programs: int, source: Tensor | None = None, **how: Any
     ) -> None:
@@ -282,9 +277,7 @@ def test_a_layer_on_hopper(
         gemms.grouped_weight_gradient_(out, a, b, tile=SMALL, source=source, **how)
 
     monkeypatch.setattr(mixture.ring, "ROWS", SMALL.block_m)
-    monkeypatch.setattr(mixture.activation, "ROWS", SMALL.block_m)
     monkeypatch.setattr(mixture.up_projection, "gather_gemm_swiglu", up)
-    monkeypatch.setattr(mixture.activation, "swiglu_backward_gemm", back)
     monkeypatch.setattr(mixture.gradient, "grouped_weight_gradient_", gradient_)
     shape = (40, 40, 24, 4, 2)
     monkeypatch.setattr(mixture, "MANY", 40 * 2 // 4 + (0 if many else 1))
@@ -302,6 +295,6 @@ def test_a_layer_on_hopper(
     assert called == []
     found = run(attrs.evolve(TILES, gathered=gathered, hopper=True))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    expected = [] if biased else ["up", "activation"]
+    expected = [] if biased else ["up"]
     expected += [] if many else ["gradient"]
     assert called == [*expected, *(["gradient that gathers"] if gathered is None or not many else [])]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nmoe.effects.kernels.moe.hopper import activation, ring
+from nmoe.effects.kernels.moe.hopper import ring
 from tests.kernels import aot
 from tests.kernels.aot import Request
 
@@ -62,18 +62,6 @@ def requests() -> list[Request]:
             for gathers in (True, False)
             for out, add in (("*bf16", False), ("*bf16", True), ("*fp32", False), ("*fp32", True))
         ),
-        request(
-            "activation:swiglu_backward_gemm",
-            {"rows": block(activation.ROWS, k), "w": block(activation.COLUMNS, k), "weight": "*fp32", "slot": "*i32"}
-            | {"h": block(activation.ROWS, ring.NARROW), "dh": "*bf16", "a": "*bf16", "gate_part": "*fp32"}
-            | {"F": "i32", "D": "i32"}
-            | TILED,
-            {},
-            "F D",
-            M=activation.ROWS,
-            N=activation.COLUMNS,
-            PIECE=ring.NARROW,
-        ),
     ]
 
 
@@ -84,7 +72,6 @@ def test_products_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> None:
     for each in found:
         own = max(int(number) for number in re.findall(r"setmaxnreg\.dec\.sync\.aligned\.u32\s+(\d+)", each.ptx))
         products = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16", each.ptx))
-        wide = "128" if "activation" in each.kernel else "256"
-        if each.mma or each.atomics or each.scratch or own < 224 or products != {wide}:
+        if each.mma or each.atomics or each.scratch or own < 224 or products != {"256"}:
             said.append(f"{each.kernel}: {each.mma} old products, {own} registers, products of {products} columns")
     assert said == []

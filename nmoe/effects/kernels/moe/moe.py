@@ -18,7 +18,7 @@ from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts, persistent
-from nmoe.effects.kernels.moe.hopper import activation, gradient, ring
+from nmoe.effects.kernels.moe.hopper import gradient, ring
 from nmoe.effects.kernels.moe.hopper import up as up_projection
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model.route import Routing
@@ -45,11 +45,11 @@ class Tiles:
 
     def rows(self, form: experts.Form) -> set[int]:
         """How many rows of an expert the tiles of its products have."""
-        own = (ring.ROWS, activation.ROWS) if self.specialized(form) else (self.up.block_m, self.activation.block_m)
-        return {*own, self.down.block_m, self.input.block_m}
+        own = ring.ROWS if self.specialized(form) else self.up.block_m
+        return {own, self.down.block_m, self.activation.block_m, self.input.block_m}
 
     def specialized(self, form: experts.Form) -> bool:
-        """Whether the up-projection and the activation's backward are those of `moe.hopper`."""
+        """Whether the up-projection is that of `moe.hopper`."""
         return self.hopper and form.plain
 
 
@@ -106,15 +106,10 @@ class MoeExperts(torch.autograd.Function):
         with record_function("combine"):
             rows = places.spread(outputs[0].contiguous(), place)
         with record_function("experts"):
-            if t.specialized(form):
-                dh, a, part = activation.swiglu_backward_gemm(
-                    rows, slot, weight, down, h, end, ctx.cuts[activation.ROWS], t.group, t.programs
-                )
-            else:
-                cut = ctx.cuts[t.activation.block_m]
-                dh, a, part = experts.swiglu_backward_gemm(
-                    rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs, form
-                )
+            cut = ctx.cuts[t.activation.block_m]
+            dh, a, part = experts.swiglu_backward_gemm(
+                rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs, form
+            )
             dh = dh.flatten(1)
             d_bias = form.gradient(dh, end, count)
             d_weight = part.sum(-1)[place.to(torch.int64)]

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +76,12 @@ class Compiled:
     atomics: int
     races: list[str]  # buffers read and written in no order, tests/kernels/races.py
     outlived: list[str]  # left operands of products that stay in registers from step to step of a loop
+    serialized: list[str]  # why products of sm_90 wait for one another, in ptxas's words
     ptx: str = attrs.field(repr=False)
     sass: str = attrs.field(repr=False)
 
     def problems(self, *, spills: int = 0, tensor_cores: bool = False) -> list[str]:
-        """Why the kernel must not ship: races, overwritten operands, too much memory or spills, no tensor cores."""
+        """Why the kernel must not ship: races, overwritten operands, too much memory or spills, slow products."""
         found = [f"data race: {race}" for race in self.races]
         found += [f"left operand {name} of a product is in registers since before its loop" for name in self.outlived]
         if self.shared > SHARED_LIMIT:
@@ -87,6 +90,7 @@ class Compiled:
             found.append(f"{self.tensor} columns of tensor memory, limit {TENSOR_LIMIT}")
         if self.spills > spills:
             found.append(f"{self.spills} spill instructions, limit {spills}")
+        found += [f"products wait for one another: {reason}" for reason in self.serialized]
         if tensor_cores and not (self.wgmma if self.target < 100 else self.tcgen05):
             found.append("no tensor-core instruction of its generation")
         return [f"{self.kernel} on sm_{self.target}: {problem}" for problem in found]
@@ -139,7 +143,9 @@ def compile_one(request: Request, target: int) -> Compiled:
     options: dict[str, Any] = {"num_warps": request.warps, "num_stages": request.stages, "maxnreg": request.maxnreg}
     if request.libraries:
         options["extern_libs"] = dict(request.libraries)
-    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with redirect_stdout(StringIO()) as said, triton.knobs.nvidia.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -160,6 +166,7 @@ def compile_one(request: Request, target: int) -> Compiled:
         scratch=metadata.global_scratch_size,
         races=races(built.asm["ttgir"], request.same),
         outlived=outlived(built.asm["ttgir"]),
+        serialized=re.findall(r" are serialized due to (.*?) in (?:the )?function", said.getvalue()),
         ptx=built.asm["ptx"],
         sass=sass,
         **counts(sass),

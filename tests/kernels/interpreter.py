@@ -26,6 +26,7 @@ def turn_on() -> None:
         triton.knobs.runtime.interpret = True
         del os.environ["TRITON_INTERPRET"]
     from triton import language
+    from triton.experimental.gluon._runtime import GluonJITFunction
     from triton.runtime.jit import JITFunction
 
     kernels = [module for name, module in sys.modules.items() if name.startswith("nmoe.effects.kernels")]
@@ -33,7 +34,7 @@ def turn_on() -> None:
         f"{module.__name__}.{key}"
         for module in (language, *kernels)
         for key, value in vars(module).items()
-        if isinstance(value, JITFunction)
+        if isinstance(value, JITFunction) and not isinstance(value, GluonJITFunction)  # no interpreter runs Gluon
     ]
     if compiled:
         raise RuntimeError(

@@ -57,7 +57,8 @@ def test_spills_are_seen(compiled: dict[tuple[str, int], Compiled]) -> None:
     spilling = compiled["spilling", 90]
     assert spilling.spills > 100
     assert spilling.problems()
-    assert spilling.problems(spills=spilling.spills) == []
+    (left,) = spilling.problems(spills=spilling.spills)
+    assert left.endswith("products wait for one another: insufficient register resources for the wgmma pipeline")
 
 
 def test_a_kernel_that_does_not_compile_says_so(tmp_path: Path) -> None:

@@ -98,7 +98,10 @@ def query_kernel(
     acc = tl.zeros([block_m, channels_box], tl.float32)
     acc_w = tl.zeros([block_m], tl.float32)
     begin = first_key(start, b, m, positions, documents) // block_n * block_n
-    for n in tl.range(begin, tl.minimum(m + block_m, positions), block_n):
+    until = tl.minimum(m + block_m, positions)
+    # a loop of no turn would hide from ptxas where accumulators live, and it would have each product wait for the last
+    tl.assume(begin < until)
+    for n in tl.range(begin, until, block_n):
         key = n + tl.arange(0, block_n)
         keys = load_rows(k, b * positions + key, key < positions, channels, channels_box)
         s = tl.dot(tile, keys.T)

@@ -130,6 +130,8 @@ def output_kernel(
     acc = tl.zeros([block_m, block_k], tl.float32)
     # a step's keys are known a step before: else its loads would wait for where they are
     slot, at, there = load_slots(chosen, t, positions, slots, 0, block_n)
+    # a query sees itself; a loop of no turn would hide from ptxas where accumulators live, and products would wait
+    tl.assume(until > 0)
     for j in tl.range(0, until, block_n):
         weight = load_pairs(p, g, slot, there, heads, slots, h, block_m)
         most = tl.load(top + (g * blocks + j // block) * heads + head, mask=mine, other=0.0)

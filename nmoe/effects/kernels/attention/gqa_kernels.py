@@ -340,8 +340,10 @@ def dkv_range(
             if limited:
                 visible = visible & (queries[None, :] < last[:, None])
             p = tl.where(visible, p, 0.0)
-        acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v)
+        # Before the product of p, which still reads its registers while others are written: on sm_90 ptxas would have
+        # each instruction of each product wait for the one before it.
         ds = (p * (dp - tl.reshape(delta.load([row + head, m]), (1, block_m)))).to(tile.dtype)
+        acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v)
         acc = tl.dot(ds, tile, acc)
         if far > 0:
             acc_far = tl.dot(ds, tile_far, acc_far)

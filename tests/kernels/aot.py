@@ -121,6 +121,7 @@ def compile_all(requests: Sequence[Request], cache: Path, *, targets: Sequence[i
 def compile_one(request: Request, target: int) -> Compiled:
     """One kernel on one target, in a process that does not interpret."""
     import triton
+    import triton.knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction

@@ -56,8 +56,8 @@ ARGUMENTS: Mapping[str, str] = {
 }
 """Pointers with the letter of their type, and integers, of each kernel."""
 
-SPILLS: Mapping[int, Mapping[str, int]] = {90: {}, 100: {"pairs": 2}}
-"""On sm_100 Triton 3.6 moves two values of the kernel of pairs out."""
+SPILLS: Mapping[int, Mapping[str, int]] = {90: {"select": 2}, 100: {"pairs": 2}}
+"""Triton 3.6 moves two values of the kernel of pairs out on sm_100, 3.7 two of the choice's with documents on sm_90."""
 
 SMALL_SPILLS: Mapping[str, int] = {"dq": 9}
 """Of small models, on either chip: 9 of the gradients of 16 heads' queries on sm_90."""

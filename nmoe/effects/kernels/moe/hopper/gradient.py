@@ -33,6 +33,15 @@ from nmoe.effects.kernels.moe.hopper.ring import (
 
 
 @gluon.jit
+def _tile(pid, end, count, num_m, num_n, GROUP: gl.constexpr):
+    """Which expert, tile of rows and of columns, and where the expert's rows begin and end."""
+    expert = pid // (num_m * num_n)
+    m, n = swizzle(pid % (num_m * num_n), num_n, num_m, GROUP)
+    stop = gl.load(end + expert)
+    return expert, m, n, stop - gl.load(count + expert), stop
+
+
+@gluon.jit
 def _load_gradient(
     a, source, b, end, count, E, A, num_m, num_n, a_buf, b_buf, full, empty, M: gl.constexpr, N: gl.constexpr,
     K: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
@@ -40,12 +49,8 @@ def _load_gradient(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     inner = gl.arange(0, K, layout=gl.SliceLayout(1, layout))
     step = 0
-    each = num_m * num_n
-    for pid in range(gl.program_id(0), E * each, PROGRAMS):
-        expert = pid // each
-        m, n = swizzle(pid % each, num_n, num_m, GROUP)
-        stop = gl.load(end + expert)
-        start = stop - gl.load(count + expert)
+    for pid in range(gl.program_id(0), E * num_m * num_n, PROGRAMS):
+        expert, m, n, start, stop = _tile(pid, end, count, num_m, num_n, GROUP)
         am = m * M + gl.arange(0, M, layout=gl.SliceLayout(0, layout))
         own = a + am[None, :]
         row = start + inner
@@ -71,12 +76,8 @@ def _multiply_gradient(
 ):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, N, 16])
     step = 0
-    each = num_m * num_n
-    for pid in range(gl.program_id(0), E * each, PROGRAMS):
-        expert = pid // each
-        m, n = swizzle(pid % each, num_n, num_m, GROUP)
-        stop = gl.load(end + expert)
-        start = stop - gl.load(count + expert)
+    for pid in range(gl.program_id(0), E * num_m * num_n, PROGRAMS):
+        expert, m, n, start, stop = _tile(pid, end, count, num_m, num_n, GROUP)
         acc = gl.zeros((M, N), gl.float32, mma)
         for k in range(start, stop, K):
             stage = filled(full, step, STAGES)

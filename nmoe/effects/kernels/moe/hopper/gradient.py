@@ -50,7 +50,7 @@ def _load_gradient(
     inner = gl.arange(0, K, layout=gl.SliceLayout(1, layout))
     step = 0
     for pid in range(gl.program_id(0), E * num_m * num_n, PROGRAMS):
-        expert, m, n, start, stop = _tile(pid, end, count, num_m, num_n, GROUP)
+        _, m, n, start, stop = _tile(pid, end, count, num_m, num_n, GROUP)
         am = m * M + gl.arange(0, M, layout=gl.SliceLayout(0, layout))
         own = a + am[None, :]
         row = start + inner

@@ -132,6 +132,10 @@ def compile_one(request: Request, target: int) -> Compiled:
     unknown = [each for each in order if each not in request.signature and each not in request.constants]
     if unknown:
         raise ValueError(f"{request.kernel}: every argument has a type or a value, got none for {unknown}")
+    fixed = {each.name for each in kernel.params if each.is_constexpr}
+    varying = [each for each, value in request.constants.items() if each not in fixed and value not in (None, 1)]
+    if varying:
+        raise ValueError(f"{request.kernel}: a launch passes {varying} at run time; give a type, got a value")
     aligned = request.aligned
     if aligned is None:
         aligned = [each for each in order if request.signature.get(each, "").startswith("*")]

@@ -36,7 +36,7 @@ def request(name: str, types: Mapping[str, str], constants: Mapping[str, Any], s
 
 
 def requests() -> list[Request]:
-    """Of a hidden size that is a multiple of a step's columns, and of one that is not."""
+    """Of sizes that are multiples of a step's columns, and of ones that are multiples of 8 alone."""
     k, n = ring.STEP, ring.COLUMNS
     return [
         *(
@@ -44,7 +44,7 @@ def requests() -> list[Request]:
                 "up:gather_gemm_swiglu",
                 {"x": "*bf16", "source": "*i32", "w": block(k, n // 2), "h": "*bf16", "a": "*bf16", "F": "i32"} | TILED,
                 {"D": hidden},
-                "F",
+                "F" if hidden % 16 == 0 else "",
                 N=n // 2,
             )
             for hidden in (2048, 2056)
@@ -53,14 +53,20 @@ def requests() -> list[Request]:
             request(
                 "gradient:grouped_weight_gradient",
                 {"a": "*bf16", "b": block(k, n), "out": out, "end": "*i32", "count": "*i32"}
-                | dict.fromkeys(("E", "A", "B"), "i32")
+                | dict.fromkeys(("E", "B"), "i32")
                 | ({"source": "*i32"} if gathers else {}),
-                {"ADD": add, **({} if gathers else {"source": None})},
-                "A B",
+                {"A": width, "ADD": add, **({} if gathers else {"source": None})},
+                "B" if width % 16 == 0 else "",
                 PIECE=ring.NARROW if add else ring.PIECE,
             )
             for gathers in (True, False)
-            for out, add in (("*bf16", False), ("*bf16", True), ("*fp32", False), ("*fp32", True))
+            for width, out, add in (
+                (2048, "*bf16", False),
+                (2048, "*bf16", True),
+                (2048, "*fp32", False),
+                (2048, "*fp32", True),
+                (2056, "*bf16", False),
+            )
         ),
     ]
 

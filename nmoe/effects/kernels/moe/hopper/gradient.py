@@ -43,8 +43,8 @@ def _tile(pid, end, count, num_m, num_n, GROUP: gl.constexpr):
 
 @gluon.jit
 def _load_gradient(
-    a, source, b, end, count, E, A, num_m, num_n, a_buf, b_buf, full, empty, M: gl.constexpr, N: gl.constexpr,
-    K: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    a, source, b, end, count, E, num_m, num_n, a_buf, b_buf, full, empty, A: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     inner = gl.arange(0, K, layout=gl.SliceLayout(1, layout))
@@ -70,9 +70,9 @@ def _load_gradient(
 
 @gluon.jit
 def _multiply_gradient(
-    out, end, count, E, A, B, num_m, num_n, a_buf, b_buf, full, empty, M: gl.constexpr, N: gl.constexpr,
-    K: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr,
-    PIECE: gl.constexpr,
+    out, end, count, E, B, num_m, num_n, a_buf, b_buf, full, empty, A: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    ADD: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, N, 16])
     step = 0
@@ -91,10 +91,12 @@ def _multiply_gradient(
         store(acc, out + expert.to(gl.int64) * A * B, m * M, A, n * N, B, ADD, PIECE)
 
 
+# A is compiled in: as an argument that is no multiple of 16 it would hide that rows are multiples of 16 bytes apart, and
+# bf16 would be copied one by one, which cp.async refuses.
 @gluon.jit
 def grouped_weight_gradient_kernel(
-    a, source, b, out, end, count, E, A, B, M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr,
-    PROGRAMS: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr, PIECE: gl.constexpr,
+    a, source, b, out, end, count, E, B, A: gl.constexpr, M: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+    GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
     a_buf = gl.allocate_shared_memory(gl.bfloat16, [STAGES, K, M], b.layout)
     b_buf = gl.allocate_shared_memory(gl.bfloat16, [STAGES, K, N], b.layout)
@@ -102,9 +104,9 @@ def grouped_weight_gradient_kernel(
     num_m, num_n = gl.cdiv(A, M), gl.cdiv(B, N)
     gl.warp_specialize(
         [
-            (_multiply_gradient, (out, end, count, E, A, B, num_m, num_n, a_buf, b_buf, full, empty, M, N, K, GROUP,
+            (_multiply_gradient, (out, end, count, E, B, num_m, num_n, a_buf, b_buf, full, empty, A, M, N, K, GROUP,
                                   PROGRAMS, STAGES, ADD, PIECE)),
-            (_load_gradient, (a, source, b, end, count, E, A, num_m, num_n, a_buf, b_buf, full, empty, M, N, K, GROUP,
+            (_load_gradient, (a, source, b, end, count, E, num_m, num_n, a_buf, b_buf, full, empty, A, M, N, K, GROUP,
                               PROGRAMS, STAGES)),
         ],
         [4],
@@ -133,6 +135,6 @@ def grouped_weight_gradient_(
     experts, width, other = out.shape
     started = min(programs, experts * triton.cdiv(width, ROWS) * triton.cdiv(other, COLUMNS))
     grouped_weight_gradient_kernel[(started,)](
-        a, source, TensorDescriptor.from_tensor(b, [STEP, COLUMNS], SWIZZLED), out, end, count, experts, width, other,
+        a, source, TensorDescriptor.from_tensor(b, [STEP, COLUMNS], SWIZZLED), out, end, count, experts, other, width,
         ROWS, COLUMNS, STEP, group, started, STAGES, add, NARROW if add else PIECE, num_warps=8,
     )  # fmt: skip

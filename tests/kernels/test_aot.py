@@ -67,6 +67,14 @@ def test_a_kernel_that_does_not_compile_says_so(tmp_path: Path) -> None:
         aot.compile_all([incomplete], tmp_path, targets=[90])
 
 
+def test_what_a_launch_passes_at_run_time_has_no_value(tmp_path: Path) -> None:
+    """Compiled in, it would tell the compiler more than a launch does: that 16 divides it, for one."""
+    types = {name: kind for name, kind in SCALE.items() if name != "size"}
+    fixed = Request(kernel=f"{HERE}:scale", signature=types, constants={"block": 1024, "size": 4096})
+    with pytest.raises(RuntimeError, match=r"a launch passes \['size'\] at run time; give a type, got a value"):
+        aot.compile_all([fixed], tmp_path, targets=[90])
+
+
 def test_the_interpreter_runs_here_and_takes_no_bf16() -> None:
     x, y = torch.randn(100), torch.zeros(100)
     samples.scale[(1,)](x, y, 100, 2.0, block=128)  # pyright: ignore[reportArgumentType]

@@ -74,10 +74,10 @@ def products() -> list[Request]:
                     "STEP_IN": "i32",
                     "STEP_OUT": "i32",
                 },
-                "INNER OUTER OFFSET" if leaving else "INNER OUTER",
-                **({} if leaving else HERE),
+                "INNER OUTER OFFSET" if "to" in leaving else "INNER OUTER",
+                **({} if "to" in leaving else HERE),
             )
-            for leaving in ({}, AWAY)
+            for leaving in ({"OFFSET": "i32"}, AWAY)
             for tile in (moe_fp8.DOWN, moe_fp8.INPUT)
         ),
     ]

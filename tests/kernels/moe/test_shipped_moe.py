@@ -20,7 +20,7 @@ TILED = {"NUM_M": "i32", "tile_expert": "*i32", "tile_row": "*i32", "end": "*i32
 """What every kernel over tiles of rows takes."""
 
 
-HERE = {"to": None, "at": None, "addresses": None, "OFFSET": 0}
+HERE = {"to": None, "at": None, "addresses": None}
 """Of a grouped GEMM whose rows stay with this rank."""
 
 AWAY = {"to": "*i32", "at": "*i32", "addresses": "*i64", "OFFSET": "i64"}
@@ -82,7 +82,7 @@ def requests(target: int, hidden: int = 2048, width: int = 1408) -> list[Request
                 {"TRANSPOSED": transposed, **(HERE if "out" in leaving else {"out": None})},
                 "INNER OUTER" if "out" in leaving else "INNER OUTER OFFSET",
             )
-            for leaving in ({"out": "*bf16"}, AWAY)
+            for leaving in ({"out": "*bf16", "OFFSET": "i32"}, AWAY)
             for tile, sides, transposed in (
                 (down, (down.block_k, down.block_n), False),
                 (dx, (dx.block_n, dx.block_k), True),

@@ -91,8 +91,8 @@ def _multiply_gradient(
         store(acc, out + expert.to(gl.int64) * A * B, m * M, A, n * N, B, ADD, PIECE)
 
 
-# A is compiled in: as an argument that is no multiple of 16 it would hide that rows are multiples of 16 bytes apart, and
-# bf16 would be copied one by one, which cp.async refuses.
+# A is compiled in: as an argument that is no multiple of 16 it would hide that rows are multiples of 16 bytes apart.
+# Then bf16 would be copied one by one, which cp.async refuses.
 @gluon.jit
 def grouped_weight_gradient_kernel(
     a, source, b, out, end, count, E, B, A: gl.constexpr, M: gl.constexpr, N: gl.constexpr, K: gl.constexpr,

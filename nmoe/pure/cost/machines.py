@@ -49,9 +49,9 @@ H200 = Machine(
     peak_flops=PEAK_FLOPS[9, 0],
     mfu=0.50,  # measured: 49.9 % with configs/moonlet.toml, natural routing, docs/log.md, 2026-11-24
     gpus_per_host=8,
-    # 4096 rows of 4 KiB take 57 us with their signal, replayed from a CUDA graph; many of them 313 to 326 GB/s,
-    # and 330 to 339 where rows have 14 KiB
-    push=Link(alpha_s=5e-6, bytes_per_s=320e9, source="measured by a probe, docs/log.md, two H200, 2026-11-23"),
+    # Rows of 4 KiB with their barrier, replayed from a CUDA graph, both ways at once: 4,096 take 54 to 57 us, 16,384
+    # 196 to 201
+    push=Link(alpha_s=7.5e-6, bytes_per_s=350e9, source="measured, docs/log.md, two H200, 2026-11-30"),
     # NCCL's all-to-all, 244 to 257 GB/s; its start-up time was not measured
     collective=Link(
         alpha_s=20e-6, bytes_per_s=250e9, source="rate measured by a probe, docs/log.md, two H200, 2026-11-23"

@@ -67,8 +67,8 @@ def test_exchanges_of_deepseek_v3_by_hand() -> None:
     inside = scale(DSV3, arranged(256, 32, 8), H200, mfu=0.4)
     assert inside.dispatch == inside.combine == Traffic(inside=411_041_792.0, between=0.0)
     assert (inside.dispatches, inside.combines) == (58 * 4, 58 * 3)
-    row_s, alpha = 411_041_792 / 320e9, 5e-6
-    counts_s = alpha + 4 * (256 + 8) * 7 / 320e9
+    row_s, alpha = 411_041_792 / 350e9, 7.5e-6
+    counts_s = alpha + 4 * (256 + 8) * 7 / 350e9
     # two forward passes; one backward pass with rows and gradients in one exchange; rows come back during the product
     product_s = 2 * 4096 * 8 * 7168 * 2048 / (0.4 * H200.peak_flops)
     assert product_s > row_s and inside.combine_exposed_s == alpha < inside.combine_s
@@ -89,7 +89,7 @@ def test_rows_that_cross_once_to_a_host_by_hand() -> None:
     crossing, passed_on = 4096 * reached * 14336 * 7 / 8, 4096 * 8 * 14336 * 56 / 64 * 7 / 8
     assert found.once.between == pytest.approx(crossing) and crossing < found.dispatch.between / 2
     assert found.once.inside == pytest.approx(found.dispatch.inside + passed_on)
-    assert found.once_s == pytest.approx(400e-6 + crossing / 45e9 + 5e-6 + passed_on / 320e9)
+    assert found.once_s == pytest.approx(400e-6 + crossing / 45e9 + 7.5e-6 + passed_on / 350e9)
     assert found.once_step_s() - found.step_s() == pytest.approx(found.once_exchange_s - found.exchange_s)
     assert found.once_exchange_s < found.exchange_s
     near = scale(DSV3, arranged(256, 32, 8), H200, mfu=0.4)

@@ -22,7 +22,7 @@ from tests.kernels.attention import test_shipped_kda as delta
 from tests.kernels.attention import test_shipped_mla as attention
 from tests.kernels.attention import test_shipped_nsa as native
 from tests.kernels.exchange import test_exchange_aot, test_nvshmem_aot
-from tests.kernels.moe import test_block_scaled, test_shipped_fp8, test_shipped_hopper
+from tests.kernels.moe import test_block_scaled, test_shipped_fp8, test_shipped_hopper, test_shipped_hopper_fp8
 from tests.kernels.moe import test_shipped_moe as moe
 from tests.kernels.optim import test_shipped_muon
 
@@ -145,6 +145,7 @@ def requests() -> list[Request]:
         attention.rotation(inverse=True),
         *(request for target in aot.TARGETS for request in moe.requests(target)),
         *test_shipped_hopper.requests(),
+        *test_shipped_hopper_fp8.requests(),
         *test_shipped_fp8.products(),
         *test_shipped_fp8.quantisers(),
         *map(test_block_scaled.request, test_block_scaled.INSTRUCTION),

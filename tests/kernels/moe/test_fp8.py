@@ -5,12 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
 
 from nmoe.effects.kernels.moe import dispatch as places
+from nmoe.effects.kernels.moe import experts as gemms
 from nmoe.effects.kernels.moe import fp8, moe_fp8
+from nmoe.effects.kernels.moe import moe as mixture
 from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.core.key import Key
@@ -149,6 +152,80 @@ def test_the_gradient_goes_through_swiglu_and_is_quantised() -> None:
     assert error(part.sum(-1), (activation.detach() * da).sum(-1)) < 1e-5
     pure, pure_scale = e4m3.quantise(dh.flatten(1))
     assert same_codes(dh_codes, pure) and torch.equal(dh_scale, pure_scale)
+
+
+def whole(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of small integers beside one 448 a block: codes that are their values, with scales of 1."""
+    x = torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+    x[..., ::128] = 448
+    codes, scale = fp8.quantise_rows(x.flatten(0, -2))
+    assert torch.equal(scale, torch.ones_like(scale)) and torch.equal(codes.float(), x.flatten(0, -2))
+    return codes.view(shape), scale
+
+
+@pytest.mark.parametrize("gate", [-87.5, -87.2], ids=str)
+def test_a_sigmoid_that_would_be_denormal_is_zero(gate: float) -> None:
+    """1.0e-38 is less than the smallest normal number, 1.4e-38 is not."""
+    at, tiles = routed()
+    x, x_scale = whole(N, 128, seed=2)
+    up = torch.zeros(E, 2, F, 128)
+    # a token's first number is 448, and a weight's others are zeros: values are 1e30
+    up[:, :, :, 0] = 1
+    share = (torch.tensor([gate, 1e30]) / 448).view(1, 1, 2).repeat(E, 1, 1)
+    codes = up.flatten(1, 2).to(torch.float8_e4m3fn)
+    _, a, _ = fp8.gather_gemm_swiglu(x, x_scale, at.source, codes, share, at.end, tiles, TILE, 2, torch.float32)
+    assert ((a.float() == 0) == (gate < -87.3)).all()
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["many rows", "few rows"])
+def test_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+    """Which kernels it calls, with tiles of how many rows: others of the same meaning stand in for them."""
+    called: list[str] = []
+    elsewhere: Any = fp8  # arguments are handed on
+
+    def tile(cut: places.RowTiles, m: int) -> fp8.Tile:
+        assert len(cut.expert) == -(-N * K // m) + E
+        return fp8.Tile(block_m=m, num_warps=4, num_stages=2)
+
+    def up(*given: Any) -> Any:
+        called.append("up")
+        *operands, group, programs = given
+        assert programs == TILES.programs
+        return elsewhere.gather_gemm_swiglu(*operands, tile(operands[-1], 16), group, torch.float32)
+
+    def gemm(*given: Any, across: bool) -> Tensor:
+        called.append("down" if across else "input")
+        *operands, group, programs, dtype = given
+        assert programs == TILES.programs
+        return elsewhere.grouped_gemm(*operands, tile(operands[-1], 16), group, dtype, across=across)
+
+    def gradient_(
+        out: Tensor, a: Tensor, b: Tensor, *, programs: int, source: Tensor | None = None, **how: Any
+    ) -> None:
+        called.append("gradient" if source is None else "gradient that gathers")
+        gemms.grouped_weight_gradient_(out, a, b, tile=LARGE, source=source, **how)
+
+    monkeypatch.setattr(moe_fp8.fp8_ring, "ROWS", 16)
+    monkeypatch.setattr(moe_fp8.fp8_up, "gather_gemm_swiglu", up)
+    monkeypatch.setattr(moe_fp8.fp8_gemm, "grouped_gemm", gemm)
+    monkeypatch.setattr(mixture.gradient, "grouped_weight_gradient_", gradient_)
+    monkeypatch.setattr(mixture, "MANY", N * K // E + (0 if many else 1))
+    leaves = (draw(N, D), draw(E, D, 2, F, seed=5) * D**-0.5, draw(E, F, D, seed=6) * F**-0.5)
+    leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+    weight = torch.rand(N, K, generator=torch.Generator().manual_seed(7)).requires_grad_()
+    # more rows than a tile has, and experts without any
+    expert = torch.tensor([[3, 1]]).repeat(N, 1)
+
+    def run(tiles: Tiles) -> list[Tensor]:
+        y, _ = moe_fp8.moe_experts_fp8(leaves[0], Routing(expert, weight), *leaves[1:], tiles=tiles)
+        return [y.detach(), *torch.autograd.grad(y, (*leaves, weight), draw(N, D, seed=8))]
+
+    wanted = run(TILES)
+    assert called == []
+    found = run(attrs.evolve(TILES, hopper=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    gradients = [*([] if many else ["gradient"]), "gradient that gathers"]
+    assert called == ["up", "down", *gradients, "input"]
 
 
 def test_the_mixture_is_that_of_the_recipe_with_its_gradients() -> None:

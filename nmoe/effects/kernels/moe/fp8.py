@@ -5,7 +5,8 @@ rows and 128 columns, the block of a scale. Codes and scales are those of `pure.
 
 On sm_90 an fp8 product accumulates with about 14 bits, and takes both operands with the summed axis last: partial sums
 of 128 are scaled and added in fp32 registers, and a weight is quantised in the direction that a product needs. The
-scales of a step are read a step before, so that no sum waits for them.
+scales of a step are read a step before, so that no sum waits for them. One GPU of that generation has the products of
+`moe.hopper` but for the activation's backward pass, with the same bits.
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ def _magnitude_bits(x):
 def _scaled_codes(x, factor):
     """Codes of a block of values, by the GPU's conversion: nearest, ties to even, at most 448; a NaN stays one."""
     return (x * factor).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def _sigmoid(x):
+    """Zero where it would be a denormal number, for x below -87.3: the instructions of Hopper's kernels know none, and
+    ranks that share experts have other kernels than one GPU has."""
+    value = tl.sigmoid(x)
+    return tl.where(value < 1.1754943508222875e-38, 0.0, value)
 
 
 @triton.jit
@@ -149,7 +158,7 @@ def gather_gemm_swiglu_fp8_kernel(
         tl.store(at, gate, mask=real[:, None])
         tl.store(at + F, value, mask=real[:, None])
         gate = gate.to(tl.float32)
-        a = (gate * tl.sigmoid(gate) * value.to(tl.float32)).to(h.dtype.element_ty).to(tl.float32)
+        a = (gate * _sigmoid(gate) * value.to(tl.float32)).to(h.dtype.element_ty).to(tl.float32)
         _store_quantised(a, a_codes, a_scale, row, real, column * 128, F, columns)
 
 

@@ -102,7 +102,6 @@ class MoeExperts(torch.autograd.Function):
         t: Tiles = ctx.t
         form: experts.Form = ctx.form
         accumulator: Accumulator | None = ctx.accumulator
-        many = place.numel() >= MANY * up.shape[0]
         with record_function("combine"):
             rows = places.spread(outputs[0].contiguous(), place)
         with record_function("experts"):
@@ -113,26 +112,55 @@ class MoeExperts(torch.autograd.Function):
             dh = dh.flatten(1)
             d_bias = form.gradient(dh, end, count)
             d_weight = part.sum(-1)[place.to(torch.int64)]
-            how: dict[str, Any] = {"end": end, "count": count, "group": t.group}
-            specialized = partial(gradient.grouped_weight_gradient_, **how, programs=t.programs)
-            plain = partial(experts.grouped_weight_gradient_, **how)
-            write_ = specialized if t.hopper and not many else partial(plain, tile=t.down_gradient)
-            d_down = experts.weight_gradient(a, rows, write_, parameter=down, accumulator=accumulator)
+            rest: dict[str, Any] = {"end": end, "count": count, "t": t, "accumulator": accumulator}
+            d_down = down_weight_gradient(a, rows, parameter=down, **rest)
             del a, part, rows
-            rows = x
-            if t.hopper and (t.gathered is None or not many):
-                write_ = partial(specialized, source=source)
-            elif t.gathered is not None:
-                write_ = partial(plain, tile=t.gathered, source=source)
-            else:
-                rows, write_ = places.spread(x, place), partial(plain, tile=t.up_gradient)
-            d_up = experts.weight_gradient(rows, dh, write_, parameter=up, accumulator=accumulator)
-            del rows
+            d_up = up_weight_gradient(x, dh, source, place, parameter=up, **rest)
             cut = ctx.cuts[t.input.block_m]
             dx = persistent.grouped_gemm(dh, up.flatten(2), end, cut, t.input, t.group, t.programs, transposed=True)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
         return d_input, None, d_weight, d_up, d_down, d_bias, *[None] * 4, *[outputs[0]] * ctx.added
+
+
+def down_weight_gradient(
+    a: Tensor, rows: Tensor, *, parameter: Tensor, end: Tensor, count: Tensor, t: Tiles, accumulator: Accumulator | None
+) -> Tensor | None:
+    """`experts.weight_gradient` of `down`, by the kernel that is fastest for as many rows.
+
+    a     [P F]   activation times its gate
+    rows  [P D]   gradient of the output
+    """
+    few = a.shape[0] < MANY * parameter.shape[0]
+    if t.hopper and few:
+        write_ = partial(gradient.grouped_weight_gradient_, programs=t.programs)
+    else:
+        write_ = partial(experts.grouped_weight_gradient_, tile=t.down_gradient)
+    write_ = partial(write_, end=end, count=count, group=t.group)
+    return experts.weight_gradient(a, rows, write_, parameter=parameter, accumulator=accumulator)
+
+
+def up_weight_gradient(
+    x: Tensor, dh: Tensor, source: Tensor, place: Tensor, *, parameter: Tensor, end: Tensor, count: Tensor, t: Tiles,
+    accumulator: Accumulator | None,
+) -> Tensor | None:  # fmt: skip
+    """`experts.weight_gradient` of `up`; its kernel gathers the tokens where one that does is the fastest.
+
+    x       [N D]
+    dh      [P 2F]   gradient of the pre-activation
+    source  [P] i32   row -> token
+    place   [N K] i32   the other way
+    """
+    few = dh.shape[0] < MANY * parameter.shape[0]
+    rows = x
+    if t.hopper and (t.gathered is None or few):
+        write_ = partial(gradient.grouped_weight_gradient_, programs=t.programs, source=source)
+    elif t.gathered is not None:
+        write_ = partial(experts.grouped_weight_gradient_, tile=t.gathered, source=source)
+    else:
+        rows, write_ = places.spread(x, place), partial(experts.grouped_weight_gradient_, tile=t.up_gradient)
+    write_ = partial(write_, end=end, count=count, group=t.group)
+    return experts.weight_gradient(rows, dh, write_, parameter=parameter, accumulator=accumulator)
 
 
 def moe_experts(

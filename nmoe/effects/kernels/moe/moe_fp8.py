@@ -5,7 +5,6 @@ Letters: N tokens, D hidden size, E experts, F expert width; D and F are multipl
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
-from nmoe.effects.kernels.moe import experts, fp8
-from nmoe.effects.kernels.moe.moe import Tiles
+from nmoe.effects.kernels.moe import fp8
+from nmoe.effects.kernels.moe.hopper import fp8_gemm, fp8_ring, fp8_up
+from nmoe.effects.kernels.moe.moe import Tiles, down_weight_gradient, up_weight_gradient
 from nmoe.pure.model.route import Routing
 
 # The fastest of those measured on an H200 at its power limit (docs/log.md, 2026-11-29). With two accumulators 128 rows
@@ -53,12 +53,23 @@ class MoeExpertsFp8(torch.autograd.Function):
             up_codes, up_scale = fp8.quantise_weight(up.flatten(2), across=True)
             down_codes, down_scale = fp8.quantise_weight(down, across=True)
         with record_function("experts"):
-            cut = places.tiles(at.count, pairs, UP.block_m)
-            h, a, a_scale = fp8.gather_gemm_swiglu(
-                x_codes, x_scale, at.source, up_codes, up_scale, at.end, cut, UP, t.group, x.dtype
-            )
-            cut = places.tiles(at.count, pairs, DOWN.block_m)
-            y = fp8.grouped_gemm(a, a_scale, down_codes, down_scale, at.end, cut, DOWN, t.group, x.dtype, across=True)
+            if t.hopper:
+                cut = places.tiles(at.count, pairs, fp8_ring.ROWS)
+                h, a, a_scale = fp8_up.gather_gemm_swiglu(
+                    x_codes, x_scale, at.source, up_codes, up_scale, at.end, cut, t.group, t.programs
+                )
+                y = fp8_gemm.grouped_gemm(
+                    a, a_scale, down_codes, down_scale, at.end, cut, t.group, t.programs, x.dtype, across=True
+                )
+            else:
+                cut = places.tiles(at.count, pairs, UP.block_m)
+                h, a, a_scale = fp8.gather_gemm_swiglu(
+                    x_codes, x_scale, at.source, up_codes, up_scale, at.end, cut, UP, t.group, x.dtype
+                )
+                cut = places.tiles(at.count, pairs, DOWN.block_m)
+                y = fp8.grouped_gemm(
+                    a, a_scale, down_codes, down_scale, at.end, cut, DOWN, t.group, x.dtype, across=True
+                )
         with record_function("combine"):
             out = sums.combine(y, at.place, weight, added)
         count = at.count.to(torch.int64)
@@ -87,20 +98,18 @@ class MoeExpertsFp8(torch.autograd.Function):
             )
             d_weight = part.sum(-1)[place.to(torch.int64)]
             rows = places.spread(dy, place)
-            grouped = partial(experts.grouped_weight_gradient_, end=end, count=count, group=t.group)
-            d_down = experts.weight_gradient(
-                a, rows, partial(grouped, tile=t.down_gradient), parameter=down, accumulator=accumulator
-            )
+            rest: dict[str, Any] = {"end": end, "count": count, "t": t, "accumulator": accumulator}
+            d_down = down_weight_gradient(a, rows, parameter=down, **rest)
             del a, part, rows
-            rows = places.spread(x, place)
-            d_up = experts.weight_gradient(
-                rows, dh.flatten(1), partial(grouped, tile=t.up_gradient), parameter=up, accumulator=accumulator
-            )
-            del rows, dh
-            cut = places.tiles(count, pairs, INPUT.block_m)
-            dx = fp8.grouped_gemm(
-                dh_codes, dh_scale, up_codes, up_scale, end, cut, INPUT, t.group, x.dtype, across=False
-            )
+            d_up = up_weight_gradient(x, dh.flatten(1), source, place, parameter=up, **rest)
+            del dh
+            operands = dh_codes, dh_scale, up_codes, up_scale, end
+            if t.hopper:
+                cut = places.tiles(count, pairs, fp8_ring.ROWS)
+                dx = fp8_gemm.grouped_gemm(*operands, cut, t.group, t.programs, x.dtype, across=False)
+            else:
+                cut = places.tiles(count, pairs, INPUT.block_m)
+                dx = fp8.grouped_gemm(*operands, cut, INPUT, t.group, x.dtype, across=False)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
         return d_input, None, d_weight, d_up, d_down, None, None, *[dy] * ctx.added
@@ -118,7 +127,7 @@ def moe_experts_fp8(
 ) -> tuple[Tensor, Tensor]:
     """Routed experts with the recipe "fp8" of `pure.model.low_precision`; the rest as `moe.moe_experts`.
 
-    tiles    of the weight gradients
+    tiles    of the weight gradients, and whether there are the kernels of `moe.hopper`
     """
     return MoeExpertsFp8.apply(  # pyright: ignore[reportReturnType]
         x, routing.expert, routing.weight, up, down, tiles, accumulator, *added

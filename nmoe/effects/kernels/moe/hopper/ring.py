@@ -33,13 +33,13 @@ def swizzle(pid, num_n, num_m, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def ring(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Barriers of the stages: filled, after so many arrivals, and free again."""
+def ring(STAGES: gl.constexpr, ARRIVALS: gl.constexpr, READERS: gl.constexpr = 1):
+    """Barriers of the stages: filled, after so many arrivals, and free again, when all readers gave them back."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=ARRIVALS)
-        mbarrier.init(empty.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=READERS)
     fence_async_shared()
     return full, empty
 
@@ -85,7 +85,7 @@ def store(acc, to, first, last, column, WIDTH, ADD: gl.constexpr, PIECE: gl.cons
         store(left, to, first, last, column, WIDTH, ADD, PIECE)
         store(right, to, first, last, column + N // 2, WIDTH, ADD, PIECE)
     else:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [8, 1], [1, 0])
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [gl.num_warps(), 1], [1, 0])
         dtype: gl.constexpr = to.dtype.element_ty
         row = first + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
         at = column + gl.arange(0, N, layout=gl.SliceLayout(0, layout))

@@ -51,7 +51,6 @@ class Request:
     aligned: Sequence[str] | None = None
     warps: int = 4
     stages: int = 3
-    maxnreg: int | None = None  # most registers of a thread
     libraries: Mapping[str, str] = attrs.field(factory=dict)  # name and path of bitcode to link with
     same: Mapping[str, str] = attrs.field(factory=dict)
 
@@ -145,7 +144,7 @@ def compile_one(request: Request, target: int) -> Compiled:
         constexprs={(order.index(each),): value for each, value in request.constants.items()},
         attrs={(order.index(each),): [["tt.divisibility", 16]] for each in aligned},
     )
-    options: dict[str, Any] = {"num_warps": request.warps, "num_stages": request.stages, "maxnreg": request.maxnreg}
+    options: dict[str, Any] = {"num_warps": request.warps, "num_stages": request.stages}
     if request.libraries:
         options["extern_libs"] = dict(request.libraries)
     with redirect_stdout(StringIO()) as said, triton.knobs.nvidia.scope():

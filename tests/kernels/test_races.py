@@ -147,7 +147,7 @@ def requests() -> list[Request]:
         *test_shipped_hopper.requests(),
         *test_shipped_hopper_fp8.requests(),
         *test_shipped_fp8.products(),
-        *test_shipped_fp8.quantisers(),
+        *test_shipped_fp8.passes(),
         *map(test_block_scaled.request, test_block_scaled.INSTRUCTION),
         *test_shipped_muon.REQUESTS.values(),
         *test_exchange_aot.REQUESTS.values(),

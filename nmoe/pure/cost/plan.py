@@ -168,14 +168,14 @@ def kernel_activation_bytes(
 
 
 def fp8_bytes(dims: Dims, *, tokens: int, rows: int, expert_ranks: int) -> int:
-    """What products in fp8 hold at once of one mixture: codes of the weights, of the output's gradient, and of the
-    pre-activation's gradient, a byte each.
+    """What products in fp8 hold at once of one mixture: codes of the weights and of the output's gradient, and either
+    that once more in rows, or codes of the pre-activation's gradient, a byte each.
 
     tokens  whose gradients a rank quantises: its own, or those that land here
     rows    (token, expert) pairs the rank's experts have room for
     """
     width, inner = dims["D"], dims["F"]
-    return dims["E"] // expert_ranks * 3 * width * inner + tokens * width + rows * 2 * inner
+    return dims["E"] // expert_ranks * 3 * width * inner + tokens * width + rows * max(width, 2 * inner)
 
 
 def emulation_bytes(dims: Dims, *, rows: int, expert_ranks: int) -> int:

@@ -137,9 +137,18 @@ def test_the_gradient_goes_through_swiglu_and_is_quantised() -> None:
     weight = torch.rand(N, K, generator=torch.Generator().manual_seed(4))
     dy, dy_scale = fp8.quantise_rows(draw(N, D, seed=2))
     codes, scale = fp8.quantise_weight(down, across=False)
-    dh, dh_codes, dh_scale, a, part = fp8.swiglu_backward_gemm(
-        dy, dy_scale, at.source, at.slot, weight, codes, scale, h, at.end, tiles, TILE, 2
+    a = fp8.grouped_gemm(
+        *fp8.gather_rows(dy, dy_scale, at.source, at.end),
+        codes,
+        scale,
+        at.end,
+        tiles,
+        TILE,
+        2,
+        torch.float32,
+        across=False,
     )
+    dh, dh_codes, dh_scale, part = fp8.swiglu_backward_(a, h, weight, at.slot, at.end)
     rows = e4m3.dequantise(dy, dy_scale).double()[at.source.long()]
     values = e4m3.dequantise(codes, scale, rows=128).double()
     share = weight.flatten()[at.slot.long()].double()
@@ -194,7 +203,7 @@ def test_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
         return elsewhere.gather_gemm_swiglu(*operands, tile(operands[-1], 16), group, torch.float32)
 
     def gemm(*given: Any, across: bool) -> Tensor:
-        called.append("down" if across else "input")
+        called.append("down" if across else "backward")
         *operands, group, programs, dtype = given
         assert programs == TILES.programs
         return elsewhere.grouped_gemm(*operands, tile(operands[-1], 16), group, dtype, across=across)
@@ -225,7 +234,7 @@ def test_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
     found = run(attrs.evolve(TILES, hopper=True))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     gradients = [*([] if many else ["gradient"]), "gradient that gathers"]
-    assert called == ["up", "down", *gradients, "input"]
+    assert called == ["up", "down", "backward", *gradients, "backward"]
 
 
 def test_the_mixture_is_that_of_the_recipe_with_its_gradients() -> None:

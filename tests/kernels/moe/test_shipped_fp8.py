@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import attrs
 import pytest
 
 from nmoe.effects.kernels.moe import fp8, moe_fp8
@@ -31,15 +30,8 @@ def request(
 
 
 def product(name: str, tile: fp8.Tile, types: dict[str, str], sizes: str, **constants: Any) -> Request:
-    made = request(
-        f"{name}_fp8",
-        types | TILED,
-        {"M": tile.block_m, "GROUP": 8, **constants},
-        sizes,
-        tile.num_warps,
-        tile.num_stages,
-    )
-    return attrs.evolve(made, maxnreg=tile.maxnreg)
+    constants = {"M": tile.block_m, "GROUP": 8, **constants}
+    return request(f"{name}_fp8", types | TILED, constants, sizes, tile.num_warps, tile.num_stages)
 
 
 def products() -> list[Request]:
@@ -51,14 +43,6 @@ def products() -> list[Request]:
             {"x": "*fp8e4nv", "x_scale": "*fp32", **operands, "a_codes": "*u8", "a_scale": "*fp32"}
             | {"CODES": "i32", "SCALES": "i32", "F": "i32", "D": "i32"},
             "CODES SCALES F D",
-        ),
-        product(
-            "swiglu_backward_gemm",
-            moe_fp8.BACK,
-            {"dy": "*fp8e4nv", "dy_scale": "*fp32", **operands, "weight": "*fp32", "slot": "*i32", "dh": "*bf16"}
-            | {"dh_codes": "*u8", "dh_scale": "*fp32", "a": "*bf16", "gate_part": "*fp32", "F": "i32", "D": "i32"},
-            "F D",
-            PART=fp8.PART,
         ),
         *(
             product(
@@ -83,10 +67,27 @@ def products() -> list[Request]:
     ]
 
 
-def quantisers() -> list[Request]:
+def passes() -> list[Request]:
     codes = {"codes": "*u8", "scale": "*fp32"}
     weight = {"w": "*bf16", **codes, "R": "i32", "C": "i32"}
     return [
+        request(
+            "gather_rows",
+            {**codes, "source": "*i32", "total": "*i32", "out": "*u8", "out_scale": "*fp32", "D": "i32"},
+            {"M": fp8.GATHERED, "N": 4 * fp8.BLOCK},
+            "D",
+            4,
+            3,
+        ),
+        request(
+            "swiglu_backward",
+            {"da": "*bf16", "h": "*bf16", "weight": "*fp32", "slot": "*i32", "total": "*i32", "dh": "*bf16"}
+            | {**codes, "gate_part": "*fp32", "F": "i32"},
+            {"M": fp8.ROWS},
+            "F",
+            8,
+            3,
+        ),
         *(
             request(
                 "quantise_rows",
@@ -106,21 +107,16 @@ def quantisers() -> list[Request]:
 def test_products_are_on_the_fp8_tensor_cores(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
     """wgmma of e4m3 by e4m3 on sm_90, and none that was widened to fp16; tcgen05 of 8 bits on sm_100."""
     for made in aot.compile_all(products(), tmp_path_factory.mktemp("triton"), targets=[target]):
-        # on sm_100 the cap on registers, which was measured on sm_90, costs some in the epilogue after the loop
-        spills = 6 if target == 100 and "swiglu_backward" in made.kernel else 0
-        assert made.problems(spills=spills, tensor_cores=True) == []
+        assert made.problems(tensor_cores=True) == []
         assert (made.mma, made.atomics, made.scratch) == (0, 0, 0)
-        if "swiglu_backward" in made.kernel:
-            assert f".maxnreg {moe_fp8.BACK.maxnreg}" in made.ptx
-            threads = 32 * moe_fp8.BACK.num_warps
-            assert 2 * threads * made.registers <= 65536 and 2 * made.shared <= aot.SHARED_LIMIT, "two share an SM"
         instructions = [line for line in made.ptx.splitlines() if "wgmma.mma_async" in line or "tcgen05.mma" in line]
         kind = "f32.e4m3.e4m3" if target == 90 else "kind::f8f6f4"
         assert instructions and all(kind in line for line in instructions), instructions[:2]
 
 
 @pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.long)])
-def test_quantisers_move_whole_words_and_spill_nothing(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
-    for made in aot.compile_all(quantisers(), tmp_path_factory.mktemp("triton"), targets=[target]):
+def test_passes_move_whole_words_and_spill_nothing(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
+    for made in aot.compile_all(passes(), tmp_path_factory.mktemp("triton"), targets=[target]):
         assert made.problems() == [] and made.atomics == 0
-        assert made.wide >= 2 and made.narrow <= 2, "all but the scale is read and written by 16 bytes"
+        narrow = {"gather_rows": 8, "swiglu_backward": 6}.get(made.kernel.partition(":")[2].removesuffix("_kernel"), 2)
+        assert made.wide >= 2 and made.narrow <= narrow, "all but scales and gates is read and written by 16 bytes"

@@ -6,7 +6,7 @@ rows and 128 columns, the block of a scale. Codes and scales are those of `pure.
 On sm_90 an fp8 product accumulates with about 14 bits, and takes both operands with the summed axis last: partial sums
 of 128 are scaled and added in fp32 registers, and a weight is quantised in the direction that a product needs. The
 scales of a step are read a step before, so that no sum waits for them. One GPU of that generation has the products of
-`moe.hopper` but for the activation's backward pass, with the same bits.
+`moe.hopper`, with the same bits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ BLOCK = 128
 ROWS = 32
 """Rows that one program quantises."""
 
-PART = 32
-"""Columns that the epilogue of the backward product works on at a time: all 128 are more than the registers hold."""
+GATHERED = 16
+"""Rows that one program gathers, 512 codes of each."""
 
 
 @attrs.frozen(kw_only=True)
@@ -40,11 +40,10 @@ class Tile:
     block_m: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # most registers of a thread, so that more programs share a multiprocessor
 
     def options(self) -> dict[str, Any]:
         """Of a launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @triton.jit
@@ -198,82 +197,49 @@ def grouped_gemm_fp8_kernel(
 
 
 @triton.jit
-def _store_gradients(da, first, row, real, share, h, dh, a, F, N: tl.constexpr, PART: tl.constexpr):
-    """Epilogue: gradient of SwiGLU on N columns, PART of them at a time.
+def gather_rows_kernel(codes, scale, source, total, out, out_scale, D, M: tl.constexpr, N: tl.constexpr):
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    if tl.program_id(0) * M < tl.load(total):
+        real = row < tl.load(total)
+        token = tl.load(source + row, mask=real, other=0).to(tl.int64)
+        inside = real[:, None] & (column < D)[None, :]
+        value = tl.load(codes + token[:, None] * D + column[None, :], mask=inside)
+        tl.store(out + row.to(tl.int64)[:, None] * D + column[None, :], value, mask=inside)
+        blocks = D // 128
+        block = tl.program_id(1) * (N // 128) + tl.arange(0, N // 128)
+        inside = real[:, None] & (block < blocks)[None, :]
+        value = tl.load(scale + token[:, None] * blocks + block[None, :], mask=inside)
+        tl.store(out_scale + row.to(tl.int64)[:, None] * blocks + block[None, :], value, mask=inside)
 
-    Returns the gate's gradient summed over them, and for d_gate and d_value the bits of each row's largest magnitude.
-    """
-    if N > PART:
-        left, right = tl.split(tl.permute(tl.reshape(da, (da.shape[0], 2, N // 2)), (0, 2, 1)))
-        part, of_gate, of_value = _store_gradients(left, first, row, real, share, h, dh, a, F, N // 2, PART)
-        also, gate, value = _store_gradients(right, first + N // 2, row, real, share, h, dh, a, F, N // 2, PART)
-        part += also
-        of_gate, of_value = tl.maximum(of_gate, gate), tl.maximum(of_value, value)
-    else:
-        f = first + tl.arange(0, N)
-        here = row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
-        gate = tl.load(h + here, mask=real[:, None], other=0.0).to(tl.float32)
-        value = tl.load(h + here + F, mask=real[:, None], other=0.0).to(tl.float32)
+
+@triton.jit
+def swiglu_backward_kernel(da, h, weight, slot, total, dh, codes, scale, gate_part, F, M: tl.constexpr):
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    first = tl.program_id(1) * 128
+    if tl.program_id(0) * M < tl.load(total):
+        real = row < tl.load(total)
+        share = tl.load(weight + tl.load(slot + row, mask=real, other=0), mask=real, other=0.0)
+        f = first + tl.arange(0, 128)
+        here = row.to(tl.int64)[:, None] * F + f[None, :]
+        there = row.to(tl.int64)[:, None] * (2 * F) + f[None, :]
+        given = tl.load(da + here, mask=real[:, None], other=0.0).to(tl.float32)
+        gate = tl.load(h + there, mask=real[:, None], other=0.0).to(tl.float32)
+        value = tl.load(h + there + F, mask=real[:, None], other=0.0).to(tl.float32)
+        tl.debug_barrier()  # `da` is overwritten below, by other threads than those that have just read it
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
+        activation = silu * value
+        tl.store(gate_part + row.to(tl.int64) * (F // 128) + tl.program_id(1), tl.sum(given * activation, 1), mask=real)
         dtype: tl.constexpr = dh.dtype.element_ty
-        part = tl.sum(da * silu * value, 1)
-        at = a + row.to(tl.int64)[:, None] * F + f[None, :]
-        tl.store(at, (silu * value * share[:, None]).to(dtype), mask=real[:, None])
-        da = da * share[:, None]
-        d_value = (da * silu).to(dtype)
-        d_gate = (da * value * (sigmoid + silu * (1 - sigmoid))).to(dtype)
-        tl.store(dh + here, d_gate, mask=real[:, None])
-        tl.store(dh + here + F, d_value, mask=real[:, None])
-        of_gate = tl.max(_magnitude_bits(d_gate.to(tl.float32)), 1)
-        of_value = tl.max(_magnitude_bits(d_value.to(tl.float32)), 1)
-    return part, of_gate, of_value
-
-
-@triton.jit
-def _quantise_stored(dh, largest, codes, scale, row, real, first, WIDTH, PART: tl.constexpr):
-    """Epilogue: quantise 128 columns that this program stored, PART of them at a time, as `_store_quantised` does."""
-    factor = _factor(largest)
-    for n in tl.static_range(0, 128, PART):
-        at = row.to(tl.int64)[:, None] * WIDTH + (first + n + tl.arange(0, PART))[None, :]
-        x = tl.load(dh + at, mask=real[:, None], other=0.0).to(tl.float32)
-        tl.store(codes + at, _scaled_codes(x, factor[:, None]), mask=real[:, None])
-    one = tl.full(factor.shape, 1.0, tl.float32)
-    tl.store(scale + row.to(tl.int64) * (WIDTH // 128) + first // 128, tl.div_rn(one, factor), mask=real)
-
-
-@triton.jit
-def swiglu_backward_gemm_fp8_kernel(
-    dy, dy_scale, source, w, w_scale, h, weight, slot, dh, dh_codes, dh_scale, a, gate_part,
-    tile_expert, tile_row, end, NUM_M, F, D, M: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    columns = F // 128
-    tile, column = _swizzle(tl.program_id(0), columns, NUM_M, GROUP)
-    expert = tl.load(tile_expert + tile)
-    first = tl.load(tile_row + tile)
-    if expert >= 0:
-        row = first + tl.arange(0, M)
-        real = row < tl.load(end + expert)
-        token = tl.load(source + row, mask=real, other=0).to(tl.int64)
-        address = dy + token[:, None] * D + tl.arange(0, 128)[None, :]
-        steps = D // 128
-        share_at = dy_scale + token * steps
-        block_at = w_scale + (expert.to(tl.int64) * columns + column) * steps
-        da = tl.zeros((M, 128), tl.float32)
-        share = tl.load(share_at) * tl.load(block_at)
-        for k in range(0, steps):
-            then = tl.minimum(k + 1, steps - 1)
-            next_share, next_block = tl.load(share_at + then), tl.load(block_at + then)
-            part = tl.dot(tl.load(address), w.load([expert * F + column * 128, k * 128]).T)
-            da += part * share[:, None]
-            share = next_share * next_block
-            address += 128
-        gate = tl.load(weight + tl.load(slot + row, mask=real, other=0), mask=real, other=0.0)
-        part, of_gate, of_value = _store_gradients(da, column * 128, row, real, gate, h, dh, a, F, 128, PART)
-        tl.store(gate_part + row * columns + column, part, mask=real)
-        tl.debug_barrier()  # gradients are read again below, by other threads than stored them
-        _quantise_stored(dh, of_gate, dh_codes, dh_scale, row, real, column * 128, 2 * F, PART)
-        _quantise_stored(dh, of_value, dh_codes, dh_scale, row, real, F + column * 128, 2 * F, PART)
+        tl.store(da + here, (activation * share[:, None]).to(dtype), mask=real[:, None])
+        given = given * share[:, None]
+        d_gate = (given * value * (sigmoid + silu * (1 - sigmoid))).to(dtype)
+        d_value = (given * silu).to(dtype)
+        tl.store(dh + there, d_gate, mask=real[:, None])
+        tl.store(dh + there + F, d_value, mask=real[:, None])
+        _store_quantised(d_gate.to(tl.float32), codes, scale, row, real, first, 2 * F, F // 64)
+        _store_quantised(d_value.to(tl.float32), codes, scale, row, real, F + first, 2 * F, F // 64)
 
 
 def _codes(*shape: int, like: Tensor) -> Tensor:
@@ -412,27 +378,44 @@ def _launch_(
     )  # fmt: skip
 
 
-def swiglu_backward_gemm(
-    dy: Tensor, dy_scale: Tensor, source: Tensor, slot: Tensor, weight: Tensor, w: Tensor, w_scale: Tensor, h: Tensor,
-    end: Tensor, tiles: RowTiles, tile: Tile, group: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Grouped GEMM with the gradient of SwiGLU as epilogue, which is quantised there.
+def gather_rows(codes: Tensor, scale: Tensor, source: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of each row's token.
 
-    dy       [N D] e4m3, dy_scale [N D/128]: gradient of each token's output, no gate applied
-    weight   [N K] f32 gate of each pair
-    w        [E F D] e4m3, w_scale [E F/128 D/128]
-    h        [P 2 F]
-    returns  dh [P 2 F], its codes [P 2F] and scales [P 2F/128], the activation times its gate [P F], and the gate's
-             gradient in parts [P F/128] f32
+    codes    [N D] e4m3, scale [N D/128]
+    source   [P] i32   row -> token
+    end      [E] i32   of each expert's rows; those beyond the last are undefined
+    returns  [P D] e4m3, [P D/128] f32
     """
-    experts, f, d = w.shape
-    pairs, num = source.shape[0], tiles.expert.shape[0]
-    dh, a = torch.empty_like(h), torch.empty(pairs, f, dtype=h.dtype, device=h.device)
-    codes, scale = _codes(pairs, 2 * f, like=h), _scales(pairs, 2 * f // BLOCK, like=h)
-    part = _scales(pairs, f // BLOCK, like=h)
-    swiglu_backward_gemm_fp8_kernel[(num * (f // BLOCK),)](
-        dy, dy_scale, source, TensorDescriptor.from_tensor(w.view(experts * f, d), [BLOCK, BLOCK]), w_scale,
-        h, weight, slot, dh, codes.view(torch.uint8), scale, a, part, tiles.expert, tiles.row, end, num, f, d,
-        tile.block_m, group, PART, **tile.options(),
+    pairs, d = source.shape[0], codes.shape[1]
+    out, out_scale = _codes(pairs, d, like=codes), _scales(pairs, d // BLOCK, like=codes)
+    gather_rows_kernel[(triton.cdiv(pairs, GATHERED), triton.cdiv(d, 4 * BLOCK))](
+        codes.view(torch.uint8), scale, source, end[-1:], out.view(torch.uint8), out_scale, d, GATHERED, 4 * BLOCK,
+        num_warps=4,
     )  # fmt: skip
-    return dh, codes, scale, a, part
+    return out, out_scale
+
+
+def swiglu_backward_(
+    da: Tensor, h: Tensor, weight: Tensor, slot: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of SwiGLU, and its codes.
+
+    A pass of its own: as an epilogue of the product, which needs all its registers for two sums, it took longer than
+    both (docs/log.md, 2026-11-30).
+
+    da       [P F]      gradient of the activation, no gate applied
+    h        [P 2 F]    pre-activation
+    weight   [N K] f32  gate of each pair
+    slot     [P] i32    row -> pair
+    end      [E] i32    of each expert's rows; those beyond the last are undefined
+    returns  dh [P 2 F], its codes [P 2F] and scales [P 2F/128], and the gate's gradient in parts [P F/128] f32
+
+    Writes:  the activation times its gate, in the place of `da`.
+    """
+    pairs, f = da.shape
+    dh, part = torch.empty_like(h), _scales(pairs, f // BLOCK, like=h)
+    codes, scale = _codes(pairs, 2 * f, like=h), _scales(pairs, 2 * f // BLOCK, like=h)
+    swiglu_backward_kernel[(triton.cdiv(pairs, ROWS), f // BLOCK)](
+        da, h, weight, slot, end[-1:], dh, codes.view(torch.uint8), scale, part, f, ROWS, num_warps=8
+    )
+    return dh, codes, scale, part

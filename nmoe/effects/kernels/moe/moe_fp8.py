@@ -24,8 +24,22 @@ from nmoe.pure.model.route import Routing
 # spill 95 instructions on sm_90.
 UP = fp8.Tile(block_m=64, num_warps=8, num_stages=4)
 DOWN = fp8.Tile(block_m=64, num_warps=4, num_stages=3)
-BACK = fp8.Tile(block_m=64, num_warps=8, num_stages=3, maxnreg=128)
 INPUT = fp8.Tile(block_m=128, num_warps=8, num_stages=3)
+"""Of both products of the backward pass, whose weights are quantised along what is summed."""
+
+
+def product(
+    t: Tiles, rows: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, end: Tensor, count: Tensor, dtype: torch.dtype,
+    *, across: bool,
+) -> Tensor:  # fmt: skip
+    """`fp8.grouped_gemm` by the kernel that is fastest on this GPU: the bits are the same."""
+    pairs = rows.shape[0]
+    if t.hopper:
+        cut = places.tiles(count, pairs, fp8_ring.ROWS)
+        return fp8_gemm.grouped_gemm(rows, scale, w, w_scale, end, cut, t.group, t.programs, dtype, across=across)
+    tile = DOWN if across else INPUT
+    cut = places.tiles(count, pairs, tile.block_m)
+    return fp8.grouped_gemm(rows, scale, w, w_scale, end, cut, tile, t.group, dtype, across=across)
 
 
 class MoeExpertsFp8(torch.autograd.Function):
@@ -58,18 +72,12 @@ class MoeExpertsFp8(torch.autograd.Function):
                 h, a, a_scale = fp8_up.gather_gemm_swiglu(
                     x_codes, x_scale, at.source, up_codes, up_scale, at.end, cut, t.group, t.programs
                 )
-                y = fp8_gemm.grouped_gemm(
-                    a, a_scale, down_codes, down_scale, at.end, cut, t.group, t.programs, x.dtype, across=True
-                )
             else:
                 cut = places.tiles(at.count, pairs, UP.block_m)
                 h, a, a_scale = fp8.gather_gemm_swiglu(
                     x_codes, x_scale, at.source, up_codes, up_scale, at.end, cut, UP, t.group, x.dtype
                 )
-                cut = places.tiles(at.count, pairs, DOWN.block_m)
-                y = fp8.grouped_gemm(
-                    a, a_scale, down_codes, down_scale, at.end, cut, DOWN, t.group, x.dtype, across=True
-                )
+            y = product(t, a, a_scale, down_codes, down_scale, at.end, at.count, x.dtype, across=True)
         with record_function("combine"):
             out = sums.combine(y, at.place, weight, added)
         count = at.count.to(torch.int64)
@@ -86,16 +94,16 @@ class MoeExpertsFp8(torch.autograd.Function):
         x, h, weight, up, down, source, slot, place, count, end = ctx.saved_tensors
         t: Tiles = ctx.t
         accumulator: Accumulator | None = ctx.accumulator
-        pairs, dy = place.numel(), outputs[0].contiguous()
+        dy = outputs[0].contiguous()
         with record_function("quantise"):
             dy_codes, dy_scale = fp8.quantise_rows(dy)
             up_codes, up_scale = fp8.quantise_weight(up.flatten(2), across=False)
             down_codes, down_scale = fp8.quantise_weight(down, across=False)
         with record_function("experts"):
-            cut = places.tiles(count, pairs, BACK.block_m)
-            dh, dh_codes, dh_scale, a, part = fp8.swiglu_backward_gemm(
-                dy_codes, dy_scale, source, slot, weight, down_codes, down_scale, h, end, cut, BACK, t.group
-            )
+            gathered = fp8.gather_rows(dy_codes, dy_scale, source, end)
+            a = product(t, *gathered, down_codes, down_scale, end, count, x.dtype, across=False)
+            del gathered
+            dh, dh_codes, dh_scale, part = fp8.swiglu_backward_(a, h, weight, slot, end)
             d_weight = part.sum(-1)[place.to(torch.int64)]
             rows = places.spread(dy, place)
             rest: dict[str, Any] = {"end": end, "count": count, "t": t, "accumulator": accumulator}
@@ -103,13 +111,7 @@ class MoeExpertsFp8(torch.autograd.Function):
             del a, part, rows
             d_up = up_weight_gradient(x, dh.flatten(1), source, place, parameter=up, **rest)
             del dh
-            operands = dh_codes, dh_scale, up_codes, up_scale, end
-            if t.hopper:
-                cut = places.tiles(count, pairs, fp8_ring.ROWS)
-                dx = fp8_gemm.grouped_gemm(*operands, cut, t.group, t.programs, x.dtype, across=False)
-            else:
-                cut = places.tiles(count, pairs, INPUT.block_m)
-                dx = fp8.grouped_gemm(*operands, cut, INPUT, t.group, x.dtype, across=False)
+            dx = product(t, dh_codes, dh_scale, up_codes, up_scale, end, count, x.dtype, across=False)
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
         return d_input, None, d_weight, d_up, d_down, None, None, *[dy] * ctx.added

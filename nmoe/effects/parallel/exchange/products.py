@@ -168,18 +168,18 @@ class Fp8:
         a token."""
         s, f = e.sizes, e.fields
         identity = torch.arange(s.capacity, dtype=torch.int32, device=h.device)
+        tile, group = moe_fp8.INPUT, self.tiles.group
         with record_function("quantise"):
             # with dedup a rank does not know how many tokens landed, but that they are at most `landing`
             limit = None if s.dedup else kept.valid[2:]
             dy_codes, dy_scale = fp8.quantise_rows(view(e.raw, f.land_gradient), limit)
             up_codes, up_scale = fp8.quantise_weight(up.flatten(2), across=False)
             down_codes, down_scale = fp8.quantise_weight(down, across=False)
-        cut = places.tiles(kept.count, s.capacity, moe_fp8.BACK.block_m)
-        dh, dh_codes, dh_scale, a, part = fp8.swiglu_backward_gemm(
-            dy_codes, dy_scale, kept.source, identity, view(e.raw, f.gate), down_codes, down_scale, h, kept.end, cut,
-            moe_fp8.BACK, self.tiles.group,
-        )  # fmt: skip
-        dx = self._product(e, kept, dh_codes, dh_scale, up_codes, up_scale, moe_fp8.INPUT, across=False)
+        cut = places.tiles(kept.count, s.capacity, tile.block_m)
+        gathered = fp8.gather_rows(dy_codes, dy_scale, kept.source, kept.end)
+        a = fp8.grouped_gemm(*gathered, down_codes, down_scale, kept.end, cut, tile, group, s.dtype, across=False)
+        dh, dh_codes, dh_scale, part = fp8.swiglu_backward_(a, h, view(e.raw, f.gate), identity, kept.end)
+        dx = self._product(e, kept, dh_codes, dh_scale, up_codes, up_scale, tile, across=False)
         return dh.flatten(1), a, part, dx
 
     def bias_gradient(self, dh: Tensor, kept: Kept) -> Tensor | None:

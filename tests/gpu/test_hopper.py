@@ -103,9 +103,8 @@ def test_weight_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             assert torch.equal(out, wanted), (add, source is None)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_layer(shape: tuple[int, ...]) -> None:
-    """Forward and backward, as several ranks have it, which keep the other kernels."""
+def layer(shape: tuple[int, ...], mixture: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[bool], list[Tensor]]:
+    """Output and gradients of a whole layer, by Hopper's kernels or those of several ranks."""
     tokens, hidden, width, num_experts, top_k = shape
     expert = chosen(tokens, num_experts, top_k)
     leaves = [
@@ -122,9 +121,15 @@ def test_a_layer(shape: tuple[int, ...]) -> None:
 
     def run(hopper: bool) -> list[Tensor]:
         x, weight, w_up, w_down = leaves
-        y = moe_experts(x, Routing(expert, weight), w_up, w_down, tiles=attrs.evolve(tiles, hopper=hopper))[0]
+        y, _ = mixture(x, Routing(expert, weight), w_up, w_down, tiles=attrs.evolve(tiles, hopper=hopper))
         return [y.detach(), *torch.autograd.grad(y, leaves, pull)]
 
+    return run
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_layer(shape: tuple[int, ...]) -> None:
+    run = layer(shape, moe_experts)
     found, wanted = repeated(lambda: run(True)), run(False)
     for name, a, b in zip(("y", "dx", "dweight", "dup", "ddown"), found, wanted, strict=True):
         assert torch.equal(a, b), name

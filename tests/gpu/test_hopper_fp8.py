@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import attrs
 import pytest
 import torch
 from torch import Tensor
 
-from nmoe.effects.device import ops
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import fp8, moe_fp8
 from nmoe.effects.kernels.moe.hopper import fp8_gemm, fp8_ring, fp8_up
-from nmoe.pure.model.route import Routing
 from tests.gpu import test_hopper
-from tests.gpu.test_hopper import chosen, normal, repeated
+from tests.gpu.test_hopper import chosen, layer, normal, repeated
 
 pytestmark = test_hopper.pytestmark
 
@@ -106,25 +103,5 @@ def test_plain_products(shape: tuple[int, ...], across: bool) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_layer(shape: tuple[int, ...]) -> None:
-    """Forward and backward, as several ranks have it, which keep the other kernels."""
-    tokens, hidden, width, num_experts, top_k = shape
-    expert = chosen(tokens, num_experts, top_k)
-    leaves = [
-        normal(tokens, hidden),
-        torch.rand(tokens, top_k, device="cuda"),
-        normal(num_experts, hidden, 2, width, seed=2) / hidden**0.5,
-        normal(num_experts, width, hidden, seed=3) / width**0.5,
-    ]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    dy = normal(tokens, hidden, seed=4)
-    tiles = ops.mixture_tiles(torch.device("cuda"), hidden, width)
-    assert tiles.hopper
-
-    def run(hopper: bool) -> list[Tensor]:
-        x, weight, up, down = leaves
-        layer = partial(moe_fp8.moe_experts_fp8, tiles=attrs.evolve(tiles, hopper=hopper))
-        y, _ = layer(x, Routing(expert, weight), up, down)
-        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-
+    run = layer(shape, moe_fp8.moe_experts_fp8)
     same(repeated(lambda: run(True)), run(False), "y", "dx", "dweight", "dup", "ddown")

@@ -532,8 +532,14 @@ def test_a_schedule_in_shares_is_the_run_of_its_tokens(tmp_path: Path) -> None:
     ]
 
 
-def test_a_run_that_ends_before_its_decay_is_named() -> None:
+def test_a_run_that_ends_within_its_schedule_is_named() -> None:
     path = ROOT / "configs" / "quickstart.toml"
+    for constant in ((), ("--schedule.decay_tokens=0",)):
+        (text,) = remarks(load_valid(path, {}, ("--train.steps=49", *constant)).config)
+        assert text == (
+            "schedule.warmup_tokens: the run ends at 100,352 tokens, within its warm-up of 102,400; raise train.steps, "
+            "or write schedule.warmup"
+        )
     (text,) = remarks(load_valid(path, {}, ("--train.steps=100",)).config)
     assert text == (
         "schedule.decay_tokens: the run ends at 204,800 tokens, before its decay begins at 561,152; raise train.steps, "

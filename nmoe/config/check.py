@@ -89,7 +89,7 @@ def remarks(config: Config) -> tuple[str, ...]:
     return (
         *_slow(config),
         *map("parallel.transport: {}".format, unproven(config)),
-        *(f"schedule.decay_tokens: {text}" for text in no_decay(config)),
+        *(f"schedule.{key}: {text}" for key, text in cut_short(config).items()),
     )
 
 
@@ -111,16 +111,22 @@ def _slow(config: Config) -> tuple[str, ...]:
     )
 
 
-def no_decay(config: Config) -> tuple[str, ...]:
-    """What to say of a run that ends before its learning rate decays; nothing of another."""
+def cut_short(config: Config) -> dict[str, str]:
+    """What to say of a run that ends before its learning rate has risen or begins to decay, by the key that says when;
+    nothing of another."""
     c, total = config.schedule_in_tokens(), config.tokens()
     begin = c.warmup_tokens + (c.hold_tokens or 0)
-    if not c.decay_tokens or total > begin:
-        return ()
-    return (
-        f"the run ends at {total:,} tokens, before its decay begins at {begin:,}; raise train.steps, or write "
-        "schedule.decay",
-    )
+    if total < c.warmup_tokens:
+        return {
+            "warmup_tokens": f"the run ends at {total:,} tokens, within its warm-up of {c.warmup_tokens:,}; raise "
+            "train.steps, or write schedule.warmup"
+        }
+    if c.decay_tokens and total <= begin:
+        return {
+            "decay_tokens": f"the run ends at {total:,} tokens, before its decay begins at {begin:,}; raise "
+            "train.steps, or write schedule.decay"
+        }
+    return {}
 
 
 def fitting(train: Train, world: int) -> dict[str, int]:

@@ -354,8 +354,8 @@ def nsa_tiles(device: torch.device, head_dim: int, value: int) -> nsa.Tiles:
 
 FP8_GAIN = (
     "precision: on one H200 the experts' kernels were 1.14 to 1.26 times as fast in fp8 as in bf16 with 32,768 tokens, "
-    "the more the wider the model, and slower with 4,096 tokens at hidden 2048; where experts are shared out tokens are "
-    "those of all that share them, and other kernels gain less"
+    "the more the wider the model, and slower with 4,096 tokens at hidden 2048; where experts are shared out, tokens "
+    "are those of all that share them, and other kernels gain less"
 )
 """Of one layer, forward and backward, at the power limit; docs/precision.md. Weights are quantised once a pass, for the
 tokens of all GPUs that send to them."""

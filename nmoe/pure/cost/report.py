@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from nmoe.config import Config, Mixed, Model
-from nmoe.config.check import no_decay, unproven
+from nmoe.config.check import cut_short, unproven
 from nmoe.pure.cost.plan import Plan
 from nmoe.pure.cost.scale import Scaled
 from nmoe.pure.cost.traffic import Traffic
@@ -114,7 +114,7 @@ def _about(config: Config, planned: Plan) -> tuple[Line, ...]:
             "rank's host memory",
         ),
         ("tokens", f"{quantity(planned.tokens)}  {train.steps} steps of {quantity(planned.tokens_per_step)}"),
-        *(("schedule", text) for text in no_decay(config)),
+        *(("schedule", text) for text in cut_short(config).values()),
     )
 
 

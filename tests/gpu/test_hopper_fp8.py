@@ -95,7 +95,7 @@ def test_plain_products(shape: tuple[int, ...], across: bool) -> None:
     (found,) = repeated(
         lambda: [fp8_gemm.grouped_gemm(*given, c.cut(fp8_ring.ROWS), GROUP, PROGRAMS, torch.bfloat16, across=across)]
     )
-    tile = moe_fp8.DOWN if across else moe_fp8.INPUT
+    tile = moe_fp8.DOWN if across else moe_fp8.BACKWARD
     wanted = fp8.grouped_gemm(*given, c.cut(tile.block_m), tile, GROUP, torch.bfloat16, across=across)
     assert found.shape == (c.pairs, hidden)
     same([found], [wanted], "out")

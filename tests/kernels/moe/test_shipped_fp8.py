@@ -62,7 +62,7 @@ def products() -> list[Request]:
                 **({} if "to" in leaving else HERE),
             )
             for leaving in ({"OFFSET": "i32"}, AWAY)
-            for tile in (moe_fp8.DOWN, moe_fp8.INPUT)
+            for tile in (moe_fp8.DOWN, moe_fp8.BACKWARD)
         ),
     ]
 

@@ -24,7 +24,7 @@ from nmoe.pure.model.route import Routing
 # spill 95 instructions on sm_90.
 UP = fp8.Tile(block_m=64, num_warps=8, num_stages=4)
 DOWN = fp8.Tile(block_m=64, num_warps=4, num_stages=3)
-INPUT = fp8.Tile(block_m=128, num_warps=8, num_stages=3)
+BACKWARD = fp8.Tile(block_m=128, num_warps=8, num_stages=3)
 """Of both products of the backward pass, whose weights are quantised along what is summed."""
 
 
@@ -37,7 +37,7 @@ def product(
     if t.hopper:
         cut = places.tiles(count, pairs, fp8_ring.ROWS)
         return fp8_gemm.grouped_gemm(rows, scale, w, w_scale, end, cut, t.group, t.programs, dtype, across=across)
-    tile = DOWN if across else INPUT
+    tile = DOWN if across else BACKWARD
     cut = places.tiles(count, pairs, tile.block_m)
     return fp8.grouped_gemm(rows, scale, w, w_scale, end, cut, tile, t.group, dtype, across=across)
 

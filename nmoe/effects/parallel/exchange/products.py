@@ -168,7 +168,7 @@ class Fp8:
         a token."""
         s, f = e.sizes, e.fields
         identity = torch.arange(s.capacity, dtype=torch.int32, device=h.device)
-        tile, group = moe_fp8.INPUT, self.tiles.group
+        tile, group = moe_fp8.BACKWARD, self.tiles.group
         with record_function("quantise"):
             # with dedup a rank does not know how many tokens landed, but that they are at most `landing`
             limit = None if s.dedup else kept.valid[2:]

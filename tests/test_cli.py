@@ -287,6 +287,8 @@ def test_each_parser_has_help_that_can_be_printed() -> None:
     parsers: list[argparse.ArgumentParser] = [build_parser()[0]]
     for parser in parsers:
         assert parser.format_help().startswith("usage: nmoe")
+        named = [Path(word) for word in (parser.epilog or "").split() if word.startswith(("configs/", "docs/"))]
+        assert all((ROOT / path).exists() for path in named), named
         parsers.extend(under(parser).values())
     assert len(parsers) > 40
 

@@ -115,7 +115,7 @@ def verbs(root: Verbs) -> None:
         _bench_records,
         "train variants of a config with several seeds, and compare them by bits a byte of held-out text; the same "
         "command resumes where it was stopped",
-        "docs/records/quickstart.toml out --jobs 2",
+        "docs/records/cpu-study.toml out --jobs 2",
     )
     records.set_defaults(takes_overrides=True)
     records.usage = f"{records.prog} STUDY OUT [options] [--section.key=value ...]"

@@ -206,6 +206,25 @@ def test_trainings_are_kept_and_a_study_goes_on_where_it_was_stopped(
     assert once(10.0) == 1 and "done" not in capsys.readouterr().out  # nothing is trained again
 
 
+def test_what_is_refused_is_told_and_tried_again_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data that is not prepared yet is no result of any variant; steps that are not finite are one."""
+    text = 'base = "quickstart"\nseeds = 1\n[variants]\na = {}\n[comparisons.it]\nbaseline = "a"\nvariants = []\n'
+    (tmp_path / "study.toml").write_text(text, encoding="utf-8")
+    command = ["bench", "records", str(tmp_path / "study.toml"), str(tmp_path / "out")]
+    python = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    for code, done in ((2, 1), (1, 1), (-9, 1), (5, 1), (5, 0)):
+        end = f"exit {code}" if code > 0 else f"kill {code} $$"
+        python.write_text(f"#!/bin/sh\necho one; echo nmoe: data: expected {code}\n{end}\n", encoding="utf-8")
+        python.chmod(0o755)
+        assert nmoe(command) == 1
+        said = capsys.readouterr().out
+        assert said.count(f"ended with {code}, see output.txt: nmoe: data: expected {code}\n") == done, said
+        assert "1 results, 0 trainings known and left" in said and not list(tmp_path.glob("out/unfinished/*"))
+
+
 def test_a_study_that_is_ended_ends_its_trainings_and_goes_on_with_them(tmp_path: Path) -> None:
     text = (
         'base = "quickstart"\nseeds = 1\n'

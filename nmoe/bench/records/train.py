@@ -24,14 +24,19 @@ from nmoe.effects.device import signals
 from nmoe.effects.record import lines
 from nmoe.effects.record.names import CHECKPOINTS, EVENTS, METRICS, WEIGHTS
 from nmoe.effects.terminal import say
-from nmoe.errors import InputError
+from nmoe.errors import InputError, printable
 from nmoe.pure.units import duration
 
 RESULT = "result.json"
+OUTPUT = "output.txt"
 UNFINISHED = "unfinished"
 """Folder of the trainings that are running, or were stopped and continue when the study does."""
 POLL_S = 0.2
 GRACE_S = 20.0
+
+LASTING = (0, 5)
+"""Exit codes of a training that ended, or whose steps were not finite. What ends another way, as for want of data or of
+a GPU, is trained again by the next call: what was wrong is not the variant's."""
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +53,8 @@ def main(
     path: Path, out: Path, *, jobs_at_once: int, threads: int, gpus: int, minutes: float, more: tuple[str, ...]
 ) -> int:
     """Train what has no result yet, and write the table after each training.
+
+    A training that was refused or that broke is tried again by the next call.
 
     out      folder of a run folder and result a training, without weights and checkpoints
     gpus     GPUs of which each training has one, one training a GPU; 0: `jobs_at_once` on the CPU
@@ -76,7 +83,7 @@ def main(
                 result = _collect(out, training)
                 results[training.job.key] = result
                 _write_tables(out, study, results)
-                say(_line(study, results, len(running), time.monotonic() - began, training.job, result))
+                say(_line(out, study, results, len(running), time.monotonic() - began, training.job, result))
             free = sorted(set(range(gpus or jobs_at_once)) - {x.slot for x in running})
             over = time.monotonic() - began >= 60 * minutes
             if ended or not running:
@@ -95,9 +102,9 @@ def main(
 
 
 def read_results(out: Path) -> dict[str, Result]:
-    """The results in a folder, by the hash of their config."""
+    """The results in a folder that last, by the hash of their config."""
     found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(out.glob(f"*/{RESULT}"))]
-    return {result.key: result for result in found}
+    return {result.key: result for result in found if result.code in LASTING}
 
 
 @contextmanager
@@ -165,9 +172,11 @@ def _collect(out: Path, training: Started) -> Result:
     if (folder / CHECKPOINTS).exists():
         shutil.rmtree(folder / CHECKPOINTS)
     (folder / WEIGHTS).unlink(missing_ok=True)
-    shutil.move(root / f"{job.name}.log", folder / "output.txt")
+    shutil.move(root / f"{job.name}.log", folder / OUTPUT)
     (root / f"{job.name}.toml").unlink()
     files.write_text(folder / RESULT, json.dumps(attrs.asdict(result), indent=2) + "\n")
+    if (out / job.name).exists():  # of an attempt that did not last
+        shutil.rmtree(out / job.name)
     os.rename(folder, out / job.name)
     return result
 
@@ -199,10 +208,21 @@ def _write_tables(out: Path, study: Study, results: Mapping[str, Result]) -> Non
     files.write_text(out / "table.json", json.dumps(numbers(study, results), indent=2) + "\n")
 
 
-def _line(study: Study, results: Mapping[str, Result], running: int, elapsed_s: float, job: Job, result: Result) -> str:
+def _line(
+    out: Path,
+    study: Study,
+    results: Mapping[str, Result],
+    running: int,
+    elapsed_s: float,
+    job: Job,
+    result: Result,
+) -> str:
     """How far the study is: an estimate by the trainings so far, of the same time each."""
     left = sum(1 for _ in jobs(study, results))
     each = statistics.fmean(x.seconds for x in results.values())
     about = duration(left * each / max(1, running))
-    came = f"{result.bits_per_byte:.4f} bits/byte" if result.code == 0 else f"ended with {result.code}, see output.txt"
+    came = f"{result.bits_per_byte:.4f} bits/byte"
+    if result.code != 0:
+        said = (out / job.name / OUTPUT).read_text(encoding="utf-8", errors="replace").splitlines() or ["nothing"]
+        came = f"ended with {result.code}, see {OUTPUT}: {printable(said[-1])}"
     return f"{duration(elapsed_s)}  {len(results)} done, {left} left, about {about}  {job.name}  {came}"

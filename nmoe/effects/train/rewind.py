@@ -8,19 +8,21 @@ gone back to is where the run resumes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
 import cattrs
 
+from nmoe.config.toml import read as read_toml
 from nmoe.effects import files
 from nmoe.effects.checkpoint import manifest as manifests
 from nmoe.effects.checkpoint import reader
 from nmoe.effects.checkpoint.fs import Disk, Fs
 from nmoe.effects.checkpoint.manifest import Manifest
 from nmoe.effects.record.lines import read as read_lines
-from nmoe.effects.record.names import CHECKPOINTS, EVENTS, LEFT_OUT, METRICS
+from nmoe.effects.record.names import CHECKPOINTS, CONFIG, EVENTS, LEFT_OUT, METRICS
 from nmoe.effects.train.resume import Origin
 from nmoe.errors import InputError
 from nmoe.pure.data.order import kept
@@ -72,10 +74,11 @@ def pending(fs: Fs, folder: Path, rewinds: Sequence[Rewind]) -> Origin | None:
     return Origin(folder=folder / CHECKPOINTS / last.checkpoint, single=True)
 
 
-def go_back(folder: Path, most: int, batch_size: int) -> Rewind:
+def go_back(folder: Path, most: int) -> Rewind:
     """Record the return to the newest checkpoint of at most `most` steps, and of less than the run has come to.
 
-    What is left out was read between it and the last step that the metrics or a checkpoint know of.
+    What is left out was read between it and the last step that the metrics or a checkpoint know of, in batches of
+    whatever size that was.
 
     Writes:  the record in the run folder.
     Raises:  InputError when there is no such checkpoint.
@@ -92,11 +95,12 @@ def go_back(folder: Path, most: int, batch_size: int) -> Rewind:
             f"--rewind: expected a checkpoint of at most {max(below, 0)} steps in {root}, got none; name the run with "
             "--run.name, and keep more of them with checkpoint.keep_last or keep_every"
         )
-    chosen = max(earlier, key=lambda manifest: (manifest.step, manifest.attempt, manifest.serial))
-    cursor = chosen.meta.get("cursor")
-    if not isinstance(cursor, int):
-        raise InputError(f"{root / chosen.name()}: expected a cursor, got {cursor!r}; use one that `nmoe run` wrote")
-    sequences = kept(cursor, (reached - chosen.step) * batch_size, left_out(rewinds))
+    chosen, last = max(earlier, key=_age), max(saved, key=_age)
+    cursor = _cursor(root, chosen)
+    num = _cursor(root, last) - cursor
+    if reached > last.step:  # by steps of the last attempt, which no checkpoint has seen
+        num += (reached - last.step) * _batch_size(folder / CONFIG)
+    sequences = kept(cursor, num, left_out(rewinds))
     rewind = Rewind(
         checkpoint=chosen.name(),
         step=chosen.step,
@@ -107,6 +111,46 @@ def go_back(folder: Path, most: int, batch_size: int) -> Rewind:
     with files.refusing(folder, "a run folder one may write"):
         files.write_text(folder / LEFT_OUT, dumped((*rewinds, rewind)))
     return rewind
+
+
+@contextmanager
+def unless_refused(folder: Path) -> Iterator[None]:
+    """Put the record back as it was where the block raises an InputError: a command that is refused changes nothing.
+
+    A process that dies in the block leaves it, and with it what the user has asked for.
+
+    Writes:  the record in the run folder.
+    """
+    path = folder / LEFT_OUT
+    before = path.read_text(encoding="utf-8") if files.is_file(path) else None
+    try:
+        yield
+    except InputError:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            files.write_text(path, before)
+        raise
+
+
+def _age(manifest: Manifest) -> tuple[int, int, int]:
+    return manifest.step, manifest.attempt, manifest.serial
+
+
+def _cursor(root: Path, manifest: Manifest) -> int:
+    """Sequences that were read up to a checkpoint."""
+    cursor = manifest.meta.get("cursor")
+    if not isinstance(cursor, int):
+        raise InputError(f"{root / manifest.name()}: expected a cursor, got {cursor!r}; use one that `nmoe run` wrote")
+    return cursor
+
+
+def _batch_size(path: Path) -> int:
+    """Sequences a step of the attempt whose config this is."""
+    size = read_toml(path).tables.get("train", {}).get("batch_size")
+    if not isinstance(size, int):
+        raise InputError(f"{path}: expected train.batch_size, got {size!r}; restore it from a copy")
+    return size
 
 
 def _of_run(saved: Sequence[Manifest], folder: Path) -> list[Manifest]:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from nmoe.effects.device import gpu, ops, process, signals
 from nmoe.effects.kernels.accumulate import Accumulator
 from nmoe.effects.parallel.copies import open_copies
 from nmoe.effects.parallel.launch import from_environment, open_rank_heartbeat
-from nmoe.effects.parallel.ranks import check_hosts, check_machine, on_all_ranks, open_ranks, with_rank_note
+from nmoe.effects.parallel.ranks import Ranks, check_hosts, check_machine, on_all_ranks, open_ranks, with_rank_note
 from nmoe.effects.record import address, provenance
 from nmoe.effects.record.log import create_folder, open_console, open_log
 from nmoe.effects.record.monitor import watching
@@ -38,6 +38,7 @@ from nmoe.effects.train.identity import Identity, check_same, facts
 from nmoe.effects.train.loop import train
 from nmoe.effects.train.outcome import report_origin
 from nmoe.effects.train.report import Report
+from nmoe.effects.train.rewind import unless_refused
 from nmoe.effects.train.save import Saver
 from nmoe.effects.train.session import Connected, Job, Session, Start
 from nmoe.effects.train.step import make_step
@@ -90,6 +91,7 @@ def main(
 
     returns  exit code: 0 finished, 5 too many non-finite steps, 6 a state that could not be saved, 75 ended by
              SIGTERM, SIGHUP, SIGUSR1 or a closed standard output, 130 interrupted
+    Raises:  ValueError for a config that has the model evaluated, by nobody.
     """
     request = Request(
         config=config,
@@ -100,12 +102,19 @@ def main(
         rewind=rewind,
         world=world or World(),
     )
+    if config.eval.every and request.world.judge is None:
+        raise ValueError("run: expected World.judge for a config with eval.every, got None; pass evals.suite.judging")
     with signals.exit_on_signals(), ExitStack() as scope:
         connected = connect(config, scope)
-        job = open_data(request, connected)
+        folder = run_folder(request, connected.runtime.ranks)
+        goes_back = rewind is not None and connected.runtime.rank == 0
+        with unless_refused(folder) if goes_back else nullcontext():
+            job = open_data(request, connected, folder)
+            with memory_explained(job.plan):
+                start = begin(request, job, connected.runtime, scope)
+                place = open_folder(request, job, start, connected.runtime, scope)
         with memory_explained(job.plan):
-            start = begin(request, job, connected.runtime, scope)
-            session = open_session(request, job, start, connected, scope)
+            session = open_session(request, job, start, place, connected, scope)
             request.world.begun(connected.runtime)
             code = train(session, start)
             request.world.ended(connected.runtime)
@@ -149,16 +158,21 @@ def connect(config: Config, scope: ExitStack) -> Connected:
     return Connected(launch=launch, runtime=runtime, heartbeat=heartbeat)
 
 
-def open_data(request: Request, connected: Connected) -> Job:
-    """Find the run folder and its checkpoints, open the corpus, and plan the training."""
+def run_folder(request: Request, ranks: Ranks) -> Path:
+    """Where this run is written, or goes on; the same on all ranks."""
+    run = request.config.run
+    name = ranks.all_gather_text(run.name or f"{request.label}-{datetime.now(UTC):%Y%m%d-%H%M%S}")[0]
+    return files.expanded(run.root) / name
+
+
+def open_data(request: Request, connected: Connected, folder: Path) -> Job:
+    """Find the checkpoints of the run folder, open the corpus, and plan the training."""
     config, rt = request.config, connected.runtime
     ranks, parallel = rt.ranks, config.parallel
-    name = ranks.all_gather_text(config.run.name or f"{request.label}-{datetime.now(UTC):%Y%m%d-%H%M%S}")[0]
-    folder = files.expanded(config.run.root) / name
     # A launcher that starts all ranks again starts them with the same command.
     most = request.rewind
     if most is not None and not connected.launch.restart:
-        on_all_ranks(ranks, lambda: rt.rank or rewind.go_back(folder, most, config.train.batch_size))
+        on_all_ranks(ranks, lambda: rt.rank or rewind.go_back(folder, most))
     origin = on_all_ranks(ranks, lambda: resume.origin(config.train.resume, folder))
     rewinds: tuple[rewind.Rewind, ...] = ()
     if origin is not None:
@@ -235,8 +249,20 @@ def begin(request: Request, job: Job, rt: process.Runtime, scope: ExitStack) -> 
     return on_all_ranks(ranks, restore_or_initialise)
 
 
-def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, scope: ExitStack) -> Writer:
-    """Create or continue the run folder, and open the writer of its checkpoints."""
+@attrs.frozen(kw_only=True)
+class Place:
+    """The run folder, as this attempt has it: nobody else writes into it.
+
+    contents  text of each file that says what the attempt was started with, by name; of a new folder they are there
+    """
+
+    writer: Writer
+    contents: Mapping[str, str]
+    is_new: bool
+
+
+def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, scope: ExitStack) -> Place:
+    """Create the run folder if there is none, and open the writer of its checkpoints."""
     config, folder, ranks = request.config, job.folder, rt.ranks
     contents = {
         CONFIG: dump(config),
@@ -253,7 +279,7 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
     }
     if job.rewinds:
         contents[LEFT_OUT] = rewind.dumped(job.rewinds)
-    restored, step = start.restored, start.state.step
+    restored = start.restored
     is_new = rt.rank == 0 and not folder.exists()
     on_all_ranks(ranks, lambda: create_folder(folder.parent, folder.name, contents) if is_new else folder)
     writer = on_all_ranks(
@@ -271,29 +297,32 @@ def open_folder(request: Request, job: Job, start: Start, rt: process.Runtime, s
             )
         ),
     )
+    return Place(writer=writer, contents=contents, is_new=is_new)
+
+
+def continue_folder(job: Job, start: Start, place: Place, rt: process.Runtime) -> Writer:
+    """Make the run folder that of this attempt, and the disk hold a checkpoint of it."""
+    restored, step, ranks = start.restored, start.state.step, rt.ranks
 
     def prepare() -> None:
-        with files.refusing(folder, "a run folder one may write"):
-            if not is_new:
+        with files.refusing(job.folder, "a run folder one may write"):
+            if not place.is_new:
                 known = Validations() if restored is None else restored.validations
-                attempt.fix(folder, step, validated=known.at(step), evaluated=known.evaluated == step)
-                attempt.record(folder, writer.attempt, contents)
-            tokenizer.save(job.corpus.tokenizer, folder)
+                attempt.fix(job.folder, step, validated=known.at(step), evaluated=known.evaluated == step)
+                attempt.record(job.folder, place.writer.attempt, place.contents)
+            tokenizer.save(job.corpus.tokenizer, job.folder)
 
     on_all_ranks(ranks, lambda: rt.rank or prepare())
-    on_all_ranks(ranks, lambda: writer.reserve(resume.pieces(start.state, job.blueprint, ranks=ranks)))
-    return writer
+    on_all_ranks(ranks, lambda: place.writer.reserve(resume.pieces(start.state, job.blueprint, ranks=ranks)))
+    return place.writer
 
 
-def open_session(request: Request, job: Job, start: Start, connected: Connected, scope: ExitStack) -> Session:
-    """Open what writes and reads while the training runs, and say what is about to happen.
-
-    Raises:  ValueError for a config that has the model evaluated, by nobody.
-    """
+def open_session(
+    request: Request, job: Job, start: Start, place: Place, connected: Connected, scope: ExitStack
+) -> Session:
+    """Open what writes and reads while the training runs, and say what is about to happen."""
     config, corpus, rt, step = request.config, job.corpus, connected.runtime, start.state.step
-    if config.eval.every and request.world.judge is None:
-        raise ValueError("run: expected World.judge for a config with eval.every, got None; pass evals.suite.judging")
-    writer = open_folder(request, job, start, rt, scope)
+    writer = continue_folder(job, start, place, rt)
     log = scope.enter_context(open_log(job.folder, attempt=writer.attempt, rank=rt.rank))
 
     def overdue() -> None:

@@ -13,6 +13,8 @@ import attrs
 import pytest
 
 from nmoe.config.sections import Config
+from nmoe.effects.checkpoint import lease as leases
+from nmoe.effects.checkpoint.fs import Disk
 from nmoe.effects.train import rewind, run
 from nmoe.errors import InputError
 from nmoe.pure.model.model import Batch
@@ -50,11 +52,13 @@ def noting(path: Path, dies_at: int | None = None) -> run.World:
     return run.World(read=wrapped)
 
 
-def attempt(config: Config, world: run.World | None = None, most: int | None = None) -> tuple[int, str]:
+def attempt(
+    config: Config, world: run.World | None = None, most: int | None = None, accept: tuple[str, ...] = ()
+) -> tuple[int, str]:
     """Exit code and last lines of an attempt, perhaps with --rewind."""
     output = Path(config.run.root) / "out.txt"
     Path(config.run.root).mkdir(exist_ok=True, parents=True)
-    code = forked(lambda: run.main(config, {}, ("nmoe", "run"), "x", (), world, most), output)
+    code = forked(lambda: run.main(config, {}, ("nmoe", "run"), "x", accept, world, most), output)
     return code, output.read_text(errors="replace")
 
 
@@ -148,6 +152,43 @@ def test_without_a_number_it_is_the_newest_before_the_last_step(
         shutil.rmtree(checkpoint)
     code, told = attempt(config, noting(tmp_path / "read"), NEWEST)
     assert code == 0 and rows(tmp_path / "read") == stream[12:16], told
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_what_batches_of_another_size_read_is_left_out(
+    seen: bool, spoiled: tuple[Config, list[str]], tmp_path: Path
+) -> None:
+    """Exactly: nothing that nobody read, and all of it, whether checkpoints have seen it or the metrics alone."""
+    config, stream = spoiled
+    config = copied(config, tmp_path, steps=8, batch_size=4)
+    code, told = attempt(config, noting(tmp_path / "one"), accept=("train.batch_size",))
+    assert code == 0 and rows(tmp_path / "one") == stream[12:20], told
+    if not seen:
+        for checkpoint in (folder(config) / "checkpoints").glob("step-0000000[78]*"):
+            shutil.rmtree(checkpoint)
+    code, told = attempt(changed(config, batch_size=2, steps=5), noting(tmp_path / "two"), 3)
+    assert code == 0, told
+    assert rewind.left_out(rewind.read(folder(config))) == ((6, 20),)
+    assert rows(tmp_path / "two") == stream[20:24] and "the 14 sequences read since" in told, told
+
+
+def test_a_command_that_is_refused_leaves_nothing_out(spoiled: tuple[Config, list[str]], tmp_path: Path) -> None:
+    """For a key that differs, or while the run is still running; the record of an earlier rewind stays as it was."""
+    config, stream = spoiled
+    config = copied(config, tmp_path, steps=7)
+    checkpoints = folder(config) / "checkpoints"
+    for record in (None, "[]\n"):
+        if record is not None:
+            (folder(config) / "left_out.json").write_text(record)
+        code, told = attempt(changed(config, batch_size=4), most=3)
+        assert code == 2 and "train.batch_size: expected 2 as in " in told, told
+        with leases.hold(Disk(), checkpoints, range(1, 10)):
+            code, told = attempt(config, most=3)
+        assert code == 2 and "expected one trainer at a time" in told, told
+        left = folder(config) / "left_out.json"
+        assert (left.read_text() if left.exists() else None) == record
+    code, told = attempt(config, noting(tmp_path / "read"))
+    assert code == 0 and rows(tmp_path / "read") == stream[12:14], told
 
 
 def test_what_cannot_be_gone_back_to_is_one_line(spoiled: tuple[Config, list[str]], tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from nmoe.config.sections import Config
-from nmoe.pure.model.model import Batch
+from nmoe.effects.train.build import fresh
+from nmoe.effects.train.evaluate import evaluate
+from nmoe.pure.model.blueprint import make_blueprint
+from nmoe.pure.model.model import Batch, objective
 from nmoe.pure.model.route import health
-from tests.effects.train.test_step import batches, start
+from tests.effects.train.test_step import RT, batches, start
 from tests.effects.train.tiny import tiny
 
 
@@ -80,3 +83,22 @@ def test_a_step_that_is_skipped_leaves_the_bias(wrong: str) -> None:
     assert torch.equal(state.router_bias, before) and before.abs().max() > 0
     state, _ = step(state, first)
     assert not torch.equal(state.router_bias, before)
+
+
+@pytest.mark.parametrize("balance", ["sign", "quantile"])
+def test_a_validation_chooses_by_the_bias_of_the_training_and_leaves_it(balance: str) -> None:
+    """Its loss is that of a step with the same bias, and not that of a step without one."""
+    config = balanced(balance)
+    state, env = fresh(config, make_blueprint(config), RT)
+    (batch,) = batches(config, 1)
+    one = Batch(batch.tokens[0], batch.targets[0], ())
+    lengths = torch.ones(config.model.vocab_size, dtype=torch.int64)
+    numbers: dict[str, Any] = {"num_targets": torch.tensor(one.targets.numel()), "num_sequences": 2, "chunk": 64}
+    losses: list[float] = []
+    for bias in (torch.zeros_like(state.router_bias), torch.linspace(-1, 1, 16).view(2, 8)):
+        kept = bias.clone()
+        held = evaluate(state.params, bias, env, config.model, [one], lengths, chunk=64)
+        _, nll, _ = objective(state.params, one, bias, env, config.model, **numbers)
+        assert torch.equal(bias, kept) and held.loss == pytest.approx(nll.item() / one.targets.numel(), rel=1e-6)
+        losses.append(held.loss)
+    assert abs(losses[0] - losses[1]) > 1e-4

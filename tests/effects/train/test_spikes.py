@@ -84,6 +84,17 @@ def test_a_step_that_is_not_finite_or_has_no_target_is_not_remembered() -> None:
     )
 
 
+def test_a_gradient_that_is_infinite_is_no_spike_too() -> None:
+    """However full the window: the step counts as one that is not finite, and alone as that."""
+    config = changed(tiny(), skip_spikes=DEVIATIONS)
+    state, step = start(config)
+    state = filled(state)
+    window = state.recent.clone()
+    state.arenas[0].gradient[3] = float("inf")
+    state, metrics = step(state, batches(config, 1)[0])
+    assert (int(metrics.spikes), int(metrics.skipped)) == (0, 1) and torch.equal(state.recent, window)
+
+
 def loud(step: int) -> Any:
     """The loss of one step, times 1000."""
 

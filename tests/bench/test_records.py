@@ -225,6 +225,16 @@ def test_what_is_refused_is_told_and_tried_again_by_the_next_call(
         assert "1 results, 0 trainings known and left" in said and not list(tmp_path.glob("out/unfinished/*"))
 
 
+@pytest.mark.parametrize("text", ['{"key":', '{"kay": 1}', "7", '{"key": "a", "code": "x", "seconds": 1}'])
+def test_a_damaged_result_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    study_of(tmp_path)
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "result.json").write_text(text, encoding="utf-8")
+    assert nmoe(["bench", "records", str(tmp_path / "study.toml"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "result.json: expected the result of a training, got " in said and said.count("\n") == 1, said
+
+
 def test_a_study_that_is_ended_ends_its_trainings_and_goes_on_with_them(tmp_path: Path) -> None:
     text = (
         'base = "quickstart"\nseeds = 1\n'

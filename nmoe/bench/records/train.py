@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
+import cattrs
 
 from nmoe.bench.records.report import markdown, numbers
 from nmoe.bench.records.study import Job, Result, Study, config_of, jobs, load_study
@@ -27,6 +28,7 @@ from nmoe.effects.terminal import say
 from nmoe.errors import InputError, printable
 from nmoe.pure.units import duration
 
+RESULTS = cattrs.Converter(forbid_extra_keys=True)
 RESULT = "result.json"
 OUTPUT = "output.txt"
 UNFINISHED = "unfinished"
@@ -102,9 +104,22 @@ def main(
 
 
 def read_results(out: Path) -> dict[str, Result]:
-    """The results in a folder that last, by the hash of their config."""
-    found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(out.glob(f"*/{RESULT}"))]
+    """The results in a folder that last, by the hash of their config.
+
+    Raises:  InputError for one that is damaged.
+    """
+    found = [_result(path) for path in sorted(out.glob(f"*/{RESULT}"))]
     return {result.key: result for result in found if result.code in LASTING}
+
+
+def _result(path: Path) -> Result:
+    try:
+        return RESULTS.structure(json.loads(path.read_text(encoding="utf-8")), Result)
+    except (OSError, TypeError, ValueError, cattrs.BaseValidationError) as error:
+        problem = printable(str(error).partition("\n")[0])
+        raise InputError(
+            f"{path}: expected the result of a training, got {problem}; delete its folder, and it is trained again"
+        ) from error
 
 
 @contextmanager

@@ -182,6 +182,20 @@ def test_balance_moves_each_bias_by_one_step_towards_even_load() -> None:
     assert moved.tolist() == [[0.6875, 0.1875, 0.6875, 0.4375], [0.0, 0.0, 0.0, 0.0]]
 
 
+@given(st.lists(st.integers(0, 40), min_size=2, max_size=9), st.integers(0, 2**16))
+def test_balance_is_the_papers_but_for_a_common_shift(counts: list[int], seed: int) -> None:
+    """Algorithm 1, an expert at a time: e = mean load - its load, bias + rate sign(e); only differences count."""
+    bias = torch.rand(len(counts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    moved = balance(bias, torch.tensor(counts), rate=0.125)
+    expected: list[float] = []
+    for own, count in zip(bias.tolist(), counts, strict=True):
+        error = sum(counts) / len(counts) - count
+        expected.append(own + 0.125 * (error > 0) - 0.125 * (error < 0))
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(moved - moved[0], wanted - wanted[0], rtol=0, atol=1e-12)
+    assert moved.sum().item() == pytest.approx(bias.sum().item(), abs=1e-12)
+
+
 def test_balance_of_loads_beyond_fp32_integers() -> None:
     """A step of 2**25 rows an expert: a difference of one part in 2**20 still counts."""
     rows = torch.full((4,), 2**25)

@@ -85,7 +85,7 @@ def passes() -> list[Request]:
             | {**codes, "gate_part": "*fp32", "F": "i32"},
             {"M": fp8.ACTIVATED},
             "F",
-            8,
+            4,
             3,
         ),
         *(

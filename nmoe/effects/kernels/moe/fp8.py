@@ -419,6 +419,6 @@ def swiglu_backward_(
     dh, part = torch.empty_like(h), _scales(pairs, f // BLOCK, like=h)
     codes, scale = _codes(pairs, 2 * f, like=h), _scales(pairs, 2 * f // BLOCK, like=h)
     swiglu_backward_kernel[(triton.cdiv(pairs, ACTIVATED), f // BLOCK)](
-        da, h, weight, slot, end[-1:], dh, codes.view(torch.uint8), scale, part, f, ACTIVATED, num_warps=8
+        da, h, weight, slot, end[-1:], dh, codes.view(torch.uint8), scale, part, f, ACTIVATED, num_warps=4
     )
     return dh, codes, scale, part

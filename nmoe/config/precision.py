@@ -15,7 +15,7 @@ class Precision:
 
     compute: Literal["fp32", "bf16", "fp8", "mxfp8", "nvfp4"] = setting(
         "format of weights and activations; bf16 keeps an exact fp32 master; the others are bf16 but for the products "
-        "of the routed experts",
+        "of the experts, routed and shared",
         shapes=True,
     )
     moments: Literal["fp32", "bf16"] = setting(
@@ -32,9 +32,9 @@ class Precision:
         return "fp32" if self.compute == "fp32" else "bf16"
 
     def low(self) -> bool:
-        """Whether the products of the routed experts are in fewer bits than what is stored."""
+        """Whether the products of the experts are in fewer bits than what is stored."""
         return self.compute != self.storage()
 
     def kernels_fp8(self) -> bool:
-        """Whether kernels multiply the routed experts in fp8."""
+        """Whether kernels multiply the experts in fp8."""
         return self.compute == "fp8" and not self.emulate

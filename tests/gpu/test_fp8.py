@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from nmoe.effects.kernels.moe import fp8, moe_fp8
 from nmoe.pure.core.key import Key
 from nmoe.pure.formats import e4m3
 from nmoe.pure.model import experts, route
-from nmoe.pure.model.low_precision import RECIPES, experts_low
+from nmoe.pure.model.low_precision import RECIPES, experts_low, shared_low
 from nmoe.pure.model.route import Routing
 from tests.pure.formats.vectors import inputs
 
@@ -77,3 +78,29 @@ def test_the_mixture_is_as_near_the_truth_as_the_recipe(hidden: int, width: int,
     some = torch.arange(tokens, device="cuda") % 3 != 0
     part, _ = kernel(x[some], Routing(chosen[some], gate[some]), up, down)
     assert torch.equal(part.cpu().double(), ours[0][some.cpu()])
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(512, 384), (2048, 2816)])
+def test_shared_experts_are_as_near_the_truth_as_the_recipe(hidden: int, width: int) -> None:
+    """Two calls make the same bits, and so do the kernels of other GPUs; a row does not depend on its neighbours."""
+    tokens = 900
+    x, dy = draw(tokens, hidden, seed=1), draw(tokens, hidden, seed=2)
+    up, down = draw(hidden, 2, width, seed=3, scale=hidden**-0.5), draw(width, hidden, seed=4, scale=width**-0.5)
+    tiles = ops.mixture_tiles(torch.device("cuda"), hidden, width)
+    kernel = partial(moe_fp8.shared_experts_fp8, tiles=tiles)
+
+    def run(which: Any, dtype: torch.dtype, device: str) -> list[Tensor]:
+        leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in (x, up, down)]
+        y = which(*leaves)
+        return [t.detach().cpu().double() for t in (y, *torch.autograd.grad(y, leaves, dy.to(device, dtype)))]
+
+    ours = run(kernel, torch.bfloat16, "cuda")
+    for other in (kernel, partial(moe_fp8.shared_experts_fp8, tiles=attrs.evolve(tiles, hopper=False))):
+        assert all(torch.equal(a, b) for a, b in zip(ours, run(other, torch.bfloat16, "cuda"), strict=True))
+    exact = run(experts.mlp, torch.float32, "cpu")
+    pure = run(partial(shared_low, recipe=RECIPES["fp8"], key=Key(0)), torch.bfloat16, "cpu")
+    for name, got, wanted, truth in zip(("y", "dx", "dup", "ddown"), ours, pure, exact, strict=True):
+        assert (got - truth).norm() <= 1.15 * (wanted - truth).norm(), name
+        assert (got - truth).norm() < 0.09 * truth.norm(), name
+    some = torch.arange(tokens, device="cuda") % 3 != 0
+    assert torch.equal(kernel(x[some], up, down).cpu().double(), ours[0][some.cpu()])

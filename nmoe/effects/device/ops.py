@@ -28,7 +28,8 @@ from nmoe.pure.model.attention.kda import KdaOps
 from nmoe.pure.model.attention.mixed import MixedOps
 from nmoe.pure.model.attention.mla import MlaOps, attend_new, scale
 from nmoe.pure.model.attention.nsa import NsaOps
-from nmoe.pure.model.experts import Rows, add_all
+from nmoe.pure.model.experts import add_all, mlp
+from nmoe.pure.model.low_precision import Emulated
 from nmoe.pure.model.ops import Ops, labelled, reference
 from nmoe.pure.model.route import Routed, Routing, route_tokens
 from nmoe.pure.optim.clip import global_norm
@@ -54,7 +55,7 @@ def build(
     accumulator: Accumulator | None = None,
     kinds: Kinds = KINDS,
     kernels: str = "triton",
-    low: Callable[[Rows, Tensor, Tensor], Tensor] | None = None,
+    low: Emulated | None = None,
     fp8: bool = False,
 ) -> Ops:
     """The ops of a device for a model.
@@ -66,20 +67,22 @@ def build(
     exchange   with the ranks that hold the other experts; None: all are here
     accumulator  takes the weight gradients that kernels write themselves; a CPU leaves all to autograd
     kinds      of attention
-    low        the experts on their rows in fewer bits, emulated; None: by kernels, or in the format of the weights
-    fp8        whether the kernels of the experts multiply in fp8; of several ranks the exchange says so
+    low        experts in fewer bits, emulated; None: by kernels, or in the format of the weights
+    fp8        whether the kernels of the experts multiply in fp8; of routed ones on several ranks the exchange says so
 
     Raises:  InputError for sizes that a kernel does not take.
     """
     if device.type == "cpu" or kernels == "torch":
+        on_rows = low.experts if low else cpu.experts_grouped
         plain = attrs.evolve(
             reference(attention_of(c, kinds)),
             norm=cpu.rms_norm,
             add_norm=cpu.add_rms_norm,
             attention=_by_part(c, kinds, lambda kind, section: _cpu_attention(kind)),
-            experts=partial(cpu.moe_experts, experts=low or cpu.experts_grouped)
+            experts=partial(cpu.moe_experts, experts=on_rows)
             if exchange is None
-            else partial(_then_added, partial(host.mixture, exchange=exchange, experts=low or cpu.experts_grouped)),
+            else partial(_then_added, partial(host.mixture, exchange=exchange, experts=on_rows)),
+            shared=low.shared if low else mlp,
         )
         # Ranges for a profiler take 13 % of a generated token on a CPU: `nmoe run --profile` puts them in there.
         return plain if device.type == "cpu" else labelled(plain)
@@ -111,7 +114,7 @@ def build(
                 pairs=few.PAIRS,
             ),
             report=report.report,
-            experts=partial(cpu.moe_experts, experts=low)
+            experts=partial(cpu.moe_experts, experts=low.experts)
             if low is not None
             else partial(moe_fp8.moe_experts_fp8, tiles=tiles, accumulator=accumulator)
             if exchange is None and fp8
@@ -123,6 +126,11 @@ def build(
             )
             if exchange is None
             else partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator),
+            shared=low.shared
+            if low is not None
+            else partial(moe_fp8.shared_experts_fp8, tiles=tiles)
+            if fp8
+            else partial(mlp, activate=swiglu.swiglu),
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
         )
     )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 import attrs
 import torch
-from torch import Tensor
 
 from nmoe.config import Checkpoint, Config
 from nmoe.effects.device import buffers, ops, process
@@ -89,19 +87,19 @@ def blank(
         exchange=exchange,
         accumulator=accumulator,
         kernels=config.run.kernels,
-        low=low_experts(config),
+        low=emulated(config),
         fp8=config.precision.kernels_fp8(),
     )
     env = environment(c, train.sequence_length, built)
     return state, attrs.evolve(env, tables=buffers.place(env.tables, rt.device))
 
 
-def low_experts(config: Config) -> Callable[..., Tensor] | None:
-    """The routed experts in the precision of the config, emulated; None where nothing is."""
+def emulated(config: Config) -> low_precision.Emulated | None:
+    """The experts in the precision of the config, emulated; None where nothing is."""
     if not config.precision.emulate:
         return None
     key = Key(config.run.seed).fold("precision")
-    return partial(low_precision.experts_low, recipe=low_precision.RECIPES[config.precision.compute], key=key)
+    return low_precision.emulated(low_precision.RECIPES[config.precision.compute], key)
 
 
 def exchanging(

@@ -50,6 +50,7 @@ PARTS = (
     "dispatch",
     "quantise",
     "experts",
+    "shared",
     "combine",
     "linear_cross_entropy",
     "global_norm",
@@ -65,7 +66,7 @@ WAITING = frozenset({"exchange wait", "reduce", "gather"})
 """Parts in which a rank waits for the others: the slowest rank is the one with the most of all the rest."""
 
 FLOPS: Mapping[str, str] = MappingProxyType(
-    {"attend": "attention", "route": "router", "experts": "routed", "linear_cross_entropy": "head"}
+    {"attend": "attention", "route": "router", "experts": "routed", "shared": "shared", "linear_cross_entropy": "head"}
 )
 """Which FLOPs of a plan a part makes; the others move memory or are a part of the rest."""
 

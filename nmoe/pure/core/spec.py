@@ -38,6 +38,7 @@ class Role(enum.Enum):
     EMBED = "embed"
     HEAD = "head"
     MATRIX = "matrix"
+    SHARED = "shared"  # a hidden matrix of the shared experts
     EXPERT = "expert"
     ROUTER = "router"
     GAIN = "gain"
@@ -88,6 +89,7 @@ POLICY: Mapping[Role, Policy] = MappingProxyType(
         Role.EMBED: row("dense", decay=False, flops=False),
         Role.HEAD: row("dense", decay=False, flops=True),
         Role.MATRIX: row("dense", decay=True, flops=True, optimizer=BY_GROUP),
+        Role.SHARED: row("dense", decay=True, flops=True, optimizer=BY_GROUP, lowered=True),
         Role.EXPERT: row("expert", decay=True, flops=True, shard="E", optimizer=BY_GROUP, lowered=True),
         Role.ROUTER: row("router", decay=False, flops=True, storage="fp32"),
         Role.GAIN: row("dense", decay=False, flops=False, storage="fp32"),

@@ -167,25 +167,30 @@ def kernel_activation_bytes(
     return total + passing + tokens * 2 * width * element
 
 
-def fp8_bytes(dims: Dims, *, tokens: int, rows: int, expert_ranks: int) -> int:
-    """What products in fp8 hold at once of one mixture: codes of the weights and of the output's gradient, and either
-    that once more in rows, or codes of the pre-activation's gradient, a byte each.
+def fp8_bytes(dims: Dims, *, tokens: int, landing: int, rows: int, expert_ranks: int) -> int:
+    """What products in fp8 hold at once of one mixture, of the routed experts or of the shared ones: codes of the
+    weights and of the output's gradient, and either that once more in rows, or codes of the pre-activation's gradient,
+    a byte each.
 
-    tokens  whose gradients a rank quantises: its own, or those that land here
-    rows    (token, expert) pairs the rank's experts have room for
+    tokens   of the rank, which its shared experts see
+    landing  tokens whose gradients its routed experts quantise: the same, or those that land here
+    rows     (token, expert) pairs they have room for
     """
-    width, inner = dims["D"], dims["F"]
-    return dims["E"] // expert_ranks * 3 * width * inner + tokens * width + rows * max(width, 2 * inner)
+    width, inner, shared = dims["D"], dims["F"], dims["S"]
+    routed = dims["E"] // expert_ranks * 3 * width * inner + landing * width + rows * max(width, 2 * inner)
+    return max(routed, 3 * width * shared + tokens * (width + 2 * shared))
 
 
-def emulation_bytes(dims: Dims, *, rows: int, expert_ranks: int) -> int:
+def emulation_bytes(dims: Dims, *, tokens: int, rows: int, expert_ranks: int) -> int:
     """What emulated products hold at once, of the largest one of a block: its operands in fp32 four times, as given,
     scaled, rounded and back.
 
-    rows  (token, expert) pairs the rank's experts have room for
+    tokens  of the rank, which its shared experts see
+    rows    (token, expert) pairs its routed experts have room for
     """
-    width, hidden = dims["D"], 2 * dims["F"]
-    return 4 * 4 * (dims["E"] // expert_ranks * width * hidden + rows * (width + hidden))
+    width, inner, shared = dims["D"], 2 * dims["F"], 2 * dims["S"]
+    routed = dims["E"] // expert_ranks * width * inner + rows * (width + inner)
+    return 4 * 4 * max(routed, width * shared + tokens * (width + shared))
 
 
 def _kernel_attention_bytes(kind: Kind, section: Any, *, sequence_length: int) -> tuple[int, int]:
@@ -296,10 +301,10 @@ def plan(
     if config.optim.qk_clip is not None:
         activations += score_bytes(c.attention, train.microbatch_size, train.sequence_length, element=element)
     if config.precision.kernels_fp8() and c.mixtures():
-        landing_rows = sizes.landing() if expert_ranks > 1 else tokens
-        activations += fp8_bytes(dims, tokens=landing_rows, rows=rows, expert_ranks=expert_ranks)
+        landed = sizes.landing() if expert_ranks > 1 else tokens
+        activations += fp8_bytes(dims, tokens=tokens, landing=landed, rows=rows, expert_ranks=expert_ranks)
     if config.precision.emulate and c.mixtures():
-        activations += emulation_bytes(dims, rows=rows, expert_ranks=expert_ranks)
+        activations += emulation_bytes(dims, tokens=tokens, rows=rows, expert_ranks=expert_ranks)
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
     total = config.tokens()
     shares = [(arena, arena.held()) for arena in arenas]

@@ -124,7 +124,7 @@ def _precision(config: Config, planned: Plan) -> tuple[Line, ...]:
     if not p.low():
         return ()
     share, how = planned.lowered / planned.flops.total(), ", emulated: right, and slow" if p.emulate else ""
-    return (("precision", f"{p.compute} in {100 * share:.1f} % of the FLOPs, the routed experts; bf16 elsewhere{how}"),)
+    return (("precision", f"{p.compute} in {100 * share:.1f} % of the FLOPs, the experts; bf16 elsewhere{how}"),)
 
 
 def _heads(c: Model) -> str:

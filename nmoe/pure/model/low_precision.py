@@ -1,4 +1,4 @@
-"""Products of the routed experts in fp8, MXFP8 or NVFP4: which operand is rounded how, and the exact products.
+"""Products of the experts, routed and shared, in fp8, MXFP8 or NVFP4: how operands are rounded, the exact products.
 
 Operands are rounded, and their values multiplied in a format that holds each of them: what is computed is what a GPU
 with such products computes, but for the order of sums and what `grouped` says of bf16. Letters: P rows sorted by
@@ -8,6 +8,7 @@ expert, E experts, I the axis summed over, O the axis of the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -193,6 +194,33 @@ def experts_low(
     h = _product(x, up.flatten(2), rows, recipe, key.fold("up")).unflatten(-1, (2, -1))
     h = h + bias[rows.expert] if isinstance(bias, Tensor) else h
     return _product(activate(h), down, rows, recipe, key.fold("down"))
+
+
+def shared_low(x: Tensor, up: Tensor, down: Tensor, *, recipe: Recipe, key: Key) -> Tensor:
+    """`pure.model.experts.mlp` of the shared experts with the products of a recipe: one expert that sees each token.
+
+    x     [N D]
+    up    [D 2 S]   D and S multiples of 128
+    down  [S D]
+    key   of stochastic rounding and of the rotation
+    """
+    every = torch.arange(len(x), device=x.device)
+    rows = Rows(x, every, torch.zeros_like(every), every.new_full((1,), len(x)), every)
+    return experts_low(rows, up[None], down[None], recipe=recipe, key=key.fold("shared"))
+
+
+@attrs.frozen(kw_only=True)
+class Emulated:
+    """Experts with the products of a recipe."""
+
+    experts: Callable[..., Tensor]  # `experts_low`
+    shared: Callable[[Tensor, Tensor, Tensor], Tensor]  # `shared_low`
+
+
+def emulated(recipe: Recipe, key: Key) -> Emulated:
+    """The experts with the products of a recipe, for `Ops`."""
+    how = {"recipe": recipe, "key": key}
+    return Emulated(experts=partial(experts_low, **how), shared=partial(shared_low, **how))
 
 
 def _product(x: Tensor, weight: Tensor, rows: Rows, recipe: Recipe, key: Key) -> Tensor:

@@ -31,6 +31,7 @@ class Ops:
     route: Callable[..., Routed]
     report: Callable[..., tuple[Tensor, Tensor, Tensor]]
     experts: Callable[..., tuple[Tensor, Tensor]]
+    shared: Callable[[Tensor, Tensor, Tensor], Tensor]  # `mlp` of the shared experts
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -44,6 +45,7 @@ def reference(kind: Kind) -> Ops:
         route.route_tokens,
         route.report,
         experts.moe_experts,
+        experts.mlp,
         loss.linear_cross_entropy,
     )
 

@@ -23,8 +23,8 @@ class Dense:
 class Shared:
     """All shared experts as one wide gated MLP."""
 
-    up: Tensor = param("D 2 S", Role.MATRIX, normal("D"))
-    down: Tensor = param("S D", Role.MATRIX, residual("S"))
+    up: Tensor = param("D 2 S", Role.SHARED, normal("D"))
+    down: Tensor = param("S D", Role.SHARED, residual("S"))
 
 
 @record

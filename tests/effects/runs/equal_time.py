@@ -16,7 +16,7 @@ MODELS = (
     ("dense, 104 M parameters", "dense, 3746 steps", "#4d4d4d"),
     ("64 experts, as many active", "2 routed, 3 shared of 64, 3270 steps", "#0072b2"),
 )
-DASHES = ("", "6 4")  # of seeds
+DASHES = ("", "6 4", "2 3")  # of seeds
 
 
 def across(seconds: float) -> float:
@@ -61,7 +61,7 @@ def drawn(runs: dict[str, dict[str, Any]]) -> str:
             parts.append(
                 f'<path d="M{RIGHT + 12} {row - 4}h26" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>'
             )
-            text = f"{label}: {curve[-1][1]:.4f}" if seed == 0 else f"second seed: {curve[-1][1]:.4f}"
+            text = f"{label if seed == 0 else f'seed {seed}'}: {curve[-1][1]:.4f}"
             parts.append(f'<text x="{RIGHT + 44}" y="{row}" font-size="11">{text}</text>')
             row += 22
     return "\n".join([*parts, "</svg>", ""])

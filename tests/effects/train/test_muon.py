@@ -106,7 +106,7 @@ def test_it_learns_with_one_moment_a_hidden_matrix(compute: str) -> None:
     state, step = start(config)
     names = {piece.name for piece in resume.pieces(state, blueprint)}
     for path, spec in tree.leaves(blueprint.specs):
-        hidden = spec.role in (Role.MATRIX, Role.EXPERT)
+        hidden = spec.role in (Role.MATRIX, Role.SHARED, Role.EXPERT)
         kinds = {name.removeprefix(f"param/{path}/") for name in names if name.startswith(f"param/{path}/")}
         assert kinds - {"value", "remainder"} == ({"momentum"} if hidden else {"first", "second"}), path
     losses: list[float] = []

@@ -18,8 +18,8 @@ from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.core.key import Key
 from nmoe.pure.formats import e4m3
-from nmoe.pure.model.experts import moe_experts
-from nmoe.pure.model.low_precision import RECIPES, experts_low
+from nmoe.pure.model.experts import mlp, moe_experts
+from nmoe.pure.model.low_precision import RECIPES, experts_low, shared_low
 from nmoe.pure.model.route import Routing
 from tests.pure.formats.vectors import inputs, uniform
 
@@ -186,27 +186,39 @@ def test_a_sigmoid_that_would_be_denormal_is_zero(gate: float) -> None:
     assert ((a.float() == 0) == (gate < -87.3)).all()
 
 
-@pytest.mark.parametrize("many", [True, False], ids=["many rows", "few rows"])
-def test_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
-    """Which kernels it calls, with tiles of how many rows: others of the same meaning stand in for them."""
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kernels of the same meaning in the place of Hopper's, with tiles of 16 rows; returns which are called."""
     called: list[str] = []
     elsewhere: Any = fp8  # arguments are handed on
 
-    def tile(cut: places.RowTiles, m: int) -> fp8.Tile:
-        assert len(cut.expert) == -(-N * K // m) + E
-        return fp8.Tile(block_m=m, num_warps=4, num_stages=2)
+    def tile(source: Tensor, end: Tensor, cut: places.RowTiles) -> fp8.Tile:
+        assert len(cut.expert) == -(-len(source) // 16) + len(end)
+        return fp8.Tile(block_m=16, num_warps=4, num_stages=2)
 
     def up(*given: Any) -> Any:
         called.append("up")
         *operands, group, programs = given
         assert programs == TILES.programs
-        return elsewhere.gather_gemm_swiglu(*operands, tile(operands[-1], 16), group, torch.float32)
+        _, _, source, _, _, end, cut = operands
+        return elsewhere.gather_gemm_swiglu(*operands, tile(source, end, cut), group, torch.float32)
 
     def gemm(*given: Any, across: bool) -> Tensor:
         called.append("down" if across else "backward")
         *operands, group, programs, dtype = given
         assert programs == TILES.programs
-        return elsewhere.grouped_gemm(*operands, tile(operands[-1], 16), group, dtype, across=across)
+        rows, _, _, _, end, cut = operands
+        return elsewhere.grouped_gemm(*operands, tile(rows, end, cut), group, dtype, across=across)
+
+    monkeypatch.setattr(moe_fp8.fp8_ring, "ROWS", 16)
+    monkeypatch.setattr(moe_fp8.fp8_up, "gather_gemm_swiglu", up)
+    monkeypatch.setattr(moe_fp8.fp8_gemm, "grouped_gemm", gemm)
+    return called
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["many rows", "few rows"])
+def test_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+    """Which kernels it calls, with tiles of how many rows: others of the same meaning stand in for them."""
+    called = stand_in(monkeypatch)
 
     def gradient_(
         out: Tensor, a: Tensor, b: Tensor, *, programs: int, source: Tensor | None = None, **how: Any
@@ -214,9 +226,6 @@ def test_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
         called.append("gradient" if source is None else "gradient that gathers")
         gemms.grouped_weight_gradient_(out, a, b, tile=LARGE, source=source, **how)
 
-    monkeypatch.setattr(moe_fp8.fp8_ring, "ROWS", 16)
-    monkeypatch.setattr(moe_fp8.fp8_up, "gather_gemm_swiglu", up)
-    monkeypatch.setattr(moe_fp8.fp8_gemm, "grouped_gemm", gemm)
     monkeypatch.setattr(mixture.gradient, "grouped_weight_gradient_", gradient_)
     monkeypatch.setattr(mixture, "MANY", N * K // E + (0 if many else 1))
     leaves = (draw(N, D), draw(E, D, 2, F, seed=5) * D**-0.5, draw(E, F, D, seed=6) * F**-0.5)
@@ -263,3 +272,28 @@ def test_the_mixture_is_that_of_the_recipe_with_its_gradients() -> None:
         # a gate's gradient is <activation, its gradient> here, <row, its gradient> there: both are rounded once
         assert error(got, wanted) < (0.05 if name == "weight" else 1e-5), name
         assert error(got, truth) < 1.1 * error(wanted, truth), name
+
+
+def shared(which: Any) -> tuple[Tensor, ...]:
+    """Output of the shared experts, more rows than a tile has, and gradients of tokens and weights."""
+    leaves = draw(N, D), draw(D, 2, 2 * F, seed=5) * D**-0.5, draw(2 * F, D, seed=6) * F**-0.5
+    leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+    y = which(*leaves)
+    return y.detach(), *torch.autograd.grad(y, leaves, draw(N, D, seed=8))
+
+
+def test_shared_experts_are_those_of_the_recipe_with_their_gradients() -> None:
+    mine = shared(partial(moe_fp8.shared_experts_fp8, tiles=TILES))
+    pure = shared(partial(shared_low, recipe=RECIPES["fp8"], key=Key(0)))
+    for name, got, wanted, truth in zip(("y", "x", "up", "down"), mine, pure, shared(mlp), strict=True):
+        assert error(got, wanted) < 1e-5, name
+        assert 0.01 < error(got, truth) < 1.1 * error(wanted, truth), name
+
+
+def test_shared_experts_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = stand_in(monkeypatch)
+    wanted = shared(partial(moe_fp8.shared_experts_fp8, tiles=TILES))
+    assert called == []
+    found = shared(partial(moe_fp8.shared_experts_fp8, tiles=attrs.evolve(TILES, hopper=True)))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert called == ["up", "down", "backward", "backward"]

@@ -83,9 +83,9 @@ def passes() -> list[Request]:
             "swiglu_backward",
             {"da": "*bf16", "h": "*bf16", "weight": "*fp32", "slot": "*i32", "total": "*i32", "dh": "*bf16"}
             | {**codes, "gate_part": "*fp32", "F": "i32"},
-            {"M": fp8.ROWS},
+            {"M": fp8.ACTIVATED},
             "F",
-            8,
+            4,
             3,
         ),
         *(

@@ -46,7 +46,7 @@ def test_every_role_is_used_and_every_letter_is_known() -> None:
 
 def test_what_decays_is_a_matrix_of_a_block() -> None:
     """Never gains, embedding, head or router: decay there would change what the scales mean."""
-    assert {role for role, row in POLICY.items() if row.decay} == {Role.MATRIX, Role.EXPERT, Role.POOL}
+    assert {role for role, row in POLICY.items() if row.decay} == {Role.MATRIX, Role.SHARED, Role.EXPERT, Role.POOL}
 
 
 def test_only_experts_are_sharded_and_by_their_first_axis() -> None:

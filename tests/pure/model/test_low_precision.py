@@ -1,4 +1,4 @@
-"""Routed experts in fp8, MXFP8 and NVFP4, beside one expert at a time in fp64 with operands rounded by hand."""
+"""Experts in fp8, MXFP8 and NVFP4, beside one expert at a time in fp64 with operands rounded by hand."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nmoe.pure.core.key import Key
 from nmoe.pure.core.spec import POLICY, Role
 from nmoe.pure.formats import e4m3, mxfp8, nvfp4
 from nmoe.pure.formats import random as draws
-from nmoe.pure.model.experts import Rows, dispatch, moe_experts
+from nmoe.pure.model.experts import Rows, dispatch, mlp, moe_experts
 from nmoe.pure.model.experts import experts as exact_experts
-from nmoe.pure.model.low_precision import RECIPES, LowProduct, experts_low, grouped
+from nmoe.pure.model.low_precision import RECIPES, LowProduct, emulated, experts_low, grouped
 from nmoe.pure.model.route import Routing
 
 N, D, F, E, K = 40, 128, 128, 5, 2
@@ -187,6 +187,24 @@ def test_the_mixture_takes_it_in_the_place_of_its_experts() -> None:
     assert error(y, moe_experts(x, routing, up, down)[0]) < 0.08 and count.sum() == N * K
 
 
-def test_routed_experts_alone_are_lowered() -> None:
-    assert [role for role, policy in POLICY.items() if policy.lowered] == [Role.EXPERT]
+@pytest.mark.parametrize("name", RECIPES)
+def test_shared_experts_are_one_expert_that_sees_each_token(name: str) -> None:
+    """The same bits, but where gradients are rounded stochastically: there each has draws of its own."""
+    x, _, up, down, _ = operands()
+    every = Routing(torch.zeros(N, 1, dtype=torch.int64), torch.ones(N, 1))
+    low, dy = emulated(RECIPES[name], KEY), torch.randn(N, D, generator=torch.Generator().manual_seed(4))
+
+    def run(y: Tensor) -> tuple[Tensor, ...]:
+        return y.detach(), *torch.autograd.grad(y, (x, up, down), dy)
+
+    y, *gradients = run(low.shared(x, up[0], down[0]))
+    wanted, *others = run(moe_experts(x, every, up[:1], down[:1], experts=low.experts)[0])
+    assert torch.equal(y, wanted) and 0.01 < error(y, mlp(x, up[0], down[0]))
+    for got, other in zip(gradients, others, strict=True):
+        assert torch.equal(got, other) or (RECIPES[name].noisy and error(got, other) < 0.5)
+    assert RECIPES[name].noisy == (not torch.equal(gradients[0], others[0]))
+
+
+def test_the_experts_alone_are_lowered() -> None:
+    assert {role for role, policy in POLICY.items() if policy.lowered} == {Role.EXPERT, Role.SHARED}
     assert all(policy.flops for policy in POLICY.values() if policy.lowered)

@@ -56,6 +56,7 @@ def calls() -> dict[str, Call]:
             {"margins": True},
         ),
         "experts": ((x, routing(), normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
+        "shared": ((x, normal(5, 2, 3), normal(3, 5)), {}),
         "linear_cross_entropy": (
             (x, normal(5, 9), torch.tensor([1, -1, 3, 0, 8, 2])),
             {"chunk": 4, "logit_scale": 0.5, "z_loss": 0.1},

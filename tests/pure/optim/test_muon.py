@@ -342,7 +342,7 @@ def test_a_tree_is_updated_by_muon_where_its_groups_say_so(monkeypatch: pytest.M
     for (path, leaf), (_, spec), (_, old), (_, gradient) in zip(
         *(tree.leaves(each) for each in (ours, specs, params, grads)), strict=True
     ):
-        if spec.role not in (Role.MATRIX, Role.EXPERT):
+        if spec.role not in (Role.MATRIX, Role.SHARED, Role.EXPERT):
             assert torch.equal(leaf, again[path]), path
             continue
         assert f"{path}.0" in moments and f"{path}.1" not in moments

@@ -29,6 +29,9 @@ BLOCK = 128
 ROWS = 32
 """Rows that one program quantises."""
 
+ACTIVATED = 16
+"""Rows whose gradient of SwiGLU one program computes: 32 take 1.06 to 1.11 of the time on an H200 (docs/log.md)."""
+
 GATHERED = 16
 """Rows that one program gathers, 512 codes of each."""
 
@@ -415,7 +418,7 @@ def swiglu_backward_(
     pairs, f = da.shape
     dh, part = torch.empty_like(h), _scales(pairs, f // BLOCK, like=h)
     codes, scale = _codes(pairs, 2 * f, like=h), _scales(pairs, 2 * f // BLOCK, like=h)
-    swiglu_backward_kernel[(triton.cdiv(pairs, ROWS), f // BLOCK)](
-        da, h, weight, slot, end[-1:], dh, codes.view(torch.uint8), scale, part, f, ROWS, num_warps=8
+    swiglu_backward_kernel[(triton.cdiv(pairs, ACTIVATED), f // BLOCK)](
+        da, h, weight, slot, end[-1:], dh, codes.view(torch.uint8), scale, part, f, ACTIVATED, num_warps=4
     )
     return dh, codes, scale, part

@@ -1,6 +1,7 @@
-"""The routed experts of one block in fp8 as one differentiable function; the weight gradients stay in bf16.
+"""The experts of one block in fp8, routed and shared ones each as one differentiable function; the weight gradients
+stay in bf16.
 
-Letters: N tokens, D hidden size, E experts, F expert width; D and F are multiples of 128.
+Letters: N tokens, D hidden size, E experts, F expert width, S that of the shared ones; D, F, S are multiples of 128.
 """
 
 from __future__ import annotations
@@ -42,6 +43,19 @@ def product(
     return fp8.grouped_gemm(rows, scale, w, w_scale, end, cut, tile, t.group, dtype, across=across)
 
 
+def activation(
+    t: Tiles, x: Tensor, scale: Tensor, source: Tensor, w: Tensor, w_scale: Tensor, end: Tensor, count: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`fp8.gather_gemm_swiglu` by the kernel that is fastest on this GPU: the bits are the same."""
+    pairs = source.shape[0]
+    if t.hopper:
+        cut = places.tiles(count, pairs, fp8_ring.ROWS)
+        return fp8_up.gather_gemm_swiglu(x, scale, source, w, w_scale, end, cut, t.group, t.programs)
+    cut = places.tiles(count, pairs, UP.block_m)
+    return fp8.gather_gemm_swiglu(x, scale, source, w, w_scale, end, cut, UP, t.group, dtype)
+
+
 class MoeExpertsFp8(torch.autograd.Function):
     """Keeps the input, the pre-activation and indices in bf16; weights are quantised again in the backward pass, where
     the codes of all layers would take a byte a parameter till then."""
@@ -59,7 +73,6 @@ class MoeExpertsFp8(torch.autograd.Function):
         *added: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x, weight = x.contiguous(), weight.contiguous()
-        pairs = expert.numel()
         with record_function("dispatch"):
             at = places.dispatch(expert, up.shape[0])
         with record_function("quantise"):
@@ -67,16 +80,7 @@ class MoeExpertsFp8(torch.autograd.Function):
             up_codes, up_scale = fp8.quantise_weight(up.flatten(2), across=True)
             down_codes, down_scale = fp8.quantise_weight(down, across=True)
         with record_function("experts"):
-            if t.hopper:
-                cut = places.tiles(at.count, pairs, fp8_ring.ROWS)
-                h, a, a_scale = fp8_up.gather_gemm_swiglu(
-                    x_codes, x_scale, at.source, up_codes, up_scale, at.end, cut, t.group, t.programs
-                )
-            else:
-                cut = places.tiles(at.count, pairs, UP.block_m)
-                h, a, a_scale = fp8.gather_gemm_swiglu(
-                    x_codes, x_scale, at.source, up_codes, up_scale, at.end, cut, UP, t.group, x.dtype
-                )
+            h, a, a_scale = activation(t, x_codes, x_scale, at.source, up_codes, up_scale, at.end, at.count, x.dtype)
             y = product(t, a, a_scale, down_codes, down_scale, at.end, at.count, x.dtype, across=True)
         with record_function("combine"):
             out = sums.combine(y, at.place, weight, added)
@@ -134,3 +138,53 @@ def moe_experts_fp8(
     return MoeExpertsFp8.apply(  # pyright: ignore[reportReturnType]
         x, routing.expert, routing.weight, up, down, tiles, accumulator, *added
     )
+
+
+class SharedExpertsFp8(torch.autograd.Function):
+    """One expert that sees each token, with the kernels of the routed ones; keeps input and pre-activation in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, t: Tiles) -> Tensor:
+        x = x.contiguous()
+        every = torch.arange(len(x), dtype=torch.int32, device=x.device)
+        end = every.new_full((1,), len(x))  # of the one expert, and how many rows it has
+        with record_function("quantise"):
+            x_codes, x_scale = fp8.quantise_rows(x)
+            up_codes, up_scale = fp8.quantise_weight(up.flatten(1)[None], across=True)
+            down_codes, down_scale = fp8.quantise_weight(down[None], across=True)
+        h, a, a_scale = activation(t, x_codes, x_scale, every, up_codes, up_scale, end, end, x.dtype)
+        y = product(t, a, a_scale, down_codes, down_scale, end, end, x.dtype, across=True)
+        ctx.save_for_backward(x, h, up, down, every, end)
+        ctx.t = t
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, h, up, down, every, end = ctx.saved_tensors
+        t: Tiles = ctx.t
+        dy = outputs[0].contiguous()
+        with record_function("quantise"):
+            dy_codes, dy_scale = fp8.quantise_rows(dy)
+            up_codes, up_scale = fp8.quantise_weight(up.flatten(1)[None], across=False)
+            down_codes, down_scale = fp8.quantise_weight(down[None], across=False)
+        a = product(t, dy_codes, dy_scale, down_codes, down_scale, end, end, x.dtype, across=False)
+        gate = torch.ones(len(x), device=x.device)
+        dh, dh_codes, dh_scale, _ = fp8.swiglu_backward_(a, h, gate, every, end)
+        d_down, d_up = a.mT @ dy, x.mT @ dh.flatten(1)
+        dx = product(t, dh_codes, dh_scale, up_codes, up_scale, end, end, x.dtype, across=False)
+        return dx, d_up.view_as(up), d_down, None
+
+
+def shared_experts_fp8(x: Tensor, up: Tensor, down: Tensor, *, tiles: Tiles) -> Tensor:
+    """`pure.model.low_precision.shared_low` with the recipe "fp8", by kernels.
+
+    x        [N D]
+    up       [D 2 S]
+    down     [S D]
+    tiles    of the routed experts: whether there are the kernels of `moe.hopper`, and how many programs share the work
+    returns  [N D] in the format of `x`
+    """
+    return SharedExpertsFp8.apply(x, up, down, tiles)  # pyright: ignore[reportReturnType]

@@ -67,7 +67,13 @@ class Moe:
     balance: Literal["sign", "quantile"] = setting(
         "how the router bias evens out expert load: steps of one size, or quantiles of the scores", default="sign"
     )
-    bias_update_rate: float = setting('step of the router bias; balance = "sign"', default=0.001, low=0, high=1e3)
+    bias_update_rate: float = setting(
+        'step of the router bias; balance = "sign". 0.001 is of schedules of thousands of steps; in hundreds 0.01 evens '
+        "out the load",
+        default=0.001,
+        low=0,
+        high=1e3,
+    )
     bias_decay: float = setting(
         'share of the router bias that a step keeps beside the new quantile; balance = "quantile"',
         default=0.5,

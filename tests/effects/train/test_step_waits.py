@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nmoe.config.sections import Config, Mtp
 from nmoe.effects.parallel.ranks import Ranks
 from nmoe.effects.train import run
 from nmoe.effects.train.step import make_step
@@ -72,10 +73,27 @@ def value_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield found
 
 
+def with_choices(config: Config) -> Config:
+    """Everything that a config may choose to do in a step: quantiles, Muon, further tokens, spikes and large scores."""
+    model, optim, train = config.model, config.optim, config.train
+    groups: dict[str, Any] = {
+        name: attrs.evolve(getattr(optim, name), optimizer="muon") for name in ("dense", "expert")
+    }
+    moe = attrs.evolve(model.moe, balance="quantile")
+    return attrs.evolve(
+        config,
+        model=attrs.evolve(model, moe=moe, mtp=Mtp(depth=2)),
+        optim=attrs.evolve(optim, qk_clip=1.0, **groups),
+        train=attrs.evolve(train, skip_spikes=8.0),
+    )
+
+
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_a_step_reads_no_value(monkeypatch: pytest.MonkeyPatch, compute: str) -> None:
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_step_reads_no_value(monkeypatch: pytest.MonkeyPatch, compute: str, chosen: bool) -> None:
     """On a GPU each would wait for the device; the CPU's ops read none either, so that all of a step is seen."""
     config = tiny(batch_size=4, microbatch_size=2, compute=compute)
+    config = with_choices(config) if chosen else config
     state, step = start(config)
     first, second = batches(config, 2)
     state, _ = step(state, first)

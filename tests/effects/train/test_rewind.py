@@ -20,6 +20,7 @@ from nmoe.errors import InputError
 from nmoe.pure.model.model import Batch
 from nmoe.soak import soak
 from nmoe.soak.forked import forked
+from tests.effects.parallel.rank_runs import as_world, on_ranks
 from tests.effects.train import trainings
 from tests.effects.train.trainings import changed, events, folder
 from tests.test_cli import nmoe, refused
@@ -189,6 +190,26 @@ def test_a_command_that_is_refused_leaves_nothing_out(spoiled: tuple[Config, lis
         assert (left.read_text() if left.exists() else None) == record
     code, told = attempt(config, noting(tmp_path / "read"))
     assert code == 0 and rows(tmp_path / "read") == stream[12:14], told
+
+
+def test_two_ranks_go_back_as_one_and_a_refused_one_does_not(spoiled: tuple[Config, list[str]], tmp_path: Path) -> None:
+    """The first rank writes the record, all read it; a refusal is one line of the first."""
+    config, stream = spoiled
+    config = as_world(copied(config, tmp_path, microbatch_size=1, steps=7), 2, experts=1)
+
+    def both(config: Config, name: str) -> list[tuple[int, str]]:
+        def call(rank: int) -> int:
+            return run.main(config, {}, ("nmoe", "run"), "x", (), noting(tmp_path / f"{name}{rank}"), 3)
+
+        return on_ranks(2, tmp_path / name, call)
+
+    (code, told), (other, nothing) = both(changed(config, sequence_length=8), "refused")
+    assert (code, other) == (2, 2) and told.count("\n") == 1 and not nothing.strip(), (told, nothing)
+    assert not (folder(config) / "left_out.json").exists()
+    told = both(config, "both")
+    assert [code for code, _ in told] == [0, 0], told
+    assert rewind.left_out(rewind.read(folder(config))) == ((6, 12),)
+    assert rows(tmp_path / "both0") == stream[12:20:2] and rows(tmp_path / "both1") == stream[13:20:2]
 
 
 def test_what_cannot_be_gone_back_to_is_one_line(spoiled: tuple[Config, list[str]], tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ class Moe:
         "how the router bias evens out expert load: steps of one size, or quantiles of the scores", default="sign"
     )
     bias_update_rate: float = setting(
-        'step of the router bias; balance = "sign". 0.001 is of schedules of thousands of steps; in hundreds 0.01 evens '
-        "out the load",
+        'step of the router bias; balance = "sign". 0.001 is of schedules of thousands of steps; in hundreds 0.01 '
+        "evens out the load",
         default=0.001,
         low=0,
         high=1e3,

@@ -28,7 +28,6 @@ from nmoe.effects.terminal import say
 from nmoe.errors import InputError, printable
 from nmoe.pure.units import duration
 
-RESULTS = cattrs.Converter(forbid_extra_keys=True)
 RESULT = "result.json"
 OUTPUT = "output.txt"
 UNFINISHED = "unfinished"
@@ -114,7 +113,8 @@ def read_results(out: Path) -> dict[str, Result]:
 
 def _result(path: Path) -> Result:
     try:
-        return RESULTS.structure(json.loads(path.read_text(encoding="utf-8")), Result)
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return cattrs.Converter(forbid_extra_keys=True).structure(fields, Result)
     except (OSError, TypeError, ValueError, cattrs.BaseValidationError) as error:
         problem = printable(str(error).partition("\n")[0])
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from nmoe.bench import kernels as kernel_bench
-from nmoe.bench.kernels import attention, gate, loss, moe, optimizer
+from nmoe.bench.kernels import attention, dsa, gate, gqa, loss, moe, nsa, optimizer
 from nmoe.cli import main
 from nmoe.errors import InputError
 from tests.configs import ROOT
@@ -148,7 +149,9 @@ def test_a_gpu_that_the_kernels_are_not_for_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
-    with pytest.raises(InputError, match=r"^bench moe: expected .* \(9.0, 10.0\), got 8.0 \(NVIDIA A100\); run it on one"):
+    with pytest.raises(
+        InputError, match=r"^bench moe: expected .* \(9.0, 10.0\), got 8.0 \(NVIDIA A100\); run it on one"
+    ):
         kernel_bench.kernels(("moe",), None)
 
 
@@ -156,7 +159,10 @@ def test_a_gpu_that_the_kernels_are_not_for_is_refused(monkeypatch: pytest.Monke
     ("options", "message"),
     [
         (["--size", "2048x1408"], "--size: expected --tune beside it, got 2048x1408 alone; add it, or remove --size"),
-        (["--tune", "--jsonl", "new"], "--jsonl: expected none beside --tune, got new; remove it, tuning prints a table"),
+        (
+            ["--tune", "--jsonl", "new"],
+            "--jsonl: expected none beside --tune, got new; remove it, tuning prints a table",
+        ),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(
@@ -168,16 +174,32 @@ def test_an_option_that_would_do_nothing_is_refused(
 
 def test_the_shipped_ratios_are_of_kernels_and_cases_that_are_measured() -> None:
     known = {
-        "moe": (moe.CASES, moe.PEER),
-        "attention": (attention.CASES, attention.PEER),
-        "loss": (loss.CASES, loss.PEER),
-        "optimizer": (optimizer.CASES, optimizer.PEER),
+        (what, kernel_bench.described(case), peer)
+        for what, cases, peer in (
+            ("moe", moe.CASES, moe.PEER),
+            ("precision", moe.CROSSOVER, moe.OURS),
+            *(("attention", kind.CASES, kind.PEER) for kind in (attention, gqa, nsa, dsa)),
+            ("loss", loss.CASES, loss.PEER),
+            ("optimizer", optimizer.CASES, optimizer.PEER),
+        )
+        for case in cases
     }
     shipped = gate.ratios(gate.SHIPPED)
     assert shipped.keys() == {"NVIDIA H200"}
-    for what, case, variant, beside in shipped["NVIDIA H200"]:
-        cases, peer = known[what]
-        assert case in map(kernel_bench.described, cases) and beside == peer, (what, case, variant)
+    assert {(what, case, beside) for what, case, _, beside in shipped["NVIDIA H200"]} <= known
+    assert {kernel[0] for kernel in shipped["NVIDIA H200"]} == set(kernel_bench.KINDS), "no kind goes ungated"
+
+
+def test_the_shipped_ratios_of_fp8_are_those_that_the_docs_say() -> None:
+    """The table of docs/precision.md: a line for hidden, expert, E and K, a column for each number of tokens."""
+    text = (ROOT / "docs" / "precision.md").read_text()
+    lines = re.findall(r"^\| (\d+), (\d+), (\d+), (\d+) \| (.*) \|$", text, re.MULTILINE)
+    table = {tuple(map(int, sizes)): cells.split(" | ") for *sizes, cells in lines}
+    shipped = gate.ratios(gate.SHIPPED)["NVIDIA H200"]
+    for case in moe.CROSSOVER:
+        ratio = shipped["precision", kernel_bench.described(case), moe.NARROW, moe.OURS]
+        said = table[case.hidden, case.width, case.experts, case.top_k][(4096, 8192, 16384, 32768).index(case.tokens)]
+        assert f"{ratio:.2f}" == said, case
 
 
 def test_the_command_judges_rows_without_a_gpu(tmp_path: Path) -> None:

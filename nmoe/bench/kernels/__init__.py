@@ -46,7 +46,9 @@ def gated(rows: Path | None, against: Path | None, jsonl: Path | None) -> int:
         device = gpu.to_measure("bench gate", "run it on a machine that has one, or pass --rows FILE")
         gate.shipped_for(torch.cuda.get_device_name(device), shipped)  # before minutes of measuring
         found = gate.by_gpu(measured(device, KINDS, jsonl))
-    fell = [f"{name}: {line}" for name, now in found.items() for line in gate.slower(gate.shipped_for(name, shipped), now)]
+    fell = [
+        f"{name}: {line}" for name, now in found.items() for line in gate.slower(gate.shipped_for(name, shipped), now)
+    ]
     say("\n".join(fell) or f"no kernel fell by more than {100 * gate.FALL:.0f} % beside its peer")
     return 1 if fell else 0
 

@@ -42,7 +42,8 @@ def ratios(path: Path) -> dict[str, dict[Kernel, float]]:
         rows.append(row)
     if not (found := by_gpu(rows)):
         raise InputError(
-            f"{path}: expected rows of `nmoe bench kernels --jsonl` with a ratio, got none; measure anew, or name another"
+            f"{path}: expected rows of `nmoe bench kernels --jsonl` with a ratio, got none; measure anew or name "
+            "another"
         )
     return found
 

@@ -53,6 +53,13 @@ def test_each_kind_runs_on_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [line for line in ops.unmeasured(device, latent) if not line.startswith("moe")]
 
 
+def test_a_run_in_fp8_says_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model = load(ROOT / "configs" / "moonlet.toml", {}, ()).config.model
+    low, wide = (ops.unmeasured(torch.device("cuda", 0), model, fp8=fp8) for fp8 in (True, False))
+    assert low[1:] == wide and low[0].startswith("precision: ") and "slower with 4,096 tokens" in low[0]
+
+
 def test_layers_of_kimi_linear_run_on_the_kernels_of_either_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))

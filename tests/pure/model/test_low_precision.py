@@ -205,6 +205,23 @@ def test_shared_experts_are_one_expert_that_sees_each_token(name: str) -> None:
     assert RECIPES[name].noisy == (not torch.equal(gradients[0], others[0]))
 
 
+def test_no_two_roundings_of_a_block_share_their_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the input's and the weight's gradient, of up and down, of routed and shared experts: 8, and 4 rotations."""
+    drawn: list[int] = []
+    noise = draws.noise
+
+    def note(key: Key, salt: Tensor, shape: tuple[int, ...]) -> Tensor:
+        drawn.append(key.seed())
+        return noise(key, salt, shape)
+
+    monkeypatch.setattr(draws, "noise", note)
+    x, rows, up, down, dy = operands()
+    low = emulated(RECIPES["nvfp4"], KEY)
+    low.experts(rows, up, down).backward(dy)
+    low.shared(x, up[0], down[0]).backward(dy[:N])
+    assert len(drawn) == len(set(drawn)) == 12
+
+
 def test_the_experts_alone_are_lowered() -> None:
     assert {role for role, policy in POLICY.items() if policy.lowered} == {Role.EXPERT, Role.SHARED}
     assert all(policy.flops for policy in POLICY.values() if policy.lowered)

@@ -81,6 +81,10 @@ def test_the_plan_counts_codes_that_cross() -> None:
             r'model.hidden_size: expected a multiple of 128 when precision.compute is "mxfp8", got 160; write 256',
         ),
         (
+            ("--precision.compute=fp8", *FITTING, "--model.moe.intermediate_size=192"),
+            r'model.moe.intermediate_size: expected a multiple of 128 when .* is "fp8", got 192; write 256',
+        ),
+        (
             ("--precision.compute=nvfp4", *FITTING, "--model.num_dense_layers=4", "--model.num_layers=4"),
             r'precision.compute: expected "bf16" for a model without experts, got "nvfp4"',
         ),

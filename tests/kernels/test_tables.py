@@ -11,11 +11,13 @@ import torch
 
 from nmoe.config import load
 from nmoe.effects.device import ops
+from nmoe.effects.device.process import Runtime
 from nmoe.effects.kernels import tables
 from nmoe.effects.kernels.attention import dsa, dsa_dense, nsa
 from nmoe.effects.kernels.attention.convolve import convolve_heads
 from nmoe.effects.kernels.attention.gated_norm import gated_norm
 from nmoe.effects.kernels.attention.kda import kda_attention
+from nmoe.effects.train import run
 from nmoe.errors import InputError
 from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention.dsa import DsaOps
@@ -55,8 +57,11 @@ def test_each_kind_runs_on_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_in_fp8_says_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    model = load(ROOT / "configs" / "moonlet.toml", {}, ()).config.model
-    low, wide = (ops.unmeasured(torch.device("cuda", 0), model, fp8=fp8) for fp8 in (True, False))
+    rt = Runtime(device=torch.device("cuda", 0), rank=0, world=1, peak_flops=1.0)
+    low, wide = (
+        run._unmeasured(load(ROOT / "configs" / "moonlet.toml", {}, (f"--precision.compute={name}",)).config, rt)
+        for name in ("fp8", "bf16")
+    )
     assert low[1:] == wide and low[0].startswith("precision: ") and "slower with 4,096 tokens" in low[0]
 
 

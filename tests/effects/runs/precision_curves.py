@@ -3,7 +3,7 @@
     python -m tests.effects.runs.precision_curves NAME=RUN ...
 
 RUN is a run folder, of the study docs/records/precision-study.toml for one; the first of each seed is what the others
-of that seed are compared with.
+of that seed are compared with. Runs of one name have one color, and dashes by their seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 import attrs
 
 PICTURE = Path(__file__).resolve().parents[3] / "docs" / "precision-curves.svg"
-COLORS = ("#4d4d4d", "#0072b2", "#d55e00", "#999999", "#cc79a7", "#009e73")
+COLORS = ("#4d4d4d", "#0072b2", "#d55e00", "#999999")  # of names
+DASHES = ("none", "6 4", "2 3")  # of seeds
 LEFT, RIGHT, WIDTH, HEIGHT = 60, 520, 800, 560
 LAST = 2000
 
@@ -50,7 +51,7 @@ class Panel:
         return f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>'
 
 
-LOSS = Panel(top=30, bottom=260, low=3.2, high=4.8)
+LOSS = Panel(top=30, bottom=260, low=3.8, high=5.4)
 APART = Panel(top=310, bottom=510, low=-1.2, high=1.2)
 
 
@@ -69,38 +70,40 @@ def curve(run: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in events if event["event"] == "validation"}
 
 
-def drawn(runs: Mapping[str, tuple[int, Mapping[int, float]]]) -> str:
-    """Seed and losses of each run, as SVG."""
+def drawn(runs: Sequence[tuple[str, int, Mapping[int, float]]]) -> str:
+    """Name, seed and losses of each run, as SVG."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="13" fill="#222">',
-        "<title>Validation loss by the format of the routed experts' products, and its distance from bf16's</title>",
+        "<title>Validation loss by the format of the experts' products, and its distance from bf16's</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
         f'<text x="{LEFT}" y="{LOSS.top - 12}">validation loss, nats a token</text>',
         f'<text x="{LEFT}" y="{APART.top - 12}">over the first of the same seed, percent</text>',
-        *LOSS.lines((3.2, 3.6, 4.0, 4.4, 4.8), ".1f"),
+        *LOSS.lines((3.8, 4.2, 4.6, 5.0, 5.4), ".1f"),
         *APART.lines((-1.0, -0.5, 0.0, 0.5, 1.0), "+.1f"),
     ]
     for step in range(0, LAST + 1, 500):
         parts.append(f'<text x="{across(step)}" y="{APART.bottom + 20}" text-anchor="middle">{step}</text>')
     parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">step of 8,192 tokens</text>')
     base: dict[int, Mapping[int, float]] = {}
-    for place, (name, (seed, losses)) in enumerate(runs.items()):
+    names = list(dict.fromkeys(name for name, _, _ in runs))
+    for place, (name, seed, losses) in enumerate(runs):
         first = base.setdefault(seed, losses)
-        color, dash = COLORS[place % len(COLORS)], "5 4" if seed else "none"
+        color, dash = COLORS[names.index(name)], DASHES[seed]
         parts.append(LOSS.curve(list(losses.items()), color, dash))
         last = max(losses)
         y = LOSS.top + 20 + 19 * place
-        text = f"{name}: {losses[last]:.3f} at {last:,}"
+        text = f"{name}, seed {seed}: {losses[last]:.3f}"
         if losses is not first:
             apart = {step: 100 * (loss / first[step] - 1) for step, loss in losses.items()}
             parts.append(APART.curve(list(apart.items()), color, dash))
             text += f", {apart[last]:+.2f} %"
-        parts.append(f'<text x="{RIGHT + 12}" y="{y}" fill="{color}">{text}</text>')
+        line = f'stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"'
+        parts.append(f'<path d="M{RIGHT + 12} {y - 4}h20" {line}/>')
+        parts.append(f'<text x="{RIGHT + 38}" y="{y}" font-size="11" fill="{color}">{text}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
 if __name__ == "__main__":
-    named = {name: Path(path) for name, _, path in (each.partition("=") for each in sys.argv[1:])}
-    runs = {name: (seed_of(run), curve(run)) for name, run in named.items()}
-    PICTURE.write_text(drawn(runs), encoding="utf-8")
+    named = [(name, Path(path)) for name, _, path in (each.partition("=") for each in sys.argv[1:])]
+    PICTURE.write_text(drawn([(name, seed_of(run), curve(run)) for name, run in named]), encoding="utf-8")

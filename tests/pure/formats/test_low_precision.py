@@ -222,6 +222,22 @@ def test_noise_is_even_and_depends_on_key_salt_and_place_alone() -> None:
     assert torch.equal(one * 2**24, (one * 2**24).round())
 
 
+def test_noise_is_the_hash_that_its_source_writes() -> None:
+    """By Python's integers; the bits of every NVFP4 training hang on it."""
+
+    def mixed(word: int) -> int:
+        word = (word ^ word >> 16) * 0x7FEB352D % 2**32
+        word = (word ^ word >> 15) * 0x846CA68B % 2**32
+        return word ^ word >> 16
+
+    for key, salt in ((Key(1), 7), (Key(2).fold("a"), -(1 << 40) + 3)):
+        word = 0
+        for half in (0, 32):
+            word = mixed(word ^ (salt >> half) % 2**32 ^ (key.seed() >> half) % 2**32)
+        wanted = [(mixed(mixed(word) ^ place) >> 8) / 2**24 for place in range(35)]
+        assert draws.noise(key, torch.tensor(salt), (5, 7)).flatten().tolist() == wanted
+
+
 def test_the_salt_differs_with_a_bit_of_the_tensor() -> None:
     x = uniform(4, 8)
     other = x.clone()

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from nmoe.pure.core.key import Key
 from nmoe.pure.core.spec import POLICY, Role
+from nmoe.pure.cost.plan import emulation_bytes
 from nmoe.pure.formats import e4m3, mxfp8, nvfp4
 from nmoe.pure.formats import random as draws
 from nmoe.pure.model.experts import Rows, dispatch, mlp, moe_experts
 from nmoe.pure.model.experts import experts as exact_experts
 from nmoe.pure.model.low_precision import RECIPES, LowProduct, emulated, experts_low, grouped
 from nmoe.pure.model.route import Routing
+from tests.memory import Peak
 
 N, D, F, E, K = 40, 128, 128, 5, 2
 KEY = Key(3).fold("precision")
@@ -220,6 +222,22 @@ def test_no_two_roundings_of_a_block_share_their_noise(monkeypatch: pytest.Monke
     low.experts(rows, up, down).backward(dy)
     low.shared(x, up[0], down[0]).backward(dy[:N])
     assert len(drawn) == len(set(drawn)) == 12
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_plan_counts_what_a_product_holds_at_once(name: str) -> None:
+    """Of the larger product, the up-projection, forward and backward, with as many rows a weight as trainings have."""
+    experts, width, hidden, rows = 4, 256, 192, 3072
+    dims = {"D": width, "F": hidden, "E": experts, "S": 0}
+    planned = emulation_bytes(dims, tokens=1, rows=rows, expert_ranks=1, noisy=RECIPES[name].noisy)
+    x, up, dy = (torch.randn(*shape) for shape in ((rows, width), (experts, width, 2 * hidden), (rows, 2 * hidden)))
+    expert = torch.arange(rows) * experts // rows
+    leaves = (x.bfloat16().requires_grad_(), up.bfloat16().requires_grad_())
+    apply: Any = LowProduct.apply
+    with Peak() as peak:
+        y = apply(*leaves, expert, expert.bincount(), RECIPES[name], KEY)
+        torch.autograd.grad(y, leaves, dy.bfloat16())
+    assert planned / 2 < peak.bytes < planned
 
 
 def test_the_experts_alone_are_lowered() -> None:

@@ -115,4 +115,5 @@ def test_the_plan_says_what_is_multiplied_in_fewer_bits() -> None:
     assert f"precision      fp8 in {share:.1f} % of the FLOPs, the experts; bf16 elsewhere, emulated" in render(
         low, planned
     )
-    assert "precision" not in render(wide, before)
+    assert "precision" not in render(wide, before) and "emulated" not in render(wide, before)
+    assert render(low, planned).endswith("FLOP in all, as in bf16: emulated products take longer")

@@ -9,7 +9,7 @@ import pytest
 
 from nmoe.config import Config, identity, load_valid
 from nmoe.pure.cost.machines import H200
-from nmoe.pure.cost.plan import plan
+from nmoe.pure.cost.plan import emulation_bytes, fp8_bytes, plan
 from nmoe.pure.cost.report import render
 from nmoe.pure.cost.scale import Arrangement, scale
 from nmoe.pure.model.blueprint import make_blueprint
@@ -117,3 +117,18 @@ def test_the_plan_says_what_is_multiplied_in_fewer_bits() -> None:
     )
     assert "precision" not in render(wide, before) and "emulated" not in render(wide, before)
     assert render(low, planned).endswith("FLOP in all, as in bf16: emulated products take longer")
+
+
+def test_codes_and_rounded_operands_are_those_of_routed_or_of_shared_experts_whichever_are_more() -> None:
+    """By hand, of 4 experts of width 128 and hidden size 128, 10 rows for 10 tokens."""
+    dims, room = {"D": 128, "F": 128, "S": 0, "E": 4}, {"tokens": 10, "rows": 10, "expert_ranks": 1}
+    routed = 4 * 3 * 128 * 128 + 10 * 128 + 10 * 256
+    assert fp8_bytes(dims, landing=10, **room) == routed
+    assert fp8_bytes(dims | {"S": 256}, landing=10, **room) == routed
+    assert fp8_bytes(dims | {"S": 1024}, landing=10, **room) == 3 * 128 * 1024 + 10 * 128 + 10 * 2048
+    assert emulation_bytes(dims | {"S": 256}, **room, noisy=False) == 16 * (4 * 128 * 256 + 10 * (128 + 256))
+    most = 128 * 2048 + 10 * (128 + 2048)
+    assert [emulation_bytes(dims | {"S": 1024}, **room, noisy=noisy) for noisy in (False, True)] == [
+        16 * most,
+        32 * most,
+    ]

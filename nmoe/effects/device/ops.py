@@ -126,11 +126,7 @@ def build(
             )
             if exchange is None
             else partial(exchanged.mixture, exchange=exchange, tiles=tiles, accumulator=accumulator),
-            shared=low.shared
-            if low is not None
-            else partial(moe_fp8.shared_experts_fp8, tiles=tiles)
-            if fp8
-            else partial(mlp, activate=swiglu.swiglu),
+            shared=low.shared if low is not None else partial(moe_fp8.shared_experts_fp8, tiles=tiles) if fp8 else mlp,
             linear_cross_entropy=cross_entropy.linear_cross_entropy,
         )
     )

@@ -196,7 +196,9 @@ def experts_low(
     return _product(activate(h), down, rows, recipe, key.fold("down"))
 
 
-def shared_low(x: Tensor, up: Tensor, down: Tensor, *, recipe: Recipe, key: Key) -> Tensor:
+def shared_low(
+    x: Tensor, up: Tensor, down: Tensor, activate: Callable[[Tensor], Tensor] = swiglu, *, recipe: Recipe, key: Key
+) -> Tensor:
     """`pure.model.experts.mlp` of the shared experts with the products of a recipe: one expert that sees each token.
 
     x     [N D]
@@ -206,7 +208,7 @@ def shared_low(x: Tensor, up: Tensor, down: Tensor, *, recipe: Recipe, key: Key)
     """
     every = torch.arange(len(x), device=x.device)
     rows = Rows(x, every, torch.zeros_like(every), every.new_full((1,), len(x)), every)
-    return experts_low(rows, up[None], down[None], recipe=recipe, key=key.fold("shared"))
+    return experts_low(rows, up[None], down[None], (), activate, recipe=recipe, key=key.fold("shared"))
 
 
 @attrs.frozen(kw_only=True)
@@ -214,7 +216,7 @@ class Emulated:
     """Experts with the products of a recipe."""
 
     experts: Callable[..., Tensor]  # `experts_low`
-    shared: Callable[[Tensor, Tensor, Tensor], Tensor]  # `shared_low`
+    shared: Callable[..., Tensor]  # `shared_low`
 
 
 def emulated(recipe: Recipe, key: Key) -> Emulated:

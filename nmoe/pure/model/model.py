@@ -176,7 +176,7 @@ def moe_output(
     if isinstance(p.biases, Biases):
         added.append(down_biases(routed.routing, p.biases.down))
     if isinstance(p.shared, Shared):
-        added.append(env.ops.shared(flat[2], p.shared.up, p.shared.down))
+        added.append(env.ops.shared(flat[2], p.shared.up, p.shared.down, env.ops.swiglu))
     if isinstance(residual, Tensor):
         added.append(residual.flatten(0, -2))
     y, count = env.ops.experts(flat[1], routed.routing, p.up, p.down, added=tuple(added), **form)

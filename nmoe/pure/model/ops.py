@@ -31,7 +31,7 @@ class Ops:
     route: Callable[..., Routed]
     report: Callable[..., tuple[Tensor, Tensor, Tensor]]
     experts: Callable[..., tuple[Tensor, Tensor]]
-    shared: Callable[[Tensor, Tensor, Tensor], Tensor]  # `mlp` of the shared experts
+    shared: Callable[..., Tensor]  # `mlp` of the shared experts
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
 

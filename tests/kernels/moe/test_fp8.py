@@ -18,7 +18,7 @@ from nmoe.effects.kernels.moe.moe import Tiles
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.core.key import Key
 from nmoe.pure.formats import e4m3
-from nmoe.pure.model.experts import mlp, moe_experts
+from nmoe.pure.model.experts import mlp, moe_experts, swiglu
 from nmoe.pure.model.low_precision import RECIPES, experts_low, shared_low
 from nmoe.pure.model.route import Routing
 from tests.pure.formats.vectors import inputs, uniform
@@ -278,7 +278,7 @@ def shared(which: Any) -> tuple[Tensor, ...]:
     """Output of the shared experts, more rows than a tile has, and gradients of tokens and weights."""
     leaves = draw(N, D), draw(D, 2, 2 * F, seed=5) * D**-0.5, draw(2 * F, D, seed=6) * F**-0.5
     leaves = tuple(leaf.requires_grad_() for leaf in leaves)
-    y = which(*leaves)
+    y = which(*leaves, swiglu)
     return y.detach(), *torch.autograd.grad(y, leaves, draw(N, D, seed=8))
 
 

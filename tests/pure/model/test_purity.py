@@ -18,6 +18,7 @@ from nmoe.pure.core import tree
 from nmoe.pure.model import model
 from nmoe.pure.model.attention.cached import new_tokens
 from nmoe.pure.model.attention.mla import mla
+from nmoe.pure.model.experts import swiglu
 from nmoe.pure.model.model import Batch
 from nmoe.pure.model.ops import Env, environment
 from nmoe.pure.model.rope import Rope
@@ -56,7 +57,7 @@ def calls() -> dict[str, Call]:
             {"margins": True},
         ),
         "experts": ((x, routing(), normal(4, 5, 2, 3), normal(4, 3, 5)), {}),
-        "shared": ((x, normal(5, 2, 3), normal(3, 5)), {}),
+        "shared": ((x, normal(5, 2, 3), normal(3, 5), swiglu), {}),
         "linear_cross_entropy": (
             (x, normal(5, 9), torch.tensor([1, -1, 3, 0, 8, 2])),
             {"chunk": 4, "logit_scale": 0.5, "z_loss": 0.1},

@@ -6,6 +6,7 @@ Letters: N tokens, D hidden size, E experts, F expert width, S that of the share
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -178,12 +179,15 @@ class SharedExpertsFp8(torch.autograd.Function):
         return dx, d_up.view_as(up), d_down, None
 
 
-def shared_experts_fp8(x: Tensor, up: Tensor, down: Tensor, *, tiles: Tiles) -> Tensor:
+def shared_experts_fp8(
+    x: Tensor, up: Tensor, down: Tensor, activate: Callable[[Tensor], Tensor], *, tiles: Tiles
+) -> Tensor:
     """`pure.model.low_precision.shared_low` with the recipe "fp8", by kernels.
 
     x        [N D]
     up       [D 2 S]
     down     [S D]
+    activate  SwiGLU; not called, the kernels compute it beside their products and keep nothing of it
     tiles    of the routed experts: whether there are the kernels of `moe.hopper`, and how many programs share the work
     returns  [N D] in the format of `x`
     """

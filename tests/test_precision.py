@@ -81,6 +81,10 @@ def test_the_plan_counts_codes_that_cross() -> None:
             r'model.hidden_size: expected a multiple of 128 when precision.compute is "mxfp8", got 160; write 256',
         ),
         (
+            ("--precision.compute=fp8", *FITTING, "--model.moe.intermediate_size=192"),
+            r'model.moe.intermediate_size: expected a multiple of 128 when .* is "fp8", got 192; write 256',
+        ),
+        (
             ("--precision.compute=nvfp4", *FITTING, "--model.num_dense_layers=4", "--model.num_layers=4"),
             r'precision.compute: expected "bf16" for a model without experts, got "nvfp4"',
         ),
@@ -111,7 +115,8 @@ def test_the_plan_says_what_is_multiplied_in_fewer_bits() -> None:
     assert f"precision      fp8 in {share:.1f} % of the FLOPs, the experts; bf16 elsewhere, emulated" in render(
         low, planned
     )
-    assert "precision" not in render(wide, before)
+    assert "precision" not in render(wide, before) and "emulated" not in render(wide, before)
+    assert render(low, planned).endswith("FLOP in all, as in bf16: emulated products take longer")
 
 
 def test_codes_and_rounded_operands_are_those_of_routed_or_of_shared_experts_whichever_are_more() -> None:
@@ -121,5 +126,9 @@ def test_codes_and_rounded_operands_are_those_of_routed_or_of_shared_experts_whi
     assert fp8_bytes(dims, landing=10, **room) == routed
     assert fp8_bytes(dims | {"S": 256}, landing=10, **room) == routed
     assert fp8_bytes(dims | {"S": 1024}, landing=10, **room) == 3 * 128 * 1024 + 10 * 128 + 10 * 2048
-    assert emulation_bytes(dims | {"S": 256}, **room) == 16 * (4 * 128 * 256 + 10 * (128 + 256))
-    assert emulation_bytes(dims | {"S": 1024}, **room) == 16 * (128 * 2048 + 10 * (128 + 2048))
+    assert emulation_bytes(dims | {"S": 256}, **room, noisy=False) == 16 * (4 * 128 * 256 + 10 * (128 + 256))
+    most = 128 * 2048 + 10 * (128 + 2048)
+    assert [emulation_bytes(dims | {"S": 1024}, **room, noisy=noisy) for noisy in (False, True)] == [
+        16 * most,
+        32 * most,
+    ]

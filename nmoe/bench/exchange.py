@@ -85,7 +85,7 @@ def main(launch: Launch, ranks: int) -> int:
     returns  exit code 0
     Raises:  InputError when there is no supported GPU, or a size does not divide.
     """
-    gpu.device("cuda")
+    gpu.to_measure("bench exchange")
     where = torch.device("cuda", launch.rank % torch.cuda.device_count())
     torch.cuda.set_device(where)
     several = launch.world > 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from nmoe.cli.parser import Verbs, add, group, load
+from nmoe.errors import InputError
 
 KERNELS = MappingProxyType(
     {
@@ -152,6 +153,10 @@ def _bench_kernels(args: argparse.Namespace) -> int:
 
     if args.kind != "kernels":
         return kernel_bench.kernels((args.kind,), args.jsonl)
+    if args.size and not args.tune:
+        raise InputError(f"--size: expected --tune beside it, got {args.size[0]} alone; add it, or remove --size")
+    if args.tune and args.jsonl is not None:
+        raise InputError(f"--jsonl: expected none beside --tune, got {args.jsonl}; remove it, tuning prints a table")
     return (
         kernel_bench.tune(args.size or ["2048x1408"])
         if args.tune

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nmoe.effects.parallel.exchange import arena
+from nmoe.pure.formats import nvfp4
 from tests.kernels import samples
 from tests.kernels.exchange.ranks import case, open_ranks
 from tests.poison import poison
@@ -34,13 +35,20 @@ def forgetful(x: Tensor, allocate: Callable[[Tensor], Tensor]) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32, torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32, torch.int64, torch.uint8, torch.bool])
 @pytest.mark.parametrize("allocate", ALLOCATIONS.values(), ids=ALLOCATIONS)
 def test_an_element_left_unwritten_is_seen(allocate: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     x = torch.zeros(10, dtype=dtype)
     y = forgetful(x, allocate)
     assert torch.equal(y[:-1], x[:-1])
     assert torch.equal(y[-1].nan_to_num(7), torch.tensor(poison(dtype), dtype=dtype).nan_to_num(7)) and y[-1] != x[-1]
+
+
+def test_a_byte_that_nobody_wrote_is_no_number_in_fp8() -> None:
+    """Codes of fp8 are allocated and stored as bytes; of NVFP4 two codes a byte are two sixes."""
+    code = torch.tensor([poison(torch.uint8)], dtype=torch.uint8)
+    assert code.view(torch.float8_e4m3fn).float().isnan().all()
+    assert nvfp4.decode(nvfp4.unpack(code)).tolist() == [-6, -6]
 
 
 class Forgetful(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +12,23 @@ import torch
 
 from nmoe.config import load
 from nmoe.effects.device import ops
+from nmoe.effects.device.process import Runtime
 from nmoe.effects.kernels import tables
 from nmoe.effects.kernels.attention import dsa, dsa_dense, nsa
 from nmoe.effects.kernels.attention.convolve import convolve_heads
 from nmoe.effects.kernels.attention.gated_norm import gated_norm
 from nmoe.effects.kernels.attention.kda import kda_attention
+from nmoe.effects.kernels.moe import moe_fp8
+from nmoe.effects.train import run
 from nmoe.errors import InputError
+from nmoe.pure.core.key import Key
 from nmoe.pure.model.attention import KINDS
 from nmoe.pure.model.attention.dsa import DsaOps
 from nmoe.pure.model.attention.gqa import GqaOps
 from nmoe.pure.model.attention.mla import MlaOps
 from nmoe.pure.model.attention.nsa import NsaOps
+from nmoe.pure.model.experts import mlp
+from nmoe.pure.model.low_precision import RECIPES, emulated
 from tests.configs import ROOT
 
 
@@ -51,6 +58,36 @@ def test_each_kind_runs_on_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "gqa: no measured tiles for 64 in sm_90.toml, those of entry '64' are used"
     ]
     assert not [line for line in ops.unmeasured(device, latent) if not line.startswith("moe")]
+
+
+def test_a_run_in_fp8_says_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    rt = Runtime(device=torch.device("cuda", 0), rank=0, world=1, peak_flops=1.0)
+    low, wide = (
+        run._unmeasured(load(ROOT / "configs" / "moonlet.toml", {}, (f"--precision.compute={name}",)).config, rt)
+        for name in ("fp8", "bf16")
+    )
+    assert low[1:] == wide and low[0].startswith("precision: ") and "slower with 4,096 tokens" in low[0]
+
+
+def test_experts_of_a_gpu_are_in_the_format_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routed and shared ones: by kernels of fp8, emulated, or in bf16."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(ops, "labelled", lambda built: built)
+    model, device = load(ROOT / "configs" / "moonlet.toml", {}, ()).config.model, torch.device("cuda", 0)
+    low = emulated(RECIPES["nvfp4"], Key(0))
+    narrow, wide = (ops.build(device, model, fp8=fp8) for fp8 in (True, False))
+    other = ops.build(device, model, low=low)
+    assert called(narrow.experts) is moe_fp8.moe_experts_fp8 and called(narrow.shared) is moe_fp8.shared_experts_fp8
+    emulates: Any = other.experts
+    assert emulates.keywords == {"experts": low.experts} and called(other.shared) is called(low.shared)
+    assert called(wide.experts) is ops._experts and called(wide.shared) is mlp
+
+
+def called(op: Any) -> Any:
+    """The function of an op, without what is given to it beforehand."""
+    return op.func if isinstance(op, partial) else op
 
 
 def test_layers_of_kimi_linear_run_on_the_kernels_of_either_kind(monkeypatch: pytest.MonkeyPatch) -> None:

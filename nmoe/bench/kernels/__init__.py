@@ -24,7 +24,7 @@ KINDS = ("moe", "precision", "attention", "loss", "optimizer")
 
 def kernels(kinds: Sequence[str], jsonl: Path | None) -> int:
     """`nmoe bench kernels` and its parts: `measured`, printed."""
-    measured(kinds, jsonl)
+    measured(gpu.to_measure(f"bench {kinds[0] if len(kinds) == 1 else 'kernels'}"), kinds, jsonl)
     return 0
 
 
@@ -35,24 +35,32 @@ def gated(rows: Path | None, against: Path | None, jsonl: Path | None) -> int:
     against  rows to compare with; None: those that are shipped
     jsonl    also write what is measured there
 
-    Raises:  InputError when there is no GPU to measure on, or a file is not one of rows.
+    Raises:  InputError when there is no GPU to measure on or nothing is known of it, or a file is not one of rows.
     """
+    if rows is not None and jsonl is not None:
+        raise InputError(f"--jsonl: expected none beside --rows, got {jsonl}; remove one, of rows nothing is measured")
     shipped = gate.ratios(against or gate.SHIPPED)
-    found = gate.ratios(rows) if rows is not None else gate.by_gpu(measured(KINDS, jsonl))
-    fell = [f"{gpu}: {line}" for gpu, now in found.items() for line in gate.judge(gpu, shipped, now)]
+    if rows is not None:
+        found = gate.ratios(rows)
+    else:
+        device = gpu.to_measure("bench gate", "run it on a machine that has one, or pass --rows FILE")
+        gate.shipped_for(torch.cuda.get_device_name(device), shipped)  # before minutes of measuring
+        found = gate.by_gpu(measured(device, KINDS, jsonl))
+    fell = [
+        f"{name}: {line}" for name, now in found.items() for line in gate.slower(gate.shipped_for(name, shipped), now)
+    ]
     say("\n".join(fell) or f"no kernel fell by more than {100 * gate.FALL:.0f} % beside its peer")
     return 1 if fell else 0
 
 
-def measured(kinds: Sequence[str], jsonl: Path | None) -> list[dict[str, Any]]:
+def measured(device: torch.device, kinds: Sequence[str], jsonl: Path | None) -> list[dict[str, Any]]:
     """Measure on random data and print a table for each case; the rows, each with its machine.
 
     kinds  of `KINDS`
     jsonl  also write one line a row there
 
-    Raises:  InputError when there is no supported GPU, or the file cannot be written.
+    Raises:  InputError when the file cannot be written.
     """
-    device = gpu.device("cuda")
     if jsonl is not None:
         files.new_file(jsonl, "--jsonl")
     meter = gpu_meter(device)
@@ -180,7 +188,7 @@ def tune(sizes: Sequence[str]) -> int:
     sizes  of mixtures, as `2048x1408`: hidden size and expert size
     Raises:  InputError for another form of size.
     """
-    device = gpu.device("cuda")
+    device = gpu.to_measure("bench kernels --tune")
     parsed: list[tuple[int, int]] = []
     for size in sizes:
         numbers = size.split("x")

@@ -24,7 +24,8 @@ Kernel = tuple[str, str, str, str]
 def ratios(path: Path) -> dict[str, dict[Kernel, float]]:
     """`by_gpu` of a file of JSON lines.
 
-    Raises:  InputError for a file that cannot be read, or a line of another form.
+    Raises:  InputError for a file that cannot be read, a line of another form, or no kernel at all: of a measurement
+             that ended before its first row nothing fell.
     """
     with files.refusing(path, "a file one may read", "name another"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -39,7 +40,12 @@ def ratios(path: Path) -> dict[str, dict[Kernel, float]]:
                 "the line or measure anew"
             ) from error
         rows.append(row)
-    return by_gpu(rows)
+    if not (found := by_gpu(rows)):
+        raise InputError(
+            f"{path}: expected rows of `nmoe bench kernels --jsonl` with a ratio, got none; measure anew or name "
+            "another"
+        )
+    return found
 
 
 def by_gpu(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[Kernel, float]]:
@@ -76,15 +82,14 @@ def slower(shipped: Mapping[Kernel, float], measured: Mapping[Kernel, float]) ->
     return tuple(lines)
 
 
-def judge(gpu: str, shipped: Mapping[str, Mapping[Kernel, float]], measured: Mapping[Kernel, float]) -> Sequence[str]:
-    """What `slower` says of this GPU.
+def shipped_for(gpu: str, shipped: Mapping[str, Mapping[Kernel, float]]) -> Mapping[Kernel, float]:
+    """The ratios of this GPU.
 
     Raises:  InputError when nothing was shipped for it.
     """
     if gpu not in shipped:
-        known = ", ".join(sorted(shipped)) or "none"
         raise InputError(
-            f"bench gate: expected a GPU of which ratios are known ({known}), got {gpu}; measure it with `nmoe bench "
-            "kernels --jsonl FILE` and pass --against FILE"
+            f"bench gate: expected a GPU of which ratios are known ({', '.join(sorted(shipped))}), got {gpu}; "
+            "measure it with `nmoe bench kernels --jsonl FILE` and pass --against FILE"
         )
-    return slower(shipped[gpu], measured)
+    return shipped[gpu]

@@ -64,13 +64,34 @@ def device(name: str, index: int = 0, count: int = 1, *, kernels: str = "triton"
         check_count(count)
     capability = torch.cuda.get_device_capability(index)
     if capability not in PEAK_FLOPS and not (kernels == "torch" and capability >= PLAIN_CAPABILITY):
-        known = ", ".join(f"{major}.{minor}" for major, minor in PEAK_FLOPS)
         raise InputError(
-            f"run.device: expected a GPU of a supported compute capability ({known}), got "
+            f"run.device: expected a GPU of a supported compute capability ({_known()}), got "
             f"{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(index)}); use one of those, write "
             'run.kernels = "torch" from 8.0 on, which is slower, or run.device = "cpu"'
         )
     return torch.device("cuda", index)
+
+
+def to_measure(verb: str, advice: str = "run it on a machine that has one") -> torch.device:
+    """The GPU that a verb measures kernels on.
+
+    verb    as it is written, such as "bench moe"
+    advice  where there is none
+
+    Raises:  InputError when there is none, or the kernels are not for it: such a verb has no device to choose.
+    """
+    if not torch.cuda.is_available():
+        raise InputError(f"{verb}: expected a GPU that torch can use, got none; {advice}")
+    if (capability := torch.cuda.get_device_capability()) not in PEAK_FLOPS:
+        raise InputError(
+            f"{verb}: expected a GPU of a supported compute capability ({_known()}), got "
+            f"{capability[0]}.{capability[1]} ({torch.cuda.get_device_name()}); run it on one of those"
+        )
+    return torch.device("cuda", 0)
+
+
+def _known() -> str:
+    return ", ".join(f"{major}.{minor}" for major, minor in PEAK_FLOPS)
 
 
 def set_allocator(where: torch.device, memory: Memory, environ: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from nmoe.pure.cost.machines import H200
 from nmoe.pure.cost.traffic import distinct_ranks
 from nmoe.pure.model.attention import KINDS, Kind, Kinds, layers
 from nmoe.pure.model.attention.qk_clip import score_bytes
+from nmoe.pure.model.low_precision import RECIPES
 from nmoe.pure.model.route import BINS
 from nmoe.pure.optim.muon import kernel_bytes, matrices, temporary_bytes
 from nmoe.pure.optim.update import joint_settings, rule
@@ -181,16 +182,17 @@ def fp8_bytes(dims: Dims, *, tokens: int, landing: int, rows: int, expert_ranks:
     return max(routed, 3 * width * shared + tokens * (width + 2 * shared))
 
 
-def emulation_bytes(dims: Dims, *, tokens: int, rows: int, expert_ranks: int) -> int:
+def emulation_bytes(dims: Dims, *, tokens: int, rows: int, expert_ranks: int, noisy: bool) -> int:
     """What emulated products hold at once, of the largest one of a block: its operands in fp32 four times, as given,
-    scaled, rounded and back.
+    scaled, rounded and back, and as often again where gradients are rounded stochastically: with noise between
+    neighbours.
 
     tokens  of the rank, which its shared experts see
     rows    (token, expert) pairs its routed experts have room for
     """
     width, inner, shared = dims["D"], 2 * dims["F"], 2 * dims["S"]
     routed = dims["E"] // expert_ranks * width * inner + rows * (width + inner)
-    return 4 * 4 * max(routed, width * shared + tokens * (width + shared))
+    return 4 * (8 if noisy else 4) * max(routed, width * shared + tokens * (width + shared))
 
 
 def _kernel_attention_bytes(kind: Kind, section: Any, *, sequence_length: int) -> tuple[int, int]:
@@ -304,7 +306,8 @@ def plan(
         landed = sizes.landing() if expert_ranks > 1 else tokens
         activations += fp8_bytes(dims, tokens=tokens, landing=landed, rows=rows, expert_ranks=expert_ranks)
     if config.precision.emulate and c.mixtures():
-        activations += emulation_bytes(dims, tokens=tokens, rows=rows, expert_ranks=expert_ranks)
+        noisy = RECIPES[config.precision.compute].noisy
+        activations += emulation_bytes(dims, tokens=tokens, rows=rows, expert_ranks=expert_ranks, noisy=noisy)
     causal = flops.forward_flops(c, specs, dims, sequence_length=train.sequence_length, causal=True, kinds=kinds)
     total = config.tokens()
     shares = [(arena, arena.held()) for arena in arenas]

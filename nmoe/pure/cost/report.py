@@ -58,13 +58,14 @@ def _to_fit(config: Config, taken: Scaled) -> tuple[Line, ...]:
 
 def render(config: Config, planned: Plan) -> str:
     """The plan of ranks that wait for nobody."""
+    slower = ", as in bf16: emulated products take longer" if config.precision.emulate else ""
     return _aligned(
         *_about(config, planned),
         (
             "time",
             f"{duration(planned.seconds())} at {100 * planned.mfu:.0f} % of "
             f"{quantity(planned.peak_flops, 'FLOP/s')} a rank: "
-            f"{quantity(planned.tokens_per_second())} tokens/s, {quantity(planned.flop_total, 'FLOP')} in all",
+            f"{quantity(planned.tokens_per_second())} tokens/s, {quantity(planned.flop_total, 'FLOP')} in all{slower}",
         ),
     )
 

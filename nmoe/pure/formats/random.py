@@ -20,12 +20,13 @@ def noise(key: Key, salt: Tensor, shape: tuple[int, ...]) -> Tensor:
     salt     0-d i64 on the device of the result: what differs from call to call
     shape    of the result, in f32
     """
-    seed = key.seed()
-    index = torch.arange(torch.Size(shape).numel(), device=salt.device)
+    seed, numel = key.seed(), torch.Size(shape).numel()
     word = mix((salt & WORD) ^ (seed & WORD))
     word = mix(word ^ ((salt >> 32) & WORD) ^ (seed >> 32))
-    word = mix(word ^ (index >> 32))
-    return ((mix(word ^ (index & WORD)) >> 8).float() * 2.0**-24).view(shape)
+    # an index in two halves: the upper one is that of 2**32 places, and is mixed once for all of them
+    high = mix(word ^ torch.arange((numel >> 32) + 1, device=salt.device))
+    words = mix(high[:, None] ^ torch.arange(min(numel, WORD + 1), device=salt.device))
+    return ((words >> 8).float() * 2.0**-24).flatten()[:numel].view(shape)
 
 
 def salt(x: Tensor) -> Tensor:

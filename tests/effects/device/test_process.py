@@ -22,6 +22,8 @@ from nmoe.effects.device import gpu, ops, signals
 from nmoe.effects.parallel import launch
 from nmoe.effects.parallel.launch import from_environment
 from nmoe.errors import InputError
+from nmoe.pure.model.low_precision import RECIPES, emulated
+from nmoe.pure.model.route import Routing
 from tests.effects.train.tiny import tiny
 
 
@@ -76,6 +78,22 @@ def test_plain_torch_is_what_a_cpu_runs(attention: str) -> None:
     assert passes.chunk == ops.PLAIN_CHUNK and passes.global_norm([x]) == x.norm()
     (line,) = ops.unmeasured(torch.device("cuda"), c, kernels="torch")
     assert line.startswith('kernels        none, run.kernels is "torch": ') and "slower" in line
+
+
+def test_emulation_is_of_routed_and_shared_experts_wherever_it_runs() -> None:
+    """On a CPU, and on a GPU in plain torch: not one of them falls back to the format of the weights."""
+    low = emulated(RECIPES["mxfp8"], nmoe.Key(0))
+    generator = torch.Generator().manual_seed(0)
+    x, up, down = (torch.randn(*size, generator=generator) for size in ((6, 128), (128, 2, 128), (128, 128)))
+    routing = Routing(torch.arange(12).view(6, 2) % 3, torch.ones(6, 2))
+    for device in map(torch.device, ("cpu", "cuda")):
+        built = ops.build(device, tiny().model, kernels="torch", low=low)
+        wide = ops.build(device, tiny().model, kernels="torch")
+        assert torch.equal(built.shared(x, up, down), low.shared(x, up, down))
+        assert not torch.equal(wide.shared(x, up, down), low.shared(x, up, down))
+        y, exact = (each.experts(x, routing, up.repeat(3, 1, 1, 1), down.repeat(3, 1, 1))[0] for each in (built, wide))
+        torch.testing.assert_close(y, 2 * low.shared(x, up, down))
+        assert not torch.equal(y, exact)
 
 
 def test_the_peak_of_a_cpu_is_the_fastest_that_was_measured(

@@ -13,7 +13,7 @@ import torch
 from nmoe.config import sections as s
 from nmoe.effects.data.loader import open_stream
 from nmoe.effects.device.process import Runtime
-from nmoe.effects.train.build import fresh
+from nmoe.effects.train.build import emulated, fresh
 from nmoe.effects.train.step import State, make_step
 from nmoe.pure.core import tree
 from nmoe.pure.core.key import Key
@@ -84,6 +84,20 @@ def test_the_same_training_twice_has_the_same_bits() -> None:
     assert first == again
     for (path, one), (_, two) in zip(tree.leaves(state.params), tree.leaves(other.params), strict=True):
         assert torch.equal(one, two), path
+
+
+def test_the_noise_follows_the_seed_of_the_run() -> None:
+    def drawn(seed: int) -> torch.Tensor:
+        c = config("nvfp4")
+        low = emulated(attrs.evolve(c, run=attrs.evolve(c.run, seed=seed)))
+        assert low is not None
+        generator = torch.Generator().manual_seed(0)
+        x, up, down = (torch.randn(*shape, generator=generator) for shape in ((32, 128), (128, 2, 128), (128, 128)))
+        y = low.shared(x.requires_grad_(), up, down)
+        return torch.autograd.grad(y, x, torch.ones_like(y) / 3)[0]
+
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+    assert emulated(config("bf16")) is None
 
 
 def test_parameters_lie_in_memory_as_in_bf16() -> None:

@@ -15,13 +15,16 @@ from torch import Tensor
 from nmoe.pure.core.key import Key
 from nmoe.pure.formats import e4m3, mxfp8, nvfp4
 from nmoe.pure.formats import random as draws
-from tests.pure.formats.vectors import digest, inputs, uniform
+from tests.pure.formats.vectors import SIGNS, digest, inputs, uniform
 
-DIGESTS = json.loads(Path(__file__).with_name("torchao.json").read_text())["digests"]
+TORCHAO = json.loads(Path(__file__).with_name("torchao.json").read_text())
+DIGESTS = TORCHAO["digests"]
 
 DIFFER = {
     # torchao divides zero by zero
     "zeros": ("nvfp4 codes", "nvfp4 scales", "nvfp4 factor"),
+    # torchao's reciprocal of a factor and a scale is infinite, and every code 6
+    "beside the smallest scale": ("nvfp4 codes", "nvfp4 scales", "nvfp4 factor"),
     # on a CPU torchao rounds log2(x) before it rounds up: within 2**-19 above a power of two the scale is half as large
     "just above powers of two": ("mxfp8 codes", "mxfp8 exponents"),
 }
@@ -89,6 +92,21 @@ def test_a_value_that_is_not_finite_is_never_hidden(name: str, bad: float) -> No
     assert y[3, 40 // block * block : 40 // block * block + block].isnan().all(), "its whole block"
     if not name.startswith("nvfp4"):
         assert y[:, 128:].isfinite().all(), "and no other"
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_all_codes_or_the_scale_are_nan_where_a_value_is_not_finite(bad: float) -> None:
+    """In every code: not only once a code of 0 is multiplied by an infinite scale."""
+    x = uniform(128, 256)
+    x[3, 40] = bad
+    for rows in (1, 128):
+        codes, scale = e4m3.quantise(x, rows=rows)
+        assert codes[3, :128].float().isnan().all() and scale[3 // rows, 0].isnan()
+        assert codes[:, 128:].float().isfinite().all() and scale[:, 1].isfinite().all()
+    codes, exponent = mxfp8.quantise(x)
+    assert codes[3, 32:64].float().isnan().all() and exponent[3, 1] == 255 and (exponent == 255).sum() == 1
+    for rows in (1, 16):
+        assert nvfp4.quantise(x, rows=rows)[2].isnan(), "e2m1 has none itself"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -174,6 +192,19 @@ def test_stochastic_rounding_is_right_on_average_and_goes_to_a_neighbour(value: 
     assert abs(nvfp4.decode(nothing).item()) <= abs(wanted)
 
 
+def test_what_e2m1_holds_stays_under_any_noise() -> None:
+    values = nvfp4.decode(torch.arange(16, dtype=torch.uint8))
+    for noise in (0.0, 1 - 2.0**-24):
+        assert torch.equal(nvfp4.encode(values, torch.full_like(values, noise)), torch.arange(16, dtype=torch.uint8))
+
+
+class Wide(Key):
+    """A key whose seed differs from `Key`'s above 32 bits alone."""
+
+    def seed(self) -> int:
+        return super().seed() ^ (1 << 40)
+
+
 def test_noise_is_even_and_depends_on_key_salt_and_place_alone() -> None:
     shape, seven = (256, 256), torch.tensor(7)
     one = draws.noise(Key(1), seven, shape)
@@ -181,6 +212,7 @@ def test_noise_is_even_and_depends_on_key_salt_and_place_alone() -> None:
     assert torch.equal(one[:3], draws.noise(Key(1), seven, (3, 256)))
     others = [draws.noise(Key(2), seven, shape), draws.noise(Key(1), torch.tensor(8), shape)]
     others.append(draws.noise(Key(1), seven + (1 << 32), shape))
+    others.append(draws.noise(Wide(1), seven, shape))
     others.append(one.roll(1))
     for other in others:
         together = torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]
@@ -188,6 +220,22 @@ def test_noise_is_even_and_depends_on_key_salt_and_place_alone() -> None:
     share = one.flatten().histc(64, 0, 1) / one.numel() * 64
     assert 0 <= one.min() and one.max() < 1 and (share - 1).abs().max() < 0.15
     assert torch.equal(one * 2**24, (one * 2**24).round())
+
+
+def test_noise_is_the_hash_that_its_source_writes() -> None:
+    """By Python's integers; the bits of every NVFP4 training hang on it."""
+
+    def mixed(word: int) -> int:
+        word = (word ^ word >> 16) * 0x7FEB352D % 2**32
+        word = (word ^ word >> 15) * 0x846CA68B % 2**32
+        return word ^ word >> 16
+
+    for key, salt in ((Key(1), 7), (Key(2).fold("a"), -(1 << 40) + 3)):
+        word = 0
+        for half in (0, 32):
+            word = mixed(word ^ (salt >> half) % 2**32 ^ (key.seed() >> half) % 2**32)
+        wanted = [(mixed(mixed(word) ^ place) >> 8) / 2**24 for place in range(35)]
+        assert draws.noise(key, torch.tensor(salt), (5, 7)).flatten().tolist() == wanted
 
 
 def test_the_salt_differs_with_a_bit_of_the_tensor() -> None:
@@ -208,6 +256,10 @@ def test_the_rotation_is_orthogonal_and_shares_out_an_outlier() -> None:
     outlier = torch.zeros(1, 16)
     outlier[0, 5] = 100
     assert draws.hadamard(outlier, sign).abs().unique().tolist() == [25]
+
+
+def test_the_matrix_of_the_rotation_is_torchaos() -> None:
+    assert digest(draws.hadamard(torch.eye(16), torch.tensor(SIGNS))) == TORCHAO["rotation"]
 
 
 def test_the_matrix_of_the_rotation_is_sylvesters() -> None:

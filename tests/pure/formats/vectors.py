@@ -36,6 +36,8 @@ def inputs() -> dict[str, Tensor]:
     wide = plain[:32] * torch.exp2(torch.arange(32 * 256) * 1009 % 160 - 80.0).view(32, 256)
     ends = torch.tensor([0.0, -0.0, 1e-45, 1e-38, 6.1e-5, 2.0**-9, 2.0**-10, 3e38, -3.4e38, 447.9, 448.0, 464.0, 480.0])
     e2m1 = torch.arange(-24, 25) / 4.0
+    # of blocks of 32: the smallest scale of MXFP8 is 2**-127, and its numbers up to 448 of that
+    faint = torch.tensor([0.01, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0])[:, None] * torch.arange(1, 33) / 32
     return {
         "plain": plain,
         "cubed": plain**3,
@@ -46,6 +48,7 @@ def inputs() -> dict[str, Tensor]:
         "ties of e2m1": _filled(e2m1, 2),
         "ends of fp32": _filled(ends[2:], 8),
         "zeros": torch.zeros(2, 256),
+        "beside the smallest scale": (faint * 448 * 2.0**-127).view(1, 256).repeat(2, 1),
         "powers of two": _filled(torch.exp2(torch.arange(-100.0, 100.0)), 8),
         "just above powers of two": _filled(torch.exp2(torch.arange(-90.0, 90.0)) * 448 * (1 + 2.0**-20), 8),
     }
@@ -81,12 +84,19 @@ def theirs(x: Tensor) -> dict[str, Tensor]:
     return made
 
 
+SIGNS = (1, -1, -1, 1, 1, 1, -1, 1, -1, -1, -1, 1, -1, 1, 1, -1)
+"""Of a rotation."""
+
+
 def main() -> None:
     """Write the digests."""
     from importlib.metadata import version
 
+    from torchao.prototype.moe_training.nvfp4_training.hadamard_utils import get_rht_matrix  # pyright: ignore[reportMissingImports]
+
     made = {name: {part: digest(y) for part, y in theirs(x).items()} for name, x in inputs().items()}
-    print(json.dumps({"torchao": version("torchao"), "digests": made}, indent=1))
+    rotation = digest(get_rht_matrix(SIGNS, "cpu", torch.float32, len(SIGNS)))
+    print(json.dumps({"torchao": version("torchao"), "digests": made, "rotation": rotation}, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from nmoe.pure.core.key import Key
 from nmoe.pure.core.spec import POLICY, Role
+from nmoe.pure.cost.plan import emulation_bytes
 from nmoe.pure.formats import e4m3, mxfp8, nvfp4
 from nmoe.pure.formats import random as draws
 from nmoe.pure.model.experts import Rows, dispatch, mlp, moe_experts
 from nmoe.pure.model.experts import experts as exact_experts
 from nmoe.pure.model.low_precision import RECIPES, LowProduct, emulated, experts_low, grouped
 from nmoe.pure.model.route import Routing
+from tests.memory import Peak
 
 N, D, F, E, K = 40, 128, 128, 5, 2
 KEY = Key(3).fold("precision")
@@ -203,6 +205,39 @@ def test_shared_experts_are_one_expert_that_sees_each_token(name: str) -> None:
     for got, other in zip(gradients, others, strict=True):
         assert torch.equal(got, other) or (RECIPES[name].noisy and error(got, other) < 0.5)
     assert RECIPES[name].noisy == (not torch.equal(gradients[0], others[0]))
+
+
+def test_no_two_roundings_of_a_block_share_their_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the input's and the weight's gradient, of up and down, of routed and shared experts: 8, and 4 rotations."""
+    drawn: list[int] = []
+    noise = draws.noise
+
+    def note(key: Key, salt: Tensor, shape: tuple[int, ...]) -> Tensor:
+        drawn.append(key.seed())
+        return noise(key, salt, shape)
+
+    monkeypatch.setattr(draws, "noise", note)
+    x, rows, up, down, dy = operands()
+    low = emulated(RECIPES["nvfp4"], KEY)
+    low.experts(rows, up, down).backward(dy)
+    low.shared(x, up[0], down[0]).backward(dy[:N])
+    assert len(drawn) == len(set(drawn)) == 12
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_plan_counts_what_a_product_holds_at_once(name: str) -> None:
+    """Of the larger product, the up-projection, forward and backward, with as many rows a weight as trainings have."""
+    experts, width, hidden, rows = 4, 256, 192, 3072
+    dims = {"D": width, "F": hidden, "E": experts, "S": 0}
+    planned = emulation_bytes(dims, tokens=1, rows=rows, expert_ranks=1, noisy=RECIPES[name].noisy)
+    x, up, dy = (torch.randn(*shape) for shape in ((rows, width), (experts, width, 2 * hidden), (rows, 2 * hidden)))
+    expert = torch.arange(rows) * experts // rows
+    leaves = (x.bfloat16().requires_grad_(), up.bfloat16().requires_grad_())
+    apply: Any = LowProduct.apply
+    with Peak() as peak:
+        y = apply(*leaves, expert, expert.bincount(), RECIPES[name], KEY)
+        torch.autograd.grad(y, leaves, dy.bfloat16())
+    assert planned / 2 < peak.bytes < planned
 
 
 def test_the_experts_alone_are_lowered() -> None:

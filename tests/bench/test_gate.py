@@ -16,6 +16,7 @@ from nmoe.bench import kernels as kernel_bench
 from nmoe.bench.kernels import attention, dsa, gate, gqa, loss, moe, nsa, optimizer
 from nmoe.cli import main
 from nmoe.errors import InputError
+from nmoe.pure.cost import fp8
 from tests.configs import ROOT
 
 H200 = "NVIDIA H200, torch 2.11.0"
@@ -200,6 +201,7 @@ def test_the_shipped_ratios_of_fp8_are_those_that_the_docs_say() -> None:
         ratio = shipped["precision", kernel_bench.described(case), moe.NARROW, moe.OURS]
         said = table[case.hidden, case.width, case.experts, case.top_k][(4096, 8192, 16384, 32768).index(case.tokens)]
         assert f"{ratio:.2f}" == said, case
+        assert ratio == fp8.MEASURED[case.hidden, case.width][case.tokens], "what a run says"
 
 
 def test_the_command_judges_rows_without_a_gpu(tmp_path: Path) -> None:

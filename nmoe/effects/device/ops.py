@@ -356,18 +356,7 @@ def nsa_tiles(device: torch.device, head_dim: int, value: int) -> nsa.Tiles:
     return nsa.Tiles(**tuning.find(shipped(device), "nsa", head_dim, value).tiles)
 
 
-FP8_GAIN = (
-    "precision: on one H200 the experts' kernels were 1.14 to 1.26 times as fast in fp8 as in bf16 with 32,768 tokens, "
-    "the more the wider the model, and slower with 4,096 tokens at hidden 2048; where experts are shared out, tokens "
-    "are those of all that share them, and other kernels gain less"
-)
-"""Of one layer, forward and backward, at the power limit; docs/precision.md. Weights are quantised once a pass, for the
-tokens of all GPUs that send to them."""
-
-
-def unmeasured(
-    device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels: str = "triton", fp8: bool = False
-) -> tuple[str, ...]:
+def unmeasured(device: torch.device, c: Model, *, kinds: Kinds = KINDS, kernels: str = "triton") -> tuple[str, ...]:
     """A line for each op without kernels, or whose tiles nobody measured for these sizes: right, and maybe slow."""
     if device.type == "cpu":
         return ()
@@ -383,7 +372,6 @@ def unmeasured(
         if sizes
     )
     return (
-        *((FP8_GAIN,) if fp8 else ()),
         *(f"attention: {name} has no kernels, it runs as plain torch: right, and slow" for name in without),
         *(
             f"{op}: no measured tiles for {size} in {table.where}, those of entry {entry.size!r} are used"

@@ -44,6 +44,7 @@ from nmoe.effects.train.session import Connected, Job, Session, Start
 from nmoe.effects.train.step import make_step
 from nmoe.effects.train.world import World
 from nmoe.errors import InputError
+from nmoe.pure.cost import fp8
 from nmoe.pure.cost.machines import H100
 from nmoe.pure.cost.plan import Plan, plan
 from nmoe.pure.cost.report import render
@@ -432,7 +433,8 @@ def open_session(
 
 def _unmeasured(config: Config, rt: process.Runtime) -> tuple[str, ...]:
     """What to say of the ops before the first step."""
-    return ops.unmeasured(rt.device, config.model, kernels=config.run.kernels, fp8=config.precision.kernels_fp8())
+    lines = ops.unmeasured(rt.device, config.model, kernels=config.run.kernels)
+    return (fp8.said(config, rt.ranks.experts.size), *lines) if config.precision.kernels_fp8() else lines
 
 
 def banner(config: Config, planned: Plan, corpus: Corpus, folder: Path) -> str:

@@ -290,7 +290,7 @@ def compute(setup: Setup, state: State, batch: Batch, rates: Rates) -> tuple[Sta
         # Balance the load of the experts.
         moe = config.model.moe
         if moe.balance == "sign":
-            bias = route.balance(state.router_bias, load, rate=moe.bias_update_rate)
+            bias = route.balance(state.router_bias, load, rate=config.sign_step())
         else:
             bias = route.balance_quantile(state.router_bias, margins, top_k=moe.top_k, decay=moe.bias_decay)
         bias = torch.where(allowed, bias, state.router_bias)

@@ -19,9 +19,9 @@ from tests.effects.train.test_step import RT, batches, start
 from tests.effects.train.tiny import tiny
 
 
-def balanced(balance: Any, **sizes: Any) -> Config:
+def balanced(balance: Any, rate: float | None = None, **sizes: Any) -> Config:
     config = tiny(**sizes)
-    moe = attrs.evolve(config.model.moe, balance=balance)
+    moe = attrs.evolve(config.model.moe, balance=balance, bias_update_rate=rate)
     return attrs.evolve(config, model=attrs.evolve(config.model, moe=moe))
 
 
@@ -38,9 +38,9 @@ def chain(config: Config, num: int) -> Iterator[Batch]:
         yield Batch(drawn[..., :-1].contiguous(), drawn[..., 1:].contiguous(), ())
 
 
-def busiest(balance: str) -> float:
+def busiest(balance: str, rate: float | None = None) -> float:
     """Load of the busiest expert over the mean in the worse layer, mean over the last 20 of 30 steps."""
-    config = balanced(balance, batch_size=32, microbatch_size=32, lr=8e-3, steps=30, sequence_length=32)
+    config = balanced(balance, rate, batch_size=32, microbatch_size=32, lr=8e-3, steps=30, sequence_length=32)
     state, step = start(config)
     seen: list[float] = []
     for batch in chain(config, 30):
@@ -49,9 +49,27 @@ def busiest(balance: str) -> float:
     return sum(seen[10:]) / 20
 
 
-def test_load_is_evener_than_by_sign_steps() -> None:
-    sign, quantile = busiest("sign"), busiest("quantile")
-    assert quantile < 1.4 < 1.7 < sign
+def test_load_is_evener_than_by_sign_steps_of_a_long_run() -> None:
+    """By quantiles, and by sign steps of a run as short as this one."""
+    assert busiest("quantile") < 1.4 and busiest("sign") < 1.5
+    assert busiest("sign", 0.001) > 1.7
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "wanted"),
+    [(20, None, 0.01), (350, None, 0.01), (700, None, 0.005), (3500, None, 0.001), (10**6, None, 0.001)]
+    + [(700, 0.0, 0.0), (700, 0.02, 0.02)],
+)
+def test_a_sign_step_is_that_of_the_run_unless_the_config_has_one(
+    steps: int, given: float | None, wanted: float
+) -> None:
+    """After one step the biases of the least and the most loaded expert are two steps apart."""
+    config = balanced("sign", given, steps=steps)
+    state, step = start(config)
+    (batch,) = batches(config, 1)
+    state, _ = step(state, batch)
+    apart = state.router_bias.amax(-1) - state.router_bias.amin(-1)
+    assert apart.tolist() == pytest.approx([2 * wanted] * len(apart), rel=1e-5)
 
 
 def test_the_bias_is_that_of_the_whole_batch_however_it_is_cut() -> None:

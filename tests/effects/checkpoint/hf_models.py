@@ -62,6 +62,6 @@ def write(folder: Path, c: sections.Model, *, compute: Any = "fp32") -> None:
 
 def without_scales(c: sections.Model) -> sections.Model:
     """What an import of an export of `c` says: scales are in the weights, what is for training has its default."""
-    moe = attrs.evolve(c.moe, bias_update_rate=0.001, sequence_balance=0.0001)
+    moe = attrs.evolve(c.moe, bias_update_rate=None, sequence_balance=0.0001)
     c = hf.family_of(c)[1].canonical(c)
     return attrs.evolve(c, embedding_scale=1.0, logit_scale=1.0, moe=moe)

@@ -490,15 +490,15 @@ OTHER_VALUES = {
 
 def test_identity_is_of_what_must_not_change() -> None:
     path = ROOT / "configs" / "quickstart.toml"
-    name = "--run.name=first"
-    before = load(path, {}, (name,))
+    name, rate = "--run.name=first", "--model.moe.bias_update_rate=0.005"  # which else follows the number of steps
+    before = load(path, {}, (name, rate))
     for key, source in before.sources.items():
         value = OTHER_VALUES.get(key, OTHER_VALUES.get(key.split(".")[-1], "77"))
         if not key.endswith(".kind"):
-            after = load(path, {}, (name, f"--{key}={value}")).config
+            after = load(path, {}, (name, rate, f"--{key}={value}")).config
             assert after != before.config, (key, source)
             assert (identity(after) == identity(before.config)) == (key in FREE_ON_RESUME), key
-    with_yarn = load(path, {}, (name, "--model.attention.yarn={factor = 2, original_positions = 128}")).config
+    with_yarn = load(path, {}, (name, rate, "--model.attention.yarn={factor = 2, original_positions = 128}")).config
     assert identity(with_yarn) != identity(before.config)
 
 
@@ -510,6 +510,28 @@ def test_experts_in_fewer_bits_have_no_biases_and_no_clamp(key: str, value: str)
         f'precision.compute: expected "bf16" beside model.moe.{key}, got "mxfp8"; write it, experts in fewer bits have '
         "neither"
     ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "moved"),
+    [
+        ((), True),
+        (("--model.moe.bias_update_rate=0.005",), False),
+        (("--model.moe.balance=quantile",), False),
+        (("--model.num_dense_layers=3",), False),
+    ],
+    ids=["sign steps of the run", "written", "quantiles", "no experts"],
+)
+def test_sign_steps_that_follow_the_number_of_steps_make_another_run(keys: tuple[str, ...], moved: bool) -> None:
+    """Of 700 steps they are 0.005, of 1,400 half of it; above 3,500 all are 0.001."""
+    path = ROOT / "configs" / "quickstart.toml"
+
+    def of(steps: int) -> str:
+        return identity(load_valid(path, {}, (*keys, f"--train.steps={steps}")).config)
+
+    assert (of(700) != of(1400)) == moved and of(4000) == of(8000)
+    if not keys:
+        assert of(700) == identity(load_valid(path, {}, ("--model.moe.bias_update_rate=0.005",)).config)
 
 
 def test_a_schedule_in_shares_is_the_run_of_its_tokens(tmp_path: Path) -> None:

@@ -40,8 +40,12 @@ def identity_values(config: Config) -> dict[str, Any]:
 
 
 def _identity_table(config: Config) -> dict[str, Any]:
-    """What makes a run this run. A schedule counts by its tokens, in whatever form they are written."""
-    return table(attrs.evolve(config, schedule=config.schedule_in_tokens()), lambda key: key.identity)
+    """What makes a run this run. A schedule counts by its tokens, in whatever form they are written, and sign steps by
+    their size, which another number of steps may move."""
+    c = config.model
+    if c.num_dense_layers < c.num_layers and c.moe.balance == "sign":
+        c = attrs.evolve(c, moe=attrs.evolve(c.moe, bias_update_rate=config.sign_step()))
+    return table(attrs.evolve(config, schedule=config.schedule_in_tokens(), model=c), lambda key: key.identity)
 
 
 def identity_diff(stored: Mapping[str, Any], config: Config) -> tuple[Difference, ...]:

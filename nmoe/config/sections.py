@@ -468,7 +468,7 @@ class Config:
         busiest expert at 3.5 times the mean, 0.01 at 1.5, with the same loss (docs/records).
         """
         given = self.model.moe.bias_update_rate
-        return min(0.01, max(0.001, 3.5 / self.train.steps)) if given is None else given
+        return 3.5 / min(max(self.train.steps, 350), 3500) if given is None else given
 
     def schedule_in_tokens(self) -> Schedule:
         """The schedule with its shares as tokens of this run."""

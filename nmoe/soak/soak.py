@@ -338,7 +338,8 @@ def training(work: Path, name: str, corpus: Path, steps: int) -> s.Config:
             intermediate_size=48,
             max_positions=64,
             attention=s.Mla(num_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
-            moe=s.Moe(num_experts=8, top_k=2, num_shared_experts=1, intermediate_size=16),
+            # written, so that the number of steps stays free to change
+            moe=s.Moe(num_experts=8, top_k=2, num_shared_experts=1, intermediate_size=16, bias_update_rate=0.001),
         ),
         precision=s.Precision(compute="fp32"),
         data=s.Data(source=s.Shards(path=str(corpus))),

@@ -44,7 +44,8 @@ def tiny(
                 qk_rope_head_dim=4,
                 v_head_dim=8,
             ),
-            moe=s.Moe(num_experts=8, top_k=2, num_shared_experts=1, intermediate_size=16),
+            # written, so that the number of steps stays free to change
+            moe=s.Moe(num_experts=8, top_k=2, num_shared_experts=1, intermediate_size=16, bias_update_rate=0.001),
         ),
         precision=s.Precision(compute=compute),
         data=s.Data(source=source or s.Stdlib()),

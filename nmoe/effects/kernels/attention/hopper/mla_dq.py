@@ -30,18 +30,43 @@ ROWS = 128
 
 
 @gluon.jit
-def _tile(pid, turn, tiles, blocks, heads, rows, HEADS: gl.constexpr):
-    """Block of queries, sequence and head of a turn: order of `blocks.schedule`; every second turn runs backwards, so that
-    programs that stay have equally much to do."""
-    programs = gl.num_programs(0)
-    begin = turn * programs
-    back = (turn % 2 == 1) & (begin + programs <= tiles)
-    at = gl.where(back, 2 * begin + programs - 1 - pid, pid)
+def _turns(tiles):
+    """Tiles of this program: every second turn runs backwards, so that programs that stay have equally much to do."""
+    programs, me = gl.num_programs(0), gl.program_id(0)
+    full = tiles // programs
+    return full + gl.where(gl.where(full % 2 == 1, programs - 1 - me, me) < tiles % programs, 1, 0)
+
+
+@gluon.jit
+def _tile(turn, blocks, heads, rows, HEADS: gl.constexpr):
+    """Block of queries, sequence and head of a turn, in the order of `blocks.schedule`."""
+    programs, me = gl.num_programs(0), gl.program_id(0)
+    at = turn * programs + gl.where(turn % 2 == 1, programs - 1 - me, me)
     group = at // (blocks * HEADS)
     within = at % (blocks * HEADS)
     width = gl.minimum(rows - group * HEADS, HEADS)
     row = group * HEADS + within % width
     return blocks - 1 - within // width, row, row // heads, row % heads
+
+
+@gluon.jit
+def _queries(
+    q, do, at, h, turn, q_part, q_rope_part, do_part, q_full, q_empty, NOPE: gl.constexpr, ROPE: gl.constexpr,
+    VALUE: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """Load the queries of one group, and the gradient of their output, once it is through with those before."""
+    C: gl.constexpr = NOPE + ROPE
+    ready = q_full.index(PART)
+    mbarrier.wait(q_empty.index(PART), (turn & 1) ^ 1)
+    mbarrier.expect(ready, 64 * (C + VALUE) * 2)
+    for c in gl.static_range(0, NOPE, 64):
+        tma.async_copy_global_to_shared(q, [at + PART * 64, h * C + c], ready, q_part.index((PART * NOPE + c) // 64))
+    for c in gl.static_range(0, ROPE, 64):
+        to = q_rope_part.index((PART * ROPE + c) // 64)
+        tma.async_copy_global_to_shared(q, [at + PART * 64, h * C + NOPE + c], ready, to)
+    for c in gl.static_range(0, VALUE, 64):
+        to = do_part.index((PART * VALUE + c) // 64)
+        tma.async_copy_global_to_shared(do, [at + PART * 64, h * VALUE + c], ready, to)
 
 
 @gluon.jit
@@ -51,24 +76,12 @@ def _load(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Boxes are 64 columns wide: `*_part` are the buffers cut up into them."""
-    C: gl.constexpr = NOPE + ROPE
     blocks = positions // 128
-    tiles = blocks * rows
-    step, turn = 0, 0
-    for pid in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        block, row, b, h = _tile(pid, turn, tiles, blocks, heads, rows, HEADS)
+    step = 0
+    for turn in range(0, _turns(blocks * rows)):
+        block, row, b, h = _tile(turn, blocks, heads, rows, HEADS)
         first = b * positions
-        mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, 128 * (NOPE + ROPE + VALUE) * 2)
-        for part in gl.static_range(2):
-            at = first + block * 128 + part * 64
-            for c in gl.static_range(0, NOPE, 64):
-                tma.async_copy_global_to_shared(q, [at, h * C + c], q_full, q_part.index((part * NOPE + c) // 64))
-            for c in gl.static_range(0, ROPE, 64):
-                to = q_rope_part.index((part * ROPE + c) // 64)
-                tma.async_copy_global_to_shared(q, [at, h * C + NOPE + c], q_full, to)
-            for c in gl.static_range(0, VALUE, 64):
-                tma.async_copy_global_to_shared(do, [at, h * VALUE + c], q_full, do_part.index((part * VALUE + c) // 64))
+        _queries(q, do, first + block * 128, h, turn, q_part, q_rope_part, do_part, q_full, q_empty, NOPE, ROPE, VALUE, 0)
         count = (block + 1) * (128 // N)
         for i in range(0, count):
             n = first + (count - 1 - i) * N
@@ -82,7 +95,8 @@ def _load(
                 to = v_part.index(stage * (VALUE // 64) + c // 64)
                 tma.async_copy_global_to_shared(kv, [n, h * (NOPE + VALUE) + NOPE + c], ready, to)
             step += 1
-        turn += 1
+            if i == 128 // N - 1:  # later, as the first group may be through with its tile before
+                _queries(q, do, first + block * 128, h, turn, q_part, q_rope_part, do_part, q_full, q_empty, NOPE, ROPE, VALUE, 1)
 
 
 @gluon.jit
@@ -120,19 +134,18 @@ def _add(ds, k, k_rope, acc, acc_rope):
 def _gradient(
     o, lse, dq, top, delta, positions, heads, rows, padded, o_step, scale, q_buf, q_rope_buf, do_buf, k_buf, rope_buf,
     v_buf, q_full, q_empty, full, empty, N: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
-    HEADS: gl.constexpr, STAGES: gl.constexpr, DELAYED: gl.constexpr, BOUND: gl.constexpr, PART: gl.constexpr,
+    HEADS: gl.constexpr, STAGES: gl.constexpr, DELAYED: gl.constexpr, BOUND: gl.constexpr, BARE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     own: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NOPE, 16])
     shared: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROPE, 16])
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE, VALUE // 8], [4, 1], [1, 0])
     blocks = positions // 128
-    tiles = blocks * rows
     scale2 = scale * LOG2_E
     q, q_rope, do = q_buf.index(PART), q_rope_buf.index(PART), do_buf.index(PART)
-    step, turn = 0, 0
-    for pid in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        block, row, b, h = _tile(pid, turn, tiles, blocks, heads, rows, HEADS)
+    step = 0
+    for turn in range(0, _turns(blocks * rows)):
+        block, row, b, h = _tile(turn, blocks, heads, rows, HEADS)
         m = block * 128 + PART * 64
         first = b * positions + m
         queries = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
@@ -141,7 +154,7 @@ def _gradient(
         output = gl.load(there)
         query = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
         lse2 = gl.load(lse + (row.to(gl.int64) * positions + m) + query) * LOG2_E
-        mbarrier.wait(q_full, turn & 1)
+        mbarrier.wait(q_full.index(PART), turn & 1)
         if PART == 0:  # its queries see nothing of the last 64 keys
             mbarrier.arrive(empty.index(filled(full, step, STAGES)), count=1)
             step += 1
@@ -165,7 +178,23 @@ def _gradient(
         # Rounded to the input format for the tensor cores, as P is: error 2.4e-3 against fp64, that of cuDNN.
         ds = (p * (dp - off[:, None])).to(gl.bfloat16)
         for i in range(0, block * 2 + PART):
-            if DELAYED:
+            if DELAYED == 2:
+                step += 1
+                before = stage
+                stage = filled(full, step, STAGES)
+                s = _scores(q, q_rope, k_buf.index(stage), rope_buf.index(stage))
+                acc, acc_rope = _add(ds, k_buf.index(before), rope_buf.index(before), acc, acc_rope)
+                dp = _probabilities_gradient(do, v_buf.index(stage))
+                s = warpgroup_mma_wait(3, deps=(s,))
+                # Always true, which ptxas does not know: it would compute most of this after the wait that follows.
+                if BARE:
+                    s = s + 1
+                elif (positions > 0) | (not BOUND):
+                    s = gl.exp2(s * scale2 - lse2[:, None])
+                acc, acc_rope, dp = warpgroup_mma_wait(0, deps=(acc, acc_rope, dp))
+                mbarrier.arrive(empty.index(before), count=1)
+                ds = (s * (dp - off[:, None])).to(gl.bfloat16)
+            elif DELAYED == 1:
                 step += 1
                 before = stage
                 stage = filled(full, step, STAGES)
@@ -195,12 +224,11 @@ def _gradient(
                     s = gl.exp2(s * scale2 - lse2[:, None])
                 dp = warpgroup_mma_wait(0, deps=(dp,))
                 ds = (s * (dp - off[:, None])).to(gl.bfloat16)
-        mbarrier.arrive(q_empty, count=1)
+        mbarrier.arrive(q_empty.index(PART), count=1)
         acc, acc_rope = _add(ds, k_buf.index(stage), rope_buf.index(stage), acc, acc_rope)
         acc, acc_rope = warpgroup_mma_wait(0, deps=(acc, acc_rope))
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
-        turn += 1
         C: gl.constexpr = NOPE + ROPE
         store(acc * scale, dq, first, first + 64, h * C, heads * C, False, 32)
         store(acc_rope * scale, dq, first, first + 64, h * C + NOPE, heads * C, False, 32)
@@ -210,7 +238,7 @@ def _gradient(
 def dq_kernel(
     q, kv, k_rope, o, do, dq, lse, top, delta, positions, heads, rows, padded, o_step, scale, N: gl.constexpr,
     NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
-    DELAYED: gl.constexpr, BOUND: gl.constexpr, OTHER: gl.constexpr, REGISTERS: gl.constexpr,
+    DELAYED: gl.constexpr, BOUND: gl.constexpr, BARE: gl.constexpr, OTHER: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = gl.bfloat16
     q_buf = gl.allocate_shared_memory(dtype, [2, 64, NOPE], q.layout)
@@ -220,8 +248,7 @@ def dq_kernel(
     rope_buf = gl.allocate_shared_memory(dtype, [STAGES, N, ROPE], q.layout)
     v_buf = gl.allocate_shared_memory(dtype, [STAGES, N, VALUE], q.layout)
     full, empty = ring(STAGES, 1, READERS=2)
-    q_full, q_empty = ring(1, 1, READERS=2)
-    q_full, q_empty = q_full.index(0), q_empty.index(0)
+    q_full, q_empty = ring(2, 1)
     q_part = q_buf._reinterpret(dtype, [2 * (NOPE // 64), 64, 64], q.layout)
     q_rope_part = q_rope_buf._reinterpret(dtype, [2 * (ROPE // 64), 64, 64], q.layout)
     do_part = do_buf._reinterpret(dtype, [2 * (VALUE // 64), 64, 64], q.layout)
@@ -232,10 +259,10 @@ def dq_kernel(
         [
             (_gradient, (o, lse, dq, top, delta, positions, heads, rows, padded, o_step, scale, q_buf, q_rope_buf, do_buf,
                          k_buf, rope_buf, v_buf, q_full, q_empty, full, empty, N, NOPE, ROPE, VALUE, HEADS, STAGES,
-                         DELAYED, BOUND, 0)),
+                         DELAYED, BOUND, BARE, 0)),
             (_gradient, (o, lse, dq, top, delta, positions, heads, rows, padded, o_step, scale, q_buf, q_rope_buf, do_buf,
                          k_buf, rope_buf, v_buf, q_full, q_empty, full, empty, N, NOPE, ROPE, VALUE, HEADS, STAGES,
-                         DELAYED, BOUND, 1)),
+                         DELAYED, BOUND, BARE, 1)),
             (_load, (q, kv, k_rope, do, positions, heads, rows, q_part, q_rope_part, do_part, k_part, rope_part, v_part,
                      q_full, q_empty, full, empty, N, NOPE, ROPE, VALUE, HEADS, STAGES)),
         ],
@@ -246,7 +273,7 @@ def dq_kernel(
 
 def dq_pass(
     q: Tensor, kv: Tensor, k_rope: Tensor, o: Tensor, lse: Tensor, do: Tensor, scale: float, heads_per_group: int,
-    programs: int, *, stages: int = 3, delayed: bool = True, bound: bool = True, other: int = 240, registers: int = 24,
+    programs: int, *, stages: int = 3, delayed: int = 1, bound: bool = True, bare: bool = False, other: int = 240, registers: int = 24,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`mla.dq_pass` without documents: bf16, 128 + 64 channels of a query, 128 of a value, positions a multiple of 128.
 
@@ -267,7 +294,7 @@ def dq_pass(
 
     dq_kernel[(min(programs, tiles) if programs else tiles,)](
         flat(q), flat(kv), flat(k_rope), o, flat(do), dq, lse.contiguous(), top, delta, positions, heads, batch * heads,
-        top.stride(0), o.stride(1), scale, 64, nope, rope, value, heads_per_group, stages, delayed, bound, other, registers,
+        top.stride(0), o.stride(1), scale, 64, nope, rope, value, heads_per_group, stages, delayed, bound, bare, other, registers,
         num_warps=4,
     )  # fmt: skip
     return dq, top, delta

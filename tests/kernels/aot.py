@@ -170,11 +170,16 @@ def compile_one(request: Request, target: int) -> Compiled:
         scratch=metadata.global_scratch_size,
         races=races(built.asm["ttgir"], request.same),
         outlived=outlived(built.asm["ttgir"]),
-        serialized=re.findall(r" are serialized due to (.*?) in (?:the )?function", said.getvalue()),
+        serialized=serialized(said.getvalue()),
         ptx=built.asm["ptx"],
         sass=sass,
         **counts(sass),
     )
+
+
+def serialized(said: str) -> list[str]:
+    """Why products of sm_90 wait for one another, from what ptxas said: codes C7510 and following."""
+    return re.findall(r" are serialized due to (.*?) (?:in|for) (?:the )?function", said)
 
 
 def outlived(ttgir: str) -> list[str]:

@@ -110,7 +110,7 @@ def backward(shape: tuple[int, ...]) -> tuple[list[Callable[[], tuple[Tensor, ..
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_gradient_of_the_activation(shape: tuple[int, ...]) -> None:
-    """Columns are summed in an order of their own: the gate's gradient is as near to the truth as the other kernel's."""
+    """Columns are summed in an order of their own; the gate's gradient is as near to the truth as the other one's."""
     (own, other), gate = backward(shape)
     wanted = other()
     held = [torch.full_like(each, torch.nan) for each in wanted]

@@ -119,8 +119,10 @@ def test_the_gradient_of_the_activation(shape: tuple[int, ...]) -> None:
     found = repeated(own)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     true = gate()
-    errors = [(part.double().sum(1) - true).abs() for part in (found[2], wanted[2])]
-    assert errors[0].mean() <= 1.05 * errors[1].mean() and errors[0].max() <= 1.5 * errors[1].max()
+    own_error, other_error = ((part.double().sum(1) - true).abs() for part in (found[2], wanted[2]))
+    rounding = 1e-6 * true.abs().max()  # all that six rows tell
+    assert own_error.mean() <= 1.05 * other_error.mean() + rounding
+    assert own_error.max() <= 1.5 * other_error.max() + rounding
 
 
 def test_the_gradient_of_the_activation_again_and_again() -> None:

@@ -36,7 +36,7 @@ SHIFT = gl.constexpr(14)
 
 @gluon.jit
 def _tile(blocks, rows, heads, HEADS: gl.constexpr):
-    """Sequence, head and first key of a program, in the order of `blocks.schedule`: the longest of a few heads first."""
+    """Sequence, head and first key of a program, in the order of `blocks.schedule`: long ones first."""
     pid = gl.program_id(0)
     group = pid // (blocks * HEADS)
     within = pid % (blocks * HEADS)
@@ -56,15 +56,16 @@ def _load(
     at = b * positions
     row = (b * heads + h).to(gl.int64) * padded
     inner = gl.arange(0, 64, layout=layout)
-    for part in gl.static_range(2):
-        ready = held.index(part)
-        mbarrier.expect(ready, 64 * (NOPE + ROPE + VALUE) * 2)
-        here = at + n + part * 64
-        tma.async_copy_global_to_shared(kv, [here, h * (NOPE + VALUE)], ready, k_buf.index(part))
-        tma.async_copy_global_to_shared(k_rope, [here, 0], ready, k_rope_buf.index(part))
-        tma.async_copy_global_to_shared(kv, [here, h * (NOPE + VALUE) + NOPE], ready, v_buf.index(part))
-    step = 0
-    for m in range(n, positions, 64):
+    for step in range(0, (positions - n) // 64):
+        # The second group's keys come behind the first one's queries: it begins later, so that the two take turns.
+        if step < 2:
+            ready = held.index(step)
+            mbarrier.expect(ready, 64 * (NOPE + ROPE + VALUE) * 2)
+            here = at + n + step * 64
+            tma.async_copy_global_to_shared(kv, [here, h * (NOPE + VALUE)], ready, k_buf.index(step))
+            tma.async_copy_global_to_shared(k_rope, [here, 0], ready, k_rope_buf.index(step))
+            tma.async_copy_global_to_shared(kv, [here, h * (NOPE + VALUE) + NOPE], ready, v_buf.index(step))
+        m = n + step * 64
         stage, ready = claim(full, empty, step, 64 * (NOPE + ROPE + VALUE) * 2, STAGES)
         tma.async_copy_global_to_shared(q, [at + m, h * (NOPE + ROPE)], ready, q_buf.index(stage))
         tma.async_copy_global_to_shared(q_rope, [at + m, h * (NOPE + ROPE) + NOPE], ready, q_rope_buf.index(stage))
@@ -72,7 +73,6 @@ def _load(
         async_copy.async_copy_global_to_shared(off_buf.index(2 * stage), top + row + m + inner)
         async_copy.async_copy_global_to_shared(off_buf.index(2 * stage + 1), delta + row + m + inner)
         async_copy.mbarrier_arrive(ready, increment_count=False)
-        step += 1
 
 
 @gluon.jit
@@ -98,7 +98,7 @@ def _operand(x, N: gl.constexpr):
 
 @gluon.jit
 def _probabilities(s, off, scale2, MASKED: gl.constexpr, SHIFT: gl.constexpr):
-    """Of keys by queries, times 2 to the power of `SHIFT`; the block on the diagonal, MASKED, begins with its first key."""
+    """Of keys by queries, times 2 to the power of `SHIFT`. MASKED: the block on the diagonal."""
     layout: gl.constexpr = s.type.layout
     top = off.load(gl.SliceLayout(0, layout)) - SHIFT
     p = gl.exp2(s * scale2 - top[None, :])
@@ -124,8 +124,8 @@ def _step(
 ):  # fmt: skip
     """Add one block of queries to the sums of 64 keys.
 
-    FORM   0: probabilities are rounded to the format of the products for both, dv's product goes off before dp is there
-           1: they are kept in fp16 until dp is there; 2: and in the format of the products, dv's product goes off before
+    FORM   0: probabilities are rounded to the format of the products, and dv's product goes off before dp is there;
+           1: they are kept in fp16 until dp is there; 2: both
     """
     stage = filled(full, step, STAGES)
     q, q_rope, do = q_buf.index(stage), q_rope_buf.index(stage), do_buf.index(stage)
@@ -242,11 +242,14 @@ def dkv_pass(
     parts = q.new_empty(batch, heads, positions, rope)
 
     def described(x: Tensor, columns: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1] if x is parts else x[0, 0].numel()), [QUERIES, columns], SWIZZLED)
+        return TensorDescriptor.from_tensor(x, [QUERIES, columns], SWIZZLED)
 
+    positions_first = [x.view(batch * positions, -1) for x in (q, kv, k_rope, do, dkv)]
+    queries, keys, rotated, gradient, out = positions_first
     mla_dkv_kernel[(positions // KEYS * batch * heads,)](
-        described(q, nope), described(q, rope), described(kv, nope), described(k_rope, rope), described(do, value),
-        top, delta, described(dkv, nope), described(parts, rope), positions, top.stride(0), heads, batch * heads, scale, nope, rope, value, group,
-        stages, form, registers, other, num_warps=4,
+        described(queries, nope), described(queries, rope), described(keys, nope), described(rotated, rope),
+        described(gradient, value), top, delta, described(out, nope), described(parts.view(-1, rope), rope), positions,
+        top.stride(0), heads, batch * heads, scale, nope, rope, value, group, stages, form, registers, other,
+        num_warps=4,
     )  # fmt: skip
     return dkv, parts.sum(1)

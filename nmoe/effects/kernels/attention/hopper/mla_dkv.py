@@ -46,9 +46,18 @@ def _tile(blocks, rows, heads, HEADS: gl.constexpr):
 
 
 @gluon.jit
+def _last(end, b, positions, key):
+    """One past the last query that sees a key."""
+    if end is None:
+        return positions
+    else:
+        return gl.load(end + b.to(gl.int64) * positions + key)
+
+
+@gluon.jit
 def _load(
-    q, q_rope, kv, k_rope, do, top, delta, positions, padded, heads, rows, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf,
-    do_buf, off_buf, held, full, empty, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
+    q, q_rope, kv, k_rope, do, top, delta, end, positions, padded, heads, rows, k_buf, k_rope_buf, v_buf, q_buf,
+    q_rope_buf, do_buf, off_buf, held, full, empty, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
     HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
@@ -56,7 +65,7 @@ def _load(
     at = b * positions
     row = (b * heads + h).to(gl.int64) * padded
     inner = gl.arange(0, 64, layout=layout)
-    for step in range(0, (positions - n) // 64):
+    for step in range(0, gl.cdiv(_last(end, b, positions, n + 127) - n, 64)):
         # The second group's keys come behind the first one's queries: it begins later, so that the two take turns.
         if step < 2:
             ready = held.index(step)
@@ -97,15 +106,22 @@ def _operand(x, N: gl.constexpr):
 
 
 @gluon.jit
-def _probabilities(s, off, scale2, MASKED: gl.constexpr, SHIFT: gl.constexpr):
-    """Of keys by queries, times 2 to the power of `SHIFT`. MASKED: the block on the diagonal."""
+def _probabilities(s, off, last, after, scale2, FIRST: gl.constexpr, MASKED: gl.constexpr, SHIFT: gl.constexpr):
+    """Of keys by queries, times 2 to the power of `SHIFT`.
+
+    last    one past the last query that sees each key, at which queries end that are `after` the first key
+    FIRST   the block on the diagonal
+    MASKED  by `last`
+    """
     layout: gl.constexpr = s.type.layout
     top = off.load(gl.SliceLayout(0, layout)) - SHIFT
     p = gl.exp2(s * scale2 - top[None, :])
-    if MASKED:
-        key = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-        query = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    key = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    query = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    if FIRST:
         p = gl.where(query[None, :] >= key[:, None], p, 0.0)
+    if MASKED:
+        p = gl.where((query + after)[None, :] < gl.load(last + key)[:, None], p, 0.0)
     return p
 
 
@@ -119,8 +135,8 @@ def _widened(x):
 
 @gluon.jit
 def _step(
-    k, k_rope, v, dk, dk_rope, dv, step, scale2, q_buf, q_rope_buf, do_buf, off_buf, full, empty,
-    STAGES: gl.constexpr, MASKED: gl.constexpr, FORM: gl.constexpr,
+    k, k_rope, v, dk, dk_rope, dv, step, last, n, scale2, q_buf, q_rope_buf, do_buf, off_buf, full, empty,
+    STAGES: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, FORM: gl.constexpr,
 ):  # fmt: skip
     """Add one block of queries to the sums of 64 keys.
 
@@ -132,13 +148,15 @@ def _step(
     s = _scores(k, k_rope, q, q_rope)
     s = warpgroup_mma_wait(0, deps=(s,))
     dtype: gl.constexpr = q.dtype
-    p = _probabilities(s, off_buf.index(2 * stage), scale2, MASKED, 0 if FORM == 0 else SHIFT)
+    p = _probabilities(
+        s, off_buf.index(2 * stage), last, n + step * 64, scale2, FIRST, MASKED, 0 if FORM == 0 else SHIFT
+    )
     # Kept in 16 bits: as fp32, beside dp and the sums, they would take more registers than there are.
     kept = p.to(dtype if FORM == 0 else gl.float16)
     rounded = p.to(dtype)
     dp = _product(v, do, 64)
     if FORM != 1:
-        dv = warpgroup_mma(_operand(rounded, dv.shape[1]), do, dv, use_acc=not MASKED, is_async=True)
+        dv = warpgroup_mma(_operand(rounded, dv.shape[1]), do, dv, use_acc=not FIRST, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
     else:
         dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -146,12 +164,12 @@ def _step(
     off = off_buf.index(2 * stage + 1).load(gl.SliceLayout(0, dp.type.layout))
     ds = (p * (dp - off[None, :])).to(dtype)
     if FORM == 1:
-        dv = warpgroup_mma(_operand(p.to(dtype), dv.shape[1]), do, dv, use_acc=not MASKED, is_async=True)
+        dv = warpgroup_mma(_operand(p.to(dtype), dv.shape[1]), do, dv, use_acc=not FIRST, is_async=True)
     else:
         # Without a wait its left side would have registers until the end; after ds, which else would be made behind it.
         dv, ds = warpgroup_mma_wait(0, deps=(dv, ds))
-    dk = warpgroup_mma(_operand(ds, dk.shape[1]), q, dk, use_acc=not MASKED, is_async=True)
-    dk_rope = warpgroup_mma(_operand(ds, dk_rope.shape[1]), q_rope, dk_rope, use_acc=not MASKED, is_async=True)
+    dk = warpgroup_mma(_operand(ds, dk.shape[1]), q, dk, use_acc=not FIRST, is_async=True)
+    dk_rope = warpgroup_mma(_operand(ds, dk_rope.shape[1]), q_rope, dk_rope, use_acc=not FIRST, is_async=True)
     # All products end before the loop's next turn: ptxas lets them wait for one another otherwise (C7512).
     dk, dk_rope, dv = warpgroup_mma_wait(0, deps=(dk, dk_rope, dv))
     mbarrier.arrive(empty.index(stage), count=1)
@@ -160,8 +178,8 @@ def _step(
 
 @gluon.jit
 def _multiply(
-    dkv, dk_rope, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf, do_buf, off_buf, held,
-    full, empty, PART: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, HEADS: gl.constexpr,
+    dkv, dk_rope, end, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf, do_buf, off_buf,
+    held, full, empty, PART: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, HEADS: gl.constexpr,
     STAGES: gl.constexpr, FORM: gl.constexpr,
 ):  # fmt: skip
     wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NOPE, 16])
@@ -170,6 +188,14 @@ def _multiply(
     k, k_rope, v = k_buf.index(PART), k_rope_buf.index(PART), v_buf.index(PART)
     scale2 = scale * LOG2_E
     b, h, n = _tile(positions // 128, rows, heads, HEADS)
+    masked: gl.constexpr = end is not None
+    own = n + PART * 64
+    last = end
+    if masked:
+        last = end + b.to(gl.int64) * positions + own
+    # Up to the first query that does not see the first key nothing is masked but the diagonal.
+    whole = gl.maximum((_last(end, b, positions, own) - n) // 64, PART + 1)
+    steps = gl.cdiv(_last(end, b, positions, own + 63) - n, 64)
     mbarrier.wait(held.index(PART), 0)
     if PART == 1:  # no key of the second half is seen by the first queries
         mbarrier.arrive(empty.index(filled(full, 0, STAGES)), count=1)
@@ -177,14 +203,23 @@ def _multiply(
     sum_rope = gl.zeros((64, ROPE), gl.float32, narrow)
     sum_v = gl.zeros((64, VALUE), gl.float32, broad)
     sum_k, sum_rope, sum_v = _step(
-        k, k_rope, v, sum_k, sum_rope, sum_v, PART, scale2, q_buf, q_rope_buf, do_buf, off_buf, full, empty, STAGES,
-        True, FORM,
+        k, k_rope, v, sum_k, sum_rope, sum_v, PART, last, n, scale2, q_buf, q_rope_buf, do_buf, off_buf, full, empty,
+        STAGES, True, masked, FORM,
     )  # fmt: skip
-    for step in range(PART + 1, (positions - n) // 64):
+    for step in range(PART + 1, whole):
         sum_k, sum_rope, sum_v = _step(
-            k, k_rope, v, sum_k, sum_rope, sum_v, step, scale2, q_buf, q_rope_buf, do_buf, off_buf, full, empty, STAGES,
-            False, FORM,
+            k, k_rope, v, sum_k, sum_rope, sum_v, step, last, n, scale2, q_buf, q_rope_buf, do_buf, off_buf, full,
+            empty, STAGES, False, False, FORM,
         )  # fmt: skip
+    if masked:
+        for step in range(whole, steps):
+            sum_k, sum_rope, sum_v = _step(
+                k, k_rope, v, sum_k, sum_rope, sum_v, step, last, n, scale2, q_buf, q_rope_buf, do_buf, off_buf, full,
+                empty, STAGES, False, True, FORM,
+            )  # fmt: skip
+        if PART == 0:  # what the other group's keys alone are seen by
+            for step in range(steps, gl.cdiv(_last(end, b, positions, n + 127) - n, 64)):
+                mbarrier.arrive(empty.index(filled(full, step, STAGES)), count=1)
     factor = 1.0 if FORM == 0 else 1.0 / (1 << SHIFT)
     # Through where the operands were: no product reads them any longer.
     v.store((sum_v * factor).to(v.dtype))
@@ -202,8 +237,8 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["heads", "rows"])
 def mla_dkv_kernel(
-    q, q_rope, kv, k_rope, do, top, delta, dkv, dk_rope, positions, padded, heads, rows, scale, NOPE: gl.constexpr,
-    ROPE: gl.constexpr, VALUE: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
+    q, q_rope, kv, k_rope, do, top, delta, end, dkv, dk_rope, positions, padded, heads, rows, scale,
+    NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
     FORM: gl.constexpr, REGISTERS: gl.constexpr, OTHER: gl.constexpr,
 ):  # fmt: skip
     k_buf = gl.allocate_shared_memory(gl.bfloat16, [2, 64, NOPE], kv.layout)
@@ -217,12 +252,12 @@ def mla_dkv_kernel(
     full, empty = ring(STAGES, 1 + 32, READERS=2)
     gl.warp_specialize(
         [
-            (_multiply, (dkv, dk_rope, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf,
+            (_multiply, (dkv, dk_rope, end, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf,
                          do_buf, off_buf, held, full, empty, 0, NOPE, ROPE, VALUE, HEADS, STAGES, FORM)),
-            (_multiply, (dkv, dk_rope, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf,
+            (_multiply, (dkv, dk_rope, end, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf,
                          do_buf, off_buf, held, full, empty, 1, NOPE, ROPE, VALUE, HEADS, STAGES, FORM)),
-            (_load, (q, q_rope, kv, k_rope, do, top, delta, positions, padded, heads, rows, k_buf, k_rope_buf, v_buf,
-                     q_buf, q_rope_buf, do_buf, off_buf, held, full, empty, NOPE, ROPE, VALUE, HEADS, STAGES)),
+            (_load, (q, q_rope, kv, k_rope, do, top, delta, end, positions, padded, heads, rows, k_buf, k_rope_buf,
+                     v_buf, q_buf, q_rope_buf, do_buf, off_buf, held, full, empty, NOPE, ROPE, VALUE, HEADS, STAGES)),
         ],
         [4, 1],
         [OTHER, REGISTERS],
@@ -230,8 +265,8 @@ def mla_dkv_kernel(
 
 
 def dkv_pass(
-    q: Tensor, kv: Tensor, k_rope: Tensor, top: Tensor, delta: Tensor, do: Tensor, scale: float,
-    *, form: int, stages: int = 3, group: int = 8, registers: int = 24, other: int = 240,
+    q: Tensor, kv: Tensor, k_rope: Tensor, top: Tensor, delta: Tensor, end: Tensor | None, do: Tensor,
+    scale: float, *, form: int, stages: int = 3, group: int = 8, registers: int = 24, other: int = 240,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`mla.dkv_pass` without documents, of lengths that are multiples of 128."""
     batch, positions, heads, channels = q.shape
@@ -248,7 +283,7 @@ def dkv_pass(
     queries, keys, rotated, gradient, out = positions_first
     mla_dkv_kernel[(positions // KEYS * batch * heads,)](
         described(queries, nope), described(queries, rope), described(keys, nope), described(rotated, rope),
-        described(gradient, value), top, delta, described(out, nope), described(parts.view(-1, rope), rope), positions,
+        described(gradient, value), top, delta, end, described(out, nope), described(parts.view(-1, rope), rope), positions,
         top.stride(0), heads, batch * heads, scale, nope, rope, value, group, stages, form, registers, other,
         num_warps=4,
     )  # fmt: skip

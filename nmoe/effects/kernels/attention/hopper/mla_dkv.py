@@ -35,9 +35,8 @@ SHIFT = gl.constexpr(14)
 
 
 @gluon.jit
-def _tile(blocks, rows, heads, HEADS: gl.constexpr):
+def _tile(pid, blocks, rows, heads, HEADS: gl.constexpr):
     """Sequence, head and first key of a program, in the order of `blocks.schedule`: long ones first."""
-    pid = gl.program_id(0)
     group = pid // (blocks * HEADS)
     within = pid % (blocks * HEADS)
     width = gl.minimum(rows - group * HEADS, HEADS)
@@ -61,7 +60,7 @@ def _load(
     HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    b, h, n = _tile(positions // 128, rows, heads, HEADS)
+    b, h, n = _tile(gl.program_id(0), positions // 128, rows, heads, HEADS)
     at = b * positions
     row = (b * heads + h).to(gl.int64) * padded
     inner = gl.arange(0, 64, layout=layout)
@@ -187,7 +186,7 @@ def _multiply(
     broad: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, VALUE, 16])
     k, k_rope, v = k_buf.index(PART), k_rope_buf.index(PART), v_buf.index(PART)
     scale2 = scale * LOG2_E
-    b, h, n = _tile(positions // 128, rows, heads, HEADS)
+    b, h, n = _tile(gl.program_id(0), positions // 128, rows, heads, HEADS)
     masked: gl.constexpr = end is not None
     own = n + PART * 64
     last = end
@@ -220,6 +219,9 @@ def _multiply(
         if PART == 0:  # what the other group's keys alone are seen by
             for step in range(steps, gl.cdiv(_last(end, b, positions, n + 127) - n, 64)):
                 mbarrier.arrive(empty.index(filled(full, step, STAGES)), count=1)
+    # Found anew, in a way that no compiler sees through: kept through the loop it would have registers.
+    pid = gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    b, h, n = _tile(pid, positions // 128, rows, heads, HEADS)
     factor = 1.0 if FORM == 0 else 1.0 / (1 << SHIFT)
     # Through where the operands were: no product reads them any longer.
     v.store((sum_v * factor).to(v.dtype))

@@ -178,8 +178,8 @@ def _step(
 @gluon.jit
 def _multiply(
     dkv, dk_rope, end, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf, do_buf, off_buf,
-    held, full, empty, PART: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, HEADS: gl.constexpr,
-    STAGES: gl.constexpr, FORM: gl.constexpr,
+    held, full, empty, PART: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
+    HEADS: gl.constexpr, STAGES: gl.constexpr, FORM: gl.constexpr,
 ):  # fmt: skip
     wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NOPE, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROPE, 16])
@@ -285,8 +285,8 @@ def dkv_pass(
     queries, keys, rotated, gradient, out = positions_first
     mla_dkv_kernel[(positions // KEYS * batch * heads,)](
         described(queries, nope), described(queries, rope), described(keys, nope), described(rotated, rope),
-        described(gradient, value), top, delta, end, described(out, nope), described(parts.view(-1, rope), rope), positions,
-        top.stride(0), heads, batch * heads, scale, nope, rope, value, group, stages, form, registers, other,
+        described(gradient, value), top, delta, end, described(out, nope), described(parts.view(-1, rope), rope),
+        positions, top.stride(0), heads, batch * heads, scale, nope, rope, value, group, stages, form, registers, other,
         num_warps=4,
     )  # fmt: skip
     return dkv, parts.sum(1)

@@ -14,8 +14,8 @@ from torch import Tensor
 from nmoe.effects.device import ops
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
-from nmoe.effects.kernels.moe.hopper import gradient, ring, up
-from nmoe.effects.kernels.moe.moe import moe_experts
+from nmoe.effects.kernels.moe.hopper import activation, gradient, ring, up
+from nmoe.effects.kernels.moe.moe import LONG, moe_experts
 from nmoe.pure.model import route
 from nmoe.pure.model.route import Routing
 from tests.kernels import truth
@@ -83,6 +83,55 @@ def test_the_up_projection(shape: tuple[int, ...]) -> None:
     assert torch.equal(h, wanted[0]) and torch.equal(a, wanted[1])
 
 
+def backward(shape: tuple[int, ...]) -> tuple[list[Callable[[], tuple[Tensor, ...]]], Callable[[], Tensor]]:
+    """The activation's gradient by Hopper's kernel and by the one that runs everywhere; the gate's gradient in fp64."""
+    tokens, hidden, width, num_experts, top_k = shape
+    tiles = ops.mixture_tiles(torch.device("cuda"), hidden, width)
+    at = places.dispatch(chosen(tokens, num_experts, top_k), num_experts)
+    pairs = tokens * top_k
+    rows, h = normal(pairs, hidden), normal(pairs, 2, width, seed=1)
+    weight = torch.rand(tokens, top_k, device="cuda")
+    down = normal(num_experts, width, hidden, seed=2) / width**0.5
+    cut = {m: places.tiles(at.count, pairs, m) for m in {ring.ROWS, tiles.activation.block_m}}
+    given = (rows, at.slot, weight, down, h, at.end)
+
+    def gate() -> Tensor:
+        active = torch.nn.functional.silu(h[:, 0].double()) * h[:, 1].double()
+        count = at.count.tolist()
+        parts = zip(rows.split(count), down, active.split(count), strict=True)
+        return torch.cat([((r.double() @ d.double().T) * a).sum(1) for r, d, a in parts])
+
+    kinds = [
+        lambda: activation.swiglu_backward_gemm(*given, cut[ring.ROWS], 8, 132),
+        lambda: experts.swiglu_backward_gemm(*given, cut[tiles.activation.block_m], tiles.activation, 8, 132),
+    ]
+    return kinds, gate
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_gradient_of_the_activation(shape: tuple[int, ...]) -> None:
+    """Columns are summed in an order of their own; the gate's gradient is as near to the truth as the other one's."""
+    (own, other), gate = backward(shape)
+    wanted = other()
+    held = [torch.full_like(each, torch.nan) for each in wanted]
+    torch.cuda.synchronize()
+    del held  # what the next call is given
+    found = repeated(own)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    true = gate()
+    own_error, other_error = ((part.double().sum(1) - true).abs() for part in (found[2], wanted[2]))
+    rounding = 1e-6 * true.abs().max()  # all that six rows tell
+    assert own_error.mean() <= 1.05 * other_error.mean() + rounding
+    assert own_error.max() <= 1.5 * other_error.max() + rounding
+
+
+def test_the_gradient_of_the_activation_again_and_again() -> None:
+    """The shortest products: without the fence behind what threads read, half of these calls had other bits."""
+    (own, other), _ = backward((65536, 768, 384, 64, 4))
+    wanted = [each.clone() for each in other()[:2]]
+    assert [i for i in range(100) if not all(map(torch.equal, own()[:2], wanted))] == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_weight_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -132,4 +181,7 @@ def test_a_layer(shape: tuple[int, ...]) -> None:
     run = layer(shape, moe_experts)
     found, wanted = repeated(lambda: run(True)), run(False)
     for name, a, b in zip(("y", "dx", "dweight", "dup", "ddown"), found, wanted, strict=True):
-        assert torch.equal(a, b), name
+        if name == "dweight" and shape[1] >= LONG:  # summed in another order
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+        else:
+            assert torch.equal(a, b), name

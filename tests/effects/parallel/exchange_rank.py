@@ -72,7 +72,9 @@ def main(
     )
     transport, per_host = joining(joined)
     small = where.type == "cpu"
-    tokens, hidden, width = (2048, 1024, 512) if not small else (TOKENS, *((128, 128) if "fp8" in what else (16, 16)))
+    # on a GPU sizes whose activation's gradient has a kernel of Hopper's, and sizes that have none
+    large = (2048, 1024 if what == "plain" else 2048, 512)
+    tokens, hidden, width = large if not small else (TOKENS, *((128, 128) if "fp8" in what else (16, 16)))
     sizes = exchange.Sizes(
         ranks=ranks,
         experts=EXPERTS + (rank if what == "disagree" else 0),

@@ -5,13 +5,16 @@ Triton's interpreter knows no Gluon: what they compute is compared with the othe
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
-from nmoe.effects.kernels.moe.hopper import ring
+from nmoe.effects.kernels.moe.hopper import activation, ring
 from tests.kernels import aot
 from tests.kernels.aot import Request
 
@@ -24,14 +27,16 @@ def block(rows: int, columns: int) -> str:
     return f"tensordesc<bf16[{rows}, {columns}],{layout}>"
 
 
-def request(name: str, types: Mapping[str, str], constants: Mapping[str, Any], sizes: str, **tile: int) -> Request:
+def request(
+    name: str, types: Mapping[str, str], constants: Mapping[str, Any], sizes: str, warps: int = 8, **tile: int
+) -> Request:
     tile = {"M": ring.ROWS, "N": ring.COLUMNS, "K": ring.STEP, "PIECE": ring.PIECE, "STAGES": ring.STAGES} | tile
     return Request(
         kernel=f"nmoe.effects.kernels.moe.hopper.{name}_kernel",
         signature=types,
         constants={**tile, "GROUP": 8, "PROGRAMS": 132, **constants},
         aligned=[*(key for key, kind in types.items() if kind.startswith("*")), *sizes.split()],
-        warps=8,
+        warps=warps,
     )
 
 
@@ -71,6 +76,26 @@ def requests() -> list[Request]:
     ]
 
 
+def of_the_activation() -> list[Request]:
+    """Of widths that a tile divides, and not."""
+    m, k, n = ring.ROWS, ring.STEP, activation.WIDTH
+    return [
+        request(
+            "activation:swiglu_backward_gemm",
+            {"rows": block(m, k), "w": block(n, k), "h": block(m, ring.NARROW), "weight": "*fp32", "slot": "*i32"}
+            | {"dh": "*bf16", "a": "*bf16", "gate_part": "*fp32", "one": "fp32"}
+            | TILED,
+            {"D": hidden, "F": width, "GROUPS": activation.GROUPS, "SLOTS": activation.SLOTS},
+            "",
+            4,
+            N=n,
+            STAGES=activation.STAGES,
+            PIECE=ring.NARROW,
+        )
+        for hidden, width in ((2048, 1408), (2056, 200), (7168, 2048))
+    ]
+
+
 def test_products_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Three programs' registers are divided anew: those that multiply have more than 224 of a thread."""
     found = aot.compile_all(requests(), tmp_path_factory.mktemp("triton"), targets=[90])
@@ -81,3 +106,29 @@ def test_products_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> None:
         if each.mma or each.atomics or each.scratch or own < 224 or products != {"256"}:
             said.append(f"{each.kernel}: {each.mma} old products, {own} registers, products of {products} columns")
     assert said == []
+
+
+def test_the_activation_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Four groups' registers are divided anew: both groups of warps that multiply have 232 of a thread."""
+    found = aot.compile_all(of_the_activation(), tmp_path_factory.mktemp("triton"), targets=[90])
+    for each in found:
+        assert each.problems(tensor_cores=True) == []
+        assert (each.mma, each.atomics, each.scratch) == (0, 0, 0)
+        assert each.registers <= 168, "three groups of 4 warps share a multiprocessor's registers at the launch"
+        assert re.findall(r"setmaxnreg\.inc\.sync\.aligned\.u32\s+(\d+)", each.ptx).count("232") >= 1
+        products = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16", each.ptx))
+        # two groups of warps, two blocks of 64 rows each, four products a step
+        assert products == {"128"} and each.wgmma == 2 * 2 * 4
+
+
+def test_what_threads_read_is_fenced_before_it_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The activation's kernel as it was before a GPU found other bits."""
+    source = Path(str(activation.__file__)).read_text()
+    fence = "            fence_async_shared()\n"
+    assert source.count(fence) == 1
+    (tmp_path / "activation_before.py").write_text(source.replace(fence, ""))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    before = attrs.evolve(of_the_activation()[0], kernel="activation_before:swiglu_backward_gemm_kernel")
+    (found,) = aot.compile_all([before], tmp_path / "triton", targets=[90])
+    assert len(found.unfenced) == 4, "gate and value of each group of warps"
+    assert "read by threads, given back to TMA without fence_async_shared" in found.problems()[0]

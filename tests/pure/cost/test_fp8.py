@@ -38,7 +38,7 @@ def test_tokens_are_those_of_all_ranks_that_share_the_experts_out() -> None:
         ROOT / "configs" / "moonlet.toml", {}, ("--precision.compute=fp8", "--train.microbatch_size=1")
     ).config
     alone, shared = (said(config, ranks) for ranks in (1, 8))
-    assert "took 1.11 times as long on one H200 with 4,096 tokens at 2048x1408" in alone
-    assert "1.14 times as fast" in shared and shared.endswith(
+    assert "took 1.14 times as long on one H200 with 4,096 tokens at 2048x1408" in alone
+    assert "1.13 times as fast" in shared and shared.endswith(
         "the nearest measured; 8 that share experts out gain less"
     )

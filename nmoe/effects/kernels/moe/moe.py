@@ -5,6 +5,7 @@ Letters: N tokens, D hidden size, E experts, F expert width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,8 @@ from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts, persistent
-from nmoe.effects.kernels.moe.hopper import gradient, ring
+from nmoe.effects.kernels.moe.dispatch import RowTiles
+from nmoe.effects.kernels.moe.hopper import activation, gradient, ring
 from nmoe.effects.kernels.moe.hopper import up as up_projection
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model.route import Routing
@@ -26,6 +28,10 @@ from nmoe.pure.model.route import Routing
 MANY = 1024
 """Rows of an expert, in the mean, from which on a weight gradient that gathers nothing is faster without Hopper's
 kernel: 0.63 of the time with 192 rows, 1.03 to 1.29 with 3,072 and more; none between was measured."""
+
+LONG = 2048
+"""Hidden size from which on the activation's gradient is faster by Hopper's kernel, in whose epilogue nothing is
+multiplied for the tile: 0.92 to 0.96 of the time at 2,048 and 7,168, 1.01 at 768; none between was measured."""
 
 
 @attrs.frozen(kw_only=True)
@@ -51,6 +57,10 @@ class Tiles:
     def specialized(self, form: experts.Form) -> bool:
         """Whether the up-projection is that of `moe.hopper`."""
         return self.hopper and form.plain
+
+    def in_turns(self, form: experts.Form, hidden: int) -> bool:
+        """Whether the activation's gradient is that of `moe.hopper`."""
+        return self.specialized(form) and hidden >= LONG
 
 
 class MoeExperts(torch.autograd.Function):
@@ -105,9 +115,8 @@ class MoeExperts(torch.autograd.Function):
         with record_function("combine"):
             rows = places.spread(outputs[0].contiguous(), place)
         with record_function("experts"):
-            cut = ctx.cuts[t.activation.block_m]
-            dh, a, part = experts.swiglu_backward_gemm(
-                rows, slot, weight, down, h, end, cut, t.activation, t.group, t.programs, form
+            dh, a, part = activation_gradient(
+                rows, slot, weight, down, h, end, ctx.cuts.__getitem__, t, form, t.programs
             )
             dh = dh.flatten(1)
             d_bias = form.gradient(dh, end, count)
@@ -121,6 +130,23 @@ class MoeExperts(torch.autograd.Function):
         with record_function("dispatch"):
             d_input = sums.combine(dx, place, None)
         return d_input, None, d_weight, d_up, d_down, d_bias, *[None] * 4, *[outputs[0]] * ctx.added
+
+
+def activation_gradient(
+    rows: Tensor, slot: Tensor, weight: Tensor, down: Tensor, h: Tensor, end: Tensor, cut: Callable[[int], RowTiles],
+    t: Tiles, form: experts.Form, programs: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`experts.swiglu_backward_gemm` by the kernel that is fastest for the hidden size. One rank and many take the same
+    one, for the order in which the gate's gradient is summed is the kernel's own.
+
+    cut       rows of a tile -> the tiles
+    programs  of `experts.swiglu_backward_gemm`; Hopper's kernel has one a multiprocessor always
+    """
+    if t.in_turns(form, down.shape[2]):
+        own = cut(ring.ROWS)
+        return activation.swiglu_backward_gemm(rows, slot, weight, down, h, end, own, t.group, t.programs)
+    own = cut(t.activation.block_m)
+    return experts.swiglu_backward_gemm(rows, slot, weight, down, h, end, own, t.activation, t.group, programs, form)
 
 
 def down_weight_gradient(

@@ -19,7 +19,7 @@ from torch.autograd.profiler import record_function
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts, fp8, moe_fp8
 from nmoe.effects.kernels.moe.experts import PLAIN, Form
-from nmoe.effects.kernels.moe.moe import Tiles
+from nmoe.effects.kernels.moe.moe import Tiles, activation_gradient
 from nmoe.effects.parallel.exchange.arena import Exchange, view
 from nmoe.pure.parallel.exchange_arena import Field
 
@@ -112,16 +112,15 @@ class Stored:
     ) -> tuple[Tensor, Tensor, Tensor, Product]:
         """See `Products`.
 
-        One tile a program: of persistent programs, those whose multiprocessor pushes rows would begin late with an
-        equal share of the tiles. Not measured apart from other changes (docs/log.md, 2026-11-28).
+        One tile a program where the kernel allows it: of persistent programs, those whose multiprocessor pushes rows
+        would begin late with an equal share of the tiles. Not measured apart from other changes (docs/log.md,
+        2026-11-28).
         """
         t, capacity = self.tiles, e.sizes.capacity
         identity = torch.arange(capacity, dtype=torch.int32, device=h.device)
-        cut = places.tiles(kept.count, capacity, t.activation.block_m)
+        cut = partial(places.tiles, kept.count, capacity)
         gate = view(e.raw, e.fields.gate)
-        dh, a, part = experts.swiglu_backward_gemm(
-            pulls, identity, gate, down, h, kept.end, cut, t.activation, t.group, sys.maxsize, self.form
-        )
+        dh, a, part = activation_gradient(pulls, identity, gate, down, h, kept.end, cut, t, self.form, sys.maxsize)
         dh = dh.flatten(1)
         cut = places.tiles(kept.count, capacity, t.input.block_m)
         rest = {"end": kept.end, "tiles": cut, "tile": t.input, "group": t.group, "transposed": True}

@@ -23,12 +23,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nmoe.effects.kernels.attention.hopper import BLOCK, SIZES
 from nmoe.effects.kernels.moe.hopper.ring import SWIZZLED, barrier, claim, filled, ring
 
-KEYS, QUERIES = 128, 64
-"""Of a tile, half of them a group's, and of a step."""
+NOPE, ROPE, VALUE = SIZES
 
-LOG2_E = gl.constexpr(1.4426950408889634)
+QUERIES = 64
+"""Of a step, and keys of a group."""
+
+STAGES = 3
+"""Steps under way: 120 KB of shared memory beside 80 of keys and values."""
+
+HEADS = 8
+"""Whose programs run side by side: their queries stay in the L2 cache."""
 
 SHIFT = gl.constexpr(14)
 """Of probabilities in fp16: the least normal one is 2^-28, and 1 has no overflow."""
@@ -105,7 +112,7 @@ def _operand(x, N: gl.constexpr):
 
 
 @gluon.jit
-def _probabilities(s, off, last, after, scale2, FIRST: gl.constexpr, MASKED: gl.constexpr, SHIFT: gl.constexpr):
+def _probabilities(s, off, last, after, scale2, FIRST: gl.constexpr, MASKED: gl.constexpr):
     """Of keys by queries, times 2 to the power of `SHIFT`.
 
     last    one past the last query that sees each key, at which queries end that are `after` the first key
@@ -125,48 +132,26 @@ def _probabilities(s, off, last, after, scale2, FIRST: gl.constexpr, MASKED: gl.
 
 
 @gluon.jit
-def _widened(x):
-    """bf16 as fp32, two values of a register: by itself the compiler rounds one by one, into registers of their own."""
-    return gl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
 def _step(
     k, k_rope, v, dk, dk_rope, dv, step, last, n, scale2, q_buf, q_rope_buf, do_buf, off_buf, full, empty,
-    STAGES: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, FORM: gl.constexpr,
+    STAGES: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Add one block of queries to the sums of 64 keys.
-
-    FORM   0: probabilities are rounded to the format of the products, and dv's product goes off before dp is there;
-           1: they are kept in fp16 until dp is there; 2: both
-    """
+    """Add one block of queries to the sums of 64 keys."""
     stage = filled(full, step, STAGES)
     q, q_rope, do = q_buf.index(stage), q_rope_buf.index(stage), do_buf.index(stage)
     s = _scores(k, k_rope, q, q_rope)
     s = warpgroup_mma_wait(0, deps=(s,))
     dtype: gl.constexpr = q.dtype
-    p = _probabilities(
-        s, off_buf.index(2 * stage), last, n + step * 64, scale2, FIRST, MASKED, 0 if FORM == 0 else SHIFT
-    )
-    # Kept in 16 bits: as fp32, beside dp and the sums, they would take more registers than there are.
-    kept = p.to(dtype if FORM == 0 else gl.float16)
-    rounded = p.to(dtype)
+    p = _probabilities(s, off_buf.index(2 * stage), last, n + step * 64, scale2, FIRST, MASKED)
+    # Kept in fp16, for its own product in the products' format: as fp32 it would have more registers than there are.
+    kept, rounded = p.to(gl.float16), p.to(dtype)
     dp = _product(v, do, 64)
-    if FORM != 1:
-        dv = warpgroup_mma(_operand(rounded, dv.shape[1]), do, dv, use_acc=not FIRST, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=(dp,))
-    else:
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-    p = _widened(kept) if FORM == 0 else kept.to(gl.float32)
-    off = off_buf.index(2 * stage + 1).load(gl.SliceLayout(0, dp.type.layout))
-    ds = (p * (dp - off[None, :])).to(dtype)
-    if FORM == 1:
-        dv = warpgroup_mma(_operand(p.to(dtype), dv.shape[1]), do, dv, use_acc=not FIRST, is_async=True)
-    else:
-        # Without a wait its left side would have registers until the end; after ds, which else would be made behind it.
-        dv, ds = warpgroup_mma_wait(0, deps=(dv, ds))
+    dv = warpgroup_mma(_operand(rounded, dv.shape[1]), do, dv, use_acc=not FIRST, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    off = off_buf.index(2 * stage + 1).load(gl.SliceLayout(0, kept.type.layout))
+    ds = (kept.to(gl.float32) * (dp - off[None, :])).to(dtype)
+    # Without a wait its left side would have registers until the end; after ds, which else would be made behind it.
+    dv, ds = warpgroup_mma_wait(0, deps=(dv, ds))
     dk = warpgroup_mma(_operand(ds, dk.shape[1]), q, dk, use_acc=not FIRST, is_async=True)
     dk_rope = warpgroup_mma(_operand(ds, dk_rope.shape[1]), q_rope, dk_rope, use_acc=not FIRST, is_async=True)
     # All products end before the loop's next turn: ptxas lets them wait for one another otherwise (C7512).
@@ -179,13 +164,13 @@ def _step(
 def _multiply(
     dkv, dk_rope, end, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf, do_buf, off_buf,
     held, full, empty, PART: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
-    HEADS: gl.constexpr, STAGES: gl.constexpr, FORM: gl.constexpr,
+    HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NOPE, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROPE, 16])
     broad: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, VALUE, 16])
     k, k_rope, v = k_buf.index(PART), k_rope_buf.index(PART), v_buf.index(PART)
-    scale2 = scale * LOG2_E
+    scale2 = scale * 1.4426950408889634  # exp2 is one instruction, exp is not
     b, h, n = _tile(gl.program_id(0), positions // 128, rows, heads, HEADS)
     masked: gl.constexpr = end is not None
     own = n + PART * 64
@@ -203,18 +188,18 @@ def _multiply(
     sum_v = gl.zeros((64, VALUE), gl.float32, broad)
     sum_k, sum_rope, sum_v = _step(
         k, k_rope, v, sum_k, sum_rope, sum_v, PART, last, n, scale2, q_buf, q_rope_buf, do_buf, off_buf, full, empty,
-        STAGES, True, masked, FORM,
+        STAGES, True, masked,
     )  # fmt: skip
     for step in range(PART + 1, whole):
         sum_k, sum_rope, sum_v = _step(
             k, k_rope, v, sum_k, sum_rope, sum_v, step, last, n, scale2, q_buf, q_rope_buf, do_buf, off_buf, full,
-            empty, STAGES, False, False, FORM,
+            empty, STAGES, False, False,
         )  # fmt: skip
     if masked:
         for step in range(whole, steps):
             sum_k, sum_rope, sum_v = _step(
                 k, k_rope, v, sum_k, sum_rope, sum_v, step, last, n, scale2, q_buf, q_rope_buf, do_buf, off_buf, full,
-                empty, STAGES, False, True, FORM,
+                empty, STAGES, False, True,
             )  # fmt: skip
         if PART == 0:  # what the other group's keys alone are seen by
             for step in range(steps, gl.cdiv(_last(end, b, positions, n + 127) - n, 64)):
@@ -222,7 +207,7 @@ def _multiply(
     # Found anew, in a way that no compiler sees through: kept through the loop it would have registers.
     pid = gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     b, h, n = _tile(pid, positions // 128, rows, heads, HEADS)
-    factor = 1.0 if FORM == 0 else 1.0 / (1 << SHIFT)
+    factor = 1.0 / (1 << SHIFT)
     # Through where the operands were: no product reads them any longer.
     v.store((sum_v * factor).to(v.dtype))
     k.store((sum_k * (scale * factor)).to(v.dtype))
@@ -241,7 +226,7 @@ def _multiply(
 def mla_dkv_kernel(
     q, q_rope, kv, k_rope, do, top, delta, end, dkv, dk_rope, positions, padded, heads, rows, scale,
     NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
-    FORM: gl.constexpr, REGISTERS: gl.constexpr, OTHER: gl.constexpr,
+   
 ):  # fmt: skip
     k_buf = gl.allocate_shared_memory(gl.bfloat16, [2, 64, NOPE], kv.layout)
     k_rope_buf = gl.allocate_shared_memory(gl.bfloat16, [2, 64, ROPE], k_rope.layout)
@@ -255,38 +240,44 @@ def mla_dkv_kernel(
     gl.warp_specialize(
         [
             (_multiply, (dkv, dk_rope, end, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf,
-                         do_buf, off_buf, held, full, empty, 0, NOPE, ROPE, VALUE, HEADS, STAGES, FORM)),
+                         do_buf, off_buf, held, full, empty, 0, NOPE, ROPE, VALUE, HEADS, STAGES)),
             (_multiply, (dkv, dk_rope, end, positions, heads, rows, scale, k_buf, k_rope_buf, v_buf, q_buf, q_rope_buf,
-                         do_buf, off_buf, held, full, empty, 1, NOPE, ROPE, VALUE, HEADS, STAGES, FORM)),
+                         do_buf, off_buf, held, full, empty, 1, NOPE, ROPE, VALUE, HEADS, STAGES)),
             (_load, (q, q_rope, kv, k_rope, do, top, delta, end, positions, padded, heads, rows, k_buf, k_rope_buf,
                      v_buf, q_buf, q_rope_buf, do_buf, off_buf, held, full, empty, NOPE, ROPE, VALUE, HEADS, STAGES)),
         ],
         [4, 1],
-        [OTHER, REGISTERS],
+        [240, 24],
     )  # fmt: skip
 
 
-def dkv_pass(
-    q: Tensor, kv: Tensor, k_rope: Tensor, top: Tensor, delta: Tensor, end: Tensor | None, do: Tensor,
-    scale: float, *, form: int, stages: int = 3, group: int = 8, registers: int = 24, other: int = 240,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`mla.dkv_pass` without documents, of lengths that are multiples of 128."""
-    batch, positions, heads, channels = q.shape
-    rope = k_rope.shape[-1]
-    nope = channels - rope
-    value = kv.shape[-1] - nope
+def gradients(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    end: Tensor | None,
+    top: Tensor,
+    delta: Tensor,
+    do: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `kv`, and of `k_rope` one rounded part a head, [B H T P]; `mla.dkv_pass` adds them up.
+
+    q, kv, k_rope, do  as `mla.mla_attention` takes them; T a multiple of `BLOCK`
+    end                [B T] i32, one past the last query that sees each key, or None: all later ones
+    top, delta         of `mla.dq_pass`
+    """
+    batch, positions, heads, _ = q.shape
     dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
-    parts = q.new_empty(batch, heads, positions, rope)
+    parts = q.new_empty(batch, heads, positions, ROPE)
 
     def described(x: Tensor, columns: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(x, [QUERIES, columns], SWIZZLED)
+        return TensorDescriptor.from_tensor(x.reshape(batch * positions, -1), [QUERIES, columns], SWIZZLED)
 
-    positions_first = [x.view(batch * positions, -1) for x in (q, kv, k_rope, do, dkv)]
-    queries, keys, rotated, gradient, out = positions_first
-    mla_dkv_kernel[(positions // KEYS * batch * heads,)](
-        described(queries, nope), described(queries, rope), described(keys, nope), described(rotated, rope),
-        described(gradient, value), top, delta, end, described(out, nope), described(parts.view(-1, rope), rope),
-        positions, top.stride(0), heads, batch * heads, scale, nope, rope, value, group, stages, form, registers, other,
-        num_warps=4,
+    mla_dkv_kernel[(positions // BLOCK * batch * heads,)](
+        described(q, NOPE), described(q, ROPE), described(kv, NOPE), described(k_rope, ROPE), described(do, VALUE),
+        top, delta, end, described(dkv, NOPE),
+        TensorDescriptor.from_tensor(parts.view(-1, ROPE), [QUERIES, ROPE], SWIZZLED),
+        positions, top.stride(0), heads, batch * heads, scale, NOPE, ROPE, VALUE, HEADS, STAGES, num_warps=4,
     )  # fmt: skip
-    return dkv, parts.sum(1)
+    return dkv, parts

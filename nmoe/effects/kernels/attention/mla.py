@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nmoe.effects.kernels.attention import hopper, mla_assemble
 from nmoe.effects.kernels.attention.blocks import box, described, ends, readable
-from nmoe.effects.kernels.attention.hopper import mla_dkv
+from nmoe.effects.kernels.attention.hopper import mla_dkv, mla_dq
 from nmoe.effects.kernels.attention.mla_kernels import dkv_kernel, dq_kernel, forward_kernel
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import AttentionTile
@@ -238,6 +238,9 @@ def dq_pass(
     returns  dq [B T H C]; top and delta, both [B·H T] f32: the logarithm to base 2 of a row's sum of exponentials, and
              what softmax takes off each of its rows' gradients
     """
+    given = start if isinstance(start, Tensor) else None
+    if tiles.specialized(q, kv, k_rope):
+        return mla_dq.gradient(q, kv, k_rope, given, o, lse, do, scale)
     batch, positions, heads, _ = q.shape
     nope, tile = q.shape[-1] - k_rope.shape[-1], tiles.dq
     # Descriptors read rows that begin at multiples of 16 bytes.
@@ -253,7 +256,7 @@ def dq_pass(
         top=top,
         delta=delta,
         padded=top.stride(0),
-        start=start if isinstance(start, Tensor) else None,
+        start=given,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
         num_warps=tile.num_warps,

@@ -1,9 +1,9 @@
 """Gradient of queries of MLA for Hopper: one warp loads, two groups of four warps multiply.
 
 A program takes a block of 128 queries of one head, or of some heads one after another. Each group owns 64 of the
-queries; blocks of 64 keys and values come through a ring, from the diagonal down. Of a block, a group begins its scores,
-what the block before adds to the gradient, and the gradient of its probabilities at once; the exponentials lie behind
-the latter two, and behind the other group's products. Letters are those of `mla_kernels`.
+queries; blocks of 64 keys and values come through a ring, from the diagonal down. A group begins at once a block's
+scores, what the block before adds to the gradient, and the gradient of the block's probabilities: exponentials lie
+behind the latter two, and behind the other group's products. Letters are those of `mla_kernels`.
 
 Lengths are multiples of 128.
 """
@@ -39,7 +39,7 @@ HEADS = 8
 """Whose programs run side by side: their keys stay in the L2 cache."""
 
 MANY = 2048
-"""Blocks of queries from which on a program takes those of two heads: what begins and ends a program is paid for once."""
+"""Blocks of queries from which on a program takes those of two heads: what begins and ends it is paid for once."""
 
 
 @gluon.jit
@@ -153,11 +153,8 @@ def _multiply(
         at = (row + turn).to(gl.int64) * positions + m
         inner = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
         channel = gl.arange(0, VALUE, layout=gl.SliceLayout(0, layout))
-        out = gl.load(
-            o
-            + first.to(gl.int64) * (heads * VALUE)
-            + (h * VALUE + (inner * (heads * VALUE))[:, None] + channel[None, :])
-        )
+        there = o + first.to(gl.int64) * (heads * VALUE) + h * VALUE
+        out = gl.load(there + ((inner * (heads * VALUE))[:, None] + channel[None, :]))
         above = gl.load(lse + at + query) * 1.4426950408889634
         begin = 0
         if start is not None:

@@ -31,8 +31,8 @@ NOPE, ROPE, VALUE = SIZES
 QUERIES = 64
 """Of a step, and keys of a group."""
 
-STAGES = 3
-"""Steps under way: 120 KB of shared memory beside 80 of keys and values."""
+STAGES = 2
+"""Steps under way: 80 KB of shared memory, beside as much of keys and values."""
 
 HEADS = 8
 """Whose programs run side by side: their queries stay in the L2 cache."""

@@ -106,7 +106,7 @@ def test_attention_of_documents(tmp_path_factory: pytest.TempPathFactory, target
 
 
 HOPPER = {False: 16, True: 44}
-"""Spill instructions of Hopper's gradients of keys and values, without documents and with, most outside of loops."""
+"""Spill instructions of Hopper's gradients of keys and values, without documents and with, few in loops."""
 
 
 @pytest.mark.parametrize("documents", HOPPER)

@@ -147,8 +147,8 @@ QUERIES = {(1, False): 0, (2, False): 2, (1, True): 8, (2, True): 12}
 them in its loop."""
 
 
-def test_gradient_of_queries_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No product waits for another; both groups of warps that multiply have 240 registers of a thread."""
+def gradient_of_queries(tiles: int, documents: bool) -> Request:
+    """For Hopper, with so many tiles a program."""
 
     def box(columns: int) -> str:
         layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
@@ -157,20 +157,21 @@ def test_gradient_of_queries_for_hopper(tmp_path_factory: pytest.TempPathFactory
     nope, rope, value = hopper.SIZES
     types = {"q": box(nope), "q_rope": box(rope), "kv": box(nope), "k_rope": box(rope), "do": box(value)}
     types |= {"o": "*bf16", "dq": "*bf16", "lse": "*fp32", "top": "*fp32", "delta": "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("positions", "heads", "rows"), "i32")
+    types |= dict.fromkeys(("positions", "heads", "rows"), "i32") | ({"start": "*i32"} if documents else {})
     constants: dict[str, Any] = {"NOPE": nope, "ROPE": rope, "VALUE": value, "PIECE": mla_dq.PIECE}
-    constants |= {"HEADS": mla_dq.HEADS, "STAGES": mla_dq.STAGES}
+    constants |= {"HEADS": mla_dq.HEADS, "TILES": tiles, "STAGES": mla_dq.STAGES}
+    return Request(
+        kernel="nmoe.effects.kernels.attention.hopper.mla_dq:mla_dq_kernel",
+        signature=types,
+        constants=constants | ({} if documents else {"start": None}),
+        aligned=[*(name for name, kind in types.items() if kind.startswith("*")), "positions"],
+    )
 
-    def own(tiles: int, documents: bool) -> Request:
-        kinds = types | ({"start": "*i32"} if documents else {})
-        return Request(
-            kernel="nmoe.effects.kernels.attention.hopper.mla_dq:mla_dq_kernel",
-            signature=kinds,
-            constants=constants | {"TILES": tiles} | ({} if documents else {"start": None}),
-            aligned=[*(name for name, kind in kinds.items() if kind.startswith("*")), "positions"],
-        )
 
-    compiled = aot.compile_all([own(*which) for which in QUERIES], tmp_path_factory.mktemp("triton"), targets=[90])
+def test_gradient_of_queries_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No product waits for another; both groups of warps that multiply have 240 registers of a thread."""
+    requests = [gradient_of_queries(*which) for which in QUERIES]
+    compiled = aot.compile_all(requests, tmp_path_factory.mktemp("triton"), targets=[90])
     for found, spills in zip(compiled, QUERIES.values(), strict=True):
         assert found.problems(tensor_cores=True, spills=spills) == []
         assert (found.mma, found.atomics, found.scratch) == (0, 0, 0)

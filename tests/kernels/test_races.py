@@ -146,6 +146,7 @@ def requests() -> list[Request]:
         *(attention.gradient_of_queries(*which) for which in attention.QUERIES),
         *(request for target in aot.TARGETS for request in moe.requests(target)),
         *test_shipped_hopper.requests(),
+        *test_shipped_hopper.of_the_activation(),
         *test_shipped_hopper_fp8.requests(),
         *test_shipped_fp8.products(),
         *test_shipped_fp8.passes(),

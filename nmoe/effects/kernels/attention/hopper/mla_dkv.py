@@ -1,10 +1,8 @@
 """Gradients of keys and values of MLA for Hopper: one warp loads, two groups of four warps multiply.
 
-A program takes blocks of 128 keys of one head, one after another. Each group owns 64 of the keys: their scores, their
-probabilities and both of their sums are its own, in registers, so that the groups share nothing but the ring of blocks
-of 64 queries, and one's softmax lies behind the other's products. Letters are those of `mla_kernels`.
-
-Lengths are multiples of 128, and keys are seen by all later queries of their sequence.
+A program takes 128 keys of one head. Each group owns 64 of them: their scores, their probabilities and the sums of both
+gradients are its own, in registers, so that the groups share nothing but the ring of blocks of 64 queries, and one's
+softmax lies behind the other's products. Letters are those of `mla_kernels`.
 """
 
 from __future__ import annotations
@@ -226,7 +224,6 @@ def _multiply(
 def mla_dkv_kernel(
     q, q_rope, kv, k_rope, do, top, delta, end, dkv, dk_rope, positions, padded, heads, rows, scale,
     NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
-   
 ):  # fmt: skip
     k_buf = gl.allocate_shared_memory(gl.bfloat16, [2, 64, NOPE], kv.layout)
     k_rope_buf = gl.allocate_shared_memory(gl.bfloat16, [2, 64, ROPE], k_rope.layout)

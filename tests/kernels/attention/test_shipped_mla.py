@@ -109,30 +109,32 @@ HOPPER = {False: 16, True: 44}
 """Spill instructions of Hopper's gradients of keys and values, without documents and with, few in loops."""
 
 
-@pytest.mark.parametrize("documents", HOPPER)
-def test_gradients_of_keys_and_values_for_hopper(tmp_path_factory: pytest.TempPathFactory, documents: bool) -> None:
-    """No product waits for another; both groups of warps that multiply have 240 registers of a thread."""
+def box(columns: int) -> str:
+    """64 positions, as the kernels for Hopper read them."""
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
+    return f"tensordesc<bf16[64, {columns}],{layout}>"
 
-    def box(columns: int) -> str:
-        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
-        return f"tensordesc<bf16[{mla_dkv.QUERIES}, {columns}],{layout}>"
 
+def gradients_of_keys(documents: bool) -> Request:
+    """For Hopper; and of values."""
     nope, rope, value = hopper.SIZES
     types = {"q": box(nope), "q_rope": box(rope), "kv": box(nope), "k_rope": box(rope), "do": box(value)}
     types |= {"dkv": box(nope), "dk_rope": box(rope), "top": "*fp32", "delta": "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("positions", "padded", "heads", "rows"), "i32")
+    types |= dict.fromkeys(("positions", "padded", "heads", "rows"), "i32") | ({"end": "*i32"} if documents else {})
     constants: dict[str, Any] = {"NOPE": nope, "ROPE": rope, "VALUE": value}
-    constants |= {"HEADS": mla_dkv.HEADS, "STAGES": mla_dkv.STAGES}
-    if documents:
-        types["end"] = "*i32"
-    else:
-        constants["end"] = None
-    own = Request(
+    constants |= {"HEADS": mla_dkv.HEADS, "STAGES": mla_dkv.STAGES} | ({} if documents else {"end": None})
+    return Request(
         kernel="nmoe.effects.kernels.attention.hopper.mla_dkv:mla_dkv_kernel",
         signature=types,
         constants=constants,
         aligned=[*(name for name, kind in types.items() if kind.startswith("*")), "positions", "padded"],
     )
+
+
+@pytest.mark.parametrize("documents", HOPPER)
+def test_gradients_of_keys_and_values_for_hopper(tmp_path_factory: pytest.TempPathFactory, documents: bool) -> None:
+    """No product waits for another; both groups of warps that multiply have 240 registers of a thread."""
+    own = gradients_of_keys(documents)
     (found,) = aot.compile_all([own], tmp_path_factory.mktemp("triton"), targets=[90])
     assert found.problems(tensor_cores=True, spills=HOPPER[documents]) == []
     assert (found.mma, found.atomics, found.scratch) == (0, 0, 0)
@@ -149,11 +151,6 @@ them in its loop."""
 
 def gradient_of_queries(tiles: int, documents: bool) -> Request:
     """For Hopper, with so many tiles a program."""
-
-    def box(columns: int) -> str:
-        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
-        return f"tensordesc<bf16[{mla_dq.KEYS}, {columns}],{layout}>"
-
     nope, rope, value = hopper.SIZES
     types = {"q": box(nope), "q_rope": box(rope), "kv": box(nope), "k_rope": box(rope), "do": box(value)}
     types |= {"o": "*bf16", "dq": "*bf16", "lse": "*fp32", "top": "*fp32", "delta": "*fp32", "scale": "fp32"}

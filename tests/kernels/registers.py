@@ -1,6 +1,6 @@
 """Registers of a product that is under way, and written meanwhile, found in the SASS of sm_90.
 
-A product (HGMMA) reads the registers of its left operand, and writes those of its sum, until a wait for it
+A product (HGMMA and its kin) reads the registers of its left operand, and writes those of its sum, until a wait for it
 (WARPGROUP.DEPBAR) is over. ptxas, of Triton 3.6 and 3.7 alike, gives the left operand's registers to other values as
 soon as the product is begun, where the source has nothing that keeps them: a kernel's gradients had an error of 7 % and
 NaN for it, in no order (docs/log.md, 2026-11-30).
@@ -26,7 +26,7 @@ class Instruction:
 
     def written(self) -> set[int]:
         """Registers of a thread that it writes; products have theirs in `touched`."""
-        if self.name.startswith("HGMMA") or not self.operands:
+        if "GMMA" in self.name or not self.operands:
             return set()
         wide = re.search(r"\.(64|128)\b", self.name)
         matrices = re.search(r"^LDSM.*\.(\d)$", self.name)
@@ -35,7 +35,7 @@ class Instruction:
 
     def touched(self) -> set[int]:
         """Registers that a product has until it is waited for: its sum's, and its left operand's if that has any."""
-        columns = re.match(r"HGMMA\.64x(\d+)x", self.name)
+        columns = re.match(r"[HQIB]GMMA\.64x(\d+)x", self.name)
         if columns is None:
             return set()
         return registers(self.operands[0], int(columns[1]) // 2) | registers(self.operands[1], 4)
@@ -61,7 +61,7 @@ def overwritten(sass: str) -> list[str]:
         first = at.get(int(target[1], 16)) if target else None
         if first is not None and first < place:
             body = program[first : place + 1]
-            if any(other.name.startswith("HGMMA") for other in body):
+            if any("GMMA" in other.name for other in body):
                 found |= walk([*body, *body])
     return [found[address] for address in sorted(found)]
 
@@ -72,7 +72,7 @@ def walk(path: Iterable[Instruction]) -> dict[int, str]:
     begun: set[int] = set()
     found: dict[int, str] = {}
     for each in path:
-        if each.name.startswith("HGMMA"):
+        if "GMMA" in each.name:
             begun |= each.touched()
             if "gsb0" in each.operands:
                 groups.append(begun)

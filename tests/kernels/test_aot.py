@@ -61,6 +61,19 @@ def test_spills_are_seen(compiled: dict[tuple[str, int], Compiled]) -> None:
     assert left.endswith("products wait for one another: insufficient register resources for the wgmma pipeline")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "(C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register "
+        "resources for the function 'kernel'",
+        "(C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register "
+        "resources in the function 'kernel'",
+    ],
+)
+def test_products_that_wait_are_seen_however_it_is_said(said: str) -> None:
+    assert aot.serialized(f"ptxas info    : {said}\n") == ["insufficient register resources"]
+
+
 def test_a_kernel_that_does_not_compile_says_so(tmp_path: Path) -> None:
     incomplete = Request(kernel=f"{HERE}:scale", signature={"x": "*bf16"}, constants={"block": 1024})
     with pytest.raises(RuntimeError, match="every argument has a type or a value.*'y', 'size', 'factor'"):

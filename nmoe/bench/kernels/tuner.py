@@ -71,7 +71,7 @@ def table(device: torch.device, sizes: Sequence[tuple[int, int]], timed: Timed) 
         fastest = best({name: PRODUCTS for name in names}, shipped, partial(moe.variants, case, operands), timed)
         yield entry(f"moe.{hidden}x{width}", fastest, names, group=fastest.group)
     for case in attention.CASES:
-        shipped = ops.mla_tiles(device, case.nope, case.rope, case.value)
+        shipped = attrs.evolve(ops.mla_tiles(device, case.nope, case.rope, case.value), hopper=False)
         fastest = best(tried(ATTENTION, shipped), shipped, partial(own_attention, case, device), timed)
         yield entry(f"mla.{case.nope}x{case.rope}x{case.value}", fastest, list(ATTENTION))
     for case in gqa.CASES:

@@ -318,7 +318,8 @@ def mla_tiles(device: torch.device, nope: int, rope: int, value: int) -> mla.Til
     """How latent attention over heads of these sizes is cut up on this GPU."""
     from nmoe.effects.kernels.attention import mla
 
-    return mla.Tiles(**tuning.find(shipped(device), "mla", nope, rope, value).tiles)
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return mla.Tiles(**tuning.find(shipped(device), "mla", nope, rope, value).tiles, hopper=hopper)
 
 
 def gqa_tiles(device: torch.device, head_dim: int, *window: int) -> gqa.Tiles:

@@ -125,6 +125,55 @@ def test_large_scores_and_a_scale_above_one() -> None:
     check((q, kv, k_rope), gate, starts(40, [9, 20]), scale=1.7, tiles=tiles(16, 16))
 
 
+@pytest.mark.parametrize(
+    ("positions", "sizes", "dtype", "there", "wanted"),
+    [
+        (256, (192, 128, 64), torch.bfloat16, True, True),
+        (256, (192, 128, 64), torch.bfloat16, False, False),
+        (320, (192, 128, 64), torch.bfloat16, True, False),
+        (256, (192, 128, 64), torch.float16, True, False),
+        (256, (192, 64, 64), torch.bfloat16, True, False),
+        (256, (192, 128, 32), torch.bfloat16, True, False),
+        (256, (160, 128, 32), torch.bfloat16, True, False),
+        (256, (224, 128, 96), torch.bfloat16, True, False),
+    ],
+    ids=str,
+)
+def test_what_goes_to_the_kernels_for_hopper(
+    positions: int, sizes: tuple[int, int, int], dtype: torch.dtype, there: bool, wanted: bool
+) -> None:
+    operands, _ = sample(1, positions, 2, sizes, dtype=dtype)
+    assert attrs.evolve(tiles(16, 16), hopper=there).specialized(*operands) is wanted
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_gradients_of_keys_and_values_for_hopper_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, documents: bool
+) -> None:
+    """The kernel gets the ends of documents, and its parts of the rotated keys' gradient are added up."""
+    (q, kv, k_rope), do = sample(1, 128, 3, (192, 128, 64), dtype=torch.bfloat16)
+    top, delta = torch.randn(2, 3, 128)
+    start: Tensor | tuple[()] = starts(128, [20, 43]) if documents else ()
+    told: list[Any] = []
+    parts = torch.randn(1, 3, 128, 64)
+
+    def gradients(*given: Any) -> tuple[Tensor, Tensor]:
+        told.extend(given)
+        return kv + 1, parts
+
+    monkeypatch.setattr(kernel.mla_dkv, "gradients", gradients)
+    there = attrs.evolve(tiles(16, 16), hopper=True)
+    dkv, dk_rope = kernel.dkv_pass(q, kv, k_rope, start, top, delta, do, 0.3, there)
+    assert torch.equal(dkv, kv + 1) and torch.equal(dk_rope, parts.sum(1))
+    end = told.pop(3)
+    assert all(a is b for a, b in zip(told, (q, kv, k_rope, top, delta, do, 0.3), strict=True))
+    if documents:
+        ends = torch.tensor([20, 63, 128], dtype=torch.int32)
+        assert torch.equal(end, ends.repeat_interleave(torch.tensor([20, 43, 65]))[None])
+    else:
+        assert end is None
+
+
 def by_cudnn(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> tuple[Tensor, ...]:
     """What cuDNN returns: output like q, natural log-sums [B H T 1] that may lie in memory as [B T H 1]."""
     assert rest == (None, True, 0.0, True, False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from nmoe.effects.kernels import tables as tuning
-from nmoe.effects.kernels.attention import mla, rope
+from nmoe.effects.kernels.attention import hopper, mla, rope
+from nmoe.effects.kernels.attention.hopper import mla_dkv
 from nmoe.effects.kernels.tables import AttentionTile
 from tests.kernels import aot
 from tests.kernels.aot import Compiled, Request
@@ -101,6 +103,43 @@ def test_attention(tmp_path_factory: pytest.TempPathFactory, target: int) -> Non
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_attention_of_documents(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
     assert problems(compiled(tmp_path_factory, target, documents=True)) == []
+
+
+HOPPER = {False: 16, True: 44}
+"""Spill instructions of Hopper's gradients of keys and values, without documents and with, few in loops."""
+
+
+@pytest.mark.parametrize("documents", HOPPER)
+def test_gradients_of_keys_and_values_for_hopper(tmp_path_factory: pytest.TempPathFactory, documents: bool) -> None:
+    """No product waits for another; both groups of warps that multiply have 240 registers of a thread."""
+
+    def box(columns: int) -> str:
+        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
+        return f"tensordesc<bf16[{mla_dkv.QUERIES}, {columns}],{layout}>"
+
+    nope, rope, value = hopper.SIZES
+    types = {"q": box(nope), "q_rope": box(rope), "kv": box(nope), "k_rope": box(rope), "do": box(value)}
+    types |= {"dkv": box(nope), "dk_rope": box(rope), "top": "*fp32", "delta": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("positions", "padded", "heads", "rows"), "i32")
+    constants: dict[str, Any] = {"NOPE": nope, "ROPE": rope, "VALUE": value}
+    constants |= {"HEADS": mla_dkv.HEADS, "STAGES": mla_dkv.STAGES}
+    if documents:
+        types["end"] = "*i32"
+    else:
+        constants["end"] = None
+    own = Request(
+        kernel="nmoe.effects.kernels.attention.hopper.mla_dkv:mla_dkv_kernel",
+        signature=types,
+        constants=constants,
+        aligned=[*(name for name, kind in types.items() if kind.startswith("*")), "positions", "padded"],
+    )
+    (found,) = aot.compile_all([own], tmp_path_factory.mktemp("triton"), targets=[90])
+    assert found.problems(tensor_cores=True, spills=HOPPER[documents]) == []
+    assert (found.mma, found.atomics, found.scratch) == (0, 0, 0)
+    assert found.registers <= 168, "three groups of 4 warps share a multiprocessor's registers at the launch"
+    assert re.findall(r"setmaxnreg\.inc\.sync\.aligned\.u32\s+(\d+)", found.ptx).count("240") >= 1
+    # of 16 channels or queries: scores 8 + 4, dp 8, dv 4, dk 4 + 4; on the diagonal, in the loop, masked by documents
+    assert found.wgmma == 2 * 32 * (3 if documents else 2)
 
 
 @pytest.mark.long

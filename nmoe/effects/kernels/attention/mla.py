@@ -4,9 +4,9 @@ Letters: B sequences, T positions, H heads, C channels of a query, P of them rot
 U channels of a value.
 
 The forward pass is cuDNN's or our own; the backward pass is two kernels of our own, one that owns queries and one that
-owns keys, so that every sum has one owner and one order. Keys are never assembled for our kernels: a head's own
-channels and the shared rotated ones are multiplied apart. Channels are read through descriptors, which fill with zeros
-what a block has beyond a sequence's or a head's end.
+owns keys, so that every sum has one owner and one order; on Hopper they are those of `attention.hopper`. Keys are never
+assembled for our kernels: a head's own channels and the shared rotated ones are multiplied apart. Channels are read
+through descriptors, which fill with zeros what a block has beyond a sequence's or a head's end.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nmoe.effects.kernels.attention import mla_assemble
+from nmoe.effects.kernels.attention import hopper, mla_assemble
 from nmoe.effects.kernels.attention.blocks import box, described, ends, readable
+from nmoe.effects.kernels.attention.hopper import mla_dkv
 from nmoe.effects.kernels.attention.mla_kernels import dkv_kernel, dq_kernel, forward_kernel
 from nmoe.effects.kernels.derivative import first_order
 from nmoe.effects.kernels.tables import AttentionTile
@@ -29,11 +30,18 @@ from nmoe.errors import InputError
 
 @attrs.frozen(kw_only=True)
 class Tiles:
-    """Tile sizes of the three kernels: forward, gradient of queries, gradient of keys and values."""
+    """How the three kernels are cut up: forward, gradient of queries, gradient of keys and values."""
 
     forward: AttentionTile
     dq: AttentionTile
     dkv: AttentionTile
+    hopper: bool = False  # whether there are the kernels of `attention.hopper`: sm_90
+
+    def specialized(self, q: Tensor, kv: Tensor, k_rope: Tensor) -> bool:
+        """Whether the backward pass is that of `attention.hopper`: bf16, its heads' sizes, lengths of whole blocks."""
+        nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
+        fits = (nope, rope, kv.shape[-1] - nope) == hopper.SIZES and q.shape[1] % hopper.BLOCK == 0
+        return self.hopper and fits and q.dtype == torch.bfloat16
 
 
 def mla_attention(
@@ -149,8 +157,8 @@ class MlaAttention(torch.autograd.Function):
         q, kv, k_rope, o, lse, *start = ctx.saved_tensors
         given = (*start, ())[0]
         do = readable(gradients[0])
-        dq, top, delta = dq_pass(q, kv, k_rope, given, o, lse, do, ctx.scale, ctx.tiles.dq)
-        return dq, *dkv_pass(q, kv, k_rope, given, top, delta, do, ctx.scale, ctx.tiles.dkv), None, None, None, None
+        dq, top, delta = dq_pass(q, kv, k_rope, given, o, lse, do, ctx.scale, ctx.tiles)
+        return dq, *dkv_pass(q, kv, k_rope, given, top, delta, do, ctx.scale, ctx.tiles), None, None, None, None
 
 
 class MlaAttentionCudnn(torch.autograd.Function):
@@ -223,7 +231,7 @@ def dq_pass(
     lse: Tensor,
     do: Tensor,
     scale: float,
-    tile: AttentionTile,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of q, and what `dkv_pass` needs of each query.
 
@@ -231,7 +239,7 @@ def dq_pass(
              what softmax takes off each of its rows' gradients
     """
     batch, positions, heads, _ = q.shape
-    nope = q.shape[-1] - k_rope.shape[-1]
+    nope, tile = q.shape[-1] - k_rope.shape[-1], tiles.dq
     # Descriptors read rows that begin at multiples of 16 bytes.
     top, delta = lse.new_empty(2, batch * heads, -(-positions // 4) * 4)[..., :positions]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -263,10 +271,15 @@ def dkv_pass(
     delta: Tensor,
     do: Tensor,
     scale: float,
-    tile: AttentionTile,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of kv and k_rope; the latter is summed over heads in fp32 from one rounded part a head."""
+    end = ends(start) if isinstance(start, Tensor) else None
+    if tiles.specialized(q, kv, k_rope):
+        dkv, parts = mla_dkv.gradients(q, kv, k_rope, end, top, delta, do, scale)
+        return dkv, parts.sum(1)
     batch, positions, heads, _ = q.shape
+    tile = tiles.dkv
     nope, rope = q.shape[-1] - k_rope.shape[-1], k_rope.shape[-1]
     dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
     parts = q.new_empty(batch, heads, positions, rope)
@@ -278,7 +291,7 @@ def dkv_pass(
         dv=described(dkv[..., nope:], tile.block_n),
         top=TensorDescriptor.from_tensor(top, [1, tile.block_m]),
         delta=TensorDescriptor.from_tensor(delta, [1, tile.block_m]),
-        end=ends(start) if isinstance(start, Tensor) else None,
+        end=end,
         **numbers(q, scale),
         **constants(q, kv, k_rope, start, tile),
         num_warps=tile.num_warps,

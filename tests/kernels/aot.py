@@ -22,6 +22,7 @@ from typing import Any
 import attrs
 
 from tests.kernels.races import races
+from tests.kernels.registers import overwritten
 
 TARGETS = (90, 100)
 """Compute capabilities that nmoe supports, times ten."""
@@ -76,6 +77,7 @@ class Compiled:
     races: list[str]  # buffers read and written in no order, tests/kernels/races.py
     outlived: list[str]  # left operands of products that stay in registers from step to step of a loop
     unfenced: list[str]  # what threads read, given back to asynchronous copies without a fence
+    overwritten: list[str]  # instructions that write registers of a product under way, tests/kernels/registers.py
     serialized: list[str]  # why products of sm_90 wait for one another, in ptxas's words
     ptx: str = attrs.field(repr=False)
     sass: str = attrs.field(repr=False)
@@ -85,6 +87,7 @@ class Compiled:
         found = [f"data race: {race}" for race in self.races]
         found += [f"left operand {name} of a product is in registers since before its loop" for name in self.outlived]
         found += [f"{name}: read by threads, given back to TMA without fence_async_shared" for name in self.unfenced]
+        found += [f"written while a product that has it is under way: {each}" for each in self.overwritten[:3]]
         if self.shared > SHARED_LIMIT:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT}")
         if self.tensor > TENSOR_LIMIT:
@@ -173,6 +176,7 @@ def compile_one(request: Request, target: int) -> Compiled:
         races=races(built.asm["ttgir"], request.same),
         outlived=outlived(built.asm["ttgir"]),
         unfenced=unfenced(built.asm["ttgir"]),
+        overwritten=overwritten(sass),
         serialized=serialized(said.getvalue()),
         ptx=built.asm["ptx"],
         sass=sass,

@@ -138,6 +138,8 @@ def output_kernel(
         keys = load_part(kv, at, there, width, c, rank, block_k)
         slot, at, there = load_slots(chosen, t, positions, slots, j + block_n, block_n)
         acc = tl.dot((weight.T * tl.exp2(most - highest)[:, None]).to(keys.dtype), keys, acc)
+        if slots < 0:  # never, which no compiler knows: the product is waited for, before its left side is written anew
+            acc = tl.zeros_like(acc)
     row = t.to(tl.int64) * heads + head
     store_part(o, row, mine, rank, c, acc / total[:, None], block_k)
     if tl.program_id(2) == 0:

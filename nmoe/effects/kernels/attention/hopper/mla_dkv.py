@@ -144,16 +144,19 @@ def _step(
     # Kept in fp16, for its own product in the products' format: as fp32 it would have more registers than there are.
     kept, rounded = p.to(gl.float16), p.to(dtype)
     dp = _product(v, do, 64)
-    dv = warpgroup_mma(_operand(rounded, dv.shape[1]), do, dv, use_acc=not FIRST, is_async=True)
+    left = _operand(rounded, dv.shape[1])
+    dv = warpgroup_mma(left, do, dv, use_acc=not FIRST, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     off = off_buf.index(2 * stage + 1).load(gl.SliceLayout(0, kept.type.layout))
     ds = (kept.to(gl.float32) * (dp - off[None, :])).to(dtype)
-    # Without a wait its left side would have registers until the end; after ds, which else would be made behind it.
-    dv, ds = warpgroup_mma_wait(0, deps=(dv, ds))
-    dk = warpgroup_mma(_operand(ds, dk.shape[1]), q, dk, use_acc=not FIRST, is_async=True)
-    dk_rope = warpgroup_mma(_operand(ds, dk_rope.shape[1]), q_rope, dk_rope, use_acc=not FIRST, is_async=True)
+    # A wait keeps a left side's registers: ptxas would give them to other values as soon as the product is begun. This
+    # one ends before the next product, so that they are free for it, and after ds, which else would be made behind it.
+    dv, ds, left = warpgroup_mma_wait(0, deps=(dv, ds, left))
+    left = _operand(ds, dk.shape[1])
+    dk = warpgroup_mma(left, q, dk, use_acc=not FIRST, is_async=True)
+    dk_rope = warpgroup_mma(left, q_rope, dk_rope, use_acc=not FIRST, is_async=True)
     # All products end before the loop's next turn: ptxas lets them wait for one another otherwise (C7512).
-    dk, dk_rope, dv = warpgroup_mma_wait(0, deps=(dk, dk_rope, dv))
+    dk, dk_rope, dv, left = warpgroup_mma_wait(0, deps=(dk, dk_rope, dv, left))
     mbarrier.arrive(empty.index(stage), count=1)
     return dk, dk_rope, dv
 

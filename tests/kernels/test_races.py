@@ -144,7 +144,7 @@ def requests() -> list[Request]:
         *(request for target in aot.TARGETS for request in native.requests(native.PAPER, target)),
         attention.rotation(inverse=True),
         *map(attention.gradients_of_keys, attention.HOPPER),
-        *(attention.gradient_of_queries(*which) for which in attention.QUERIES),
+        *map(attention.gradient_of_queries, attention.QUERIES),
         *(request for target in aot.TARGETS for request in moe.requests(target)),
         *test_shipped_hopper.requests(),
         *test_shipped_hopper.of_the_activation(),

@@ -144,19 +144,18 @@ def test_gradients_of_keys_and_values_for_hopper(tmp_path_factory: pytest.TempPa
     assert found.wgmma == 2 * 32 * (3 if documents else 2)
 
 
-QUERIES = {(1, False): 0, (2, False): 2, (1, True): 8, (2, True): 12}
-"""Spill instructions of Hopper's gradient of queries, with so many tiles a program, without documents and with: none of
-them in its loop."""
+QUERIES = {False: 0, True: 0}
+"""Spill instructions of Hopper's gradient of queries, without documents and with, none in its loop."""
 
 
-def gradient_of_queries(tiles: int, documents: bool) -> Request:
-    """For Hopper, with so many tiles a program."""
+def gradient_of_queries(documents: bool) -> Request:
+    """For Hopper."""
     nope, rope, value = hopper.SIZES
     types = {"q": box(nope), "q_rope": box(rope), "kv": box(nope), "k_rope": box(rope), "do": box(value)}
     types |= {"o": "*bf16", "dq": "*bf16", "lse": "*fp32", "top": "*fp32", "delta": "*fp32", "scale": "fp32"}
     types |= dict.fromkeys(("positions", "heads", "rows"), "i32") | ({"start": "*i32"} if documents else {})
     constants: dict[str, Any] = {"NOPE": nope, "ROPE": rope, "VALUE": value, "PIECE": mla_dq.PIECE}
-    constants |= {"HEADS": mla_dq.HEADS, "TILES": tiles, "STAGES": mla_dq.STAGES}
+    constants |= {"HEADS": mla_dq.HEADS, "STAGES": mla_dq.STAGES}
     return Request(
         kernel="nmoe.effects.kernels.attention.hopper.mla_dq:mla_dq_kernel",
         signature=types,
@@ -167,7 +166,7 @@ def gradient_of_queries(tiles: int, documents: bool) -> Request:
 
 def test_gradient_of_queries_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No product waits for another; both groups of warps that multiply have 240 registers of a thread."""
-    requests = [gradient_of_queries(*which) for which in QUERIES]
+    requests = [gradient_of_queries(documents) for documents in QUERIES]
     compiled = aot.compile_all(requests, tmp_path_factory.mktemp("triton"), targets=[90])
     for found, spills in zip(compiled, QUERIES.values(), strict=True):
         assert found.problems(tensor_cores=True, spills=spills) == []

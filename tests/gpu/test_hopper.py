@@ -14,7 +14,8 @@ from torch import Tensor
 from nmoe.effects.device import ops
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts
-from nmoe.effects.kernels.moe.hopper import activation, gradient, ring, up
+from nmoe.effects.kernels.moe.hopper import activation, gradient, up
+from nmoe.effects.kernels.moe.hopper.tiles import ROWS
 from nmoe.effects.kernels.moe.moe import LONG, moe_experts
 from nmoe.pure.model import route
 from nmoe.pure.model.route import Routing
@@ -77,7 +78,7 @@ def test_the_up_projection(shape: tuple[int, ...]) -> None:
     def cut(m: int) -> places.RowTiles:
         return places.tiles(at.count, pairs, m)
 
-    own = cut(ring.ROWS)
+    own = cut(ROWS)
     h, a = repeated(lambda: up.gather_gemm_swiglu(x, at.source, w_up, at.end, own, 8, 132))
     wanted = experts.gather_gemm_swiglu(x, at.source, w_up, at.end, cut(tiles.up.block_m), tiles.up, 8)
     assert torch.equal(h, wanted[0]) and torch.equal(a, wanted[1])
@@ -92,7 +93,7 @@ def backward(shape: tuple[int, ...]) -> tuple[list[Callable[[], tuple[Tensor, ..
     rows, h = normal(pairs, hidden), normal(pairs, 2, width, seed=1)
     weight = torch.rand(tokens, top_k, device="cuda")
     down = normal(num_experts, width, hidden, seed=2) / width**0.5
-    cut = {m: places.tiles(at.count, pairs, m) for m in {ring.ROWS, tiles.activation.block_m}}
+    cut = {m: places.tiles(at.count, pairs, m) for m in {ROWS, tiles.activation.block_m}}
     given = (rows, at.slot, weight, down, h, at.end)
 
     def gate() -> Tensor:
@@ -102,7 +103,7 @@ def backward(shape: tuple[int, ...]) -> tuple[list[Callable[[], tuple[Tensor, ..
         return torch.cat([((r.double() @ d.double().T) * a).sum(1) for r, d, a in parts])
 
     kinds = [
-        lambda: activation.swiglu_backward_gemm(*given, cut[ring.ROWS], 8, 132),
+        lambda: activation.swiglu_backward_gemm(*given, cut[ROWS], 8, 132),
         lambda: experts.swiglu_backward_gemm(*given, cut[tiles.activation.block_m], tiles.activation, 8, 132),
     ]
     return kinds, gate

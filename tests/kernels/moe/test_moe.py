@@ -260,8 +260,9 @@ def test_programs_that_take_several_tiles_have_the_bits_of_one_each(kind: str, t
 @pytest.mark.parametrize("gathered", [None, SMALL], ids=["rows", "gathered"])
 @pytest.mark.parametrize("many", [True, False], ids=["many rows", "few rows"])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
 def test_a_layer_on_hopper(
-    monkeypatch: pytest.MonkeyPatch, biased: bool, many: bool, gathered: GemmTile | None
+    monkeypatch: pytest.MonkeyPatch, long: bool, biased: bool, many: bool, gathered: GemmTile | None
 ) -> None:
     """Which kernels it calls, with what: others of the same meaning stand in for those that no interpreter runs."""
     called: list[str] = []
@@ -276,7 +277,14 @@ def test_a_layer_on_hopper(
         called.append("gradient" if source is None else "gradient that gathers")
         gemms.grouped_weight_gradient_(out, a, b, tile=SMALL, source=source, **how)
 
-    monkeypatch.setattr(mixture.ring, "ROWS", SMALL.block_m)
+    def activation(*given: Any) -> Any:
+        called.append("activation")
+        *rest, group, programs = given
+        return gemms.swiglu_backward_gemm(*rest, SMALL, group, programs)
+
+    monkeypatch.setattr(mixture, "ROWS", SMALL.block_m)
+    monkeypatch.setattr(mixture, "LONG", 40 + (0 if long else 1))
+    monkeypatch.setattr(mixture.activation, "swiglu_backward_gemm", activation)
     monkeypatch.setattr(mixture.up_projection, "gather_gemm_swiglu", up)
     monkeypatch.setattr(mixture.gradient, "grouped_weight_gradient_", gradient_)
     shape = (40, 40, 24, 4, 2)
@@ -295,6 +303,6 @@ def test_a_layer_on_hopper(
     assert called == []
     found = run(attrs.evolve(TILES, gathered=gathered, hopper=True))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    expected = [] if biased else ["up"]
+    expected = [] if biased else ["up", *(["activation"] if long else [])]
     expected += [] if many else ["gradient"]
     assert called == [*expected, *(["gradient that gathers"] if gathered is None or not many else [])]

@@ -14,7 +14,8 @@ from typing import Any
 import attrs
 import pytest
 
-from nmoe.effects.kernels.moe.hopper import activation, ring
+from nmoe.effects.kernels import ring
+from nmoe.effects.kernels.moe.hopper import activation, tiles
 from tests.kernels import aot
 from tests.kernels.aot import Request
 
@@ -30,7 +31,7 @@ def block(rows: int, columns: int) -> str:
 def request(
     name: str, types: Mapping[str, str], constants: Mapping[str, Any], sizes: str, warps: int = 8, **tile: int
 ) -> Request:
-    tile = {"M": ring.ROWS, "N": ring.COLUMNS, "K": ring.STEP, "PIECE": ring.PIECE, "STAGES": ring.STAGES} | tile
+    tile = {"M": tiles.ROWS, "N": tiles.COLUMNS, "K": tiles.STEP, "PIECE": ring.PIECE, "STAGES": tiles.STAGES} | tile
     return Request(
         kernel=f"nmoe.effects.kernels.moe.hopper.{name}_kernel",
         signature=types,
@@ -42,7 +43,7 @@ def request(
 
 def requests() -> list[Request]:
     """Of sizes that are multiples of a step's columns, and of ones that are multiples of 8 alone."""
-    k, n = ring.STEP, ring.COLUMNS
+    k, n = tiles.STEP, tiles.COLUMNS
     return [
         *(
             request(
@@ -78,7 +79,7 @@ def requests() -> list[Request]:
 
 def of_the_activation() -> list[Request]:
     """Of widths that a tile divides, and not."""
-    m, k, n = ring.ROWS, ring.STEP, activation.WIDTH
+    m, k, n = tiles.ROWS, tiles.STEP, activation.WIDTH
     return [
         request(
             "activation:swiglu_backward_gemm",

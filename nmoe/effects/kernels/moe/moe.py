@@ -20,8 +20,9 @@ from nmoe.effects.kernels.moe import combine as sums
 from nmoe.effects.kernels.moe import dispatch as places
 from nmoe.effects.kernels.moe import experts, persistent
 from nmoe.effects.kernels.moe.dispatch import RowTiles
-from nmoe.effects.kernels.moe.hopper import activation, gradient, ring
+from nmoe.effects.kernels.moe.hopper import activation, gradient
 from nmoe.effects.kernels.moe.hopper import up as up_projection
+from nmoe.effects.kernels.moe.hopper.tiles import ROWS
 from nmoe.effects.kernels.tables import GemmTile
 from nmoe.pure.model.route import Routing
 
@@ -51,7 +52,7 @@ class Tiles:
 
     def rows(self, form: experts.Form) -> set[int]:
         """How many rows of an expert the tiles of its products have."""
-        own = ring.ROWS if self.specialized(form) else self.up.block_m
+        own = ROWS if self.specialized(form) else self.up.block_m
         return {own, self.down.block_m, self.activation.block_m, self.input.block_m}
 
     def specialized(self, form: experts.Form) -> bool:
@@ -89,7 +90,7 @@ class MoeExperts(torch.autograd.Function):
             cuts = {m: places.tiles(at.count, pairs, m) for m in t.rows(form)}
         with record_function("experts"):
             if t.specialized(form):
-                cut = cuts[ring.ROWS]
+                cut = cuts[ROWS]
                 h, a = up_projection.gather_gemm_swiglu(x, at.source, up, at.end, cut, t.group, t.programs)
             else:
                 h, a = experts.gather_gemm_swiglu(x, at.source, up, at.end, cuts[t.up.block_m], t.up, t.group, form)
@@ -143,7 +144,7 @@ def activation_gradient(
     programs  of `experts.swiglu_backward_gemm`; Hopper's kernel has one a multiprocessor always
     """
     if t.in_turns(form, down.shape[2]):
-        own = cut(ring.ROWS)
+        own = cut(ROWS)
         return activation.swiglu_backward_gemm(rows, slot, weight, down, h, end, own, t.group, t.programs)
     own = cut(t.activation.block_m)
     return experts.swiglu_backward_gemm(rows, slot, weight, down, h, end, own, t.activation, t.group, programs, form)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.effects.kernels.attention.hopper import BLOCK, SIZES
-from nmoe.effects.kernels.moe.hopper.ring import SWIZZLED, barrier, claim, filled, ring
+from nmoe.effects.kernels.ring import SWIZZLED, barrier, claim, filled, ring
 
 NOPE, ROPE, VALUE = SIZES
 

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.effects.kernels.attention.hopper import BLOCK, SIZES
-from nmoe.effects.kernels.moe.hopper.ring import PIECE, SWIZZLED, claim, filled, ring, store
+from nmoe.effects.kernels.ring import PIECE, SWIZZLED, claim, filled, ring, store
 
 NOPE, ROPE, VALUE = SIZES
 

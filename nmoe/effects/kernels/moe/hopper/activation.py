@@ -22,7 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.effects.kernels.moe.dispatch import RowTiles
-from nmoe.effects.kernels.moe.hopper.ring import NARROW, ROWS, STEP, SWIZZLED, free, halves, swizzle
+from nmoe.effects.kernels.moe.hopper.tiles import ROWS, STEP, swizzle
+from nmoe.effects.kernels.ring import NARROW, SWIZZLED, free, halves
 
 WIDTH = 128
 """Columns of a tile."""

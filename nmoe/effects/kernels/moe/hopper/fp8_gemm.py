@@ -12,7 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.effects.kernels.moe.dispatch import RowTiles
 from nmoe.effects.kernels.moe.hopper.fp8_ring import CODES, ROWS, STAGES, multiply, tile_at
-from nmoe.effects.kernels.moe.hopper.ring import claim, filled, ring, store, swizzle
+from nmoe.effects.kernels.moe.hopper.tiles import swizzle
+from nmoe.effects.kernels.ring import claim, filled, ring, store
 
 COLUMNS = 256
 """Of a tile: two blocks, a product of 64 x 128 each for either group of warps."""

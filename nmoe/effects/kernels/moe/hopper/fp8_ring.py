@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from nmoe.effects.kernels.moe.hopper.ring import swizzle
+from nmoe.effects.kernels.moe.hopper.tiles import swizzle
 
 ROWS = 128
 """Of a tile."""

@@ -26,7 +26,8 @@ from nmoe.effects.kernels.moe.hopper.fp8_ring import (
     tile_at,
     tokens,
 )
-from nmoe.effects.kernels.moe.hopper.ring import claim, filled, ring, swizzle
+from nmoe.effects.kernels.moe.hopper.tiles import swizzle
+from nmoe.effects.kernels.ring import claim, filled, ring
 
 
 @gluon.jit

@@ -15,21 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nmoe.effects.kernels.moe.hopper.ring import (
-    COLUMNS,
-    NARROW,
-    PIECE,
-    ROWS,
-    STAGES,
-    STEP,
-    SWIZZLED,
-    claim,
-    filled,
-    free,
-    ring,
-    store,
-    swizzle,
-)
+from nmoe.effects.kernels.moe.hopper.tiles import COLUMNS, ROWS, STAGES, STEP, swizzle
+from nmoe.effects.kernels.ring import NARROW, PIECE, SWIZZLED, claim, filled, free, ring, store
 
 
 @gluon.jit

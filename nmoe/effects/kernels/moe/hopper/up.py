@@ -17,20 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.effects.kernels.moe.dispatch import RowTiles
-from nmoe.effects.kernels.moe.hopper.ring import (
-    COLUMNS,
-    PIECE,
-    ROWS,
-    STAGES,
-    STEP,
-    SWIZZLED,
-    claim,
-    filled,
-    free,
-    halves,
-    ring,
-    swizzle,
-)
+from nmoe.effects.kernels.moe.hopper.tiles import COLUMNS, ROWS, STAGES, STEP, swizzle
+from nmoe.effects.kernels.ring import PIECE, SWIZZLED, claim, filled, free, halves, ring
 
 
 @gluon.jit

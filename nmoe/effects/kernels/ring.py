@@ -1,17 +1,11 @@
-"""What the products for Hopper have in common: a ring of stages in shared memory between warps that load and warps that
-multiply, and an epilogue."""
+"""What the kernels for Hopper have in common: a ring of stages in shared memory between warps that load and warps that
+multiply, and an epilogue of a product."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-
-ROWS, COLUMNS, STEP = 128, 256, 64
-"""Of a tile: rows and columns of the output, and the summed axis a step."""
-
-STAGES = 4
-"""Steps under way: 192 KB of shared memory."""
 
 PIECE, NARROW = 32, 16
 """Columns that are stored at once, and where an epilogue computes with more than the accumulator."""
@@ -20,16 +14,6 @@ SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ran
 
 barrier = next(getattr(gl, name) for name in ("barrier", "thread_barrier") if hasattr(gl, name))
 """Its names in Triton 3.7 and 3.6."""
-
-
-@gluon.jit
-def swizzle(pid, num_n, num_m, GROUP: gl.constexpr):
-    """`experts._swizzle`."""
-    group = pid // (GROUP * num_n)
-    first = group * GROUP
-    size = gl.minimum(num_m - first, GROUP)
-    inside = pid % (GROUP * num_n)
-    return first + inside % size, inside // size
 
 
 @gluon.jit

@@ -277,10 +277,19 @@ def test_a_layer_on_hopper(
         called.append("gradient" if source is None else "gradient that gathers")
         gemms.grouped_weight_gradient_(out, a, b, tile=SMALL, source=source, **how)
 
-    def activation(*given: Any) -> Any:
+    def activation(
+        rows: Tensor,
+        slot: Tensor,
+        weight: Tensor,
+        down: Tensor,
+        h: Tensor,
+        end: Tensor,
+        cut: Any,
+        group: int,
+        programs: int,
+    ) -> Any:
         called.append("activation")
-        *rest, group, programs = given
-        return gemms.swiglu_backward_gemm(*rest, SMALL, group, programs)
+        return gemms.swiglu_backward_gemm(rows, slot, weight, down, h, end, cut, SMALL, group, programs)
 
     monkeypatch.setattr(mixture, "ROWS", SMALL.block_m)
     monkeypatch.setattr(mixture, "LONG", 40 + (0 if long else 1))

@@ -1,9 +1,9 @@
 """Registers of a product that is under way, and written meanwhile, found in the SASS of sm_90.
 
 A product (HGMMA and its kin) reads the registers of its left operand, and writes those of its sum, until a wait for it
-(WARPGROUP.DEPBAR) is over. ptxas, of Triton 3.6 and 3.7 alike, gives the left operand's registers to other values as
-soon as the product is begun, where the source has nothing that keeps them: a kernel's gradients had an error of 7 % and
-NaN for it, in no order (docs/log.md, 2026-11-30).
+(WARPGROUP.DEPBAR) is over. ptxas, of Triton 3.6 and 3.7 alike, may give the left operand's registers to other values as
+soon as the product is begun, and a wait that takes the operand names no registers to it: a kernel's gradients had an
+error of 7 % and NaN for it, other ones each time (docs/log.md, 2026-11-30).
 """
 
 from __future__ import annotations

@@ -149,8 +149,9 @@ def _step(
     dp = warpgroup_mma_wait(1, deps=(dp,))
     off = off_buf.index(2 * stage + 1).load(gl.SliceLayout(0, kept.type.layout))
     ds = (kept.to(gl.float32) * (dp - off[None, :])).to(dtype)
-    # A wait keeps a left side's registers: ptxas would give them to other values as soon as the product is begun. This
-    # one ends before the next product, so that they are free for it, and after ds, which else would be made behind it.
+    # ptxas may give a left side's registers to other values as soon as its product is begun, though the wait takes it:
+    # tests/kernels/registers.py looks. Before the next product, which needs the registers, and after ds, which else
+    # would be made behind it.
     dv, ds, left = warpgroup_mma_wait(0, deps=(dv, ds, left))
     left = _operand(ds, dk.shape[1])
     dk = warpgroup_mma(left, q, dk, use_acc=not FIRST, is_async=True)

@@ -165,8 +165,8 @@ def _multiply(
             n = m + (1 - PART - step) * 64
             if n < whole:
                 s = gl.where(first_key[:, None] <= (n + key)[None, :], s, 0.0)
-        # ptxas may give the left side's registers to other values as soon as its product is begun, though the wait takes
-        # it: the new ds needs dP, the last product begun, and so is behind the wait. tests/kernels/registers.py looks.
+        # ptxas may give the left side's registers to other values as soon as its product is begun, though the wait
+        # takes it: the new ds needs dP, the last product begun, so it is behind the wait; tests/kernels/registers.py.
         sums, sums_rope, dp, left = warpgroup_mma_wait(0, deps=(sums, sums_rope, dp, left))
         mbarrier.arrive(empty.index(before), count=1)
         ds = (s * (dp - off[:, None])).to(dtype)

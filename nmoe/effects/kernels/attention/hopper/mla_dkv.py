@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.effects.kernels.attention.hopper import BLOCK, SIZES
+from nmoe.effects.kernels.attention.hopper.parts import operand, product, schedule, scores
 from nmoe.effects.kernels.ring import SWIZZLED, barrier, claim, filled, ring
 
 NOPE, ROPE, VALUE = SIZES
@@ -40,16 +41,6 @@ SHIFT = gl.constexpr(14)
 
 
 @gluon.jit
-def _tile(pid, blocks, rows, heads, HEADS: gl.constexpr):
-    """Sequence, head and first key of a program, in the order of `blocks.schedule`: long ones first."""
-    group = pid // (blocks * HEADS)
-    within = pid % (blocks * HEADS)
-    width = gl.minimum(rows - group * HEADS, HEADS)
-    row = group * HEADS + within % width
-    return row // heads, row % heads, within // width * 128
-
-
-@gluon.jit
 def _last(end, b, positions, key):
     """One past the last query that sees a key."""
     if end is None:
@@ -65,7 +56,8 @@ def _load(
     HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    b, h, n = _tile(gl.program_id(0), positions // 128, rows, heads, HEADS)
+    b, h, index = schedule(gl.program_id(0), positions // 128, rows, heads, HEADS)
+    n = index * 128
     at = b * positions
     row = (b * heads + h).to(gl.int64) * padded
     inner = gl.arange(0, 64, layout=layout)
@@ -86,27 +78,6 @@ def _load(
         async_copy.async_copy_global_to_shared(off_buf.index(2 * stage), top + row + m + inner)
         async_copy.async_copy_global_to_shared(off_buf.index(2 * stage + 1), delta + row + m + inner)
         async_copy.mbarrier_arrive(ready, increment_count=False)
-
-
-@gluon.jit
-def _product(a, b, N: gl.constexpr):
-    """a [64 K] by b [N K] transposed, under way."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
-    zero = gl.zeros((64, N), gl.float32, layout)
-    return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _scores(k, k_rope, q, q_rope):
-    """Of 64 keys by 64 queries, before scaling, under way."""
-    return warpgroup_mma(k_rope, q_rope.permute((1, 0)), _product(k, q, 64), is_async=True)
-
-
-@gluon.jit
-def _operand(x, N: gl.constexpr):
-    """As the left side of a product of N columns; no value moves to another thread."""
-    parent: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
-    return gl.convert_layout(x, gl.DotOperandLayout(operand_index=0, parent=parent, k_width=2))
 
 
 @gluon.jit
@@ -137,14 +108,14 @@ def _step(
     """Add one block of queries to the sums of 64 keys."""
     stage = filled(full, step, STAGES)
     q, q_rope, do = q_buf.index(stage), q_rope_buf.index(stage), do_buf.index(stage)
-    s = _scores(k, k_rope, q, q_rope)
+    s = scores(k, k_rope, q, q_rope)
     s = warpgroup_mma_wait(0, deps=(s,))
     dtype: gl.constexpr = q.dtype
     p = _probabilities(s, off_buf.index(2 * stage), last, n + step * 64, scale2, FIRST, MASKED)
     # Kept in fp16, for its own product in the products' format: as fp32 it would have more registers than there are.
     kept, rounded = p.to(gl.float16), p.to(dtype)
-    dp = _product(v, do, 64)
-    left = _operand(rounded, dv.shape[1])
+    dp = product(v, do, 64)
+    left = operand(rounded, dv.shape[1])
     dv = warpgroup_mma(left, do, dv, use_acc=not FIRST, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     off = off_buf.index(2 * stage + 1).load(gl.SliceLayout(0, kept.type.layout))
@@ -153,7 +124,7 @@ def _step(
     # tests/kernels/registers.py looks. Before the next product, which needs the registers, and after ds, which else
     # would be made behind it.
     dv, ds, left = warpgroup_mma_wait(0, deps=(dv, ds, left))
-    left = _operand(ds, dk.shape[1])
+    left = operand(ds, dk.shape[1])
     dk = warpgroup_mma(left, q, dk, use_acc=not FIRST, is_async=True)
     dk_rope = warpgroup_mma(left, q_rope, dk_rope, use_acc=not FIRST, is_async=True)
     # All products end before the loop's next turn: ptxas lets them wait for one another otherwise (C7512).
@@ -173,7 +144,8 @@ def _multiply(
     broad: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, VALUE, 16])
     k, k_rope, v = k_buf.index(PART), k_rope_buf.index(PART), v_buf.index(PART)
     scale2 = scale * 1.4426950408889634  # exp2 is one instruction, exp is not
-    b, h, n = _tile(gl.program_id(0), positions // 128, rows, heads, HEADS)
+    b, h, index = schedule(gl.program_id(0), positions // 128, rows, heads, HEADS)
+    n = index * 128
     masked: gl.constexpr = end is not None
     own = n + PART * 64
     last = end
@@ -208,7 +180,8 @@ def _multiply(
                 mbarrier.arrive(empty.index(filled(full, step, STAGES)), count=1)
     # Found anew, in a way that no compiler sees through: kept through the loop it would have registers.
     pid = gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    b, h, n = _tile(pid, positions // 128, rows, heads, HEADS)
+    b, h, index = schedule(pid, positions // 128, rows, heads, HEADS)
+    n = index * 128
     factor = 1.0 / (1 << SHIFT)
     # Through where the operands were: no product reads them any longer.
     v.store((sum_v * factor).to(v.dtype))

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nmoe.effects.kernels.attention.hopper import BLOCK, SIZES
+from nmoe.effects.kernels.attention.hopper.parts import operand, product, schedule, scores
 from nmoe.effects.kernels.ring import PIECE, SWIZZLED, claim, filled, ring, store
 
 NOPE, ROPE, VALUE = SIZES
@@ -39,22 +40,13 @@ HEADS = 8
 
 
 @gluon.jit
-def _tile(positions, rows, heads, HEADS: gl.constexpr):
-    """Sequence, head and first query of a program, in the order of `blocks.schedule`: long ones first."""
-    blocks = positions // 128
-    group = gl.program_id(0) // (blocks * HEADS)
-    within = gl.program_id(0) % (blocks * HEADS)
-    width = gl.minimum(rows - group * HEADS, HEADS)
-    row = group * HEADS + within % width
-    return row // heads, row % heads, (blocks - 1 - within // width) * 128
-
-
-@gluon.jit
 def _load(
     q, q_rope, kv, k_rope, do, start, positions, heads, rows, q_buf, q_rope_buf, do_buf, k_buf, k_rope_buf, v_buf, held,
     full, empty, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    b, h, m = _tile(positions, rows, heads, HEADS)
+    blocks = positions // 128
+    b, h, index = schedule(gl.program_id(0), blocks, rows, heads, HEADS)
+    m = (blocks - 1 - index) * 128  # long ones first
     at = b * positions
     begin = 0
     if start is not None:
@@ -76,27 +68,6 @@ def _load(
 
 
 @gluon.jit
-def _product(a, b, N: gl.constexpr):
-    """a [64 K] by b [N K] transposed, under way."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
-    zero = gl.zeros((64, N), gl.float32, layout)
-    return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _scores(q, q_rope, k, k_rope):
-    """Of 64 queries by 64 keys, before scaling, under way in two groups of products."""
-    return warpgroup_mma(q_rope, k_rope.permute((1, 0)), _product(q, k, 64), is_async=True)
-
-
-@gluon.jit
-def _operand(x, N: gl.constexpr):
-    """As the left side of a product of N columns; no value moves to another thread."""
-    parent: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
-    return gl.convert_layout(x, gl.DotOperandLayout(operand_index=0, parent=parent, k_width=2))
-
-
-@gluon.jit
 def _multiply(
     o, lse, dq, top, delta, start, positions, heads, rows, scale, q_buf, q_rope_buf, do_buf, k_buf, k_rope_buf, v_buf,
     held, full, empty, PART: gl.constexpr, NOPE: gl.constexpr, ROPE: gl.constexpr, VALUE: gl.constexpr,
@@ -109,7 +80,9 @@ def _multiply(
     dtype: gl.constexpr = q_buf.dtype
     q, q_rope, do = q_buf.index(PART), q_rope_buf.index(PART), do_buf.index(PART)
     scale2 = scale * 1.4426950408889634  # exp2 is one instruction, exp is not
-    b, h, m = _tile(positions, rows, heads, HEADS)
+    blocks = positions // 128
+    b, h, index = schedule(gl.program_id(0), blocks, rows, heads, HEADS)
+    m = (blocks - 1 - index) * 128  # long ones first
     m += PART * 64
     first = b * positions + m
     at = (b * heads + h).to(gl.int64) * positions + m
@@ -130,14 +103,14 @@ def _multiply(
     if PART == 0:  # its queries see nothing of the first block of keys
         mbarrier.arrive(empty.index(filled(full, 0, STAGES)), count=1)
     stage = filled(full, 1 - PART, STAGES)
-    s = _scores(q, q_rope, k_buf.index(stage), k_rope_buf.index(stage))
+    s = scores(q, q_rope, k_buf.index(stage), k_rope_buf.index(stage))
     # delta = sum(dO * O) = sum(dP * P): the term that softmax subtracts from each row, without a pass of its own.
     off = gl.sum(do.load(layout).to(gl.float32) * out.to(gl.float32), 1)
     fence_async_shared()  # nothing is written there any more, but no check has to know
     gl.store(top + at + query, above)
     gl.store(delta + at + inner, off)
     off = gl.convert_layout(off, gl.SliceLayout(1, mma))
-    dp = _product(do, v_buf.index(stage), 64)
+    dp = product(do, v_buf.index(stage), 64)
     s = warpgroup_mma_wait(1, deps=(s,))
     s = gl.exp2(s * scale2 - above[:, None])
     s = gl.where(query[:, None] >= key[None, :], s, 0.0)
@@ -152,11 +125,11 @@ def _multiply(
     for step in range(2 - PART, steps):
         before = stage
         stage = filled(full, step, STAGES)
-        s = _scores(q, q_rope, k_buf.index(stage), k_rope_buf.index(stage))
-        left = _operand(ds, NOPE)
+        s = scores(q, q_rope, k_buf.index(stage), k_rope_buf.index(stage))
+        left = operand(ds, NOPE)
         sums = warpgroup_mma(left, k_buf.index(before), sums, is_async=True)
         sums_rope = warpgroup_mma(left, k_rope_buf.index(before), sums_rope, is_async=True)
-        dp = _product(do, v_buf.index(stage), 64)
+        dp = product(do, v_buf.index(stage), 64)
         s = warpgroup_mma_wait(3, deps=(s,))
         # Always true, which ptxas does not know: it would compute most of this behind the wait that follows.
         if positions > 0:
@@ -170,7 +143,7 @@ def _multiply(
         sums, sums_rope, dp, left = warpgroup_mma_wait(0, deps=(sums, sums_rope, dp, left))
         mbarrier.arrive(empty.index(before), count=1)
         ds = (s * (dp - off[:, None])).to(dtype)
-    left = _operand(ds, NOPE)
+    left = operand(ds, NOPE)
     sums = warpgroup_mma(left, k_buf.index(stage), sums, is_async=True)
     sums_rope = warpgroup_mma(left, k_rope_buf.index(stage), sums_rope, is_async=True)
     sums, sums_rope, left = warpgroup_mma_wait(0, deps=(sums, sums_rope, left))

@@ -159,10 +159,14 @@ def test_a_sequence_of_one_token(tmp_path_factory: pytest.TempPathFactory, targe
     assert [problem for each in found for problem in each.races] == []
 
 
+WAITS = "nmoe.effects.kernels.attention.gqa_kernels:dkv_kernel on sm_90: products wait for one another"
+"""One of the gradients of keys with documents: slower for it, by how much no GPU has said."""
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_documents_and_small_models(tmp_path_factory: pytest.TempPathFactory, target: int) -> None:
-    assert (
-        problems(compiled(tmp_path_factory, attrs.evolve(PAPER, documents=True), target), spills=DOCUMENT_SPILLS) == []
-    )
+    said = problems(compiled(tmp_path_factory, attrs.evolve(PAPER, documents=True), target), spills=DOCUMENT_SPILLS)
+    assert [each for each in said if not each.startswith(WAITS)] == []
+    assert sum(each.startswith(WAITS) for each in said) == (1 if target == 90 else 0)
     assert problems(compiled(tmp_path_factory, SMALL, target), small=True) == []

@@ -31,8 +31,8 @@ MANY = 1024
 kernel: 0.63 of the time with 192 rows, 1.03 to 1.29 with 3,072 and more; none between was measured."""
 
 LONG = 2048
-"""Hidden size from which on the activation's gradient is faster by Hopper's kernel: 0.92 to 0.96 of the time at 2,048 and
-7,168, 1.01 at 768, whose products are shorter than the epilogue beside them; none between was measured."""
+"""Hidden size from which on the activation's gradient is faster by Hopper's kernel: 0.92 to 0.96 of the time at 2,048
+and 7,168, 1.01 at 768, whose products are shorter than the epilogue beside them; none between was measured."""
 
 
 @attrs.frozen(kw_only=True)

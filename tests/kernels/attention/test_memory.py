@@ -20,7 +20,7 @@ from tests.memory import Peak
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that do nothing, of a GPU that is not there."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    packages = pkgutil.iter_modules(attention.__path__, f"{attention.__name__}.")
+    packages = pkgutil.walk_packages(attention.__path__, f"{attention.__name__}.")
     for module in (norm, *(importlib.import_module(package.name) for package in packages)):
         for name in list(vars(module)):
             if name.endswith("_kernel"):
